@@ -1,0 +1,32 @@
+# The commands of a checkout. Each works alone on a machine with Python 3.11 to 3.13 and its venv module, make and git.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow check format
+
+help: ## list the commands
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+.venv: pyproject.toml constraints.txt ## install bigtrain into .venv at the pinned versions, once
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch .venv
+
+train: .venv ## pack text, train on it, kill the run, resume it, sample from it, write a report
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+test: .venv ## every capability once, in its smallest form
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv ## the rest: every layout, more kills, larger sizes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: .venv ## lint, format, types, and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
