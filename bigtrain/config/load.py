@@ -1,0 +1,155 @@
+"""From a YAML file and overrides to typed sections, with errors that name the line and the nearest key."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from bigtrain.config import yaml_file
+from bigtrain.config.errors import UserError, nearest
+from bigtrain.config.section import Section
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.Document:
+    """Parse a YAML file and lay `key.sub=value` overrides over it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}", fix="Give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read {path}: {error}") from None
+    document = yaml_file.parse(text, str(path))
+    for override in overrides:
+        _apply_override(document, override)
+    return document
+
+
+def _apply_override(document: yaml_file.Document, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UserError(
+            f"'{override}' is not an override",
+            "command line",
+            "Write key=value, for example optimizer.lr=1e-3.",
+        )
+    keys = tuple(key.split("."))
+    target = document.value
+    for part in keys[:-1]:
+        child = target.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"'{part}' has no keys of its own, so '{key}' cannot be set", "command line")
+        target = child
+    target[keys[-1]] = yaml_file.parse_value(text)
+    for path in [path for path in document.lines if path[: len(keys)] == keys]:
+        del document.lines[path]
+    document.lines[keys] = -1
+
+
+def build(kind: type[SectionT], document: yaml_file.Document) -> SectionT:
+    """Validate a parsed document as a section.
+
+    Raises:
+        UserError: With every problem found: an unknown key and the nearest known one, a wrong type, a bad value;
+            each with its line.
+    """
+    try:
+        return kind.model_validate(document.value)
+    except ValidationError as error:
+        problems = [_describe(kind, document, dict(item)) for item in error.errors(include_url=False)]
+    if len(problems) == 1:
+        what, where, fix = problems[0]
+        raise UserError(what, where, fix) from None
+    lines = [f"{what} ({where})" + (f" {fix}" if fix else "") for what, where, fix in problems]
+    raise UserError(f"The config has {len(lines)} problems:\n  - " + "\n  - ".join(lines), document.source) from None
+
+
+def _describe(kind: type[Section], document: yaml_file.Document, error: dict[str, Any]) -> tuple[str, str, str | None]:
+    path, owner = _resolve(kind, document.value, tuple(error["loc"]))
+    key = ".".join(str(part) for part in path)
+    line = document.lines.get(path)
+    where = "command line" if line == -1 else document.where(path)
+    if error["type"] == "extra_forbidden":
+        known = list(owner.model_fields) if owner else []
+        close = nearest(str(path[-1]), known)
+        fix = f"Did you mean '{close}'?" if close else f"Known keys: {', '.join(known)}."
+        return f"Unknown key '{key}'", where, fix
+    if error["type"] == "missing":
+        field = owner.model_fields.get(str(path[-1])) if owner else None
+        return (
+            f"The key '{key}' is missing",
+            where,
+            (field.description or "").split("\n")[0] if field else None,
+        )
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        close = nearest(str(context["tag"]), tags)
+        fix = f"Did you mean '{close}'?" if close else f"Known: {', '.join(tags)}."
+        return f"'{key}' has an unknown {context['discriminator']} '{context['tag']}'", where, fix
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
+    value = error.get("input")
+    shown = "" if isinstance(value, (dict, list)) or value is None or repr(value) in message else f" (got {value!r})"
+    return (f"{key}: {message}{shown}" if key else message), where, None
+
+
+def _resolve(
+    kind: type[BaseModel], value: Any, location: tuple[str | int, ...]
+) -> tuple[tuple[str | int, ...], type[BaseModel] | None]:
+    """The YAML path of a pydantic location, without the tags of unions, and the section that owns its last key."""
+    path: list[str | int] = []
+    owner: type[BaseModel] | None = kind
+    choices: list[type[BaseModel]] = [kind]
+    last = len(location) - 1
+    for position, part in enumerate(location):
+        is_key = (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int))
+        known = any(part in choice.model_fields for choice in choices)
+        if not is_key and not known and position < last:
+            tagged = [choice for choice in choices if _has_tag(choice, part)]
+            choices = tagged or choices
+            continue
+        owner = choices[0] if choices else None
+        path.append(part)
+        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
+        if annotation is not None:
+            choices = list(_sections(annotation))
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    return tuple(path), owner
+
+
+def _has_tag(section: type[BaseModel], tag: str | int) -> bool:
+    return any(
+        typing.get_origin(field.annotation) is typing.Literal and tag in typing.get_args(field.annotation)
+        for field in section.model_fields.values()
+    )
+
+
+def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The sections named in a type annotation, in order."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for argument in typing.get_args(annotation):
+            yield from _sections(argument)
+
+
+def json_schema(
+    kind: type[Section], title: str, describe: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """JSON Schema of a section, for editors that complete and check YAML while it is typed."""
+    schema = kind.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = title
+    if describe is not None:
+        describe(schema)
+    return schema

@@ -1,0 +1,217 @@
+"""Quantities with units, as people write them in YAML: "512k tokens", "15 min", "20 GB"."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainSerializer
+from pydantic_core import core_schema
+
+_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]i?)?(?![a-zA-Z])\s*(.*)", re.DOTALL)
+_NUMBER_WITH_SUFFIX = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]i?)?(B|iB)?\s*$")
+_FACTORS = {
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+
+
+def split_quantity(text: str) -> tuple[float, str]:
+    """The number (suffix applied) and the unit of a text such as "512k tokens".
+
+    k, M, G, T are powers of ten; ki, Mi, Gi, Ti are powers of two.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a number with a unit")
+    number, suffix, unit = match.groups()
+    value = float(number.replace("_", "")) * _FACTORS.get(suffix or "", 1)
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    return value, unit.strip()
+
+
+def _whole(value: float, text: object) -> int:
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+class _Quantity:
+    """What the types below share: parsed from a number or a text, kept as a text in YAML."""
+
+    def __str__(self) -> str:
+        raise NotImplementedError
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """The quantity that a YAML scalar stands for."""
+        raise NotImplementedError
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls._plain)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, {"type": "integer"}], "description": cls.__doc__}
+
+    def _plain(self) -> Any:
+        return str(self)
+
+
+_UNITS = {
+    "step": "steps", "steps": "steps",
+    "token": "tokens", "tokens": "tokens",
+    "sample": "samples", "samples": "samples",
+    "epoch": "epochs", "epochs": "epochs",
+    "s": "seconds", "sec": "seconds", "second": "seconds", "seconds": "seconds",
+    "min": "minutes", "minute": "minutes", "minutes": "minutes",
+    "h": "hours", "hour": "hours", "hours": "hours",
+}  # fmt: skip
+_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
+
+
+@dataclass(frozen=True)
+class Duration(_Quantity):
+    """A length of training, with its unit: "2000 steps", "1e9 tokens", "3 epochs", "15 min"."""
+
+    value: float
+    unit: str
+
+    @classmethod
+    def steps(cls, value: int) -> Duration:
+        """A duration in optimizer steps."""
+        return cls(float(value), "steps")
+
+    @classmethod
+    def parse(cls, value: Any) -> Duration:
+        """Parse "NUMBER UNIT"; a bare number is refused, because its unit would be a guess."""
+        if isinstance(value, Duration):
+            return value
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} has no unit: write for example '{value} steps'")
+        number, unit = split_quantity(value)
+        if unit not in _UNITS:
+            raise ValueError(
+                f"{value!r} has {'no unit' if not unit else f'an unknown unit {unit!r}'}: "
+                "use steps, tokens, epochs, s, min or h"
+            )
+        unit = _UNITS[unit]
+        if unit in ("steps", "tokens", "samples"):
+            number = _whole(number, value)
+        return cls(float(number), unit)
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is measured by the clock and not by the training."""
+        return self.unit in _SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Its length in seconds; only for a duration of time."""
+        return self.value * _SECONDS[self.unit]
+
+    def in_steps(self, tokens_per_step: int, sequences_per_step: int, sequences_per_epoch: int | None) -> int:
+        """Optimizer steps that cover this duration, rounded up; at least 0."""
+        if self.unit == "steps":
+            return int(self.value)
+        if self.unit == "tokens":
+            return math.ceil(self.value / tokens_per_step)
+        if self.unit == "samples":
+            return math.ceil(self.value / sequences_per_step)
+        if self.unit == "epochs":
+            if sequences_per_epoch is None:
+                raise ValueError("a duration in epochs needs data of known size")
+            return math.ceil(self.value * sequences_per_epoch / sequences_per_step)
+        raise ValueError(f"'{self}' is a time: it has no number of steps")
+
+    def __str__(self) -> str:
+        number = repr(int(self.value)) if self.value == int(self.value) else repr(self.value)
+        unit = self.unit[:-1] if number == "1" else self.unit
+        return f"{number} {unit}"
+
+
+@dataclass(frozen=True)
+class BatchSize(_Quantity):
+    """The global batch of one step: a number of sequences (12), or of tokens ("512k tokens")."""
+
+    value: int
+    unit: str = "sequences"
+
+    @classmethod
+    def parse(cls, value: Any) -> BatchSize:
+        """Parse a number of sequences, or a text "N tokens"."""
+        if isinstance(value, BatchSize):
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError(f"{value!r} is not a batch size: give a number of sequences, or '512k tokens'")
+        number, unit = split_quantity(str(value))
+        unit = {"": "sequences", "sequence": "sequences", "token": "tokens"}.get(unit, unit)
+        if unit not in ("sequences", "tokens"):
+            raise ValueError(f"{value!r} has an unknown unit {unit!r}: use sequences or tokens")
+        size = _whole(number, value)
+        if size < 1:
+            raise ValueError(f"{value!r} must be at least 1")
+        return cls(size, unit)
+
+    def sequences(self, context: int) -> int:
+        """Sequences of `context` tokens in one global batch.
+
+        Raises:
+            ValueError: A size in tokens that the context does not divide.
+        """
+        if self.unit == "sequences":
+            return self.value
+        if self.value % context:
+            lower = max(1, self.value // context) * context
+            raise ValueError(
+                f"{self.value} tokens are not a whole number of sequences of {context}; {lower} tokens would be"
+            )
+        return self.value // context
+
+    def _plain(self) -> Any:
+        return self.value if self.unit == "sequences" else str(self)
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit}"
+
+
+def parse_bytes(value: Any) -> Any:
+    """A text such as "20 GB" or "512 MiB" as a number of bytes; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    match = _NUMBER_WITH_SUFFIX.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write for example '20 GB' or '512 MiB'")
+    number, suffix, unit = match.groups()
+    key = (suffix or "") + ("i" if unit == "iB" and suffix else "")
+    return _whole(float(number.replace("_", "")) * _FACTORS.get(key, 1), value)
+
+
+def _parse_count(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number, unit = split_quantity(value)
+    if unit:
+        raise ValueError(f"{value!r} should be a plain number")
+    return _whole(number, value)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(lambda value: value)]
+"""A number of bytes: 1000000, "20 GB", "512 MiB"."""
+
+Count = Annotated[int, BeforeValidator(_parse_count)]
+"""A whole number that may carry a suffix: 65536, "64ki", "1M"."""

@@ -1,0 +1,151 @@
+"""YAML by the 1.2 core schema, with the line of every key.
+
+`1e-3` is a number, `off` and `no` are texts, a key that stands twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from bigtrain.config.errors import UserError
+
+MAX_NODES = 20_000
+MAX_DEPTH = 40
+
+Path = tuple[str | int, ...]
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Resolves plain scalars by YAML 1.2's core schema, where PyYAML follows 1.1."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes exactly the texts that the core schema would read as something else."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _core in (_CoreLoader, _CoreDumper):
+    for _tag, _pattern, _first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+        (
+            "float",
+            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+            list("-+.0123456789"),
+        ),
+    ):
+        _core.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed YAML mapping and where each of its values stands."""
+
+    value: dict[str, Any]
+    source: str
+    """Name of the file, for messages."""
+    lines: dict[Path, int] = field(default_factory=dict)
+    """Line (from 1) of each value's key, by its path of keys and list indices."""
+
+    def where(self, path: Path) -> str:
+        """The file and line of a path, or of its nearest parent that stands in the file."""
+        for length in range(len(path), -1, -1):
+            line = self.lines.get(path[:length])
+            if line is not None:
+                return f"{self.source}, line {line}" if line > 0 else self.source
+        return self.source
+
+
+def parse(text: str, source: str) -> Document:
+    """Parse a YAML document whose top is a mapping.
+
+    Raises:
+        UserError: Not YAML, not a mapping, a key that stands twice, a tag, or absurdly deep or large.
+    """
+    try:
+        node = yaml.compose(text, Loader=_CoreLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"This is not YAML: {error.problem or error.context}", f"{source}{line}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"This is not YAML: {str(error).splitlines()[0]}", source) from None
+    except RecursionError:
+        raise UserError("The YAML is nested too deeply", source) from None
+    if node is None:
+        raise UserError("The file is empty", source, "See configs/quickstart.yaml for a complete example.")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError("The top of the file must be a mapping of keys", f"{source}, line 1")
+    reader = _Reader(source)
+    value = reader.read(node, ())
+    return Document(value, source, {(): 0, **reader.lines})
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.lines: dict[Path, int] = {}
+        self.nodes = 0
+
+    def read(self, node: yaml.Node, path: Path) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            raise UserError("The YAML is too large or nested too deeply", self.source)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for index, item in enumerate(node.value):
+                self.lines[(*path, index)] = item.start_mark.line + 1
+                items.append(self.read(item, (*path, index)))
+            return items
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError("A key must be a plain text", f"{self.source}, line {line}")
+            key = key_node.value
+            if key in result:
+                raise UserError(
+                    f"The key '{key}' stands twice", f"{self.source}, line {line}", "Remove one of the two."
+                )
+            self.lines[(*path, key)] = line
+            result[key] = self.read(value_node, (*path, key))
+        return result
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
+        if kind == "str":
+            return text
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+            return int(text[2:] if base != 10 else text, base)
+        if kind == "float":
+            return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+        where = f"{self.source}, line {node.start_mark.line + 1}"
+        raise UserError(f"The tag {node.tag!r} is not allowed", where, "Write a plain value.")
+
+
+def parse_value(text: str) -> Any:
+    """One value as YAML reads it: the right side of a `key=value` override."""
+    return parse(f"value: {text}", f"'{text}'").value["value"]
+
+
+def dump(value: dict[str, Any]) -> str:
+    """YAML that `parse` reads back to the same value, keys in the given order."""
+    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, width=110, allow_unicode=True)

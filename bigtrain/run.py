@@ -1,0 +1,438 @@
+"""A run: *what* is trained and *how* it is run, the identity of the first, and the directory that holds it all."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import SerializeAsAny, StringConstraints, create_model
+
+from bigtrain import storage
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.config import BatchSize, Duration, Section, UserError, load, nearest, yaml_file
+from bigtrain.data.config import DataConfig, StreamingConfig
+from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.jobs.config import JobConfig
+from bigtrain.models.config import ModelConfig, families, family, preset, presets
+from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
+from bigtrain.parallel.config import LayoutConfig
+from bigtrain.tracking.config import TrackingConfig
+from bigtrain.training.config import EvaluationConfig, InitConfig
+
+FORMAT_VERSION = 1
+LEASE_RENEWAL_S = 10.0
+LEASE_LIFE_S = 60.0
+"""A holder on another machine that has not renewed its lease for this long is dead."""
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ends; the codes that scripts and schedulers act on."""
+
+    FINISHED = 0
+    FAILED = 1
+    USER = 2
+    STOPPED = 75
+
+
+class BatchConfig(Section):
+    """The global batch: what one optimizer step consumes, over all ranks together."""
+
+    size: BatchSize
+    """A number of sequences (12) or of tokens ("512k tokens")."""
+
+
+class RunConfig(Section):
+    """One run: the first ten keys say what is trained, the others how it is run."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    """Name of the run: its directory, and its name in the tracker."""
+
+    seed: int = 1337
+    """The only source of randomness: initial weights, order of the samples, dropout."""
+
+    model: SerializeAsAny[ModelConfig]
+    """The architecture and its sizes, or `preset: NAME` with keys that override it."""
+
+    data: DataConfig
+    """The shards to train and to validate on."""
+
+    batch: BatchConfig
+    """Size of the global batch."""
+
+    duration: Duration
+    """Length of the training: "2000 steps", "1e9 tokens" or "3 epochs"."""
+
+    optimizer: OptimizerConfig = AdamWConfig()
+    """How gradients become updates."""
+
+    schedule: ScheduleConfig = ConstantConfig()
+    """How the learning rate changes over the run."""
+
+    precision: Precision = "bf16"
+    """Arithmetic of matmuls and residual stream: bf16 or fp32."""
+
+    init: InitConfig = InitConfig()
+    """Where the state before the first step comes from."""
+
+    streaming: StreamingConfig = StreamingConfig()
+    """How shards are read."""
+
+    engine: EngineConfig = EngineConfig()
+    """Who executes a step."""
+
+    layout: LayoutConfig = LayoutConfig()
+    """How model and batch lie on the ranks."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run saves itself, and what it keeps."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When the held-out loss is measured."""
+
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+
+    job: JobConfig = JobConfig()
+    """How many processes, and what is done when one dies."""
+
+
+WHAT = ("seed", "model", "data", "batch", "duration", "optimizer", "schedule", "precision", "init")
+"""The keys that make a run's identity; all others say how it is run and may change on a resume."""
+
+
+def run_config(arch: str) -> type[RunConfig]:
+    """RunConfig with the `model` section of one family, so that its keys are typed and known by name."""
+    section = family(arch)
+    return create_model(f"RunConfig[{arch}]", __base__=RunConfig, model=(section, RunConfig.model_fields["model"]))
+
+
+def load_config(path: Path, overrides: list[str] | None = None, name: str | None = None) -> RunConfig:
+    """Read, complete and check a run's YAML; paths in it become absolute.
+
+    Raises:
+        UserError: Anything wrong in the file, with its line.
+    """
+    document = load.read_document(path, overrides or [])
+    if name is not None:
+        document.value["name"] = name
+    kind = _complete_model(document)
+    config = load.build(kind, document)
+    return _absolute(config)
+
+
+def _complete_model(document: yaml_file.Document) -> type[RunConfig]:
+    """Lay the preset under the model's own keys; the typed config of its family."""
+    model = document.value.get("model")
+    if not isinstance(model, dict):
+        raise UserError(
+            "The key 'model' is missing" if model is None else "'model' must be a mapping of keys",
+            document.where(("model",)),
+            f"Give model: {{arch: NAME, ...}} with one of {', '.join(families())}, or model: {{preset: NAME}}.",
+        )
+    where = document.where(("model", "preset" if "preset" in model else "arch"))
+    name = model.pop("preset", None)
+    if name is not None:
+        try:
+            merged = {**preset(str(name)), **model}
+        except UserError as error:
+            raise UserError(error.what, where, error.fix) from None
+        model.clear()
+        model.update(merged)
+    if "arch" not in model:
+        raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join(families())}.")
+    try:
+        return run_config(str(model["arch"]))
+    except UserError as error:
+        raise UserError(error.what, where, error.fix) from None
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(path)
+
+    data = config.data.model_copy(
+        update={"train": absolute(config.data.train), "validation": absolute(config.data.validation)}
+    )
+    return config.model_copy(update={"data": data})
+
+
+def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:
+    """The part of a config that makes its identity: data by fingerprint, no duration where that may grow."""
+    plain = config.plain()
+    what = {key: plain[key] for key in WHAT}
+    what["data"] = {**what["data"], **fingerprints}
+    what["batch"] = {"sequences": batch_sequences}
+    if not config.schedule.ends_at_duration:
+        del what["duration"]
+    return what
+
+
+def identity(what: dict[str, Any]) -> str:
+    """The hash of what is trained: two runs of one identity compute the same losses."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each key that differs: "optimizer.lr: 0.001 -> 0.002"."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {before if key in old else '(absent)'} -> {after if key in new else '(absent)'}"
+
+
+class RunDirectory:
+    """Where a run keeps everything: the names in it are the same for every run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    def exists(self) -> bool:
+        """Whether a run was ever started here."""
+        return self.record.exists()
+
+    def event(self, event: str, /, **fields: Any) -> None:
+        """Append one line to events.jsonl."""
+        storage.append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
+
+    def what(self) -> dict[str, Any]:
+        """What this run trains, as it was recorded when it was first started."""
+        record = self.read_record()
+        return record["what"]
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            UserError: There is no run here, or a newer bigtrain wrote it.
+        """
+        try:
+            record = json.loads(self.record.read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"There is no run at {self.path}", fix="See the names under --runs-dir (default: runs/)."
+            ) from None
+        except ValueError:
+            raise UserError("run.json is damaged", str(self.record)) from None
+        if record.get("format_version", 0) > FORMAT_VERSION:
+            raise UserError(
+                f"run.json has format version {record['format_version']}; this bigtrain reads up to {FORMAT_VERSION}",
+                str(self.record),
+                "Upgrade bigtrain.",
+            )
+        return record
+
+    def check_identity(self, what: dict[str, Any]) -> None:
+        """Refuse to continue this run as another one.
+
+        Raises:
+            UserError: With the keys that differ.
+        """
+        changed = list(differences(self.what(), what))
+        if changed:
+            raise UserError(
+                f"The run '{self.name}' trains something else:\n    " + "\n    ".join(changed),
+                str(self.path),
+                "Undo the change, give the run another --name, or start a new run from this one with --fork NEW.",
+            )
+
+    def write(self, config: RunConfig, what: dict[str, Any]) -> None:
+        """Record the resolved config, and on the first start what is trained."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(self.config, yaml_file.dump(config.plain()))
+        if not self.exists():
+            storage.write_json(
+                self.record,
+                {
+                    "format_version": FORMAT_VERSION,
+                    "name": self.name,
+                    "identity": identity(what),
+                    "what": what,
+                },
+            )
+
+
+def find_run(run: str, runs_dir: Path) -> RunDirectory:
+    """The directory of a run given by its name under `runs_dir`, or by a path.
+
+    Raises:
+        UserError: There is none; names the nearest run.
+    """
+    for path in (runs_dir / run, Path(run)):
+        if (path / "run.json").exists():
+            return RunDirectory(path)
+    names = [path.parent.name for path in runs_dir.glob("*/run.json")]
+    close = nearest(run, names)
+    raise UserError(
+        f"There is no run '{run}'", str(runs_dir), f"Did you mean '{close}'?" if close else "See --runs-dir."
+    )
+
+
+def list_runs(runs_dir: Path) -> list[RunDirectory]:
+    """Every run under a directory, by name."""
+    return [RunDirectory(path.parent) for path in sorted(runs_dir.glob("*/run.json"))]
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
+    schema = load.json_schema(RunConfig, "bigtrain run")
+    choices = []
+    for arch in families():
+        model = family(arch).model_json_schema(ref_template="#/$defs/{model}")
+        schema["$defs"].update(model.pop("$defs", {}))
+        model["properties"]["arch"] = {"const": arch, "type": "string"}
+        model["required"] = sorted({"arch", *model.get("required", [])})
+        schema["$defs"][f"model.{arch}"] = model
+        choices.append({"$ref": f"#/$defs/model.{arch}"})
+    preset_keys = {"type": "object", "required": ["preset"], "properties": {"preset": {"enum": presets()}}}
+    schema["properties"]["model"] = {"anyOf": [preset_keys, *choices]}
+    return schema
+
+
+def split_run_step(text: str) -> tuple[str, int | None]:
+    """RUN@STEP as its two parts; the step is None where none is given."""
+    match = re.fullmatch(r"(.+)@([0-9]+)", text)
+    return (match[1], int(match[2])) if match else (text, None)
+
+
+@dataclass(frozen=True)
+class LeaseHolder:
+    """The process that may write to a run directory."""
+
+    number: int
+    host: str
+    boot: str
+    pid: int
+    started: int
+    renewed: float
+
+    def alive(self) -> bool:
+        """Whether the holder still runs: by its process here, by its last renewal on another machine."""
+        if self.pid == 0:
+            return False
+        if (self.host, self.boot) == (socket.gethostname(), _boot_id()):
+            return _process_start(self.pid) == self.started
+        return time.time() - self.renewed < LEASE_LIFE_S
+
+
+class Lease:
+    """The right to write to a run directory; its number grows at every take-over and fences the last holder off."""
+
+    def __init__(self, directory: RunDirectory, number: int) -> None:
+        self.directory = directory
+        self.number = number
+        self._released = threading.Event()
+
+    @staticmethod
+    def holder(directory: RunDirectory) -> LeaseHolder | None:
+        """Who holds, or last held, the lease."""
+        try:
+            return LeaseHolder(**json.loads((directory.path / "lease.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    @classmethod
+    def acquire(cls, directory: RunDirectory) -> Lease:
+        """Take the lease of a run directory.
+
+        Raises:
+            UserError: A live process holds it.
+        """
+        directory.path.mkdir(parents=True, exist_ok=True)
+        with _exclusive(directory.path):
+            last = cls.holder(directory)
+            if last is not None and last.alive():
+                raise UserError(
+                    f"The run '{directory.name}' is in use by process {last.pid} on {last.host}",
+                    str(directory.path),
+                    f"Wait for it, stop it with `bigtrain stop {directory.name}`, or choose another --name.",
+                )
+            lease = cls(directory, (last.number if last else 0) + 1)
+            lease._write(os.getpid())
+        return lease
+
+    def held(self) -> bool:
+        """Whether no one has taken the lease over."""
+        holder = self.holder(self.directory)
+        return holder is not None and holder.number == self.number
+
+    def release(self) -> None:
+        """Give the lease back, keeping its number."""
+        self._released.set()
+        with _exclusive(self.directory.path):
+            if self.held():
+                self._write(0)
+
+    def keep(self) -> None:
+        """Renew the lease in the background until it is released or lost."""
+
+        def renew() -> None:
+            while not self._released.wait(LEASE_RENEWAL_S):
+                with _exclusive(self.directory.path):
+                    if self._released.is_set() or not self.held():
+                        return
+                    self._write(os.getpid())
+
+        threading.Thread(target=renew, name="lease", daemon=True).start()
+
+    def _write(self, pid: int) -> None:
+        started = _process_start(pid) or 0 if pid else 0
+        holder = LeaseHolder(self.number, socket.gethostname(), _boot_id(), pid, started, time.time())
+        storage.write_json(self.directory.path / "lease.json", holder.__dict__)
+
+
+def lease_check(directory: RunDirectory, number: int) -> Callable[[], bool]:
+    """A check for a rank: whether the gang it belongs to still holds the run."""
+    return Lease(directory, number).held
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock of a directory itself, so that no lock file is left in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot, which tells it from a later one of the same id."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
