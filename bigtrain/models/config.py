@@ -1,0 +1,111 @@
+"""What is common to all model families, without torch: the config, counts, families, presets."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+import yaml
+from annotated_types import Ge
+from pydantic import model_validator
+
+from bigtrain.config import Section, UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DataKind = Literal["tokens", "images"]
+
+
+class Flops(NamedTuple):
+    """Matmul FLOPs of forward and backward together, a token (tokens) or a sample (images)."""
+
+    full: int
+    """Attention counted over the whole square: the convention of MFU (PaLM, torchtitan, MPT)."""
+    causal: int
+    """Attention counted over the causal half alone: what must be computed."""
+
+
+class ModelConfig(Section):
+    """What every family's `Config` inherits. `vocab_size` below is the number of classes for images."""
+
+    data_kind: ClassVar[DataKind] = "tokens"
+    """The kind of data that the family learns from."""
+
+    arch: str
+    """The family: the name of a file in bigtrain/models."""
+
+    context: Annotated[int, Ge(1)] = 1
+    """Tokens of one training sequence; a family of another kind of data has none to set."""
+
+    @model_validator(mode="after")
+    def _context_is_for_tokens(self) -> ModelConfig:
+        if self.data_kind != "tokens" and "context" in self.model_fields_set and self.context != 1:
+            raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
+        return self
+
+    def build(self, vocab_size: int) -> nn.Module:
+        """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
+        raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Parameters of the module that `build` returns, a tied weight counted once."""
+        raise TypeError(f"{type(self).__name__} does not count its parameters: define parameter_count()")
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Parameters without the input embeddings (tokens and positions), as scaling laws count them."""
+        return self.parameter_count(vocab_size)
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Matmul FLOPs of forward and backward for one token; for images, for one sample."""
+        raise TypeError(f"{type(self).__name__} does not count its FLOPs: define flops_per_token()")
+
+
+def families() -> list[str]:
+    """The names of all families: the files of this folder that define a class `Config`."""
+    defines_config = re.compile(r"^class Config\(", re.MULTILINE)
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [file.stem for file in files if defines_config.search(file.read_text(encoding="utf-8"))]
+
+
+def family(arch: str) -> type[ModelConfig]:
+    """The class `Config` of the family `arch`.
+
+    Raises:
+        UserError: There is no such family.
+    """
+    known = families()
+    if arch not in known:
+        near = nearest(arch, known)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise UserError(f"unknown model family {arch!r}", "model.arch", f"{hint}families: {', '.join(known)}")
+    config: type[ModelConfig] = importlib.import_module(f"bigtrain.models.{arch}").Config
+    return config
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    text = Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return presets
+
+
+def presets() -> list[str]:
+    """The names of all presets."""
+    return sorted(_presets())
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The keys of `model` that the preset `name` stands for; a new dict, to be overridden at will.
+
+    Raises:
+        UserError: There is no such preset.
+    """
+    if name not in _presets():
+        near = nearest(name, _presets())
+        hint = f"did you mean {near!r}? " if near else ""
+        raise UserError(f"unknown preset {name!r}", "model.preset", f"{hint}presets: {', '.join(presets())}")
+    return dict(_presets()[name])

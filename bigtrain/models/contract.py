@@ -1,0 +1,72 @@
+"""What a built model offers to the engines, the trainer and the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Batch = dict[str, "Tensor"]
+"""Named arrays of one micro-batch; their names and shapes depend on the kind of data."""
+
+
+class LossSum(NamedTuple):
+    """Sums over a micro-batch. The engine divides by the global weight; a model never scales its loss."""
+
+    loss: Tensor
+    """FP32 scalar: the sum of weighted losses, in nats."""
+    weight: Tensor
+    """FP32 scalar: the sum of weights."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Drawn from a normal distribution with mean 0."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """All zero."""
+
+
+@dataclass(frozen=True)
+class Ones:
+    """All one."""
+
+
+Init = Normal | Zeros | Ones
+"""How a parameter's first values are drawn."""
+
+
+class Model(Protocol):
+    """An nn.Module: parameters stored in FP32, matmuls and residual stream in `compute_dtype`."""
+
+    compute_dtype: torch.dtype
+    """Set by the engine; float32 until then."""
+
+    def forward(self, batch: Batch) -> LossSum:
+        """The sums of losses and weights of one micro-batch, without a host synchronisation."""
+        ...
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Qualified names and modules, in order, that are sharded, recomputed and compiled one by one."""
+        ...
+
+    def initialisers(self) -> dict[str, Init]:
+        """How each parameter, by its qualified name, is initialised; a tied one under its first name."""
+        ...
+
+
+class Decoder(Model, Protocol):
+    """A model of tokens that can continue a text."""
+
+    context: int
+
+    def logits(self, batch: Batch) -> Tensor:
+        """FP32 logits (B, C, vocabulary) for `batch["tokens"]` (B, C)."""
+        ...

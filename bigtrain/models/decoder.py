@@ -1,0 +1,168 @@
+"""The decoder-only transformer behind gpt2 and llama: embedding, pre-norm blocks, norm, head.
+
+Shapes: B sequences, C tokens, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.layers import (
+    MLP,
+    Attention,
+    Embedding,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    document_mask,
+    rotary_frequencies,
+    rotary_table,
+)
+from bigtrain.models.loss import chunked_cross_entropy
+from bigtrain.models.random import dropout
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, config.norm_eps)
+    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
+
+
+def _mlp(config: DecoderConfig) -> nn.Module:
+    if config.mlp == "swiglu":
+        return SwiGLU(config.width, config.hidden_width, bias=config.bias)
+    return MLP(config.width, config.hidden_width, config.mlp, bias=config.bias)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of one forward pass read. Opaque to FSDP, which would cast loose tensors to BF16."""
+
+    rotary: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    keys: Tensor | None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.attention_norm = _norm(config)
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            config.key_value_heads,
+            config.width_of_head,
+            bias=config.bias,
+            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+        )
+        self.mlp_norm = _norm(config)
+        self.mlp = _mlp(config)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """One block; x (B, C, W)."""
+        branch = self.attention(self.attention_norm(x), shared.rotary, shared.mask)
+        x = x + self._drop(branch, shared, 2 * self.layer + 1)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), shared, 2 * self.layer + 2)
+
+    def _drop(self, branch: Tensor, shared: Shared, site: int) -> Tensor:
+        return dropout(branch, self.dropout, shared.keys, site, self.training)
+
+
+class DecoderModel(nn.Module):
+    """A decoder-only transformer (`contract.Decoder`)."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.context = config, vocab_size, config.context
+        self.compute_dtype = torch.float32
+        rows = config.padded_vocab(vocab_size)
+        self.embedding = Embedding(rows, config.width)
+        learned = config.positions == "learned"
+        self.position_embedding = Embedding(config.position_count, config.width) if learned else None
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = _norm(config)
+        self.head = None if config.tied else Linear(config.width, rows, bias=False)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """Sum of the cross-entropies of `targets` (B, C), in nats, and of their `weights` (B, C).
+
+        Args:
+            batch: tokens, targets int64 (B, C); weights FP32 (B, C); keys int64 (B,) where dropout is on;
+                documents and positions (B, C) where sequences hold several documents.
+        """
+        hidden = self.hidden(batch)
+        loss = chunked_cross_entropy(hidden, self.output_weight, batch["targets"], batch["weights"])
+        return LossSum(loss, batch["weights"].sum())
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
+        hidden = self.hidden(batch)
+        return F.linear(hidden, self.output_weight.to(hidden.dtype))[..., : self.vocab_size].float()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The normalised residual stream (B, C, W) that the head reads, in `compute_dtype`."""
+        tokens, keys = batch["tokens"], batch.get("keys")
+        positions = batch.get("positions")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens).to(self.compute_dtype)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions).to(self.compute_dtype)
+        x = dropout(x, self.config.dropout, keys, 0, self.training)
+        documents = batch.get("documents")
+        mask = None if documents is None else document_mask(documents)
+        shared = Shared(self._rotary(positions), mask, keys)
+        for layer in self.layers:
+            x = layer(x, shared)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The head's matrix (padded vocabulary, W): the token embedding's where tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The transformer blocks, in order."""
+        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+
+    def initialisers(self) -> dict[str, Init]:
+        """GPT-2's rule, which serves Llama shapes too.
+
+        Weights from a normal of std 0.02 (`init_std`), in the last layer of each branch divided by
+        sqrt(2 * layers), since that many branches add up in the residual stream (Radford et al. 2019, section
+        2.3); biases 0. GPT-2's own code draws positions at 0.01; transformers and nanoGPT at 0.02, as here.
+        """
+        std = self.config.init_std
+        branch_end = Normal(std / math.sqrt(2 * self.config.layers))
+        rules: dict[str, Init] = {}
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                rules[name] = Zeros()
+            elif parameter.ndim == 1:
+                rules[name] = Ones()
+            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
+                rules[name] = branch_end
+            else:
+                rules[name] = Normal(std)
+        return rules
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        config = self.config
+        if config.positions != "rotary":
+            return None
+        frequencies = rotary_frequencies(
+            config.width_of_head, config.rope_theta, config.rope_scaling, positions.device
+        )
+        return rotary_table(positions, frequencies)

@@ -1,0 +1,51 @@
+"""The way between our state and a Hugging Face model's: names, and how a tensor lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """Where a parameter of ours is found in a Hugging Face state dict."""
+
+    name: str
+    transposed: bool = False
+    """Whether it is stored (in, out), as GPT-2's Conv1D does."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): it is the i-th of n equal parts along the output dimension."""
+
+
+def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state out of a Hugging Face state dict. Tensors may share memory with `state`.
+
+    Raises:
+        KeyError: `state` lacks a tensor.
+    """
+    ours = {}
+    for name, source in names.items():
+        tensor = state[source.name]
+        tensor = tensor.t() if source.transposed else tensor
+        index, count = source.part
+        ours[name] = tensor.chunk(count)[index].contiguous()
+    return ours
+
+
+def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Hugging Face state dict out of ours: the inverse of `from_hf`."""
+    import torch
+
+    parts: dict[HfTensor, dict[int, Tensor]] = {}
+    for name, target in names.items():
+        whole = HfTensor(target.name, target.transposed)
+        parts.setdefault(whole, {})[target.part[0]] = state[name]
+    theirs = {}
+    for target, pieces in parts.items():
+        tensor = torch.cat([pieces[index] for index in sorted(pieces)])
+        theirs[target.name] = (tensor.t() if target.transposed else tensor).contiguous()
+    return theirs

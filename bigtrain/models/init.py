@@ -1,0 +1,77 @@
+"""Initial weights that no layout changes: drawn in blocks of rows, each from a generator of its own.
+
+Block b of a parameter comes from a CPU generator seeded by a hash of (seed, qualified name, b), so a rank
+draws only the blocks that its shard overlaps, and any sharding yields the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bigtrain.models.contract import Init, Model, Normal, Ones
+
+ROWS_PER_BLOCK = 256
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give every parameter of a `contract.Model` its first value, in place; plain tensors and DTensors.
+
+    Raises:
+        ValueError: A parameter without a rule, or a rule without a parameter.
+    """
+    rules = cast(Model, model).initialisers()
+    parameters = dict(model.named_parameters())
+    if rules.keys() != parameters.keys():
+        wrong = sorted(rules.keys() ^ parameters.keys())
+        raise ValueError(f"initialisers() and named_parameters() differ in {', '.join(wrong)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            local, offset = _local(parameter)
+            if isinstance(rules[name], Normal):
+                _fill_normal(local, offset, tuple(parameter.shape), rules[name], seed, name)
+            else:
+                local.fill_(1.0 if isinstance(rules[name], Ones) else 0.0)
+
+
+def block_seed(seed: int, name: str, block: int) -> int:
+    """The 63-bit seed of one block of rows. (The CPU generator of torch 2 uses the lower 32 of them.)"""
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The part of a parameter that lies on this rank, and where it begins in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), tuple(offset)
+
+
+def _fill_normal(
+    local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str
+) -> None:
+    if local.numel() == 0:
+        return
+    std = cast(Normal, rule).std
+    rows_per_block = ROWS_PER_BLOCK if len(shape) > 1 else max(1, shape[0] if shape else 1)
+    first, last = (offset[0], offset[0] + local.shape[0]) if shape else (0, 1)
+    columns = tuple(slice(at, at + size) for at, size in zip(offset[1:], local.shape[1:], strict=True))
+    for block in range(first // rows_per_block, (last - 1) // rows_per_block + 1):
+        begin = block * rows_per_block
+        rows = min(rows_per_block, (shape[0] if shape else 1) - begin)
+        generator = torch.Generator().manual_seed(block_seed(seed, name, block))
+        values = torch.empty((rows, *shape[1:])).normal_(0.0, std, generator=generator)
+        if not shape:
+            local.copy_(values[0])
+            continue
+        start, stop = max(first, begin), min(last, begin + rows)
+        local[start - first : stop - first].copy_(values[(slice(start - begin, stop - begin), *columns)])

@@ -1,0 +1,198 @@
+"""The parts of a transformer.
+
+Parameters are stored in FP32. Every layer casts its weights to the dtype of its input (`weight.to(x.dtype)`),
+which costs nothing in FP32 and where FSDP has cast them already, so one code serves every precision.
+Shapes: B sequences, C tokens, W width, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bigtrain.models.decoder_config import RopeScaling
+
+
+def cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """An optional parameter in the dtype of `x`."""
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """x (..., in) -> (..., out), with the matmul in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x))
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init.initialise` draws the values."""
+
+
+class Embedding(nn.Embedding):
+    """Indices (...) -> rows of the table (..., width), in the table's dtype."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init.initialise` draws the values."""
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the last dimension (Zhang and Sennrich 2019); statistics in FP32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; the result has its dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016); statistics in FP32."""
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; the result has its dtype."""
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x), self.eps)
+
+
+def rotary_frequencies(
+    head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> Tensor:
+    """Radians a position for each pair of channels: FP32 (head_width / 2,).
+
+    Su et al. 2021, section 3.2.2; the stretching of long wavelengths as in Llama 3.1's reference code.
+    """
+    exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((scaling.original_context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, FP32 (..., C, 1, D / 2), for positions (..., C); the 1 stands for the heads."""
+    angles = positions[..., None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, C, H, D), in FP32: the channel order of Hugging Face's Llama."""
+    cos, sin = table
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Boolean (B, 1, C, C), true where a query may see a key: not later, and in the same document.
+
+    Args:
+        documents: (B, C), the number of each token's document inside its sequence.
+    """
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `kv_heads` shared by groups of query heads (Ainslie et al. 2023)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        *,
+        bias: bool = False,
+        causal: bool = True,
+        qk_norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_width = head_width or width // heads
+        self.causal = causal
+        self.query = Linear(width, self.heads * self.head_width, bias=bias)
+        self.key = Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.value = Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.output = Linear(self.heads * self.head_width, width, bias=bias)
+        self.query_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
+        self.key_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend within x (B, C, W).
+
+        Args:
+            rotary: A `rotary_table` that fits (B, C, H, D), or None for no rotation.
+            mask: Boolean (B, 1, C, C), true where attention is allowed; it replaces the causal mask.
+        """
+        split = (-1, self.head_width)
+        query, key, value = (layer(x).unflatten(-1, split) for layer in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
+
+
+class MLP(nn.Module):
+    """up, activation, down; x (..., W) -> (..., W)."""
+
+    def __init__(
+        self, width: int, hidden_width: int, activation: str = "gelu", *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = Linear(width, hidden_width, bias=bias)
+        self.down = Linear(hidden_width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
+        hidden = self.up(x)
+        if self.activation == "relu":
+            hidden = F.relu(hidden)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        output: Tensor = self.down(hidden)
+        return output
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); x (..., W) -> (..., W)."""
+
+    def __init__(self, width: int, hidden_width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = Linear(width, hidden_width, bias=bias)
+        self.up = Linear(width, hidden_width, bias=bias)
+        self.down = Linear(hidden_width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
+        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return output

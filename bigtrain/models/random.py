@@ -1,0 +1,79 @@
+"""Random bits of a forward pass that no layout changes: a hash of where a number lies, no generator's state.
+
+A bit is a function of (key of the sequence, place in the model, position, channel), and the key one of (seed,
+step, index in the global batch). So a recomputed, split or sliced activation meets the bits of the whole one,
+on every device: the hash is integer arithmetic modulo 2^32 and 2^64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    keys: Tensor | None,
+    layer: int,
+    training: bool,
+    *,
+    first_position: int = 0,
+    first_channel: int = 0,
+) -> Tensor:
+    """Zero each value with probability p and scale the others by 1 / (1 - p).
+
+    Args:
+        x: (B, C, W), or the slice of it that begins at `first_position` and `first_channel`.
+        keys: int64 (B,), one a sequence; needed only when values are dropped.
+        layer: The number of the place in the model where this dropout stands.
+
+    Raises:
+        ValueError: Values are to be dropped and there are no keys.
+    """
+    if p == 0.0 or not training:
+        return x
+    if keys is None:
+        raise ValueError("dropout needs the batch's keys")
+    keep = keep_mask(x.shape, p, keys, layer, first_position, first_channel)
+    return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
+
+
+def keep_mask(
+    shape: torch.Size, p: float, keys: Tensor, layer: int, first_position: int = 0, first_channel: int = 0
+) -> Tensor:
+    """Boolean (B, C, W), true with probability 1 - p (to 2^-32)."""
+    _, positions, channels = shape
+    device = keys.device
+    rows = _splitmix64(keys + _wrap64(layer * 0xD1342543DE82EF95))[:, None]
+    rows = _splitmix64(rows + torch.arange(first_position, first_position + positions, device=device))
+    # 64 bits choose the row; they enter the 32-bit hash of each channel in two halves, between its rounds.
+    low, high = rows.to(torch.int32)[..., None], (rows >> 32).to(torch.int32)[..., None]
+    columns = torch.arange(first_channel, first_channel + channels, device=device, dtype=torch.int32)
+    bits = low + columns * _wrap32(0x9E3779B9)
+    bits = _round32(bits, 16, 0x21F0AAAD).add_(high)
+    bits = _round32(bits, 15, 0xD35A2D97)
+    bits ^= (bits >> 15).bitwise_and_((1 << 17) - 1)
+    return bits >= round(p * 2**32) - 2**31
+
+
+def _wrap32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _wrap64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _round32(bits: Tensor, shift: int, factor: int) -> Tensor:
+    """One xor-shift and multiplication, in place; the factors are those of lowbias32 (Wellons 2018)."""
+    bits ^= (bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+    return bits.mul_(_wrap32(factor))
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele et al. 2014) on int64, modulo 2^64."""
+    x = x + _wrap64(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _wrap64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _wrap64(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

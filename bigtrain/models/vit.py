@@ -1,0 +1,147 @@
+"""A small vision transformer (Dosovitskiy et al. 2021) that classifies images.
+
+It is also the example of a new family. A family is one file, found by its name (`model.arch: vit`), with:
+1. `Config`: the keys under `model` in the YAML, what they build, and exact counts of parameters and FLOPs;
+2. the module: `forward(batch)` returns the sums of losses and weights and scales nothing; `blocks()` names
+   what is sharded and recomputed one by one; `initialisers()` gives a rule for every parameter; and
+   `compute_dtype` is set by the engine.
+
+Shapes: B images, T patches of an image, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Ge
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from bigtrain.models.config import DataKind, Flops, ModelConfig
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
+from bigtrain.models.loss import chunked_cross_entropy
+
+Positive = Annotated[int, Ge(1)]
+
+
+class Config(ModelConfig):
+    """A pre-norm ViT without a class token: the mean over patches is classified."""
+
+    data_kind: ClassVar[DataKind] = "images"
+
+    arch: Literal["vit"] = "vit"
+    image_size: Positive
+    """Height and width of an image, in pixels."""
+    channels: Positive = 3
+    """Colours of a pixel."""
+    patch: Positive = 4
+    """Height and width of a patch, in pixels."""
+    layers: Positive = 4
+    """Transformer blocks."""
+    width: Positive = 128
+    """Width of the residual stream; the MLP's hidden layer is four times as wide."""
+    heads: Positive = 4
+    """Attention heads."""
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> Config:
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return self.patch**2 * self.channels
+
+    def build(self, vocab_size: int) -> VisionTransformer:
+        """The classifier for `vocab_size` classes; its values are not yet drawn."""
+        return VisionTransformer(self, vocab_size)
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Exact number of parameters."""
+        return self.patches * self.width + self.parameter_count_without_embeddings(vocab_size)
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Parameters without the table of positions."""
+        block = 12 * self.width**2 + 13 * self.width
+        return (self.patch_values + 1) * self.width + self.layers * block + (2 + vocab_size) * self.width
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Matmul FLOPs an image, forward and backward: 6 a parameter and patch, 12 * layers * W * T^2."""
+        dense = 6 * self.patches * (self.patch_values * self.width + self.layers * 12 * self.width**2)
+        attention = 12 * self.layers * self.width * self.patches**2
+        total = dense + attention + 6 * self.width * vocab_size
+        return Flops(total, total)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); every patch sees every other."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(width)
+        self.attention = Attention(width, heads, bias=True, causal=False)
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = MLP(width, 4 * width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block; x (B, T, W)."""
+        x = x + self.attention(self.attention_norm(x))
+        branch: Tensor = self.mlp(self.mlp_norm(x))
+        return x + branch
+
+
+class VisionTransformer(nn.Module):
+    """Patches, positions, blocks, mean, classes (`contract.Model`)."""
+
+    def __init__(self, config: Config, classes: int) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, torch.float32
+        self.embedding = Linear(config.patch_values, config.width)
+        self.position_embedding = Embedding(config.patches, config.width)
+        self.layers = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.norm = LayerNorm(config.width)
+        self.head = Linear(config.width, classes, bias=False)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """Sums of losses and weights for images uint8 (B, H, W, channels), labels (B,) and weights (B,)."""
+        x = self.embedding(self.cut(batch["images"]))
+        x = x + self.position_embedding.weight.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        pooled: Tensor = self.norm(x.mean(dim=1))
+        loss = chunked_cross_entropy(pooled, self.head.weight, batch["labels"], batch["weights"])
+        return LossSum(loss, batch["weights"].sum())
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Pixels 0..255 (B, H, W, channels) as patches (B, T, values of a patch) in -1..1."""
+        side, patch = self.config.image_size // self.config.patch, self.config.patch
+        patches = images.reshape(-1, side, patch, side, patch, self.config.channels).transpose(2, 3)
+        return (patches.reshape(-1, side * side, self.config.patch_values) / 127.5 - 1).to(self.compute_dtype)
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The transformer blocks, in order."""
+        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+
+    def initialisers(self) -> dict[str, Init]:
+        """Linear layers from a normal of variance 1 / inputs, positions of std 0.02; norms 1, biases 0."""
+        rules: dict[str, Init] = {}
+        for name, parameter in self.named_parameters():
+            if name == "position_embedding.weight":
+                rules[name] = Normal(0.02)
+            elif parameter.ndim == 2:
+                rules[name] = Normal(1 / math.sqrt(parameter.shape[1]))
+            else:
+                rules[name] = Zeros() if name.endswith("bias") else Ones()
+        return rules

@@ -1,0 +1,1 @@
+"""Optimizers with parameter groups by pattern, and learning-rate schedules as pure arithmetic."""

@@ -1,0 +1,71 @@
+"""From an optimizer's config and named parameters to a torch optimizer with its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bigtrain.config import UserError, nearest
+from bigtrain.optim.config import AdamConfig, AdamWConfig, ParameterGroup, RMSpropConfig, SGDConfig
+
+if TYPE_CHECKING:
+    from bigtrain.optim.config import _Optimizer
+
+
+def build_optimizer(
+    config: _Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """The optimizer that `config` describes; see `OptimizerConfig.build`."""
+    groups = parameter_groups(config, named_parameters)
+    # One fused pass over each tensor: the fastest on CPU and GPU, for DTensors too, and element by
+    # element, so that no reduction's order can change a bit.
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if isinstance(config, AdamConfig):
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if isinstance(config, SGDConfig):
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if isinstance(config, RMSpropConfig):
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps)
+    raise TypeError(f"no optimizer is built from {type(config).__name__}")
+
+
+def parameter_groups(
+    config: _Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> list[dict[str, Any]]:
+    """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
+
+    Raises:
+        UserError: A group's pattern matches no parameter.
+    """
+    used: set[str] = set()
+    names: list[str] = []
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        names.append(name)
+        rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
+        used.update(group.pattern for group in config.groups if fnmatchcase(name, group.pattern))
+        scale = 1.0 if rule is None else rule.lr_scale
+        decay = _weight_decay(config, rule, parameter)
+        empty = {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        group = groups.setdefault((scale, decay), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    for index, rule in enumerate(config.groups):
+        if rule.pattern not in used:
+            near = nearest(rule.pattern, names)
+            raise UserError(
+                f"the pattern {rule.pattern!r} matches no parameter",
+                f"optimizer.groups.{index}.pattern",
+                f"the nearest name is {near!r}" if near else f"names look like {', '.join(names[:3])}",
+            )
+    return list(groups.values())
+
+
+def _weight_decay(config: _Optimizer, rule: ParameterGroup | None, parameter: torch.Tensor) -> float:
+    if rule is not None and rule.weight_decay is not None:
+        return rule.weight_decay
+    return config.weight_decay if parameter.ndim >= 2 else 0.0
