@@ -1,0 +1,100 @@
+"""Images and labels as members of a tar: explicit decoders for PNG and JPEG, and for a class number."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg")
+LABEL_SUFFIXES = ("cls", "json")
+MAX_IMAGE_BYTES = 1 << 26
+MAX_LABEL_BYTES = 1 << 16
+MAX_PIXELS = 1 << 26
+MAX_CLASSES = 1 << 24
+
+_CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "RGBA": 3, "LA": 3, "CMYK": 3, "YCbCr": 3}
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """The one shape that all images of a shard directory have, and how many classes their labels name."""
+
+    height: int
+    width: int
+    channels: int
+    classes: int
+
+
+def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
+    """Height, width and channels (1 for grey, else 3) from an image's header.
+
+    Raises:
+        UserError: Not a PNG or JPEG, too many pixels, or a mode such as 16-bit grey.
+    """
+    with _open(data, where) as image:
+        return image.height, image.width, _CHANNELS[image.mode]
+
+
+def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uint8]:
+    """The pixels, uint8 (height, width, channels).
+
+    Raises:
+        UserError: Not an image, or not of the shape that the index names.
+    """
+    with _open(data, where) as image:
+        if (image.height, image.width) != (info.height, info.width):
+            raise UserError(
+                f"the image is {image.width} x {image.height}; the index says {info.width} x {info.height}",
+                where=where,
+            )
+        try:
+            pixels = np.asarray(image.convert("L" if info.channels == 1 else "RGB"), dtype=np.uint8)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"the image cannot be decoded: {error}", where=where) from None
+    return pixels.reshape(info.height, info.width, info.channels)
+
+
+def decode_label(data: bytes, suffix: str, where: str) -> int:
+    """The class of a sample: ASCII digits (cls), or JSON that is a number or an object with `label` or `cls`.
+
+    Raises:
+        UserError: Anything else, or a class outside 0 .. MAX_CLASSES - 1.
+    """
+    fix = "write the class as a whole number"
+    try:
+        if suffix == "cls":
+            text = data.decode("ascii").strip()
+            value = int(text) if text.isdigit() else None
+        else:
+            value = json.loads(data.decode("utf-8"))
+            if isinstance(value, dict):
+                value = value.get("label", value.get("cls"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the label cannot be read: {error}", where=where, fix=fix) from None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
+        raise UserError(f"the label {str(value)[:40]!r} is not a class number", where=where, fix=fix)
+    return value
+
+
+def _open(data: bytes, where: str) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"the member is not a PNG or JPEG image: {error}", where=where) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"the image has more than {MAX_PIXELS} pixels", where=where)
+    if image.mode not in _CHANNELS:
+        raise UserError(f"images of mode {image.mode!r} are not read", where=where, fix="store 8-bit grey or RGB")
+    return image

@@ -1,0 +1,183 @@
+"""Looking at a shard directory: what it holds (`data inspect`), and whether it is whole (`data verify`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
+from bigtrain.data.indexing import scan_shard
+from bigtrain.data.sequences import TokenReader
+
+_PREVIEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a shard directory holds. Lengths are in tokens."""
+
+    path: str
+    kind: str
+    samples: int
+    """Documents, or images."""
+    shards: int
+    bytes: int
+    fingerprint: str
+    vocab_size: int
+    """Or number of classes."""
+    dtype: str | None
+    tokenizer: str | None
+    image: str | None
+    """HEIGHT x WIDTH x CHANNELS."""
+    tokens: int
+    bytes_per_token: float | None
+    shortest: int
+    longest: int
+    context: int
+    sequences: int
+    padding: int
+    """Targets of weight zero that fill up the last sequence of each shard."""
+    padding_share: float
+    first_lines: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a full verification found."""
+
+    path: str
+    shards: int
+    bytes: int
+    problems: list[dict[str, str | None]]
+    """One object a problem: error, where, fix."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return dataclasses.asdict(self)
+
+    def raise_for_problems(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            CorruptionError: Names the first problem and how many there are.
+        """
+        if self.problems:
+            first = self.problems[0]
+            more = f" ({len(self.problems)} problems in all)" if len(self.problems) > 1 else ""
+            raise CorruptionError(f"{first['error']}{more}", where=first["where"], fix=first["fix"])
+
+
+def shard_directories(path: str | Path) -> list[Path]:
+    """The directory itself where it is indexed, else its parts train and validation.
+
+    Raises:
+        UserError: None of them is there.
+    """
+    root = Path(path)
+    parts = [root / name for name in ("train", "validation") if (root / name / INDEX_NAME).is_file()]
+    if (root / INDEX_NAME).is_file() or not parts:
+        return [load_index(root).directory]
+    return parts
+
+
+def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection:
+    """Describe one shard directory; the first lines of text are decoded where its tokenizer is known.
+
+    Raises:
+        UserError: No index there.
+        CorruptionError: The index or a sidecar is damaged.
+    """
+    index = load_index(path)
+    tokens = index.kind == "tokens"
+    targets = sum(max(0, shard.tokens - 1) for shard in index.shards)
+    sequences = sum(index.sequence_counts(context))
+    padding = sequences * context - targets if tokens else 0
+    lengths = [rows[:, 1] for number in range(len(index.shards)) if len(rows := index.rows(number))] if tokens else []
+    image = index.image
+    return Inspection(
+        path=str(index.directory),
+        kind=index.kind,
+        samples=index.samples,
+        shards=len(index.shards),
+        bytes=index.bytes,
+        fingerprint=index.fingerprint,
+        vocab_size=index.vocab_size,
+        dtype=index.dtype,
+        tokenizer=None if index.tokenizer is None else index.tokenizer.kind,
+        image=None if image is None else f"{image.height} x {image.width} x {image.channels}",
+        tokens=index.tokens,
+        bytes_per_token=index.bytes_per_token,
+        shortest=min((int(part.min()) for part in lengths), default=0),
+        longest=max((int(part.max()) for part in lengths), default=0),
+        context=context,
+        sequences=sequences,
+        padding=padding,
+        padding_share=padding / (sequences * context) if padding else 0.0,
+        first_lines=_first_lines(index, lines) if tokens else [],
+    )
+
+
+def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> Verification:
+    """Read all of a shard directory (or of its train and validation): hashes, tars, sidecars, tokenizer.
+
+    Raises:
+        UserError: Nothing there.
+    """
+    problems: list[UserError] = []
+    shards = size = 0
+    for directory in shard_directories(path):
+        index = load_index(directory)
+        for number, shard in enumerate(index.shards):
+            found = index.problems(shard, hashed=True) or _structure(index, number, shard)
+            problems += found
+            if progress is not None:
+                progress(f"{directory.name}/{shard.url}")
+        known = {shard.url for shard in index.shards}
+        for extra in sorted({file.name for file in directory.glob("*.tar")} - known):
+            problems.append(CorruptionError(f"{extra} is not in the index", str(directory), REINDEX))
+        if index.tokenizer is not None and index.tokenizer.kind == "tokenizers":
+            problems += _collected(index.load_tokenizer)
+        shards += len(index.shards)
+        size += index.bytes
+    return Verification(str(path), shards, size, [problem.as_json() for problem in problems])
+
+
+def _structure(index: ShardIndex, number: int, shard: Shard) -> list[UserError]:
+    def compare() -> None:
+        path = index.directory / shard.url
+        scan = scan_shard(path)
+        if scan.kind != index.kind or scan.dtype != index.dtype or not np.array_equal(scan.rows, index.rows(number)):
+            raise CorruptionError("the sidecar does not fit its shard", str(path), REINDEX)
+        if scan.largest_id >= index.vocab_size:
+            raise CorruptionError(f"the shard holds the token {scan.largest_id} of {index.vocab_size}", str(path))
+
+    return _collected(compare)
+
+
+def _collected(check: Callable[[], object]) -> list[UserError]:
+    try:
+        check()
+    except UserError as error:
+        return [error]
+    return []
+
+
+def _first_lines(index: ShardIndex, lines: int) -> list[str]:
+    if index.tokenizer is None or index.tokenizer.kind == "unknown" or not any(index.sequence_counts(1)):
+        return []
+    shard = int(np.flatnonzero(index.sequence_counts(1))[0])
+    count = min(_PREVIEW_TOKENS, index.shards[shard].tokens - 1)
+    reader = TokenReader(index, count)
+    tokens = reader.read(np.asarray([shard]), np.asarray([0]))["tokens"][0]
+    reader.close()
+    return index.load_tokenizer().decode(tokens).splitlines()[:lines]

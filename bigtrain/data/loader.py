@@ -1,0 +1,274 @@
+"""The loader: from a global order to each rank's micro-batches, prepared ahead by a thread.
+
+It holds no state that a checkpoint needs: the batch of a step is a function of the step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.order import FixedOrder, Order, sequence_keys
+from bigtrain.data.sequences import Arrays, open_reader
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How a global batch lies over the data-parallel ranks; the same numbers on every rank."""
+
+    batch_size: int
+    ranks: int
+    n_micro: int
+    """Micro-batches of each rank."""
+    micro_batch: int
+    """Sequences of each micro-batch."""
+
+    @property
+    def per_rank(self) -> int:
+        """Slots of a rank, fillers included."""
+        return self.n_micro * self.micro_batch
+
+    @property
+    def fillers(self) -> int:
+        """Slots of weight zero, over all ranks: the waste of an uneven division."""
+        return self.per_rank * self.ranks - self.batch_size
+
+    def slots(self, rank: int) -> range:
+        """A rank's slots of the global batch; those at or past batch_size are fillers."""
+        return range(rank * self.per_rank, (rank + 1) * self.per_rank)
+
+
+def distribute(batch_size: int, ranks: int, micro_size: int) -> Distribution:
+    """Divide a global batch over ranks in micro-batches of at most `micro_size` sequences, as even as can be.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+    if min(batch_size, ranks, micro_size) < 1:
+        raise ValueError(f"batch {batch_size}, ranks {ranks} and micro-batch {micro_size} must be at least 1")
+    per_rank = -(-batch_size // ranks)
+    n_micro = -(-per_rank // micro_size)
+    return Distribution(batch_size, ranks, n_micro, -(-per_rank // n_micro))
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank gets for one step."""
+
+    step: int
+    micro_batches: list[Arrays]
+    """Text: tokens, targets, weights (B, C), keys (B,), and with a document mask documents, positions (B, C).
+    Images: images (B, height, width, channels), labels, weights, keys (B,)."""
+    sample_ids: list[str] = field(default_factory=list)
+    """Of the whole global batch in its order; only when asked for."""
+
+
+class Loader:
+    """Yields one rank's share of each global batch.
+
+    Args:
+        data: A shard directory or its index.
+        order: The global order; its counts are those of the index at this context.
+        batch_size: Sequences of the global batch.
+        context: Tokens of a sequence; unused for images.
+        dp_rank: This rank among those that read different data.
+        dp_size: Their number.
+        micro_size: Sequences that a rank takes in one pass, at most; None: all of its own.
+        seed: The run's seed, for the keys of dropout.
+        document_mask: Whether batches say where documents begin.
+        log_samples: Whether batches carry the ids of the global batch.
+        prefetch: Batches prepared ahead.
+        source: Name of the data in sample ids and in the position.
+    """
+
+    def __init__(
+        self,
+        data: ShardIndex | str | Path,
+        order: Order,
+        *,
+        batch_size: int,
+        context: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        micro_size: int | None = None,
+        seed: int = 0,
+        document_mask: bool = False,
+        log_samples: bool = False,
+        prefetch: int = 2,
+        source: str = "train",
+    ) -> None:
+        self.index = data if isinstance(data, ShardIndex) else load_index(data)
+        if order.counts.tolist() != self.index.sequence_counts(context):
+            raise ValueError("the order was made for other data or another context")
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"rank {dp_rank} is not among {dp_size}")
+        self.distribution = distribute(batch_size, dp_size, micro_size or batch_size)
+        self._order, self._seed, self._rank, self._source = order, seed, dp_rank, source
+        self._log_samples, self._prefetch = log_samples, prefetch
+        # A batch may lie across the border of two windows.
+        self._reader = open_reader(self.index, context, document_mask, open_shards=2 * order.window)
+        self._active: _Ahead | None = None
+
+    @property
+    def data_wait_s(self) -> float:
+        """How long the last batch was waited for, in seconds."""
+        return 0.0 if self._active is None else self._active.wait_s
+
+    def batch(self, step: int) -> StepBatch:
+        """This rank's part of the batch that `step` consumes, read now. Steps count from 0."""
+        shape = self.distribution
+        start, slots = step * shape.batch_size, shape.slots(self._rank)
+        own = min(slots.stop, shape.batch_size) - slots.start
+        draw = self._order.take(start + slots.start, max(0, own))
+        arrays = self._reader.read(draw.shard, draw.sequence)
+        missing = shape.per_rank - len(draw.shard)
+        if missing:
+            blank = self._reader.blank(missing)
+            arrays = {name: np.concatenate([values, blank[name]]) for name, values in arrays.items()}
+        arrays["keys"] = sequence_keys(self._seed, step, np.arange(slots.start, slots.stop))
+        size = shape.micro_batch
+        micro_batches = [
+            {name: values[first : first + size] for name, values in arrays.items()}
+            for first in range(0, shape.per_rank, size)
+        ]
+        return StepBatch(step, micro_batches, self.sample_ids(step) if self._log_samples else [])
+
+    def sample_ids(self, step: int) -> list[str]:
+        """The ids of all samples that `step` consumes, in global order."""
+        draw = self._order.take(step * self.distribution.batch_size, self.distribution.batch_size)
+        return self._reader.sample_ids(self._source, draw.shard, draw.sequence)
+
+    def batches(self, first_step: int = 0, stop_step: int | None = None) -> Iterator[StepBatch]:
+        """The batches from `first_step` on, without end or up to before `stop_step`, prepared ahead.
+
+        An error of the reading thread is raised where its batch would have come. Another call ends this one.
+        """
+        self._stop()
+        self._active = _Ahead(self.batch, first_step, stop_step, self._prefetch)
+        return self._active
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stands after `step` steps: the step, and the sequences drawn from each source."""
+        return {"step": step, "drawn": {self._source: step * self.distribution.batch_size}}
+
+    def close(self) -> None:
+        """End the reading thread and let go of open shards."""
+        self._stop()
+        self._reader.close()
+
+    def _stop(self) -> None:
+        if self._active is not None:
+            self._active.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class EvaluationLoader:
+    """The first sequences of the held-out data, the same each time, divided over the ranks as in training.
+
+    Args:
+        data: A shard directory or its index.
+        batches: Global batches of an evaluation, at most; fewer where the data ends, the last one filled up.
+        loader: Arguments of `Loader` other than its order.
+
+    Raises:
+        UserError: The data holds no sequence.
+    """
+
+    def __init__(self, data: ShardIndex | str | Path, *, batches: int, context: int, **loader: Any) -> None:
+        index = data if isinstance(data, ShardIndex) else load_index(data)
+        order = FixedOrder(index.sequence_counts(context))
+        self._loader = Loader(index, order, context=context, **{"source": "validation", **loader})
+        if not order.sequences_per_epoch:
+            raise UserError("the validation data holds no sequence", where=str(index.directory), fix="hold out more")
+        batch_size = self._loader.distribution.batch_size
+        self._count = min(batches, -(-order.sequences_per_epoch // batch_size))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self._loader.batches(0, self._count)
+
+    def close(self) -> None:
+        """End the reading thread and let go of open shards."""
+        self._loader.close()
+
+    def __enter__(self) -> EvaluationLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _End:
+    pass
+
+
+class _Ahead(Iterator[StepBatch]):
+    """An iterator over the batches of steps, with a thread that stays at most `ahead` batches in front."""
+
+    def __init__(self, make: Callable[[int], StepBatch], first: int, stop: int | None, ahead: int) -> None:
+        self.wait_s = 0.0
+        self._make, self._next, self._stop_step = make, first, stop
+        self._ready: queue.Queue[StepBatch | _Failure | _End] = queue.Queue(maxsize=max(1, ahead))
+        self._closing = threading.Event()
+        self._ended: _Failure | _End | None = None
+        self._thread = threading.Thread(target=self._run, name="bigtrain-loader", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> StepBatch:
+        if self._ended is None:
+            began = time.monotonic()
+            item = self._ready.get()
+            self.wait_s = time.monotonic() - began
+            if isinstance(item, StepBatch):
+                return item
+            self._ended = item
+        if isinstance(self._ended, _Failure):
+            raise self._ended.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread; the iterator is over."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        self._thread.join()
+        self._ended = self._ended or _End()
+
+    def _run(self) -> None:
+        item: StepBatch | _Failure | _End
+        while not self._closing.is_set():
+            if self._stop_step is not None and self._next >= self._stop_step:
+                self._ready.put(_End())
+                return
+            try:
+                item = self._make(self._next)
+            except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+                item = _Failure(error)
+            self._next += 1
+            self._ready.put(item)
+            if isinstance(item, _Failure):
+                return

@@ -1,0 +1,277 @@
+"""Forming sequences on reading: from a shard, its sidecar and the context to arrays."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.images import decode_image
+from bigtrain.data.index import REINDEX, ShardIndex
+from bigtrain.data.order import IntArray
+
+Arrays = dict[str, npt.NDArray[Any]]
+T = TypeVar("T")
+
+
+class Reader(Protocol):
+    """Turns places in the data into named arrays whose first axis is the sequence."""
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """The sequences number `indices[i]` of shard `shards[i]`."""
+        ...
+
+    def blank(self, count: int) -> Arrays:
+        """Valid content of weight zero."""
+        ...
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """SOURCE/SHARD/DOCUMENT:OFFSET of the first token of each sequence."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open shards."""
+        ...
+
+
+def open_reader(index: ShardIndex, context: int, document_mask: bool = False, open_shards: int = 16) -> Reader:
+    """The reader for a shard directory's kind of data.
+
+    Args:
+        index: The directory's index.
+        context: Tokens of a sequence; unused for images.
+        document_mask: Also yield `documents` and `positions`.
+        open_shards: Shards kept open at once.
+    """
+    if index.kind == "images":
+        return ImageReader(index, open_shards)
+    return TokenReader(index, context, document_mask, open_shards)
+
+
+class _Opened(Generic[T]):
+    """The few most recently used shards."""
+
+    def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
+        self._open_one, self._close_one, self._limit = open_one, close_one, max(1, limit)
+        self._opened: OrderedDict[int, T] = OrderedDict()
+
+    def __getitem__(self, shard: int) -> T:
+        if shard not in self._opened:
+            self._opened[shard] = self._open_one(shard)
+            if len(self._opened) > self._limit:
+                self._close_one(self._opened.popitem(last=False)[1])
+        self._opened.move_to_end(shard)
+        return self._opened[shard]
+
+    def close(self) -> None:
+        while self._opened:
+            self._close_one(self._opened.popitem()[1])
+
+
+@dataclass(frozen=True)
+class _TokenShard:
+    """A shard's documents as one stream of tokens."""
+
+    stored: npt.NDArray[Any]
+    """The whole tar seen as an array of tokens, mapped."""
+    starts: IntArray
+    """Position in the stream of each document's first token."""
+    ends: IntArray
+    shift: IntArray
+    """Added to a stream position inside a document, gives the position in `stored`."""
+
+
+class TokenReader:
+    """Sequences of tokens.
+
+    Sequence i of a shard covers positions i*C .. i*C + C of its stream: C inputs and, one later, C targets.
+    The last is padded with weight zero.
+    """
+
+    def __init__(self, index: ShardIndex, context: int, document_mask: bool = False, open_shards: int = 16) -> None:
+        if context < 1:
+            raise ValueError(f"the context must be at least 1 token, not {context}")
+        self._index, self._context, self._document_mask = index, context, document_mask
+        self._shards = _Opened(self._open, lambda shard: None, open_shards)
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64.
+
+        `documents` numbers a sequence's documents from 0, padding as one more; `positions` restart at each.
+        The target after a document's end has weight zero then.
+        """
+        count, length = len(shards), self._context + 1
+        block = np.zeros((count, length), dtype=np.int64)
+        valid = np.zeros(count, dtype=np.int64)
+        documents = np.zeros((count, length), dtype=np.int32) if self._document_mask else None
+        positions = np.zeros((count, length), dtype=np.int64) if self._document_mask else None
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            self._fill(int(shard), indices[rows], rows, block, valid, documents, positions)
+        weights = np.arange(1, length) < valid[:, None]
+        arrays: Arrays = {
+            "tokens": np.ascontiguousarray(block[:, :-1]),
+            "targets": np.ascontiguousarray(block[:, 1:]),
+        }
+        if documents is not None and positions is not None:
+            weights &= documents[:, 1:] == documents[:, :-1]
+            arrays["documents"] = np.ascontiguousarray(documents[:, :-1])
+            arrays["positions"] = np.ascontiguousarray(positions[:, :-1])
+        arrays["weights"] = weights.astype(np.float32)
+        return arrays
+
+    def blank(self, count: int) -> Arrays:
+        """Sequences of token 0 and weight zero."""
+        shape = (count, self._context)
+        arrays: Arrays = {"tokens": np.zeros(shape, np.int64), "targets": np.zeros(shape, np.int64)}
+        if self._document_mask:
+            arrays["documents"] = np.zeros(shape, np.int32)
+            arrays["positions"] = np.broadcast_to(np.arange(self._context, dtype=np.int64), shape).copy()
+        arrays["weights"] = np.zeros(shape, np.float32)
+        return arrays
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """SOURCE/SHARD/DOCUMENT:OFFSET; DOCUMENT counts the shard's members, OFFSET tokens in it."""
+        ids = []
+        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+            opened = self._shards[shard]
+            document = int(np.searchsorted(opened.ends, index * self._context, side="right"))
+            offset = index * self._context - int(opened.starts[document])
+            ids.append(f"{source}/{self._index.shards[shard].stem}/{document}:{offset}")
+        return ids
+
+    def close(self) -> None:
+        """Let go of open shards."""
+        self._shards.close()
+
+    def _open(self, shard: int) -> _TokenShard:
+        entry, rows = self._index.shards[shard], self._index.rows(shard)
+        path = self._index.directory / entry.url
+        _expect_size(path, entry.filesize)
+        dtype = np.dtype(self._index.dtype)
+        ends = np.cumsum(rows[:, 1])
+        starts = ends - rows[:, 1]
+        if (rows[:, 0] % dtype.itemsize).any():
+            raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
+        stored = np.memmap(path, dtype=dtype, mode="r", shape=(entry.filesize // dtype.itemsize,))
+        return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
+
+    def _fill(
+        self,
+        shard: int,
+        indices: IntArray,
+        rows: IntArray,
+        block: IntArray,
+        valid: IntArray,
+        documents: npt.NDArray[np.int32] | None,
+        positions: IntArray | None,
+    ) -> None:
+        """Fill the given rows from one shard, all at once.
+
+        A sequence is a run of pieces, each a stretch of one document. A token's place is its piece's
+        shift plus its position in the stream, so that one gather reads them all.
+        """
+        opened, length = self._shards[shard], self._context + 1
+        begins = indices * self._context
+        stops = np.minimum(begins + length, opened.ends[-1])
+        sizes = stops - begins
+        first = np.searchsorted(opened.ends, begins, side="right")
+        pieces = np.searchsorted(opened.ends, stops - 1, side="right") - first + 1
+        owner = np.repeat(np.arange(len(rows)), pieces)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        document = first[owner] + within
+        piece_begin = np.maximum(opened.starts[document], begins[owner])
+        piece_size = np.minimum(opened.ends[document], stops[owner]) - piece_begin
+        # Pieces are written one after another, so a token's rank in its piece is its rank minus `written`.
+        written = np.cumsum(piece_size) - piece_size
+        place = np.arange(int(sizes.sum())) + np.repeat(piece_begin + opened.shift[document] - written, piece_size)
+        tokens = opened.stored[place]
+        valid[rows] = sizes
+        full = bool((sizes == length).all())
+        inside = None if full else np.arange(length) < sizes[:, None]
+        _scatter(block, rows, inside, tokens)
+        if documents is not None and positions is not None:
+            if inside is not None:
+                last = np.add.reduceat(np.ones_like(owner), np.cumsum(pieces) - pieces)
+                documents[rows] = last[:, None]
+                positions[rows] = np.arange(length) - sizes[:, None]
+            _scatter(documents, rows, inside, np.repeat(within, piece_size))
+            rank = np.arange(int(sizes.sum())) - np.repeat(written, piece_size)
+            _scatter(positions, rows, inside, rank)
+
+
+def _scatter(
+    target: npt.NDArray[Any], rows: IntArray, inside: npt.NDArray[np.bool_] | None, values: npt.NDArray[Any]
+) -> None:
+    """Write values, row after row, into rows of target where `inside` holds (everywhere where None)."""
+    if inside is None:
+        target[rows] = values.reshape(len(rows), -1)
+    else:
+        part = target[rows]
+        part[inside] = values
+        target[rows] = part
+
+
+class ImageReader:
+    """Images with their class."""
+
+    def __init__(self, index: ShardIndex, open_shards: int = 16) -> None:
+        if index.image is None:
+            raise ValueError("the index holds no images")
+        self._index, self._image = index, index.image
+        self._shards: _Opened[tuple[int, IntArray]] = _Opened(self._open, lambda shard: os.close(shard[0]), open_shards)
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """images uint8 (n, height, width, channels), labels int64 (n,), weights float32 (n,)."""
+        arrays = self.blank(len(shards))
+        for place, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
+            descriptor, rows = self._shards[shard]
+            offset, size, label = (int(value) for value in rows[index])
+            where = f"{self._index.directory / self._index.shards[shard].url}, sample {index}"
+            data = os.pread(descriptor, size, offset)
+            if len(data) != size:
+                raise CorruptionError("the shard ends before its index says", where=where)
+            arrays["images"][place] = decode_image(data, self._image, where)
+            arrays["labels"][place] = label
+        arrays["weights"][:] = 1
+        return arrays
+
+    def blank(self, count: int) -> Arrays:
+        """Black images of class 0 and weight zero."""
+        shape = (count, self._image.height, self._image.width, self._image.channels)
+        return {
+            "images": np.zeros(shape, np.uint8),
+            "labels": np.zeros(count, np.int64),
+            "weights": np.zeros(count, np.float32),
+        }
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """SOURCE/SHARD/SAMPLE:0."""
+        stems = [self._index.shards[shard].stem for shard in shards.tolist()]
+        return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
+
+    def close(self) -> None:
+        """Let go of open shards."""
+        self._shards.close()
+
+    def _open(self, shard: int) -> tuple[int, IntArray]:
+        entry = self._index.shards[shard]
+        path = self._index.directory / entry.url
+        _expect_size(path, entry.filesize)
+        return os.open(path, os.O_RDONLY), self._index.rows(shard)
+
+
+def _expect_size(path: os.PathLike[str], size: int) -> None:
+    # A mapped file that has become shorter ends the process with SIGBUS, so its size is looked at first.
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError:
+        raise UserError("the shard is missing", where=str(path), fix="put it back") from None
+    if found != size:
+        raise CorruptionError(f"the shard has {found} bytes; indexed were {size}", where=str(path))

@@ -1,0 +1,312 @@
+"""Tokenizers: bytes, a tokenizer.json, and GPT-2's pair of files, behind one small class.
+
+Encoding is of ordinary text: the characters of a special token inside a document (say "<|endoftext|>") are
+encoded as text, so that no document can forge the end of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import UserError
+from bigtrain.data.documents import Document
+from bigtrain.storage import write_atomic
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+Tokens = npt.NDArray[np.int64]
+
+BYTES_VOCAB_SIZE = 257
+BYTES_END_OF_TEXT = 256
+END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+FILE_NAME = "tokenizer.json"
+CHUNK_CHARACTERS = 1 << 20
+
+_GPT2_PAIRS = (
+    ("gpt2_bpe_encoder.json", "gpt2_bpe_vocab.bpe"),
+    ("encoder.json", "vocab.bpe"),
+    ("vocab.json", "merges.txt"),
+)
+# A letter, a space or line end, a letter: no byte-level pre-tokenizer in use joins the first letter and what
+# follows into one word, so cutting between them changes no token.
+_SAFE_CUT = re.compile(r"[^\W\d_](?=[ \n][^\W\d_])")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What an index says of the tokenizer that made its tokens."""
+
+    kind: str
+    """"bytes", "tokenizers", or "unknown" for tokens made elsewhere."""
+    vocab_size: int
+    eot: int | None
+    """Id of the end of text; None where it is not known."""
+    hash: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that an index holds, and `data tokenizer --json` prints."""
+        return asdict(self)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: A tokenizer of the `tokenizers` library; None for bytes.
+        eot: Name of the end-of-text token; found among the usual names where None.
+        where: The file, for errors.
+    """
+
+    def __init__(
+        self, backend: HuggingFaceTokenizer | None = None, eot: str | None = None, where: str | None = None
+    ) -> None:
+        self._backend = backend
+        self._chunked = True
+        if backend is None:
+            self.info = TokenizerInfo("bytes", BYTES_VOCAB_SIZE, BYTES_END_OF_TEXT, "bytes:257")
+            return
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._definition = backend.to_str(pretty=False)
+        self._chunked = _may_be_chunked(json.loads(self._definition))
+        digest = hashlib.sha256(self._definition.encode()).hexdigest()
+        self.info = TokenizerInfo(
+            "tokenizers",
+            vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            eot=_end_of_text(backend, eot, where),
+            hash=f"sha256:{digest}",
+        )
+
+    @classmethod
+    def open(cls, source: str, eot: str | None = None) -> Tokenizer:
+        """The tokenizer that a user names: "bytes", a tokenizer.json, or GPT-2's files (their directory too).
+
+        Raises:
+            UserError: Nothing there, or not a tokenizer.
+        """
+        if source == "bytes":
+            return cls()
+        path = Path(source)
+        if not path.exists():
+            raise UserError(
+                f"no tokenizer at {source!r}",
+                fix="give 'bytes', a tokenizer.json, or the directory of GPT-2's files",
+            )
+        if path.is_dir():
+            pair = _gpt2_pair(path)
+            if pair is None and not (path / FILE_NAME).is_file():
+                raise UserError(
+                    "the directory holds no tokenizer",
+                    where=source,
+                    fix=f"it needs {FILE_NAME}, or one of " + ", ".join(" + ".join(names) for names in _GPT2_PAIRS),
+                )
+            return cls(_read_json(path / FILE_NAME) if pair is None else _read_gpt2(*pair), eot, source)
+        pair = _gpt2_pair(path.parent, path.name)
+        return cls(_read_json(path) if pair is None else _read_gpt2(*pair), eot, source)
+
+    @classmethod
+    def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
+        """The tokenizer of a shard directory, checked against what its index says.
+
+        Raises:
+            UserError: The tokenizer is not there, or another one than the shards were made with.
+        """
+        if info.kind == "bytes":
+            return cls()
+        path = Path(directory) / FILE_NAME
+        if info.kind == "unknown" or not path.is_file():
+            raise UserError("the shards carry no tokenizer", where=str(directory), fix="pack the text with bigtrain")
+        name = None if info.eot is None else _read_json(path).id_to_token(info.eot)
+        tokenizer = cls(_read_json(path), name, str(path))
+        if tokenizer.info.hash != info.hash:
+            raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
+        return tokenizer
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json into a shard directory; nothing for bytes."""
+        if self._backend is not None:
+            write_atomic(Path(directory) / FILE_NAME, self._definition)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self.info.vocab_size
+
+    @property
+    def eot(self) -> int:
+        """Id of the end of text."""
+        assert self.info.eot is not None
+        return self.info.eot
+
+    @property
+    def hash(self) -> str:
+        """Identifies the tokenizer's definition."""
+        return self.info.hash
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest type that shards may store its ids in: uint16 or uint32, little-endian."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def encode(self, text: str) -> Tokens:
+        """The ids of a text, int64, without an end of text."""
+        parts = list(self.encode_stream([text]))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[Tokens]:
+        """The ids of one document given as consecutive pieces of text, in about as many arrays.
+
+        Equals encoding the whole document at once; memory is bounded by the pieces where the tokenizer splits
+        text at spaces (bytes, byte-level BPE), else by the document.
+        """
+        if self._backend is None:
+            for text in texts:
+                yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+            return
+        held: list[str] = []
+        for text in texts:
+            for start in range(0, len(text), CHUNK_CHARACTERS):
+                chunk = text[start : start + CHUNK_CHARACTERS]
+                cut = _last_safe_cut(chunk) if self._chunked else None
+                if cut is None:
+                    held.append(chunk)
+                    continue
+                yield self._encode_piece("".join([*held, chunk[:cut]]))
+                held = [chunk[cut:]]
+        if held:
+            yield self._encode_piece("".join(held))
+
+    def _encode_piece(self, text: str) -> Tokens:
+        assert self._backend is not None
+        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """The text of some ids; the end of text becomes nothing, bytes that are no UTF-8 become U+FFFD."""
+        values = [int(value) for value in np.asarray(ids, dtype=np.int64).reshape(-1)]
+        if self._backend is None:
+            return bytes(value for value in values if 0 <= value < 256).decode("utf-8", errors="replace")
+        known = [value for value in values if 0 <= value < self.vocab_size]
+        return str(self._backend.decode(known, skip_special_tokens=True))
+
+
+def train_bpe(
+    documents: Iterable[Document], vocab: int, out: str | Path, progress: Callable[[str], None] | None = None
+) -> Tokenizer:
+    """Train a byte-level BPE of `vocab` entries (fewer on little text) and write it as tokenizer.json.
+
+    The 256 bytes and <|endoftext|> are always in it. Deterministic: the same documents give the same file.
+
+    Raises:
+        UserError: `vocab` is too small, or `out` exists.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab < BYTES_VOCAB_SIZE:
+        raise UserError(f"a vocabulary of {vocab} cannot hold all bytes and an end of text", fix="use at least 257")
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"{str(out)!r} exists already", fix="choose another file, or delete it")
+    if not target.parent.is_dir():
+        raise UserError("the directory of the output is not there", where=str(target.parent), fix="create it")
+
+    def pieces() -> Iterator[str]:
+        for document in documents:
+            if progress is not None:
+                progress(document.name)
+            for text in document.pieces():
+                yield from text.splitlines(keepends=True)
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT_NAMES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(pieces(), trainer)
+    tokenizer = Tokenizer(backend)
+    write_atomic(target, backend.to_str(pretty=True))
+    return tokenizer
+
+
+def _last_safe_cut(text: str) -> int | None:
+    """The last place where cutting a text changes no token of a byte-level tokenizer."""
+    window = 4096
+    for start in range(max(0, len(text) - window), -window, -window):
+        found = list(_SAFE_CUT.finditer(text, max(0, start), start + window + 2))
+        if found:
+            return found[-1].end()
+    return None
+
+
+def _may_be_chunked(definition: dict[str, Any]) -> bool:
+    """Whether the tokenizer works word by word, so that text may be cut before a space between two words."""
+    if definition.get("normalizer") is not None:
+        return False
+    if any(" " in token["content"] for token in definition.get("added_tokens", []) if not token["special"]):
+        return False
+    outer = definition.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    splits = any(step.get("type") == "Split" for step in steps)
+    return bool(byte_level) and all(
+        not step.get("add_prefix_space", True) and (step.get("use_regex", True) or splits) for step in byte_level
+    )
+
+
+def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | None) -> int:
+    for candidate in (name,) if name is not None else END_OF_TEXT_NAMES:
+        found = backend.token_to_id(candidate)
+        if found is not None:
+            return int(found)
+    wanted = repr(name) if name is not None else " or ".join(END_OF_TEXT_NAMES)
+    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it")
+
+
+def _gpt2_pair(directory: Path, member: str | None = None) -> tuple[Path, Path] | None:
+    for names in _GPT2_PAIRS:
+        if (member is None or member in names) and all((directory / name).is_file() for name in names):
+            return directory / names[0], directory / names[1]
+    return None
+
+
+def _read_json(path: Path) -> HuggingFaceTokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a malformed file
+        raise UserError(f"not a tokenizer.json: {error}", where=str(path)) from None
+
+
+def _read_gpt2(encoder: Path, merges: Path) -> HuggingFaceTokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    try:
+        vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [
+            (left, right) for left, right in map(str.split, lines[1:] if lines[0].startswith("#version") else lines)
+        ]
+        backend = Backend(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise UserError(f"not GPT-2's tokenizer files: {error}", where=f"{encoder}, {merges}") from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT_NAMES[0]])
+    return backend
