@@ -1,0 +1,344 @@
+"""The commit protocol on a local disk: a checkpoint is there whole, verified and published, or not at all.
+
+    step_00000100.tmp-1f2e3d4c/   shards are written and synced here
+        manifest.json             then the manifest, atomically
+    step_00000100/                then the directory is renamed, and its parent synced
+    LATEST                        then the pointer is published, atomically
+                                  then the new one is read back, and older ones are pruned
+
+A directory that is replaced (the same step saved again after a resume) waits under `step_N.old-HEX` until its
+successor has been read back; until `step_N` exists again it counts as that step's checkpoint. A directory
+that is removed first becomes a `.tmp-` one. So a kill between any two system calls leaves a directory that
+can be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, read_object, write_manifest
+from bigtrain.config import CorruptionError
+from bigtrain.storage import fsync_directory, hash_file, write_json
+
+LATEST_NAME = "LATEST"
+LATEST_VERSION = 1
+_MAX_LATEST_BYTES = 1 << 16
+
+_STEP = re.compile(r"step_([0-9]{8,18})(\.old-[0-9a-f]{8})?")
+_LEFTOVER = re.compile(r"step_[0-9]{8,18}\.tmp-[0-9a-f]{8}|\.LATEST\.tmp-[0-9a-f]+")
+
+PhaseHook = Callable[[str], None]
+
+
+class FencedError(Exception):
+    """Another holder has the run's lease: this writer may publish nothing any more."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published directory, not necessarily a sound one."""
+
+    step: int
+    path: Path
+
+
+def step_name(step: int) -> str:
+    """Name of the directory of a step: "step_00000100"."""
+    return f"step_{step:08d}"
+
+
+def temporary_name(step: int) -> str:
+    """A fresh name for a directory that is being written or removed."""
+    return f"{step_name(step)}.tmp-{uuid.uuid4().hex[:8]}"
+
+
+def list_checkpoints(directory: Path) -> list[Checkpoint]:
+    """The published checkpoints, oldest first; none of them verified. Empty where there is no directory."""
+    current: dict[int, Path] = {}
+    replaced: dict[int, Path] = {}
+    if not directory.is_dir():
+        return []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            match = _STEP.fullmatch(entry.name)
+            if match and entry.is_dir(follow_symlinks=False):
+                (replaced if match[2] else current)[int(match[1])] = directory / entry.name
+    return [Checkpoint(step, path) for step, path in sorted({**replaced, **current}.items())]
+
+
+def find_checkpoint(directory: Path, step: int) -> Checkpoint | None:
+    """The published checkpoint of one step, not verified."""
+    return next((found for found in list_checkpoints(directory) if found.step == step), None)
+
+
+def verify(path: Path, *, names: Collection[str] | None = None, hashes: bool = True) -> list[str]:
+    """Compare a checkpoint's directory with its manifest.
+
+    Args:
+        path: The directory of one step.
+        names: Only these files; by default all.
+        hashes: Read every byte; otherwise compare sizes alone.
+
+    Returns:
+        What is wrong, one sentence each; empty for a sound checkpoint.
+    """
+    try:
+        manifest = read_manifest(path)
+    except CorruptionError as error:
+        return [error.what]
+    match = _STEP.fullmatch(path.name)
+    if match and int(match[1]) != manifest.step:
+        return [f"{path.name} holds the manifest of step {manifest.step}"]
+    if not manifest.files:
+        return ["the manifest names no file"]
+    wanted = manifest.files if names is None else {name: manifest.files[name] for name in names}
+    problems = []
+    for name, record in wanted.items():
+        problem = _verify_file(path / name, record.bytes, record.hash if hashes else None)
+        if problem:
+            problems.append(f"{name} {problem}")
+    return problems
+
+
+def _verify_file(path: Path, size: int, expected: str | None) -> str | None:
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"
+        if status.st_size != size:
+            return f"has {status.st_size} bytes, the manifest says {size}"
+        if expected is not None and hash_file(path) != expected:
+            return "does not match its hash"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def newest_verified(directory: Path) -> tuple[int | None, list[str]]:
+    """Walk from the newest checkpoint to the oldest, to the first that verifies.
+
+    Returns:
+        Its step (None where nothing has ever been saved) and a warning for each newer one passed over.
+
+    Raises:
+        CorruptionError: Checkpoints exist, or existed, and none verifies.
+    """
+    found, warnings = choose(directory, list_checkpoints(directory), lambda candidate: verify(candidate.path))
+    return (found.step if found else None), warnings
+
+
+def choose(
+    directory: Path, candidates: Sequence[Checkpoint], check: Callable[[Checkpoint], list[str]]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest of `candidates` (oldest first) in which `check` finds nothing wrong, and warnings.
+
+    Raises:
+        CorruptionError: None is sound, though some are there or LATEST says that there was one.
+    """
+    warnings: list[str] = []
+    for candidate in reversed(candidates):
+        problems = check(candidate)
+        if not problems:
+            return candidate, warnings
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        warnings.append(f"checkpoint of step {candidate.step} is damaged and passed over: {problems[0]}{more}")
+    if warnings or (directory / LATEST_NAME).exists():
+        raise CorruptionError(
+            "no checkpoint is sound: " + ("; ".join(warnings) or "LATEST names one, and none is there"),
+            str(directory),
+            "restore a checkpoint's directory, or move this one away to start again from step 0",
+        )
+    return None, warnings
+
+
+def publish(
+    temporary: Path,
+    manifest: Manifest,
+    *,
+    may_publish: Callable[[], bool] = lambda: True,
+    hook: PhaseHook = lambda phase: None,
+) -> Path:
+    """Commit a written and synced directory as the checkpoint of `manifest.step`.
+
+    Args:
+        temporary: The directory with the shards, beside where it will be.
+        manifest: With the sizes and hashes of all its files.
+        may_publish: Whether this process still holds the lease; asked just before each rename.
+        hook: Called after each phase: "manifest", "rename", "publish".
+
+    Raises:
+        FencedError: The lease was lost, or a later holder has published already.
+    """
+    directory = temporary.parent
+    write_manifest(temporary, manifest)
+    hook("manifest")
+    final = directory / step_name(manifest.step)
+    _refuse_if_fenced(directory, final, manifest, may_publish)
+    if final.exists():
+        replaced = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+        os.rename(final, replaced)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            os.rename(replaced, final)
+            raise
+    else:
+        os.rename(temporary, final)
+    fsync_directory(directory)
+    hook("rename")
+    _refuse_if_fenced(directory, final, manifest, may_publish)
+    _write_latest(directory, manifest.step, manifest.lease)
+    hook("publish")
+    return final
+
+
+def withdraw(path: Path) -> None:
+    """Take back a published checkpoint that does not read back; what it replaced returns."""
+    step = int(path.name.removeprefix("step_"))
+    directory = path.parent
+    remove(path)
+    for old in directory.glob(f"{step_name(step)}.old-*"):
+        os.rename(old, path)
+        break
+    remaining = list_checkpoints(directory)
+    if not remaining:
+        (directory / LATEST_NAME).unlink(missing_ok=True)
+        return
+    latest = read_object(directory / LATEST_NAME, _MAX_LATEST_BYTES)
+    _write_latest(directory, remaining[-1].step, int(latest["lease"]))
+
+
+def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> list[int]:
+    """Remove what is older than the `keep_last` newest sound checkpoints, and what was replaced.
+
+    A damaged checkpoint does not count, so the last sound one is never removed.
+
+    Args:
+        directory: Of the checkpoints.
+        keep_last: Sound checkpoints to keep.
+        known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
+            again; those found sound here are added.
+
+    Returns:
+        The steps removed, newest first.
+    """
+    kept = 0
+    removed = []
+    for candidate in reversed(list_checkpoints(directory)):
+        if kept >= keep_last:
+            remove(candidate.path)
+            removed.append(candidate.step)
+            continue
+        mark = good_mark(candidate.path)
+        if not verify(candidate.path, hashes=mark not in known_good):
+            known_good.add(mark)
+            kept += 1
+    _remove_replaced(directory)
+    return removed
+
+
+def good_mark(path: Path) -> tuple[str, int]:
+    """What identifies a directory to `prune` as one that has been read back."""
+    return path.name, path.stat().st_ino
+
+
+def clean(directory: Path) -> list[str]:
+    """Remove what dead saves have left; for the holder of a new lease, before its first save.
+
+    Returns:
+        Names of what was removed or moved back.
+    """
+    if not directory.is_dir():
+        return []
+    handled = []
+    for candidate in list_checkpoints(directory):
+        if ".old-" in candidate.path.name:
+            os.rename(candidate.path, directory / step_name(candidate.step))
+            handled.append(candidate.path.name)
+    handled += _remove_replaced(directory)
+    for entry in sorted(directory.iterdir()):
+        if _LEFTOVER.fullmatch(entry.name):
+            discard(entry)
+            handled.append(entry.name)
+    return handled
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle leaves no half of one under its name."""
+    match = _STEP.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not the name of a checkpoint")
+    doomed = path.with_name(temporary_name(int(match[1])))
+    os.rename(path, doomed)
+    discard(doomed)
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file or directory, as far as the disk lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def drop_from_cache(path: Path, names: Iterable[str]) -> None:
+    """Ask the kernel to forget synced files, so that the next read comes from the disk."""
+    for name in names:
+        descriptor = os.open(path / name, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_replaced(directory: Path) -> list[str]:
+    """Remove `.old-` directories whose step exists under its own name."""
+    handled = []
+    for entry in sorted(directory.iterdir()):
+        match = _STEP.fullmatch(entry.name)
+        if match and match[2] and (directory / step_name(int(match[1]))).is_dir():
+            remove(entry)
+            handled.append(entry.name)
+    return handled
+
+
+def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publish: Callable[[], bool]) -> None:
+    """Ask the lease, and look for what a later holder has published already."""
+    if not may_publish():
+        raise FencedError("this attempt no longer holds the run's lease")
+    found = [_lease_of_latest(directory)]
+    if (final / MANIFEST_NAME).exists():
+        found.append(_lease_of(final))
+    if max(found) > manifest.lease:
+        raise FencedError(f"lease {max(found)} has published here already; this attempt holds {manifest.lease}")
+
+
+def _lease_of(path: Path) -> int:
+    try:
+        return read_manifest(path).lease
+    except CorruptionError:
+        return 0
+
+
+def _lease_of_latest(directory: Path) -> int:
+    try:
+        lease = read_object(directory / LATEST_NAME, _MAX_LATEST_BYTES).get("lease")
+    except CorruptionError:
+        return 0
+    return lease if isinstance(lease, int) else 0
+
+
+def _write_latest(directory: Path, step: int, lease: int) -> None:
+    value = {"format_version": LATEST_VERSION, "step": step, "directory": step_name(step), "lease": lease}
+    write_json(directory / LATEST_NAME, value)

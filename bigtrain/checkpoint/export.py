@@ -1,0 +1,115 @@
+"""Export to safetensors, under qualified names: what any other tool can read."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import cast
+
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import bigtrain
+from bigtrain.checkpoint import commit, loader
+from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.checkpoint.reader import SafeReader
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.storage import fsync_directory, fsync_file, write_json
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Above this, weights are split over several files, as the Hugging Face hub does."""
+
+PREFIX = "model."
+
+
+def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> list[Path]:
+    """Write the weights of a verified checkpoint as `model.safetensors`, or as numbered parts with an index.
+
+    Reads one part at a time. The directory `out` appears whole or not at all. A tied weight is there once,
+    under its first name.
+
+    Args:
+        directory: Of the checkpoints.
+        step: Which one.
+        out: A directory that does not exist yet, or is empty.
+        max_file_bytes: Bytes of tensors in one file; a larger tensor has a file of its own.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: `out` is not empty; there is no such step.
+        CorruptionError: The checkpoint does not verify.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty", str(out), "give a new directory")
+    checkpoint = commit.find_checkpoint(directory, step)
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint of step {step}", str(directory), "see `bigtrain checkpoint list`")
+    problems = commit.verify(checkpoint.path)
+    if problems:
+        raise CorruptionError(f"the checkpoint of step {step} is damaged: {problems[0]}", str(checkpoint.path))
+    manifest = read_manifest(checkpoint.path)
+    reader = SafeReader(checkpoint.path, manifest.files)
+    parts = _split(reader, max_file_bytes)
+    notes = {
+        "format": "pt",
+        "bigtrain": bigtrain.__version__,
+        "step": str(step),
+        "config_hash": manifest.config_hash,
+        "identity": manifest.identity,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        names = _write_parts(reader, parts, temporary, notes)
+        fsync_directory(temporary)
+        if out.exists():
+            out.rmdir()
+        os.rename(temporary, out)
+        fsync_directory(out.parent)
+    finally:
+        commit.discard(temporary)
+    return [out / name for name in names]
+
+
+def _write_parts(reader: SafeReader, parts: list[list[str]], out: Path, notes: dict[str, str]) -> list[str]:
+    names = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, start=1):
+        one = len(parts) == 1
+        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = loader.read_full(reader, part, PREFIX)
+        save_file(tensors, out / name, metadata=notes)
+        fsync_file(out / name)
+        names.append(name)
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(parts) > 1:
+        write_json(
+            out / "model.safetensors.index.json",
+            {"metadata": {**notes, "total_size": total}, "weight_map": weight_map},
+        )
+        names.append("model.safetensors.index.json")
+    return names
+
+
+def _split(reader: SafeReader, max_file_bytes: int) -> list[list[str]]:
+    """The weights' names in order, in parts of at most `max_file_bytes` or one tensor."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, saved in reader.read_metadata().state_dict_metadata.items():
+        if not name.startswith(PREFIX):
+            continue
+        entry = cast(TensorStorageMetadata, saved)
+        size = math.prod(entry.size) * entry.properties.dtype.itemsize
+        if parts[-1] and filled + size > max_file_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts

@@ -1,0 +1,219 @@
+"""Loading at any layout, of verified bytes alone, after all ranks have agreed on one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.commit import Checkpoint
+from bigtrain.checkpoint.manifest import Manifest, read_manifest
+from bigtrain.checkpoint.ranks import Ranks, world_group
+from bigtrain.checkpoint.reader import SafeReader, read_metadata
+from bigtrain.config import CorruptionError, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that has been verified, on which all ranks agree."""
+
+    step: int
+    path: Path
+    manifest: Manifest
+    warnings: tuple[str, ...] = ()
+    """One for each newer checkpoint that is damaged."""
+
+
+def find(directory: Path, step: int | None = None, process_group: dist.ProcessGroup | None = None) -> Found | None:
+    """The newest sound checkpoint, or that of `step`. Collective.
+
+    Each rank reads a share of the files; one bad file on any rank rejects the checkpoint on all.
+
+    Args:
+        directory: Of the checkpoints.
+        step: This one and no other; None for the newest.
+        process_group: The ranks that load together; None for all there are.
+
+    Returns:
+        None where `step` is None and nothing has ever been saved.
+
+    Raises:
+        CorruptionError: The checkpoint asked for, or each there is, is damaged.
+        UserError: There is none of `step`; or a newer bigtrain wrote it.
+    """
+    ranks = Ranks(process_group or world_group())
+    candidates = ranks.once(lambda: _candidates(directory, step))
+
+    def check(candidate: Checkpoint) -> list[str]:
+        parts = ranks.together(lambda: _verify_share(candidate, ranks))
+        return ranks.share([problem for part in parts for problem in part] if ranks.first else None)
+
+    if step is not None:
+        problems = check(candidates[0])
+        if problems:
+            raise CorruptionError(
+                f"the checkpoint of step {step} is damaged: {problems[0]}",
+                str(candidates[0].path),
+                "use another step",
+            )
+        chosen, warnings = candidates[0], list[str]()
+    else:
+        newest, warnings = commit.choose(directory, candidates, check)
+        if newest is None:
+            return None
+        chosen = newest
+    manifest = ranks.once(lambda: read_manifest(chosen.path))
+    return Found(chosen.step, chosen.path, manifest, tuple(warnings))
+
+
+def load(
+    directory: Path, step: int, state: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
+) -> Manifest:
+    """Verify the checkpoint of a step and read it into `state`, as `find` and `load_found` do."""
+    found = find(directory, step, process_group)
+    load_found(cast(Found, found), state, process_group)
+    return cast(Found, found).manifest
+
+
+def load_found(
+    found: Found,
+    state: Mapping[str, Tensor],
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    prefix: str = "",
+) -> None:
+    """Read a verified checkpoint into tensors and DTensors of any layout, in place. Collective.
+
+    Only names that begin with `prefix` are read; `state` must name all of those.
+
+    A rank reads the saved pieces that its own parts overlap. Under pipeline parallelism each rank may name
+    other tensors; together they must name all that the checkpoint holds. Nothing is written before the names,
+    shapes and dtypes of all ranks are found to fit.
+
+    Raises:
+        UserError: A name is missing in the checkpoint or in `state`, or a shape or dtype differs.
+        CorruptionError: Bytes that verify, yet are no tensors.
+    """
+    ranks = Ranks(process_group or world_group())
+    reader = SafeReader(found.path, found.manifest.files)
+
+    def check() -> list[str]:
+        _check_fit(reader.read_metadata(), state, found.path)
+        return sorted(state)
+
+    parts = ranks.together(check)
+    wanted = {name for part in parts for name in part}
+    ranks.once(lambda: _check_all_wanted(reader.read_metadata(), wanted, found.path, prefix))
+    ranks.together(lambda: _read(reader, dict(state)))
+
+
+def read_tensors(directory: Path, step: int, prefix: str = "model.") -> dict[str, Tensor]:
+    """Full tensors of a verified checkpoint, in this process alone; for sampling and export.
+
+    Returns:
+        CPU tensors by the part of their name after `prefix`.
+
+    Raises:
+        UserError, CorruptionError: As `find`.
+    """
+    ranks_of_one = Ranks(None)
+    candidate = _candidates(directory, step)[0]
+    problems = _verify_share(candidate, ranks_of_one)
+    if problems:
+        raise CorruptionError(
+            f"the checkpoint of step {step} is damaged: {problems[0]}",
+            str(candidate.path),
+            "use another step",
+        )
+    reader = SafeReader(candidate.path, read_manifest(candidate.path).files)
+    names = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(prefix)]
+    return read_full(reader, names, prefix)
+
+
+def read_full(reader: SafeReader, names: Collection[str], prefix: str = "") -> dict[str, Tensor]:
+    """Full CPU tensors of the given names, by what follows `prefix` in each; the files are not verified."""
+    sizes = reader.read_metadata().state_dict_metadata
+    state: dict[str, Tensor] = {}
+    for name in names:
+        entry = cast(TensorStorageMetadata, sizes[name])
+        state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _check_fit(reader.read_metadata(), state, reader.path)
+    _read(reader, state)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _candidates(directory: Path, step: int | None) -> list[Checkpoint]:
+    checkpoints = commit.list_checkpoints(directory)
+    if step is None:
+        return checkpoints
+    wanted = [found for found in checkpoints if found.step == step]
+    if not wanted:
+        steps = ", ".join(str(found.step) for found in checkpoints) or "none"
+        raise UserError(f"there is no checkpoint of step {step}", str(directory), f"there are: {steps}")
+    return wanted
+
+
+def _verify_share(candidate: Checkpoint, ranks: Ranks) -> list[str]:
+    """Verify every size-th file; the manifest and the metadata on each rank, since each reads them."""
+    try:
+        manifest = read_manifest(candidate.path)
+    except CorruptionError as error:
+        return [error.what]
+    names = set(sorted(manifest.files)[ranks.rank :: ranks.size])
+    problems = commit.verify(candidate.path, names=names)
+    if not problems:
+        try:
+            read_metadata(candidate.path)
+        except CorruptionError as error:
+            problems.append(error.what)
+    return problems
+
+
+def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> None:
+    saved = metadata.state_dict_metadata
+    for name, tensor in state.items():
+        if name not in saved:
+            close = nearest(name, saved)
+            raise UserError(
+                f"the checkpoint has no {name!r}",
+                str(path),
+                f"did you mean {close!r}?" if close else "it was written by another model or optimizer",
+            )
+        entry = cast(TensorStorageMetadata, saved[name])
+        if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
+            raise UserError(
+                f"{name!r} is {tuple(entry.size)} {entry.properties.dtype} in the checkpoint "
+                f"and {tuple(tensor.shape)} {tensor.dtype} here",
+                str(path),
+                "load it into the model and optimizer it was saved from",
+            )
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise CorruptionError(f"the pieces of {name!r} do not make up the whole", str(path))
+
+
+def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: str) -> None:
+    for name in metadata.state_dict_metadata:
+        if name.startswith(prefix) and name not in wanted:
+            close = nearest(name, wanted)
+            raise UserError(
+                f"the checkpoint holds {name!r}, for which there is no place here",
+                str(path),
+                f"the nearest name here is {close!r}" if close else "load it into the model it was saved from",
+            )
+
+
+def _read(reader: SafeReader, state: dict[str, Tensor]) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with torch.no_grad():
+        planner.set_up_planner(state, reader.read_metadata(), is_coordinator=True)
+        plan = planner.finish_plan(planner.create_local_plan())
+        reader.read_data(plan, planner).wait()

@@ -1,0 +1,152 @@
+"""The manifest: what makes a directory of files a checkpoint.
+
+It names each file with its size and hash, what was trained and how far, and carries a checksum of itself, so
+that a flipped bit in a position is found as surely as one in a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.storage import write_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_DEPTH = 32
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*")
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+NonNegative = Annotated[int, Ge(0)]
+Hash = Annotated[str, StringConstraints(pattern=r"^xxh3:[0-9a-f]{32}$")]
+
+
+class FileRecord(BaseModel):
+    """Size in bytes and hash of one file of a checkpoint."""
+
+    model_config = _STRICT
+
+    bytes: NonNegative
+    hash: Hash
+
+
+class Manifest(BaseModel):
+    """What a checkpoint holds. Its presence, with every file as it says, is what makes a checkpoint."""
+
+    model_config = _STRICT
+
+    format_version: int = FORMAT_VERSION
+    step: NonNegative
+    """Optimizer steps done."""
+    files: dict[str, FileRecord]
+    config_hash: str
+    """Hash of the resolved configuration, *what* and *how*."""
+    identity: str
+    """Hash of *what* is trained."""
+    world_size: Annotated[int, Ge(1)] = 1
+    mesh: dict[str, int] = {}
+    """Sizes of the mesh's axes when it was written; nothing needs it to load."""
+    position: dict[str, Any] = {}
+    """The loader's position."""
+    progress: dict[str, Any] = {}
+    """Steps, tokens, schedule facts: what the trainer resumes with."""
+    rng: dict[str, Any] = {}
+    """What random bits follow from."""
+    versions: dict[str, str] = {}
+    lease: NonNegative = 0
+    """Number of the lease under which it was written; a writer with a smaller one is fenced off."""
+    created: str = ""
+    """UTC, ISO 8601."""
+
+    @field_validator("files")
+    @classmethod
+    def _are_plain_names(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            if not _FILE_NAME.fullmatch(name) or name in (".", "..", MANIFEST_NAME):
+                raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+        return files
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, the manifest aside."""
+        return sum(record.bytes for record in self.files.values())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` atomically, with its checksum."""
+    value = manifest.model_dump(mode="json")
+    write_json(directory / MANIFEST_NAME, {**value, "checksum": _checksum(value)})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        CorruptionError: It is missing, too large, malformed, or does not match its checksum.
+        UserError: It was written by a newer bigtrain.
+    """
+    path = directory / MANIFEST_NAME
+    value = read_object(path, MAX_MANIFEST_BYTES)
+    checksum = value.pop("checksum", None)
+    version = value.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint has format version {version}, this bigtrain reads up to {FORMAT_VERSION}",
+            str(path),
+            "read it with the bigtrain that wrote it, or a newer one",
+        )
+    if checksum != _checksum(value):
+        raise CorruptionError("the manifest does not match its checksum", str(path))
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CorruptionError(f"the manifest is malformed: {field}: {first['msg']}", str(path)) from error
+
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The one JSON object of a small file.
+
+    Raises:
+        CorruptionError: The file is missing, no regular file, over `max_bytes`, too deep, or no JSON object.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise CorruptionError(f"{path.name} is missing", str(path))
+        if path.stat().st_size > max_bytes:
+            raise CorruptionError(f"{path.name} is over {max_bytes} bytes", str(path))
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptionError(f"{path.name} cannot be read: {error}", str(path)) from error
+    if not isinstance(value, dict) or _too_deep(value):
+        raise CorruptionError(f"{path.name} is not a JSON object of at most {MAX_DEPTH} levels", str(path))
+    return value
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(canonical.encode())}"
+
+
+def _too_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return False
+    return True

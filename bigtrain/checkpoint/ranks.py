@@ -1,0 +1,167 @@
+"""Work that several processes do together and whose outcome all of them agree on.
+
+Exceptions travel as plain text: one that cannot be pickled, raised on one rank, would leave the others
+waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+
+import torch.distributed as dist
+
+from bigtrain.checkpoint.commit import FencedError
+from bigtrain.config import CorruptionError, UserError
+
+T = TypeVar("T")
+
+
+class RanksLostError(RuntimeError):
+    """The ranks lost contact in the middle of common work, so they cannot agree on its outcome."""
+
+
+class WorkFailedError(RuntimeError):
+    """Common work failed on some rank; the same error is raised on every rank."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    rank: int
+    kind: Literal["corruption", "user", "fenced", "other"]
+    what: str
+    where: str | None = None
+    fix: str | None = None
+
+    @classmethod
+    def of(cls, rank: int, error: Exception) -> _Failure:
+        if isinstance(error, UserError):
+            kind: Any = "corruption" if isinstance(error, CorruptionError) else "user"
+            return cls(rank, kind, error.what, error.where, error.fix)
+        if isinstance(error, FencedError):
+            return cls(rank, "fenced", str(error))
+        cause = _root_cause(error)
+        return cls(rank, "other", f"{type(cause).__name__}: {cause}")
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The system's error behind another: "no space left" rather than torch's "unexpected pos 704 vs 598"."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
+class Ranks:
+    """The processes of a group; one process alone where the group is None.
+
+    Args:
+        group: A gloo group (or any that moves objects).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that acts for all."""
+        return self.rank == 0
+
+    def collect(self, value: T) -> list[T]:
+        """Each rank's value, in order of rank, on the first rank; empty on the others."""
+        if self.group is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.first else None
+        self._contact(lambda: dist.gather_object(value, values, dst=self._global_first, group=self.group))
+        return values or []
+
+    def share(self, value: T | None) -> T:
+        """The first rank's value, on every rank."""
+        if self.group is None:
+            return cast(T, value)
+        box = [value]
+        self._contact(lambda: dist.broadcast_object_list(box, src=self._global_first, group=self.group))
+        return cast(T, box[0])
+
+    def deal(self, values: list[T] | None) -> T:
+        """Rank r receives the r-th of the first rank's values."""
+        if self.group is None:
+            return cast(list[T], values)[0]
+        box: list[Any] = [None]
+        self._contact(
+            lambda: dist.scatter_object_list(
+                box, values if self.first else None, src=self._global_first, group=self.group
+            )
+        )
+        return cast(T, box[0])
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank, and fail on every rank where it fails on one.
+
+        Returns:
+            The results in order of rank, on the first rank; empty on the others.
+
+        Raises:
+            CorruptionError, UserError, FencedError: Where a rank raised it.
+            WorkFailedError: Any other exception on a rank, in words.
+        """
+        try:
+            outcome: tuple[T | None, _Failure | None] = (work(), None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            outcome = (None, _Failure.of(self.rank, error))
+        outcomes = self.collect(outcome)
+        failures = self.share([failure for _, failure in outcomes if failure] if self.first else None)
+        if failures:
+            raise self._as_error(failures)
+        return [cast(T, result) for result, _ in outcomes]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank, and hand its result, or its failure, to all."""
+        results = self.together(lambda: work() if self.first else None)
+        return self.share(cast(T, results[0]) if self.first else None)
+
+    def _as_error(self, failures: list[_Failure]) -> Exception:
+        failure = failures[0]
+        if failure.kind == "fenced":
+            return FencedError(failure.what)
+        if failure.kind == "corruption":
+            return CorruptionError(failure.what, failure.where, failure.fix)
+        if failure.kind == "user":
+            return UserError(failure.what, failure.where, failure.fix)
+        more = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
+        place = f"rank {failure.rank}: " if self.size > 1 else ""
+        return WorkFailedError(f"{place}{failure.what}{more}")
+
+    @property
+    def _global_first(self) -> int:
+        return dist.get_global_rank(cast(dist.ProcessGroup, self.group), 0)
+
+    def _contact(self, operation: Callable[[], Any]) -> None:
+        try:
+            operation()
+        except RuntimeError as error:
+            raise RanksLostError(f"the ranks lost contact: {error}") from error
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The default group where there are several processes, else None."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def own_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """A new gloo group over all processes that nobody else uses; None for one process. Collective.
+
+    Collectives of a background thread on the default group meet those of the training in an order that
+    differs from rank to rank, which aborts gloo and deadlocks NCCL.
+    """
+    if world_group() is None:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))

@@ -1,0 +1,257 @@
+"""Reading DCP's files without letting them run anything.
+
+`.metadata` is a pickle. It is read by an unpickler that knows the names of DCP's own types alone and makes
+inert records of them; these are checked and turned into DCP's types. Shards are read with
+`weights_only=True`, and entries of bytes, which DCP would unpickle, are refused: ours hold tensors only.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable, Collection
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from bigtrain.checkpoint.shards import METADATA_NAME
+from bigtrain.config import CorruptionError
+
+MAX_METADATA_BYTES = 1 << 30
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_RECORDS = {
+    (_DCP, "Metadata"),
+    (_DCP, "StorageMeta"),
+    (_DCP, "TensorStorageMetadata"),
+    (_DCP, "BytesStorageMetadata"),
+    (_DCP, "TensorProperties"),
+    (_DCP, "ChunkStorageMetadata"),
+    (_DCP, "MetadataIndex"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+T = TypeVar("T")
+
+
+class _Record:
+    """Stands for an object of one of DCP's types: keeps its state, does nothing."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def field(self, name: str, default: Any = None) -> Any:
+        return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+def _size(values: Any = ()) -> torch.Size:
+    if not isinstance(values, (tuple, list)) or not all(type(value) is int for value in values):
+        raise pickle.UnpicklingError("a size is not made of whole numbers")
+    return torch.Size(values)
+
+
+def _ignored(*values: Any) -> None:
+    """For what DCP writes and nothing reads: memory formats, layouts, the path that it was saved to."""
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch", "Size"): _size,
+    ("torch.serialization", "_get_layout"): _ignored,
+    (_DCP, "_MEM_FORMAT_ENCODING"): _ignored,
+    ("pathlib", "PosixPath"): _ignored,
+    ("pathlib._local", "PosixPath"): _ignored,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows DCP's own types, by name, and makes records of them; refuses any other name."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        # Fresh classes for each file: what a crafted pickle does to a class ends with it.
+        self._types = {key: type(key[1], (_Record,), {"kind": key[1]}) for key in _RECORDS}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._types:
+            return self._types[module, name]
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is none of DCP's own types")
+
+    def persistent_load(self, key: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to an object outside itself")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read DCP's `.metadata` of a checkpoint that holds tensors only.
+
+    Raises:
+        CorruptionError: It is missing, too large, names a foreign type, holds bytes entries, or makes no
+            sense.
+    """
+    path = directory / METADATA_NAME
+    try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise CorruptionError(f"{METADATA_NAME} is over {MAX_METADATA_BYTES} bytes", str(path))
+        root = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        return _as_metadata(root)
+    except CorruptionError:
+        raise
+    except Exception as error:
+        # A damaged pickle raises nearly anything: AttributeError, KeyError, MemoryError, struct.error ...
+        raise CorruptionError(
+            f"{METADATA_NAME} is refused: {error}",
+            str(path),
+            "use another checkpoint; this one is not bigtrain's",
+        ) from error
+
+
+def _as_metadata(root: Any) -> Metadata:
+    root = _of(root, "Metadata")
+    tensors: dict[str, Any] = {}
+    for name, entry in _expect(root.field("state_dict_metadata"), dict).items():
+        if getattr(entry, "kind", None) == "BytesStorageMetadata":
+            raise pickle.UnpicklingError(f"{name!r} is an entry of bytes, not a tensor")
+        entry = _of(entry, "TensorStorageMetadata")
+        dtype = _expect(_of(entry.field("properties"), "TensorProperties").state, tuple)[0]
+        tensors[_expect(name, str)] = TensorStorageMetadata(
+            properties=TensorProperties(dtype=_expect(dtype, torch.dtype)),
+            size=_expect(entry.field("size"), torch.Size),
+            chunks=[_as_chunk(chunk) for chunk in _expect(entry.field("chunks"), list)],
+        )
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for index, place in _expect(root.field("storage_data"), dict).items():
+        places[_as_index(index)] = _as_place(place)
+    return Metadata(state_dict_metadata=tensors, storage_data=places, storage_meta=StorageMeta())
+
+
+def _as_chunk(chunk: Any) -> ChunkStorageMetadata:
+    chunk = _of(chunk, "ChunkStorageMetadata")
+    return ChunkStorageMetadata(_expect(chunk.field("offsets"), torch.Size), _expect(chunk.field("sizes"), torch.Size))
+
+
+def _as_index(index: Any) -> MetadataIndex:
+    index = _of(index, "MetadataIndex")
+    return MetadataIndex(_expect(index.field("fqn"), str), _expect(index.field("offset"), torch.Size))
+
+
+def _as_place(place: Any) -> _StorageInfo:
+    place = _of(place, "_StorageInfo")
+    name = _expect(place.field("relative_path"), str)
+    if PurePosixPath(name).name != name or name in (".", ".."):
+        raise pickle.UnpicklingError(f"it points to {name!r}, outside its directory")
+    if place.field("transform_descriptors"):
+        raise pickle.UnpicklingError("it asks for stream transforms")
+    return _StorageInfo(name, _expect(place.field("offset"), int), _expect(place.field("length"), int))
+
+
+def _of(value: Any, kind: str) -> _Record:
+    if not isinstance(value, _Record) or getattr(value, "kind", None) != kind:
+        raise pickle.UnpicklingError(f"a {type(value).__name__} stands where a {kind} should")
+    return value
+
+
+def _expect(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise pickle.UnpicklingError(f"a {type(value).__name__} stands where a {kind.__name__} should")
+    return value
+
+
+class SafeReader(StorageReader):
+    """DCP's reader of a local directory that unpickles nothing from it.
+
+    Args:
+        path: The directory of one step.
+        files: Names it may open, those that have been verified; None for any in the directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Collection[str] | None = None) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._files = files
+        self._metadata: Metadata | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.path, self._metadata = Path(checkpoint_id), None
+
+    # DCP looks for a parameter named "kwargs", and where it finds one reads a second, rank-local metadata
+    # file.
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """The checked metadata, read once.
+
+        Raises:
+            CorruptionError: See `bigtrain.checkpoint.reader.read_metadata`.
+        """
+        if self._metadata is None:
+            self._metadata = read_metadata(self.path)
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **options: Any) -> None:
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the plan's items into the planner's tensors, file by file in the order they lie there."""
+        places = self.read_metadata().storage_data
+        per_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
+        for item in plan.items:
+            place = places.get(item.storage_index)
+            if place is None:
+                raise CorruptionError(f"{item.storage_index.fqn} lies in no file", str(self.path))
+            per_file.setdefault(place.relative_path, []).append((place, item))
+        for name, requests in per_file.items():
+            if self._files is not None and name not in self._files:
+                raise CorruptionError(f"{METADATA_NAME} points to {name}, which the manifest does not name")
+            with open(self.path / name, "rb") as file:
+                for place, item in sorted(requests, key=lambda request: request[0].offset):
+                    self._read_item(file, place, item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_item(self, file: io.BufferedReader, place: _StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
+        name = item.storage_index.fqn
+        if item.type == LoadItemType.BYTE_IO:
+            raise CorruptionError(f"{name} is an entry of bytes, not a tensor", str(self.path))
+        file.seek(place.offset)
+        try:
+            saved = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except Exception as error:
+            # As above: damage inside a zip or its pickle raises nearly anything.
+            raise CorruptionError(f"{name} cannot be read: {error}", str(self.path / place.relative_path)) from error
+        expected = cast(TensorStorageMetadata, self.read_metadata().state_dict_metadata[name])
+        if type(saved) is not Tensor or saved.dtype != expected.properties.dtype:
+            raise CorruptionError(f"{name} is not the tensor it should be", str(self.path / place.relative_path))
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            saved = saved.narrow(dim, start, length)
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(saved)
+        planner.commit_tensor(item, target)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return Path(checkpoint_id).is_dir()

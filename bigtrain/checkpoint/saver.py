@@ -1,0 +1,337 @@
+"""Saving while training goes on: copy the state to CPU memory, then write and commit it in the background."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import bigtrain
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.commit import FencedError, PhaseHook
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.checkpoint.manifest import FileRecord, Manifest
+from bigtrain.checkpoint.ranks import Ranks, WorkFailedError, own_group
+from bigtrain.checkpoint.shards import local_tensors, plan_items, write_shards
+from bigtrain.config import CorruptionError, UserError
+
+logger = logging.getLogger(__name__)
+
+PHASES = ("begin", "plan", "shards", "sync", "manifest", "rename", "publish", "verify", "prune")
+"""What a phase hook is called with, in order; "manifest", "rename" and "publish" on the first rank alone."""
+
+
+class OnEvent(Protocol):
+    """Receives events, on the first rank alone, from the saving thread or the training's."""
+
+    def __call__(self, event: str, /, **fields: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended; the same on every rank, but for the seconds."""
+
+    step: int
+    status: Literal["saved", "failed", "fenced"]
+    cause: str | None
+    """Why it was not saved, in words."""
+    total_bytes: int
+    staging_s: float
+    """Seconds that the copy to CPU memory kept the training."""
+    seconds: float
+    """Seconds from the call of `save` to the end of pruning."""
+    pruned: tuple[int, ...] = ()
+    """Steps removed."""
+
+
+@dataclass
+class _Job:
+    step: int
+    items: list[Any]
+    local: dict[str, Tensor]
+    facts: dict[str, Any]
+    started: float
+    staging_s: float = 0.0
+    outcome: Outcome | None = None
+    error: BaseException | None = None
+    thread: threading.Thread | None = field(default=None, repr=False)
+
+
+class Saver:
+    """Saves the state of a run by the commit protocol. Every rank has one and calls it at the same steps.
+
+    A save that fails (disk full, read-only) stops nothing: its temporary directory is removed, an event says
+    why, and the next save tries again. All ranks agree on how each save ended. What a save in the background
+    came to is counted when it is joined, at the next `save`, `wait` or `close`, so at the same step on all
+    ranks.
+
+    Events: "saved" (step, bytes, seconds, staging_s, pruned), "save_failed" (step, cause, failures),
+    "save_refused" (step, cause: the lease was lost), "save_waited" (step, seconds: training stood still
+    because the save before was still under way), "unsaved" (step, failures: the limit is reached).
+
+    Args:
+        directory: Of the checkpoints; made by the first save. What dead saves left there is removed at once,
+            so only the holder of the run's lease may make a Saver.
+        config: Retention, and what to do about failed saves.
+        process_group: A gloo group of all ranks that nobody else uses. None makes one where there are
+            several.
+        may_publish: Whether this attempt still holds the lease.
+        on_event: Called on the first rank; must be safe to call from another thread.
+        phase_hook: Called at the end of each phase of a save, in the saving thread; for fault injection.
+        timeout_s: How long a rank waits for the others in one collective of a save.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        may_publish: Callable[[], bool] = lambda: True,
+        on_event: OnEvent | None = None,
+        phase_hook: PhaseHook | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self.directory = Path(directory)
+        self.config = config
+        self.failures = 0
+        """Failed saves in a row."""
+        self.fenced = False
+        """Whether another attempt has taken the run over: nothing can be saved any more."""
+        self.last: Outcome | None = None
+        """How the last joined save ended."""
+        self._owns_group = process_group is None
+        self._ranks = Ranks(process_group if process_group is not None else own_group(timeout_s))
+        self._may_publish = may_publish
+        self._on_event = on_event
+        self._hook: PhaseHook = phase_hook or (lambda phase: None)
+        self._staged: dict[str, Tensor] = {}
+        self._known_good: set[tuple[str, int]] = set()
+        self._job: _Job | None = None
+        if self._ranks.first and may_publish():
+            self._clean()
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run should end, resumable: fenced off, or unsaved for too long where `stop_unsaved`."""
+        too_many = self.failures >= self.config.max_failed_saves
+        return self.fenced or (self.config.stop_unsaved and too_many)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank; ranks may see its end at different steps."""
+        return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        *,
+        progress: dict[str, Any],
+        config_hash: str,
+        identity: str,
+        position: dict[str, Any] | None = None,
+        rng: dict[str, Any] | None = None,
+        mesh: dict[str, int] | None = None,
+        lease: int = 0,
+    ) -> None:
+        """Save the state after `step` optimizer steps. Collective; waits first for a save still under way.
+
+        Asynchronous, it returns as soon as this rank's part has been copied to CPU memory, and the tensors
+        may change. The copy is kept and reused: one part of the state, for as long as the Saver lives.
+
+        Args:
+            step: Optimizer steps done.
+            state: Tensors and DTensors by name; see `bigtrain.checkpoint.state.flatten`.
+            progress, position, rng, mesh: JSON objects for the manifest; the first rank's count.
+            config_hash, identity: Hashes of the run's configuration and of its *what*.
+            lease: Number of the lease held.
+
+        Raises:
+            RanksLostError: The ranks lost contact, in this save or the one before.
+        """
+        self._join(report_wait_at=step)
+        started = time.perf_counter()
+        local = local_tensors(state)
+        if self.config.asynchronous:
+            local = self._stage(local)
+        facts = {
+            "config_hash": config_hash, "identity": identity, "progress": progress,
+            "position": position or {}, "rng": rng or {}, "mesh": mesh or {}, "lease": lease,
+        }  # fmt: skip
+        job = _Job(step, plan_items(state), local, facts, started, time.perf_counter() - started)
+        self._job = job
+        if self.config.asynchronous:
+            job.thread = threading.Thread(target=self._run, args=(job,), name=f"save-{step}", daemon=True)
+            job.thread.start()
+        else:
+            self._run(job)
+            self._join()
+
+    def wait(self) -> Outcome | None:
+        """Wait for the save under way, if any, and say how the last one ended. Call it on all ranks."""
+        self._join()
+        return self.last
+
+    def close(self) -> None:
+        """Wait for the save under way, and give back the staging memory and the process group."""
+        try:
+            self._join()
+        finally:
+            self._staged.clear()
+            if self._owns_group and self._ranks.group is not None:
+                dist.destroy_process_group(self._ranks.group)
+                self._ranks = Ranks(None)
+
+    def _stage(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to CPU buffers, pinned for a GPU's tensors; the copies overlap and are waited for once."""
+        devices = set()
+        for name, tensor in local.items():
+            buffer = self._staged.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                pinned = tensor.device.type == "cuda"
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                self._staged[name] = buffer
+            buffer.copy_(tensor, non_blocking=True)
+            if tensor.device.type == "cuda":
+                devices.add(tensor.device)
+        for name in self._staged.keys() - local.keys():
+            del self._staged[name]
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return dict(self._staged)
+
+    def _join(self, report_wait_at: int | None = None) -> None:
+        """Take in how the save under way ended; raise what it could not report."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        if job.thread is not None:
+            began = time.perf_counter()
+            job.thread.join()
+            waited = time.perf_counter() - began
+            if report_wait_at is not None and waited > 0.01:
+                self._emit("save_waited", step=report_wait_at, seconds=round(waited, 3))
+        if job.error is not None:
+            raise job.error
+        self.last = job.outcome
+        if self.last is None or self.last.status == "saved":
+            self.failures = 0
+            return
+        self.fenced = self.fenced or self.last.status == "fenced"
+        self.failures += 1
+        if self.failures >= self.config.max_failed_saves:
+            logger.error("the last %d saves failed; training goes on unsaved: %s", self.failures, self.last.cause)
+            self._emit("unsaved", step=self.last.step, failures=self.failures, cause=self.last.cause)
+
+    def _run(self, job: _Job) -> None:
+        """One save from the temporary directory to pruning; in the saving thread."""
+        try:
+            job.outcome = self._attempt(job)
+        except BaseException as error:  # noqa: BLE001 - it reaches nobody unless it is joined
+            job.error = error
+            return
+        outcome = job.outcome
+        if outcome.status == "saved":
+            self._emit(
+                "saved", step=job.step, bytes=outcome.total_bytes, seconds=round(outcome.seconds, 3),
+                staging_s=round(outcome.staging_s, 4), pruned=list(outcome.pruned),
+            )  # fmt: skip
+        elif outcome.status == "failed":
+            self._emit("save_failed", step=job.step, cause=outcome.cause, failures=self.failures + 1)
+        else:
+            self._emit("save_refused", step=job.step, cause=outcome.cause)
+
+    def _attempt(self, job: _Job) -> Outcome:
+        ranks = self._ranks
+        temporary = self.directory / ranks.share(commit.temporary_name(job.step) if ranks.first else None)
+        total = 0
+        pruned: tuple[int, ...] = ()
+        status: Literal["saved", "failed", "fenced"] = "saved"
+        cause = None
+        try:
+            total, pruned = self._write_and_commit(job, temporary)
+        except FencedError as error:
+            status, cause = "fenced", str(error)
+        except (WorkFailedError, UserError) as error:
+            status, cause = "failed", str(error)
+        if status != "saved" and ranks.first:
+            commit.discard(temporary)
+        return Outcome(job.step, status, cause, total, job.staging_s, time.perf_counter() - job.started, pruned)
+
+    def _write_and_commit(self, job: _Job, temporary: Path) -> tuple[int, tuple[int, ...]]:
+        ranks, hook = self._ranks, self._hook
+        ranks.once(lambda: temporary.mkdir(parents=True))
+        hook("begin")
+        records, mine = write_shards(ranks, temporary, job.items, job.local, hook)
+        total = ranks.share(sum(record.bytes for record in records.values()) if ranks.first else None)
+        final = ranks.once(lambda: self._publish(job, temporary, records))
+        try:
+            ranks.together(lambda: _read_back(final, mine))
+        except CorruptionError:
+            ranks.once(lambda: commit.withdraw(final))
+            raise
+        hook("verify")
+        pruned = ranks.once(lambda: self._prune(final))
+        hook("prune")
+        return total, tuple(pruned)
+
+    def _publish(self, job: _Job, temporary: Path, records: dict[str, FileRecord]) -> Path:
+        manifest = Manifest(
+            step=job.step,
+            files=records,
+            world_size=self._ranks.size,
+            versions={
+                "bigtrain": bigtrain.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            **job.facts,
+        )
+        return commit.publish(temporary, manifest, may_publish=self._may_publish, hook=self._hook)
+
+    def _prune(self, final: Path) -> list[int]:
+        """Remove what is too old; not being able to is no reason to call the save failed."""
+        self._known_good.add(commit.good_mark(final))
+        if not self._may_publish():
+            return []
+        try:
+            return commit.prune(self.directory, self.config.keep_last, self._known_good)
+        except OSError as error:
+            logger.warning("old checkpoints could not be pruned: %s", error)
+            return []
+
+    def _clean(self) -> None:
+        """Remove what dead saves left; on a disk that cannot be written, the first save will say so."""
+        try:
+            commit.clean(self.directory)
+        except OSError as error:
+            logger.warning("leftovers of dead saves could not be removed: %s", error)
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        if self._on_event is None or not self._ranks.first:
+            return
+        try:
+            self._on_event(event, **fields)
+        except OSError as error:
+            # The disk that is too full for a checkpoint may be too full for the line that says so.
+            logger.warning("%s of step %s could not be recorded: %s", event, fields.get("step"), error)
+
+
+def _read_back(path: Path, names: list[str]) -> None:
+    """Compare this rank's files with the manifest, from the disk and not from the cache."""
+    commit.drop_from_cache(path, names)
+    problems = commit.verify(path, names=names)
+    if problems:
+        raise CorruptionError(f"what was written does not read back: {problems[0]}", str(path))

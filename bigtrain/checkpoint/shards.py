@@ -1,0 +1,140 @@
+"""Writing tensors shard by shard through DCP's own planner and writer interfaces.
+
+The collectives between the two are ours (`ranks`), so that a failure on one rank becomes the same failure on
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from bigtrain.checkpoint.commit import PhaseHook
+from bigtrain.checkpoint.manifest import FileRecord
+from bigtrain.checkpoint.ranks import Ranks
+from bigtrain.storage import fsync_directory, hash_file
+
+METADATA_NAME = ".metadata"
+
+
+def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of each tensor that this rank holds, sharing memory; without those on meshes it is not in."""
+    local = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, DTensor):
+            if tensor.device_mesh.get_coordinate() is None:
+                continue
+            local[name] = tensor.to_local().detach()
+        else:
+            local[name] = tensor.detach()
+    return local
+
+
+def plan_items(state: Mapping[str, Tensor]) -> list[WriteItem]:
+    """What this rank could write: one item for the part of each tensor it holds, replicas included.
+
+    Looks at shapes and placements alone. Parts of zero elements are left out where others have some.
+    """
+    items = []
+    for name, tensor in state.items():
+        kind = WriteItemType.TENSOR
+        chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.size())
+        if isinstance(tensor, DTensor):
+            if tensor.device_mesh.get_coordinate() is None:
+                continue
+            kind = WriteItemType.SHARD
+            (chunk,) = tensor.__create_chunk_list__()
+        if chunk.sizes.numel() == 0 and tensor.numel() > 0:
+            continue
+        items.append(
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=kind,
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties(dtype=tensor.dtype), size=tensor.size()
+                ),
+            )
+        )
+    return items
+
+
+class _StagedPlanner(DefaultSavePlanner):
+    """DCP's planner over items made beforehand and the local tensors, staged or live, that they stand for."""
+
+    def __init__(self, items: list[WriteItem], local: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._items, self._local = items, local
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(list(self._items))
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._local[index.fqn]
+
+
+class _Writer(FileSystemWriter):
+    """One synced file a rank, written tensor by tensor; the metadata carry no path of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        # Copying ahead would open a context on GPU 0 from the saving thread of every rank.
+        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
+def write_shards(
+    ranks: Ranks, path: Path, items: list[WriteItem], local: Mapping[str, Tensor], hook: PhaseHook
+) -> tuple[dict[str, FileRecord], list[str]]:
+    """Write and sync this rank's part of a checkpoint into `path`, which exists. Collective.
+
+    A tensor that several ranks hold is written by one of them, the one with least to write.
+
+    Returns:
+        Sizes and hashes of all ranks' files (on the first rank; empty elsewhere), and the names of this
+        rank's.
+    """
+    planner = _StagedPlanner(items, local)
+    writer = _Writer(path)
+
+    def local_plan() -> SavePlan:
+        planner.set_up_planner({}, None, ranks.first)
+        writer.set_up_storage_writer(ranks.first)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    plans = ranks.together(local_plan)
+    dealt = ranks.together(lambda: _global_plan(planner, writer, plans) if ranks.first else [])
+    plan = ranks.deal(dealt[0] if ranks.first else None)
+    hook("plan")
+    results = ranks.together(lambda: writer.write_data(planner.finish_plan(plan), planner).wait())
+    hook("shards")
+    ranks.together(lambda: writer.finish(planner.metadata, results) if ranks.first else None)
+    names = sorted(entry.name for entry in path.glob(f"__{ranks.rank}_*"))
+    names += [METADATA_NAME] if ranks.first else []
+
+    def hashed() -> dict[str, FileRecord]:
+        fsync_directory(path)
+        return {name: FileRecord(bytes=(path / name).stat().st_size, hash=hash_file(path / name)) for name in names}
+
+    records = ranks.together(hashed)
+    hook("sync")
+    return {name: record for part in records for name, record in part.items()}, names
+
+
+def _global_plan(planner: _StagedPlanner, writer: _Writer, plans: list[SavePlan]) -> list[SavePlan]:
+    planned, _ = planner.create_global_plan(plans)
+    return writer.prepare_global_plan(planned)

@@ -1,0 +1,67 @@
+"""What lies in a directory of checkpoints, sound or not; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.checkpoint import commit
+from bigtrain.config import CorruptionError, UserError
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """One published checkpoint."""
+
+    step: int
+    bytes: int
+    """Of all files that are there."""
+    problems: tuple[str, ...]
+    """What is wrong with it; empty where every byte is as the manifest says."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether a run may resume from it."""
+        return not self.problems
+
+
+def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
+    """Verify every checkpoint, or that of `step`, oldest first.
+
+    Raises:
+        UserError: There is none of `step`.
+    """
+    found = commit.list_checkpoints(directory)
+    if step is not None:
+        steps = [checkpoint.step for checkpoint in found]
+        found = [checkpoint for checkpoint in found if checkpoint.step == step]
+        if not found:
+            known = f"There are: {', '.join(map(str, steps))}." if steps else "There is none at all."
+            raise UserError(f"There is no checkpoint of step {step}", str(directory), known)
+    return [
+        CheckpointState(
+            checkpoint.step,
+            sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file()),
+            tuple(commit.verify(checkpoint.path)),
+        )
+        for checkpoint in found
+    ]
+
+
+def verify_all(directory: Path, step: int | None = None) -> list[int]:
+    """The steps of all checkpoints, each verified.
+
+    Raises:
+        CorruptionError: One of them is damaged.
+        UserError: There is none of `step`.
+    """
+    states = survey(directory, step)
+    damaged = [state for state in states if not state.verified]
+    if damaged:
+        listed = "\n    ".join(f"step {state.step}: {problem}" for state in damaged for problem in state.problems)
+        raise CorruptionError(
+            f"{len(damaged)} of {len(states)} checkpoints are damaged:\n    {listed}",
+            str(directory),
+            "A resume passes over damaged checkpoints; remove their directories to silence this.",
+        )
+    return [state.step for state in states]
