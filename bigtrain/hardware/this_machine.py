@@ -1,0 +1,120 @@
+"""What this machine has: device, cores, memory, host name; without torch unless asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_DRIVER_INFORMATION = Path("/proc/driver/nvidia/gpus")
+_NVIDIA_SMI_TIMEOUT_S = 10.0
+_UNLIMITED_BYTES = 1 << 60
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One host as a rank sees it."""
+
+    hostname: str
+    device_name: str
+    """The accelerator's name as its driver reports it, or the processor's where there is none."""
+    n_devices: int
+    """Accelerators that can be seen; 0 on a machine that has only its processor."""
+    cores: int
+    """Processor cores that this process may use: affinity and the container's quota are heeded."""
+    memory_bytes: int
+    """Main memory that this process may use: the container's limit is heeded."""
+
+
+def this_machine(use_torch: bool = False) -> Machine:
+    """Describe this machine.
+
+    Args:
+        use_torch: Ask torch for the devices; exact where devices are hidden from this process or are not
+            NVIDIA's, but the import costs seconds. Otherwise the driver is asked.
+    """
+    devices = _devices_by_torch() if use_torch else _devices_by_driver()
+    return Machine(
+        hostname=socket.gethostname(),
+        device_name=devices[0] if devices else processor_name(),
+        n_devices=len(devices),
+        cores=available_cores(),
+        memory_bytes=available_memory_bytes(),
+    )
+
+
+def _devices_by_torch() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _devices_by_driver() -> list[str]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    program = shutil.which("nvidia-smi")
+    names = _names_by_nvidia_smi(program) if program else []
+    if not names and _DRIVER_INFORMATION.is_dir():
+        names = [_field(file.read_text(), "Model") for file in sorted(_DRIVER_INFORMATION.glob("*/information"))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names[: len(visible.split(","))] if visible else names
+
+
+def _names_by_nvidia_smi(program: str) -> list[str]:
+    try:
+        output = subprocess.run(
+            [program, "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in output.splitlines() if line.strip()]
+
+
+def _field(text: str, name: str) -> str:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def processor_name() -> str:
+    """The processor's model as the kernel reports it, or "cpu" where it does not."""
+    try:
+        return _field(Path("/proc/cpuinfo").read_text(), "model name") or "cpu"
+    except OSError:
+        return "cpu"
+
+
+def _cgroup_number(path: str, field: int = 0) -> int | None:
+    try:
+        words = Path(path).read_text().split()
+    except OSError:
+        return None
+    return int(words[field]) if len(words) > field and words[field].isdigit() else None
+
+
+def available_cores() -> int:
+    """Cores that this process may use, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_number("/sys/fs/cgroup/cpu.max", 0)
+    period = _cgroup_number("/sys/fs/cgroup/cpu.max", 1)
+    if quota and period:
+        cores = min(cores, max(1, quota // period))
+    return max(1, cores)
+
+
+def available_memory_bytes() -> int:
+    """Main memory that this process may use, in bytes: the machine's, or the container's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [
+        _cgroup_number("/sys/fs/cgroup/memory.max"),
+        _cgroup_number("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ]
+    return min([total, *(limit for limit in limits if limit and limit < _UNLIMITED_BYTES)])

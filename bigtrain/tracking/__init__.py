@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics.jsonl, W&B, the live display, its status, its report."""

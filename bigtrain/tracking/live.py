@@ -1,0 +1,252 @@
+"""What the controller shows while a run trains: one live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from bigtrain.tracking.follow import Follower
+from bigtrain.tracking.numbers import finite, short, span
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+POLL_S = 0.25
+LINE_EVERY_S = 5.0
+_RECENT = 60
+_BARS = "▁▂▃▄▅▆▇█"
+_LOUD = {"fault": "red", "failed": "red", "restarted": "yellow", "stopped": "yellow", "finished": "green"}
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """A curve in one row of characters, newest right, scaled from its least to its greatest value."""
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in shown)
+
+
+class Progress:
+    """The part of a run's record that the display shows."""
+
+    def __init__(self, total_steps: int | None) -> None:
+        self.total_steps = total_steps
+        self.row: dict[str, Any] = {}
+        self.val_loss: float | None = None
+        self.event: dict[str, Any] | None = None
+        self.losses: deque[float] = deque(maxlen=_RECENT)
+        self._pace: deque[float] = deque(maxlen=_RECENT)
+
+    def restart(self) -> None:
+        """Forget the curve: the file was cut and comes again from its start."""
+        self.row, self.val_loss = {}, None
+        self.losses.clear()
+        self._pace.clear()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take one object of metrics.jsonl."""
+        before, self.row = self.row, row
+        if (loss := finite(row.get("loss"))) is not None:
+            self.losses.append(loss)
+        if (val := finite(row.get("val_loss"))) is not None:
+            self.val_loss = val
+        steps = row["step"] - before.get("step", 0)
+        tokens = (finite(row.get("tokens")) or 0.0) - (finite(before.get("tokens")) or 0.0)
+        rate = finite(row.get("tokens_per_s"))
+        if steps > 0 and tokens > 0 and rate:
+            self._pace.append(tokens / rate / steps)
+
+    def add_event(self, event: dict[str, Any]) -> None:
+        """Take one object of events.jsonl."""
+        self.event = event
+        if isinstance(event.get("total_steps"), int):
+            self.total_steps = event["total_steps"]
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step at the median recent pace."""
+        if not self._pace or self.total_steps is None:
+            return None
+        pace = sorted(self._pace)[len(self._pace) // 2]
+        return float(max(0, self.total_steps - self.row["step"]) * pace)
+
+
+def metrics_line(progress: Progress, row: dict[str, Any]) -> str:
+    """`step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m10s`; val where evaluated."""
+    total = f"/{progress.total_steps}" if progress.total_steps is not None else ""
+    loss = finite(row.get("loss"))
+    parts = [f"step {row['step']}{total}", f"loss {loss:.3f}" if loss is not None else "loss nan"]
+    if (val := finite(row.get("val_loss"))) is not None:
+        parts.append(f"val {val:.3f}")
+    if (lr := finite(row.get("lr"))) is not None:
+        parts.append(f"lr {lr:.1e}")
+    if (rate := finite(row.get("tokens_per_s"))) is not None:
+        parts.append(f"{short(rate)} tokens/s")
+    if (eta := progress.eta_s) is not None:
+        parts.append(f"eta {span(eta)}")
+    return "  ".join(parts)
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """`event fault  step 120  rank 3  host a7  cause killed by SIGKILL`."""
+    parts = [f"event {event['event']}"]
+    for name in ("step", "attempt", "rank", "host", "cause"):
+        if event.get(name) is not None:
+            parts.append(f"{name} {event[name]}")
+    return "  ".join(parts)
+
+
+class LiveDisplay:
+    """Follows a run's metrics.jsonl and events.jsonl in a thread and shows them.
+
+    What the files hold when it starts is the past: it feeds the curve and is not printed again.
+
+    Args:
+        run_dir: The run's directory; its files may not be there yet.
+        total_steps: Steps of the whole run where known; an event that carries `total_steps` corrects it.
+        stream: Where to: a terminal gets a panel that redraws itself, anything else plain lines.
+        line_every_s: Least time between two plain lines; evaluations and events always get one.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int | None,
+        stream: IO[str],
+        *,
+        line_every_s: float = LINE_EVERY_S,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._name = run_dir.resolve().name
+        self._stream = stream
+        self._line_every_s, self._poll_s = line_every_s, poll_s
+        self._progress = Progress(total_steps)
+        self._metrics = Follower(run_dir / "metrics.jsonl")
+        self._events = Follower(run_dir / "events.jsonl")
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._last_line_s = float("-inf")
+        self._printed_step: int | None = None
+
+    def start(self) -> None:
+        """Begin to follow; returns at once."""
+        self._read()
+        self._printed_step = self._progress.row.get("step")
+        run = self._show_panel if self._stream.isatty() else self._show_lines
+        self._thread = threading.Thread(target=run, name="live-display", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Show what came last, and end; the thread is gone when this returns."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        rows, was_cut = self._metrics.follow()
+        if was_cut:
+            self._progress.restart()
+        rows = [row for row in rows if isinstance(row.get("step"), int)]
+        for row in rows:
+            self._progress.add(row)
+        if was_cut:
+            # The lines that survived the cut have been shown before.
+            self._printed_step = rows[-1]["step"] if rows else None
+            rows = []
+        events = [event for event in self._events.follow()[0] if isinstance(event.get("event"), str)]
+        for event in events:
+            self._progress.add_event(event)
+        return rows, events
+
+    def _show_lines(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            self._print_new()
+        self._print_new(last=True)
+
+    def _print_new(self, last: bool = False) -> None:
+        rows, events = self._read()
+        lines = [event_line(event) for event in events]
+        for row in rows:
+            if finite(row.get("val_loss")) is not None:
+                lines.append(self._line(row))
+        newest = self._progress.row
+        is_due = last or time.monotonic() - self._last_line_s >= self._line_every_s
+        if newest and newest["step"] != self._printed_step and is_due:
+            lines.append(self._line(newest))
+        if lines:
+            self._stream.write("".join(line + "\n" for line in lines))
+            self._stream.flush()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        self._last_line_s = time.monotonic()
+        self._printed_step = row["step"]
+        return metrics_line(self._progress, row)
+
+    def _show_panel(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(file=self._stream)
+        with Live(self._panel(), console=console, auto_refresh=False) as live:
+            while not self._stop.wait(self._poll_s):
+                for event in self._read()[1]:
+                    if event["event"] in _LOUD:
+                        live.console.print(event_line(event), style=_LOUD[event["event"]], markup=False)
+                live.update(self._panel(), refresh=True)
+            self._read()
+            live.update(self._panel(), refresh=True)
+
+    def _panel(self) -> RenderableType:
+        return panel(self._name, self._progress)
+
+
+def panel(name: str, progress: Progress) -> RenderableType:
+    """The panel of one run."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    row = progress.row
+    step, total = row.get("step", 0), progress.total_steps
+    head = Table.grid(expand=True, padding=(0, 1))
+    head.add_column(no_wrap=True)
+    head.add_column(ratio=1)
+    head.add_column(justify="right", no_wrap=True)
+    share = f"{step / total:.0%}" if total else ""
+    head.add_row(
+        Text(f"step {step}" + (f"/{total}" if total else ""), style="bold"),
+        ProgressBar(total=total or 1, completed=step if total else 0),
+        Text(share, style="bold"),
+    )
+    body = Table.grid(padding=(0, 3))
+    loss, val = finite(row.get("loss")), progress.val_loss
+    curve = sparkline(list(progress.losses))
+    body.add_row(*_cell("loss", f"{loss:.3f}" if loss is not None else "–"), Text(curve, style="cyan", no_wrap=True))
+    facts = [("val", f"{val:.3f}" if val is not None else "–")]
+    for label, key, form in (("lr", "lr", "{:.1e}"), ("mfu", "mfu", "{:.1%}")):
+        value = finite(row.get(key))
+        facts.append((label, form.format(value) if value is not None else "n/a" if key == "mfu" else "–"))
+    rate, eta = finite(row.get("tokens_per_s")), progress.eta_s
+    facts.append(("tokens/s", short(rate) if rate is not None else "–"))
+    facts.append(("eta", span(eta) if eta is not None else "–"))
+    line = Table.grid(padding=(0, 2))
+    line.add_row(*[Text.assemble((f"{label} ", "dim"), text) for label, text in facts])
+    parts: list[RenderableType] = [head, body, line]
+    if progress.event is not None:
+        style = _LOUD.get(progress.event["event"], "dim")
+        parts.append(Text(event_line(progress.event), style=style, no_wrap=True, overflow="ellipsis"))
+    return Panel(Group(*parts), title=Text(name, style="bold"), title_align="left", border_style="dim")
+
+
+def _cell(label: str, value: str) -> tuple[RenderableType]:
+    from rich.text import Text
+
+    return (Text.assemble((f"{label} ", "dim"), (value, "bold")),)

@@ -1,0 +1,91 @@
+"""metrics.jsonl: one object a logged step, each step there once."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtrain.storage import append_line, cut_lines, read_lines
+
+NAMES = (
+    "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s",
+)  # fmt: skip
+"""What every object holds. `loss` is in nats per token; an evaluation adds `val_loss` and `val_bits_per_byte`
+to its step's object, a mixture `loss/SOURCE`."""
+
+
+class MetricsFile:
+    """The writer of a run's metrics.jsonl; one process at a time owns it.
+
+    Args:
+        path: The file; made at the first append.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._last_step: int | None = None
+        if _torn(self.path):
+            cut_lines(self.path, keep=lambda value: True)
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Append one step's object; a number that is not finite is written as null, which JSON can hold.
+
+        Raises:
+            ValueError: No `step`, or one that is not past the last one written.
+        """
+        step = metrics.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(f"metrics need a whole number 'step', not {step!r}")
+        if self._last_step is not None and step <= self._last_step:
+            raise ValueError(f"step {step} comes after step {self._last_step} in {self.path.name}; cut it first")
+        append_line(self.path, {key: plain(value) for key, value in metrics.items()})
+        self._last_step = step
+
+    def cut(self, step: int) -> None:
+        """Drop what was logged after `step`: a resume from its checkpoint will log those steps again."""
+        cut_lines(self.path, keep=lambda value: isinstance(value.get("step"), int) and value["step"] <= step)
+        self._last_step = None
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numpy and torch scalars become numbers, NaN and infinities null."""
+    if hasattr(value, "item") and not isinstance(value, (bool, int, float, str)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl in order of steps, each step once; a file that is not there is empty."""
+    rows: list[dict[str, Any]] = []
+    for row in step_rows(path):
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def step_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The objects that carry a step, as they lie in the file."""
+    for row in read_lines(path):
+        if isinstance(row.get("step"), int):
+            yield row
+
+
+def _torn(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,71 @@
+"use strict";
+(() => {
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const charts = [...document.querySelectorAll(".plot")].map((element) => ({
+    element, spec: JSON.parse(element.nextElementSibling.textContent), log: false,
+  }));
+
+  const named = (spec) => spec.series.filter((series) => !series.faint).length > 1;
+
+  const traces = (spec) => {
+    const drawn = spec.series.map((series) => ({
+      x: series.x, y: series.y, name: series.name, type: "scatter", mode: series.markers ? "lines+markers" : "lines",
+      line: { color: color(`series-${series.color}`), width: series.faint ? 1 : 2 }, marker: { size: 6 },
+      opacity: series.faint ? 0.35 : 1, hovertemplate: `%{y:${spec.format}}`, showlegend: named(spec),
+    }));
+    if (spec.marks.length) drawn.push({
+      x: spec.marks.map((mark) => mark.x), y: spec.marks.map(() => 1), yaxis: "y2", type: "scatter", mode: "markers",
+      marker: { symbol: "triangle-down", size: 9, color: spec.marks.map((mark) => color(mark.color)) },
+      text: spec.marks.map((mark) => mark.text), hovertemplate: "%{text}<extra></extra>", showlegend: false,
+      cliponaxis: false,
+    });
+    return drawn;
+  };
+
+  // Plotly would pad the range of x for markers, and so shift the charts against each other.
+  const extent = (spec) => {
+    const low = Math.min(...spec.series.map((series) => series.x[0]));
+    const high = Math.max(...spec.series.map((series) => series.x[series.x.length - 1]));
+    if (low === high) return undefined;
+    return spec.log_x ? [Math.log10(low), Math.log10(high)] : [low, high];
+  };
+
+  const layout = (spec, log, wide) => {
+    const axis = {
+      gridcolor: color("grid"), zeroline: false, linecolor: color("line"), tickfont: { size: 11.5 }, automargin: true,
+    };
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 8, t: 14, b: 8 },
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("quiet") },
+      hovermode: "x unified", hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
+      showlegend: named(spec),
+      legend: { orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "top", bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
+      xaxis: {
+        ...axis, showgrid: false, title: { text: spec.x_title, font: { size: 11.5 }, standoff: 6 },
+        type: spec.log_x ? "log" : "linear", range: extent(spec), nticks: wide ? 9 : 5,
+      },
+      yaxis: { ...axis, type: log ? "log" : "linear", nticks: wide ? 7 : 5, tickformat: spec.tick_format, rangemode: spec.from_zero ? "tozero" : "normal" },
+      yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+      shapes: spec.marks.map((mark) => ({
+        type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1,
+        line: { color: color(mark.color), width: 1, dash: "dot" },
+      })),
+    };
+  };
+
+  const draw = (chart) => Plotly.react(
+    chart.element, traces(chart.spec), layout(chart.spec, chart.log, chart.element.clientWidth > 640),
+    { displaylogo: false, displayModeBar: false, responsive: true },
+  );
+  for (const chart of charts) {
+    chart.log = chart.spec.log_y;
+    draw(chart);
+    const buttons = [...chart.element.parentElement.querySelectorAll(".scale button")];
+    for (const button of buttons) button.addEventListener("click", () => {
+      chart.log = button.value === "log";
+      for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+      draw(chart);
+    });
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(draw));
+})();

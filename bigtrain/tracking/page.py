@@ -1,0 +1,228 @@
+"""The one renderer of HTML pages: self-contained files that open offline, light or dark, wide or narrow.
+
+Every text is escaped here and nowhere else. A page forbids itself, by its Content-Security-Policy, to fetch
+anything.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_POINTS = 3000
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def downsample(
+    x: npt.ArrayLike, y: npt.ArrayLike, max_points: int = MAX_POINTS
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """At most `max_points` of a curve, every spike among them: the least and greatest y of each stretch.
+
+    Args:
+        x: Shape (n,), rising.
+        y: Shape (n,); points that are not finite are left out.
+    """
+    all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    known = np.isfinite(all_y) & np.isfinite(all_x)
+    few_x, few_y = all_x[known], all_y[known]
+    if len(few_x) <= max_points:
+        return few_x, few_y
+    edges = np.linspace(0, len(few_x), max_points // 2 + 1).astype(np.int64)
+    kept = {0, len(few_x) - 1}
+    for low, high in itertools.pairwise(edges[1:-1]):
+        kept.add(int(low + np.argmin(few_y[low:high])))
+        kept.add(int(low + np.argmax(few_y[low:high])))
+    chosen = np.array(sorted(kept))
+    return few_x[chosen], few_y[chosen]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve of a chart; points that are not finite are left out, long curves are thinned."""
+
+    name: str
+    x: npt.ArrayLike
+    y: npt.ArrayLike
+    color: Literal[1, 2, 3, 4] = 1
+    faint: bool = False
+    """Drawn thin behind the others, as the raw values behind their mean."""
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line where something happened."""
+
+    x: float
+    text: str
+    kind: Literal["fault", "restart"] = "restart"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled chart of one or more series."""
+
+    title: str
+    series: Sequence[Series]
+    unit: str = ""
+    x_title: str = "step"
+    marks: Sequence[Mark] = ()
+    wide: bool = False
+    log_switch: bool = False
+    """Whether the reader can switch y between linear and logarithmic."""
+    log_y: bool = False
+    log_x: bool = False
+    from_zero: bool = False
+    """Whether a linear y begins at zero, as amounts should; for values whose changes matter it need not."""
+    value_format: str = ".4~g"
+    """How a value reads under the pointer, in d3's notation."""
+    tick_format: str = ""
+    """How the ticks of y read; empty is the library's own choice."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One headline number, with a quiet line below it."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass
+class Page:
+    """A page built from top to bottom; `render` gives the whole file."""
+
+    title: str
+    subtitle: str = ""
+    _parts: list[str] = field(default_factory=list)
+    _has_charts: bool = False
+
+    def heading(self, text: str) -> None:
+        """A section begins."""
+        self._parts.append(f"<h2>{_text(text)}</h2>")
+
+    def note(self, text: str) -> None:
+        """A quiet paragraph."""
+        self._parts.append(f'<p class="note">{_text(text)}</p>')
+
+    def headline(self, facts: Iterable[Fact]) -> None:
+        """The numbers that matter, large."""
+        cells = []
+        for fact in facts:
+            note = f"<small>{_text(fact.note)}</small>" if fact.note else ""
+            cells.append(f"<div><dt>{_text(fact.label)}</dt><dd>{_text(fact.value)}{note}</dd></div>")
+        self._parts.append(f'<dl class="headline">{"".join(cells)}</dl>')
+
+    def shares(self, parts: Sequence[tuple[str, float, str]]) -> None:
+        """A whole divided: (label, amount, amount as text), drawn as one bar; at most four parts."""
+        total = sum(amount for _, amount, _ in parts) or 1.0
+        bar, legend = [], []
+        for i, (label, amount, text) in enumerate(parts):
+            if amount > 0:
+                bar.append(f'<i class="s{i}" style="width:{100 * amount / total:.3f}%"></i>')
+            legend.append(f'<li><i class="s{i}"></i>{_text(label)} <span>{_text(text)}</span></li>')
+        drawn = f'<div class="shares">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>'
+        self._parts.append(f'<div class="card">{drawn}</div>')
+
+    def charts(self, charts: Iterable[Chart]) -> None:
+        """Charts side by side where there is room; wide ones take a row of their own."""
+        drawn = [_chart(chart) for chart in charts if any(_has_points(series) for series in chart.series)]
+        if drawn:
+            self._has_charts = True
+            self._parts.append(f'<div class="charts">{"".join(drawn)}</div>')
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], long: Iterable[str] = ()) -> None:
+        """A table; columns named in `long` may break their lines."""
+        wraps = [name in set(long) for name in header]
+        head = "".join(f"<th>{_text(name)}</th>" for name in header)
+        body = []
+        for row in rows:
+            cells = (
+                f"<td{' class=long' if wrap else ''}>{_text(cell)}</td>" for cell, wrap in zip(row, wraps, strict=True)
+            )
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+        self._parts.append(f'<div class="scroll"><table>{table}</table></div>')
+
+    def preformatted(self, text: str, prose: bool = False) -> None:
+        """A text as it stands; prose breaks its long lines."""
+        self._parts.append(f"<pre{' class=prose' if prose else ''}>{_text(text)}</pre>")
+
+    def render(self) -> str:
+        """The whole file as text; its library is inside, once, if there is a chart."""
+        subtitle = f'<p class="subtitle">{_text(self.subtitle)}</p>' if self.subtitle else ""
+        scripts = ""
+        if self._has_charts:
+            from plotly.offline import get_plotlyjs
+
+            scripts = f"<script>{get_plotlyjs()}</script>\n<script>{_asset('page.js')}</script>\n"
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{_text(self.title)}</title>\n<style>{_asset('page.css')}</style>\n</head>\n<body>\n<main>\n"
+            f"<header><h1>{_text(self.title)}</h1>{subtitle}</header>\n"
+            + "\n".join(self._parts)
+            + f"\n</main>\n{scripts}</body>\n</html>\n"
+        )
+
+
+def _text(value: Any) -> str:
+    return html.escape("" if value is None else str(value), quote=True)
+
+
+def _asset(name: str) -> str:
+    return resources.files("bigtrain.tracking").joinpath(name).read_text(encoding="utf-8")
+
+
+def _has_points(series: Series) -> bool:
+    return bool(np.isfinite(np.asarray(series.y, dtype=np.float64)).any())
+
+
+def _numbers(values: npt.NDArray[np.float64]) -> list[float | int]:
+    return [int(value) if value == math.floor(value) else float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _chart(chart: Chart) -> str:
+    series = []
+    for one in chart.series:
+        if _has_points(one):
+            x, y = downsample(one.x, one.y)
+            # Plotly reads names as a small HTML of its own, so they are escaped like any text.
+            series.append({
+                "name": _text(one.name), "x": _numbers(x), "y": _numbers(y), "color": one.color,
+                "faint": one.faint, "markers": one.markers,
+            })  # fmt: skip
+    marks = [{"x": mark.x, "text": _text(mark.text), "color": mark.kind} for mark in chart.marks]
+    spec = {
+        "series": series, "marks": marks, "x_title": _text(chart.x_title), "log_x": chart.log_x,
+        "log_y": chart.log_y, "format": chart.value_format, "tick_format": chart.tick_format,
+        "from_zero": chart.from_zero,
+    }  # fmt: skip
+    # "<" cannot stand inside a script element, where "</script>" would end it.
+    data = json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    unit = f" <span>{_text(chart.unit)}</span>" if chart.unit else ""
+    return (
+        f'<section class="card{" wide" if chart.wide else ""}">'
+        f'<div class="bar"><h3>{_text(chart.title)}{unit}</h3>'
+        f"{_scale_switch(chart) if chart.log_switch else ''}</div>"
+        f'<div class="plot"></div><script type="application/json">{data}</script></section>'
+    )
+
+
+def _scale_switch(chart: Chart) -> str:
+    buttons = []
+    for value in ("linear", "log"):
+        pressed = "true" if chart.log_y == (value == "log") else "false"
+        buttons.append(f'<button type="button" value="{value}" aria-pressed="{pressed}">{value}</button>')
+    return f'<div class="scale" role="group" aria-label="scale of y">{"".join(buttons)}</div>'

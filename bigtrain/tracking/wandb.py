@@ -1,0 +1,296 @@
+"""Weights & Biases, at arm's length: whatever it does, no training step waits for it.
+
+    put() --bounded queue--> one daemon thread --pipe--> wandb_process.py, the only importer of wandb
+
+W&B runs in a process of its own because its client holds the interpreter while it is imported, hooks the exit
+and the exceptions of the process that it lives in, and waits there for its uploads. A process can be left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import netrc
+import os
+import queue
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import bigtrain
+from bigtrain.storage import write_atomic
+from bigtrain.tracking.config import TrackingConfig
+from bigtrain.tracking.metrics import plain
+from bigtrain.tracking.redact import redact, redact_text
+from bigtrain.tracking.wandb_process import READY
+
+_log = logging.getLogger(__name__)
+
+QUEUE_SIZE = 10_000
+INIT_TIMEOUT_S = 60.0
+_DEFAULT_BASE_URL = "https://api.wandb.ai"
+_POLL_S = 0.5
+_MAX_ID_LENGTH = 64
+
+
+def has_key(environment: Mapping[str, str]) -> bool:
+    """Whether W&B would find a key: in WANDB_API_KEY, or in the netrc file under its server's name."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL", _DEFAULT_BASE_URL)).hostname or ""
+    path = environment.get("NETRC") or os.path.join(environment.get("HOME", ""), ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def choose_mode(wanted: str, environment: Mapping[str, str]) -> str:
+    """online, offline or disabled; `auto` heeds WANDB_MODE, then whether there is a key."""
+    if wanted != "auto":
+        return wanted
+    if environment.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return environment["WANDB_MODE"]
+    return "online" if has_key(environment) else "offline"
+
+
+def run_id(run_dir: Path, name: str) -> str:
+    """The W&B id of a run: its name with a random suffix, drawn once and kept in RUN/wandb/id.
+
+    The suffix keeps two people's runs of one name apart inside a project.
+    """
+    file = run_dir / "wandb" / "id"
+    if file.exists() and (kept := file.read_text().strip()):
+        return kept
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[: _MAX_ID_LENGTH - 9]
+    fresh = f"{stem}-{secrets.token_hex(4)}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, fresh + "\n")
+    return fresh
+
+
+def read_url(run_dir: Path) -> str | None:
+    """Where the run can be seen on W&B, or None where it was never online."""
+    try:
+        return (run_dir / "wandb" / "url").read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def start_tracker(run_dir: Path, name: str, config: Mapping[str, Any], tracking: TrackingConfig) -> WandbTracker | None:
+    """The tracker that the `tracking` section asks for, or None where it is disabled."""
+    mode = choose_mode(tracking.wandb, os.environ)
+    if mode == "disabled":
+        return None
+    return WandbTracker(
+        run_dir, name, config, mode=mode, project=tracking.project, entity=tracking.entity, tags=tracking.tags
+    )
+
+
+class _Abandoned(Exception):
+    """close() has run out of patience with a run that was still starting."""
+
+
+class WandbTracker:
+    """One W&B run a run name, resumed under its id; what it cannot take in time is dropped and counted.
+
+    Args:
+        run_dir: The run's directory; W&B's files go to its `wandb` folder.
+        name: The run's name.
+        config: The resolved config; secrets are taken out before it leaves this process.
+        mode: "online" or "offline". Online that cannot be reached at the start goes on offline.
+        warn: Takes one line; called from the thread, at most a few times a run.
+        queue_size: Steps that may wait to be taken.
+        init_timeout_s: How long W&B's start may take before the run goes on offline.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        mode: str = "offline",
+        project: str = "bigtrain",
+        entity: str | None = None,
+        tags: list[str] | None = None,
+        warn: Callable[[str], None] = _log.warning,
+        queue_size: int = QUEUE_SIZE,
+        init_timeout_s: float = INIT_TIMEOUT_S,
+    ) -> None:
+        self.id = run_id(run_dir, name)
+        self.dropped = 0
+        self._warn = warn
+        self._directory = run_dir / "wandb"
+        self._start = {
+            "dir": str(run_dir), "id": self.id, "name": name, "mode": mode, "project": project,
+            "entity": entity, "tags": list(tags or []), "config": redact(plain(dict(config))),
+            "init_timeout_s": init_timeout_s, "trainer_pid": os.getpid(),
+        }  # fmt: skip
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._warned: set[str] = set()
+        self._unread = b""
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Mapping[str, Any]) -> None:
+        """Hand over one step's metrics; never waits. Where the queue is full they are dropped and counted."""
+        try:
+            self._queue.put_nowait(dict(metrics))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Send what is waiting and end the W&B run, for at most `timeout_s`; then leave it behind.
+
+        What was written to RUN/wandb can be sent later with `wandb sync`.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._closing.is_set():
+            self._closing.set()
+            # Where it is full, the thread sees _closing once it has emptied it.
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._abandon(timeout_s)
+        if self.dropped:
+            self._warn_once(f"W&B could not keep up: {self.dropped} steps were not sent; metrics.jsonl has all of them")
+
+    def _abandon(self, timeout_s: float) -> None:
+        self._abandoned.set()
+        if self._process is not None:
+            self._process.kill()
+        self._thread.join(1.0)
+        self._warn_once(
+            f"W&B did not finish within {timeout_s:.0f} s and was left; `wandb sync {self._directory}/*run-*` sends "
+            "what it has written"
+        )
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self._warn(line)
+
+    def _work(self) -> None:
+        try:
+            self._process = self._start_run()
+            while self._forward_next():
+                self._relay()
+            self._finish()
+        except _Abandoned:
+            _log.debug("W&B was left while it was starting")
+        except BrokenPipeError:
+            self._explain_end()
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            if not self._abandoned.is_set():
+                self._warn_once(f"W&B is off from here: {type(error).__name__}: {redact_text(str(error))}")
+        finally:
+            self._discard()
+
+    def _start_run(self) -> subprocess.Popen[bytes]:
+        """A process with a run that is under way: offline where online cannot be had."""
+        if self._start["mode"] == "online":
+            process, failure = self._try_start("online")
+            if failure is None:
+                return process
+            self._warn_once(f"W&B cannot be reached, going on offline ({failure}); `wandb sync` sends the run later")
+        process, failure = self._try_start("offline")
+        if failure is not None:
+            raise RuntimeError(failure)
+        return process
+
+    def _try_start(self, mode: str) -> tuple[subprocess.Popen[bytes], str | None]:
+        self._process = process = self._launch()
+        if self._abandoned.is_set():
+            process.kill()
+        self._send({**self._start, "mode": mode})
+        assert process.stdout is not None
+        answer = redact_text(process.stdout.readline().decode(errors="replace").strip())
+        if answer == READY:
+            os.set_blocking(process.stdout.fileno(), False)
+            return process, None
+        process.kill()
+        code = process.wait()
+        if self._abandoned.is_set():
+            raise _Abandoned
+        return process, answer or f"its process ended with {code}; see {self._directory / 'client.log'}"
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        root = str(Path(bigtrain.__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # WANDB_ERROR_REPORTING: the client's own telemetry and crash reports stay here.
+        environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        with open(self._directory / "client.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "bigtrain.tracking.wandb_process"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+            )  # fmt: skip
+
+    def _forward_next(self) -> bool:
+        try:
+            item = self._queue.get(timeout=_POLL_S)
+        except queue.Empty:
+            return not self._closing.is_set()
+        if item is None or self._abandoned.is_set():
+            return False
+        self._send(plain(item))
+        return True
+
+    def _send(self, value: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value, default=str).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _relay(self) -> None:
+        """Pass on the warnings that the process has printed, one a line."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while part := self._process.stdout.read(1 << 16):
+            self._unread += part
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            if line.strip():
+                self._warn_once(redact_text(line.decode(errors="replace").strip()))
+
+    def _finish(self) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._explain_end()
+
+    def _explain_end(self) -> None:
+        assert self._process is not None
+        code = self._process.wait()
+        self._relay()
+        if code and not self._abandoned.is_set() and not self._warned:
+            self._warn_once(f"W&B is off from here: its process ended with {code}; see {self._directory}/client.log")
+
+    def _discard(self) -> None:
+        """Take what still comes and count it as dropped, so that the queue's memory is not held."""
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                try:
+                    if pipe is not None:
+                        pipe.close()
+                except BrokenPipeError:
+                    continue  # unsent bytes of a process that is gone
+        while not self._closing.is_set() or not self._queue.empty():
+            try:
+                if self._queue.get(timeout=_POLL_S) is not None:
+                    self.dropped += 1
+            except queue.Empty:
+                continue
