@@ -1,0 +1,286 @@
+"""The node agent: starts the ranks of one machine, watches them, and ends them together.
+
+    python -m bigtrain.jobs.agent        with ADDRESS_VARIABLE and TOKEN_VARIABLE of the protocol in its environment
+
+It holds no policy: it reports to the controller and does as it is told. Whatever ends it, a message, the loss of the
+controller or SIGKILL, its ranks end too. It has one thread, because a rank lives as long as the thread that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from bigtrain.heartbeat import Beat, Control
+from bigtrain.jobs.processes import PLACEMENT_VARIABLE, end_marked, free_port
+from bigtrain.jobs.protocol import (
+    ADDRESS_VARIABLE,
+    TOKEN_VARIABLE,
+    Channel,
+    Message,
+    PeerLost,
+    ProtocolError,
+    connect,
+)
+from bigtrain.jobs.ranks import Placement, RankProcess, last_traceback
+
+LOOK_S: Final = 0.1
+"""Time between two looks at the pages; exits are seen at once."""
+CONFIRM_S: Final = 1.0
+"""How long a rank must stay silent past its limit: after a pause of the whole machine, ranks get this long to beat."""
+STACKS_S: Final = 0.5
+"""Time given to the ranks to write their stacks."""
+TAIL_CHARACTERS: Final = 4000
+
+_LEFT_CLEANLY: Final = (0, 75)
+
+
+class Gang:
+    """The ranks of one generation on this machine."""
+
+    def __init__(self, placement: Placement, channel: Channel, inherited: Mapping[str, str]) -> None:
+        self.placement = placement
+        self.generation = placement.generation
+        self.ranks: list[RankProcess] = []
+        self._channel = channel
+        self._overdue_since: float | None = None
+        try:
+            for local_rank in range(placement.procs):
+                self.ranks.append(RankProcess(placement, local_rank, inherited))
+        except BaseException:
+            for rank in self.ranks:
+                rank.reap()
+            raise
+
+    def beats(self) -> dict[str, Beat]:
+        """The last beat of each living rank."""
+        return {str(rank.rank): rank.page.read() for rank in self.ranks}
+
+    def set_control(self, control: Control) -> None:
+        """Put the control word on every page."""
+        for rank in self.ranks:
+            rank.page.set_control(control)
+
+    def look(self) -> bool:
+        """Report exits and hangs; a death or a hang ends all ranks.
+
+        Returns:
+            Whether any rank is left.
+        """
+        failed = False
+        # Of several that are over at one look, the one that a signal killed brought the others down.
+        for rank in sorted(self.ranks, key=lambda rank: not rank.was_killed()):
+            if not rank.has_exited():
+                continue
+            failed |= self._collect(rank, ended=False) not in _LEFT_CLEANLY
+        if failed:
+            self.end()
+        elif self._hangs():
+            self._report_hang()
+            self.end()
+        return bool(self.ranks)
+
+    def end(self) -> None:
+        """Kill what is left, wait for it, and report each rank's end."""
+        for rank in self.ranks:
+            rank.kill()
+        for rank in list(self.ranks):
+            self._collect(rank, ended=True)
+
+    def _collect(self, rank: RankProcess, ended: bool) -> int:
+        # The page and the log must be read before and after the end: the page goes, the log is complete only then.
+        beat = rank.page.read()
+        code = rank.reap()
+        self.ranks.remove(rank)
+        tail = rank.log_tail()
+        self._channel.send(
+            "exited",
+            generation=self.generation,
+            rank=rank.rank,
+            code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            step=beat.step,
+            phase=beat.phase,
+            ended=ended,
+            traceback=None if ended or code in _LEFT_CLEANLY else last_traceback(tail),
+            tail="" if ended else tail[-TAIL_CHARACTERS:],
+        )
+        return code
+
+    def _limit_s(self, beat: Beat) -> float:
+        return float(self.placement.limits[beat.phase])
+
+    def _hangs(self) -> bool:
+        beats = [rank.page.read() for rank in self.ranks]
+        if not any(beat.age_s > self._limit_s(beat) for beat in beats):
+            self._overdue_since = None
+            return False
+        now = time.monotonic()
+        if self._overdue_since is None:
+            self._overdue_since = now
+        return now - self._overdue_since >= CONFIRM_S
+
+    def _report_hang(self) -> None:
+        # One silent rank silences all that wait for it. The culprit is stopped, or behind, or silent for longest.
+        states = [(not rank.stopped, *rank.page.read(), rank) for rank in self.ranks]
+        running, step, phase, age_s, culprit = min(states, key=lambda state: (state[0], state[1], -state[3]))
+        limit_s = self._limit_s(Beat(step, phase, age_s))
+        written = culprit.log_size()
+        for rank in self.ranks:
+            rank.dump_stacks()
+        time.sleep(STACKS_S)
+        self._channel.send(
+            "hung",
+            generation=self.generation,
+            rank=culprit.rank,
+            step=step,
+            phase=phase,
+            age_s=age_s,
+            limit_s=limit_s,
+            stopped=not running,
+            stacks=culprit.log_tail(written)[-TAIL_CHARACTERS:],
+        )
+
+
+class Agent:
+    """The loop that serves one controller until it says `done` or is gone."""
+
+    def __init__(self, channel: Channel, environment: Mapping[str, str]) -> None:
+        self._channel = channel
+        self._environment = dict(environment)
+        self._placement_mark = self._environment.setdefault(PLACEMENT_VARIABLE, uuid.uuid4().hex)
+        self._gang: Gang | None = None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(channel, selectors.EVENT_READ)
+        self._exit_descriptors: list[int] = []
+        self._terminated = False
+        self._done = False
+
+    def run(self) -> int:
+        """Serve; returns the agent's exit code: 0 after `done`, 1 where the controller was lost."""
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        try:
+            while not self._done:
+                self._turn()
+        except (PeerLost, ProtocolError) as error:
+            print(f"agent: the controller is lost ({error}): ending the ranks", file=sys.stderr)
+            return 1
+        finally:
+            self._abandon()
+        return 0
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def _turn(self) -> None:
+        ready = {key.fileobj for key, _ in self._selector.select(LOOK_S)}
+        if self._gang is not None and not self._gang.look():
+            self._finish_generation()
+        if self._channel in ready:
+            for message in self._channel.receive():
+                self._handle(message)
+        if self._terminated:
+            self._terminated = False
+            self._channel.send("notice", signal=int(signal.SIGTERM))
+        if self._gang is None:
+            self._channel.keep_alive()
+        else:
+            self._channel.keep_alive(generation=self._gang.generation, ranks=self._gang.beats())
+
+    def _handle(self, message: Message) -> None:
+        match message["type"]:
+            case "beat":
+                pass
+            case "port":
+                self._channel.send("port", port=free_port())
+            case "place":
+                self._place(Placement.parse(message))
+            case "control" if self._gang is not None:
+                self._gang.set_control(Control(message["word"]))
+            case "kill" if self._gang is not None and self._gang.generation == message["generation"]:
+                self._gang.end()
+                self._finish_generation()
+            case "done":
+                self._done = True
+
+    def _place(self, placement: Placement) -> None:
+        if self._gang is not None:
+            self._gang.end()
+            self._finish_generation()
+        try:
+            Path(placement.logs).mkdir(parents=True, exist_ok=True)
+            gang = self._gang = Gang(placement, self._channel, self._environment)
+        except OSError as error:
+            self._channel.send(
+                "exited",
+                generation=placement.generation,
+                rank=placement.first_rank,
+                code=1,
+                signal=None,
+                step=0,
+                phase="start",
+                ended=False,
+                traceback=None,
+                tail=f"the rank could not be started: {error}",
+            )
+            self._channel.send("ended", generation=placement.generation)
+            return
+        for rank in gang.ranks:
+            if rank.exit_descriptor is not None:
+                self._selector.register(rank.exit_descriptor, selectors.EVENT_READ)
+                self._exit_descriptors.append(rank.exit_descriptor)
+        pids = {str(rank.rank): rank.pid for rank in gang.ranks}
+        self._channel.send("started", generation=placement.generation, pids=pids)
+
+    def _finish_generation(self) -> None:
+        assert self._gang is not None
+        generation, self._gang = self._gang.generation, None
+        self._forget_descriptors()
+        # What left the ranks' process groups is found by its environment.
+        end_marked(self._placement_mark, spare=(os.getpid(),))
+        self._channel.send("ended", generation=generation)
+
+    def _forget_descriptors(self) -> None:
+        for descriptor in self._exit_descriptors:
+            self._selector.unregister(descriptor)
+        self._exit_descriptors.clear()
+
+    def _abandon(self) -> None:
+        """End everything without a word: the controller is gone, or has asked for it."""
+        if self._gang is not None:
+            for rank in self._gang.ranks:
+                rank.kill()
+            for rank in self._gang.ranks:
+                rank.reap()
+            self._gang = None
+        end_marked(self._placement_mark, spare=(os.getpid(),))
+        self._selector.close()
+        self._channel.close()
+
+
+def main() -> int:
+    """Run the agent that the environment describes; returns its exit code."""
+    environment = dict(os.environ)
+    address, token = environment.pop(ADDRESS_VARIABLE, ""), environment.pop(TOKEN_VARIABLE, "")
+    if not address or not token:
+        print(f"agent: needs {ADDRESS_VARIABLE} and {TOKEN_VARIABLE} in its environment", file=sys.stderr)
+        return 2
+    try:
+        channel = connect(address, token, environment.get(PLACEMENT_VARIABLE, ""))
+    except (PeerLost, ProtocolError) as error:
+        print(f"agent on {socket.gethostname()}: {error}", file=sys.stderr)
+        return 1
+    return Agent(channel, environment).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

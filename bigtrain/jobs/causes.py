@@ -1,0 +1,152 @@
+"""What went wrong, in one line, and whether to try again: the retry budget."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bigtrain.jobs.processes import signal_name
+
+# The exit codes of `bigtrain.run.ExitCode`, which this package does not import: it would bring in every config.
+FINISHED: Final = 0
+FAILED: Final = 1
+USER: Final = 2
+STOPPED: Final = 75
+
+BACKOFF_FIRST_S: Final = 1.0
+BACKOFF_MOST_S: Final = 30.0
+
+
+class Kind(enum.Enum):
+    """What ended a generation; the retry follows from it."""
+
+    USER = "user"
+    """Exit code 2: the user's mistake, which a retry does not mend."""
+    EXCEPTION = "exception"
+    SIGNAL = "signal"
+    HANG = "hang"
+    EARLY_EXIT = "early exit"
+    AGENT_LOST = "agent lost"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first failure of a generation."""
+
+    kind: Kind
+    cause: str
+    """One line that names rank, host, phase and step."""
+    host: str
+    rank: int | None = None
+    step: int | None = None
+    traceback: str | None = None
+    tail: str = ""
+    """The end of the rank's log, or its stacks where it hung."""
+
+    def signature(self) -> tuple[int | None, str] | None:
+        """What is equal when the same exception strikes at the same step again; None without a traceback.
+
+        Numbers and addresses inside the text are left out: ports, times and pointers differ each time.
+        """
+        if self.traceback is None:
+            return None
+        return self.step, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback)
+
+
+def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
+    """The fault that the protocol's `exited` reports."""
+    rank, step, phase = int(message["rank"]), int(message["step"]), str(message["phase"])
+    traceback, tail = message["traceback"], str(message["tail"])
+    place = f"at step {step}" if phase == "step" else f"at step {step}, in phase {phase}"
+    if message["signal"] is not None:
+        kind, what = Kind.SIGNAL, f"was killed by {signal_name(int(message['signal']))}"
+    elif message["code"] == USER:
+        kind, what = Kind.USER, "refused what it was given (exit code 2)"
+    else:
+        kind, what = Kind.EXCEPTION, f"exited with {message['code']}"
+        if traceback:
+            what = f"raised {_shortened(traceback.splitlines()[-1])}"
+    return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
+
+
+def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
+    """The fault that the protocol's `hung` reports."""
+    rank, step = int(message["rank"]), int(message["step"])
+    state = ", its process is stopped" if message["stopped"] else ""
+    cause = (
+        f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no sign of life for "
+        f"{message['age_s']:.0f} s (limit {message['limit_s']:g} s{state})"
+    )
+    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]))
+
+
+def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None) -> Fault:
+    """The fault of a rank that left cleanly while others had work to do; `then` is what that led to."""
+    rank, step = int(exited["rank"]), int(exited["step"])
+    cause = f"rank {rank} on host {host} exited with {exited['code']} at step {step} while other ranks went on"
+    if then is None:
+        return Fault(Kind.EARLY_EXIT, cause, host, rank, step, None, str(exited["tail"]))
+    return Fault(Kind.EARLY_EXIT, f"{cause} ({then.cause})", host, rank, step, then.traceback, then.tail)
+
+
+def fault_of_lost_agent(host: str, why: str) -> Fault:
+    """The fault of an agent that died or went silent, and its ranks with it."""
+    return Fault(Kind.AGENT_LOST, f"the agent on host {host} is lost: {why}", host)
+
+
+def _shortened(line: str, most: int = 200) -> str:
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to start again."""
+
+    retry: bool
+    delay_s: float = 0.0
+    reason: str = ""
+    """Why not, where `retry` is false."""
+
+
+class RetryBudget:
+    """Decides after each fault whether the run is started again.
+
+    `max_failures` restarts are free until a newer checkpoint is there, which makes the budget fresh. The first is
+    immediate, the next wait 1, 2, 4 ... s, at most BACKOFF_MOST_S. A user's mistake is never retried, nor is an
+    exception that struck at the same step before with the same traceback.
+
+    Args:
+        max_failures: Restarts between two checkpoints.
+        progress: The step of the newest checkpoint, 0 where there is none.
+    """
+
+    def __init__(self, max_failures: int, progress: Callable[[], int]) -> None:
+        self._max_failures = max_failures
+        self._progress = progress
+        self._saved_step = progress()
+        self._failures = 0
+        self._seen: set[tuple[int | None, str]] = set()
+
+    def judge(self, fault: Fault) -> Verdict:
+        """Count a fault and say what to do."""
+        if fault.kind is Kind.USER:
+            return Verdict(False, reason="a retry would not mend it")
+        signature = fault.signature()
+        if signature is not None:
+            if signature in self._seen:
+                return Verdict(False, reason=f"the same exception struck twice at step {fault.step}")
+            self._seen.add(signature)
+        saved_step = self._progress()
+        if saved_step > self._saved_step:
+            self._saved_step, self._failures = saved_step, 0
+        self._failures += 1
+        if self._failures > self._max_failures:
+            return Verdict(
+                False,
+                reason=f"{self._failures} failures without a new checkpoint (job.max_failures: {self._max_failures})",
+            )
+        backoff_s = 0.0 if self._failures == 1 else BACKOFF_FIRST_S * 2 ** (self._failures - 2)
+        return Verdict(True, min(backoff_s, BACKOFF_MOST_S))

@@ -1,0 +1,65 @@
+"""The `job` section: how many processes, how often to try again, how long to wait for a sign of life."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from bigtrain.config import Duration, Section
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    duration = Duration.parse(value)
+    if not duration.is_time:
+        raise ValueError(f"{value!r} is not a time: write seconds (300), or for example '5 min'")
+    return duration.seconds
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+"""A time: a number of seconds (300), or a text with its unit ("5 min")."""
+
+
+class LimitsConfig(Section):
+    """How long a rank may show no sign of life before it counts as hanging, by what it is doing."""
+
+    start: Seconds = 600.0
+    """From the start of the process to the first step: imports, building and compiling the model, loading."""
+
+    step: Seconds = 300.0
+    """Within a training step, or while waiting for data."""
+
+    save: Seconds = 600.0
+    """Within a save of a checkpoint, or while stopping."""
+
+    evaluation: Seconds = 600.0
+    """Within an evaluation."""
+
+    def by_phase(self) -> dict[str, float]:
+        """Seconds for each phase of `bigtrain.heartbeat.PHASES`."""
+        return {
+            "start": self.start,
+            "step": self.step,
+            "data": self.step,
+            "save": self.save,
+            "stopping": self.save,
+            "evaluation": self.evaluation,
+        }
+
+
+class JobConfig(Section):
+    """Where a run's processes go, and what happens when one fails."""
+
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Machines that the run takes."""
+
+    procs_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Processes on each machine; auto: one a GPU, else 1."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts without a new checkpoint between them before the run counts as failed."""
+
+    limits: LimitsConfig = LimitsConfig()
+    """Longest silence of a rank, by phase."""

@@ -1,0 +1,265 @@
+"""The controller: lives in the command's process, starts the ranks again within a budget, and knows no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER, Fault, Kind, RetryBudget
+from bigtrain.jobs.generation import Generation, Launch, Outcome
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, Placer
+from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError
+
+if TYPE_CHECKING:
+    from bigtrain.jobs.config import JobConfig
+
+SAME_SIGNAL_S: Final = 0.1
+"""`timeout` and some shells send a signal to a process and again to its group: that is one request, not two."""
+LOOK_S: Final = 0.1
+
+
+class EventWriter(Protocol):
+    """Writes one event to the run's record."""
+
+    def __call__(self, event: str, /, **fields: Any) -> None: ...
+
+
+class StopSwitch:
+    """How far the run was asked to stop: 0 not, 1 save and exit, 2 at once."""
+
+    def __init__(self) -> None:
+        self.level = 0
+        self._asked_at = 0.0
+
+    def press(self) -> bool:
+        """Ask once more; returns whether that changed anything."""
+        now = time.monotonic()
+        if self.level >= 2 or (self.level == 1 and now - self._asked_at < SAME_SIGNAL_S):
+            return False
+        self.level += 1
+        self._asked_at = now
+        return True
+
+
+def saved_step(run_directory: Path) -> int:
+    """The step that checkpoints/LATEST names, 0 where nothing is published."""
+    try:
+        text = (run_directory / "checkpoints" / "LATEST").read_text()
+    except FileNotFoundError:
+        return 0
+    found = re.search(r"step_(\d+)", text)
+    return int(found.group(1)) if found else 0
+
+
+def next_attempt(run_directory: Path) -> int:
+    """The first attempt number for which the run directory holds no logs yet."""
+    names = (path.name for path in (run_directory / "logs").glob("attempt_*"))
+    return 1 + max((int(name[8:]) for name in names if name[8:].isdigit()), default=-1)
+
+
+class Controller:
+    """Brings a run to its end: starts all ranks, and starts them again after a fault.
+
+    All ranks exit 0: finished. All exit 75: stopped on request. One exits 2: the user's mistake. Anything else is a
+    fault, after which all ranks are ended and started again in place, under a new attempt number and master port,
+    while the budget lasts (`RetryBudget`). Agents are placed again only if one was lost.
+
+    SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once.
+
+    Args:
+        run_directory_path: Where logs and checkpoints are.
+        placer: Gives the machines.
+        job: The run's `job` section.
+        run_name: The name that people know it by.
+        on_event: Writes fault, restarted, stopped, finished and failed, with fields attempt, cause, rank, host, step.
+        say: Prints one line for a person.
+        launch: What a rank is.
+        environment: Variables for the ranks; BIGTRAIN_RUN and BIGTRAIN_ATTEMPT are added.
+        progress: The step of the newest checkpoint; by default what checkpoints/LATEST names.
+        first_attempt: Number of the first attempt; by default one that has no logs yet.
+    """
+
+    def __init__(
+        self,
+        run_directory_path: Path,
+        placer: Placer,
+        job: JobConfig,
+        run_name: str,
+        on_event: EventWriter,
+        *,
+        say: Callable[[str], None],
+        launch: Launch,
+        environment: dict[str, str] | None = None,
+        progress: Callable[[], int] | None = None,
+        first_attempt: int | None = None,
+    ) -> None:
+        self._path = run_directory_path
+        self._placer = placer
+        self._run_name = run_name
+        self._event = on_event
+        self._say = say
+        self._launch = launch
+        self._environment = dict(environment or {})
+        self._progress = progress or (lambda: saved_step(run_directory_path))
+        self._attempt = next_attempt(run_directory_path) if first_attempt is None else first_attempt
+        self._budget = RetryBudget(job.max_failures, self._progress)
+        self._switch = StopSwitch()
+        self._generation = 0
+        self._agents: list[AgentConnection] = []
+
+    def request_stop(self) -> None:
+        """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread may call it."""
+        if not self._switch.press():
+            return
+        if self._switch.level == 1:
+            self._say(f"stopping {self._run_name}: its ranks save themselves and exit; Ctrl-C again ends them at once")
+        else:
+            self._say(f"ending the ranks of {self._run_name} at once")
+
+    def run(self) -> int:
+        """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
+        with self._signals():
+            try:
+                return self._run()
+            finally:
+                self._release()
+
+    def _run(self) -> int:
+        while True:
+            if not self._agents:
+                try:
+                    self._agents = self._placer.place(lambda: self._switch.level > 0)
+                except PlacementCancelled:
+                    return self._stopped(0)
+                except PlacementFailed as error:
+                    return self._failed(f"no ranks could be started: {error}")
+            outcome = self._live(self._agents)
+            code = self._conclude(outcome)
+            if code is not None:
+                return code
+            assert outcome.fault is not None
+            verdict = self._budget.judge(outcome.fault)
+            if not verdict.retry:
+                return self._give_up(outcome.fault, verdict.reason)
+            if outcome.agent_lost:
+                self._release()
+            if not self._wait(verdict.delay_s):
+                return self._stopped(outcome.step)
+            self._attempt += 1
+            self._event("restarted", attempt=self._attempt, cause=outcome.fault.cause)
+            self._say(f"{self._run_name}: starting again, attempt {self._attempt}, from step {self._progress()}")
+
+    def _release(self) -> None:
+        self._placer.release()
+        self._agents = []
+
+    def _live(self, agents: list[AgentConnection]) -> Outcome:
+        self._generation += 1
+        environment = self._environment | {
+            "BIGTRAIN_RUN": str(self._path),
+            "BIGTRAIN_ATTEMPT": str(self._attempt),
+        }
+        logs = str(self._path / "logs" / f"attempt_{self._attempt}")
+        return Generation(
+            self._generation,
+            agents,
+            self._launch,
+            environment,
+            logs,
+            lambda: self._switch.level,
+            self._on_notice,
+        ).live()
+
+    def _on_notice(self, host: str) -> None:
+        self._say(f"{self._run_name}: host {host} was asked to stop")
+        if self._switch.level == 0:
+            self.request_stop()
+
+    def _conclude(self, outcome: Outcome) -> int | None:
+        """The exit code of a run that is over, or None where a fault is left to the budget."""
+        fault = outcome.fault
+        if fault is not None:
+            self._event(
+                "fault",
+                attempt=self._attempt,
+                cause=fault.cause,
+                rank=fault.rank,
+                host=fault.host,
+                step=fault.step,
+            )
+            self._say(f"{self._run_name}: {fault.cause}")
+            if fault.kind is Kind.USER or self._switch.level == 0:
+                return None
+        elif not outcome.killed:
+            if STOPPED in outcome.codes.values():
+                return self._stopped(outcome.step)
+            self._event("finished", attempt=self._attempt, step=outcome.step)
+            return FINISHED
+        # Asked to stop, and the ranks did not come to save themselves.
+        saved = self._progress()
+        if saved > 0:
+            self._say(f"{self._run_name}: what came after step {saved} is lost")
+            return self._stopped(outcome.step)
+        return self._failed("it was ended before its first checkpoint")
+
+    def _stopped(self, step: int) -> int:
+        self._event("stopped", attempt=self._attempt, step=step)
+        self._say(f"{self._run_name}: stopped; the same command resumes it")
+        return STOPPED
+
+    def _failed(self, reason: str) -> int:
+        self._event("failed", attempt=self._attempt, cause=reason)
+        self._say(f"{self._run_name}: failed: {reason}")
+        return FAILED
+
+    def _give_up(self, fault: Fault, reason: str) -> int:
+        evidence = fault.traceback or fault.tail
+        if evidence.strip():
+            self._say(evidence.rstrip())
+        if fault.kind is Kind.USER:
+            self._event("failed", attempt=self._attempt, cause=fault.cause)
+            return USER
+        self._say(f"{self._run_name}: logs of its ranks: {self._path / 'logs' / f'attempt_{self._attempt}'}")
+        return self._failed(f"{reason}: {fault.cause}")
+
+    def _wait(self, delay_s: float) -> bool:
+        """Wait before a restart, keeping the agents; returns whether the run should still go on."""
+        if delay_s:
+            self._say(f"{self._run_name}: waiting {delay_s:g} s before the next attempt")
+        deadline = time.monotonic() + delay_s
+        while self._switch.level == 0 and (remaining := deadline - time.monotonic()) > 0:
+            channels = [agent.channel for agent in self._agents]
+            ready, _, _ = select.select(channels, [], [], min(LOOK_S, remaining))
+            try:
+                for channel in channels:
+                    if channel in ready:
+                        channel.receive()
+                    channel.keep_alive()
+            except (PeerLost, ProtocolError):
+                self._release()
+        return self._switch.level == 0
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop while the run lasts; only the main thread may set that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.request_stop()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,227 @@
+"""One life of all ranks: from their start on every agent to the end of the last one."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from bigtrain.heartbeat import Control
+from bigtrain.jobs.causes import (
+    FINISHED,
+    STOPPED,
+    Fault,
+    fault_of_early_exit,
+    fault_of_exit,
+    fault_of_hang,
+    fault_of_lost_agent,
+)
+from bigtrain.jobs.protocol import AgentConnection, Message, PeerLost, ProtocolError
+
+LOOK_S: Final = 0.1
+KILL_TIMEOUT_S: Final = 10.0
+"""How long an agent may take to end its ranks before it counts as lost."""
+EXIT_GRACE_S: Final = 10.0
+"""How long ranks may go on after the first one left, unless they are saving or stopping."""
+
+_MAY_OUTLAST_OTHERS: Final = ("save", "stopping", "evaluation")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every generation of a run starts in the same way."""
+
+    module: str
+    arguments: list[str]
+    procs: int
+    """Ranks on each node."""
+    limits: dict[str, float]
+    """Seconds of silence allowed, by phase."""
+    exit_grace_s: float = EXIT_GRACE_S
+
+
+@dataclass
+class Outcome:
+    """How a generation ended: by a fault, or with the exit codes of its ranks."""
+
+    fault: Fault | None = None
+    codes: dict[int, int] = field(default_factory=dict)
+    """Exit code of each rank that left by itself, cleanly."""
+    step: int = 0
+    """The furthest step that a rank reported."""
+    killed: bool = False
+    """Whether the ranks were ended because someone asked for it at once."""
+    agent_lost: bool = False
+    """Whether an agent must be replaced."""
+
+
+class Generation:
+    """Starts ranks on agents and follows them until no process is left.
+
+    Args:
+        number: Which life this is, counted within the controller.
+        agents: One a node, in the order of node ranks.
+        launch: What to start.
+        environment: What the ranks get on top of torchrun's variables.
+        logs: Directory of this attempt's logs, on each node.
+        stop_level: Asked all the time: 0 go on, 1 stop and save, 2 end at once.
+        on_notice: Called when an agent was asked to stop by its machine.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        agents: list[AgentConnection],
+        launch: Launch,
+        environment: dict[str, str],
+        logs: str,
+        stop_level: Callable[[], int],
+        on_notice: Callable[[str], None],
+    ) -> None:
+        self._number = number
+        self._agents = agents
+        self._launch = launch
+        self._environment = environment
+        self._logs = logs
+        self._stop_level = stop_level
+        self._on_notice = on_notice
+        self._outcome = Outcome()
+        self._alive = set(range(len(agents)))
+        self._phases: dict[int, tuple[str, float]] = {}
+        self._first_exit: tuple[float, Message, str] | None = None
+        self._killed_at: float | None = None
+        self._stop_sent = False
+        self._placed = False
+
+    def live(self) -> Outcome:
+        """Run until every agent has said `ended` or is lost."""
+        with selectors.DefaultSelector() as selector:
+            for node, agent in enumerate(self._agents):
+                selector.register(agent.channel, selectors.EVENT_READ, node)
+            self._try(0, lambda: self._agents[0].channel.send("port"))
+            while self._alive:
+                ready = {key.data for key, _ in selector.select(LOOK_S)}
+                for node in sorted(self._alive):
+                    self._try(node, lambda node=node: self._serve(node, node in ready))  # type: ignore[misc]
+                for key in [key for key in selector.get_map().values() if key.data not in self._alive]:
+                    selector.unregister(key.fileobj)
+                self._check_stop()
+                self._check_early_exit()
+                self._check_kill()
+        return self._outcome
+
+    def _try(self, node: int, action: Callable[[], None]) -> None:
+        """Talk to an agent; one that cannot be talked to is lost, and the generation with it."""
+        try:
+            action()
+        except (PeerLost, ProtocolError) as error:
+            self._lose(node, str(error))
+
+    def _lose(self, node: int, why: str) -> None:
+        self._alive.discard(node)
+        self._outcome.agent_lost = True
+        self._fail(fault_of_lost_agent(self._agents[node].host, why))
+
+    def _serve(self, node: int, readable: bool) -> None:
+        channel = self._agents[node].channel
+        if readable:
+            for message in channel.receive():
+                self._handle(node, message)
+        channel.keep_alive()
+
+    def _handle(self, node: int, message: Message) -> None:
+        kind, host = message["type"], self._agents[node].host
+        if kind == "port":
+            self._place(int(message["port"]))
+        elif kind == "notice":
+            self._on_notice(host)
+        elif message.get("generation") != self._number:
+            return
+        elif kind == "beat":
+            for rank, (step, phase, _) in message["ranks"].items():
+                self._phases[int(rank)] = (phase, time.monotonic())
+                self._outcome.step = max(self._outcome.step, step)
+        elif kind == "hung":
+            self._fail(fault_of_hang(message, host))
+        elif kind == "exited":
+            self._on_exit(message, host)
+        elif kind == "ended":
+            self._alive.discard(node)
+
+    def _place(self, master_port: int) -> None:
+        master = "127.0.0.1" if len(self._agents) == 1 else self._agents[0].channel.peer_address
+        procs = self._launch.procs
+        for node, agent in enumerate(self._agents):
+            fields: dict[str, Any] = {
+                "generation": self._number,
+                "module": self._launch.module,
+                "arguments": self._launch.arguments,
+                "environment": self._environment,
+                "logs": self._logs,
+                "limits": self._launch.limits,
+                "first_rank": node * procs,
+                "procs": procs,
+                "world_size": len(self._agents) * procs,
+                "node_rank": node,
+                "master_address": master,
+                "master_port": master_port,
+            }
+            self._try(node, lambda agent=agent, fields=fields: agent.channel.send("place", **fields))  # type: ignore[misc]
+        self._placed = True
+
+    def _on_exit(self, message: Message, host: str) -> None:
+        self._phases.pop(int(message["rank"]), None)
+        self._outcome.step = max(self._outcome.step, int(message["step"]))
+        if message["ended"]:
+            return
+        if message["code"] in (FINISHED, STOPPED):
+            self._outcome.codes[int(message["rank"])] = int(message["code"])
+            if self._first_exit is None:
+                self._first_exit = (time.monotonic(), message, host)
+            return
+        fault = fault_of_exit(message, host)
+        if self._first_exit is not None and message["phase"] not in _MAY_OUTLAST_OTHERS:
+            # The others fail because their peer has left: name the one that left.
+            fault = fault_of_early_exit(self._first_exit[1], self._first_exit[2], fault)
+        self._fail(fault)
+
+    def _fail(self, fault: Fault) -> None:
+        # What follows the first fault is its consequence; what follows our own kill is no fault.
+        if self._outcome.fault is None and not self._outcome.killed:
+            self._outcome.fault = fault
+        self._kill()
+
+    def _kill(self) -> None:
+        if self._killed_at is not None:
+            return
+        self._killed_at = time.monotonic()
+        for node in sorted(self._alive):
+            self._try(node, lambda node=node: self._agents[node].channel.send("kill", generation=self._number))  # type: ignore[misc]
+        if not self._placed:
+            self._alive.clear()
+
+    def _check_stop(self) -> None:
+        level = self._stop_level()
+        if level >= 2 and self._killed_at is None:
+            self._outcome.killed = True
+            self._kill()
+        elif level == 1 and not self._stop_sent and self._placed:
+            self._stop_sent = True
+            for node in sorted(self._alive):
+                self._try(node, lambda node=node: self._agents[node].channel.send("control", word=int(Control.STOP)))  # type: ignore[misc]
+
+    def _check_early_exit(self) -> None:
+        if self._first_exit is None or self._killed_at is not None:
+            return
+        since, message, host = self._first_exit
+        # A beat tells where a rank was when it came: only one from after the grace counts.
+        grace_over = since + self._launch.exit_grace_s
+        if any(phase not in _MAY_OUTLAST_OTHERS and seen > grace_over for phase, seen in self._phases.values()):
+            self._fail(fault_of_early_exit(message, host, None))
+
+    def _check_kill(self) -> None:
+        if self._killed_at is not None and time.monotonic() - self._killed_at > KILL_TIMEOUT_S:
+            for node in sorted(self._alive):
+                self._lose(node, f"it did not end its ranks within {KILL_TIMEOUT_S:.0f} s")

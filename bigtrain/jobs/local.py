@@ -1,0 +1,148 @@
+"""The placer for this machine: one agent, as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import site
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed
+from bigtrain.jobs.processes import PLACEMENT_VARIABLE, end_marked, is_stopped
+from bigtrain.jobs.protocol import (
+    ADDRESS_VARIABLE,
+    SILENCE_S,
+    TOKEN_VARIABLE,
+    AgentConnection,
+    Listener,
+    PeerLost,
+    new_token,
+)
+
+if TYPE_CHECKING:
+    from bigtrain.jobs.config import JobConfig
+
+AGENT_START_S: Final = 60.0
+"""How long an agent may take to connect; on an idle machine it takes 0.1 s."""
+DONE_S: Final = 2.0
+"""How long an agent may take to leave after `done`."""
+
+
+class LocalPlacer:
+    """Places a run on this machine.
+
+    Args:
+        log_path: Where the agent's own words go.
+        silence_s: How long agent and controller wait for a word from each other.
+    """
+
+    def __init__(self, log_path: Path, silence_s: float = SILENCE_S) -> None:
+        self._log_path = log_path
+        self._silence_s = silence_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: AgentConnection | None = None
+        self._mark = ""
+
+    def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
+        """Start the agent and wait for it to connect; see `Placer.place`."""
+        self.release()
+        token = new_token()
+        listener = Listener(token, silence_s=self._silence_s)
+        try:
+            process = self._start(listener.address, token)
+            deadline = time.monotonic() + AGENT_START_S
+            while time.monotonic() < deadline:
+                if cancelled():
+                    raise PlacementCancelled
+                connection = listener.accept(timeout_s=0.1)
+                if connection is not None:
+                    self._connection = connection
+                    return [connection]
+                if process.poll() is not None:
+                    raise PlacementFailed(
+                        f"the agent exited with {process.returncode} before it connected; see {self._log_path}"
+                    )
+            raise PlacementFailed(f"the agent did not connect within {AGENT_START_S:.0f} s")
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            listener.close()
+
+    def release(self) -> None:
+        """End the agent and all that it started, whether it still answers or not."""
+        process, self._process = self._process, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(PeerLost):  # It is gone already.
+                connection.channel.send("done")
+            connection.channel.close()
+        if process is None:
+            return
+        if connection is None or is_stopped(process.pid):
+            process.kill()
+        try:
+            process.wait(DONE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        end_marked(self._mark)
+
+    def _start(self, address: str, token: str) -> subprocess.Popen[bytes]:
+        self._mark = uuid.uuid4().hex
+        environment = os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: self._mark}
+        # The agent must run the controller's code, also where that is a checkout and not installed.
+        root = str(Path(__file__).resolve().parents[2])
+        if root not in site.getsitepackages():
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bigtrain.jobs.agent"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # The terminal's Ctrl-C is for the controller alone.
+                start_new_session=True,
+            )
+        return self._process
+
+
+def local_procs(job: JobConfig) -> int:
+    """How many ranks `job` puts on this machine: as it says, or one a GPU, else 1.
+
+    Raises:
+        UserError: It asks for more than one node.
+    """
+    if job.nodes > 1:
+        from bigtrain.config import UserError
+
+        raise UserError(
+            f"job.nodes is {job.nodes}, but this is one machine",
+            where="job.nodes",
+            fix="set job.nodes to 1; several nodes need a cluster",
+        )
+    return max(1, visible_gpus()) if job.procs_per_node == "auto" else job.procs_per_node
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that a process started here would see, found without torch: CUDA_VISIBLE_DEVICES, else /dev."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
+    if listed is None or present == 0:
+        return present
+    # As CUDA reads it: what follows an invalid entry is ignored.
+    chosen = 0
+    for entry in listed.split(","):
+        if not entry.strip() or entry.strip().startswith("-"):
+            break
+        chosen += 1
+    return chosen

@@ -1,0 +1,103 @@
+"""What Linux offers for letting processes live and die together."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import socket
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final
+
+PLACEMENT_VARIABLE: Final = "BIGTRAIN_PLACEMENT"
+"""Marks an agent and all that it starts, so that what escaped its process group is found by its environment."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def bound_to_parent() -> Callable[[], None]:
+    """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
+
+    It also has the child ignore SIGUSR1 until it asks for it, so that a request for stacks does not end a rank that is
+    still starting.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def bind() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # It died before the call: nobody will send the signal.
+            os._exit(1)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    return bind
+
+
+def end_marked(placement: str, spare: Collection[int] = ()) -> int:
+    """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
+
+    Process groups miss a child that took a session of its own; its inherited environment tells where it came from.
+
+    Returns:
+        How many were killed.
+    """
+    mark = f"{PLACEMENT_VARIABLE}={placement}".encode()
+    killed = 0
+    # Again until none is left: one may have forked while the list was read.
+    for _ in range(5):
+        found = [pid for pid in _processes() if pid not in spare and _kill_if_marked(pid, mark)]
+        if not found:
+            break
+        killed += len(found)
+    return killed
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _kill_if_marked(pid: int, mark: bytes) -> bool:
+    with contextlib.suppress(OSError):
+        # The descriptor pins the process: a number used again between look and kill is harmless.
+        descriptor = os.pidfd_open(pid)
+        try:
+            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (or a debugger)."""
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in ("T", "t")
+    return False
+
+
+def signal_name(number: int) -> str:
+    """ "SIGKILL" for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def free_port(first: int = 20000, last: int = 32000) -> int:
+    """A TCP port that nobody uses now, below the range from which the kernel serves outgoing connections.
+
+    So no connection of another process takes it between this call and its use.
+    """
+    generator = random.SystemRandom()
+    for _ in range(1000):
+        port = generator.randrange(first, last)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return port
+    raise OSError(f"no free TCP port between {first} and {last}")

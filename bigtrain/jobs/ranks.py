@@ -1,0 +1,163 @@
+"""One rank as a process: started with torchrun's environment, watched, ended with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bigtrain.heartbeat import PAGE_VARIABLE, HeartbeatPage
+from bigtrain.jobs.processes import bound_to_parent, is_stopped
+from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE
+
+TAIL_BYTES: Final = 1 << 16
+TRACEBACK_CHARACTERS: Final = 16_000
+_TRACEBACK: Final = "Traceback (most recent call last):"
+_CHAIN: Final = (
+    "The above exception was the direct cause of the following exception:",
+    "During handling of the above exception, another exception occurred:",
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one agent starts in one generation: the fields of the protocol's `place`."""
+
+    generation: int
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    logs: str
+    limits: dict[str, float]
+    first_rank: int
+    procs: int
+    world_size: int
+    node_rank: int
+    master_address: str
+    master_port: int
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> Placement:
+        """The placement of a `place` message; a missing field is a KeyError."""
+        return cls(**{name: message[name] for name in cls.__dataclass_fields__})
+
+    def rank_environment(self, local_rank: int, inherited: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment of one rank: what the agent inherited, torchrun's variables and the run's own."""
+        secret = (TOKEN_VARIABLE, ADDRESS_VARIABLE)
+        environment = {
+            key: value for key, value in inherited.items() if key not in secret and not key.startswith("TORCHELASTIC_")
+        }
+        # torchrun's default of 1 leaves cores idle; PyTorch's own, all cores in every rank, makes them fight.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.procs)))
+        environment.setdefault("PYTHONUNBUFFERED", "1")
+        environment |= self.environment
+        environment |= {
+            "RANK": str(self.first_rank + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "GROUP_RANK": str(self.node_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.procs),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+        return environment
+
+
+class RankProcess:
+    """A running rank, leader of a session of its own, killed by the kernel when the agent dies."""
+
+    def __init__(self, placement: Placement, local_rank: int, inherited: Mapping[str, str]) -> None:
+        self.rank = placement.first_rank + local_rank
+        self.log_path = Path(placement.logs, f"rank_{self.rank}.log")
+        self.page = HeartbeatPage()
+        descriptor = self.page.descriptor
+        environment = placement.rank_environment(local_rank, inherited) | {PAGE_VARIABLE: str(descriptor)}
+        try:
+            with open(self.log_path, "ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", placement.module, *placement.arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    pass_fds=(descriptor,),
+                    start_new_session=True,
+                    # Safe here: the agent has one thread.
+                    preexec_fn=bound_to_parent(),
+                )
+        except BaseException:
+            self.page.close()
+            raise
+        self.pid = self._process.pid
+        self.exit_descriptor = self._open_exit_descriptor()
+
+    def _open_exit_descriptor(self) -> int | None:
+        try:
+            return os.pidfd_open(self.pid)
+        except OSError:  # A sandbox without it: the agent's regular look sees the exit too.
+            return None
+
+    def has_exited(self) -> bool:
+        """Whether the process is over. It is not reaped, so its number and its process group stay its own."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended the process from outside; an abort is its own doing."""
+        state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return state is not None and state.si_code != os.CLD_EXITED and state.si_status != signal.SIGABRT
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal stopped the process."""
+        return is_stopped(self.pid)
+
+    def dump_stacks(self) -> None:
+        """Have the rank write its stacks to its log, also where it is stopped, if it listens for the request."""
+        for number in (signal.SIGUSR1, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL the rank and all of its process group; returns at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """End what is left of the group, wait for the rank and free its page.
+
+        Returns:
+            Its exit code, or minus the signal that ended it.
+        """
+        self.kill()
+        code = self._process.wait()
+        if self.exit_descriptor is not None:
+            os.close(self.exit_descriptor)
+        self.page.close()
+        return code
+
+    def log_size(self) -> int:
+        """Bytes in the rank's log now."""
+        return self.log_path.stat().st_size
+
+    def log_tail(self, start: int = 0) -> str:
+        """The log from byte `start` on, at most its last TAIL_BYTES."""
+        with open(self.log_path, "rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(start, end - TAIL_BYTES))
+            return log.read().decode(errors="replace")
+
+
+def last_traceback(text: str) -> str | None:
+    """The last Python traceback of a log, with the exceptions that it was raised from, or None."""
+    start = text.rfind(_TRACEBACK)
+    if start < 0:
+        return None
+    while (before := text.rfind(_TRACEBACK, 0, start)) >= 0 and any(line in text[before:start] for line in _CHAIN):
+        start = before
+    return text[start:].rstrip()[-TRACEBACK_CHARACTERS:]

@@ -1,0 +1,44 @@
+"""`bigtrain stop` for a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+from bigtrain.config import UserError
+from bigtrain.run import Lease, RunDirectory
+
+WAIT_S = 600.0
+BETWEEN_SIGNALS_S = 0.3
+
+
+def stop(run: RunDirectory, now: bool) -> str:
+    """Ask the process that holds a run to save and end it, and wait until it has.
+
+    Args:
+        now: End it at once instead; it resumes from its last checkpoint.
+
+    Returns:
+        A line that says how it went.
+
+    Raises:
+        UserError: Nothing runs here.
+    """
+    holder = Lease.holder(run)
+    if holder is None or not holder.alive():
+        raise UserError(f"The run '{run.name}' is not running", str(run.path))
+    if holder.host != socket.gethostname():
+        raise UserError(f"The run '{run.name}' runs on {holder.host}", fix="Stop it there.")
+    os.kill(holder.pid, signal.SIGTERM)
+    if now:
+        time.sleep(BETWEEN_SIGNALS_S)
+        if holder.alive():
+            os.kill(holder.pid, signal.SIGTERM)
+    deadline = time.monotonic() + WAIT_S
+    while (still := Lease.holder(run)) is not None and still.number == holder.number and still.alive():
+        if time.monotonic() > deadline:
+            raise UserError(f"The run '{run.name}' has not ended within {WAIT_S:.0f} s", fix="Try --now.")
+        time.sleep(0.1)
+    return f"{run.name}: stopped; `bigtrain train` resumes it"

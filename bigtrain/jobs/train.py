@@ -1,0 +1,180 @@
+"""`bigtrain train`: check everything, take the run's lease, place its ranks on this machine, watch them to the end."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from bigtrain.checkpoint import commit
+from bigtrain.config import UserError
+from bigtrain.jobs.launch import launch_local
+from bigtrain.jobs.local import local_procs
+from bigtrain.run import ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config
+from bigtrain.tracking.live import LiveDisplay
+from bigtrain.training.config import InitConfig
+from bigtrain.training.prepare import Prepared, prepare
+from bigtrain.training.source import resolve_source
+
+
+def train(
+    config: RunConfig,
+    runs_dir: Path,
+    *,
+    procs: int | None = None,
+    fork: str | None = None,
+    stream: TextIO | None = None,
+) -> int:
+    """Train a run to its end on this machine, resuming it where it exists.
+
+    Args:
+        procs: Processes; None: as `job.procs_per_node` says.
+        fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+        stream: Where progress is shown; stderr where None.
+
+    Returns:
+        A code of ExitCode.
+
+    Raises:
+        UserError: Anything that is wrong before the first process is started.
+    """
+    stream = stream or sys.stderr
+    if fork is not None:
+        config = _fork(config, runs_dir, fork)
+    config = _fix_source(config, runs_dir)
+    prepared = prepare(config)
+    count = _processes(config, procs)
+    directory = RunDirectory(runs_dir / config.name)
+    if directory.exists():
+        directory.check_identity(prepared.what)
+        _check_duration(directory, prepared)
+        newest = _newest_step(directory)
+        if newest is not None and newest >= prepared.total_steps:
+            print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
+            return ExitCode.FINISHED
+    elif directory.path.exists() and any(directory.path.iterdir()):
+        raise UserError(
+            f"{directory.path} holds files and is not a run",
+            fix="Choose another --name or --runs-dir, or move them away.",
+        )
+    lease = Lease.acquire(directory)
+    try:
+        lease.keep()
+        commit.clean(directory.checkpoints)
+        directory.write(config, prepared.what)
+        _say_start(prepared, directory, count, stream)
+        return _launch(prepared, directory, lease, count, stream)
+    finally:
+        lease.release()
+
+
+def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: int, stream: TextIO) -> int:
+    display = LiveDisplay(directory.path, prepared.total_steps, stream)
+    display.start()
+    try:
+        code = launch_local(
+            directory.path,
+            nproc=count,
+            job=prepared.config.job,
+            environment={"BIGTRAIN_LEASE": str(lease.number)},
+            event=directory.event,
+        )
+    finally:
+        display.stop()
+    names = {
+        ExitCode.FINISHED: "finished",
+        ExitCode.STOPPED: "stopped, and resumes where it is",
+        ExitCode.FAILED: "failed",
+    }
+    print(f"{directory.name}: {names.get(ExitCode(code), 'refused')}", file=stream)
+    return code
+
+
+def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: TextIO) -> None:
+    config = prepared.config
+    newest = _newest_step(directory)
+    unit = "tokens" if prepared.train.kind == "tokens" else "images"
+    per_step = prepared.batch_sequences * prepared.context
+    where = f"resuming after step {newest}" if newest is not None else "from step 0"
+    parameters = config.model.parameter_count(prepared.outputs)
+    lines = [
+        f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
+        f"({prepared.batch_sequences * prepared.total_steps / prepared.sequences_per_epoch:.2f} epochs), "
+        f"{count} process{'es' if count > 1 else ''}, {config.precision}, {where}",
+    ]
+    waste = _filler_share(prepared, count)
+    if waste:
+        lines.append(
+            f"{waste:.1%} of each step is filler: {count} ranks do not divide a batch of {prepared.batch_sequences}"
+        )
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _filler_share(prepared: Prepared, count: int) -> float:
+    from bigtrain.data.loader import distribute
+
+    ranks = prepared.config.layout.mesh(count).data_parallel
+    micro_size = prepared.config.layout.micro_size or prepared.batch_sequences
+    distribution = distribute(prepared.batch_sequences, ranks, micro_size)
+    return distribution.fillers / (distribution.fillers + prepared.batch_sequences)
+
+
+def _processes(config: RunConfig, procs: int | None) -> int:
+    count = procs if procs is not None else local_procs(config.job)
+    if count < 1:
+        raise UserError(f"--nproc is {count}: at least one process is needed")
+    try:
+        config.layout.mesh(count)
+    except ValueError as error:
+        raise UserError(str(error), fix="Change --nproc or the layout.") from None
+    return count
+
+
+def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
+    """A longer duration may follow only where the schedule's past does not depend on its end."""
+    old = load_config(directory.config)
+    if old.duration == prepared.config.duration:
+        return
+    newest = _newest_step(directory) or 0
+    before = replace(prepared, config=old, total_steps=prepared.steps(old.duration))
+    schedule = old.schedule.build(old.optimizer.lr, before.total_steps, prepared.steps)
+    changed = next((step for step in range(newest) if schedule.lr(step) != prepared.schedule.lr(step)), None)
+    if changed is not None:
+        raise UserError(
+            f"The duration cannot change from '{old.duration}' to '{prepared.config.duration}': the learning rate of "
+            f"step {changed}, which is done, would have been another",
+            str(directory.path),
+            "Fork from a checkpoint before the decay: --fork NEW.",
+        )
+    if prepared.total_steps < newest:
+        raise UserError(
+            f"The run '{directory.name}' is at step {newest}, past the new duration of {prepared.total_steps} steps",
+            str(directory.path),
+        )
+
+
+def _newest_step(directory: RunDirectory) -> int | None:
+    steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
+    return max(steps, default=None)
+
+
+def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
+    parent = find_run(config.name, runs_dir)
+    if (runs_dir / new).exists():
+        raise UserError(f"A run '{new}' exists already", str(runs_dir / new), "Choose another name for --fork.")
+    step = _newest_step(parent)
+    if step is None:
+        raise UserError(f"The run '{parent.name}' has no checkpoint to fork from", str(parent.path))
+    return config.model_copy(
+        update={"name": new, "init": InitConfig(source=f"{parent.path.absolute()}@{step}", state="all")}
+    )
+
+
+def _fix_source(config: RunConfig, runs_dir: Path) -> RunConfig:
+    """Write out which checkpoint `init.source` means, so that a resume cannot mean another."""
+    if config.init.source is None:
+        return config
+    source = resolve_source(config.init.source, runs_dir)
+    init = config.init.model_copy(update={"source": f"{source.run}@{source.step}"})
+    return config.model_copy(update={"init": init})
