@@ -1,0 +1,1 @@
+"""Engines: model, optimizer and layout behind one contract (`contract.py`)."""

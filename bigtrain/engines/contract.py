@@ -1,0 +1,85 @@
+"""What the trainer knows of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+MicroBatch = dict[str, np.ndarray]
+"""The named arrays of one pass on one rank, as the loader yields them."""
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What one step did, summed over all ranks; equal on each of them."""
+
+    loss: float
+    """Sum of the losses of the global batch, in nats for text."""
+
+    weight: float
+    """Sum of its weights: the tokens (or images) that count."""
+
+    gradient_norm: float
+    """Norm of the gradient of loss / weight, before clipping."""
+
+    votes: float
+    """Sum of what the ranks passed as `vote`."""
+
+
+class StepResult:
+    """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Take float64 (loss, weight, gradient norm, votes) and start its copy to the host."""
+        self._event = None
+        if numbers.is_cuda:
+            import torch
+
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = numbers
+
+    def read(self) -> StepNumbers:
+        """Wait for the step where needed, and return its numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return StepNumbers(*self._host.tolist())
+
+
+class Engine(Protocol):
+    """Executes steps. The same batch gives the same numbers under every engine and layout."""
+
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
+        """One optimizer step on this rank's part of the global batch.
+
+        The gradient is that of the sum of losses over the global sum of weights, whatever the number of passes and
+        ranks; it is clipped by its global norm. `vote` rides on the reduction that the step does anyway: its sum lets
+        all ranks act on one step, without a message of its own.
+        """
+        ...
+
+    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+        """Sum of losses and sum of weights over the batches, over all ranks, without gradients."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state by qualified name, this rank's shards, to be saved or loaded in place."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Peak memory of this rank: of its device, or of the process on a CPU."""
+        ...
+
+    def close(self) -> None:
+        """Give back process groups and devices."""
+        ...

@@ -1,0 +1,50 @@
+"""The process group of a rank and the named axes of the mesh."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bigtrain.parallel.config import LayoutConfig, Mesh
+
+START_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, as torchrun's environment tells it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """RANK, LOCAL_RANK and WORLD_SIZE; a process started without them is alone."""
+        read = os.environ.get
+        return cls(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The GPU of this rank, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def build_mesh(layout: LayoutConfig, ranks: Ranks, device: torch.device) -> tuple[Mesh, DeviceMesh | None]:
+    """Join the process group and lay the named axes over it; one process needs neither."""
+    sizes = layout.mesh(ranks.world_size)
+    if ranks.world_size == 1:
+        return sizes, None
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=START_TIMEOUT)
+    axes = (sizes.dp_replicate, sizes.dp_shard)
+    return sizes, init_device_mesh(device.type, axes, mesh_dim_names=("dp_replicate", "dp_shard"))

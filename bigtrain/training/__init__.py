@@ -1,0 +1,1 @@
+"""The loop and what hangs on it: evaluation, metrics, checkpoints, the process of one rank."""

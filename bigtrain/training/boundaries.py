@@ -1,0 +1,24 @@
+"""At which steps something other than a step happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Boundaries:
+    """At which steps something other than a step happens; equal on all ranks."""
+
+    total_steps: int
+    evaluate_every: int | None
+    save_every: int | None
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out loss is measured after `step` steps."""
+        if self.evaluate_every is None:
+            return False
+        return step % self.evaluate_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return step == self.total_steps or (self.save_every is not None and step % self.save_every == 0)

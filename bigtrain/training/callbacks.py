@@ -1,0 +1,109 @@
+"""What hangs on the loop: the log of metrics, the log of samples, the tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bigtrain import storage
+from bigtrain.run import RunDirectory
+from bigtrain.tracking.metrics import MetricsFile
+from bigtrain.training.loop import Callback, Progress, Step
+
+Utilisation = Callable[[float], float | None]
+"""MFU at a number of tokens (or images) per second; None where the device's peak is not known."""
+
+
+class SampleLog(Callback):
+    """samples.jsonl: which samples each step consumed, in global order."""
+
+    order = 10
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.path = directory.samples
+
+    def on_start(self, progress: Progress) -> None:
+        """Cut back what a resume will consume again."""
+        storage.cut_lines(self.path, keep=lambda line: line["step"] <= progress.step)
+
+    def on_step(self, step: Step, progress: Progress) -> None:
+        """Append the step's samples."""
+        storage.append_line(self.path, {"step": step.number, "ids": step.batch.sample_ids})
+
+
+class MetricsLog(Callback):
+    """metrics.jsonl, and the same objects to the tracker: one object a logged step."""
+
+    order = 20
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *,
+        every: int,
+        mfu: Utilisation,
+        mfu_causal: Utilisation,
+        memory_bytes: Callable[[], int],
+        tracker: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Args:
+        every: Steps between logged objects.
+        mfu, mfu_causal: Utilisation at a number of tokens (or images) per second, with attention counted in full
+            and by its causal half.
+        memory_bytes: Peak memory so far of the worst rank, at the last time that the ranks compared it.
+        tracker: Takes each object as well.
+        """
+        self._file = MetricsFile(directory.metrics)
+        self._every = every
+        self._mfu, self._mfu_causal = mfu, mfu_causal
+        self._memory_bytes = memory_bytes
+        self._tracker = tracker
+        self._reset()
+
+    def on_start(self, progress: Progress) -> None:
+        """Cut back what a resume will log again."""
+        self._file.cut(progress.step)
+
+    def on_step(self, step: Step, progress: Progress) -> None:
+        """Add the step to the interval, and log it where one ends."""
+        self._loss += step.loss_sum
+        self._weight += step.weight
+        self._seconds += step.seconds
+        self._data_wait_s += step.data_wait_s
+        if step.number % self._every and not step.evaluation:
+            return
+        tokens_per_s = self._weight / max(self._seconds, 1e-9)
+        row = {
+            "step": step.number,
+            "tokens": int(progress.tokens),
+            "loss": self._loss / self._weight,
+            "lr": step.lr,
+            "grad_norm": step.gradient_norm,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": self._mfu(tokens_per_s),
+            "mfu_causal": self._mfu_causal(tokens_per_s),
+            "memory_bytes": self._memory_bytes(),
+            "data_wait_s": round(self._data_wait_s, 6),
+            **step.evaluation,
+        }
+        self._file.append(row)
+        if self._tracker is not None:
+            self._tracker(row)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = self._weight = self._seconds = self._data_wait_s = 0.0
+
+
+class Announcements(Callback):
+    """events.jsonl: where this attempt begins. How the run ended is the controller's to say."""
+
+    order = 5
+
+    def __init__(self, event: Callable[..., None], total_steps: int) -> None:
+        self._event = event
+        self._total_steps = total_steps
+
+    def on_start(self, progress: Progress) -> None:
+        """`started` at step 0, `resumed` later."""
+        self._event("resumed" if progress.step else "started", step=progress.step, total_steps=self._total_steps)

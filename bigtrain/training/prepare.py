@@ -1,0 +1,135 @@
+"""What a config means on its data: lengths in steps, the vocabulary, the identity; every check that needs no hardware.
+
+Free of torch, so that the command that starts a run refuses a mistake before any process is spent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Duration, UserError
+from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.order import SampleOrder
+from bigtrain.optim.schedule import Schedule
+from bigtrain.run import RunConfig, identity, what_is_trained
+from bigtrain.training.boundaries import Boundaries
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config together with its data."""
+
+    config: RunConfig
+    train: ShardIndex
+    validation: ShardIndex | None
+    batch_sequences: int
+    total_steps: int
+    sequences_per_epoch: int
+    schedule: Schedule
+
+    @property
+    def context(self) -> int:
+        """Positions of one sample: tokens of a sequence, 1 for an image."""
+        return self.config.model.context if self.train.kind == "tokens" else 1
+
+    @property
+    def outputs(self) -> int:
+        """Entries of the vocabulary, or classes of the labels."""
+        return self.train.vocab_size
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """What is trained, by content."""
+        fingerprints = {
+            "train": self.train.fingerprint,
+            "validation": self.validation.fingerprint if self.validation else None,
+        }
+        return what_is_trained(self.config, fingerprints, self.batch_sequences)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what is trained."""
+        return identity(self.what)
+
+    def steps(self, duration: Duration) -> int:
+        """A duration of training in steps, at least 1."""
+        per_step = self.batch_sequences * self.context
+        return max(1, duration.in_steps(per_step, self.batch_sequences, self.sequences_per_epoch))
+
+    def order(self) -> SampleOrder:
+        """The global order of the training data."""
+        counts = self.train.sequence_counts(self.context)
+        return SampleOrder(self.config.seed, self.train.fingerprint, counts, self.config.data.shuffle_window)
+
+    def boundaries(self) -> Boundaries:
+        """When to evaluate and when to save."""
+        save = self.config.checkpoint.every
+        return Boundaries(
+            total_steps=self.total_steps,
+            evaluate_every=self.steps(self.config.evaluation.every) if self.validation else None,
+            save_every=None if save.is_time else self.steps(save),
+        )
+
+
+def prepare(config: RunConfig, verify: bool = True) -> Prepared:
+    """Open the data of a config and check that both go together.
+
+    Args:
+        verify: Compare the shards with their index as `streaming.verify` says; a rank does not, since the command that
+            started it has.
+
+    Raises:
+        UserError: Shards missing or changed, a model that cannot take them, lengths that do not fit.
+        CorruptionError: Bytes of a shard that differ from the index.
+    """
+    train = load_index(Path(config.data.train))
+    validation = load_index(Path(config.data.validation)) if config.data.validation else None
+    _check_kinds(config, train, validation)
+    if verify:
+        for index in (train, validation):
+            if index is not None:
+                index.check(config.streaming.verify)
+    context = config.model.context if train.kind == "tokens" else 1
+    try:
+        batch = config.batch.size.sequences(context)
+    except ValueError as error:
+        raise UserError(
+            f"batch.size: {error}", fix="Give a number of sequences, or a multiple of model.context."
+        ) from None
+    per_epoch = sum(train.sequence_counts(context))
+    try:
+        total = config.duration.in_steps(batch * context, batch, per_epoch)
+    except ValueError as error:
+        raise UserError(f"duration: {error}") from None
+    if total < 1:
+        raise UserError(f"duration: '{config.duration}' is less than one step")
+
+    def to_steps(duration: Duration) -> int:
+        return duration.in_steps(batch * context, batch, per_epoch)
+
+    schedule = config.schedule.build(config.optimizer.lr, total, to_steps)
+    return Prepared(config, train, validation, batch, total, per_epoch, schedule)
+
+
+def _check_kinds(config: RunConfig, train: ShardIndex, validation: ShardIndex | None) -> None:
+    wanted = config.model.data_kind
+    for key, index in (("data.train", train), ("data.validation", validation)):
+        if index is not None and index.kind != wanted:
+            raise UserError(
+                f"{key} holds {index.kind}, and a model of arch '{config.model.arch}' takes {wanted}",
+                str(index.directory),
+                "Choose another model.arch, or other shards.",
+            )
+    if validation is None:
+        return
+    where = f"{train.directory} and {validation.directory}"
+    if train.tokenizer != validation.tokenizer:
+        raise UserError(
+            "data.train and data.validation were made with different tokenizers",
+            where,
+            "Pack both with one tokenizer.",
+        )
+    if train.kind == "images" and train.vocab_size < validation.vocab_size:
+        raise UserError("data.validation has labels that data.train has not", where)

@@ -1,0 +1,61 @@
+"""Text from a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.config import UserError
+from bigtrain.data.index import load_index
+from bigtrain.models.sampling import generate
+from bigtrain.parallel.mesh import pick_device
+from bigtrain.run import RunDirectory, load_config
+
+
+def sample(
+    run: RunDirectory,
+    prompt: str,
+    *,
+    step: int | None,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> str:
+    """Continue a prompt with the weights of a run's checkpoint.
+
+    Args:
+        step: Of the checkpoint; None: the newest sound one.
+        tokens: New tokens; the text ends earlier where the model ends it.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        UserError: No checkpoint, a model that writes no text, or a prompt without tokens.
+    """
+    config = load_config(run.config)
+    if config.model.data_kind != "tokens":
+        raise UserError(f"A model of arch '{config.model.arch}' writes no text", str(run.path))
+    if step is None:
+        step, _ = commit.newest_verified(run.checkpoints)
+    if step is None:
+        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
+    index = load_index(Path(config.data.train))
+    if index.fingerprint != run.what()["data"]["train"]:
+        raise UserError("The shards are not those that the run was trained on", config.data.train)
+    tokenizer = index.load_tokenizer()
+    ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot]
+    device = pick_device(0)
+    model = config.model.build(index.vocab_size)
+    model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
+    model.to(device)
+    prompt_ids = torch.tensor([ids], device=device)
+    generated = generate(model, prompt_ids, tokens, temperature=temperature, top_k=top_k, seed=seed)[0].tolist()
+    continuation = generated[len(ids) :]
+    if tokenizer.eot in continuation:
+        continuation = continuation[: continuation.index(tokenizer.eot)]
+    return prompt + tokenizer.decode(continuation)

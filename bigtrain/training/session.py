@@ -1,0 +1,255 @@
+"""One rank from its config to its end: engine, state, loader, callbacks and loop put together."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bigtrain import storage
+from bigtrain.checkpoint.loader import Found, find, load_found
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.config import yaml_file
+from bigtrain.data.loader import EvaluationLoader, Loader
+from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.hardware import lookup, mfu
+from bigtrain.hardware.this_machine import this_machine
+from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
+from bigtrain.parallel.mesh import Ranks
+from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
+from bigtrain.tracking.wandb import WandbTracker, start_tracker
+from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.loop import (
+    VOTE_SAVE,
+    VOTE_STOP,
+    Callback,
+    Outcome,
+    Progress,
+    Trainer,
+    as_plain,
+    from_plain,
+)
+from bigtrain.training.prepare import Prepared, prepare
+from bigtrain.training.source import resolve_source
+
+TRACKER_CLOSE_S = 20.0
+
+
+def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> ExitCode:
+    """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
+    prepared = prepare(load_config(directory.config), verify=False)
+    with Session(prepared, directory, heartbeat, stop) as session:
+        outcome = session.train()
+    return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
+
+
+class AgentLink:
+    """The loop's line to its agent: heartbeats up, requests to stop or save down."""
+
+    def __init__(self, heartbeat: Heartbeat, stop: StopRequest, save_every_s: float | None) -> None:
+        self._heartbeat = heartbeat
+        self._stop = stop
+        self._save_every_s = save_every_s
+        self._next_save = time.monotonic() + save_every_s if save_every_s else None
+        self._answered = Control.RUN
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """Pass a sign of life on."""
+        self._heartbeat.beat(step, phase)
+
+    def vote(self) -> float:
+        """What this rank asks of all: a save that was asked for, or is due by the clock, is voted for once."""
+        control = self._heartbeat.control()
+        saves = control is Control.SAVE and self._answered is not Control.SAVE
+        self._answered = control
+        if self._next_save is not None and time.monotonic() >= self._next_save:
+            saves = True
+            self._next_save = time.monotonic() + (self._save_every_s or 0.0)
+        stops = control is Control.STOP or self._stop.requested
+        return VOTE_STOP * stops + VOTE_SAVE * saves
+
+
+class Session:
+    """What one rank holds while it trains; leaving it gives everything back."""
+
+    def __init__(self, prepared: Prepared, directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> None:
+        self.prepared = prepared
+        self.directory = directory
+        self.config = prepared.config
+        self.ranks = Ranks.from_environment()
+        self.attempt = int(os.environ.get("BIGTRAIN_ATTEMPT", "0"))
+        self._heartbeat = heartbeat
+        self._memory_bytes = 0
+        self._tracker: WandbTracker | None = None
+        config = self.config
+        self.engine = FSDPEngine.build(
+            config.model,
+            prepared.outputs,
+            config.optimizer,
+            engine=config.engine,
+            layout=config.layout,
+            precision=config.precision,
+            seed=config.seed,
+            ranks=self.ranks,
+        )
+        every = config.checkpoint.every
+        # The clock of one rank decides for all.
+        by_clock = every.seconds if every.is_time and self.ranks.rank == 0 else None
+        self.link = AgentLink(heartbeat, stop, by_clock)
+        self.saver = Saver(
+            directory.checkpoints,
+            config.checkpoint,
+            may_publish=self._may_publish(),
+            on_event=self._event,
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.saver.close()
+            self.engine.close()
+        if self._tracker is not None:
+            self._tracker.close(TRACKER_CLOSE_S)
+
+    def train(self) -> Outcome:
+        """Restore, then run the loop."""
+        progress = self._restore()
+        self._compare_memory()
+        config, prepared = self.config, self.prepared
+        log_samples = config.streaming.log_samples and self.ranks.rank == 0
+        with Loader(prepared.train, prepared.order(), log_samples=log_samples, **self._reading()) as loader:
+            trainer = Trainer(
+                self.engine,
+                loader,
+                prepared.schedule,
+                prepared.boundaries(),
+                progress=progress,
+                control=self.link,
+                evaluate=self._evaluate,
+                save=self._save,
+                finish=self._finish_saving,
+                callbacks=self._callbacks(),
+                batch_sequences=prepared.batch_sequences,
+            )
+            return trainer.fit()
+
+    def _restore(self) -> Progress:
+        """Load the newest sound checkpoint, else what `init` names, else start from the seed."""
+        found = find(self.directory.checkpoints)
+        if found is not None:
+            for warning in found.warnings:
+                self._event("fallback", step=found.step, cause=warning)
+            load_found(found, self.engine.state())
+            return from_plain(found.manifest.progress)
+        init = self.config.init
+        if init.source is None:
+            return Progress()
+        source = resolve_source(init.source, self.directory.path.parent)
+        found = find(source.checkpoints, source.step)
+        assert found is not None  # find raises where the step is not there
+        return self._take(found)
+
+    def _take(self, found: Found) -> Progress:
+        """Take the part of another run's checkpoint that `init.state` names."""
+        state = self.engine.state()
+        if self.config.init.state == "weights":
+            weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+            load_found(found, weights, prefix="model.")
+            return Progress()
+        load_found(found, state)
+        return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
+
+    def _save(self, progress: Progress) -> bool:
+        config = self.config
+        self.saver.save(
+            progress.step,
+            self.engine.state(),
+            progress=as_plain(progress),
+            config_hash=storage.hash_text(yaml_file.dump(config.plain())),
+            identity=self.prepared.identity,
+            mesh=vars(config.layout.mesh(self.ranks.world_size)),
+            lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
+        )
+        self._compare_memory()
+        return not self.saver.must_stop
+
+    def _finish_saving(self) -> bool:
+        """Wait for the last save; whether the end of the run is safe on the disk."""
+        outcome = self.saver.wait()
+        return outcome is None or outcome.status == "saved"
+
+    def _evaluate(self) -> dict[str, float]:
+        index = self.prepared.validation
+        assert index is not None  # there are no evaluations without validation data
+        batches = self.config.evaluation.batches
+        with EvaluationLoader(index, batches=batches, **self._reading()) as loader:
+            loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+        self._compare_memory()
+        metrics = {"val_loss": loss / weight}
+        if index.text_bytes:
+            # Nats per token times tokens per byte, in bits.
+            metrics["val_bits_per_byte"] = loss / weight * index.tokens / index.text_bytes / math.log(2)
+        return metrics
+
+    def _reading(self) -> dict[str, Any]:
+        """How this rank reads its part of a global batch."""
+        config = self.config
+        return {
+            "batch_size": self.prepared.batch_sequences,
+            "context": self.prepared.context,
+            "dp_rank": self.engine.data_parallel_rank,
+            "dp_size": self.engine.data_parallel_size,
+            "micro_size": config.layout.micro_size,
+            "seed": config.seed,
+            "document_mask": config.data.document_mask,
+            "prefetch": config.streaming.prefetch,
+        }
+
+    def _compare_memory(self) -> None:
+        """Let all ranks know the peak of the worst."""
+        peak = torch.tensor([self.engine.memory_bytes()], dtype=torch.int64, device=self.engine.device)
+        if self.ranks.world_size > 1:
+            dist.all_reduce(peak, dist.ReduceOp.MAX)
+        self._memory_bytes = int(peak)
+
+    def _callbacks(self) -> list[Callback]:
+        if self.ranks.rank != 0:
+            return []
+        config, prepared = self.config, self.prepared
+        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps)]
+        if config.streaming.log_samples:
+            callbacks.append(SampleLog(self.directory))
+        self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
+        flops = config.model.flops_per_token(prepared.outputs)
+        device = lookup(this_machine(use_torch=True).device_name)
+
+        def utilisation(flops_per_token: int) -> Utilisation:
+            return lambda rate: mfu(flops_per_token, rate, device, config.precision, self.ranks.world_size)
+
+        callbacks.append(
+            MetricsLog(
+                self.directory,
+                every=int(config.tracking.every.value),
+                mfu=utilisation(flops.full),
+                mfu_causal=utilisation(flops.causal),
+                memory_bytes=lambda: self._memory_bytes,
+                tracker=self._tracker.put if self._tracker else None,
+            )
+        )
+        return callbacks
+
+    def _may_publish(self) -> Callable[[], bool]:
+        """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
+        number = os.environ.get("BIGTRAIN_LEASE")
+        return lease_check(self.directory, int(number)) if number else lambda: True
+
+    def _event(self, event: str, /, **fields: Any) -> None:
+        if self.ranks.rank == 0:
+            self.directory.event(event, attempt=self.attempt, **fields)
