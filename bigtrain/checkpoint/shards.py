@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from bigtrain.checkpoint.commit import PhaseHook
 from bigtrain.checkpoint.manifest import FileRecord
 from bigtrain.checkpoint.ranks import Ranks
-from bigtrain.storage import fsync_directory, hash_file
+from bigtrain.storage import fsync_directory, fsync_file, hash_file
 
 METADATA_NAME = ".metadata"
 
@@ -87,11 +87,12 @@ class _StagedPlanner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """One synced file a rank, written tensor by tensor; the metadata carry no path of this machine."""
+    """One file a rank, written tensor by tensor; the metadata carry no path of this machine."""
 
     def __init__(self, path: Path) -> None:
         # Copying ahead would open a context on GPU 0 from the saving thread of every rank.
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        # Its own syncing is of no use: up to torch 2.14 it comes before the last bytes leave Python's buffer.
+        super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta | None:
         return None
@@ -126,11 +127,15 @@ def write_shards(
     names = sorted(entry.name for entry in path.glob(f"__{ranks.rank}_*"))
     names += [METADATA_NAME] if ranks.first else []
 
-    def hashed() -> dict[str, FileRecord]:
+    def sync_and_hash() -> dict[str, FileRecord]:
+        records = {}
+        for name in names:
+            fsync_file(path / name)
+            records[name] = FileRecord(bytes=(path / name).stat().st_size, hash=hash_file(path / name))
         fsync_directory(path)
-        return {name: FileRecord(bytes=(path / name).stat().st_size, hash=hash_file(path / name)) for name in names}
+        return records
 
-    records = ranks.together(hashed)
+    records = ranks.together(sync_and_hash)
     hook("sync")
     return {name: record for part in records for name, record in part.items()}, names
 

@@ -117,6 +117,8 @@ class Loader:
         # A batch may lie across the border of two windows.
         self._reader = open_reader(self.index, context, document_mask, open_shards=2 * order.window)
         self._active: _Ahead | None = None
+        # The reader and the order cache what they last used, and the thread of `batches` uses them too.
+        self._lock = threading.RLock()
 
     @property
     def data_wait_s(self) -> float:
@@ -128,8 +130,9 @@ class Loader:
         shape = self.distribution
         start, slots = step * shape.batch_size, shape.slots(self._rank)
         own = min(slots.stop, shape.batch_size) - slots.start
-        draw = self._order.take(start + slots.start, max(0, own))
-        arrays = self._reader.read(draw.shard, draw.sequence)
+        with self._lock:
+            draw = self._order.take(start + slots.start, max(0, own))
+            arrays = self._reader.read(draw.shard, draw.sequence)
         missing = shape.per_rank - len(draw.shard)
         if missing:
             blank = self._reader.blank(missing)
@@ -144,8 +147,9 @@ class Loader:
 
     def sample_ids(self, step: int) -> list[str]:
         """The ids of all samples that `step` consumes, in global order."""
-        draw = self._order.take(step * self.distribution.batch_size, self.distribution.batch_size)
-        return self._reader.sample_ids(self._source, draw.shard, draw.sequence)
+        with self._lock:
+            draw = self._order.take(step * self.distribution.batch_size, self.distribution.batch_size)
+            return self._reader.sample_ids(self._source, draw.shard, draw.sequence)
 
     def batches(self, first_step: int = 0, stop_step: int | None = None) -> Iterator[StepBatch]:
         """The batches from `first_step` on, without end or up to before `stop_step`, prepared ahead.

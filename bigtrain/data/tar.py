@@ -22,6 +22,9 @@ MAX_MEMBER_BYTES = 1 << 34
 # WebDataset's own rule: the key ends at the first dot of the last path component.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
+# Metadata of the whole tar, which WebDataset passes over too.
+_META = re.compile(r"__[^/]*__($|/)")
+
 
 class Member(NamedTuple):
     """One regular file of a tar."""
@@ -101,7 +104,7 @@ def _checked(info: tarfile.TarInfo, name: str, count: int, end: int, total: int)
     where = f"{name}, member {info.name!r}"
     if info.name.startswith("/") or ".." in Path(info.name).parts or "\0" in info.name:
         raise UserError("the member's name leads out of the tar", where=where, fix="do not use this tar")
-    if info.isdir():
+    if info.isdir() or _META.match(info.name):
         return None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise UserError("a link, a device or a sparse file is refused", where=where, fix="store plain files only")

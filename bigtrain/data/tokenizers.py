@@ -80,12 +80,11 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._definition = backend.to_str(pretty=False)
         self._chunked = _may_be_chunked(json.loads(self._definition))
-        digest = hashlib.sha256(self._definition.encode()).hexdigest()
         self.info = TokenizerInfo(
             "tokenizers",
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
             eot=_end_of_text(backend, eot, where),
-            hash=f"sha256:{digest}",
+            hash=_hash(self._definition.encode()),
         )
 
     @classmethod
@@ -127,10 +126,12 @@ class Tokenizer:
         path = Path(directory) / FILE_NAME
         if info.kind == "unknown" or not path.is_file():
             raise UserError("the shards carry no tokenizer", where=str(directory), fix="pack the text with bigtrain")
-        name = None if info.eot is None else _read_json(path).id_to_token(info.eot)
-        tokenizer = cls(_read_json(path), name, str(path))
-        if tokenizer.info.hash != info.hash:
+        # The file's own bytes are hashed: another version of the library may write the same tokenizer otherwise.
+        if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
+        backend = _read_json(path)
+        tokenizer = cls(backend, None if info.eot is None else backend.id_to_token(info.eot), str(path))
+        tokenizer.info = info
         return tokenizer
 
     def save(self, directory: str | Path) -> None:
@@ -266,6 +267,10 @@ def _may_be_chunked(definition: dict[str, Any]) -> bool:
     return bool(byte_level) and all(
         not step.get("add_prefix_space", True) and (step.get("use_regex", True) or splits) for step in byte_level
     )
+
+
+def _hash(definition: bytes) -> str:
+    return f"sha256:{hashlib.sha256(definition).hexdigest()}"
 
 
 def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | None) -> int:

@@ -112,17 +112,13 @@ class Controller:
         self._attempt = next_attempt(run_directory_path) if first_attempt is None else first_attempt
         self._budget = RetryBudget(job.max_failures, self._progress)
         self._switch = StopSwitch()
+        self._announced = 0
         self._generation = 0
         self._agents: list[AgentConnection] = []
 
     def request_stop(self) -> None:
-        """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread may call it."""
-        if not self._switch.press():
-            return
-        if self._switch.level == 1:
-            self._say(f"stopping {self._run_name}: its ranks save themselves and exit; Ctrl-C again ends them at once")
-        else:
-            self._say(f"ending the ranks of {self._run_name} at once")
+        """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread or handler may call it."""
+        self._switch.press()
 
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
@@ -136,7 +132,7 @@ class Controller:
         while True:
             if not self._agents:
                 try:
-                    self._agents = self._placer.place(lambda: self._switch.level > 0)
+                    self._agents = self._placer.place(lambda: self._stop_level() > 0)
                 except PlacementCancelled:
                     return self._stopped(0)
                 except PlacementFailed as error:
@@ -154,7 +150,7 @@ class Controller:
             if not self._wait(verdict.delay_s):
                 return self._stopped(outcome.step)
             self._attempt += 1
-            self._event("restarted", attempt=self._attempt, cause=outcome.fault.cause)
+            self._record("restarted", cause=outcome.fault.cause)
             self._say(f"{self._run_name}: starting again, attempt {self._attempt}, from step {self._progress()}")
 
     def _release(self) -> None:
@@ -174,34 +170,50 @@ class Controller:
             self._launch,
             environment,
             logs,
-            lambda: self._switch.level,
+            self._stop_level,
             self._on_notice,
         ).live()
 
+    def _stop_level(self) -> int:
+        """How far the run was asked to stop, said once; a signal handler may not print."""
+        level = self._switch.level
+        if level > self._announced:
+            self._announced = level
+            if level == 1:
+                self._say(f"stopping {self._run_name}: its ranks save and exit; Ctrl-C again ends them at once")
+            else:
+                self._say(f"ending the ranks of {self._run_name} at once")
+        return level
+
+    def _record(self, event: str, **fields: Any) -> None:
+        try:
+            self._event(event, attempt=self._attempt, **fields)
+        except OSError as error:  # A full disk must not end a run that trains.
+            self._say(f"{self._run_name}: the event '{event}' could not be recorded: {error}")
+
     def _on_notice(self, host: str) -> None:
         self._say(f"{self._run_name}: host {host} was asked to stop")
-        if self._switch.level == 0:
+        if self._stop_level() == 0:
             self.request_stop()
 
     def _conclude(self, outcome: Outcome) -> int | None:
         """The exit code of a run that is over, or None where a fault is left to the budget."""
         fault = outcome.fault
         if fault is not None:
-            self._event(
+            self._record(
                 "fault",
-                attempt=self._attempt,
                 cause=fault.cause,
                 rank=fault.rank,
                 host=fault.host,
                 step=fault.step,
             )
             self._say(f"{self._run_name}: {fault.cause}")
-            if fault.kind is Kind.USER or self._switch.level == 0:
+            if fault.kind is Kind.USER or self._stop_level() == 0:
                 return None
         elif not outcome.killed:
             if STOPPED in outcome.codes.values():
                 return self._stopped(outcome.step)
-            self._event("finished", attempt=self._attempt, step=outcome.step)
+            self._record("finished", step=outcome.step)
             return FINISHED
         # Asked to stop, and the ranks did not come to save themselves.
         saved = self._progress()
@@ -211,12 +223,12 @@ class Controller:
         return self._failed("it was ended before its first checkpoint")
 
     def _stopped(self, step: int) -> int:
-        self._event("stopped", attempt=self._attempt, step=step)
+        self._record("stopped", step=step)
         self._say(f"{self._run_name}: stopped; the same command resumes it")
         return STOPPED
 
     def _failed(self, reason: str) -> int:
-        self._event("failed", attempt=self._attempt, cause=reason)
+        self._record("failed", cause=reason)
         self._say(f"{self._run_name}: failed: {reason}")
         return FAILED
 
@@ -225,7 +237,7 @@ class Controller:
         if evidence.strip():
             self._say(evidence.rstrip())
         if fault.kind is Kind.USER:
-            self._event("failed", attempt=self._attempt, cause=fault.cause)
+            self._record("failed", cause=fault.cause)
             return USER
         self._say(f"{self._run_name}: logs of its ranks: {self._path / 'logs' / f'attempt_{self._attempt}'}")
         return self._failed(f"{reason}: {fault.cause}")
@@ -235,7 +247,7 @@ class Controller:
         if delay_s:
             self._say(f"{self._run_name}: waiting {delay_s:g} s before the next attempt")
         deadline = time.monotonic() + delay_s
-        while self._switch.level == 0 and (remaining := deadline - time.monotonic()) > 0:
+        while self._stop_level() == 0 and (remaining := deadline - time.monotonic()) > 0:
             channels = [agent.channel for agent in self._agents]
             ready, _, _ = select.select(channels, [], [], min(LOOK_S, remaining))
             try:
@@ -245,7 +257,7 @@ class Controller:
                     channel.keep_alive()
             except (PeerLost, ProtocolError):
                 self._release()
-        return self._switch.level == 0
+        return self._stop_level() == 0
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -100,11 +100,11 @@ class Generation:
         with selectors.DefaultSelector() as selector:
             for node, agent in enumerate(self._agents):
                 selector.register(agent.channel, selectors.EVENT_READ, node)
-            self._try(0, lambda: self._agents[0].channel.send("port"))
+            self._send(0, "port")
             while self._alive:
                 ready = {key.data for key, _ in selector.select(LOOK_S)}
                 for node in sorted(self._alive):
-                    self._try(node, lambda node=node: self._serve(node, node in ready))  # type: ignore[misc]
+                    self._serve(node, node in ready)
                 for key in [key for key in selector.get_map().values() if key.data not in self._alive]:
                     selector.unregister(key.fileobj)
                 self._check_stop()
@@ -112,11 +112,10 @@ class Generation:
                 self._check_kill()
         return self._outcome
 
-    def _try(self, node: int, action: Callable[[], None]) -> None:
-        """Talk to an agent; one that cannot be talked to is lost, and the generation with it."""
+    def _send(self, node: int, type: str, **fields: Any) -> None:
         try:
-            action()
-        except (PeerLost, ProtocolError) as error:
+            self._agents[node].channel.send(type, **fields)
+        except PeerLost as error:
             self._lose(node, str(error))
 
     def _lose(self, node: int, why: str) -> None:
@@ -125,11 +124,15 @@ class Generation:
         self._fail(fault_of_lost_agent(self._agents[node].host, why))
 
     def _serve(self, node: int, readable: bool) -> None:
+        """Hear what an agent has to say; one that cannot be talked to is lost, and the generation with it."""
         channel = self._agents[node].channel
-        if readable:
-            for message in channel.receive():
-                self._handle(node, message)
-        channel.keep_alive()
+        try:
+            if readable:
+                for message in channel.receive():
+                    self._handle(node, message)
+            channel.keep_alive()
+        except (PeerLost, ProtocolError) as error:
+            self._lose(node, str(error))
 
     def _handle(self, node: int, message: Message) -> None:
         kind, host = message["type"], self._agents[node].host
@@ -153,22 +156,23 @@ class Generation:
     def _place(self, master_port: int) -> None:
         master = "127.0.0.1" if len(self._agents) == 1 else self._agents[0].channel.peer_address
         procs = self._launch.procs
-        for node, agent in enumerate(self._agents):
-            fields: dict[str, Any] = {
-                "generation": self._number,
-                "module": self._launch.module,
-                "arguments": self._launch.arguments,
-                "environment": self._environment,
-                "logs": self._logs,
-                "limits": self._launch.limits,
-                "first_rank": node * procs,
-                "procs": procs,
-                "world_size": len(self._agents) * procs,
-                "node_rank": node,
-                "master_address": master,
-                "master_port": master_port,
-            }
-            self._try(node, lambda agent=agent, fields=fields: agent.channel.send("place", **fields))  # type: ignore[misc]
+        for node in range(len(self._agents)):
+            self._send(
+                node,
+                "place",
+                generation=self._number,
+                module=self._launch.module,
+                arguments=self._launch.arguments,
+                environment=self._environment,
+                logs=self._logs,
+                limits=self._launch.limits,
+                first_rank=node * procs,
+                procs=procs,
+                world_size=len(self._agents) * procs,
+                node_rank=node,
+                master_address=master,
+                master_port=master_port,
+            )
         self._placed = True
 
     def _on_exit(self, message: Message, host: str) -> None:
@@ -198,7 +202,7 @@ class Generation:
             return
         self._killed_at = time.monotonic()
         for node in sorted(self._alive):
-            self._try(node, lambda node=node: self._agents[node].channel.send("kill", generation=self._number))  # type: ignore[misc]
+            self._send(node, "kill", generation=self._number)
         if not self._placed:
             self._alive.clear()
 
@@ -210,7 +214,7 @@ class Generation:
         elif level == 1 and not self._stop_sent and self._placed:
             self._stop_sent = True
             for node in sorted(self._alive):
-                self._try(node, lambda node=node: self._agents[node].channel.send("control", word=int(Control.STOP)))  # type: ignore[misc]
+                self._send(node, "control", word=int(Control.STOP))
 
     def _check_early_exit(self) -> None:
         if self._first_exit is None or self._killed_at is not None:

@@ -177,7 +177,7 @@ class Channel:
             self.send("beat", **fields)
 
     def greeting(self, type: str) -> Message:
-        """Wait for one message of the greeting."""
+        """Wait for one message of the greeting, and read no byte beyond it: what follows is for `receive`."""
         deadline = time.monotonic() + GREETING_TIMEOUT_S
         while (message := self._take()) is None:
             remaining = deadline - time.monotonic()
@@ -185,7 +185,7 @@ class Channel:
                 raise ProtocolError(f"no {type} within {GREETING_TIMEOUT_S:.0f} s")
             self._connection.settimeout(remaining)
             try:
-                data = self._connection.recv(MAX_GREETING_BYTES)
+                data = self._connection.recv(self._missing())
             except TimeoutError:
                 continue
             except OSError as error:
@@ -196,6 +196,11 @@ class Channel:
         if message["type"] != type:
             raise ProtocolError(f"expected {type}, got {message['type']!r}")
         return message
+
+    def _missing(self) -> int:
+        """Bytes that the frame at the head of the buffer still lacks, as far as is known."""
+        held = len(self._buffer)
+        return 4 - held if held < 4 else 4 + int.from_bytes(self._buffer[:4], "big") - held
 
     def _take(self) -> Message | None:
         if len(self._buffer) < 4:

@@ -47,7 +47,8 @@ class Model(Protocol):
     """An nn.Module: parameters stored in FP32, matmuls and residual stream in `compute_dtype`."""
 
     compute_dtype: torch.dtype
-    """Set by the engine; float32 until then."""
+    """Set by the engine; float32 until then. Weights and rotary tables must reach the model in FP32, so
+    FSDP's mixed precision is used with cast_forward_inputs=False."""
 
     def forward(self, batch: Batch) -> LossSum:
         """The sums of losses and weights of one micro-batch, without a host synchronisation."""

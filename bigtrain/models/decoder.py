@@ -44,7 +44,7 @@ def _mlp(config: DecoderConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all blocks of one forward pass read. Opaque to FSDP, which would cast loose tensors to BF16."""
+    """What all blocks of one forward pass read; the rotary table stays in FP32."""
 
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
@@ -162,7 +162,5 @@ class DecoderModel(nn.Module):
         config = self.config
         if config.positions != "rotary":
             return None
-        frequencies = rotary_frequencies(
-            config.width_of_head, config.rope_theta, config.rope_scaling, positions.device
-        )
+        frequencies = rotary_frequencies(config.width_of_head, config.rope_theta, config.rope_scaling, positions.device)
         return rotary_table(positions, frequencies)

@@ -27,9 +27,7 @@ class Config(DecoderConfig):
         kinds = (self.mlp, self.norm, self.positions) == ("gelu_tanh", "layernorm", "learned")
         heads = self.key_value_heads == self.heads and self.heads * self.width_of_head == self.width
         if not (kinds and heads and self.tied and self.bias and not self.qk_norm):
-            raise ValueError(
-                "transformers' GPT-2 has gelu_tanh, layernorm, learned positions, bias, a tied head"
-            )
+            raise ValueError("transformers' GPT-2 has gelu_tanh, layernorm, learned positions, bias, a tied head")
         names = {
             "embedding.weight": HfTensor("transformer.wte.weight"),
             "position_embedding.weight": HfTensor("transformer.wpe.weight"),

@@ -50,9 +50,7 @@ def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return parameter, (0,) * parameter.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(offset)
 
 

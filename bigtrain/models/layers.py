@@ -68,9 +68,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x), self.eps)
 
 
-def rotary_frequencies(
-    head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device
-) -> Tensor:
+def rotary_frequencies(head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians a position for each pair of channels: FP32 (head_width / 2,).
 
     Su et al. 2021, section 3.2.2; the stretching of long wavelengths as in Llama 3.1's reference code.
@@ -134,9 +132,7 @@ class Attention(nn.Module):
         self.query_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
         self.key_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend within x (B, C, W).
 
         Args:
@@ -164,9 +160,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """up, activation, down; x (..., W) -> (..., W)."""
 
-    def __init__(
-        self, width: int, hidden_width: int, activation: str = "gelu", *, bias: bool = False
-    ) -> None:
+    def __init__(self, width: int, hidden_width: int, activation: str = "gelu", *, bias: bool = False) -> None:
         super().__init__()
         self.activation = activation
         self.up = Linear(width, hidden_width, bias=bias)

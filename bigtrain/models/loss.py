@@ -44,9 +44,7 @@ def chunked_cross_entropy(
         logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
         chunk_tokens = max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, weights, chunk_tokens, z_loss, needs_gradient
-    )
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, chunk_tokens, z_loss, needs_gradient)
     return loss
 
 

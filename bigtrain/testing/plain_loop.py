@@ -1,0 +1,102 @@
+"""A plain PyTorch training loop with its own model: what bigtrain's numbers and speed are held against.
+
+It shares no code with bigtrain: webdataset reads the shards, the samples of a step come from samples.jsonl.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+import webdataset
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs, targets (B, C) and weights (B, C)."""
+
+
+class Block(nn.Module):
+    """A Llama block: RMSNorm, rotary attention, SwiGLU; x (B, C, W)."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, context, width = x.shape
+        y = self.norm_1(x)
+        q, k, v = (f(y).view(batch, context, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(batch, context, width))
+        y = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x (B, H, C, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Llama(nn.Module):
+    """A Llama with a tied head: tokens (B, C) to logits (B, C, V)."""
+
+    def __init__(self, vocab: int, layers: int, width: int, heads: int, hidden: int, context: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        self.layers = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        half = width // heads // 2
+        angles = torch.arange(context)[:, None] / 10000.0 ** (torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, clip: float) -> Tensor:
+    """One step on the whole batch at once; returns its mean loss."""
+    tokens, targets, weights = batch
+    losses = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    loss = (losses * weights.flatten()).sum() / weights.sum()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return loss.detach()
+
+
+def named_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """bigtrain's qualified names of a Llama as this model's."""
+    names = {"attention_norm": "norm_1", "mlp_norm": "norm_2", "attention.query": "q", "attention.key": "k"}
+    names |= {"attention.value": "v", "attention.output": "o", "mlp.": ""}
+    pattern = re.compile("|".join(map(re.escape, names)))
+    return {pattern.sub(lambda found: names[found[0]], name): tensor for name, tensor in state.items()}
+
+
+def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterator[Batch]:
+    """The batches that lists of sample ids SOURCE/SHARD/DOCUMENT:OFFSET name, read from one shard."""
+    documents = [torch.tensor(sample["npy"].astype("int64")) for sample in webdataset.WebDataset(shard, shardshuffle=False).decode()]
+    stream = torch.cat(documents)
+    starts = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
+    for ids in steps:
+        rows, weights = torch.zeros(len(ids), context + 1, dtype=torch.int64), torch.zeros(len(ids), context)
+        for row, sample_id in enumerate(ids):
+            document, offset = map(int, sample_id.rsplit("/", 1)[1].split(":"))
+            piece = stream[starts[document] + offset :][: context + 1]
+            rows[row, : len(piece)] = piece
+            weights[row, : len(piece) - 1] = 1
+        yield rows[:, :-1], rows[:, 1:], weights

@@ -1,0 +1,78 @@
+"""What all tests share: real data where it is, small shards, runs in real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+RUN_TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets: BIGTRAIN_TEST_DATA, else shared/data beside the checkout."""
+    path = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"there is no folder of real data at {path}; set BIGTRAIN_TEST_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a few modules of the standard library as bytes: train/ and validation/."""
+    from bigtrain.data.pack import pack
+    from bigtrain.data.tokenizers import Tokenizer
+
+    library = Path(os.__file__).parent
+    names = ("abc", "bisect", "colorsys", "copy", "heapq", "keyword", "queue", "sched", "stat", "this")
+    out = tmp_path_factory.mktemp("text") / "shards"
+    pack([library / f"{name}.py" for name in names], out, Tokenizer.open("bytes"), validation="10%")
+    return out
+
+
+def tiny_config(shards: Path) -> dict[str, object]:
+    """A run of seconds: 4 x 32 tokens a step through a two-layer Llama in FP32."""
+    return {
+        "name": "tiny",
+        "model": {"arch": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 32, "tied": True},
+        "data": {"train": str(shards / "train"), "validation": str(shards / "validation")},
+        "batch": {"size": 4},
+        "duration": "8 steps",
+        "precision": "fp32",
+        "evaluation": {"every": "4 steps", "batches": 2},
+        "checkpoint": {"every": "4 steps"},
+        "streaming": {"log_samples": True},
+        "tracking": {"wandb": "disabled"},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, text_shards: Path) -> Callable[..., Path]:
+    """Writes tiny_config, with whole sections replaced, to a file and returns its path."""
+
+    def write(**sections: object) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**tiny_config(text_shards), **sections}, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def bigtrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `bigtrain` command in a process of its own, in tmp_path."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "bigtrain.cli", *map(str, arguments)],
+            cwd=tmp_path, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False,
+        )  # fmt: skip
+
+    return run

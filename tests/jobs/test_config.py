@@ -1,0 +1,89 @@
+"""The `job` section, and what the package costs to import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from bigtrain.config import UserError
+from bigtrain.heartbeat import PHASES
+from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER
+from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.local import local_procs, visible_gpus
+from bigtrain.run import ExitCode
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORT_LIMIT_S = 0.1
+"""Of processor time, which other processes on the machine do not lengthen."""
+
+
+def test_limits_are_seconds_or_texts_with_a_unit() -> None:
+    job = JobConfig.model_validate({"limits": {"start": "15 min", "step": 2.5, "save": "90 s"}})
+    assert (job.limits.start, job.limits.step, job.limits.save, job.limits.evaluation) == (900, 2.5, 90, 600)
+    assert JobConfig.model_validate(job.plain()) == job
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"limits": {"step": "5 steps"}},
+        {"limits": {"step": 0}},
+        {"limits": {"steps": 5}},
+        {"nodes": 0},
+        {"procs_per_node": 0},
+        {"procs_per_node": "all"},
+        {"max_failures": -1},
+    ],
+)
+def test_what_makes_no_sense_is_refused(section: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        JobConfig.model_validate(section)
+
+
+def test_every_phase_has_a_limit() -> None:
+    assert set(JobConfig().limits.by_phase()) == set(PHASES)
+
+
+def test_several_nodes_are_refused_on_one_machine() -> None:
+    with pytest.raises(UserError, match=r"job.nodes is 2") as refused:
+        local_procs(JobConfig(nodes=2))
+    assert refused.value.fix
+
+
+def test_auto_is_one_process_a_visible_gpu_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_procs(JobConfig(procs_per_node=5)) == 5
+    assert local_procs(JobConfig()) == max(1, visible_gpus())
+    monkeypatch.setattr(os, "listdir", lambda path: ["nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_procs(JobConfig()) == 3
+    for listed, count in (("2,0", 2), ("", 1), ("-1", 1), ("1,-1,0", 1), ("GPU-8932f937", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert local_procs(JobConfig()) == count
+
+
+def test_the_exit_codes_are_those_of_a_run() -> None:
+    assert tuple(ExitCode) == (FINISHED, FAILED, USER, STOPPED)
+
+
+@pytest.mark.parametrize("module", ["bigtrain.heartbeat", "bigtrain.jobs.agent", "bigtrain.jobs.launch"])
+def test_launching_imports_neither_torch_nor_pydantic_and_is_quick(module: str) -> None:
+    script = (
+        "import sys, time; start = time.process_time()\n"
+        f"import {module}\n"
+        "print(time.process_time() - start, *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    best_s = float("inf")
+    for _ in range(3):
+        output = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        best_s = min(best_s, float(output[0]))
+        assert not {"torch", "ray", "pydantic", "numpy", "wandb"} & set(output[1:])
+        if best_s < IMPORT_LIMIT_S:
+            break
+    assert best_s < IMPORT_LIMIT_S

@@ -1,0 +1,128 @@
+"""The shared page between a rank and its agent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from bigtrain.heartbeat import PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
+
+ROOT = Path(__file__).resolve().parents[2]
+BEAT_LIMIT_S = 5e-6
+
+
+def rank_side(page: HeartbeatPage) -> Heartbeat:
+    return Heartbeat.from_environment({PAGE_VARIABLE: str(page.descriptor)})
+
+
+def test_a_beat_is_read_as_it_was_written() -> None:
+    with HeartbeatPage() as page:
+        assert page.read()[:2] == (0, "start")
+        rank = rank_side(page)
+        for step, phase in enumerate(PHASES, start=2**31):
+            rank.beat(step, phase)
+            beat = page.read()
+            assert (beat.step, beat.phase) == (step, phase)
+            assert 0 <= beat.age_s < 0.1
+
+
+def test_the_age_grows_without_the_rank() -> None:
+    with HeartbeatPage() as page:
+        rank_side(page).beat(1, "save")
+        time.sleep(0.2)
+        assert 0.17 < page.read().age_s < 1
+
+
+def test_the_age_survives_the_wrap_of_its_clock() -> None:
+    with HeartbeatPage() as page:
+        rank = rank_side(page)
+        rank.beat(3, "step")
+        # As if the beat had come 100 ticks before the counter started again from 0 and now it were past it.
+        ticks_now = (time.monotonic_ns() >> 24) & (1 << 28) - 1
+        rank._words[0] = rank._words[0] & ~((1 << 28) - 1) | (ticks_now - 100) % (1 << 28)
+        assert 100 * 2**24 / 1e9 <= page.read().age_s < 100 * 2**24 / 1e9 + 0.2
+
+
+def test_the_control_word_reaches_the_rank() -> None:
+    with HeartbeatPage() as page:
+        rank = rank_side(page)
+        assert rank.control() is Control.RUN
+        for control in (Control.STOP, Control.SAVE, Control.RUN):
+            page.set_control(control)
+            assert rank.control() is control
+
+
+def test_no_reader_sees_half_a_beat() -> None:
+    """Each step has its own phase; a reading that mixed two beats would pair them wrongly."""
+    with HeartbeatPage() as page:
+        script = (
+            "from bigtrain.heartbeat import Heartbeat, PHASES\n"
+            "page = Heartbeat.from_environment()\n"
+            "for step in range(400_000): page.beat(step * 65_537 % 2**32, PHASES[step * 65_537 % 2**32 % 6])\n"
+        )
+        environment = os.environ | {PAGE_VARIABLE: str(page.descriptor), "PYTHONPATH": str(ROOT)}
+        writer = subprocess.Popen([sys.executable, "-c", script], env=environment, pass_fds=(page.descriptor,))
+        seen = set()
+        while writer.poll() is None:
+            for _ in range(1000):
+                beat = page.read()
+                assert beat.phase == PHASES[beat.step % 6]
+                assert beat.age_s < 5
+                seen.add(beat.step)
+        assert writer.returncode == 0
+        assert len(seen) > 100
+
+
+def test_several_threads_may_beat() -> None:
+    with HeartbeatPage() as page:
+        rank = rank_side(page)
+        threads = [
+            threading.Thread(target=lambda n=n: [rank.beat(n, PHASES[n]) for _ in range(20_000)]) for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            beat = page.read()
+            assert beat.phase == PHASES[beat.step]
+
+
+def test_a_beat_costs_less_than_five_microseconds() -> None:
+    with HeartbeatPage() as page:
+        rank = rank_side(page)
+        best_s = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            for step in range(10_000):
+                rank.beat(step, "step")
+            best_s = min(best_s, (time.perf_counter() - start) / 10_000)
+        print(f"a beat costs {best_s * 1e6:.2f} microseconds")
+        assert best_s < BEAT_LIMIT_S
+
+
+def test_without_an_agent_the_page_has_no_effect() -> None:
+    rank = Heartbeat.from_environment({})
+    rank.beat(5, "step")
+    assert rank.control() is Control.RUN
+
+
+def test_a_file_that_happens_to_have_the_number_is_never_written(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_bytes(b"x" * 64)
+    with open(path, "r+b") as file:
+        Heartbeat.from_environment({PAGE_VARIABLE: str(file.fileno())}).beat(7, "save")
+    assert path.read_bytes() == b"x" * 64
+
+
+def test_the_page_has_no_name_and_cannot_be_resized() -> None:
+    with HeartbeatPage() as page:
+        assert os.readlink(f"/proc/self/fd/{page.descriptor}").endswith("(deleted)")
+        for size in (0, 1 << 20):
+            try:
+                os.ftruncate(page.descriptor, size)
+            except PermissionError:
+                continue
+            raise AssertionError("the page could be resized")

@@ -1,0 +1,74 @@
+"""When a run is started again."""
+
+from __future__ import annotations
+
+from bigtrain.jobs.causes import (
+    BACKOFF_MOST_S,
+    Fault,
+    Kind,
+    RetryBudget,
+    fault_of_exit,
+    fault_of_hang,
+)
+from bigtrain.jobs.ranks import last_traceback
+
+KILLED = Fault(Kind.SIGNAL, "killed", "host", 0, 3)
+
+
+def raised(step: int, text: str) -> Fault:
+    return Fault(Kind.EXCEPTION, text, "host", 0, step, f"Traceback (most recent call last):\n{text}")
+
+
+def test_the_first_restart_is_immediate_and_later_ones_wait_longer_and_longer() -> None:
+    budget = RetryBudget(10, lambda: 0)
+    assert [budget.judge(KILLED).delay_s for _ in range(8)] == [0, 1, 2, 4, 8, 16, BACKOFF_MOST_S, BACKOFF_MOST_S]
+
+
+def test_progress_makes_budget_and_backoff_fresh() -> None:
+    saved = [0]
+    budget = RetryBudget(2, lambda: saved[0])
+    assert [budget.judge(KILLED).delay_s for _ in range(2)] == [0, 1]
+    saved[0] = 100
+    assert [budget.judge(KILLED).retry for _ in range(3)] == [True, True, False]
+
+
+def test_a_checkpoint_from_before_the_start_is_no_progress() -> None:
+    budget = RetryBudget(1, lambda: 500)
+    assert [budget.judge(KILLED).retry for _ in range(2)] == [True, False]
+
+
+def test_the_same_exception_at_the_same_step_is_tried_once_more_and_no_further() -> None:
+    budget = RetryBudget(10, lambda: 0)
+    assert budget.judge(raised(7, "ValueError: at 0x7f001 in process 12")).retry
+    assert budget.judge(raised(8, "ValueError: at 0x7f001 in process 12")).retry
+    assert budget.judge(raised(7, "KeyError: 'x'")).retry
+    verdict = budget.judge(raised(7, "ValueError: at 0x7f999 in process 13"))
+    assert not verdict.retry
+    assert "twice at step 7" in verdict.reason
+
+
+def test_a_users_mistake_is_never_retried() -> None:
+    assert not RetryBudget(10, lambda: 0).judge(Fault(Kind.USER, "typo", "host")).retry
+
+
+def test_causes_name_rank_host_phase_and_step() -> None:
+    exited = {"rank": 1, "step": 41, "phase": "step", "code": None, "signal": 9, "traceback": None, "tail": ""}
+    assert fault_of_exit(exited, "x").cause == "rank 1 on host x was killed by SIGKILL at step 41"
+    exited |= {"phase": "save", "signal": None, "code": 1, "traceback": "Traceback\n  a\nValueError: no"}
+    assert fault_of_exit(exited, "x").cause == "rank 1 on host x raised ValueError: no at step 41, in phase save"
+    hung = {"rank": 0, "step": 3, "phase": "data", "age_s": 301.2, "limit_s": 300.0, "stopped": False, "stacks": ""}
+    assert (
+        fault_of_hang(hung, "x").cause
+        == "rank 0 on host x hangs in phase data at step 3: no sign of life for 301 s (limit 300 s)"
+    )
+
+
+def test_a_traceback_is_shown_with_what_it_was_raised_from_and_nothing_earlier() -> None:
+    head = "Traceback (most recent call last):\n"
+    chained = (
+        f"{head}  one\nOSError: gone\n\nThe above exception was the direct cause of the following exception:\n\n"
+        f"{head}  two\nValueError: no data"
+    )
+    log = f"step 1\n{head}  old\nKeyError: caught\nstep 2\n{chained}\n"
+    assert last_traceback(log) == chained
+    assert last_traceback("step 1\nstep 2\n") is None
