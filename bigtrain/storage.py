@@ -80,20 +80,14 @@ def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; a torn last line, which a kill can leave, is passed over."""
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        return
-    with file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            try:
+            with contextlib.suppress(ValueError):
                 value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
+                if isinstance(value, dict):
+                    yield value
 
 
 def cut_lines(path: str | os.PathLike[str], keep: Callable[[dict[str, Any]], bool]) -> None:

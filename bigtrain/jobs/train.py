@@ -79,15 +79,12 @@ def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: in
             job=prepared.config.job,
             environment={"BIGTRAIN_LEASE": str(lease.number)},
             event=directory.event,
+            say=display.say,
         )
     finally:
         display.stop()
-    names = {
-        ExitCode.FINISHED: "finished",
-        ExitCode.STOPPED: "stopped, and resumes where it is",
-        ExitCode.FAILED: "failed",
-    }
-    print(f"{directory.name}: {names.get(ExitCode(code), 'refused')}", file=stream)
+    if code == ExitCode.FINISHED:
+        print(f"{directory.name}: finished; see `bigtrain report {directory.name}`", file=stream)
     return code
 
 

@@ -47,6 +47,11 @@ class ModelConfig(Section):
             raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
         return self
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Height, width and channels of the images that the model takes; None where any sample fits."""
+        return None
+
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")

@@ -55,6 +55,11 @@ class Config(ModelConfig):
         return self
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return self.image_size, self.image_size, self.channels
+
+    @property
     def patches(self) -> int:
         """Patches of an image."""
         return (self.image_size // self.patch) ** 2
@@ -80,13 +85,12 @@ class Config(ModelConfig):
     def flops_per_token(self, vocab_size: int) -> Flops:
         """Matmul FLOPs an image, forward and backward: 6 a parameter and patch, 12 * layers * W * T^2."""
         dense = 6 * self.patches * (self.patch_values * self.width + self.layers * 12 * self.width**2)
-        attention = 12 * self.layers * self.width * self.patches**2
-        total = dense + attention + 6 * self.width * vocab_size
+        total = dense + 12 * self.layers * self.width * self.patches**2 + 6 * self.width * vocab_size
         return Flops(total, total)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); every patch sees every other."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), for x (B, T, W); every patch sees every other."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -96,7 +100,6 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block; x (B, T, W)."""
         x = x + self.attention(self.attention_norm(x))
         branch: Tensor = self.mlp(self.mlp_norm(x))
         return x + branch

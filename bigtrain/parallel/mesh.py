@@ -22,12 +22,19 @@ class Ranks:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Machines, each with as many ranks as this one."""
+        return self.world_size // self.local_world_size
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """RANK, LOCAL_RANK and WORLD_SIZE; a process started without them is alone."""
+        """torchrun's variables; a process started without them is alone."""
         read = os.environ.get
-        return cls(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
+        names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")
+        return cls(*(int(read(name, default)) for name, default in names))
 
 
 def pick_device(local_rank: int) -> torch.device:

@@ -89,7 +89,10 @@ def named_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterator[Batch]:
     """The batches that lists of sample ids SOURCE/SHARD/DOCUMENT:OFFSET name, read from one shard."""
-    documents = [torch.tensor(sample["npy"].astype("int64")) for sample in webdataset.WebDataset(shard, shardshuffle=False).decode()]
+    documents = [
+        torch.tensor(sample["npy"].astype("int64"))
+        for sample in webdataset.WebDataset(shard, shardshuffle=False).decode()
+    ]
     stream = torch.cat(documents)
     starts = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
     for ids in steps:

@@ -12,13 +12,15 @@ from bigtrain.tracking.follow import Follower
 from bigtrain.tracking.numbers import finite, short, span
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 POLL_S = 0.25
 LINE_EVERY_S = 5.0
 _RECENT = 60
 _BARS = "▁▂▃▄▅▆▇█"
 _LOUD = {"fault": "red", "failed": "red", "restarted": "yellow", "stopped": "yellow", "finished": "green"}
+_SAID = ("fault", "restarted", "stopped", "failed", "finished")
+"""Events that the controller puts into words of its own, through `LiveDisplay.say`."""
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
@@ -129,6 +131,7 @@ class LiveDisplay:
         self._metrics = Follower(run_dir / "metrics.jsonl")
         self._events = Follower(run_dir / "events.jsonl")
         self._stop = threading.Event()
+        self._console: Console | None = None
         self._thread: threading.Thread | None = None
         self._last_line_s = float("-inf")
         self._printed_step: int | None = None
@@ -147,6 +150,15 @@ class LiveDisplay:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def say(self, line: str) -> None:
+        """Show a line between what the files say; safe from any thread, before and after the display's life too."""
+        console = self._console
+        if console is not None:
+            console.print(line, markup=False, highlight=False)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
     def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         rows, was_cut = self._metrics.follow()
@@ -171,7 +183,7 @@ class LiveDisplay:
 
     def _print_new(self, last: bool = False) -> None:
         rows, events = self._read()
-        lines = [event_line(event) for event in events]
+        lines = [event_line(event) for event in events if event["event"] not in _SAID]
         for row in rows:
             if finite(row.get("val_loss")) is not None:
                 lines.append(self._line(row))
@@ -194,13 +206,13 @@ class LiveDisplay:
 
         console = Console(file=self._stream)
         with Live(self._panel(), console=console, auto_refresh=False) as live:
+            self._console = live.console
             while not self._stop.wait(self._poll_s):
-                for event in self._read()[1]:
-                    if event["event"] in _LOUD:
-                        live.console.print(event_line(event), style=_LOUD[event["event"]], markup=False)
+                self._read()
                 live.update(self._panel(), refresh=True)
             self._read()
             live.update(self._panel(), refresh=True)
+            self._console = None
 
     def _panel(self) -> RenderableType:
         return panel(self._name, self._progress)

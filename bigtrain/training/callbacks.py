@@ -100,10 +100,12 @@ class Announcements(Callback):
 
     order = 5
 
-    def __init__(self, event: Callable[..., None], total_steps: int) -> None:
+    def __init__(self, event: Callable[..., None], total_steps: int, nodes: int) -> None:
         self._event = event
         self._total_steps = total_steps
+        self._nodes = nodes
 
     def on_start(self, progress: Progress) -> None:
         """`started` at step 0, `resumed` later."""
-        self._event("resumed" if progress.step else "started", step=progress.step, total_steps=self._total_steps)
+        name = "resumed" if progress.step else "started"
+        self._event(name, step=progress.step, total_steps=self._total_steps, nodes=self._nodes)

@@ -173,7 +173,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self.progress)
         outcome = self._steps()
-        self.control.beat(self.progress.step, "save")
+        self.control.beat(self.progress.step, "stopping")
         if not self.finish():
             raise UnsavedError(f"step {self.progress.step}, the last one, could not be saved: see events.jsonl")
         for callback in self.callbacks:

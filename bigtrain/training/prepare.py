@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Duration, UserError
-from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.config import CorruptionError, Duration, UserError
+from bigtrain.data.index import ShardIndex, Verify, load_index
 from bigtrain.data.order import SampleOrder
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -82,15 +82,14 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
 
     Raises:
         UserError: Shards missing or changed, a model that cannot take them, lengths that do not fit.
-        CorruptionError: Bytes of a shard that differ from the index.
     """
     train = load_index(Path(config.data.train))
     validation = load_index(Path(config.data.validation)) if config.data.validation else None
-    _check_kinds(config, train, validation)
+    _check_fit(config, train, validation)
     if verify:
         for index in (train, validation):
             if index is not None:
-                index.check(config.streaming.verify)
+                _check_bytes(index, config.streaming.verify)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)
@@ -113,23 +112,32 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     return Prepared(config, train, validation, batch, total, per_epoch, schedule)
 
 
-def _check_kinds(config: RunConfig, train: ShardIndex, validation: ShardIndex | None) -> None:
-    wanted = config.model.data_kind
-    for key, index in (("data.train", train), ("data.validation", validation)):
-        if index is not None and index.kind != wanted:
-            raise UserError(
-                f"{key} holds {index.kind}, and a model of arch '{config.model.arch}' takes {wanted}",
-                str(index.directory),
-                "Choose another model.arch, or other shards.",
-            )
-    if validation is None:
-        return
-    where = f"{train.directory} and {validation.directory}"
-    if train.tokenizer != validation.tokenizer:
+def _check_bytes(index: ShardIndex, verify: Verify) -> None:
+    try:
+        index.check(verify)
+    except CorruptionError as error:
+        # Nothing has been spent yet, and it is the user who can mend it.
+        raise UserError(error.what, error.where, error.fix) from None
+
+
+def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | None) -> None:
+    model = config.model
+    if train.kind != model.data_kind:
         raise UserError(
-            "data.train and data.validation were made with different tokenizers",
-            where,
-            "Pack both with one tokenizer.",
+            f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
+            str(train.directory),
+            "Choose another model.arch, or other shards.",
         )
-    if train.kind == "images" and train.vocab_size < validation.vocab_size:
-        raise UserError("data.validation has labels that data.train has not", where)
+    shape = train.image and (train.image.height, train.image.width, train.image.channels)
+    if shape and model.sample_shape and shape != model.sample_shape:
+        raise UserError(
+            f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(model.sample_shape)}",
+            str(train.directory),
+            "Change the sizes under 'model'.",
+        )
+    if validation is not None:
+        train.require_same_tokens(validation)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,7 +1,7 @@
 """The process of one rank: `python -m bigtrain.training.rank`, with torchrun's environment.
 
-BIGTRAIN_RUN names the run directory, whose config.yaml is the resolved config; BIGTRAIN_ATTEMPT and BIGTRAIN_LEASE number
-the attempt and the lease that the launcher holds. It exits with a code of `bigtrain.run.ExitCode`.
+BIGTRAIN_RUN names the run directory, whose config.yaml is the resolved config; BIGTRAIN_ATTEMPT and BIGTRAIN_LEASE
+number the attempt and the lease that the launcher holds. It exits with a code of `bigtrain.run.ExitCode`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from bigtrain.run import ExitCode, RunDirectory
 
 def main() -> int:
     """Run this rank to its end."""
-    heartbeat = Heartbeat.from_environment()
     stop = install_rank_signals()
+    heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
     path = os.environ.get("BIGTRAIN_RUN")
     if not path:

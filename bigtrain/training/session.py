@@ -223,7 +223,7 @@ class Session:
         if self.ranks.rank != 0:
             return []
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps)]
+        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps, self.ranks.nodes)]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)

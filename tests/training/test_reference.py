@@ -72,7 +72,13 @@ def short_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_losses_equal_those_of_a_plain_loop(
-    bigtrain: Callable, write_config: Callable, short_shards: Path, tmp_path: Path, nproc: int, micro_size: int | None, tolerance: float
+    bigtrain: Callable,
+    write_config: Callable,
+    short_shards: Path,
+    tmp_path: Path,
+    nproc: int,
+    micro_size: int | None,
+    tolerance: float,
 ) -> None:
     config = write_config(
         model={"arch": "llama", "layers": 2, "width": 64, "heads": 4, "context": 48, "tied": True},

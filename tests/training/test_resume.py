@@ -131,7 +131,9 @@ def test_ranks_killed_at_random_moments_leave_no_trace(config: Path, tmp_path: P
     run = tmp_path / "runs" / "killed"
     killed = kill_at_random(process, run, KILLS_PER_RUN, random.Random(seed))
     finish(process)
-    print(f"{killed} kills at", [event.get("cause") for event in logged(run, "events.jsonl") if event["event"] == "fault"])
+    print(
+        f"{killed} kills at", [event.get("cause") for event in logged(run, "events.jsonl") if event["event"] == "fault"]
+    )
     assert killed == KILLS_PER_RUN, "the run ended before it was killed often enough"
     assert_same_run(run, tmp_path / "runs" / "undisturbed")
 
@@ -171,7 +173,9 @@ def test_stop_saves_exits_75_and_loses_no_step(config: Path, tmp_path: Path, big
     assert "not running" in again.stderr
 
 
-def test_a_finished_run_started_again_touches_nothing(bigtrain: Callable, write_config: Callable, tmp_path: Path) -> None:
+def test_a_finished_run_started_again_touches_nothing(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
     path = write_config()
     assert bigtrain("train", path).returncode == 0
     run = tmp_path / "runs" / "tiny"
