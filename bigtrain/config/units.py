@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainSerializer
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]i?)?(?![a-zA-Z])\s*(.*)", re.DOTALL)
-_NUMBER_WITH_SUFFIX = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kMGT]i?)?(B|iB)?\s*$")
+_QUANTITY = re.compile(
+    r"\s*([0-9][0-9_]*+(?:\.[0-9]*+)?(?:[eE][+-]?[0-9]++)?)(?:\s*([kMGT]i?+)(?![a-zA-Z]))?\s*(.*)", re.DOTALL
+)
 _FACTORS = {
     "k": 10**3,
     "M": 10**6,
@@ -29,7 +30,7 @@ def split_quantity(text: str) -> tuple[float, str]:
 
     k, M, G, T are powers of ten; ki, Mi, Gi, Ti are powers of two.
     """
-    match = _NUMBER.fullmatch(text)
+    match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a number with a unit")
     number, suffix, unit = match.groups()
@@ -47,6 +48,9 @@ def _whole(value: float, text: object) -> int:
 
 class _Quantity:
     """What the types below share: parsed from a number or a text, kept as a text in YAML."""
+
+    json_types: ClassVar[tuple[str, ...]] = ("string",)
+    """What JSON Schema takes it for."""
 
     def __str__(self) -> str:
         raise NotImplementedError
@@ -66,7 +70,7 @@ class _Quantity:
     def __get_pydantic_json_schema__(
         cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, {"type": "integer"}], "description": cls.__doc__}
+        return {"anyOf": [{"type": kind} for kind in cls.json_types], "description": cls.__doc__}
 
     def _plain(self) -> Any:
         return str(self)
@@ -148,6 +152,8 @@ class Duration(_Quantity):
 class BatchSize(_Quantity):
     """The global batch of one step: a number of sequences (12), or of tokens ("512k tokens")."""
 
+    json_types: ClassVar[tuple[str, ...]] = ("string", "integer")
+
     value: int
     unit: str = "sequences"
 
@@ -193,12 +199,10 @@ def parse_bytes(value: Any) -> Any:
     """A text such as "20 GB" or "512 MiB" as a number of bytes; anything else as it is."""
     if not isinstance(value, str):
         return value
-    match = _NUMBER_WITH_SUFFIX.fullmatch(value)
-    if match is None:
+    number, unit = split_quantity(value.strip().removesuffix("B"))
+    if unit:
         raise ValueError(f"{value!r} is not a size: write for example '20 GB' or '512 MiB'")
-    number, suffix, unit = match.groups()
-    key = (suffix or "") + ("i" if unit == "iB" and suffix else "")
-    return _whole(float(number.replace("_", "")) * _FACTORS.get(key, 1), value)
+    return _whole(number, value)
 
 
 def _parse_count(value: Any) -> Any:
@@ -210,8 +214,19 @@ def _parse_count(value: Any) -> Any:
     return _whole(number, value)
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(lambda value: value)]
+class _NumberOrText:
+    """Lets JSON Schema know that a text with a unit or suffix stands for a number too."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"type": "string"}]}
+
+
+NUMBER_OR_TEXT = _NumberOrText()
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), NUMBER_OR_TEXT]
 """A number of bytes: 1000000, "20 GB", "512 MiB"."""
 
-Count = Annotated[int, BeforeValidator(_parse_count)]
+Count = Annotated[int, BeforeValidator(_parse_count), NUMBER_OR_TEXT]
 """A whole number that may carry a suffix: 65536, "64ki", "1M"."""

@@ -119,8 +119,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         """Sums of losses and weights for images uint8 (B, H, W, channels), labels (B,) and weights (B,)."""
-        x = self.embedding(self.cut(batch["images"]))
-        x = x + self.position_embedding.weight.to(x.dtype)
+        x = self.embedding(self.cut(batch["images"])) + self.position_embedding.weight.to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x)
         pooled: Tensor = self.norm(x.mean(dim=1))

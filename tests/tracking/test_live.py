@@ -51,15 +51,18 @@ def test_plain_lines_follow_a_growing_file(
     display.start()
     for step in range(1, 50):
         write_lines(run_dir / "metrics.jsonl", row(step, **({"val_loss": 3.25} if step == 20 else {})))
-    write_lines(run_dir / "events.jsonl", event("fault", step=30, rank=3, cause="killed by SIGKILL"))
-    eventually(lambda: "fault" in stream.getvalue())
+    write_lines(run_dir / "events.jsonl", event("fault", step=30, cause="killed by SIGKILL"), event("saved", step=40))
+    eventually(lambda: "saved" in stream.getvalue())
+    display.say("rank 3 was killed")
     write_lines(run_dir / "metrics.jsonl", row(50))
     display.stop()
     lines = stream.getvalue().splitlines()
     steps = [line for line in lines if line.startswith("step")]
     assert all(LINE.fullmatch(line) for line in steps), steps
     assert sum("val 3.250" in line for line in steps) == 1, "each evaluation is shown once"
-    assert lines.count("event fault  step 30  attempt 0  rank 3  cause killed by SIGKILL") == 1
+    assert lines.count("event saved  step 40  attempt 0") == 1
+    assert lines.count("rank 3 was killed") == 1
+    assert not [line for line in lines if line.startswith("event fault")], "the controller says it in its own words"
     assert steps[-1].startswith("step 50/100"), "the last step is always shown"
     assert len(steps) <= 3, "otherwise at most a line each line_every_s"
 
