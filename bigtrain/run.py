@@ -126,7 +126,7 @@ def load_config(path: Path, overrides: list[str] | None = None, name: str | None
     """
     document = load.read_document(path, overrides or [])
     if name is not None:
-        document.value["name"] = name
+        document.override(("name",), name)
     kind = _complete_model(document)
     config = load.build(kind, document)
     return _absolute(config)
@@ -169,11 +169,12 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:
-    """The part of a config that makes its identity: data by fingerprint, no duration where that may grow."""
+    """The part of a config that makes its identity: data and source by content, no duration where that may grow."""
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
     what["data"] = {**what["data"], **fingerprints}
     what["batch"] = {"sequences": batch_sequences}
+    what["init"] = {"source": config.init.hash, "state": config.init.state}
     if not config.schedule.ends_at_duration:
         del what["duration"]
     return what
@@ -201,6 +202,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.record = self.path / "run.json"
+        self.lease = self.path / "lease.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.samples = self.path / "samples.jsonl"
@@ -215,6 +217,16 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was ever started here."""
         return self.record.exists()
+
+    def is_foreign(self) -> bool:
+        """Whether this is no run, and holds more than a start that was killed leaves behind."""
+        if self.exists() or not self.path.exists():
+            return False
+        ours = (self.config.name, self.lease.name)
+        return not self.path.is_dir() or any(
+            entry.name not in ours and not entry.name.startswith(tuple(f".{name}.tmp-" for name in ours))
+            for entry in self.path.iterdir()
+        )
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Append one line to events.jsonl."""
@@ -300,17 +312,21 @@ def list_runs(runs_dir: Path) -> list[RunDirectory]:
 
 def config_schema() -> dict[str, Any]:
     """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
-    schema = load.json_schema(RunConfig, "bigtrain run")
+    schema = {**load.json_schema(RunConfig), "title": "bigtrain run"}
     choices = []
     for arch in families():
-        model = family(arch).model_json_schema(ref_template="#/$defs/{model}")
+        model = load.json_schema(family(arch))
         schema["$defs"].update(model.pop("$defs", {}))
+        del model["$schema"]
         model["properties"]["arch"] = {"const": arch, "type": "string"}
-        model["required"] = sorted({"arch", *model.get("required", [])})
+        model["anyOf"] = [{"required": sorted({"arch", *model.pop("required", [])})}]
+        shapes = [name for name in presets() if preset(name)["arch"] == arch]
+        if shapes:
+            model["properties"]["preset"] = {"enum": shapes, "description": "A published shape; other keys override it."}
+            model["anyOf"].append({"required": ["preset"]})
         schema["$defs"][f"model.{arch}"] = model
         choices.append({"$ref": f"#/$defs/model.{arch}"})
-    preset_keys = {"type": "object", "required": ["preset"], "properties": {"preset": {"enum": presets()}}}
-    schema["properties"]["model"] = {"anyOf": [preset_keys, *choices]}
+    schema["properties"]["model"] = {"anyOf": choices, "description": RunConfig.model_fields["model"].description}
     return schema
 
 
@@ -343,16 +359,18 @@ class LeaseHolder:
 class Lease:
     """The right to write to a run directory; its number grows at every take-over and fences the last holder off."""
 
-    def __init__(self, directory: RunDirectory, number: int) -> None:
+    def __init__(self, directory: RunDirectory, number: int, predecessor: LeaseHolder | None = None) -> None:
         self.directory = directory
         self.number = number
+        self.predecessor = predecessor
+        """The holder that died without giving the lease back, where there was one."""
         self._released = threading.Event()
 
     @staticmethod
     def holder(directory: RunDirectory) -> LeaseHolder | None:
         """Who holds, or last held, the lease."""
         try:
-            return LeaseHolder(**json.loads((directory.path / "lease.json").read_text()))
+            return LeaseHolder(**json.loads(directory.lease.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
@@ -372,7 +390,8 @@ class Lease:
                     str(directory.path),
                     f"Wait for it, stop it with `bigtrain stop {directory.name}`, or choose another --name.",
                 )
-            lease = cls(directory, (last.number if last else 0) + 1)
+            dead = last if last is not None and last.pid else None
+            lease = cls(directory, (last.number if last else 0) + 1, dead)
             lease._write(os.getpid())
         return lease
 
@@ -403,7 +422,7 @@ class Lease:
     def _write(self, pid: int) -> None:
         started = _process_start(pid) or 0 if pid else 0
         holder = LeaseHolder(self.number, socket.gethostname(), _boot_id(), pid, started, time.time())
-        storage.write_json(self.directory.path / "lease.json", holder.__dict__)
+        storage.write_json(self.directory.lease, holder.__dict__)
 
 
 def lease_check(directory: RunDirectory, number: int) -> Callable[[], bool]:

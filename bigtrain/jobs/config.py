@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from bigtrain.config import Duration, Section
+from bigtrain.config import NUMBER_OR_TEXT, Duration, Section
 
 
 def _seconds(value: Any) -> Any:
@@ -18,7 +18,7 @@ def _seconds(value: Any) -> Any:
     return duration.seconds
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_seconds), NUMBER_OR_TEXT, Field(gt=0)]
 """A time: a number of seconds (300), or a text with its unit ("5 min")."""
 
 

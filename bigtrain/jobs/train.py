@@ -13,6 +13,7 @@ from bigtrain.jobs.launch import launch_local
 from bigtrain.jobs.local import local_procs
 from bigtrain.run import ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config
 from bigtrain.tracking.live import LiveDisplay
+from bigtrain.tracking.metrics import last_step
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.source import resolve_source
@@ -61,6 +62,10 @@ def train(
     lease = Lease.acquire(directory)
     try:
         lease.keep()
+        if lease.predecessor is not None:
+            dead = lease.predecessor
+            cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
+            directory.event("fault", step=last_step(directory.metrics), cause=cause, host=dead.host)
         commit.clean(directory.checkpoints)
         directory.write(config, prepared.what)
         _say_start(prepared, directory, count, stream)

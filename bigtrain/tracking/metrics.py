@@ -73,6 +73,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def last_step(path: str | os.PathLike[str]) -> int | None:
+    """The last step logged, or None where there is none."""
+    steps = [row["step"] for row in step_rows(path)]
+    return steps[-1] if steps else None
+
+
 def step_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The objects that carry a step, as they lie in the file."""
     for row in read_lines(path):
