@@ -23,7 +23,7 @@ from bigtrain import storage
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.config import BatchSize, Duration, Section, UserError, load, nearest, yaml_file
 from bigtrain.data.config import DataConfig, StreamingConfig
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
 from bigtrain.jobs.config import JobConfig
 from bigtrain.models.config import ModelConfig, families, family, preset, presets
 from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
@@ -89,7 +89,7 @@ class RunConfig(Section):
     streaming: StreamingConfig = StreamingConfig()
     """How shards are read."""
 
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = FSDPConfig()
     """Who executes a step."""
 
     layout: LayoutConfig = LayoutConfig()

@@ -52,6 +52,10 @@ class ModelConfig(Section):
         """Height, width and channels of the images that the model takes; None where any sample fits."""
         return None
 
+    def tensor_parallel_sizes(self) -> dict[str, int] | None:
+        """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""
+        return None
+
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")

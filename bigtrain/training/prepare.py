@@ -137,6 +137,10 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
         )
     if validation is not None:
         train.require_same_tokens(validation)
+    try:
+        config.layout.check(model, train.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error), fix="Change 'layout'.") from None
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -16,7 +16,8 @@ from bigtrain.checkpoint.loader import Found, find, load_found
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.build import build_engine
+from bigtrain.engines.contract import Reloaded
 from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
@@ -87,7 +88,7 @@ class Session:
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
         config = self.config
-        self.engine = FSDPEngine.build(
+        self.engine = build_engine(
             config.model,
             prepared.outputs,
             config.optimizer,
@@ -146,7 +147,7 @@ class Session:
         if found is not None:
             for warning in found.warnings:
                 self._event("fallback", step=found.step, cause=warning)
-            load_found(found, self.engine.state())
+            self._load(found, self.engine.state())
             return from_plain(found.manifest.progress)
         init = self.config.init
         if init.source is None:
@@ -161,10 +162,15 @@ class Session:
         state = self.engine.state()
         if self.config.init.state == "weights":
             weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-            load_found(found, weights, prefix="model.")
+            self._load(found, weights, prefix="model.")
             return Progress()
-        load_found(found, state)
+        self._load(found, state)
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
+
+    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "") -> None:
+        load_found(found, state, prefix=prefix)
+        if isinstance(self.engine, Reloaded):
+            self.engine.state_loaded()
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
