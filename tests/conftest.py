@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from bigtrain.testing.ranks import RankPool
 
 ROOT = Path(__file__).parent.parent
 RUN_TIMEOUT_S = 240
@@ -76,3 +80,12 @@ def bigtrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Up to four ranks that run a test's functions together; see `bigtrain.testing.ranks`."""
+    from bigtrain.testing.ranks import RankPool
+
+    with RankPool(4) as pool:
+        yield pool

@@ -83,6 +83,20 @@ class FSDPEngine:
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
+        sums = self.backward(step, micro_batches)
+        numbers = self._reduce_and_scale(sums, vote)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(numbers)
+
+    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Tensor:
+        """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
+
+        Returns:
+            float64 (loss, weight), the sums over this rank's micro-batches.
+        """
         self._reseed(step)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -90,12 +104,7 @@ class FSDPEngine:
             loss, weight = self.model(self._to_device(arrays))
             loss.backward()
             sums += torch.stack([loss.detach(), weight]).double()
-        numbers = self._reduce_and_scale(sums, vote)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(numbers)
+        return sums
 
     def _reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.

@@ -35,6 +35,9 @@ class ModelConfig(Section):
     data_kind: ClassVar[DataKind] = "tokens"
     """The kind of data that the family learns from."""
 
+    takes_documents: ClassVar[bool] = False
+    """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
+
     arch: str
     """The family: the name of a file in bigtrain/models."""
 
@@ -45,6 +48,8 @@ class ModelConfig(Section):
     def _context_is_for_tokens(self) -> ModelConfig:
         if self.data_kind != "tokens" and "context" in self.model_fields_set and self.context != 1:
             raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
+        if self.data_kind == "tokens" and "context" not in self.model_fields_set:
+            raise ValueError("the key 'context', tokens of one training sequence, is missing")
         return self
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from bigtrain.models.check import check_module
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.init import initialise
 from bigtrain.parallel.shard import shard
@@ -29,6 +30,7 @@ def build_parallel_model(
     """
     with torch.device("meta"):
         model = cast(Any, config.build(vocab_size))
+    check_module(model, f"the model of arch '{config.arch}'")
     model.compute_dtype = compute_dtype
     if mesh is not None:
         shard(model, [block for _, block in model.blocks()], mesh, compute_dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge
+from pydantic import field_validator
 
 from bigtrain.config import Count, Section
 
@@ -35,14 +36,19 @@ class LayoutConfig(Section):
     micro_size: Annotated[Count, Ge(1)] | None = None
     """Sequences a rank takes in one pass, at most; null: its whole share of the batch."""
 
+    @field_validator("dp_shard")
+    @classmethod
+    def _is_a_size(cls, value: int) -> int:
+        if value == 0 or value < -1:
+            raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
+        return value
+
     def mesh(self, world_size: int) -> Mesh:
         """The sizes of the axes on `world_size` ranks.
 
         Raises:
             ValueError: The axes do not multiply to the world size.
         """
-        if self.dp_shard == 0 or self.dp_shard < -1:
-            raise ValueError(f"layout.dp_shard is {self.dp_shard}: give a number of ranks, or -1 for all that are left")
         shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
         if shard * self.dp_replicate != world_size:
             fits = [size for size in range(1, world_size + 1) if world_size % size == 0]

@@ -339,7 +339,6 @@ def _serve(directory: Path, rank: int) -> None:
 
 def _perform(task: _Task, rank: int) -> Any:
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import FileStore
 
     sys.path[:] = task.path
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(task.size), LOCAL_WORLD_SIZE=str(task.size))
@@ -347,10 +346,11 @@ def _perform(task: _Task, rank: int) -> Any:
     for name in task.function.split("."):
         function = getattr(function, name)
     arguments = pickle.loads(task.arguments)  # noqa: S301 - from the process that started this one
-    store = FileStore(task.store, task.size)
     # The pool's own limit comes first: it tells where all ranks stand.
     timeout = timedelta(seconds=task.timeout_s + START_TIMEOUT_S)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=task.size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{task.store}", rank=rank, world_size=task.size, timeout=timeout
+    )
     value = function(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()

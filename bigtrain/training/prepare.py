@@ -128,6 +128,11 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
             str(train.directory),
             "Choose another model.arch, or other shards.",
         )
+    if config.data.document_mask and not model.takes_documents:
+        raise UserError(
+            f"data.document_mask is on, and a model of arch '{model.arch}' does not heed it",
+            fix="Turn it off, or choose an arch that does, such as llama.",
+        )
     shape = train.image and (train.image.height, train.image.width, train.image.channels)
     if shape and model.sample_shape and shape != model.sample_shape:
         raise UserError(

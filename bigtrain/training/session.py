@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bigtrain import storage
 from bigtrain.checkpoint.loader import Found, find, load_found
 from bigtrain.checkpoint.saver import Saver
-from bigtrain.config import yaml_file
+from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.hardware import lookup, mfu
@@ -152,6 +152,12 @@ class Session:
         if init.source is None:
             return Progress()
         source = resolve_source(init.source, self.directory.path.parent)
+        if init.hash not in (None, source.hash):
+            raise UserError(
+                "init.source is not the checkpoint that this run began with",
+                f"{source.run}@{source.step}",
+                "Restore it, or choose another --name.",
+            )
         found = find(source.checkpoints, source.step)
         assert found is not None  # find raises where the step is not there
         return self._take(found)
