@@ -436,15 +436,12 @@ def config_schema() -> None:
         print(json.dumps(schema(), indent=2))
 
 
-@bench_app.command("train")
-def bench_train(
-    pairs: Annotated[int, typer.Option(min=3, help="Pairs of timings.")] = 15,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    as_json: Json = False,
-) -> None:
-    """Compare a training step with a plain PyTorch loop's, paired in one run."""
-    arguments = ["--pairs", str(pairs), "--precision", precision, *(["--json"] if as_json else [])]
-    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *arguments])
+@bench_app.command(
+    "train", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench_train(context: typer.Context) -> None:
+    """Compare a training step with a plain PyTorch loop's, paired in one run; --help shows its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *context.args])
 
 
 def main() -> None:

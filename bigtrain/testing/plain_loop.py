@@ -32,7 +32,8 @@ class Block(nn.Module):
         q, k, v = (f(y).view(batch, context, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(rotated(q, cos, sin), rotated(k, cos, sin), v, is_causal=True)
         x = x + self.o(y.transpose(1, 2).reshape(batch, context, width))
-        return x + self.down(F.silu(self.gate(y := self.norm_2(x))) * self.up(y))
+        y = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -94,6 +95,5 @@ def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterat
         for row, sample_id in enumerate(ids):
             document, offset = map(int, sample_id.rsplit("/", 1)[1].split(":"))
             piece = stream[starts[document] + offset :][: context + 1]
-            rows[row, : len(piece)] = piece
-            weights[row, : len(piece) - 1] = 1
+            rows[row, : len(piece)], weights[row, : len(piece) - 1] = piece, 1
         yield rows[:, :-1], rows[:, 1:], weights
