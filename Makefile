@@ -7,10 +7,12 @@ BIN := .venv/bin
 help: ## list the commands
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-.venv: pyproject.toml constraints.txt ## install bigtrain into .venv at the pinned versions, once
+.venv: .venv/.installed ## install bigtrain into .venv at the pinned versions, once
+
+.venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch .venv
+	@touch $@
 
 train: .venv ## pack text, train on it, kill the run, resume it, sample from it, write a report
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh

@@ -43,15 +43,22 @@ def errors(as_json: bool = False) -> Iterator[None]:
     """Show a user's mistake without a traceback, and exit with its code."""
     try:
         yield
-    except UserError as error:
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            error = UserError(error.strerror or "The file cannot be used", str(error.filename))
         if as_json:
             print(json.dumps(error.as_json()))
         else:
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
 
 
 def show(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
@@ -187,11 +194,13 @@ def sample(
     """Continue a prompt with the weights of a run."""
     with errors(as_json):
         from bigtrain.run import find_run, split_run_step
-        from bigtrain.training.sample import sample as draw
 
         name, step = split_run_step(run)
+        directory = find_run(name, runs_dir)
+        from bigtrain.training.sample import sample as draw  # torch, which takes seconds
+
         text = draw(
-            find_run(name, runs_dir),
+            directory,
             prompt,
             step=step,
             tokens=tokens,
@@ -230,13 +239,17 @@ def data_pack(
         from bigtrain.data.pack import pack
         from bigtrain.data.tokenizers import Tokenizer
 
+        try:
+            shard_bytes = parse_bytes(shard_size)
+        except ValueError as error:
+            raise UserError(str(error), "--shard-size") from None
         summary = pack(
             inputs,
             out,
             Tokenizer.open(tokenizer),
             validation=validation,
             key=key,
-            shard_bytes=parse_bytes(shard_size),
+            shard_bytes=shard_bytes,
         )
         show(summary.as_json(), as_json, lines)
 
@@ -394,9 +407,11 @@ def config_validate(
 ) -> None:
     """Check a config against its data, without training."""
     with errors(as_json):
+        from bigtrain.models.check import check_model
         from bigtrain.training.prepare import prepare
 
         prepared = prepare(load(config, overrides))
+        check_model(prepared.config.model, prepared.outputs)
         result = {
             "name": prepared.config.name,
             "identity": prepared.identity,
@@ -421,15 +436,12 @@ def config_schema() -> None:
         print(json.dumps(schema(), indent=2))
 
 
-@bench_app.command("train")
-def bench_train(
-    pairs: Annotated[int, typer.Option(min=3, help="Pairs of timings.")] = 15,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    as_json: Json = False,
-) -> None:
-    """Compare a training step with a plain PyTorch loop's, paired in one run."""
-    arguments = ["--pairs", str(pairs), "--precision", precision, *(["--json"] if as_json else [])]
-    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *arguments])
+@bench_app.command(
+    "train", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench_train(context: typer.Context) -> None:
+    """Compare a training step with a plain PyTorch loop's, paired in one run; --help shows its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *context.args])
 
 
 def main() -> None:

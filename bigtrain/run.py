@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import SerializeAsAny, StringConstraints, create_model
+from pydantic import SerializeAsAny, StringConstraints, create_model, field_validator
 
 from bigtrain import storage
 from bigtrain.checkpoint.config import CheckpointConfig
@@ -107,13 +108,24 @@ class RunConfig(Section):
     job: JobConfig = JobConfig()
     """How many processes, and what is done when one dies."""
 
+    @field_validator("duration")
+    @classmethod
+    def _is_a_length_of_training(cls, value: Duration) -> Duration:
+        if value.is_time:
+            raise ValueError(f"'{value}' is a time: give steps, tokens, samples or epochs")
+        return value
+
 
 WHAT = ("seed", "model", "data", "batch", "duration", "optimizer", "schedule", "precision", "init")
 """The keys that make a run's identity; all others say how it is run and may change on a resume."""
 
 
+@functools.cache
 def run_config(arch: str) -> type[RunConfig]:
-    """RunConfig with the `model` section of one family, so that its keys are typed and known by name."""
+    """RunConfig with the `model` section of one family, so that its keys are typed and known by name.
+
+    One class a family, so that equal configs compare equal.
+    """
     section = family(arch)
     return create_model(f"RunConfig[{arch}]", __base__=RunConfig, model=(section, RunConfig.model_fields["model"]))
 
@@ -172,6 +184,7 @@ def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batc
     """The part of a config that makes its identity: data and source by content, no duration where that may grow."""
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
+    what["model"] = {**what["model"], **config.model.fingerprint()}
     what["data"] = {**what["data"], **fingerprints}
     what["batch"] = {"sequences": batch_sequences}
     what["init"] = {"source": config.init.hash, "state": config.init.state}
@@ -222,7 +235,7 @@ class RunDirectory:
         """Whether this is no run, and holds more than a start that was killed leaves behind."""
         if self.exists() or not self.path.exists():
             return False
-        ours = (self.config.name, self.lease.name)
+        ours = (self.config.name, self.lease.name, self.events.name)
         return not self.path.is_dir() or any(
             entry.name not in ours and not entry.name.startswith(tuple(f".{name}.tmp-" for name in ours))
             for entry in self.path.iterdir()
@@ -241,19 +254,22 @@ class RunDirectory:
         """The content of run.json.
 
         Raises:
-            UserError: There is no run here, or a newer bigtrain wrote it.
+            UserError: There is no run here, its record is damaged, or a newer bigtrain wrote it.
         """
         try:
             record = json.loads(self.record.read_text())
+            version = int(record["format_version"])
         except FileNotFoundError:
             raise UserError(
                 f"There is no run at {self.path}", fix="See the names under --runs-dir (default: runs/)."
             ) from None
-        except ValueError:
-            raise UserError("run.json is damaged", str(self.record)) from None
-        if record.get("format_version", 0) > FORMAT_VERSION:
+        except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"run.json has format version {record['format_version']}; this bigtrain reads up to {FORMAT_VERSION}",
+                "run.json is damaged", str(self.record), "Restore it, or start again at another --name."
+            ) from None
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"run.json has format version {version}; this bigtrain reads up to {FORMAT_VERSION}",
                 str(self.record),
                 "Upgrade bigtrain.",
             )
@@ -322,7 +338,7 @@ def config_schema() -> dict[str, Any]:
         model["anyOf"] = [{"required": sorted({"arch", *model.pop("required", [])})}]
         shapes = [name for name in presets() if preset(name)["arch"] == arch]
         if shapes:
-            model["properties"]["preset"] = {"enum": shapes, "description": "A published shape; other keys override it."}
+            model["properties"]["preset"] = {"enum": shapes, "description": "A published shape; keys override it."}
             model["anyOf"].append({"required": ["preset"]})
         schema["$defs"][f"model.{arch}"] = model
         choices.append({"$ref": f"#/$defs/model.{arch}"})

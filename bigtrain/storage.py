@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,35 +70,55 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
-    """Append one object to a JSON-lines file in a single write, so that several processes may share it."""
-    data = json.dumps(value, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Append one object to a JSON-lines file in a single write, so that several processes may share it.
+
+    Raises:
+        OSError: The disk took a part of it or nothing; what is there is a torn tail.
+    """
+    data = json.dumps(value, allow_nan=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, data)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            # A torn tail must not swallow this line too.
+            data = b"\n" + data
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line, which a kill can leave, is passed over."""
+    """The objects of a JSON-lines file; a torn line, which a kill can leave, is passed over."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                return
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    yield value
+            value = _object(line)
+            if value is not None:
+                yield value
 
 
 def cut_lines(path: str | os.PathLike[str], keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the leading objects of a JSON-lines file while `keep` holds, and drop the rest atomically."""
-    source = Path(path)
-    if not source.exists():
-        return
-    kept = []
-    for value in read_lines(source):
-        if not keep(value):
-            break
-        kept.append(json.dumps(value, allow_nan=False, separators=(", ", ": ")))
-    write_atomic(source, "".join(line + "\n" for line in kept))
+    """Keep the leading objects of a JSON-lines file while `keep` holds, and drop the rest, a torn tail too.
+
+    The file is truncated in place: a kill leaves the old one or the cut one.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        end = 0
+        for line in file:
+            value = _object(line)
+            if not line.endswith(b"\n") or (value is not None and not keep(value)):
+                break
+            end += len(line)
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The object of a whole line; None for anything else."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

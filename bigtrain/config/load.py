@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from bigtrain.config import yaml_file
 from bigtrain.config.errors import UserError, nearest
@@ -39,30 +42,23 @@ def _apply_override(document: yaml_file.Document, override: str) -> None:
             "command line",
             "Write key=value, for example optimizer.lr=1e-3.",
         )
-    keys = tuple(key.split("."))
-    target = document.value
-    for part in keys[:-1]:
-        child = target.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise UserError(f"'{part}' has no keys of its own, so '{key}' cannot be set", "command line")
-        target = child
-    target[keys[-1]] = yaml_file.parse_value(text)
-    for path in [path for path in document.lines if path[: len(keys)] == keys]:
-        del document.lines[path]
-    document.lines[keys] = -1
+    document.override(tuple(key.split(".")), yaml_file.parse_value(text))
 
 
 def build(kind: type[SectionT], document: yaml_file.Document) -> SectionT:
     """Validate a parsed document as a section.
+
+    It is validated as the JSON that it is, strictly: a text is not taken for a number, `off` not for false, and
+    true not for 1.
 
     Raises:
         UserError: With every problem found: an unknown key and the nearest known one, a wrong type, a bad value;
             each with its line.
     """
     try:
-        return kind.model_validate(document.value)
+        return kind.model_validate_json(json.dumps(document.value), strict=True)
     except ValidationError as error:
-        problems = [_describe(kind, document, dict(item)) for item in error.errors(include_url=False)]
+        problems = _problems(kind, document, error)
     if len(problems) == 1:
         what, where, fix = problems[0]
         raise UserError(what, where, fix) from None
@@ -70,11 +66,30 @@ def build(kind: type[SectionT], document: yaml_file.Document) -> SectionT:
     raise UserError(f"The config has {len(lines)} problems:\n  - " + "\n  - ".join(lines), document.source) from None
 
 
-def _describe(kind: type[Section], document: yaml_file.Document, error: dict[str, Any]) -> tuple[str, str, str | None]:
-    path, owner = _resolve(kind, document.value, tuple(error["loc"]))
-    key = ".".join(str(part) for part in path)
-    line = document.lines.get(path)
-    where = "command line" if line == -1 else document.where(path)
+Problem = tuple[str, str, str | None]
+"""What, where and fix of a UserError."""
+
+
+def _problems(kind: type[Section], document: yaml_file.Document, error: ValidationError) -> list[Problem]:
+    """One problem for each value: the choices of a union that it fails are one problem together."""
+    problems: dict[tuple[str | int, ...], Problem] = {}
+    for item in error.errors(include_url=False):
+        path, owner = _resolve(kind, document.value, item["loc"])
+        what, where, fix = _describe(document, path, owner, dict(item))
+        if path in problems and item["loc"] != path:
+            what = f"{problems[path][0]}; or {what.removeprefix(_key(path) + ': ')}"
+        problems[path] = (what, where, fix)
+    return list(problems.values())
+
+
+def _key(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _describe(
+    document: yaml_file.Document, path: tuple[str | int, ...], owner: type[BaseModel] | None, error: dict[str, Any]
+) -> Problem:
+    key, where = _key(path), document.where(path)
     if error["type"] == "extra_forbidden":
         known = list(owner.model_fields) if owner else []
         close = nearest(str(path[-1]), known)
@@ -85,19 +100,28 @@ def _describe(kind: type[Section], document: yaml_file.Document, error: dict[str
         return (
             f"The key '{key}' is missing",
             where,
-            (field.description or "").split("\n")[0] if field else None,
+            f"Add it: {field.description.splitlines()[0]}" if field and field.description else None,
         )
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
         close = nearest(str(context["tag"]), tags)
         fix = f"Did you mean '{close}'?" if close else f"Known: {', '.join(tags)}."
-        return f"'{key}' has an unknown {context['discriminator']} '{context['tag']}'", where, fix
-    message = error["msg"].removeprefix("Value error, ")
+        return f"Unknown {key} '{context['tag']}'", document.where((*path, "name")), fix
+    message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
     value = error.get("input")
     shown = "" if isinstance(value, (dict, list)) or value is None or repr(value) in message else f" (got {value!r})"
     return (f"{key}: {message}{shown}" if key else message), where, None
+
+
+_MESSAGES = {
+    "model_type": "input should be a mapping of keys",
+    "tuple_type": "input should be a list",
+    "list_type": "input should be a list",
+    "bool_type": "input should be true or false",
+}
+"""Instead of pydantic's, which speak of Python and JSON."""
 
 
 def _resolve(
@@ -107,11 +131,10 @@ def _resolve(
     path: list[str | int] = []
     owner: type[BaseModel] | None = kind
     choices: list[type[BaseModel]] = [kind]
-    last = len(location) - 1
-    for position, part in enumerate(location):
+    for part in location:
         is_key = (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int))
         known = any(part in choice.model_fields for choice in choices)
-        if not is_key and not known and position < last:
+        if not is_key and not known:
             tagged = [choice for choice in choices if _has_tag(choice, part)]
             choices = tagged or choices
             continue
@@ -143,13 +166,15 @@ def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
             yield from _sections(argument)
 
 
-def json_schema(
-    kind: type[Section], title: str, describe: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
+class _AnyOf(GenerateJsonSchema):
+    """A union by `name` as anyOf: where the name is left out, the keys of several choices may fit."""
+
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        value = super().tagged_union_schema(schema)
+        value["anyOf"] = value.pop("oneOf")
+        return value
+
+
+def json_schema(kind: type[Section]) -> dict[str, Any]:
     """JSON Schema of a section, for editors that complete and check YAML while it is typed."""
-    schema = kind.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = title
-    if describe is not None:
-        describe(schema)
-    return schema
+    return {"$schema": _AnyOf.schema_dialect, **kind.model_json_schema(schema_generator=_AnyOf)}

@@ -16,6 +16,9 @@ from bigtrain.config.errors import UserError
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 
+COMMAND_LINE = -1
+"""Stands for a line where a value comes from the command line."""
+
 Path = tuple[str | int, ...]
 
 
@@ -30,6 +33,18 @@ class _CoreDumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """A value that stands twice is written twice."""
+        return True
+
+
+def _represent_text(dumper: _CoreDumper, text: str) -> yaml.Node:
+    # In other styles YAML folds line breaks, and U+0085 and U+2028 are line breaks to it.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_CoreDumper.add_representer(str, _represent_text)
 
 for _core in (_CoreLoader, _CoreDumper):
     for _tag, _pattern, _first in (
@@ -53,15 +68,35 @@ class Document:
     source: str
     """Name of the file, for messages."""
     lines: dict[Path, int] = field(default_factory=dict)
-    """Line (from 1) of each value's key, by its path of keys and list indices."""
+    """Line (from 1) of each value's key, by its path of keys and list indices; or COMMAND_LINE."""
 
     def where(self, path: Path) -> str:
         """The file and line of a path, or of its nearest parent that stands in the file."""
-        for length in range(len(path), -1, -1):
-            line = self.lines.get(path[:length])
-            if line is not None:
-                return f"{self.source}, line {line}" if line > 0 else self.source
-        return self.source
+        lines = (self.lines.get(path[:length]) for length in range(len(path), -1, -1))
+        line = next((line for line in lines if line is not None), 0)
+        if line == COMMAND_LINE:
+            return "command line"
+        return f"{self.source}, line {line}" if line else self.source
+
+    def override(self, path: tuple[str, ...], value: Any) -> None:
+        """Set a value from the command line, and the mappings above it where they are not there.
+
+        Raises:
+            UserError: Something above it is no mapping.
+        """
+        target = self.value
+        for depth, part in enumerate(path[:-1]):
+            if target.get(part) is None:
+                target[part] = {}
+                self.lines.setdefault(path[: depth + 1], COMMAND_LINE)
+            target = target[part]
+            if not isinstance(target, dict):
+                above = ".".join(path[: depth + 1])
+                raise UserError(f"'{above}' has no keys, so '{'.'.join(path)}' cannot be set", "command line")
+        target[path[-1]] = value
+        for old in [old for old in self.lines if old[: len(path)] == path]:
+            del self.lines[old]
+        self.lines[path] = COMMAND_LINE
 
 
 def parse(text: str, source: str) -> Document:
@@ -75,7 +110,8 @@ def parse(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"This is not YAML: {error.problem or error.context}", f"{source}{line}") from None
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"This is not YAML: {said}", f"{source}{line}") from None
     except yaml.YAMLError as error:
         raise UserError(f"This is not YAML: {str(error).splitlines()[0]}", source) from None
     except RecursionError:
@@ -89,6 +125,13 @@ def parse(text: str, source: str) -> Document:
     return Document(value, source, {(): 0, **reader.lines})
 
 
+_KINDS: dict[type[yaml.Node], set[str]] = {
+    yaml.MappingNode: {"map"},
+    yaml.SequenceNode: {"seq"},
+    yaml.ScalarNode: {"str", "null", "bool", "int", "float"},
+}
+
+
 class _Reader:
     def __init__(self, source: str) -> None:
         self.source = source
@@ -99,6 +142,10 @@ class _Reader:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             raise UserError("The YAML is too large or nested too deeply", self.source)
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in _KINDS[type(node)]:
+            where = f"{self.source}, line {node.start_mark.line + 1}"
+            raise UserError(f"The tag {node.tag!r} is not allowed", where, "Write a plain value.")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -107,7 +154,7 @@ class _Reader:
                 self.lines[(*path, index)] = item.start_mark.line + 1
                 items.append(self.read(item, (*path, index)))
             return items
-        return self._scalar(node)
+        return _scalar(kind, node.value)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -124,10 +171,9 @@ class _Reader:
             result[key] = self.read(value_node, (*path, key))
         return result
 
-    def _scalar(self, node: yaml.Node) -> Any:
-        kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        if kind == "str":
-            return text
+
+def _scalar(kind: str, text: str) -> Any:
+    try:
         if kind == "null":
             return None
         if kind == "bool":
@@ -137,13 +183,22 @@ class _Reader:
             return int(text[2:] if base != 10 else text, base)
         if kind == "float":
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
-        where = f"{self.source}, line {node.start_mark.line + 1}"
-        raise UserError(f"The tag {node.tag!r} is not allowed", where, "Write a plain value.")
+    except ValueError:
+        # A tag that calls a text a number, or more digits than Python reads: the section's type refuses it.
+        return text
+    return text
 
 
 def parse_value(text: str) -> Any:
-    """One value as YAML reads it: the right side of a `key=value` override."""
-    return parse(f"value: {text}", f"'{text}'").value["value"]
+    """One value as YAML reads it: the right side of a `key=value` override.
+
+    Raises:
+        UserError: Not YAML, or more than a value.
+    """
+    value = parse(f"value: {text}", f"'{text}'").value
+    if len(value) > 1:
+        raise UserError(f"{text!r} is not one value", "command line")
+    return value["value"]
 
 
 def dump(value: dict[str, Any]) -> str:

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigtrain.config import UserError
-from bigtrain.engines.accelerate_config import AccelerateConfig
 from bigtrain.engines.accelerate_strategies import Plain, prepare, release
-from bigtrain.engines.config import Precision
+from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.fsdp import COMPUTE_DTYPES, set_determinism
 from bigtrain.models.config import ModelConfig
@@ -65,7 +64,7 @@ class AccelerateEngine:
         if not isinstance(model, Config):
             raise UserError(f"The engine 'accelerate' runs models of arch 'hf', not '{model.arch}'", "engine.name")
         device = pick_device(ranks.local_rank)
-        set_determinism(engine, device)  # type: ignore[arg-type]
+        set_determinism(engine, device)
         _, mesh = build_mesh(layout, ranks, device)
         built = model.build(vocab_size).to(device)
         compute_dtype = COMPUTE_DTYPES[precision]

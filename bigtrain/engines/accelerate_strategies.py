@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.config import UserError, nearest
-from bigtrain.engines.accelerate_config import AccelerateConfig
+from bigtrain.engines.config import AccelerateConfig
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import import_deepspeed, leave_process_group
 

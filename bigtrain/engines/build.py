@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bigtrain.engines.config import DeepSpeedConfig, EngineConfig, Precision
+from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, Precision
 from bigtrain.models.config import ModelConfig
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 
 if TYPE_CHECKING:
+    from bigtrain.engines.accelerate import AccelerateEngine
     from bigtrain.engines.deepspeed import DeepSpeedEngine
     from bigtrain.engines.fsdp import FSDPEngine
 
@@ -25,7 +26,7 @@ def build_engine(
     precision: Precision,
     seed: int,
     ranks: Ranks,
-) -> FSDPEngine | DeepSpeedEngine:
+) -> FSDPEngine | DeepSpeedEngine | AccelerateEngine:
     """The engine that `engine.name` asks for, with the model's initial weights.
 
     Raises:
@@ -36,6 +37,13 @@ def build_engine(
         from bigtrain.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine.build(
+            model, vocab_size, optimizer,
+            engine=engine, layout=layout, precision=precision, seed=seed, ranks=ranks,
+        )  # fmt: skip
+    if isinstance(engine, AccelerateConfig):
+        from bigtrain.engines.accelerate import AccelerateEngine
+
+        return AccelerateEngine.build(
             model, vocab_size, optimizer,
             engine=engine, layout=layout, precision=precision, seed=seed, ranks=ranks,
         )  # fmt: skip

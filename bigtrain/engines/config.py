@@ -55,6 +55,10 @@ class _Engine(Section):
     deterministic: bool | Literal["auto"] = "auto"
     """Only kernels that give the same bits every time. auto: on a CPU, where it costs nothing; not on a GPU."""
 
+
+class _OwnModels(_Engine):
+    """What the engines of our own models share."""
+
     recompute: Recompute = "none"
     """What is computed again in the backward pass instead of kept. full: each block, from its input."""
 
@@ -62,13 +66,13 @@ class _Engine(Section):
     """Whether each block is compiled (torch.compile), all with the same code; fsdp alone."""
 
 
-class FSDPConfig(_Engine):
+class FSDPConfig(_OwnModels):
     """PyTorch's FSDP2; one process runs without a process group."""
 
     name: Literal["fsdp"] = "fsdp"
 
 
-class DeepSpeedConfig(_Engine):
+class DeepSpeedConfig(_OwnModels):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2020) over all data-parallel ranks."""
 
     name: Literal["deepspeed"] = "deepspeed"
@@ -98,12 +102,28 @@ class DeepSpeedConfig(_Engine):
         return self
 
 
+class AccelerateConfig(_Engine):
+    """Hugging Face models, through Accelerate's plugins."""
+
+    name: Literal["accelerate"] = "accelerate"
+    """accelerate: models of `arch: hf`; one process runs them in plain PyTorch."""
+
+    strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"
+    """What the ranks share out. ddp: nothing; fsdp2: parameters, gradients, optimizer; zero2: gradients, optimizer."""
+
+    passthrough: dict[str, Any] = Field(default_factory=dict)
+    """Further settings: of DistributedDataParallelKwargs (ddp), of FullyShardedDataParallelPlugin (fsdp2), or of
+    DeepSpeed's zero_optimization (zero2)."""
+
+
 def _tag(value: Any) -> str:
     return str(value.get("name", "fsdp") if isinstance(value, dict) else getattr(value, "name", "fsdp"))
 
 
 EngineConfig = Annotated[
-    Annotated[FSDPConfig, Tag("fsdp")] | Annotated[DeepSpeedConfig, Tag("deepspeed")],
+    Annotated[FSDPConfig, Tag("fsdp")]
+    | Annotated[DeepSpeedConfig, Tag("deepspeed")]
+    | Annotated[AccelerateConfig, Tag("accelerate")],
     Discriminator(_tag),
 ]
 """The section `engine`: chosen by `name`, fsdp where it is left out."""

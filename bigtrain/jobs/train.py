@@ -11,7 +11,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
 from bigtrain.jobs.launch import launch_local
 from bigtrain.jobs.local import local_procs
-from bigtrain.run import ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config
+from bigtrain.run import ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
 from bigtrain.training.config import InitConfig
@@ -43,10 +43,10 @@ def train(
     stream = stream or sys.stderr
     if fork is not None:
         config = _fork(config, runs_dir, fork)
-    config = _fix_source(config, runs_dir)
+    directory = RunDirectory(runs_dir / config.name)
+    config = _fix_source(config, directory)
     prepared = prepare(config)
     count = _processes(config, procs)
-    directory = RunDirectory(runs_dir / config.name)
     if directory.exists():
         directory.check_identity(prepared.what)
         _check_duration(directory, prepared)
@@ -54,7 +54,9 @@ def train(
         if newest is not None and newest >= prepared.total_steps:
             print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
             return ExitCode.FINISHED
-    elif directory.path.exists() and any(directory.path.iterdir()):
+    else:
+        _check_begins_before_end(prepared, directory)
+    if directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
@@ -123,7 +125,8 @@ def _filler_share(prepared: Prepared, count: int) -> float:
 
 
 def _processes(config: RunConfig, procs: int | None) -> int:
-    count = procs if procs is not None else local_procs(config.job)
+    configured = local_procs(config.job)
+    count = procs if procs is not None else configured
     if count < 1:
         raise UserError(f"--nproc is {count}: at least one process is needed")
     try:
@@ -131,6 +134,19 @@ def _processes(config: RunConfig, procs: int | None) -> int:
     except ValueError as error:
         raise UserError(str(error), fix="Change --nproc or the layout.") from None
     return count
+
+
+def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> None:
+    init = prepared.config.init
+    if init.source is None or init.state != "all":
+        return
+    source = resolve_source(init.source, directory.path.parent)
+    if source.step >= prepared.total_steps:
+        raise UserError(
+            f"The run would begin after step {source.step}, and its duration ends at {prepared.total_steps}",
+            f"init.source {init.source}",
+            "Give a longer duration, for example duration='2000 steps'.",
+        )
 
 
 def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
@@ -173,10 +189,20 @@ def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
     )
 
 
-def _fix_source(config: RunConfig, runs_dir: Path) -> RunConfig:
-    """Write out which checkpoint `init.source` means, so that a resume cannot mean another."""
-    if config.init.source is None:
+def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
+    """Write out which checkpoint `init.source` means, by place and by content.
+
+    A run that has begun keeps its own: by now its source may have newer checkpoints, or be gone.
+    """
+    init, runs_dir = config.init, directory.path.parent
+    if init.source is None or init.hash is not None:
         return config
-    source = resolve_source(config.init.source, runs_dir)
-    init = config.init.model_copy(update={"source": f"{source.run}@{source.step}"})
-    return config.model_copy(update={"init": init})
+    if directory.exists():
+        begun = load_config(directory.config).init
+        name, step = split_run_step(init.source)
+        run, begun_step = split_run_step(begun.source or "")
+        if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):
+            return config.model_copy(update={"init": begun.model_copy(update={"state": init.state})})
+    source = resolve_source(init.source, runs_dir)
+    update = {"source": f"{source.run}@{source.step}", "hash": source.hash}
+    return config.model_copy(update={"init": init.model_copy(update=update)})

@@ -35,6 +35,12 @@ class ModelConfig(Section):
     data_kind: ClassVar[DataKind] = "tokens"
     """The kind of data that the family learns from."""
 
+    keeps_contract: ClassVar[bool] = True
+    """Whether what it builds is a `contract.Model`; models of transformers are not."""
+
+    takes_documents: ClassVar[bool] = False
+    """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
+
     arch: str
     """The family: the name of a file in bigtrain/models."""
 
@@ -45,12 +51,25 @@ class ModelConfig(Section):
     def _context_is_for_tokens(self) -> ModelConfig:
         if self.data_kind != "tokens" and "context" in self.model_fields_set and self.context != 1:
             raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
+        if self.data_kind == "tokens" and "context" not in self.model_fields_set:
+            raise ValueError("the key 'context', tokens of one training sequence, is missing")
         return self
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
         """Height, width and channels of the images that the model takes; None where any sample fits."""
         return None
+
+    def check_source(self, vocab_size: int) -> None:
+        """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.
+
+        Raises:
+            UserError: What does not fit, and what would.
+        """
+
+    def fingerprint(self) -> dict[str, str]:
+        """Keys of the section that name a file, and the hash of what they name: a run's identity is by content."""
+        return {}
 
     def tensor_parallel_sizes(self) -> dict[str, int] | None:
         """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
@@ -37,6 +37,8 @@ class RopeScaling(Section):
 
 class DecoderConfig(ModelConfig):
     """A pre-norm decoder-only transformer; a family gives the defaults of its shape."""
+
+    takes_documents: ClassVar[bool] = True
 
     layers: Positive
     """Transformer blocks."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import field_validator, model_validator
@@ -28,6 +28,8 @@ Task = Literal["causal", "masked", "seq2seq"]
 
 class Config(ModelConfig):
     """A model of transformers; its shape is that of its directory."""
+
+    keeps_contract: ClassVar[bool] = False
 
     arch: Literal["hf"] = "hf"
     hf: str
@@ -85,10 +87,11 @@ class Config(ModelConfig):
             )
         return path
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> dict[str, str]:
         """Hash of the shape and the weights, wherever they lie: what `hf` means for a run's identity."""
         files = [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]
-        return hashlib.sha256("".join(f"{file.name} {hash_file(file)}\n" for file in files).encode()).hexdigest()
+        listed = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
+        return {"hf": hashlib.sha256(listed.encode()).hexdigest()}
 
     @cached_property
     def hidden_token(self) -> int:
@@ -124,7 +127,7 @@ class Config(ModelConfig):
         _without_dropout(config)
         return config
 
-    def check(self, vocab_size: int) -> None:
+    def check_source(self, vocab_size: int) -> None:
         """Refuse what the model cannot do, without building it.
 
         Raises:
@@ -157,9 +160,9 @@ class Config(ModelConfig):
         """The model with the weights of its directory, FP32, on the CPU.
 
         Raises:
-            UserError: As `check`; or the file lacks parameters, which transformers would draw at random.
+            UserError: As `check_source`; or the file lacks parameters, which transformers would draw at random.
         """
-        self.check(vocab_size)
+        self.check_source(vocab_size)
         from bigtrain.models.hf_tasks import load
 
         return load(self)

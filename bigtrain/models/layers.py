@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Indices (...) -> rows of the table (..., width), in the table's dtype."""
+    """Indices (...) -> rows of the table (..., width), on a CPU in FP32 at least, else in the table's dtype."""
 
     first_row: int = 0
     """Where this rank's part of the rows begins."""
@@ -71,8 +71,15 @@ class Embedding(nn.Embedding):
     """Where ranks share the rows: from the rows found on this rank, zeros elsewhere, to the sum."""
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Look the rows up."""
+        """Look the rows up.
+
+        A row's gradient is a sum over all its occurrences. A GPU takes it in FP32 whatever the dtype, but a CPU takes
+        it in the table's: in BF16, where FSDP has cast the table, a frequent token's would stop growing (measured: 6 %
+        off for 4,096 tokens of a vocabulary of 61, against 0.3 %).
+        """
         table = local(self.weight)
+        if table.device.type == "cpu":
+            table = table.to(torch.promote_types(table.dtype, torch.float32))
         if self.leave is None:
             return F.embedding(indices, table)
         own = indices - self.first_row

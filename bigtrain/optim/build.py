@@ -20,16 +20,18 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
     groups = parameter_groups(config, named_parameters)
-    # One fused pass over each tensor: the fastest on CPU and GPU, for DTensors too, and element by
-    # element, so that no reduction's order can change a bit.
+    # One fused pass over each tensor: the fastest on CPU and GPU, and element by element, so that no reduction's order
+    # can change a bit. Adam's takes DTensors too; SGD's does not, and RMSprop has none.
     if isinstance(config, AdamWConfig):
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if isinstance(config, AdamConfig):
         return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if isinstance(config, SGDConfig):
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True)
     if isinstance(config, RMSpropConfig):
-        return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps)
+        return torch.optim.RMSprop(
+            groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps, foreach=True
+        )
     raise TypeError(f"no optimizer is built from {type(config).__name__}")
 
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from bigtrain.config import Duration, Section, UserError
 
@@ -166,6 +175,12 @@ Portion = Annotated[
 """A part of the whole duration ("20%"), or a length of its own ("500 steps")."""
 
 
+def _in_training(value: Duration) -> Duration:
+    if value.is_time:
+        raise ValueError(f"'{value}' is a time: give steps, tokens or epochs")
+    return value
+
+
 class _Schedule(Section):
     """What all schedules share."""
 
@@ -174,6 +189,11 @@ class _Schedule(Section):
 
     warmup: Duration = Field(default=Duration.steps(0))
     """Linear rise at the start: step s has lr * (s + 1) / warmup."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _is_a_length_of_training(cls, value: Duration) -> Duration:
+        return _in_training(value)
 
     def build(self, base_lr: float, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
         """The schedule as arithmetic.
@@ -237,6 +257,11 @@ class WSDConfig(_Schedule):
     """The last part of the run, in which the rate decays: a percentage of the whole, or a duration."""
     shape: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
     """Form of the decay."""
+
+    @field_validator("decay")
+    @classmethod
+    def _decays_over_training(cls, value: Percentage | Duration) -> Percentage | Duration:
+        return _in_training(value) if isinstance(value, Duration) else value
 
     def build(self, base_lr: float, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
         """A `schedule.WarmupStableDecay`."""

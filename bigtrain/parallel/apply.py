@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from bigtrain.engines.config import Recompute
+from bigtrain.models.check import check_module
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.init import initialise
 from bigtrain.parallel.config import LayoutConfig
@@ -48,6 +49,7 @@ def build_parallel_model(
     """
     with torch.device("meta"):
         model = cast(Any, config.build(vocab_size))
+    check_module(model, f"the model of arch '{config.arch}'")
     model.compute_dtype = compute_dtype
     blocks = [block for _, block in model.blocks()]
     tensor_partial: frozenset[str] = frozenset()

@@ -1,7 +1,6 @@
 """A plain PyTorch training loop with its own model: what bigtrain's numbers and speed are held against.
 
-It shares no code with bigtrain: webdataset reads the shards, the samples of a step come from samples.jsonl.
-"""
+It shares no code with bigtrain: webdataset reads the shards, the samples of a step come from samples.jsonl."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ import torch.nn.functional as F
 import webdataset
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Inputs, targets (B, C) and weights (B, C)."""
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets and weights, each (B, C)
 
 
 class Block(nn.Module):
@@ -23,7 +21,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.norm_1, self.norm_2 = (nn.RMSNorm(width, eps=1e-5) for _ in range(2))
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -32,8 +30,7 @@ class Block(nn.Module):
         batch, context, width = x.shape
         y = self.norm_1(x)
         q, k, v = (f(y).view(batch, context, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(rotated(q, cos, sin), rotated(k, cos, sin), v, is_causal=True)
         x = x + self.o(y.transpose(1, 2).reshape(batch, context, width))
         y = self.norm_2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -55,8 +52,8 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
         half = width // heads // 2
         angles = torch.arange(context)[:, None] / 10000.0 ** (torch.arange(half) / half)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -81,18 +78,16 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
 
 def named_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """bigtrain's qualified names of a Llama as this model's."""
-    names = {"attention_norm": "norm_1", "mlp_norm": "norm_2", "attention.query": "q", "attention.key": "k"}
-    names |= {"attention.value": "v", "attention.output": "o", "mlp.": ""}
+    names = {"attention_norm": "norm_1", "mlp_norm": "norm_2", "attention.query": "q", "attention.key": "k",
+             "attention.value": "v", "attention.output": "o", "mlp.": ""}  # fmt: skip
     pattern = re.compile("|".join(map(re.escape, names)))
     return {pattern.sub(lambda found: names[found[0]], name): tensor for name, tensor in state.items()}
 
 
 def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterator[Batch]:
     """The batches that lists of sample ids SOURCE/SHARD/DOCUMENT:OFFSET name, read from one shard."""
-    documents = [
-        torch.tensor(sample["npy"].astype("int64"))
-        for sample in webdataset.WebDataset(shard, shardshuffle=False).decode()
-    ]
+    samples = webdataset.WebDataset(shard, shardshuffle=False).decode()
+    documents = [torch.tensor(sample["npy"].astype("int64")) for sample in samples]
     stream = torch.cat(documents)
     starts = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
     for ids in steps:
@@ -100,6 +95,5 @@ def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterat
         for row, sample_id in enumerate(ids):
             document, offset = map(int, sample_id.rsplit("/", 1)[1].split(":"))
             piece = stream[starts[document] + offset :][: context + 1]
-            rows[row, : len(piece)] = piece
-            weights[row, : len(piece) - 1] = 1
+            rows[row, : len(piece)], weights[row, : len(piece) - 1] = piece, 1
         yield rows[:, :-1], rows[:, 1:], weights

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bigtrain import storage
 from bigtrain.checkpoint.loader import Found, find, load_found
 from bigtrain.checkpoint.saver import Saver
-from bigtrain.config import yaml_file
+from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
 from bigtrain.engines.build import build_engine
 from bigtrain.engines.contract import Reloaded
@@ -85,6 +85,7 @@ class Session:
         self.ranks = Ranks.from_environment()
         self.attempt = int(os.environ.get("BIGTRAIN_ATTEMPT", "0"))
         self._heartbeat = heartbeat
+        self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
         config = self.config
@@ -153,6 +154,12 @@ class Session:
         if init.source is None:
             return Progress()
         source = resolve_source(init.source, self.directory.path.parent)
+        if init.hash not in (None, source.hash):
+            raise UserError(
+                "init.source is not the checkpoint that this run began with",
+                f"{source.run}@{source.step}",
+                "Restore it, or choose another --name.",
+            )
         found = find(source.checkpoints, source.step)
         assert found is not None  # find raises where the step is not there
         return self._take(found)
@@ -179,7 +186,7 @@ class Session:
             self.engine.state(),
             progress=as_plain(progress),
             config_hash=storage.hash_text(yaml_file.dump(config.plain())),
-            identity=self.prepared.identity,
+            identity=self._identity,
             mesh=vars(config.layout.mesh(self.ranks.world_size)),
             lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
         )

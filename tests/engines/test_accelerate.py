@@ -23,9 +23,9 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
 from bigtrain.data.loader import distribute
 from bigtrain.engines.accelerate import AccelerateEngine
-from bigtrain.engines.accelerate_config import AccelerateConfig, check_accelerate
-from bigtrain.engines.config import Precision
+from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch
+from bigtrain.engines.support import check_support
 from bigtrain.models.hf import Config
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
@@ -425,15 +425,15 @@ def test_what_a_model_cannot_do_is_refused(models: Callable[[str], Path], tmp_pa
     with pytest.raises(ValueError, match="dropout of a Hugging Face model is always 0"):
         Config(hf=gpt2, context=CONTEXT, dropout=0.1)
     with pytest.raises(UserError, match="does not learn by task 'causal'"):
-        Config(hf=bert, context=CONTEXT).check(VOCABULARY)
+        Config(hf=bert, context=CONTEXT).check_source(VOCABULARY)
     with pytest.raises(UserError, match="does not learn by task 'masked'"):
-        Config(hf=gpt2, context=CONTEXT, task="masked", mask_token=1).check(VOCABULARY)
+        Config(hf=gpt2, context=CONTEXT, task="masked", mask_token=1).check_source(VOCABULARY)
     with pytest.raises(UserError, match="65 different tokens, and the model 64"):
-        Config(hf=gpt2, context=CONTEXT).check(65)
+        Config(hf=gpt2, context=CONTEXT).check_source(65)
     with pytest.raises(UserError, match="longer than the model's 32 positions"):
-        Config(hf=gpt2, context=33).check(VOCABULARY)
+        Config(hf=gpt2, context=33).check_source(VOCABULARY)
     with pytest.raises(UserError, match="token that hides others is not known"):
-        Config(hf=bert, context=CONTEXT, task="masked").check(VOCABULARY)
+        Config(hf=bert, context=CONTEXT, task="masked").check_source(VOCABULARY)
     (tmp_path / "config.json").write_text((models("gpt2") / "config.json").read_text())
     with pytest.raises(UserError, match="There are no weights"):
         Config(hf=str(tmp_path), context=CONTEXT).build(VOCABULARY)
@@ -475,9 +475,9 @@ def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_pa
 def test_what_does_not_go_together_is_refused(
     engine: str, arch: str, layout: dict[str, int], document_mask: bool, says: str
 ) -> None:
-    check_accelerate("accelerate", "hf", LayoutConfig(), document_mask=False)
+    check_support("accelerate", "hf", LayoutConfig(), document_mask=False)
     with pytest.raises(UserError, match=says):
-        check_accelerate(engine, arch, LayoutConfig(**layout), document_mask=document_mask)
+        check_support(engine, arch, LayoutConfig(**layout), document_mask=document_mask)
 
 
 @pytest.mark.parametrize(

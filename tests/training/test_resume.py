@@ -52,13 +52,18 @@ def losses(run: Path) -> list[tuple[int, float, float | None]]:
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:
     """Weights, optimizer, samples and metrics agree to the bit."""
+    assert_same_weights(run, undisturbed)
+    assert logged(run, "samples.jsonl") == logged(undisturbed, "samples.jsonl")
+    assert losses(run) == losses(undisturbed)
+
+
+def assert_same_weights(run: Path, undisturbed: Path) -> None:
+    """Weights and optimizer agree to the bit."""
     state, expected = final_state(run), final_state(undisturbed)
     assert state.keys() == expected.keys()
     assert any(name.startswith("optimizer.") for name in state)
     different = [name for name in state if not torch.equal(state[name], expected[name])]
     assert not different
-    assert logged(run, "samples.jsonl") == logged(undisturbed, "samples.jsonl")
-    assert losses(run) == losses(undisturbed)
 
 
 @pytest.fixture
@@ -152,6 +157,41 @@ def test_a_run_killed_with_its_launcher_resumes_to_the_bit(config: Path, tmp_pat
     finish(start(config, tmp_path, "--nproc", 2, "--name", "killed"))
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
     assert any(event["event"] == "resumed" and event["step"] >= SAVE_EVERY for event in logged(run, "events.jsonl"))
+    assert_same_run(run, tmp_path / "runs" / "undisturbed")
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        pytest.param(truncate, marks=pytest.mark.slow),
+        pytest.param(Path.unlink, marks=pytest.mark.slow, id="remove"),
+        pytest.param(lambda file: os.truncate(file, 0), marks=pytest.mark.slow, id="empty"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
+    config: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    finish(start(config, tmp_path, "--name", "undisturbed"))
+    half = "duration=20 steps"
+    finish(start(config, tmp_path, "--name", "damaged", half))
+    run = tmp_path / "runs" / "damaged"
+    newest = run / "checkpoints" / "step_00000020"
+    damage(next(newest.glob("*.distcp")))
+    finish(start(config, tmp_path, "--name", "damaged"))
+    fallbacks = [event for event in logged(run, "events.jsonl") if event["event"] == "fallback"]
+    assert [event["step"] for event in fallbacks] == [2 * SAVE_EVERY]
+    assert "step 20 is damaged" in fallbacks[0]["cause"]
     assert_same_run(run, tmp_path / "runs" / "undisturbed")
 
 

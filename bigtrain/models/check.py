@@ -1,0 +1,78 @@
+"""Whether a family keeps the contract: what would otherwise show as wrong numbers, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import nn
+
+from bigtrain.config import UserError, nearest
+from bigtrain.models.config import ModelConfig
+from bigtrain.models.contract import Model
+
+
+def check_model(config: ModelConfig, vocab_size: int) -> None:
+    """Build a model on the meta device, which takes no memory, and hold it against `contract.Model`.
+
+    Raises:
+        UserError: With the first thing that is wrong, by its qualified name.
+    """
+    if not config.keeps_contract:
+        return
+    with torch.device("meta"):
+        module = config.build(vocab_size)
+    check_module(module, f"bigtrain/models/{config.arch}.py")
+    count = sum(parameter.numel() for parameter in module.parameters())
+    told = config.parameter_count(vocab_size)
+    if count != told:
+        raise UserError(
+            f"parameter_count() says {told}, and the model has {count} parameters", f"bigtrain/models/{config.arch}.py"
+        )
+
+
+def check_module(module: nn.Module, where: str) -> None:
+    """Hold a built module against `contract.Model`; `where` is named in errors.
+
+    Raises:
+        UserError: With the first thing that is wrong.
+    """
+    model = cast(Model, module)
+    if not isinstance(getattr(module, "compute_dtype", None), torch.dtype):
+        raise UserError("The module has no compute_dtype", where, "Set self.compute_dtype = torch.float32 in __init__.")
+    for name, _ in module.named_buffers():
+        raise UserError(
+            f"The module has a buffer, '{name}', whose values are lost when it is materialised",
+            where,
+            "Compute it in forward() from the sizes of the input.",
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            raise UserError(
+                f"'{name}' is {type(part).__name__}, whose random bits differ from layout to layout",
+                where,
+                "Use dropout() of bigtrain/models/random.py with the batch's keys.",
+            )
+    _check_names(model.initialisers(), dict(module.named_parameters()), "initialisers()", "parameter", where)
+    modules = dict(module.named_modules())
+    for name, block in model.blocks():
+        if modules.get(name) is not block:
+            close = nearest(name, modules)
+            raise UserError(
+                f"blocks() names a module '{name}' that is not there by this name",
+                where,
+                f"Did you mean '{close}'?" if close else "Give the qualified name, as named_modules() does.",
+            )
+
+
+def _check_names(
+    given: Mapping[str, object], real: Mapping[str, nn.Parameter], what: str, kind: str, where: str
+) -> None:
+    for name in sorted(real.keys() - given.keys()):
+        raise UserError(f"{what} has no rule for the {kind} '{name}'", where)
+    for name in sorted(given.keys() - real.keys()):
+        close = nearest(name, real)
+        raise UserError(
+            f"{what} has a rule for '{name}', which is no {kind}", where, close and f"Did you mean '{close}'?"
+        )

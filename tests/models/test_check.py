@@ -1,0 +1,77 @@
+"""A family that breaks the contract is told so, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from bigtrain.config import UserError
+from bigtrain.models.check import check_model, check_module
+from bigtrain.models.config import families, family, preset, presets
+from bigtrain.models.contract import Init, Ones, Zeros
+
+SIZES = {"vit": {"image_size": 8}}
+
+
+def spoil(change: Callable[[nn.Module], None]) -> nn.Module:
+    class Honest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.compute_dtype = torch.float32
+            self.layers = nn.ModuleList([nn.Linear(2, 2)])
+            self.rules: dict[str, Init] = {"layers.0.weight": Ones(), "layers.0.bias": Zeros()}
+            self.names = ["layers.0"]
+
+        def blocks(self) -> list[tuple[str, nn.Module]]:
+            return [(name, self.layers[0]) for name in self.names]
+
+        def initialisers(self) -> dict[str, Init]:
+            return self.rules
+
+    module = Honest()
+    check_module(module, "here")
+    change(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.register_buffer("table", torch.ones(2)), "buffer, 'table'"),
+        (lambda m: setattr(m, "drop", nn.Dropout(0.1)), "'drop' is Dropout"),
+        (lambda m: setattr(m, "names", ["layer.0"]), "names a module 'layer.0'"),
+        (lambda m: m.rules.pop("layers.0.bias"), "no rule for the parameter 'layers.0.bias'"),
+        (lambda m: m.rules.update({"layers.0.wieght": Ones()}), "'layers.0.wieght', which is no parameter"),
+        (lambda m: delattr(m, "compute_dtype"), "no compute_dtype"),
+    ],
+    ids=["buffer", "dropout", "block", "missing rule", "rule too many", "dtype"],
+)
+def test_a_broken_promise_is_named(change: Callable[[nn.Module], None], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_module(spoil(change), "here")
+
+
+def test_a_dropout_of_zero_is_no_offence() -> None:
+    check_module(spoil(lambda m: setattr(m, "drop", nn.Dropout(0.0))), "here")
+
+
+@pytest.mark.parametrize("arch", families())
+def test_every_family_keeps_the_contract(arch: str) -> None:
+    sizes = SIZES.get(arch, {"layers": 2, "width": 16, "heads": 2, "context": 8})
+    check_model(family(arch)(**sizes), 19)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_counts_its_parameters_right(name: str) -> None:
+    keys = preset(name)
+    check_model(family(keys["arch"])(**keys), 1000)
+
+
+def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = family("vit")(image_size=8)
+    monkeypatch.setattr(type(config), "parameter_count", lambda self, vocab_size: 7)
+    with pytest.raises(UserError, match=r"parameter_count\(\) says 7"):
+        check_model(config, 10)

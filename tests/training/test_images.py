@@ -1,0 +1,104 @@
+"""A second kind of data: an image classifier from a tar of images through the same commands as text."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+IMAGES, HELD_OUT = 320, 64
+SIDE = 28
+SAME_LOSS = 1e-5
+"""Relative, in FP32: sums over ranks round otherwise, and Adam carries the difference on."""
+
+
+def drawn_digits(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ten classes that differ in where a bright square lies, with noise: uint8 (count, SIDE, SIDE), labels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, count)
+    images = rng.integers(0, 120, (count, SIDE, SIDE))
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 4)
+        image[9 * row : 9 * row + 8, 7 * column : 7 * column + 7] += 130
+    return images.astype(np.uint8), labels
+
+
+def mnist_digits(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of MNIST's training files (IDX: a header of 16 bytes, of 8 for the labels)."""
+    pixels = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+    labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, SIDE, SIDE)
+    return images[:count], np.frombuffer(labels, np.uint8)[:count]
+
+
+def write_tar(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """As a user would: WebDataset's own writer, KEY.png and KEY.cls."""
+    path.parent.mkdir(parents=True)
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG")
+            writer.write({"__key__": f"{number:06d}", "png": png.getvalue(), "cls": str(label).encode()})
+
+
+@pytest.fixture(params=["drawn", pytest.param("mnist", marks=pytest.mark.slow)])
+def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -> Path:
+    """shards/mnist/train and validation, indexed."""
+    count = IMAGES + HELD_OUT
+    if request.param == "mnist":
+        images, labels = mnist_digits(request.getfixturevalue("real_data") / "mnist", count)
+    else:
+        images, labels = drawn_digits(count)
+    shards = tmp_path / "shards" / "mnist"
+    half = IMAGES // 2
+    write_tar(shards / "train" / "digits-0.tar", images[:half], labels[:half])
+    write_tar(shards / "validation" / "digits.tar", images[IMAGES:], labels[IMAGES:])
+    # A second shard of the training data.
+    write_tar(shards / "more" / "digits-1.tar", images[half:IMAGES], labels[half:IMAGES])
+    (shards / "more" / "digits-1.tar").rename(shards / "train" / "digits-1.tar")
+    for split in ("train", "validation"):
+        result = bigtrain("data", "index", shards / split)
+        assert result.returncode == 0, result.stderr
+    return shards
+
+
+def test_an_image_classifier_learns_the_same_in_one_process_and_in_two(
+    bigtrain: Callable, digits: Path, tmp_path: Path
+) -> None:
+    # The config that ships, shortened; a batch of 21 that two ranks do not divide, in passes of at most 6.
+    config = yaml.safe_load((ROOT / "configs" / "vit-mnist.yaml").read_text())
+    config |= {
+        "batch": {"size": 21},
+        "duration": "60 steps",
+        "precision": "fp32",
+        "optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-6},
+        "schedule": {"name": "constant", "warmup": "10 steps"},
+        "evaluation": {"every": "20 steps", "batches": 4},
+        "layout": {"micro_size": 6},
+        "tracking": {"wandb": "disabled"},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    rows = {}
+    for nproc in (1, 2):
+        result = bigtrain("train", path, "--nproc", nproc, "--name", f"on-{nproc}")
+        assert result.returncode == 0, result.stderr
+        metrics = tmp_path / "runs" / f"on-{nproc}" / "metrics.jsonl"
+        rows[nproc] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for key in ("loss", "val_loss"):
+        one, two = ([row[key] for row in rows[nproc] if key in row] for nproc in (1, 2))
+        assert two == pytest.approx(one, rel=SAME_LOSS)
+        assert one[-1] < 0.85 * one[0], f"{key} does not fall: {one}"
+    assert [row["tokens"] for row in rows[2]] == [21 * row["step"] for row in rows[2]]
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[1][:5], rows[1][-5:]))
+    print(f"loss {first:.3f} -> {last:.3f}, held out {[row['val_loss'] for row in rows[1] if 'val_loss' in row]}")
+    assert last < 0.6 * first

@@ -1,0 +1,314 @@
+"""The loop: what it calls, in which order, and what it does with votes, ends and failures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.data.loader import StepBatch
+from bigtrain.engines.contract import StepNumbers
+from bigtrain.optim.config import ConstantConfig
+from bigtrain.run import RunDirectory
+from bigtrain.training.boundaries import Boundaries
+from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.loop import (
+    VOTE_SAVE,
+    VOTE_STOP,
+    Callback,
+    NonFiniteLoss,
+    Outcome,
+    Progress,
+    Step,
+    Trainer,
+    UnsavedError,
+    as_plain,
+    from_plain,
+)
+
+SEQUENCES = 4
+LR = 0.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of a step, noting when they are read."""
+
+    numbers: StepNumbers
+    note: Callable[[], None]
+
+    def read(self) -> StepNumbers:
+        self.note()
+        return self.numbers
+
+
+@dataclass
+class World:
+    """A tiny engine, loader, control, saver and evaluation that write down what the loop does with them.
+
+    Step n (from 1) has the loss sum n * 10 over n tokens, so that every mean is 10 and every sum tells its steps.
+    """
+
+    total: int = 6
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    votes: dict[int, float] = field(default_factory=dict)
+    """What the ranks vote in the steps that have a vote, from 1."""
+    losses: dict[int, float] = field(default_factory=dict)
+    loader_fails_at: int | None = None
+    loader_ends_at: int | None = None
+    saves_succeed: bool = True
+    last_save_is_safe: bool = True
+    first: int = 0
+    log: list[str] = field(default_factory=list)
+    data_wait_s: float = 0.25
+
+    def train_step(self, step: int, micro_batches: list[Any], lr: float, vote: float = 0.0) -> Result:
+        done = step + 1
+        assert lr == LR
+        self.log.append(f"step {done}")
+        numbers = StepNumbers(self.losses.get(done, 10.0 * done), float(done), 1.0, vote)
+        return Result(numbers, lambda: self.log.append(f"read {done}"))
+
+    def batches(self, first_step: int) -> Iterator[StepBatch]:
+        step = first_step
+        while self.loader_ends_at is None or step < self.loader_ends_at:
+            if self.loader_fails_at == step:
+                raise OSError("the disk is gone")
+            yield StepBatch(step, [])
+            step += 1
+
+    def beat(self, step: int, phase: str) -> None:
+        if phase != "step":
+            self.log.append(f"{phase} phase at {step}")
+
+    def vote(self) -> float:
+        done = max([self.first] + [int(line.split()[1]) for line in self.log if line.startswith("step")]) + 1
+        return self.votes.get(done, 0.0)
+
+    def evaluate(self) -> dict[str, float]:
+        self.log.append("evaluate")
+        return {"val_loss": 3.0}
+
+    def save(self, progress: Progress) -> bool:
+        self.log.append(f"save {progress.step}")
+        return self.saves_succeed
+
+    def finish(self) -> bool:
+        self.log.append("finish")
+        return self.last_save_is_safe
+
+    def trainer(self, *callbacks: Callback) -> Trainer:
+        return Trainer(
+            self,  # type: ignore[arg-type]
+            self,
+            ConstantConfig().build(LR, self.total, lambda duration: 0),
+            Boundaries(self.total, self.evaluate_every, self.save_every),
+            progress=Progress(self.first, 100.0 if self.first else 0.0, self.first * SEQUENCES),
+            control=self,  # type: ignore[arg-type]
+            evaluate=self.evaluate,
+            save=self.save,
+            finish=self.finish,
+            callbacks=[Logging(self.log), *callbacks],
+            batch_sequences=SEQUENCES,
+        )
+
+    def events(self) -> list[str]:
+        """What happened, without the steps and the reading of their numbers."""
+        return [line for line in self.log if not line.startswith(("step", "read", "callback"))]
+
+
+class Logging(Callback):
+    """Notes what callbacks are told."""
+
+    order = 1
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def on_start(self, progress: Progress) -> None:
+        self.log.append(f"callback start at {progress.step}")
+
+    def on_step(self, step: Step, progress: Progress) -> None:
+        evaluated = " evaluated" if step.evaluation else ""
+        self.log.append(f"callback {step.number}{evaluated}")
+        assert (step.number, step.lr, step.data_wait_s) == (progress.step, LR, 0.25)
+
+    def on_end(self, outcome: Outcome, progress: Progress) -> None:
+        self.log.append(f"callback end {outcome.value} at {progress.step}")
+
+
+def test_numbers_are_read_one_step_later_and_at_once_at_a_boundary() -> None:
+    world = World(total=5, evaluate_every=2, save_every=4)
+    assert world.trainer().fit() is Outcome.FINISHED
+    assert world.log == [
+        "callback start at 0",
+        "step 1",
+        *("step 2", "read 1", "callback 1", "read 2", "evaluation phase at 2", "evaluate", "callback 2 evaluated"),
+        "step 3",
+        *("step 4", "read 3", "callback 3", "read 4", "evaluation phase at 4", "evaluate", "callback 4 evaluated"),
+        *("save phase at 4", "save 4"),
+        *("step 5", "read 5", "evaluation phase at 5", "evaluate", "callback 5 evaluated"),
+        *("save phase at 5", "save 5"),
+        *("stopping phase at 5", "finish", "callback end finished at 5"),
+    ]
+
+
+@pytest.mark.parametrize("total", [1, 2, 7])
+def test_the_last_step_is_evaluated_and_saved_whatever_the_intervals(total: int) -> None:
+    world = World(total=total, evaluate_every=1000, save_every=1000)
+    assert world.trainer().fit() is Outcome.FINISHED
+    assert world.log.count("evaluate") == 1
+    assert world.log[-6:] == [
+        *(f"callback {total} evaluated", f"save phase at {total}", f"save {total}"),
+        *(f"stopping phase at {total}", "finish", f"callback end finished at {total}"),
+    ]
+
+
+def test_no_evaluation_without_held_out_data_and_a_save_by_the_clock_alone_still_ends_with_one() -> None:
+    world = World()
+    world.trainer().fit()
+    assert world.events() == ["save phase at 6", "save 6", "stopping phase at 6", "finish"]
+
+
+def test_a_vote_to_stop_saves_the_step_at_which_all_ranks_know_of_it() -> None:
+    world = World(votes={3: 2 * VOTE_STOP})
+    assert world.trainer().fit() is Outcome.STOPPED
+    steps = [line for line in world.log if line.startswith("step")]
+    # The votes of step 3 are read while step 4 is under way: that one is finished, saved and the last.
+    assert steps[-1] == "step 4"
+    assert world.log[-5:] == ["save phase at 4", "save 4", "stopping phase at 4", "finish", "callback end stopped at 4"]
+
+
+def test_a_vote_to_save_saves_once_and_goes_on() -> None:
+    world = World(votes={2: VOTE_SAVE})
+    assert world.trainer().fit() is Outcome.FINISHED
+    assert [line for line in world.log if line.startswith("save ") and "phase" not in line] == ["save 3", "save 6"]
+
+
+def test_votes_of_many_ranks_for_both_are_told_apart() -> None:
+    ranks = 4096
+    world = World(votes={2: ranks * VOTE_SAVE + VOTE_STOP})
+    assert world.trainer().fit() is Outcome.STOPPED
+    assert [line for line in world.log if line.startswith("save ") and "phase" not in line] == ["save 3"]
+    only_saves = World(votes={2: ranks * VOTE_SAVE})
+    assert only_saves.trainer().fit() is Outcome.FINISHED
+
+
+def test_votes_of_the_step_of_a_boundary_are_heard_there() -> None:
+    world = World(save_every=3, votes={3: VOTE_STOP})
+    assert world.trainer().fit() is Outcome.STOPPED
+    assert world.log[-1] == "callback end stopped at 3"
+    assert world.log.count("save 3") == 1
+
+
+def test_a_vote_to_stop_in_the_last_step_is_a_finished_run() -> None:
+    world = World(total=4, votes={4: VOTE_STOP})
+    assert world.trainer().fit() is Outcome.FINISHED
+
+
+def test_a_save_that_says_so_ends_the_run() -> None:
+    world = World(save_every=2, saves_succeed=False)
+    assert world.trainer().fit() is Outcome.STOPPED
+    assert world.log[-1] == "callback end stopped at 2"
+
+
+def test_a_last_save_that_failed_is_an_error_and_not_an_end() -> None:
+    world = World(last_save_is_safe=False)
+    with pytest.raises(UnsavedError, match="step 6"):
+        world.trainer().fit()
+    assert "finish" in world.log
+    assert not [line for line in world.log if line.startswith("callback end")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_nothing_is_saved_after_a_loss_that_is_no_number(value: float, at: int) -> None:
+    """At 4 and 6 a save is due: it must not happen, although the step itself has been taken."""
+    world = World(save_every=4, losses={at: value})
+    with pytest.raises(NonFiniteLoss, match=f"step {at}.*optimizer.lr"):
+        world.trainer().fit()
+    saved = [int(line.split()[1]) for line in world.log if line.startswith("save ") and "phase" not in line]
+    assert saved == [step for step in (4,) if step < at]
+    assert f"callback {at}" not in world.log
+
+
+def test_a_loader_that_fails_shows_its_own_error() -> None:
+    world = World(loader_fails_at=3)
+    with pytest.raises(OSError, match="the disk is gone"):
+        world.trainer().fit()
+    assert "finish" not in world.log
+
+
+def test_a_loader_that_ends_early_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="ended at step 2 of 6"):
+        World(loader_ends_at=3).trainer().fit()
+
+
+def test_a_run_that_is_at_its_end_takes_no_step() -> None:
+    world = World(first=6)
+    assert world.trainer().fit() is Outcome.FINISHED
+    assert not [line for line in world.log if line.startswith(("step", "save 6"))]
+
+
+def test_steps_tokens_and_sequences_are_counted_on_from_where_a_run_resumed() -> None:
+    world = World(first=2)
+    trainer = world.trainer()
+    trainer.fit()
+    assert trainer.progress == Progress(6, 100.0 + 3 + 4 + 5 + 6, 6 * SEQUENCES)
+    assert from_plain(json.loads(json.dumps(as_plain(trainer.progress)))) == trainer.progress
+    assert "step 2" not in world.log
+    assert "step 3" in world.log
+
+
+def test_the_progress_that_is_saved_is_that_of_the_step() -> None:
+    world = World(save_every=2)
+    seen: list[Progress] = []
+
+    def save(progress: Progress) -> bool:
+        seen.append(Progress(progress.step, progress.tokens, progress.drawn))
+        return True
+
+    trainer = world.trainer()
+    trainer.save = save
+    trainer.fit()
+    assert seen == [Progress(2, 3, 8), Progress(4, 10, 16), Progress(6, 21, 24)]
+
+
+def test_a_logged_row_sums_over_its_interval(tmp_path: Path) -> None:
+    """Every second step is logged, and the one with an evaluation; a mean is over tokens, not over steps."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    tracked: list[dict[str, Any]] = []
+    log = MetricsLog(
+        directory, every=2, mfu=lambda rate: 0.5, mfu_causal=lambda rate: None, memory_bytes=lambda: 7,
+        tracker=tracked.append,
+    )  # fmt: skip
+    losses = {number: float(number * number) for number in range(1, 8)}
+    World(total=7, evaluate_every=5, losses=losses).trainer(log).fit()
+    rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert rows == tracked
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 7]
+    assert [row["tokens"] for row in rows] == [3, 10, 15, 21, 28]
+    assert [row["loss"] for row in rows] == pytest.approx([5 / 3, 25 / 7, 5, 6, 7])
+    assert [row["data_wait_s"] for row in rows] == [0.5, 0.5, 0.25, 0.25, 0.25]
+    assert [row.get("val_loss") for row in rows] == [None, None, 3.0, None, 3.0]
+    assert all((row["lr"], row["mfu"], row["mfu_causal"], row["memory_bytes"]) == (LR, 0.5, None, 7) for row in rows)
+
+
+def test_a_resumed_log_is_cut_back_to_where_the_run_resumes(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+
+    def log() -> MetricsLog:
+        return MetricsLog(directory, every=1, mfu=lambda _: None, mfu_causal=lambda _: None, memory_bytes=lambda: 0)
+
+    World(total=5).trainer(log()).fit()
+    World(total=6, first=3).trainer(log()).fit()
+    rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
