@@ -242,7 +242,10 @@ ENGINES = [
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("model", "micro_size"),
-    [pytest.param(LLAMA, 2, id="untied, GQA, accumulation"), pytest.param(TIED, None, id="tied")],
+    [
+        pytest.param(LLAMA, 2, id="untied, GQA, accumulation"),
+        pytest.param(TIED, None, id="tied", marks=pytest.mark.slow),
+    ],
 )
 def test_zero_computes_what_one_process_computes(
     ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig, model: dict[str, Any], micro_size: int
@@ -254,7 +257,9 @@ def test_zero_computes_what_one_process_computes(
     assert measured[0].votes == 3.0
 
 
-@pytest.mark.parametrize("engine", [zero(2), zero(3)], ids=["zero 2", "zero 3"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param(zero(2), id="zero 2", marks=pytest.mark.slow), pytest.param(zero(3), id="zero 3")]
+)
 def test_clipping_follows_the_norm_over_all_ranks(
     ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig
 ) -> None:
@@ -264,6 +269,7 @@ def test_clipping_follows_the_norm_over_all_ranks(
     assert float(moments[0].norm()) < 0.5 * float(moments[1].norm()), "the limit made no difference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [zero(2, recompute="full"), zero(3, recompute="full")], ids=["zero 2", "zero 3"])
 def test_recompute_changes_nothing(ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig) -> None:
     assert_same(ranks.run(measure, Case(engine), ranks=2)[0], alone(Case(engine)))
@@ -278,7 +284,10 @@ BAND_GRADIENTS, BAND_NUMBERS = 6e-3, 5e-4
 """In BF16: of the norm of all gradients, and relative for losses and norms: three times what was seen."""
 
 
-@pytest.mark.parametrize("stage", range(4))
+STAGES_IN_BF16 = [pytest.param(stage, marks=[] if stage == 3 else pytest.mark.slow) for stage in range(4)]
+
+
+@pytest.mark.parametrize("stage", STAGES_IN_BF16)
 def test_bf16_stays_in_the_band_of_one_process(ranks: RankPool, alone: Callable[[Case], Measured], stage: int) -> None:
     case = Case(zero(stage), precision="bf16")
     measured, expected = ranks.run(measure, case, ranks=2)[0], alone(case)
@@ -346,9 +355,11 @@ def resume(case: Case, directory: str, refresh: bool = True) -> tuple[dict[str, 
 MOVES = [
     pytest.param(zero(3), 2, FSDPConfig(), 1, id="zero 3 dp2 to fsdp 1"),
     pytest.param(FSDPConfig(), 1, zero(3), 2, id="fsdp 1 to zero 3 dp2"),
-    pytest.param(FSDPConfig(), 2, zero(1), 3, id="fsdp 2 to zero 1 dp3"),
-    pytest.param(zero(2, offload="optimizer"), 2, zero(3), 3, id="zero 2 dp2 offload to zero 3 dp3"),
-    pytest.param(zero(0), 2, zero(2), 2, id="zero 0 dp2 to zero 2 dp2"),
+    pytest.param(FSDPConfig(), 2, zero(1), 3, id="fsdp 2 to zero 1 dp3", marks=pytest.mark.slow),
+    pytest.param(
+        zero(2, offload="optimizer"), 2, zero(3), 3, id="zero 2 dp2 offload to zero 3 dp3", marks=pytest.mark.slow
+    ),
+    pytest.param(zero(0), 2, zero(2), 2, id="zero 0 dp2 to zero 2 dp2", marks=pytest.mark.slow),
 ]
 
 
@@ -375,7 +386,7 @@ def test_the_comparisons_see_an_average_and_stale_weights(
     assert stale != pytest.approx(losses, rel=OF_NUMBERS)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES_IN_BF16[1:])
 def test_bf16_resumes_from_its_fp32_weights(ranks: RankPool, tmp_path: Path, stage: int) -> None:
     case = Case(zero(stage), precision="bf16")
     saved, losses = ranks.run(save, case, str(tmp_path), ranks=2)[0]

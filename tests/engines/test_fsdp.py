@@ -164,7 +164,7 @@ def plant(fault: str, engine: FSDPEngine) -> None:
         for module in modules:
             module.set_gradient_divide_factor(float(dist.get_world_size()))
     elif fault == "a replica counts again in the norm":
-        engine._counts_in_norm = True
+        engine._counted = set(engine._parameters)
     elif fault == "each pass divides by its own weight":
         engine.model.forward = lambda batch: ((sums := forward(batch))[0] / sums[1], sums[1])
     else:

@@ -44,8 +44,12 @@ LAYOUTS = {
 
 
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
+IN_TEST_FSDP = ("dp2", "hsdp2x2")
+"""Layouts whose fast tests are tests/engines/test_fsdp.py's."""
 EACH_LAYOUT_ONCE = [
-    (list(MODELS)[index % len(MODELS)], layout) for index, layout in enumerate(LAYOUTS) if "compiled" not in layout
+    (list(MODELS)[index % len(MODELS)], layout)
+    for index, layout in enumerate(LAYOUTS)
+    if "compiled" not in layout and layout not in IN_TEST_FSDP
 ]
 
 
