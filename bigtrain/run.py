@@ -24,7 +24,7 @@ from bigtrain import storage
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.config import BatchSize, Duration, Section, UserError, load, nearest, yaml_file
 from bigtrain.data.config import DataConfig, StreamingConfig
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
 from bigtrain.jobs.config import JobConfig
 from bigtrain.models.config import ModelConfig, families, family, preset, presets
 from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
@@ -90,7 +90,7 @@ class RunConfig(Section):
     streaming: StreamingConfig = StreamingConfig()
     """How shards are read."""
 
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = FSDPConfig()
     """Who executes a step."""
 
     layout: LayoutConfig = LayoutConfig()
@@ -184,6 +184,7 @@ def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batc
     """The part of a config that makes its identity: data and source by content, no duration where that may grow."""
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
+    what["model"] = {**what["model"], **config.model.fingerprint()}
     what["data"] = {**what["data"], **fingerprints}
     what["batch"] = {"sequences": batch_sequences}
     what["init"] = {"source": config.init.hash, "state": config.init.state}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.commit import PhaseHook
+from bigtrain.checkpoint.flat import FlatPart, first_element
 from bigtrain.checkpoint.manifest import FileRecord
 from bigtrain.checkpoint.ranks import Ranks
 from bigtrain.storage import fsync_directory, fsync_file, hash_file
@@ -34,7 +34,9 @@ def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of each tensor that this rank holds, sharing memory; without those on meshes it is not in."""
     local = {}
     for name, tensor in state.items():
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, FlatPart):
+            local[name] = tensor.local
+        elif isinstance(tensor, DTensor):
             if tensor.device_mesh.get_coordinate() is None:
                 continue
             local[name] = tensor.to_local().detach()
@@ -50,6 +52,9 @@ def plan_items(state: Mapping[str, Tensor]) -> list[WriteItem]:
     """
     items = []
     for name, tensor in state.items():
+        if isinstance(tensor, FlatPart):
+            items += tensor.__create_write_items__(name, tensor)
+            continue
         kind = WriteItemType.TENSOR
         chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.size())
         if isinstance(tensor, DTensor):
@@ -77,13 +82,29 @@ class _StagedPlanner(DefaultSavePlanner):
     def __init__(self, items: list[WriteItem], local: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._items, self._local = items, local
+        self._begin: dict[str, int] = {}
+        for item in items:
+            place = _first_element(item)
+            self._begin[item.index.fqn] = min(place, self._begin.get(item.index.fqn, place))
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(list(self._items))
         return self.plan
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._local[index.fqn]
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        local = self._local[write_item.index.fqn]
+        sizes = write_item.tensor_data.chunk.sizes  # type: ignore[union-attr]
+        if local.shape == sizes:
+            return local
+        # A run of elements, of which this item is one of the rectangles that it is cut into.
+        start = _first_element(write_item) - self._begin[write_item.index.fqn]
+        return local.narrow(0, start, sizes.numel()).view(sizes)
+
+
+def _first_element(item: WriteItem) -> int:
+    data = item.tensor_data
+    assert data is not None
+    return first_element(tuple(data.size), tuple(data.chunk.offsets))
 
 
 class _Writer(FileSystemWriter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -82,4 +82,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back process groups and devices."""
+        ...
+
+
+@runtime_checkable
+class Reloaded(Protocol):
+    """An engine that computes with copies of what its `state` shows."""
+
+    def state_loaded(self) -> None:
+        """Take over what has been loaded into `state`. Collective; to be called after each load."""
         ...

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.models.config import ModelConfig
 from bigtrain.optim.config import OptimizerConfig
-from bigtrain.parallel.apply import build_parallel_model
-from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.apply import ParallelModel, build_parallel_model
+from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.tensor import sum_gradients
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,26 +33,33 @@ class FSDPEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ParallelModel,
         optimizer: torch.optim.Optimizer,
         *,
         clip: float | None,
         seed: int,
         device: torch.device,
+        sizes: Mesh | None = None,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        self.model: Any = model
+        """Args:
+        sizes, mesh: The axes over all ranks; neither where this process is alone.
+        """
+        sizes = sizes or Mesh()
+        self.model: Any = model.module
         self.optimizer = optimizer
         self.device = device
         self._clip = clip
         self._seed = seed
         self._mesh = mesh
-        self._rank = dist.get_rank() if mesh is not None else 0
-        self.data_parallel_rank = self._rank
-        self.data_parallel_size = mesh.size() if mesh is not None else 1
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # A replica's shard counts once in the norm, on the first of its copies.
-        self._counts_in_norm = mesh is None or mesh["dp_replicate"].get_local_rank() == 0
+        rank = dist.get_rank() if mesh is not None else 0
+        self.data_parallel_rank = sizes.data_parallel_rank(rank)
+        self.data_parallel_size = sizes.data_parallel
+        self._counts_loss = sizes.counts_loss(rank)
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self._parameters = [parameter for _, parameter in named]
+        self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
+        self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
 
     @classmethod
     def build(
@@ -59,7 +68,7 @@ class FSDPEngine:
         vocab_size: int,
         optimizer: OptimizerConfig,
         *,
-        engine: EngineConfig,
+        engine: FSDPConfig,
         layout: LayoutConfig,
         precision: Precision,
         seed: int,
@@ -68,23 +77,32 @@ class FSDPEngine:
         """Everything from the config's sections: device, mesh, model with its initial weights, optimizer."""
         device = pick_device(ranks.local_rank)
         set_determinism(engine, device)
-        _, mesh = build_mesh(layout, ranks, device)
+        sizes, mesh = build_mesh(layout, ranks, device)
         built = build_parallel_model(
-            model, vocab_size, mesh=mesh, device=device, compute_dtype=COMPUTE_DTYPES[precision], seed=seed
+            model,
+            vocab_size,
+            layout=layout,
+            mesh=mesh,
+            device=device,
+            compute_dtype=COMPUTE_DTYPES[precision],
+            seed=seed,
+            recompute=engine.recompute,
+            compile_blocks=engine.compile,
         )
         return cls(
             built,
-            optimizer.build(built.named_parameters()),
+            optimizer.build(built.module.named_parameters()),
             clip=optimizer.clip,
             seed=seed,
             device=device,
+            sizes=sizes,
             mesh=mesh,
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
         sums = self.backward(step, micro_batches)
-        numbers = self._reduce_and_scale(sums, vote)
+        numbers = self.reduce_and_scale(sums, vote)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
@@ -104,19 +122,23 @@ class FSDPEngine:
             loss, weight = self.model(self._to_device(arrays))
             loss.backward()
             sums += torch.stack([loss.detach(), weight]).double()
+        if self._tensor_partial and self._mesh is not None:
+            sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
         return sums
 
-    def _reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
+    def reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
             float64 (loss, weight, gradient norm, votes), equal on all ranks.
         """
-        gradients = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
-        gradients = [gradient for gradient in gradients if gradient.numel()]
+        gradients = _gradients(self._parameters)
+        counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
         square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if gradients and self._counts_in_norm:
-            square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        if counted:
+            square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        if not self._counts_loss:
+            sums = torch.zeros_like(sums)
         vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
         if self._mesh is not None:
             dist.all_reduce(vector)
@@ -138,10 +160,11 @@ class FSDPEngine:
             for arrays in micro_batches:
                 loss, weight = self.model(self._to_device(arrays))
                 sums += torch.stack([loss, weight]).double()
-        if self._mesh is not None:
+        if isinstance(self.model, FSDPModule):
             # Without a backward pass FSDP keeps the root's parameters gathered: `state` wants the shards.
             self.model.reshard()
-            dist.all_reduce(sums)
+        if self._mesh is not None:
+            dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum
 
@@ -169,7 +192,8 @@ class FSDPEngine:
 
     def _reseed(self, step: int) -> None:
         """Make torch's own generator a function of the step, for models that draw from it: nothing to save."""
-        digest = hashlib.blake2b(f"{self._seed}/{step}/{self._rank}".encode(), digest_size=8).digest()
+        text = f"{self._seed}/{step}/{self.data_parallel_rank}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -183,5 +207,17 @@ def set_determinism(engine: EngineConfig, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def counts_in_norm(parameter: Tensor) -> bool:
+    """Whether this rank's part of a parameter is the copy that counts: the first one on each axis that has copies."""
+    if not isinstance(parameter, DTensor):
+        return True
+    place = parameter.device_mesh.get_coordinate()
+    assert place is not None  # a rank has no parameters of meshes that it is not in
+    return all(at == 0 for at, placement in zip(place, parameter.placements, strict=True) if placement.is_replicate())
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of gradients that lie on this rank, without the empty ones."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [gradient for gradient in local if gradient.numel()]

@@ -35,6 +35,9 @@ class ModelConfig(Section):
     data_kind: ClassVar[DataKind] = "tokens"
     """The kind of data that the family learns from."""
 
+    keeps_contract: ClassVar[bool] = True
+    """Whether what it builds is a `contract.Model`; models of transformers are not."""
+
     takes_documents: ClassVar[bool] = False
     """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
 
@@ -55,6 +58,21 @@ class ModelConfig(Section):
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
         """Height, width and channels of the images that the model takes; None where any sample fits."""
+        return None
+
+    def check_source(self, vocab_size: int) -> None:
+        """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.
+
+        Raises:
+            UserError: What does not fit, and what would.
+        """
+
+    def fingerprint(self) -> dict[str, str]:
+        """Keys of the section that name a file, and the hash of what they name: a run's identity is by content."""
+        return {}
+
+    def tensor_parallel_sizes(self) -> dict[str, int] | None:
+        """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""
         return None
 
     def build(self, vocab_size: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,14 @@ Init = Normal | Zeros | Ones
 """How a parameter's first values are drawn."""
 
 
+TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
+"""How a parameter lies on the ranks that share each matrix.
+
+column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
+vocab: the rows of an embedding or head are. sequence: whole on each rank, and applied to the residual stream, of which
+each rank may hold a slice. heads: whole on each rank, and applied to the rank's own heads."""
+
+
 class Model(Protocol):
     """An nn.Module: parameters stored in FP32, matmuls and residual stream in `compute_dtype`."""
 
@@ -60,6 +68,14 @@ class Model(Protocol):
 
     def initialisers(self) -> dict[str, Init]:
         """How each parameter, by its qualified name, is initialised; a tied one under its first name."""
+        ...
+
+
+class Splittable(Model, Protocol):
+    """A model whose matrices several ranks can share."""
+
+    def tensor_plan(self) -> dict[str, TensorRole]:
+        """How each parameter lies, by patterns over qualified names; the first that matches counts."""
         ...
 
 

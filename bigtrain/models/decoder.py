@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, TensorRole, Zeros
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.models.layers import (
     MLP,
@@ -23,6 +24,7 @@ from bigtrain.models.layers import (
     RMSNorm,
     SwiGLU,
     document_mask,
+    local,
     rotary_frequencies,
     rotary_table,
 )
@@ -49,6 +51,8 @@ class Shared:
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     keys: Tensor | None
+    first_position: int = 0
+    """Where the slice of the sequence begins that the residual stream holds."""
 
 
 class Block(nn.Module):
@@ -76,11 +80,31 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.mlp_norm(x)), shared, 2 * self.layer + 2)
 
     def _drop(self, branch: Tensor, shared: Shared, site: int) -> Tensor:
-        return dropout(branch, self.dropout, shared.keys, site, self.training)
+        first = shared.first_position
+        return dropout(branch, self.dropout, shared.keys, site, self.training, first_position=first)
+
+
+class SharedMatrices(Protocol):
+    """What the model asks of the ranks that share its matrices: `parallel.tensor.TensorGroup`."""
+
+    def positions(self, count: int) -> slice:
+        """The positions of a sequence of `count` that this rank's residual stream holds."""
+        ...
+
+    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> Tensor:
+        """The sum of cross-entropies of the whole sequence, from this rank's slice and its part of the head's rows."""
+        ...
+
+    def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
+        """The logits of the whole sequence, likewise."""
+        ...
 
 
 class DecoderModel(nn.Module):
-    """A decoder-only transformer (`contract.Decoder`)."""
+    """A decoder-only transformer (`contract.Decoder`, `contract.Splittable`)."""
+
+    tensor: SharedMatrices | None = None
+    """Set where ranks share the matrices."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -102,27 +126,36 @@ class DecoderModel(nn.Module):
                 documents and positions (B, C) where sequences hold several documents.
         """
         hidden = self.hidden(batch)
-        loss = chunked_cross_entropy(hidden, self.output_weight, batch["targets"], batch["weights"])
-        return LossSum(loss, batch["weights"].sum())
+        head, targets, weights = local(self.output_weight), batch["targets"], batch["weights"]
+        if self.tensor is None:
+            loss = chunked_cross_entropy(hidden, head, targets, weights)
+        else:
+            loss = self.tensor.loss(hidden, head, self.embedding.num_embeddings, targets, weights)
+        return LossSum(loss, weights.sum())
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
-        hidden = self.hidden(batch)
-        return F.linear(hidden, self.output_weight.to(hidden.dtype))[..., : self.vocab_size].float()
+        hidden, head = self.hidden(batch), local(self.output_weight)
+        if self.tensor is None:
+            logits = F.linear(hidden, head.to(hidden.dtype))
+        else:
+            logits = self.tensor.logits(hidden, head, self.embedding.num_embeddings)
+        return logits[..., : self.vocab_size].float()
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The normalised residual stream (B, C, W) that the head reads, in `compute_dtype`."""
+        """The normalised residual stream (B, C, W) that the head reads, or this rank's slice, in `compute_dtype`."""
         tokens, keys = batch["tokens"], batch.get("keys")
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        mine = slice(0, None) if self.tensor is None else self.tensor.positions(tokens.shape[1])
         x = self.embedding(tokens).to(self.compute_dtype)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions).to(self.compute_dtype)
-        x = dropout(x, self.config.dropout, keys, 0, self.training)
+            x = x + self.position_embedding(positions[..., mine]).to(self.compute_dtype)
+        x = dropout(x, self.config.dropout, keys, 0, self.training, first_position=mine.start)
         documents = batch.get("documents")
         mask = None if documents is None else document_mask(documents)
-        shared = Shared(self._rotary(positions), mask, keys)
+        shared = Shared(self._rotary(positions), mask, keys, mine.start)
         for layer in self.layers:
             x = layer(x, shared)
         hidden: Tensor = self.norm(x)
@@ -136,6 +169,23 @@ class DecoderModel(nn.Module):
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The transformer blocks, in order."""
         return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+
+    def tensor_plan(self) -> dict[str, TensorRole]:
+        """Heads, the MLP's channels and the vocabulary are split; all else is whole."""
+        return {
+            "embedding.weight": "vocab",
+            "head.weight": "vocab",
+            "layers.*.attention.query.*": "column",
+            "layers.*.attention.key.*": "column",
+            "layers.*.attention.value.*": "column",
+            "layers.*.attention.query_norm.*": "heads",
+            "layers.*.attention.key_norm.*": "heads",
+            "layers.*.attention.output.weight": "row",
+            "layers.*.mlp.gate.*": "column",
+            "layers.*.mlp.up.*": "column",
+            "layers.*.mlp.down.weight": "row",
+            "*": "sequence",
+        }
 
     def initialisers(self) -> dict[str, Init]:
         """GPT-2's rule, which serves Llama shapes too.

@@ -123,6 +123,10 @@ class DecoderConfig(ModelConfig):
         """Rows of the token embedding."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """Heads stay whole, and all queries of a key's group with it."""
+        return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
+
     def build(self, vocab_size: int) -> DecoderModel:
         """The decoder on torch's current default device; its values are not yet drawn."""
         from bigtrain.models.decoder import DecoderModel

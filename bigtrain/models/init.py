@@ -7,6 +7,8 @@ draws only the blocks that its shard overlaps, and any sharding yields the same 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,8 +20,22 @@ from bigtrain.models.contract import Init, Model, Normal, Ones
 ROWS_PER_BLOCK = 256
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+@dataclass(frozen=True)
+class Part:
+    """Which part of a parameter a plain tensor is, where the rest lies on other ranks."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    offset: tuple[int, ...]
+    """Where the part begins in it."""
+    local_shape: tuple[int, ...]
+
+
+def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Give every parameter of a `contract.Model` its first value, in place; plain tensors and DTensors.
+
+    Args:
+        parts: The plain tensors, by qualified name, that are parts of larger ones.
 
     Raises:
         ValueError: A parameter without a rule, or a rule without a parameter.
@@ -32,8 +48,11 @@ def initialise(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             local, offset = _local(parameter)
+            shape = tuple(parameter.shape)
+            if parts and name in parts and not isinstance(parameter, DTensor):
+                shape, offset = parts[name].shape, parts[name].offset
             if isinstance(rules[name], Normal):
-                _fill_normal(local, offset, tuple(parameter.shape), rules[name], seed, name)
+                _fill_normal(local, offset, shape, rules[name], seed, name)
             else:
                 local.fill_(1.0 if isinstance(rules[name], Ones) else 0.0)
 

@@ -1,34 +1,62 @@
 """The parts of a transformer.
 
 Parameters are stored in FP32. Every layer casts its weights to the dtype of its input (`weight.to(x.dtype)`),
-which costs nothing in FP32 and where FSDP has cast them already, so one code serves every precision.
+which costs nothing in FP32 and where FSDP has cast them already, so one code serves every precision. They compute on
+the part of a weight that lies on this rank (`local`); what is exchanged between ranks that share a weight goes through
+`enter` and `leave`, which `parallel.tensor` sets and which are None otherwise.
 Shapes: B sequences, C tokens, W width, H heads, D width of a head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from bigtrain.models.decoder_config import RopeScaling
 
 
+Exchange = Callable[[Tensor], Tensor]
+"""An exchange of activations (B, C, ...) between ranks."""
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies on this rank: all of it, unless ranks share it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """An optional parameter in the dtype of `x`."""
-    return None if parameter is None else parameter.to(x.dtype)
+    return None if parameter is None else local(parameter).to(x.dtype)
+
+
+class Branch(nn.Module):
+    """A module that takes the residual stream (B, C, W) and gives what is added to it."""
+
+    enter: Exchange | None = None
+    """From this rank's part of the stream to what its columns take; once for all layers that read it."""
 
 
 class Linear(nn.Linear):
     """x (..., in) -> (..., out), with the matmul in the dtype of x."""
 
+    leave: Exchange | None = None
+    """Where ranks share the inputs: from this rank's part of the product to the sum."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x))
+        weight = local(self.weight).to(x.dtype)
+        if self.leave is None:
+            return F.linear(x, weight, cast(self.bias, x))
+        total = self.leave(F.linear(x, weight))
+        bias = cast(self.bias, x)
+        return total if bias is None else total + bias
 
     def reset_parameters(self) -> None:
         """Nothing: `init.initialise` draws the values."""
@@ -37,6 +65,11 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """Indices (...) -> rows of the table (..., width), on a CPU in FP32 at least, else in the table's dtype."""
 
+    first_row: int = 0
+    """Where this rank's part of the rows begins."""
+    leave: Exchange | None = None
+    """Where ranks share the rows: from the rows found on this rank, zeros elsewhere, to the sum."""
+
     def forward(self, indices: Tensor) -> Tensor:
         """Look the rows up.
 
@@ -44,9 +77,15 @@ class Embedding(nn.Embedding):
         it in the table's: in BF16, where FSDP has cast the table, a frequent token's would stop growing (measured: 6 %
         off for 4,096 tokens of a vocabulary of 61, against 0.3 %).
         """
-        if self.weight.device.type != "cpu":
-            return F.embedding(indices, self.weight)
-        return F.embedding(indices, self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)))
+        table = local(self.weight)
+        if table.device.type == "cpu":
+            table = table.to(torch.promote_types(table.dtype, torch.float32))
+        if self.leave is None:
+            return F.embedding(indices, table)
+        own = indices - self.first_row
+        foreign = (own < 0) | (own >= table.shape[0])
+        rows = F.embedding(own.masked_fill(foreign, 0), table)
+        return self.leave(rows.masked_fill(foreign[..., None], 0.0))
 
     def reset_parameters(self) -> None:
         """Nothing: `init.initialise` draws the values."""
@@ -62,7 +101,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; the result has its dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, cast(self.weight, x), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -76,7 +115,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; the result has its dtype."""
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x), self.eps)
+        return F.layer_norm(x, self.weight.shape, cast(self.weight, x), cast(self.bias, x), self.eps)
 
 
 def rotary_frequencies(head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
@@ -118,7 +157,7 @@ def document_mask(documents: Tensor) -> Tensor:
     return same.tril()[:, None]
 
 
-class Attention(nn.Module):
+class Attention(Branch):
     """Multi-head attention with `kv_heads` shared by groups of query heads (Ainslie et al. 2023)."""
 
     def __init__(
@@ -150,6 +189,8 @@ class Attention(nn.Module):
             rotary: A `rotary_table` that fits (B, C, H, D), or None for no rotation.
             mask: Boolean (B, 1, C, C), true where attention is allowed; it replaces the causal mask.
         """
+        if self.enter is not None:
+            x = self.enter(x)
         split = (-1, self.head_width)
         query, key, value = (layer(x).unflatten(-1, split) for layer in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
@@ -168,7 +209,7 @@ class Attention(nn.Module):
         return output
 
 
-class MLP(nn.Module):
+class MLP(Branch):
     """up, activation, down; x (..., W) -> (..., W)."""
 
     def __init__(self, width: int, hidden_width: int, activation: str = "gelu", *, bias: bool = False) -> None:
@@ -179,6 +220,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
+        if self.enter is not None:
+            x = self.enter(x)
         hidden = self.up(x)
         if self.activation == "relu":
             hidden = F.relu(hidden)
@@ -188,7 +231,7 @@ class MLP(nn.Module):
         return output
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Branch):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020); x (..., W) -> (..., W)."""
 
     def __init__(self, width: int, hidden_width: int, *, bias: bool = False) -> None:
@@ -199,5 +242,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
+        if self.enter is not None:
+            x = self.enter(x)
         output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 CPU_CHUNK_LOGITS = 1 << 24
@@ -14,6 +16,38 @@ GPU_CHUNK_LOGITS = 1 << 28
 MIN_CHUNK_TOKENS = 256
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The rows of a head that lie on this rank, where the ranks of a group share them."""
+
+    group: dist.ProcessGroup
+    first_row: int
+
+    def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The softmax over the rows of all ranks.
+
+        Args:
+            logits: (T, V), of this rank's rows; overwritten.
+            targets: int64 (T, 1), among the rows of all ranks.
+
+        Returns:
+            The log probabilities of this rank's rows (T, V); then, each (T, 1): that of the target, log Z, the target's
+            row on this rank (any, where it lies elsewhere), and 1 where it lies here, 0 elsewhere.
+        """
+        highest = logits.amax(dim=1, keepdim=True)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        own = targets - self.first_row
+        here = (own >= 0) & (own < logits.shape[1])
+        own = own.masked_fill(~here, 0)
+        hits = here.to(logits.dtype)
+        logits -= highest
+        sums = torch.cat((logits.exp().sum(dim=1, keepdim=True), logits.gather(1, own) * hits), dim=1)
+        dist.all_reduce(sums, group=self.group)
+        log_total = sums[:, :1].log()
+        logits -= log_total
+        return logits, sums[:, 1:] - log_total, log_total + highest, own, hits
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -21,6 +55,7 @@ def chunked_cross_entropy(
     weights: Tensor,
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """The weighted sum of cross-entropies of `targets` under the logits `hidden @ weight.T`, in nats.
 
@@ -36,15 +71,18 @@ def chunked_cross_entropy(
         weights: (...), the factor of each token's loss.
         chunk_tokens: Tokens of one chunk; None chooses by device and V.
         z_loss: Factor of log(Z)^2, added to each token's loss (Chowdhery et al. 2022, section 5).
+        part: Which rows of a larger matrix `weight` is, where ranks share it; `targets` count in the larger one.
 
     Returns:
-        Scalar in FP32 (FP64 for FP64). Its backward pass can run once.
+        Scalar in FP32 (FP64 for FP64), equal on all ranks. Its backward pass can run once; it gives this rank's rows
+        of the gradient of `weight`, and for `hidden` what these rows add to it: the sum over the ranks is the gradient.
     """
     if chunk_tokens is None:
         logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
         chunk_tokens = max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, chunk_tokens, z_loss, needs_gradient)
+    options = chunk_tokens, z_loss, part, needs_gradient
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, *options)
     return loss
 
 
@@ -58,6 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         chunk_tokens: int,
         z_loss: float,
+        part: VocabularyPart | None,
         needs_gradient: bool,
     ) -> Tensor:
         matrix = weight.to(hidden.dtype)
@@ -70,12 +109,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, flat.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             rows, index, factors = flat[chunk], flat_targets[chunk], flat_weights[chunk]
-            log_probs = torch.log_softmax(rows @ matrix.t(), dim=1, dtype=exact)
-            picked = log_probs.gather(1, index)
+            if part is None:
+                log_probs = torch.log_softmax(rows @ matrix.t(), dim=1, dtype=exact)
+                picked, hits = log_probs.gather(1, index), log_probs.new_ones(()).expand(index.shape)
+                if z_loss:
+                    # log Z = (any one logit) - (its log probability)
+                    log_z = (rows * matrix[index[:, 0]]).sum(1, keepdim=True, dtype=exact) - picked
+            else:
+                log_probs, picked, log_z, index, hits = part.log_softmax((rows @ matrix.t()).to(exact), index)
             losses = -picked
             if z_loss:
-                # log Z = (any one logit) - (its log probability)
-                log_z = (rows * matrix[index[:, 0]]).sum(1, keepdim=True, dtype=exact) - picked
                 losses = losses + z_loss * log_z.square()
             loss += (losses * factors).sum()
             if hidden_grad is None:
@@ -83,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logit_grad = log_probs.exp_()
             if z_loss:
                 logit_grad *= 1 + 2 * z_loss * log_z
-            logit_grad.scatter_add_(1, index, logit_grad.new_full((), -1.0).expand(index.shape))
+            logit_grad.scatter_add_(1, index, -hits)
             logit_grad = logit_grad.to(hidden.dtype)
             # The factors go to the narrow side of both products: W columns, not V.
             factors = factors.to(hidden.dtype)
@@ -109,4 +152,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         shape, weight_dtype = ctx.shapes
         hidden_grad = hidden_grad.mul_(grad).view(shape)
         weight_grad = None if weight_grad is None else weight_grad.mul_(grad).to(weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None

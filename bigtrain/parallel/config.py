@@ -2,39 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 from pydantic import field_validator
 
 from bigtrain.config import Count, Section
 
+if TYPE_CHECKING:
+    from bigtrain.models.config import ModelConfig
+
+Size = Annotated[Count, Ge(1)]
+
 
 @dataclass(frozen=True)
 class Mesh:
     """Sizes of the named axes of a job, outermost first; their product is the world size."""
 
-    dp_replicate: int
-    dp_shard: int
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return math.prod(asdict(self).values())
 
     @property
     def data_parallel(self) -> int:
         """Ranks that consume different sequences."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def gradient_parallel(self) -> int:
+        """Ranks over which a stage's gradients are summed: those of different sequences, or parts of sequences."""
+        return self.data_parallel * self.cp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a rank stands on each axis; tp varies fastest."""
+        places = {}
+        for axis, size in reversed(asdict(self).items()):
+            rank, places[axis] = divmod(rank, size)
+        return places
+
+    def data_parallel_rank(self, rank: int) -> int:
+        """Which part of the batch a rank reads: one for all ranks that differ in pp, cp and tp alone."""
+        places = self.coordinates(rank)
+        return places["dp_replicate"] * self.dp_shard + places["dp_shard"]
+
+    def counts_loss(self, rank: int) -> bool:
+        """Whether a rank's sum of losses is added up: the last stage has it, and the ranks of a tp group the same."""
+        places = self.coordinates(rank)
+        return places["tp"] == 0 and places["pp"] == self.pp - 1
+
 
 class LayoutConfig(Section):
     """How the model and the batch lie on the ranks."""
 
-    dp_replicate: Annotated[Count, Ge(1)] = 1
+    dp_replicate: Size = 1
     """Copies of the sharded model (HSDP above 1)."""
 
     dp_shard: Count = -1
     """Ranks that share one copy of parameters, gradients and optimizer; -1: all that are left."""
 
-    micro_size: Annotated[Count, Ge(1)] | None = None
+    cp: Size = 1
+    """Ranks that share the tokens of a sequence: 1 so far."""
+
+    pp: Size = 1
+    """Stages of consecutive layers: 1 so far."""
+
+    tp: Size = 1
+    """Ranks that share each matrix (Shoeybi et al. 2019); they exchange activations, so keep them inside a node."""
+
+    micro_size: Size | None = None
     """Sequences a rank takes in one pass, at most; null: its whole share of the batch."""
+
+    sequence_parallel: bool = True
+    """Whether norms, dropout and the residual stream are shared over tp too, along the sequence (Korthikanti et al.
+    2022)."""
+
+    loss_parallel: bool = True
+    """Whether the head and its logits stay shared over tp in the loss; false: each rank gathers the head."""
 
     @field_validator("dp_shard")
     @classmethod
@@ -43,17 +95,71 @@ class LayoutConfig(Section):
             raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
         return value
 
+    @field_validator("cp", "pp")
+    @classmethod
+    def _is_not_there_yet(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"{value} is not supported: it must be 1; dp_shard, dp_replicate and tp take more ranks")
+        return value
+
     def mesh(self, world_size: int) -> Mesh:
         """The sizes of the axes on `world_size` ranks.
 
         Raises:
             ValueError: The axes do not multiply to the world size.
         """
-        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
-        if shard * self.dp_replicate != world_size:
-            fits = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        fixed = {"dp_replicate": self.dp_replicate, "tp": self.tp, "cp": self.cp, "pp": self.pp}
+        taken = math.prod(fixed.values())
+        shard = world_size // taken if self.dp_shard == -1 else self.dp_shard
+        if shard * taken == world_size:
+            return Mesh(dp_shard=shard, **fixed)
+        given = {"dp_shard": self.dp_shard} | {axis: size for axis, size in fixed.items() if size > 1}
+        axis = max(fixed, key=lambda name: fixed[name])
+        others = taken // fixed[axis]
+        sizes = _divisors(world_size // others) if world_size % others == 0 else []
+        advice = f"with dp_shard -1, {axis} may be {_listed(sizes)}" if sizes else "lower one of them"
+        product = " x ".join(f"{name} {size}" for name, size in given.items())
+        raise ValueError(f"layout {product} does not make {world_size} ranks; {advice}")
+
+    def check(self, model: ModelConfig, outputs: int) -> None:
+        """Refuse what the model cannot do at this layout.
+
+        Args:
+            outputs: Entries of the vocabulary, or classes.
+
+        Raises:
+            ValueError: Naming the sizes that would work.
+        """
+        if self.tp == 1:
+            return
+        sizes = model.tensor_parallel_sizes()
+        if sizes is None:
+            raise ValueError(f"layout.tp is {self.tp}, and a model of arch '{model.arch}' has no tensor plan: use tp 1")
+        whole = math.gcd(*sizes.values())
+        fits = [tp for tp in _divisors(whole) if _rows_for_all(outputs, tp)]
+        wrong = [f"model.{name} {size}" for name, size in sizes.items() if size % self.tp]
+        if wrong:
+            raise ValueError(f"layout.tp {self.tp} does not divide {' and '.join(wrong)}; tp may be {_listed(fits)}")
+        if not _rows_for_all(outputs, self.tp):
             raise ValueError(
-                f"layout dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} does not make {world_size} ranks; "
-                f"with dp_shard -1, dp_replicate may be {', '.join(map(str, fits))}"
+                f"layout.tp {self.tp} leaves a rank without one of {outputs} rows; tp may be {_listed(fits)}"
             )
-        return Mesh(self.dp_replicate, shard)
+        if self.sequence_parallel and model.context % self.tp:
+            fits = [tp for tp in fits if model.context % tp == 0]
+            raise ValueError(
+                f"layout.tp {self.tp} does not divide model.context {model.context}; tp may be {_listed(fits)}, "
+                "or any that fits the model with layout.sequence_parallel: false"
+            )
+
+
+def _rows_for_all(rows: int, ranks: int) -> bool:
+    """Whether each rank has a row where each but the last ones takes as many as the first."""
+    return (ranks - 1) * -(-rows // ranks) < rows
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))

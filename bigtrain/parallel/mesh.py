@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
@@ -53,5 +53,20 @@ def build_mesh(layout: LayoutConfig, ranks: Ranks, device: torch.device) -> tupl
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=START_TIMEOUT)
-    axes = (sizes.dp_replicate, sizes.dp_shard)
-    return sizes, init_device_mesh(device.type, axes, mesh_dim_names=("dp_replicate", "dp_shard"))
+    axes = asdict(sizes)
+    return sizes, init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The axes over which gradients are summed and the model is sharded; None where they hold one rank.
+
+    Ranks of a cp group hold other parts of the same sequences, so they share the sharded model like dp_shard's.
+    """
+    replicas, shards, parts = (mesh[name].size() for name in ("dp_replicate", "dp_shard", "cp"))
+    if replicas * shards * parts == 1:
+        return None
+    shard = "dp_shard"
+    if parts > 1:
+        shard = "dp_shard_cp"
+        mesh["dp_shard", "cp"]._flatten(shard)
+    return mesh["dp_replicate", shard] if replicas > 1 else mesh[shard]

@@ -6,19 +6,50 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+from bigtrain.config import UserError
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard every block, then what is left, over the mesh's data-parallel axes, in place.
+    """Shard every block, then what is left, in place, over a mesh of one axis, or of replicas and shards.
 
     Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
     """
-    axes = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=axes, mp_policy=policy)
-    fully_shard(model, mesh=axes, mp_policy=policy)
+    ranks = mesh.size(mesh.ndim - 1)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return _placement(parameter, ranks)
+
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    """The dimension to shard: rows, unless tp has already split them into parts of unequal size.
+
+    How rows that are split twice, and unevenly, lie on the ranks is nothing that a DTensor can say: it would place some
+    of them on the wrong rank, in checkpoints and in initial weights.
+    """
+    if not isinstance(parameter, DTensor):
+        return Shard(0)
+    uneven = any(at.is_shard(0) and parameter.shape[0] % tp for at, tp in _axes(parameter))
+    if not uneven:
+        return Shard(0)
+    rows, width = parameter.shape
+    if width % ranks:
+        raise UserError(
+            f"tp does not divide the {rows} rows of the vocabulary, nor do {ranks} ranks the model's width {width}",
+            "layout",
+            fix="Set model.vocab_multiple to layout.tp (in a new run), or change dp_shard.",
+        )
+    return Shard(1)
+
+
+def _axes(parameter: DTensor) -> list[tuple[Placement, int]]:
+    return [(placement, parameter.device_mesh.size(axis)) for axis, placement in enumerate(parameter.placements)]

@@ -30,7 +30,7 @@ from bigtrain.data.loader import Loader, StepBatch
 from bigtrain.data.order import SampleOrder
 from bigtrain.data.pack import pack
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Heartbeat, StopRequest
@@ -192,7 +192,7 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
 def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: Clock) -> Timings:
     engine = FSDPEngine.build(
         MODEL, VOCABULARY, OPTIMIZER,
-        engine=EngineConfig(), layout=LayoutConfig(), precision=precision, seed=SEED, ranks=Ranks(0, 0, 1),
+        engine=FSDPConfig(), layout=LayoutConfig(), precision=precision, seed=SEED, ranks=Ranks(0, 0, 1),
     )  # fmt: skip
     weights = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     one, two, three = (_plain_step(weights, precision) for _ in range(3))

@@ -12,6 +12,7 @@ from typing import Any
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.data.index import ShardIndex, Verify, load_index
 from bigtrain.data.order import SampleOrder
+from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
 from bigtrain.training.boundaries import Boundaries
@@ -87,6 +88,7 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     validation = load_index(Path(config.data.validation)) if config.data.validation else None
     _check_fit(config, train, validation)
     if verify:
+        config.model.check_source(train.vocab_size)
         for index in (train, validation):
             if index is not None:
                 _check_bytes(index, config.streaming.verify)
@@ -142,6 +144,11 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
         )
     if validation is not None:
         train.require_same_tokens(validation)
+    check_support(config.engine.name, model.arch, config.layout, document_mask=config.data.document_mask)
+    try:
+        config.layout.check(model, train.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error), fix="Change 'layout'.") from None
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -38,8 +38,8 @@ def sample(
         UserError: No checkpoint, a model that writes no text, or a prompt without tokens.
     """
     config = load_config(run.config)
-    if config.model.data_kind != "tokens":
-        raise UserError(f"A model of arch '{config.model.arch}' writes no text", str(run.path))
+    if config.model.data_kind != "tokens" or not config.model.keeps_contract:
+        raise UserError(f"bigtrain cannot sample from a model of arch '{config.model.arch}'", str(run.path))
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:

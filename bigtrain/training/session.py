@@ -16,7 +16,8 @@ from bigtrain.checkpoint.loader import Found, find, load_found
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.build import build_engine
+from bigtrain.engines.contract import Reloaded
 from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
@@ -84,10 +85,11 @@ class Session:
         self.ranks = Ranks.from_environment()
         self.attempt = int(os.environ.get("BIGTRAIN_ATTEMPT", "0"))
         self._heartbeat = heartbeat
+        self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
         config = self.config
-        self.engine = FSDPEngine.build(
+        self.engine = build_engine(
             config.model,
             prepared.outputs,
             config.optimizer,
@@ -146,7 +148,7 @@ class Session:
         if found is not None:
             for warning in found.warnings:
                 self._event("fallback", step=found.step, cause=warning)
-            load_found(found, self.engine.state())
+            self._load(found, self.engine.state())
             return from_plain(found.manifest.progress)
         init = self.config.init
         if init.source is None:
@@ -167,10 +169,15 @@ class Session:
         state = self.engine.state()
         if self.config.init.state == "weights":
             weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-            load_found(found, weights, prefix="model.")
+            self._load(found, weights, prefix="model.")
             return Progress()
-        load_found(found, state)
+        self._load(found, state)
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
+
+    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "") -> None:
+        load_found(found, state, prefix=prefix)
+        if isinstance(self.engine, Reloaded):
+            self.engine.state_loaded()
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
@@ -179,7 +186,7 @@ class Session:
             self.engine.state(),
             progress=as_plain(progress),
             config_hash=storage.hash_text(yaml_file.dump(config.plain())),
-            identity=self.prepared.identity,
+            identity=self._identity,
             mesh=vars(config.layout.mesh(self.ranks.world_size)),
             lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
         )

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.data.loader import distribute
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.models.config import family
@@ -121,7 +121,7 @@ def build(case: Case) -> FSDPEngine:
         family(case.model["arch"])(**case.model, context=case.context),
         VOCABULARY,
         case.optimizer,
-        engine=EngineConfig(),
+        engine=FSDPConfig(),
         layout=LayoutConfig(dp_replicate=case.dp_replicate, micro_size=case.micro_size),
         precision=case.precision,
         seed=case.seed,
@@ -164,7 +164,7 @@ def plant(fault: str, engine: FSDPEngine) -> None:
         for module in modules:
             module.set_gradient_divide_factor(float(dist.get_world_size()))
     elif fault == "a replica counts again in the norm":
-        engine._counts_in_norm = True
+        engine._counted = set(engine._parameters)
     elif fault == "each pass divides by its own weight":
         engine.model.forward = lambda batch: ((sums := forward(batch))[0] / sums[1], sums[1])
     else:

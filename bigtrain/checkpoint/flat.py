@@ -1,0 +1,107 @@
+"""Tensors of which a rank holds a run of elements that may begin and end inside a row.
+
+ZeRO lays parameters end to end and cuts the line into equal parts, so a rank's share of a matrix is no rectangle.
+Checkpoints are made of rectangles: a run is cut into as few of them as cover it (for a matrix: the end of a row, whole
+rows, the beginning of a row), each a view of the memory that DeepSpeed itself works on. Nothing is copied or gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes inside a tensor."""
+
+
+def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
+    """The rectangles that make up elements [begin, end) of a tensor in row-major order, in that order."""
+    if begin >= end:
+        return []
+    if len(shape) <= 1:
+        return [((begin,) * len(shape), (end - begin,) * len(shape))]
+    row = math.prod(shape[1:])
+
+    def inside(index: int, first: int, last: int) -> list[Rectangle]:
+        return [((index, *offset), (1, *sizes)) for offset, sizes in rectangles(shape[1:], first, last)]
+
+    first, last = -(-begin // row), end // row
+    if first > last:
+        return inside(last, begin - last * row, end - last * row)
+    pieces = inside(first - 1, begin - (first - 1) * row, row) if begin % row else []
+    if first < last:
+        pieces.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return pieces + (inside(last, 0, end - last * row) if end % row else [])
+
+
+def first_element(shape: tuple[int, ...], offset: tuple[int, ...]) -> int:
+    """Place of an element in row-major order."""
+    place = 0
+    for size, index in zip(shape, offset, strict=True):
+        place = place * size + index
+    return place
+
+
+class FlatPart(Tensor):
+    """A tensor by its shape and dtype, of which `local` (1-D) holds the elements from `begin` on.
+
+    It takes part in no arithmetic: it stands in a state for what is saved and loaded in place, as a DTensor does, and
+    speaks the protocol by which torch.distributed.checkpoint asks for pieces.
+    """
+
+    local: Tensor
+    begin: int
+
+    @staticmethod
+    def __new__(cls, local: Tensor, begin: int, shape: torch.Size | tuple[int, ...]) -> FlatPart:
+        """Stand for a tensor of `shape`; `local` is 1-D and shares its memory with what is saved or loaded."""
+        part: FlatPart = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=local.dtype, device=local.device
+        )
+        part.local, part.begin = local.detach(), begin
+        return part
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.detach.default:
+            part = args[0]
+            return FlatPart(part.local, part.begin, part.shape)
+        raise TypeError(f"{function} on a FlatPart: it is saved and loaded, not computed with")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"FlatPart({tuple(self.shape)}, {self.begin}:{self.begin + self.local.numel()})"
+
+    def pieces(self) -> list[tuple[Rectangle, Tensor]]:
+        """Each rectangle that this rank holds, and the view of `local` with its values."""
+        cut = []
+        for offset, sizes in rectangles(tuple(self.shape), self.begin, self.begin + self.local.numel()):
+            start = first_element(tuple(self.shape), offset) - self.begin
+            cut.append(((offset, sizes), self.local.narrow(0, start, math.prod(sizes)).view(sizes)))
+        return cut
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)) for (offset, sizes), _ in self.pieces()]
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for (offset, _), view in self.pieces():
+            if index.offset is not None and tuple(index.offset) == offset:
+                return view
+        raise ValueError(f"this rank holds no piece of {index.fqn!r} at {index.offset}")

@@ -1,0 +1,93 @@
+"""What DeepSpeed is told: our settings, and the user's passthrough checked against DeepSpeed's own reading of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from bigtrain.config import UserError, nearest
+from bigtrain.engines.config import DeepSpeedConfig, Precision
+
+
+def low_precision_weights(engine: DeepSpeedConfig, precision: Precision) -> bool:
+    """Whether DeepSpeed keeps BF16 copies of the weights to compute with.
+
+    Without them the model casts each weight where it is used, as it does in one process. DeepSpeed's ZeRO 0 could only
+    accumulate gradients in BF16.
+    """
+    return precision == "bf16" and engine.zero > 0
+
+
+def deepspeed_config(engine: DeepSpeedConfig, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """The dictionary that DeepSpeed is started with.
+
+    Gradients accumulate and travel in FP32. DeepSpeed neither clips nor divides by the number of passes: the engine
+    marks the last pass of a step by hand. (With any other number of passes than 1 here, ZeRO 0 would divide by it even
+    when told not to: its hooks on the loss run in the wrong order.)
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": low_precision_weights(engine, precision)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    zero: dict[str, Any] = {"stage": engine.zero, "memory_efficient_linear": False}
+    if engine.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    extra = dict(engine.passthrough)
+    zero |= extra.pop("zero_optimization", {})
+    return {**ours, **extra, "zero_optimization": zero}
+
+
+class _Recorded(dict[str, Any]):
+    """A dictionary that remembers which keys were asked for: DeepSpeed's config names its keys nowhere else."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
+def check_passthrough(config: dict[str, Any], passthrough: dict[str, Any]) -> None:
+    """Let DeepSpeed read its config, and refuse what it does not know or take.
+
+    Raises:
+        UserError: A key that DeepSpeed never asks for, or a value that it refuses.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+
+    recorded = _Recorded(config)
+    try:
+        Theirs(recorded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"DeepSpeed refuses {key!r}: {first['msg']}", "engine.passthrough") from None
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise UserError(f"DeepSpeed refuses its config: {error}", "engine.passthrough") from None
+    for key in passthrough:
+        if key not in recorded.asked:
+            close = nearest(key, recorded.asked)
+            raise UserError(
+                f"DeepSpeed knows no key {key!r}",
+                f"engine.passthrough.{key}",
+                f"did you mean {close!r}?" if close else "see DeepSpeed's documentation of its config",
+            )

@@ -1,0 +1,114 @@
+"""Where the FP32 weights and the optimizer's state of each parameter lie inside DeepSpeed, on this rank.
+
+ZeRO 1 and 2 lay the parameters of a group end to end and give each rank an equal part of that line; ZeRO 3 gives each
+rank an equal part of every parameter and lays those end to end. Either way a rank holds a run of a parameter's
+elements, inside a flat tensor that DeepSpeed's inner optimizer works on: what is shown here are views of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.checkpoint.state import materialise_optimizer
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The run of a parameter's elements that this rank updates; empty where it updates none."""
+
+    name: str
+    shape: torch.Size
+    flat: Tensor
+    """FP32 weights of several parameters, as the inner optimizer knows them."""
+    start: int
+    """Where the run begins in `flat`."""
+    begin: int
+    """Where it begins in the parameter."""
+    length: int
+
+    def view(self, tensor: Tensor) -> FlatPart:
+        """The run, in `flat` or in the optimizer's state of it."""
+        return FlatPart(tensor.detach().narrow(0, self.start, self.length), self.begin, self.shape)
+
+
+class Partitions:
+    """The partitions of one started DeepSpeed engine, by qualified names.
+
+    Args:
+        engine: DeepSpeed's.
+        optimizer: The inner optimizer; its groups carry "names".
+        shapes: Of the whole parameters.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, shapes: dict[str, torch.Size]) -> None:
+        self._zero: Any = engine.optimizer
+        self._stage3 = engine.zero_optimization_stage() == 3
+        self._optimizer = optimizer
+        parameters = dict(engine.module.named_parameters())
+        find = self._in_stage_3 if self._stage3 else self._in_stage_1_or_2
+        self.owned = [find(name, parameters[name], shapes[name], group) for name, group in self._by_model(parameters)]
+
+    def materialise_optimizer(self) -> None:
+        """Give the optimizer the state that its first step would make; see `checkpoint.state`."""
+        if not self._stage3:
+            materialise_optimizer(self._optimizer)
+            return
+        # ZeRO 3 shows the optimizer its parts one at a time, only while it steps.
+        for index, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+            group = self._optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
+            group["params"] = [flat]
+            materialise_optimizer(self._optimizer)
+            group["params"] = []
+
+    def state(self) -> dict[str, Tensor]:
+        """As `checkpoint.state.flatten`: FP32 weights, and the optimizer's state."""
+        state: dict[str, Tensor] = {f"model.{owned.name}": owned.view(owned.flat) for owned in self.owned}
+        for owned in self.owned:
+            for key, value in self._optimizer.state.get(owned.flat, {}).items():
+                if value is None:
+                    continue
+                # Step counts: one for all that is updated together.
+                shown = owned.view(value) if value.shape == owned.flat.shape else value
+                state[f"optimizer.{owned.name}.{key}"] = shown
+        return state
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weights that compute those that `state` shows. Collective."""
+        if not self._stage3:
+            self._zero.update_lp_params()
+            return
+        zero = self._zero
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _by_model(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, int]]:
+        """Names in the model's order, each with the number of its group."""
+        groups = {name: index for index, group in enumerate(self._optimizer.param_groups) for name in group["names"]}
+        return ((name, groups[name]) for name in parameters)
+
+    def _in_stage_1_or_2(self, name: str, parameter: Any, shape: torch.Size, group: int) -> Owned:
+        (flat,) = self._optimizer.param_groups[group]["params"]
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Owned(name, shape, flat, 0, 0, 0)
+        place = mapping.hp_fragment_address
+        return Owned(name, shape, flat, place.start, mapping.lp_fragment_address.start, place.numel)
+
+    def _in_stage_3(self, name: str, parameter: Any, shape: torch.Size, group: int) -> Owned:
+        index, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        flat = self._zero.fp32_partitioned_groups_flat[index]
+        share = parameter.ds_tensor.ds_numel
+        # The last parts of a parameter may be filled up, or hold nothing else.
+        begin = min(dist.get_rank() * share, shape.numel())
+        return Owned(name, shape, flat, start, begin, min(share, shape.numel() - begin))

@@ -1,0 +1,221 @@
+"""Any language model of Hugging Face transformers, from a directory (or a name on the hub) with its weights.
+
+These models initialise themselves, so their first weights come from a file: a model that is to begin from scratch is
+made once with transformers and saved (`AutoModelForCausalLM.from_config(config).save_pretrained(PATH)`).
+They run on the engine `accelerate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import field_validator, model_validator
+
+from bigtrain.config import UserError
+from bigtrain.models.config import Flops, ModelConfig
+from bigtrain.storage import hash_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Task = Literal["causal", "masked", "seq2seq"]
+
+
+class Config(ModelConfig):
+    """A model of transformers; its shape is that of its directory."""
+
+    keeps_contract: ClassVar[bool] = False
+
+    arch: Literal["hf"] = "hf"
+    hf: str
+    """Directory with config.json and *.safetensors, or the name of a model on the hub."""
+    task: Task = "causal"
+    """causal: the next token; masked: hidden tokens; seq2seq: the second part of a sequence from its first."""
+    masked: Annotated[float, Gt(0), Lt(1)] = 0.15
+    """Share of the tokens that are hidden and learned (task masked)."""
+    mask_token: Annotated[int, Ge(0)] | None = None
+    """The token that stands for a hidden one; null: as the directory's tokenizer.json names it ([MASK] or <mask>)."""
+    source: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """Share of a sequence that the encoder reads (task seq2seq); what follows is learned."""
+    dropout: float = 0.0
+    """Only 0: see the error."""
+
+    @field_validator("hf")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        path = Path(value).expanduser()
+        return str(path.resolve()) if path.is_dir() else value
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Config:
+        if self.dropout != 0:
+            raise ValueError(
+                "dropout of a Hugging Face model is always 0: it draws from torch's generator, so its bits would "
+                "change with the layout; set dropout to 0"
+            )
+        if self.task == "seq2seq" and not 1 <= self.source_tokens < self.context:
+            raise ValueError(f"context {self.context} leaves no source or no target at source {self.source}")
+        return self
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of a sequence that the encoder reads (task seq2seq)."""
+        return round(self.source * self.context)
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where config.json and the weights are; a model named by its name on the hub is fetched once.
+
+        Raises:
+            UserError: It is neither, or has no safetensors.
+        """
+        path = Path(self.hf)
+        if not path.is_dir():
+            path = _fetch(self.hf)
+        if not (path / "config.json").is_file():
+            raise UserError(f"There is no config.json in {path}", "model.hf", "Name a directory of a saved model.")
+        if not list(path.glob("*.safetensors")):
+            raise UserError(
+                f"There are no weights (*.safetensors) in {path}",
+                "model.hf",
+                "A Hugging Face model begins from a file: AutoModel...from_config(config).save_pretrained(PATH).",
+            )
+        return path
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of the shape and the weights, wherever they lie: what `hf` means for a run's identity."""
+        files = [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]
+        listed = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
+        return {"hf": hashlib.sha256(listed.encode()).hexdigest()}
+
+    @cached_property
+    def hidden_token(self) -> int:
+        """The token that stands for a hidden one.
+
+        Raises:
+            UserError: Neither the config nor the directory says which.
+        """
+        if self.mask_token is not None:
+            return self.mask_token
+        tokenizer = self.directory / "tokenizer.json"
+        added = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"] if tokenizer.is_file() else []
+        for token in added:
+            if token["content"] in ("[MASK]", "<mask>"):
+                return int(token["id"])
+        raise UserError(
+            "The token that hides others is not known", "model.mask_token", "Set model.mask_token to its number."
+        )
+
+    @cached_property
+    def shape(self) -> PretrainedConfig:
+        """The shape as transformers reads it, with every dropout 0.
+
+        Raises:
+            UserError: transformers does not know the model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"transformers cannot read the model: {error}", str(self.directory)) from None
+        _without_dropout(config)
+        return config
+
+    def check_source(self, vocab_size: int) -> None:
+        """Refuse what the model cannot do, without building it.
+
+        Raises:
+            UserError: More tokens than it knows, a longer context than its positions, a task that is not its own.
+        """
+        config = self.shape
+        text = config.get_text_config()
+        if vocab_size > text.vocab_size:
+            raise UserError(
+                f"The data has {vocab_size} different tokens, and the model {text.vocab_size}",
+                str(self.directory),
+                "Pack the data with the tokenizer of the model.",
+            )
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions is not None and self.context > positions:
+            raise UserError(
+                f"model.context {self.context} is longer than the model's {positions} positions",
+                "model.context",
+                f"Set model.context to {positions} or less.",
+            )
+        if self.task == "masked" and self.hidden_token >= text.vocab_size:
+            raise UserError(
+                f"mask_token {self.hidden_token} is not in the vocabulary of {text.vocab_size}", "model.mask_token"
+            )
+        from bigtrain.models.hf_tasks import check_task
+
+        check_task(self, config)
+
+    def build(self, vocab_size: int) -> PreTrainedModel:
+        """The model with the weights of its directory, FP32, on the CPU.
+
+        Raises:
+            UserError: As `check_source`; or the file lacks parameters, which transformers would draw at random.
+        """
+        self.check_source(vocab_size)
+        from bigtrain.models.hf_tasks import load
+
+        return load(self)
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Exact number of parameters, a tied weight counted once."""
+        return sum(parameter.numel() for parameter in self.meta_model.parameters())
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Parameters without the tables of tokens and positions; an untied head is counted."""
+        from torch import nn
+
+        tables = {
+            id(module.weight): module.weight.numel()
+            for module in self.meta_model.modules()
+            if isinstance(module, nn.Embedding)
+        }
+        return self.parameter_count(vocab_size) - sum(tables.values())
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Matmul FLOPs a token of the sequence, by the convention of `DecoderConfig.flops_per_token`."""
+        from bigtrain.models.hf_tasks import flops
+
+        return flops(self, self.meta_model)
+
+    @cached_property
+    def meta_model(self) -> PreTrainedModel:
+        """The model without any values."""
+        import torch
+
+        from bigtrain.models.hf_tasks import auto_class
+
+        with torch.device("meta"):
+            return auto_class(self.task).from_config(self.shape)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name!r} is no directory here, and no model of that name can be had from the hub: {error}",
+            "model.hf",
+            "Name a directory with config.json and *.safetensors.",
+        ) from None
+
+
+def _without_dropout(config: Any) -> None:
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            _without_dropout(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "drop" in name:
+            setattr(config, name, 0.0)

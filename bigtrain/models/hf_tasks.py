@@ -1,0 +1,184 @@
+"""What a Hugging Face model learns from a batch of tokens, and the sum of its losses.
+
+Shapes: B sequences of C tokens; S of them are the source of a sequence-to-sequence model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bigtrain.config import UserError
+from bigtrain.models.config import Flops
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.random import keep_mask
+
+if TYPE_CHECKING:
+    from bigtrain.models.hf import Config, Task
+
+_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+_HIDING = 1
+"""The place of the draw that hides tokens, among those that `models.random` knows by number."""
+
+
+class Example(NamedTuple):
+    """A micro-batch as its task reads it."""
+
+    arguments: dict[str, Tensor]
+    """What the model is called with."""
+    targets: Tensor
+    """int64 (B, T), what its logits (B, T, V) are to name."""
+    weights: Tensor
+    """FP32 (B, T)."""
+
+
+def examples(config: Config, batch: Batch) -> Example:
+    """The task of `config` on a micro-batch of `tokens`, `targets`, `weights` (B, C) and `keys` (B,).
+
+    causal: position i names token i + 1, as the batch says.
+
+    masked: each token is hidden with probability `masked`, drawn from its sequence's key, so by no layout; all that
+    are hidden become the mask token, and they alone count (Devlin et al. 2019; that none of them need stay or turn
+    into others: Wettig et al. 2023). The batch's last target, which is no input, is not seen.
+
+    seq2seq: the encoder reads the first S tokens, the decoder names those that follow, the last target too: the
+    prefix language modelling of Raffel et al. 2020, section 3.2.3.
+
+    Raises:
+        UserError: The batch comes with masks of documents.
+    """
+    if "documents" in batch:
+        raise UserError(
+            "A Hugging Face model takes no mask of documents", "data.document_mask", "Set data.document_mask to false."
+        )
+    tokens, targets, weights = batch["tokens"], batch["targets"], batch["weights"]
+    if config.task == "causal":
+        # Padding comes last, so what counts never looks at it.
+        return Example({"input_ids": tokens}, targets, weights)
+    # Token i is the target of position i - 1 and counts as it does; the first one counts where anything does.
+    of_tokens = torch.cat([weights[:, :1], weights[:, :-1]], dim=1)
+    seen = of_tokens > 0
+    # A sequence of padding alone (a filler) looks at its first token: attention to nothing would be no number.
+    seen[:, 0] = True
+    if config.task == "masked":
+        hidden = ~keep_mask(torch.Size([*tokens.shape, 1]), config.masked, batch["keys"], _HIDING)[..., 0]
+        masked = torch.where(hidden, config.hidden_token, tokens)
+        arguments = {"input_ids": masked, "attention_mask": seen.to(torch.int64)}
+        return Example(arguments, tokens, of_tokens * hidden)
+    split = config.source_tokens
+    answers = targets[:, split - 1 :]
+    begin = torch.full_like(answers[:, :1], config.shape.decoder_start_token_id)
+    return Example(
+        {
+            "input_ids": tokens[:, :split],
+            "attention_mask": seen[:, :split].to(torch.int64),
+            "decoder_input_ids": torch.cat([begin, answers[:, :-1]], dim=1),
+        },
+        answers,
+        weights[:, split - 1 :],
+    )
+
+
+def loss_sum(model: nn.Module, example: Example) -> LossSum:
+    """Sums of losses, in nats, and of weights; transformers' own losses are means and not used."""
+    logits = model(**example.arguments, use_cache=False).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), example.targets.flatten(), reduction="none")
+    return LossSum((losses * example.weights.flatten()).sum(), example.weights.sum())
+
+
+def auto_class(task: Task) -> Any:
+    """transformers' class that knows the models of a task."""
+    return getattr(transformers, _CLASSES[task])
+
+
+def check_task(config: Config, shape: PretrainedConfig) -> None:
+    """Refuse a task that the model was not made for.
+
+    Raises:
+        UserError: transformers has no such model for the task; or one that sees the token it is to name.
+    """
+    able = [task for task in _CLASSES if type(shape) in auto_class(task)._model_mapping]  # type: ignore[arg-type]
+    if "masked" in able and "causal" in able and not getattr(shape, "is_decoder", False):
+        # An encoder that can be turned into a decoder: as it is, each token sees those after it.
+        able.remove("causal")
+    if config.task not in able:
+        raise UserError(
+            f"A model of type '{shape.model_type}' does not learn by task '{config.task}'",
+            "model.task",
+            f"Set model.task to {' or '.join(able)}." if able else "Choose a language model.",
+        )
+    if config.task == "seq2seq" and getattr(shape, "decoder_start_token_id", None) is None:
+        raise UserError(
+            "The model does not say with which token its decoder starts",
+            str(config.directory / "config.json"),
+            "Add decoder_start_token_id.",
+        )
+
+
+def load(config: Config) -> PreTrainedModel:
+    """The model with its weights in FP32, every dropout 0.
+
+    Raises:
+        UserError: The file lacks parameters.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model, info = auto_class(config.task).from_pretrained(
+        config.directory,
+        config=config.shape,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise UserError(
+            f"The weights lack {', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}, which would be random",
+            str(config.directory),
+            f"Save a model of {_CLASSES[config.task]} there.",
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def flops(config: Config, model: PreTrainedModel) -> Flops:
+    """Forward and backward matmul FLOPs a token of the sequence.
+
+    6 a matmul parameter and token that it multiplies, 12 a channel of attention and pair of tokens. Of a
+    sequence-to-sequence model a token is either source or target; cross-attention's keys and values are counted once a
+    target.
+    """
+    shape = model.config.get_text_config()
+    heads = shape.num_attention_heads
+    width = heads * (getattr(shape, "d_kv", None) or getattr(shape, "head_dim", None) or shape.hidden_size // heads)
+    context, layers = config.context, shape.num_hidden_layers
+    if config.task != "seq2seq":
+        dense = 6 * _matmul_parameters(model)
+        attention = 12 * layers * width * context
+        return Flops(dense + attention, dense + (attention // 2 if config.task == "causal" else attention))
+    source = config.source_tokens
+    target = context - source + 1
+    decoder_layers = getattr(shape, "num_decoder_layers", None) or getattr(shape, "decoder_layers", layers)
+    encoder = _matmul_parameters(model.get_encoder())
+    dense = 6 * (encoder * source + (_matmul_parameters(model) - encoder) * target)
+    crossed = 12 * width * (layers * source**2 + decoder_layers * target * source)
+    itself = 12 * width * decoder_layers * target**2
+    return Flops((dense + crossed + itself) // context, (dense + crossed + itself // 2) // context)
+
+
+def _matmul_parameters(model: nn.Module) -> int:
+    """Numbers in the matrices that are multiplied with: of linear layers, a tied head too, not of look-ups."""
+    weights = (getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding))
+    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)

@@ -1,0 +1,308 @@
+"""Tensor parallelism: each rank holds a part of every large matrix, and all of them work on the same sequences.
+
+A family's plan says for each parameter how it lies (`contract.TensorRole`). Columns enter a pair of products, rows
+leave it (Shoeybi et al. 2019), and between the pairs, under sequence parallelism, each rank holds a slice of the
+sequence (Korthikanti et al. 2022):
+
+    slice of the sequence --enter--> whole sequence, own heads or channels --leave--> slice of the sequence
+                           gather                                          sum and scatter
+
+Without sequence parallelism `enter` does nothing and `leave` sums. Modules compute on local tensors and know of ranks
+only what is set on them here, so a parameter may be stored as a DTensor, whose global shape FSDP2 and checkpoints see,
+or as a plain tensor, for engines that take no DTensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from bigtrain.models.contract import TensorRole
+from bigtrain.models.init import Part
+from bigtrain.models.layers import Branch, Embedding, Linear
+from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
+
+# Their names up to torch 2.12 give a warning from 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
+"""The dimension of a parameter that is split; those of the other roles are whole on each rank."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share each matrix, and how they share the rest."""
+
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+    loss_parallel: bool
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This one's number in the group."""
+        return self.group.rank()
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The whole sequence (B, C, ...) on the way into split columns; its gradient is summed over the ranks."""
+        if self.sequence_parallel:
+            return cast(Tensor, _Gather.apply(x, self.group))
+        return cast(Tensor, _SumGradient.apply(x, self.group))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of their parts of a product (B, C, ...); under sequence parallelism a slice of it."""
+        if self.sequence_parallel:
+            return cast(Tensor, _SumAndScatter.apply(x, self.group))
+        return cast(Tensor, _Sum.apply(x, self.group))
+
+    def positions(self, count: int) -> slice:
+        """The positions of a sequence of `count` that this rank's residual stream holds.
+
+        Raises:
+            ValueError: The ranks do not divide them.
+        """
+        if not self.sequence_parallel:
+            return slice(0, count)
+        if count % self.size:
+            raise ValueError(f"sequence parallelism over {self.size} ranks cannot share {count} positions")
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> Tensor:
+        """`loss.chunked_cross_entropy` of the whole sequence, equal on all ranks.
+
+        Args:
+            hidden: The residual stream as it lies between two pairs of products.
+            head: This rank's part of the head's rows.
+            rows: All of its rows.
+            targets, weights: (B, C), of the whole sequence.
+        """
+        if self.loss_parallel:
+            part = VocabularyPart(self.group, chunk(rows, self.size, self.rank).start)
+            return chunked_cross_entropy(self.enter(hidden), head, targets, weights, part=part)
+        whole = cast(Tensor, _GatherRows.apply(head, rows, self.group, self.sequence_parallel))
+        if not self.sequence_parallel:
+            return chunked_cross_entropy(hidden, whole, targets, weights)
+        mine = self.positions(targets.shape[1])
+        loss = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine])
+        return cast(Tensor, _Sum.apply(loss, self.group))
+
+    def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
+        """hidden @ head.T (B, C, rows) of the whole sequence, equal on all ranks; for inference."""
+        part = self.enter(hidden) @ head.to(hidden.dtype).t()
+        return _gather_rows(part.movedim(-1, 0), rows, self.group).movedim(0, -1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What each rank of a tensor-parallel model holds."""
+
+    parts: dict[str, Part]
+    """This rank's part of each parameter that is split; the others are whole."""
+
+    partial: frozenset[str]
+    """Whole parameters that met only a part of the activations: their gradients want to be summed over the ranks."""
+
+
+def split(model: nn.Module, tensor: TensorGroup, mesh: DeviceMesh | None) -> Split:
+    """Put this rank's parts in place of a model's parameters, and the exchange of activations into its modules.
+
+    Args:
+        model: On the meta device, with a `tensor_plan`.
+        mesh: The tp axis: parameters become DTensors on it. None: plain tensors, of the part's shape.
+
+    Raises:
+        ValueError: The plan leaves out a parameter, or a dimension has fewer entries than there are ranks.
+    """
+    plan = cast(Any, model).tensor_plan()
+    parts: dict[str, Part] = {}
+    partial: set[str] = set()
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for own_name, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            if parameter in replaced:
+                setattr(module, own_name, replaced[parameter])
+                continue
+            role = _role(plan, name)
+            if role == "heads" or (role == "sequence" and tensor.sequence_parallel):
+                partial.add(name)
+            dim = SPLIT_DIM.get(role)
+            if dim is not None:
+                parts[name] = _part(parameter, dim, tensor, name)
+            stored = _store(parameter, dim, parts.get(name), mesh)
+            replaced[parameter] = stored
+            setattr(module, own_name, stored)
+            if role == "row" and isinstance(module, Linear) and own_name == "weight":
+                module.leave = tensor.leave
+            if role == "vocab" and isinstance(module, Embedding):
+                module.first_row, module.leave = parts[name].offset[0], tensor.leave
+        if isinstance(module, Branch):
+            module.enter = tensor.enter
+    cast(Any, model).tensor = tensor
+    return Split(parts, frozenset(partial))
+
+
+def sum_gradients(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum partial gradients over a group, in place, in one collective."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    sums = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [total.view_as(to) for total, to in zip(sums, gradients, strict=True)])
+
+
+def sum_gradients_as_they_come(model: nn.Module, partial: Iterable[str], group: dist.ProcessGroup) -> None:
+    """Sum each partial gradient over a group in the backward pass: for engines that reduce gradients themselves."""
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    parameters = dict(model.named_parameters())
+    for name in sorted(partial):
+        parameters[name].register_hook(summed)
+
+
+def chunk(count: int, ranks: int, rank: int) -> slice:
+    """A rank's share of `count` entries: as `torch.chunk` and `Shard` deal them, the last ranks have fewer."""
+    share = -(-count // ranks)
+    return slice(min(rank * share, count), min((rank + 1) * share, count))
+
+
+def _role(plan: dict[str, TensorRole], name: str) -> TensorRole:
+    for pattern, role in plan.items():
+        if fnmatchcase(name, pattern):
+            return role
+    raise ValueError(f"the tensor plan has no pattern that matches {name}")
+
+
+def _part(parameter: Tensor, dim: int, tensor: TensorGroup, name: str) -> Part:
+    mine = chunk(parameter.shape[dim], tensor.size, tensor.rank)
+    if chunk(parameter.shape[dim], tensor.size, tensor.size - 1).start >= parameter.shape[dim]:
+        raise ValueError(f"{name} has {parameter.shape[dim]} entries to split: too few for {tensor.size} ranks")
+    offset = tuple(mine.start if at == dim else 0 for at in range(parameter.ndim))
+    shape = tuple(mine.stop - mine.start if at == dim else size for at, size in enumerate(parameter.shape))
+    return Part(tuple(parameter.shape), offset, shape)
+
+
+def _store(parameter: nn.Parameter, dim: int | None, part: Part | None, mesh: DeviceMesh | None) -> nn.Parameter:
+    """A rank's part of a parameter, its values not yet drawn."""
+    values = parameter.detach() if part is None else parameter.new_empty(part.local_shape)
+    if mesh is not None:
+        placement: Placement = Replicate() if dim is None else Shard(dim)
+        values = DTensor.from_local(
+            values, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, c, ...) of each rank -> (B, C, ...)."""
+    parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    _all_gather(parts, x.contiguous(), group=group)
+    return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)
+
+
+def _sum_and_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, C, ...) of each rank -> this rank's (B, c, ...) of their sum."""
+    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter(mine, parts.flatten(0, 1), group=group)
+    return mine
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # Not in place: autograd may hold x.
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    missing = rows - x.shape[0]
+    return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x.contiguous()
+
+
+def _gather_rows(x: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    """The parts (rows of a rank, ...) that `chunk` deals -> (rows, ...)."""
+    share = -(-rows // group.size())
+    whole = x.new_empty((group.size() * share, *x.shape[1:]))
+    _all_gather(whole, _pad_rows(x, share), group=group)
+    return whole[:rows]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_and_scatter(grad, ctx.group), None
+
+
+class _SumAndScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_and_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, group: dist.ProcessGroup, partial: bool) -> Tensor:
+        ctx.rows, ctx.own_rows, ctx.group, ctx.partial = rows, x.shape[0], group, partial
+        return _gather_rows(x, rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Gradients that each rank formed from its own tokens alone are summed; those of all tokens are equal."""
+        size = ctx.group.size()
+        if not ctx.partial:
+            return grad[chunk(ctx.rows, size, ctx.group.rank())].contiguous(), None, None, None
+        share = -(-ctx.rows // size)
+        mine = grad.new_empty((share, *grad.shape[1:]))
+        _reduce_scatter(mine, _pad_rows(grad, size * share), group=ctx.group)
+        return mine[: ctx.own_rows], None, None, None

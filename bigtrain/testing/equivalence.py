@@ -1,0 +1,253 @@
+"""Whether a layout and an engine compute what one process computes: the same *what*, another *how*.
+
+    expected = pool.run(record, what, directory, ranks=1)[0]                 # one process, the whole batch in one pass
+    found = pool.run(deviations, what, how, directory, ranks=how.ranks)      # by rank; equal on all
+    assert not found[0].faults()
+
+Each compared step starts from the recorded weights and optimizer state, since Adam amplifies rounding; besides, a run
+of its own from the same seed shows what the steps add up to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from bigtrain.data.loader import distribute
+from bigtrain.engines.config import FSDPConfig, Precision
+from bigtrain.engines.contract import MicroBatch, StepNumbers, StepResult
+from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.models.config import family
+from bigtrain.optim.config import AdamWConfig
+from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.mesh import Ranks
+
+OF_OWN, OF_ALL = 1e-5, 1e-7
+"""A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
+round otherwise, and what is a small difference of large numbers (a key's bias, which no output depends on) has the
+rounding of those, not its own."""
+OF_NUMBERS = 1e-5
+"""Relative, for losses and norms in FP32."""
+LR = 1e-3
+
+
+@dataclass(frozen=True)
+class What:
+    """What is trained. The batch has padding in its last sequences; sizes that nothing divides are the rule."""
+
+    model: dict[str, Any]
+    documents: bool = False
+    context: int = 24
+    vocabulary: int = 61
+    batch: int = 7
+    steps: int = 8
+    seed: int = 5
+    clip: float | None = 1.0
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class How:
+    """How it is run."""
+
+    ranks: int = 1
+    layout: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    micro_size: int | None = 2
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """How far a layout is from one process."""
+
+    same_start: bool
+    """Whether the initial weights are equal to the bit."""
+    gradients: dict[str, float]
+    """By parameter, the largest over the steps: norm of the difference over what is allowed."""
+    relative_gradients: dict[str, float]
+    """The same over the parameter's own norm."""
+    losses: list[float]
+    norms: list[float]
+    weights: list[float]
+    """Relative, of each compared step."""
+    free_losses: list[float]
+    """Relative, of each step of a run of its own."""
+    evaluation: float
+    """Relative, of the held-out loss at the start."""
+
+    def faults(self) -> list[str]:
+        """What is further away than allowed in FP32, in words."""
+        found = [] if self.same_start else ["the initial weights differ"]
+        found += [
+            f"gradient of {name}: {by:.3g} times what is allowed" for name, by in self.gradients.items() if not by <= 1
+        ]
+        for kind in ("losses", "norms", "weights", "free_losses"):
+            values = getattr(self, kind)
+            if not max(values) <= OF_NUMBERS:
+                found.append(f"{kind}: {max(values):.3g} at step {values.index(max(values))}")
+        if not self.evaluation <= OF_NUMBERS:
+            found.append(f"evaluation: {self.evaluation:.3g}")
+        return found
+
+
+def build(what: What, how: How) -> FSDPEngine:
+    """The engine of this rank, as a run builds it."""
+    layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
+    model = family(what.model["arch"])(**what.model, context=what.context)
+    layout.check(model, what.vocabulary)
+    return FSDPEngine.build(
+        model,
+        what.vocabulary,
+        # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
+        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6),
+        engine=FSDPConfig(**how.engine),
+        layout=layout,
+        precision=what.precision,
+        seed=what.seed,
+        ranks=Ranks.from_environment(),
+    )
+
+
+def global_batch(what: What, step: int) -> MicroBatch:
+    """The batch of a step: ragged padding and, where asked for, several documents in each sequence."""
+    rng = np.random.default_rng([what.seed, step])
+    shape = (what.batch, what.context)
+    batch: MicroBatch = {
+        "tokens": rng.integers(0, what.vocabulary, shape),
+        "targets": rng.integers(0, what.vocabulary, shape),
+        "weights": np.ones(shape, np.float32),
+        "keys": rng.integers(0, 2**62, what.batch),
+    }
+    batch["weights"][-1, what.context // 3 :] = 0
+    batch["weights"][0, what.context - 3 :] = 0
+    if what.documents:
+        begins = rng.random(shape) < 0.2
+        begins[:, 0] = True
+        places = np.broadcast_to(np.arange(what.context), shape)
+        batch["documents"] = begins.cumsum(axis=1).astype(np.int32) - 1
+        batch["positions"] = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        batch["weights"][:, :-1][begins[:, 1:]] = 0
+    return batch
+
+
+def micro_batches(what: What, step: int, rank: int, ranks: int, micro_size: int | None) -> list[MicroBatch]:
+    """The part of a data-parallel rank; fillers hold content that would show if it counted."""
+    whole = global_batch(what, step)
+    shape = distribute(what.batch, ranks, micro_size or what.batch)
+    copies = -(-shape.per_rank * ranks // what.batch)
+    filled = {name: np.concatenate([array] * copies) for name, array in whole.items()}
+    filled["weights"][what.batch :] = 0
+    slots, size = shape.slots(rank), shape.micro_batch
+    firsts = range(slots.start, slots.stop, size)
+    return [{name: array[first : first + size] for name, array in filled.items()} for first in firsts]
+
+
+def record(what: What, directory: Path) -> list[StepNumbers]:
+    """Run one process, the whole batch in one pass, and write the state before each step and its gradients."""
+    how = How(micro_size=None)
+    engine = build(what, how)
+    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, 0, 0, 1, None)]))
+    for step in range(what.steps):
+        save_file(gather(engine.state()), directory / f"state-{step}.safetensors")
+        found, gradients = compute(engine, what, how, step)
+        save_file(gradients, directory / f"gradients-{step}.safetensors")
+        numbers.append(found)
+        update(engine)
+    facts = {"numbers": torch.tensor([[n.loss, n.weight, n.gradient_norm] for n in numbers], dtype=torch.float64)}
+    facts["evaluation"] = torch.tensor(evaluation, dtype=torch.float64)
+    save_file(facts, directory / "numbers.safetensors")
+    return numbers
+
+
+def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngine], None] | None = None) -> Deviations:
+    """Compare this rank's layout with what `record` has written. Collective.
+
+    Args:
+        plant: Breaks the engine, to see that the comparison finds it.
+    """
+    engine = build(what, how)
+    if plant is not None:
+        plant(engine)
+    facts = load_file(directory / "numbers.safetensors")
+    start = load_file(directory / "state-0.safetensors")
+    same_start = all(torch.equal(value, start[name]) for name, value in gather(engine.state()).items())
+    batch = micro_batches(what, 0, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    loss, weight = engine.evaluate(iter([batch]))
+    evaluation = _off(loss / weight, float(facts["evaluation"][0] / facts["evaluation"][1]))
+    free = []
+    for step in range(what.steps):
+        batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        free.append(_off(engine.train_step(step, batch, LR).read().loss, float(facts["numbers"][step, 0])))
+    allowed: dict[str, float] = {}
+    relative: dict[str, float] = {}
+    off: list[tuple[float, ...]] = []
+    for step in range(what.steps):
+        put(engine.state(), load_file(directory / f"state-{step}.safetensors"))
+        numbers, gradients = compute(engine, what, how, step)
+        engine.optimizer.zero_grad()
+        expected = load_file(directory / f"gradients-{step}.safetensors")
+        assert gradients.keys() == expected.keys()
+        overall = math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in expected.values()))
+        for name, tensor in expected.items():
+            difference, own = float((gradients[name] - tensor).norm()), float(tensor.norm())
+            by = difference / (OF_OWN * own + OF_ALL * overall)
+            allowed[name] = max(allowed.get(name, 0.0), by) if by == by else math.inf
+            relative[name] = max(relative.get(name, 0.0), difference / own)
+        found = (numbers.loss, numbers.weight, numbers.gradient_norm)
+        off.append(
+            tuple(_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True))
+        )
+    engine.close()
+    losses, weights, norms = (list(column) for column in zip(*off, strict=True))
+    return Deviations(same_start, allowed, relative, losses, norms, weights, free, evaluation)
+
+
+def compute(engine: FSDPEngine, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
+    """A step's numbers and whole gradients of the sum of losses, the weights untouched. Collective."""
+    batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    sums = engine.backward(step, batch)
+    gradients = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
+    whole = gather({name: gradient for name, gradient in gradients.items() if gradient is not None})
+    return StepResult(engine.reduce_and_scale(sums, vote=0.0)).read(), whole
+
+
+def update(engine: FSDPEngine) -> None:
+    """What `train_step` does after `compute`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = LR * group["lr_scale"]
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+
+
+def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of whole tensors. Collective."""
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    return {name: value.detach().clone().contiguous() for name, value in whole.items()}
+
+
+def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    """Fill tensors of any layout, in place, from whole ones."""
+    assert state.keys() == whole.keys()
+    with torch.no_grad():
+        for name, value in state.items():
+            if not isinstance(value, DTensor):
+                value.copy_(whole[name])
+                continue
+            shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+            part = tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
+            value.to_local().copy_(whole[name][part])
+
+
+def _off(value: float, expected: float) -> float:
+    by = abs(value / expected - 1)
+    return by if by == by else math.inf

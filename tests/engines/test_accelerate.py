@@ -1,0 +1,491 @@
+"""The accelerate engine computes what plain transformers and torch compute, by each strategy, and resumes exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.checkpoint.loader import find, load_found
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.config import UserError
+from bigtrain.data.loader import distribute
+from bigtrain.engines.accelerate import AccelerateEngine
+from bigtrain.engines.config import AccelerateConfig, Precision
+from bigtrain.engines.contract import MicroBatch
+from bigtrain.engines.support import check_support
+from bigtrain.models.hf import Config
+from bigtrain.optim.config import AdamWConfig
+from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.mesh import Ranks
+from bigtrain.testing.ranks import RankError, RankPool
+
+VOCABULARY = 61
+CONTEXT = 16
+BATCH = 7
+"""No number of ranks divides it: there are fillers."""
+STEPS = 3
+MASK_TOKEN = 63
+
+OF_OWN, OF_ALL = 1e-5, 1e-7
+"""A gradient may differ by this share of its own norm plus this share of the norm of all."""
+OF_NUMBERS = 1e-5
+
+TASKS = {"bert": "masked", "gpt2": "causal", "llama": "causal", "qwen3": "causal", "t5": "seq2seq"}
+STRATEGIES = ("ddp", "fsdp2", "zero2")
+
+
+def make(kind: str, path: Path) -> Path:
+    """A tiny model of random weights in `path`, its dropouts as transformers sets them."""
+    import transformers as hf
+
+    torch.manual_seed(1)
+    same: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    decoder = {**same, "num_key_value_heads": 2, "intermediate_size": 48}
+    positions = {"max_position_embeddings": 32}
+    if kind == "bert":
+        model = hf.BertForMaskedLM(hf.BertConfig(**same, **positions, intermediate_size=48))
+    elif kind == "gpt2":
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+    elif kind == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**decoder, **positions))
+    elif kind == "qwen3":
+        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**decoder, **positions, head_dim=8, tie_word_embeddings=True))
+    else:
+        shape = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        model = hf.T5ForConditionalGeneration(hf.T5Config(**shape, decoder_start_token_id=0))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directories of tiny models, each made once."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: root / kind if (root / kind).exists() else make(kind, root / kind)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is run, and the settings of its steps."""
+
+    path: Path
+    strategy: Any = "ddp"
+    precision: Precision = "fp32"
+    micro_size: int | None = 2
+    clip: float | None = 0.5
+    steps: int = STEPS
+
+    @property
+    def config(self) -> Config:
+        task: Any = TASKS[self.path.name]
+        return Config(hf=str(self.path), task=task, context=CONTEXT, masked=0.3, mask_token=MASK_TOKEN)
+
+
+@dataclass
+class Measured:
+    """What a case gives on one rank; whole tensors on rank 0 alone."""
+
+    numbers: list[tuple[float, float, float]]
+    votes: list[float]
+    evaluation: tuple[float, float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def global_batch(step: int) -> MicroBatch:
+    rng = np.random.default_rng([3, step])
+    batch = {
+        "tokens": rng.integers(0, VOCABULARY, (BATCH, CONTEXT)),
+        "targets": rng.integers(0, VOCABULARY, (BATCH, CONTEXT)),
+        "weights": np.ones((BATCH, CONTEXT), np.float32),
+        "keys": rng.integers(0, 2**62, BATCH),
+    }
+    batch["targets"][:, :-1] = batch["tokens"][:, 1:]
+    batch["weights"][-1, 11:] = 0
+    return batch
+
+
+def micro_batches(case: Case, step: int, rank: int, ranks: int) -> list[MicroBatch]:
+    """A rank's part; the content of fillers is as good as any other, so that counting it would show."""
+    whole_batch, shape = global_batch(step), distribute(BATCH, ranks, case.micro_size or BATCH)
+    missing = shape.per_rank * ranks - BATCH
+    filled = {name: np.concatenate([array, array[:missing]]) for name, array in whole_batch.items()}
+    filled["weights"][BATCH:] = 0
+    slots, size = shape.slots(rank), shape.micro_batch
+    firsts = range(slots.start, slots.stop, size)
+    return [{name: array[first : first + size] for name, array in filled.items()} for first in firsts]
+
+
+def build(case: Case) -> AccelerateEngine:
+    return AccelerateEngine.build(
+        case.config,
+        VOCABULARY,
+        AdamWConfig(lr=1e-3, clip=case.clip, eps=1e-6),
+        engine=AccelerateConfig(strategy=case.strategy),
+        layout=LayoutConfig(micro_size=case.micro_size),
+        precision=case.precision,
+        seed=5,
+        ranks=Ranks.from_environment(),
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FlatPart):
+        full = torch.zeros(tensor.shape)
+        full.view(-1)[tensor.begin : tensor.begin + tensor.local.numel()] = tensor.local
+        dist.all_reduce(full)
+        return full
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def whole_state(engine: AccelerateEngine) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in engine.state().items()}
+
+
+def measure(case: Case, fault: str = "") -> Measured:
+    """`case.steps` steps with an evaluation before each, and the gradients of the first."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    plant(fault)
+    engine = build(case)
+    numbers, votes, gradients, evaluation = [], [], {}, (0.0, 0.0)
+    step_of_strategy = engine.strategy.step
+
+    def keep_and_step() -> None:
+        gradients.update(engine.strategy.whole_gradients())
+        step_of_strategy()
+        engine.strategy.step = step_of_strategy
+
+    engine.strategy.step = keep_and_step
+    for step in range(case.steps):
+        batch = micro_batches(case, step, rank, ranks)
+        evaluation = engine.evaluate(iter([batch, batch]))
+        result = engine.train_step(step, batch, lr=1e-2, vote=2.0**rank).read()
+        numbers.append((result.loss, result.weight, result.gradient_norm))
+        votes.append(result.votes)
+    state = whole_state(engine)
+    engine.close()
+    return Measured(numbers, votes, evaluation, gradients if rank == 0 else {}, state if rank == 0 else {})
+
+
+def plant(fault: str) -> None:
+    """Have Accelerate fall back without a word, as it does by itself on a CPU."""
+    import accelerate
+
+    if fault == "unwrapped":
+        accelerate.Accelerator.prepare = lambda self, model, optimizer: (model, optimizer)
+    elif fault == "ddp":
+        prepare = accelerate.Accelerator.prepare
+
+        def fall_back(self: Any, *given: Any) -> Any:
+            self.state.distributed_type = accelerate.utils.DistributedType.MULTI_CPU
+            return prepare(self, *given)
+
+        accelerate.Accelerator.prepare = fall_back
+
+
+def plain_loop(case: Case) -> Measured:
+    """transformers and torch alone, without a line of bigtrain but the tasks' definitions, written once more."""
+    import transformers as hf
+
+    kind = TASKS[case.path.name]
+    classes = {
+        "causal": hf.AutoModelForCausalLM,
+        "masked": hf.AutoModelForMaskedLM,
+        "seq2seq": hf.AutoModelForSeq2SeqLM,
+    }
+    model = classes[kind].from_pretrained(case.path, dtype=torch.float32).eval()  # eval: no dropout
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": AdamWConfig().weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=AdamWConfig().betas, eps=1e-6)
+    numbers, gradients, evaluation = [], {}, (0.0, 0.0)
+    for step in range(case.steps):
+        batch = {name: torch.from_numpy(array) for name, array in global_batch(step).items()}
+        loss, weight = plain_loss(model, kind, batch)
+        evaluation = (2 * float(loss.detach()), 2 * float(weight))
+        optimizer.zero_grad()
+        (loss / weight).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+        if step == 0:
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        optimizer.step()
+        numbers.append((float(loss.detach()), float(weight), float(norm)))
+    weights = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return Measured(numbers, [], evaluation, gradients, weights)
+
+
+def plain_loss(model: Any, kind: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    tokens, targets, weights = batch["tokens"], batch["targets"], batch["weights"]
+    if kind == "causal":
+        logits = model(input_ids=tokens).logits
+    elif kind == "masked":
+        from bigtrain.models.random import keep_mask
+
+        shown = keep_mask(torch.Size([*tokens.shape, 1]), 0.3, batch["keys"], 1).squeeze(-1)
+        real = torch.cat([torch.ones(BATCH, 1), weights[:, :-1]], 1)
+        logits = model(input_ids=tokens.masked_fill(~shown, MASK_TOKEN), attention_mask=real.long()).logits
+        targets, weights = tokens, real * ~shown
+    else:
+        half = CONTEXT // 2
+        targets, weights = targets[:, half - 1 :], weights[:, half - 1 :]
+        started = torch.cat([torch.zeros(BATCH, 1, dtype=torch.int64), targets[:, :-1]], 1)
+        logits = model(input_ids=tokens[:, :half], decoder_input_ids=started).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return (losses * weights).sum(), weights.sum()
+
+
+def norm_of(tensors: dict[str, Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors.values()]).norm())
+
+
+def worst_error(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference over what is allowed in FP32."""
+    assert tensors.keys() == expected.keys()
+    overall = norm_of(expected)
+    return max(
+        float((tensors[name] - tensor).norm()) / (OF_OWN * float(tensor.norm()) + OF_ALL * overall)
+        for name, tensor in expected.items()
+    )
+
+
+def assert_same(measured: Measured, expected: Measured) -> None:
+    assert worst_error(measured.gradients, expected.gradients) <= 1
+    for mine, other in zip(measured.numbers, expected.numbers, strict=True):
+        assert mine == pytest.approx(other, rel=OF_NUMBERS)
+    assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
+
+
+IN_ONE_PROCESS = [pytest.param(kind, marks=[] if kind == "bert" else pytest.mark.slow) for kind in TASKS]
+
+
+@pytest.mark.parametrize("kind", IN_ONE_PROCESS)
+def test_one_process_computes_what_plain_transformers_and_torch_compute(
+    ranks: RankPool, models: Callable[[str], Path], kind: str
+) -> None:
+    case = Case(models(kind))
+    measured = ranks.run(measure, case, ranks=1)[0]
+    expected = plain_loop(case)
+    assert_same(measured, expected)
+    weights = {name: measured.weights[name] for name in expected.weights}
+    # Adam turns what rounding leaves of a gradient that is zero into a step, so the weights are compared as one.
+    assert norm_of({name: weights[name] - expected.weights[name] for name in weights}) < 1e-4 * norm_of(weights)
+
+
+FAST = {("ddp", "bert"), ("fsdp2", "t5"), ("zero2", "qwen3")}
+SHARED = [
+    pytest.param(strategy, kind, marks=[] if (strategy, kind) in FAST else pytest.mark.slow)
+    for strategy in STRATEGIES
+    for kind in TASKS
+]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), SHARED)
+def test_two_ranks_compute_what_one_process_computes(
+    ranks: RankPool, models: Callable[[str], Path], strategy: str, kind: str
+) -> None:
+    case = Case(models(kind), strategy)
+    measured = ranks.run(measure, case, ranks=2)
+    alone = ranks.run(measure, replace(case, micro_size=None), ranks=1)[0]
+    assert_same(measured[0], alone)
+    assert measured[0].weights.keys() == alone.weights.keys()
+    assert (measured[1].numbers, measured[1].evaluation) == (measured[0].numbers, measured[0].evaluation)
+    assert measured[0].votes == [3.0] * STEPS
+
+
+def save_and_go_on(case: Case, directory: Path, load_into: Case | None) -> list[Any]:
+    """Two steps and a save, two more; and, from the save, the two again in a new engine, of another strategy maybe."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def steps(engine: AccelerateEngine, which: range) -> list[Any]:
+        found = [engine.train_step(step, micro_batches(case, step, rank, ranks), lr=1e-2).read() for step in which]
+        return [(numbers.loss, numbers.gradient_norm) for numbers in found]
+
+    if load_into is None:
+        engine = build(case)
+        steps(engine, range(2))
+        saver = Saver(directory, CheckpointConfig(asynchronous=False))
+        saver.save(2, engine.state(), progress={}, config_hash="", identity="")
+        saver.close()
+        saved = whole_state(engine)
+        numbers = steps(engine, range(2, 4))
+    else:
+        engine = build(load_into)
+        found = find(directory)
+        assert found is not None
+        state = engine.state()
+        load_found(found, state)
+        engine.state_loaded()
+        saved = whole_state(engine)
+        numbers = steps(engine, range(2, 4))
+    after = whole_state(engine)
+    engine.close()
+    return [numbers, saved, after] if rank == 0 else [numbers, {}, {}]
+
+
+RESUMED = [
+    pytest.param(kind, precision, marks=[] if (kind, precision) == ("gpt2", "fp32") else pytest.mark.slow)
+    for kind in TASKS
+    for precision in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), RESUMED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(
+    ranks: RankPool, models: Callable[[str], Path], tmp_path: Path, strategy: str, kind: str, precision: Precision
+) -> None:
+    case = Case(models(kind), strategy, precision)
+    before = ranks.run(save_and_go_on, case, tmp_path, None, ranks=2)[0]
+    again = ranks.run(save_and_go_on, case, tmp_path, case, ranks=2)[0]
+    assert again[0] == before[0]
+    for mine, theirs in zip(again[1:], before[1:], strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    steps = [tensor for name, tensor in before[1].items() if name.endswith(".step")]
+    assert steps
+    assert all(float(step) == 2 for step in steps)
+
+
+MOVES = [("ddp", "zero2"), ("zero2", "fsdp2"), ("fsdp2", "ddp")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_run_moves_between_strategies(
+    ranks: RankPool, models: Callable[[str], Path], tmp_path: Path, source: str, target: str
+) -> None:
+    case = Case(models("qwen3"), source)
+    before = ranks.run(save_and_go_on, case, tmp_path, None, ranks=2)[0]
+    moved = ranks.run(save_and_go_on, case, tmp_path, replace(case, strategy=target), ranks=2)[0]
+    assert moved[1].keys() == before[1].keys()
+    assert all(torch.equal(moved[1][name], before[1][name]) for name in before[1])
+    assert np.allclose(moved[0], before[0], rtol=OF_NUMBERS, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fault", "says"),
+    [
+        ("fsdp2", "ddp", "asked for fsdp2 and made a model that is DistributedDataParallel"),
+        pytest.param("ddp", "unwrapped", "asked for ddp", marks=pytest.mark.slow),
+        pytest.param("zero2", "unwrapped", "asked for zero2", marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_silently_replaced_is_refused(
+    ranks: RankPool, models: Callable[[str], Path], strategy: str, fault: str, says: str
+) -> None:
+    with pytest.raises(RankError, match=says):
+        ranks.run(measure, Case(models("gpt2"), strategy), fault, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_stays_close_to_fp32(ranks: RankPool, models: Callable[[str], Path], strategy: str) -> None:
+    case = Case(models("llama"), strategy)
+    exact = ranks.run(measure, case, ranks=2)[0]
+    rounded = ranks.run(measure, replace(case, precision="bf16"), ranks=2)[0]
+    assert {tensor.dtype for tensor in rounded.weights.values()} == {torch.float32}
+    losses, expected = ([numbers[0] for numbers in found.numbers] for found in (rounded, exact))
+    assert losses != expected
+    assert np.allclose(losses, expected, rtol=5e-3)
+    difference = {name: rounded.gradients[name] - exact.gradients[name] for name in exact.gradients}
+    assert norm_of(difference) < 0.03 * norm_of(exact.gradients)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_counts_are_those_of_the_model(models: Callable[[str], Path], kind: str) -> None:
+    config = Case(models(kind)).config
+    model = config.build(VOCABULARY)
+    assert config.parameter_count(VOCABULARY) == sum(parameter.numel() for parameter in model.parameters())
+    flops = config.flops_per_token(VOCABULARY)
+    assert flops.full >= flops.causal > 0
+    model.train()
+    batch = {name: torch.from_numpy(array) for name, array in global_batch(0).items()}
+    from bigtrain.models.hf_tasks import examples, loss_sum
+
+    assert torch.equal(*(loss_sum(model, examples(config, copy.deepcopy(batch))).loss for _ in range(2))), "dropout"
+
+
+def test_what_a_model_cannot_do_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    bert, gpt2 = str(models("bert")), str(models("gpt2"))
+    with pytest.raises(ValueError, match="dropout of a Hugging Face model is always 0"):
+        Config(hf=gpt2, context=CONTEXT, dropout=0.1)
+    with pytest.raises(UserError, match="does not learn by task 'causal'"):
+        Config(hf=bert, context=CONTEXT).check_source(VOCABULARY)
+    with pytest.raises(UserError, match="does not learn by task 'masked'"):
+        Config(hf=gpt2, context=CONTEXT, task="masked", mask_token=1).check_source(VOCABULARY)
+    with pytest.raises(UserError, match="65 different tokens, and the model 64"):
+        Config(hf=gpt2, context=CONTEXT).check_source(65)
+    with pytest.raises(UserError, match="longer than the model's 32 positions"):
+        Config(hf=gpt2, context=33).check_source(VOCABULARY)
+    with pytest.raises(UserError, match="token that hides others is not known"):
+        Config(hf=bert, context=CONTEXT, task="masked").check_source(VOCABULARY)
+    (tmp_path / "config.json").write_text((models("gpt2") / "config.json").read_text())
+    with pytest.raises(UserError, match="There are no weights"):
+        Config(hf=str(tmp_path), context=CONTEXT).build(VOCABULARY)
+
+
+def test_parameters_that_the_file_lacks_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(models("llama") / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((models("llama") / "config.json").read_text())
+    with pytest.raises(UserError, match=r"lack lm_head\.weight"):
+        Config(hf=str(tmp_path), context=CONTEXT).build(VOCABULARY)
+
+
+def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    copied = shutil.copytree(models("gpt2"), tmp_path / "elsewhere")
+    original = Config(hf=str(models("gpt2")), context=CONTEXT).fingerprint()
+    assert Config(hf=str(copied), context=CONTEXT).fingerprint() == original
+    weights = copied / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert Config(hf=str(copied), context=CONTEXT).fingerprint() != original
+
+
+@pytest.mark.parametrize(
+    ("engine", "arch", "layout", "document_mask", "says"),
+    [
+        ("fsdp", "hf", {}, False, "does not run on the engine 'fsdp'"),
+        ("accelerate", "llama", {}, False, "does not run on the engine 'accelerate'"),
+        ("accelerate", "hf", {"dp_replicate": 2}, False, "data parallel alone"),
+        ("accelerate", "hf", {}, True, "no mask of documents"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    engine: str, arch: str, layout: dict[str, int], document_mask: bool, says: str
+) -> None:
+    check_support("accelerate", "hf", LayoutConfig(), document_mask=False)
+    with pytest.raises(UserError, match=says):
+        check_support(engine, arch, LayoutConfig(**layout), document_mask=document_mask)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "says"),
+    [("ddp", "bucket_cap", "bucket_cap_mb"), ("fsdp2", "fsdp_version", "Remove it"), ("zero2", "stage", "Remove it")],
+)
+def test_settings_passed_through_are_checked(strategy: Any, key: str, says: str) -> None:
+    from bigtrain.engines import accelerate_strategies
+
+    arguments = {name: getattr(accelerate_strategies, f"_{name}_arguments") for name in STRATEGIES}[strategy]
+    with pytest.raises(UserError) as caught:
+        arguments({key: 1}, torch.float32)
+    assert says in str(caught.value)

@@ -1,0 +1,92 @@
+"""A checkpoint moves between layouts: the state is equal to the bit, and training goes on as if it had not moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from bigtrain.checkpoint import loader
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.testing.equivalence import LR, OF_NUMBERS, How, What, build, gather, micro_batches
+from bigtrain.testing.ranks import RankPool
+
+STEP, MORE = 2, 3
+SHAPE = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
+WHAT = What({**SHAPE, "qk_norm": True, "dropout": 0.1})
+HOWS = {
+    "dp1": How(1),
+    "dp3": How(3),
+    "tp4": How(4, {"tp": 4}),
+    "tp2 x dp2": How(4, {"tp": 2}),
+    "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
+}
+
+
+@dataclass
+class Continued:
+    """What a rank saw after the checkpoint."""
+
+    losses: list[float]
+    different: list[str]
+    """Tensors that are not equal to what was saved."""
+
+
+def steps(engine: FSDPEngine, how: How, first: int, count: int) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        batch = micro_batches(WHAT, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        losses.append(engine.train_step(step, batch, LR).read().loss)
+    return losses
+
+
+def save(how: How, directory: Path) -> list[float]:
+    """Train, save, train on; the losses after the checkpoint."""
+    engine = build(WHAT, how)
+    steps(engine, how, 0, STEP)
+    state = engine.state()
+    expected = gather(state)
+    if dist.get_rank() == 0:
+        save_file(expected, directory / "expected.safetensors")
+    saver = Saver(directory / "checkpoints", CheckpointConfig(asynchronous=False), timeout_s=60)
+    saver.save(STEP, state, progress={}, config_hash="c", identity="i")
+    saver.close()
+    losses = steps(engine, how, STEP, MORE)
+    engine.close()
+    return losses
+
+
+def resume(how: How, directory: Path) -> Continued:
+    """Load what another layout saved, compare it, train on."""
+    engine = build(WHAT, how)
+    state = engine.state()
+    loader.load(directory / "checkpoints", STEP, state)
+    expected = load_file(directory / "expected.safetensors")
+    found = gather(state)
+    assert found.keys() == expected.keys()
+    different = [name for name, tensor in expected.items() if not found[name].equal(tensor)]
+    losses = steps(engine, how, STEP, MORE)
+    engine.close()
+    return Continued(losses, different)
+
+
+@pytest.mark.parametrize(
+    ("origin", "destinations"),
+    [
+        ("tp2 x dp2", ("dp1", "tp4")),
+        pytest.param("tp4", ("tp2 x hsdp2", "dp3"), marks=pytest.mark.slow),
+        pytest.param("dp3", ("tp2 x dp2", "tp4"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_moves(ranks: RankPool, tmp_path: Path, origin: str, destinations: tuple[str, ...]) -> None:
+    losses = ranks.run(save, HOWS[origin], tmp_path, ranks=HOWS[origin].ranks)[0]
+    for destination in destinations:
+        how = HOWS[destination]
+        for continued in ranks.run(resume, how, tmp_path, ranks=how.ranks):
+            assert not continued.different, destination
+            assert continued.losses == pytest.approx(losses, rel=OF_NUMBERS), destination

@@ -1,0 +1,57 @@
+"""One run that moves between engines and layouts, through the command itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bigtrain.storage import read_lines
+
+RELATIVE = 1e-5
+
+LEGS: list[tuple[str, int, tuple[str, ...]]] = [
+    ("4 steps", 2, ("layout.tp=2",)),
+    ("8 steps", 2, ("engine.name=deepspeed", "engine.zero=3")),
+    ("12 steps", 1, ()),
+    ("16 steps", 2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
+    ("20 steps", 4, ("layout.tp=2", "layout.sequence_parallel=false")),
+]
+SECTIONS = {"optimizer": {"lr": 1e-3, "eps": 1e-6}, "batch": {"size": 6}, "checkpoint": {"every": "2 steps"}}
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("legs", [2, pytest.param(len(LEGS), marks=pytest.mark.slow)])
+def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: int
+) -> None:
+    for duration, nproc, how in LEGS[:legs]:
+        result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
+        assert result.returncode == 0, result.stderr
+    config = write_config(duration=LEGS[legs - 1][0], **SECTIONS)
+    assert bigtrain("train", config, "--name", "alone").returncode == 0
+    moved, alone = losses(tmp_path / "runs" / "tiny"), losses(tmp_path / "runs" / "alone")
+    assert len(alone) == 4 * legs
+    assert moved == pytest.approx(alone, rel=RELATIVE)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
+        (("layout.tp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
+        (("layout.pp=2",), "layout.pp: 2 is not supported"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_process_starts(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, how: tuple[str, ...], said: str
+) -> None:
+    result = bigtrain("train", write_config(), *how, "--nproc", 2)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert not (tmp_path / "runs").exists()
