@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from bigtrain.parallel.mesh import START_TIMEOUT, Ranks
 
@@ -36,7 +37,7 @@ def join_process_group(deepspeed: ModuleType, ranks: Ranks, device: torch.device
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if ranks.world_size == 1 else None
+        store = HashStore() if ranks.world_size == 1 else None
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=START_TIMEOUT
         )
