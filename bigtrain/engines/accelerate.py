@@ -6,8 +6,6 @@ parameters in BF16.
 
 from __future__ import annotations
 
-import hashlib
-import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.engines.accelerate_strategies import Plain, prepare, release
 from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
-from bigtrain.engines.fsdp import COMPUTE_DTYPES, set_determinism
+from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf import Config
 from bigtrain.models.hf_tasks import Example, examples, loss_sum
@@ -91,7 +89,7 @@ class AccelerateEngine:
         Returns:
             float64 (loss, weight), the sums over this rank's micro-batches.
         """
-        self._reseed(step)
+        reseed(self._seed, step, self.data_parallel_rank)
         self.strategy.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, arrays in enumerate(micro_batches, start=1):
@@ -147,9 +145,7 @@ class AccelerateEngine:
 
     def memory_bytes(self) -> int:
         """See `contract.Engine.memory_bytes`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes(self.device)
 
     def close(self) -> None:
         """See `contract.Engine.close`."""
@@ -158,19 +154,11 @@ class AccelerateEngine:
             self.strategy.close()
 
     def _read(self, arrays: MicroBatch) -> Example:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self.device.type != "cpu":
-            tensors = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-        return examples(self.config, tensors)
+        return examples(self.config, to_device(arrays, self.device))
 
     def _sum(self, tensor: Tensor) -> None:
         if self.data_parallel_size > 1:
             dist.all_reduce(tensor)
-
-    def _reseed(self, step: int) -> None:
-        """Make torch's own generator a function of the step, for models that draw from it: nothing to save."""
-        digest = hashlib.blake2b(f"{self._seed}/{step}/{self.data_parallel_rank}".encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _compute_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -7,8 +7,6 @@ ranks / weight and clips them, just before they are used.
 
 from __future__ import annotations
 
-import hashlib
-import resource
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -23,10 +21,10 @@ from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config, low_precision_weights
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import import_deepspeed, join_process_group, leave_process_group
-from bigtrain.engines.fsdp import COMPUTE_DTYPES, set_determinism
+from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Init, Model, Normal, Ones
-from bigtrain.models.init import _fill_normal, initialise
+from bigtrain.models.contract import Model
+from bigtrain.models.init import fill, initialise
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks, pick_device
@@ -134,13 +132,13 @@ class DeepSpeedEngine:
         Returns:
             float64 (loss, weight), the sums over this rank's micro-batches.
         """
-        self._reseed(step)
+        reseed(self._seed, step, self.data_parallel_rank)
         self.engine.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         last = len(micro_batches) - 1
         for index, arrays in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == last)
-            loss, weight = self.engine(self._to_device(arrays))
+            loss, weight = self.engine(to_device(arrays, self.device))
             self.engine.backward(loss, scale_wrt_gas=False)
             sums += torch.stack([loss.detach(), weight]).double()
         return sums
@@ -190,7 +188,7 @@ class DeepSpeedEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             for arrays in micro_batches:
-                loss, weight = self.engine(self._to_device(arrays))
+                loss, weight = self.engine(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
         dist.all_reduce(sums)
         loss_sum, weight_sum = sums.tolist()
@@ -211,9 +209,7 @@ class DeepSpeedEngine:
 
     def memory_bytes(self) -> int:
         """See `contract.Engine.memory_bytes`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes(self.device)
 
     def close(self) -> None:
         """See `contract.Engine.close`."""
@@ -228,18 +224,8 @@ class DeepSpeedEngine:
         rules = plan.initialisers()
         for owned in self._partitions.owned:
             for (offset, _), piece in owned.view(owned.flat).pieces():
-                _fill(piece, offset, tuple(owned.shape), rules[owned.name], seed, owned.name)
+                fill(piece, offset, tuple(owned.shape), rules[owned.name], seed, owned.name)
         self._partitions.refresh()
-
-    def _to_device(self, arrays: MicroBatch) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self.device.type == "cpu":
-            return tensors
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-
-    def _reseed(self, step: int) -> None:
-        digest = hashlib.blake2b(f"{self._seed}/{step}/{self.data_parallel_rank}".encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _check_layout(layout: LayoutConfig, ranks: Ranks) -> None:
@@ -269,13 +255,6 @@ def _exchange_parameters(optimizer: torch.optim.Optimizer, parameters: dict[str,
     """Let an optimizer that was built on a model's shapes update the parameters of the same names."""
     for group in optimizer.param_groups:
         group["params"] = [parameters[name] for name in group["names"]]
-
-
-def _fill(piece: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str) -> None:
-    if isinstance(rule, Normal):
-        _fill_normal(piece, offset, shape, rule, seed, name)
-    else:
-        piece.fill_(1.0 if isinstance(rule, Ones) else 0.0)
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,16 +13,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
+from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 from bigtrain.parallel.tensor import sum_gradients
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class FSDPEngine:
@@ -115,11 +111,11 @@ class FSDPEngine:
         Returns:
             float64 (loss, weight), the sums over this rank's micro-batches.
         """
-        self._reseed(step)
+        reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for arrays in micro_batches:
-            loss, weight = self.model(self._to_device(arrays))
+            loss, weight = self.model(to_device(arrays, self.device))
             loss.backward()
             sums += torch.stack([loss.detach(), weight]).double()
         if self._tensor_partial and self._mesh is not None:
@@ -158,7 +154,7 @@ class FSDPEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             for arrays in micro_batches:
-                loss, weight = self.model(self._to_device(arrays))
+                loss, weight = self.model(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
         if isinstance(self.model, FSDPModule):
             # Without a backward pass FSDP keeps the root's parameters gathered: `state` wants the shards.
@@ -175,36 +171,12 @@ class FSDPEngine:
 
     def memory_bytes(self) -> int:
         """See `contract.Engine.memory_bytes`."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes(self.device)
 
     def close(self) -> None:
         """See `contract.Engine.close`."""
         if self._mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
-
-    def _to_device(self, arrays: MicroBatch) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self.device.type == "cpu":
-            return tensors
-        return {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in tensors.items()}
-
-    def _reseed(self, step: int) -> None:
-        """Make torch's own generator a function of the step, for models that draw from it: nothing to save."""
-        text = f"{self._seed}/{step}/{self.data_parallel_rank}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def set_determinism(engine: EngineConfig, device: torch.device) -> None:
-    """Choose kernels that repeat to the bit where the config asks for it."""
-    wanted = device.type == "cpu" if engine.deterministic == "auto" else engine.deterministic
-    if wanted and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
-    # Filling fresh memory would cost time and finds only what reads it uninitialised, which nothing here does.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def counts_in_norm(parameter: Tensor) -> bool:

@@ -51,10 +51,21 @@ def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = N
             shape = tuple(parameter.shape)
             if parts and name in parts and not isinstance(parameter, DTensor):
                 shape, offset = parts[name].shape, parts[name].offset
-            if isinstance(rules[name], Normal):
-                _fill_normal(local, offset, shape, rules[name], seed, name)
-            else:
-                local.fill_(1.0 if isinstance(rules[name], Ones) else 0.0)
+            fill(local, offset, shape, rules[name], seed, name)
+
+
+def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str) -> None:
+    """Give one part of a parameter its first values, in place.
+
+    Args:
+        part: A plain tensor, the values of the parameter that begin at `offset`.
+        shape: Of the whole parameter.
+        name: Its qualified name.
+    """
+    if isinstance(rule, Normal):
+        _fill_normal(part, offset, shape, rule.std, seed, name)
+    else:
+        part.fill_(1.0 if isinstance(rule, Ones) else 0.0)
 
 
 def block_seed(seed: int, name: str, block: int) -> int:
@@ -74,11 +85,10 @@ def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _fill_normal(
-    local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str
+    local: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], std: float, seed: int, name: str
 ) -> None:
     if local.numel() == 0:
         return
-    std = cast(Normal, rule).std
     rows_per_block = ROWS_PER_BLOCK if len(shape) > 1 else max(1, shape[0] if shape else 1)
     first, last = (offset[0], offset[0] + local.shape[0]) if shape else (0, 1)
     columns = tuple(slice(at, at + size) for at, size in zip(offset[1:], local.shape[1:], strict=True))

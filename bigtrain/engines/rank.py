@@ -1,0 +1,47 @@
+"""What every engine does in the same way on its own rank."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+
+import torch
+from torch import Tensor
+
+from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.contract import MicroBatch
+
+COMPUTE_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtype of matmuls and residual stream."""
+
+
+def set_determinism(engine: EngineConfig, device: torch.device) -> None:
+    """Choose kernels that repeat to the bit where the config asks for it."""
+    wanted = device.type == "cpu" if engine.deterministic == "auto" else engine.deterministic
+    if wanted and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    # Filling fresh memory would cost time and finds only what reads it uninitialised, which nothing here does.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def reseed(seed: int, step: int, data_parallel_rank: int) -> None:
+    """Make torch's own generator a function of the step, for models that draw from it: nothing to save."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{data_parallel_rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def to_device(arrays: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch as tensors on a device; the copy to a GPU is not waited for."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if device.type == "cpu":
+        return tensors
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: of its device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
