@@ -55,3 +55,30 @@ def test_what_cannot_work_is_refused_before_any_process_starts(
     assert result.returncode == 2
     assert said in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+    set_seed(0)
+    shape = GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    sections = {**SECTIONS, "model": {"arch": "hf", "hf": str(tmp_path / "gpt2"), "context": 32}}
+    strategies = ("ddp", "zero2", "fsdp2")
+    for leg, strategy in enumerate(strategies, start=1):
+        engine = {"name": "accelerate", "strategy": strategy}
+        config = write_config(duration=f"{4 * leg} steps", engine=engine, **sections)
+        result = bigtrain("train", config, "--nproc", 2)
+        assert result.returncode == 0, result.stderr
+    alone = bigtrain("train", config, "--name", "alone", "--nproc", 1)
+    assert alone.returncode == 0, alone.stderr
+    moved = losses(tmp_path / "runs" / "tiny")
+    assert len(moved) == 4 * len(strategies)
+    assert moved == pytest.approx(losses(tmp_path / "runs" / "alone"), rel=RELATIVE)
+    assert bigtrain("config", "validate", config).returncode == 0
+    refused = bigtrain("sample", "tiny")
+    assert refused.returncode == 2
+    assert "cannot sample" in refused.stderr
