@@ -73,6 +73,8 @@ def lines(result: dict[str, Any], indent: str = "") -> str:
     for key, value in result.items():
         if isinstance(value, dict):
             text += [f"{indent}{key}", lines(value, indent + "  ")]
+        elif isinstance(value, list) and not value:
+            text.append(f"{indent}{key:{width}}  none")
         elif isinstance(value, list):
             text += [f"{indent}{key}", *(f"{indent}  {item}" for item in value)]
         elif value is not None:

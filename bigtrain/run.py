@@ -33,6 +33,7 @@ from bigtrain.tracking.config import TrackingConfig
 from bigtrain.training.config import EvaluationConfig, InitConfig
 
 FORMAT_VERSION = 1
+MAX_NAMED = 10
 LEASE_RENEWAL_S = 10.0
 LEASE_LIFE_S = 60.0
 """A holder on another machine that has not renewed its lease for this long is dead."""
@@ -316,9 +317,8 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
             return RunDirectory(path)
     names = [path.parent.name for path in runs_dir.glob("*/run.json")]
     close = nearest(run, names)
-    raise UserError(
-        f"There is no run '{run}'", str(runs_dir), f"Did you mean '{close}'?" if close else "See --runs-dir."
-    )
+    known = f"There are: {', '.join(sorted(names)[:MAX_NAMED])}." if names else "There are none; see --runs-dir."
+    raise UserError(f"There is no run '{run}'", str(runs_dir), f"Did you mean '{close}'?" if close else known)
 
 
 def list_runs(runs_dir: Path) -> list[RunDirectory]:

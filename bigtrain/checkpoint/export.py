@@ -85,6 +85,7 @@ def _write_parts(reader: SafeReader, parts: list[list[str]], out: Path, notes: d
         name = "model.safetensors" if one else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = loader.read_full(reader, part, PREFIX)
         save_file(tensors, out / name, metadata=notes)
+        (out / name).chmod(0o644)  # safetensors makes it readable by its owner alone
         fsync_file(out / name)
         names.append(name)
         weight_map |= dict.fromkeys(tensors, name)

@@ -11,7 +11,8 @@ from bigtrain.config import UserError
 from bigtrain.run import Lease, RunDirectory
 
 WAIT_S = 600.0
-BETWEEN_SIGNALS_S = 0.3
+BETWEEN_SIGNALS_S = 0.15
+"""Long enough for the launcher to take them for two requests."""
 
 
 def stop(run: RunDirectory, now: bool) -> str:

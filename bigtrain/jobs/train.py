@@ -46,7 +46,6 @@ def train(
     directory = RunDirectory(runs_dir / config.name)
     config = _fix_source(config, directory)
     prepared = prepare(config)
-    count = _processes(config, procs)
     if directory.exists():
         directory.check_identity(prepared.what)
         _check_duration(directory, prepared)
@@ -61,6 +60,11 @@ def train(
             f"{directory.path} holds files and is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
+    count = _processes(config, procs)
+    if procs is not None:
+        # So that `bigtrain train RUN/config.yaml` takes as many.
+        job = config.job.model_copy(update={"procs_per_node": procs})
+        config = config.model_copy(update={"job": job})
     lease = Lease.acquire(directory)
     try:
         lease.keep()
@@ -105,7 +109,8 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
         f"({prepared.batch_sequences * prepared.total_steps / prepared.sequences_per_epoch:.2f} epochs), "
-        f"{count} process{'es' if count > 1 else ''}, {config.precision}, {where}",
+        f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
+        f"{config.precision}, {where}",
     ]
     waste = _filler_share(prepared, count)
     if waste:
@@ -113,6 +118,13 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
             f"{waste:.1%} of each step is filler: {count} ranks do not divide a batch of {prepared.batch_sequences}"
         )
     print("\n".join(lines), file=stream, flush=True)
+
+
+def _axes(prepared: Prepared, count: int) -> str:
+    """The axes of the mesh that have more than one rank: " (dp_shard 2 x tp 2)"."""
+    sizes = vars(prepared.config.layout.mesh(count))
+    named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    return f" ({named})" if named else ""
 
 
 def _filler_share(prepared: Prepared, count: int) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bigtrain.config import UserError, nearest
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Model
+from bigtrain.models.contract import Batch, Model
 
 
 def check_model(config: ModelConfig, vocab_size: int) -> None:
@@ -24,6 +24,7 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
     with torch.device("meta"):
         module = config.build(vocab_size)
     check_module(module, f"bigtrain/models/{config.arch}.py")
+    _check_result(module(_batch(config)), f"bigtrain/models/{config.arch}.py")
     count = sum(parameter.numel() for parameter in module.parameters())
     told = config.parameter_count(vocab_size)
     if count != told:
@@ -39,6 +40,9 @@ def check_module(module: nn.Module, where: str) -> None:
         UserError: With the first thing that is wrong.
     """
     model = cast(Model, module)
+    for method in ("blocks", "initialisers"):
+        if not callable(getattr(module, method, None)):
+            raise UserError(f"The module has no {method}()", where, "See 'Adding a model family' in README.md.")
     if not isinstance(getattr(module, "compute_dtype", None), torch.dtype):
         raise UserError("The module has no compute_dtype", where, "Set self.compute_dtype = torch.float32 in __init__.")
     for name, _ in module.named_buffers():
@@ -64,6 +68,30 @@ def check_module(module: nn.Module, where: str) -> None:
                 where,
                 f"Did you mean '{close}'?" if close else "Give the qualified name, as named_modules() does.",
             )
+
+
+def _batch(config: ModelConfig) -> Batch:
+    """Two samples without values, by the names and shapes of the loader's."""
+    with torch.device("meta"):
+        keys = torch.zeros(2, dtype=torch.int64)
+        if config.data_kind == "images":
+            shape = config.sample_shape or (32, 32, 3)
+            images = torch.zeros(2, *shape, dtype=torch.uint8)
+            return {"images": images, "labels": keys, "weights": torch.ones(2), "keys": keys}
+        tokens = torch.zeros(2, config.context, dtype=torch.int64)
+        return {"tokens": tokens, "targets": tokens, "weights": torch.ones(2, config.context), "keys": keys}
+
+
+def _check_result(result: object, where: str) -> None:
+    parts = result if isinstance(result, tuple) and len(result) == 2 else ()
+    if not parts or any(
+        not isinstance(part, torch.Tensor) or part.shape != () or part.dtype != torch.float32 for part in parts
+    ):
+        raise UserError(
+            "forward() does not return two FP32 scalars, the sum of losses and the sum of weights",
+            where,
+            "Return LossSum(loss, weight) of bigtrain/models/contract.py.",
+        )
 
 
 def _check_names(

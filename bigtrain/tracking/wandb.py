@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 QUEUE_SIZE = 10_000
 INIT_TIMEOUT_S = 60.0
+MAX_TEMPORARY_PATH = 56
 _DEFAULT_BASE_URL = "https://api.wandb.ai"
 _POLL_S = 0.5
 _MAX_ID_LENGTH = 64
@@ -232,11 +234,24 @@ class WandbTracker:
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # WANDB_ERROR_REPORTING: the client's own telemetry and crash reports stay here.
         environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment |= self._temporary_directory()
         with open(self._directory / "client.log", "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "bigtrain.tracking.wandb_process"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
             )  # fmt: skip
+
+    def _temporary_directory(self) -> dict[str, str]:
+        """Where the client leaves sockets and scratch files: in the run, so that a kill leaves nothing elsewhere.
+
+        A socket's path may have 107 characters; below a longer directory the system's own place is used.
+        """
+        place = self._directory.resolve() / "tmp"
+        shutil.rmtree(place, ignore_errors=True)
+        if len(str(place)) > MAX_TEMPORARY_PATH:
+            return {}
+        place.mkdir(parents=True, exist_ok=True)
+        return {"TMPDIR": str(place)}
 
     def _forward_next(self) -> bool:
         try:

@@ -100,12 +100,15 @@ class Announcements(Callback):
 
     order = 5
 
-    def __init__(self, event: Callable[..., None], total_steps: int, nodes: int) -> None:
+    def __init__(self, event: Callable[..., None], total_steps: int, how: dict[str, Any]) -> None:
+        """Args:
+        how: What the event says of engine, ranks and nodes.
+        """
         self._event = event
         self._total_steps = total_steps
-        self._nodes = nodes
+        self._how = how
 
     def on_start(self, progress: Progress) -> None:
         """`started` at step 0, `resumed` later."""
         name = "resumed" if progress.step else "started"
-        self._event(name, step=progress.step, total_steps=self._total_steps, nodes=self._nodes)
+        self._event(name, step=progress.step, total_steps=self._total_steps, **self._how)

@@ -236,7 +236,7 @@ class Session:
         if self.ranks.rank != 0:
             return []
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps, self.ranks.nodes)]
+        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
@@ -257,6 +257,12 @@ class Session:
             )
         )
         return callbacks
+
+    def _how(self) -> dict[str, Any]:
+        """Engine, mesh and nodes, for the record."""
+        sizes = vars(self.config.layout.mesh(self.ranks.world_size))
+        mesh = {axis: size for axis, size in sizes.items() if size > 1}
+        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh}
 
     def _may_publish(self) -> Callable[[], bool]:
         """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""

@@ -75,3 +75,11 @@ def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(config), "parameter_count", lambda self, vocab_size: 7)
     with pytest.raises(UserError, match=r"parameter_count\(\) says 7"):
         check_model(config, 10)
+
+
+@pytest.mark.parametrize("result", [torch.zeros(()), (torch.zeros(()),), (torch.zeros(2), torch.zeros(())), None])
+def test_a_forward_that_returns_no_sums_is_told(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
+    config = family("vit")(image_size=8)
+    monkeypatch.setattr("bigtrain.models.vit.VisionTransformer.forward", lambda self, batch: result)
+    with pytest.raises(UserError, match=r"forward\(\) does not return two FP32 scalars"):
+        check_model(config, 10)
