@@ -43,9 +43,6 @@ def errors(as_json: bool = False) -> Iterator[None]:
     """Show a user's mistake without a traceback, and exit with its code."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("stopped before anything was started", file=sys.stderr)
-        raise typer.Exit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
@@ -448,7 +445,11 @@ def bench_train(context: typer.Context) -> None:
 
 def main() -> None:
     """The `bigtrain` command."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

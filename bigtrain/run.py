@@ -34,6 +34,7 @@ from bigtrain.training.config import EvaluationConfig, InitConfig
 
 FORMAT_VERSION = 1
 MAX_NAMED = 10
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 LEASE_RENEWAL_S = 10.0
 LEASE_LIFE_S = 60.0
 """A holder on another machine that has not renewed its lease for this long is dead."""
@@ -58,7 +59,7 @@ class BatchConfig(Section):
 class RunConfig(Section):
     """One run: the first ten keys say what is trained, the others how it is run."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of the run: its directory, and its name in the tracker."""
 
     seed: int = 1337
@@ -260,6 +261,8 @@ class RunDirectory:
         try:
             record = json.loads(self.record.read_text())
             version = int(record["format_version"])
+            if version <= FORMAT_VERSION and not isinstance(record["what"], dict):
+                raise TypeError("what is trained is not there")
         except FileNotFoundError:
             raise UserError(
                 f"There is no run at {self.path}", fix="See the names under --runs-dir (default: runs/)."
@@ -363,13 +366,23 @@ class LeaseHolder:
     started: int
     renewed: float
 
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> LeaseHolder:
+        """The content of lease.json; a ValueError or TypeError where it is damaged."""
+        holder = cls(**value)
+        numbers = (holder.number, holder.pid, holder.started, holder.renewed)
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError("a field of the lease is no number")
+        return holder
+
     def alive(self) -> bool:
         """Whether the holder still runs: by its process here, by its last renewal on another machine."""
         if self.pid == 0:
             return False
         if (self.host, self.boot) == (socket.gethostname(), _boot_id()):
             return _process_start(self.pid) == self.started
-        return time.time() - self.renewed < LEASE_LIFE_S
+        # A renewal in the future says that a clock was wrong, not that someone lives.
+        return abs(time.time() - self.renewed) < LEASE_LIFE_S
 
 
 class Lease:
@@ -386,13 +399,16 @@ class Lease:
     def holder(directory: RunDirectory) -> LeaseHolder | None:
         """Who holds, or last held, the lease."""
         try:
-            return LeaseHolder(**json.loads(directory.lease.read_text()))
+            return LeaseHolder.parse(json.loads(directory.lease.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     @classmethod
-    def acquire(cls, directory: RunDirectory) -> Lease:
+    def acquire(cls, directory: RunDirectory, published: int = 0) -> Lease:
         """Take the lease of a run directory.
+
+        Args:
+            published: The highest number under which a checkpoint was published, should lease.json be lost.
 
         Raises:
             UserError: A live process holds it.
@@ -407,7 +423,7 @@ class Lease:
                     f"Wait for it, stop it with `bigtrain stop {directory.name}`, or choose another --name.",
                 )
             dead = last if last is not None and last.pid else None
-            lease = cls(directory, (last.number if last else 0) + 1, dead)
+            lease = cls(directory, max(last.number if last else 0, published) + 1, dead)
             lease._write(os.getpid())
         return lease
 
@@ -419,7 +435,8 @@ class Lease:
     def release(self) -> None:
         """Give the lease back, keeping its number."""
         self._released.set()
-        with _exclusive(self.directory.path):
+        # Where it cannot be written, the end of this process gives the lease back.
+        with contextlib.suppress(OSError), _exclusive(self.directory.path):
             if self.held():
                 self._write(0)
 
@@ -428,7 +445,7 @@ class Lease:
 
         def renew() -> None:
             while not self._released.wait(LEASE_RENEWAL_S):
-                with _exclusive(self.directory.path):
+                with contextlib.suppress(OSError), _exclusive(self.directory.path):
                     if self._released.is_set() or not self.held():
                         return
                     self._write(os.getpid())
@@ -458,8 +475,10 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _boot_id() -> str:
+    """This boot of this machine, and the namespace in which process ids mean what they mean here."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 

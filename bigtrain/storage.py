@@ -6,15 +6,20 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+logger = logging.getLogger(__name__)
+
 HASH_CHUNK_BYTES = 1 << 22
+MAX_WAITING_LINES = 100_000
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
@@ -86,6 +91,31 @@ def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
+
+
+class LineLog:
+    """Appends to a JSON-lines file; while the disk takes nothing, lines wait in memory, in order, and nothing fails.
+
+    Args:
+        path: The file; made at the first append.
+        limit: Lines that may wait; beyond it the oldest are dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limit: int = MAX_WAITING_LINES) -> None:
+        self.path = Path(path)
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=limit)
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Append one object, after those that still wait."""
+        self._waiting.append(value)
+        first = len(self._waiting) == 1
+        try:
+            while self._waiting:
+                append_line(self.path, self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if first:
+                logger.warning("%s cannot be written, its lines wait in memory: %s", self.path, error)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

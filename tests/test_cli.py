@@ -84,7 +84,7 @@ def files_under(directory: Path) -> dict[str, int]:
     return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-# Bad input: done-when 7
+# Bad input
 
 
 def repack(place: Path) -> None:
@@ -303,6 +303,22 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 def steps_of(run: Path) -> list[int]:
     return [row["step"] for row in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a b/c", ".hidden", ""])
+def test_a_fork_takes_the_name_of_a_run_and_no_path(place: Path, name: str) -> None:
+    before = files_under(place)
+    result = command("train", "tiny.yaml", "--fork", name, cwd=place)
+    assert result.returncode == ExitCode.USER
+    assert "cannot be the name of a run" in result.stderr
+    assert files_under(place) == before
+
+
+def test_a_directory_that_is_no_checkpoint_is_no_progress(place: Path) -> None:
+    (place / "runs" / "tiny" / "checkpoints" / "step_99999999").mkdir()
+    result = command("train", "tiny.yaml", cwd=place)
+    assert result.returncode == ExitCode.FINISHED
+    assert "is finished: 4 steps" in result.stderr
 
 
 def test_a_fork_goes_on_from_the_newest_checkpoint_to_the_bit(place: Path, origin: Path) -> None:

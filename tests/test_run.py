@@ -396,6 +396,20 @@ def test_a_lease_is_refused_while_its_holder_lives_and_taken_over_when_it_was_ki
     assert lease.held(), "the fenced holder's release changes nothing"
 
 
+@pytest.mark.parametrize("content", ["", '{"number": 2, "ho', '{"number": "3"}', "[]", "null"])
+def test_a_damaged_lease_file_does_not_lower_the_number(directory: RunDirectory, content: str) -> None:
+    Lease.acquire(directory).release()
+    directory.lease.write_text(content)
+    assert Lease.acquire(directory, published=4).number == 5
+
+
+def test_a_renewal_in_the_future_blocks_no_one(directory: RunDirectory) -> None:
+    Lease.acquire(directory).release()
+    elsewhere = {**json.loads(directory.lease.read_text()), "host": "elsewhere", "boot": "b", "pid": 1}
+    directory.lease.write_text(json.dumps({**elsewhere, "renewed": time.time() + 10 * LEASE_LIFE_S}))
+    assert Lease.acquire(directory).number == 2
+
+
 def test_a_released_lease_keeps_its_number(directory: RunDirectory) -> None:
     first = Lease.acquire(directory)
     first.release()

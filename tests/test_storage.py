@@ -112,3 +112,13 @@ def test_several_processes_share_a_file_of_lines(tmp_path: Path) -> None:
     assert len(lines) == 300
     for writer in range(3):
         assert [line["number"] for line in lines if line["writer"] == writer] == list(range(100))
+
+
+def test_lines_wait_in_order_while_they_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = storage.LineLog(tmp_path / "later" / "log.jsonl")
+    for number in range(3):
+        log.append({"number": number})
+    assert len(caplog.records) == 1, "one warning, not one a line"
+    (tmp_path / "later").mkdir()
+    log.append({"number": 3})
+    assert [value["number"] for value in storage.read_lines(log.path)] == [0, 1, 2, 3]

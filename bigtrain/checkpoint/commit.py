@@ -324,6 +324,11 @@ def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publ
         raise FencedError(f"lease {max(found)} has published here already; this attempt holds {manifest.lease}")
 
 
+def published_lease(directory: Path) -> int:
+    """The highest lease number under which a checkpoint was published here; 0 where there is none."""
+    return max([_lease_of_latest(directory), *(_lease_of(found.path) for found in list_checkpoints(directory))])
+
+
 def _lease_of(path: Path) -> int:
     try:
         return read_manifest(path).lease

@@ -67,8 +67,12 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
         kind, what = Kind.USER, "refused what it was given (exit code 2)"
     else:
         kind, what = Kind.EXCEPTION, f"exited with {message['code']}"
+        # A rank that knows what is wrong says so in a line of its own, without a traceback.
+        said = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
             what = f"raised {_shortened(traceback.splitlines()[-1])}"
+        elif said:
+            what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
     return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
 
 

@@ -53,7 +53,7 @@ def saved_step(run_directory: Path) -> int:
     """The step that checkpoints/LATEST names, 0 where nothing is published."""
     try:
         text = (run_directory / "checkpoints" / "LATEST").read_text()
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError):
         return 0
     found = re.search(r"step_(\d+)", text)
     return int(found.group(1)) if found else 0

@@ -143,11 +143,15 @@ class RankProcess:
 
     def log_size(self) -> int:
         """Bytes in the rank's log now."""
-        return self.log_path.stat().st_size
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def log_tail(self, start: int = 0) -> str:
         """The log from byte `start` on, at most its last TAIL_BYTES."""
-        with open(self.log_path, "rb") as log:
+        try:
+            log = open(self.log_path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # Someone has removed the run's directory.
+            return ""
+        with log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(start, end - TAIL_BYTES))
             return log.read().decode(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
 from bigtrain.jobs.launch import launch_local
 from bigtrain.jobs.local import local_procs
-from bigtrain.run import ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
+from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
 from bigtrain.training.config import InitConfig
@@ -50,7 +51,7 @@ def train(
         directory.check_identity(prepared.what)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
-        if newest is not None and newest >= prepared.total_steps:
+        if newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest):
             print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
             return ExitCode.FINISHED
     else:
@@ -65,7 +66,7 @@ def train(
         # So that `bigtrain train RUN/config.yaml` takes as many.
         job = config.job.model_copy(update={"procs_per_node": procs})
         config = config.model_copy(update={"job": job})
-    lease = Lease.acquire(directory)
+    lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
     try:
         lease.keep()
         if lease.predecessor is not None:
@@ -104,7 +105,9 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
     newest = _newest_step(directory)
     unit = "tokens" if prepared.train.kind == "tokens" else "images"
     per_step = prepared.batch_sequences * prepared.context
-    where = f"resuming after step {newest}" if newest is not None else "from step 0"
+    init = config.init
+    begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
+    where = f"resuming after step {newest}" if newest is not None else begins
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
@@ -185,11 +188,22 @@ def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
 
 
 def _newest_step(directory: RunDirectory) -> int | None:
-    steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
-    return max(steps, default=None)
+    """Step of the newest checkpoint that looks whole, by its manifest and its files' sizes."""
+    for checkpoint in reversed(commit.list_checkpoints(directory.checkpoints)):
+        if not commit.verify(checkpoint.path, hashes=False):
+            return checkpoint.step
+    return None
+
+
+def _is_sound(directory: RunDirectory, step: int) -> bool:
+    """Whether every byte of the checkpoint of `step` is as its manifest says."""
+    found = commit.find_checkpoint(directory.checkpoints, step)
+    return found is not None and not commit.verify(found.path)
 
 
 def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
+    if not re.match(NAME_PATTERN, new):
+        raise UserError(f"'{new}' cannot be the name of a run", "--fork", "Use letters, digits, '.', '_' and '-'.")
     parent = find_run(config.name, runs_dir)
     if (runs_dir / new).exists():
         raise UserError(f"A run '{new}' exists already", str(runs_dir / new), "Choose another name for --fork.")

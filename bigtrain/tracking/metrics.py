@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.storage import append_line, cut_lines, read_lines
+from bigtrain.storage import LineLog, cut_lines, read_lines
 
 NAMES = (
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s",
@@ -26,6 +26,7 @@ class MetricsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._log = LineLog(self.path)
         self._last_step: int | None = None
         if _torn(self.path):
             cut_lines(self.path, keep=lambda value: True)
@@ -41,12 +42,12 @@ class MetricsFile:
             raise ValueError(f"metrics need a whole number 'step', not {step!r}")
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step} in {self.path.name}; cut it first")
-        append_line(self.path, {key: plain(value) for key, value in metrics.items()})
+        self._log.append({key: plain(value) for key, value in metrics.items()})
         self._last_step = step
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`: a resume from its checkpoint will log those steps again."""
-        cut_lines(self.path, keep=lambda value: isinstance(value.get("step"), int) and value["step"] <= step)
+        cut_lines(self.path, keep=lambda value: not isinstance(value.get("step"), int) or value["step"] <= step)
         self._last_step = None
 
 

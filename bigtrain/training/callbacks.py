@@ -20,15 +20,17 @@ class SampleLog(Callback):
     order = 10
 
     def __init__(self, directory: RunDirectory) -> None:
-        self.path = directory.samples
+        self._log = storage.LineLog(directory.samples)
 
     def on_start(self, progress: Progress) -> None:
         """Cut back what a resume will consume again."""
-        storage.cut_lines(self.path, keep=lambda line: line["step"] <= progress.step)
+        storage.cut_lines(
+            self._log.path, keep=lambda line: not isinstance(line.get("step"), int) or line["step"] <= progress.step
+        )
 
     def on_step(self, step: Step, progress: Progress) -> None:
         """Append the step's samples."""
-        storage.append_line(self.path, {"step": step.number, "ids": step.batch.sample_ids})
+        self._log.append({"step": step.number, "ids": step.batch.sample_ids})
 
 
 class MetricsLog(Callback):
@@ -66,7 +68,6 @@ class MetricsLog(Callback):
 
     def on_step(self, step: Step, progress: Progress) -> None:
         """Add the step to the interval, and log it where one ends."""
-        self._loss += step.loss_sum
         self._weight += step.weight
         self._seconds += step.seconds
         self._data_wait_s += step.data_wait_s
@@ -76,7 +77,7 @@ class MetricsLog(Callback):
         row = {
             "step": step.number,
             "tokens": int(progress.tokens),
-            "loss": self._loss / self._weight,
+            "loss": progress.interval_loss / progress.interval_weight,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -89,10 +90,11 @@ class MetricsLog(Callback):
         self._file.append(row)
         if self._tracker is not None:
             self._tracker(row)
+        progress.interval_loss = progress.interval_weight = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = self._weight = self._seconds = self._data_wait_s = 0.0
+        self._weight = self._seconds = self._data_wait_s = 0.0
 
 
 class Announcements(Callback):

@@ -62,6 +62,12 @@ class Progress:
     drawn: int = 0
     """Sequences drawn from the training data."""
 
+    interval_loss: float = 0.0
+    """Sum of the losses since the last logged step, on the rank that logs: a resume may fall between two of them."""
+
+    interval_weight: float = 0.0
+    """Sum of the weights since the last logged step."""
+
 
 @dataclass
 class Step:
@@ -229,6 +235,8 @@ class Trainer:
         self._votes += numbers.votes
         self.progress.step = done
         self.progress.tokens += numbers.weight
+        self.progress.interval_loss += numbers.loss
+        self.progress.interval_weight += numbers.weight
         self.progress.drawn = done * self.batch_sequences
         step = Step(
             number=done,
@@ -256,9 +264,21 @@ class Trainer:
 
 def as_plain(progress: Progress) -> dict[str, Any]:
     """The progress as a checkpoint's manifest holds it."""
-    return {"step": progress.step, "tokens": progress.tokens, "drawn": {"train": progress.drawn}}
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "drawn": {"train": progress.drawn},
+        "interval": {"loss": progress.interval_loss, "weight": progress.interval_weight},
+    }
 
 
 def from_plain(plain: dict[str, Any]) -> Progress:
     """The progress that a checkpoint's manifest holds."""
-    return Progress(int(plain["step"]), float(plain["tokens"]), int(plain["drawn"]["train"]))
+    interval = plain.get("interval", {"loss": 0.0, "weight": 0.0})
+    return Progress(
+        step=int(plain["step"]),
+        tokens=float(plain["tokens"]),
+        drawn=int(plain["drawn"]["train"]),
+        interval_loss=float(interval["loss"]),
+        interval_weight=float(interval["weight"]),
+    )

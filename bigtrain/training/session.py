@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -37,6 +38,8 @@ from bigtrain.training.loop import (
 )
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.source import resolve_source
+
+logger = logging.getLogger(__name__)
 
 TRACKER_CLOSE_S = 20.0
 
@@ -190,13 +193,23 @@ class Session:
             mesh=vars(config.layout.mesh(self.ranks.world_size)),
             lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
         )
+        self._refuse_if_fenced()
         self._compare_memory()
         return not self.saver.must_stop
 
     def _finish_saving(self) -> bool:
         """Wait for the last save; whether the end of the run is safe on the disk."""
         outcome = self.saver.wait()
+        self._refuse_if_fenced()
         return outcome is None or outcome.status == "saved"
+
+    def _refuse_if_fenced(self) -> None:
+        if self.saver.fenced:
+            raise UserError(
+                "Another launcher has taken the run over; this one ends",
+                str(self.directory.path),
+                "See `bigtrain status`; one launcher at a time may train a run.",
+            )
 
     def _evaluate(self) -> dict[str, float]:
         index = self.prepared.validation
@@ -270,5 +283,10 @@ class Session:
         return lease_check(self.directory, int(number)) if number else lambda: True
 
     def _event(self, event: str, /, **fields: Any) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.rank != 0:
+            return
+        try:
             self.directory.event(event, attempt=self.attempt, **fields)
+        except OSError as error:
+            # A full disk must not end the training.
+            logger.warning("the event '%s' could not be recorded: %s", event, error)

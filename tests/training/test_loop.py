@@ -260,7 +260,8 @@ def test_steps_tokens_and_sequences_are_counted_on_from_where_a_run_resumed() ->
     world = World(first=2)
     trainer = world.trainer()
     trainer.fit()
-    assert trainer.progress == Progress(6, 100.0 + 3 + 4 + 5 + 6, 6 * SEQUENCES)
+    progress = trainer.progress
+    assert (progress.step, progress.tokens, progress.drawn) == (6, 100.0 + 3 + 4 + 5 + 6, 6 * SEQUENCES)
     assert from_plain(json.loads(json.dumps(as_plain(trainer.progress)))) == trainer.progress
     assert "step 2" not in world.log
     assert "step 3" in world.log
@@ -268,16 +269,16 @@ def test_steps_tokens_and_sequences_are_counted_on_from_where_a_run_resumed() ->
 
 def test_the_progress_that_is_saved_is_that_of_the_step() -> None:
     world = World(save_every=2)
-    seen: list[Progress] = []
+    seen: list[tuple[int, float, int]] = []
 
     def save(progress: Progress) -> bool:
-        seen.append(Progress(progress.step, progress.tokens, progress.drawn))
+        seen.append((progress.step, progress.tokens, progress.drawn))
         return True
 
     trainer = world.trainer()
     trainer.save = save
     trainer.fit()
-    assert seen == [Progress(2, 3, 8), Progress(4, 10, 16), Progress(6, 21, 24)]
+    assert seen == [(2, 3, 8), (4, 10, 16), (6, 21, 24)]
 
 
 def test_a_logged_row_sums_over_its_interval(tmp_path: Path) -> None:
@@ -312,3 +313,21 @@ def test_a_resumed_log_is_cut_back_to_where_the_run_resumes(tmp_path: Path) -> N
     World(total=6, first=3).trainer(log()).fit()
     rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resume_between_two_logged_steps_changes_no_row(tmp_path: Path) -> None:
+    losses = {number: float(number * number) for number in range(1, 9)}
+
+    def run(name: str, *legs: int) -> list[float]:
+        directory = RunDirectory(tmp_path / name)
+        directory.path.mkdir()
+        progress = Progress()
+        for total in legs:
+            log = MetricsLog(directory, every=4, mfu=lambda _: None, mfu_causal=lambda _: None, memory_bytes=lambda: 0)
+            trainer = World(total=total, losses=losses, first=progress.step).trainer(log)
+            trainer.progress = progress
+            trainer.fit()
+            progress = from_plain(json.loads(json.dumps(as_plain(trainer.progress))))
+        return [json.loads(line)["loss"] for line in directory.metrics.read_text().splitlines()]
+
+    assert run("resumed", 3, 6, 8) == run("undisturbed", 8) == pytest.approx([30 / 10, 174 / 26])
