@@ -414,6 +414,7 @@ print("started", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_deepspeed_starts_leaves_nothing_that_the_next_start_waits_for(tmp_path: Path) -> None:
     extensions, binaries = tmp_path / "extensions", tmp_path / "bin"
     binaries.mkdir()

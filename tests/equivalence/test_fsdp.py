@@ -44,13 +44,14 @@ LAYOUTS = {
 
 
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
-IN_TEST_FSDP = ("dp2", "hsdp2x2")
-"""Layouts whose fast tests are tests/engines/test_fsdp.py's."""
-EACH_LAYOUT_ONCE = [
-    (list(MODELS)[index % len(MODELS)], layout)
-    for index, layout in enumerate(LAYOUTS)
-    if "compiled" not in layout and layout not in IN_TEST_FSDP
+EACH_TECHNIQUE_ONCE = [
+    ("llama-untied-dropout", "tp2"),
+    ("gpt2-dropout", "tp2 without sequence parallel"),
+    ("llama-gqa-tied-qk-norm-documents", "tp2 with the head gathered"),
+    ("llama-untied-dropout", "tp2 x dp2"),
+    ("gpt2-dropout", "tp2 x dp2 with recompute"),
 ]
+"""The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +70,7 @@ def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [pytest.param(*pair, marks=[] if pair in EACH_LAYOUT_ONCE else pytest.mark.slow) for pair in ALL],
+    [pytest.param(*pair, marks=[] if pair in EACH_TECHNIQUE_ONCE else pytest.mark.slow) for pair in ALL],
 )
 def test_a_layout_computes_what_one_process_computes(
     ranks: RankPool, recorded: Callable[[str], Path], model: str, layout: str

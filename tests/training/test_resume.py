@@ -170,13 +170,14 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
         flip_a_bit,
-        pytest.param(truncate, marks=pytest.mark.slow),
-        pytest.param(Path.unlink, marks=pytest.mark.slow, id="remove"),
-        pytest.param(lambda file: os.truncate(file, 0), marks=pytest.mark.slow, id="empty"),
+        truncate,
+        pytest.param(Path.unlink, id="remove"),
+        pytest.param(lambda file: os.truncate(file, 0), id="empty"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
