@@ -51,7 +51,6 @@ EACH_TECHNIQUE_ONCE = [
     ("gpt2-dropout", "tp2 without sequence parallel"),
     ("llama-gqa-tied-qk-norm-documents", "tp2 with the head gathered"),
     ("llama-untied-dropout", "tp2 x dp2"),
-    ("gpt2-dropout", "tp2 x dp2 with recompute"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 

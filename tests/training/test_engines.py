@@ -25,7 +25,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_lines(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("legs", [2, pytest.param(len(LEGS), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("legs", [2, len(LEGS)])
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
     bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: int
 ) -> None:
