@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -46,19 +47,20 @@ def _whole(value: float, text: object) -> int:
     return int(value)
 
 
-class _Quantity:
+class _Quantity(ABC):
     """What the types below share: parsed from a number or a text, kept as a text in YAML."""
 
     json_types: ClassVar[tuple[str, ...]] = ("string",)
     """What JSON Schema takes it for."""
 
+    @abstractmethod
     def __str__(self) -> str:
-        raise NotImplementedError
+        """As YAML keeps it."""
 
     @classmethod
+    @abstractmethod
     def parse(cls, value: Any) -> Any:
         """The quantity that a YAML scalar stands for."""
-        raise NotImplementedError
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
