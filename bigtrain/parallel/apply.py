@@ -14,6 +14,7 @@ from bigtrain.models.check import check_module
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.init import initialise
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.context import ContextGroup, share_sequences
 from bigtrain.parallel.mesh import gradient_mesh
 from bigtrain.parallel.recompute import recompute_blocks
 from bigtrain.parallel.shard import shard
@@ -30,6 +31,9 @@ class ParallelModel:
     tensor_partial: frozenset[str] = field(default_factory=frozenset)
     """Parameters whose gradients are to be summed over the tp axis."""
 
+    context: ContextGroup | None = None
+    """What takes this rank's part of each batch, where ranks share sequences."""
+
 
 def build_parallel_model(
     config: ModelConfig,
@@ -43,7 +47,7 @@ def build_parallel_model(
     recompute: Recompute = "none",
     compile_blocks: bool = False,
 ) -> ParallelModel:
-    """Build on meta, split, recompute, compile, shard, materialise, initialise.
+    """Build on meta, split, share sequences, recompute, compile, shard, materialise, initialise.
 
     No rank ever holds more than its part of the model, and the initial weights are equal at every layout.
     """
@@ -56,6 +60,9 @@ def build_parallel_model(
     if mesh is not None and mesh["tp"].size() > 1:
         tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
         tensor_partial = split(model, tensor, mesh["tp"]).partial
+    context = None
+    if mesh is not None and mesh["cp"].size() > 1:
+        context = share_sequences(model, layout.cp_kind, mesh["cp"].get_group())
     if recompute == "full":
         recompute_blocks(blocks)
     if compile_blocks:
@@ -65,4 +72,4 @@ def build_parallel_model(
         shard(model, blocks, over, compute_dtype)
     model.to_empty(device=device)
     initialise(model, seed)
-    return ParallelModel(model, tensor_partial)
+    return ParallelModel(model, tensor_partial, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 from pydantic import field_validator
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 Size = Annotated[Count, Ge(1)]
+
+ContextKind = Literal["ulysses", "all_gather"]
+"""How ranks that share a sequence meet in attention; see `parallel.context`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,11 @@ class LayoutConfig(Section):
     """Ranks that share one copy of parameters, gradients and optimizer; -1: all that are left."""
 
     cp: Size = 1
-    """Ranks that share the tokens of a sequence: 1 so far."""
+    """Ranks that share the tokens of each sequence (context parallelism): for sequences too long for one."""
+
+    cp_kind: ContextKind = "ulysses"
+    """How they meet in attention: all-to-all over heads (Jacobs et al. 2023), or a gather of keys and values, which
+    needs no heads to divide (Llama 3, section 3.3.2)."""
 
     pp: Size = 1
     """Stages of consecutive layers: 1 so far."""
@@ -95,11 +102,11 @@ class LayoutConfig(Section):
             raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
         return value
 
-    @field_validator("cp", "pp")
+    @field_validator("pp")
     @classmethod
     def _is_not_there_yet(cls, value: int) -> int:
         if value != 1:
-            raise ValueError(f"{value} is not supported: it must be 1; dp_shard, dp_replicate and tp take more ranks")
+            raise ValueError(f"{value} is not supported: it must be 1; the other axes take more ranks")
         return value
 
     def mesh(self, world_size: int) -> Mesh:
@@ -130,6 +137,10 @@ class LayoutConfig(Section):
         Raises:
             ValueError: Naming the sizes that would work.
         """
+        self._check_tensor_parallel(model, outputs)
+        self._check_context_parallel(model)
+
+    def _check_tensor_parallel(self, model: ModelConfig, outputs: int) -> None:
         if self.tp == 1:
             return
         sizes = model.tensor_parallel_sizes()
@@ -150,6 +161,41 @@ class LayoutConfig(Section):
                 f"layout.tp {self.tp} does not divide model.context {model.context}; tp may be {_listed(fits)}, "
                 "or any that fits the model with layout.sequence_parallel: false"
             )
+
+    def _check_context_parallel(self, model: ModelConfig) -> None:
+        if self.cp == 1:
+            return
+        heads = model.context_parallel_heads()
+        if heads is None:
+            raise ValueError(f"layout.cp is {self.cp}, and a model of arch '{model.arch}' has no plan for it: use cp 1")
+        query, key = (count // self.tp for count in heads)
+        wrong = []
+        multiple = self._multiple(self.cp, self.cp_kind)
+        if model.context % multiple:
+            wrong.append(f"wants model.context {model.context} to be a multiple of {multiple}")
+        if self.cp_kind == "ulysses" and not _shares_heads(query, key, self.cp):
+            whose = f" of a rank under tp {self.tp}" if self.tp > 1 else ""
+            wrong.append(f"cannot share out {query} query and {key} key heads{whose}")
+        if wrong:
+            other: ContextKind = "all_gather" if self.cp_kind == "ulysses" else "ulysses"
+            fits: dict[ContextKind, str] = {"ulysses": "", "all_gather": ""}
+            for kind in fits:
+                sizes = [cp for cp in _divisors(model.context) if model.context % self._multiple(cp, kind) == 0]
+                fits[kind] = _listed([cp for cp in sizes if kind != "ulysses" or _shares_heads(query, key, cp)])
+            raise ValueError(
+                f"layout.cp {self.cp} ({self.cp_kind}) {' and '.join(wrong)}; cp may be {fits[self.cp_kind]}, or with "
+                f"layout.cp_kind: {other} {fits[other]}"
+            )
+
+    def _multiple(self, cp: int, kind: ContextKind) -> int:
+        """What divides the length of a sequence: a rank's part of it is cut into chunks, and over tp."""
+        chunks = 2 if kind == "all_gather" and cp > 1 else 1
+        return cp * math.lcm(chunks, self.tp if self.sequence_parallel else 1)
+
+
+def _shares_heads(query: int, key: int, ranks: int) -> bool:
+    """Whether each rank can have as many query heads, with whole key heads; fewer of these than ranks are repeated."""
+    return query % ranks == 0 and (key % ranks == 0 or ranks % key == 0)
 
 
 def _rows_for_all(rows: int, ranks: int) -> bool:
