@@ -48,7 +48,8 @@ def keep_mask(
     device = keys.device
     if positions is None:
         positions = torch.arange(tokens, device=device)
-    rows = _splitmix64(keys + _wrap64(layer * 0xD1342543DE82EF95))[:, None]
+    # A tensor's product wraps by itself; a compiler to which `layer` is a symbol cannot do so with Python's integers.
+    rows = _splitmix64(keys + torch.full_like(keys, layer) * _wrap64(0xD1342543DE82EF95))[:, None]
     rows = _splitmix64(rows + positions)
     # 64 bits choose the row; they enter the 32-bit hash of each channel in two halves, between its rounds.
     low, high = rows.to(torch.int32)[..., None], (rows >> 32).to(torch.int32)[..., None]

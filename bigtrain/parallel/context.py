@@ -147,7 +147,7 @@ class AllGather(ContextGroup):
         for chunk, queries, rows in zip(self.chunks, query.split(length, dim=1), masks, strict=True):
             end = (chunk + 1) * length
             # The last query sees the last key. For this bias PyTorch takes its flash kernel where it has one, for the
-            # same mask as a tensor it does not.
+            # same mask as a tensor it does not. A compiled block runs this loop uncompiled: it cannot make the bias.
             seen = causal_lower_right(length, end) if rows is None else rows[..., :end]
             attended.append(attend(queries, keys[:, :end], values[:, :end], seen))
         return torch.cat(attended, dim=1)
