@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 import bigtrain
-from bigtrain.config import UserError
 
 app = typer.Typer(
     name="bigtrain",
@@ -41,6 +40,8 @@ RUNS = Path("runs")
 @contextmanager
 def errors(as_json: bool = False) -> Iterator[None]:
     """Show a user's mistake without a traceback, and exit with its code."""
+    from bigtrain.config import UserError
+
     try:
         yield
     except BrokenPipeError:
@@ -234,6 +235,7 @@ def data_pack(
 ) -> None:
     """Tokenise documents into WebDataset shards."""
     with errors(as_json):
+        from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
         from bigtrain.data.tokenizers import Tokenizer
@@ -369,6 +371,7 @@ def checkpoint_export(
     with errors(as_json):
         from bigtrain.checkpoint.commit import newest_verified
         from bigtrain.checkpoint.export import export
+        from bigtrain.config import UserError
         from bigtrain.run import find_run, split_run_step
 
         name, step = split_run_step(run)
