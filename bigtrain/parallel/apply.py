@@ -53,11 +53,12 @@ def build_parallel_model(
     model.compute_dtype = compute_dtype
     blocks = [block for _, block in model.blocks()]
     tensor_partial: frozenset[str] = frozenset()
+    groups = []
     if mesh is not None and mesh["tp"].size() > 1:
-        tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
+        groups.append(mesh["tp"].get_group())
+        tensor = TensorGroup(groups[-1], layout.sequence_parallel, layout.loss_parallel)
         tensor_partial = split(model, tensor, mesh["tp"]).partial
-    if recompute == "full":
-        recompute_blocks(blocks)
+    recompute_blocks(blocks, recompute, groups=groups, compiled=compile_blocks)
     if compile_blocks:
         for block in blocks:
             block.compile()

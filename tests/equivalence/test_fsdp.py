@@ -38,6 +38,7 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
+    "tp2 x dp2 with selective recompute": How(4, {"tp": 2}, {"recompute": "selective"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
 }
