@@ -102,7 +102,7 @@ class _StagedPlanner(DefaultSavePlanner):
 
 
 def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
-    """The same memory, as a tensor that is no part of a larger storage: DCP would copy that, since all of it is saved."""
+    """The same memory, as a tensor that is no part of a larger storage: DCP saves whole storages, so it would copy."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     # By way of bytes, since numpy has no BF16.

@@ -12,7 +12,7 @@ Precision = Literal["fp32", "bf16"]
 """Arithmetic of the matmuls and the residual stream; parameters, reductions, norms and loss are FP32 in both."""
 
 Recompute = Literal["none", "selective", "full"]
-"""What is computed again in the backward pass instead of kept: nothing, what is cheap, or all but the inputs of blocks."""
+"""What is computed again in the backward pass instead of kept: nothing, what is cheap, all but the inputs of blocks."""
 
 SET_BY_THE_ENGINE = {
     "train_batch_size": "batch.size",

@@ -11,7 +11,7 @@ So what is kept and put back is recorded here; a compiled block leaves both to t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def recompute_blocks(
     groups: Collection[dist.ProcessGroup] = (),
     compiled: bool = False,
 ) -> None:
-    """Let each block compute again, in place, what it does not keep; the second pass draws the random bits of the first.
+    """Let each block, in place, compute again what it does not keep, with the random bits of the first pass.
 
     The blocks' names stay, and what FSDP hangs on them runs once, around both passes.
 

@@ -1,4 +1,4 @@
-"""Peak memory of a save above what the state takes, in MiB: of the first, which allocates what is kept, and of the next.
+"""Peak memory of a save above the state's, in MiB: of the first, which allocates what is kept, and of the next.
 
 Arguments: directory, "synchronous" or "asynchronous", "whole" tensors or "views" into one storage, as FSDP and ZeRO
 make them. The state takes 64 MiB, in tensors of 16.
