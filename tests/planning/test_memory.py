@@ -196,8 +196,8 @@ ACTIVATIONS = [
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 SIZES = ((3, 32), (2, 32), (3, 16), (2, 16))
-"""Layers and context: their differences leave what one block keeps of 2 x 16 tokens. Weights in BF16, embedding and head
-are in both models, or in both contexts."""
+"""Layers and context: their differences leave what one block keeps of 2 x 16 tokens. Weights in BF16, embedding and
+head are in both models, or in both contexts."""
 
 
 @pytest.mark.parametrize(("model", "count", "layout", "precision"), ACTIVATIONS)
