@@ -219,4 +219,4 @@ def test_a_block_keeps_the_activations_of_the_formula(
         for deep, shallow, deep_short, shallow_short in zip(*measured, strict=True):
             kept[recompute] = (deep - shallow) - (deep_short - shallow_short)
             assert kept[recompute] == much - less, recompute
-    assert kept["none"] > 1.2 * kept["selective"] > 2 * kept["full"]
+    assert kept["none"] > kept["selective"] > 2 * kept["full"]
