@@ -94,11 +94,19 @@ class _StagedPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         local = self._local[write_item.index.fqn]
         sizes = write_item.tensor_data.chunk.sizes  # type: ignore[union-attr]
-        if local.shape == sizes:
-            return local
-        # A run of elements, of which this item is one of the rectangles that it is cut into.
-        start = _first_element(write_item) - self._begin[write_item.index.fqn]
-        return local.narrow(0, start, sizes.numel()).view(sizes)
+        if local.shape != sizes:
+            # A run of elements, of which this item is one of the rectangles that it is cut into.
+            start = _first_element(write_item) - self._begin[write_item.index.fqn]
+            local = local.narrow(0, start, sizes.numel()).view(sizes)
+        return _with_storage_of_its_own(local)
+
+
+def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that is no part of a larger storage: DCP saves whole storages, so it would copy."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    # By way of bytes, since numpy has no BF16.
+    return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def _first_element(item: WriteItem) -> int:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from bigtrain.cli.common import RUNS, Json, RunsDir, errors, show
-from bigtrain.config import UserError
 
 app = typer.Typer(help="List, verify and export checkpoints.", no_args_is_help=True)
 
@@ -63,6 +62,7 @@ def checkpoint_export(
     with errors(as_json):
         from bigtrain.checkpoint.commit import newest_verified
         from bigtrain.checkpoint.export import export
+        from bigtrain.config import UserError
         from bigtrain.run import find_run, split_run_step
 
         name, step = split_run_step(run)

@@ -109,8 +109,7 @@ class DeepSpeedEngine:
             built.to_empty(device=device)
             initialise(built, seed)
         built.compute_dtype = COMPUTE_DTYPES[precision]
-        if engine.recompute == "full":
-            recompute_blocks([block for _, block in built.blocks()])
+        recompute_blocks([block for _, block in built.blocks()], engine.recompute)
         if engine.zero == 3:
             _hold_with_root(deepspeed, built)
         inner = optimizer.build(plan.named_parameters())

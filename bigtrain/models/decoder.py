@@ -216,20 +216,7 @@ class DecoderModel(nn.Module):
 
     def tensor_plan(self) -> dict[str, TensorRole]:
         """Heads, the MLP's channels and the vocabulary are split; all else is whole."""
-        return {
-            "embedding.weight": "vocab",
-            "head.weight": "vocab",
-            "layers.*.attention.query.*": "column",
-            "layers.*.attention.key.*": "column",
-            "layers.*.attention.value.*": "column",
-            "layers.*.attention.query_norm.*": "heads",
-            "layers.*.attention.key_norm.*": "heads",
-            "layers.*.attention.output.weight": "row",
-            "layers.*.mlp.gate.*": "column",
-            "layers.*.mlp.up.*": "column",
-            "layers.*.mlp.down.weight": "row",
-            "*": "sequence",
-        }
+        return self.config.tensor_plan()
 
     def initialisers(self) -> dict[str, Init]:
         """GPT-2's rule, which serves Llama shapes too.

@@ -11,6 +11,7 @@ from bigtrain.config import Section
 from bigtrain.models.config import BlockCosts, Flops, ModelConfig
 
 if TYPE_CHECKING:
+    from bigtrain.models.contract import TensorRole
     from bigtrain.models.decoder import DecoderModel
 
 Positive = Annotated[int, Ge(1)]
@@ -148,6 +149,47 @@ class DecoderConfig(ModelConfig):
 
         return DecoderModel(self, vocab_size)
 
+    def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Of each parameter of the model, by its qualified name, in the model's order; a tied head under its first."""
+        width, hidden = self.width, self.hidden_width
+        query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
+
+        def norm(name: str) -> dict[str, tuple[int, ...]]:
+            return _norm_shapes(name, width, bias=self.norm == "layernorm" and self.bias)
+
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.padded_vocab(vocab_size), width)}
+        if self.positions == "learned":
+            shapes["position_embedding.weight"] = (self.position_count, width)
+        for layer in range(self.layers):
+            attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
+            linear = {"query": (query, width), "key": (key_value, width), "value": (key_value, width)}
+            linear = {f"{attention}.{name}": shape for name, shape in (linear | {"output": (width, query)}).items()}
+            ups = ("gate", "up") if self.mlp == "swiglu" else ("up",)
+            after = {f"{mlp}.{name}": (hidden, width) for name in ups} | {f"{mlp}.down": (width, hidden)}
+            shapes |= norm(f"{attention}_norm") | _linear_shapes(linear, self.bias)
+            if self.qk_norm:
+                shapes |= {f"{attention}.{name}_norm.weight": (self.width_of_head,) for name in ("query", "key")}
+            shapes |= norm(f"{mlp}_norm") | _linear_shapes(after, self.bias)
+        shapes |= norm("norm")
+        return shapes if self.tied else shapes | {"head.weight": (self.padded_vocab(vocab_size), width)}
+
+    def tensor_plan(self) -> dict[str, TensorRole]:
+        """See `contract.Splittable`: heads, the MLP's channels and the vocabulary are split; all else is whole."""
+        return {
+            "embedding.weight": "vocab",
+            "head.weight": "vocab",
+            "layers.*.attention.query.*": "column",
+            "layers.*.attention.key.*": "column",
+            "layers.*.attention.value.*": "column",
+            "layers.*.attention.query_norm.*": "heads",
+            "layers.*.attention.key_norm.*": "heads",
+            "layers.*.attention.output.weight": "row",
+            "layers.*.mlp.gate.*": "column",
+            "layers.*.mlp.up.*": "column",
+            "layers.*.mlp.down.weight": "row",
+            "*": "sequence",
+        }
+
     def parameter_count(self, vocab_size: int) -> int:
         """Exact number of parameters, a tied head counted once."""
         return self._embedding_parameters(vocab_size) + self.parameter_count_without_embeddings(vocab_size)
@@ -184,3 +226,16 @@ class DecoderConfig(ModelConfig):
     def _layer_matmul_parameters(self) -> int:
         attention = self.width * self.width_of_head * (2 * self.heads + 2 * self.key_value_heads)
         return attention + self.width * self.hidden_width * (3 if self.mlp == "swiglu" else 2)
+
+
+def _norm_shapes(name: str, width: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{kind}": (width,) for kind in (("weight", "bias") if bias else ("weight",))}
+
+
+def _linear_shapes(weights: dict[str, tuple[int, int]], bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in weights.items():
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
