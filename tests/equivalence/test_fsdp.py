@@ -86,7 +86,8 @@ EACH_TECHNIQUE_ONCE = [
 
 def of_layout(model: str, layout: str) -> What:
     """What is trained: the model, with as many layers as the layout's stages want."""
-    return FOUR_LAYERS[model] if "pp" in LAYOUTS[layout].layout else MODELS[model]
+    staged = "pp" in LAYOUTS[layout].layout and "compiled" not in layout
+    return FOUR_LAYERS[model] if staged else MODELS[model]
 
 
 @pytest.fixture(scope="session")
