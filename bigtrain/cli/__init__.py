@@ -1,0 +1,49 @@
+"""The commands, a file a group: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import bigtrain
+from bigtrain.cli import bench, checkpoint, configs, data, runs
+
+app = typer.Typer(
+    name="bigtrain",
+    help="Train transformer models with one YAML file, from a laptop's CPU to a cluster of GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(runs.app)
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(configs.app, name="config")
+app.add_typer(bench.app, name="bench")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"bigtrain {bigtrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def main() -> None:
+    """The `bigtrain` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr)
+        sys.exit(130)

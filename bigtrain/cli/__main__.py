@@ -1,0 +1,5 @@
+"""`python -m bigtrain.cli`."""
+
+from bigtrain.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""What the commands share: options, errors, and how a result is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bigtrain.config import UserError
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs live.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs laid over the file.")]
+RUNS = Path("runs")
+
+
+@contextmanager
+def errors(as_json: bool = False) -> Iterator[None]:
+    """Show a user's mistake without a traceback, and exit with its code."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            error = UserError(error.strerror or "The file cannot be used", str(error.filename))
+        if as_json:
+            print(json.dumps(error.as_json()))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+def show(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result for a program or for a person."""
+    print(json.dumps(result) if as_json else text(result))
+
+
+def lines(result: dict[str, Any], indent: str = "") -> str:
+    """A JSON object as lines of "key  value", for people."""
+    width = max((len(key) for key in result), default=0)
+    text = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            text += [f"{indent}{key}", lines(value, indent + "  ")]
+        elif isinstance(value, list) and not value:
+            text.append(f"{indent}{key:{width}}  none")
+        elif isinstance(value, list):
+            text += [f"{indent}{key}", *(f"{indent}  {item}" for item in value)]
+        elif value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+            text.append(f"{indent}{key:{width}}  {shown}")
+    return "\n".join(text)
+
+
+def load(config: Path, overrides: list[str] | None, name: str | None = None) -> Any:
+    """A run's config; see `bigtrain.run.load_config`."""
+    from bigtrain.run import load_config
+
+    return load_config(config, overrides, name)

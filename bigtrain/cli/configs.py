@@ -1,0 +1,63 @@
+"""Commands on configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bigtrain.cli.common import Json, Overrides, errors, load, show
+
+app = typer.Typer(help="Show, validate and describe configs.", no_args_is_help=True)
+
+
+@app.command("show")
+def config_show(
+    config: Annotated[Path, typer.Argument(help="A run's YAML.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Print the resolved config: every default, absolute paths."""
+    with errors(as_json):
+        from bigtrain.config.yaml_file import dump
+
+        show(load(config, overrides).plain(), as_json, lambda value: dump(value).rstrip())
+
+
+@app.command("validate")
+def config_validate(
+    config: Annotated[Path, typer.Argument(help="A run's YAML.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check a config against its data, without training."""
+    with errors(as_json):
+        from bigtrain.models.check import check_model
+        from bigtrain.training.prepare import prepare
+
+        prepared = prepare(load(config, overrides))
+        check_model(prepared.config.model, prepared.outputs)
+        result = {
+            "name": prepared.config.name,
+            "identity": prepared.identity,
+            "total_steps": prepared.total_steps,
+            "parameters": prepared.config.model.parameter_count(prepared.outputs),
+        }
+        show(
+            result,
+            as_json,
+            lambda value: (
+                f"{config} is valid: {value['parameters'] / 1e6:.2f}M parameters, {value['total_steps']} steps"
+            ),
+        )
+
+
+@app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a run's YAML, for editors."""
+    with errors():
+        from bigtrain.run import config_schema as schema
+
+        print(json.dumps(schema(), indent=2))

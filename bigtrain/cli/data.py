@@ -1,0 +1,110 @@
+"""Commands on data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bigtrain.cli.common import Json, errors, lines, show
+from bigtrain.config import UserError
+
+app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
+
+
+@app.command("pack")
+def data_pack(
+    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")],
+    validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
+    key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
+    as_json: Json = False,
+) -> None:
+    """Tokenise documents into WebDataset shards."""
+    with errors(as_json):
+        from bigtrain.config.units import parse_bytes
+        from bigtrain.data.pack import pack
+        from bigtrain.data.tokenizers import Tokenizer
+
+        try:
+            shard_bytes = parse_bytes(shard_size)
+        except ValueError as error:
+            raise UserError(str(error), "--shard-size") from None
+        summary = pack(
+            inputs,
+            out,
+            Tokenizer.open(tokenizer),
+            validation=validation,
+            key=key,
+            shard_bytes=shard_bytes,
+        )
+        show(summary.as_json(), as_json, lines)
+
+
+@app.command("tokenizer")
+def data_tokenizer(
+    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    as_json: Json = False,
+) -> None:
+    """Learn a byte-level BPE tokenizer from text."""
+    with errors(as_json):
+        from bigtrain.data.documents import documents
+        from bigtrain.data.tokenizers import train_bpe
+
+        learned = train_bpe(documents(inputs), vocab, out)
+        result = {"out": str(out), "vocab_size": learned.vocab_size}
+        show(result, as_json, lambda value: f"{value['out']}: {value['vocab_size']} tokens")
+
+
+@app.command("index")
+def data_index(
+    path: Annotated[Path, typer.Argument(help="A directory of tars made elsewhere.")], as_json: Json = False
+) -> None:
+    """Index tars made elsewhere, so that runs can read them."""
+    with errors(as_json):
+        from bigtrain.data.indexing import index_directory
+
+        index = index_directory(path)
+        result = {
+            "path": str(path),
+            "kind": index.kind,
+            "shards": len(index.shards),
+            "samples": index.samples,
+            "tokens": index.tokens,
+            "fingerprint": index.fingerprint,
+        }
+        show(
+            result,
+            as_json,
+            lambda value: f"{value['path']}: {value['samples']} {value['kind']} in {value['shards']} shards",
+        )
+
+
+@app.command("inspect")
+def data_inspect(
+    path: Annotated[Path, typer.Argument(help="A shard directory.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, to count them.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Show what a shard directory holds."""
+    with errors(as_json):
+        from bigtrain.data.inspect import inspect
+
+        found = inspect(path, context)
+        show(found.as_json(), as_json, lines)
+
+
+@app.command("verify")
+def data_verify(path: Annotated[Path, typer.Argument(help="A shard directory.")], as_json: Json = False) -> None:
+    """Compare every byte of a shard directory with its index."""
+    with errors(as_json):
+        from bigtrain.data.inspect import verify
+
+        found = verify(path)
+        found.raise_for_problems()
+        show(found.as_json(), as_json, lines)
