@@ -24,6 +24,7 @@ from bigtrain.config import UserError, nearest
 from bigtrain.engines.config import AccelerateConfig
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import import_deepspeed, leave_process_group
+from bigtrain.models.init import Part
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which Accelerate overrules its arguments, and which it sets itself."""
@@ -186,7 +187,13 @@ class Zero2(Plain):
 
     @cached_property
     def _partitions(self) -> Partitions:
-        return Partitions(self._engine, self._zero.optimizer, self._shapes)
+        return Partitions(
+            self._engine,
+            self._zero.optimizer,
+            dict(self.module.named_parameters()),
+            lambda name: Part.whole(self._shapes[name]),
+            dist.get_rank(),
+        )
 
 
 def prepare(
