@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
@@ -21,6 +20,8 @@ from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.pipeline import ends_group
+from bigtrain.parallel.shard import reshard
 from bigtrain.parallel.tensor import sum_gradients
 
 
@@ -55,6 +56,13 @@ class FSDPEngine:
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
+        self.pipeline = model.pipeline
+        self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
+        self._ends: dist.ProcessGroup | None = None
+        if model.shared_by_ends and mesh is not None:
+            self._ends = ends_group(mesh["pp"], mesh)
+            if mesh["pp"].get_local_rank() > 0:
+                self._counted.difference_update(self._shared_by_ends)
         self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
 
     @classmethod
@@ -87,7 +95,7 @@ class FSDPEngine:
         )
         return cls(
             built,
-            optimizer.build(built.module.named_parameters()),
+            optimizer.build(built.module.named_parameters(), built.all_names),
             clip=optimizer.clip,
             seed=seed,
             device=device,
@@ -114,10 +122,16 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for arrays in micro_batches:
-            loss, weight = self.model(to_device(arrays, self.device))
-            loss.backward()
-            sums += torch.stack([loss.detach(), weight]).double()
+        batches = (to_device(arrays, self.device) for arrays in micro_batches)
+        if self.pipeline is not None:
+            sums += self.pipeline.backward(list(batches))
+        else:
+            for batch in batches:
+                loss, weight = self.model(batch)
+                loss.backward()
+                sums += torch.stack([loss.detach(), weight]).double()
+        if self._shared_by_ends and self._ends is not None:
+            sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
             sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
         return sums
@@ -153,12 +167,14 @@ class FSDPEngine:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
+            if self.pipeline is not None:
+                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
+                continue
             for arrays in micro_batches:
                 loss, weight = self.model(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
-        if isinstance(self.model, FSDPModule):
-            # Without a backward pass FSDP keeps the root's parameters gathered: `state` wants the shards.
-            self.model.reshard()
+        # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
+        reshard(self.model)
         if self._mesh is not None:
             dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()

@@ -117,9 +117,13 @@ class Staged(Model, Protocol):
     def forward_stage(self, x: Tensor | None, batch: Batch) -> Tensor | LossSum:
         """From the residual stream that the stage before has returned (None on the first) to the next one's.
 
-        Every stage is given the whole micro-batch. The last one returns its sums. Shape and dtype of the stream are
-        the same between all stages.
+        Every stage is given the whole micro-batch. The last one returns its sums. The stream is in `compute_dtype`, and
+        of one shape between all stages.
         """
+        ...
+
+    def stream_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of the residual stream of a micro-batch on this rank."""
         ...
 
 

@@ -145,6 +145,12 @@ class DecoderModel(nn.Module):
         x = self._blocks(x, batch)
         return self._sums(self._normalised(x), batch) if self.stage.is_last else x
 
+    def stream_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B, C, W), or of this rank's slice of the sequence."""
+        sequences, positions = batch["tokens"].shape
+        mine = slice(0, positions) if self.tensor is None else self.tensor.positions(positions)
+        return sequences, mine.stop - mine.start, self.config.width
+
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
         hidden, head = self.hidden(batch), local(self.output_weight)

@@ -11,7 +11,7 @@ of its own from the same seed shows what the steps add up to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+<<<<<<< HEAD
 from pydantic import TypeAdapter
+=======
+>>>>>>> pp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -148,10 +151,17 @@ def global_batch(what: What, step: int) -> MicroBatch:
     return batch
 
 
-def micro_batches(what: What, step: int, rank: int, ranks: int, micro_size: int | None) -> list[MicroBatch]:
+def micro_batches(what: What, how: How, step: int, rank: int, ranks: int) -> list[MicroBatch]:
     """The part of a data-parallel rank; fillers hold content that would show if it counted."""
     whole = global_batch(what, step)
-    shape = distribute(what.batch, ranks, micro_size or what.batch)
+    layout = LayoutConfig(**how.layout)
+    shape = distribute(
+        what.batch,
+        ranks,
+        how.micro_size or what.batch,
+        least=layout.least_micro_batches,
+        multiple=layout.micro_batch_multiple,
+    )
     copies = -(-shape.per_rank * ranks // what.batch)
     filled = {name: np.concatenate([array] * copies) for name, array in whole.items()}
     filled["weights"][what.batch :] = 0
@@ -164,7 +174,7 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
     """Run one process, the whole batch in one pass, and write the state before each step and its gradients."""
     how = How(micro_size=None)
     engine = build(what, how)
-    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, 0, 0, 1, None)]))
+    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]))
     for step in range(what.steps):
         save_file(gather(engine.state()), directory / f"state-{step}.safetensors")
         found, gradients = compute(engine, what, how, step)
@@ -189,12 +199,12 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
     facts = load_file(directory / "numbers.safetensors")
     start = load_file(directory / "state-0.safetensors")
     same_start = all(torch.equal(value, start[name]) for name, value in gather(engine.state()).items())
-    batch = micro_batches(what, 0, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    batch = micro_batches(what, how, 0, engine.data_parallel_rank, engine.data_parallel_size)
     loss, weight = engine.evaluate(iter([batch]))
     evaluation = _off(loss / weight, float(facts["evaluation"][0] / facts["evaluation"][1]))
     free = []
     for step in range(what.steps):
-        batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         free.append(_off(engine.train_step(step, batch, LR).read().loss, float(facts["numbers"][step, 0])))
     allowed: dict[str, float] = {}
     relative: dict[str, float] = {}
@@ -223,7 +233,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
 
 def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
     """A step's numbers and whole gradients of the sum of losses, the weights untouched. Collective."""
-    batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
     if not isinstance(engine, FSDPEngine):
         return _computed_by_deepspeed(engine, batch, what, step)
     sums = engine.backward(step, batch)
@@ -257,26 +267,42 @@ def update(engine: FSDPEngine) -> None:
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of whole tensors. Collective: each rank names what lies on it."""
-    return {name: _whole(value).detach().clone().contiguous() for name, value in state.items()}
+    """Copies of whole tensors, those of other stages too. Collective.
 
-
-def _whole(value: Tensor) -> Tensor:
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if not isinstance(value, FlatPart):
-        return value
-    # Several ranks may hold the same elements, and then they hold the same values.
-    whole = torch.full(value.shape, -math.inf, dtype=value.dtype, device=value.device)
-    for (offset, sizes), piece in value.pieces():
-        whole[_box(offset, sizes)] = piece
-    dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+    Raises:
+        AssertionError: Two ranks hold the same elements, with different values.
+    """
+    own = {name: _pieces(value) for name, value in state.items()}
+    ranks: list[Any] = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+    whole: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for held in ranks:
+        for name, (shape, pieces) in held.items():
+            for offset, piece in pieces:
+                full = whole.setdefault(name, piece.new_zeros(shape))
+                known = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+                box = _box(offset, piece.shape)
+                if not torch.equal(full[box][known[box]], piece[known[box]]):
+                    raise AssertionError(f"the copies of {name} differ")
+                full[box], known[box] = piece, True
     return whole
 
 
+def _pieces(value: Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
+    """The shape of the whole tensor, and what this rank knows of it, each piece with its offset."""
+    shape = tuple(value.shape)
+    if isinstance(value, FlatPart):
+        return shape, [(offset, piece) for (offset, _), piece in value.pieces()]
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return shape, [((0,) * len(shape), full.detach())]
+
+
 def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Fill tensors of any layout, in place, from whole ones."""
-    assert state.keys() == whole.keys()
+    """Fill tensors of any layout, in place, from whole ones; a stage has a part of them."""
+    assert state.keys() <= whole.keys()
     with torch.no_grad():
         for name, value in state.items():
             if isinstance(value, FlatPart):
@@ -289,7 +315,7 @@ def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
                 value.copy_(whole[name])
 
 
-def _box(offset: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
 
 

@@ -25,6 +25,9 @@ MODELS = {
     "gpt2-dropout": What({**GPT2, "dropout": 0.1}),
 }
 
+FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, what in MODELS.items()}
+"""For more stages than the models above have layers."""
+
 LAYOUTS = {
     "dp2": How(2),
     "hsdp2x2": How(4, {"dp_replicate": 2}),
@@ -38,6 +41,22 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
+    "pp2": How(2, {"pp": 2}),
+    "pp2 with a split of its own": How(2, {"pp": 2, "pp_split": (3, 1)}),
+    "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble"}),
+    "pp2 zero bubble, two stages a rank": How(2, {"pp": 2, "pp_schedule": "zero_bubble", "pp_stages_per_rank": 2}),
+    "pp4": How(4, {"pp": 4}, micro_size=1),
+    "pp2 x dp2": How(4, {"pp": 2}),
+    "pp2 interleaved x dp2": How(4, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble x dp2": How(4, {"pp": 2, "pp_schedule": "zero_bubble"}),
+    "pp4 x dp2": How(8, {"pp": 4}),
+    "tp2 x pp2": How(4, {"tp": 2, "pp": 2}),
+    "tp2 x pp2 zero bubble": How(4, {"tp": 2, "pp": 2, "pp_schedule": "zero_bubble"}),
+    "tp2 x pp2 with the head gathered": How(4, {"tp": 2, "pp": 2, "loss_parallel": False}),
+    "tp2 x pp2 x dp2": How(8, {"tp": 2, "pp": 2}),
+    "pp2 x hsdp2x2": How(8, {"pp": 2, "dp_replicate": 2}),
+    "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
 }

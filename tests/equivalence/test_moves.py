@@ -40,7 +40,7 @@ class Continued:
 def steps(engine: FSDPEngine, how: How, first: int, count: int) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        batch = micro_batches(WHAT, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         losses.append(engine.train_step(step, batch, LR).read().loss)
     return losses
 
