@@ -19,10 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-<<<<<<< HEAD
 from pydantic import TypeAdapter
-=======
->>>>>>> pp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
