@@ -10,140 +10,79 @@ Under tensor parallelism the model consists of plain tensors of this rank's part
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.engines.config import DeepSpeedConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
-from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config, low_precision_weights
-from bigtrain.engines.deepspeed_groups import ModelParallelUnit, count_once_in_norm
-from bigtrain.engines.deepspeed_model import Plan, plan_model, spread
+from bigtrain.engines.deepspeed_model import Plan
 from bigtrain.engines.deepspeed_partitions import Partitions
-from bigtrain.engines.deepspeed_start import import_deepspeed, join_process_group, leave_process_group
-from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
-from bigtrain.models.config import ModelConfig
-from bigtrain.models.init import fill, initialise
-from bigtrain.optim.config import OptimizerConfig
-from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
-from bigtrain.parallel.recompute import recompute_blocks
-from bigtrain.parallel.tensor import sum_gradients_as_they_come
+from bigtrain.engines.deepspeed_start import leave_process_group
+from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
+from bigtrain.models.init import fill
+from bigtrain.parallel.config import Mesh
+
+
+@dataclass(frozen=True)
+class Started:
+    """What `deepspeed_build` has made."""
+
+    deepspeed: ModuleType
+    engine: Any
+    """DeepSpeed's."""
+    model: Any
+    """Ours, inside it; its parameters have their qualified names."""
+    optimizer: torch.optim.Optimizer
+    """torch's, inside it."""
+    plan: Plan
+    sizes: Mesh
+    """Of the axes over all ranks."""
 
 
 class DeepSpeedEngine:
     """Model and optimizer inside a DeepSpeed engine; see `contract.Engine`."""
 
-    def __init__(
-        self,
-        deepspeed: Any,
-        engine: Any,
-        optimizer: torch.optim.Optimizer,
-        *,
-        plan: Plan,
-        sizes: Mesh,
-        unit: ModelParallelUnit | None,
-        clip: float | None,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        """Take over what `build` has started.
+    def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
+        """Take over what has been started, and give it the initial weights.
 
         Args:
-            deepspeed: The imported package.
-            engine: DeepSpeed's engine.
-            optimizer: torch's optimizer inside it.
-            plan: What this rank's model is made of.
-            sizes: Of the axes over all ranks.
-            unit: The groups of ranks, where they hold different parts of the model.
             clip: Largest norm of the gradient; None: no limit.
             seed: The run's.
             device: The rank's.
         """
-        self.engine = engine
-        self.model: Any = engine.module
-        self.optimizer = optimizer
+        self.engine = started.engine
+        self.model = started.model
+        self.optimizer = started.optimizer
         self.device = device
         rank = dist.get_rank()
-        self.data_parallel_rank = sizes.data_parallel_rank(rank)
-        self.data_parallel_size = sizes.data_parallel
-        self._deepspeed = deepspeed
-        self._plan = plan
-        self._unit = unit
-        self._counts_loss = sizes.counts_loss(rank)
+        self.data_parallel_rank = started.sizes.data_parallel_rank(rank)
+        self.data_parallel_size = started.sizes.data_parallel
+        self._deepspeed = started.deepspeed
+        self._plan = plan = started.plan
+        self._counts_loss = started.sizes.counts_loss(rank)
         self._clip = clip
         self._seed = seed
-        self._stage = int(engine.zero_optimization_stage())
-        first = unit is None or unit.get_model_parallel_rank() == 0
-        self._copies = frozenset() if first else plan.shapes.keys() - plan.parts.keys()
-        parameters = dict(self.model.named_parameters())
-        self._counted = [parameter for name, parameter in parameters.items() if name not in self._copies]
+        self._stage = int(self.engine.zero_optimization_stage())
         self._partitions = None
         if self._stage:
-            place = self.data_parallel_rank
-            self._partitions = Partitions(engine, optimizer, parameters, plan.part, place, self._copies)
+            self._partitions = Partitions(
+                self.engine,
+                self.optimizer,
+                dict(self.model.named_parameters()),
+                plan.part,
+                self.data_parallel_rank,
+                plan.copies,
+            )
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._norm = torch.zeros_like(self._weight)
-        optimizer.register_step_pre_hook(self._scale_gradients)
-
-    @classmethod
-    def build(
-        cls,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        engine: DeepSpeedConfig,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> DeepSpeedEngine:
-        """Everything from the config's sections, as `FSDPEngine.build`.
-
-        Raises:
-            UserError: A passthrough that DeepSpeed does not take.
-        """
-        device = pick_device(ranks.local_rank)
-        set_determinism(engine, device)
-        deepspeed = import_deepspeed(device)
-        join_process_group(deepspeed, ranks, device)
-        sizes, mesh = build_mesh(layout, ranks, device)
-        config = deepspeed_config(engine, precision, device)
-        check_passthrough(config, engine.passthrough)
-        built, plan = plan_model(model, vocab_size, layout, mesh)
-        unit = ModelParallelUnit(mesh) if mesh is not None and sizes.tp > 1 else None
-        # On the whole shapes, which the parameters that are built now have not all got.
-        with torch.device("meta"):
-            inner = optimizer.build((name, nn.Parameter(torch.empty(shape))) for name, shape in plan.shapes.items())
-        if engine.zero == 3:
-            dtype = torch.bfloat16 if low_precision_weights(engine, precision) else torch.float32
-            group = None if unit is None else unit.get_data_parallel_group()
-            spread(deepspeed, built, config=config, group=group, device=device, dtype=dtype)
-        else:
-            built.to_empty(device=device)
-            initialise(built, seed, plan.parts)
-        built.compute_dtype = COMPUTE_DTYPES[precision]
-        if engine.recompute == "full":
-            recompute_blocks([block for _, block in built.blocks()])
-        parameters = dict(built.named_parameters())
-        _exchange_parameters(inner, parameters)
-        if unit is not None:
-            count_once_in_norm(parameters, set(plan.parts))
-        started, *_ = deepspeed.initialize(model=built, optimizer=inner, config=config, mpu=unit)
-        _check_got(started, engine, precision, sizes)
-        if unit is not None:
-            sum_gradients_as_they_come(built, plan.partial, unit.get_tensor_model_parallel_group())
-        self = cls(
-            deepspeed, started, inner,
-            plan=plan, sizes=sizes, unit=unit, clip=optimizer.clip, seed=seed, device=device,
-        )  # fmt: skip
+        self.optimizer.register_step_pre_hook(self._scale_gradients)
         self._fill()
-        return self
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
@@ -168,23 +107,56 @@ class DeepSpeedEngine:
 
     def update(self, sums: Tensor, lr: float, vote: float = 0.0) -> StepResult:
         """Sum what `backward` returned over the ranks, and let DeepSpeed take the step."""
+        loss, votes = self._reduce(sums, vote)
+        self._set_lr(lr)
+        self.engine.step()
+        return self._result(loss, votes)
+
+    def _reduce(self, sums: Tensor, vote: float) -> tuple[Tensor, Tensor]:
+        """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself.
+
+        Returns:
+            float64 loss and votes; weight and norm are kept for the optimizer.
+        """
         if not self._counts_loss:
             sums = torch.zeros_like(sums)
-        vector = torch.cat([sums, torch.full_like(sums[:1], vote)])
+        square = self._square_of_gradients()
+        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
         dist.all_reduce(vector)
-        loss, self._weight, votes = vector.unbind()
+        loss, self._weight, square, votes = vector.unbind()
+        self._norm = square.sqrt()
+        return loss, votes
+
+    def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self._stage == 0:
-            # Reduced already, and stepped all at once.
-            self._norm = self._norm_of_counted()
-        self.engine.step()
+
+    def _result(self, loss: Tensor, votes: Tensor) -> StepResult:
         norm = self._mean_norm() * self.data_parallel_size / self._weight
         return StepResult(torch.stack([loss, self._weight, norm, votes]))
 
+    @property
+    def _norm_is_ours(self) -> bool:
+        """Whether DeepSpeed leaves the norm to us: at stage 0 its optimizer is torch's."""
+        return self._stage == 0
+
+    def _square_of_gradients(self) -> Tensor:
+        """This rank's part of the square of the norm, float64; 0 where DeepSpeed computes it."""
+        # Reduced already, and the same on all data-parallel ranks.
+        if not self._norm_is_ours or self.data_parallel_rank > 0:
+            return torch.zeros_like(self._norm)
+        copies = self._plan.copies
+        return self._square([p.grad for name, p in self.model.named_parameters() if name not in copies])
+
+    def _square(self, gradients: list[Tensor | None]) -> Tensor:
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not found:
+            return torch.zeros_like(self._norm)
+        return torch.stack(torch._foreach_norm(found)).double().square().sum()
+
     def _mean_norm(self) -> Tensor:
         """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
-        if self._stage == 0:
+        if self._norm_is_ours:
             return self._norm
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
 
@@ -270,35 +242,7 @@ class DeepSpeedEngine:
                 fill(piece, offset, owned.part.shape, rule, self._seed, owned.name)
         self._partitions.refresh()
 
-    def _norm_of_counted(self) -> Tensor:
-        """Norm of the reduced gradients in the parameters, each part counted once; float64."""
-        square = torch.zeros_like(self._norm)
-        gradients = [parameter.grad for parameter in self._counted if parameter.grad is not None]
-        if gradients:
-            square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        if self._unit is not None:
-            dist.all_reduce(square, group=self._unit.get_model_parallel_group())
-        return square.sqrt()
-
-
-def _check_got(started: Any, engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> None:
-    """Nothing may be replaced without a word: DeepSpeed must run the stage and the weights that were asked for."""
-    dtype = torch.bfloat16 if low_precision_weights(engine, precision) else torch.float32
-    got = {parameter.dtype for parameter in started.module.parameters()}
-    stage = int(started.zero_optimization_stage())
-    if stage != engine.zero or got != {dtype}:
-        found = ", ".join(map(str, got))
-        raise RuntimeError(f"DeepSpeed was asked for ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
-    if started.dp_world_size != sizes.data_parallel:
-        raise RuntimeError(f"DeepSpeed reduces over {started.dp_world_size} ranks, not over {sizes.data_parallel}")
-
 
 def _is_of(key: str, name: str) -> bool:
     """Whether an entry of the state belongs to a parameter."""
     return key == f"model.{name}" or key.startswith(f"optimizer.{name}.")
-
-
-def _exchange_parameters(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Let an optimizer that was built on a model's shapes update the parameters of the same names."""
-    for group in optimizer.param_groups:
-        group["params"] = [parameters[name] for name in group["names"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class ModelParallelUnit:
         """This one's number among them."""
         return self._tensor.rank()
 
-    # Without a pipeline, tensor parallelism is all the model parallelism that there is.
+    # DeepSpeed brings a unit of its own for pipelines; without one, tensor parallelism is all the model parallelism that there is.
     get_model_parallel_group = get_tensor_model_parallel_group
     get_model_parallel_world_size = get_tensor_model_parallel_world_size
     get_model_parallel_rank = get_tensor_model_parallel_rank
@@ -54,11 +55,15 @@ class ModelParallelUnit:
         return self._data.rank()
 
 
-def count_once_in_norm(parameters: dict[str, nn.Parameter], split: set[str]) -> None:
-    """Tell DeepSpeed's norms which parameters differ between the ranks of a model-parallel group.
+def count_once_in_norm(parameters: dict[str, nn.Parameter], split: Container[str], copies: Container[str]) -> None:
+    """Tell DeepSpeed's norms how parameters lie on the ranks of a model-parallel group.
 
-    It counts the others on the first rank alone.
+    Args:
+        parameters: This rank's, by qualified names.
+        split: Those of which each rank of a tp group has another part; of the others the first rank's count.
+        copies: Those that an earlier stage has too.
     """
     for name, parameter in parameters.items():
         marked: Any = parameter
         marked.tensor_model_parallel = name in split
+        marked.ds_pipe_replicated = name in copies

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bigtrain.models.config import ModelConfig
+from bigtrain.models.config import BlockCosts, ModelConfig
 from bigtrain.models.contract import Init
 from bigtrain.models.init import Part
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.pipeline import Cut, cut
 from bigtrain.parallel.tensor import TensorGroup, split
 
 
@@ -24,12 +25,18 @@ class Plan:
     """What this rank's model is made of; under ZeRO 3 the built one has tensors without a shape."""
 
     shapes: dict[str, torch.Size]
-    """Of the whole parameters, by qualified names, in the model's order."""
+    """Of the whole parameters of this rank's stage, by qualified names, in the model's order."""
     initialisers: dict[str, Init]
+    all_names: tuple[str, ...]
+    """Parameters of all stages."""
     parts: Mapping[str, Part] = field(default_factory=dict)
     """This rank's part of those that are split over tp."""
     partial: frozenset[str] = frozenset()
     """Whole ones whose gradients are to be summed over tp."""
+    shared_by_ends: frozenset[str] = frozenset()
+    """Those that the first and the last stage both hold."""
+    copies: frozenset[str] = frozenset()
+    """Those of this rank that another rank of its tp group, or an earlier stage, has too."""
 
     def part(self, name: str) -> Part:
         """What this rank has of a parameter before ZeRO spreads it."""
@@ -39,15 +46,24 @@ class Plan:
 def plan_model(
     config: ModelConfig, vocab_size: int, layout: LayoutConfig, mesh: DeviceMesh | None
 ) -> tuple[Any, Plan]:
-    """A model on the meta device, its matrices split over tp, and what it is made of."""
+    """This rank's stage of a model, on the meta device, its matrices split over tp, and what it is made of."""
     with torch.device("meta"):
         model = cast(Any, config.build(vocab_size))
+    stages = Cut.nothing(model)
+    if mesh is not None and mesh["pp"].size() > 1:
+        stages = cut(model, layout.split(cast(BlockCosts, config.block_costs(vocab_size))), mesh["pp"])
+        (model,) = stages.own
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     rules = model.initialisers()
-    if mesh is None or mesh["tp"].size() == 1:
-        return model, Plan(shapes, rules)
+    if mesh is None:
+        return model, Plan(shapes, rules, stages.names)
+    copies = stages.shared if mesh["pp"].get_local_rank() > 0 else frozenset()
+    if mesh["tp"].size() == 1:
+        return model, Plan(shapes, rules, stages.names, shared_by_ends=stages.shared, copies=copies)
     found = split(model, TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel), None)
-    return model, Plan(shapes, rules, found.parts, found.partial)
+    if mesh["tp"].get_local_rank() > 0:
+        copies |= shapes.keys() - found.parts.keys()
+    return model, Plan(shapes, rules, stages.names, found.parts, found.partial, stages.shared, copies)
 
 
 def spread(

@@ -6,7 +6,7 @@ from bigtrain.config import UserError
 from bigtrain.parallel.config import LayoutConfig
 
 LEFT_AT_ONE = {
-    "deepspeed": ("dp_replicate", "cp", "pp"),
+    "deepspeed": ("dp_replicate", "cp"),
     "accelerate": ("dp_replicate", "cp", "pp", "tp"),
 }
 """Axes that an engine has not got."""
