@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -72,7 +74,8 @@ def build_deepspeed_engine(
 
         module, made = pipeline_module(built, plan, sizes, mesh), PipelinedEngine
     count_once_in_norm(parameters, plan.parts, plan.shared_by_ends & plan.copies)
-    started, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config, mpu=unit)
+    with redirect_stdout(io.StringIO()):  # it prints its use of memory
+        started, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config, mpu=unit)
     _check_got(started, engine, dtype, sizes)
     if mesh is not None and plan.partial:
         sum_gradients_as_they_come(built, plan.partial, mesh["tp"].get_group())

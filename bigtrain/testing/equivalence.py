@@ -112,7 +112,7 @@ def build(what: What, how: How) -> Any:
     model = family(what.model["arch"])(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
-    check_support(engine.name, model.arch, layout, document_mask=what.documents)
+    check_support(engine, model.arch, layout, document_mask=what.documents)
     return build_engine(
         model,
         what.vocabulary,
