@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig
+from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, FSDPConfig
 from bigtrain.parallel.config import LayoutConfig
 
 AXES = {
@@ -18,6 +18,7 @@ def check_support(engine: EngineConfig, arch: str, layout: LayoutConfig, *, docu
     """Refuse what an engine cannot do.
 
     Args:
+        engine: The section `engine`.
         arch: `model.arch`.
         document_mask: `data.document_mask`.
 
@@ -28,6 +29,7 @@ def check_support(engine: EngineConfig, arch: str, layout: LayoutConfig, *, docu
         fix = "Use engine: {name: accelerate}." if arch == "hf" else "Use engine: {name: fsdp} or {name: deepspeed}."
         raise UserError(f"A model of arch '{arch}' does not run on the engine '{engine.name}'", "engine.name", fix)
     _check_axes(engine.name, layout)
+    _check_zero_bubble(engine, layout)
     if isinstance(engine, DeepSpeedConfig) and layout.pp > 1:
         _check_pipeline(engine, layout)
     if isinstance(engine, AccelerateConfig) and document_mask:
@@ -35,6 +37,21 @@ def check_support(engine: EngineConfig, arch: str, layout: LayoutConfig, *, docu
             "A Hugging Face model takes no mask of documents: each model of transformers builds its own attention",
             "data.document_mask",
             "Set data.document_mask to false, or train one of our own models on the engine 'fsdp'.",
+        )
+
+
+def _check_zero_bubble(engine: EngineConfig, layout: LayoutConfig) -> None:
+    """It walks through a block twice, for the gradients of its input and of its weights."""
+    if not isinstance(engine, FSDPConfig) or layout.pp == 1 or layout.pp_schedule != "zero_bubble":
+        return
+    if engine.recompute != "none" or engine.compile:
+        key = "compile" if engine.compile else "recompute"
+        why = "takes no compiled block" if engine.compile else "would compute each block three times"
+        off = "false" if engine.compile else "none"
+        raise UserError(
+            f"layout.pp_schedule zero_bubble {why}",
+            f"engine.{key}",
+            f"Set engine.{key} to {off}, or layout.pp_schedule to 1f1b or interleaved.",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
-from bigtrain.testing.equivalence import Deviations, How, What, deviations, record
+from bigtrain.models.contract import Batch
+from bigtrain.testing.equivalence import MODELS, Deviations, How, What, deviations
 from bigtrain.testing.ranks import RankPool
-
-LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
-GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
-
-MODELS = {
-    "llama-gqa-tied-qk-norm-documents": What({**LLAMA, "tied": True, "qk_norm": True}, documents=True),
-    "llama-untied-dropout": What({**LLAMA, "dropout": 0.1}),
-    "gpt2-dropout": What({**GPT2, "dropout": 0.1}),
-}
 
 FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, what in MODELS.items()}
 """For more stages than the models above have layers."""
@@ -59,10 +52,15 @@ LAYOUTS = {
     "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
+    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
 }
 
 
-COMPILED = [("llama-untied-dropout", "compiled"), ("llama-gqa-tied-qk-norm-documents", "tp2, compiled")]
+COMPILED = [
+    ("llama-untied-dropout", "compiled"),
+    ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
+    ("gpt2-dropout", "pp2, compiled"),
+]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
 EACH_TECHNIQUE_ONCE = [
@@ -70,22 +68,16 @@ EACH_TECHNIQUE_ONCE = [
     ("gpt2-dropout", "tp2 without sequence parallel"),
     ("llama-gqa-tied-qk-norm-documents", "tp2 with the head gathered"),
     ("llama-untied-dropout", "tp2 x dp2"),
+    ("llama-gqa-tied-qk-norm-documents", "pp2"),
+    ("gpt2-dropout", "pp2 interleaved"),
+    ("llama-untied-dropout", "pp2 zero bubble"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 
 
-@pytest.fixture(scope="session")
-def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of one process's record of a model, each made once."""
-    known: dict[str, Path] = {}
-
-    def run(model: str) -> Path:
-        if model not in known:
-            known[model] = tmp_path_factory.mktemp(model)
-            ranks.run(record, MODELS[model], known[model], ranks=1)
-        return known[model]
-
-    return run
+def of_layout(model: str, layout: str) -> What:
+    """What is trained: the model, with as many layers as the layout's stages want."""
+    return FOUR_LAYERS[model] if "pp" in LAYOUTS[layout].layout else MODELS[model]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +85,10 @@ def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Calla
     [pytest.param(*pair, marks=[] if pair in EACH_TECHNIQUE_ONCE else pytest.mark.slow) for pair in ALL],
 )
 def test_a_layout_computes_what_one_process_computes(
-    ranks: RankPool, recorded: Callable[[str], Path], model: str, layout: str
+    ranks: RankPool, recorded: Callable[[str, What], Path], model: str, layout: str
 ) -> None:
-    how = LAYOUTS[layout]
-    found = ranks.run(deviations, MODELS[model], how, recorded(model), ranks=how.ranks)
+    how, what = LAYOUTS[layout], of_layout(model, layout)
+    found = ranks.run(deviations, what, how, recorded(model, what), ranks=how.ranks)
     assert not found[0].faults()
     assert all(other == found[0] for other in found), "the ranks disagree"
 
@@ -146,7 +138,29 @@ def qk_norms_not_reduced(engine: FSDPEngine) -> None:
     engine._tensor_partial = [p for p in engine._tensor_partial if id(p) not in own]
 
 
+def averaged_over_micro_batches(engine: FSDPEngine) -> None:
+    assert engine.pipeline is not None
+    made = engine.pipeline.schedule
+
+    def averaging(n_micro: int, micro_batch: Batch) -> Any:
+        schedule = made(n_micro, micro_batch)
+        schedule.scale_grads = True
+        return schedule
+
+    engine.pipeline.schedule = averaging  # type: ignore[method-assign]
+
+
+def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
+    engine._ends = None
+
+
 FAULTS = {
+    "pp averaging what it should sum": (averaged_over_micro_batches, "pp2", 1, "gradient of"),
+    "pp averaging what it should sum, interleaved": (averaged_over_micro_batches, "pp2 interleaved", 1, "gradient of"),
+    "a tied embedding's gradient not summed over stages": (
+        tied_gradient_of_each_end_alone, "pp2", 0, "gradient of embedding.weight",
+    ),
+    "a tied embedding counted twice in the norm": (replicas_count_in_the_norm, "pp2", 0, "norms"),
     "a norm's weight not reduced under sequence parallel": (
         norm_weight_not_reduced, "tp2", 0, "gradient of norm.weight",
     ),
@@ -166,8 +180,9 @@ def deviations_with(fault: str, what: What, how: How, directory: Path) -> Deviat
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str], Path], fault: str) -> None:
+def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str, What], Path], fault: str) -> None:
     _, layout, model, expected = FAULTS[fault]
     how, name = LAYOUTS[layout], list(MODELS)[model]
-    found = ranks.run(deviations_with, fault, replace(MODELS[name], steps=2), how, recorded(name), ranks=how.ranks)[0]
+    what = replace(of_layout(name, layout), steps=2)
+    found = ranks.run(deviations_with, fault, what, how, recorded(name, what), ranks=how.ranks)[0]
     assert any(line.startswith(expected) for line in found.faults()), found.faults()
