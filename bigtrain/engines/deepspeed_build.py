@@ -65,8 +65,8 @@ def build_deepspeed_engine(
     if engine.recompute == "full":
         recompute_blocks([block for _, block in built.blocks()])
     parameters = dict(built.named_parameters())
-    for group in inner.param_groups:
-        group["params"] = [parameters[name] for name in group["names"]]
+    for settings in inner.param_groups:
+        settings["params"] = [parameters[name] for name in settings["names"]]
     module, made = built, DeepSpeedEngine
     if sizes.pp > 1:
         assert mesh is not None

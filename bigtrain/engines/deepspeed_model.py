@@ -43,9 +43,7 @@ class Plan:
         return self.parts.get(name) or Part.whole(self.shapes[name])
 
 
-def plan_model(
-    config: ModelConfig, vocab_size: int, layout: LayoutConfig, mesh: DeviceMesh | None
-) -> tuple[Any, Plan]:
+def plan_model(config: ModelConfig, vocab_size: int, layout: LayoutConfig, mesh: DeviceMesh | None) -> tuple[Any, Plan]:
     """This rank's stage of a model, on the meta device, its matrices split over tp, and what it is made of."""
     with torch.device("meta"):
         model = cast(Any, config.build(vocab_size))

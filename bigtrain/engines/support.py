@@ -72,15 +72,15 @@ def _check_pipeline(engine: DeepSpeedConfig, layout: LayoutConfig) -> None:
     """DeepSpeed's pipeline engine reduces gradients once, at the end of a step, and knows one schedule."""
     if engine.zero > 1:
         raise UserError(
-            f"DeepSpeed's pipeline takes ZeRO 0 and 1, not {engine.zero}: it reduces gradients at the end of a step, when "
-            "ZeRO 2 and 3 have already spread them",
+            f"DeepSpeed's pipeline takes ZeRO 0 and 1, not {engine.zero}: it reduces gradients at the end of a step, "
+            "when ZeRO 2 and 3 have already spread them",
             "engine.zero",
             "Set engine.zero to 1, or layout.pp to 1, or use the engine 'fsdp'.",
         )
     if engine.offload != "none":
         raise UserError(
-            "DeepSpeed's pipeline does not go with an optimizer on the CPU: its norm of the gradients would be summed over "
-            "the stages group by group, and stages may have different groups",
+            "DeepSpeed's pipeline does not go with an optimizer on the CPU: the norm of the gradients would be summed "
+            "over the stages group by group, and stages may have different groups",
             "engine.offload",
             "Set engine.offload to none, or layout.pp to 1.",
         )

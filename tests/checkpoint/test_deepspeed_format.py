@@ -60,7 +60,7 @@ def load_in_deepspeed(stage: int, directory: Path) -> tuple[list[str], list[tupl
     path, _ = engine.engine.load_checkpoint(str(directory))
     assert path is not None
     if stage == 3:
-        # DeepSpeed 0.19.8 gives all parts of ZeRO 3 one tensor for their count of steps, which the update of each raises.
+        # DeepSpeed 0.19.8 gives all parts of ZeRO 3 one tensor to count steps in, which the update of each raises.
         zero = engine.engine.optimizer
         for flat in zero.fp32_partitioned_groups_flat:
             engine.optimizer.state[flat]["step"] = engine.optimizer.state[flat]["step"].clone()

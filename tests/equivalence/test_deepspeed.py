@@ -19,7 +19,9 @@ TOKENS_OF_A_RANK = 70
 EVERYTHING_SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
-def zero(ranks: int, stage: int, micro_size: int = 2, offload: str = "none", recompute: str = "none", **layout: Any) -> How:
+def zero(
+    ranks: int, stage: int, micro_size: int = 2, offload: str = "none", recompute: str = "none", **layout: Any
+) -> How:
     engine = {"name": "deepspeed", "zero": stage, "offload": offload, "recompute": recompute}
     return How(ranks, layout, engine | ({"passthrough": EVERYTHING_SPREAD} if stage == 3 else {}), micro_size)
 

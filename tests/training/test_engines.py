@@ -18,6 +18,7 @@ LEGS: list[tuple[str, int, tuple[str, ...]]] = [
     ("12 steps", 1, ()),
     ("16 steps", 2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
     ("20 steps", 4, ("layout.tp=2", "layout.sequence_parallel=false")),
+    ("24 steps", 4, ("engine.name=deepspeed", "engine.zero=1", "layout.tp=2", "layout.pp=2")),
 ]
 SECTIONS = {"optimizer": {"lr": 1e-3, "eps": 1e-6}, "batch": {"size": 6}, "checkpoint": {"every": "2 steps"}}
 
@@ -75,10 +76,12 @@ def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
     ("how", "said"),
     [
         (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
-        (("layout.tp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.dp_replicate=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
         (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 a rank, pp may be 1, 2"),
-        (("layout.pp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=2", "engine.name=deepspeed"), "DeepSpeed's pipeline takes ZeRO 0 and 1, not 2"),
+        (("layout.pp=2", "engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer"), "optimizer on the CPU"),
+        (("engine.name=deepspeed", "engine.passthrough.zero_optimization.reduce_buket_size=5"), "reduce_buket_size"),
         (("layout.pp=2", "layout.pp_schedule=zero_bubble", "engine.recompute=full"), "Set engine.recompute to none"),
     ],
 )
