@@ -138,8 +138,9 @@ def _save(value: Any, path: Path) -> None:
 def _check_adam(entries: dict[str, TensorStorageMetadata], names: list[str], path: Path) -> None:
     kept = {name.rsplit(".", 1)[1] for name in entries if name.startswith("optimizer.")}
     if not names or kept != {"step", *MOMENTS}:
+        found = ", ".join(sorted(kept)) or "no optimizer"
         raise UserError(
-            f"DeepSpeed's universal checkpoints hold Adam's moments, and this one holds {sorted(kept) or 'no optimizer'}",
+            f"DeepSpeed's universal checkpoints hold Adam's moments, and this one holds {found}",
             str(path),
             "Use `bigtrain checkpoint export` for the weights.",
         )

@@ -99,7 +99,7 @@ class FlatPart(Tensor):
         return f"FlatPart({tuple(self.shape)}, {self.begin}:{self.begin + self.local.numel()})"
 
     def pieces(self) -> list[tuple[Rectangle, Tensor]]:
-        """Each rectangle of the whole tensor that this rank holds, in the run's order, and the view of `local` on it."""
+        """Each rectangle of the whole that this rank holds, in the run's order, and the view of `local` on it."""
         cut, start = [], 0
         for inside, sizes in rectangles(self.box.shape, self.begin, self.begin + self.local.numel()):
             offset = tuple(first + at for first, at in zip(self.box.offset, inside, strict=True))

@@ -33,7 +33,7 @@ class ModelParallelUnit:
         """This one's number among them."""
         return self._tensor.rank()
 
-    # DeepSpeed brings a unit of its own for pipelines; without one, tensor parallelism is all the model parallelism that there is.
+    # For pipelines DeepSpeed has a unit of its own; without one, tensor parallelism is all of the model parallelism.
     get_model_parallel_group = get_tensor_model_parallel_group
     get_model_parallel_world_size = get_tensor_model_parallel_world_size
     get_model_parallel_rank = get_tensor_model_parallel_rank

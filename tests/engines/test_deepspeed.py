@@ -214,20 +214,6 @@ def assert_same(measured: Measured, expected: Measured) -> None:
     assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
 
 
-@pytest.fixture(scope="module")
-def alone(ranks: RankPool) -> Callable[[Case], Measured]:
-    """What one process measures under FSDP's engine, each case once."""
-    known: dict[str, Measured] = {}
-
-    def run(case: Case) -> Measured:
-        single = case.alone()
-        if repr(single) not in known:
-            known[repr(single)] = ranks.run(measure, single, ranks=1)[0]
-        return known[repr(single)]
-
-    return run
-
-
 ENGINES = [
     pytest.param(zero(0), id="zero 0"),
     pytest.param(zero(1), id="zero 1"),

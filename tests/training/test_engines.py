@@ -119,3 +119,23 @@ def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
     refused = bigtrain("sample", "tiny")
     assert refused.returncode == 2
     assert "cannot sample" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_to_deepspeed_and_back_through_the_command(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    assert bigtrain("train", write_config(duration="4 steps", **SECTIONS)).returncode == 0
+    converted = bigtrain("checkpoint", "convert", "tiny", "--to", "deepspeed", "--out", "universal")
+    assert converted.returncode == 0, converted.stderr
+    refused = bigtrain("checkpoint", "import", "universal", "--out", "back")
+    assert refused.returncode == 2
+    assert "--trust-checkpoint" in refused.stderr
+    assert bigtrain("checkpoint", "import", "universal", "--out", "back", "--trust-checkpoint").returncode == 0
+    for name, source in (("from-run", "tiny"), ("from-import", str(tmp_path / "back"))):
+        config = write_config(
+            duration="2 steps", init={"source": f"{source}@4", "state": "weights+optimizer"}, **SECTIONS
+        )
+        result = bigtrain("train", config, "--name", name)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "runs" / "from-import") == losses(tmp_path / "runs" / "from-run")
