@@ -127,6 +127,10 @@ class DecoderConfig(ModelConfig):
         """Heads stay whole, and all queries of a key's group with it."""
         return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
 
+    def context_parallel_heads(self) -> tuple[int, int]:
+        """All layers alike."""
+        return self.heads, self.key_value_heads
+
     def block_costs(self, vocab_size: int) -> BlockCosts:
         """By matmul FLOPs, and for the embedding, which has none, by parameters up to those of one block.
 
