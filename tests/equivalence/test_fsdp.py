@@ -17,17 +17,8 @@ from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.layers import Attention, attend
-from bigtrain.testing.equivalence import Deviations, How, What, deviations, record
+from bigtrain.testing.equivalence import MODELS, Deviations, How, What, deviations, record
 from bigtrain.testing.ranks import RankPool
-
-LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
-GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
-
-MODELS = {
-    "llama-gqa-tied-qk-norm-documents": What({**LLAMA, "tied": True, "qk_norm": True}, documents=True),
-    "llama-untied-dropout": What({**LLAMA, "dropout": 0.1}),
-    "gpt2-dropout": What({**GPT2, "dropout": 0.1}),
-}
 
 FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, what in MODELS.items()}
 """For more stages than the models above have layers."""
@@ -118,21 +109,6 @@ def of_layout(model: str, layout: str) -> What:
     """What is trained: the model, with as many layers as the layout's stages want."""
     staged = "pp" in LAYOUTS[layout].layout and "compiled" not in layout
     return FOUR_LAYERS[model] if staged else MODELS[model]
-
-
-@pytest.fixture(scope="session")
-def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, What], Path]:
-    """The directory of one process's record of a model, each made once."""
-    known: dict[tuple[str, int], Path] = {}
-
-    def run(model: str, what: What) -> Path:
-        key = model, what.model["layers"]
-        if key not in known:
-            known[key] = tmp_path_factory.mktemp(model)
-            ranks.run(record, replace(what, steps=MODELS[model].steps), known[key], ranks=1)
-        return known[key]
-
-    return run
 
 
 @pytest.mark.parametrize(
