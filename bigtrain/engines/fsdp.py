@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
@@ -21,6 +20,7 @@ from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.shard import begin_pass, give_back
 from bigtrain.parallel.tensor import sum_gradients
 
 
@@ -43,6 +43,7 @@ class FSDPEngine:
         """
         sizes = sizes or Mesh()
         self.model: Any = model.module
+        self._blocks = [block for _, block in self.model.blocks()]
         self.optimizer = optimizer
         self.device = device
         self._clip = clip
@@ -114,7 +115,8 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for arrays in micro_batches:
+        for index, arrays in enumerate(micro_batches):
+            begin_pass(self.model, self._blocks, last=index == len(micro_batches) - 1)
             loss, weight = self.model(to_device(arrays, self.device))
             loss.backward()
             sums += torch.stack([loss.detach(), weight]).double()
@@ -156,9 +158,7 @@ class FSDPEngine:
             for arrays in micro_batches:
                 loss, weight = self.model(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
-        if isinstance(self.model, FSDPModule):
-            # Without a backward pass FSDP keeps the root's parameters gathered: `state` wants the shards.
-            self.model.reshard()
+        give_back(self.model)  # `state` wants the shards
         if self._mesh is not None:
             dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()

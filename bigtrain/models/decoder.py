@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, TensorRole, Zeros
-from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
 from bigtrain.models.layers import (
     MLP,
     Attention,
@@ -149,9 +149,9 @@ class DecoderModel(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         mine = slice(0, None) if self.tensor is None else self.tensor.positions(tokens.shape[1])
-        x = self.embedding(tokens).to(self.compute_dtype)
+        x = self.embedding(tokens, self.compute_dtype)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions[..., mine]).to(self.compute_dtype)
+            x = x + self.position_embedding(positions[..., mine], self.compute_dtype)
         x = dropout(x, self.config.dropout, keys, 0, self.training, first_position=mine.start)
         documents = batch.get("documents")
         mask = None if documents is None else document_mask(documents)
@@ -171,21 +171,8 @@ class DecoderModel(nn.Module):
         return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """Heads, the MLP's channels and the vocabulary are split; all else is whole."""
-        return {
-            "embedding.weight": "vocab",
-            "head.weight": "vocab",
-            "layers.*.attention.query.*": "column",
-            "layers.*.attention.key.*": "column",
-            "layers.*.attention.value.*": "column",
-            "layers.*.attention.query_norm.*": "heads",
-            "layers.*.attention.key_norm.*": "heads",
-            "layers.*.attention.output.weight": "row",
-            "layers.*.mlp.gate.*": "column",
-            "layers.*.mlp.up.*": "column",
-            "layers.*.mlp.down.weight": "row",
-            "*": "sequence",
-        }
+        """See `decoder_config.TENSOR_PLAN`."""
+        return TENSOR_PLAN
 
     def initialisers(self) -> dict[str, Init]:
         """GPT-2's rule, which serves Llama shapes too.

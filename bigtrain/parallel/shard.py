@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,11 +25,39 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_d
         return _placement(parameter, ranks)
 
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        # The backward pass begins with the last block: given back, it would be gathered again at once.
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            shard_placement_fn=placement,
+            reshard_after_forward=module is not model and module is not blocks[-1],
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def begin_pass(model: nn.Module, blocks: list[nn.Module], *, last: bool) -> None:
+    """Say whether a pass (forward and backward of a micro-batch) is the step's last one; others leave it something.
+
+    What its backward pass ends with is what the next forward pass begins with, the root's parameters and the first
+    block: they stay gathered in between, which adds nothing to the peak. Gradients are reduced to shards in each pass,
+    since whole ones would take as much memory as the model in FP32; replicas sum these shards once, after the last.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_all_reduce(last)
+    for module in (model, *blocks[:1]):
+        cast(FSDPModule, module).set_reshard_after_backward(last, recurse=False)
+
+
+def give_back(model: nn.Module) -> None:
+    """Let go of gathered parameters: without a backward pass FSDP keeps those that it would begin with."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
