@@ -20,7 +20,7 @@ from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
-from bigtrain.parallel.shard import begin_pass, give_back
+from bigtrain.parallel.shard import begin_pass, reshard
 from bigtrain.parallel.tensor import sum_gradients
 
 
@@ -158,7 +158,7 @@ class FSDPEngine:
             for arrays in micro_batches:
                 loss, weight = self.model(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
-        give_back(self.model)  # `state` wants the shards
+        reshard(self.model)  # `state` wants the shards
         if self._mesh is not None:
             dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()

@@ -53,7 +53,7 @@ def begin_pass(model: nn.Module, blocks: list[nn.Module], *, last: bool) -> None
         cast(FSDPModule, module).set_reshard_after_backward(last, recurse=False)
 
 
-def give_back(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of gathered parameters: without a backward pass FSDP keeps those that it would begin with."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
