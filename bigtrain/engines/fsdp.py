@@ -20,6 +20,7 @@ from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.pipeline import ends_group
 from bigtrain.parallel.shard import begin_pass, reshard
 from bigtrain.parallel.tensor import sum_gradients
 
@@ -43,7 +44,6 @@ class FSDPEngine:
         """
         sizes = sizes or Mesh()
         self.model: Any = model.module
-        self._blocks = [block for _, block in self.model.blocks()]
         self.optimizer = optimizer
         self.device = device
         self._clip = clip
@@ -56,6 +56,13 @@ class FSDPEngine:
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
+        self.pipeline = model.pipeline
+        self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
+        self._ends: dist.ProcessGroup | None = None
+        if model.shared_by_ends and mesh is not None:
+            self._ends = ends_group(mesh["pp"], mesh)
+            if mesh["pp"].get_local_rank() > 0:
+                self._counted.difference_update(self._shared_by_ends)
         self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
 
     @classmethod
@@ -88,7 +95,7 @@ class FSDPEngine:
         )
         return cls(
             built,
-            optimizer.build(built.module.named_parameters()),
+            optimizer.build(built.module.named_parameters(), built.all_names),
             clip=optimizer.clip,
             seed=seed,
             device=device,
@@ -115,11 +122,17 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for index, arrays in enumerate(micro_batches):
-            begin_pass(self.model, self._blocks, last=index == len(micro_batches) - 1)
-            loss, weight = self.model(to_device(arrays, self.device))
-            loss.backward()
-            sums += torch.stack([loss.detach(), weight]).double()
+        batches = (to_device(arrays, self.device) for arrays in micro_batches)
+        if self.pipeline is not None:
+            sums += self.pipeline.backward(list(batches))
+        else:
+            for number, batch in enumerate(batches, 1):
+                begin_pass(self.model, last=number == len(micro_batches))
+                loss, weight = self.model(batch)
+                loss.backward()
+                sums += torch.stack([loss.detach(), weight]).double()
+        if self._shared_by_ends and self._ends is not None:
+            sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
             sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
         return sums
@@ -155,10 +168,14 @@ class FSDPEngine:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
+            if self.pipeline is not None:
+                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
+                continue
             for arrays in micro_batches:
                 loss, weight = self.model(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
-        reshard(self.model)  # `state` wants the shards
+        # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
+        reshard(self.model)
         if self._mesh is not None:
             dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bigtrain.config import Count, Section
 
 if TYPE_CHECKING:
-    from bigtrain.models.config import ModelConfig
+    from bigtrain.models.config import BlockCosts, ModelConfig
 
 Size = Annotated[Count, Ge(1)]
+
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
+"""The order in which the stages of a pipeline compute micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,19 @@ class LayoutConfig(Section):
     """Ranks that share the tokens of a sequence: 1 so far."""
 
     pp: Size = 1
-    """Stages of consecutive layers: 1 so far."""
+    """Ranks that hold consecutive blocks and pass micro-batches on. At m micro-batches they
+    idle for (pp - 1) / (pp_stages_per_rank * m) of the time that they compute (Narayanan et al. 2021, section 2.2):
+    choose micro_size so that m is several times pp. Each keeps its gathered parameters for a whole step."""
+
+    pp_schedule: PipelineSchedule = "1f1b"
+    """1f1b: one forward, one backward (Narayanan et al. 2019). interleaved: the same over several stages a rank.
+    zero_bubble: gradients of weights are put off into the idle time (Qi et al. 2023)."""
+
+    pp_stages_per_rank: Size = 1
+    """Stages of each rank; above 1 with interleaved and zero_bubble: rank r holds stages r, r + pp, ..."""
+
+    pp_split: Literal["auto"] | tuple[Size, ...] = "auto"
+    """Blocks of each stage, in order; auto: so that the dearest stage, embedding and head counted, is cheapest."""
 
     tp: Size = 1
     """Ranks that share each matrix (Shoeybi et al. 2019); they exchange activations, so keep them inside a node."""
@@ -95,12 +110,67 @@ class LayoutConfig(Section):
             raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
         return value
 
-    @field_validator("cp", "pp")
+    @field_validator("cp")
     @classmethod
     def _is_not_there_yet(cls, value: int) -> int:
         if value != 1:
             raise ValueError(f"{value} is not supported: it must be 1; dp_shard, dp_replicate and tp take more ranks")
         return value
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> LayoutConfig:
+        if self.pp == 1 and self.pp_stages_per_rank > 1:
+            raise ValueError("pp_stages_per_rank above 1 needs pp 2 or more")
+        if self.pp > 1 and self.pp_schedule == "1f1b" and self.pp_stages_per_rank > 1:
+            raise ValueError(
+                "pp_schedule 1f1b has one stage a rank: set pp_stages_per_rank to 1, or pp_schedule to interleaved"
+            )
+        if self.pp > 1 and self.pp_schedule == "interleaved" and self.pp_stages_per_rank == 1:
+            raise ValueError(
+                "pp_schedule interleaved needs pp_stages_per_rank of 2 or more; with 1 the schedule is 1f1b"
+            )
+        if self.pp_split != "auto" and len(self.pp_split) != self.stages:
+            raise ValueError(f"pp_split names {len(self.pp_split)} stages, and the layout has {self.stages}")
+        return self
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all ranks."""
+        return self.pp * self.pp_stages_per_rank
+
+    @property
+    def least_micro_batches(self) -> int:
+        """The fewest micro-batches of a step that the pipeline's schedule takes."""
+        return self.pp
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches of a step must be a multiple of."""
+        return 1 if self.pp_schedule == "1f1b" else self.pp
+
+    def split(self, costs: BlockCosts) -> tuple[int, ...]:
+        """Blocks of each stage, in order.
+
+        Raises:
+            ValueError: There are fewer blocks than stages, or `pp_split` is not all of them.
+        """
+        if costs.blocks < self.stages:
+            per_rank = self.pp_stages_per_rank
+            most = costs.blocks // per_rank
+            fits = f"pp may be {_listed(list(range(1, most + 1)))}" if most > 1 else "use pp 1"
+            raise ValueError(
+                f"layout.pp {self.pp} with pp_stages_per_rank {per_rank} makes {self.stages} stages of "
+                f"{costs.blocks} blocks; with {per_rank} a rank, {fits}"
+            )
+        if self.pp_split == "auto":
+            return balanced(costs, self.stages)
+        if sum(self.pp_split) != costs.blocks:
+            suggestion = list(balanced(costs, self.stages))
+            raise ValueError(
+                f"layout.pp_split adds up to {sum(self.pp_split)} blocks, and the model has {costs.blocks}; "
+                f"auto makes it {suggestion}"
+            )
+        return self.pp_split
 
     def mesh(self, world_size: int) -> Mesh:
         """The sizes of the axes on `world_size` ranks.
@@ -130,6 +200,15 @@ class LayoutConfig(Section):
         Raises:
             ValueError: Naming the sizes that would work.
         """
+        if self.stages > 1:
+            costs = model.block_costs(outputs)
+            if costs is None:
+                raise ValueError(
+                    f"layout.pp is {self.pp}, and a model of arch '{model.arch}' cannot be cut into stages: use pp 1"
+                )
+            self.split(costs)
+        elif self.pp_split != "auto":
+            raise ValueError("layout.pp_split has no meaning with pp 1: leave it out")
         if self.tp == 1:
             return
         sizes = model.tensor_parallel_sizes()
@@ -150,6 +229,22 @@ class LayoutConfig(Section):
                 f"layout.tp {self.tp} does not divide model.context {model.context}; tp may be {_listed(fits)}, "
                 "or any that fits the model with layout.sequence_parallel: false"
             )
+
+
+def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:
+    """Blocks of each stage so that the dearest stage is as cheap as can be, and then the next; each has at least one.
+
+    Where it makes no difference, later stages take more: earlier ones keep more micro-batches' activations.
+    """
+    counts = [1] * stages
+    extra = [0.0] * stages
+    extra[0] += costs.before
+    extra[-1] += costs.after
+    for _ in range(costs.blocks - stages):
+        # All blocks cost the same, so putting each on the cheapest stage is the best there is.
+        cheapest = min(range(stages), key=lambda stage: (counts[stage] + extra[stage], -stage))
+        counts[cheapest] += 1
+    return tuple(counts)
 
 
 def _rows_for_all(rows: int, ranks: int) -> bool:

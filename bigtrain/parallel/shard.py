@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,10 +13,21 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from bigtrain.config import UserError
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    reshard_after_forward: bool = True,
+) -> None:
     """Shard every block, then what is left, in place, over a mesh of one axis, or of replicas and shards.
 
     Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
+
+    Args:
+        reshard_after_forward: False keeps what is gathered until the last backward pass of a step: the stages of a
+            pipeline would otherwise gather it for each micro-batch.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ranks = mesh.size(mesh.ndim - 1)
@@ -31,7 +42,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_d
             mesh=mesh,
             mp_policy=policy,
             shard_placement_fn=placement,
-            reshard_after_forward=module is not model and module is not blocks[-1],
+            reshard_after_forward=reshard_after_forward and module is not model and module is not blocks[-1],
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -39,7 +50,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_d
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
-def begin_pass(model: nn.Module, blocks: list[nn.Module], *, last: bool) -> None:
+def begin_pass(model: nn.Module, *, last: bool) -> None:
     """Say whether a pass (forward and backward of a micro-batch) is the step's last one; others leave it something.
 
     What its backward pass ends with is what the next forward pass begins with, the root's parameters and the first
@@ -49,15 +60,16 @@ def begin_pass(model: nn.Module, blocks: list[nn.Module], *, last: bool) -> None
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_all_reduce(last)
-    for module in (model, *blocks[:1]):
-        cast(FSDPModule, module).set_reshard_after_backward(last, recurse=False)
+    model.set_reshard_after_backward(last, recurse=False)
+    for _, block in cast(Any, model).blocks()[:1]:
+        block.set_reshard_after_backward(last, recurse=False)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let go of gathered parameters: without a backward pass FSDP keeps those that it would begin with."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def reshard(module: nn.Module) -> None:
+    """Let go of what FSDP has gathered."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from bigtrain.models.config import TensorRole
 from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
@@ -41,14 +42,26 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parameters of one rank, in the groups that are gathered together."""
+class StageParts:
+    """The parameters of one of a rank's stages, in the groups that are gathered together; mostly it has one stage."""
 
+    is_first: bool
+    is_last: bool
     root: list[Parameter]
-    """What is in no block: embedding, last norm, head."""
+    """What is in no block: embedding on the first stage, norm and head on the last."""
     blocks: list[tuple[str, list[Parameter]]]
-    partial: list[Parameter]
-    """Whole over tp, yet met only a part of the activations: their gradients are summed over tp."""
+
+    @property
+    def groups(self) -> list[tuple[str, list[Parameter]]]:
+        """All that is not empty, by name."""
+        return [group for group in (("root", self.root), *self.blocks) if group[1]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of one rank."""
+
+    stages: list[StageParts]
     shards: int
     """Ranks that share each parameter."""
 
@@ -57,25 +70,30 @@ class Parts:
         """The parts of a rank."""
         place = sizes.coordinates(rank)
         shards, own = sizes.dp_shard * sizes.cp, place["dp_shard"] * sizes.cp + place["cp"]
-        root: list[Parameter] = []
-        blocks: dict[str, list[Parameter]] = {f"layers.{block}": [] for block in range(model.layers)}
+        names = {f"layers.{block}": block for block in range(model.layers)}
+        by_block: dict[int | None, list[Parameter]] = {None: []}
         for name, shape in model.parameter_shapes(vocab_size).items():
             role = _role(name)
             dim = SPLIT_DIM.get(role)
-            shard_dim = 0
+            shard_dim = 1 if dim == 0 and shape[0] % sizes.tp else 0
             if dim is not None:
-                if dim == 0 and shape[0] % sizes.tp:
-                    shard_dim = 1
-                part = chunk(shape[dim], sizes.tp, place["tp"])
-                shape = (*shape[:dim], part, *shape[dim + 1 :])
+                shape = (*shape[:dim], chunk(shape[dim], sizes.tp, place["tp"]), *shape[dim + 1 :])
             share = chunk(shape[shard_dim], shards, own)
             parameter = Parameter(name, role, shape, shard_dim, share)
-            block = ".".join(name.split(".")[:2])
-            blocks.get(block, root).append(parameter)
-        everything = [*root, *(parameter for block in blocks.values() for parameter in block)]
-        met_a_part = {"heads", "sequence"} if layout.sequence_parallel else {"heads"}
-        partial = [parameter for parameter in everything if parameter.role in met_a_part]
-        return cls(root, list(blocks.items()), partial if sizes.tp > 1 else [], shards)
+            by_block.setdefault(names.get(".".join(name.split(".")[:2])), []).append(parameter)
+        ends = [0, *accumulate(layout.split(model.block_costs(vocab_size)))]
+        stages = []
+        for number in range(place["pp"], len(ends) - 1, sizes.pp):
+            blocks = [(f"layers.{block}", by_block[block]) for block in range(ends[number], ends[number + 1])]
+            first, last = number == 0, number == len(ends) - 2
+            root = [one for one in by_block[None] if _is_held(one.name, model.tied, first=first, last=last)]
+            stages.append(StageParts(first, last, root, blocks))
+        return cls(stages, shards)
+
+    @property
+    def all(self) -> list[Parameter]:
+        """Of all stages."""
+        return [parameter for stage in self.stages for _, group in stage.groups for parameter in group]
 
 
 SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
@@ -85,6 +103,13 @@ def chunk(entries: int, ranks: int, rank: int) -> int:
     """How many of `entries` a rank has: each as many as the first, but for the last ranks (`torch.chunk`)."""
     share = -(-entries // ranks)
     return max(0, min(share, entries - rank * share))
+
+
+def _is_held(name: str, tied: bool, *, first: bool, last: bool) -> bool:
+    """Whether a stage holds a parameter that is in no block; a tied head is the embedding."""
+    if "embedding" in name:
+        return first or (last and tied and name == "embedding.weight")
+    return last
 
 
 def _role(name: str) -> TensorRole:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.parallel.config import Mesh
-from bigtrain.planning.communication import Collective, Kind
+from bigtrain.planning.communication import ENDS, Collective, Kind
 
 KINDS: dict[str, Kind] = {
     "allreduce_": "all_reduce",
@@ -138,6 +138,8 @@ def _axes_by_ranks(sizes: Mesh) -> dict[tuple[int, ...], tuple[str, ...]]:
         for rank, place in enumerate(places):
             groups.setdefault(tuple(place[axis] for axis in large if axis not in spanned), []).append(rank)
         names |= {tuple(ranks): spanned for ranks in groups.values()}
+        if spanned == ("pp",) and sizes.pp > 2:
+            names |= {(ranks[0], ranks[-1]): ENDS for ranks in groups.values()}
     return names
 
 

@@ -18,8 +18,8 @@ from bigtrain.testing.collectives import RecordedCollectives
 from bigtrain.testing.equivalence import LR, How, What, build, micro_batches
 from bigtrain.testing.ranks import RankPool
 
-LLAMA = {"arch": "llama", "layers": 3, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
-GPT2 = {"arch": "gpt2", "layers": 3, "width": 32, "heads": 4}
+LLAMA = {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
+GPT2 = {"arch": "gpt2", "layers": 4, "width": 32, "heads": 4}
 MODELS = {
     "llama": What(LLAMA),
     "llama tied with qk norms and dropout": What({**LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}),
@@ -47,6 +47,15 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, FULL),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
+    "pp2": How(2, {"pp": 2}),
+    "pp2 with recompute": How(2, {"pp": 2}, FULL),
+    "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble", "pp_stages_per_rank": 2}),
+    "pp4": How(4, {"pp": 4}),
+    "pp2 x dp2": How(4, {"pp": 2}, micro_size=1),
+    "pp2 x hsdp": How(4, {"pp": 2, "dp_replicate": 2}, micro_size=1),
+    "pp2 x tp2": How(4, {"pp": 2, "tp": 2}),
+    "pp2 x tp2 without sequence parallel": How(4, {"pp": 2, "tp": 2, "sequence_parallel": False}),
 }
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
 EACH_ONCE = [("llama", "hsdp2x2"), ("llama tied with qk norms and dropout", "tp2 x dp2")]
