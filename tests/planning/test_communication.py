@@ -78,9 +78,9 @@ def sizes_of(how: How) -> Mesh:
 def exchanged(what: What, how: How) -> Exchanged:
     """The second step of this rank."""
     engine, sizes = build(what, how), sizes_of(how)
-    part = engine.data_parallel_rank, engine.data_parallel_size, how.micro_size
-    engine.train_step(0, micro_batches(what, 0, *part), LR)
-    batches = micro_batches(what, 1, *part)
+    place = engine.data_parallel_rank, engine.data_parallel_size
+    engine.train_step(0, micro_batches(what, how, 0, *place), LR)
+    batches = micro_batches(what, how, 1, *place)
     with RecordedCollectives(sizes) as record:
         engine.train_step(1, batches, LR)
     terms = communication(
