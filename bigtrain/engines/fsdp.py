@@ -16,6 +16,7 @@ from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
+from bigtrain.models.contract import Batch
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
@@ -49,6 +50,7 @@ class FSDPEngine:
         self._clip = clip
         self._seed = seed
         self._mesh = mesh
+        self._context = model.context
         rank = dist.get_rank() if mesh is not None else 0
         self.data_parallel_rank = sizes.data_parallel_rank(rank)
         self.data_parallel_size = sizes.data_parallel
@@ -122,7 +124,7 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = (to_device(arrays, self.device) for arrays in micro_batches)
+        batches = (self._batch(arrays) for arrays in micro_batches)
         if self.pipeline is not None:
             sums += self.pipeline.backward(list(batches))
         else:
@@ -169,10 +171,10 @@ class FSDPEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             if self.pipeline is not None:
-                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
+                sums += self.pipeline.forward(self._batch(arrays) for arrays in micro_batches)
                 continue
             for arrays in micro_batches:
-                loss, weight = self.model(to_device(arrays, self.device))
+                loss, weight = self.model(self._batch(arrays))
                 sums += torch.stack([loss, weight]).double()
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
@@ -185,6 +187,11 @@ class FSDPEngine:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
         materialise_optimizer(self.optimizer)
         return flatten(self.model, self.optimizer)
+
+    def _batch(self, arrays: MicroBatch) -> Batch:
+        """A micro-batch on the device; where ranks share sequences, this one's part of each."""
+        batch = to_device(arrays, self.device)
+        return batch if self._context is None else self._context.part(batch)
 
     def memory_bytes(self) -> int:
         """See `contract.Engine.memory_bytes`."""

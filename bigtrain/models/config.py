@@ -97,6 +97,14 @@ class ModelConfig(Section):
         """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
         return None
 
+    def context_parallel_heads(self) -> tuple[int, int] | None:
+        """Query heads and key heads of a layer, which ranks that share a sequence share too.
+
+        None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must heed the
+        batch's `sequence_positions` and `mask`.
+        """
+        return None
+
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")

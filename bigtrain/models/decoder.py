@@ -51,8 +51,8 @@ class Shared:
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     keys: Tensor | None
-    first_position: int = 0
-    """Where the slice of the sequence begins that the residual stream holds."""
+    sequence_positions: Tensor
+    """int64 (C,): where the tokens lie in their sequences that the residual stream holds."""
 
 
 class Block(nn.Module):
@@ -80,8 +80,8 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.mlp_norm(x)), shared, 2 * self.layer + 2)
 
     def _drop(self, branch: Tensor, shared: Shared, site: int) -> Tensor:
-        first = shared.first_position
-        return dropout(branch, self.dropout, shared.keys, site, self.training, first_position=first)
+        positions = shared.sequence_positions
+        return dropout(branch, self.dropout, shared.keys, site, self.training, positions=positions)
 
 
 class SharedMatrices(Protocol):
@@ -136,7 +136,9 @@ class DecoderModel(nn.Module):
 
         Args:
             batch: tokens, targets int64 (B, C); weights FP32 (B, C); keys int64 (B,) where dropout is on;
-                documents and positions (B, C) where sequences hold several documents.
+                documents and positions (B, C) where sequences hold several documents. Where ranks share sequences, C
+                is this rank's tokens, sequence_positions int64 (C,) says where they lie, and mask (as
+                `layers.Attention` takes it) replaces documents.
         """
         return self._sums(self.hidden(batch), batch)
 
@@ -167,16 +169,16 @@ class DecoderModel(nn.Module):
     def _blocks(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The residual stream after this stage's layers; x: after those of the stage before."""
         tokens, keys = batch["tokens"], batch.get("keys")
-        positions = batch.get("positions")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        places = batch.get("sequence_positions")
+        if places is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = batch.get("positions", places)
         mine = slice(0, None) if self.tensor is None else self.tensor.positions(tokens.shape[1])
         if x is None:
             x = self._embedded(tokens, positions[..., mine])
-            x = dropout(x, self.config.dropout, keys, 0, self.training, first_position=mine.start)
-        documents = batch.get("documents")
-        mask = None if documents is None else document_mask(documents)
-        shared = Shared(self._rotary(positions), mask, keys, mine.start)
+            x = dropout(x, self.config.dropout, keys, 0, self.training, positions=places[mine])
+        mask = document_mask(batch["documents"]) if "documents" in batch else batch.get("mask")
+        shared = Shared(self._rotary(positions), mask, keys, places[mine])
         for layer in self.layers.values():
             x = layer(x, shared)
         return x

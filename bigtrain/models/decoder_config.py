@@ -154,6 +154,10 @@ class DecoderConfig(ModelConfig):
         head = 6 * self.padded_vocab(vocab_size) * self.width
         return BlockCosts(self.layers, min(1.0, self._embedding_parameters(vocab_size) / parameters), head / block)
 
+    def context_parallel_heads(self) -> tuple[int, int]:
+        """All layers alike."""
+        return self.heads, self.key_value_heads
+
     def build(self, vocab_size: int) -> DecoderModel:
         """The decoder on torch's current default device; its values are not yet drawn."""
         from bigtrain.models.decoder import DecoderModel

@@ -15,6 +15,7 @@ from bigtrain.models.check import check_module
 from bigtrain.models.config import BlockCosts, ModelConfig
 from bigtrain.models.init import initialise
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.context import ContextGroup, share_sequences
 from bigtrain.parallel.mesh import gradient_mesh
 from bigtrain.parallel.pipeline import Cut, Pipeline, cut
 from bigtrain.parallel.recompute import recompute_blocks
@@ -41,6 +42,9 @@ class ParallelModel:
     all_names: Collection[str] | None = None
     """Of the whole model's parameters, where this rank holds those of its stages alone."""
 
+    context: ContextGroup | None = None
+    """What takes this rank's part of each batch, where ranks share sequences."""
+
 
 def build_parallel_model(
     config: ModelConfig,
@@ -54,7 +58,7 @@ def build_parallel_model(
     recompute: Recompute = "none",
     compile_blocks: bool = False,
 ) -> ParallelModel:
-    """Build on meta, cut into stages, split, recompute, compile, shard, materialise, initialise.
+    """Build on meta, cut into stages, split, share sequences, recompute, compile, shard, materialise, initialise.
 
     No rank ever holds more than its part of the model, and the initial weights are equal at every layout.
     """
@@ -66,11 +70,14 @@ def build_parallel_model(
     pp = mesh["pp"] if mesh is not None and mesh["pp"].size() > 1 else None
     stages = Cut.nothing(whole) if pp is None else cut(whole, layout.split(costs), pp)
     partial: set[str] = set()
+    context = None
     for model in list[Any](stages.own):
         blocks = [block for _, block in model.blocks()]
         if mesh is not None and mesh["tp"].size() > 1:
             tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
             partial |= split(model, tensor, mesh["tp"]).partial
+        if mesh is not None and mesh["cp"].size() > 1:
+            context = share_sequences(model, layout.cp_kind, mesh["cp"].get_group())
         if recompute == "full":
             recompute_blocks(blocks)
         if compile_blocks:
@@ -81,11 +88,12 @@ def build_parallel_model(
         model.to_empty(device=device)
         initialise(model, seed)
     if pp is None:
-        return ParallelModel(whole, frozenset(partial))
+        return ParallelModel(whole, frozenset(partial), context=context)
     return ParallelModel(
         stages.own,
         frozenset(partial),
         pipeline=Pipeline(stages.own, layout.stages, layout.pp_schedule, pp, device),
         shared_by_ends=stages.shared,
         all_names=stages.names,
+        context=context,
     )

@@ -19,6 +19,9 @@ Size = Annotated[Count, Ge(1)]
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 """The order in which the stages of a pipeline compute micro-batches."""
 
+ContextKind = Literal["ulysses", "all_gather"]
+"""How ranks that share a sequence meet in attention; see `parallel.context`."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -73,7 +76,11 @@ class LayoutConfig(Section):
     """Ranks that share one copy of parameters, gradients and optimizer; -1: all that are left."""
 
     cp: Size = 1
-    """Ranks that share the tokens of a sequence: 1 so far."""
+    """Ranks that share the tokens of each sequence (context parallelism): for sequences too long for one."""
+
+    cp_kind: ContextKind = "ulysses"
+    """How they meet in attention: all-to-all over heads (Jacobs et al. 2023), or a gather of keys and values, which
+    needs no heads to divide (Llama 3, section 3.3.2)."""
 
     pp: Size = 1
     """Ranks that hold consecutive blocks and pass micro-batches on. At m micro-batches they
@@ -108,13 +115,6 @@ class LayoutConfig(Section):
     def _is_a_size(cls, value: int) -> int:
         if value == 0 or value < -1:
             raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
-        return value
-
-    @field_validator("cp")
-    @classmethod
-    def _is_not_there_yet(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} is not supported: it must be 1; dp_shard, dp_replicate and tp take more ranks")
         return value
 
     @model_validator(mode="after")
@@ -209,6 +209,10 @@ class LayoutConfig(Section):
             self.split(costs)
         elif self.pp_split != "auto":
             raise ValueError("layout.pp_split has no meaning with pp 1: leave it out")
+        self._check_tensor_parallel(model, outputs)
+        self._check_context_parallel(model)
+
+    def _check_tensor_parallel(self, model: ModelConfig, outputs: int) -> None:
         if self.tp == 1:
             return
         sizes = model.tensor_parallel_sizes()
@@ -229,6 +233,41 @@ class LayoutConfig(Section):
                 f"layout.tp {self.tp} does not divide model.context {model.context}; tp may be {_listed(fits)}, "
                 "or any that fits the model with layout.sequence_parallel: false"
             )
+
+    def _check_context_parallel(self, model: ModelConfig) -> None:
+        if self.cp == 1:
+            return
+        heads = model.context_parallel_heads()
+        if heads is None:
+            raise ValueError(f"layout.cp is {self.cp}, and a model of arch '{model.arch}' has no plan for it: use cp 1")
+        query, key = (count // self.tp for count in heads)
+        wrong = []
+        multiple = self._multiple(self.cp, self.cp_kind)
+        if model.context % multiple:
+            wrong.append(f"wants model.context {model.context} to be a multiple of {multiple}")
+        if self.cp_kind == "ulysses" and not _shares_heads(query, key, self.cp):
+            whose = f" of a rank under tp {self.tp}" if self.tp > 1 else ""
+            wrong.append(f"cannot share out {query} query and {key} key heads{whose}")
+        if wrong:
+            other: ContextKind = "all_gather" if self.cp_kind == "ulysses" else "ulysses"
+            fits: dict[ContextKind, str] = {"ulysses": "", "all_gather": ""}
+            for kind in fits:
+                sizes = [cp for cp in _divisors(model.context) if model.context % self._multiple(cp, kind) == 0]
+                fits[kind] = _listed([cp for cp in sizes if kind != "ulysses" or _shares_heads(query, key, cp)])
+            raise ValueError(
+                f"layout.cp {self.cp} ({self.cp_kind}) {' and '.join(wrong)}; cp may be {fits[self.cp_kind]}, or with "
+                f"layout.cp_kind: {other} {fits[other]}"
+            )
+
+    def _multiple(self, cp: int, kind: ContextKind) -> int:
+        """What divides the length of a sequence: a rank's part of it is cut into chunks, and over tp."""
+        chunks = 2 if kind == "all_gather" and cp > 1 else 1
+        return cp * math.lcm(chunks, self.tp if self.sequence_parallel else 1)
+
+
+def _shares_heads(query: int, key: int, ranks: int) -> bool:
+    """Whether each rank can have as many query heads, with whole key heads; fewer of these than ranks are repeated."""
+    return query % ranks == 0 and (key % ranks == 0 or ranks % key == 0)
 
 
 def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:

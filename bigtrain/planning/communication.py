@@ -230,7 +230,9 @@ class _Step:
         if self.model.tied and self.sizes.pp > 1 and ends:
             tied = sum(one.own_elements for stage in ends for one in stage.root if one.name == "embedding.weight")
             axes = ("pp",) if self.sizes.pp == 2 else ENDS
-            yield _term("all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies")
+            yield _term(
+                "all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies"
+            )
         if self.sizes.world_size > 1:
             yield _term("all_reduce", self._axes(*ALL), 4 * FP64, 1, "loss, weight, square norm, votes")
 

@@ -13,7 +13,7 @@ from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.planning.communication import BYTES, FP32, FP64, Collective, Kind, Passes, Term
 
 BUCKET = 50_000_000
-"""Elements that ZeRO 3 fetches ahead at once; its reductions have ten times as many. Within it all goes in one message."""
+"""Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
 PERSISTENT = 100_000
 """Parameters of fewer elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
 ALIGNED = 2

@@ -68,6 +68,10 @@ LAYOUTS = {
     "hsdp2x2": Case({"dp_replicate": 2, "dp_shard": 2}, Layout(replicas=2, shards=2)),
     "tp4": Case({"tp": 4}, Layout(tp=4)),
     "tp2 x dp2": Case({"tp": 2, "dp_shard": 2}, Layout(tp=2, shards=2)),
+    "cp4": Case({"cp": 4}, Layout(cp=4)),
+    "cp2 x dp2": Case({"cp": 2, "dp_shard": 2}, Layout(cp=2, shards=2)),
+    "pp4": Case({"pp": 4, "pp_split": (1, 1, 1, 1)}, Layout(pp=4), pipelined=True),
+    "pp2 x dp2": Case({"pp": 2, "dp_shard": 2, "pp_split": (2, 2)}, Layout(pp=2, shards=2), pipelined=True),
 }
 
 

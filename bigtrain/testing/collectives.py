@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,6 @@ KINDS: dict[str, Kind] = {
     "reduce_scatter_tensor_coalesced": "reduce_scatter",
     "all_to_all_single": "all_to_all",
     "broadcast": "broadcast",
-    "broadcast_": "broadcast",
 }
 """Operations of torch's namespaces c10d and _c10d_functional; those of the latter that wait or wrap move nothing."""
 NO_EXCHANGE = ("wait_tensor", "_wrap_tensor_autograd")
@@ -87,7 +86,7 @@ class RecordedCollectives(TorchDispatchMode):
         return len(self._seen)
 
     def __enter__(self) -> Self:
-        self._begun = {group.group_name: group._get_sequence_number_for_group() for group in _gloo_groups()}
+        self._begun = {group.group_name: _count(group) for group in _gloo_groups()}
         super().__enter__()
         return self
 
@@ -95,7 +94,7 @@ class RecordedCollectives(TorchDispatchMode):
         super().__exit__(*exception)
         for group in _gloo_groups():
             name = group.group_name
-            ran = group._get_sequence_number_for_group() - self._begun.get(name, 0)
+            ran = _count(group) - self._begun.get(name, 0)
             if unseen := ran - self._of_group.get(name, 0):
                 axes = self._axes(group)
                 self.missed[axes] = self.missed.get(axes, 0) + unseen
@@ -110,7 +109,7 @@ class RecordedCollectives(TorchDispatchMode):
         if func.namespace == "c10d":
             self._record(name, _group_of(args, kwargs), _tensors([*args, *kwargs.values()]))
         elif func.namespace == "_c10d_functional" and name not in NO_EXCHANGE:
-            group = dist.distributed_c10d._resolve_process_group(_name_of_group(args, kwargs))
+            group = dist.distributed_c10d._resolve_process_group(cast(Any, _name_of_group(args, kwargs)))
             self._record(name, group, _tensors([*args, *kwargs.values(), result]))
         return result
 
@@ -131,7 +130,7 @@ def _axes_by_ranks(sizes: Mesh) -> dict[tuple[int, ...], tuple[str, ...]]:
     """The axes that a group of ranks spans; those of one rank have no part in a name."""
     large = [axis for axis, size in asdict(sizes).items() if size > 1]
     places = [sizes.coordinates(rank) for rank in range(sizes.world_size)]
-    names = {}
+    names: dict[tuple[int, ...], tuple[str, ...]] = {}
     for chosen in range(1 << len(large)):
         spanned = tuple(axis for bit, axis in enumerate(large) if chosen >> bit & 1)
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -149,6 +148,11 @@ def _gloo_groups() -> list[dist.ProcessGroup]:
         return []
     groups = list(dist.distributed_c10d._world.pg_map)
     return [group for group in groups if "gloo" in str(dist.get_backend(group))]
+
+
+def _count(group: Any) -> int:
+    """How many collectives and messages a group of gloo has begun."""
+    return int(group._get_sequence_number_for_group())
 
 
 def _group_of(args: Any, kwargs: Any) -> dist.ProcessGroup:

@@ -164,7 +164,7 @@ def whole_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
 
 
-def split_matrices(model: nn.Module, tp: DeviceMesh) -> None:
+def split_matrices(model: Llama, tp: DeviceMesh) -> None:
     """Tensor and sequence parallelism by torch's own styles; the norms work on slices of the sequence as they are."""
     block = {
         "attention": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
@@ -175,7 +175,7 @@ def split_matrices(model: nn.Module, tp: DeviceMesh) -> None:
         "mlp.up": ColwiseParallel(),
         "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
     }
-    for layer in model.layers.values():  # type: ignore[operator, union-attr]
+    for layer in model.layers.values():
         parallelize_module(layer, tp, block)
     ends = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
@@ -184,13 +184,13 @@ def split_matrices(model: nn.Module, tp: DeviceMesh) -> None:
     parallelize_module(model, tp, ends)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, keep: bool = False) -> None:
+def shard(model: Llama, mesh: DeviceMesh, keep: bool = False) -> None:
     """fully_shard by hand: the last block is kept, since the backward pass begins with it.
 
     Args:
         keep: All is kept until the backward pass has ended: a pipeline's stages would gather for each micro-batch.
     """
-    layers = list(model.layers.values())  # type: ignore[operator, union-attr]
+    layers = list(model.layers.values())
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=not keep and layer is not layers[-1])
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -235,14 +235,14 @@ class Run:
             split_matrices(self.model, mesh["tp"])
         if layout.cp > 1:
             for layer in self.model.layers.values():
-                layer.attention.cp = mesh["cp"].get_group()  # type: ignore[union-attr]
+                layer.attention.cp = mesh["cp"].get_group()
         if layout.replicas * layout.shards * layout.cp > 1:
             over = mesh["shards"]
             if layout.cp > 1:
                 over = mesh["shards", "cp"]._flatten()
             shard(self.model, mesh["replicas", "shards"] if layout.replicas > 1 else over, keep=layout.pp > 1)
         self.parameters = list(self.model.parameters())
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if p.ndim > 1]},
             {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
@@ -255,7 +255,7 @@ class Run:
         loss = self._backward(tokens[:, self.mine], targets[:, self.mine])
         for parameter in self.parameters:
             # torch gives the embedding's gradient whole on each rank.
-            if isinstance(parameter, DTensor) and parameter.grad.placements != parameter.placements:
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
         gradients = self._gradients(self.parameters)
         if self.layout.tp > 1:
@@ -312,5 +312,3 @@ def sum_in_one(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
-
-

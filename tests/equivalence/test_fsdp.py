@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
-from bigtrain.models.contract import Batch
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.layers import Attention, attend
 from bigtrain.testing.equivalence import Deviations, How, What, deviations, record
 from bigtrain.testing.ranks import RankPool
 
@@ -59,9 +61,24 @@ LAYOUTS = {
     "tp2 x pp2 x dp2": How(8, {"tp": 2, "pp": 2}),
     "pp2 x hsdp2x2": How(8, {"pp": 2, "dp_replicate": 2}),
     "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
+    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
+    "cp2 ulysses": How(2, {"cp": 2}),
+    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
+    "cp4 ulysses": How(4, {"cp": 4}),
+    "cp4 all_gather": How(4, {"cp": 4, "cp_kind": "all_gather"}),
+    "cp2 ulysses x dp2": How(4, {"cp": 2}),
+    "cp2 all_gather x hsdp2": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}),
+    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
+    "tp2 x cp2 all_gather without sequence parallel": How(
+        4, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "sequence_parallel": False}
+    ),
+    "cp2 ulysses with recompute": How(2, {"cp": 2}, {"recompute": "full"}),
+    "cp2 all_gather with recompute": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"recompute": "full"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
-    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
+    "cp2 ulysses, compiled": How(2, {"cp": 2}, {"compile": True}),
+    "cp2 all_gather, compiled": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"compile": True}),
 }
 
 
@@ -69,6 +86,8 @@ COMPILED = [
     ("llama-untied-dropout", "compiled"),
     ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
     ("gpt2-dropout", "pp2, compiled"),
+    ("llama-gqa-tied-qk-norm-documents", "cp2 ulysses, compiled"),
+    ("llama-untied-dropout", "cp2 all_gather, compiled"),
 ]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
@@ -80,6 +99,8 @@ EACH_TECHNIQUE_ONCE = [
     ("llama-gqa-tied-qk-norm-documents", "pp2"),
     ("gpt2-dropout", "pp2 interleaved"),
     ("llama-untied-dropout", "pp2 zero bubble"),
+    ("gpt2-dropout", "cp2 ulysses"),
+    ("llama-gqa-tied-qk-norm-documents", "cp2 all_gather"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 
@@ -178,6 +199,43 @@ def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
     engine._ends = None
 
 
+def divided_by_cp(engine: FSDPEngine) -> None:
+    forward = engine.model.forward
+
+    def divided(batch: Batch) -> LossSum:
+        loss, weight = forward(batch)
+        return LossSum(loss / dist.get_world_size(), weight)
+
+    engine.model.forward = divided
+
+
+def sliced(engine: FSDPEngine, change: Callable[[Batch, torch.Tensor], Batch]) -> None:
+    """Let each rank's part of a batch be changed on its way into the model, given 0, 1, ... for its tokens."""
+    forward = engine.model.forward
+
+    def changed(batch: Batch) -> LossSum:
+        return forward(change(batch, torch.arange(batch["tokens"].shape[1])))
+
+    engine.model.forward = changed
+
+
+def local_positions(engine: FSDPEngine) -> None:
+    sliced(engine, lambda batch, places: batch | {"positions": places})
+
+
+def dropout_by_local_positions(engine: FSDPEngine) -> None:
+    def change(batch: Batch, places: torch.Tensor) -> Batch:
+        return batch | {"positions": batch["sequence_positions"], "sequence_positions": places}
+
+    sliced(engine, change)
+
+
+def part_of_the_sequence_alone(engine: FSDPEngine) -> None:
+    for module in engine.model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+
+
 FAULTS = {
     "pp averaging what it should sum": (averaged_over_micro_batches, "pp2", 1, "gradient of"),
     "pp averaging what it should sum, interleaved": (averaged_over_micro_batches, "pp2 interleaved", 1, "gradient of"),
@@ -196,6 +254,11 @@ FAULTS = {
     "a dropout mask keyed by rank": (keyed_by_rank, "tp2", 1, "gradient of"),
     "gradients averaged twice": (averaged_twice, "dp2", 1, "gradient of"),
     "a padding token counted": (padding_counts, "tp2", 2, "weights"),
+    "a loss divided by cp": (divided_by_cp, "cp2 ulysses", 2, "losses"),
+    "rotary positions local to a cp rank": (local_positions, "cp2 all_gather", 1, "gradient of"),
+    "learned positions local to a cp rank": (local_positions, "cp2 ulysses", 2, "gradient of position_embedding"),
+    "dropout by positions local to a cp rank": (dropout_by_local_positions, "cp2 all_gather", 1, "gradient of"),
+    "attention within a cp rank's part alone": (part_of_the_sequence_alone, "cp2 ulysses", 2, "gradient of"),
 }  # fmt: skip
 
 

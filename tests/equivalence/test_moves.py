@@ -24,6 +24,8 @@ HOWS = {
     "dp3": How(3),
     "tp4": How(4, {"tp": 4}),
     "tp2 x dp2": How(4, {"tp": 2}),
+    "cp2 ulysses x dp2": How(4, {"cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "dp2": How(2),
     "pp2": How(2, {"pp": 2}),
@@ -90,6 +92,7 @@ def resume(how: How, directory: Path) -> Continued:
         pytest.param("pp4 x dp2", ("pp2", "tp4"), marks=pytest.mark.slow),
         pytest.param("tp4", ("tp2 x hsdp2", "dp3"), marks=pytest.mark.slow),
         pytest.param("dp3", ("tp2 x dp2", "tp4"), marks=pytest.mark.slow),
+        pytest.param("tp2 x cp2 all_gather", ("dp3", "cp2 ulysses x dp2"), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_moves(ranks: RankPool, tmp_path: Path, origin: str, destinations: tuple[str, ...]) -> None:

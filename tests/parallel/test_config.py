@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigtrain.data.loader import distribute
-from bigtrain.models.config import BlockCosts, family, preset
+from bigtrain.models.config import BlockCosts, ModelConfig, family, preset
 from bigtrain.parallel.config import LayoutConfig, Mesh, balanced
 
 FIVE_AXES = Mesh(pp=2, dp_replicate=3, dp_shard=2, cp=2, tp=2)
@@ -53,7 +53,6 @@ def test_axes_that_do_not_make_the_ranks_are_refused(keys: dict[str, int], world
         LayoutConfig(**keys).mesh(world_size)
 
 
-@pytest.mark.parametrize("axis", ["cp"])
 def test_axes_without_a_technique_are_refused(axis: str) -> None:
     with pytest.raises(ValueError, match="it must be 1"):
         LayoutConfig(**{axis: 2})
@@ -119,6 +118,28 @@ def test_the_schedules_get_as_many_micro_batches_as_they_take() -> None:
         ({"tp": 3}, {}, r"does not divide model.heads 4 and model.kv_heads 2 and model.mlp_width 56; tp may be 1, 2$"),
         ({"tp": 2}, {"context": 9}, r"does not divide model.context 9; tp may be 1, or any .*sequence_parallel: false"),
         ({"tp": 4}, {"kv_heads": 4, "width": 64, "outputs": 5}, r"without one of 5 rows; tp may be 1, 2$"),
+        (
+            {"cp": 3},
+            {},
+            r"cp 3 \(ulysses\) cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, "
+            r"or with layout.cp_kind: all_gather 1, 2, 3, 4, 6, 12$",
+        ),
+        (
+            {"cp": 8, "cp_kind": "all_gather"},
+            {},
+            r"cp 8 \(all_gather\) wants model.context 24 to be a multiple of 16; cp may be 1, 2, 3, 4, 6, 12, "
+            r"or with layout.cp_kind: ulysses 1, 2, 4$",
+        ),
+        (
+            {"cp": 4, "tp": 2},
+            {},
+            r"share out 2 query and 1 key heads of a rank under tp 2; cp may be 1, 2, .*all_gather 1, 2, 3, 4, 6",
+        ),
+        (
+            {"cp": 2, "tp": 2},
+            {"context": 10},
+            r"wants model.context 10 to be a multiple of 4; cp may be 1, or with layout.cp_kind: all_gather 1, 5$",
+        ),
     ],
 )
 def test_what_the_model_cannot_split_is_refused_with_the_sizes_that_would_work(
@@ -153,9 +174,33 @@ def test_a_family_that_cannot_be_cut_is_refused() -> None:
         LayoutConfig(pp=2).check(family("vit")(image_size=8), 10)
 
 
-def test_a_family_without_a_tensor_plan_is_refused() -> None:
-    with pytest.raises(ValueError, match="no tensor plan"):
-        LayoutConfig(tp=2).check(family("vit")(image_size=8), 10)
+@pytest.mark.parametrize(("axis", "message"), [("tp", "no tensor plan"), ("cp", "no plan for it: use cp 1")])
+def test_a_family_without_a_plan_is_refused(axis: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayoutConfig(**{axis: 2}).check(family("vit")(image_size=8), 10)
+
+
+def test_the_sizes_that_are_named_are_those_that_are_not_refused() -> None:
+    model = family("llama")(layers=1, width=48, heads=12, kv_heads=4, mlp_width=56, context=24)
+    for keys, named in (
+        ({}, [1, 2, 4, 12]),
+        ({"cp_kind": "all_gather"}, [1, 2, 3, 4, 6, 12]),
+        ({"tp": 2}, [1, 2, 6]),
+        ({"tp": 4, "cp_kind": "all_gather"}, [1, 2, 3, 6]),
+        ({"tp": 4, "cp_kind": "all_gather", "sequence_parallel": False}, [1, 2, 3, 4, 6, 12]),
+    ):
+        fits = [cp for cp in range(1, 25) if _fits(LayoutConfig(cp=cp, **keys), model)]
+        assert fits == named
+        with pytest.raises(ValueError, match=f"cp may be {', '.join(map(str, named))}, or"):
+            LayoutConfig(cp=24, **keys).check(model, 61)
+
+
+def _fits(layout: LayoutConfig, model: ModelConfig) -> bool:
+    try:
+        layout.check(model, 61)
+    except ValueError:
+        return False
+    return True
 
 
 def test_what_fits_is_not_refused() -> None:

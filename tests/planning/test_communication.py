@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from bigtrain.engines.config import FSDPConfig
@@ -47,10 +45,17 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, FULL),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
+    "cp2 ulysses": How(2, {"cp": 2}),
+    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
+    "cp4 ulysses": How(4, {"cp": 4}),
+    "cp2 ulysses x dp2, with recompute": How(4, {"cp": 2}, FULL),
+    "cp2 all_gather x hsdp2, with recompute": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}, FULL),
+    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
     "pp2": How(2, {"pp": 2}),
     "pp2 with recompute": How(2, {"pp": 2}, FULL),
     "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
-    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble"}),
     "pp4": How(4, {"pp": 4}),
     "pp2 x dp2": How(4, {"pp": 2}, micro_size=1),
     "pp2 x hsdp": How(4, {"pp": 2, "dp_replicate": 2}, micro_size=1),
@@ -58,7 +63,11 @@ LAYOUTS = {
     "pp2 x tp2 without sequence parallel": How(4, {"pp": 2, "tp": 2, "sequence_parallel": False}),
 }
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
-EACH_ONCE = [("llama", "hsdp2x2"), ("llama tied with qk norms and dropout", "tp2 x dp2")]
+EACH_ONCE = [
+    ("llama", "hsdp2x2"),
+    ("llama", "tp2 x cp2 ulysses"),
+    ("llama tied with qk norms and dropout", "pp2 x tp2"),
+]
 """The fast tier."""
 
 
