@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -194,9 +194,10 @@ def shard(model: Llama, mesh: DeviceMesh, keep: bool = False) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=not keep and layer is not layers[-1])
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for module in (*layers, model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,9 @@ class Run:
         if layout.tp > 1:
             split_matrices(self.model, mesh["tp"])
         if layout.cp > 1:
-            for layer in self.model.layers.values():
-                layer.attention.cp = mesh["cp"].get_group()
+            for module in self.model.modules():
+                if isinstance(module, Attention):
+                    module.cp = mesh["cp"].get_group()
         if layout.replicas * layout.shards * layout.cp > 1:
             over = mesh["shards"]
             if layout.cp > 1:
