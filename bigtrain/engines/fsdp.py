@@ -124,13 +124,12 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = (self._batch(arrays) for arrays in micro_batches)
         if self.pipeline is not None:
-            sums += self.pipeline.backward(list(batches))
+            sums += self.pipeline.backward([to_device(arrays, self.device) for arrays in micro_batches])
         else:
-            for number, batch in enumerate(batches, 1):
+            for number, arrays in enumerate(micro_batches, 1):
                 begin_pass(self.model, last=number == len(micro_batches))
-                loss, weight = self.model(batch)
+                loss, weight = self.model(self._batch(arrays))
                 loss.backward()
                 sums += torch.stack([loss.detach(), weight]).double()
         if self._shared_by_ends and self._ends is not None:
@@ -171,7 +170,7 @@ class FSDPEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             if self.pipeline is not None:
-                sums += self.pipeline.forward(self._batch(arrays) for arrays in micro_batches)
+                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
                 continue
             for arrays in micro_batches:
                 loss, weight = self.model(self._batch(arrays))

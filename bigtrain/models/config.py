@@ -93,16 +93,16 @@ class ModelConfig(Section):
         """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""
         return None
 
-    def block_costs(self, vocab_size: int) -> BlockCosts | None:
-        """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
-        return None
-
     def context_parallel_heads(self) -> tuple[int, int] | None:
         """Query heads and key heads of a layer, which ranks that share a sequence share too.
 
         None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must heed the
         batch's `sequence_positions` and `mask`.
         """
+        return None
+
+    def block_costs(self, vocab_size: int) -> BlockCosts | None:
+        """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
         return None
 
     def build(self, vocab_size: int) -> nn.Module:

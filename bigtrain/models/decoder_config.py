@@ -143,6 +143,10 @@ class DecoderConfig(ModelConfig):
         """Heads stay whole, and all queries of a key's group with it."""
         return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
 
+    def context_parallel_heads(self) -> tuple[int, int]:
+        """All layers alike."""
+        return self.heads, self.key_value_heads
+
     def block_costs(self, vocab_size: int) -> BlockCosts:
         """By matmul FLOPs, and for the embedding, which has none, by parameters up to those of one block.
 
@@ -153,10 +157,6 @@ class DecoderConfig(ModelConfig):
         block = 6 * parameters + 12 * self.heads * self.width_of_head * self.context
         head = 6 * self.padded_vocab(vocab_size) * self.width
         return BlockCosts(self.layers, min(1.0, self._embedding_parameters(vocab_size) / parameters), head / block)
-
-    def context_parallel_heads(self) -> tuple[int, int]:
-        """All layers alike."""
-        return self.heads, self.key_value_heads
 
     def build(self, vocab_size: int) -> DecoderModel:
         """The decoder on torch's current default device; its values are not yet drawn."""

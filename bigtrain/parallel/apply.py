@@ -33,6 +33,9 @@ class ParallelModel:
     tensor_partial: frozenset[str] = field(default_factory=frozenset)
     """Parameters whose gradients are to be summed over the tp axis."""
 
+    context: ContextGroup | None = None
+    """What takes this rank's part of each batch, where ranks share sequences."""
+
     pipeline: Pipeline | None = None
     """What micro-batches pass through where the model is cut into stages; `module` then holds this rank's."""
 
@@ -41,9 +44,6 @@ class ParallelModel:
 
     all_names: Collection[str] | None = None
     """Of the whole model's parameters, where this rank holds those of its stages alone."""
-
-    context: ContextGroup | None = None
-    """What takes this rank's part of each batch, where ranks share sequences."""
 
 
 def build_parallel_model(
@@ -88,12 +88,12 @@ def build_parallel_model(
         model.to_empty(device=device)
         initialise(model, seed)
     if pp is None:
-        return ParallelModel(whole, frozenset(partial), context=context)
+        return ParallelModel(whole, frozenset(partial), context)
     return ParallelModel(
         stages.own,
         frozenset(partial),
-        pipeline=Pipeline(stages.own, layout.stages, layout.pp_schedule, pp, device),
+        context,
+        pipeline=Pipeline(stages.own, layout.stages, layout.pp_schedule, pp, device, context),
         shared_by_ends=stages.shared,
         all_names=stages.names,
-        context=context,
     )

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 Size = Annotated[Count, Ge(1)]
 
-PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
-"""The order in which the stages of a pipeline compute micro-batches."""
-
 ContextKind = Literal["ulysses", "all_gather"]
 """How ranks that share a sequence meet in attention; see `parallel.context`."""
+
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
+"""The order in which the stages of a pipeline compute micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,11 @@ class LayoutConfig(Section):
         Raises:
             ValueError: Naming the sizes that would work.
         """
+        self._check_pipeline(model, outputs)
+        self._check_tensor_parallel(model, outputs)
+        self._check_context_parallel(model)
+
+    def _check_pipeline(self, model: ModelConfig, outputs: int) -> None:
         if self.stages > 1:
             costs = model.block_costs(outputs)
             if costs is None:
@@ -209,8 +214,6 @@ class LayoutConfig(Section):
             self.split(costs)
         elif self.pp_split != "auto":
             raise ValueError("layout.pp_split has no meaning with pp 1: leave it out")
-        self._check_tensor_parallel(model, outputs)
-        self._check_context_parallel(model)
 
     def _check_tensor_parallel(self, model: ModelConfig, outputs: int) -> None:
         if self.tp == 1:

@@ -27,6 +27,7 @@ from torch.distributed.pipelining import (
 
 from bigtrain.models.contract import Batch, LossSum, Stage
 from bigtrain.parallel.config import PipelineSchedule
+from bigtrain.parallel.context import ContextGroup
 
 
 class Stages(nn.ModuleList):
@@ -84,11 +85,19 @@ class Pipeline:
     """The stages of this rank, and how micro-batches pass through them."""
 
     def __init__(
-        self, stages: Stages, count: int, schedule: PipelineSchedule, pp: DeviceMesh, device: torch.device
+        self,
+        stages: Stages,
+        count: int,
+        schedule: PipelineSchedule,
+        pp: DeviceMesh,
+        device: torch.device,
+        context: ContextGroup | None = None,
     ) -> None:
         """Args:
         count: Stages on all ranks.
+        context: What takes this rank's part of each micro-batch, where ranks share sequences.
         """
+        self._part = identity if context is None else context.part
         self._group, self._ranks = pp.get_group(), pp.size()
         self._count, self._schedule_name, self._device = count, schedule, device
         self._stages: dict[int, Any] = dict(enumerate_from(stages, pp.get_local_rank(), pp.size()))
@@ -123,7 +132,7 @@ class Pipeline:
             for index, stage in self._stages.items():
                 received = []
                 if index > 0:
-                    shape = stage.stream_shape(batch)
+                    shape = stage.stream_shape(self._part(batch))
                     received.append(torch.empty(shape, dtype=stage.compute_dtype, device=self._device))
                     dist.recv(received[0], src=self._rank_of(index - 1), group=self._group)
                 result = stage(*received, **batch)
@@ -139,7 +148,7 @@ class Pipeline:
     def schedule(self, n_micro: int, micro_batch: Batch) -> Any:
         """torch's schedule for a number of micro-batches of one shape; each is made once."""
         any_stage = next(iter(self._stages.values()))
-        shape = tuple(any_stage.stream_shape(micro_batch))
+        shape = tuple(any_stage.stream_shape(self._part(micro_batch)))
         if (n_micro, shape) not in self._schedules:
             self._schedules[n_micro, shape] = self._new_schedule(n_micro, shape, any_stage.compute_dtype)
         return self._schedules[n_micro, shape]
@@ -172,7 +181,7 @@ class Pipeline:
         """Let a stage's `forward` be what torch's schedules call: the stream as an argument, the batch by name."""
 
         def forward(*received: Tensor, **batch: Tensor) -> Tensor:
-            result = stage.forward_stage(received[0] if received else None, batch)
+            result = stage.forward_stage(received[0] if received else None, self._part(batch))
             if not isinstance(result, LossSum):
                 return cast(Tensor, result)
             self._weights.append(result.weight)
@@ -187,6 +196,11 @@ class Pipeline:
 
     def _rank_of(self, stage: int) -> int:
         return dist.get_global_rank(self._group, stage % self._ranks)
+
+
+def identity(batch: Batch) -> Batch:
+    """The whole of a batch."""
+    return batch
 
 
 def enumerate_from(stages: Iterable[nn.Module], first: int, step: int) -> Iterator[tuple[int, nn.Module]]:

@@ -45,6 +45,19 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
+    "cp2 ulysses": How(2, {"cp": 2}),
+    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
+    "cp4 ulysses": How(4, {"cp": 4}),
+    "cp4 all_gather": How(4, {"cp": 4, "cp_kind": "all_gather"}),
+    "cp2 ulysses x dp2": How(4, {"cp": 2}),
+    "cp2 all_gather x hsdp2": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}),
+    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
+    "tp2 x cp2 all_gather without sequence parallel": How(
+        4, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "sequence_parallel": False}
+    ),
+    "cp2 ulysses with recompute": How(2, {"cp": 2}, {"recompute": "full"}),
+    "cp2 all_gather with recompute": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"recompute": "full"}),
     "pp2": How(2, {"pp": 2}),
     "pp2 with a split of its own": How(2, {"pp": 2, "pp_split": (3, 1)}),
     "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
@@ -60,34 +73,26 @@ LAYOUTS = {
     "tp2 x pp2 with the head gathered": How(4, {"tp": 2, "pp": 2, "loss_parallel": False}),
     "tp2 x pp2 x dp2": How(8, {"tp": 2, "pp": 2}),
     "pp2 x hsdp2x2": How(8, {"pp": 2, "dp_replicate": 2}),
-    "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
-    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
-    "cp2 ulysses": How(2, {"cp": 2}),
-    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
-    "cp4 ulysses": How(4, {"cp": 4}),
-    "cp4 all_gather": How(4, {"cp": 4, "cp_kind": "all_gather"}),
-    "cp2 ulysses x dp2": How(4, {"cp": 2}),
-    "cp2 all_gather x hsdp2": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}),
-    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
-    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
-    "tp2 x cp2 all_gather without sequence parallel": How(
-        4, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "sequence_parallel": False}
+    "cp2 ulysses x pp2": How(4, {"cp": 2, "pp": 2}),
+    "cp2 all_gather x pp2 interleaved": How(
+        4, {"cp": 2, "cp_kind": "all_gather", "pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
     ),
-    "cp2 ulysses with recompute": How(2, {"cp": 2}, {"recompute": "full"}),
-    "cp2 all_gather with recompute": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"recompute": "full"}),
+    "tp2 x cp2 all_gather x pp2": How(8, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "pp": 2}),
+    "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
     "cp2 ulysses, compiled": How(2, {"cp": 2}, {"compile": True}),
     "cp2 all_gather, compiled": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"compile": True}),
+    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
 }
 
 
 COMPILED = [
     ("llama-untied-dropout", "compiled"),
     ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
-    ("gpt2-dropout", "pp2, compiled"),
     ("llama-gqa-tied-qk-norm-documents", "cp2 ulysses, compiled"),
     ("llama-untied-dropout", "cp2 all_gather, compiled"),
+    ("gpt2-dropout", "pp2, compiled"),
 ]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
@@ -96,11 +101,11 @@ EACH_TECHNIQUE_ONCE = [
     ("gpt2-dropout", "tp2 without sequence parallel"),
     ("llama-gqa-tied-qk-norm-documents", "tp2 with the head gathered"),
     ("llama-untied-dropout", "tp2 x dp2"),
+    ("gpt2-dropout", "cp2 ulysses"),
+    ("llama-gqa-tied-qk-norm-documents", "cp2 all_gather"),
     ("llama-gqa-tied-qk-norm-documents", "pp2"),
     ("gpt2-dropout", "pp2 interleaved"),
     ("llama-untied-dropout", "pp2 zero bubble"),
-    ("gpt2-dropout", "cp2 ulysses"),
-    ("llama-gqa-tied-qk-norm-documents", "cp2 all_gather"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 
@@ -183,22 +188,6 @@ def qk_norms_not_reduced(engine: FSDPEngine) -> None:
     engine._tensor_partial = [p for p in engine._tensor_partial if id(p) not in own]
 
 
-def averaged_over_micro_batches(engine: FSDPEngine) -> None:
-    assert engine.pipeline is not None
-    made = engine.pipeline.schedule
-
-    def averaging(n_micro: int, micro_batch: Batch) -> Any:
-        schedule = made(n_micro, micro_batch)
-        schedule.scale_grads = True
-        return schedule
-
-    engine.pipeline.schedule = averaging  # type: ignore[method-assign]
-
-
-def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
-    engine._ends = None
-
-
 def divided_by_cp(engine: FSDPEngine) -> None:
     forward = engine.model.forward
 
@@ -234,6 +223,22 @@ def part_of_the_sequence_alone(engine: FSDPEngine) -> None:
     for module in engine.model.modules():
         if isinstance(module, Attention):
             module.attend = attend
+
+
+def averaged_over_micro_batches(engine: FSDPEngine) -> None:
+    assert engine.pipeline is not None
+    made = engine.pipeline.schedule
+
+    def averaging(n_micro: int, micro_batch: Batch) -> Any:
+        schedule = made(n_micro, micro_batch)
+        schedule.scale_grads = True
+        return schedule
+
+    engine.pipeline.schedule = averaging  # type: ignore[method-assign]
+
+
+def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
+    engine._ends = None
 
 
 FAULTS = {

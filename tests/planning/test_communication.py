@@ -59,6 +59,8 @@ LAYOUTS = {
     "pp4": How(4, {"pp": 4}),
     "pp2 x dp2": How(4, {"pp": 2}, micro_size=1),
     "pp2 x hsdp": How(4, {"pp": 2, "dp_replicate": 2}, micro_size=1),
+    "cp2 ulysses x pp2": How(4, {"cp": 2, "pp": 2}),
+    "cp2 all_gather x pp2": How(4, {"cp": 2, "cp_kind": "all_gather", "pp": 2}),
     "pp2 x tp2": How(4, {"pp": 2, "tp": 2}),
     "pp2 x tp2 without sequence parallel": How(4, {"pp": 2, "tp": 2, "sequence_parallel": False}),
 }

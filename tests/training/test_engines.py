@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def column(run: Path, name: str) -> list[float]:
     return [row[name] for row in read_lines(run / "metrics.jsonl")]
 
 
+def held_out(run: Path) -> list[float]:
+    return [row["val_loss"] for row in read_lines(run / "metrics.jsonl") if "val_loss" in row]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", [LEGS[:2], LEGS, SHARED_SEQUENCES], ids=["two", "engines", "shared sequences"])
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
@@ -50,15 +55,43 @@ def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
     assert column(tmp_path / "runs" / "tiny", "tokens") == column(tmp_path / "runs" / "alone", "tokens")
 
 
+STAGES: list[tuple[str, int, tuple[str, ...]]] = [
+    ("4 steps", 2, ("layout.pp=2", "layout.micro_size=1")),
+    ("8 steps", 1, ()),
+    ("12 steps", 4, ("layout.pp=2", "layout.tp=2")),
+    ("16 steps", 4, ("layout.pp=2", "layout.pp_schedule=zero_bubble")),
+]
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    """Its first rank, which logs, is not the one that computes the loss."""
+    for duration, nproc, how in STAGES:
+        result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
+        assert result.returncode == 0, result.stderr
+        status = json.loads(bigtrain("status", "tiny", "--json").stdout)
+        assert status["loss"] == losses(tmp_path / "runs" / "tiny")[-1]
+    config = write_config(duration=STAGES[-1][0], **SECTIONS)
+    assert bigtrain("train", config, "--name", "alone").returncode == 0
+    moved, alone = tmp_path / "runs" / "tiny", tmp_path / "runs" / "alone"
+    assert losses(moved) == pytest.approx(losses(alone), rel=RELATIVE)
+    assert held_out(moved) == pytest.approx(held_out(alone), rel=RELATIVE)
+    assert len(held_out(moved)) == len(STAGES)
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
         (("layout.tp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
-        (("layout.pp=2",), "layout.pp: 2 is not supported"),
         (("layout.cp=3",), "cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, or"),
         (("layout.cp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 a rank, pp may be 1, 2"),
+        (("layout.pp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=2", "layout.pp_schedule=zero_bubble", "engine.recompute=full"), "Set engine.recompute to none"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_process_starts(
