@@ -8,13 +8,28 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
 
 from bigtrain.config import Section
-from bigtrain.models.config import BlockCosts, Flops, ModelConfig
+from bigtrain.models.config import BlockCosts, Flops, ModelConfig, TensorRole
 
 if TYPE_CHECKING:
-    from bigtrain.models.contract import TensorRole
     from bigtrain.models.decoder import DecoderModel
 
 Positive = Annotated[int, Ge(1)]
+
+TENSOR_PLAN: dict[str, TensorRole] = {
+    "embedding.weight": "vocab",
+    "head.weight": "vocab",
+    "layers.*.attention.query.*": "column",
+    "layers.*.attention.key.*": "column",
+    "layers.*.attention.value.*": "column",
+    "layers.*.attention.query_norm.*": "heads",
+    "layers.*.attention.key_norm.*": "heads",
+    "layers.*.attention.output.weight": "row",
+    "layers.*.mlp.gate.*": "column",
+    "layers.*.mlp.up.*": "column",
+    "layers.*.mlp.down.weight": "row",
+    "*": "sequence",
+}
+"""Heads, the MLP's channels and the vocabulary are split; all else is whole. The first pattern that matches counts."""
 
 
 class RopeScaling(Section):
@@ -150,45 +165,21 @@ class DecoderConfig(ModelConfig):
         return DecoderModel(self, vocab_size)
 
     def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Of each parameter of the model, by its qualified name, in the model's order; a tied head under its first."""
-        width, hidden = self.width, self.hidden_width
-        query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
-
-        def norm(name: str) -> dict[str, tuple[int, ...]]:
-            return _norm_shapes(name, width, bias=self.norm == "layernorm" and self.bias)
-
-        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.padded_vocab(vocab_size), width)}
+        """The shape of each parameter by its qualified name, in the module's order; a tied head is the embedding."""
+        rows, width = self.padded_vocab(vocab_size), self.width
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, width)}
         if self.positions == "learned":
             shapes["position_embedding.weight"] = (self.position_count, width)
         for layer in range(self.layers):
-            attention, mlp = f"layers.{layer}.attention", f"layers.{layer}.mlp"
-            linear = {"query": (query, width), "key": (key_value, width), "value": (key_value, width)}
-            linear = {f"{attention}.{name}": shape for name, shape in (linear | {"output": (width, query)}).items()}
-            ups = ("gate", "up") if self.mlp == "swiglu" else ("up",)
-            after = {f"{mlp}.{name}": (hidden, width) for name in ups} | {f"{mlp}.down": (width, hidden)}
-            shapes |= norm(f"{attention}_norm") | _linear_shapes(linear, self.bias)
-            if self.qk_norm:
-                shapes |= {f"{attention}.{name}_norm.weight": (self.width_of_head,) for name in ("query", "key")}
-            shapes |= norm(f"{mlp}_norm") | _linear_shapes(after, self.bias)
-        shapes |= norm("norm")
-        return shapes if self.tied else shapes | {"head.weight": (self.padded_vocab(vocab_size), width)}
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+        shapes |= self._norm_shapes("norm", width)
+        if not self.tied:
+            shapes["head.weight"] = (rows, width)
+        return shapes
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """See `contract.Splittable`: heads, the MLP's channels and the vocabulary are split; all else is whole."""
-        return {
-            "embedding.weight": "vocab",
-            "head.weight": "vocab",
-            "layers.*.attention.query.*": "column",
-            "layers.*.attention.key.*": "column",
-            "layers.*.attention.value.*": "column",
-            "layers.*.attention.query_norm.*": "heads",
-            "layers.*.attention.key_norm.*": "heads",
-            "layers.*.attention.output.weight": "row",
-            "layers.*.mlp.gate.*": "column",
-            "layers.*.mlp.up.*": "column",
-            "layers.*.mlp.down.weight": "row",
-            "*": "sequence",
-        }
+        """See `TENSOR_PLAN`."""
+        return TENSOR_PLAN
 
     def parameter_count(self, vocab_size: int) -> int:
         """Exact number of parameters, a tied head counted once."""
@@ -219,6 +210,30 @@ class DecoderConfig(ModelConfig):
         attention = 12 * self.layers * self.heads * self.width_of_head * self.context
         return Flops(dense + attention, dense + attention // 2)
 
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
+        linear = {"attention.query": (query, self.width), "attention.key": (key_value, self.width)}
+        linear |= {"attention.value": (key_value, self.width), "attention.output": (self.width, query)}
+        channels = {"mlp.gate": (self.hidden_width, self.width)} if self.mlp == "swiglu" else {}
+        channels |= {"mlp.up": (self.hidden_width, self.width), "mlp.down": (self.width, self.hidden_width)}
+        shapes = self._norm_shapes("attention_norm", self.width)
+        shapes |= self._linear_shapes(linear)
+        if self.qk_norm:
+            shapes |= {f"attention.{which}_norm.weight": (self.width_of_head,) for which in ("query", "key")}
+        return shapes | self._norm_shapes("mlp_norm", self.width) | self._linear_shapes(channels)
+
+    def _linear_shapes(self, sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, size in sizes.items():
+            shapes[f"{name}.weight"] = size
+            if self.bias:
+                shapes[f"{name}.bias"] = size[:1]
+        return shapes
+
+    def _norm_shapes(self, name: str, width: int) -> dict[str, tuple[int, ...]]:
+        bias = {f"{name}.bias": (width,)} if self.norm == "layernorm" and self.bias else {}
+        return {f"{name}.weight": (width,), **bias}
+
     def _embedding_parameters(self, vocab_size: int) -> int:
         learned = self.position_count * self.width if self.positions == "learned" else 0
         return self.padded_vocab(vocab_size) * self.width + learned
@@ -226,16 +241,3 @@ class DecoderConfig(ModelConfig):
     def _layer_matmul_parameters(self) -> int:
         attention = self.width * self.width_of_head * (2 * self.heads + 2 * self.key_value_heads)
         return attention + self.width * self.hidden_width * (3 if self.mlp == "swiglu" else 2)
-
-
-def _norm_shapes(name: str, width: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.{kind}": (width,) for kind in (("weight", "bias") if bias else ("weight",))}
-
-
-def _linear_shapes(weights: dict[str, tuple[int, int]], bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in weights.items():
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes

@@ -176,7 +176,7 @@ def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGrou
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
-    # It is made of a fresh tensor, which a mode that sees every operator, as selective recompute's, would have touched.
+    """torch's bias of this name. Its constructor fails under a dispatch mode, as selective recompute sets one."""
     with _disable_current_modes():
         return causal_lower_right(queries, keys)
 

@@ -1,1 +1,1 @@
-"""Memory and time of a run before it starts: arithmetic, no torch."""
+"""What a run needs before it runs: arithmetic, no torch."""
