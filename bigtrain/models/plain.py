@@ -15,6 +15,7 @@ module must not do, because its losses would differ from layout to layout, `chec
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property, partial
@@ -95,23 +96,28 @@ class PlainModel(nn.Module):
         self.__dict__["_compute_dtype"] = dtype
         for module in self.modules():
             if type(module) is nn.Embedding:
-                module.forward = partial(_look_up, module, dtype)
+                module.__dict__["forward"] = partial(_look_up, module, dtype)
 
     def __call__(self, batch: Batch) -> LossSum:
         """Run `forward` under autocast.
 
         Raises:
-            UserError: It did not return two FP32 scalars.
+            UserError: It did not return two sums, the losses' in FP32.
         """
         device = next(self.parameters()).device.type
         lower = self.compute_dtype is not torch.float32 and device != "meta"
         with torch.autocast(device if lower else "cpu", self.compute_dtype if lower else None, enabled=lower):
             result = super().__call__(batch)
-        loss = result[0]
-        if loss.dtype != torch.float32:
+        if not isinstance(result, tuple) or len(result) != 2:
             raise UserError(
-                f"forward() returned a loss in {str(loss.dtype).removeprefix('torch.')}: too coarse to be summed",
-                type(self).__name__,
+                "forward() does not return a sum of losses and a sum of weights",
+                inspect.getfile(type(self).forward),
+                "Return LossSum(loss, weight) of bigtrain/models/plain.py.",
+            )
+        if result[0].dtype != torch.float32:
+            raise UserError(
+                f"forward() returned a loss in {str(result[0].dtype).removeprefix('torch.')}: too coarse to be summed",
+                inspect.getfile(type(self).forward),
                 "Compute it in FP32: call .float() on the logits.",
             )
         return LossSum(*result)

@@ -31,6 +31,7 @@ from bigtrain.models.config import family
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
+from bigtrain.plugin import load_plugin
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
 """A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
@@ -54,6 +55,8 @@ class What:
     seed: int = 5
     clip: float | None = 1.0
     precision: Precision = "fp32"
+    plugin: str | None = None
+    """The file of the user's own model families."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class Deviations:
 def build(what: What, how: How) -> FSDPEngine:
     """The engine of this rank, as a run builds it."""
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
-    model = family(what.model["arch"])(**what.model, context=what.context)
+    arch = what.model["arch"]
+    section = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
+    model = section(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
     return FSDPEngine.build(
         model,

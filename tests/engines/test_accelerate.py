@@ -36,7 +36,7 @@ VOCABULARY = 61
 CONTEXT = 16
 BATCH = 7
 """No number of ranks divides it: there are fillers."""
-STEPS = 3
+STEPS = 8
 MASK_TOKEN = 63
 
 OF_OWN, OF_ALL = 1e-5, 1e-7

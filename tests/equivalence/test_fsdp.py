@@ -20,7 +20,7 @@ LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "
 GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
 
 MODELS = {
-    "llama-gqa-tied-qk-norm-documents": What({**LLAMA, "tied": True, "qk_norm": True}, documents=True),
+    "llama-gqa-tied-qk-norm-documents": What({**LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}, documents=True),
     "llama-untied-dropout": What({**LLAMA, "dropout": 0.1}),
     "gpt2-dropout": What({**GPT2, "dropout": 0.1}),
 }
@@ -38,12 +38,27 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
+    "tp2 x hsdp2 with recompute and the head gathered, without sequence parallel": How(
+        4, {"tp": 2, "dp_replicate": 2, "loss_parallel": False, "sequence_parallel": False}, {"recompute": "full"}
+    ),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
+    "tp2 x hsdp2 with recompute and the head gathered, without sequence parallel, compiled": How(
+        4,
+        {"tp": 2, "dp_replicate": 2, "loss_parallel": False, "sequence_parallel": False},
+        {"recompute": "full", "compile": True},
+    ),
 }
 
 
-COMPILED = [("llama-untied-dropout", "compiled"), ("llama-gqa-tied-qk-norm-documents", "tp2, compiled")]
+COMPILED = [
+    ("llama-untied-dropout", "compiled"),
+    ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
+    (
+        "llama-untied-dropout",
+        "tp2 x hsdp2 with recompute and the head gathered, without sequence parallel, compiled",
+    ),
+]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
 EACH_TECHNIQUE_ONCE = [
