@@ -21,7 +21,9 @@ IMPOSSIBLE: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
         2, ("layout.tp=2", "model.context=31"), ("model.context 31", "tp may be 1", "sequence_parallel: false"),
     ),
     "ranks that tp does not divide": (3, ("layout.tp=2",), ("3 ranks", "tp may be 1, 3")),
-    "replicas that do not divide the ranks": (4, ("layout.dp_replicate=3",), ("4 ranks", "dp_replicate may be 1, 2, 4")),
+    "replicas that do not divide the ranks": (
+        4, ("layout.dp_replicate=3",), ("4 ranks", "dp_replicate may be 1, 2, 4"),
+    ),
     "more shards than ranks": (2, ("layout.dp_shard=4",), ("dp_shard 4", "2 ranks")),
     "replicas under deepspeed": (
         2, ("engine.name=deepspeed", "layout.dp_replicate=2"), ("layout.dp_replicate is 2", "dp_replicate to 1"),
@@ -48,10 +50,10 @@ def test_the_impossible_is_refused_before_a_process_is_started(
         pytest.fail("a process would have been started")
 
     monkeypatch.setattr("bigtrain.jobs.train.launch_local", started)
+    path, plugin, runs = write_config(), load_plugin(str(PLUGIN)), tmp_path / "runs"
     with pytest.raises(UserError) as caught:
-        config = load_config(write_config(), list(overrides), plugin=load_plugin(str(PLUGIN)))
-        train(config, tmp_path / "runs", procs=nproc)
+        train(load_config(path, list(overrides), plugin=plugin), runs, procs=nproc)
     assert caught.value.exit_code == 2
     for piece in said:
         assert piece in str(caught.value)
-    assert not (tmp_path / "runs").exists()
+    assert not runs.exists()
