@@ -55,8 +55,11 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "tp": {"layout": {"tp": 2}},
     "tp without sequence parallel": {"layout": {"tp": 2, "sequence_parallel": False}},
     "tp with the head gathered": {"layout": {"tp": 2, "loss_parallel": False}},
-    "cp": {"layout": {"cp": 2}},
-    "pp": {"layout": {"pp": 2}},
+    "cp ulysses": {"layout": {"cp": 2}},
+    "cp all_gather": {"layout": {"cp": 2, "cp_kind": "all_gather"}},
+    "pp 1f1b": {"layout": {"pp": 2}},
+    "pp interleaved": {"layout": {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}},
+    "pp zero bubble": {"layout": {"pp": 2, "pp_schedule": "zero_bubble"}},
     "recompute": {"engine": {"recompute": "full"}},
     "compile": {"engine": {"compile": True}},
     "offload": {"engine": {"offload": "optimizer"}},
@@ -65,8 +68,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "plain module": {"model": {"arch": "my-model", "width": 32, "context": 16}},
 }
 """What each asks for in the YAML. A model section with an `arch` replaces the engine's own."""
-MEANINGLESS = {frozenset({"plain module", "dropout"})}
-"""A plain module has dropout by its own code, or none: no key asks for it."""
+ONE_OF = (("cp ulysses", "cp all_gather"), ("pp 1f1b", "pp interleaved", "pp zero bubble"), ("plain module", "dropout"))
+"""Choices of one thing, which no config can ask for together; a plain module has dropout by its own code alone."""
+MEANINGLESS = {frozenset(pair) for choices in ONE_OF for pair in itertools.combinations(choices, 2)}
 
 
 def refusal(data: Path, engine: str, techniques: Iterable[str]) -> str | None:
@@ -125,7 +129,9 @@ def of_layout(ranks: int, layout: Mapping[str, Any]) -> set[str]:
     tp, cp, pp = (layout.get(axis, 1) for axis in ("tp", "cp", "pp"))
     found = {"dp"} if ranks > tp * cp * pp else set()
     found |= {"hsdp"} if layout.get("dp_replicate", 1) > 1 else set()
-    found |= {axis for axis, size in (("tp", tp), ("cp", cp), ("pp", pp)) if size > 1}
+    found |= {"tp"} if tp > 1 else set()
+    found |= {f"cp {layout.get('cp_kind', 'ulysses')}"} if cp > 1 else set()
+    found |= {f"pp {layout.get('pp_schedule', '1f1b').replace('_', ' ')}"} if pp > 1 else set()
     if tp > 1:
         found |= set() if layout.get("sequence_parallel", True) else {"tp without sequence parallel"}
         found |= set() if layout.get("loss_parallel", True) else {"tp with the head gathered"}
