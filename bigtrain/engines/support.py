@@ -14,13 +14,16 @@ AXES = {
 """The axes of the mesh over which an engine takes more than one rank."""
 
 
-def check_support(engine: EngineConfig, arch: str, layout: LayoutConfig, *, document_mask: bool) -> None:
+def check_support(
+    engine: EngineConfig, arch: str, layout: LayoutConfig, *, document_mask: bool, plain: bool = False
+) -> None:
     """Refuse what an engine cannot do.
 
     Args:
         engine: The section `engine`.
         arch: `model.arch`.
         document_mask: `data.document_mask`.
+        plain: Whether the model is a plain module of PyTorch (`models.plain`).
 
     Raises:
         UserError: An engine and a model that do not go together, a layout that the engine has not, document masks.
@@ -30,6 +33,12 @@ def check_support(engine: EngineConfig, arch: str, layout: LayoutConfig, *, docu
         raise UserError(f"A model of arch '{arch}' does not run on the engine '{engine.name}'", "engine.name", fix)
     _check_axes(engine.name, layout)
     _check_zero_bubble(engine, layout)
+    if plain and not isinstance(engine, FSDPConfig):
+        raise UserError(
+            f"A plain module, as arch '{arch}' is, does not run on the engine '{engine.name}'",
+            "engine.name",
+            "Use engine: {name: fsdp}, or give the module the whole contract (bigtrain/models/contract.py).",
+        )
     if isinstance(engine, DeepSpeedConfig) and layout.pp > 1:
         _check_pipeline(engine, layout)
     if isinstance(engine, AccelerateConfig) and document_mask:

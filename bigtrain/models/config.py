@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -36,6 +37,16 @@ class Flops(NamedTuple):
     """Attention counted over the causal half alone: what must be computed."""
 
 
+@dataclass(frozen=True)
+class PluginSource:
+    """Where the user's own code comes from."""
+
+    place: str
+    """What `--plugin` names it by: an absolute path, or a module."""
+    sha256: str
+    """Of its source."""
+
+
 class BlockCosts(NamedTuple):
     """What a pipeline shares out, in units of the cost of one block."""
 
@@ -55,6 +66,12 @@ class ModelConfig(Section):
 
     keeps_contract: ClassVar[bool] = True
     """Whether what it builds is a `contract.Model`; models of transformers are not."""
+
+    is_plain: ClassVar[bool] = False
+    """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
+
+    plugin: ClassVar[PluginSource | None] = None
+    """The user's code that defines the family; None for those of this folder."""
 
     takes_documents: ClassVar[bool] = False
     """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
@@ -139,7 +156,11 @@ def family(arch: str) -> type[ModelConfig]:
     if arch not in known:
         near = nearest(arch, known)
         hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(f"unknown model family {arch!r}", "model.arch", f"{hint}families: {', '.join(known)}")
+        raise UserError(
+            f"unknown model family {arch!r}",
+            "model.arch",
+            f"{hint}families: {', '.join(known)}; one of your own comes with --plugin FILE",
+        )
     config: type[ModelConfig] = importlib.import_module(f"bigtrain.models.{arch}").Config
     return config
 

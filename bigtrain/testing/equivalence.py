@@ -36,6 +36,7 @@ from bigtrain.models.config import family
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
+from bigtrain.plugin import load_plugin
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
 """A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
@@ -59,12 +60,14 @@ class What:
     seed: int = 5
     clip: float | None = 1.0
     precision: Precision = "fp32"
+    plugin: str | None = None
+    """The file of the user's own model families."""
 
 
 _LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
 _GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
 MODELS = {
-    "llama-gqa-tied-qk-norm-documents": What({**_LLAMA, "tied": True, "qk_norm": True}, documents=True),
+    "llama-gqa-tied-qk-norm-documents": What({**_LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}, documents=True),
     "llama-untied-dropout": What({**_LLAMA, "dropout": 0.1}),
     "gpt2-dropout": What({**_GPT2, "dropout": 0.1}),
 }
@@ -119,7 +122,9 @@ class Deviations:
 def build(what: What, how: How) -> Any:
     """The engine of this rank, as a run builds it."""
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
-    model = family(what.model["arch"])(**what.model, context=what.context)
+    arch = what.model["arch"]
+    section = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
+    model = section(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
     check_support(engine, model.arch, layout, document_mask=what.documents)

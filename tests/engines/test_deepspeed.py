@@ -56,6 +56,7 @@ class Case:
     clip: float | None = 1.0
     precision: Precision = "fp32"
     steps: int = 3
+    documents: bool = False
 
     def alone(self) -> Case:
         """The same under FSDP's engine in one process, in one pass, without fillers."""
@@ -79,6 +80,10 @@ def micro_batches(case: Case, step: int) -> list[MicroBatch]:
         "keys": rng.integers(0, 2**62, BATCH),
     }
     batch["weights"][-1, CONTEXT // 3 :] = 0
+    if case.documents:
+        halves = np.arange(CONTEXT) >= CONTEXT // 2
+        batch["documents"] = np.broadcast_to(halves.astype(np.int32), (BATCH, CONTEXT))
+        batch["positions"] = np.broadcast_to(np.arange(CONTEXT) - halves * (CONTEXT // 2), (BATCH, CONTEXT))
     batch = {name: np.concatenate([array, array[:missing]]) for name, array in batch.items()}
     batch["weights"][BATCH:] = 0
     slots, size = shape.slots(rank), shape.micro_batch
@@ -259,6 +264,19 @@ def test_clipping_follows_the_norm_over_all_ranks(
 @pytest.mark.parametrize("engine", [zero(2, recompute="full"), zero(3, recompute="full")], ids=["zero 2", "zero 3"])
 def test_recompute_changes_nothing(ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig) -> None:
     assert_same(ranks.run(measure, Case(engine), ranks=2)[0], alone(Case(engine)))
+
+
+TOGETHER = [zero(stage, recompute="full", offload="optimizer" if stage else "none") for stage in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", TOGETHER, ids=[f"zero {engine.zero}" for engine in TOGETHER])
+@pytest.mark.parametrize("documents", [True])
+def test_document_masks_recompute_and_offload_together_change_nothing(
+    ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig, documents: bool
+) -> None:
+    case = Case(engine, documents=documents)
+    assert_same(ranks.run(measure, case, ranks=2)[0], alone(case))
 
 
 def test_one_process_under_zero_computes_the_same(ranks: RankPool, alone: Callable[[Case], Measured]) -> None:

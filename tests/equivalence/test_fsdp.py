@@ -37,6 +37,9 @@ LAYOUTS = {
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
     "tp2 x dp2 with selective recompute": How(4, {"tp": 2}, {"recompute": "selective"}),
+    "tp2 x hsdp2 with recompute and the head gathered, without sequence parallel": How(
+        4, {"tp": 2, "dp_replicate": 2, "loss_parallel": False, "sequence_parallel": False}, {"recompute": "full"}
+    ),
     "cp2 ulysses": How(2, {"cp": 2}),
     "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
     "cp4 ulysses": How(4, {"cp": 4}),
@@ -82,6 +85,29 @@ LAYOUTS = {
 }
 
 
+WHOLE = {"sequence_parallel": False, "loss_parallel": False}
+INTERLEAVED = {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
+ZERO_BUBBLE = {"pp": 2, "pp_schedule": "zero_bubble"}
+TOGETHER = {
+    "cp2 ulysses x hsdp2": How(4, {"cp": 2, "dp_replicate": 2}),
+    "pp2 interleaved x hsdp2": How(4, {**INTERLEAVED, "dp_replicate": 2}),
+    "pp2 zero bubble x hsdp2": How(4, {**ZERO_BUBBLE, "dp_replicate": 2}),
+    "tp2 x pp2 without sequence parallel": How(4, {"tp": 2, "pp": 2, "sequence_parallel": False}),
+    "tp2 x cp2 ulysses x pp2 interleaved with recompute, nothing shared besides": How(
+        8, {"tp": 2, "cp": 2, **INTERLEAVED, **WHOLE}, {"recompute": "full"}
+    ),
+    "tp2 x cp2 ulysses x pp2 zero bubble, nothing shared besides": How(8, {"tp": 2, "cp": 2, **ZERO_BUBBLE, **WHOLE}),
+    "tp2 x cp2 all_gather x pp2 zero bubble with the head gathered": How(
+        8, {"tp": 2, "cp": 2, "cp_kind": "all_gather", **ZERO_BUBBLE, "loss_parallel": False}
+    ),
+    "pp2 interleaved, compiled": How(2, INTERLEAVED, {"compile": True}),
+    "tp2 x hsdp2 with recompute, nothing shared besides, compiled": How(
+        4, {"tp": 2, "dp_replicate": 2, **WHOLE}, {"recompute": "full", "compile": True}
+    ),
+}
+"""For pairs of techniques that no layout above has (tests/test_support_matrix.py finds them): with one model."""
+LAYOUTS |= TOGETHER
+
 COMPILED = [
     ("llama-untied-dropout", "compiled"),
     ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
@@ -90,7 +116,11 @@ COMPILED = [
     ("gpt2-dropout", "pp2, compiled"),
 ]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
-ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
+ALL = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout and layout not in TOGETHER),
+    *(("llama-gqa-tied-qk-norm-documents", layout) for layout in TOGETHER),
+    *COMPILED,
+]
 EACH_TECHNIQUE_ONCE = [
     ("llama-untied-dropout", "tp2"),
     ("gpt2-dropout", "tp2 without sequence parallel"),
