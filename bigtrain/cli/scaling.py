@@ -114,7 +114,9 @@ def _quantities(values: dict[str, Any]) -> list[str]:
 
 
 def _predict_text(result: dict[str, Any]) -> str:
-    text = [f"{result['flops']:.4g} FLOPs, {result['times_largest_run']:.3g} times the largest run ({result['approach']})"]
+    text = [
+        f"{result['flops']:.4g} FLOPs, {result['times_largest_run']:.3g} times the largest run ({result['approach']})"
+    ]
     text += _quantities(result["optimal"])
     if chosen := result.get("chosen"):
         price = chosen["flops_price"]
@@ -126,7 +128,7 @@ def _predict_text(result: dict[str, Any]) -> str:
         ]
     if run := result.get("next_run"):
         text.append(
-            f"next run: N {run['params']:.3g}, D {run['tokens']:.3g} ({run['flops']:.3g} FLOPs) would narrow the loss's "
+            f"next run: N {run['params']:.3g}, D {run['tokens']:.3g} ({run['flops']:.3g} FLOPs) narrows the loss's "
             f"interval to {run['interval_width_factor']:.0%}"
         )
     return "\n".join([*text, *(f"warning: {warning}" for warning in result["warnings"])])

@@ -136,9 +136,7 @@ def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
     return best_gain, best
 
 
-def descend(
-    problem: Problem, weights: FloatArray, start: FloatArray
-) -> tuple[FloatArray, FloatArray, np.ndarray]:
+def descend(problem: Problem, weights: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray, np.ndarray]:
     """Damped Newton from R starting points, each replicate with its own damping.
 
     Returns:

@@ -43,9 +43,7 @@ class ColumnNames:
     group: str | None = None
 
 
-def to_table(
-    raw: Mapping[str, Sequence[object]], place: Sequence[str], source: str, named: ColumnNames
-) -> RunTable:
+def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: str, named: ColumnNames) -> RunTable:
     """The table of runs of a source's columns.
 
     Args:
@@ -86,9 +84,7 @@ def to_table(
 _NUMERIC = ("params", "tokens", "flops", "loss", "params_without_embeddings")
 
 
-def _find(
-    raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames
-) -> tuple[dict[str, str], list[str]]:
+def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) -> tuple[dict[str, str], list[str]]:
     plain = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in reversed(list(raw))}
     found, notes = {}, []
     for wanted, guesses in _KNOWN.items():

@@ -64,9 +64,7 @@ def outliers(table: RunTable, fitted: ParametricFit, target: float) -> dict[str,
     rows = np.flatnonzero((size > OUTLIER) & (np.abs(fitted.residuals) > 1e-6))
     found: dict[str, Any] = {
         "rule": f"|ln predicted - ln measured| above {OUTLIER:g} robust standard deviations",
-        "runs": [
-            {"run": table.run[i], "place": table.place[i], "residual": float(fitted.residuals[i])} for i in rows
-        ],
+        "runs": [{"run": table.run[i], "place": table.place[i], "residual": float(fitted.residuals[i])} for i in rows],
     }
     if len(rows):
         weights = np.ones((1, len(table)))
@@ -141,9 +139,7 @@ def held_out(
     rows = hull(x, y)
     slope, intercept = line(x[rows], y[rows]) if len(rows) > 1 else (0.0, float(y.min()))
     power = float(np.exp(slope * np.log(table.flops[last]) + intercept))
-    near = np.argmin(
-        np.log(small.params / table.params[last]) ** 2 + np.log(small.tokens / table.tokens[last]) ** 2
-    )
+    near = np.argmin(np.log(small.params / table.params[last]) ** 2 + np.log(small.tokens / table.tokens[last]) ** 2)
     largest = float(small.flops.max())
     return HeldOut(
         fitted=len(small), held_out=int(rest.sum()), row=last, predicted=float(predicted[last]),

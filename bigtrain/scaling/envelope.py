@@ -71,9 +71,8 @@ def _lines(table: RunTable, rows: npt.NDArray[np.int64]) -> Lines:
 def _replicates(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, count: int) -> FloatArray:
     x, y = np.log(table.flops), np.log(table.loss)
     # A point inside its own model's hull is inside every hull that holds the model.
-    corners = np.concatenate(
-        [members[hull(x[members], y[members])] for c in range(clusters.max() + 1) if len(members := np.flatnonzero(clusters == c))]
-    )  # fmt: skip
+    members = [np.flatnonzero(clusters == c) for c in range(int(clusters.max()) + 1)]
+    corners = np.concatenate([rows[hull(x[rows], y[rows])] for rows in members])
     out = np.full((count, 4), np.nan)
     for k, weights in enumerate(draw_weights(clusters, seed, np.arange(count))):
         present = corners[weights[corners] > 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ FLOPS_DRIFT = 1.15
 class FitOptions:
     """What `bigtrain scaling fit` can be asked for."""
 
-    columns: ColumnNames = ColumnNames()
+    columns: ColumnNames = field(default_factory=ColumnNames)
     drop_highest: int = 0
     where: str | None = None
     approach: Approach = "all"
@@ -254,7 +254,7 @@ def _deviation(values: FloatArray) -> float:
 
 
 def _agreement(found: dict[str, _Result], target: float) -> dict[str, Any]:
-    """Whether two approaches differ by more than their paired replicates do, in the exponent and in N* at the target."""
+    """Whether two approaches differ by more than their paired replicates do, in a and in N* at the target."""
     known = {name: one for name, one in found.items() if one.exponent is not None and name in _COMPARED}
     pairs = []
     names = list(known)

@@ -147,7 +147,5 @@ def value_and_gradient(problem: Problem, free: FloatArray, delta: float) -> tupl
     residual, parts = at.residual[0], at.parts[:, 0]
     slope = residual if problem.function == "squares" else np.clip(residual / delta, -1.0, 1.0)
     pull = slope * parts
-    gradient = np.array(
-        [pull[0].sum(), pull[1].sum(), pull[2].sum(), -pull[0] @ problem.ln_n, -pull[1] @ problem.ln_d]
-    )
+    gradient = np.array([pull[0].sum(), pull[1].sum(), pull[2].sum(), -pull[0] @ problem.ln_n, -pull[1] @ problem.ln_d])
     return float(rho(problem, residual, delta).sum()), basis.T @ gradient

@@ -96,7 +96,7 @@ def _chosen(
 
 
 def _equal_budget(theta: FloatArray, losses: FloatArray, flops: float) -> FloatArray:
-    """The budget whose optimum reaches each loss, shape (R,): L* - E is a power law in C (Hoffmann et al. 2022, eq. 4)."""
+    """The budget whose optimum has each loss, shape (R,): by eq. 4 of Hoffmann et al. 2022 L* - E is a power of C."""
     fall = theta[:, 3] * theta[:, 4] / (theta[:, 3] + theta[:, 4])
     floor = np.exp(theta[:, 2])
     above = law.optimal_loss(theta, flops) - floor

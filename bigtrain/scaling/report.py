@@ -177,7 +177,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 def _approach_table(made: Page, law: dict[str, Any]) -> None:
     names = ("E", "A", "B", "alpha", "beta")
-    header = ["Approach", *names, "a of N* ~ C^a", "N* at the target", "D/N", "Loss at the target"]
+    header = ["Approach", "a of N* ~ C^a", "N* at the target", "D/N", "Loss at the target", *names]
     rows, refused = [], []
     for key, one in law["approaches"].items():
         if "refused" in one:
@@ -189,11 +189,11 @@ def _approach_table(made: Page, law: dict[str, Any]) -> None:
             cells.append(f"{_number(one[name])} [{_span(one['interval'][name], 3)}]" if name in one else "")
         loss = target.get("loss")
         rows.append([
-            TITLES[key], *cells, f"{one['a']:.4f} [{_span(one['interval']['a'], 3)}]",
+            TITLES[key], f"{one['a']:.4f} [{_span(one['interval']['a'], 3)}]",
             f"{short(target['params']['value'])} [{short(target['params']['interval'][0])} to "
             f"{short(target['params']['interval'][1])}]",
             f"{target['tokens_per_param']['value']:.3g} [{_span(target['tokens_per_param']['interval'], 3)}]",
-            f"{loss['value']:.4f} [{_span(loss['interval'])}]" if loss else "",
+            f"{loss['value']:.4f} [{_span(loss['interval'])}]" if loss else "", *cells,
         ])  # fmt: skip
     made.table(header, rows)
     made.note("In brackets 95 % intervals: percentiles of a bootstrap over runs, "
@@ -217,7 +217,7 @@ def _approach_charts(fitted: Fitted) -> list[Chart]:
                 Series(f"{budget['flops']:.2g} FLOPs", table.tokens[rows], table.loss[rows], points=True, ramp=shade,
                        unnamed=not named)
             )  # fmt: skip
-            x = np.exp(np.linspace(*np.log([table.tokens[rows].min(), table.tokens[rows].max()]), 40))
+            x = np.geomspace(table.tokens[rows].min(), table.tokens[rows].max(), 40)
             fit = np.polyval(budget["parabola_in_ln_tokens"], np.log(x))
             series.append(Series("parabola", x, fit, ramp=shade, unnamed=True))
             minima_x.append(budget["tokens"])
@@ -233,7 +233,7 @@ def _approach_charts(fitted: Fitted) -> list[Chart]:
             Series("lower hull", flops, [point["loss"] for point in points], 2, markers=True),
         ]
         charts.append(
-            Chart("Envelope", series, "nats a token", "FLOPs", wide="a2" not in law["approaches"], log_x=True,
+            Chart("Envelope", series, "nats a token", "FLOPs", wide=not charts, log_x=True,
                   log_y=True, value_format=".5~g")
         )  # fmt: skip
     return charts
@@ -260,7 +260,8 @@ def _trust(made: Page, law: dict[str, Any]) -> None:
         ]
         made.note(
             f"Fitted to the {held['fitted']} runs below a third of the largest one's FLOPs, the law predicts "
-            f"{held['predicted']:.4f} for it, 95 % {_span(held['prediction_interval'])}; measured {held['measured']:.4f}. "
+            f"{held['predicted']:.4f} for it, 95 % {_span(held['prediction_interval'])}; "
+            f"measured {held['measured']:.4f}. "
             f"Over all {held['held_out']} runs held out it errs by {held['mean_absolute_error']:.2%}."
         )
         made.table(["Prediction of the largest run", "Error"], rows)

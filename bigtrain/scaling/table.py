@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,16 +59,16 @@ class RunTable:
         """The rows of that boolean mask or those indices, in order."""
         index = np.arange(len(self))[np.asarray(rows)]
 
-        def pick(column: tuple[object, ...]) -> tuple[object, ...]:
+        def pick(column: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(column[i] for i in index) if column else ()
 
-        texts = {name: pick(getattr(self, name)) for name in ("run", "group", "phase", "seed", "place")}
         without = self.params_without_embeddings
         return replace(
-            self, **texts, params=self.params[index], tokens=self.tokens[index], flops=self.flops[index],
+            self, run=pick(self.run), group=pick(self.group), phase=pick(self.phase), seed=pick(self.seed),
+            place=pick(self.place), params=self.params[index], tokens=self.tokens[index], flops=self.flops[index],
             loss=self.loss[index], params_without_embeddings=None if without is None else without[index],
             raw={name: pick(column) for name, column in self.raw.items()},
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def clusters(self, kind: str) -> npt.NDArray[np.int64]:
         """The cluster of each row, numbered from 0: its model's, or with "none" its own."""

@@ -59,11 +59,13 @@ def read_runs(path: Path) -> list[WandbRun]:
     """
     from wandb.proto import wandb_internal_pb2
 
+    new_record: Any = vars(wandb_internal_pb2)["Record"]  # its classes are made at run time
+
     runs: dict[str, WandbRun] = {}
     for file in find_files(path):
         run: WandbRun | None = None
         for data in records(file):
-            record = wandb_internal_pb2.Record()
+            record = new_record()
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
             if kind == "run":

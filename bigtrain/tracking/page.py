@@ -209,7 +209,7 @@ def _chart(chart: Chart) -> str:
             order = np.argsort(np.asarray(one.x, dtype=np.float64), kind="stable")
             x, y = downsample(np.asarray(one.x)[order], np.asarray(one.y)[order])
             # Plotly reads names as a small HTML of its own, so they are escaped like any text.
-            spec_of_one = {
+            spec_of_one: dict[str, Any] = {
                 "name": _text(one.name), "x": _numbers(x), "y": _numbers(y), "color": one.color,
                 "faint": one.faint, "markers": one.markers, "points": one.points, "dashed": one.dashed,
                 "ramp": one.ramp, "unnamed": one.unnamed,
