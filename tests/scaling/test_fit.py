@@ -106,7 +106,7 @@ def test_law_and_prediction_hold_the_truth_and_the_page_is_drawn(write_runs: Wri
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
-    charts = done.stdout.count('class="plot')
+    charts = done.stdout.count('type="application/json"')
     assert charts >= 7
     assert done.stdout.count('class="main-svg"') >= 2 * charts
     shown = html.unescape(re.sub(r"<[^>]+>", "\n", done.stdout.split("<main>")[1].split("</main>")[0]))
