@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -184,10 +185,9 @@ def isoflops(path: Path, budgets: tuple[float, ...], bend: float = 1.0, shift: f
     lines = ["flops,tokens,loss"]
     for budget in budgets:
         best = 0.3 * budget**0.53
-        for x in np.linspace(-1.0, 1.0, 7) + shift:
-            lines.append(
-                f"{budget!r},{best * np.exp(x)!r},{2.5 - 0.05 * np.log10(budget / 1e18) + 0.02 * bend * x * x!r}"
-            )
+        for x in (np.linspace(-1.0, 1.0, 7) + shift).tolist():
+            loss = 2.5 - 0.05 * math.log10(budget / 1e18) + 0.02 * bend * x * x
+            lines.append(f"{budget!r},{best * math.exp(x)!r},{loss!r}")
     path.write_text("\n".join(lines) + "\n")
     return path
 
