@@ -10,12 +10,13 @@ import math
 
 from bigtrain.engines.config import DeepSpeedConfig, Precision
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.planning.communication import BYTES, FP32, FP64, Collective, Kind, Passes, Term
+from bigtrain.planning.communication import FP64, Collective, Kind, Passes, Term
+from bigtrain.planning.parts import BYTES, FP32, filled
 
 BUCKET = 50_000_000
 """Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
 PERSISTENT = 100_000
-"""Parameters of fewer elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
+"""Parameters of no more elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
 ALIGNED = 2
 """Flat groups are filled up to a multiple of this times the ranks."""
 AXES = ("dp_shard",)
@@ -45,7 +46,7 @@ def zero(
         return terms
     for matrices, which in ((True, "matrices"), (False, "vectors")):
         flat = sum(sizes[name] for name, shape in shapes.items() if (len(shape) > 1) is matrices)
-        whole = _filled(flat, ALIGNED * ranks)
+        whole = filled(flat, ALIGNED * ranks)
         terms.append(_term("all_gather", whole * number, 1, f"updated parameters: {which}"))
     if engine.zero == 2 or precision == "fp32":
         terms.append(_term("all_reduce", FP32, 2, "gradient norm"))
@@ -57,27 +58,23 @@ def zero(
 def _stage_3(sizes: dict[str, int], ranks: int, engine: DeepSpeedConfig, number: int, passes: int) -> list[Term]:
     settings = engine.passthrough.get("zero_optimization", {})
     limit = settings.get("stage3_param_persistence_threshold", PERSISTENT)
-    filled = {name: _filled(size, ranks) for name, size in sizes.items()}
+    rounded = {name: filled(size, ranks) for name, size in sizes.items()}
     terms = [
-        _term("reduce_scatter", sum(filled.values()) * FP32, passes, "gradients, each pass"),
+        _term("reduce_scatter", sum(rounded.values()) * FP32, passes, "gradients, each pass"),
         _term("all_reduce", FP64, 2, "gradient norm; whether it is finite"),
     ]
     in_blocks = 0
     in_root = 0
     for name, size in sizes.items():
         if size <= limit:
-            terms.append(_term("all_gather", filled[name] * number, 1, f"{name}, kept whole, after its update"))
+            terms.append(_term("all_gather", rounded[name] * number, 1, f"{name}, kept whole, after its update"))
         elif name.startswith("layers."):
-            in_blocks += filled[name]
+            in_blocks += rounded[name]
         else:
-            in_root += filled[name]
+            in_root += rounded[name]
     for elements, which in ((in_root, "what is in no block"), (in_blocks, "all blocks, fetched ahead")):
         terms += [_term("all_gather", elements * number, passes, which)] if elements else []
     return terms
-
-
-def _filled(elements: int, multiple: int) -> int:
-    return -(-elements // multiple) * multiple
 
 
 def _term(kind: Kind, size: int, count: int, why: str) -> Term:
