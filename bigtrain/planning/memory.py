@@ -80,7 +80,7 @@ def held_bytes(
         return _zero(parts, engine, precision, moments)
     if not isinstance(engine, FSDPConfig):
         raise ValueError(f"the states under engine '{engine.name}' are not counted: use fsdp or deepspeed")
-    padded = FP32 * sum(parameter.padded_elements(parts.shards) for parameter in parts.all)
+    padded = FP32 * sum(parameter.padded_elements(parts.shards) // parts.shards for parameter in parts.all)
     own = FP32 * sum(parameter.own_elements for parameter in parts.all)
     return Held(padded, padded, moments.tensors * own + moments.counts_steps * FP32 * len(parts.all))
 

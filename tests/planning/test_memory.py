@@ -196,14 +196,16 @@ class Living(TorchDispatchMode):
         return sum({ref.cdata: size for ref, size in self._made if not ref.expired()}.values())
 
 
-def kept_by_forward(what: What, how: How) -> int:
-    """Bytes alive between the forward and the backward pass of all sequences."""
-    engine = build(what, how)
-    (batch,) = micro_batches(what, how, 0, 0, 1)
-    with Living() as living:
-        loss, _ = engine.model(engine._batch(batch))
-    found = living.bytes()
-    loss.backward()
+def kept_by_forwards(whats: list[What], how: How) -> list[int]:
+    """Bytes alive between the forward and the backward pass of all sequences of each."""
+    found = []
+    for what in whats:
+        engine = build(what, how)
+        (batch,) = micro_batches(what, how, 0, 0, 1)
+        with Living() as living:
+            loss, _ = engine.model(engine._batch(batch))
+        found.append(living.bytes())
+        loss.backward()
     engine.close()
     return found
 
@@ -247,14 +249,9 @@ def test_a_block_keeps_the_activations_of_the_formula(
     kept: dict[Recompute, int] = {}
     for recompute in RECOMPUTES:
         how = How(count, layout, {"recompute": recompute}, micro_size=None)
-        measured = [
-            ranks.run(
-                kept_by_forward, What({**model, "layers": layers}, context=context, batch=2, **options), how,
-                ranks=count,
-            )
-            for layers, context in SIZES
-        ]  # fmt: skip
-        for rank, (deep, shallow, deep_short, shallow_short) in enumerate(zip(*measured, strict=True)):
+        whats = [What({**model, "layers": layers}, context=context, batch=2, **options) for layers, context in SIZES]
+        measured = ranks.run(kept_by_forwards, whats, how, ranks=count)
+        for rank, (deep, shallow, deep_short, shallow_short) in enumerate(measured):
             much, less = (
                 block_activation_bytes(
                     config(model, context),
@@ -301,7 +298,7 @@ class KeptByBlocks:
         size = tensor.numel() * tensor.element_size()
         self.all += size
         self._add(size)
-        kept = Kept(tensor)
+        kept = Kept(tensor.detach())  # with its graph it would keep itself
         weakref.finalize(kept, self._add, -size)
         return kept
 
@@ -325,10 +322,11 @@ def kept_by_pipeline(what: What, how: How) -> tuple[int, int]:
 
 
 PIPELINES = [
-    pytest.param(4, {"pp": 2}, id="1f1b"),
+    pytest.param(4, {"pp": 2}, id="1f1b", marks=pytest.mark.slow),
     pytest.param(4, {"pp": 4}, id="1f1b, pp4", marks=pytest.mark.slow),
     pytest.param(6, INTERLEAVED, id="interleaved", marks=pytest.mark.slow),
     pytest.param(6, {"pp": 2, "pp_schedule": "zero_bubble"}, id="zero_bubble", marks=pytest.mark.slow),
+    pytest.param(8, {"pp": 4, "pp_schedule": "zero_bubble"}, id="zero_bubble, pp4", marks=pytest.mark.slow),
     pytest.param(6, INTERLEAVED | {"pp_schedule": "zero_bubble"}, id="zero_bubble, 2 stages", marks=pytest.mark.slow),
 ]
 
@@ -340,4 +338,7 @@ def test_a_pipeline_keeps_the_passes_of_its_schedule(ranks: RankPool, count: int
     found = ranks.run(kept_by_pipeline, what, How(chosen.pp, layout, micro_size=1), ranks=chosen.pp)
     for place, (most, together) in enumerate(found):
         one = together / (count * chosen.pp_stages_per_rank)
-        assert most / one == passes_in_flight(chosen, place, count), place
+        passes = passes_in_flight(chosen, place, count)
+        # zero_bubble lets a little of a pass go before its weights' gradients are made.
+        least = 0.99 * passes if chosen.pp_schedule == "zero_bubble" else passes
+        assert least <= most / one <= passes, place
