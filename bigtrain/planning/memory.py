@@ -65,7 +65,8 @@ def held_bytes(
     compute, in `precision`. ZeRO 1 and 2 lay the parameters of a group (those that decay, those that do not) end to
     end, filled up to a multiple of twice the ranks, and give each rank an equal part; ZeRO 3 gives each rank an equal
     part of every parameter, rounded up, and keeps whole what has no more numbers than
-    `stage3_param_persistence_threshold`. Offloaded states are counted too.
+    `stage3_param_persistence_threshold`. Offloaded states are counted too. ZeRO 1 has whole gradients until they are
+    reduced; in BF16, where nothing is offloaded, it keeps them so (DeepSpeed's BF16_Optimizer).
 
     Args:
         sizes: The axes of all ranks.
@@ -103,8 +104,12 @@ def _zero(parts: Parts, engine: DeepSpeedConfig, precision: Precision, moments: 
     else:
         computing = sum(filled(size, ALIGNED * ranks) for size in groups.values())
         share = computing // ranks
-    steps = moments.counts_steps * FP32 * len(groups)
-    return Held(BYTES[precision] * computing + FP32 * share, FP32 * share, FP32 * moments.tensors * share + steps)
+    stay_whole = engine.zero == 1 and precision == "bf16" and engine.offload == "none"
+    return Held(
+        BYTES[precision] * computing + FP32 * share,
+        FP32 * (computing if stay_whole else share),
+        FP32 * moments.tensors * share + moments.counts_steps * FP32 * len(groups),
+    )
 
 
 def block_activation_bytes(

@@ -54,9 +54,8 @@ def storage_bytes(tensors: list[Any]) -> int:
     return sum({store._cdata: store.nbytes() for store in stores}.values())
 
 
-def after_a_step(model: dict[str, Any], how: How) -> tuple[Any, list[MicroBatch]]:
+def after_a_step(what: What, how: How) -> tuple[Any, list[MicroBatch]]:
     """An engine, and the micro-batches of this rank."""
-    what = What(model)
     running = build(what, how)
     batches = micro_batches(what, how, 0, running.data_parallel_rank, running.data_parallel_size)
     running.train_step(0, batches, 1e-3)
@@ -67,9 +66,9 @@ def optimizer_bytes(running: Any) -> int:
     return storage_bytes([value for state in running.optimizer.state.values() for value in state.values()])
 
 
-def allocated(model: dict[str, Any], how: How) -> Held:
+def allocated(what: What, how: How) -> Held:
     """After a step and the backward pass of the next."""
-    running, batches = after_a_step(model, how)
+    running, batches = after_a_step(what, how)
     running.backward(1, batches)
     parameters = list(running.model.parameters())
     gradients = storage_bytes([parameter.grad for parameter in parameters])
@@ -78,13 +77,14 @@ def allocated(model: dict[str, Any], how: How) -> Held:
     return found
 
 
-def promised(model: dict[str, Any], how: How) -> list[Held]:
+def promised(what: What, how: How) -> list[Held]:
     """Of each rank."""
+    model = config(what.model, what.context)
     layout = LayoutConfig(**how.layout)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
     sizes = layout.mesh(how.ranks)
     return [
-        held_bytes(config(model), VOCABULARY, engine=engine, sizes=sizes, layout=layout, rank=rank)
+        held_bytes(model, VOCABULARY, engine=engine, sizes=sizes, layout=layout, rank=rank, precision=what.precision)
         for rank in range(how.ranks)
     ]
 
@@ -116,17 +116,17 @@ FSDP = [
 def test_a_rank_of_fsdp_holds_what_the_sharding_promises(
     ranks: RankPool, model: dict[str, Any], count: int, layout: dict[str, Any]
 ) -> None:
-    how = How(count, layout)
-    found = ranks.run(allocated, model, how, ranks=count)
-    assert found == promised(model, how)
-    (whole,) = promised(model, How())
+    what, how = What(model), How(count, layout)
+    found = ranks.run(allocated, what, how, ranks=count)
+    assert found == promised(what, how)
+    (whole,) = promised(what, How())
     assert whole.parameters == 4 * config(model).parameter_count(VOCABULARY)
     assert max(held.total for held in found) < 0.8 * whole.total
 
 
-def allocated_by_zero(model: dict[str, Any], how: How) -> Held:
+def allocated_by_zero(what: What, how: How) -> Held:
     """As `allocated`; gradients by their numbers, since DeepSpeed keeps them inside larger buckets."""
-    running, batches = after_a_step(model, how)
+    running, batches = after_a_step(what, how)
     zero, parameters = running.engine.optimizer, list(running.model.parameters())
     if "pp" in how.layout:
         # The pipeline's step is all of it in one: the gradients as the optimizer is given them, group by group.
@@ -139,9 +139,11 @@ def allocated_by_zero(model: dict[str, Any], how: How) -> Held:
         running.backward(1, batches)
         gradients = [parameter.grad for parameter in parameters]
         if how.engine["zero"]:
-            gradients = [tensor for group in zero.averaged_gradients.values() for tensor in group or []]
+            spread = getattr(zero, "averaged_gradients", {})
+            gradients = [tensor for group in spread.values() for tensor in group or []]
+            gradients += getattr(zero, "fp32_groups_gradients_flat", [])
     weights = [*parameters, *(getattr(parameter, "ds_tensor", None) for parameter in parameters)]
-    for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+    for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         weights += getattr(zero, masters, [])
     numbers = sum(tensor.numel() for tensor in gradients if tensor is not None)
     found = Held(storage_bytes(weights), 4 * numbers, optimizer_bytes(running))
@@ -151,26 +153,29 @@ def allocated_by_zero(model: dict[str, Any], how: How) -> Held:
 
 NOTHING_WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ZERO = [
-    pytest.param(UNEVEN, 0, 2, {}, {}, id="0", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 1, 2, {}, {}, id="1", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 2, 2, {}, {}, id="2"),
-    pytest.param(UNEVEN, 3, 2, {}, {}, id="3", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 3, 2, {}, NOTHING_WHOLE, id="3, nothing whole", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 1, 4, {"tp": 2}, {}, id="1, tp2 x dp2", marks=pytest.mark.slow),
-    pytest.param(TIED, 2, 4, {"tp": 2}, {}, id="2, tp2 x dp2, tied", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 3, 4, {"tp": 2}, {}, id="3, tp2 x dp2", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 3, 4, {"tp": 2}, NOTHING_WHOLE, id="3, tp2 x dp2, nothing whole", marks=pytest.mark.slow),
-    pytest.param(TIED, 1, 2, {"pp": 2}, {}, id="1, pp2, tied", marks=pytest.mark.slow),
-    pytest.param(GPT2, 1, 4, {"pp": 2}, {}, id="1, pp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 0, 2, {}, {}, id="0", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 1, 2, {}, {}, id="1", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 2, 2, {}, {}, id="2"),
+    pytest.param(What(UNEVEN), 3, 2, {}, {}, id="3", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 3, 2, {}, NOTHING_WHOLE, id="3, nothing whole", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN, precision="bf16"), 1, 2, {}, {}, id="1, bf16", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN, precision="bf16"), 2, 2, {}, {}, id="2, bf16", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN, precision="bf16"), 3, 2, {}, {}, id="3, bf16", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 1, 4, {"tp": 2}, {}, id="1, tp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(What(TIED), 2, 4, {"tp": 2}, {}, id="2, tp2 x dp2, tied", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 3, 4, {"tp": 2}, {}, id="3, tp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 3, 4, {"tp": 2}, NOTHING_WHOLE, id="3, tp2, nothing whole", marks=pytest.mark.slow),
+    pytest.param(What(TIED), 1, 2, {"pp": 2}, {}, id="1, pp2, tied", marks=pytest.mark.slow),
+    pytest.param(What(GPT2), 1, 4, {"pp": 2}, {}, id="1, pp2 x dp2", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("model", "stage", "count", "layout", "passthrough"), ZERO)
+@pytest.mark.parametrize(("what", "stage", "count", "layout", "passthrough"), ZERO)
 def test_a_rank_of_zero_holds_what_the_stage_promises(
-    ranks: RankPool, model: dict[str, Any], stage: int, count: int, layout: dict[str, Any], passthrough: dict[str, Any]
+    ranks: RankPool, what: What, stage: int, count: int, layout: dict[str, Any], passthrough: dict[str, Any]
 ) -> None:
     how = How(count, layout, {"name": "deepspeed", "zero": stage, "passthrough": passthrough})
-    assert ranks.run(allocated_by_zero, model, how, ranks=count) == promised(model, how)
+    assert ranks.run(allocated_by_zero, what, how, ranks=count) == promised(what, how)
 
 
 # Activations
