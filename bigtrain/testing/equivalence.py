@@ -226,6 +226,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
         if isinstance(engine, Reloaded):
             engine.state_loaded()
         numbers, gradients = compute(engine, what, how, step)
+        engine.optimizer.zero_grad()
         expected = load_file(directory / f"gradients-{step}.safetensors")
         assert gradients.keys() == expected.keys()
         overall = math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in expected.values()))
