@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.config import UserError
-
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs live.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs laid over the file.")]
@@ -26,6 +24,8 @@ RUNS = Path("runs")
 @contextmanager
 def errors(as_json: bool = False) -> Iterator[None]:
     """Show a user's mistake without a traceback, and exit with its code."""
+    from bigtrain.config import UserError
+
     try:
         yield
     except BrokenPipeError:

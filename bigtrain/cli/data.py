@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from bigtrain.cli.common import Json, errors, lines, show
-from bigtrain.config import UserError
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
@@ -25,6 +24,7 @@ def data_pack(
 ) -> None:
     """Tokenise documents into WebDataset shards."""
     with errors(as_json):
+        from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
         from bigtrain.data.tokenizers import Tokenizer

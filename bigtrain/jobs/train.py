@@ -137,9 +137,14 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
     waste = _filler_share(prepared, count)
     if waste:
         lines.append(
-            f"{waste:.1%} of each step is filler: {count} ranks do not divide a batch of {prepared.batch_sequences}"
+            f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "
+            f"{prepared.batch_sequences}"
         )
     print("\n".join(lines), file=stream, flush=True)
+
+
+def _divisor(prepared: Prepared, count: int) -> str:
+    return f"{count} ranks do" if prepared.config.layout.pp == 1 else "the micro-batches that its pipeline takes do"
 
 
 def _axes(prepared: Prepared, count: int) -> str:

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 DataKind = Literal["tokens", "images"]
 
+TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
+"""How a parameter lies on the ranks that share each matrix.
+
+column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
+vocab: the rows of an embedding or head are. sequence: whole on each rank, and applied to the residual stream, of which
+each rank may hold a slice. heads: whole on each rank, and applied to the rank's own heads."""
+
 
 class Flops(NamedTuple):
     """Matmul FLOPs of forward and backward together, a token (tokens) or a sample (images)."""

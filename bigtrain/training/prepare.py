@@ -12,6 +12,7 @@ from typing import Any
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.data.index import ShardIndex, Verify, load_index
 from bigtrain.data.order import SampleOrder
+from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -78,8 +79,8 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     """Open the data of a config and check that both go together.
 
     Args:
-        verify: Compare the shards with their index as `streaming.verify` says; a rank does not, since the command that
-            started it has.
+        verify: Compare the shards with their index as `streaming.verify` says, and ask the engine's library what it
+            takes; a rank does not, since the command that started it has.
 
     Raises:
         UserError: Shards missing or changed, a model that cannot take them, lengths that do not fit.
@@ -89,6 +90,7 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     _check_fit(config, train, validation)
     if verify:
         config.model.check_source(train.vocab_size)
+        check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
         for index in (train, validation):
             if index is not None:
                 _check_bytes(index, config.streaming.verify)

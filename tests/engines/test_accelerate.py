@@ -530,7 +530,7 @@ def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_pa
     [
         ("fsdp", "hf", {}, False, "does not run on the engine 'fsdp'"),
         ("accelerate", "llama", {}, False, "does not run on the engine 'accelerate'"),
-        ("accelerate", "hf", {"dp_replicate": 2}, False, "data parallel alone"),
+        ("accelerate", "hf", {"dp_replicate": 2}, False, "over layout.dp_shard alone"),
         ("accelerate", "hf", {}, True, "no mask of documents"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.config import CheckpointConfig
-from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.loader import load
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
@@ -217,20 +217,6 @@ def assert_same(measured: Measured, expected: Measured) -> None:
     for mine, other in zip(measured.numbers, expected.numbers, strict=True):
         assert mine == pytest.approx(other, rel=OF_NUMBERS)
     assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
-
-
-@pytest.fixture(scope="module")
-def alone(ranks: RankPool) -> Callable[[Case], Measured]:
-    """What one process measures under FSDP's engine, each case once."""
-    known: dict[str, Measured] = {}
-
-    def run(case: Case) -> Measured:
-        single = case.alone()
-        if repr(single) not in known:
-            known[repr(single)] = ranks.run(measure, single, ranks=1)[0]
-        return known[repr(single)]
-
-    return run
 
 
 ENGINES = [
@@ -488,11 +474,6 @@ def test_passthrough_is_checked_by_deepspeed_itself(keys: dict[str, Any], what: 
 def test_impossible_engines_are_refused() -> None:
     with pytest.raises(ValueError, match="zero 1, 2 or 3"):
         DeepSpeedConfig(zero=0, offload="optimizer")
-    with pytest.raises(UserError, match="all 4 ranks"):
-        build_engine(
-            family("llama")(**LLAMA, context=CONTEXT), VOCABULARY, AdamWConfig(), engine=zero(2), precision="fp32",
-            layout=LayoutConfig(dp_replicate=2), seed=SEED, ranks=Ranks(0, 0, 4),
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (3, 2, 4)])
@@ -507,3 +488,20 @@ def test_a_run_of_elements_is_cut_into_rectangles_that_cover_it_once(shape: tupl
                 assert torch.equal(numbers.view(shape)[box], piece)
                 found += piece.flatten().tolist()
             assert found == numbers[begin:end].tolist()
+
+
+def test_a_run_inside_a_box_is_cut_into_rectangles_of_the_whole() -> None:
+    whole = torch.arange(6 * 5, dtype=torch.float32).view(6, 5)
+    box = Box((2, 1), (3, 4))
+    line = whole[2:5, 1:5].reshape(-1)
+    for begin in range(13):
+        for end in range(begin, 13):
+            pieces = FlatPart(line[begin:end], begin, (6, 5), box).pieces()
+            for (row, column), sizes in (rectangle for rectangle, _ in pieces):
+                assert (row >= 2, column >= 1, row + sizes[0] <= 5, column + sizes[1] <= 5) == (True,) * 4
+            values = [
+                torch.equal(whole[at[0] : at[0] + size[0], at[1] : at[1] + size[1]], piece)
+                for (at, size), piece in pieces
+            ]
+            assert all(values)
+            assert sum(piece.numel() for _, piece in pieces) == end - begin
