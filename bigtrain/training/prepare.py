@@ -5,13 +5,16 @@ Free of torch, so that the command that starts a run refuses a mistake before an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bigtrain.config import CorruptionError, Duration, UserError
-from bigtrain.data.index import ShardIndex, Verify, load_index
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.order import SampleOrder
+from bigtrain.data.remote import RemoteError
+from bigtrain.data.streaming import check_remote, open_index
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -74,24 +77,25 @@ class Prepared:
         )
 
 
-def prepare(config: RunConfig, verify: bool = True) -> Prepared:
+def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | None] | None = None) -> Prepared:
     """Open the data of a config and check that both go together.
 
     Args:
         verify: Compare the shards with their index as `streaming.verify` says; a rank does not, since the command that
             started it has.
+        pinned: Fingerprints that streamed data must have, by the key under `data`.
 
     Raises:
-        UserError: Shards missing or changed, a model that cannot take them, lengths that do not fit.
+        UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit.
     """
-    train = load_index(Path(config.data.train))
-    validation = load_index(Path(config.data.validation)) if config.data.validation else None
+    train = _open("train", config.data.train, config, verify, pinned)
+    validation = _open("validation", config.data.validation, config, verify, pinned) if config.data.validation else None
     _check_fit(config, train, validation)
     if verify:
         config.model.check_source(train.vocab_size)
         for index in (train, validation):
             if index is not None:
-                _check_bytes(index, config.streaming.verify)
+                _check_bytes(index, config.streaming, config.data.shuffle_window)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)
@@ -114,10 +118,25 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     return Prepared(config, train, validation, batch, total, per_epoch, schedule)
 
 
-def _check_bytes(index: ShardIndex, verify: Verify) -> None:
+def _open(key: str, place: str, config: RunConfig, first: bool, pinned: Mapping[str, str | None] | None) -> ShardIndex:
+    streaming = config.streaming
+    if not first:
+        return open_index(place, streaming, None if pinned is None else pinned[key])
+    # A person waits for an answer: a server that is not there is not waited for as long as in training.
+    hurried = streaming.model_copy(update={"retries": min(2, streaming.retries)})
     try:
-        index.check(verify)
-    except CorruptionError as error:
+        return open_index(place, hurried)
+    except (RemoteError, CorruptionError) as error:
+        raise UserError(f"data.{key}: {error.what}", error.where, error.fix) from None
+
+
+def _check_bytes(index: ShardIndex, streaming: StreamingConfig, shuffle_window: int) -> None:
+    try:
+        if index.origin is None:
+            index.check(streaming.verify)
+        if index.streams:
+            check_remote(index, streaming, shuffle_window)
+    except (RemoteError, CorruptionError) as error:
         # Nothing has been spent yet, and it is the user who can mend it.
         raise UserError(error.what, error.where, error.fix) from None
 
@@ -127,7 +146,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
     if train.kind != model.data_kind:
         raise UserError(
             f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
-            str(train.directory),
+            train.place,
             "Choose another model.arch, or other shards.",
         )
     if config.data.document_mask and not model.takes_documents:
@@ -139,7 +158,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
     if shape and model.sample_shape and shape != model.sample_shape:
         raise UserError(
             f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(model.sample_shape)}",
-            str(train.directory),
+            train.place,
             "Change the sizes under 'model'.",
         )
     if validation is not None:

@@ -46,7 +46,7 @@ TRACKER_CLOSE_S = 20.0
 
 def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> ExitCode:
     """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
-    prepared = prepare(load_config(directory.config), verify=False)
+    prepared = prepare(load_config(directory.config), verify=False, pinned=directory.what()["data"])
     with Session(prepared, directory, heartbeat, stop) as session:
         outcome = session.train()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
@@ -236,6 +236,7 @@ class Session:
             "seed": config.seed,
             "document_mask": config.data.document_mask,
             "prefetch": config.streaming.prefetch,
+            "streaming": config.streaming,
         }
 
     def _compare_memory(self) -> None:
