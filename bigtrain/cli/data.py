@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bigtrain.cli.common import Json, errors, lines, show
+from bigtrain.cli.common import Json, counting, errors, lines, show
 from bigtrain.config import UserError
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
@@ -63,20 +63,38 @@ def data_tokenizer(
 
 @app.command("index")
 def data_index(
-    path: Annotated[Path, typer.Argument(help="A directory of tars made elsewhere.")], as_json: Json = False
+    places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
+    out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Samples that may be bad, and are passed over.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Index tars made elsewhere, so that runs can read them."""
     with errors(as_json):
-        from bigtrain.data.indexing import index_directory
+        from bigtrain.data.config import is_url
+        from bigtrain.data.indexing import index_directory, index_urls
+        from bigtrain.data.text import BadSamples
+        from bigtrain.data.tokenizers import Tokenizer
 
-        index = index_directory(path)
+        bad = BadSamples(skip_bad)
+        opened = None if tokenizer is None else Tokenizer.open(tokenizer)
+        with counting("indexing") as count:
+            if any(is_url(place) for place in places):
+                if out is None:
+                    raise UserError("the index of URLs needs a directory", fix="name one with --out")
+                index = index_urls(places, out, opened, count, bad)
+            elif len(places) > 1 or out is not None:
+                raise UserError("one local directory is indexed, and its index lies in it", fix="leave out --out")
+            else:
+                index = index_directory(places[0], opened, progress=count, bad=bad)
         result = {
-            "path": str(path),
+            "path": str(out or places[0]),
             "kind": index.kind,
             "shards": len(index.shards),
             "samples": index.samples,
             "tokens": index.tokens,
             "fingerprint": index.fingerprint,
+            "skipped": bad.seen,
         }
         show(
             result,

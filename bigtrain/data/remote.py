@@ -17,7 +17,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, Protocol
@@ -31,6 +31,9 @@ OBJECT_CHUNK_BYTES = 1 << 23
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 30.0
 
+MAX_TARS = 10_000_000
+
+_RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs")}
@@ -215,6 +218,14 @@ class ObjectPlace:
             total = int(self._files.size(path))
         yield Body(start, total, self._chunks(path, name, start, total))
 
+    def list(self) -> list[str]:
+        """The names of the tars in it, sorted."""
+        with self._errors(""):
+            return sorted(
+                name for path in self._files.ls(self._root, detail=False)
+                if (name := path.rpartition("/")[2]).endswith(".tar")
+            )  # fmt: skip
+
     def _chunks(self, path: str, name: str, start: int, total: int) -> Iterator[bytes]:
         for begin in range(start, total, OBJECT_CHUNK_BYTES):
             with self._errors(name):
@@ -308,6 +319,47 @@ def _attempt(place: Place, name: str, file: BinaryIO, size: int | None, limit: i
             file.write(chunk)
     if wanted is not None and have < wanted:
         raise Transient(f"the file ended after {have} of {wanted} bytes")
+
+
+def tars_at(urls: Sequence[str], patience: Patience) -> tuple[Place, list[str]]:
+    """The directory and the names of the tars that some URLs name.
+
+    Raises:
+        UserError: Not a tar, several directories, a name twice, a pattern of too many.
+        RemoteError: A directory of an object store cannot be listed.
+    """
+    found = [url for pattern in urls for url in _expanded(pattern)]
+    if len(found) == 1 and not found[0].endswith(".tar"):
+        place = open_place(found[0], patience)
+        if not isinstance(place, ObjectPlace):
+            raise UserError(
+                "a web server lists no directory", found[0], "name its tars: .../shard-{000000..000099}.tar"
+            )
+        names = place.list()
+        if not names:
+            raise UserError("there is no .tar file", found[0])
+        return place, names
+    parents = {url.rpartition("/")[0] for url in found}
+    names = [url.rpartition("/")[2] for url in found]
+    wrong = next((name for name in names if not name.endswith(".tar") or name[0] == "." or "%" in name), None)
+    if wrong is not None:
+        raise UserError(f"{wrong!r} is not the name of a .tar file", found[0])
+    if len(parents) != 1 or len(set(names)) != len(names):
+        raise UserError("the tars do not lie in one directory, each once", found[0], "index each directory by itself")
+    return open_place(parents.pop(), patience), names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = _RANGE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = int(match[1]), int(match[2])
+    if not 0 <= last - first < MAX_TARS or len(match[1]) > len(match[2]):
+        raise UserError(f"the range {match[0]} is not one of 1 to {MAX_TARS} numbers", pattern)
+    for number in range(first, last + 1):
+        text = str(number).zfill(len(match[1]))
+        yield from _expanded(pattern[: match.start()] + text + pattern[match.end() :])
 
 
 def exists(place: Place, name: str, size: int, patience: Patience) -> None:

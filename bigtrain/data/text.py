@@ -6,13 +6,15 @@ import codecs
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.tar import read_at
-from bigtrain.data.tokenizers import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from bigtrain.data.tokenizers import Tokenizer, Tokens
 
 TEXT_MEMBERS = {"txt": False, "text": False, "txt.gz": True, "text.gz": True}
 """Suffixes of members that are text, and whether they are gzip."""
