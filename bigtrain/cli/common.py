@@ -58,6 +58,24 @@ def counting(what: str) -> Iterator[Callable[[str], None]]:
             print(file=sys.stderr)
 
 
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with a stage and how much of it is done; where stderr is a terminal, a line there shows it."""
+    shown = False
+
+    def say(stage: str, done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            shown = True
+            print(f"\r{stage}: {done} of {total} ({done / total:.0%})\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield say
+    finally:
+        if shown:
+            print(file=sys.stderr)
+
+
 def show(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
     """Print a result for a program or for a person."""
     print(json.dumps(result) if as_json else text(result))

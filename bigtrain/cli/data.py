@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bigtrain.cli.common import Json, counting, errors, lines, show
+from bigtrain.cli.common import Json, counting, errors, lines, show, stages
 from bigtrain.config import UserError
+
+INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
 
 @app.command("pack")
 def data_pack(
-    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")],
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
-    key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Documents that may be bad, and are passed over.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Tokenise documents into WebDataset shards."""
+    """Tokenise documents into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
@@ -33,20 +38,24 @@ def data_pack(
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
             raise UserError(str(error), "--shard-size") from None
-        summary = pack(
-            inputs,
-            out,
-            Tokenizer.open(tokenizer),
-            validation=validation,
-            key=key,
-            shard_bytes=shard_bytes,
-        )
+        with stages() as progress:
+            summary = pack(
+                inputs,
+                out,
+                Tokenizer.open(tokenizer),
+                validation=validation,
+                key=key,
+                shard_bytes=shard_bytes,
+                skip_bad=skip_bad,
+                workers=workers or len(os.sched_getaffinity(0)),
+                progress=progress,
+            )
         show(summary.as_json(), as_json, lines)
 
 
 @app.command("tokenizer")
 def data_tokenizer(
-    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
     as_json: Json = False,

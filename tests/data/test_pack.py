@@ -40,6 +40,17 @@ def test_plain_webdataset_reads_the_documents(packed: ShardIndex, texts: list[st
     assert decoded[0]["__key__"] == "000000000"
 
 
+def test_a_shard_has_the_bytes_that_webdatasets_writer_would_write(packed: ShardIndex, texts: list[str]) -> None:
+    buffer = io.BytesIO()
+    options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False, "compress": False}
+    with webdataset.TarWriter(buffer, **options) as tar:
+        for number, text in enumerate(texts[: packed.shards[0].nsamples]):
+            member = io.BytesIO()
+            np.save(member, np.asarray([*text.encode(), 256], dtype="<u2"))
+            tar.write({"__key__": f"{number:09d}", "npy": member.getvalue()})
+    assert (packed.directory / packed.shards[0].url).read_bytes() == buffer.getvalue()
+
+
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
     for name in ("one", "two"):
         pack([corpus], tmp_path / name, Tokenizer(), validation="10%", shard_bytes=2048)
@@ -183,12 +194,12 @@ def test_any_number_of_workers_and_any_size_of_parts_gives_the_same_bytes(
     monkeypatch.setattr("bigtrain.data.pack.SMALL_INPUT_BYTES", 0)
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    for name, workers, part_bytes in (("one", 1, 1 << 20), ("many", 1, 100), ("three", 3, 700)):
+    for name, workers, part_bytes in (("one", 1, 1 << 20), ("many", 1, 100), ("two", 2, 700)):
         pack(
             [corpus, lines], tmp_path / name, Tokenizer(),
             validation="10%", shard_bytes=2048, workers=workers, part_bytes=part_bytes,
         )  # fmt: skip
-    assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(tmp_path / "three")
+    assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(tmp_path / "two")
     train, held_out = stored(tmp_path / "one" / "train"), stored(tmp_path / "one" / "validation")
     assert sorted(train + held_out) == sorted(expected(texts) * 2)
 
