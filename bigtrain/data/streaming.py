@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -327,23 +327,43 @@ def read_small(place: Place, name: str, limit: int, patience: Patience) -> bytes
         return file.read()
 
 
-def check_remote(index: ShardIndex, streaming: StreamingConfig, shuffle_window: int) -> None:
-    """What can be seen of streamed data before a run: its first shard is there, and the cache holds two windows.
+def check_remote(index: ShardIndex, streaming: StreamingConfig, shards: int) -> None:
+    """What can be seen of streamed data before a run: its first shard is there, and the cache holds what is in use.
+
+    Args:
+        shards: Shards that a rank holds at once; see `shards_at_once`.
 
     Raises:
-        UserError: It is not so.
+        UserError: The cache is too small.
+        RemoteError: The shard is not there.
     """
     held = sorted((index.stored_bytes(number) for number in range(len(index.shards))), reverse=True)
-    needed = sum(held[: 2 * shuffle_window + 1])
+    needed = sum(held[:shards])
     if needed > streaming.cache:
         raise UserError(
-            f"streaming.cache is {streaming.cache} bytes, and two windows of {shuffle_window} shards may take {needed}",
-            fix=f"set streaming.cache to {needed} or more, or data.shuffle_window lower",
+            f"streaming.cache is {streaming.cache} bytes, and the {shards} shards in use at once may take {needed}",
+            index.place,
+            f"set streaming.cache to {needed} or more, or data.shuffle_window lower",
         )
     if index.shards_url is None:
         return
     hurried = Patience(streaming.timeout, min(2, streaming.retries))
     exists(open_place(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
+
+
+def shards_at_once(counts: Sequence[int], window: int, batch_sequences: int) -> int:
+    """Shards of the windows that a batch lies in, and of the one fetched ahead, at most.
+
+    Args:
+        counts: Sequences of each shard.
+    """
+    sizes = np.sort(np.asarray([count for count in counts if count], dtype=np.int64))
+    if not len(sizes):
+        return 0
+    # A batch that begins at the end of a window reaches over the smallest shards first, at worst.
+    beyond = int(np.searchsorted(np.cumsum(sizes), batch_sequences)) + 1
+    windows = 2 + -(-beyond // window)
+    return min(len(sizes), windows * window)
 
 
 def expect_size(path: os.PathLike[str], size: int) -> None:

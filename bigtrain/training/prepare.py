@@ -14,7 +14,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order import SampleOrder
 from bigtrain.data.remote import RemoteError
-from bigtrain.data.streaming import check_remote, open_index
+from bigtrain.data.streaming import check_remote, open_index, shards_at_once
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -93,9 +93,6 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
     _check_fit(config, train, validation)
     if verify:
         config.model.check_source(train.vocab_size)
-        for index in (train, validation):
-            if index is not None:
-                _check_bytes(index, config.streaming, config.data.shuffle_window)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)
@@ -103,6 +100,11 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
         raise UserError(
             f"batch.size: {error}", fix="Give a number of sequences, or a multiple of model.context."
         ) from None
+    if verify:
+        for index, window in ((train, config.data.shuffle_window), (validation, 1)):
+            if index is not None:
+                held = shards_at_once(index.sequence_counts(context), window, batch)
+                _check_bytes(index, config.streaming, held)
     per_epoch = sum(train.sequence_counts(context))
     try:
         total = config.duration.in_steps(batch * context, batch, per_epoch)
@@ -130,12 +132,12 @@ def _open(key: str, place: str, config: RunConfig, first: bool, pinned: Mapping[
         raise UserError(f"data.{key}: {error.what}", error.where, error.fix) from None
 
 
-def _check_bytes(index: ShardIndex, streaming: StreamingConfig, shuffle_window: int) -> None:
+def _check_bytes(index: ShardIndex, streaming: StreamingConfig, shards_held: int) -> None:
     try:
         if index.origin is None:
             index.check(streaming.verify)
         if index.streams:
-            check_remote(index, streaming, shuffle_window)
+            check_remote(index, streaming, shards_held)
     except (RemoteError, CorruptionError) as error:
         # Nothing has been spent yet, and it is the user who can mend it.
         raise UserError(error.what, error.where, error.fix) from None

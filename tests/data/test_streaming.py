@@ -23,7 +23,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
 from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import check_remote, open_index
+from bigtrain.data.streaming import check_remote, open_index, shards_at_once
 
 CONTEXT, BATCH, WINDOW = 16, 6, 2
 
@@ -201,10 +201,12 @@ def test_a_cache_too_small_for_two_windows_is_refused_with_the_size_that_would_d
 ) -> None:
     index = open_index(server.url, streaming)
     small = streaming.model_copy(update={"cache": 5000})
-    with pytest.raises(UserError, match="two windows") as caught:
-        check_remote(index, small, WINDOW)
+    shards = shards_at_once(index.sequence_counts(CONTEXT), WINDOW, BATCH)
+    assert shards == 3 * WINDOW
+    with pytest.raises(UserError, match="in use at once") as caught:
+        check_remote(index, small, shards)
     size = int(str(caught.value.fix).split()[3])
-    check_remote(index, small.model_copy(update={"cache": size}), WINDOW)
+    check_remote(index, small.model_copy(update={"cache": size}), shards)
 
 
 def test_redirects_stay_on_http(server: Any, packed: ShardIndex, streaming: StreamingConfig, tmp_path: Path) -> None:
