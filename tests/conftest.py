@@ -84,8 +84,8 @@ def bigtrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    """Up to four ranks that run a test's functions together; see `bigtrain.testing.ranks`."""
+    """Up to eight ranks that run a test's functions together; see `bigtrain.testing.ranks`."""
     from bigtrain.testing.ranks import RankPool
 
-    with RankPool(4) as pool:
+    with RankPool(8) as pool:
         yield pool

@@ -48,16 +48,21 @@ class Distribution:
         return range(rank * self.per_rank, (rank + 1) * self.per_rank)
 
 
-def distribute(batch_size: int, ranks: int, micro_size: int) -> Distribution:
+def distribute(batch_size: int, ranks: int, micro_size: int, *, least: int = 1, multiple: int = 1) -> Distribution:
     """Divide a global batch over ranks in micro-batches of at most `micro_size` sequences, as even as can be.
+
+    Args:
+        least, multiple: The number of micro-batches is at least the one and divisible by the other, as the schedule of
+            a pipeline needs it.
 
     Raises:
         ValueError: A number below 1.
     """
-    if min(batch_size, ranks, micro_size) < 1:
+    if min(batch_size, ranks, micro_size, least, multiple) < 1:
         raise ValueError(f"batch {batch_size}, ranks {ranks} and micro-batch {micro_size} must be at least 1")
     per_rank = -(-batch_size // ranks)
-    n_micro = -(-per_rank // micro_size)
+    n_micro = max(-(-per_rank // micro_size), least)
+    n_micro = -(-n_micro // multiple) * multiple
     return Distribution(batch_size, ranks, n_micro, -(-per_rank // n_micro))
 
 
@@ -84,6 +89,7 @@ class Loader:
         dp_rank: This rank among those that read different data.
         dp_size: Their number.
         micro_size: Sequences that a rank takes in one pass, at most; None: all of its own.
+        least_micro_batches, micro_batch_multiple: What `distribute` is to heed.
         seed: The run's seed, for the keys of dropout.
         document_mask: Whether batches say where documents begin.
         log_samples: Whether batches carry the ids of the global batch.
@@ -102,6 +108,8 @@ class Loader:
         dp_rank: int = 0,
         dp_size: int = 1,
         micro_size: int | None = None,
+        least_micro_batches: int = 1,
+        micro_batch_multiple: int = 1,
         seed: int = 0,
         document_mask: bool = False,
         log_samples: bool = False,
@@ -114,7 +122,13 @@ class Loader:
             raise ValueError("the order was made for other data or another context")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"rank {dp_rank} is not among {dp_size}")
-        self.distribution = distribute(batch_size, dp_size, micro_size or batch_size)
+        self.distribution = distribute(
+            batch_size,
+            dp_size,
+            micro_size or batch_size,
+            least=least_micro_batches,
+            multiple=micro_batch_multiple,
+        )
         self._order, self._seed, self._rank, self._source = order, seed, dp_rank, source
         self._log_samples, self._prefetch = log_samples, prefetch
         # A batch may lie across the border of two windows.

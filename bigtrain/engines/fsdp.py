@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
@@ -17,10 +16,13 @@ from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
+from bigtrain.models.contract import Batch
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.pipeline import ends_group
+from bigtrain.parallel.shard import reshard
 from bigtrain.parallel.tensor import sum_gradients
 
 
@@ -48,6 +50,7 @@ class FSDPEngine:
         self._clip = clip
         self._seed = seed
         self._mesh = mesh
+        self._context = model.context
         rank = dist.get_rank() if mesh is not None else 0
         self.data_parallel_rank = sizes.data_parallel_rank(rank)
         self.data_parallel_size = sizes.data_parallel
@@ -55,6 +58,13 @@ class FSDPEngine:
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
+        self.pipeline = model.pipeline
+        self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
+        self._ends: dist.ProcessGroup | None = None
+        if model.shared_by_ends and mesh is not None:
+            self._ends = ends_group(mesh["pp"], mesh)
+            if mesh["pp"].get_local_rank() > 0:
+                self._counted.difference_update(self._shared_by_ends)
         self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
 
     @classmethod
@@ -87,7 +97,7 @@ class FSDPEngine:
         )
         return cls(
             built,
-            optimizer.build(built.module.named_parameters()),
+            optimizer.build(built.module.named_parameters(), built.all_names),
             clip=optimizer.clip,
             seed=seed,
             device=device,
@@ -114,10 +124,15 @@ class FSDPEngine:
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for arrays in micro_batches:
-            loss, weight = self.model(to_device(arrays, self.device))
-            loss.backward()
-            sums += torch.stack([loss.detach(), weight]).double()
+        if self.pipeline is not None:
+            sums += self.pipeline.backward([to_device(arrays, self.device) for arrays in micro_batches])
+        else:
+            for arrays in micro_batches:
+                loss, weight = self.model(self._batch(arrays))
+                loss.backward()
+                sums += torch.stack([loss.detach(), weight]).double()
+        if self._shared_by_ends and self._ends is not None:
+            sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
             sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
         return sums
@@ -153,12 +168,14 @@ class FSDPEngine:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
+            if self.pipeline is not None:
+                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
+                continue
             for arrays in micro_batches:
-                loss, weight = self.model(to_device(arrays, self.device))
+                loss, weight = self.model(self._batch(arrays))
                 sums += torch.stack([loss, weight]).double()
-        if isinstance(self.model, FSDPModule):
-            # Without a backward pass FSDP keeps the root's parameters gathered: `state` wants the shards.
-            self.model.reshard()
+        # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
+        reshard(self.model)
         if self._mesh is not None:
             dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
@@ -168,6 +185,11 @@ class FSDPEngine:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
         materialise_optimizer(self.optimizer)
         return flatten(self.model, self.optimizer)
+
+    def _batch(self, arrays: MicroBatch) -> Batch:
+        """A micro-batch on the device; where ranks share sequences, this one's part of each."""
+        batch = to_device(arrays, self.device)
+        return batch if self._context is None else self._context.part(batch)
 
     def memory_bytes(self) -> int:
         """See `contract.Engine.memory_bytes`."""

@@ -134,8 +134,14 @@ def _filler_share(prepared: Prepared, count: int) -> float:
     from bigtrain.data.loader import distribute
 
     ranks = prepared.config.layout.mesh(count).data_parallel
-    micro_size = prepared.config.layout.micro_size or prepared.batch_sequences
-    distribution = distribute(prepared.batch_sequences, ranks, micro_size)
+    layout = prepared.config.layout
+    distribution = distribute(
+        prepared.batch_sequences,
+        ranks,
+        layout.micro_size or prepared.batch_sequences,
+        least=layout.least_micro_batches,
+        multiple=layout.micro_batch_multiple,
+    )
     return distribution.fillers / (distribution.fillers + prepared.batch_sequences)
 
 

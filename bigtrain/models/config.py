@@ -29,6 +29,17 @@ class Flops(NamedTuple):
     """Attention counted over the causal half alone: what must be computed."""
 
 
+class BlockCosts(NamedTuple):
+    """What a pipeline shares out, in units of the cost of one block."""
+
+    blocks: int
+    """Blocks, all of one cost."""
+    before: float
+    """Cost of what the first stage holds besides."""
+    after: float
+    """Cost of what the last stage holds besides."""
+
+
 class ModelConfig(Section):
     """What every family's `Config` inherits. `vocab_size` below is the number of classes for images."""
 
@@ -73,6 +84,18 @@ class ModelConfig(Section):
 
     def tensor_parallel_sizes(self) -> dict[str, int] | None:
         """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""
+        return None
+
+    def context_parallel_heads(self) -> tuple[int, int] | None:
+        """Query heads and key heads of a layer, which ranks that share a sequence share too.
+
+        None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must heed the
+        batch's `sequence_positions` and `mask`.
+        """
+        return None
+
+    def block_costs(self, vocab_size: int) -> BlockCosts | None:
+        """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
         return None
 
     def build(self, vocab_size: int) -> nn.Module:

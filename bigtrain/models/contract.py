@@ -79,6 +79,54 @@ class Splittable(Model, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive blocks of a model, at least one.
+
+    The first stage also holds what comes before all blocks, the last what comes after.
+    """
+
+    first: int
+    """Number of its first block."""
+    last: int
+    """One past its last."""
+    blocks: int
+    """Of the whole model."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it takes the batch itself."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it computes the loss."""
+        return self.last == self.blocks
+
+
+class Staged(Model, Protocol):
+    """A model that can be cut between its blocks, so that several ranks compute one after the other."""
+
+    def keep(self, stage: Stage) -> None:
+        """Drop, in place, all that the stage does not hold; what stays keeps its qualified names.
+
+        A parameter that both ends need, such as a tied embedding, stays at both under its one name.
+        """
+        ...
+
+    def forward_stage(self, x: Tensor | None, batch: Batch) -> Tensor | LossSum:
+        """From the residual stream that the stage before has returned (None on the first) to the next one's.
+
+        Every stage is given the whole micro-batch. The last one returns its sums. The stream is in `compute_dtype`, and
+        of one shape between all stages.
+        """
+        ...
+
+    def stream_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of the residual stream of a micro-batch on this rank."""
+        ...
+
+
 class Decoder(Model, Protocol):
     """A model of tokens that can continue a text."""
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, TensorRole, Zeros
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Stage, TensorRole, Zeros
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.models.layers import (
     MLP,
@@ -51,8 +51,8 @@ class Shared:
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     keys: Tensor | None
-    first_position: int = 0
-    """Where the slice of the sequence begins that the residual stream holds."""
+    sequence_positions: Tensor
+    """int64 (C,): where the tokens lie in their sequences that the residual stream holds."""
 
 
 class Block(nn.Module):
@@ -80,8 +80,8 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.mlp_norm(x)), shared, 2 * self.layer + 2)
 
     def _drop(self, branch: Tensor, shared: Shared, site: int) -> Tensor:
-        first = shared.first_position
-        return dropout(branch, self.dropout, shared.keys, site, self.training, first_position=first)
+        positions = shared.sequence_positions
+        return dropout(branch, self.dropout, shared.keys, site, self.training, positions=positions)
 
 
 class SharedMatrices(Protocol):
@@ -101,7 +101,7 @@ class SharedMatrices(Protocol):
 
 
 class DecoderModel(nn.Module):
-    """A decoder-only transformer (`contract.Decoder`, `contract.Splittable`)."""
+    """A decoder-only transformer (`contract.Decoder`, `contract.Splittable`, `contract.Staged`)."""
 
     tensor: SharedMatrices | None = None
     """Set where ranks share the matrices."""
@@ -110,28 +110,48 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.context = config, vocab_size, config.context
         self.compute_dtype = torch.float32
-        rows = config.padded_vocab(vocab_size)
-        self.embedding = Embedding(rows, config.width)
+        self.stage = Stage(0, config.layers, config.layers)
+        self.rows = rows = config.padded_vocab(vocab_size)
+        self.embedding: Embedding | None = Embedding(rows, config.width)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.position_count, config.width) if learned else None
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = _norm(config)
+        # By their numbers, so that a stage's layers keep theirs.
+        self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
+        self.norm: nn.Module | None = _norm(config)
         self.head = None if config.tied else Linear(config.width, rows, bias=False)
+
+    def keep(self, stage: Stage) -> None:
+        """Drop what the stage does not hold; a tied embedding stays on the first and on the last."""
+        self.stage = stage
+        self.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in range(stage.first, stage.last)})
+        if not stage.is_first:
+            self.position_embedding = None
+            if not (stage.is_last and self.config.tied):
+                self.embedding = None
+        if not stage.is_last:
+            self.norm = self.head = None
 
     def forward(self, batch: Batch) -> LossSum:
         """Sum of the cross-entropies of `targets` (B, C), in nats, and of their `weights` (B, C).
 
         Args:
             batch: tokens, targets int64 (B, C); weights FP32 (B, C); keys int64 (B,) where dropout is on;
-                documents and positions (B, C) where sequences hold several documents.
+                documents and positions (B, C) where sequences hold several documents. Where ranks share sequences, C
+                is this rank's tokens, sequence_positions int64 (C,) says where they lie, and mask (as
+                `layers.Attention` takes it) replaces documents.
         """
-        hidden = self.hidden(batch)
-        head, targets, weights = local(self.output_weight), batch["targets"], batch["weights"]
-        if self.tensor is None:
-            loss = chunked_cross_entropy(hidden, head, targets, weights)
-        else:
-            loss = self.tensor.loss(hidden, head, self.embedding.num_embeddings, targets, weights)
-        return LossSum(loss, weights.sum())
+        return self._sums(self.hidden(batch), batch)
+
+    def forward_stage(self, x: Tensor | None, batch: Batch) -> Tensor | LossSum:
+        """This stage's part of `forward`; x (B, C, W), or this rank's slice, is what the stage before returned."""
+        x = self._blocks(x, batch)
+        return self._sums(self._normalised(x), batch) if self.stage.is_last else x
+
+    def stream_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B, C, W), or of this rank's slice of the sequence."""
+        sequences, positions = batch["tokens"].shape
+        mine = slice(0, positions) if self.tensor is None else self.tensor.positions(positions)
+        return sequences, mine.stop - mine.start, self.config.width
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
@@ -139,36 +159,60 @@ class DecoderModel(nn.Module):
         if self.tensor is None:
             logits = F.linear(hidden, head.to(hidden.dtype))
         else:
-            logits = self.tensor.logits(hidden, head, self.embedding.num_embeddings)
+            logits = self.tensor.logits(hidden, head, self.rows)
         return logits[..., : self.vocab_size].float()
 
     def hidden(self, batch: Batch) -> Tensor:
         """The normalised residual stream (B, C, W) that the head reads, or this rank's slice, in `compute_dtype`."""
+        return self._normalised(self._blocks(None, batch))
+
+    def _blocks(self, x: Tensor | None, batch: Batch) -> Tensor:
+        """The residual stream after this stage's layers; x: after those of the stage before."""
         tokens, keys = batch["tokens"], batch.get("keys")
-        positions = batch.get("positions")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        places = batch.get("sequence_positions")
+        if places is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = batch.get("positions", places)
         mine = slice(0, None) if self.tensor is None else self.tensor.positions(tokens.shape[1])
-        x = self.embedding(tokens).to(self.compute_dtype)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions[..., mine]).to(self.compute_dtype)
-        x = dropout(x, self.config.dropout, keys, 0, self.training, first_position=mine.start)
-        documents = batch.get("documents")
-        mask = None if documents is None else document_mask(documents)
-        shared = Shared(self._rotary(positions), mask, keys, mine.start)
-        for layer in self.layers:
+        if x is None:
+            x = self._embedded(tokens, positions[..., mine])
+            x = dropout(x, self.config.dropout, keys, 0, self.training, positions=places[mine])
+        mask = document_mask(batch["documents"]) if "documents" in batch else batch.get("mask")
+        shared = Shared(self._rotary(positions), mask, keys, places[mine])
+        for layer in self.layers.values():
             x = layer(x, shared)
+        return x
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        assert self.embedding is not None  # the first stage has it
+        x: Tensor = self.embedding(tokens).to(self.compute_dtype)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions).to(self.compute_dtype)
+        return x
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        assert self.norm is not None  # the last stage has it
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def _sums(self, hidden: Tensor, batch: Batch) -> LossSum:
+        head, targets, weights = local(self.output_weight), batch["targets"], batch["weights"]
+        if self.tensor is None:
+            loss = chunked_cross_entropy(hidden, head, targets, weights)
+        else:
+            loss = self.tensor.loss(hidden, head, self.rows, targets, weights)
+        return LossSum(loss, weights.sum())
 
     @property
     def output_weight(self) -> Tensor:
         """The head's matrix (padded vocabulary, W): the token embedding's where tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        module = self.embedding if self.head is None else self.head
+        assert module is not None  # the last stage has it
+        return module.weight
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The transformer blocks, in order."""
-        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+        return [(f"layers.{layer}", block) for layer, block in self.layers.items()]
 
     def tensor_plan(self) -> dict[str, TensorRole]:
         """Heads, the MLP's channels and the vocabulary are split; all else is whole."""

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
 
 from bigtrain.config import Section
-from bigtrain.models.config import Flops, ModelConfig
+from bigtrain.models.config import BlockCosts, Flops, ModelConfig
 
 if TYPE_CHECKING:
     from bigtrain.models.decoder import DecoderModel
@@ -126,6 +126,21 @@ class DecoderConfig(ModelConfig):
     def tensor_parallel_sizes(self) -> dict[str, int]:
         """Heads stay whole, and all queries of a key's group with it."""
         return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
+
+    def context_parallel_heads(self) -> tuple[int, int]:
+        """All layers alike."""
+        return self.heads, self.key_value_heads
+
+    def block_costs(self, vocab_size: int) -> BlockCosts:
+        """By matmul FLOPs, and for the embedding, which has none, by parameters up to those of one block.
+
+        The first stage keeps the activations of the most micro-batches, so what it holds weighs too: Llama 3
+        (Dubey et al. 2024, section 3.3.2) takes one block from the first stage and one from the last.
+        """
+        parameters = self._layer_matmul_parameters()
+        block = 6 * parameters + 12 * self.heads * self.width_of_head * self.context
+        head = 6 * self.padded_vocab(vocab_size) * self.width
+        return BlockCosts(self.layers, min(1.0, self._embedding_parameters(vocab_size) / parameters), head / block)
 
     def build(self, vocab_size: int) -> DecoderModel:
         """The decoder on torch's current default device; its values are not yet drawn."""

@@ -3,7 +3,8 @@
 Parameters are stored in FP32. Every layer casts its weights to the dtype of its input (`weight.to(x.dtype)`),
 which costs nothing in FP32 and where FSDP has cast them already, so one code serves every precision. They compute on
 the part of a weight that lies on this rank (`local`); what is exchanged between ranks that share a weight goes through
-`enter` and `leave`, which `parallel.tensor` sets and which are None otherwise.
+`enter` and `leave`, which `parallel.tensor` sets and which are None otherwise; between ranks that share a sequence,
+through `Attention.attend`, which `parallel.context` sets.
 Shapes: B sequences, C tokens, W width, H heads, D width of a head.
 """
 
@@ -147,18 +148,46 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return rotated.to(x.dtype)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Boolean (B, 1, C, C), true where a query may see a key: not later, and in the same document.
+def document_mask(documents: Tensor, queries: Tensor | None = None) -> Tensor:
+    """Boolean (B, 1, Q, C), true where a query may see a key: not later, and in the same document.
 
     Args:
         documents: (B, C), the number of each token's document inside its sequence.
+        queries: int64 (Q,), the positions that ask; None: all of them.
     """
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
+    places = torch.arange(documents.shape[1], device=documents.device)
+    queries = places if queries is None else queries
+    same = documents[:, queries, None] == documents[:, None, :]
+    return same.logical_and_(queries[:, None] >= places)[:, None]
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+"""`attend`, or what stands in its place where ranks share each sequence."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    """What each query (B, Q, H, D) gathers from keys and values (B, K, H or a divisor of H, D): as `query`.
+
+    Args:
+        mask: Boolean (B, 1, Q, K), true where attention is allowed; it replaces the causal mask.
+        causal: Whether, without a mask, query i sees the keys up to the i-th alone.
+    """
+    attended = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=key.shape[2] != query.shape[2],
+    )
+    return attended.transpose(1, 2)
 
 
 class Attention(Branch):
     """Multi-head attention with `kv_heads` shared by groups of query heads (Ainslie et al. 2023)."""
+
+    attend: Attend = staticmethod(attend)
+    """From queries, keys and values of this rank's tokens to what they gather; `parallel.context` sets another."""
 
     def __init__(
         self,
@@ -187,7 +216,7 @@ class Attention(Branch):
 
         Args:
             rotary: A `rotary_table` that fits (B, C, H, D), or None for no rotation.
-            mask: Boolean (B, 1, C, C), true where attention is allowed; it replaces the causal mask.
+            mask: As `attend` takes it.
         """
         if self.enter is not None:
             x = self.enter(x)
@@ -197,15 +226,7 @@ class Attention(Branch):
             query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=self.causal and mask is None,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.output(self.attend(query, key, value, mask, self.causal).flatten(2))
         return output
 
 

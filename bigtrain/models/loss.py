@@ -74,15 +74,18 @@ def chunked_cross_entropy(
         part: Which rows of a larger matrix `weight` is, where ranks share it; `targets` count in the larger one.
 
     Returns:
-        Scalar in FP32 (FP64 for FP64), equal on all ranks. Its backward pass can run once; it gives this rank's rows
-        of the gradient of `weight`, and for `hidden` what these rows add to it: the sum over the ranks is the gradient.
+        Scalar in FP32 (FP64 for FP64), equal on all ranks. Each gradient can be had once, in one backward pass or in
+        two, as schedules of pipelines have it: this rank's rows of that of `weight`, and for `hidden` what these rows
+        add to it: the sum over the ranks is the gradient.
     """
     if chunk_tokens is None:
         logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
         chunk_tokens = max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = chunk_tokens, z_loss, part, needs_gradient
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, *options)
+    # Views, since autograd does not say of a leaf whether a backward pass asks for its gradient.
+    views = hidden.view_as(hidden), weight.view_as(weight)
+    loss: Tensor = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
     return loss
 
 
@@ -138,18 +141,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad.addmm_(logit_grad.t(), scaled)
             else:
                 weight_grad += logit_grad.t() @ scaled
-        ctx.gradients = (hidden_grad, weight_grad) if needs_gradient else None
+        ctx.gradients = [hidden_grad, weight_grad]
         ctx.shapes = hidden.shape, weight.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the backward of chunked_cross_entropy can run once")
-        hidden_grad, weight_grad = ctx.gradients
-        ctx.gradients = None
         shape, weight_dtype = ctx.shapes
-        hidden_grad = hidden_grad.mul_(grad).view(shape)
-        weight_grad = None if weight_grad is None else weight_grad.mul_(grad).to(weight_dtype)
+        hidden_grad, weight_grad = (_handed_over(ctx, place, grad) for place in range(2))
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.view(shape)
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _handed_over(ctx: Any, place: int, grad: Tensor) -> Tensor | None:
+    """A gradient of the inputs times `grad`, in place; None where this backward pass does not ask for it."""
+    node = ctx.next_functions[place][0]
+    if node is None or not torch._C._will_engine_execute_node(node):
+        return None
+    if ctx.gradients[place] is None:
+        raise RuntimeError("chunked_cross_entropy gives each gradient once")
+    gradient: Tensor = ctx.gradients[place]
+    ctx.gradients[place] = None
+    return gradient.mul_(grad)

@@ -18,15 +18,16 @@ def dropout(
     layer: int,
     training: bool,
     *,
-    first_position: int = 0,
+    positions: Tensor | None = None,
     first_channel: int = 0,
 ) -> Tensor:
     """Zero each value with probability p and scale the others by 1 / (1 - p).
 
     Args:
-        x: (B, C, W), or the slice of it that begins at `first_position` and `first_channel`.
+        x: (B, C, W), or a part of it: tokens at `positions`, channels from `first_channel` on.
         keys: int64 (B,), one a sequence; needed only when values are dropped.
         layer: The number of the place in the model where this dropout stands.
+        positions: int64 (C,), where the tokens lie in their sequences; None: from 0 on.
 
     Raises:
         ValueError: Values are to be dropped and there are no keys.
@@ -35,18 +36,21 @@ def dropout(
         return x
     if keys is None:
         raise ValueError("dropout needs the batch's keys")
-    keep = keep_mask(x.shape, p, keys, layer, first_position, first_channel)
+    keep = keep_mask(x.shape, p, keys, layer, positions, first_channel)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
 def keep_mask(
-    shape: torch.Size, p: float, keys: Tensor, layer: int, first_position: int = 0, first_channel: int = 0
+    shape: torch.Size, p: float, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
 ) -> Tensor:
     """Boolean (B, C, W), true with probability 1 - p (to 2^-32)."""
-    _, positions, channels = shape
+    _, tokens, channels = shape
     device = keys.device
-    rows = _splitmix64(keys + _wrap64(layer * 0xD1342543DE82EF95))[:, None]
-    rows = _splitmix64(rows + torch.arange(first_position, first_position + positions, device=device))
+    if positions is None:
+        positions = torch.arange(tokens, device=device)
+    # A tensor's product wraps by itself; a compiler to which `layer` is a symbol cannot do so with Python's integers.
+    rows = _splitmix64(keys + torch.full_like(keys, layer) * _wrap64(0xD1342543DE82EF95))[:, None]
+    rows = _splitmix64(rows + positions)
     # 64 bits choose the row; they enter the 32-bit hash of each channel in two halves, between its rounds.
     low, high = rows.to(torch.int32)[..., None], (rows >> 32).to(torch.int32)[..., None]
     columns = torch.arange(first_channel, first_channel + channels, device=device, dtype=torch.int32)

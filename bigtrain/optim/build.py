@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    config: _Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    config: _Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    all_names: Collection[str] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
-    groups = parameter_groups(config, named_parameters)
+    groups = parameter_groups(config, named_parameters, all_names)
     # One fused pass over each tensor: the fastest on CPU and GPU, and element by element, so that no reduction's order
     # can change a bit. Adam's takes DTensors too; SGD's does not, and RMSprop has none.
     if isinstance(config, AdamWConfig):
@@ -36,28 +38,32 @@ def build_optimizer(
 
 
 def parameter_groups(
-    config: _Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    config: _Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    all_names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
 
+    Args:
+        all_names: Of the whole model's parameters, where those given are a part of them.
+
     Raises:
-        UserError: A group's pattern matches no parameter.
+        UserError: A group's pattern matches no parameter of the whole model.
     """
-    used: set[str] = set()
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         names.append(name)
         rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
-        used.update(group.pattern for group in config.groups if fnmatchcase(name, group.pattern))
         scale = 1.0 if rule is None else rule.lr_scale
         decay = _weight_decay(config, rule, parameter)
         empty = {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
         group["names"].append(name)
+    names = names if all_names is None else list(all_names)
     for index, rule in enumerate(config.groups):
-        if rule.pattern not in used:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
             near = nearest(rule.pattern, names)
             raise UserError(
                 f"the pattern {rule.pattern!r} matches no parameter",

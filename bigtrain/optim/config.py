@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -52,17 +52,22 @@ class _Optimizer(Section):
     groups: tuple[ParameterGroup, ...] = ()
     """Exceptions by pattern."""
 
-    def build(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    def build(
+        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
+    ) -> torch.optim.Optimizer:
         """The optimizer over the given parameters, plain or DTensors.
 
         Each of its param_groups carries "lr_scale", and "names" in the order of "params".
 
+        Args:
+            all_names: Of the whole model's parameters, where those given are a part of them.
+
         Raises:
-            UserError: A group's pattern matches no parameter.
+            UserError: A group's pattern matches no parameter of the whole model.
         """
         from bigtrain.optim.build import build_optimizer
 
-        return build_optimizer(self, named_parameters)
+        return build_optimizer(self, named_parameters, all_names)
 
 
 class _AdamFamily(_Optimizer):

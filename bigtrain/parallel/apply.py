@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bigtrain.engines.config import Recompute
 from bigtrain.models.check import check_module
-from bigtrain.models.config import ModelConfig
+from bigtrain.models.config import BlockCosts, ModelConfig
 from bigtrain.models.init import initialise
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.context import ContextGroup, share_sequences
 from bigtrain.parallel.mesh import gradient_mesh
+from bigtrain.parallel.pipeline import Cut, Pipeline, cut
 from bigtrain.parallel.recompute import recompute_blocks
 from bigtrain.parallel.shard import shard
 from bigtrain.parallel.tensor import TensorGroup, split
@@ -30,6 +33,18 @@ class ParallelModel:
     tensor_partial: frozenset[str] = field(default_factory=frozenset)
     """Parameters whose gradients are to be summed over the tp axis."""
 
+    context: ContextGroup | None = None
+    """What takes this rank's part of each batch, where ranks share sequences."""
+
+    pipeline: Pipeline | None = None
+    """What micro-batches pass through where the model is cut into stages; `module` then holds this rank's."""
+
+    shared_by_ends: frozenset[str] = field(default_factory=frozenset)
+    """Parameters that the first and the last stage both hold."""
+
+    all_names: Collection[str] | None = None
+    """Of the whole model's parameters, where this rank holds those of its stages alone."""
+
 
 def build_parallel_model(
     config: ModelConfig,
@@ -43,26 +58,42 @@ def build_parallel_model(
     recompute: Recompute = "none",
     compile_blocks: bool = False,
 ) -> ParallelModel:
-    """Build on meta, split, recompute, compile, shard, materialise, initialise.
+    """Build on meta, cut into stages, split, share sequences, recompute, compile, shard, materialise, initialise.
 
     No rank ever holds more than its part of the model, and the initial weights are equal at every layout.
     """
     with torch.device("meta"):
-        model = cast(Any, config.build(vocab_size))
-    check_module(model, f"the model of arch '{config.arch}'")
-    model.compute_dtype = compute_dtype
-    blocks = [block for _, block in model.blocks()]
-    tensor_partial: frozenset[str] = frozenset()
-    if mesh is not None and mesh["tp"].size() > 1:
-        tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
-        tensor_partial = split(model, tensor, mesh["tp"]).partial
-    if recompute == "full":
-        recompute_blocks(blocks)
-    if compile_blocks:
-        for block in blocks:
-            block.compile()
-    if mesh is not None and (over := gradient_mesh(mesh)) is not None:
-        shard(model, blocks, over, compute_dtype)
-    model.to_empty(device=device)
-    initialise(model, seed)
-    return ParallelModel(model, tensor_partial)
+        whole = cast(Any, config.build(vocab_size))
+    check_module(whole, f"the model of arch '{config.arch}'")
+    whole.compute_dtype = compute_dtype
+    costs = cast(BlockCosts, config.block_costs(vocab_size))
+    pp = mesh["pp"] if mesh is not None and mesh["pp"].size() > 1 else None
+    stages = Cut.nothing(whole) if pp is None else cut(whole, layout.split(costs), pp)
+    partial: set[str] = set()
+    context = None
+    for model in list[Any](stages.own):
+        blocks = [block for _, block in model.blocks()]
+        if mesh is not None and mesh["tp"].size() > 1:
+            tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
+            partial |= split(model, tensor, mesh["tp"]).partial
+        if mesh is not None and mesh["cp"].size() > 1:
+            context = share_sequences(model, layout.cp_kind, mesh["cp"].get_group())
+        if recompute == "full":
+            recompute_blocks(blocks)
+        if compile_blocks:
+            for block in blocks:
+                block.compile()
+        if mesh is not None and (over := gradient_mesh(mesh)) is not None:
+            shard(model, blocks, over, compute_dtype, reshard_after_forward=pp is None)
+        model.to_empty(device=device)
+        initialise(model, seed)
+    if pp is None:
+        return ParallelModel(whole, frozenset(partial), context)
+    return ParallelModel(
+        stages.own,
+        frozenset(partial),
+        context,
+        pipeline=Pipeline(stages.own, layout.stages, layout.pp_schedule, pp, device, context),
+        shared_by_ends=stages.shared,
+        all_names=stages.names,
+    )

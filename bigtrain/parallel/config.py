@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bigtrain.config import Count, Section
 
 if TYPE_CHECKING:
-    from bigtrain.models.config import ModelConfig
+    from bigtrain.models.config import BlockCosts, ModelConfig
 
 Size = Annotated[Count, Ge(1)]
+
+ContextKind = Literal["ulysses", "all_gather"]
+"""How ranks that share a sequence meet in attention; see `parallel.context`."""
+
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
+"""The order in which the stages of a pipeline compute micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,26 @@ class LayoutConfig(Section):
     """Ranks that share one copy of parameters, gradients and optimizer; -1: all that are left."""
 
     cp: Size = 1
-    """Ranks that share the tokens of a sequence: 1 so far."""
+    """Ranks that share the tokens of each sequence (context parallelism): for sequences too long for one."""
+
+    cp_kind: ContextKind = "ulysses"
+    """How they meet in attention: all-to-all over heads (Jacobs et al. 2023), or a gather of keys and values, which
+    needs no heads to divide (Llama 3, section 3.3.2)."""
 
     pp: Size = 1
-    """Stages of consecutive layers: 1 so far."""
+    """Ranks that hold consecutive blocks and pass micro-batches on. At m micro-batches they
+    idle for (pp - 1) / (pp_stages_per_rank * m) of the time that they compute (Narayanan et al. 2021, section 2.2):
+    choose micro_size so that m is several times pp. Each keeps its gathered parameters for a whole step."""
+
+    pp_schedule: PipelineSchedule = "1f1b"
+    """1f1b: one forward, one backward (Narayanan et al. 2019). interleaved: the same over several stages a rank.
+    zero_bubble: gradients of weights are put off into the idle time (Qi et al. 2023)."""
+
+    pp_stages_per_rank: Size = 1
+    """Stages of each rank; above 1 with interleaved and zero_bubble: rank r holds stages r, r + pp, ..."""
+
+    pp_split: Literal["auto"] | tuple[Size, ...] = "auto"
+    """Blocks of each stage, in order; auto: so that the dearest stage, embedding and head counted, is cheapest."""
 
     tp: Size = 1
     """Ranks that share each matrix (Shoeybi et al. 2019); they exchange activations, so keep them inside a node."""
@@ -95,12 +117,60 @@ class LayoutConfig(Section):
             raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
         return value
 
-    @field_validator("cp", "pp")
-    @classmethod
-    def _is_not_there_yet(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} is not supported: it must be 1; dp_shard, dp_replicate and tp take more ranks")
-        return value
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> LayoutConfig:
+        if self.pp == 1 and self.pp_stages_per_rank > 1:
+            raise ValueError("pp_stages_per_rank above 1 needs pp 2 or more")
+        if self.pp > 1 and self.pp_schedule == "1f1b" and self.pp_stages_per_rank > 1:
+            raise ValueError(
+                "pp_schedule 1f1b has one stage a rank: set pp_stages_per_rank to 1, or pp_schedule to interleaved"
+            )
+        if self.pp > 1 and self.pp_schedule == "interleaved" and self.pp_stages_per_rank == 1:
+            raise ValueError(
+                "pp_schedule interleaved needs pp_stages_per_rank of 2 or more; with 1 the schedule is 1f1b"
+            )
+        if self.pp_split != "auto" and len(self.pp_split) != self.stages:
+            raise ValueError(f"pp_split names {len(self.pp_split)} stages, and the layout has {self.stages}")
+        return self
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all ranks."""
+        return self.pp * self.pp_stages_per_rank
+
+    @property
+    def least_micro_batches(self) -> int:
+        """The fewest micro-batches of a step that the pipeline's schedule takes."""
+        return self.pp
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches of a step must be a multiple of."""
+        return 1 if self.pp_schedule == "1f1b" else self.pp
+
+    def split(self, costs: BlockCosts) -> tuple[int, ...]:
+        """Blocks of each stage, in order.
+
+        Raises:
+            ValueError: There are fewer blocks than stages, or `pp_split` is not all of them.
+        """
+        if costs.blocks < self.stages:
+            per_rank = self.pp_stages_per_rank
+            most = costs.blocks // per_rank
+            fits = f"pp may be {_listed(list(range(1, most + 1)))}" if most > 1 else "use pp 1"
+            raise ValueError(
+                f"layout.pp {self.pp} with pp_stages_per_rank {per_rank} makes {self.stages} stages of "
+                f"{costs.blocks} blocks; with {per_rank} a rank, {fits}"
+            )
+        if self.pp_split == "auto":
+            return balanced(costs, self.stages)
+        if sum(self.pp_split) != costs.blocks:
+            suggestion = list(balanced(costs, self.stages))
+            raise ValueError(
+                f"layout.pp_split adds up to {sum(self.pp_split)} blocks, and the model has {costs.blocks}; "
+                f"auto makes it {suggestion}"
+            )
+        return self.pp_split
 
     def mesh(self, world_size: int) -> Mesh:
         """The sizes of the axes on `world_size` ranks.
@@ -130,6 +200,22 @@ class LayoutConfig(Section):
         Raises:
             ValueError: Naming the sizes that would work.
         """
+        self._check_pipeline(model, outputs)
+        self._check_tensor_parallel(model, outputs)
+        self._check_context_parallel(model)
+
+    def _check_pipeline(self, model: ModelConfig, outputs: int) -> None:
+        if self.stages > 1:
+            costs = model.block_costs(outputs)
+            if costs is None:
+                raise ValueError(
+                    f"layout.pp is {self.pp}, and a model of arch '{model.arch}' cannot be cut into stages: use pp 1"
+                )
+            self.split(costs)
+        elif self.pp_split != "auto":
+            raise ValueError("layout.pp_split has no meaning with pp 1: leave it out")
+
+    def _check_tensor_parallel(self, model: ModelConfig, outputs: int) -> None:
         if self.tp == 1:
             return
         sizes = model.tensor_parallel_sizes()
@@ -150,6 +236,57 @@ class LayoutConfig(Section):
                 f"layout.tp {self.tp} does not divide model.context {model.context}; tp may be {_listed(fits)}, "
                 "or any that fits the model with layout.sequence_parallel: false"
             )
+
+    def _check_context_parallel(self, model: ModelConfig) -> None:
+        if self.cp == 1:
+            return
+        heads = model.context_parallel_heads()
+        if heads is None:
+            raise ValueError(f"layout.cp is {self.cp}, and a model of arch '{model.arch}' has no plan for it: use cp 1")
+        query, key = (count // self.tp for count in heads)
+        wrong = []
+        multiple = self._multiple(self.cp, self.cp_kind)
+        if model.context % multiple:
+            wrong.append(f"wants model.context {model.context} to be a multiple of {multiple}")
+        if self.cp_kind == "ulysses" and not _shares_heads(query, key, self.cp):
+            whose = f" of a rank under tp {self.tp}" if self.tp > 1 else ""
+            wrong.append(f"cannot share out {query} query and {key} key heads{whose}")
+        if wrong:
+            other: ContextKind = "all_gather" if self.cp_kind == "ulysses" else "ulysses"
+            fits: dict[ContextKind, str] = {"ulysses": "", "all_gather": ""}
+            for kind in fits:
+                sizes = [cp for cp in _divisors(model.context) if model.context % self._multiple(cp, kind) == 0]
+                fits[kind] = _listed([cp for cp in sizes if kind != "ulysses" or _shares_heads(query, key, cp)])
+            raise ValueError(
+                f"layout.cp {self.cp} ({self.cp_kind}) {' and '.join(wrong)}; cp may be {fits[self.cp_kind]}, or with "
+                f"layout.cp_kind: {other} {fits[other]}"
+            )
+
+    def _multiple(self, cp: int, kind: ContextKind) -> int:
+        """What divides the length of a sequence: a rank's part of it is cut into chunks, and over tp."""
+        chunks = 2 if kind == "all_gather" and cp > 1 else 1
+        return cp * math.lcm(chunks, self.tp if self.sequence_parallel else 1)
+
+
+def _shares_heads(query: int, key: int, ranks: int) -> bool:
+    """Whether each rank can have as many query heads, with whole key heads; fewer of these than ranks are repeated."""
+    return query % ranks == 0 and (key % ranks == 0 or ranks % key == 0)
+
+
+def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:
+    """Blocks of each stage so that the dearest stage is as cheap as can be, and then the next; each has at least one.
+
+    Where it makes no difference, later stages take more: earlier ones keep more micro-batches' activations.
+    """
+    counts = [1] * stages
+    extra = [0.0] * stages
+    extra[0] += costs.before
+    extra[-1] += costs.after
+    for _ in range(costs.blocks - stages):
+        # All blocks cost the same, so putting each on the cheapest stage is the best there is.
+        cheapest = min(range(stages), key=lambda stage: (counts[stage] + extra[stage], -stage))
+        counts[cheapest] += 1
+    return tuple(counts)
 
 
 def _rows_for_all(rows: int, ranks: int) -> bool:

@@ -65,8 +65,8 @@ def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     replicas, shards, parts = (mesh[name].size() for name in ("dp_replicate", "dp_shard", "cp"))
     if replicas * shards * parts == 1:
         return None
-    shard = "dp_shard"
-    if parts > 1:
-        shard = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shard)
-    return mesh["dp_replicate", shard] if replicas > 1 else mesh[shard]
+    if parts == 1:
+        return mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
+    shared = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    # Slicing a flattened axis by its name warns from torch 2.11 on; FSDP itself joins meshes like this.
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shared]) if replicas > 1 else shared

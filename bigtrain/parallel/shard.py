@@ -11,10 +11,21 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from bigtrain.config import UserError
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    reshard_after_forward: bool = True,
+) -> None:
     """Shard every block, then what is left, in place, over a mesh of one axis, or of replicas and shards.
 
     Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
+
+    Args:
+        reshard_after_forward: False keeps what is gathered until the last backward pass of a step: the stages of a
+            pipeline would otherwise gather it for each micro-batch.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ranks = mesh.size(mesh.ndim - 1)
@@ -23,11 +34,24 @@ def shard(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, compute_d
         return _placement(parameter, ranks)
 
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            shard_placement_fn=placement,
+            reshard_after_forward=reshard_after_forward,
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of what FSDP has gathered."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -29,10 +29,7 @@ from bigtrain.models.contract import TensorRole
 from bigtrain.models.init import Part
 from bigtrain.models.layers import Branch, Embedding, Linear
 from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
-
-# Their names up to torch 2.12 give a warning from 2.13 on.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from bigtrain.parallel.collectives import all_gather, reduce_scatter
 
 SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
 """The dimension of a parameter that is split; those of the other roles are whole on each rank."""
@@ -215,7 +212,7 @@ def _store(parameter: nn.Parameter, dim: int | None, part: Part | None, mesh: De
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, c, ...) of each rank -> (B, C, ...)."""
     parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    _all_gather(parts, x.contiguous(), group=group)
+    all_gather(parts, x.contiguous(), group=group)
     return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)
 
 
@@ -223,7 +220,7 @@ def _sum_and_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, C, ...) of each rank -> this rank's (B, c, ...) of their sum."""
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    _reduce_scatter(mine, parts.flatten(0, 1), group=group)
+    reduce_scatter(mine, parts.flatten(0, 1), group=group)
     return mine
 
 
@@ -243,7 +240,7 @@ def _gather_rows(x: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
     """The parts (rows of a rank, ...) that `chunk` deals -> (rows, ...)."""
     share = -(-rows // group.size())
     whole = x.new_empty((group.size() * share, *x.shape[1:]))
-    _all_gather(whole, _pad_rows(x, share), group=group)
+    all_gather(whole, _pad_rows(x, share), group=group)
     return whole[:rows]
 
 
@@ -304,5 +301,5 @@ class _GatherRows(torch.autograd.Function):
             return grad[chunk(ctx.rows, size, ctx.group.rank())].contiguous(), None, None, None
         share = -(-ctx.rows // size)
         mine = grad.new_empty((share, *grad.shape[1:]))
-        _reduce_scatter(mine, _pad_rows(grad, size * share), group=ctx.group)
+        reduce_scatter(mine, _pad_rows(grad, size * share), group=ctx.group)
         return mine[: ctx.own_rows], None, None, None

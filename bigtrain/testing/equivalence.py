@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -140,10 +141,17 @@ def global_batch(what: What, step: int) -> MicroBatch:
     return batch
 
 
-def micro_batches(what: What, step: int, rank: int, ranks: int, micro_size: int | None) -> list[MicroBatch]:
+def micro_batches(what: What, how: How, step: int, rank: int, ranks: int) -> list[MicroBatch]:
     """The part of a data-parallel rank; fillers hold content that would show if it counted."""
     whole = global_batch(what, step)
-    shape = distribute(what.batch, ranks, micro_size or what.batch)
+    layout = LayoutConfig(**how.layout)
+    shape = distribute(
+        what.batch,
+        ranks,
+        how.micro_size or what.batch,
+        least=layout.least_micro_batches,
+        multiple=layout.micro_batch_multiple,
+    )
     copies = -(-shape.per_rank * ranks // what.batch)
     filled = {name: np.concatenate([array] * copies) for name, array in whole.items()}
     filled["weights"][what.batch :] = 0
@@ -156,7 +164,7 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
     """Run one process, the whole batch in one pass, and write the state before each step and its gradients."""
     how = How(micro_size=None)
     engine = build(what, how)
-    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, 0, 0, 1, None)]))
+    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]))
     for step in range(what.steps):
         save_file(gather(engine.state()), directory / f"state-{step}.safetensors")
         found, gradients = compute(engine, what, how, step)
@@ -181,12 +189,12 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngin
     facts = load_file(directory / "numbers.safetensors")
     start = load_file(directory / "state-0.safetensors")
     same_start = all(torch.equal(value, start[name]) for name, value in gather(engine.state()).items())
-    batch = micro_batches(what, 0, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    batch = micro_batches(what, how, 0, engine.data_parallel_rank, engine.data_parallel_size)
     loss, weight = engine.evaluate(iter([batch]))
     evaluation = _off(loss / weight, float(facts["evaluation"][0] / facts["evaluation"][1]))
     free = []
     for step in range(what.steps):
-        batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         free.append(_off(engine.train_step(step, batch, LR).read().loss, float(facts["numbers"][step, 0])))
     allowed: dict[str, float] = {}
     relative: dict[str, float] = {}
@@ -214,7 +222,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngin
 
 def compute(engine: FSDPEngine, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
     """A step's numbers and whole gradients of the sum of losses, the weights untouched. Collective."""
-    batch = micro_batches(what, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
     sums = engine.backward(step, batch)
     gradients = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
     whole = gather({name: gradient for name, gradient in gradients.items() if gradient is not None})
@@ -230,14 +238,29 @@ def update(engine: FSDPEngine) -> None:
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of whole tensors. Collective."""
+    """Copies of whole tensors, those of other stages too; NaN where two stages' copies differ. Collective."""
     whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
-    return {name: value.detach().clone().contiguous() for name, value in whole.items()}
+    own = {name: value.detach().clone().contiguous() for name, value in whole.items()}
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, list(own))
+    if all(set(other) == set(own) for other in names):
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    everything: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if not torch.equal(everything.setdefault(name, value), value):
+                # What is equal to nothing shows in every comparison.
+                everything[name] = torch.full_like(value, math.nan)
+    return everything
 
 
 def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Fill tensors of any layout, in place, from whole ones."""
-    assert state.keys() == whole.keys()
+    """Fill tensors of any layout, in place, from whole ones; a stage has a part of them."""
+    assert state.keys() <= whole.keys()
     with torch.no_grad():
         for name, value in state.items():
             if not isinstance(value, DTensor):

@@ -165,7 +165,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
         )
     if validation is not None:
         train.require_same_tokens(validation)
-    check_support(config.engine.name, model.arch, config.layout, document_mask=config.data.document_mask)
+    check_support(config.engine, model.arch, config.layout, document_mask=config.data.document_mask)
     try:
         config.layout.check(model, train.vocab_size)
     except ValueError as error:

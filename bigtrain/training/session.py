@@ -233,6 +233,8 @@ class Session:
             "dp_rank": self.engine.data_parallel_rank,
             "dp_size": self.engine.data_parallel_size,
             "micro_size": config.layout.micro_size,
+            "least_micro_batches": config.layout.least_micro_batches,
+            "micro_batch_multiple": config.layout.micro_batch_multiple,
             "seed": config.seed,
             "document_mask": config.data.document_mask,
             "prefetch": config.streaming.prefetch,

@@ -38,6 +38,16 @@ def test_every_slot_lies_on_one_rank_and_no_micro_batch_is_too_large(
     assert shape.per_rank - -(-batch_size // ranks) < shape.n_micro
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize(("least", "multiple"), [(3, 1), (4, 4), (1, 2)])
+def test_a_number_of_micro_batches_that_is_asked_for_is_met(batch_size: int, least: int, multiple: int) -> None:
+    shape = distribute(batch_size, 2, 3, least=least, multiple=multiple)
+    assert shape.n_micro >= least
+    assert shape.n_micro % multiple == 0
+    assert shape.micro_batch <= 3
+    assert [slot for rank in range(2) for slot in shape.slots(rank)] == list(range(batch_size + shape.fillers))
+
+
 def test_distribution_is_the_documented_one() -> None:
     shape = distribute(10, 4, 2)
     assert (shape.n_micro, shape.micro_batch, shape.per_rank, shape.fillers) == (2, 2, 4, 6)

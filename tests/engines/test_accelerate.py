@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +24,7 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
 from bigtrain.data.loader import distribute
 from bigtrain.engines.accelerate import AccelerateEngine
-from bigtrain.engines.config import AccelerateConfig, Precision
+from bigtrain.engines.config import AccelerateConfig, EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.support import check_support
 from bigtrain.models.hf import Config
@@ -473,9 +474,10 @@ def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_pa
 def test_what_does_not_go_together_is_refused(
     engine: str, arch: str, layout: dict[str, int], document_mask: bool, says: str
 ) -> None:
-    check_support("accelerate", "hf", LayoutConfig(), document_mask=False)
+    section = TypeAdapter(EngineConfig).validate_python({"name": engine})
+    check_support(AccelerateConfig(), "hf", LayoutConfig(), document_mask=False)
     with pytest.raises(UserError, match=says):
-        check_support(engine, arch, LayoutConfig(**layout), document_mask=document_mask)
+        check_support(section, arch, LayoutConfig(**layout), document_mask=document_mask)
 
 
 @pytest.mark.parametrize(

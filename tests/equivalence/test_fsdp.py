@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.layers import Attention, attend
 from bigtrain.testing.equivalence import Deviations, How, What, deviations, record
 from bigtrain.testing.ranks import RankPool
 
@@ -24,6 +28,9 @@ MODELS = {
     "llama-untied-dropout": What({**LLAMA, "dropout": 0.1}),
     "gpt2-dropout": What({**GPT2, "dropout": 0.1}),
 }
+
+FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, what in MODELS.items()}
+"""For more stages than the models above have layers."""
 
 LAYOUTS = {
     "dp2": How(2),
@@ -38,12 +45,55 @@ LAYOUTS = {
     "tp2 x dp2": How(4, {"tp": 2}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
     "tp2 x dp2 with recompute": How(4, {"tp": 2}, {"recompute": "full"}),
+    "cp2 ulysses": How(2, {"cp": 2}),
+    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
+    "cp4 ulysses": How(4, {"cp": 4}),
+    "cp4 all_gather": How(4, {"cp": 4, "cp_kind": "all_gather"}),
+    "cp2 ulysses x dp2": How(4, {"cp": 2}),
+    "cp2 all_gather x hsdp2": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}),
+    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
+    "tp2 x cp2 all_gather without sequence parallel": How(
+        4, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "sequence_parallel": False}
+    ),
+    "cp2 ulysses with recompute": How(2, {"cp": 2}, {"recompute": "full"}),
+    "cp2 all_gather with recompute": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"recompute": "full"}),
+    "pp2": How(2, {"pp": 2}),
+    "pp2 with a split of its own": How(2, {"pp": 2, "pp_split": (3, 1)}),
+    "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble"}),
+    "pp2 zero bubble, two stages a rank": How(2, {"pp": 2, "pp_schedule": "zero_bubble", "pp_stages_per_rank": 2}),
+    "pp4": How(4, {"pp": 4}, micro_size=1),
+    "pp2 x dp2": How(4, {"pp": 2}),
+    "pp2 interleaved x dp2": How(4, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "pp2 zero bubble x dp2": How(4, {"pp": 2, "pp_schedule": "zero_bubble"}),
+    "pp4 x dp2": How(8, {"pp": 4}),
+    "tp2 x pp2": How(4, {"tp": 2, "pp": 2}),
+    "tp2 x pp2 zero bubble": How(4, {"tp": 2, "pp": 2, "pp_schedule": "zero_bubble"}),
+    "tp2 x pp2 with the head gathered": How(4, {"tp": 2, "pp": 2, "loss_parallel": False}),
+    "tp2 x pp2 x dp2": How(8, {"tp": 2, "pp": 2}),
+    "pp2 x hsdp2x2": How(8, {"pp": 2, "dp_replicate": 2}),
+    "cp2 ulysses x pp2": How(4, {"cp": 2, "pp": 2}),
+    "cp2 all_gather x pp2 interleaved": How(
+        4, {"cp": 2, "cp_kind": "all_gather", "pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
+    ),
+    "tp2 x cp2 all_gather x pp2": How(8, {"tp": 2, "cp": 2, "cp_kind": "all_gather", "pp": 2}),
+    "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
     "compiled": How(1, {}, {"compile": True}),
     "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
+    "cp2 ulysses, compiled": How(2, {"cp": 2}, {"compile": True}),
+    "cp2 all_gather, compiled": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"compile": True}),
+    "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
 }
 
 
-COMPILED = [("llama-untied-dropout", "compiled"), ("llama-gqa-tied-qk-norm-documents", "tp2, compiled")]
+COMPILED = [
+    ("llama-untied-dropout", "compiled"),
+    ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
+    ("llama-gqa-tied-qk-norm-documents", "cp2 ulysses, compiled"),
+    ("llama-untied-dropout", "cp2 all_gather, compiled"),
+    ("gpt2-dropout", "pp2, compiled"),
+]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [(model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout] + COMPILED
 EACH_TECHNIQUE_ONCE = [
@@ -51,20 +101,31 @@ EACH_TECHNIQUE_ONCE = [
     ("gpt2-dropout", "tp2 without sequence parallel"),
     ("llama-gqa-tied-qk-norm-documents", "tp2 with the head gathered"),
     ("llama-untied-dropout", "tp2 x dp2"),
+    ("gpt2-dropout", "cp2 ulysses"),
+    ("llama-gqa-tied-qk-norm-documents", "cp2 all_gather"),
+    ("llama-gqa-tied-qk-norm-documents", "pp2"),
+    ("gpt2-dropout", "pp2 interleaved"),
+    ("llama-untied-dropout", "pp2 zero bubble"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
 
 
-@pytest.fixture(scope="session")
-def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of one process's record of a model, each made once."""
-    known: dict[str, Path] = {}
+def of_layout(model: str, layout: str) -> What:
+    """What is trained: the model, with as many layers as the layout's stages want."""
+    return FOUR_LAYERS[model] if "pp" in LAYOUTS[layout].layout else MODELS[model]
 
-    def run(model: str) -> Path:
-        if model not in known:
-            known[model] = tmp_path_factory.mktemp(model)
-            ranks.run(record, MODELS[model], known[model], ranks=1)
-        return known[model]
+
+@pytest.fixture(scope="session")
+def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, What], Path]:
+    """The directory of one process's record of a model, each made once."""
+    known: dict[tuple[str, int], Path] = {}
+
+    def run(model: str, what: What) -> Path:
+        key = model, what.model["layers"]
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp(model)
+            ranks.run(record, replace(what, steps=MODELS[model].steps), known[key], ranks=1)
+        return known[key]
 
     return run
 
@@ -74,10 +135,10 @@ def recorded(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Calla
     [pytest.param(*pair, marks=[] if pair in EACH_TECHNIQUE_ONCE else pytest.mark.slow) for pair in ALL],
 )
 def test_a_layout_computes_what_one_process_computes(
-    ranks: RankPool, recorded: Callable[[str], Path], model: str, layout: str
+    ranks: RankPool, recorded: Callable[[str, What], Path], model: str, layout: str
 ) -> None:
-    how = LAYOUTS[layout]
-    found = ranks.run(deviations, MODELS[model], how, recorded(model), ranks=how.ranks)
+    how, what = LAYOUTS[layout], of_layout(model, layout)
+    found = ranks.run(deviations, what, how, recorded(model, what), ranks=how.ranks)
     assert not found[0].faults()
     assert all(other == found[0] for other in found), "the ranks disagree"
 
@@ -127,7 +188,66 @@ def qk_norms_not_reduced(engine: FSDPEngine) -> None:
     engine._tensor_partial = [p for p in engine._tensor_partial if id(p) not in own]
 
 
+def divided_by_cp(engine: FSDPEngine) -> None:
+    forward = engine.model.forward
+
+    def divided(batch: Batch) -> LossSum:
+        loss, weight = forward(batch)
+        return LossSum(loss / dist.get_world_size(), weight)
+
+    engine.model.forward = divided
+
+
+def sliced(engine: FSDPEngine, change: Callable[[Batch, torch.Tensor], Batch]) -> None:
+    """Let each rank's part of a batch be changed on its way into the model, given 0, 1, ... for its tokens."""
+    forward = engine.model.forward
+
+    def changed(batch: Batch) -> LossSum:
+        return forward(change(batch, torch.arange(batch["tokens"].shape[1])))
+
+    engine.model.forward = changed
+
+
+def local_positions(engine: FSDPEngine) -> None:
+    sliced(engine, lambda batch, places: batch | {"positions": places})
+
+
+def dropout_by_local_positions(engine: FSDPEngine) -> None:
+    def change(batch: Batch, places: torch.Tensor) -> Batch:
+        return batch | {"positions": batch["sequence_positions"], "sequence_positions": places}
+
+    sliced(engine, change)
+
+
+def part_of_the_sequence_alone(engine: FSDPEngine) -> None:
+    for module in engine.model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+
+
+def averaged_over_micro_batches(engine: FSDPEngine) -> None:
+    assert engine.pipeline is not None
+    made = engine.pipeline.schedule
+
+    def averaging(n_micro: int, micro_batch: Batch) -> Any:
+        schedule = made(n_micro, micro_batch)
+        schedule.scale_grads = True
+        return schedule
+
+    engine.pipeline.schedule = averaging  # type: ignore[method-assign]
+
+
+def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
+    engine._ends = None
+
+
 FAULTS = {
+    "pp averaging what it should sum": (averaged_over_micro_batches, "pp2", 1, "gradient of"),
+    "pp averaging what it should sum, interleaved": (averaged_over_micro_batches, "pp2 interleaved", 1, "gradient of"),
+    "a tied embedding's gradient not summed over stages": (
+        tied_gradient_of_each_end_alone, "pp2", 0, "gradient of embedding.weight",
+    ),
+    "a tied embedding counted twice in the norm": (replicas_count_in_the_norm, "pp2", 0, "norms"),
     "a norm's weight not reduced under sequence parallel": (
         norm_weight_not_reduced, "tp2", 0, "gradient of norm.weight",
     ),
@@ -139,6 +259,11 @@ FAULTS = {
     "a dropout mask keyed by rank": (keyed_by_rank, "tp2", 1, "gradient of"),
     "gradients averaged twice": (averaged_twice, "dp2", 1, "gradient of"),
     "a padding token counted": (padding_counts, "tp2", 2, "weights"),
+    "a loss divided by cp": (divided_by_cp, "cp2 ulysses", 2, "losses"),
+    "rotary positions local to a cp rank": (local_positions, "cp2 all_gather", 1, "gradient of"),
+    "learned positions local to a cp rank": (local_positions, "cp2 ulysses", 2, "gradient of position_embedding"),
+    "dropout by positions local to a cp rank": (dropout_by_local_positions, "cp2 all_gather", 1, "gradient of"),
+    "attention within a cp rank's part alone": (part_of_the_sequence_alone, "cp2 ulysses", 2, "gradient of"),
 }  # fmt: skip
 
 
@@ -147,8 +272,9 @@ def deviations_with(fault: str, what: What, how: How, directory: Path) -> Deviat
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str], Path], fault: str) -> None:
+def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str, What], Path], fault: str) -> None:
     _, layout, model, expected = FAULTS[fault]
     how, name = LAYOUTS[layout], list(MODELS)[model]
-    found = ranks.run(deviations_with, fault, replace(MODELS[name], steps=2), how, recorded(name), ranks=how.ranks)[0]
+    what = replace(of_layout(name, layout), steps=2)
+    found = ranks.run(deviations_with, fault, what, how, recorded(name, what), ranks=how.ranks)[0]
     assert any(line.startswith(expected) for line in found.faults()), found.faults()

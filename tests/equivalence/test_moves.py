@@ -17,14 +17,21 @@ from bigtrain.testing.equivalence import LR, OF_NUMBERS, How, What, build, gathe
 from bigtrain.testing.ranks import RankPool
 
 STEP, MORE = 2, 3
-SHAPE = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
-WHAT = What({**SHAPE, "qk_norm": True, "dropout": 0.1})
+SHAPE = {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
+WHAT = What({**SHAPE, "qk_norm": True, "dropout": 0.1, "tied": True})
 HOWS = {
     "dp1": How(1),
     "dp3": How(3),
     "tp4": How(4, {"tp": 4}),
     "tp2 x dp2": How(4, {"tp": 2}),
+    "cp2 ulysses x dp2": How(4, {"cp": 2}),
+    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
     "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
+    "dp2": How(2),
+    "pp2": How(2, {"pp": 2}),
+    "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
+    "tp2 x pp2": How(4, {"tp": 2, "pp": 2}),
+    "pp4 x dp2": How(8, {"pp": 4}),
 }
 
 
@@ -40,7 +47,7 @@ class Continued:
 def steps(engine: FSDPEngine, how: How, first: int, count: int) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        batch = micro_batches(WHAT, step, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+        batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         losses.append(engine.train_step(step, batch, LR).read().loss)
     return losses
 
@@ -79,8 +86,13 @@ def resume(how: How, directory: Path) -> Continued:
     ("origin", "destinations"),
     [
         ("tp2 x dp2", ("dp1", "tp4")),
+        ("pp2 interleaved", ("dp1", "tp2 x pp2")),
+        pytest.param("dp2", ("pp2", "pp2 interleaved", "pp4 x dp2"), marks=pytest.mark.slow),
+        pytest.param("pp2", ("dp1", "tp2 x dp2"), marks=pytest.mark.slow),
+        pytest.param("pp4 x dp2", ("pp2", "tp4"), marks=pytest.mark.slow),
         pytest.param("tp4", ("tp2 x hsdp2", "dp3"), marks=pytest.mark.slow),
         pytest.param("dp3", ("tp2 x dp2", "tp4"), marks=pytest.mark.slow),
+        pytest.param("tp2 x cp2 all_gather", ("dp3", "cp2 ulysses x dp2"), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_moves(ranks: RankPool, tmp_path: Path, origin: str, destinations: tuple[str, ...]) -> None:

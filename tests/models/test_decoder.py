@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from bigtrain.models.contract import Stage
 from bigtrain.models.huggingface import from_hf, to_hf
 
 VOCAB = 97
@@ -201,3 +202,47 @@ def test_blocks_are_found_under_their_qualified_names(make_decoder: MakeDecoder)
     model = make_decoder("llama", layers=3)
     assert [name for name, _ in model.blocks()] == ["layers.0", "layers.1", "layers.2"]
     assert all(model.get_submodule(name) is block for name, block in model.blocks())
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize(
+    ("arch", "keys"), [("gpt2", {"tied": True, "dropout": 0.2}), ("gpt2", {"tied": False}), ("llama", {"tied": True})]
+)
+def test_a_chain_of_stages_computes_what_the_whole_model_computes(
+    arch: str, keys: dict[str, Any], cuts: tuple[int, ...], make_decoder: MakeDecoder, make_batch: MakeBatch
+) -> None:
+    def made() -> nn.Module:
+        model = make_decoder(arch, layers=3, **keys).double()
+        model.compute_dtype = torch.float64
+        return model
+
+    whole, batch = made(), make_batch()
+    expected = whole(batch)
+    expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+    x, found, names = None, {}, []
+    stages = [made() for _ in cuts[1:]]
+    for model, first, last in zip(stages, cuts, cuts[1:], strict=False):
+        model.keep(Stage(first, last, 3))
+        x = model.forward_stage(x, batch)
+    x.loss.backward()
+    for model in stages:
+        assert model.initialisers().items() <= whole.initialisers().items()
+        for name, parameter in model.named_parameters():
+            names.append(name)
+            found[name] = found.get(name, 0) + parameter.grad
+    assert_close(x.loss, expected.loss, 1e-12)
+    assert x.weight == expected.weight
+    assert found.keys() == gradients.keys()
+    assert len(names) == len(set(names)) + bool(keys["tied"]), "a tied embedding alone is on two stages"
+    norm = torch.stack([grad.norm() for grad in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        assert_close(found[name], gradient, 1e-12, norm)
+
+
+def test_a_stage_names_its_own_layers_alone(make_decoder: MakeDecoder) -> None:
+    model = make_decoder("llama", layers=4, tied=True)
+    model.keep(Stage(1, 3, 4))
+    assert [name for name, _ in model.blocks()] == ["layers.1", "layers.2"]
+    assert {name.split(".")[1] for name, _ in model.named_parameters()} == {"1", "2"}

@@ -82,8 +82,19 @@ def test_a_frozen_head_still_passes_the_gradient_on() -> None:
     torch.testing.assert_close(hidden.grad, expected)
 
 
+def test_the_gradients_of_hidden_and_weight_can_be_had_one_after_the_other() -> None:
+    """As schedules of pipelines do that put off the gradients of weights."""
+    hidden, weight, targets, weights = inputs(torch.float64)
+    expected = torch.autograd.grad(plain(hidden, weight, targets, weights, 0.0), (hidden, weight))
+    loss = 3 * chunked_cross_entropy(hidden * 1, weight, targets, weights)
+    (of_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (of_weight,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(of_hidden, 3 * expected[0])
+    torch.testing.assert_close(of_weight, 3 * expected[1])
+
+
 def test_a_second_backward_is_refused_and_not_wrong() -> None:
     loss = chunked_cross_entropy(*inputs(torch.float32))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can run once"):
+    with pytest.raises(RuntimeError, match="each gradient once"):
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,26 +19,66 @@ LEGS: list[tuple[str, int, tuple[str, ...]]] = [
     ("16 steps", 2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
     ("20 steps", 4, ("layout.tp=2", "layout.sequence_parallel=false")),
 ]
+SHARED_SEQUENCES: list[tuple[str, int, tuple[str, ...]]] = [
+    ("4 steps", 2, ("layout.cp=2",)),
+    ("8 steps", 2, ("layout.cp=2", "layout.cp_kind=all_gather")),
+    ("12 steps", 1, ()),
+]
 SECTIONS = {"optimizer": {"lr": 1e-3, "eps": 1e-6}, "batch": {"size": 6}, "checkpoint": {"every": "2 steps"}}
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_lines(run / "metrics.jsonl")]
+    return column(run, "loss")
+
+
+def column(run: Path, name: str) -> list[float]:
+    return [row[name] for row in read_lines(run / "metrics.jsonl")]
+
+
+def held_out(run: Path) -> list[float]:
+    return [row["val_loss"] for row in read_lines(run / "metrics.jsonl") if "val_loss" in row]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("legs", [2, len(LEGS)])
+@pytest.mark.parametrize("legs", [LEGS[:2], LEGS, SHARED_SEQUENCES], ids=["two", "engines", "shared sequences"])
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
-    bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: int
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: list[tuple[str, int, tuple[str, ...]]]
 ) -> None:
-    for duration, nproc, how in LEGS[:legs]:
+    for duration, nproc, how in legs:
         result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
         assert result.returncode == 0, result.stderr
-    config = write_config(duration=LEGS[legs - 1][0], **SECTIONS)
+    config = write_config(duration=legs[-1][0], **SECTIONS)
     assert bigtrain("train", config, "--name", "alone").returncode == 0
     moved, alone = losses(tmp_path / "runs" / "tiny"), losses(tmp_path / "runs" / "alone")
-    assert len(alone) == 4 * legs
+    assert len(alone) == 4 * len(legs)
     assert moved == pytest.approx(alone, rel=RELATIVE)
+    assert column(tmp_path / "runs" / "tiny", "tokens") == column(tmp_path / "runs" / "alone", "tokens")
+
+
+STAGES: list[tuple[str, int, tuple[str, ...]]] = [
+    ("4 steps", 2, ("layout.pp=2", "layout.micro_size=1")),
+    ("8 steps", 1, ()),
+    ("12 steps", 4, ("layout.pp=2", "layout.tp=2")),
+    ("16 steps", 4, ("layout.pp=2", "layout.pp_schedule=zero_bubble")),
+]
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    """Its first rank, which logs, is not the one that computes the loss."""
+    for duration, nproc, how in STAGES:
+        result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
+        assert result.returncode == 0, result.stderr
+        status = json.loads(bigtrain("status", "tiny", "--json").stdout)
+        assert status["loss"] == losses(tmp_path / "runs" / "tiny")[-1]
+    config = write_config(duration=STAGES[-1][0], **SECTIONS)
+    assert bigtrain("train", config, "--name", "alone").returncode == 0
+    moved, alone = tmp_path / "runs" / "tiny", tmp_path / "runs" / "alone"
+    assert losses(moved) == pytest.approx(losses(alone), rel=RELATIVE)
+    assert held_out(moved) == pytest.approx(held_out(alone), rel=RELATIVE)
+    assert len(held_out(moved)) == len(STAGES)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +87,11 @@ def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
         (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
         (("layout.tp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
-        (("layout.pp=2",), "layout.pp: 2 is not supported"),
+        (("layout.cp=3",), "cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, or"),
+        (("layout.cp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 a rank, pp may be 1, 2"),
+        (("layout.pp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=2", "layout.pp_schedule=zero_bubble", "engine.recompute=full"), "Set engine.recompute to none"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_process_starts(

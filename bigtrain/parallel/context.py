@@ -1,0 +1,213 @@
+"""Context parallelism: each rank holds a part of every sequence, and in attention alone the ranks meet.
+
+Norms, MLPs, embedding and loss work on a token at a time: each rank does its own C / cp tokens, and keeps their
+activations alone. The two kinds differ in what they exchange around attention:
+
+ulysses: all-to-all over heads (Jacobs et al. 2023, DeepSpeed-Ulysses). Outside attention a rank has a slice of the
+    sequence and all heads, inside it the whole sequence and a share of the heads.
+all_gather: each rank gathers all keys and values and asks with its own queries (Llama 3, Dubey et al. 2024, section
+    3.3.2). Later tokens see more keys: the sequence is cut into 2 cp chunks, and rank r holds chunks r and
+    2 cp - 1 - r, so that each rank has (2 cp + 1) C^2 / (4 cp^2) pairs of query and key, a causal mask's waste in the
+    diagonal chunks included.
+
+What a rank sends in the forward pass of one layer, in elements, and again in the backward pass (B sequences of C
+tokens; H query and K key heads of width D on a rank of the tp group):
+
+    ulysses      (cp - 1) / cp * B * C / cp * D * (2 H + 2 max(K, cp))    two all-to-alls: of queries, keys and values
+                                                                          packed into one, and of what they attended to
+    all_gather   (cp - 1) * B * C / cp * D * 2 K                          one gather of keys and values packed into one;
+                                                                          one reduce-scatter of their gradients
+
+So ulysses sends less the more ranks there are, and all_gather needs no heads to divide and sends less where few key
+heads serve many queries. Keys and values stay gathered until the backward pass; recompute gathers them once more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from bigtrain.models.contract import Batch
+from bigtrain.models.layers import Attention, attend, document_mask
+from bigtrain.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from bigtrain.parallel.config import ContextKind
+
+ALONG_THE_SEQUENCE = ("tokens", "targets", "weights", "positions")
+"""Arrays (B, C) of which each rank takes its part."""
+
+
+@dataclass(frozen=True)
+class ContextGroup(ABC):
+    """The ranks that share each sequence."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This one's number in the group."""
+        return self.group.rank()
+
+    @property
+    @abstractmethod
+    def chunks(self) -> tuple[int, ...]:
+        """The numbers of this rank's chunks of the sequence; all ranks have as many, of equal length."""
+
+    @abstractmethod
+    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
+        """The `document_mask` that `attend` needs, from whole (B, C) documents and this rank's positions."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """`layers.attend` of whole sequences: queries, keys, values and the result are this rank's (B, C / cp, H, D).
+
+        Args:
+            mask: What `mask` gives; None: causal.
+        """
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """int64 (C / cp,): where this rank's tokens lie in sequences of `count`.
+
+        Raises:
+            ValueError: The chunks do not divide them.
+        """
+        chunks = self.size * len(self.chunks)
+        if count % chunks:
+            raise ValueError(f"{chunks} equal chunks cannot be cut from sequences of {count} tokens")
+        length = count // chunks
+        return torch.cat([torch.arange(at * length, (at + 1) * length, device=device) for at in self.chunks])
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's part of whole sequences: `sequence_positions` are added, and `mask` stands for `documents`."""
+        mine = self.positions(batch["tokens"].shape[1], batch["tokens"].device)
+        part = {name: array[:, mine] if name in ALONG_THE_SEQUENCE else array for name, array in batch.items()}
+        documents = part.pop("documents", None)
+        if documents is not None:
+            part["mask"] = self.mask(documents, mine)
+        return part | {"sequence_positions": mine}
+
+
+class AllToAll(ContextGroup):
+    """The kind `ulysses`."""
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """One: a slice of the sequence."""
+        return (self.rank,)
+
+    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
+        """All rows: a rank's heads ask for the whole sequence."""
+        return document_mask(documents)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """See `ContextGroup.attend`.
+
+        Fewer key heads than ranks are repeated before they are sent: each rank receives the one that its queries ask,
+        which it needs in any case, and the gradients of the copies are summed. So Llama shapes, of which tp leaves a
+        rank but one key head, are not shut out.
+        """
+        copies = max(1, self.size // key.shape[2])
+        if copies > 1:
+            key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
+        by_rank = [heads.unflatten(2, (self.size, -1)) for heads in (query, key, value)]
+        packed = torch.cat(by_rank, dim=3).flatten(2, 3)
+        counts = [heads.shape[3] for heads in by_rank]
+        query, key, value = cast(Tensor, _Exchange.apply(packed, self.group, 2, 1)).split(counts, dim=2)
+        return cast(Tensor, _Exchange.apply(attend(query, key, value, mask, causal), self.group, 1, 2))
+
+
+class AllGather(ContextGroup):
+    """The kind `all_gather`."""
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Two, that together are as much causal work on each rank."""
+        return self.rank, 2 * self.size - 1 - self.rank
+
+    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
+        """The rows of this rank's queries."""
+        return document_mask(documents, positions)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """See `ContextGroup.attend`. Each chunk meets the keys up to its own end alone."""
+        keys, values = cast(Tensor, _GatherChunks.apply(torch.cat((key, value), dim=2), self.group)).chunk(2, dim=2)
+        length = query.shape[1] // 2
+        masks = (None, None) if mask is None else mask.split(length, dim=2)
+        attended = []
+        for chunk, queries, rows in zip(self.chunks, query.split(length, dim=1), masks, strict=True):
+            end = (chunk + 1) * length
+            # The last query sees the last key. For this bias PyTorch takes its flash kernel where it has one, for the
+            # same mask as a tensor it does not. A compiled block runs this loop uncompiled: it cannot make the bias.
+            seen = causal_lower_right(length, end) if rows is None else rows[..., :end]
+            attended.append(attend(queries, keys[:, :end], values[:, :end], seen))
+        return torch.cat(attended, dim=1)
+
+
+KINDS: dict[ContextKind, type[ContextGroup]] = {"ulysses": AllToAll, "all_gather": AllGather}
+
+
+def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGroup) -> ContextGroup:
+    """Let the ranks of a group meet in each attention layer of a model, in place.
+
+    Returns:
+        What takes this rank's part of each batch.
+
+    Raises:
+        ValueError: The model has no attention, or one that looks ahead.
+    """
+    context = KINDS[kind](group)
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if not layers or not all(layer.causal for layer in layers):
+        raise ValueError("context parallelism wants models whose tokens meet in causal layers.Attention alone")
+    for layer in layers:
+        layer.attend = context.attend
+    return context
+
+
+def _exchange(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+    """Give each rank its share of dimension `split`, and join what comes along dimension `join`, in order of ranks."""
+    parts = x.unflatten(split, (group.size(), -1)).movedim(split, 0).contiguous()
+    received = torch.empty_like(parts)
+    all_to_all(received, parts, group=group)
+    return received.movedim(0, join).flatten(join, join + 1)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+        ctx.options = group, join, split
+        return _exchange(x, group, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad, *ctx.options), None, None, None
+
+
+class _GatherChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The first and second chunks (B, c, ...) of each rank -> (B, C, ...), in the order of the sequence."""
+        ctx.group = group
+        parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+        all_gather(parts, x.contiguous(), group=group)
+        heads, tails = parts.unflatten(0, (group.size(), -1)).chunk(2, dim=2)
+        return torch.cat((*heads.unbind(), *reversed(tails.unbind())), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ranks = ctx.group.size()
+        chunks = grad.chunk(2 * ranks, dim=1)
+        parts = torch.cat([torch.cat((chunks[rank], chunks[-1 - rank]), dim=1) for rank in range(ranks)])
+        mine = parts.new_empty((grad.shape[0], *parts.shape[1:]))
+        reduce_scatter(mine, parts, group=ctx.group)
+        return mine, None

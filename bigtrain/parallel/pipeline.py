@@ -1,0 +1,234 @@
+"""Pipeline parallelism: each rank holds consecutive blocks and passes micro-batches on to the next.
+
+torch.distributed.pipelining runs the schedules (`LayoutConfig.pp_schedule`); a family says how it is cut
+(`contract.Staged`). Only the residual stream travels: every stage reads the same micro-batches, so tokens, weights and
+keys of dropout are at hand. A parameter that both ends hold, a tied embedding, has one copy on each; their gradients
+are summed, and the first one counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from bigtrain.models.contract import Batch, LossSum, Stage
+from bigtrain.parallel.config import PipelineSchedule
+from bigtrain.parallel.context import ContextGroup
+
+
+class Stages(nn.ModuleList):
+    """The stages of a rank as one module, whose parts bear the names that they have in the whole model."""
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Of each stage in turn. Names of parameters and buffers follow from these."""
+        memo = set() if memo is None else memo
+        for stage in self:
+            yield from stage.named_modules(memo, prefix, remove_duplicate)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model cut into stages, on the meta device."""
+
+    own: Stages
+    """Those of this rank."""
+
+    shared: frozenset[str]
+    """Parameters that the first and the last stage both hold."""
+
+    names: tuple[str, ...]
+    """All parameters of the whole model."""
+
+    @classmethod
+    def nothing(cls, whole: nn.Module) -> Cut:
+        """A model that is one stage."""
+        return cls(Stages([whole]), frozenset(), tuple(dict(whole.named_parameters())))
+
+
+def cut(whole: nn.Module, blocks: tuple[int, ...], pp: DeviceMesh) -> Cut:
+    """This rank's stages of a `contract.Staged` on the meta device.
+
+    Args:
+        blocks: Of each stage, in order.
+        pp: The axis of the stages: the r-th rank holds stages r, r + ranks, ...
+    """
+    ends = list(accumulate(blocks, initial=0))
+    stages = [Stage(first, last, ends[-1]) for first, last in pairwise(ends)]
+
+    def kept(stage: Stage) -> nn.Module:
+        part: Any = copy.deepcopy(whole)
+        part.keep(stage)
+        return cast(nn.Module, part)
+
+    first, last = (dict(kept(stage).named_parameters()).keys() for stage in (stages[0], stages[-1]))
+    own = Stages(kept(stage) for stage in stages[pp.get_local_rank() :: pp.size()])
+    return Cut(own, frozenset(first & last), tuple(dict(whole.named_parameters())))
+
+
+class Pipeline:
+    """The stages of this rank, and how micro-batches pass through them."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        count: int,
+        schedule: PipelineSchedule,
+        pp: DeviceMesh,
+        device: torch.device,
+        context: ContextGroup | None = None,
+    ) -> None:
+        """Args:
+        count: Stages on all ranks.
+        context: What takes this rank's part of each micro-batch, where ranks share sequences.
+        """
+        self._part = identity if context is None else context.part
+        self._group, self._ranks = pp.get_group(), pp.size()
+        self._count, self._schedule_name, self._device = count, schedule, device
+        self._stages: dict[int, Any] = dict(enumerate_from(stages, pp.get_local_rank(), pp.size()))
+        self._weights: list[Tensor] = []
+        self._schedules: dict[tuple[int, tuple[int, ...]], Any] = {}
+        for stage in self._stages.values():
+            self._take_part(stage)
+
+    def backward(self, micro_batches: list[Batch]) -> Tensor:
+        """Add to each parameter's `grad` the gradient of the sum of losses, reduced over the shards once.
+
+        Args:
+            micro_batches: Of one shape, equal on all stages.
+
+        Returns:
+            float64 (loss, weight), the sums over the micro-batches; zeros where the last stage is not.
+        """
+        batch = {name: torch.cat([part[name] for part in micro_batches]) for name in micro_batches[0]}
+        losses: list[Tensor] = []
+        self._weights.clear()
+        schedule = self.schedule(len(micro_batches), micro_batches[0])
+        schedule.step(target=batch["weights"], losses=losses, return_outputs=False, **batch)
+        return self._sums(losses)
+
+    @torch.no_grad()
+    def forward(self, micro_batches: Iterable[Batch]) -> Tensor:
+        """The sums of `backward` without gradients, for any number of micro-batches of any shape."""
+        losses: list[Tensor] = []
+        sending: dict[int, tuple[dist.Work | None, Tensor]] = {}
+        self._weights.clear()
+        for batch in micro_batches:
+            for index, stage in self._stages.items():
+                received = []
+                if index > 0:
+                    shape = stage.stream_shape(self._part(batch))
+                    received.append(torch.empty(shape, dtype=stage.compute_dtype, device=self._device))
+                    dist.recv(received[0], src=self._rank_of(index - 1), group=self._group)
+                result = stage(*received, **batch)
+                if index == self._count - 1:
+                    losses.append(result)
+                    continue
+                _wait(sending.pop(index, None))
+                sending[index] = dist.isend(result, dst=self._rank_of(index + 1), group=self._group), result
+        for sent in sending.values():
+            _wait(sent)
+        return self._sums(losses)
+
+    def schedule(self, n_micro: int, micro_batch: Batch) -> Any:
+        """torch's schedule for a number of micro-batches of one shape; each is made once."""
+        any_stage = next(iter(self._stages.values()))
+        shape = tuple(any_stage.stream_shape(self._part(micro_batch)))
+        if (n_micro, shape) not in self._schedules:
+            self._schedules[n_micro, shape] = self._new_schedule(n_micro, shape, any_stage.compute_dtype)
+        return self._schedules[n_micro, shape]
+
+    def _new_schedule(self, n_micro: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        # Known shapes spare the ranks a run that finds them out.
+        stream = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        stages = [
+            PipelineStage(
+                stage,
+                index,
+                self._count,
+                self._device,
+                input_args=(stream,) if index else (),
+                output_args=(loss if index == self._count - 1 else stream,),
+                group=self._group,
+            )
+            for index, stage in self._stages.items()
+        ]
+        # Sums are what the engine wants: torch would divide gradients by the number of micro-batches.
+        options: dict[str, Any] = {"n_microbatches": n_micro, "loss_fn": _the_loss, "scale_grads": False}
+        if self._schedule_name == "1f1b":
+            return Schedule1F1B(stages[0], **options)
+        if self._schedule_name == "interleaved":
+            return ScheduleInterleaved1F1B(cast(Any, stages), **options)
+        return ScheduleInterleavedZeroBubble(cast(Any, stages), **options)
+
+    def _take_part(self, stage: Any) -> None:
+        """Let a stage's `forward` be what torch's schedules call: the stream as an argument, the batch by name."""
+
+        def forward(*received: Tensor, **batch: Tensor) -> Tensor:
+            result = stage.forward_stage(received[0] if received else None, self._part(batch))
+            if not isinstance(result, LossSum):
+                return cast(Tensor, result)
+            self._weights.append(result.weight)
+            return result.loss
+
+        stage.forward = forward
+
+    def _sums(self, losses: list[Tensor]) -> Tensor:
+        if not losses:
+            return torch.zeros(2, dtype=torch.float64, device=self._device)
+        return torch.stack([torch.stack(losses).double().sum(), torch.stack(self._weights).double().sum()]).detach()
+
+    def _rank_of(self, stage: int) -> int:
+        return dist.get_global_rank(self._group, stage % self._ranks)
+
+
+def identity(batch: Batch) -> Batch:
+    """The whole of a batch."""
+    return batch
+
+
+def enumerate_from(stages: Iterable[nn.Module], first: int, step: int) -> Iterator[tuple[int, nn.Module]]:
+    """A rank's stages with their numbers among all stages."""
+    for place, stage in enumerate(stages):
+        yield first + place * step, stage
+
+
+def ends_group(pp: DeviceMesh, world: DeviceMesh) -> dist.ProcessGroup | None:
+    """The first and the last rank of each row of the pp axis, as a group; None on the ranks between. Collective.
+
+    Args:
+        pp: The axis of the stages.
+        world: The mesh of all ranks, of which `pp` is the outermost axis.
+    """
+    if pp.size() == 2:
+        return pp.get_group()
+    ranks = world.mesh.reshape(pp.size(), -1)
+    pairs = [[int(first), int(last)] for first, last in zip(ranks[0], ranks[-1], strict=True)]
+    group, _ = dist.new_subgroups_by_enumeration(pairs)
+    return group if pp.get_local_rank() in (0, pp.size() - 1) else None
+
+
+def _the_loss(output: Tensor, target: Tensor) -> Tensor:
+    return output
+
+
+def _wait(sent: tuple[dist.Work | None, Tensor] | None) -> None:
+    """Wait until a tensor is sent; it is kept until then."""
+    if sent is not None and sent[0] is not None:
+        sent[0].wait()
