@@ -278,15 +278,16 @@ def test_processes_share_a_cache_and_fetch_each_shard_once(server: Any, packed: 
 def test_readers_killed_in_the_middle_of_a_fetch_leave_a_cache_that_is_gone_on_with(
     server: Any, packed: ShardIndex, tmp_path: Path
 ) -> None:
-    server.always = faults.stall(0.3)
+    server.faults = {"*.tar": [faults.truncated] * 3}
+    server.delay_s = 0.1
     size = sum(sorted((packed.stored_bytes(n) for n in range(len(packed.shards))), reverse=True)[: 2 * WINDOW + 1])
-    for _ in range(4):
+    for pause_s in (0.0, 0.1, 0.3):
         process = reader(server, tmp_path / "cache", size, 0, 40)
         assert process.stdout is not None
         process.stdout.readline()
+        time.sleep(pause_s)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    server.always = None
     process = reader(server, tmp_path / "cache", size, 0, 40)
     assert process.communicate(timeout=60)[0] == expected_lines(packed, 0, 40)
     held = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".tar", ".npy")]

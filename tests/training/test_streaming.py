@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -40,11 +39,12 @@ faults = _faulty_server()
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    library = Path(os.__file__).parent
+def shards(tmp_path: Path, real_data: Path) -> Path:
+    """Three novels in shards of 512 KiB."""
     out = tmp_path / "shards"
-    files = [library / f"{name}.py" for name in ("abc", "bisect", "copy", "heapq", "queue", "sched", "stat")]
-    pack(files, out, Tokenizer.open("bytes"), validation="10%", shard_bytes=16 << 10)
+    names = ("a_tale_of_two_cities", "pride_and_prejudice", "great_expectations")
+    files = [real_data / "gutenberg" / f"{name}.txt" for name in names]
+    pack(files, out, Tokenizer.open("bytes"), validation="10%", shard_bytes=1 << 19)
     assert len(load_index(out / "train").shards) > 5
     return out
 
@@ -53,6 +53,7 @@ def shards(tmp_path: Path) -> Path:
 def server(shards: Path) -> Iterator[Any]:
     with faults.serving(shards) as running:
         running.faults = {
+            "*.tar": [faults.status(503), faults.truncated],
             "shard-000000.tar": [faults.status(500), faults.status(500), faults.truncated],
             "shard-000001.tar": [faults.reset, faults.wrong_length],
             "shard-000002.tar": [faults.no_range_truncated, faults.no_range],
@@ -72,7 +73,7 @@ def configured(write_config: Callable[..., Path], tmp_path: Path) -> Callable[[s
             duration=f"{STEPS} steps",
             batch={"size": 16},
             data={"train": f"{place}/train", "validation": f"{place}/validation", "shuffle_window": 2},
-            streaming={"log_samples": True, "cache_dir": str(tmp_path / "cache"), "cache": "150 kB", "timeout": "2 s"},
+            streaming={"log_samples": True, "cache_dir": str(tmp_path / "cache"), "cache": "10 MB", "timeout": "2 s"},
             checkpoint={"every": "5 steps"},
         )
         return path.rename(tmp_path / f"{name}.yaml")
@@ -108,7 +109,7 @@ def test_a_run_over_a_server_that_fails_and_a_kill_equals_one_from_disk_to_the_b
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
     assert all("data_wait_s" in row for row in read_lines(run / "metrics.jsonl"))
     sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.suffix in (".tar", ".npy")]
-    assert sum(sizes) <= 150_000
+    assert sum(sizes) <= 10_000_000
 
 
 def test_data_out_of_reach_is_refused_before_a_process_is_started(
