@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,11 @@ app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_
 def data_pack(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Pack images from FOLDER/CLASS/NAME.png or .jpg.")] = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
@@ -28,28 +32,32 @@ def data_pack(
     skip_bad: Annotated[int, typer.Option(min=0, help="Documents that may be bad, and are passed over.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Tokenise documents into WebDataset shards; after a kill the same command goes on."""
+    """Pack text or images into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
+        from bigtrain.data.pack_images import pack_images
         from bigtrain.data.tokenizers import Tokenizer
 
         try:
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
             raise UserError(str(error), "--shard-size") from None
+        common: dict[str, Any] = {
+            "validation": validation,
+            "shard_bytes": shard_bytes,
+            "skip_bad": skip_bad,
+            "workers": workers or len(os.sched_getaffinity(0)),
+        }
         with stages() as progress:
-            summary = pack(
-                inputs,
-                out,
-                Tokenizer.open(tokenizer),
-                validation=validation,
-                key=key,
-                shard_bytes=shard_bytes,
-                skip_bad=skip_bad,
-                workers=workers or len(os.sched_getaffinity(0)),
-                progress=progress,
-            )
+            if images:
+                if len(inputs) != 1 or tokenizer is not None:
+                    raise UserError("images are packed from one folder, without a tokenizer")
+                summary = pack_images(inputs[0], out, size=image_size, progress=progress, **common)
+            elif tokenizer is None:
+                raise UserError("text needs a tokenizer", fix="name one with --tokenizer, for example bytes")
+            else:
+                summary = pack(inputs, out, Tokenizer.open(tokenizer), key=key, progress=progress, **common)
         show(summary.as_json(), as_json, lines)
 
 

@@ -118,7 +118,7 @@ def index_directory(
         scans.append((path, scan_shard(path, tokenizer, bad)))
         if progress is not None:
             progress(path.name)
-    _check_common(scans)
+    check_common(scans)
     shards = [write_shard(path, scan, root) for path, scan in scans]
     if former is not None and text_bytes is None and [s.hash for s in shards] == [s.hash for s in former.shards]:
         text_bytes = former.text_bytes
@@ -174,7 +174,7 @@ def index_urls(
     try:
         looked = list(pool.map(look, names))
         scans = [(path, scan) for path, scan, _ in looked]
-        _check_common(scans)
+        check_common(scans)
         return write_common(root, scans, [shard for *_, shard in looked], tokenizer, base_url=place.url)
     except BaseException:
         pool.shutdown(cancel_futures=True)
@@ -252,7 +252,12 @@ def _tokenizer_info(
     return info
 
 
-def _check_common(scans: list[tuple[Path, Scan]]) -> None:
+def check_common(scans: list[tuple[Path, Scan]]) -> None:
+    """Refuse shards of several kinds.
+
+    Raises:
+        UserError: Names the first that differs.
+    """
     first_path, first = scans[0]
     for path, scan in scans:
         if (scan.kind, scan.dtype, scan.text) != (first.kind, first.dtype, first.text):

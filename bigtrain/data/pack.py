@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bigtrain.config import UserError
 from bigtrain.data.documents import Source, parts, sources
 from bigtrain.data.indexing import write_common
 from bigtrain.data.pack_plan import PlannedShard, SplitPlan, Survey
-from bigtrain.data.pack_work import Job, Scratch, finished_shards
+from bigtrain.data.pack_work import Job, Scratch, finished_shards, text_worker
 from bigtrain.data.pack_workers import PackError, Pool, open_pool
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_directory, write_json
@@ -128,15 +129,13 @@ def pack(
     target = Path(out)
     if shard_bytes < MIN_SHARD_BYTES:
         raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{str(out)!r} exists and is not empty", fix="choose another --out, or delete it")
     found = list(sources(inputs))
     job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes)))
     identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
-    with _workplace(target, identity) as scratch:
+    with workplace(target, identity) as scratch:
         if sum(source.bytes for source in found) <= SMALL_INPUT_BYTES:
             workers = 1
-        with open_pool(workers, job, scratch, tokenizer) as pool:
+        with open_pool(workers, partial(text_worker, job, scratch, tokenizer.definition())) as pool:
             return _Packing(pool, job, scratch, tokenizer, shard_bytes, progress).run(share, target)
 
 
@@ -176,7 +175,7 @@ class _Packing:
         if not self._number:
             raise _no_text()
         splits = {name: self._finish(name, target) for name in self._plans}
-        _publish(self._scratch.root, target)
+        publish(self._scratch.root, target)
         how = None if survey is None else "documents" if boundary is None else "tail"
         return PackSummary(str(target), self._tokenizer.vocab_size, how, self._empty, splits, self._skipped)
 
@@ -305,12 +304,17 @@ def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
 
 
 @contextlib.contextmanager
-def _workplace(target: Path, identity: str) -> Iterator[Scratch]:
+def workplace(target: Path, identity: str) -> Iterator[Scratch]:
     """A directory beside `target`, locked while it is used; after a kill or a full disk it stays, to be gone on with.
 
+    Args:
+        identity: Of the packing; what another one left is removed.
+
     Raises:
-        UserError: Another process packs to `target`.
+        UserError: `target` is not empty, or another process packs to it.
     """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"'{target}' exists and is not empty", fix="choose another --out, or delete it")
     target.parent.mkdir(parents=True, exist_ok=True)
     root = target.parent / f".{target.name}.packing"
     with _alone(root.with_name(f"{root.name}.lock"), target):
@@ -347,7 +351,7 @@ def _alone(lock: Path, target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _publish(root: Path, target: Path) -> None:
+def publish(root: Path, target: Path) -> None:
     """Put what is finished in its place, all at once."""
     shutil.rmtree(root / "parts")
     (root / "job.json").unlink()

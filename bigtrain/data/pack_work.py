@@ -157,6 +157,11 @@ class Worker:
         return tokens + 1, characters, text_bytes
 
 
+def text_worker(job: Job, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> Worker:
+    """A worker from what can be sent to a process; see `Tokenizer.definition`."""
+    return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
+
+
 def _sound(document: Document, bad: BadSamples) -> Iterator[str]:
     """A document's pieces, all of them or, where one is bad, none."""
     if document.text is None:

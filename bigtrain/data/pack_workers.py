@@ -6,14 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from bigtrain.config import UserError
-from bigtrain.data.pack_work import Job, Scratch, Worker
-from bigtrain.data.tokenizers import Tokenizer
 
 
 class PackError(UserError):
@@ -23,7 +21,7 @@ class PackError(UserError):
 
 
 class Pool(Protocol):
-    """Does the methods of `Worker` by name."""
+    """Does the methods of a worker by name."""
 
     ahead: int
     """Pieces of work to have under way."""
@@ -38,7 +36,7 @@ class _Here:
 
     ahead = 1
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Any) -> None:
         self._worker = worker
 
     def submit(self, method: str, *arguments: Any) -> Future[None]:
@@ -58,18 +56,21 @@ class _Processes:
 
 
 @contextlib.contextmanager
-def open_pool(workers: int, job: Job, scratch: Scratch, tokenizer: Tokenizer) -> Iterator[Pool]:
+def open_pool(workers: int, make: Callable[[], Any]) -> Iterator[Pool]:
     """Workers; they end with the block, or with this process.
+
+    Args:
+        make: Makes the worker, in each process.
 
     Raises:
         PackError: A worker process died.
     """
     if workers == 1:
-        yield _Here(Worker(job, scratch, tokenizer))
+        yield _Here(make())
         return
     # Forking would copy the locks of the threads that libraries have started.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, _start, (job, scratch, tokenizer.definition()))
+    executor = ProcessPoolExecutor(workers, context, _start, (make,))
     try:
         yield _Processes(executor, workers)
     except BrokenProcessPool:
@@ -81,13 +82,13 @@ def open_pool(workers: int, job: Job, scratch: Scratch, tokenizer: Tokenizer) ->
         executor.shutdown(cancel_futures=True)
 
 
-_worker: Worker | None = None
+_worker: Any = None
 """Of a worker process, which serves one packing."""
 
 
-def _start(job: Job, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> None:
+def _start(make: Callable[[], Any]) -> None:
     global _worker
-    _worker = Worker(job, scratch, Tokenizer.from_definition(tokenizer))
+    _worker = make()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -99,5 +100,4 @@ def _end_with_parent() -> None:
 
 
 def _work(method: str, arguments: tuple[Any, ...]) -> None:
-    assert _worker is not None
     getattr(_worker, method)(*arguments)
