@@ -119,10 +119,12 @@ def test_data_out_of_reach_is_refused_before_a_process_is_started(
         "nowhere": ("http://127.0.0.1:9", "data.train"),
         "missing": (f"{server.url}/nothing", "404"),
         "pipe": ("pipe:cat x", "scheme"),
+        "secret": ("https://user:canary@127.0.0.1/x", "credentials"),
     }
     for name, (place, message) in cases.items():
         done = bigtrain("train", configured(name, place))
         assert done.returncode == ExitCode.USER
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+        assert "canary" not in done.stderr + done.stdout
         assert not (tmp_path / "runs" / name).exists()
