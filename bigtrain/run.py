@@ -13,10 +13,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import SerializeAsAny, StringConstraints, create_model, field_validator
 
@@ -29,6 +29,7 @@ from bigtrain.jobs.config import JobConfig
 from bigtrain.models.config import ModelConfig, families, family, preset, presets
 from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.plugin import Plugin
 from bigtrain.tracking.config import TrackingConfig
 from bigtrain.training.config import EvaluationConfig, InitConfig
 
@@ -123,30 +124,52 @@ WHAT = ("seed", "model", "data", "batch", "duration", "optimizer", "schedule", "
 
 
 @functools.cache
-def run_config(arch: str) -> type[RunConfig]:
+def run_config(section: type[ModelConfig]) -> type[RunConfig]:
     """RunConfig with the `model` section of one family, so that its keys are typed and known by name.
 
     One class a family, so that equal configs compare equal.
     """
-    section = family(arch)
+    arch = ", ".join(get_args(section.model_fields["arch"].annotation))
     return create_model(f"RunConfig[{arch}]", __base__=RunConfig, model=(section, RunConfig.model_fields["model"]))
 
 
-def load_config(path: Path, overrides: list[str] | None = None, name: str | None = None) -> RunConfig:
+def load_config(
+    path: Path, overrides: list[str] | None = None, name: str | None = None, plugin: Plugin | None = None
+) -> RunConfig:
     """Read, complete and check a run's YAML; paths in it become absolute.
 
+    Args:
+        plugin: The user's own model families.
+
     Raises:
-        UserError: Anything wrong in the file, with its line.
+        UserError: Anything wrong in the file, with its line; a model that comes with a plugin which is not given.
     """
     document = load.read_document(path, overrides or [])
     if name is not None:
         document.override(("name",), name)
-    kind = _complete_model(document)
+    own = plugin.families if plugin else {}
+    _require_plugin(document, path, own)
+    kind = _complete_model(document, own)
     config = load.build(kind, document)
     return _absolute(config)
 
 
-def _complete_model(document: yaml_file.Document) -> type[RunConfig]:
+def _require_plugin(document: yaml_file.Document, path: Path, own: Mapping[str, type[ModelConfig]]) -> None:
+    """Refuse the config of a run whose model came with a plugin, where it is not given again."""
+    model = document.value.get("model")
+    directory = RunDirectory(path.parent)
+    if path.name != directory.config.name or not directory.exists() or not isinstance(model, dict):
+        return
+    arch, source = model.get("arch"), directory.read_record().get("plugin")
+    if source is not None and arch not in own:
+        raise UserError(
+            f"The model of this run, arch '{arch}', is the user's own code, which is loaded only where it is named",
+            str(path),
+            f"Add --plugin {source['place']}",
+        )
+
+
+def _complete_model(document: yaml_file.Document, own: Mapping[str, type[ModelConfig]]) -> type[RunConfig]:
     """Lay the preset under the model's own keys; the typed config of its family."""
     model = document.value.get("model")
     if not isinstance(model, dict):
@@ -165,9 +188,9 @@ def _complete_model(document: yaml_file.Document) -> type[RunConfig]:
         model.clear()
         model.update(merged)
     if "arch" not in model:
-        raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join(families())}.")
+        raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join([*families(), *own])}.")
     try:
-        return run_config(str(model["arch"]))
+        return run_config(own.get(model["arch"]) or family(str(model["arch"])))
     except UserError as error:
         raise UserError(error.what, where, error.fix) from None
 
@@ -188,6 +211,8 @@ def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batc
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
     what["model"] = {**what["model"], **config.model.fingerprint()}
+    if config.model.plugin is not None:
+        what["model"]["plugin"] = config.model.plugin.sha256
     what["data"] = {**what["data"], **fingerprints}
     what["batch"] = {"sequences": batch_sequences}
     what["init"] = {"source": config.init.hash, "state": config.init.state}
@@ -295,19 +320,18 @@ class RunDirectory:
             )
 
     def write(self, config: RunConfig, what: dict[str, Any]) -> None:
-        """Record the resolved config, and on the first start what is trained."""
+        """Record the resolved config, where the model's code is, and on the first start what is trained."""
         self.path.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(self.config, yaml_file.dump(config.plain()))
-        if not self.exists():
-            storage.write_json(
-                self.record,
-                {
-                    "format_version": FORMAT_VERSION,
-                    "name": self.name,
-                    "identity": identity(what),
-                    "what": what,
-                },
-            )
+        record = (
+            self.read_record()
+            if self.exists()
+            else {"format_version": FORMAT_VERSION, "name": self.name, "identity": identity(what), "what": what}
+        )
+        plugin = config.model.plugin
+        known = record | ({"plugin": asdict(plugin)} if plugin is not None else {})
+        if not self.exists() or known != record:
+            storage.write_json(self.record, known)
 
 
 def find_run(run: str, runs_dir: Path) -> RunDirectory:
@@ -330,12 +354,13 @@ def list_runs(runs_dir: Path) -> list[RunDirectory]:
     return [RunDirectory(path.parent) for path in sorted(runs_dir.glob("*/run.json"))]
 
 
-def config_schema() -> dict[str, Any]:
+def config_schema(plugin: Plugin | None = None) -> dict[str, Any]:
     """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
+    sections = {arch: family(arch) for arch in families()} | dict(plugin.families if plugin else {})
     schema = {**load.json_schema(RunConfig), "title": "bigtrain run"}
     choices = []
-    for arch in families():
-        model = load.json_schema(family(arch))
+    for arch, section in sections.items():
+        model = load.json_schema(section)
         schema["$defs"].update(model.pop("$defs", {}))
         del model["$schema"]
         model["properties"]["arch"] = {"const": arch, "type": "string"}

@@ -18,16 +18,17 @@ import xxhash
 
 logger = logging.getLogger(__name__)
 
-HASH_CHUNK_BYTES = 1 << 22
+HASH_CHUNK_BYTES = 1 << 20
 MAX_WAITING_LINES = 100_000
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
     """The XXH3-128 hash of a file's bytes, as "xxh3:HEX": proves integrity, not origin."""
     digest = xxhash.xxh3_128()
+    chunk = memoryview(bytearray(HASH_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
     return f"xxh3:{digest.hexdigest()}"
 
 

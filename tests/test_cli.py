@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,8 @@ from bigtrain.training.prepare import prepare
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 RUN_TIMEOUT_S = 120
-HELP_CPU_S = 0.3
+HELP_OVER_TYPER = 2.0
+"""Processor time of the help over that of importing typer: 1.3 as it is, 2.6 with the config, 3 with numpy."""
 STATUS_KEYS = {
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "restarts", "last_event", "eta_s", "wandb_url",
 }  # fmt: skip
@@ -283,19 +283,25 @@ def test_data_commands_answer_with_one_object(place: Path) -> None:
     assert "shard-000000.tar" in json.loads(damaged.stdout)["error"]
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    arguments = [sys.executable, "-X", "importtime", "-m", "bigtrain.cli", "--help"]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
-    assert "typer" in imported
-    assert imported.isdisjoint({"torch", "ray", "deepspeed", "wandb", "plotly", "webdataset", "transformers", "numpy"})
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "bigtrain.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < HELP_CPU_S
+def imported(*arguments: str) -> set[str]:
+    """The top-level packages that a fresh Python has imported in the end, without the standard library's."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    return names - sys.stdlib_module_names
+
+
+HELP = ("-m", "bigtrain.cli", "--help")
+TYPER = ("-c", "import typer")
+
+
+def test_help_imports_typer_and_nothing_else() -> None:
+    assert imported(*HELP) - imported(*TYPER) == {"bigtrain"}
+    assert imported("-c", "import bigtrain") - imported("-c", "pass") == {"bigtrain"}
+
+
+def test_help_is_quick(cpu_ratio: Callable[..., float]) -> None:
+    assert cpu_ratio(HELP, TYPER) < HELP_OVER_TYPER
 
 
 # Runs that go on

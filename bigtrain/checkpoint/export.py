@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +17,7 @@ import bigtrain
 from bigtrain.checkpoint import commit, loader
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.reader import SafeReader
-from bigtrain.config import CorruptionError, UserError
+from bigtrain.config import UserError
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -43,16 +45,8 @@ def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_F
         UserError: `out` is not empty; there is no such step.
         CorruptionError: The checkpoint does not verify.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty", str(out), "give a new directory")
-    checkpoint = commit.find_checkpoint(directory, step)
-    if checkpoint is None:
-        raise UserError(f"there is no checkpoint of step {step}", str(directory), "see `bigtrain checkpoint list`")
-    problems = commit.verify(checkpoint.path)
-    if problems:
-        raise CorruptionError(f"the checkpoint of step {step} is damaged: {problems[0]}", str(checkpoint.path))
-    manifest = read_manifest(checkpoint.path)
-    reader = SafeReader(checkpoint.path, manifest.files)
+    reader = loader.verified_reader(directory, step)
+    manifest = read_manifest(reader.path)
     parts = _split(reader, max_file_bytes)
     notes = {
         "format": "pt",
@@ -61,11 +55,25 @@ def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_F
         "config_hash": manifest.config_hash,
         "identity": manifest.identity,
     }
+    with appears_whole(out) as temporary:
+        names = _write_parts(reader, parts, temporary, notes)
+    return [out / name for name in names]
+
+
+@contextmanager
+def appears_whole(out: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `out` at the end, and is removed where that is not reached.
+
+    Raises:
+        UserError: `out` is there, and not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty", str(out), "give a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        names = _write_parts(reader, parts, temporary, notes)
+        yield temporary
         fsync_directory(temporary)
         if out.exists():
             out.rmdir()
@@ -73,7 +81,6 @@ def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_F
         fsync_directory(out.parent)
     finally:
         commit.discard(temporary)
-    return [out / name for name in names]
 
 
 def _write_parts(reader: SafeReader, parts: list[list[str]], out: Path, notes: dict[str, str]) -> list[str]:

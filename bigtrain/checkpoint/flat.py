@@ -3,11 +3,13 @@
 ZeRO lays parameters end to end and cuts the line into equal parts, so a rank's share of a matrix is no rectangle.
 Checkpoints are made of rectangles: a run is cut into as few of them as cover it (for a matrix: the end of a row, whole
 rows, the beginning of a row), each a view of the memory that DeepSpeed itself works on. Nothing is copied or gathered.
+Under tensor parallelism the line is made of this rank's parts of the matrices: the run lies in a `Box` of the whole.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,12 +41,12 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
     return pieces + (inside(last, 0, end - last * row) if end % row else [])
 
 
-def first_element(shape: tuple[int, ...], offset: tuple[int, ...]) -> int:
-    """Place of an element in row-major order."""
-    place = 0
-    for size, index in zip(shape, offset, strict=True):
-        place = place * size + index
-    return place
+@dataclass(frozen=True)
+class Box:
+    """A rectangle inside a tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 class FlatPart(Tensor):
@@ -56,14 +58,32 @@ class FlatPart(Tensor):
 
     local: Tensor
     begin: int
+    box: Box
+    written: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, begin: int, shape: torch.Size | tuple[int, ...]) -> FlatPart:
-        """Stand for a tensor of `shape`; `local` is 1-D and shares its memory with what is saved or loaded."""
+    def __new__(
+        cls,
+        local: Tensor,
+        begin: int,
+        shape: torch.Size | tuple[int, ...],
+        box: Box | None = None,
+        written: bool = True,
+    ) -> FlatPart:
+        """Stand for a tensor of `shape`.
+
+        Args:
+            local: 1-D; shares its memory with what is saved or loaded.
+            begin: Place of its first element in the box, in row-major order.
+            shape: Of the whole tensor.
+            box: What the line is made of; None: the whole tensor.
+            written: Whether a save takes it from here; False for a further copy, which is loaded alone.
+        """
         part: FlatPart = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=local.dtype, device=local.device
         )
-        part.local, part.begin = local.detach(), begin
+        part.local, part.begin, part.written = local.detach(), begin, written
+        part.box = Box((0,) * len(shape), tuple(shape)) if box is None else box
         return part
 
     @classmethod
@@ -72,24 +92,28 @@ class FlatPart(Tensor):
     ) -> Any:
         if function is torch.ops.aten.detach.default:
             part = args[0]
-            return FlatPart(part.local, part.begin, part.shape)
+            return FlatPart(part.local, part.begin, part.shape, part.box, part.written)
         raise TypeError(f"{function} on a FlatPart: it is saved and loaded, not computed with")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FlatPart({tuple(self.shape)}, {self.begin}:{self.begin + self.local.numel()})"
 
     def pieces(self) -> list[tuple[Rectangle, Tensor]]:
-        """Each rectangle that this rank holds, and the view of `local` with its values."""
-        cut = []
-        for offset, sizes in rectangles(tuple(self.shape), self.begin, self.begin + self.local.numel()):
-            start = first_element(tuple(self.shape), offset) - self.begin
-            cut.append(((offset, sizes), self.local.narrow(0, start, math.prod(sizes)).view(sizes)))
+        """Each rectangle of the whole that this rank holds, in the run's order, and the view of `local` on it."""
+        cut, start = [], 0
+        for inside, sizes in rectangles(self.box.shape, self.begin, self.begin + self.local.numel()):
+            offset = tuple(first + at for first, at in zip(self.box.offset, inside, strict=True))
+            count = math.prod(sizes)
+            cut.append(((offset, sizes), self.local.narrow(0, start, count).view(sizes)))
+            start += count
         return cut
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes)) for (offset, sizes), _ in self.pieces()]
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        if not self.written:
+            return []
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(

@@ -125,18 +125,26 @@ def read_tensors(directory: Path, step: int, prefix: str = "model.") -> dict[str
     Raises:
         UserError, CorruptionError: As `find`.
     """
-    ranks_of_one = Ranks(None)
+    reader = verified_reader(directory, step)
+    names = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(prefix)]
+    return read_full(reader, names, prefix)
+
+
+def verified_reader(directory: Path, step: int) -> SafeReader:
+    """A reader of a checkpoint that this process alone has verified.
+
+    Raises:
+        UserError, CorruptionError: As `find`.
+    """
     candidate = _candidates(directory, step)[0]
-    problems = _verify_share(candidate, ranks_of_one)
+    problems = _verify_share(candidate, Ranks(None))
     if problems:
         raise CorruptionError(
             f"the checkpoint of step {step} is damaged: {problems[0]}",
             str(candidate.path),
             "use another step",
         )
-    reader = SafeReader(candidate.path, read_manifest(candidate.path).files)
-    names = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(prefix)]
-    return read_full(reader, names, prefix)
+    return SafeReader(candidate.path, read_manifest(candidate.path).files)
 
 
 def read_full(reader: SafeReader, names: Collection[str], prefix: str = "") -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.commit import PhaseHook
-from bigtrain.checkpoint.flat import FlatPart, first_element
+from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import FileRecord
 from bigtrain.checkpoint.ranks import Ranks
 from bigtrain.storage import fsync_directory, fsync_file, hash_file
@@ -31,11 +31,12 @@ METADATA_NAME = ".metadata"
 
 
 def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of each tensor that this rank holds, sharing memory; without those on meshes it is not in."""
+    """The part of each tensor that this rank holds, sharing memory; without those that it does not write."""
     local = {}
     for name, tensor in state.items():
         if isinstance(tensor, FlatPart):
-            local[name] = tensor.local
+            if tensor.written:
+                local[name] = tensor.local
         elif isinstance(tensor, DTensor):
             if tensor.device_mesh.get_coordinate() is None:
                 continue
@@ -82,10 +83,13 @@ class _StagedPlanner(DefaultSavePlanner):
     def __init__(self, items: list[WriteItem], local: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._items, self._local = items, local
-        self._begin: dict[str, int] = {}
+        self._starts: dict[MetadataIndex, int] = {}
+        """Where each item's values begin in the local tensor: the items of a run of elements follow each other."""
+        filled: dict[str, int] = {}
         for item in items:
-            place = _first_element(item)
-            self._begin[item.index.fqn] = min(place, self._begin.get(item.index.fqn, place))
+            start = filled.get(item.index.fqn, 0)
+            self._starts[item.index] = start
+            filled[item.index.fqn] = start + _sizes(item).numel()
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(list(self._items))
@@ -93,18 +97,23 @@ class _StagedPlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         local = self._local[write_item.index.fqn]
-        sizes = write_item.tensor_data.chunk.sizes  # type: ignore[union-attr]
-        if local.shape == sizes:
-            return local
-        # A run of elements, of which this item is one of the rectangles that it is cut into.
-        start = _first_element(write_item) - self._begin[write_item.index.fqn]
-        return local.narrow(0, start, sizes.numel()).view(sizes)
+        sizes = _sizes(write_item)
+        if local.shape != sizes:
+            local = local.narrow(0, self._starts[write_item.index], sizes.numel()).view(sizes)
+        return _with_storage_of_its_own(local)
 
 
-def _first_element(item: WriteItem) -> int:
-    data = item.tensor_data
-    assert data is not None
-    return first_element(tuple(data.size), tuple(data.chunk.offsets))
+def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that is no part of a larger storage: DCP saves whole storages, so it would copy."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    # By way of bytes, since numpy has no BF16.
+    return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
+
+
+def _sizes(item: WriteItem) -> torch.Size:
+    assert item.tensor_data is not None  # there are no entries of bytes
+    return item.tensor_data.chunk.sizes
 
 
 class _Writer(FileSystemWriter):

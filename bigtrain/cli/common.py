@@ -12,17 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.config import UserError
-
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs live.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs laid over the file.")]
+PluginOption = Annotated[
+    str | None, typer.Option("--plugin", metavar="MODULE", help="Your own model: a .py file, a package or a module.")
+]
 RUNS = Path("runs")
 
 
 @contextmanager
 def errors(as_json: bool = False) -> Iterator[None]:
     """Show a user's mistake without a traceback, and exit with its code."""
+    from bigtrain.config import UserError
+
     try:
         yield
     except BrokenPipeError:
@@ -98,8 +101,15 @@ def lines(result: dict[str, Any], indent: str = "") -> str:
     return "\n".join(text)
 
 
-def load(config: Path, overrides: list[str] | None, name: str | None = None) -> Any:
+def load(config: Path, overrides: list[str] | None, name: str | None = None, plugin: str | None = None) -> Any:
     """A run's config; see `bigtrain.run.load_config`."""
     from bigtrain.run import load_config
 
-    return load_config(config, overrides, name)
+    return load_config(config, overrides, name, plugged(plugin))
+
+
+def plugged(place: str | None) -> Any:
+    """The code that `--plugin` names; see `bigtrain.plugin.load_plugin`."""
+    from bigtrain.plugin import load_plugin
+
+    return load_plugin(place) if place is not None else None

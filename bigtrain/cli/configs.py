@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bigtrain.cli.common import Json, Overrides, errors, load, show
+from bigtrain.cli.common import Json, Overrides, PluginOption, errors, load, plugged, show
 
 app = typer.Typer(help="Show, validate and describe configs.", no_args_is_help=True)
 
@@ -17,19 +17,21 @@ app = typer.Typer(help="Show, validate and describe configs.", no_args_is_help=T
 def config_show(
     config: Annotated[Path, typer.Argument(help="A run's YAML.")],
     overrides: Overrides = None,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """Print the resolved config: every default, absolute paths."""
     with errors(as_json):
         from bigtrain.config.yaml_file import dump
 
-        show(load(config, overrides).plain(), as_json, lambda value: dump(value).rstrip())
+        show(load(config, overrides, plugin=plugin).plain(), as_json, lambda value: dump(value).rstrip())
 
 
 @app.command("validate")
 def config_validate(
     config: Annotated[Path, typer.Argument(help="A run's YAML.")],
     overrides: Overrides = None,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a config against its data, without training."""
@@ -37,7 +39,7 @@ def config_validate(
         from bigtrain.models.check import check_model
         from bigtrain.training.prepare import prepare
 
-        prepared = prepare(load(config, overrides))
+        prepared = prepare(load(config, overrides, plugin=plugin))
         check_model(prepared.config.model, prepared.outputs)
         result = {
             "name": prepared.config.name,
@@ -55,9 +57,9 @@ def config_validate(
 
 
 @app.command("schema")
-def config_schema() -> None:
+def config_schema(plugin: PluginOption = None) -> None:
     """Print the JSON Schema of a run's YAML, for editors."""
     with errors():
         from bigtrain.run import config_schema as schema
 
-        print(json.dumps(schema(), indent=2))
+        print(json.dumps(schema(plugged(plugin)), indent=2))

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from bigtrain.cli.common import Json, counting, errors, lines, show, stages
-from bigtrain.config import UserError
 
 INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
 
@@ -34,6 +33,7 @@ def data_pack(
 ) -> None:
     """Pack text or images into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
+        from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
         from bigtrain.data.pack_images import pack_images
@@ -88,6 +88,7 @@ def data_index(
 ) -> None:
     """Index tars made elsewhere, so that runs can read them."""
     with errors(as_json):
+        from bigtrain.config import UserError
         from bigtrain.data.config import is_url
         from bigtrain.data.indexing import index_directory, index_urls
         from bigtrain.data.text import BadSamples

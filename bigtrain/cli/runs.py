@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, RunsDir, errors, load, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load, plugged, show
 
 app = typer.Typer()
 
@@ -26,13 +26,14 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
     fork: Annotated[str | None, typer.Option(help="Start a new run from the newest checkpoint.")] = None,
+    plugin: PluginOption = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
 ) -> None:
     """Train a run on this machine; a run that exists resumes where it is."""
     with errors():
         from bigtrain.jobs.train import train as start
 
-        code = start(load(config, overrides, name), runs_dir_of(config, runs_dir), procs=nproc, fork=fork)
+        code = start(load(config, overrides, name, plugin), runs_dir_of(config, runs_dir), procs=nproc, fork=fork)
     raise typer.Exit(int(code))
 
 
@@ -97,6 +98,7 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest only.")] = None,
     seed: Annotated[int, typer.Option(help="Another text for another number.")] = 0,
+    plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -116,6 +118,7 @@ def sample(
             temperature=temperature,
             top_k=top_k,
             seed=seed,
+            plugin=plugged(plugin),
         )
         show({"text": text}, as_json, lambda result: result["text"])
 

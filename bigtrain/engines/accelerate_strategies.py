@@ -24,6 +24,7 @@ from bigtrain.config import UserError, nearest
 from bigtrain.engines.config import AccelerateConfig
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import import_deepspeed, leave_process_group
+from bigtrain.models.init import Part
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_USE_MEGATRON_LM")
 """Variables by which Accelerate overrules its arguments, and which it sets itself."""
@@ -186,7 +187,13 @@ class Zero2(Plain):
 
     @cached_property
     def _partitions(self) -> Partitions:
-        return Partitions(self._engine, self._zero.optimizer, self._shapes)
+        return Partitions(
+            self._engine,
+            self._zero.optimizer,
+            dict(self.module.named_parameters()),
+            lambda name: Part.whole(self._shapes[name]),
+            dist.get_rank(),
+        )
 
 
 def prepare(
@@ -207,10 +214,7 @@ def prepare(
 
     release()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    arguments = {"ddp": _ddp_arguments, "fsdp2": _fsdp2_arguments, "zero2": _zero2_arguments}
-    if engine.strategy == "zero2":
-        import_deepspeed(device)
-    given = arguments[engine.strategy](engine.passthrough, compute_dtype)
+    given = plugins(engine, device, compute_dtype)
     if engine.strategy == "fsdp2" and given["fsdp_plugin"].transformer_cls_names_to_wrap is None:
         given["fsdp_plugin"].transformer_cls_names_to_wrap = _blocks(model)
     # Asked for a CPU, Accelerate forgets DeepSpeed; not asked, it forgets the ranks (but for their group's backend).
@@ -229,6 +233,18 @@ def prepare(
         made = (Replicated if engine.strategy == "ddp" else FullySharded)(prepared, inner)
     made.check()
     return made
+
+
+def plugins(engine: AccelerateConfig, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """What Accelerate is told.
+
+    Raises:
+        UserError: `passthrough` has a setting that the strategy has not.
+    """
+    arguments = {"ddp": _ddp_arguments, "fsdp2": _fsdp2_arguments, "zero2": _zero2_arguments}
+    if engine.strategy == "zero2":
+        import_deepspeed(device)
+    return arguments[engine.strategy](engine.passthrough, compute_dtype)
 
 
 def release() -> None:

@@ -34,9 +34,9 @@ def build_engine(
     """
     # DeepSpeed is imported where it is asked for, and nowhere else: the import prints and takes a second.
     if isinstance(engine, DeepSpeedConfig):
-        from bigtrain.engines.deepspeed import DeepSpeedEngine
+        from bigtrain.engines.deepspeed_build import build_deepspeed_engine
 
-        return DeepSpeedEngine.build(
+        return build_deepspeed_engine(
             model, vocab_size, optimizer,
             engine=engine, layout=layout, precision=precision, seed=seed, ranks=ranks,
         )  # fmt: skip

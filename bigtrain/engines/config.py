@@ -11,8 +11,8 @@ from bigtrain.config import Section
 Precision = Literal["fp32", "bf16"]
 """Arithmetic of the matmuls and the residual stream; parameters, reductions, norms and loss are FP32 in both."""
 
-Recompute = Literal["none", "full"]
-"""What is computed again in the backward pass instead of kept: nothing, or all but the inputs of blocks."""
+Recompute = Literal["none", "selective", "full"]
+"""What is computed again in the backward pass instead of kept: nothing, what is cheap, all but the inputs of blocks."""
 
 SET_BY_THE_ENGINE = {
     "train_batch_size": "batch.size",
@@ -60,7 +60,8 @@ class _OwnModels(_Engine):
     """What the engines of our own models share."""
 
     recompute: Recompute = "none"
-    """What is computed again in the backward pass instead of kept. full: each block, from its input."""
+    """What is computed again in the backward pass instead of kept. full: each block, from its input. selective: all but
+    matrix products, attention, and what ranks exchange."""
 
     compile: bool = False
     """Whether each block is compiled (torch.compile), all with the same code; fsdp alone."""

@@ -1,126 +1,88 @@
 """The DeepSpeed engine: our models under ZeRO 0 to 3, by the same laws as under FSDP.
 
 DeepSpeed reduces gradients, spreads what its stage spreads, and calls the optimizer, which is torch's own. It averages
-gradients over the ranks; that, and nothing else, is undone: a hook on the optimizer multiplies the reduced gradients by
-ranks / weight and clips them, just before they are used.
+gradients over the data-parallel ranks; that, and nothing else, is undone: a hook on the optimizer multiplies the
+reduced gradients by ranks / weight and clips them, just before they are used.
+
+Under tensor parallelism the model consists of plain tensors of this rank's parts, as DeepSpeed takes no DTensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.config import UserError
-from bigtrain.engines.config import DeepSpeedConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
-from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config, low_precision_weights
+from bigtrain.engines.deepspeed_model import Plan
 from bigtrain.engines.deepspeed_partitions import Partitions
-from bigtrain.engines.deepspeed_start import import_deepspeed, join_process_group, leave_process_group
-from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
-from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Model
-from bigtrain.models.init import fill, initialise
-from bigtrain.optim.config import OptimizerConfig
-from bigtrain.parallel.config import LayoutConfig
-from bigtrain.parallel.mesh import Ranks, pick_device
-from bigtrain.parallel.recompute import recompute_blocks
+from bigtrain.engines.deepspeed_start import leave_process_group
+from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
+from bigtrain.models.init import fill
+from bigtrain.parallel.config import Mesh
+
+
+@dataclass(frozen=True)
+class Started:
+    """What `deepspeed_build` has made."""
+
+    deepspeed: ModuleType
+    engine: Any
+    """DeepSpeed's."""
+    model: Any
+    """Ours, inside it; its parameters have their qualified names."""
+    optimizer: torch.optim.Optimizer
+    """torch's, inside it."""
+    plan: Plan
+    sizes: Mesh
+    """Of the axes over all ranks."""
 
 
 class DeepSpeedEngine:
     """Model and optimizer inside a DeepSpeed engine; see `contract.Engine`."""
 
-    def __init__(
-        self,
-        deepspeed: Any,
-        engine: Any,
-        optimizer: torch.optim.Optimizer,
-        *,
-        shapes: dict[str, torch.Size],
-        clip: float | None,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        """Take over what `build` has started.
+    def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
+        """Take over what has been started, and give it the initial weights.
 
         Args:
-            deepspeed: The imported package.
-            engine: DeepSpeed's engine.
-            optimizer: torch's optimizer inside it.
-            shapes: Of the whole parameters, by name.
             clip: Largest norm of the gradient; None: no limit.
             seed: The run's.
             device: The rank's.
         """
-        self.engine = engine
-        self.model: Any = engine.module
-        self.optimizer = optimizer
+        self.engine = started.engine
+        self.model = started.model
+        self.optimizer = started.optimizer
         self.device = device
-        self.data_parallel_rank = dist.get_rank()
-        self.data_parallel_size = dist.get_world_size()
-        self._deepspeed = deepspeed
+        rank = dist.get_rank()
+        self.data_parallel_rank = started.sizes.data_parallel_rank(rank)
+        self.data_parallel_size = started.sizes.data_parallel
+        self._deepspeed = started.deepspeed
+        self._plan = plan = started.plan
+        self._counts_loss = started.sizes.counts_loss(rank)
         self._clip = clip
         self._seed = seed
-        self._stage = int(engine.zero_optimization_stage())
-        self._partitions = Partitions(engine, optimizer, shapes) if self._stage else None
+        self._stage = int(self.engine.zero_optimization_stage())
+        self._partitions = None
+        if self._stage:
+            self._partitions = Partitions(
+                self.engine,
+                self.optimizer,
+                dict(self.model.named_parameters()),
+                plan.part,
+                self.data_parallel_rank,
+                plan.copies,
+            )
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._norm = torch.zeros_like(self._weight)
-        optimizer.register_step_pre_hook(self._scale_gradients)
-
-    @classmethod
-    def build(
-        cls,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        engine: DeepSpeedConfig,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> DeepSpeedEngine:
-        """Everything from the config's sections, as `FSDPEngine.build`.
-
-        Raises:
-            UserError: A layout that is not plain data parallelism, or a passthrough that DeepSpeed does not take.
-        """
-        _check_layout(layout, ranks)
-        device = pick_device(ranks.local_rank)
-        set_determinism(engine, device)
-        deepspeed = import_deepspeed(device)
-        join_process_group(deepspeed, ranks, device)
-        config = deepspeed_config(engine, precision, device)
-        check_passthrough(config, engine.passthrough)
-        # Shapes and rules of the whole parameters: under ZeRO 3 those of the built model are parts without a shape.
-        with torch.device("meta"):
-            plan = cast(Any, model.build(vocab_size))
-        if engine.zero == 3:
-            # Its `dtype` is left alone: given FP32, it takes BF16.
-            with deepspeed.zero.Init(config_dict_or_path=config):
-                built = cast(Any, model.build(vocab_size))
-        else:
-            with torch.device("meta"):
-                built = cast(Any, model.build(vocab_size))
-            built.to_empty(device=device)
-            initialise(built, seed)
-        built.compute_dtype = COMPUTE_DTYPES[precision]
-        if engine.recompute == "full":
-            recompute_blocks([block for _, block in built.blocks()])
-        if engine.zero == 3:
-            _hold_with_root(deepspeed, built)
-        inner = optimizer.build(plan.named_parameters())
-        _exchange_parameters(inner, dict(built.named_parameters()))
-        started, *_ = deepspeed.initialize(model=built, optimizer=inner, config=config)
-        _check_got(started, engine, precision)
-        shapes = {name: parameter.shape for name, parameter in plan.named_parameters()}
-        self = cls(deepspeed, started, inner, shapes=shapes, clip=optimizer.clip, seed=seed, device=device)
-        self._fill(plan, seed)
-        return self
+        self.optimizer.register_step_pre_hook(self._scale_gradients)
+        self._fill()
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
@@ -145,21 +107,56 @@ class DeepSpeedEngine:
 
     def update(self, sums: Tensor, lr: float, vote: float = 0.0) -> StepResult:
         """Sum what `backward` returned over the ranks, and let DeepSpeed take the step."""
-        vector = torch.cat([sums, torch.full_like(sums[:1], vote)])
+        loss, votes = self._reduce(sums, vote)
+        self._set_lr(lr)
+        self.engine.step()
+        return self._result(loss, votes)
+
+    def _reduce(self, sums: Tensor, vote: float) -> tuple[Tensor, Tensor]:
+        """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself.
+
+        Returns:
+            float64 loss and votes; weight and norm are kept for the optimizer.
+        """
+        if not self._counts_loss:
+            sums = torch.zeros_like(sums)
+        square = self._square_of_gradients()
+        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
         dist.all_reduce(vector)
-        loss, self._weight, votes = vector.unbind()
+        loss, self._weight, square, votes = vector.unbind()
+        self._norm = square.sqrt()
+        return loss, votes
+
+    def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self._stage == 0:
-            # Reduced already, and stepped all at once.
-            self._norm = _norm(self.model.parameters())
-        self.engine.step()
+
+    def _result(self, loss: Tensor, votes: Tensor) -> StepResult:
         norm = self._mean_norm() * self.data_parallel_size / self._weight
         return StepResult(torch.stack([loss, self._weight, norm, votes]))
 
+    @property
+    def _norm_is_ours(self) -> bool:
+        """Whether DeepSpeed leaves the norm to us: at stage 0 its optimizer is torch's."""
+        return self._stage == 0
+
+    def _square_of_gradients(self) -> Tensor:
+        """This rank's part of the square of the norm, float64; 0 where DeepSpeed computes it."""
+        # Reduced already, and the same on all data-parallel ranks.
+        if not self._norm_is_ours or self.data_parallel_rank > 0:
+            return torch.zeros_like(self._norm)
+        copies = self._plan.copies
+        return self._square([p.grad for name, p in self.model.named_parameters() if name not in copies])
+
+    def _square(self, gradients: list[Tensor | None]) -> Tensor:
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not found:
+            return torch.zeros_like(self._norm)
+        return torch.stack(torch._foreach_norm(found)).double().square().sum()
+
     def _mean_norm(self) -> Tensor:
         """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
-        if self._stage == 0:
+        if self._norm_is_ours:
             return self._norm
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
 
@@ -190,17 +187,35 @@ class DeepSpeedEngine:
             for arrays in micro_batches:
                 loss, weight = self.engine(to_device(arrays, self.device))
                 sums += torch.stack([loss, weight]).double()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum
 
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`: FP32 weights, as `FlatPart`s where ranks share them."""
-        if self._partitions is None:
-            materialise_optimizer(self.optimizer)
-            return flatten(self.model, self.optimizer)
-        self._partitions.materialise_optimizer()
-        return self._partitions.state()
+        if self._partitions is not None:
+            self._partitions.materialise_optimizer()
+            return self._partitions.state()
+        materialise_optimizer(self.optimizer)
+        state = flatten(self.model, self.optimizer)
+        for name in self._plan.parts:
+            own = [key for key, tensor in state.items() if tensor.ndim and _is_of(key, name)]
+            state |= {key: self._shown(name, state[key]) for key in own}
+        return state
+
+    def gradients(self) -> dict[str, Tensor]:
+        """While the optimizer steps: what it is given, by qualified names, as in `state`; for tests and tools."""
+        if self._partitions is not None:
+            return self._partitions.gradients()
+        named = self.model.named_parameters()
+        return {name: self._shown(name, parameter.grad) for name, parameter in named if parameter.grad is not None}
+
+    def _shown(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's part of a parameter, or of what belongs to it, as a part of the whole."""
+        part = self._plan.parts.get(name)
+        if part is None:
+            return tensor.detach()
+        return FlatPart(tensor.detach().view(-1), 0, part.shape, Box(part.offset, part.local_shape))
 
     def state_loaded(self) -> None:
         """See `contract.Reloaded.state_loaded`: the weights that compute are copies of those in `state`."""
@@ -217,55 +232,17 @@ class DeepSpeedEngine:
         leave_process_group(self._deepspeed)
 
     @torch.no_grad()
-    def _fill(self, plan: Model, seed: int) -> None:
+    def _fill(self) -> None:
         """The initial FP32 weights that every layout has; DeepSpeed's own start from rounded or other ones."""
         if self._partitions is None:
             return
-        rules = plan.initialisers()
         for owned in self._partitions.owned:
+            rule = self._plan.initialisers[owned.name]
             for (offset, _), piece in owned.view(owned.flat).pieces():
-                fill(piece, offset, tuple(owned.shape), rules[owned.name], seed, owned.name)
+                fill(piece, offset, owned.part.shape, rule, self._seed, owned.name)
         self._partitions.refresh()
 
 
-def _check_layout(layout: LayoutConfig, ranks: Ranks) -> None:
-    try:
-        sizes = layout.mesh(ranks.world_size)
-    except ValueError as error:
-        raise UserError(str(error), "layout") from None
-    if sizes.dp_shard != ranks.world_size:
-        raise UserError(
-            f"engine deepspeed spreads the model over all {ranks.world_size} ranks",
-            "layout",
-            "Leave dp_replicate, cp, pp and tp at 1 and dp_shard at -1, or use engine.name: fsdp.",
-        )
-
-
-def _check_got(started: Any, engine: DeepSpeedConfig, precision: Precision) -> None:
-    """Nothing may be replaced without a word: DeepSpeed must run the stage and the weights that were asked for."""
-    dtype = torch.bfloat16 if low_precision_weights(engine, precision) else torch.float32
-    got = {parameter.dtype for parameter in started.module.parameters()}
-    stage = int(started.zero_optimization_stage())
-    if stage != engine.zero or got != {dtype}:
-        found = ", ".join(map(str, got))
-        raise RuntimeError(f"DeepSpeed was asked for ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
-
-
-def _exchange_parameters(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Let an optimizer that was built on a model's shapes update the parameters of the same names."""
-    for group in optimizer.param_groups:
-        group["params"] = [parameters[name] for name in group["names"]]
-
-
-def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum().sqrt()
-
-
-def _hold_with_root(deepspeed: Any, model: Any) -> None:
-    """Gather what is in no block for the whole pass, as FSDP's root does: a head may use another module's weight."""
-    in_blocks = {parameter for _, block in model.blocks() for parameter in block.parameters()}
-    own = set(model.parameters(recurse=False))
-    for parameter in model.parameters():
-        if parameter not in in_blocks and parameter not in own:
-            deepspeed.zero.register_external_parameter(model, parameter)
+def _is_of(key: str, name: str) -> bool:
+    """Whether an entry of the state belongs to a parameter."""
+    return key == f"model.{name}" or key.startswith(f"optimizer.{name}.")

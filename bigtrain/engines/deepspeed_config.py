@@ -20,7 +20,9 @@ def low_precision_weights(engine: DeepSpeedConfig, precision: Precision) -> bool
     return precision == "bf16" and engine.zero > 0
 
 
-def deepspeed_config(engine: DeepSpeedConfig, precision: Precision, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(
+    engine: DeepSpeedConfig, precision: Precision, device: torch.device, *, pipelined: bool = False
+) -> dict[str, Any]:
     """The dictionary that DeepSpeed is started with.
 
     Gradients accumulate and travel in FP32. DeepSpeed neither clips nor divides by the number of passes: the engine
@@ -41,6 +43,12 @@ def deepspeed_config(engine: DeepSpeedConfig, precision: Precision, device: torc
     zero: dict[str, Any] = {"stage": engine.zero, "memory_efficient_linear": False}
     if engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if pipelined:
+        # It would cut the stream between two stages once more over tp, where the parts are not equal.
+        ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+        if engine.zero and not low_precision_weights(engine, precision):
+            # It would sum over the stages by groups of parameters, of which stages may have different numbers.
+            zero["compute_grad_norm"] = False
     extra = dict(engine.passthrough)
     zero |= extra.pop("zero_optimization", {})
     return {**ours, **extra, "zero_optimization": zero}

@@ -7,16 +7,17 @@ elements, inside a flat tensor that DeepSpeed's inner optimizer works on: what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import materialise_optimizer
+from bigtrain.models.init import Part
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,22 @@ class Owned:
     """The run of a parameter's elements that this rank updates; empty where it updates none."""
 
     name: str
-    shape: torch.Size
+    part: Part
+    """What this rank has of the parameter before ZeRO spreads it."""
     flat: Tensor
     """FP32 weights of several parameters, as the inner optimizer knows them."""
     start: int
     """Where the run begins in `flat`."""
     begin: int
-    """Where it begins in the parameter."""
+    """Where it begins in the part."""
     length: int
+    written: bool = True
+    """Whether a save takes it from this rank."""
 
     def view(self, tensor: Tensor) -> FlatPart:
         """The run, in `flat` or in the optimizer's state of it."""
-        return FlatPart(tensor.detach().narrow(0, self.start, self.length), self.begin, self.shape)
+        run = tensor.detach().narrow(0, self.start, self.length)
+        return FlatPart(run, self.begin, self.part.shape, Box(self.part.offset, self.part.local_shape), self.written)
 
 
 class Partitions:
@@ -44,16 +49,30 @@ class Partitions:
     Args:
         engine: DeepSpeed's.
         optimizer: The inner optimizer; its groups carry "names".
-        shapes: Of the whole parameters.
+        parameters: The model's, by qualified names.
+        part: What this rank has of a parameter before ZeRO spreads it.
+        rank: This one's number among those over which ZeRO spreads.
+        copies: Parameters that another rank of the model-parallel group has too, and saves.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, shapes: dict[str, torch.Size]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        part: Callable[[str], Part],
+        rank: int,
+        copies: Container[str] = (),
+    ) -> None:
         self._zero: Any = engine.optimizer
         self._stage3 = engine.zero_optimization_stage() == 3
         self._optimizer = optimizer
-        parameters = dict(engine.module.named_parameters())
+        self._rank = rank
         find = self._in_stage_3 if self._stage3 else self._in_stage_1_or_2
-        self.owned = [find(name, parameters[name], shapes[name], group) for name, group in self._by_model(parameters)]
+        self.owned: list[Owned] = []
+        for name, group in self._by_model(parameters):
+            flat, start, begin, length = find(parameters[name], math.prod(part(name).local_shape), group)
+            self.owned.append(Owned(name, part(name), flat, start, begin, length, name not in copies))
 
     def materialise_optimizer(self) -> None:
         """Give the optimizer the state that its first step would make; see `checkpoint.state`."""
@@ -79,6 +98,15 @@ class Partitions:
                 state[f"optimizer.{owned.name}.{key}"] = shown
         return state
 
+    def gradients(self) -> dict[str, Tensor]:
+        """While the inner optimizer steps: what it is given, of the parameters that it updates now."""
+        updated = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        return {
+            owned.name: owned.view(owned.flat.grad)
+            for owned in self.owned
+            if id(owned.flat) in updated and owned.flat.grad is not None
+        }
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the weights that compute those that `state` shows. Collective."""
@@ -97,18 +125,18 @@ class Partitions:
         groups = {name: index for index, group in enumerate(self._optimizer.param_groups) for name in group["names"]}
         return ((name, groups[name]) for name in parameters)
 
-    def _in_stage_1_or_2(self, name: str, parameter: Any, shape: torch.Size, group: int) -> Owned:
+    def _in_stage_1_or_2(self, parameter: Any, _: int, group: int) -> tuple[Tensor, int, int, int]:
         (flat,) = self._optimizer.param_groups[group]["params"]
         mapping = parameter._hp_mapping
         if mapping is None:
-            return Owned(name, shape, flat, 0, 0, 0)
+            return flat, 0, 0, 0
         place = mapping.hp_fragment_address
-        return Owned(name, shape, flat, place.start, mapping.lp_fragment_address.start, place.numel)
+        return flat, place.start, mapping.lp_fragment_address.start, place.numel
 
-    def _in_stage_3(self, name: str, parameter: Any, shape: torch.Size, group: int) -> Owned:
+    def _in_stage_3(self, parameter: Any, count: int, group: int) -> tuple[Tensor, int, int, int]:
         index, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         flat = self._zero.fp32_partitioned_groups_flat[index]
         share = parameter.ds_tensor.ds_numel
         # The last parts of a parameter may be filled up, or hold nothing else.
-        begin = min(dist.get_rank() * share, shape.numel())
-        return Owned(name, shape, flat, start, begin, min(share, shape.numel() - begin))
+        begin = min(self._rank * share, count)
+        return flat, start, begin, min(share, count - begin)

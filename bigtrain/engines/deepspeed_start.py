@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -26,6 +27,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
 
+    # It calls collectives by the names that they had up to torch 2.12, in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It would be filled on first use, by running compilers.
     deepspeed.ops.__compatible_ops__ = {}

@@ -22,7 +22,7 @@ from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 from bigtrain.parallel.pipeline import ends_group
-from bigtrain.parallel.shard import reshard
+from bigtrain.parallel.shard import begin_pass, reshard
 from bigtrain.parallel.tensor import sum_gradients
 
 
@@ -127,7 +127,8 @@ class FSDPEngine:
         if self.pipeline is not None:
             sums += self.pipeline.backward([to_device(arrays, self.device) for arrays in micro_batches])
         else:
-            for arrays in micro_batches:
+            for number, arrays in enumerate(micro_batches, 1):
+                begin_pass(self.model, last=number == len(micro_batches))
                 loss, weight = self.model(self._batch(arrays))
                 loss.backward()
                 sums += torch.stack([loss.detach(), weight]).double()

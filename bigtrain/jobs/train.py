@@ -12,6 +12,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
 from bigtrain.jobs.launch import launch_local
 from bigtrain.jobs.local import local_procs
+from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
@@ -47,6 +48,8 @@ def train(
     directory = RunDirectory(runs_dir / config.name)
     config = _fix_source(config, directory)
     prepared = prepare(config)
+    if config.model.plugin is not None:
+        _check_plugin(prepared)
     if directory.exists():
         directory.check_identity(prepared.what)
         _check_duration(directory, prepared)
@@ -89,7 +92,7 @@ def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: in
             directory.path,
             nproc=count,
             job=prepared.config.job,
-            environment={"BIGTRAIN_LEASE": str(lease.number)},
+            environment={"BIGTRAIN_LEASE": str(lease.number), **_plugin_variable(prepared.config)},
             event=directory.event,
             say=display.say,
         )
@@ -98,6 +101,22 @@ def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: in
     if code == ExitCode.FINISHED:
         print(f"{directory.name}: finished; see `bigtrain report {directory.name}`", file=stream)
     return code
+
+
+def _check_plugin(prepared: Prepared) -> None:
+    """What `bigtrain config validate` checks: the user's code is new, and loads torch in any case."""
+    from bigtrain.models.check import check_model
+
+    check_model(prepared.config.model, prepared.outputs)
+
+
+def _plugin_variable(config: RunConfig) -> dict[str, str]:
+    """How the ranks find the user's own code."""
+    return {} if config.model.plugin is None else {PLUGIN_VARIABLE: config.model.plugin.place}
+
+
+def _plugin_of(config: RunConfig) -> Plugin | None:
+    return None if config.model.plugin is None else load_plugin(config.model.plugin.place)
 
 
 def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: TextIO) -> None:
@@ -118,9 +137,14 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
     waste = _filler_share(prepared, count)
     if waste:
         lines.append(
-            f"{waste:.1%} of each step is filler: {count} ranks do not divide a batch of {prepared.batch_sequences}"
+            f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "
+            f"{prepared.batch_sequences}"
         )
     print("\n".join(lines), file=stream, flush=True)
+
+
+def _divisor(prepared: Prepared, count: int) -> str:
+    return f"{count} ranks do" if prepared.config.layout.pp == 1 else "the micro-batches that its pipeline takes do"
 
 
 def _axes(prepared: Prepared, count: int) -> str:
@@ -172,7 +196,7 @@ def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> Non
 
 def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
     """A longer duration may follow only where the schedule's past does not depend on its end."""
-    old = load_config(directory.config)
+    old = load_config(directory.config, plugin=_plugin_of(prepared.config))
     if old.duration == prepared.config.duration:
         return
     newest = _newest_step(directory) or 0
@@ -230,7 +254,7 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
     if init.source is None or init.hash is not None:
         return config
     if directory.exists():
-        begun = load_config(directory.config).init
+        begun = load_config(directory.config, plugin=_plugin_of(config)).init
         name, step = split_run_step(init.source)
         run, begun_step = split_run_step(begun.source or "")
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):

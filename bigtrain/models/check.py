@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.config import UserError, nearest
 from bigtrain.models.config import ModelConfig
@@ -21,16 +27,76 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
     """
     if not config.keeps_contract:
         return
-    with torch.device("meta"):
+    where = config.plugin.place if config.plugin is not None else f"bigtrain/models/{config.arch}.py"
+    with _told(config, where, "build()"), torch.device("meta"):
         module = config.build(vocab_size)
-    check_module(module, f"bigtrain/models/{config.arch}.py")
-    _check_result(module(_batch(config)), f"bigtrain/models/{config.arch}.py")
+    check_module(module, where)
+    calls: Counter[str] = Counter()
+    for name, block in cast(Model, module).blocks():
+        block.register_forward_pre_hook(partial(_count, calls, name))
+    # Our own families are read, and looking at each operation takes the larger of them seconds.
+    watched = nullcontext() if config.plugin is None else _NoRandomBits(where)
+    with _told(config, where, "forward()"), watched:
+        result = module(example_batch(config))
+    _check_result(result, where)
+    for name, count in calls.items():
+        if count > 1:
+            raise UserError(
+                f"forward() calls the block '{name}' {count} times, and it is gathered and recomputed once a pass",
+                where,
+                "Leave it out of what blocks() returns.",
+            )
     count = sum(parameter.numel() for parameter in module.parameters())
     told = config.parameter_count(vocab_size)
     if count != told:
+        raise UserError(f"parameter_count() says {told}, and the model has {count} parameters", where)
+
+
+def _count(calls: Counter[str], name: str, *_: object) -> None:
+    calls[name] += 1
+
+
+@contextmanager
+def _told(config: ModelConfig, where: str, what: str) -> Iterator[None]:
+    """Show what the user's code raises as the user's mistake, with the line of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if config.plugin is None:
+            raise
+        source = Path(where)
+        lines = [
+            f"{frame.filename}, line {frame.lineno}"
+            for frame in traceback.extract_tb(error.__traceback__)
+            if source in (Path(frame.filename), *Path(frame.filename).parents)
+        ]
         raise UserError(
-            f"parameter_count() says {told}, and the model has {count} parameters", f"bigtrain/models/{config.arch}.py"
-        )
+            f"{what} fails: {type(error).__name__}: {error}",
+            lines[-1] if lines else where,
+            "The module is built and run without values here (torch.device('meta')): it may not look at any."
+            if "meta" in str(error)
+            else None,
+        ) from error
+
+
+class _NoRandomBits(TorchDispatchMode):
+    """Finds operations that draw from torch's generator, whose bits differ from layout to layout."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # On meta, attention is plain products: its fused kernels carry the tag even where they drop nothing.
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise UserError(
+                f"forward() draws random bits by {function.name()}, which differ from layout to layout",
+                self._where,
+                "Use dropout() of bigtrain/models/random.py with the batch's keys.",
+            )
+        return function(*args, **(kwargs or {}))
 
 
 def check_module(module: nn.Module, where: str) -> None:
@@ -58,6 +124,8 @@ def check_module(module: nn.Module, where: str) -> None:
                 where,
                 "Use dropout() of bigtrain/models/random.py with the batch's keys.",
             )
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            _check_embedding(name, part, where)
     _check_names(model.initialisers(), dict(module.named_parameters()), "initialisers()", "parameter", where)
     modules = dict(module.named_modules())
     for name, block in model.blocks():
@@ -70,7 +138,17 @@ def check_module(module: nn.Module, where: str) -> None:
             )
 
 
-def _batch(config: ModelConfig) -> Batch:
+def _check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str) -> None:
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(part, option):
+            raise UserError(
+                f"'{name}' is an {type(part).__name__} with {option}, which depends on how the batch is divided",
+                where,
+                f"Leave {option} out.",
+            )
+
+
+def example_batch(config: ModelConfig) -> Batch:
     """Two samples without values, by the names and shapes of the loader's."""
     with torch.device("meta"):
         keys = torch.zeros(2, dtype=torch.int64)
@@ -98,7 +176,9 @@ def _check_names(
     given: Mapping[str, object], real: Mapping[str, nn.Parameter], what: str, kind: str, where: str
 ) -> None:
     for name in sorted(real.keys() - given.keys()):
-        raise UserError(f"{what} has no rule for the {kind} '{name}'", where)
+        raise UserError(
+            f"{what} has no rule for the {kind} '{name}'", where, f'Add one, such as "{name}": Normal(0.02).'
+        )
     for name in sorted(given.keys() - real.keys()):
         close = nearest(name, real)
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 DataKind = Literal["tokens", "images"]
 
+TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
+"""How a parameter lies on the ranks that share each matrix.
+
+column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
+vocab: the rows of an embedding or head are. sequence: whole on each rank, and applied to the residual stream, of which
+each rank may hold a slice. heads: whole on each rank, and applied to the rank's own heads."""
+
 
 class Flops(NamedTuple):
     """Matmul FLOPs of forward and backward together, a token (tokens) or a sample (images)."""
@@ -27,6 +35,16 @@ class Flops(NamedTuple):
     """Attention counted over the whole square: the convention of MFU (PaLM, torchtitan, MPT)."""
     causal: int
     """Attention counted over the causal half alone: what must be computed."""
+
+
+@dataclass(frozen=True)
+class PluginSource:
+    """Where the user's own code comes from."""
+
+    place: str
+    """What `--plugin` names it by: an absolute path, or a module."""
+    sha256: str
+    """Of its source."""
 
 
 class BlockCosts(NamedTuple):
@@ -48,6 +66,12 @@ class ModelConfig(Section):
 
     keeps_contract: ClassVar[bool] = True
     """Whether what it builds is a `contract.Model`; models of transformers are not."""
+
+    is_plain: ClassVar[bool] = False
+    """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
+
+    plugin: ClassVar[PluginSource | None] = None
+    """The user's code that defines the family; None for those of this folder."""
 
     takes_documents: ClassVar[bool] = False
     """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
@@ -132,7 +156,11 @@ def family(arch: str) -> type[ModelConfig]:
     if arch not in known:
         near = nearest(arch, known)
         hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(f"unknown model family {arch!r}", "model.arch", f"{hint}families: {', '.join(known)}")
+        raise UserError(
+            f"unknown model family {arch!r}",
+            "model.arch",
+            f"{hint}families: {', '.join(known)}; one of your own comes with --plugin FILE",
+        )
     config: type[ModelConfig] = importlib.import_module(f"bigtrain.models.{arch}").Config
     return config
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from bigtrain.models.config import TensorRole
 
 if TYPE_CHECKING:
     import torch
@@ -41,14 +43,6 @@ class Ones:
 
 Init = Normal | Zeros | Ones
 """How a parameter's first values are drawn."""
-
-
-TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
-"""How a parameter lies on the ranks that share each matrix.
-
-column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
-vocab: the rows of an embedding or head are. sequence: whole on each rank, and applied to the residual stream, of which
-each rank may hold a slice. heads: whole on each rank, and applied to the rank's own heads."""
 
 
 class Model(Protocol):

@@ -185,9 +185,9 @@ class DecoderModel(nn.Module):
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         assert self.embedding is not None  # the first stage has it
-        x: Tensor = self.embedding(tokens).to(self.compute_dtype)
+        x: Tensor = self.embedding(tokens, self.compute_dtype)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions).to(self.compute_dtype)
+            x = x + self.position_embedding(positions, self.compute_dtype)
         return x
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -215,21 +215,8 @@ class DecoderModel(nn.Module):
         return [(f"layers.{layer}", block) for layer, block in self.layers.items()]
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """Heads, the MLP's channels and the vocabulary are split; all else is whole."""
-        return {
-            "embedding.weight": "vocab",
-            "head.weight": "vocab",
-            "layers.*.attention.query.*": "column",
-            "layers.*.attention.key.*": "column",
-            "layers.*.attention.value.*": "column",
-            "layers.*.attention.query_norm.*": "heads",
-            "layers.*.attention.key_norm.*": "heads",
-            "layers.*.attention.output.weight": "row",
-            "layers.*.mlp.gate.*": "column",
-            "layers.*.mlp.up.*": "column",
-            "layers.*.mlp.down.weight": "row",
-            "*": "sequence",
-        }
+        """See `decoder_config.TENSOR_PLAN`."""
+        return self.config.tensor_plan()
 
     def initialisers(self) -> dict[str, Init]:
         """GPT-2's rule, which serves Llama shapes too.

@@ -8,12 +8,28 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
 
 from bigtrain.config import Section
-from bigtrain.models.config import BlockCosts, Flops, ModelConfig
+from bigtrain.models.config import BlockCosts, Flops, ModelConfig, TensorRole
 
 if TYPE_CHECKING:
     from bigtrain.models.decoder import DecoderModel
 
 Positive = Annotated[int, Ge(1)]
+
+TENSOR_PLAN: dict[str, TensorRole] = {
+    "embedding.weight": "vocab",
+    "head.weight": "vocab",
+    "layers.*.attention.query.*": "column",
+    "layers.*.attention.key.*": "column",
+    "layers.*.attention.value.*": "column",
+    "layers.*.attention.query_norm.*": "heads",
+    "layers.*.attention.key_norm.*": "heads",
+    "layers.*.attention.output.weight": "row",
+    "layers.*.mlp.gate.*": "column",
+    "layers.*.mlp.up.*": "column",
+    "layers.*.mlp.down.weight": "row",
+    "*": "sequence",
+}
+"""Heads, the MLP's channels and the vocabulary are split; all else is whole. The first pattern that matches counts."""
 
 
 class RopeScaling(Section):
@@ -148,6 +164,23 @@ class DecoderConfig(ModelConfig):
 
         return DecoderModel(self, vocab_size)
 
+    def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its qualified name, in the module's order; a tied head is the embedding."""
+        rows, width = self.padded_vocab(vocab_size), self.width
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, width)}
+        if self.positions == "learned":
+            shapes["position_embedding.weight"] = (self.position_count, width)
+        for layer in range(self.layers):
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+        shapes |= self._norm_shapes("norm", width)
+        if not self.tied:
+            shapes["head.weight"] = (rows, width)
+        return shapes
+
+    def tensor_plan(self) -> dict[str, TensorRole]:
+        """See `TENSOR_PLAN`."""
+        return TENSOR_PLAN
+
     def parameter_count(self, vocab_size: int) -> int:
         """Exact number of parameters, a tied head counted once."""
         return self._embedding_parameters(vocab_size) + self.parameter_count_without_embeddings(vocab_size)
@@ -176,6 +209,30 @@ class DecoderConfig(ModelConfig):
         dense = 6 * (self.layers * self._layer_matmul_parameters() + head)
         attention = 12 * self.layers * self.heads * self.width_of_head * self.context
         return Flops(dense + attention, dense + attention // 2)
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
+        linear = {"attention.query": (query, self.width), "attention.key": (key_value, self.width)}
+        linear |= {"attention.value": (key_value, self.width), "attention.output": (self.width, query)}
+        channels = {"mlp.gate": (self.hidden_width, self.width)} if self.mlp == "swiglu" else {}
+        channels |= {"mlp.up": (self.hidden_width, self.width), "mlp.down": (self.width, self.hidden_width)}
+        shapes = self._norm_shapes("attention_norm", self.width)
+        shapes |= self._linear_shapes(linear)
+        if self.qk_norm:
+            shapes |= {f"attention.{which}_norm.weight": (self.width_of_head,) for which in ("query", "key")}
+        return shapes | self._norm_shapes("mlp_norm", self.width) | self._linear_shapes(channels)
+
+    def _linear_shapes(self, sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, size in sizes.items():
+            shapes[f"{name}.weight"] = size
+            if self.bias:
+                shapes[f"{name}.bias"] = size[:1]
+        return shapes
+
+    def _norm_shapes(self, name: str, width: int) -> dict[str, tuple[int, ...]]:
+        bias = {f"{name}.bias": (width,)} if self.norm == "layernorm" and self.bias else {}
+        return {f"{name}.weight": (width,), **bias}
 
     def _embedding_parameters(self, vocab_size: int) -> int:
         learned = self.position_count * self.width if self.positions == "learned" else 0

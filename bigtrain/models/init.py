@@ -30,6 +30,11 @@ class Part:
     """Where the part begins in it."""
     local_shape: tuple[int, ...]
 
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Part:
+        """All of it."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
+
 
 def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
     """Give every parameter of a `contract.Model` its first value, in place; plain tensors and DTensors.

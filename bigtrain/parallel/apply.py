@@ -73,13 +73,15 @@ def build_parallel_model(
     context = None
     for model in list[Any](stages.own):
         blocks = [block for _, block in model.blocks()]
+        groups = []
         if mesh is not None and mesh["tp"].size() > 1:
-            tensor = TensorGroup(mesh["tp"].get_group(), layout.sequence_parallel, layout.loss_parallel)
+            groups.append(mesh["tp"].get_group())
+            tensor = TensorGroup(groups[-1], layout.sequence_parallel, layout.loss_parallel)
             partial |= split(model, tensor, mesh["tp"]).partial
         if mesh is not None and mesh["cp"].size() > 1:
-            context = share_sequences(model, layout.cp_kind, mesh["cp"].get_group())
-        if recompute == "full":
-            recompute_blocks(blocks)
+            groups.append(mesh["cp"].get_group())
+            context = share_sequences(model, layout.cp_kind, groups[-1])
+        recompute_blocks(blocks, recompute, groups=groups, compiled=compile_blocks)
         if compile_blocks:
             for block in blocks:
                 block.compile()

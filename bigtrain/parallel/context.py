@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.models.contract import Batch
 from bigtrain.models.layers import Attention, attend, document_mask
@@ -148,7 +149,7 @@ class AllGather(ContextGroup):
             end = (chunk + 1) * length
             # The last query sees the last key. For this bias PyTorch takes its flash kernel where it has one, for the
             # same mask as a tensor it does not. A compiled block runs this loop uncompiled: it cannot make the bias.
-            seen = causal_lower_right(length, end) if rows is None else rows[..., :end]
+            seen = _lower_right(length, end) if rows is None else rows[..., :end]
             attended.append(attend(queries, keys[:, :end], values[:, :end], seen))
         return torch.cat(attended, dim=1)
 
@@ -172,6 +173,12 @@ def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGrou
     for layer in layers:
         layer.attend = context.attend
     return context
+
+
+def _lower_right(queries: int, keys: int) -> Tensor:
+    """torch's bias of this name. Its constructor fails under a dispatch mode, as selective recompute sets one."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _exchange(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,17 +36,33 @@ def shard(
         return _placement(parameter, ranks)
 
     for module in (*blocks, model):
+        # The backward pass begins with the last block: given back, it would be gathered again at once.
         fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
             shard_placement_fn=placement,
-            reshard_after_forward=reshard_after_forward,
+            reshard_after_forward=reshard_after_forward and module is not model and module is not blocks[-1],
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def begin_pass(model: nn.Module, *, last: bool) -> None:
+    """Say whether a pass (forward and backward of a micro-batch) is the step's last one; others leave it something.
+
+    What its backward pass ends with is what the next forward pass begins with, the root's parameters and the first
+    block: they stay gathered in between, which adds nothing to the peak. Gradients are reduced to shards in each pass,
+    since whole ones would take as much memory as the model in FP32; replicas sum these shards once, after the last.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_all_reduce(last)
+    model.set_reshard_after_backward(last, recurse=False)
+    for _, block in cast(Any, model).blocks()[:1]:
+        block.set_reshard_after_backward(last, recurse=False)
 
 
 def reshard(module: nn.Module) -> None:

@@ -163,8 +163,8 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
         "bigtrain": [mine / theirs for mine, theirs in zip(ours, plain, strict=True)],
         "a_a": [mine / theirs for mine, theirs in zip(one, other, strict=True)],
     }
-    summary = {name: _summary(values) for name, values in ratios.items()}
-    noise = max(abs(end - 1) for end in summary["a_a"]["interval"])
+    summaries = {name: summary(values) for name, values in ratios.items()}
+    noise = max(abs(end - 1) for end in summaries["a_a"]["interval"])
     machine = this_machine(use_torch=True)
     return {
         "device": machine.device_name,
@@ -181,11 +181,11 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
             "bigtrain": round(statistics.median(ours), 5),
             "plain": round(statistics.median(plain), 5),
         },
-        **summary,
+        **summaries,
         "noise": round(noise, 5),
         "allowed": ALLOWED,
         # A measurement noisier than what it is to find says nothing.
-        "within": None if noise > MAX_NOISE else summary["bigtrain"]["median"] - 1 <= ALLOWED + noise,
+        "within": None if noise > MAX_NOISE else summaries["bigtrain"]["median"] - 1 <= ALLOWED + noise,
     }
 
 
@@ -250,7 +250,7 @@ def _check_same(ours: list[float], plain: list[float], precision: Precision) -> 
             raise RuntimeError(f"step {step}: bigtrain's loss is {mine}, the bare loop's {theirs}: not the same work")
 
 
-def _summary(ratios: list[float]) -> dict[str, Any]:
+def summary(ratios: list[float]) -> dict[str, Any]:
     """Median, quartiles, and the 95 % interval of the median by the bootstrap (Efron 1979)."""
     chance = random.Random(SEED)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(BOOTSTRAPS))

@@ -11,7 +11,7 @@ of its own from the same seed shows what the steps add up to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.data.loader import distribute
-from bigtrain.engines.config import FSDPConfig, Precision
-from bigtrain.engines.contract import MicroBatch, StepNumbers, StepResult
+from bigtrain.engines.build import build_engine
+from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
 from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.support import check_support
 from bigtrain.models.config import family
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
+from bigtrain.plugin import load_plugin
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
 """A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
@@ -55,6 +60,18 @@ class What:
     seed: int = 5
     clip: float | None = 1.0
     precision: Precision = "fp32"
+    plugin: str | None = None
+    """The file of the user's own model families."""
+
+
+_LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
+_GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
+MODELS = {
+    "llama-gqa-tied-qk-norm-documents": What({**_LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}, documents=True),
+    "llama-untied-dropout": What({**_LLAMA, "dropout": 0.1}),
+    "gpt2-dropout": What({**_GPT2, "dropout": 0.1}),
+}
+"""Small models that have between them what layouts get wrong."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class How:
     ranks: int = 1
     layout: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    """The section `engine`; fsdp where it has no name."""
     micro_size: int | None = 2
 
 
@@ -101,17 +119,21 @@ class Deviations:
         return found
 
 
-def build(what: What, how: How) -> FSDPEngine:
+def build(what: What, how: How) -> Any:
     """The engine of this rank, as a run builds it."""
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
-    model = family(what.model["arch"])(**what.model, context=what.context)
+    arch = what.model["arch"]
+    section = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
+    model = section(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
-    return FSDPEngine.build(
+    engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
+    check_support(engine, model.arch, layout, document_mask=what.documents)
+    return build_engine(
         model,
         what.vocabulary,
         # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
         AdamWConfig(lr=LR, clip=what.clip, eps=1e-6),
-        engine=FSDPConfig(**how.engine),
+        engine=engine,
         layout=layout,
         precision=what.precision,
         seed=what.seed,
@@ -177,7 +199,7 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
     return numbers
 
 
-def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngine], None] | None = None) -> Deviations:
+def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], None] | None = None) -> Deviations:
     """Compare this rank's layout with what `record` has written. Collective.
 
     Args:
@@ -201,8 +223,9 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngin
     off: list[tuple[float, ...]] = []
     for step in range(what.steps):
         put(engine.state(), load_file(directory / f"state-{step}.safetensors"))
+        if isinstance(engine, Reloaded):
+            engine.state_loaded()
         numbers, gradients = compute(engine, what, how, step)
-        engine.optimizer.zero_grad()
         expected = load_file(directory / f"gradients-{step}.safetensors")
         assert gradients.keys() == expected.keys()
         overall = math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in expected.values()))
@@ -220,13 +243,31 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[FSDPEngin
     return Deviations(same_start, allowed, relative, losses, norms, weights, free, evaluation)
 
 
-def compute(engine: FSDPEngine, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
+def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
     """A step's numbers and whole gradients of the sum of losses, the weights untouched. Collective."""
     batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
+    if not isinstance(engine, FSDPEngine):
+        return _computed_by_deepspeed(engine, batch, what, step)
     sums = engine.backward(step, batch)
     gradients = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
     whole = gather({name: gradient for name, gradient in gradients.items() if gradient is not None})
-    return StepResult(engine.reduce_and_scale(sums, vote=0.0)).read(), whole
+    numbers = StepResult(engine.reduce_and_scale(sums, vote=0.0)).read()
+    return numbers, whole
+
+
+def _computed_by_deepspeed(
+    engine: Any, batch: list[MicroBatch], what: What, step: int
+) -> tuple[StepNumbers, dict[str, Tensor]]:
+    """DeepSpeed gives gradients up only to its optimizer: what that gets, unscaled, in a step of length zero.
+
+    The optimizer's own state goes on: each compared step begins with `put`.
+    """
+    used: dict[str, Tensor] = {}
+    watch = engine.optimizer.register_step_pre_hook(lambda *_: used.update(engine.gradients()))
+    numbers = engine.train_step(step, batch, lr=0.0).read()
+    watch.remove()
+    clipped = 1.0 if what.clip is None else min(1.0, what.clip / numbers.gradient_norm)
+    return numbers, {name: tensor * (numbers.weight / clipped) for name, tensor in gather(used).items()}
 
 
 def update(engine: FSDPEngine) -> None:
@@ -238,24 +279,34 @@ def update(engine: FSDPEngine) -> None:
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of whole tensors, those of other stages too; NaN where two stages' copies differ. Collective."""
-    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
-    own = {name: value.detach().clone().contiguous() for name, value in whole.items()}
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, list(own))
-    if all(set(other) == set(own) for other in names):
-        return own
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    everything: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            if not torch.equal(everything.setdefault(name, value), value):
+    """Copies of whole tensors, those of other stages too; NaN where the copies of two ranks differ. Collective."""
+    own = {name: _pieces(value) for name, value in state.items()}
+    ranks: list[Any] = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+    whole: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for held in ranks:
+        for name, (shape, pieces) in held.items():
+            for offset, piece in pieces:
+                full = whole.setdefault(name, piece.new_zeros(shape))
+                known = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+                box = _box(offset, piece.shape)
                 # What is equal to nothing shows in every comparison.
-                everything[name] = torch.full_like(value, math.nan)
-    return everything
+                differs = known[box] & (full[box] != piece)
+                full[box] = torch.where(differs, math.nan, piece)
+                known[box] = True
+    return whole
+
+
+def _pieces(value: Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
+    """The shape of the whole tensor, and what this rank knows of it, each piece with its offset."""
+    shape = tuple(value.shape)
+    if isinstance(value, FlatPart):
+        return shape, [(offset, piece) for (offset, _), piece in value.pieces()]
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return shape, [((0,) * len(shape), full.detach())]
 
 
 def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
@@ -263,12 +314,18 @@ def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
     assert state.keys() <= whole.keys()
     with torch.no_grad():
         for name, value in state.items():
-            if not isinstance(value, DTensor):
+            if isinstance(value, FlatPart):
+                for (offset, sizes), piece in value.pieces():
+                    piece.copy_(whole[name][_box(offset, sizes)])
+            elif isinstance(value, DTensor):
+                shape, at = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+                value.to_local().copy_(whole[name][_box(at, shape)])
+            else:
                 value.copy_(whole[name])
-                continue
-            shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-            part = tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
-            value.to_local().copy_(whole[name][part])
+
+
+def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
 
 
 def _off(value: float, expected: float) -> float:

@@ -6,13 +6,36 @@
   }));
 
   const named = (spec) => spec.series.filter((series) => !series.faint).length > 1;
+  const scattered = (spec) => spec.series.some((series) => series.points);
+
+  const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  const between = (low, high, share) => {
+    const [a, b] = [channels(low), channels(high)];
+    return `rgb(${a.map((value, i) => Math.round(value + share * (b[i] - value))).join(",")})`;
+  };
+  const shade = (series) => series.ramp === null
+    ? color(`series-${series.color}`) : between(color("ramp-low"), color("ramp-high"), series.ramp);
+
+  const band = (series) => {
+    if (!series.band) return [];
+    const [xLow, low, xHigh, high] = series.band;
+    const edge = {
+      type: "scatter", mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false,
+    };
+    const [r, g, b] = channels(color(`series-${series.color}`));
+    return [{ ...edge, x: xLow, y: low }, { ...edge, x: xHigh, y: high, fill: "tonexty", fillcolor: `rgba(${r},${g},${b},0.16)` }];
+  };
 
   const traces = (spec) => {
-    const drawn = spec.series.map((series) => ({
-      x: series.x, y: series.y, name: series.name, type: "scatter", mode: series.markers ? "lines+markers" : "lines",
-      line: { color: color(`series-${series.color}`), width: series.faint ? 1 : 2 }, marker: { size: 6 },
-      opacity: series.faint ? 0.35 : 1, hovertemplate: `%{y:${spec.format}}`, showlegend: named(spec),
-    }));
+    const drawn = spec.series.flatMap((series) => [...band(series), {
+      x: series.x, y: series.y, name: series.name, type: "scatter",
+      mode: series.points ? "markers" : series.markers ? "lines+markers" : "lines",
+      line: { color: shade(series), width: series.faint ? 1 : 2, dash: series.dashed ? "dash" : "solid" },
+      marker: { size: series.points ? 5 : 6, color: shade(series) },
+      opacity: series.faint ? 0.35 : series.points ? 0.8 : 1,
+      hovertemplate: scattered(spec) ? `%{x:.4~g}, %{y:${spec.format}}` : `%{y:${spec.format}}`,
+      showlegend: named(spec) && !series.unnamed,
+    }]);
     if (spec.marks.length) drawn.push({
       x: spec.marks.map((mark) => mark.x), y: spec.marks.map(() => 1), yaxis: "y2", type: "scatter", mode: "markers",
       marker: { symbol: "triangle-down", size: 9, color: spec.marks.map((mark) => color(mark.color)) },
@@ -27,7 +50,10 @@
     const low = Math.min(...spec.series.map((series) => series.x[0]));
     const high = Math.max(...spec.series.map((series) => series.x[series.x.length - 1]));
     if (low === high) return undefined;
-    return spec.log_x ? [Math.log10(low), Math.log10(high)] : [low, high];
+    const ends = spec.log_x ? [Math.log10(low), Math.log10(high)] : [low, high];
+    // Points at the ends want room; curves begin at the axis.
+    const room = scattered(spec) ? 0.025 * (ends[1] - ends[0]) : 0;
+    return [ends[0] - room, ends[1] + room];
   };
 
   const layout = (spec, log, wide) => {
@@ -37,7 +63,7 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 8, t: 14, b: 8 },
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("quiet") },
-      hovermode: "x unified", hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
+      hovermode: scattered(spec) ? "closest" : "x unified", hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
       showlegend: named(spec),
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "top", bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
       xaxis: {

@@ -56,6 +56,15 @@ class Series:
     faint: bool = False
     """Drawn thin behind the others, as the raw values behind their mean."""
     markers: bool = False
+    points: bool = False
+    """Points alone, in any order of x; what is under the pointer is then shown for itself, not for all series."""
+    dashed: bool = False
+    ramp: float | None = None
+    """Place between 0 and 1 on a scale of colours, for series that have an order, instead of `color`."""
+    unnamed: bool = False
+    """Left out of the legend, as the others of a family of which some are named."""
+    band: tuple[npt.ArrayLike, npt.ArrayLike] | None = None
+    """Lower and upper ends of an interval around each y, shaded."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +206,18 @@ def _chart(chart: Chart) -> str:
     series = []
     for one in chart.series:
         if _has_points(one):
-            x, y = downsample(one.x, one.y)
+            order = np.argsort(np.asarray(one.x, dtype=np.float64), kind="stable")
+            x, y = downsample(np.asarray(one.x)[order], np.asarray(one.y)[order])
             # Plotly reads names as a small HTML of its own, so they are escaped like any text.
-            series.append({
+            spec_of_one: dict[str, Any] = {
                 "name": _text(one.name), "x": _numbers(x), "y": _numbers(y), "color": one.color,
-                "faint": one.faint, "markers": one.markers,
-            })  # fmt: skip
+                "faint": one.faint, "markers": one.markers, "points": one.points, "dashed": one.dashed,
+                "ramp": one.ramp, "unnamed": one.unnamed,
+            }  # fmt: skip
+            if one.band is not None:
+                low, high = (downsample(one.x, end) for end in one.band)
+                spec_of_one |= {"band": [_numbers(low[0]), _numbers(low[1]), _numbers(high[0]), _numbers(high[1])]}
+            series.append(spec_of_one)
     marks = [{"x": mark.x, "text": _text(mark.text), "color": mark.kind} for mark in chart.marks]
     spec = {
         "series": series, "marks": marks, "x_title": _text(chart.x_title), "log_x": chart.log_x,

@@ -31,7 +31,8 @@ class InitConfig(Section):
     """Where the state before the first step comes from."""
 
     source: str | None = None
-    """RUN@STEP, or RUN for its newest checkpoint, by name or path; null: drawn from the seed."""
+    """RUN@STEP, or RUN for its newest checkpoint, by name or path, also of what `checkpoint import` wrote; null: drawn
+    from the seed."""
 
     hash: str | None = None
     """Hash of that checkpoint's manifest; a run writes it into its resolved config, and holds to it."""

@@ -15,6 +15,7 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.order import SampleOrder
 from bigtrain.data.remote import RemoteError
 from bigtrain.data.streaming import check_remote, open_index, shards_at_once
+from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -81,8 +82,8 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
     """Open the data of a config and check that both go together.
 
     Args:
-        verify: Compare the shards with their index as `streaming.verify` says; a rank does not, since the command that
-            started it has.
+        verify: Compare the shards with their index as `streaming.verify` says, and ask the engine's library what it
+            takes; a rank does not, since the command that started it has.
         pinned: Fingerprints that streamed data must have, by the key under `data`.
 
     Raises:
@@ -93,6 +94,7 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
     _check_fit(config, train, validation)
     if verify:
         config.model.check_source(train.vocab_size)
+        check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)
@@ -165,7 +167,9 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
         )
     if validation is not None:
         train.require_same_tokens(validation)
-    check_support(config.engine, model.arch, config.layout, document_mask=config.data.document_mask)
+    check_support(
+        config.engine, model.arch, config.layout, document_mask=config.data.document_mask, plain=model.is_plain
+    )
     try:
         config.layout.check(model, train.vocab_size)
     except ValueError as error:

@@ -10,6 +10,7 @@ from bigtrain.config import UserError
 from bigtrain.data.streaming import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
+from bigtrain.plugin import Plugin
 from bigtrain.run import RunDirectory, load_config
 
 
@@ -22,10 +23,12 @@ def sample(
     temperature: float,
     top_k: int | None,
     seed: int,
+    plugin: Plugin | None = None,
 ) -> str:
     """Continue a prompt with the weights of a run's checkpoint.
 
     Args:
+        plugin: The user's own model families.
         step: Of the checkpoint; None: the newest sound one.
         tokens: New tokens; the text ends earlier where the model ends it.
 
@@ -35,7 +38,7 @@ def sample(
     Raises:
         UserError: No checkpoint, a model that writes no text, or a prompt without tokens.
     """
-    config = load_config(run.config)
+    config = load_config(run.config, plugin=plugin)
     if config.model.data_kind != "tokens" or not config.model.keeps_contract:
         raise UserError(f"bigtrain cannot sample from a model of arch '{config.model.arch}'", str(run.path))
     if step is None:
@@ -49,6 +52,12 @@ def sample(
     ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot]
     device = pick_device(0)
     model = config.model.build(index.vocab_size)
+    if not callable(getattr(model, "logits", None)):
+        raise UserError(
+            f"A model of arch '{config.model.arch}' has no logits(batch), from which a text could be continued",
+            str(run.path),
+            "Give the module one: FP32 logits (B, C, vocabulary) for a batch of tokens alone.",
+        )
     model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
     model.to(device)
     prompt_ids = torch.tensor([ids], device=device)

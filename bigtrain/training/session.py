@@ -23,6 +23,7 @@ from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
 from bigtrain.parallel.mesh import Ranks
+from bigtrain.plugin import Plugin, plugin_of_launcher
 from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
 from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
@@ -46,10 +47,22 @@ TRACKER_CLOSE_S = 20.0
 
 def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> ExitCode:
     """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
-    prepared = prepare(load_config(directory.config), verify=False, pinned=directory.what()["data"])
+    plugin = plugin_of_launcher()
+    _check_unchanged(plugin, directory)
+    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False, pinned=directory.what()["data"])
     with Session(prepared, directory, heartbeat, stop) as session:
         outcome = session.train()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
+
+
+def _check_unchanged(plugin: Plugin | None, directory: RunDirectory) -> None:
+    """A rank that is started again must run the code that the run was started with."""
+    if plugin is not None and plugin.source.sha256 != directory.what()["model"].get("plugin"):
+        raise UserError(
+            "The plugin is not the one that this run was started with",
+            plugin.source.place,
+            "Undo the change, or start a new run from this one with --fork NEW.",
+        )
 
 
 class AgentLink:

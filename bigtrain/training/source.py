@@ -27,13 +27,13 @@ class Source:
 
 
 def resolve_source(text: str, runs_dir: Path) -> Source:
-    """The checkpoint that RUN@STEP or RUN names.
+    """The checkpoint that RUN@STEP or RUN names, or DIRECTORY@STEP.
 
     Raises:
         UserError: No such run, or no such step.
     """
     name, step = split_run_step(text)
-    run = find_run(name, runs_dir)
+    run = _run(name, runs_dir)
     found = commit.list_checkpoints(run.checkpoints)
     steps = [checkpoint.step for checkpoint in found]
     if not steps:
@@ -48,3 +48,9 @@ def resolve_source(text: str, runs_dir: Path) -> Source:
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
     return Source(run.path.absolute(), step, storage.hash_file(path / "manifest.json"))
+
+
+def _run(name: str, runs_dir: Path) -> RunDirectory:
+    """A run, or a directory of checkpoints that no run has made, as `checkpoint import` writes it."""
+    alone = RunDirectory(Path(name))
+    return alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)

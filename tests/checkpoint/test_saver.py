@@ -268,3 +268,27 @@ def test_bytes_that_change_between_writing_and_reading_back_fail_the_save(tmp_pa
     assert saver.last is not None
     assert "does not read back" in (saver.last.cause or "")
     assert torch.equal(loader.read_tensors(tmp_path, 2)["weight"], state_at(2)["model.weight"])
+
+
+STATE_MIB = 64
+SLACK_MIB = 6.0
+"""For what a save takes whatever the size of the state: threads, the chunk that is hashed."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "first_mib", "next_mib"),
+    [
+        pytest.param("synchronous", "views", 0, 0),
+        pytest.param("asynchronous", "views", STATE_MIB, 0),
+        pytest.param("synchronous", "whole", 0, 0, marks=pytest.mark.slow),
+        pytest.param("asynchronous", "whole", STATE_MIB, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_save_takes_no_copy_of_the_state_and_in_the_background_one_that_is_used_again(
+    tmp_path: Path, run_script: Callable[..., str], kind: str, layout: str, first_mib: int, next_mib: int
+) -> None:
+    first, again = json.loads(run_script("save_and_measure.py", tmp_path, kind, layout))
+    assert first <= first_mib + SLACK_MIB
+    assert again <= next_mib + SLACK_MIB
+    if kind == "asynchronous":
+        assert first > STATE_MIB - SLACK_MIB, "the measure sees no copy"

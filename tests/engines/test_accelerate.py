@@ -31,6 +31,7 @@ from bigtrain.models.hf import Config
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
+from bigtrain.testing.equivalence import put as fill_from_whole
 from bigtrain.testing.ranks import RankError, RankPool
 
 VOCABULARY = 61
@@ -38,6 +39,7 @@ CONTEXT = 16
 BATCH = 7
 """No number of ranks divides it: there are fillers."""
 STEPS = 3
+COMPARED = 8
 MASK_TOKEN = 63
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
@@ -306,6 +308,67 @@ def test_two_ranks_compute_what_one_process_computes(
     assert measured[0].votes == [3.0] * STEPS
 
 
+@dataclass
+class Step:
+    """A step of `follow` on rank 0."""
+
+    before: dict[str, Tensor]
+    numbers: tuple[float, float, float]
+    gradients: dict[str, Tensor]
+
+
+def put(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Fill an engine's state from whole tensors."""
+    assert state.keys() == values.keys()
+    for name, tensor in state.items():
+        if isinstance(tensor, FlatPart):
+            part = slice(tensor.begin, tensor.begin + tensor.local.numel())
+            tensor.local.copy_(values[name].reshape(-1)[part])
+        else:
+            fill_from_whole({name: tensor}, {name: values[name]})
+
+
+def follow(case: Case, befores: list[dict[str, Tensor]] | None) -> list[Step]:
+    """COMPARED steps: each from the state before it that is given, or else one after the other."""
+    engine, found = build(case), []
+    step_of_strategy = engine.strategy.step
+    gradients: dict[str, Tensor] = {}
+
+    def keep_and_step() -> None:
+        gradients.update(engine.strategy.whole_gradients())
+        step_of_strategy()
+
+    engine.strategy.step = keep_and_step
+    for step in range(COMPARED):
+        if befores is not None:
+            put(engine.state(), befores[step])
+            engine.state_loaded()
+        before = whole_state(engine)
+        batches = micro_batches(case, step, dist.get_rank(), dist.get_world_size())
+        numbers = engine.train_step(step, batches, lr=1e-3).read()
+        found.append(Step(before, (numbers.loss, numbers.weight, numbers.gradient_norm), dict(gradients)))
+    engine.close()
+    return found if dist.get_rank() == 0 else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_eight_steps_from_the_same_weights_and_eight_of_its_own_are_those_of_one_process(
+    ranks: RankPool, models: Callable[[str], Path], strategy: str, kind: str
+) -> None:
+    case = Case(models(kind), strategy)
+    alone = ranks.run(follow, replace(case, micro_size=None), None, ranks=1)[0]
+    compared = ranks.run(follow, case, [step.before for step in alone], ranks=2)[0]
+    for mine, expected in zip(compared, alone, strict=True):
+        assert all(torch.equal(mine.before[name], tensor) for name, tensor in expected.before.items())
+        assert worst_error(mine.gradients, expected.gradients) <= 1
+        assert mine.numbers == pytest.approx(expected.numbers, rel=OF_NUMBERS)
+    free = ranks.run(follow, case, None, ranks=2)[0]
+    losses, expected_losses = ([step.numbers[0] for step in found] for found in (free, alone))
+    assert losses == pytest.approx(expected_losses, rel=OF_NUMBERS)
+
+
 def save_and_go_on(case: Case, directory: Path, load_into: Case | None) -> list[Any]:
     """Two steps and a save, two more; and, from the save, the two again in a new engine, of another strategy maybe."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -467,7 +530,7 @@ def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_pa
     [
         ("fsdp", "hf", {}, False, "does not run on the engine 'fsdp'"),
         ("accelerate", "llama", {}, False, "does not run on the engine 'accelerate'"),
-        ("accelerate", "hf", {"dp_replicate": 2}, False, "data parallel alone"),
+        ("accelerate", "hf", {"dp_replicate": 2}, False, "over layout.dp_shard alone"),
         ("accelerate", "hf", {}, True, "no mask of documents"),
     ],
 )

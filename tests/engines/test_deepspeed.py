@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.config import CheckpointConfig
-from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.loader import load
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
@@ -56,6 +56,7 @@ class Case:
     clip: float | None = 1.0
     precision: Precision = "fp32"
     steps: int = 3
+    documents: bool = False
 
     def alone(self) -> Case:
         """The same under FSDP's engine in one process, in one pass, without fillers."""
@@ -79,6 +80,10 @@ def micro_batches(case: Case, step: int) -> list[MicroBatch]:
         "keys": rng.integers(0, 2**62, BATCH),
     }
     batch["weights"][-1, CONTEXT // 3 :] = 0
+    if case.documents:
+        halves = np.arange(CONTEXT) >= CONTEXT // 2
+        batch["documents"] = np.broadcast_to(halves.astype(np.int32), (BATCH, CONTEXT))
+        batch["positions"] = np.broadcast_to(np.arange(CONTEXT) - halves * (CONTEXT // 2), (BATCH, CONTEXT))
     batch = {name: np.concatenate([array, array[:missing]]) for name, array in batch.items()}
     batch["weights"][BATCH:] = 0
     slots, size = shape.slots(rank), shape.micro_batch
@@ -214,20 +219,6 @@ def assert_same(measured: Measured, expected: Measured) -> None:
     assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
 
 
-@pytest.fixture(scope="module")
-def alone(ranks: RankPool) -> Callable[[Case], Measured]:
-    """What one process measures under FSDP's engine, each case once."""
-    known: dict[str, Measured] = {}
-
-    def run(case: Case) -> Measured:
-        single = case.alone()
-        if repr(single) not in known:
-            known[repr(single)] = ranks.run(measure, single, ranks=1)[0]
-        return known[repr(single)]
-
-    return run
-
-
 ENGINES = [
     pytest.param(zero(0), id="zero 0"),
     pytest.param(zero(1), id="zero 1"),
@@ -273,6 +264,19 @@ def test_clipping_follows_the_norm_over_all_ranks(
 @pytest.mark.parametrize("engine", [zero(2, recompute="full"), zero(3, recompute="full")], ids=["zero 2", "zero 3"])
 def test_recompute_changes_nothing(ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig) -> None:
     assert_same(ranks.run(measure, Case(engine), ranks=2)[0], alone(Case(engine)))
+
+
+TOGETHER = [zero(stage, recompute="full", offload="optimizer" if stage else "none") for stage in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", TOGETHER, ids=[f"zero {engine.zero}" for engine in TOGETHER])
+@pytest.mark.parametrize("documents", [True])
+def test_document_masks_recompute_and_offload_together_change_nothing(
+    ranks: RankPool, alone: Callable[[Case], Measured], engine: DeepSpeedConfig, documents: bool
+) -> None:
+    case = Case(engine, documents=documents)
+    assert_same(ranks.run(measure, case, ranks=2)[0], alone(case))
 
 
 def test_one_process_under_zero_computes_the_same(ranks: RankPool, alone: Callable[[Case], Measured]) -> None:
@@ -470,11 +474,6 @@ def test_passthrough_is_checked_by_deepspeed_itself(keys: dict[str, Any], what: 
 def test_impossible_engines_are_refused() -> None:
     with pytest.raises(ValueError, match="zero 1, 2 or 3"):
         DeepSpeedConfig(zero=0, offload="optimizer")
-    with pytest.raises(UserError, match="all 4 ranks"):
-        build_engine(
-            family("llama")(**LLAMA, context=CONTEXT), VOCABULARY, AdamWConfig(), engine=zero(2), precision="fp32",
-            layout=LayoutConfig(dp_replicate=2), seed=SEED, ranks=Ranks(0, 0, 4),
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (3, 2, 4)])
@@ -489,3 +488,20 @@ def test_a_run_of_elements_is_cut_into_rectangles_that_cover_it_once(shape: tupl
                 assert torch.equal(numbers.view(shape)[box], piece)
                 found += piece.flatten().tolist()
             assert found == numbers[begin:end].tolist()
+
+
+def test_a_run_inside_a_box_is_cut_into_rectangles_of_the_whole() -> None:
+    whole = torch.arange(6 * 5, dtype=torch.float32).view(6, 5)
+    box = Box((2, 1), (3, 4))
+    line = whole[2:5, 1:5].reshape(-1)
+    for begin in range(13):
+        for end in range(begin, 13):
+            pieces = FlatPart(line[begin:end], begin, (6, 5), box).pieces()
+            for (row, column), sizes in (rectangle for rectangle, _ in pieces):
+                assert (row >= 2, column >= 1, row + sizes[0] <= 5, column + sizes[1] <= 5) == (True,) * 4
+            values = [
+                torch.equal(whole[at[0] : at[0] + size[0], at[1] : at[1] + size[1]], piece)
+                for (at, size), piece in pieces
+            ]
+            assert all(values)
+            assert sum(piece.numel() for _, piece in pieces) == end - begin

@@ -202,20 +202,6 @@ def assert_same(measured: Measured, expected: Measured) -> None:
     assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
 
 
-@pytest.fixture(scope="module")
-def alone(ranks: RankPool) -> Callable[[Case], Measured]:
-    """What one process measures, each case once."""
-    known: dict[str, Measured] = {}
-
-    def run(case: Case) -> Measured:
-        single = case.alone()
-        if repr(single) not in known:
-            known[repr(single)] = ranks.run(measure, single, ranks=1)[0]
-        return known[repr(single)]
-
-    return run
-
-
 LAYOUTS = [
     pytest.param(2, 1, id="2 shards"),
     pytest.param(3, 1, id="3 shards"),

@@ -12,13 +12,18 @@ from safetensors.torch import load_file, save_file
 from bigtrain.checkpoint import loader
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.saver import Saver
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.contract import Engine, Reloaded
 from bigtrain.testing.equivalence import LR, OF_NUMBERS, How, What, build, gather, micro_batches
 from bigtrain.testing.ranks import RankPool
 
 STEP, MORE = 2, 3
 SHAPE = {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
 WHAT = What({**SHAPE, "qk_norm": True, "dropout": 0.1, "tied": True})
+EVERYTHING_SPREAD = {
+    "name": "deepspeed",
+    "zero": 3,
+    "passthrough": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+}
 HOWS = {
     "dp1": How(1),
     "dp3": How(3),
@@ -32,6 +37,13 @@ HOWS = {
     "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
     "tp2 x pp2": How(4, {"tp": 2, "pp": 2}),
     "pp4 x dp2": How(8, {"pp": 4}),
+    "ZeRO 3 dp4": How(4, {}, EVERYTHING_SPREAD),
+    "ZeRO 2 dp2": How(2, {}, {"name": "deepspeed", "zero": 2}),
+    "ZeRO 0 tp2": How(2, {"tp": 2}, {"name": "deepspeed", "zero": 0}),
+    "ZeRO 1 tp2 x dp2": How(4, {"tp": 2}, {"name": "deepspeed", "zero": 1}),
+    "ZeRO 3 tp2 x dp2": How(4, {"tp": 2}, EVERYTHING_SPREAD),
+    "ZeRO 1 pp2": How(2, {"pp": 2}, {"name": "deepspeed", "zero": 1}),
+    "ZeRO 1 tp2 x pp2 x dp2": How(8, {"tp": 2, "pp": 2}, {"name": "deepspeed", "zero": 1}),
 }
 
 
@@ -44,7 +56,7 @@ class Continued:
     """Tensors that are not equal to what was saved."""
 
 
-def steps(engine: FSDPEngine, how: How, first: int, count: int) -> list[float]:
+def steps(engine: Engine, how: How, first: int, count: int) -> list[float]:
     losses = []
     for step in range(first, first + count):
         batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
@@ -73,8 +85,10 @@ def resume(how: How, directory: Path) -> Continued:
     engine = build(WHAT, how)
     state = engine.state()
     loader.load(directory / "checkpoints", STEP, state)
+    if isinstance(engine, Reloaded):
+        engine.state_loaded()
     expected = load_file(directory / "expected.safetensors")
-    found = gather(state)
+    found = gather(engine.state())
     assert found.keys() == expected.keys()
     different = [name for name, tensor in expected.items() if not found[name].equal(tensor)]
     losses = steps(engine, how, STEP, MORE)
@@ -87,6 +101,12 @@ def resume(how: How, directory: Path) -> Continued:
     [
         ("tp2 x dp2", ("dp1", "tp4")),
         ("pp2 interleaved", ("dp1", "tp2 x pp2")),
+        ("ZeRO 1 tp2 x dp2", ("tp2 x pp2",)),
+        pytest.param("ZeRO 3 dp4", ("tp2 x pp2", "ZeRO 1 tp2 x pp2 x dp2"), marks=pytest.mark.slow),
+        pytest.param("tp4", ("ZeRO 2 dp2", "ZeRO 3 tp2 x dp2", "ZeRO 0 tp2"), marks=pytest.mark.slow),
+        pytest.param("ZeRO 3 tp2 x dp2", ("dp3", "ZeRO 1 pp2"), marks=pytest.mark.slow),
+        pytest.param("ZeRO 0 tp2", ("dp1", "ZeRO 3 dp4"), marks=pytest.mark.slow),
+        pytest.param("ZeRO 1 tp2 x pp2 x dp2", ("dp1", "tp4"), marks=pytest.mark.slow),
         pytest.param("dp2", ("pp2", "pp2 interleaved", "pp4 x dp2"), marks=pytest.mark.slow),
         pytest.param("pp2", ("dp1", "tp2 x dp2"), marks=pytest.mark.slow),
         pytest.param("pp4 x dp2", ("pp2", "tp4"), marks=pytest.mark.slow),

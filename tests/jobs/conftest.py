@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Job:
     def noted(self, name: str, attempt: int, rank: int) -> tuple[float, int]:
         """Time and process id of a rank's note; waits for it."""
         path = self.path / f"{name}_{attempt}_{rank}"
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not (path.exists() and (words := path.read_text().split())):
             assert time.monotonic() < deadline, f"{path.name} was not written"
             time.sleep(0.01)
@@ -161,3 +162,36 @@ def wait_for() -> Callable[[Callable[[], bool], float], float]:
         return time.monotonic() - start
 
     return wait
+
+
+class Pace(threading.Thread):
+    """A clock that goes slower where the machine is busy: it ticks as often as a thread that sleeps is woken."""
+
+    TICK_S = 0.005
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._ticks: list[float] = []
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(self.TICK_S):
+            self._ticks.append(time.monotonic())
+
+    def end(self) -> None:
+        """Stop the clock."""
+        self._ended.set()
+        self.join()
+
+    def between(self, start: float, end: float) -> float:
+        """Seconds that an idle machine would have needed from `start` to `end`, both of time.monotonic, at most."""
+        return self.TICK_S * sum(start < tick < end for tick in self._ticks)
+
+
+@pytest.fixture
+def pace() -> Iterator[Pace]:
+    """A clock for what is promised in seconds, on a machine that may be busy."""
+    pace = Pace()
+    pace.start()
+    yield pace
+    pace.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from bigtrain.jobs.local import local_procs, visible_gpus
 from bigtrain.run import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORT_LIMIT_S = 0.1
-"""Of processor time, which other processes on the machine do not lengthen."""
+LAUNCH_OVER_ASYNCIO = 2.0
+"""Processor time of an import over that of importing asyncio: 1.2 as it is, 3 with numpy."""
 
 
 def test_limits_are_seconds_or_texts_with_a_unit() -> None:
@@ -71,19 +72,10 @@ def test_the_exit_codes_are_those_of_a_run() -> None:
 
 
 @pytest.mark.parametrize("module", ["bigtrain.heartbeat", "bigtrain.jobs.agent", "bigtrain.jobs.launch"])
-def test_launching_imports_neither_torch_nor_pydantic_and_is_quick(module: str) -> None:
-    script = (
-        "import sys, time; start = time.process_time()\n"
-        f"import {module}\n"
-        "print(time.process_time() - start, *sorted({name.split('.')[0] for name in sys.modules}))"
-    )
-    best_s = float("inf")
-    for _ in range(3):
-        output = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.split()
-        best_s = min(best_s, float(output[0]))
-        assert not {"torch", "ray", "pydantic", "numpy", "wandb"} & set(output[1:])
-        if best_s < IMPORT_LIMIT_S:
-            break
-    assert best_s < IMPORT_LIMIT_S
+def test_launching_imports_neither_torch_nor_pydantic_and_is_quick(
+    module: str, cpu_ratio: Callable[..., float]
+) -> None:
+    script = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "ray", "pydantic", "numpy", "wandb"} & set(output.split())
+    assert cpu_ratio(("-c", f"import {module}"), ("-c", "import asyncio")) < LAUNCH_OVER_ASYNCIO

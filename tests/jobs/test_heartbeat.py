@@ -7,12 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bigtrain.heartbeat import PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
 
 ROOT = Path(__file__).resolve().parents[2]
-BEAT_LIMIT_S = 5e-6
+TICK_S = 2**24 / 1e9
+"""Of the page's clock."""
+BEAT_OVER_CLOCK = 40.0
+"""Processor time of a beat over that of a look at the clock, 0.05 microseconds here: 6 as it is."""
 
 
 def rank_side(page: HeartbeatPage) -> Heartbeat:
@@ -25,16 +29,18 @@ def test_a_beat_is_read_as_it_was_written() -> None:
         rank = rank_side(page)
         for step, phase in enumerate(PHASES, start=2**31):
             rank.beat(step, phase)
+            began = time.monotonic()
             beat = page.read()
             assert (beat.step, beat.phase) == (step, phase)
-            assert 0 <= beat.age_s < 0.1
+            assert 0 <= beat.age_s <= time.monotonic() - began + TICK_S
 
 
 def test_the_age_grows_without_the_rank() -> None:
     with HeartbeatPage() as page:
+        began = time.monotonic()
         rank_side(page).beat(1, "save")
         time.sleep(0.2)
-        assert 0.17 < page.read().age_s < 1
+        assert 0.17 < page.read().age_s <= time.monotonic() - began + TICK_S
 
 
 def test_the_age_survives_the_wrap_of_its_clock() -> None:
@@ -42,9 +48,10 @@ def test_the_age_survives_the_wrap_of_its_clock() -> None:
         rank = rank_side(page)
         rank.beat(3, "step")
         # As if the beat had come 100 ticks before the counter started again from 0 and now it were past it.
+        began = time.monotonic()
         ticks_now = (time.monotonic_ns() >> 24) & (1 << 28) - 1
         rank._words[0] = rank._words[0] & ~((1 << 28) - 1) | (ticks_now - 100) % (1 << 28)
-        assert 100 * 2**24 / 1e9 <= page.read().age_s < 100 * 2**24 / 1e9 + 0.2
+        assert 100 * TICK_S <= page.read().age_s <= 100 * TICK_S + time.monotonic() - began + TICK_S
 
 
 def test_the_control_word_reaches_the_rank() -> None:
@@ -58,6 +65,7 @@ def test_the_control_word_reaches_the_rank() -> None:
 
 def test_no_reader_sees_half_a_beat() -> None:
     """Each step has its own phase; a reading that mixed two beats would pair them wrongly."""
+    began = time.monotonic()
     with HeartbeatPage() as page:
         script = (
             "from bigtrain.heartbeat import Heartbeat, PHASES\n"
@@ -71,7 +79,7 @@ def test_no_reader_sees_half_a_beat() -> None:
             for _ in range(1000):
                 beat = page.read()
                 assert beat.phase == PHASES[beat.step % 6]
-                assert beat.age_s < 5
+                assert beat.age_s <= time.monotonic() - began + TICK_S
                 seen.add(beat.step)
         assert writer.returncode == 0
         assert len(seen) > 100
@@ -90,17 +98,21 @@ def test_several_threads_may_beat() -> None:
             assert beat.phase == PHASES[beat.step]
 
 
+def cpu_per_call_s(call: Callable[[], object]) -> float:
+    start = time.thread_time()
+    for _ in range(10_000):
+        call()
+    return (time.thread_time() - start) / 10_000
+
+
 def test_a_beat_costs_less_than_five_microseconds() -> None:
+    """... as a ratio, taken in turns, that neither load nor a slow machine changes."""
     with HeartbeatPage() as page:
         rank = rank_side(page)
-        best_s = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            for step in range(10_000):
-                rank.beat(step, "step")
-            best_s = min(best_s, (time.perf_counter() - start) / 10_000)
-        print(f"a beat costs {best_s * 1e6:.2f} microseconds")
-        assert best_s < BEAT_LIMIT_S
+        times = [(cpu_per_call_s(lambda: rank.beat(1, "step")), cpu_per_call_s(time.monotonic_ns)) for _ in range(5)]
+        beat_s, clock_s = (min(column) for column in zip(*times, strict=True))
+        print(f"a beat costs {beat_s * 1e6:.2f} microseconds, {beat_s / clock_s:.1f} times a look at the clock")
+        assert beat_s / clock_s < BEAT_OVER_CLOCK
 
 
 def test_without_an_agent_the_page_has_no_effect() -> None:

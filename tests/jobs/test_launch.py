@@ -47,7 +47,7 @@ def test_a_users_thread_count_is_kept(job: Any, monkeypatch: pytest.MonkeyPatch)
     assert "threads 7" in job.log(0, 0)
 
 
-def test_a_killed_rank_is_seen_and_all_ranks_start_again(job: Any) -> None:
+def test_a_killed_rank_is_seen_and_all_ranks_start_again(job: Any, pace: Any) -> None:
     job.write_rank("""
 def die(step):
     if attempt == 0 and rank == 1 and step == 5:
@@ -60,7 +60,7 @@ train(20 if attempt else 10**6, at=die)
     [fault], [restarted] = job.named("fault"), job.named("restarted")
     again = max(job.noted("started", 1, rank)[0] for rank in (0, 1))
     print(f"seen and all ended after {fault['monotonic'] - died:.3f} s, ranks run again after {again - died:.3f} s")
-    assert fault["monotonic"] - died < P1_SEEN_S
+    assert pace.between(died, fault["monotonic"]) < P1_SEEN_S
     assert fault["rank"] == 1
     assert fault["step"] == 5
     assert fault["attempt"] == 0
@@ -70,7 +70,7 @@ train(20 if attempt else 10**6, at=die)
     assert any("killed by SIGKILL" in line for line in job.said)
 
 
-def test_a_stopped_rank_is_named_with_its_phase_and_step(job: Any) -> None:
+def test_a_stopped_rank_is_named_with_its_phase_and_step(job: Any, pace: Any) -> None:
     job.write_rank("""
 def hang(step):
     if attempt == 0 and step == 4:
@@ -84,7 +84,7 @@ train(20, at=hang)
     hung, _ = job.noted("hung", 0, 1)
     [fault] = job.named("fault")
     print(f"seen {fault['monotonic'] - hung - 0.5:.2f} s after its limit")
-    assert fault["monotonic"] - hung < 0.5 + P2_MARGIN_S
+    assert pace.between(hung, fault["monotonic"]) < 0.5 + P2_MARGIN_S
     assert fault["rank"] == 1
     assert fault["step"] == 4
     assert "hangs in phase step at step 4" in fault["cause"]
@@ -110,7 +110,7 @@ train(20, at=hold)
     assert "in hold" in job.log(0, 1)
 
 
-def test_a_killed_agent_takes_its_ranks_along_and_is_replaced(job: Any) -> None:
+def test_a_killed_agent_takes_its_ranks_along_and_is_replaced(job: Any, pace: Any) -> None:
     job.write_rank("""
 import subprocess
 if attempt == 0:
@@ -127,7 +127,7 @@ train(20 if attempt else 10**6, at=kill)
     [fault] = job.named("fault")
     again, _ = job.noted("started", 1, 0)
     print(f"seen after {fault['monotonic'] - killed:.3f} s, ranks run again after {again - killed:.3f} s")
-    assert fault["monotonic"] - killed < P1_SEEN_S
+    assert pace.between(killed, fault["monotonic"]) < P1_SEEN_S
     assert "agent on host" in fault["cause"]
     assert fault["rank"] is None
 
@@ -145,15 +145,17 @@ train(20 if attempt else 10**6, at=stop_agent)
     assert "nothing was heard" in fault["cause"]
 
 
-def test_a_killed_controller_leaves_no_process(job: Any, wait_for: Any) -> None:
+def test_a_killed_controller_leaves_no_process(job: Any, wait_for: Any, pace: Any) -> None:
     job.write_rank("train(10**6)")
     controller = job.start()
     job.noted("started", 0, 1)
     agent = int(Path(f"/proc/{job.noted('started', 0, 0)[1]}/stat").read_text().rpartition(")")[2].split()[1])
     controller.kill()
     controller.wait()
-    print(f"ranks gone after {job.wait_until_gone(10):.3f} s")
-    wait_for(lambda: not job.is_alive(agent), 2)
+    killed = time.monotonic()
+    print(f"ranks gone after {job.wait_until_gone(60):.3f} s")
+    wait_for(lambda: not job.is_alive(agent), 60)
+    assert pace.between(killed, time.monotonic()) < P2_MARGIN_S, "seen by silence alone"
 
 
 def test_a_rank_that_leaves_early_is_an_error(job: Any) -> None:
@@ -265,7 +267,7 @@ time.sleep(1000)
     time.sleep(0.25)
     assert controller.poll() is None
     controller.send_signal(signal.SIGINT)
-    assert controller.wait(timeout=5) == code
+    assert controller.wait(timeout=60) == code
 
 
 def test_a_later_start_keeps_the_earlier_logs(job: Any) -> None:

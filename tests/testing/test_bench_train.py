@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigtrain.testing.bench_train import _check_same, _summary, bench, table
+from bigtrain.testing.bench_train import _check_same, bench, summary, table
 
 
 def test_a_difference_in_the_work_is_refused() -> None:
@@ -14,10 +14,10 @@ def test_a_difference_in_the_work_is_refused() -> None:
 
 
 def test_the_interval_of_a_median_holds_it_and_narrows_with_more_pairs() -> None:
-    few, many = _summary([0.9, 1.0, 1.1, 1.2, 1.3]), _summary([0.9, 1.0, 1.1, 1.2, 1.3] * 40)
+    few, many = summary([0.9, 1.0, 1.1, 1.2, 1.3]), summary([0.9, 1.0, 1.1, 1.2, 1.3] * 40)
     assert few["median"] == many["median"] == 1.1
-    for summary in (few, many):
-        assert summary["interval"][0] <= summary["median"] <= summary["interval"][1]
+    for found in (few, many):
+        assert found["interval"][0] <= found["median"] <= found["interval"][1]
     assert many["interval"][1] - many["interval"][0] < few["interval"][1] - few["interval"][0]
 
 

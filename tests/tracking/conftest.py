@@ -162,12 +162,12 @@ def event() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Wait until a condition holds, and fail where it does not within ten seconds."""
+    """Wait until a condition holds, and fail where it does not within a minute."""
 
     def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         while not condition():
-            assert time.monotonic() < deadline, "it did not come to hold within 10 s"
+            assert time.monotonic() < deadline, "it did not come to hold within 60 s"
             time.sleep(0.02)
 
     return wait

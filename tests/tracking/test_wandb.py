@@ -13,7 +13,12 @@ from bigtrain.tracking.config import TrackingConfig
 from bigtrain.tracking.wandb import WandbTracker, choose_mode, has_key, read_url, run_id, start_tracker
 
 PUT_LIMIT_S = 1e-3
-"""What a step may pay for its metrics: far under the shortest step, far over a queue's own cost."""
+"""Processor time that a step may pay for its metrics: far under the shortest step, far over a queue's own cost."""
+WAIT_LIMIT_S = 0.1
+"""How long it may take by the clock on a busy machine: far under the least that a server keeps one waiting here."""
+
+CLOSE_LIMIT_S = 20.0
+"""Of a close that may wait 0.5 s, on a busy machine; a server that hangs would keep it for ever."""
 
 CANARY = "canary-7f3a"
 
@@ -26,14 +31,16 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def _put_all(tracker: WandbTracker, count: int) -> float:
-    """Put so many steps; the median time of one put, in seconds."""
-    times = []
+def put_all_at_no_cost(tracker: WandbTracker, count: int) -> None:
+    """Put so many steps; the median of their times is held to the limits."""
+    spent, passed = [], []
     for step in range(1, count + 1):
-        before = time.perf_counter()
+        before = time.thread_time(), time.perf_counter()
         tracker.put({"step": step, "loss": 1.0 / step, "mfu": None, "grad_norm": float("nan")})
-        times.append(time.perf_counter() - before)
-    return sorted(times)[count // 2]
+        spent.append(time.thread_time() - before[0])
+        passed.append(time.perf_counter() - before[1])
+    assert sorted(spent)[count // 2] < PUT_LIMIT_S
+    assert sorted(passed)[count // 2] < WAIT_LIMIT_S
 
 
 def test_offline_files_hold_the_logged_values_and_resume_under_the_same_id(
@@ -75,7 +82,7 @@ def test_a_server_that_hangs_costs_no_step_and_the_run_goes_on_offline(
     with wandb_server("hang") as asked:
         tracker = WandbTracker(run_dir, "tiny", {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
         eventually(lambda: bool(asked))
-        assert _put_all(tracker, 500) < PUT_LIMIT_S
+        put_all_at_no_cost(tracker, 500)
         tracker.close(30)
     assert tracker.dropped == 0
     assert len(warnings) == 1
@@ -89,7 +96,7 @@ def test_a_server_that_answers_500_leaves_the_run_offline_with_one_warning(
     warnings: list[str] = []
     with wandb_server("500"):
         tracker = WandbTracker(run_dir, "tiny", {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
-        assert _put_all(tracker, 5) < PUT_LIMIT_S
+        put_all_at_no_cost(tracker, 5)
         tracker.close(30)
     assert len(warnings) == 1
     assert "\n" not in warnings[0]
@@ -106,11 +113,11 @@ def test_closing_while_the_server_hangs_ends_within_its_limit_and_leaves_no_proc
         eventually(lambda: bool(asked))
         started = set(psutil.Process().children(recursive=True)) - others
         assert started
-        assert _put_all(tracker, 50) < PUT_LIMIT_S
+        put_all_at_no_cost(tracker, 50)
         assert tracker.dropped == 42, "eight wait, the rest is dropped and counted"
         before = time.monotonic()
         tracker.close(0.5)
-        assert time.monotonic() - before < 2.5
+        assert time.monotonic() - before < CLOSE_LIMIT_S
         eventually(lambda: not any(child.is_running() and child.status() != "zombie" for child in started))
     assert tracker.dropped == 50
     assert sum("50 steps were not sent" in line for line in warnings) == 1

@@ -18,6 +18,7 @@ LEGS: list[tuple[str, int, tuple[str, ...]]] = [
     ("12 steps", 1, ()),
     ("16 steps", 2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
     ("20 steps", 4, ("layout.tp=2", "layout.sequence_parallel=false")),
+    ("24 steps", 4, ("engine.name=deepspeed", "engine.zero=1", "layout.tp=2", "layout.pp=2")),
 ]
 SHARED_SEQUENCES: list[tuple[str, int, tuple[str, ...]]] = [
     ("4 steps", 2, ("layout.cp=2",)),
@@ -85,12 +86,14 @@ def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
     ("how", "said"),
     [
         (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
-        (("layout.tp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.dp_replicate=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
         (("layout.cp=3",), "cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, or"),
         (("layout.cp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
         (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 a rank, pp may be 1, 2"),
-        (("layout.pp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.pp=2", "engine.name=deepspeed"), "DeepSpeed's pipeline takes ZeRO 0 and 1, not 2"),
+        (("layout.pp=2", "engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer"), "optimizer on the CPU"),
+        (("engine.name=deepspeed", "engine.passthrough.zero_optimization.reduce_buket_size=5"), "reduce_buket_size"),
         (("layout.pp=2", "layout.pp_schedule=zero_bubble", "engine.recompute=full"), "Set engine.recompute to none"),
     ],
 )
@@ -128,3 +131,23 @@ def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
     refused = bigtrain("sample", "tiny")
     assert refused.returncode == 2
     assert "cannot sample" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_to_deepspeed_and_back_through_the_command(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    assert bigtrain("train", write_config(duration="4 steps", **SECTIONS)).returncode == 0
+    converted = bigtrain("checkpoint", "convert", "tiny", "--to", "deepspeed", "--out", "universal")
+    assert converted.returncode == 0, converted.stderr
+    refused = bigtrain("checkpoint", "import", "universal", "--out", "back")
+    assert refused.returncode == 2
+    assert "--trust-checkpoint" in refused.stderr
+    assert bigtrain("checkpoint", "import", "universal", "--out", "back", "--trust-checkpoint").returncode == 0
+    for name, source in (("from-run", "tiny"), ("from-import", str(tmp_path / "back"))):
+        config = write_config(
+            duration="2 steps", init={"source": f"{source}@4", "state": "weights+optimizer"}, **SECTIONS
+        )
+        result = bigtrain("train", config, "--name", name)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "runs" / "from-import") == losses(tmp_path / "runs" / "from-run")

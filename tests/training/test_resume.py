@@ -143,9 +143,10 @@ def test_ranks_killed_at_random_moments_leave_no_trace(config: Path, tmp_path: P
     assert_same_run(run, tmp_path / "runs" / "undisturbed")
 
 
-def test_a_run_killed_with_its_launcher_resumes_to_the_bit(config: Path, tmp_path: Path) -> None:
-    finish(start(config, tmp_path, "--nproc", 2, "--name", "undisturbed"))
-    process = start(config, tmp_path, "--nproc", 2, "--name", "killed")
+@pytest.mark.parametrize("how", [(), pytest.param(("layout.pp=2",), marks=pytest.mark.slow)])
+def test_a_run_killed_with_its_launcher_resumes_to_the_bit(config: Path, tmp_path: Path, how: tuple[str, ...]) -> None:
+    finish(start(config, tmp_path, *how, "--nproc", 2, "--name", "undisturbed"))
+    process = start(config, tmp_path, *how, "--nproc", 2, "--name", "killed")
     run = tmp_path / "runs" / "killed"
     published = run / "checkpoints" / f"step_{2 * SAVE_EVERY:08d}" / "manifest.json"
     deadline = time.monotonic() + DEADLINE_S
@@ -154,7 +155,7 @@ def test_a_run_killed_with_its_launcher_resumes_to_the_bit(config: Path, tmp_pat
     ranks = ranks_of(process.pid)
     process.kill()
     process.wait()
-    finish(start(config, tmp_path, "--nproc", 2, "--name", "killed"))
+    finish(start(config, tmp_path, *how, "--nproc", 2, "--name", "killed"))
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
     assert any(event["event"] == "resumed" and event["step"] >= SAVE_EVERY for event in logged(run, "events.jsonl"))
     assert_same_run(run, tmp_path / "runs" / "undisturbed")

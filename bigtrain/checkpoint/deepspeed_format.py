@@ -1,0 +1,242 @@
+"""To and from DeepSpeed's universal checkpoints, which it loads at any ZeRO stage above 0 and any number of ranks.
+
+    OUT/latest_universal                                 the name of the step's directory
+    OUT/global_step100/zero/NAME/fp32.pt                 {"param": tensor}; the FP32 weights
+                            NAME/exp_avg.pt, exp_avg_sq.pt   Adam's moments; NAME/step.pt its count
+                       zero/optimizer_state.pt           what belongs to no parameter
+                       mp_rank_00_model_states.pt        facts; under ZeRO 3 DeepSpeed asks for it by a second name
+
+A checkpoint that `deepspeed.save_checkpoint` has written becomes one by DeepSpeed's own `ds_to_universal.py`. Files are
+written and read a tensor at a time. Layout and keys as DeepSpeed 0.19.8 reads them
+(deepspeed/checkpoint/universal_checkpoint.py, runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from bigtrain.checkpoint import loader
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.checkpoint.export import appears_whole
+from bigtrain.checkpoint.reader import SafeReader
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.storage import fsync_file
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WRITTEN_FOR = "0.19.8"
+"""The version of DeepSpeed whose readers this follows."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
+
+
+def to_deepspeed(directory: Path, step: int, out: Path) -> Path:
+    """Write a verified checkpoint as a universal one; `out` appears whole or not at all.
+
+    DeepSpeed loads it with `{"checkpoint": {"load_universal": true}}` in its config and
+    `engine.load_checkpoint(out)`; hyperparameters stay those of the optimizer that it is loaded into. Persistent
+    buffers, which DeepSpeed does not load from such a checkpoint, are in `module` of the model's file. (DeepSpeed
+    0.19.8 under ZeRO 3 gives all parts of an optimizer of torch's one tensor to count steps in, and each part's update
+    raises it: give each its own after loading.)
+
+    Args:
+        directory: Of the checkpoints.
+        step: Which one.
+        out: A directory that does not exist yet, or is empty.
+
+    Returns:
+        The directory of the step.
+
+    Raises:
+        UserError: `out` is not empty; there is no such step; the optimizer is not of Adam's family.
+        CorruptionError: The checkpoint does not verify.
+    """
+    reader = loader.verified_reader(directory, step)
+    entries = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+    weights = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
+    names = [name for name in weights if f"optimizer.{name}.step" in entries]
+    _check_adam(entries, names, reader.path)
+    tag = f"global_step{step}"
+    with appears_whole(out) as temporary:
+        place = temporary / tag
+        count = torch.zeros(())
+        for name in names:
+            for key, file in (("model." + name, "fp32"), *((f"optimizer.{name}.{key}", key) for key in MOMENTS)):
+                _save({"param": _one(reader, key)}, place / "zero" / name / f"{file}.pt")
+            count = _one(reader, f"optimizer.{name}.step")
+            _save(count, place / "zero" / name / "step.pt")
+        _save(_optimizer_facts(len(names), count), place / "zero" / "optimizer_state.pt")
+        buffers = {name: _one(reader, f"model.{name}") for name in weights if name not in names}
+        facts = _model_facts(step, {name: entries[f"model.{name}"].size for name in names}, buffers)
+        for file in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+            _save(facts, place / file)
+        (temporary / "latest_universal").write_text(tag)
+    return out / tag
+
+
+def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
+    """Write a universal checkpoint as one of ours, under `out/checkpoints`, for `init.source`.
+
+    Args:
+        source: What DeepSpeed was told to load, or the directory of one step in it.
+        out: A directory that does not exist yet, or is empty.
+        trusted: Whether the user vouches for its files, which are pickles. They are read as tensors and plain values
+            alone all the same; what needs more is refused.
+
+    Returns:
+        Its step: the optimizer's count.
+
+    Raises:
+        UserError: Not trusted; `out` is not empty; no universal checkpoint, or one without shapes or counts.
+        CorruptionError: A file that cannot be read so.
+    """
+    if not trusted:
+        raise UserError(
+            "A DeepSpeed checkpoint is made of pickles, which can run code when they are read",
+            str(source),
+            "Where you trust whoever wrote it, add --trust-checkpoint.",
+        )
+    place = _step_directory(source)
+    shapes = dict(_shapes(place))
+    state: dict[str, Tensor] = {}
+    for name in _parameters(place):
+        folder = place / "zero" / name
+        for key, file in (("model." + name, "fp32"), *((f"optimizer.{name}.{key}", key) for key in MOMENTS)):
+            state[key] = _tensor(folder / f"{file}.pt", shapes.get(name))
+        state[f"optimizer.{name}.step"] = _count(place, folder)
+    counts = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
+    if len(counts) != 1:
+        raise UserError(f"The parameters have been updated {sorted(counts)} times, not all alike", str(place))
+    (step,) = counts
+    with appears_whole(out) as temporary:
+        saver = Saver(temporary / "checkpoints", CheckpointConfig(asynchronous=False))
+        saver.save(step, state, progress={}, config_hash="", identity="")
+        outcome = saver.wait()
+        saver.close()
+        if outcome is None or outcome.status != "saved":
+            raise UserError(f"The checkpoint could not be written: {outcome and outcome.cause}", str(out))
+    return step
+
+
+def _one(reader: SafeReader, name: str) -> Tensor:
+    (tensor,) = loader.read_full(reader, [name]).values()
+    return tensor
+
+
+def _save(value: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path)
+    fsync_file(path)
+
+
+def _check_adam(entries: dict[str, TensorStorageMetadata], names: list[str], path: Path) -> None:
+    kept = {name.rsplit(".", 1)[1] for name in entries if name.startswith("optimizer.")}
+    if not names or kept != {"step", *MOMENTS}:
+        found = ", ".join(sorted(kept)) or "no optimizer"
+        raise UserError(
+            f"DeepSpeed's universal checkpoints hold Adam's moments, and this one holds {found}",
+            str(path),
+            "Use `bigtrain checkpoint export` for the weights.",
+        )
+
+
+def _optimizer_facts(parameters: int, count: Tensor) -> dict[str, Any]:
+    """What DeepSpeed looks for beside the tensors.
+
+    ZeRO 1 and 2 load no more groups of parameters than are listed here, without a word, and overwrite the settings of
+    those groups by what is listed: so there are as many as there can be, with nothing to overwrite.
+    """
+    group = {"params": list[int]()}
+    return {
+        "ds_version": WRITTEN_FOR,
+        "param_groups": [group] * parameters,
+        "optimizer_state_dict": {"state": {0: {"step": count}}, "param_groups": [group]},
+    }
+
+
+def _model_facts(step: int, shapes: dict[str, torch.Size], buffers: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "module": buffers,
+        "buffer_names": list(buffers),
+        "param_shapes": [shapes],
+        "lr_scheduler": None,
+        "optimizer": None,
+        "skipped_steps": 0,
+        "global_steps": step,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_version": WRITTEN_FOR,
+    }
+
+
+def _step_directory(source: Path) -> Path:
+    latest = source / "latest_universal"
+    place = source / latest.read_text().strip() if latest.is_file() else source
+    if place.resolve().parent not in (source.resolve(), source.resolve().parent) or not (place / "zero").is_dir():
+        raise UserError(
+            "There is no universal checkpoint of DeepSpeed's",
+            str(source),
+            "Convert what save_checkpoint wrote: python -m deepspeed.checkpoint.ds_to_universal --input_folder STEP "
+            "--output_folder DIR",
+        )
+    return place
+
+
+def _parameters(place: Path) -> list[str]:
+    found = sorted(path.name for path in (place / "zero").iterdir() if path.is_dir())
+    wrong = [name for name in found if not _PLAIN_NAME.fullmatch(name)]
+    if wrong or not found:
+        raise CorruptionError(f"{wrong[0]!r} is no parameter's name" if wrong else "it holds no parameter", str(place))
+    return found
+
+
+def _shapes(place: Path) -> Iterator[tuple[str, torch.Size]]:
+    """Of the whole parameters, as far as the files beside them say: ZeRO 3's tensors are flat."""
+    for path in sorted(place.glob("*model_states.pt")):
+        facts = _load(path)
+        for group in facts.get("param_shapes") or [] if isinstance(facts, dict) else []:
+            yield from group.items()
+
+
+def _tensor(path: Path, shape: torch.Size | None) -> Tensor:
+    value = _load(path)
+    tensor = value.get("param") if isinstance(value, dict) else value
+    if not isinstance(tensor, Tensor):
+        raise CorruptionError("It holds no tensor", str(path))
+    if shape is None or tensor.shape == shape:
+        return tensor
+    if tensor.numel() != shape.numel():
+        raise CorruptionError(f"It holds {tuple(tensor.shape)}, and the parameter is {tuple(shape)}", str(path))
+    return tensor.view(shape)
+
+
+def _count(place: Path, folder: Path) -> Tensor:
+    """Adam's count of steps, as torch keeps it; ZeRO 3 has one for all parameters."""
+    if (folder / "step.pt").is_file():
+        value = _load(folder / "step.pt")
+    else:
+        facts = _load(place / "zero" / "optimizer_state.pt")
+        try:
+            value = facts["optimizer_state_dict"]["state"][0]["step"]
+        except (KeyError, TypeError, IndexError):
+            raise UserError("It does not say how many steps its optimizer has taken", str(place)) from None
+    return torch.as_tensor(float(value), dtype=torch.float32)
+
+
+def _load(path: Path) -> Any:
+    """Tensors and plain values of a file, its tensors mapped from the disk."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError("A file of the checkpoint is missing", str(path)) from None
+    except Exception as error:
+        # Damage inside a zip or its pickle raises nearly anything.
+        reason = str(error).splitlines()[0]
+        raise CorruptionError(f"It cannot be read as tensors and plain values: {reason}", str(path)) from error

@@ -1,0 +1,94 @@
+"""From the config's sections to a started DeepSpeed engine."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.engines.config import DeepSpeedConfig, Precision
+from bigtrain.engines.deepspeed import DeepSpeedEngine, Started
+from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config, low_precision_weights
+from bigtrain.engines.deepspeed_groups import ModelParallelUnit, count_once_in_norm
+from bigtrain.engines.deepspeed_model import plan_model, spread
+from bigtrain.engines.deepspeed_start import import_deepspeed, join_process_group
+from bigtrain.engines.rank import COMPUTE_DTYPES, set_determinism
+from bigtrain.models.config import ModelConfig
+from bigtrain.models.init import initialise
+from bigtrain.optim.config import OptimizerConfig
+from bigtrain.parallel.config import LayoutConfig, Mesh
+from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.recompute import recompute_blocks
+from bigtrain.parallel.tensor import sum_gradients_as_they_come
+
+
+def build_deepspeed_engine(
+    model: ModelConfig,
+    vocab_size: int,
+    optimizer: OptimizerConfig,
+    *,
+    engine: DeepSpeedConfig,
+    layout: LayoutConfig,
+    precision: Precision,
+    seed: int,
+    ranks: Ranks,
+) -> DeepSpeedEngine:
+    """Everything from the config's sections, as `FSDPEngine.build`.
+
+    Raises:
+        UserError: A passthrough that DeepSpeed does not take.
+    """
+    device = pick_device(ranks.local_rank)
+    set_determinism(engine, device)
+    deepspeed = import_deepspeed(device)
+    join_process_group(deepspeed, ranks, device)
+    sizes, mesh = build_mesh(layout, ranks, device)
+    config = deepspeed_config(engine, precision, device, pipelined=sizes.pp > 1)
+    check_passthrough(config, engine.passthrough)
+    built, plan = plan_model(model, vocab_size, layout, mesh)
+    unit = ModelParallelUnit(mesh) if mesh is not None and sizes.tp > 1 and sizes.pp == 1 else None
+    # On the whole shapes, which the parameters that are built now have not all got.
+    with torch.device("meta"):
+        shapes = ((name, nn.Parameter(torch.empty(shape))) for name, shape in plan.shapes.items())
+        inner = optimizer.build(shapes, plan.all_names)
+    dtype = torch.bfloat16 if low_precision_weights(engine, precision) else torch.float32
+    if engine.zero == 3:
+        group = None if unit is None else unit.get_data_parallel_group()
+        spread(deepspeed, built, config=config, group=group, device=device, dtype=dtype)
+    else:
+        built.to_empty(device=device)
+        initialise(built, seed, plan.parts)
+    built.compute_dtype = COMPUTE_DTYPES[precision]
+    groups = [] if mesh is None or sizes.tp == 1 else [mesh["tp"].get_group()]
+    recompute_blocks([block for _, block in built.blocks()], engine.recompute, groups=groups)
+    parameters = dict(built.named_parameters())
+    for settings in inner.param_groups:
+        settings["params"] = [parameters[name] for name in settings["names"]]
+    module, made = built, DeepSpeedEngine
+    if sizes.pp > 1:
+        assert mesh is not None
+        from bigtrain.engines.deepspeed_pipeline import PipelinedEngine, pipeline_module
+
+        module, made = pipeline_module(built, plan, sizes, mesh), PipelinedEngine
+    count_once_in_norm(parameters, plan.parts, plan.shared_by_ends & plan.copies)
+    with redirect_stdout(io.StringIO()):  # it prints its use of memory
+        started, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config, mpu=unit)
+    _check_got(started, engine, dtype, sizes)
+    if mesh is not None and plan.partial:
+        sum_gradients_as_they_come(built, plan.partial, mesh["tp"].get_group())
+    parts = Started(deepspeed, started, built, inner, plan, sizes)
+    return made(parts, clip=optimizer.clip, seed=seed, device=device)
+
+
+def _check_got(started: Any, engine: DeepSpeedConfig, dtype: torch.dtype, sizes: Mesh) -> None:
+    """Nothing may be replaced without a word: DeepSpeed must run the stage, weights and groups that were asked for."""
+    got = {parameter.dtype for parameter in started.module.parameters()}
+    stage = int(started.zero_optimization_stage())
+    if stage != engine.zero or got != {dtype}:
+        found = ", ".join(map(str, got))
+        raise RuntimeError(f"DeepSpeed was asked for ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
+    if started.dp_world_size != sizes.data_parallel:
+        raise RuntimeError(f"DeepSpeed reduces over {started.dp_world_size} ranks, not over {sizes.data_parallel}")

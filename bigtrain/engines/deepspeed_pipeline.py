@@ -1,0 +1,144 @@
+"""Our stages inside DeepSpeed's pipeline engine, which runs 1F1B over them (Narayanan et al. 2019), with ZeRO 0 or 1.
+
+DeepSpeed sees one layer a stage and passes on the residual stream alone: each stage reads the micro-batches by itself.
+Its own step is all of it in one, so what a step sums is reduced just before its instruction to the optimizer.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.schedule import OptimizerStep
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.deepspeed import DeepSpeedEngine, Started
+from bigtrain.engines.deepspeed_model import Plan
+from bigtrain.engines.rank import reseed, to_device
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.parallel.config import Mesh
+from bigtrain.parallel.pipeline import ends_group
+
+
+class StageLayer(nn.Module):
+    """A `contract.Staged` as the one layer of its stage."""
+
+    def __init__(self, stage: Any, first: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self._first = first
+        self._batches: Iterator[Batch] = iter(())
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def read(self, batches: Iterator[Batch], device: torch.device) -> None:
+        """Take these micro-batches in the passes that follow, and sum anew."""
+        self._batches = batches
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream for the next stage, or the sum of losses; `x` means nothing on the first."""
+        result = self.stage.forward_stage(None if self._first else x, next(self._batches))
+        if not isinstance(result, LossSum):
+            stream: Tensor = result
+            return stream
+        self.sums += torch.stack([result.loss.detach(), result.weight]).double()
+        return result.loss
+
+
+def pipeline_module(stage: nn.Module, plan: Plan, sizes: Mesh, mesh: DeviceMesh) -> PipelineModule:
+    """DeepSpeed's module of this rank's stage. Collective.
+
+    DeepSpeed orders its ranks as we do: stages outermost, tp innermost.
+    """
+    own = mesh["pp"].get_local_rank()
+    layers: list[nn.Module | None] = [None] * sizes.pp  # those of other ranks are never looked at
+    layers[own] = StageLayer(stage, own == 0)
+    topology = PipeModelDataParallelTopology(num_pp=sizes.pp, num_mp=sizes.tp, num_dp=sizes.data_parallel)
+    with redirect_stdout(io.StringIO()):
+        module = PipelineModule(layers, topology=topology, partition_method="uniform")
+    if plan.shared_by_ends:
+        group = ends_group(mesh["pp"], mesh)
+        parameters = dict(stage.named_parameters())
+        tied = [(parameters[name], group) for name in sorted(plan.shared_by_ends & parameters.keys())]
+        module.get_tied_weights_and_groups = lambda: tied
+    return module
+
+
+class PipelinedEngine(DeepSpeedEngine):
+    """A stage of the model and its optimizer inside DeepSpeed's pipeline engine; see `contract.Engine`."""
+
+    def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
+        super().__init__(started, clip=clip, seed=seed, device=device)
+        (self._layer,) = (layer for layer in self.engine.module.children() if isinstance(layer, StageLayer))
+        self._shape: tuple[int, ...] = ()
+        self._vote = 0.0
+        self._loss = self._votes = torch.zeros_like(self._weight)
+        step = self.engine._INSTRUCTION_MAP[OptimizerStep]
+
+        def reduce_and_step(engine: Any, **arguments: Any) -> None:
+            self._loss, self._votes = self._reduce(self._layer.sums, self._vote)
+            step(engine, **arguments)
+
+        self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: reduce_and_step}
+
+    def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
+        """See `contract.Engine.train_step`."""
+        reseed(self._seed, step, self.data_parallel_rank)
+        self._set_lr(lr)
+        self._vote = vote
+        # Not through its gradient_accumulation_steps, by which it would divide the loss.
+        self.engine.micro_batches = len(micro_batches)
+        self.engine.train_batch(self._read(micro_batches))
+        return self._result(self._loss, self._votes)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+        """See `contract.Engine.evaluate`."""
+        sums = torch.zeros_like(self._layer.sums)
+        for micro_batches in batches:
+            nothing = self._read(micro_batches)
+            self.engine.eval_batch(nothing, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+            sums += self._layer.sums
+        dist.all_reduce(sums if self._counts_loss else sums.zero_())
+        loss_sum, weight_sum = sums.tolist()
+        return loss_sum, weight_sum
+
+    def _read(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand the stage its micro-batches.
+
+        Returns:
+            What DeepSpeed takes for inputs and labels.
+        """
+        tensors = [to_device(arrays, self.device) for arrays in micro_batches]
+        self._layer.read(iter(tensors), self.device)
+        shape = tuple(next(iter(tensors[0].values())).shape)
+        if shape != self._shape:
+            # Stages tell each other the shape of the stream once, with the first message.
+            self.engine.reset_activation_shape()
+            self._shape = shape
+        return repeat((self._weight, self._weight))
+
+    @property
+    def _norm_is_ours(self) -> bool:
+        return not self.engine.using_bf16_optimizer
+
+    def _square_of_gradients(self) -> Tensor:
+        zero = self.engine.optimizer
+        if self._stage == 0 or not self._norm_is_ours:
+            return super()._square_of_gradients()
+        copies = {id(p) for name, p in self.model.named_parameters() if name in self._plan.copies}
+        counted: list[Tensor | None] = []
+        for index, gradients in zero.averaged_gradients.items():
+            held = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+            owners = zero.params_in_partition[index]
+            counted += [gradient for gradient, owner in zip(held, owners, strict=True) if id(owner) not in copies]
+        return self._square(counted)

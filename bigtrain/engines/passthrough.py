@@ -1,0 +1,71 @@
+"""`engine.passthrough` against the settings of the library that it is for, before any rank is started.
+
+Those are known only to DeepSpeed and Accelerate, whose import costs seconds and torch: so it happens in a process of
+its own, and only where something is passed through.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from pydantic import TypeAdapter
+
+from bigtrain.config import UserError
+from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, Precision
+
+TIMEOUT_S = 120
+
+
+def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipelined: bool) -> None:
+    """Have the engine's own library read its settings, in another process.
+
+    Raises:
+        UserError: It refuses them, or cannot be imported.
+    """
+    if not isinstance(engine, (DeepSpeedConfig, AccelerateConfig)) or not engine.passthrough:
+        return
+    question = {"engine": engine.model_dump(mode="json"), "precision": precision, "pipelined": pipelined}
+    asked = subprocess.run(
+        [sys.executable, "-m", "bigtrain.engines.passthrough"],
+        input=json.dumps(question), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    # The library may have printed something before.
+    last = (asked.stdout.strip().splitlines() or [""])[-1]
+    if asked.returncode == UserError.exit_code:
+        raise UserError(*json.loads(last))
+    if asked.returncode != 0:
+        cause = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"engine.passthrough cannot be checked for {engine.name}: {cause}", "engine.passthrough")
+
+
+def _check(engine: EngineConfig, precision: Precision, pipelined: bool) -> None:
+    import torch
+
+    if isinstance(engine, DeepSpeedConfig):
+        from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config
+        from bigtrain.engines.deepspeed_start import import_deepspeed
+
+        device = torch.device("cpu")
+        import_deepspeed(device)
+        check_passthrough(deepspeed_config(engine, precision, device, pipelined=pipelined), engine.passthrough)
+    elif isinstance(engine, AccelerateConfig):
+        from bigtrain.engines.accelerate_strategies import plugins
+
+        plugins(engine, torch.device("cpu"), torch.float32)
+
+
+def _main() -> int:
+    question = json.load(sys.stdin)
+    engine: EngineConfig = TypeAdapter(EngineConfig).validate_python(question["engine"])
+    try:
+        _check(engine, question["precision"], question["pipelined"])
+    except UserError as error:
+        print(json.dumps([error.what, error.where, error.fix]))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,116 @@
+"""Which part of each parameter lies on a rank: shapes and sizes, without a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
+
+from bigtrain.models.config import TensorRole
+from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
+from bigtrain.parallel.config import LayoutConfig, Mesh
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as tp leaves it on a rank, and its share among the ranks that shard it."""
+
+    name: str
+    role: TensorRole
+    shape: tuple[int, ...]
+    """Of the part that lies on this rank's tp coordinate."""
+    shard_dim: int
+    """The dimension that is sharded (ZeRO-3): rows, or columns where tp has split rows into unequal parts."""
+    own_share: int
+    """Entries of that dimension on this rank."""
+
+    @property
+    def elements(self) -> int:
+        """Of the part."""
+        return math.prod(self.shape)
+
+    @property
+    def own_elements(self) -> int:
+        """Of this rank's shard."""
+        return self.elements // self.shape[self.shard_dim] * self.own_share
+
+    def padded_elements(self, shards: int) -> int:
+        """Of the part, filled up so that the shards are of one size."""
+        entries = self.shape[self.shard_dim]
+        return self.elements // entries * (-(-entries // shards) * shards)
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """The parameters of one of a rank's stages, in the groups that are gathered together; mostly it has one stage."""
+
+    is_first: bool
+    is_last: bool
+    root: list[Parameter]
+    """What is in no block: embedding on the first stage, norm and head on the last."""
+    blocks: list[tuple[str, list[Parameter]]]
+
+    @property
+    def groups(self) -> list[tuple[str, list[Parameter]]]:
+        """All that is not empty, by name."""
+        return [group for group in (("root", self.root), *self.blocks) if group[1]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of one rank."""
+
+    stages: list[StageParts]
+    shards: int
+    """Ranks that share each parameter."""
+
+    @classmethod
+    def of(cls, model: DecoderConfig, vocab_size: int, sizes: Mesh, layout: LayoutConfig, rank: int) -> Parts:
+        """The parts of a rank."""
+        place = sizes.coordinates(rank)
+        shards, own = sizes.dp_shard * sizes.cp, place["dp_shard"] * sizes.cp + place["cp"]
+        names = {f"layers.{block}": block for block in range(model.layers)}
+        by_block: dict[int | None, list[Parameter]] = {None: []}
+        for name, shape in model.parameter_shapes(vocab_size).items():
+            role = _role(name)
+            dim = SPLIT_DIM.get(role)
+            shard_dim = 1 if dim == 0 and shape[0] % sizes.tp else 0
+            if dim is not None:
+                shape = (*shape[:dim], chunk(shape[dim], sizes.tp, place["tp"]), *shape[dim + 1 :])
+            share = chunk(shape[shard_dim], shards, own)
+            parameter = Parameter(name, role, shape, shard_dim, share)
+            by_block.setdefault(names.get(".".join(name.split(".")[:2])), []).append(parameter)
+        ends = [0, *accumulate(layout.split(model.block_costs(vocab_size)))]
+        stages = []
+        for number in range(place["pp"], len(ends) - 1, sizes.pp):
+            blocks = [(f"layers.{block}", by_block[block]) for block in range(ends[number], ends[number + 1])]
+            first, last = number == 0, number == len(ends) - 2
+            root = [one for one in by_block[None] if _is_held(one.name, model.tied, first=first, last=last)]
+            stages.append(StageParts(first, last, root, blocks))
+        return cls(stages, shards)
+
+    @property
+    def all(self) -> list[Parameter]:
+        """Of all stages."""
+        return [parameter for stage in self.stages for _, group in stage.groups for parameter in group]
+
+
+SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
+
+
+def chunk(entries: int, ranks: int, rank: int) -> int:
+    """How many of `entries` a rank has: each as many as the first, but for the last ranks (`torch.chunk`)."""
+    share = -(-entries // ranks)
+    return max(0, min(share, entries - rank * share))
+
+
+def _is_held(name: str, tied: bool, *, first: bool, last: bool) -> bool:
+    """Whether a stage holds a parameter that is in no block; a tied head is the embedding."""
+    if "embedding" in name:
+        return first or (last and tied and name == "embedding.weight")
+    return last
+
+
+def _role(name: str) -> TensorRole:
+    return next(role for pattern, role in TENSOR_PLAN.items() if fnmatchcase(name, pattern))

@@ -1,0 +1,1 @@
+"""Scaling laws fitted to runs, with intervals: arithmetic on NumPy and SciPy, no torch."""

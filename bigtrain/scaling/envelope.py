@@ -1,0 +1,82 @@
+"""Approach 1: the lower convex hull of all training curves in (ln FLOPs, ln loss), then a line through its points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import UserError
+from bigtrain.scaling.bootstrap import draw_weights
+from bigtrain.scaling.law import FloatArray
+from bigtrain.scaling.lines import Lines, line
+from bigtrain.scaling.table import RunTable
+
+MIN_POINTS = 4
+MIN_SPAN = 3.0
+"""Least factor of FLOPs between the hull's ends."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The hull's points and the lines through them."""
+
+    rows: npt.NDArray[np.int64]
+    """Which rows of the table lie on it, by rising FLOPs."""
+    lines: Lines
+    replicates: FloatArray
+    """Shape (R, 4): slope and intercept of ln N, then of ln D; NaN where a replicate has no hull."""
+
+
+def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates: int) -> Envelope:
+    """The frontier of all curves and its intervals.
+
+    Raises:
+        UserError: A hull of too few points, or of one model.
+    """
+    rows = hull(np.log(table.flops), np.log(table.loss))
+    if len(rows) < MIN_POINTS or table.flops[rows[-1]] < MIN_SPAN * table.flops[rows[0]]:
+        raise UserError(
+            f"The lower hull of the curves has {len(rows)} points over a factor of "
+            f"{table.flops[rows[-1]] / table.flops[rows[0]]:.3g} of FLOPs: no line can be drawn", table.source,
+            f"approach 1 needs {MIN_POINTS} points over a factor of {MIN_SPAN:g}: several points of each run's curve",
+        )  # fmt: skip
+    if len({table.group[i] for i in rows}) < 2:
+        raise UserError("One model makes the whole hull: its N cannot grow with FLOPs", table.source, "add models")
+    return Envelope(rows, _lines(table, rows), _replicates(table, clusters, seed, replicates))
+
+
+def hull(x: FloatArray, y: FloatArray) -> npt.NDArray[np.int64]:
+    """Indices of the lower convex hull of points, by rising x, up to the lowest y."""
+    kept: list[int] = []
+    for i in np.lexsort((y, x)).tolist():
+        if kept and x[i] == x[kept[-1]]:
+            continue
+        while len(kept) > 1:
+            a, b = kept[-2], kept[-1]
+            if (x[b] - x[a]) * (y[i] - y[a]) > (y[b] - y[a]) * (x[i] - x[a]):
+                break
+            kept.pop()
+        kept.append(i)
+    lowest = int(np.argmin(y[kept]))
+    return np.array(kept[: lowest + 1], dtype=np.int64)
+
+
+def _lines(table: RunTable, rows: npt.NDArray[np.int64]) -> Lines:
+    ln_c = np.log(table.flops[rows])
+    return Lines(*line(ln_c, np.log(table.params[rows])), *line(ln_c, np.log(table.tokens[rows])))
+
+
+def _replicates(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, count: int) -> FloatArray:
+    x, y = np.log(table.flops), np.log(table.loss)
+    # A point inside its own model's hull is inside every hull that holds the model.
+    members = [np.flatnonzero(clusters == c) for c in range(int(clusters.max()) + 1)]
+    corners = np.concatenate([rows[hull(x[rows], y[rows])] for rows in members])
+    out = np.full((count, 4), np.nan)
+    for k, weights in enumerate(draw_weights(clusters, seed, np.arange(count))):
+        present = corners[weights[corners] > 0]
+        rows = present[hull(x[present], y[present])]
+        if len(rows) >= 2:
+            out[k] = _lines(table, rows).as_array()
+    return out

@@ -1,0 +1,144 @@
+"""`bigtrain scaling predict`: what a law says of a budget, with intervals, and what would tell more. NumPy alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.scaling import law, lines
+from bigtrain.scaling.document import finite, unpack
+from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+
+LEVELS = {"interval": 0.95, "interval_80": 0.8}
+MISMATCH = 0.05
+"""How far C may lie from 6 N D where all three are given."""
+_CANDIDATES = 40
+
+
+def predict(
+    document: dict[str, Any], flops: float, params: float | None = None, tokens: float | None = None
+) -> dict[str, Any]:
+    """What to train with C FLOPs, and what it will reach.
+
+    Args:
+        document: law.json as `document.read_law` gives it.
+        flops: C.
+        params: N, where it is not the optimal one; D follows by C = 6 N D.
+        tokens: D, likewise.
+
+    Raises:
+        UserError: Quantities that cannot be, or a question that this law does not answer.
+    """
+    for name, value in (("flops", flops), ("params", params), ("tokens", tokens)):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise UserError(f"--{name} must be a positive number, not {value}", "command line")
+    approach = document["approaches"][document["primary"]]
+    replicates = unpack(approach["replicates"])
+    result: dict[str, Any] = {
+        "flops": flops, "approach": document["primary"], "inside_the_data": flops <= document["data"]["flops"][1],
+        "times_largest_run": flops / document["data"]["flops"][1], "warnings": document["warnings"],
+    }  # fmt: skip
+    if not document["primary"].startswith("a3"):
+        if params is not None or tokens is not None:
+            raise UserError(
+                f"This law ({document['primary']}) gives N* and D* alone: it has no loss away from them",
+                "--params, --tokens", "fit with --approach a3",
+            )  # fmt: skip
+        own = np.array([approach[k] for k in ("a", "ln_params_at_1_flop", "b", "ln_tokens_at_1_flop")])
+        n, d = lines.params_at(own, flops), lines.tokens_at(own, flops)
+        many_n, many_d = lines.params_at(replicates, flops), lines.tokens_at(replicates, flops)
+        result["optimal"] = {
+            "params": _with_intervals(n, many_n), "tokens": _with_intervals(d, many_d),
+            "tokens_per_param": _with_intervals(d / n, many_d / many_n),
+        }  # fmt: skip
+        return dict(finite(result))
+    theta = np.array(approach["theta"])
+    result["optimal"] = _optimal(theta, replicates, flops)
+    if params is not None or tokens is not None:
+        result["chosen"] = _chosen(theta, replicates, flops, params, tokens)
+    result["next_run"] = next_run(document, theta, replicates, flops)
+    return dict(finite(result))
+
+
+def _optimal(theta: FloatArray, replicates: FloatArray, flops: float) -> dict[str, Any]:
+    n, many_n = law.optimal_params(theta, flops), law.optimal_params(replicates, flops)
+    d, many_d = law.optimal_tokens(theta, flops), law.optimal_tokens(replicates, flops)
+    return {
+        "params": _with_intervals(n, many_n), "tokens": _with_intervals(d, many_d),
+        "tokens_per_param": _with_intervals(d / n, many_d / many_n),
+        "loss": _with_intervals(law.optimal_loss(theta, flops), law.optimal_loss(replicates, flops)),
+    }  # fmt: skip
+
+
+def _chosen(
+    theta: FloatArray, replicates: FloatArray, flops: float, params: float | None, tokens: float | None
+) -> dict[str, Any]:
+    """The loss away from the optimum, and its price: FLOPs over those that reach the same loss at the optimum."""
+    k = FLOPS_PER_PARAMETER_TOKEN
+    n = params if params is not None else flops / (k * (tokens or 1.0))
+    d = tokens if tokens is not None else flops / (k * n)
+    if abs(k * n * d / flops - 1) > MISMATCH:
+        raise UserError(
+            f"{n:.4g} parameters on {d:.4g} tokens are {k * n * d:.4g} FLOPs (6 N D), not {flops:.4g}", "command line",
+            "give --params or --tokens alone: the other follows",
+        )  # fmt: skip
+    reached, many = law.loss(theta, n, d), law.loss(replicates, n, d)
+    excess = reached - law.optimal_loss(theta, flops)
+    many_excess = many - law.optimal_loss(replicates, flops)
+    price = flops / _equal_budget(theta[None], np.array([reached]), flops)[0]
+    many_price = flops / _equal_budget(replicates, many, flops)
+    return {
+        "params": n, "tokens": d, "tokens_per_param": d / n, "loss": _with_intervals(reached, many),
+        "excess_loss": _with_intervals(excess, many_excess), "flops_price": _with_intervals(price, many_price),
+    }  # fmt: skip
+
+
+def _equal_budget(theta: FloatArray, losses: FloatArray, flops: float) -> FloatArray:
+    """The budget whose optimum has each loss, shape (R,): by eq. 4 of Hoffmann et al. 2022 L* - E is a power of C."""
+    fall = theta[:, 3] * theta[:, 4] / (theta[:, 3] + theta[:, 4])
+    floor = np.exp(theta[:, 2])
+    above = law.optimal_loss(theta, flops) - floor
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(flops * ((losses - floor) / above) ** (-1 / fall), dtype=np.float64)
+
+
+def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray, flops: float) -> dict[str, Any]:
+    """The run, no dearer than the dearest so far, after which the interval of the loss at C would be narrowest.
+
+    The replicates' covariance of ln L at a candidate with ln L* at C gives what observing the candidate, with the noise
+    of one run, would leave of the variance (a linear update, as in Bayesian experimental design).
+    """
+    data = document["data"]
+    noise = float(document["approaches"][document["primary"]]["noise"])
+    n = np.exp(np.linspace(np.log(data["params"][0] / 2), np.log(data["params"][1] * 2), _CANDIDATES))
+    low, high = data["tokens_per_param"]
+    ratio = np.exp(np.linspace(np.log(low / 2), np.log(high * 2), _CANDIDATES))
+    grid_n = np.repeat(n, len(ratio))
+    grid_d = grid_n * np.tile(ratio, len(n))
+    affordable = FLOPS_PER_PARAMETER_TOKEN * grid_n * grid_d <= data["flops"][1]
+    grid_n, grid_d = grid_n[affordable], grid_d[affordable]
+    seen = np.log(law.loss(replicates[:, None], grid_n, grid_d))
+    target = np.log(law.optimal_loss(replicates, flops))
+    centred, wanted = seen - seen.mean(axis=0), target - target.mean()
+    covariance = wanted @ centred / len(wanted)
+    gain = covariance**2 / ((centred**2).mean(axis=0) + noise**2)
+    best = int(np.argmax(gain))
+    before = float(target.std())
+    after = float(np.sqrt(max(before**2 - gain[best], 0.0)))
+    return {
+        "params": grid_n[best], "tokens": grid_d[best], "tokens_per_param": grid_d[best] / grid_n[best],
+        "flops": FLOPS_PER_PARAMETER_TOKEN * grid_n[best] * grid_d[best],
+        "expected_loss": float(law.loss(theta, grid_n[best], grid_d[best])),
+        "interval_width_factor": after / before if before > 0 else 1.0,
+    }  # fmt: skip
+
+
+def _with_intervals(value: Any, many: FloatArray) -> dict[str, Any]:
+    known = many[np.isfinite(many)]
+    spans = {
+        name: [float(v) for v in np.quantile(known, [(1 - level) / 2, (1 + level) / 2])]
+        for name, level in LEVELS.items()
+    }
+    return {"value": float(value), **spans}

@@ -1,0 +1,101 @@
+"""Where runs come from: CSV, JSON lines, a sweep's directory, W&B's offline files, a W&B project."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import UserError
+from bigtrain.scaling.columns import ColumnNames, Columns, rows_to_columns, to_table
+from bigtrain.scaling.table import RunTable
+from bigtrain.storage import read_lines
+
+SWEEP_RUNS = "runs.jsonl"
+"""In a sweep's directory: one object a finished trial, with run, group, params, tokens, flops, loss, phase, seed."""
+WANDB_PREFIX = "wandb:"
+
+
+def read_source(source: str, named: ColumnNames | None = None) -> RunTable:
+    """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
+
+    Args:
+        source: A .csv, .jsonl or .json-lines file; a sweep's directory; a directory under which W&B's offline files
+            lie; or wandb:ENTITY/PROJECT.
+        named: Columns that the user has named.
+
+    Raises:
+        UserError: What is not there, or cannot be read.
+    """
+    named = named or ColumnNames()
+    if source.startswith(WANDB_PREFIX):
+        from bigtrain.scaling.wandb_api import read_project
+
+        columns, place = read_project(source.removeprefix(WANDB_PREFIX))
+        return to_table(columns, place, source, named)
+    path = Path(source)
+    if path.is_dir():
+        return to_table(*_directory(path), source, named)
+    if not path.exists():
+        raise UserError(
+            f"'{source}' is not there", source,
+            "give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT",
+        )  # fmt: skip
+    columns, place = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)
+    return to_table(columns, place, source, named)
+
+
+def _directory(path: Path) -> tuple[Columns, list[str]]:
+    if (runs := path / SWEEP_RUNS).exists():
+        return rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(runs), 1)])
+    from bigtrain.scaling.wandb_offline import find_files, read_runs
+
+    if not find_files(path):
+        raise UserError(
+            f"There are no runs in '{path}': neither a sweep's {SWEEP_RUNS} nor W&B's offline files", str(path)
+        )
+    return rows_to_columns([(run.id, run.row()) for run in read_runs(path)])
+
+
+def _read_csv(path: Path) -> tuple[Columns, list[str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            header = next(reader, None)
+            if not header:
+                raise UserError("The file is empty", str(path))
+            if len(set(header)) < len(header):
+                raise UserError("Two columns have one name", f"{path}, line 1")
+            columns: Columns = {name: [] for name in header}
+            place = []
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise UserError(
+                        f"The row has {len(row)} values for {len(header)} columns", f"{path}, line {reader.line_num}"
+                    )
+                place.append(f"line {reader.line_num}")
+                for name, value in zip(header, row, strict=True):
+                    columns[name].append(value)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"The file is not CSV in UTF-8: {error}", str(path)) from None
+    return columns, place
+
+
+def _read_json_lines(path: Path) -> tuple[Columns, list[str]]:
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if not line.strip():
+                continue
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise UserError("The line is not a JSON object", f"{path}, line {number}")
+            rows.append((f"line {number}", value))
+    except UnicodeDecodeError as error:
+        raise UserError(f"The file is not text in UTF-8: {error.reason}", str(path)) from None
+    except ValueError as error:
+        raise UserError(f"The line is not JSON: {error}", f"{path}, line {number}") from None
+    return rows_to_columns(rows)

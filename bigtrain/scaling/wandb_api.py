@@ -1,0 +1,35 @@
+"""A W&B project as a table of runs, through W&B's public API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.config import UserError
+from bigtrain.scaling.columns import Columns, flatten, rows_to_columns
+
+
+def read_project(path: str) -> tuple[Columns, list[str]]:
+    """One row a finished run: its config, and its summary over it.
+
+    Args:
+        path: ENTITY/PROJECT, or PROJECT of the default entity.
+
+    Raises:
+        UserError: A project that cannot be reached.
+    """
+    import wandb
+
+    rows: list[tuple[str, dict[str, Any]]] = []
+    try:
+        for run in wandb.Api().runs(path, filters={"state": "finished"}):
+            config = {name: value for name, value in dict(run.config).items() if not name.startswith("_")}
+            summary = {name: value for name, value in dict(run.summary).items() if not name.startswith("_")}
+            group = {"wandb_group": run.group} if run.group else {}
+            rows.append((run.id, {**flatten(config), **flatten(summary), "run": run.name or run.id, **group}))
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The W&B project cannot be read: {reason}", f"wandb:{path}",
+            "check ENTITY/PROJECT and WANDB_API_KEY; W&B's offline files can be read without it",
+        ) from None  # fmt: skip
+    return rows_to_columns(rows)

@@ -1,0 +1,127 @@
+"""W&B's offline files, read by their record framing and wandb.proto: W&B has no public reader of them.
+
+A .wandb file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, each record cut into pieces that a
+block holds (CRC, length, kind: whole, first, middle, last). A kill leaves a torn tail, which is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import CorruptionError
+from bigtrain.scaling.columns import flatten
+
+_MAGIC, _HEADER_BYTES = b":W&B", 7
+_BLOCK_BYTES, _PIECE = 32768, struct.Struct("<IHB")
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_PATTERNS = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb", "*/wandb/*run-*/*.wandb", "*/*/wandb/*run-*/*.wandb")
+
+
+@dataclass
+class WandbRun:
+    """One run by its id, whatever directories its legs have left."""
+
+    id: str
+    name: str = ""
+    group: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What was logged at each step; a step done again replaces the first."""
+
+    def row(self) -> dict[str, Any]:
+        """The run as one row: its config, and of each metric the last value."""
+        metrics: dict[str, Any] = dict(self.summary)
+        for step in sorted(self.steps):
+            metrics.update(self.steps[step])
+        own = {name: value for name, value in metrics.items() if not name.startswith("_")}
+        # Not "group", which is the model: W&B's group of a sweep's runs is the sweep.
+        group = {"wandb_group": self.group} if self.group else {}
+        return {**self.config, **own, "run": self.name or self.id, **group}
+
+
+def find_files(path: Path) -> list[Path]:
+    """The .wandb files under a run's, a sweep's or W&B's own directory, oldest leg first."""
+    return sorted({file for pattern in _PATTERNS for file in path.glob(pattern)}, key=lambda file: file.parent.name)
+
+
+def read_runs(path: Path) -> list[WandbRun]:
+    """All runs under a directory, those of one id merged.
+
+    Raises:
+        CorruptionError: A file that is no W&B file, or damaged before its end.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    new_record: Any = vars(wandb_internal_pb2)["Record"]  # its classes are made at run time
+
+    runs: dict[str, WandbRun] = {}
+    for file in find_files(path):
+        run: WandbRun | None = None
+        for data in records(file):
+            record = new_record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                run = runs.setdefault(record.run.run_id, WandbRun(record.run.run_id))
+                run.name = record.run.display_name or run.name
+                run.group = record.run.run_group or run.group
+                run.config.update(_items(record.run.config.update))
+            elif run is not None and kind == "config":
+                run.config.update(_items(record.config.update))
+            elif run is not None and kind == "summary":
+                run.summary.update(_items(record.summary.update))
+            elif run is not None and kind == "history":
+                row = _items(record.history.item)
+                step = int(row.get("_step", record.history.step.num))
+                # A leg that goes back does its steps again: what came after them no longer holds.
+                for later in [done for done in run.steps if done > step]:
+                    del run.steps[later]
+                run.steps[step] = {**run.steps.get(step, {}), **row}
+    return list(runs.values())
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """The whole records of a .wandb file; a torn tail is passed over.
+
+    Raises:
+        CorruptionError: A file that is no W&B file, or whose checksums fail before its last block.
+    """
+    data = path.read_bytes()
+    if len(data) < _HEADER_BYTES:
+        return
+    if data[:4] != _MAGIC:
+        raise CorruptionError("The file is not one of W&B's", str(path))
+    position, partial = _HEADER_BYTES, b""
+    while position + _PIECE.size <= len(data):
+        left = _BLOCK_BYTES - position % _BLOCK_BYTES
+        if left < _PIECE.size:
+            position += left
+            continue
+        crc, length, kind = _PIECE.unpack_from(data, position)
+        begin = position + _PIECE.size
+        piece = data[begin : begin + length]
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or len(piece) < length or _crc(kind, piece) != crc:
+            if len(data) - position > _BLOCK_BYTES:
+                raise CorruptionError(f"A record at byte {position} is damaged", str(path))
+            return
+        partial = piece if kind in (_WHOLE, _FIRST) else partial + piece
+        if kind in (_WHOLE, _LAST):
+            yield partial
+        position = begin + length
+
+
+def _crc(kind: int, piece: bytes) -> int:
+    return zlib.crc32(piece, zlib.crc32(bytes([kind])))
+
+
+def _items(items: Any) -> dict[str, Any]:
+    """Keys and values of a record; nested keys by dotted names, objects inside too."""
+    found = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    return flatten({name: value for name, value in found.items() if not name.startswith("_wandb")})
