@@ -202,7 +202,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(
         update={"train": absolute(config.data.train), "validation": absolute(config.data.validation)}
     )
-    return config.model_copy(update={"data": data})
+    streaming = config.streaming.model_copy(update={"cache_dir": absolute(config.streaming.cache_dir)})
+    return config.model_copy(update={"data": data, "streaming": streaming})
 
 
 def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:
