@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +90,21 @@ def sizes_of(how: How) -> Mesh:
     return LayoutConfig(**how.layout).mesh(how.ranks)
 
 
-def exchanged(what: What, how: How) -> Exchanged:
-    """The second step of this rank."""
+def give_back_the_last_block(engine: Any) -> None:
+    """As FSDP2 would by itself: the backward pass gathers it again at once."""
+    _, last = engine.model.blocks()[-1]
+    last.set_reshard_after_forward(True)
+
+
+def exchanged(what: What, how: How, plant: Callable[[Any], None] | None = None) -> Exchanged:
+    """The second step of this rank.
+
+    Args:
+        plant: Breaks the engine, to see that it shows.
+    """
     engine, sizes = build(what, how), sizes_of(how)
+    if plant is not None:
+        plant(engine)
     place = engine.data_parallel_rank, engine.data_parallel_size
     engine.train_step(0, micro_batches(what, how, 0, *place), LR)
     batches = micro_batches(what, how, 1, *place)
@@ -119,6 +132,14 @@ def test_a_step_exchanges_what_the_formula_says(ranks: RankPool, name: str) -> N
     for rank, found in enumerate(ranks.run(exchanged, what, how, ranks=how.ranks)):
         assert found.measured == found.formula, f"rank {rank}:\n{difference(found)}"
         assert not found.missed
+
+
+@pytest.mark.slow
+def test_what_is_gathered_twice_shows(ranks: RankPool) -> None:
+    for found in ranks.run(exchanged, LLAMA, How(2), give_back_the_last_block, ranks=2):
+        ((again, count),) = (found.measured - found.formula).items()
+        assert (again.kind, again.axes) == ("all_gather", ("dp_shard",))
+        assert count == 2, "once in each pass"
 
 
 def difference(found: Exchanged) -> str:
