@@ -60,7 +60,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "pp 1f1b": {"layout": {"pp": 2}},
     "pp interleaved": {"layout": {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}},
     "pp zero bubble": {"layout": {"pp": 2, "pp_schedule": "zero_bubble"}},
-    "recompute": {"engine": {"recompute": "full"}},
+    "recompute full": {"engine": {"recompute": "full"}},
+    "recompute selective": {"engine": {"recompute": "selective"}},
     "compile": {"engine": {"compile": True}},
     "offload": {"engine": {"offload": "optimizer"}},
     "document masks": {"data": {"document_mask": True}},
@@ -68,7 +69,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "plain module": {"model": {"arch": "my-model", "width": 32, "context": 16}},
 }
 """What each asks for in the YAML. A model section with an `arch` replaces the engine's own."""
-ONE_OF = (("cp ulysses", "cp all_gather"), ("pp 1f1b", "pp interleaved", "pp zero bubble"), ("plain module", "dropout"))
+ONE_OF = (
+    ("cp ulysses", "cp all_gather"),
+    ("pp 1f1b", "pp interleaved", "pp zero bubble"),
+    ("recompute full", "recompute selective"),
+    ("plain module", "dropout"),
+)
 """Choices of one thing, which no config can ask for together; a plain module has dropout by its own code alone."""
 MEANINGLESS = {frozenset(pair) for choices in ONE_OF for pair in itertools.combinations(choices, 2)}
 
@@ -140,7 +146,8 @@ def of_layout(ranks: int, layout: Mapping[str, Any]) -> set[str]:
 
 def of_engine(keys: Mapping[str, Any]) -> set[str]:
     """The techniques of an engine's section."""
-    found = {"recompute"} if keys.get("recompute", "none") == "full" else set()
+    kind = keys.get("recompute", "none")
+    found = {f"recompute {kind}"} if kind != "none" else set()
     found |= {"compile"} if keys.get("compile", False) else set()
     return found | ({"offload"} if keys.get("offload", "none") != "none" else set())
 
@@ -158,11 +165,12 @@ def evidence() -> dict[str, list[frozenset[str]]]:
     found: dict[str, list[frozenset[str]]] = {engine: [] for engine in ENGINES}
     for path, name in (
         ("equivalence/test_fsdp.py", "test_a_layout_computes_what_one_process_computes"),
+        ("equivalence/test_deepspeed.py", "test_a_layout_computes_what_one_process_computes"),
         ("equivalence/test_plugin.py", "test_a_plain_module_computes_what_one_process_computes"),
     ):
         module = imported(path)
         for case in parameters(getattr(module, name)):
-            what = module.MODELS[case["model"]] if "model" in case else module.WHAT
+            what = module.of_layout(case["model"], case["layout"]) if "model" in case else module.WHAT
             how = module.LAYOUTS[case["layout"]]
             techniques = of_layout(how.ranks, how.layout) | of_engine(how.engine) | of_model(what.model, what.documents)
             found[name_of(how.engine)].append(frozenset(techniques))
