@@ -190,7 +190,7 @@ def _complete_model(document: yaml_file.Document, own: Mapping[str, type[ModelCo
     if "arch" not in model:
         raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join([*families(), *own])}.")
     try:
-        return run_config(own.get(model["arch"]) or family(str(model["arch"])))
+        return run_config(own.get(str(model["arch"])) or family(str(model["arch"])))
     except UserError as error:
         raise UserError(error.what, where, error.fix) from None
 
