@@ -190,7 +190,7 @@ def _complete_model(document: yaml_file.Document, own: Mapping[str, type[ModelCo
     if "arch" not in model:
         raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join([*families(), *own])}.")
     try:
-        return run_config(own.get(model["arch"]) or family(str(model["arch"])))
+        return run_config(own.get(str(model["arch"])) or family(str(model["arch"])))
     except UserError as error:
         raise UserError(error.what, where, error.fix) from None
 
@@ -202,7 +202,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(
         update={"train": absolute(config.data.train), "validation": absolute(config.data.validation)}
     )
-    return config.model_copy(update={"data": data})
+    streaming = config.streaming.model_copy(update={"cache_dir": absolute(config.streaming.cache_dir)})
+    return config.model_copy(update={"data": data, "streaming": streaming})
 
 
 def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:

@@ -60,7 +60,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "pp 1f1b": {"layout": {"pp": 2}},
     "pp interleaved": {"layout": {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}},
     "pp zero bubble": {"layout": {"pp": 2, "pp_schedule": "zero_bubble"}},
-    "recompute": {"engine": {"recompute": "full"}},
+    "recompute full": {"engine": {"recompute": "full"}},
+    "recompute selective": {"engine": {"recompute": "selective"}},
     "compile": {"engine": {"compile": True}},
     "offload": {"engine": {"offload": "optimizer"}},
     "document masks": {"data": {"document_mask": True}},
@@ -68,12 +69,17 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "plain module": {"model": {"arch": "my-model", "width": 32, "context": 16}},
 }
 """What each asks for in the YAML. A model section with an `arch` replaces the engine's own."""
-ONE_OF = (("cp ulysses", "cp all_gather"), ("pp 1f1b", "pp interleaved", "pp zero bubble"), ("plain module", "dropout"))
+ONE_OF = (
+    ("cp ulysses", "cp all_gather"),
+    ("pp 1f1b", "pp interleaved", "pp zero bubble"),
+    ("recompute full", "recompute selective"),
+    ("plain module", "dropout"),
+)
 """Choices of one thing, which no config can ask for together; a plain module has dropout by its own code alone."""
 MEANINGLESS = {frozenset(pair) for choices in ONE_OF for pair in itertools.combinations(choices, 2)}
 
 
-def refusal(data: Path, engine: str, techniques: Iterable[str]) -> str | None:
+def refusal(data: Path, engine: str, techniques: Iterable[str]) -> UserError | None:
     """Why a run with all of these would not start, by the checks of `bigtrain train`; None where it would."""
     asked: dict[str, Any] = {"name": "x", "data": {"train": str(data)}, "batch": {"size": 4}, "duration": "2 steps"}
     for sections in (ENGINES[engine], *(TECHNIQUES[technique] for technique in techniques)):
@@ -86,7 +92,7 @@ def refusal(data: Path, engine: str, techniques: Iterable[str]) -> str | None:
             config = load_config(Path(file.name), plugin=load_plugin(str(PLUGIN)))
             prepare(config, verify=False)
         except UserError as error:
-            return error.what
+            return error
     return None
 
 
@@ -140,7 +146,8 @@ def of_layout(ranks: int, layout: Mapping[str, Any]) -> set[str]:
 
 def of_engine(keys: Mapping[str, Any]) -> set[str]:
     """The techniques of an engine's section."""
-    found = {"recompute"} if keys.get("recompute", "none") == "full" else set()
+    kind = keys.get("recompute", "none")
+    found = {f"recompute {kind}"} if kind != "none" else set()
     found |= {"compile"} if keys.get("compile", False) else set()
     return found | ({"offload"} if keys.get("offload", "none") != "none" else set())
 
@@ -158,11 +165,12 @@ def evidence() -> dict[str, list[frozenset[str]]]:
     found: dict[str, list[frozenset[str]]] = {engine: [] for engine in ENGINES}
     for path, name in (
         ("equivalence/test_fsdp.py", "test_a_layout_computes_what_one_process_computes"),
+        ("equivalence/test_deepspeed.py", "test_a_layout_computes_what_one_process_computes"),
         ("equivalence/test_plugin.py", "test_a_plain_module_computes_what_one_process_computes"),
     ):
         module = imported(path)
         for case in parameters(getattr(module, name)):
-            what = module.MODELS[case["model"]] if "model" in case else module.WHAT
+            what = module.of_layout(case["model"], case["layout"]) if "model" in case else module.WHAT
             how = module.LAYOUTS[case["layout"]]
             techniques = of_layout(how.ranks, how.layout) | of_engine(how.engine) | of_model(what.model, what.documents)
             found[name_of(how.engine)].append(frozenset(techniques))
@@ -206,14 +214,46 @@ def tables(data: Path) -> str:
         cells = ["–" if refusal(data, engine, (name,)) else "✓" for engine in ENGINES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     taken = alone(data, "fsdp")
-    lines += ["", "Two at a time, on fsdp (any further ones of a row go together too where all their pairs do):", ""]
+    lines += ["", "Two at a time, on fsdp; a choice of one thing (–) cannot be made twice:", ""]
     lines += ["| | " + " | ".join(taken) + " |", "|---" * (len(taken) + 1) + "|"]
     for row, first in enumerate(taken):
         cells = [
             "✓" if state(data, "fsdp", frozenset({first, second})) == "tested" else "–" for second in taken[: row + 1]
         ]
         lines.append(f"| {first} | " + " | ".join(cells + [""] * (len(taken) - row - 1)) + " |")
+    lines += [
+        "",
+        "On the other engines any two of a column go together, but for those below. Why each is refused, as the",
+    ]
+    lines += ["command says it:", "", "| | on | what is said |", "|---|---|---|"]
+    lines += [f"| {techniques} | {engines} | {said} |" for techniques, engines, said in refused(data)]
     return "\n".join(lines)
+
+
+def refused(data: Path) -> Iterator[tuple[str, str, str]]:
+    """Techniques, and pairs whose halves are taken, with the engines that refuse them and what they say."""
+    engines_of: dict[tuple[str, str], list[str]] = {}
+    for engine in ENGINES:
+        taken = alone(data, engine)
+        pairs = [pair for pair in itertools.combinations(taken, 2) if frozenset(pair) not in MEANINGLESS]
+        for techniques in (*((name,) for name in TECHNIQUES if name not in taken), *pairs):
+            error = refusal(data, engine, techniques)
+            if error is not None:
+                said = f"{error.what.rstrip('.')}. {error.fix or ''}".strip().replace("|", "/").replace("\n", " ")
+                engines_of.setdefault((" + ".join(techniques), said), []).append(engine)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (asked, said), engines in engines_of.items():
+        together.setdefault((listed(engines), said), []).append(asked)
+    for (names, said), all_asked in together.items():
+        yield "; ".join(all_asked), names, said
+
+
+def listed(engines: list[str]) -> str:
+    """Engines by name, those of all variants by the name that they share."""
+    for name in ("deepspeed", "accelerate"):
+        if engines == [engine for engine in ENGINES if engine.startswith(name)]:
+            return name
+    return ", ".join(engines)
 
 
 def written(text: str, section: str) -> str:

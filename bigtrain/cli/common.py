@@ -43,6 +43,42 @@ def errors(as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[str], None]]:
+    """A function to call with the name of each thing done; where stderr is a terminal, a line there shows it."""
+    done = 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\r{what}: {done} ({name})\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield count
+    finally:
+        if done and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with a stage and how much of it is done; where stderr is a terminal, a line there shows it."""
+    shown = False
+
+    def say(stage: str, done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty():
+            shown = True
+            print(f"\r{stage}: {done} of {total} ({done / total:.0%})\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield say
+    finally:
+        if shown:
+            print(file=sys.stderr)
+
+
 def show(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
     """Print a result for a program or for a person."""
     print(json.dumps(result) if as_json else text(result))

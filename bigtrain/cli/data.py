@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import Json, errors, lines, show
+from bigtrain.cli.common import Json, counting, errors, lines, show, stages
+
+INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
 
 @app.command("pack")
 def data_pack(
-    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Pack images from FOLDER/CLASS/NAME.png or .jpg.")] = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
-    key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Documents that may be bad, and are passed over.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Tokenise documents into WebDataset shards."""
+    """Pack text or images into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
+        from bigtrain.data.pack_images import pack_images
         from bigtrain.data.tokenizers import Tokenizer
 
         try:
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
             raise UserError(str(error), "--shard-size") from None
-        summary = pack(
-            inputs,
-            out,
-            Tokenizer.open(tokenizer),
-            validation=validation,
-            key=key,
-            shard_bytes=shard_bytes,
-        )
+        common: dict[str, Any] = {
+            "validation": validation,
+            "shard_bytes": shard_bytes,
+            "skip_bad": skip_bad,
+            "workers": workers or len(os.sched_getaffinity(0)),
+        }
+        with stages() as progress:
+            if images:
+                if len(inputs) != 1 or tokenizer is not None:
+                    raise UserError("images are packed from one folder, without a tokenizer")
+                summary = pack_images(inputs[0], out, size=image_size, progress=progress, **common)
+            elif tokenizer is None:
+                raise UserError("text needs a tokenizer", fix="name one with --tokenizer, for example bytes")
+            else:
+                summary = pack(inputs, out, Tokenizer.open(tokenizer), key=key, progress=progress, **common)
         show(summary.as_json(), as_json, lines)
 
 
 @app.command("tokenizer")
 def data_tokenizer(
-    inputs: Annotated[list[str], typer.Argument(help="Text files, directories, or .jsonl files.")],
+    inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
     as_json: Json = False,
@@ -63,20 +80,39 @@ def data_tokenizer(
 
 @app.command("index")
 def data_index(
-    path: Annotated[Path, typer.Argument(help="A directory of tars made elsewhere.")], as_json: Json = False
+    places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
+    out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Samples that may be bad, and are passed over.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Index tars made elsewhere, so that runs can read them."""
     with errors(as_json):
-        from bigtrain.data.indexing import index_directory
+        from bigtrain.config import UserError
+        from bigtrain.data.config import is_url
+        from bigtrain.data.indexing import index_directory, index_urls
+        from bigtrain.data.text import BadSamples
+        from bigtrain.data.tokenizers import Tokenizer
 
-        index = index_directory(path)
+        bad = BadSamples(skip_bad)
+        opened = None if tokenizer is None else Tokenizer.open(tokenizer)
+        with counting("indexing") as count:
+            if any(is_url(place) for place in places):
+                if out is None:
+                    raise UserError("the index of URLs needs a directory", fix="name one with --out")
+                index = index_urls(places, out, opened, count, bad)
+            elif len(places) > 1 or out is not None:
+                raise UserError("one local directory is indexed, and its index lies in it", fix="leave out --out")
+            else:
+                index = index_directory(places[0], opened, progress=count, bad=bad)
         result = {
-            "path": str(path),
+            "path": str(out or places[0]),
             "kind": index.kind,
             "shards": len(index.shards),
             "samples": index.samples,
             "tokens": index.tokens,
             "fingerprint": index.fingerprint,
+            "skipped": bad.seen,
         }
         show(
             result,

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bigtrain.cli.common import Json, errors, show
-from bigtrain.config import UserError
 
 app = typer.Typer(help="Fit scaling laws to runs, and predict with them.", no_args_is_help=True)
 
@@ -42,6 +41,8 @@ def scaling_fit(
 ) -> None:
     """Fit a scaling law three ways, with intervals."""
     with errors(as_json):
+        from bigtrain.config import UserError
+
         if not (math.isfinite(delta) and delta > 0):
             raise UserError(f"--delta must be a positive number, not {delta}", "command line")
         from bigtrain.scaling.columns import ColumnNames

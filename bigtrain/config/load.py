@@ -111,7 +111,9 @@ def _describe(
     message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
     value = error.get("input")
-    shown = "" if isinstance(value, (dict, list)) or value is None or repr(value) in message else f" (got {value!r})"
+    # A URL may carry credentials, which no message may show.
+    hidden = isinstance(value, (dict, list)) or value is None or "://" in str(value)
+    shown = "" if hidden or repr(value) in message else f" (got {value!r})"
     return (f"{key}: {message}{shown}" if key else message), where, None
 
 

@@ -64,6 +64,24 @@ def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uin
     return pixels.reshape(info.height, info.width, info.channels)
 
 
+def squared(data: bytes, size: int, where: str) -> bytes:
+    """An image scaled by its shorter side and cropped in the middle, as a PNG of `size` x `size` pixels.
+
+    Raises:
+        UserError: Not an image.
+    """
+    with _open(data, where) as image:
+        try:
+            colour = image.convert("L" if _CHANNELS[image.mode] == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"the image cannot be decoded: {error}", where=where) from None
+    side = min(colour.size)
+    left, top = (colour.width - side) // 2, (colour.height - side) // 2
+    buffer = io.BytesIO()
+    colour.resize((size, size), box=(left, top, left + side, top + side), reducing_gap=3.0).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def decode_label(data: bytes, suffix: str, where: str) -> int:
     """The class of a sample: ASCII digits (cls), or JSON that is a number or an object with `label` or `cls`.
 

@@ -1,7 +1,11 @@
 """The index of a shard directory: index.json (a superset of wids-shard-index-v1) and one sidecar a shard.
 
 A sidecar is an int64 .npy array with a row for each sample: (byte offset of the tokens in the tar, number of
-tokens), or for images (byte offset, bytes, label). With it any sample is read without walking the tar.
+tokens), or for images (byte offset, bytes, label), or for text (byte offset, bytes, number of tokens, 1 where the
+member is gzip). With it any sample is read without walking the tar.
+
+The shards lie beside index.json, on this machine or on the server that it came from; or, where it names a `base_url`,
+on a server while the index is here.
 """
 
 from __future__ import annotations
@@ -18,18 +22,22 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.config import check_url
 from bigtrain.data.images import ImageInfo
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file, write_atomic, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Written where shards of text or a `base_url` need it; what needs neither is written as 1."""
+MAX_INDEX_BYTES = 1 << 31
 INDEX_NAME = "index.json"
 AUTO_VERIFY_BYTES = 4 * 10**9
 Kind = Literal["tokens", "images"]
 Verify = Literal["auto", "always", "never"]
 Rows = npt.NDArray[np.int64]
 
-_COLUMNS = {"tokens": 2, "images": 3}
+_COLUMNS = {"tokens": 2, "images": 3, "text": 4}
+_SIDECAR_HEADER_BYTES = 128
 
 
 class _Record(BaseModel):
@@ -50,11 +58,13 @@ class Shard(_Record):
     index: str
     """File name of its sidecar."""
     index_hash: str
+    tokens_hash: str | None = None
+    """Of the tokens that a shard of text becomes; None for stored tokens and images."""
 
     @field_validator("url", "index")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if value != Path(value).name or value in ("", ".", "..") or ":" in value or "\0" in value:
+        if value != Path(value).name or value in ("", ".", "..") or value[0] == "." or ":" in value or "\0" in value:
             raise ValueError(f"{value!r} is not a plain file name")
         return value
 
@@ -78,6 +88,28 @@ class ShardIndex(_Record):
     fingerprint: str
     """SHA-256 over the shards' hashes, kind, type and tokenizer: the data, wherever it lies."""
     directory: Path = Field(exclude=True)
+    """Where index.json lies on this machine."""
+    text: bool = False
+    """Whether the shards hold text, which is tokenised when a shard is opened."""
+    base_url: str | None = None
+    """Where the shards are, if not beside the index."""
+    origin: str | None = Field(default=None, exclude=True)
+    """The URL that the index came from; None where it is this machine's own."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people and for the cache."""
+        return self.origin or str(self.directory)
+
+    @property
+    def shards_url(self) -> str | None:
+        """Where the shards are fetched from; None where they lie beside the index."""
+        return self.origin or self.base_url
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards go through the cache: they are fetched, or made into tokens."""
+        return self.shards_url is not None or self.text
 
     @property
     def vocab_size(self) -> int:
@@ -114,31 +146,62 @@ class ShardIndex(_Record):
             return [shard.nsamples for shard in self.shards]
         return [-(-max(0, shard.tokens - 1) // context) for shard in self.shards]
 
-    def rows(self, shard: int) -> Rows:
-        """A shard's sidecar, int64 (samples, 2) or, for images, (samples, 3).
+    @property
+    def columns(self) -> int:
+        """Columns of a sidecar."""
+        return _COLUMNS["text" if self.text else self.kind]
+
+    def sidecar_bytes(self, shard: int) -> int:
+        """Size of a shard's sidecar."""
+        return _SIDECAR_HEADER_BYTES + 8 * self.columns * self.shards[shard].nsamples
+
+    def stored_bytes(self, shard: int) -> int:
+        """Bytes that a shard and its sidecar take in the cache while it is in use, at most."""
+        entry = self.shards[shard]
+        made = entry.tokens * np.dtype(self.dtype).itemsize if self.text else 0
+        return entry.filesize + self.sidecar_bytes(shard) + made
+
+    def rows(self, shard: int, path: Path | None = None) -> Rows:
+        """A shard's sidecar, int64 (samples, columns).
+
+        Args:
+            path: Where it is, if not beside the index.
 
         Raises:
             CorruptionError: The sidecar is damaged, or points outside its shard.
         """
         entry = self.shards[shard]
-        path = self.directory / entry.index
+        path = path or self.directory / entry.index
         try:
             rows = np.load(path, allow_pickle=False)
         except FileNotFoundError:
             raise UserError(f"{entry.index} is missing", where=str(self.directory), fix=REINDEX) from None
         except (ValueError, OSError, EOFError) as error:
             raise CorruptionError(f"the sidecar is damaged: {error}", where=str(path), fix=REINDEX) from None
-        width = 1 if self.dtype is None else np.dtype(self.dtype).itemsize
         if (
             rows.dtype != np.dtype("<i8")
-            or rows.shape != (entry.nsamples, _COLUMNS[self.kind])
+            or rows.shape != (entry.nsamples, self.columns)
             or (rows < 0).any()
-            or (len(rows) and int((rows[:, 0] + rows[:, 1] * width).max()) > entry.filesize)
-            or (self.kind == "tokens" and int(rows[:, 1].sum()) != entry.tokens)
-            or (self.kind == "images" and len(rows) and int(rows[:, 2].max()) >= self.vocab_size)
+            or not self._rows_fit(entry, rows)
         ):
             raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
         return rows
+
+    def token_counts(self, rows: Rows) -> Rows:
+        """Tokens of each document of a sidecar."""
+        return rows[:, 2 if self.text else 1]
+
+    def _rows_fit(self, entry: Shard, rows: Rows) -> bool:
+        width = 1 if self.dtype is None or self.text else np.dtype(self.dtype).itemsize
+        # Compared without adding: a hostile sum would wrap around.
+        if len(rows) and (
+            (rows[:, 0] > entry.filesize).any() or (rows[:, 1] > (entry.filesize - rows[:, 0]) // width).any()
+        ):
+            return False
+        if self.kind == "images":
+            return not len(rows) or int(rows[:, 2].max()) < self.vocab_size
+        counts = self.token_counts(rows)
+        return bool((counts <= entry.tokens).all()) and int(counts.sum()) == entry.tokens
 
     def check(self, verify: Verify = "auto", progress: Callable[[str], None] | None = None) -> None:
         """Compare the files with the index: their sizes, and where `verify` says so their hashes.
@@ -156,13 +219,15 @@ class ShardIndex(_Record):
 
     def problems(self, shard: Shard, hashed: bool) -> list[UserError]:
         """What is wrong with one shard's files; empty where all is well."""
-        path, sidecar = self.directory / shard.url, self.directory / shard.index
-        for file in (path, sidecar):
+        files = {self.directory / shard.index: shard.index_hash}
+        path = self.directory / shard.url
+        if self.shards_url is None:
+            files = {path: shard.hash, **files}
+        for file in files:
             if not file.is_file():
                 fix = "put it back" if file == path else REINDEX
                 return [UserError(f"{file.name} is missing", where=str(self.directory), fix=fix)]
-        size = path.stat().st_size
-        if size != shard.filesize:
+        if path in files and (size := path.stat().st_size) != shard.filesize:
             return [
                 CorruptionError(f"{shard.url} has {size} bytes; indexed were {shard.filesize}", str(path), _CHANGED)
             ]
@@ -170,7 +235,7 @@ class ShardIndex(_Record):
             return []
         return [
             CorruptionError(f"{file.name} has changed since it was indexed", str(file), _CHANGED)
-            for file, recorded in ((path, shard.hash), (sidecar, shard.index_hash))
+            for file, recorded in files.items()
             if hash_file(file) != recorded
         ]
 
@@ -186,7 +251,7 @@ class ShardIndex(_Record):
                 "the tokenizers of the training and validation shards differ"
                 if self.kind == other.kind
                 else f"the training data holds {self.kind}, the validation data {other.kind}",
-                where=f"{self.directory} and {other.directory}",
+                where=f"{self.place} and {other.place}",
                 fix="pack both with one tokenizer",
             )
         if self.image and other.image:
@@ -195,13 +260,13 @@ class ShardIndex(_Record):
                 raise UserError(
                     f"the validation images ({shapes[1]}, {other.image.classes} classes) are not like those of"
                     f" training ({shapes[0]}, {self.image.classes} classes)",
-                    where=str(other.directory),
+                    where=other.place,
                 )
 
     def as_json(self) -> dict[str, Any]:
         """The object that `data index --json` prints."""
         return {
-            "path": str(self.directory),
+            "path": self.place,
             "kind": self.kind,
             "samples": self.samples,
             "tokens": self.tokens,
@@ -226,6 +291,12 @@ REINDEX = "run `bigtrain data index` on the directory"
 _CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
 
 
+def sidecar_rows(counts: Rows, width: int) -> Rows:
+    """The sidecar of a file that holds nothing but the tokens of documents of these lengths."""
+    ends = np.cumsum(counts)
+    return np.stack([(ends - counts) * width, counts], axis=1)
+
+
 def write_sidecar(path: Path, rows: Rows) -> str:
     """Write a sidecar atomically and return its hash."""
     buffer = io.BytesIO()
@@ -236,7 +307,7 @@ def write_sidecar(path: Path, rows: Rows) -> str:
 
 def write_index(
     directory: Path, kind: Kind, dtype: str | None, tokenizer: TokenizerInfo | None, image: ImageInfo | None,
-    text_bytes: int | None, shards: list[Shard],
+    text_bytes: int | None, shards: list[Shard], text: bool = False, base_url: str | None = None,
 ) -> ShardIndex:  # fmt: skip
     """Write index.json, atomically and last, and return what it says."""
     content = {
@@ -247,8 +318,13 @@ def write_index(
         "text_bytes": text_bytes,
         "fingerprint": fingerprint(kind, dtype, tokenizer, [shard.hash for shard in shards]),
     }
-    shardlist = [shard.model_dump() for shard in shards]
-    header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": FORMAT_VERSION}
+    if text:
+        content["text"] = True
+    if base_url is not None:
+        content["base_url"] = base_url
+    shardlist = [shard.model_dump(exclude_none=True) for shard in shards]
+    version = FORMAT_VERSION if text or base_url is not None else 1
+    header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
     return load_index(directory)
 
@@ -272,30 +348,53 @@ def load_index(directory: str | Path) -> ShardIndex:
         raise UserError(f"no data at {str(directory)!r}", fix="make it with `bigtrain data pack`, or mend the path")
     if not path.is_file():
         raise UserError(f"the directory holds no {INDEX_NAME}", where=str(directory), fix=_how_to_index(root))
+    return parse_index(path.read_bytes(), root, str(path))
+
+
+def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
+    """An index from the bytes of its index.json.
+
+    Args:
+        root: The directory on this machine that it stands for.
+        where: Where the bytes are from, for errors.
+
+    Raises:
+        UserError: A newer format.
+        CorruptionError: The bytes are damaged.
+    """
     try:
-        value: Any = json.loads(path.read_bytes())
+        value: Any = json.loads(data)
         version = value["format_version"]
         if not isinstance(version, int) or version < 1:
             raise ValueError(f"format_version is {version!r}")
         if version > FORMAT_VERSION:
             raise UserError(
                 f"the index has format {version}; this bigtrain reads up to {FORMAT_VERSION}",
-                where=str(path),
+                where=where,
                 fix="use a newer bigtrain",
             )
         shards = tuple(Shard.model_validate(entry) for entry in value["shardlist"])
+        if len({name for shard in shards for name in (shard.url, shard.index)}) != 2 * len(shards):
+            raise ValueError("a name appears twice")
         parts = {name: value[name] for name in ("kind", "dtype", "tokenizer", "image", "fingerprint")}
-        parts["text_bytes"] = value.get("text_bytes")
+        parts |= {name: value.get(name, default) for name, default in _OPTIONAL.items()}
         for name, build in (("tokenizer", TokenizerInfo), ("image", ImageInfo)):
             parts[name] = None if parts[name] is None else build(**parts[name])
+        if parts["base_url"] is not None:
+            parts["base_url"] = check_url(parts["base_url"])
         index = ShardIndex(shards=shards, directory=root.resolve(), **parts)
-    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
-        raise CorruptionError(f"the index is damaged: {error}", where=str(path), fix=REINDEX) from None
-    complete = (index.dtype and index.tokenizer) if index.kind == "tokens" else index.image
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        raise CorruptionError(f"the index is damaged: {error}", where=where, fix=REINDEX) from None
+    complete = bool((index.dtype and index.tokenizer) if index.kind == "tokens" else index.image)
+    if index.text and not all(shard.tokens_hash for shard in shards):
+        complete = False
     expected = fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards])
     if not complete or expected != index.fingerprint:
-        raise CorruptionError("the index contradicts itself", where=str(path), fix=REINDEX)
+        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
     return index
+
+
+_OPTIONAL: dict[str, Any] = {"text_bytes": None, "text": False, "base_url": None}
 
 
 def _how_to_index(root: Path) -> str:

@@ -1,15 +1,21 @@
-"""Indexing: walking tars once to write down where samples lie (`data index`, and after packing)."""
+"""Indexing: walking tars once to write down where samples lie (`data index`, and after packing).
+
+Tars on a server are fetched one after another, looked at and deleted; their index names where they are.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.images import (
@@ -31,9 +37,14 @@ from bigtrain.data.index import (
     write_index,
     write_sidecar,
 )
+from bigtrain.data.remote import Patience, fetch, tars_at
 from bigtrain.data.tar import Member, members, read_at
+from bigtrain.data.text import TEXT_MEMBERS, BadSamples, encode_document, read_text
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file
+
+URL_WORKERS = 4
+MAX_TAR_BYTES = 1 << 40
 
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADER_BYTES = 4096
@@ -54,6 +65,14 @@ class Scan:
     dtype: str | None = None
     largest_id: int = -1
     image: ImageInfo | None = None
+    text_bytes: int | None = None
+    """UTF-8 bytes of text; None for stored tokens and images."""
+    tokens_hash: str | None = None
+
+    @property
+    def text(self) -> bool:
+        """Whether the tar holds text."""
+        return self.text_bytes is not None
 
 
 def index_directory(
@@ -61,17 +80,21 @@ def index_directory(
     tokenizer: Tokenizer | None = None,
     text_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
+    bad: BadSamples | None = None,
 ) -> ShardIndex:
-    """Index a directory's local, uncompressed tars of tokens (KEY.npy) or images (KEY.png|jpg, KEY.cls|json).
+    """Index a directory's local, uncompressed tars.
+
+    They hold tokens (KEY.npy), images (KEY.png|jpg with KEY.cls|json) or text (KEY.txt, KEY.txt.gz).
 
     Sidecars and index.json are written beside the tars, which are only read. A directory indexed before keeps
     its tokenizer unless another is given.
 
     Args:
         directory: Where the tars lie.
-        tokenizer: What made their tokens, where that is known.
+        tokenizer: What made their tokens, where that is known; for text what makes them.
         text_bytes: UTF-8 bytes of the text that the tokens stand for, where known.
         progress: Called with each tar's name.
+        bad: What to do with samples that cannot be read; None: raise.
 
     Raises:
         UserError: No tars, members that are refused, samples of another kind, images of different sizes.
@@ -82,37 +105,120 @@ def index_directory(
         raise UserError(f"no directory at {str(directory)!r}")
     paths = sorted(root.glob("*.tar"))
     if not paths:
-        raise UserError("the directory holds no .tar file", where=str(directory))
+        packed = [path.name for path in sorted(root.glob("*.t*gz"))]
+        fix = f"decompress {packed[0]}: samples are read by their place in a plain .tar" if packed else None
+        raise UserError("the directory holds no .tar file", where=str(directory), fix=fix)
     if not os.access(root, os.W_OK):
         raise UserError("the directory cannot be written to; its index lies there", where=str(directory))
+    former = _former_index(root, tokenizer)
+    if tokenizer is None and former is not None and former.text:
+        tokenizer = former.load_tokenizer()
     scans = []
     for path in paths:
-        scans.append((path, scan_shard(path)))
+        scans.append((path, scan_shard(path, tokenizer, bad)))
         if progress is not None:
             progress(path.name)
-    kind, dtype = _common(scans)
-    image = _common_image(scans) if kind == "images" else None
-    former = _former_index(root, tokenizer)
-    largest = max(scan.largest_id for _, scan in scans)
-    info = _tokenizer_info(root, tokenizer, former, largest) if kind == "tokens" else None
-    if tokenizer is not None:
-        tokenizer.save(root)
-    shards = [_write_shard(path, scan) for path, scan in scans]
+    check_common(scans)
+    shards = [write_shard(path, scan, root) for path, scan in scans]
     if former is not None and text_bytes is None and [s.hash for s in shards] == [s.hash for s in former.shards]:
         text_bytes = former.text_bytes
-    return write_index(root, kind, dtype, info, image, text_bytes, shards)
+    return write_common(root, scans, shards, tokenizer, former, text_bytes)
 
 
-def _write_shard(path: Path, scan: Scan) -> Shard:
-    sidecar = path.with_suffix(".idx.npy")
+def index_urls(
+    urls: Sequence[str],
+    out: str | Path,
+    tokenizer: Tokenizer | None = None,
+    progress: Callable[[str], None] | None = None,
+    bad: BadSamples | None = None,
+    patience: Patience | None = None,
+) -> ShardIndex:
+    """Index tars on a server into a local directory that runs can name; each tar is read once.
+
+    Args:
+        urls: Of tars in one directory of a server; "{000..099}" stands for a range. On s3 and gs a directory may be
+            named, for all tars in it.
+        out: A directory that does not exist yet, or is empty.
+        tokenizer: See `index_directory`.
+        progress: Called with each tar's name, in any order.
+        bad: What to do with samples that cannot be read; None: raise.
+        patience: How long the server is borne with.
+
+    Raises:
+        UserError: URLs that are refused or lie in several directories; see `index_directory`.
+        RemoteError: The server cannot be read.
+    """
+    root = Path(out)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{str(out)!r} exists and is not empty", fix="choose another --out, or delete it")
+    patience = patience or Patience(retries=5)
+    place, names = tars_at(urls, patience)
+    root.mkdir(parents=True, exist_ok=True)
+
+    def look(name: str) -> tuple[Path, Scan, Shard]:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as directory:
+            path = Path(directory) / name
+            with open(path, "w+b") as file:
+                fetch(place, name, file, size=None, limit=MAX_TAR_BYTES, patience=patience)
+            try:
+                scan = scan_shard(path, tokenizer, bad)
+            except UserError as error:
+                error.where = (error.where or "").replace(str(path), f"{place.url}/{name}")
+                raise
+            shard = write_shard(path, scan, root)
+        if progress is not None:
+            progress(name)
+        return path, scan, shard
+
+    pool = ThreadPoolExecutor(URL_WORKERS)
+    try:
+        looked = list(pool.map(look, names))
+        scans = [(path, scan) for path, scan, _ in looked]
+        check_common(scans)
+        return write_common(root, scans, [shard for *_, shard in looked], tokenizer, base_url=place.url)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        for path in root.glob("*.idx.npy"):
+            path.unlink()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def write_common(
+    root: Path,
+    scans: list[tuple[Path, Scan]],
+    shards: list[Shard],
+    tokenizer: Tokenizer | None,
+    former: ShardIndex | None = None,
+    text_bytes: int | None = None,
+    base_url: str | None = None,
+) -> ShardIndex:
+    """Write the index of shards that were scanned and whose sidecars are written."""
+    first = scans[0][1]
+    image = _common_image(scans) if first.kind == "images" else None
+    largest = max(scan.largest_id for _, scan in scans)
+    info = _tokenizer_info(root, tokenizer, former, largest) if first.kind == "tokens" else None
+    if tokenizer is not None:
+        tokenizer.save(root)
+    if first.text:
+        text_bytes = sum(scan.text_bytes or 0 for _, scan in scans)
+    return write_index(root, first.kind, first.dtype, info, image, text_bytes, shards, first.text, base_url)
+
+
+def write_shard(path: Path, scan: Scan, root: Path) -> Shard:
+    """Write a tar's sidecar into `root`; what an index says of the tar."""
+    sidecar = root / f"{path.name.removesuffix('.tar')}.idx.npy"
+    counts = scan.rows[:, 2 if scan.text else 1]
     return Shard(
         url=path.name,
         nsamples=len(scan.rows),
         filesize=path.stat().st_size,
         hash=hash_file(path),
-        tokens=int(scan.rows[:, 1].sum()) if scan.kind == "tokens" else 0,
+        tokens=int(counts.sum()) if scan.kind == "tokens" else 0,
         index=sidecar.name,
         index_hash=write_sidecar(sidecar, scan.rows),
+        tokens_hash=scan.tokens_hash,
     )
 
 
@@ -146,19 +252,25 @@ def _tokenizer_info(
     return info
 
 
-def _common(scans: list[tuple[Path, Scan]]) -> tuple[Kind, str | None]:
+def check_common(scans: list[tuple[Path, Scan]]) -> None:
+    """Refuse shards of several kinds.
+
+    Raises:
+        UserError: Names the first that differs.
+    """
     first_path, first = scans[0]
     for path, scan in scans:
-        if (scan.kind, scan.dtype) != (first.kind, first.dtype):
+        if (scan.kind, scan.dtype, scan.text) != (first.kind, first.dtype, first.text):
             raise UserError(
                 f"the shard holds {_named(scan)}; {first_path.name} holds {_named(first)}",
                 where=str(path),
                 fix="keep one kind and type in a directory",
             )
-    return first.kind, first.dtype
 
 
 def _named(scan: Scan) -> str:
+    if scan.text:
+        return "text"
     return scan.kind if scan.dtype is None else f"{scan.kind} of type {scan.dtype}"
 
 
@@ -183,13 +295,18 @@ def _other_size(where: str, found: tuple[int, int], first: tuple[int, int]) -> U
     )
 
 
-def scan_shard(path: Path) -> Scan:
+def scan_shard(path: Path, tokenizer: Tokenizer | None = None, bad: BadSamples | None = None) -> Scan:
     """Walk one tar: its kind, and where each sample lies.
+
+    Args:
+        tokenizer: Tokenises text, to count and hash its tokens.
+        bad: What to do with samples that cannot be read; None: raise.
 
     Raises:
         UserError: A member or a sample that is refused.
         CorruptionError: The tar is damaged or cut short.
     """
+    bad = bad or BadSamples()
     samples = itertools.groupby(members(path), key=lambda member: member.key)
     first_key, first_group = next(samples)
     first = list(first_group)
@@ -197,17 +314,19 @@ def scan_shard(path: Path) -> Scan:
     rest: Iterator[tuple[str, list[Member]]] = ((key, list(group)) for key, group in samples)
     whole = itertools.chain([(first_key, first)], rest)
     if suffixes & set(IMAGE_SUFFIXES):
-        return _scan_images(path, whole)
+        return _scan_images(path, whole, bad)
     if "npy" in suffixes:
-        return _scan_tokens(path, whole)
-    found = ", ".join(sorted(suffixes))
-    text = bool(suffixes & {"txt", "txt.gz", "text"})
+        return _scan_tokens(path, whole, bad)
+    where = f"{path}, sample {first_key!r}"
+    if suffixes & set(TEXT_MEMBERS):
+        if tokenizer is None:
+            raise UserError("text inside tars needs a tokenizer", where, "name one with --tokenizer")
+        return _scan_text(path, whole, tokenizer, bad)
     raise UserError(
-        "text inside tars is not read" if text else f"samples of {found} are not read",
-        where=f"{path}, sample {first_key!r}",
-        fix="unpack the text and run `bigtrain data pack` on it"
-        if text
-        else "samples are tokens (KEY.npy) or images with labels (KEY.png or .jpg, and KEY.cls or .json)",
+        f"samples of {', '.join(sorted(suffixes))} are not read",
+        where=where,
+        fix="samples are tokens (KEY.npy), text (KEY.txt, KEY.txt.gz), or images with labels (KEY.png or .jpg, and "
+        "KEY.cls or .json)",
     )
 
 
@@ -219,45 +338,86 @@ def _one(group: Iterable[Member], suffixes: tuple[str, ...], where: str) -> Memb
     return found[0]
 
 
-def _scan_images(path: Path, samples: Iterable[tuple[str, list[Member]]]) -> Scan:
+def _scan_images(path: Path, samples: Iterable[tuple[str, list[Member]]], bad: BadSamples) -> Scan:
     rows, first, channels = [], None, 1
     for key, group in samples:
         where = f"{path}, sample {key!r}"
-        image, label = _one(group, IMAGE_SUFFIXES, where), _one(group, LABEL_SUFFIXES, where)
-        if image.size > MAX_IMAGE_BYTES or label.size > MAX_LABEL_BYTES:
-            raise UserError("the sample is larger than images and labels may be", where=where)
-        height, width, depth = image_shape(read_at(path, image.offset, image.size), where)
-        first = first or (height, width)
-        if (height, width) != first:
-            raise _other_size(where, (height, width), first)
-        channels = max(channels, depth)
-        number = decode_label(read_at(path, label.offset, label.size), label.suffix, where)
+        try:
+            image, label = _one(group, IMAGE_SUFFIXES, where), _one(group, LABEL_SUFFIXES, where)
+            if image.size > MAX_IMAGE_BYTES or label.size > MAX_LABEL_BYTES:
+                raise UserError("the sample is larger than images and labels may be", where=where)
+            height, width, depth = image_shape(read_at(path, image.offset, image.size), where)
+            if first is not None and (height, width) != first:
+                raise _other_size(where, (height, width), first)
+            number = decode_label(read_at(path, label.offset, label.size), label.suffix, where)
+        except UserError as error:
+            bad(error)
+            continue
+        first, channels = (height, width), max(channels, depth)
         rows.append((image.offset, image.size, number))
-    assert first is not None
+    if first is None:
+        raise UserError("the shard holds no image that can be read", where=str(path))
     table = np.asarray(rows, dtype=np.int64)
     return Scan("images", table, image=ImageInfo(*first, channels, classes=int(table[:, 2].max()) + 1))
 
 
-def _scan_tokens(path: Path, samples: Iterable[tuple[str, list[Member]]]) -> Scan:
+def _scan_text(path: Path, samples: Iterable[tuple[str, list[Member]]], tokenizer: Tokenizer, bad: BadSamples) -> Scan:
+    rows, text_bytes = [], 0
+    digest = xxhash.xxh3_128()
+    for key, group in samples:
+        where = f"{path}, sample {key!r}"
+        try:
+            member = _one(group, tuple(TEXT_MEMBERS), where)
+            compressed = TEXT_MEMBERS[member.suffix]
+            text = read_text(path, member.offset, member.size, compressed, where)
+        except UserError as error:
+            bad(error)
+            continue
+        if not text:
+            continue
+        ids = encode_document(text, tokenizer)
+        digest.update(ids.astype(tokenizer.dtype).tobytes())
+        text_bytes += len(text.encode("utf-8"))
+        rows.append((member.offset, member.size, len(ids), int(compressed)))
+    if not rows:
+        raise UserError("the shard holds no text", where=str(path))
+    return Scan(
+        "tokens",
+        np.asarray(rows, dtype=np.int64),
+        dtype=tokenizer.dtype.str,
+        text_bytes=text_bytes,
+        tokens_hash=f"xxh3:{digest.hexdigest()}",
+    )
+
+
+def _scan_tokens(path: Path, samples: Iterable[tuple[str, list[Member]]], bad: BadSamples) -> Scan:
     rows, dtype, largest = [], None, -1
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     for key, group in samples:
         where = f"{path}, sample {key!r}"
-        member = _one(group, ("npy",), where)
-        found, offset, length = _npy_layout(raw, member, where)
-        dtype = dtype or found
-        if found != dtype:
-            raise UserError(f"the tokens are stored as {found}, those before as {dtype}", where=where)
-        if length:
-            tokens = raw[offset : offset + length * np.dtype(found).itemsize].view(found)
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high > _MAX_ID:
-                raise UserError(f"{low if low < 0 else high} is not a token", where=where)
-            largest = max(largest, high)
+        try:
+            found, offset, length = _npy_layout(raw, _one(group, ("npy",), where), where)
+            if dtype not in (None, found):
+                raise UserError(f"the tokens are stored as {found}, those before as {dtype}", where=where)
+            high = _largest_id(raw[offset : offset + length * np.dtype(found).itemsize].view(found), where)
+        except UserError as error:
+            bad(error)
+            continue
+        dtype, largest = found, max(largest, high)
         rows.append((offset, length))
     if largest < 0:
         raise UserError("the shard holds no token", where=str(path))
     return Scan("tokens", np.asarray(rows, dtype=np.int64), dtype=dtype, largest_id=largest)
+
+
+def _largest_id(tokens: np.ndarray, where: str) -> int:
+    """The largest of some tokens, -1 for none."""
+    if not len(tokens):
+        return -1
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high > _MAX_ID:
+        raise UserError(f"{low if low < 0 else high} is not a token", where=where)
+    return high
 
 
 def _npy_layout(raw: np.ndarray, member: Member, where: str) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
 from bigtrain.data.indexing import scan_shard
 from bigtrain.data.sequences import TokenReader
+from bigtrain.data.text import BadSamples
 
 _PREVIEW_TOKENS = 256
 
@@ -102,7 +104,8 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
     targets = sum(max(0, shard.tokens - 1) for shard in index.shards)
     sequences = sum(index.sequence_counts(context))
     padding = sequences * context - targets if tokens else 0
-    lengths = [rows[:, 1] for number in range(len(index.shards)) if len(rows := index.rows(number))] if tokens else []
+    counts = (index.token_counts(index.rows(number)) for number in range(len(index.shards) if tokens else 0))
+    lengths = [part for part in counts if len(part)]
     image = index.image
     return Inspection(
         path=str(index.directory),
@@ -155,8 +158,15 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> V
 def _structure(index: ShardIndex, number: int, shard: Shard) -> list[UserError]:
     def compare() -> None:
         path = index.directory / shard.url
-        scan = scan_shard(path)
-        if scan.kind != index.kind or scan.dtype != index.dtype or not np.array_equal(scan.rows, index.rows(number)):
+        if index.shards_url is not None:
+            index.rows(number)
+            return
+        # A directory may have been indexed without its bad samples.
+        bad = BadSamples(sys.maxsize)
+        scan = scan_shard(path, index.load_tokenizer() if index.text else None, bad)
+        found = (scan.kind, scan.dtype, scan.tokens_hash)
+        same = found == (index.kind, index.dtype, shard.tokens_hash) and np.array_equal(scan.rows, index.rows(number))
+        if not same:
             raise CorruptionError("the sidecar does not fit its shard", str(path), REINDEX)
         if scan.largest_id >= index.vocab_size:
             raise CorruptionError(f"the shard holds the token {scan.largest_id} of {index.vocab_size}", str(path))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
+from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.order import FixedOrder, Order, sequence_keys
 from bigtrain.data.sequences import Arrays, open_reader
@@ -94,6 +95,7 @@ class Loader:
         log_samples: Whether batches carry the ids of the global batch.
         prefetch: Batches prepared ahead.
         source: Name of the data in sample ids and in the position.
+        streaming: How shards are fetched that are not here.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Loader:
         log_samples: bool = False,
         prefetch: int = 2,
         source: str = "train",
+        streaming: StreamingConfig | None = None,
     ) -> None:
         self.index = data if isinstance(data, ShardIndex) else load_index(data)
         if order.counts.tolist() != self.index.sequence_counts(context):
@@ -129,7 +132,7 @@ class Loader:
         self._order, self._seed, self._rank, self._source = order, seed, dp_rank, source
         self._log_samples, self._prefetch = log_samples, prefetch
         # A batch may lie across the border of two windows.
-        self._reader = open_reader(self.index, context, document_mask, open_shards=2 * order.window)
+        self._reader = open_reader(self.index, context, document_mask, 2 * order.window, streaming)
         self._active: _Ahead | None = None
         # The reader and the order cache what they last used, and the thread of `batches` uses them too.
         self._lock = threading.RLock()
@@ -145,6 +148,8 @@ class Loader:
         start, slots = step * shape.batch_size, shape.slots(self._rank)
         own = min(slots.stop, shape.batch_size) - slots.start
         with self._lock:
+            if self.index.streams:
+                self._reader.expect(self._order.upcoming(start, shape.batch_size).tolist())
             draw = self._order.take(start + slots.start, max(0, own))
             arrays = self._reader.read(draw.shard, draw.sequence)
         missing = shape.per_rank - len(draw.shard)
@@ -180,6 +185,7 @@ class Loader:
 
     def close(self) -> None:
         """End the reading thread and let go of open shards."""
+        self._reader.interrupt()
         self._stop()
         self._reader.close()
 

@@ -53,6 +53,10 @@ class Order(Protocol):
         """The sequences at positions start .. start + count - 1."""
         ...
 
+    def upcoming(self, start: int, count: int) -> IntArray:
+        """The shards that these positions come from, and those that come next, in the order of their need."""
+        ...
+
 
 def splitmix64(values: npt.ArrayLike) -> _Words:
     """The splitmix64 finaliser of each 64-bit word; wraps modulo 2**64."""
@@ -126,6 +130,20 @@ class SampleOrder:
         empty = np.zeros(0, dtype=np.int64)
         return Draw(*(np.concatenate([empty, *parts]) for parts in (shards, indices, epochs)))
 
+    def upcoming(self, start: int, count: int) -> IntArray:
+        """The shards of the windows that positions start .. start + count - 1 lie in, and of the window after them."""
+        found = []
+        position, last = start, start + max(1, count) - 1
+        while True:
+            epoch, inside = divmod(position, self.sequences_per_epoch)
+            shards, first_positions = self._epoch(epoch)
+            number = int(np.searchsorted(first_positions, inside, side="right")) - 1
+            found.append(shards[number * self.window : (number + 1) * self.window])
+            if position > last:
+                return np.concatenate(found)
+            after = first_positions[number + 1] if number + 1 < len(first_positions) else self.sequences_per_epoch
+            position = epoch * self.sequences_per_epoch + int(after)
+
     def _epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
         """The permuted shards that hold sequences, and the first position of each window."""
         if epoch not in self._epochs:
@@ -165,6 +183,14 @@ class FixedOrder:
         positions = np.arange(start, max(start, min(start + count, self.sequences_per_epoch)), dtype=np.int64)
         shard = np.searchsorted(self._ends, positions, side="right").astype(np.int64)
         return Draw(shard, positions - (self._ends - self.counts)[shard], np.zeros_like(positions))
+
+    def upcoming(self, start: int, count: int) -> IntArray:
+        """The shards of these positions, and the next two that hold a sequence."""
+        filled = np.flatnonzero(self.counts)
+        ends = self._ends[filled]
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, start + max(1, count) - 1, side="right"))
+        return filled[first : last + 3].astype(np.int64)
 
 
 def _remember(cache: OrderedDict[K, V], key: K, value: V, limit: int) -> None:

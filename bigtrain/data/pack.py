@@ -1,7 +1,12 @@
-"""Packing: documents of text become shards of tokens (`bigtrain data pack`).
+"""Packing: documents become shards of tokens (`bigtrain data pack`).
 
-The same input gives the same bytes: keys are counted, times and owners are zero. Everything is written to a
-temporary directory beside the output and renamed at the end, so that a kill leaves nothing that looks whole.
+    survey    each part of the input is hashed, where documents are held out        parts/N.survey.npy
+    tokenise  each part becomes its tokens and the lengths of its documents         parts/N.tokens, N.npy, N.json
+    plan      from the lengths alone: which tokens make which member of which shard
+    write     each shard is written, indexed and synced by itself                   train/shard-N.tar, ...
+
+Parts are fixed by the input and shards by the lengths, so that any number of processes writes the same bytes. What is
+finished has its last file in place, and a start after a kill goes on from there. In the end one rename publishes all.
 """
 
 from __future__ import annotations
@@ -10,30 +15,36 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
+import json
 import os
 import shutil
-import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.documents import Document, documents
-from bigtrain.data.index import ShardIndex
-from bigtrain.data.indexing import index_directory
-from bigtrain.data.tokenizers import Tokenizer, Tokens
-from bigtrain.storage import fsync_directory, fsync_file
+from bigtrain.data.documents import Source, parts, sources
+from bigtrain.data.indexing import write_common
+from bigtrain.data.pack_plan import PlannedShard, SplitPlan, Survey
+from bigtrain.data.pack_work import Job, Scratch, finished_shards, text_worker
+from bigtrain.data.pack_workers import PackError, Pool, open_pool
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.storage import fsync_directory, write_json
 
+FORMAT_VERSION = 1
 SHARD_BYTES = 64 << 20
 MIN_SHARD_BYTES = 1 << 10
-SHARD_NAME = "shard-{:06d}.tar"
+PART_BYTES = 8 << 20
+SMALL_INPUT_BYTES = 4 << 20
 
 Progress = Callable[[str, int, int], None]
-"""Called after each document with its name, and the documents and tokens so far."""
+"""Called after each piece of work with the stage, and how many of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class PackSummary:
     empty_documents: int
     """Documents without text, which were passed over."""
     splits: dict[str, SplitSummary]
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    """What was bad and passed over: place and reason."""
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -84,12 +97,17 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     key: str = "text",
+    skip_bad: int = 0,
+    workers: int = 1,
+    part_bytes: int = PART_BYTES,
     progress: Progress | None = None,
 ) -> PackSummary:
     """Tokenise documents into OUT/train, and OUT/validation where `validation` is above zero.
 
+    After a kill the same call goes on where it was; with other inputs or arguments it begins anew.
+
     Args:
-        inputs: Files, directories, JSON lines: see `documents`.
+        inputs: Files, directories, patterns: see `sources`.
         out: A directory that does not exist yet, or is empty.
         tokenizer: What encodes the text; copied into each split.
         validation: Share of the documents to hold out ("1%" or 0.01), at least one, chosen by a hash of
@@ -97,36 +115,147 @@ def pack(
             its tail.
         shard_bytes: Size that a shard exceeds by its headers at most; a longer document goes on in the next.
         seed: Another choice of held-out documents.
-        key: The key of a JSON line that holds the text.
-        progress: Called after each document.
+        key: The key of a JSON line, or the column of a Parquet file, that holds the text.
+        skip_bad: Documents that may be bad, and are passed over and counted; one more is an error.
+        workers: Processes; the bytes written do not depend on it.
+        part_bytes: Input that one process takes at a time.
+        progress: Called after each piece of work.
 
     Raises:
-        UserError: Bad input (see `documents`), no text at all, or `out` is not empty.
+        UserError: Bad input (see `documents`), no text at all, `out` is not empty or being packed by another process.
+        PackError: A process died; the same call goes on.
     """
     share = parse_share(validation)
     target = Path(out)
     if shard_bytes < MIN_SHARD_BYTES:
         raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{str(out)!r} exists and is not empty", fix="choose another --out, or delete it")
-    survey = _survey(documents(inputs, key), seed) if share else None
-    with _temporary_beside(target) as temporary:
-        writers, empty = _write_splits(
-            documents(inputs, key), temporary, tokenizer, share, survey, shard_bytes, progress
+    found = list(sources(inputs))
+    job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes)))
+    identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
+    with workplace(target, identity) as scratch:
+        if sum(source.bytes for source in found) <= SMALL_INPUT_BYTES:
+            workers = 1
+        with open_pool(workers, partial(text_worker, job, scratch, tokenizer.definition())) as pool:
+            return _Packing(pool, job, scratch, tokenizer, shard_bytes, progress).run(share, target)
+
+
+class _Packing:
+    """One packing, from its survey to its summary."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        job: Job,
+        scratch: Scratch,
+        tokenizer: Tokenizer,
+        shard_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self._pool, self._job, self._scratch, self._tokenizer = pool, job, scratch, tokenizer
+        self._shard_bytes = shard_bytes
+        self._progress = progress or (lambda stage, done, total: None)
+        self._writing: deque[tuple[PlannedShard, Future[None]]] = deque()
+        self._plans: dict[str, SplitPlan] = {}
+        self._number = self._empty = self._kept_from = 0
+        self._skipped: list[str] = []
+
+    def run(self, share: float, target: Path) -> PackSummary:
+        survey = self._survey() if share else None
+        boundary = None if survey is None else survey.tail_boundary(share)
+        held_out = survey.held_out(share) if survey is not None and boundary is None else set()
+        for name in ["train"] if survey is None else ["train", "validation"]:
+            (self._scratch.root / name).mkdir(exist_ok=True)
+            self._plans[name] = SplitPlan(name, self._tokenizer.dtype.itemsize, self._shard_bytes)
+        for part in self._parts("encode", "tokenised", boundary):
+            self._plan(part, held_out, boundary is not None)
+        for plan in self._plans.values():
+            self._write(plan.finish())
+        while self._writing:
+            self._writing.popleft()[1].result()
+        if not self._number:
+            raise _no_text()
+        splits = {name: self._finish(name, target) for name in self._plans}
+        publish(self._scratch.root, target)
+        how = None if survey is None else "documents" if boundary is None else "tail"
+        return PackSummary(str(target), self._tokenizer.vocab_size, how, self._empty, splits, self._skipped)
+
+    def _parts(self, method: str, stage: str, *arguments: Any) -> Iterator[int]:
+        """Have a method done on all parts, a few at a time; yields the parts in their order, each when it is done."""
+        total = len(self._job.parts)
+        under_way: deque[Future[None]] = deque()
+        submitted = 0
+        for part in range(total):
+            while submitted < min(total, part + self._pool.ahead):
+                under_way.append(self._pool.submit(method, submitted, *arguments))
+                submitted += 1
+            under_way.popleft().result()
+            yield part
+            self._progress(stage, part + 1, total)
+
+    def _survey(self) -> Survey:
+        hashes: list[int] = []
+        characters: list[int] = []
+        for part in self._parts("survey", "surveyed"):
+            found = np.load(self._scratch.part(part, ".survey.npy"), allow_pickle=False)
+            hashes += found[:, 0].tolist()
+            characters += found[:, 1].tolist()
+        if not hashes:
+            raise _no_text()
+        if len(hashes) == 1 and characters[0] < 2:
+            raise UserError("one character cannot be divided into training and validation text", fix="give more text")
+        return Survey(hashes, characters)
+
+    def _plan(self, part: int, held_out: set[int], divided: bool) -> None:
+        """Give the documents of a part their places, and have the shards written that are full."""
+        note = json.loads(self._scratch.part(part, ".json").read_bytes())
+        self._empty += note["empty"]
+        self._skipped += note["bad"]
+        if len(self._skipped) > self._job.skip_bad:
+            raise UserError(f"more than {self._job.skip_bad} documents are bad; the last is {self._skipped[-1]}")
+        start = 0
+        for tokens, characters, text_bytes in np.load(self._scratch.part(part, ".npy"), allow_pickle=False).tolist():
+            wanted = self._number == 1 if divided else self._number in held_out
+            plan = self._plans["validation" if wanted else "train"]
+            plan.counts.documents += 1
+            plan.counts.characters += characters
+            plan.counts.text_bytes += text_bytes
+            self._number += 1
+            self._write(plan.add(part, start, tokens))
+            start += tokens
+        self._forget(part)
+
+    def _write(self, shards: Iterable[PlannedShard]) -> None:
+        for shard in shards:
+            self._writing.append((shard, self._pool.submit("write", shard)))
+            while len(self._writing) > self._pool.ahead:
+                self._writing.popleft()[1].result()
+
+    def _forget(self, part: int) -> None:
+        """Delete the tokens of parts that no shard needs any more."""
+        while self._writing and self._writing[0][1].done():
+            self._writing.popleft()[1].result()
+        needed = [shard.pieces[0].part for shard, _ in self._writing]
+        needed += [plan.oldest_part for plan in self._plans.values() if plan.oldest_part is not None]
+        for number in range(self._kept_from, min([*needed, part + 1])):
+            self._scratch.part(number, ".tokens").unlink(missing_ok=True)
+            self._kept_from = number + 1
+
+    def _finish(self, name: str, target: Path) -> SplitSummary:
+        """Write the index of a split."""
+        counts, root = self._plans[name].counts, self._scratch.root / name
+        found = finished_shards(self._scratch, name, counts.shards, self._tokenizer.dtype.str)
+        scans, shards = [(path, scan) for path, scan, _ in found], [shard for *_, shard in found]
+        index = write_common(root, scans, shards, self._tokenizer, text_bytes=counts.text_bytes)
+        fsync_directory(root)
+        return SplitSummary(
+            directory=str(target / name),
+            documents=counts.documents,
+            tokens=index.tokens,
+            characters=counts.characters,
+            shards=len(index.shards),
+            bytes=index.bytes,
+            fingerprint=index.fingerprint,
         )
-        splits = {}
-        for name, writer in writers.items():
-            index = index_directory(writer.directory, tokenizer, text_bytes=writer.text_bytes)
-            fsync_directory(writer.directory)
-            splits[name] = _summary(writer, index, target / name)
-        fsync_directory(temporary)
-        try:
-            os.replace(temporary, target)
-        except OSError as error:
-            raise UserError(f"the output cannot be put in place: {error.strerror}", where=str(target)) from None
-        fsync_directory(target.parent)
-    held_out = None if survey is None else "tail" if len(survey.hashes) == 1 else "documents"
-    return PackSummary(str(target), tokenizer.vocab_size, held_out, empty, splits)
 
 
 def parse_share(value: float | str) -> float:
@@ -145,206 +274,90 @@ def parse_share(value: float | str) -> float:
     return share
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What a first reading of all documents finds out."""
-
-    hashes: list[int]
-    characters: list[int]
-
-    def held_out(self, share: float) -> set[int]:
-        """The documents to hold out, by number: those of the smallest hashes."""
-        count = len(self.hashes)
-        ranked = sorted(range(count), key=lambda number: (self.hashes[number], number))
-        wanted = min(max(1, round(share * count)), count - 1)
-        chosen = ranked[:wanted]
-        copies = [number for number in ranked[wanted:] if self.hashes[number] == self.hashes[chosen[-1]]]
-        return set(chosen + copies if wanted + len(copies) < count else chosen)
-
-
-def _survey(texts: Iterable[Document], seed: int) -> _Survey:
-    hashes, characters = [], []
-    for document in texts:
-        digest = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, "little", signed=True))
-        count = 0
-        for piece in document.pieces():
-            digest.update(piece.encode("utf-8"))
-            count += len(piece)
-        if count:
-            hashes.append(int.from_bytes(digest.digest(), "little"))
-            characters.append(count)
-    if not hashes:
-        raise _no_text()
-    if len(hashes) == 1 and characters[0] < 2:
-        raise UserError("one character cannot be divided into training and validation text", fix="give more text")
-    return _Survey(hashes, characters)
-
-
 def _no_text() -> UserError:
     return UserError("the input is empty: it holds no text", fix="give files with text in them")
 
 
-class _SplitWriter:
-    """Writes the shards of one split through WebDataset's TarWriter."""
-
-    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_bytes: int) -> None:
-        directory.mkdir()
-        self.directory = directory
-        self.documents = self.characters = self.tokens = self.text_bytes = 0
-        self._tokenizer = tokenizer
-        self._shard_bytes = shard_bytes
-        self._member_tokens = max(1, shard_bytes // tokenizer.dtype.itemsize)
-        self._members = self._shards = self._used_bytes = 0
-        self._stack = contextlib.ExitStack()
-        self._tar: Any = None
-
-    def write(self, pieces: Iterable[str]) -> bool:
-        """Append one document and its end of text; False where it holds no text."""
-        held: list[Tokens] = []
-        count = before = self.characters
-        for ids in self._tokenizer.encode_stream(self._counted(pieces)):
-            held.append(ids)
-            count = sum(len(part) for part in held)
-            while count >= self._member_tokens:
-                joined = np.concatenate(held)
-                self._write_member(joined[: self._member_tokens])
-                held = [joined[self._member_tokens :]]
-                count = len(held[0])
-        if self.characters == before:
-            return False
-        self._write_member(np.concatenate([*held, np.asarray([self._tokenizer.eot])]))
-        self.documents += 1
-        return True
-
-    def close(self) -> None:
-        """Finish the last shard and sync it."""
-        if self._tar is not None:
-            path = self.directory / SHARD_NAME.format(self._shards - 1)
-            self._stack.close()
-            fsync_file(path)
-            self._tar = None
-
-    def _counted(self, pieces: Iterable[str]) -> Iterator[str]:
-        for piece in pieces:
-            self.characters += len(piece)
-            self.text_bytes += len(piece.encode("utf-8"))
-            yield piece
-
-    def _write_member(self, ids: Tokens) -> None:
-        from webdataset import TarWriter
-
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, ids.astype(self._tokenizer.dtype), allow_pickle=False)
-        size = buffer.tell()
-        if self._tar is not None and self._used_bytes + size > self._shard_bytes:
-            self.close()
-        if self._tar is None:
-            file = self._stack.enter_context(open(self.directory / SHARD_NAME.format(self._shards), "wb"))  # noqa: SIM115
-            writer = TarWriter(file, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
-            self._tar = self._stack.enter_context(writer)
-            self._shards += 1
-            self._used_bytes = 0
-        self._tar.write({"__key__": f"{self._members:09d}", "npy": buffer.getvalue()})
-        self._members += 1
-        self._used_bytes += size
-        self.tokens += len(ids)
+def _grouped(found: Sequence[Source], part_bytes: int) -> Iterator[tuple[Source, ...]]:
+    """The input in parts of about one size: small files together, large ones divided where that can be."""
+    group: list[Source] = []
+    size = 0
+    for source in found:
+        for part in parts(source, part_bytes):
+            if group and size + part.bytes > part_bytes:
+                yield tuple(group)
+                group, size = [], 0
+            group.append(part)
+            size += part.bytes
+    if group:
+        yield tuple(group)
 
 
-def _write_splits(
-    texts: Iterable[Document],
-    root: Path,
-    tokenizer: Tokenizer,
-    share: float,
-    survey: _Survey | None,
-    shard_bytes: int,
-    progress: Progress | None,
-) -> tuple[dict[str, _SplitWriter], int]:
-    """Write all documents; the writers by split, and how many documents were empty."""
-    names = ["train"] if survey is None else ["train", "validation"]
-    writers = {name: _SplitWriter(root / name, tokenizer, shard_bytes) for name in names}
-    single = survey is not None and len(survey.hashes) == 1
-    held_out = survey.held_out(share) if survey is not None and not single else set()
-    number = empty = 0
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
-        for document in texts:
-            if single and survey is not None:
-                boundary = min(max(1, int(survey.characters[0] * (1 - share))), survey.characters[0] - 1)
-                head, tail = _divided(document, boundary)
-                written = writers["train"].write(head) and writers["validation"].write(tail)
-            else:
-                written = writers["validation" if number in held_out else "train"].write(document.pieces())
-            number += written
-            empty += not written
-            if progress is not None:
-                progress(document.name, number, sum(writer.tokens for writer in writers.values()))
-    if not number:
-        raise _no_text()
-    return writers, empty
-
-
-def _divided(document: Document, boundary: int) -> tuple[Iterator[str], Iterator[str]]:
-    """A document's first `boundary` characters and the others, each as pieces."""
-
-    def cut(first: int, last: int | None) -> Iterator[str]:
-        position = 0
-        for piece in document.pieces():
-            part = piece[max(0, first - position) : None if last is None else max(0, last - position)]
-            position += len(piece)
-            if part:
-                yield part
-
-    return cut(0, boundary), cut(boundary, None)
-
-
-def _summary(writer: _SplitWriter, index: ShardIndex, directory: Path) -> SplitSummary:
-    return SplitSummary(
-        directory=str(directory),
-        documents=writer.documents,
-        tokens=index.tokens,
-        characters=writer.characters,
-        shards=len(index.shards),
-        bytes=index.bytes,
-        fingerprint=index.fingerprint,
-    )
+def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
+    """Identifies a packing: its files as they are now, and its arguments."""
+    files = []
+    for source in found:
+        status = source.path.stat()
+        files.append([str(source.path.absolute()), source.name, status.st_size, status.st_mtime_ns])
+    value = json.dumps([FORMAT_VERSION, arguments, files])
+    return hashlib.sha256(value.encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _temporary_beside(target: Path) -> Iterator[Path]:
-    """A new directory beside `target` that is gone afterwards unless it was renamed.
+def workplace(target: Path, identity: str) -> Iterator[Scratch]:
+    """A directory beside `target`, locked while it is used; after a kill or a full disk it stays, to be gone on with.
 
-    It is locked while its maker lives, so that the leavings of a killed one are known and removed.
+    Args:
+        identity: Of the packing; what another one left is removed.
+
+    Raises:
+        UserError: `target` is not empty, or another process packs to it.
     """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"'{target}' exists and is not empty", fix="choose another --out, or delete it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.tmp-"
-    for leaving in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
-        with _locked(leaving) as free:
-            if free:
-                shutil.rmtree(leaving, ignore_errors=True)
-    temporary = target.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    with _locked(temporary):
+    root = target.parent / f".{target.name}.packing"
+    with _alone(root.with_name(f"{root.name}.lock"), target):
+        job = root / "job.json"
+        if not job.is_file() or json.loads(job.read_bytes()).get("identity") != identity:
+            shutil.rmtree(root, ignore_errors=True)
+            (root / "parts").mkdir(parents=True)
+            write_json(job, {"format_version": FORMAT_VERSION, "identity": identity})
         try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            yield Scratch(root)
+        except PackError:
+            raise
+        except UserError:
+            # What is mended is other input.
+            shutil.rmtree(root, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Hold a directory's lock for a while; False where another process holds it, or it is gone."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
+def _alone(lock: Path, target: Path) -> Iterator[None]:
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            yield False
-        else:
-            yield True
+            raise UserError(
+                "another process is packing to this place", str(target), "wait for it, or choose another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def publish(root: Path, target: Path) -> None:
+    """Put what is finished in its place, all at once."""
+    shutil.rmtree(root / "parts")
+    (root / "job.json").unlink()
+    fsync_directory(root)
+    try:
+        os.replace(root, target)
+    except OSError as error:
+        raise UserError(f"the output cannot be put in place: {error.strerror}", where=str(target)) from None
+    fsync_directory(target.parent)

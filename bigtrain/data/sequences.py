@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from bigtrain.config import CorruptionError, UserError
+from bigtrain.config import CorruptionError
+from bigtrain.data.config import StreamingConfig
 from bigtrain.data.images import decode_image
 from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.order import IntArray
+from bigtrain.data.streaming import ShardStore, open_store
 
 Arrays = dict[str, npt.NDArray[Any]]
 T = TypeVar("T")
@@ -35,12 +37,26 @@ class Reader(Protocol):
         """SOURCE/SHARD/DOCUMENT:OFFSET of the first token of each sequence."""
         ...
 
+    def expect(self, shards: Iterable[int]) -> None:
+        """Get these shards ready and let go of all others."""
+        ...
+
+    def interrupt(self) -> None:
+        """End a `read` that waits for a shard; from any thread."""
+        ...
+
     def close(self) -> None:
         """Let go of open shards."""
         ...
 
 
-def open_reader(index: ShardIndex, context: int, document_mask: bool = False, open_shards: int = 16) -> Reader:
+def open_reader(
+    index: ShardIndex,
+    context: int,
+    document_mask: bool = False,
+    open_shards: int = 16,
+    streaming: StreamingConfig | None = None,
+) -> Reader:
     """The reader for a shard directory's kind of data.
 
     Args:
@@ -48,10 +64,12 @@ def open_reader(index: ShardIndex, context: int, document_mask: bool = False, op
         context: Tokens of a sequence; unused for images.
         document_mask: Also yield `documents` and `positions`.
         open_shards: Shards kept open at once.
+        streaming: How shards are fetched that are not here.
     """
+    store = open_store(index, streaming)
     if index.kind == "images":
-        return ImageReader(index, open_shards)
-    return TokenReader(index, context, document_mask, open_shards)
+        return ImageReader(index, open_shards, store)
+    return TokenReader(index, context, document_mask, open_shards, store)
 
 
 class _Opened(Generic[T]):
@@ -68,6 +86,11 @@ class _Opened(Generic[T]):
                 self._close_one(self._opened.popitem(last=False)[1])
         self._opened.move_to_end(shard)
         return self._opened[shard]
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Close all others."""
+        for shard in self._opened.keys() - set(shards):
+            self._close_one(self._opened.pop(shard))
 
     def close(self) -> None:
         while self._opened:
@@ -94,10 +117,18 @@ class TokenReader:
     The last is padded with weight zero.
     """
 
-    def __init__(self, index: ShardIndex, context: int, document_mask: bool = False, open_shards: int = 16) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        context: int,
+        document_mask: bool = False,
+        open_shards: int = 16,
+        store: ShardStore | None = None,
+    ) -> None:
         if context < 1:
             raise ValueError(f"the context must be at least 1 token, not {context}")
         self._index, self._context, self._document_mask = index, context, document_mask
+        self._store = store or open_store(index)
         self._shards = _Opened(self._open, lambda shard: None, open_shards)
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
@@ -146,20 +177,30 @@ class TokenReader:
             ids.append(f"{source}/{self._index.shards[shard].stem}/{document}:{offset}")
         return ids
 
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `Reader`."""
+        wanted = list(shards)
+        self._shards.keep(wanted)
+        self._store.expect(wanted)
+
+    def interrupt(self) -> None:
+        """See `Reader`."""
+        self._store.interrupt()
+
     def close(self) -> None:
         """Let go of open shards."""
         self._shards.close()
+        self._store.close()
 
     def _open(self, shard: int) -> _TokenShard:
-        entry, rows = self._index.shards[shard], self._index.rows(shard)
-        path = self._index.directory / entry.url
-        _expect_size(path, entry.filesize)
+        found = self._store.open(shard)
+        path, rows = found.path, found.rows
         dtype = np.dtype(self._index.dtype)
         ends = np.cumsum(rows[:, 1])
         starts = ends - rows[:, 1]
         if (rows[:, 0] % dtype.itemsize).any():
             raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
-        stored = np.memmap(path, dtype=dtype, mode="r", shape=(entry.filesize // dtype.itemsize,))
+        stored = np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
         return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
 
     def _fill(
@@ -221,10 +262,11 @@ def _scatter(
 class ImageReader:
     """Images with their class."""
 
-    def __init__(self, index: ShardIndex, open_shards: int = 16) -> None:
+    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
         if index.image is None:
             raise ValueError("the index holds no images")
         self._index, self._image = index, index.image
+        self._store = store or open_store(index)
         self._shards: _Opened[tuple[int, IntArray]] = _Opened(self._open, lambda shard: os.close(shard[0]), open_shards)
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
@@ -256,22 +298,21 @@ class ImageReader:
         stems = [self._index.shards[shard].stem for shard in shards.tolist()]
         return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
 
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `Reader`."""
+        wanted = list(shards)
+        self._shards.keep(wanted)
+        self._store.expect(wanted)
+
+    def interrupt(self) -> None:
+        """See `Reader`."""
+        self._store.interrupt()
+
     def close(self) -> None:
         """Let go of open shards."""
         self._shards.close()
+        self._store.close()
 
     def _open(self, shard: int) -> tuple[int, IntArray]:
-        entry = self._index.shards[shard]
-        path = self._index.directory / entry.url
-        _expect_size(path, entry.filesize)
-        return os.open(path, os.O_RDONLY), self._index.rows(shard)
-
-
-def _expect_size(path: os.PathLike[str], size: int) -> None:
-    # A mapped file that has become shorter ends the process with SIGBUS, so its size is looked at first.
-    try:
-        found = os.stat(path).st_size
-    except FileNotFoundError:
-        raise UserError("the shard is missing", where=str(path), fix="put it back") from None
-    if found != size:
-        raise CorruptionError(f"the shard has {found} bytes; indexed were {size}", where=str(path))
+        found = self._store.open(shard)
+        return os.open(found.path, os.O_RDONLY), found.rows

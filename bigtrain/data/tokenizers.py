@@ -134,6 +134,21 @@ class Tokenizer:
         tokenizer.info = info
         return tokenizer
 
+    def definition(self) -> tuple[str, str | None] | None:
+        """What `from_definition` makes the same tokenizer of, in another process; None for bytes."""
+        if self._backend is None:
+            return None
+        return self._definition, self._backend.id_to_token(self.eot)
+
+    @classmethod
+    def from_definition(cls, definition: tuple[str, str | None] | None) -> Tokenizer:
+        """The tokenizer whose `definition` this is."""
+        if definition is None:
+            return cls()
+        from tokenizers import Tokenizer as Backend
+
+        return cls(Backend.from_str(definition[0]), definition[1])
+
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json into a shard directory; nothing for bytes."""
         if self._backend is not None:

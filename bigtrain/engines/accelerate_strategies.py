@@ -225,6 +225,8 @@ def prepare(
         accelerator.state.fsdp_plugin = given["fsdp_plugin"]
     with _tied_weights_together(model) if engine.strategy == "fsdp2" else nullcontext():
         prepared, wrapped = accelerator.prepare(model, optimizer)
+    if engine.strategy == "fsdp2" and "reshard_after_forward" not in engine.passthrough:
+        _keep_last_block(prepared, given["fsdp_plugin"].transformer_cls_names_to_wrap)
     inner = getattr(wrapped, "optimizer", wrapped)
     made: Plain
     if engine.strategy == "zero2":
@@ -266,6 +268,14 @@ def _blocks(model: Any) -> list[str]:
         type(block).__name__ for block in blocks if any(id(parameter) in tied for parameter in block.parameters())
     }
     return sorted({type(block).__name__ for block in blocks} - holding)
+
+
+def _keep_last_block(model: nn.Module, names: Collection[str]) -> None:
+    """The backward pass begins with the last block: given back, it would be gathered again at once."""
+    kinds = {f"FSDP{name}" for name in names}
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    if blocks and isinstance(blocks[-1], FSDPModule):
+        blocks[-1].set_reshard_after_forward(False, recurse=False)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bigtrain.engines.config import FSDPConfig, Precision
+from bigtrain.engines.config import FSDPConfig, Precision, Recompute
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, filled
@@ -100,42 +100,161 @@ def communication(
         passes: The micro-batches.
         rank: Which one: parts that do not divide evenly are smaller on the last ranks.
     """
-    step = _Step(model, vocab_size, sizes, layout, engine, precision, passes, rank)
+    parts = Parts.of(model, vocab_size, sizes, layout, rank)
+    number = BYTES[precision]
+    activations = Activations(
+        model,
+        vocab_size,
+        sizes=sizes,
+        layout=layout,
+        recompute=engine.recompute,
+        precision=precision,
+        passes=passes,
+        # Gathered as it computes; where nothing is gathered it is cast where it is used.
+        head_number=number if sizes.gradient_parallel > 1 else FP32,
+    )
+    step = _Step(model, sizes, layout, number, passes, parts, activations)
     return [term for term in step.terms() if term.count]
 
 
-class _Step:
-    """One step of one rank."""
+def axes_of(sizes: Mesh, *names: str) -> tuple[str, ...]:
+    """Those of some axes that have more than one rank, outermost first."""
+    return tuple(name for name in ALL if name in names and getattr(sizes, name) > 1)
+
+
+def ends_of(sizes: Mesh) -> tuple[str, ...]:
+    """The group of the first and the last stage."""
+    return ("pp",) if sizes.pp == 2 else ENDS
+
+
+class Activations:
+    """What the techniques exchange in a step's passes, whichever engine runs them.
+
+    Selective recompute exchanges nothing twice: what ranks sent each other is kept (`parallel.recompute`).
+    """
 
     def __init__(
         self,
         model: DecoderConfig,
         vocab_size: int,
+        *,
         sizes: Mesh,
         layout: LayoutConfig,
-        engine: FSDPConfig,
+        recompute: Recompute,
         precision: Precision,
         passes: Passes,
-        rank: int,
+        head_number: int,
     ) -> None:
-        self.model, self.sizes, self.layout, self.engine, self.passes = model, sizes, layout, engine, passes
+        """Args:
+        head_number: Bytes of a number of the head's matrix where ranks gather it.
+        """
+        self.model, self.sizes, self.layout, self.passes = model, sizes, layout, passes
+        self.recompute, self.head_number = recompute, head_number
         self.rows = model.padded_vocab(vocab_size)
         self.number = BYTES[precision]
-        self.parts = Parts.of(model, vocab_size, sizes, layout, rank)
-        self.sharded = sizes.gradient_parallel > 1
         self.own_tokens = passes.tokens // sizes.cp
         self.stream = self.own_tokens * model.width * self.number
+
+    def of(self, stage: StageParts) -> Iterator[Term]:
+        """What context and tensor parallelism exchange."""
+        if self.sizes.cp > 1:
+            yield from self._context(stage)
+        if self.sizes.tp > 1:
+            yield from self._tensor(stage)
+
+    def _context(self, stage: StageParts) -> Iterator[Term]:
+        """Exchanges around attention (`parallel.context`): Jacobs et al. 2023; Dubey et al. 2024, section 3.3.2."""
+        axes, each = ("cp",), self.passes.count * len(stage.blocks)
+        cp, tp = self.sizes.cp, self.sizes.tp
+        forward = each * (2 if self.recompute == "full" else 1)
+        heads, key_heads = self.model.heads // tp, self.model.key_value_heads // tp
+        number = self.model.width_of_head * self.number
+        if self.layout.cp_kind == "ulysses":
+            copied = key_heads * max(1, cp // key_heads)
+            packed = self.own_tokens * number * (heads + 2 * copied)
+            yield _term("all_to_all", axes, packed, forward + each, "queries, keys and values; their gradients")
+            back = self.own_tokens * number * heads
+            yield _term("all_to_all", axes, back, forward + each, "what was attended to; its gradients")
+        else:
+            packed = self.passes.tokens * number * 2 * key_heads
+            yield _term("all_gather", axes, packed, forward, "keys and values")
+            yield _term("reduce_scatter", axes, packed, each, "their gradients")
+
+    def _tensor(self, stage: StageParts) -> Iterator[Term]:
+        """Tensor parallelism (Shoeybi et al. 2019), and sequence parallelism (Korthikanti et al. 2022)."""
+        axes, m, blocks = ("tp",), self.passes.count, len(stage.blocks)
+        again = blocks if self.recompute == "full" else 0
+        # A recomputation ends where nothing more is kept: before a block's last sum, unless dropout keeps its bits.
+        leaves_again = again * (2 if self.model.dropout else 1)
+        if self.layout.sequence_parallel:
+            gathers, scatters = 4 * blocks + 2 * again, 4 * blocks + leaves_again
+            yield _term("all_gather", axes, self.stream, gathers * m, "into columns; gradients into rows")
+            yield _term("reduce_scatter", axes, self.stream, scatters * m, "out of rows; gradients out of columns")
+        else:
+            sums = 4 * blocks + leaves_again
+            yield _term("all_reduce", axes, self.stream, sums * m, "out of rows; gradients out of columns")
+        if stage.is_first and self.layout.sequence_parallel:
+            yield _term("reduce_scatter", axes, self.stream, m, "rows of the embedding")
+            yield _term("all_gather", axes, self.stream, m, "gradients of the embedding's rows")
+        elif stage.is_first:
+            yield _term("all_reduce", axes, self.stream, m, "rows of the embedding")
+        if stage.is_last:
+            yield from self._loss(axes)
+
+    def neighbours(self, stage: StageParts, axes: tuple[str, ...]) -> Iterator[Term]:
+        """Pipeline parallelism: the residual stream, or a rank's slice of it, and its gradient (Huang et al. 2019).
+
+        Args:
+            axes: Of the group that carries the messages.
+        """
+        m = self.passes.count
+        slices = self.sizes.tp if self.layout.sequence_parallel else 1
+        for is_end, which in ((stage.is_first, "before"), (stage.is_last, "after")):
+            if not is_end:
+                yield _term("send", axes, self.stream // slices, m, f"to the stage {which}")
+                yield _term("recv", axes, self.stream // slices, m, f"from the stage {which}")
+
+    def _loss(self, axes: tuple[str, ...]) -> Iterator[Term]:
+        m, tokens = self.passes.count, self.own_tokens
+        if self.layout.loss_parallel:
+            if self.layout.sequence_parallel:
+                yield _term("all_gather", axes, self.stream, m, "the last norm's output, into the head's rows")
+                yield _term("reduce_scatter", axes, self.stream, m, "its gradients")
+            else:
+                yield _term("all_reduce", axes, self.stream, m, "gradients of the last norm's output")
+            yield _term("all_reduce", axes, tokens * FP32, m, "highest logit of each token")
+            yield _term("all_reduce", axes, 2 * tokens * FP32, m, "sums of exponentials, and the target's logit")
+            return
+        head = filled(self.rows, self.sizes.tp) * self.model.width * self.head_number
+        yield _term("all_gather", axes, head, m, "rows of the head")
+        if self.layout.sequence_parallel:
+            yield _term("reduce_scatter", axes, head, m, "their gradients")
+            yield _term("all_reduce", axes, FP32, m, "losses of the slices of the sequence")
+
+
+class _Step:
+    """One step of one rank of the fsdp engine."""
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        sizes: Mesh,
+        layout: LayoutConfig,
+        number: int,
+        passes: Passes,
+        parts: Parts,
+        activations: Activations,
+    ) -> None:
+        self.model, self.sizes, self.layout, self.number = model, sizes, layout, number
+        self.passes, self.parts, self.activations = passes, parts, activations
 
     def terms(self) -> Iterator[Term]:
         """All of them."""
         for stage in self.parts.stages:
             yield from self._sharding(stage)
-            if self.sizes.cp > 1:
-                yield from self._context(stage)
-            if self.sizes.tp > 1:
-                yield from self._tensor(stage)
+            yield from self.activations.of(stage)
             if self.sizes.pp > 1:
-                yield from self._neighbours(stage)
+                yield from self.activations.neighbours(stage, ("pp",))
         yield from self._once()
 
     def _sharding(self, stage: StageParts) -> Iterator[Term]:
@@ -147,7 +266,7 @@ class _Step:
 
         In a pipeline all stays for a whole step, gradients whole, since a stage would gather for each micro-batch.
         """
-        shards, replicas = self._axes("dp_shard", "cp"), self._axes("dp_replicate")
+        shards, replicas = axes_of(self.sizes, "dp_shard", "cp"), axes_of(self.sizes, "dp_replicate")
         piped = self.sizes.pp > 1
         for place, (name, parameters) in enumerate(stage.groups):
             padded = sum(parameter.padded_elements(self.parts.shards) for parameter in parameters)
@@ -169,54 +288,6 @@ class _Step:
         backward = 0 if block == blocks - 1 else m
         return forward + backward
 
-    def _context(self, stage: StageParts) -> Iterator[Term]:
-        """Exchanges around attention (`parallel.context`): Jacobs et al. 2023; Dubey et al. 2024, section 3.3.2."""
-        axes, each = ("cp",), self.passes.count * len(stage.blocks)
-        cp, tp = self.sizes.cp, self.sizes.tp
-        forward = each * (2 if self.engine.recompute == "full" else 1)
-        heads, key_heads = self.model.heads // tp, self.model.key_value_heads // tp
-        number = self.model.width_of_head * self.number
-        if self.layout.cp_kind == "ulysses":
-            copied = key_heads * max(1, cp // key_heads)
-            packed = self.own_tokens * number * (heads + 2 * copied)
-            yield _term("all_to_all", axes, packed, forward + each, "queries, keys and values; their gradients")
-            back = self.own_tokens * number * heads
-            yield _term("all_to_all", axes, back, forward + each, "what was attended to; its gradients")
-        else:
-            packed = self.passes.tokens * number * 2 * key_heads
-            yield _term("all_gather", axes, packed, forward, "keys and values")
-            yield _term("reduce_scatter", axes, packed, each, "their gradients")
-
-    def _tensor(self, stage: StageParts) -> Iterator[Term]:
-        """Tensor parallelism (Shoeybi et al. 2019), and sequence parallelism (Korthikanti et al. 2022)."""
-        axes, m, blocks = ("tp",), self.passes.count, len(stage.blocks)
-        again = blocks if self.engine.recompute == "full" else 0
-        # A recomputation ends where nothing more is kept: before a block's last sum, unless dropout keeps its bits.
-        leaves_again = again * (2 if self.model.dropout else 1)
-        if self.layout.sequence_parallel:
-            gathers, scatters = 4 * blocks + 2 * again, 4 * blocks + leaves_again
-            yield _term("all_gather", axes, self.stream, gathers * m, "into columns; gradients into rows")
-            yield _term("reduce_scatter", axes, self.stream, scatters * m, "out of rows; gradients out of columns")
-        else:
-            sums = 4 * blocks + leaves_again
-            yield _term("all_reduce", axes, self.stream, sums * m, "out of rows; gradients out of columns")
-        if stage.is_first and self.layout.sequence_parallel:
-            yield _term("reduce_scatter", axes, self.stream, m, "rows of the embedding")
-            yield _term("all_gather", axes, self.stream, m, "gradients of the embedding's rows")
-        elif stage.is_first:
-            yield _term("all_reduce", axes, self.stream, m, "rows of the embedding")
-        if stage.is_last:
-            yield from self._loss(axes)
-
-    def _neighbours(self, stage: StageParts) -> Iterator[Term]:
-        """Pipeline parallelism: the residual stream, or a rank's slice of it, and its gradient (Huang et al. 2019)."""
-        m = self.passes.count
-        slices = self.sizes.tp if self.layout.sequence_parallel else 1
-        for is_end, which in ((stage.is_first, "before"), (stage.is_last, "after")):
-            if not is_end:
-                yield _term("send", ("pp",), self.stream // slices, m, f"to the stage {which}")
-                yield _term("recv", ("pp",), self.stream // slices, m, f"from the stage {which}")
-
     def _once(self) -> Iterator[Term]:
         """What a step exchanges once, after all passes."""
         met_a_part = {"heads", "sequence"} if self.layout.sequence_parallel else {"heads"}
@@ -226,32 +297,12 @@ class _Step:
         ends = [stage for stage in self.parts.stages if stage.is_first or stage.is_last]
         if self.model.tied and self.sizes.pp > 1 and ends:
             tied = sum(one.own_elements for stage in ends for one in stage.root if one.name == "embedding.weight")
-            axes = ("pp",) if self.sizes.pp == 2 else ENDS
+            axes = ends_of(self.sizes)
             yield _term(
                 "all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies"
             )
         if self.sizes.world_size > 1:
-            yield _term("all_reduce", self._axes(*ALL), 4 * FP64, 1, "loss, weight, square norm, votes")
-
-    def _loss(self, axes: tuple[str, ...]) -> Iterator[Term]:
-        m, tokens = self.passes.count, self.own_tokens
-        if self.layout.loss_parallel:
-            if self.layout.sequence_parallel:
-                yield _term("all_gather", axes, self.stream, m, "the last norm's output, into the head's rows")
-                yield _term("reduce_scatter", axes, self.stream, m, "its gradients")
-            else:
-                yield _term("all_reduce", axes, self.stream, m, "gradients of the last norm's output")
-            yield _term("all_reduce", axes, tokens * FP32, m, "highest logit of each token")
-            yield _term("all_reduce", axes, 2 * tokens * FP32, m, "sums of exponentials, and the target's logit")
-            return
-        head = filled(self.rows, self.sizes.tp) * self.model.width * (self.number if self.sharded else FP32)
-        yield _term("all_gather", axes, head, m, "rows of the head")
-        if self.layout.sequence_parallel:
-            yield _term("reduce_scatter", axes, head, m, "their gradients")
-            yield _term("all_reduce", axes, FP32, m, "losses of the slices of the sequence")
-
-    def _axes(self, *names: str) -> tuple[str, ...]:
-        return tuple(name for name in ALL if name in names and getattr(self.sizes, name) > 1)
+            yield _term("all_reduce", axes_of(self.sizes, *ALL), 4 * FP64, 1, "loss, weight, square norm, votes")
 
 
 def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str) -> Term:

@@ -1,17 +1,31 @@
 """What DeepSpeed's ZeRO exchanges in one step, by `communication`'s conventions (Rajbhandari et al. 2020).
 
-Read off DeepSpeed 0.19 and held against it: stages 1 and 2 sum gradients with one all-reduce of a whole bucket, where
-the paper's stage 2 needs a reduce-scatter alone, and stage 2 does so in each pass.
+Read off DeepSpeed 0.19 and held against it. Stages 1 and 2 sum gradients with one all-reduce of a whole bucket, where
+the paper's stage 2 needs a reduce-scatter alone, and stage 2 does so in each pass. What met a part of the activations
+is summed over tp parameter by parameter, in each pass, before DeepSpeed reduces it. Its pipeline sends messages in the
+group of all ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 from bigtrain.engines.config import DeepSpeedConfig, Precision
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.planning.communication import FP64, Collective, Kind, Passes, Term
-from bigtrain.planning.parts import BYTES, FP32, filled
+from bigtrain.parallel.config import LayoutConfig, Mesh
+from bigtrain.planning.communication import (
+    ALL,
+    FP64,
+    Activations,
+    Collective,
+    Kind,
+    Passes,
+    Term,
+    axes_of,
+    ends_of,
+)
+from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, StageParts, filled
 
 BUCKET = 50_000_000
 """Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
@@ -19,63 +33,143 @@ PERSISTENT = 100_000
 """Parameters of no more elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
 ALIGNED = 2
 """Flat groups are filled up to a multiple of this times the ranks."""
-AXES = ("dp_shard",)
 
 
 def zero(
-    model: DecoderConfig, vocab_size: int, *, ranks: int, engine: DeepSpeedConfig, precision: Precision, passes: Passes
+    model: DecoderConfig,
+    vocab_size: int,
+    *,
+    sizes: Mesh,
+    layout: LayoutConfig,
+    engine: DeepSpeedConfig,
+    precision: Precision,
+    passes: Passes,
+    rank: int = 0,
 ) -> list[Term]:
-    """The collectives of one training step of the deepspeed engine, data parallel over `ranks`; equal on all of them.
+    """The collectives of one training step of the deepspeed engine on a rank.
+
+    Args:
+        model: A decoder's shape.
+        vocab_size: Entries of the vocabulary, before padding.
+        sizes: The axes of all ranks.
+        layout: The techniques' choices.
+        engine: Stage, recompute, thresholds.
+        precision: Of the matmuls.
+        passes: The micro-batches.
+        rank: Which one.
 
     Raises:
         ValueError: The model does not fit one of DeepSpeed's buckets: how it cuts larger ones is not stated here.
     """
-    shapes = model.parameter_shapes(vocab_size)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    everything, number = sum(sizes.values()), BYTES[precision]
+    (stage,) = Parts.of(model, vocab_size, sizes, layout, rank).stages
+    parameters = [parameter for _, group in stage.groups for parameter in group]
+    everything = sum(parameter.elements for parameter in parameters)
     if everything > BUCKET:
         raise ValueError(f"{everything} parameters do not fit one of DeepSpeed's buckets of {BUCKET}")
-    if ranks == 1:
-        return []
-    terms = [_term("all_reduce", 3 * FP64, 1, "loss, weight, votes")]
+    # Its ZeRO 0 computes with the FP32 weights, cast where they are used.
+    number = BYTES[precision] if engine.zero else FP32
+    activations = Activations(
+        model,
+        vocab_size,
+        sizes=sizes,
+        layout=layout,
+        recompute=engine.recompute,
+        precision=precision,
+        passes=passes,
+        head_number=number,
+    )
+    terms = [*activations.of(stage), *_partial(parameters, layout, number, passes)]
+    if sizes.pp > 1:
+        everyone = axes_of(sizes, *ALL)
+        terms += [*activations.neighbours(stage, everyone), *_pipelined(model, stage, sizes)]
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
     if engine.zero == 3:
-        return terms + _stage_3(sizes, ranks, engine, number, passes.count)
-    reductions = passes.count if engine.zero == 2 else 1
-    terms.append(_term("all_reduce", everything * FP32, reductions, "gradients"))
-    if engine.zero == 0:
+        terms += _stage_3(stage, sizes.data_parallel, engine, number, passes.count)
+    else:
+        terms += stages_to_2(shapes, engine.zero, ranks=sizes.data_parallel, number=number, passes=passes.count)
+    terms += [*_norm(engine, precision, sizes), _term("all_reduce", axes_of(sizes, *ALL), 4 * FP64, 1, "loss, votes")]
+    return [term for term in terms if term.count and term.collective.axes and _is_held(term, sizes)]
+
+
+def stages_to_2(
+    shapes: Mapping[str, tuple[int, ...]], stage: int, *, ranks: int, number: int, passes: int
+) -> list[Term]:
+    """Gradients and updated parameters of ZeRO 0, 1 and 2 over `ranks`.
+
+    Args:
+        shapes: Of this rank's parameters, by names.
+        stage: Of ZeRO.
+        ranks: The data-parallel ones.
+        number: Bytes of a number of the weights that compute.
+        passes: Micro-batches of a step.
+    """
+    axes = ("dp_shard",)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    reductions = passes if stage == 2 else 1
+    terms = [_term("all_reduce", axes, sum(sizes.values()) * FP32, reductions, "gradients")]
+    if stage == 0:
         return terms
     for matrices, which in ((True, "matrices"), (False, "vectors")):
         flat = sum(sizes[name] for name, shape in shapes.items() if (len(shape) > 1) is matrices)
-        whole = filled(flat, ALIGNED * ranks)
-        terms.append(_term("all_gather", whole * number, 1, f"updated parameters: {which}"))
-    if engine.zero == 2 or precision == "fp32":
-        terms.append(_term("all_reduce", FP32, 2, "gradient norm"))
-    if engine.zero == 2 and precision == "bf16":
-        terms.append(_term("all_reduce", 1, 1, "whether a gradient is infinite"))
+        whole = filled(flat, ALIGNED * ranks) * number
+        terms.append(_term("all_gather", axes, whole, 1 if flat else 0, f"updated parameters: {which}"))
     return terms
 
 
-def _stage_3(sizes: dict[str, int], ranks: int, engine: DeepSpeedConfig, number: int, passes: int) -> list[Term]:
+def _stage_3(stage: StageParts, ranks: int, engine: DeepSpeedConfig, number: int, passes: int) -> Iterator[Term]:
+    axes = ("dp_shard",)
     settings = engine.passthrough.get("zero_optimization", {})
     limit = settings.get("stage3_param_persistence_threshold", PERSISTENT)
-    rounded = {name: filled(size, ranks) for name, size in sizes.items()}
-    terms = [
-        _term("reduce_scatter", sum(rounded.values()) * FP32, passes, "gradients, each pass"),
-        _term("all_reduce", FP64, 2, "gradient norm; whether it is finite"),
+    whole = sum(filled(parameter.elements, ranks) for _, group in stage.groups for parameter in group)
+    yield _term("reduce_scatter", axes, whole * FP32, passes, "gradients, each pass")
+    for _, group in stage.groups:
+        for parameter in group:
+            if parameter.elements <= limit:
+                size = filled(parameter.elements, ranks) * number
+                yield _term("all_gather", axes, size, 1, f"{parameter.name}, kept whole, after its update")
+    spread = [
+        sum(filled(one.elements, ranks) for one in group if one.elements > limit) * number for _, group in stage.groups
     ]
-    in_blocks = 0
-    in_root = 0
-    for name, size in sizes.items():
-        if size <= limit:
-            terms.append(_term("all_gather", rounded[name] * number, 1, f"{name}, kept whole, after its update"))
-        elif name.startswith("layers."):
-            in_blocks += rounded[name]
-        else:
-            in_root += rounded[name]
-    for elements, which in ((in_root, "what is in no block"), (in_blocks, "all blocks, fetched ahead")):
-        terms += [_term("all_gather", elements * number, passes, which)] if elements else []
-    return terms
+    root, blocks = spread[0], sum(spread[1:])
+    yield _term("all_gather", axes, root, passes if root else 0, "what is in no block")
+    yield _term("all_gather", axes, blocks, passes if blocks else 0, "all blocks, fetched ahead")
 
 
-def _term(kind: Kind, size: int, count: int, why: str) -> Term:
-    return Term(Collective(kind, AXES, size), count, why)
+def _partial(parameters: list[Parameter], layout: LayoutConfig, number: int, passes: Passes) -> Iterator[Term]:
+    met_a_part = {"heads", "sequence"} if layout.sequence_parallel else {"heads"}
+    for one in parameters:
+        if one.role in met_a_part:
+            yield _term("all_reduce", ("tp",), one.elements * number, passes.count, f"gradients of {one.name}")
+
+
+def _norm(engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> Iterator[Term]:
+    """DeepSpeed's norm of the gradient, over the data-parallel group and then over the model-parallel one."""
+    if engine.zero == 0 or (sizes.pp > 1 and precision == "fp32"):
+        return
+    groups = (("dp_shard",), axes_of(sizes, "pp", "tp"))
+    if engine.zero == 1 and precision == "bf16":
+        yield _term("all_reduce", groups[1], FP32, 1, "gradient norm")
+        return
+    for axes in groups:
+        yield _term("all_reduce", axes, FP64 if engine.zero == 3 else FP32, 2, "gradient norm; whether it is finite")
+        if engine.zero == 2 and precision == "bf16":
+            yield _term("all_reduce", axes, 1, 1, "whether a gradient is infinite")
+
+
+def _pipelined(model: DecoderConfig, stage: StageParts, sizes: Mesh) -> Iterator[Term]:
+    """What DeepSpeed's pipeline exchanges besides the residual stream."""
+    if model.tied and (stage.is_first or stage.is_last):
+        (tied,) = (one.elements for one in stage.root if one.name == "embedding.weight")
+        yield _term("all_reduce", ends_of(sizes), tied * FP32, 1, "gradients of the tied embedding's two copies")
+    if stage.is_last:
+        yield _term("all_reduce", ("dp_shard",), FP32, 1, "the loss that DeepSpeed reports")
+    yield _term("broadcast", ("pp",), 2 * FP32, 1, "the loss that DeepSpeed reports, to the other stages")
+
+
+def _is_held(term: Term, sizes: Mesh) -> bool:
+    """Whether the group has more than one rank: DeepSpeed also reduces over groups of one, which moves nothing."""
+    return all(axis not in ALL or getattr(sizes, axis) > 1 for axis in term.collective.axes)
+
+
+def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str) -> Term:
+    return Term(Collective(kind, axes, size), count, why)

@@ -226,6 +226,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
         if isinstance(engine, Reloaded):
             engine.state_loaded()
         numbers, gradients = compute(engine, what, how, step)
+        forget(engine)
         expected = load_file(directory / f"gradients-{step}.safetensors")
         assert gradients.keys() == expected.keys()
         overall = math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in expected.values()))
@@ -255,6 +256,12 @@ def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, 
     return numbers, whole
 
 
+def forget(engine: Any) -> None:
+    """Start the next compared step without gradients; DeepSpeed does so itself, and with offload keeps the tensors."""
+    if isinstance(engine, FSDPEngine):
+        engine.optimizer.zero_grad()
+
+
 def _computed_by_deepspeed(
     engine: Any, batch: list[MicroBatch], what: What, step: int
 ) -> tuple[StepNumbers, dict[str, Tensor]]:
@@ -263,7 +270,12 @@ def _computed_by_deepspeed(
     The optimizer's own state goes on: each compared step begins with `put`.
     """
     used: dict[str, Tensor] = {}
-    watch = engine.optimizer.register_step_pre_hook(lambda *_: used.update(engine.gradients()))
+
+    def keep(*_: Any) -> None:
+        # Copies, since in BF16 DeepSpeed fills with zeros what it has used.
+        used.update({name: _copy(gradient) for name, gradient in engine.gradients().items()})
+
+    watch = engine.optimizer.register_step_pre_hook(keep)
     numbers = engine.train_step(step, batch, lr=0.0).read()
     watch.remove()
     clipped = 1.0 if what.clip is None else min(1.0, what.clip / numbers.gradient_norm)
@@ -276,6 +288,12 @@ def update(engine: FSDPEngine) -> None:
         group["lr"] = LR * group["lr_scale"]
     engine.optimizer.step()
     engine.optimizer.zero_grad()
+
+
+def _copy(value: Tensor) -> Tensor:
+    if isinstance(value, FlatPart):
+        return FlatPart(value.local.clone(), value.begin, value.shape, value.box, value.written)
+    return value.clone()
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,16 @@ Free of torch, so that the command that starts a run refuses a mistake before an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bigtrain.config import CorruptionError, Duration, UserError
-from bigtrain.data.index import ShardIndex, Verify, load_index
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.order import SampleOrder
+from bigtrain.data.remote import RemoteError
+from bigtrain.data.streaming import check_remote, open_index, shards_at_once
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
@@ -75,25 +78,23 @@ class Prepared:
         )
 
 
-def prepare(config: RunConfig, verify: bool = True) -> Prepared:
+def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | None] | None = None) -> Prepared:
     """Open the data of a config and check that both go together.
 
     Args:
         verify: Compare the shards with their index as `streaming.verify` says, and ask the engine's library what it
             takes; a rank does not, since the command that started it has.
+        pinned: Fingerprints that streamed data must have, by the key under `data`.
 
     Raises:
-        UserError: Shards missing or changed, a model that cannot take them, lengths that do not fit.
+        UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit.
     """
-    train = load_index(Path(config.data.train))
-    validation = load_index(Path(config.data.validation)) if config.data.validation else None
+    train = _open("train", config.data.train, config, verify, pinned)
+    validation = _open("validation", config.data.validation, config, verify, pinned) if config.data.validation else None
     _check_fit(config, train, validation)
     if verify:
         config.model.check_source(train.vocab_size)
         check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
-        for index in (train, validation):
-            if index is not None:
-                _check_bytes(index, config.streaming.verify)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)
@@ -101,6 +102,11 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
         raise UserError(
             f"batch.size: {error}", fix="Give a number of sequences, or a multiple of model.context."
         ) from None
+    if verify:
+        for index, window in ((train, config.data.shuffle_window), (validation, 1)):
+            if index is not None:
+                held = shards_at_once(index.sequence_counts(context), window, batch)
+                _check_bytes(index, config.streaming, held)
     per_epoch = sum(train.sequence_counts(context))
     try:
         total = config.duration.in_steps(batch * context, batch, per_epoch)
@@ -116,10 +122,25 @@ def prepare(config: RunConfig, verify: bool = True) -> Prepared:
     return Prepared(config, train, validation, batch, total, per_epoch, schedule)
 
 
-def _check_bytes(index: ShardIndex, verify: Verify) -> None:
+def _open(key: str, place: str, config: RunConfig, first: bool, pinned: Mapping[str, str | None] | None) -> ShardIndex:
+    streaming = config.streaming
+    if not first:
+        return open_index(place, streaming, None if pinned is None else pinned[key])
+    # A person waits for an answer: a server that is not there is not waited for as long as in training.
+    hurried = streaming.model_copy(update={"retries": min(2, streaming.retries)})
     try:
-        index.check(verify)
-    except CorruptionError as error:
+        return open_index(place, hurried)
+    except (RemoteError, CorruptionError) as error:
+        raise UserError(f"data.{key}: {error.what}", error.where, error.fix) from None
+
+
+def _check_bytes(index: ShardIndex, streaming: StreamingConfig, shards_held: int) -> None:
+    try:
+        if index.origin is None:
+            index.check(streaming.verify)
+        if index.streams:
+            check_remote(index, streaming, shards_held)
+    except (RemoteError, CorruptionError) as error:
         # Nothing has been spent yet, and it is the user who can mend it.
         raise UserError(error.what, error.where, error.fix) from None
 
@@ -129,7 +150,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
     if train.kind != model.data_kind:
         raise UserError(
             f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
-            str(train.directory),
+            train.place,
             "Choose another model.arch, or other shards.",
         )
     if config.data.document_mask and not model.takes_documents:
@@ -141,7 +162,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
     if shape and model.sample_shape and shape != model.sample_shape:
         raise UserError(
             f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(model.sample_shape)}",
-            str(train.directory),
+            train.place,
             "Change the sizes under 'model'.",
         )
     if validation is not None:

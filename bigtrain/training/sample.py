@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
-from bigtrain.data.index import load_index
+from bigtrain.data.streaming import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.plugin import Plugin
@@ -47,7 +45,7 @@ def sample(
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
         raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
-    index = load_index(Path(config.data.train))
+    index = open_index(config.data.train, config.streaming)
     if index.fingerprint != run.what()["data"]["train"]:
         raise UserError("The shards are not those that the run was trained on", config.data.train)
     tokenizer = index.load_tokenizer()

@@ -49,7 +49,7 @@ def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest)
     """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
     plugin = plugin_of_launcher()
     _check_unchanged(plugin, directory)
-    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False)
+    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False, pinned=directory.what()["data"])
     with Session(prepared, directory, heartbeat, stop) as session:
         outcome = session.train()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
@@ -251,6 +251,7 @@ class Session:
             "seed": config.seed,
             "document_mask": config.data.document_mask,
             "prefetch": config.streaming.prefetch,
+            "streaming": config.streaming,
         }
 
     def _compare_memory(self) -> None:

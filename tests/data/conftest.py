@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,22 @@ from webdataset import TarWriter
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.pack import pack
 from bigtrain.data.tokenizers import Tokenizer
+
+
+def _faulty_server() -> Any:
+    # Tests are no package (--import-mode=importlib): a module beside them is loaded by its file.
+    spec = importlib.util.spec_from_file_location("faulty_server", Path(__file__).with_name("faulty_server.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def serve() -> Any:
+    """`serve(directory)` is a context manager: a real HTTP server that fails as it is told."""
+    return _faulty_server().serving
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from collections.abc import Callable
@@ -10,9 +11,16 @@ import numpy as np
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.indexing import index_directory
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.documents import documents as documents_in
+from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.indexing import index_directory, index_urls
+from bigtrain.data.inspect import verify
 from bigtrain.data.loader import Loader
 from bigtrain.data.order import FixedOrder
+from bigtrain.data.streaming import open_index
+from bigtrain.data.text import BadSamples
+from bigtrain.data.tokenizers import Tokenizer, train_bpe
 
 WriteTar = Callable[..., Path]
 
@@ -162,7 +170,7 @@ def test_json_labels_are_read(write_images: Callable[..., Path], write_tar: Writ
     assert index.rows(0)[:, 2].tolist() == [4, 2]
 
 
-@pytest.mark.parametrize(("name", "message"), [("testgz.tar", "text"), ("mpdata.tar", "mp"), ("tendata.tar", "ten")])
+@pytest.mark.parametrize(("name", "message"), [("mpdata.tar", "mp"), ("tendata.tar", "ten")])
 def test_webdatasets_own_samples_of_other_kinds_are_refused_clearly(
     real_data: Path, tmp_path: Path, name: str, message: str
 ) -> None:
@@ -180,3 +188,116 @@ def test_a_compressed_tar_is_named_as_such(real_data: Path, tmp_path: Path) -> N
 def test_a_directory_without_tars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.tar"):
         index_directory(tmp_path)
+
+
+@pytest.fixture
+def bpe(text_tar: Path, tmp_path: Path) -> Tokenizer:
+    return train_bpe(documents_in([text_tar / "a.tar"]), 280, tmp_path / "bpe.json")
+
+
+NOVEL = "It was the best of times, \u00e9 it was the worst of times.\n"
+
+
+def as_tokens(index: ShardIndex, **reading: Any) -> list[int]:
+    """All tokens in the order of the shards."""
+    with Loader(index, FixedOrder(index.sequence_counts(8)), batch_size=1, context=8, **reading) as loader:
+        steps = range(sum(index.sequence_counts(8)))
+        batches = [batch for step in steps for batch in loader.batch(step).micro_batches]
+    targets = [batch["targets"][0][batch["weights"][0] > 0] for batch in batches]
+    return np.concatenate([batches[0]["tokens"][0][:1], *targets]).tolist()
+
+
+@pytest.fixture
+def text_tar(write_tar: WriteTar) -> Path:
+    """Text, gzip of two parts, an empty one, and a member that is not read."""
+    double = gzip.compress(b"one ") + gzip.compress(b"two")
+    bom = b"\xef\xbb\xbfend"
+    return write_tar(
+        ("a.txt", NOVEL.encode()), ("a.json", b"{}"), ("b.txt.gz", double), ("c.txt", b""), ("d.txt", bom)
+    )  # fmt: skip
+
+
+def test_text_inside_tars_is_tokenised_when_it_is_read(
+    text_tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "cache"))
+    index = index_directory(text_tar, Tokenizer())
+    wanted = [*NOVEL.encode(), 256, *b"one two", 256, *b"end", 256]
+    assert (index.text, index.samples, index.tokens) == (True, 3, len(wanted))
+    assert index.text_bytes == len(wanted) - 3
+    assert as_tokens(index) == wanted
+    assert load_index(text_tar) == index
+    assert verify(text_tar).problems == []
+    assert index_directory(text_tar).fingerprint == index.fingerprint
+    for made in (tmp_path / "cache").rglob("*.tokens"):
+        made.write_bytes(bytes(made.stat().st_size))
+    assert as_tokens(index) == wanted
+
+
+def test_tars_on_a_server_are_indexed_in_one_pass_and_read_as_from_disk(
+    text_tar: Path, tmp_path: Path, serve: Any, bpe: Tokenizer
+) -> None:
+    (text_tar / "b.tar").write_bytes((text_tar / "a.tar").read_bytes())
+    streaming = StreamingConfig(cache_dir=str(tmp_path / "cache"))
+    with serve(text_tar) as server:
+        urls = [f"{server.url}/a.tar", f"{server.url}/b.tar"]
+        index = index_urls(urls, tmp_path / "index", bpe)
+        assert dict(server.requests) == {"a.tar": 1, "b.tar": 1}
+        there = as_tokens(index, streaming=streaming)
+        assert server.requests["a.tar"] == 2
+        assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
+            "a.idx.npy", "b.idx.npy", "index.json", "tokenizer.json",
+        ]  # fmt: skip
+        with pytest.raises(UserError, match="lists no directory"):
+            index_urls([server.url], tmp_path / "other", bpe)
+        with pytest.raises(UserError, match="404"):
+            index_urls([f"{server.url}/{{a..b}}.tar"], tmp_path / "other", bpe)
+    here = index_directory(text_tar, bpe)
+    assert here.fingerprint == index.fingerprint
+    assert here.base_url is None
+    assert as_tokens(here, streaming=streaming) == there
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"\xff", "UTF-8"), (b"a\0b", "binary"), (gzip.compress(b"x" * 9000), "more than 8192"), (b"no gzip", "damaged"),
+     (gzip.compress(b"abcdefgh" * 50)[:-9], "cut short")],
+    ids=["UTF-8", "binary", "bomb", "not gzip", "cut short"],
+)  # fmt: skip
+def test_text_that_is_bad_is_named_or_passed_over_and_counted(
+    write_tar: WriteTar, data: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigtrain.data.text.MAX_TEXT_BYTES", 8192)
+    suffix = "txt" if message in ("UTF-8", "binary") else "txt.gz"
+    directory = write_tar(("a.txt", b"good"), (f"b.{suffix}", data), ("c.txt", b"good too"))
+    with pytest.raises(UserError, match=message) as caught:
+        index_directory(directory, Tokenizer())
+    assert "a.tar" in str(caught.value.where)
+    assert "'b'" in str(caught.value.where)
+    bad = BadSamples(1)
+    index = index_directory(directory, Tokenizer(), bad=bad)
+    assert index.samples == 2
+    assert len(bad.seen) == 1
+    write_tar((f"a.{suffix}", data), (f"b.{suffix}", data), ("c.txt", b"x"))
+    with pytest.raises(UserError, match="more than 1"):
+        index_directory(directory, Tokenizer(), bad=BadSamples(1))
+
+
+@pytest.mark.parametrize(("name", "documents"), [("compressed.tar", 3), ("testgz.tar", 1000)])
+def test_webdatasets_own_samples_of_text_are_read(
+    real_data: Path, tmp_path: Path, name: str, documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIGTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes((real_data / "webdataset_samples" / name).read_bytes())
+    index = index_directory(tmp_path / "data", Tokenizer())
+    assert index.samples == documents
+    with Loader(index, FixedOrder(index.sequence_counts(64)), batch_size=2, context=64) as loader:
+        assert loader.batch(0).micro_batches[0]["weights"].any()
+
+
+def test_an_index_from_a_server_may_not_name_another_place(tmp_path: Path, text_tar: Path, serve: Any) -> None:
+    with serve(text_tar) as server:
+        index_urls([f"{server.url}/a.tar"], tmp_path / "index", Tokenizer())
+    with serve(tmp_path / "index") as server, pytest.raises(UserError, match="another place"):
+        open_index(server.url, StreamingConfig(cache_dir=str(tmp_path / "cache")))

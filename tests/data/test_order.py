@@ -100,3 +100,15 @@ def test_keys_differ_by_seed_step_and_slot() -> None:
     assert len(np.unique(np.concatenate(keys))) == 300
     assert keys[0].dtype == np.int64
     assert hash_words(-1).tolist() == hash_words(2**64 - 1).tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_the_shards_that_come_next_are_known_and_include_those_of_the_batch(batch: int) -> None:
+    counts = [3, 0, 5, 1, 4, 2, 6]
+    for order in (SampleOrder(1, "x", counts, 2), FixedOrder(counts)):
+        for start in range(0, 21 - batch if isinstance(order, FixedOrder) else 60, batch):
+            drawn = set(order.take(start, batch).shard.tolist())
+            upcoming = order.upcoming(start, batch).tolist()
+            assert drawn <= set(upcoming)
+            following = order.take(start, batch + 1).shard.tolist()
+            assert set(following) <= set(upcoming)

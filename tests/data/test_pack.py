@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +38,17 @@ def test_plain_webdataset_reads_the_documents(packed: ShardIndex, texts: list[st
     decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert decoded[0]["npy"].dtype == np.uint16
     assert decoded[0]["__key__"] == "000000000"
+
+
+def test_a_shard_has_the_bytes_that_webdatasets_writer_would_write(packed: ShardIndex, texts: list[str]) -> None:
+    buffer = io.BytesIO()
+    options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False, "compress": False}
+    with webdataset.TarWriter(buffer, **options) as tar:
+        for number, text in enumerate(texts[: packed.shards[0].nsamples]):
+            member = io.BytesIO()
+            np.save(member, np.asarray([*text.encode(), 256], dtype="<u2"))
+            tar.write({"__key__": f"{number:09d}", "npy": member.getvalue()})
+    assert (packed.directory / packed.shards[0].url).read_bytes() == buffer.getvalue()
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
@@ -115,39 +126,96 @@ def test_text_of_nothing_is_refused(tmp_path: Path) -> None:
             pack([tmp_path / "a.txt"], tmp_path / "out", Tokenizer(), validation=validation)
 
 
-def test_a_kill_leaves_no_output_and_the_next_start_removes_its_remains(tmp_path: Path, corpus: Path) -> None:
-    code = (
-        "import time\nfrom bigtrain.data.pack import pack\nfrom bigtrain.data.tokenizers import Tokenizer\n"
-        "def slow(name, documents, tokens):\n    print(documents, flush=True)\n    time.sleep(0.05)\n"
-        f"pack([{str(corpus)!r}], {str(tmp_path / 'out')!r}, Tokenizer(), shard_bytes=2048, progress=slow)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+KILLED = """
+import sys
+from pathlib import Path
+from bigtrain.data.pack import pack
+from bigtrain.data.tokenizers import Tokenizer
+def slow(stage, done, total):
+    print(stage, done, flush=True)
+    sys.stdin.readline()
+pack([sys.argv[1]], sys.argv[2], Tokenizer(), shard_bytes=2048, part_bytes=600, validation="10%", progress=slow)
+"""
+
+
+def test_a_killed_packing_goes_on_and_repeats_nothing_that_is_finished(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(corpus), str(out)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
-    while process.stdout.readline().strip() != "15":
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    (remains,) = tmp_path.glob(".out.tmp-*")
-    assert not (tmp_path / "out").exists()
+    assert process.stdin is not None
+    while (line := process.stdout.readline().strip()) != "tokenised 6":
+        assert line, "it ended before"
+        process.stdin.write("\n")
+        process.stdin.flush()
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    work = tmp_path / ".out.packing"
+    finished = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.suffix in (".tar", ".json")}
+    shards = {path: stamp for path, stamp in finished.items() if path.suffix == ".tar"}
+    assert len(shards) > 1
+    last = max(shards)
+    options = {"shard_bytes": 2048, "part_bytes": 600, "validation": "10%"}
+    seen: list[str] = []
+    kept = {path.relative_to(work): stamp for path, stamp in shards.items() if path != last}
+    pack([corpus], out, Tokenizer(), progress=lambda stage, done, total: seen.append(stage), **options)
+    assert kept == {path: (out / path).stat().st_mtime_ns for path in kept}
+    assert not work.exists()
+    pack([corpus], tmp_path / "clean", Tokenizer(), **options)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
+def test_what_a_kill_left_of_other_input_is_not_gone_on_with(tmp_path: Path, corpus: Path) -> None:
+    work = tmp_path / ".out.packing"
+    (work / "parts").mkdir(parents=True)
+    (work / "job.json").write_text('{"identity": "other"}')
+    (work / "parts" / "00000000.json").write_text("{}")
     pack([corpus], tmp_path / "out", Tokenizer(), shard_bytes=2048)
-    assert not remains.exists()
     load_index(tmp_path / "out" / "train").check("always")
+    assert not work.exists()
 
 
-def test_of_two_that_pack_into_one_place_the_first_to_end_wins_and_neither_is_torn(
-    tmp_path: Path, corpus: Path
-) -> None:
-    def another(name: str, documents: int, tokens: int) -> None:
-        if documents == 20:
-            pack([corpus], tmp_path / "out", Tokenizer(), shard_bytes=2048)
+def test_a_second_packing_to_the_same_place_is_refused(tmp_path: Path, corpus: Path) -> None:
+    def another(stage: str, done: int, total: int) -> None:
+        with pytest.raises(UserError, match="another process"):
+            pack([corpus], tmp_path / "out", Tokenizer())
 
-    with pytest.raises(UserError, match="put in place"):
-        pack([corpus], tmp_path / "out", Tokenizer(), shard_bytes=4096, progress=another)
-    index = load_index(tmp_path / "out" / "train")
-    index.check("always")
-    assert index.samples == 40
+    pack([corpus], tmp_path / "out", Tokenizer(), shard_bytes=2048, progress=another)
+    assert load_index(tmp_path / "out" / "train").samples == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_any_number_of_workers_and_any_size_of_parts_gives_the_same_bytes(
+    tmp_path: Path, corpus: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigtrain.data.pack.SMALL_INPUT_BYTES", 0)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, workers, part_bytes in (("one", 1, 1 << 20), ("many", 1, 100), ("two", 2, 700)):
+        pack(
+            [corpus, lines], tmp_path / name, Tokenizer(),
+            validation="10%", shard_bytes=2048, workers=workers, part_bytes=part_bytes,
+        )  # fmt: skip
+    assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(tmp_path / "two")
+    train, held_out = stored(tmp_path / "one" / "train"), stored(tmp_path / "one" / "validation")
+    assert sorted(train + held_out) == sorted(expected(texts) * 2)
+
+
+def test_bad_documents_are_passed_over_up_to_a_number_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"other": 1}\n{"text": "two"}\nnonsense\n')
+    (tmp_path / "b.txt").write_bytes(b"half a \xff")
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    for validation in (0.0, 0.5):
+        with pytest.raises(UserError, match="more than 2"):
+            pack(inputs, tmp_path / "no", Tokenizer(), skip_bad=2, validation=validation)
+        summary = pack(inputs, tmp_path / f"out{validation}", Tokenizer(), skip_bad=3, validation=validation)
+        assert [text.split(":")[0].rsplit("/")[-1] for text in summary.skipped] == [
+            "a.jsonl, line 2", "a.jsonl, line 4", "b.txt, byte 7",
+        ]  # fmt: skip
+        assert sum(split.documents for split in summary.splits.values()) == 2
 
 
 @pytest.mark.parametrize("value", ["1", "100%", "-1%", "abc", 1.5, "nan"])

@@ -330,6 +330,7 @@ def put(state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def follow(case: Case, befores: list[dict[str, Tensor]] | None) -> list[Step]:
     """COMPARED steps: each from the state before it that is given, or else one after the other."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     engine, found = build(case), []
     step_of_strategy = engine.strategy.step
     gradients: dict[str, Tensor] = {}
@@ -344,11 +345,10 @@ def follow(case: Case, befores: list[dict[str, Tensor]] | None) -> list[Step]:
             put(engine.state(), befores[step])
             engine.state_loaded()
         before = whole_state(engine)
-        batches = micro_batches(case, step, dist.get_rank(), dist.get_world_size())
-        numbers = engine.train_step(step, batches, lr=1e-3).read()
+        numbers = engine.train_step(step, micro_batches(case, step, rank, ranks), lr=1e-3).read()
         found.append(Step(before, (numbers.loss, numbers.weight, numbers.gradient_norm), dict(gradients)))
     engine.close()
-    return found if dist.get_rank() == 0 else []
+    return found if rank == 0 else []
 
 
 @pytest.mark.slow

@@ -46,7 +46,29 @@ LAYOUTS = {
     "ZeRO 1, tp2 x pp2": zero(4, 1, tp=2, pp=2),
     "ZeRO 1, tp2 x pp2 x dp2": zero(8, 1, tp=2, pp=2),
 }
-ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
+WHOLE = {"sequence_parallel": False, "loss_parallel": False}
+TOGETHER = {
+    **{
+        f"ZeRO {stage}, tp2 x dp2 with {recompute} recompute, nothing shared besides": zero(
+            4, stage, offload="optimizer" if stage else "none", recompute=recompute, tp=2, **WHOLE
+        )
+        for stage in range(4)
+        for recompute in ("full", "selective")
+    },
+    **{
+        f"ZeRO {stage}, tp2 x pp2 x dp2 with {recompute} recompute, nothing shared besides": zero(
+            8, stage, recompute=recompute, tp=2, pp=2, **WHOLE
+        )
+        for stage in range(2)
+        for recompute in ("full", "selective")
+    },
+}
+"""For pairs of techniques that no layout above has (tests/test_support_matrix.py finds them): with one model."""
+ALL = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS),
+    *(("llama-gqa-tied-qk-norm-documents", layout) for layout in TOGETHER),
+]
+LAYOUTS |= TOGETHER
 EACH_TECHNIQUE_ONCE = [
     ("llama-untied-dropout", "ZeRO 3, tp2"),
     ("gpt2-dropout", "ZeRO 1, tp2 x dp2"),

@@ -100,6 +100,10 @@ TOGETHER = {
     "tp2 x cp2 all_gather x pp2 zero bubble with the head gathered": How(
         8, {"tp": 2, "cp": 2, "cp_kind": "all_gather", **ZERO_BUBBLE, "loss_parallel": False}
     ),
+    "tp2 x pp2 interleaved with selective recompute, nothing shared besides": How(
+        4, {"tp": 2, **INTERLEAVED, **WHOLE}, {"recompute": "selective"}
+    ),
+    "tp2 with selective recompute, compiled": How(2, {"tp": 2}, {"recompute": "selective", "compile": True}),
     "pp2 interleaved, compiled": How(2, INTERLEAVED, {"compile": True}),
     "tp2 x hsdp2 with recompute, nothing shared besides, compiled": How(
         4, {"tp": 2, "dp_replicate": 2, **WHOLE}, {"recompute": "full", "compile": True}

@@ -17,6 +17,7 @@ LAYOUTS = {
     "dp2": How(2),
     "hsdp2x2": How(4, {"dp_replicate": 2}),
     "dp2 with recompute": How(2, {}, {"recompute": "full"}),
+    "hsdp2x2 with selective recompute": How(4, {"dp_replicate": 2}, {"recompute": "selective"}),
     "compiled": How(1, {}, {"compile": True}),
     "dp2, compiled": How(2, {}, {"compile": True}),
 }

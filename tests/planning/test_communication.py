@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -16,60 +18,62 @@ from bigtrain.testing.collectives import RecordedCollectives
 from bigtrain.testing.equivalence import LR, How, What, build, micro_batches
 from bigtrain.testing.ranks import RankPool
 
-LLAMA = {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
-GPT2 = {"arch": "gpt2", "layers": 4, "width": 32, "heads": 4}
-MODELS = {
-    "llama": What(LLAMA),
-    "llama tied with qk norms and dropout": What({**LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}),
-    "gpt2": What({**GPT2, "layers": 1}),
-    "llama in bf16": What(LLAMA, precision="bf16"),
+_LLAMA = {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
+LLAMA, BF16 = What(_LLAMA), What(_LLAMA, precision="bf16")
+FEW_KEYS = What({**_LLAMA, "kv_heads": 2})
+TIED = What({**_LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1})
+GPT2 = What({"arch": "gpt2", "layers": 4, "width": 32, "heads": 4})
+ONE_BLOCK = What({"arch": "gpt2", "layers": 1, "width": 32, "heads": 4})
+
+FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
+TP: dict[str, Any] = {"tp": 2}
+WHOLE: dict[str, Any] = {**TP, "sequence_parallel": False}
+GATHERED: dict[str, Any] = {**TP, "loss_parallel": False}
+ULYSSES: dict[str, Any] = {"cp": 2}
+ALL_GATHER: dict[str, Any] = {"cp": 2, "cp_kind": "all_gather"}
+PP: dict[str, Any] = {"pp": 2}
+CASES = {
+    "one process": (LLAMA, How(1)),
+    "dp2 in one pass": (TIED, How(2, micro_size=None)),
+    "dp2 with one block": (ONE_BLOCK, How(2)),
+    "dp2 with recompute": (LLAMA, How(2, {}, FULL)),
+    "dp4": (BF16, How(4)),
+    "replicas": (TIED, How(2, {"dp_replicate": 2})),
+    "hsdp2x2": (LLAMA, How(4, {"dp_replicate": 2})),
+    "tp2": (BF16, How(2, TP)),
+    "tp2 with recompute": (LLAMA, How(2, TP, FULL)),
+    "tp2 with recompute and dropout": (TIED, How(2, TP, FULL)),
+    "tp2 with selective recompute": (TIED, How(2, TP, SELECTIVE)),
+    "tp4": (LLAMA, How(4, {"tp": 4})),
+    "tp2 without sequence parallel": (GPT2, How(2, WHOLE)),
+    "tp2 without sequence parallel, with recompute": (LLAMA, How(2, WHOLE, FULL)),
+    "tp2 with the head gathered": (LLAMA, How(2, GATHERED)),
+    "tp2 with the head gathered, without sequence parallel": (GPT2, How(2, {**WHOLE, **GATHERED})),
+    "tp2 x dp2 with the head gathered": (BF16, How(4, GATHERED)),
+    "tp2 x dp2 with selective recompute": (BF16, How(4, TP, SELECTIVE)),
+    "tp2 x hsdp2": (TIED, How(4, {**TP, "dp_replicate": 2})),
+    "cp2 ulysses": (BF16, How(2, ULYSSES)),
+    "cp2 ulysses with selective recompute": (LLAMA, How(2, ULYSSES, SELECTIVE)),
+    "cp4 ulysses with fewer key heads": (FEW_KEYS, How(4, {"cp": 4})),
+    "cp2 ulysses x dp2, with recompute": (LLAMA, How(4, ULYSSES, FULL)),
+    "cp2 all_gather": (GPT2, How(2, ALL_GATHER)),
+    "cp2 all_gather with selective recompute": (LLAMA, How(2, ALL_GATHER, SELECTIVE)),
+    "cp2 all_gather x hsdp2, with recompute": (TIED, How(4, {**ALL_GATHER, "dp_replicate": 2}, FULL)),
+    "tp2 x cp2 ulysses": (LLAMA, How(4, {**TP, **ULYSSES})),
+    "tp2 x cp2 all_gather": (BF16, How(4, {**TP, **ALL_GATHER})),
+    "pp2": (LLAMA, How(2, PP)),
+    "pp2 interleaved": (TIED, How(2, {**PP, "pp_schedule": "interleaved", "pp_stages_per_rank": 2})),
+    "pp2 zero bubble": (BF16, How(2, {**PP, "pp_schedule": "zero_bubble"})),
+    "pp4": (TIED, How(4, {"pp": 4})),
+    "pp2 x dp2": (GPT2, How(4, PP, micro_size=1)),
+    "pp2 x hsdp2": (TIED, How(4, {**PP, "dp_replicate": 2}, micro_size=1)),
+    "cp2 ulysses x pp2": (LLAMA, How(4, {**ULYSSES, **PP})),
+    "tp2 x pp2": (TIED, How(4, {**TP, **PP})),
+    "tp2 x pp2 without sequence parallel, with selective recompute": (LLAMA, How(4, {**WHOLE, **PP}, SELECTIVE)),
+    "tp2 x pp2 x dp2": (LLAMA, How(8, {**TP, **PP}, micro_size=1)),
 }
-FULL = {"recompute": "full"}
-LAYOUTS = {
-    "one process": How(1),
-    "dp2": How(2),
-    "dp2 in one pass": How(2, micro_size=None),
-    "dp2 with recompute": How(2, {}, FULL),
-    "dp4": How(4),
-    "replicas": How(2, {"dp_replicate": 2}),
-    "hsdp2x2": How(4, {"dp_replicate": 2}),
-    "tp2": How(2, {"tp": 2}),
-    "tp2 with recompute": How(2, {"tp": 2}, FULL),
-    "tp4": How(4, {"tp": 4}),
-    "tp2 without sequence parallel": How(2, {"tp": 2, "sequence_parallel": False}),
-    "tp2 without sequence parallel, with recompute": How(2, {"tp": 2, "sequence_parallel": False}, FULL),
-    "tp2 with the head gathered": How(2, {"tp": 2, "loss_parallel": False}),
-    "tp2 with the head gathered, without sequence parallel": How(
-        2, {"tp": 2, "loss_parallel": False, "sequence_parallel": False}
-    ),
-    "tp2 x dp2": How(4, {"tp": 2}),
-    "tp2 x dp2 with recompute": How(4, {"tp": 2}, FULL),
-    "tp2 x hsdp2": How(4, {"tp": 2, "dp_replicate": 2}),
-    "cp2 ulysses": How(2, {"cp": 2}),
-    "cp2 all_gather": How(2, {"cp": 2, "cp_kind": "all_gather"}),
-    "cp4 ulysses": How(4, {"cp": 4}),
-    "cp2 ulysses x dp2, with recompute": How(4, {"cp": 2}, FULL),
-    "cp2 all_gather x hsdp2, with recompute": How(4, {"cp": 2, "cp_kind": "all_gather", "dp_replicate": 2}, FULL),
-    "tp2 x cp2 ulysses": How(4, {"tp": 2, "cp": 2}),
-    "tp2 x cp2 all_gather": How(4, {"tp": 2, "cp": 2, "cp_kind": "all_gather"}),
-    "pp2": How(2, {"pp": 2}),
-    "pp2 with recompute": How(2, {"pp": 2}, FULL),
-    "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
-    "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble"}),
-    "pp4": How(4, {"pp": 4}),
-    "pp2 x dp2": How(4, {"pp": 2}, micro_size=1),
-    "pp2 x hsdp": How(4, {"pp": 2, "dp_replicate": 2}, micro_size=1),
-    "cp2 ulysses x pp2": How(4, {"cp": 2, "pp": 2}),
-    "cp2 all_gather x pp2": How(4, {"cp": 2, "cp_kind": "all_gather", "pp": 2}),
-    "pp2 x tp2": How(4, {"pp": 2, "tp": 2}),
-    "pp2 x tp2 without sequence parallel": How(4, {"pp": 2, "tp": 2, "sequence_parallel": False}),
-}
-ALL = [(model, layout) for model in MODELS for layout in LAYOUTS]
-EACH_ONCE = [
-    ("llama", "hsdp2x2"),
-    ("llama", "tp2 x cp2 ulysses"),
-    ("llama tied with qk norms and dropout", "pp2 x tp2"),
-]
+"""Each technique, and each two that exchange something else together than alone."""
+EACH_ONCE = ("hsdp2x2", "tp2 x cp2 ulysses", "tp2 x pp2")
 """The fast tier."""
 
 
@@ -86,9 +90,21 @@ def sizes_of(how: How) -> Mesh:
     return LayoutConfig(**how.layout).mesh(how.ranks)
 
 
-def exchanged(what: What, how: How) -> Exchanged:
-    """The second step of this rank."""
+def give_back_the_last_block(engine: Any) -> None:
+    """As FSDP2 would by itself: the backward pass gathers it again at once."""
+    _, last = engine.model.blocks()[-1]
+    last.set_reshard_after_forward(True)
+
+
+def exchanged(what: What, how: How, plant: Callable[[Any], None] | None = None) -> Exchanged:
+    """The second step of this rank.
+
+    Args:
+        plant: Breaks the engine, to see that it shows.
+    """
     engine, sizes = build(what, how), sizes_of(how)
+    if plant is not None:
+        plant(engine)
     place = engine.data_parallel_rank, engine.data_parallel_size
     engine.train_step(0, micro_batches(what, how, 0, *place), LR)
     batches = micro_batches(what, how, 1, *place)
@@ -109,14 +125,21 @@ def exchanged(what: What, how: How) -> Exchanged:
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"),
-    [pytest.param(*pair, marks=[] if pair in EACH_ONCE else pytest.mark.slow) for pair in ALL],
+    "name", [pytest.param(name, marks=[] if name in EACH_ONCE else pytest.mark.slow) for name in CASES]
 )
-def test_a_step_exchanges_what_the_formula_says(ranks: RankPool, model: str, layout: str) -> None:
-    how = LAYOUTS[layout]
-    for rank, found in enumerate(ranks.run(exchanged, MODELS[model], how, ranks=how.ranks)):
+def test_a_step_exchanges_what_the_formula_says(ranks: RankPool, name: str) -> None:
+    what, how = CASES[name]
+    for rank, found in enumerate(ranks.run(exchanged, what, how, ranks=how.ranks)):
         assert found.measured == found.formula, f"rank {rank}:\n{difference(found)}"
         assert not found.missed
+
+
+@pytest.mark.slow
+def test_what_is_gathered_twice_shows(ranks: RankPool) -> None:
+    for found in ranks.run(exchanged, LLAMA, How(2), give_back_the_last_block, ranks=2):
+        ((again, count),) = (found.measured - found.formula).items()
+        assert (again.kind, again.axes) == ("all_gather", ("dp_shard",))
+        assert count == 2, "once in each pass"
 
 
 def difference(found: Exchanged) -> str:

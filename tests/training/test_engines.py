@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +45,7 @@ def held_out(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("legs", [LEGS[:2], LEGS, SHARED_SEQUENCES], ids=["two", "engines", "shared sequences"])
+@pytest.mark.parametrize("legs", [LEGS, SHARED_SEQUENCES], ids=["engines", "shared sequences"])
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
     bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: list[tuple[str, int, tuple[str, ...]]]
 ) -> None:
@@ -54,6 +58,39 @@ def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
     assert len(alone) == 4 * len(legs)
     assert moved == pytest.approx(alone, rel=RELATIVE)
     assert column(tmp_path / "runs" / "tiny", "tokens") == column(tmp_path / "runs" / "alone", "tokens")
+
+
+MOVES: list[tuple[int, tuple[str, ...]]] = [
+    (2, ("engine.name=deepspeed", "engine.zero=3")),
+    (4, ("layout.tp=2", "layout.pp=2")),
+    (2, ("engine.name=deepspeed", "engine.zero=1", "layout.pp=2")),
+]
+SEED = 20
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_moves_is_the_run_of_one_process(
+    bigtrain: Callable, write_config: Callable, tmp_path: Path
+) -> None:
+    """Each move is killed once, with its launcher: while ranks start, while they load, or after some steps."""
+    config = write_config(duration="4 steps", **SECTIONS)
+    assert bigtrain("train", config, *MOVES[-1][1], "--nproc", MOVES[-1][0]).returncode == 0
+    config, moments = write_config(duration="40 steps", **SECTIONS), random.Random(SEED)
+    for nproc, how in MOVES:
+        command = [sys.executable, "-m", "bigtrain.cli", "train", str(config), *how, "--nproc", str(nproc)]
+        launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(2.0, 9.0))
+        launcher.kill()
+        launcher.wait()
+        last = bigtrain("status", "tiny", "--json")
+        print(f"seed {SEED}: {how} killed at step {json.loads(last.stdout)['step']}")
+    result = bigtrain("train", config, "layout.tp=2", "--nproc", 2)
+    assert result.returncode == 0, result.stderr
+    assert bigtrain("train", config, "--name", "alone").returncode == 0
+    moved, alone = tmp_path / "runs" / "tiny", tmp_path / "runs" / "alone"
+    assert column(moved, "step") == list(range(1, 41))
+    assert losses(moved) == pytest.approx(losses(alone), rel=RELATIVE)
+    assert list(read_lines(moved / "samples.jsonl")) == list(read_lines(alone / "samples.jsonl"))
 
 
 STAGES: list[tuple[str, int, tuple[str, ...]]] = [

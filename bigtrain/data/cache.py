@@ -1,0 +1,260 @@
+"""A directory of fetched files with a size limit, shared by all ranks and runs of a machine.
+
+    ROOT/.lock                          held while room is made: who counts and evicts, does so alone
+    ROOT/KEY/index.json, ...            small files of one source, never evicted
+    ROOT/KEY/shard.tar                  whole and verified; its users hold a shared lock on it
+    ROOT/KEY/.shard.tar.part-SIZE       under way; counts as SIZE, so that its existence reserves the room
+    ROOT/KEY/.shard.tar.lock            held by who fetches it; others wait, then find it there
+
+Locks are flock's and end with their holder, however it ends: what a killed process leaves is gone on with or evicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.remote import Cancelled
+from bigtrain.storage import hash_file
+
+logger = logging.getLogger(__name__)
+
+ARRIVALS = 3
+"""Times that a file is fetched whole before other bytes than the index's are an error."""
+_POLL_S = 0.02
+_PART = ".part-"
+
+
+class NoRoom(Exception):
+    """All that is in the cache is in use; worth another try when some of it is let go."""
+
+
+class Lease:
+    """A file of the cache that is not evicted until `release`."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Let the file be evicted. Mappings of it stay valid."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Cache:
+    """See the module's docstring.
+
+    Args:
+        root: A directory on a local disk; made where it is not there.
+        limit_bytes: Room for the files of all sources. More is taken only where all is in use and a batch waits.
+
+    Raises:
+        UserError: The directory cannot be made or written.
+    """
+
+    def __init__(self, root: Path, limit_bytes: int) -> None:
+        self.root, self.limit_bytes = root, limit_bytes
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        except OSError as error:
+            raise UserError(
+                f"the cache of shards cannot be written: {error.strerror}", str(root), "set streaming.cache_dir"
+            ) from None
+
+    def directory(self, source: str, fingerprint: str) -> Path:
+        """Where the files of one source lie: of a URL or path, and the data found there."""
+        # The source's name keeps one that forges hashes from planting shards for another.
+        key = hashlib.sha256(f"{source}\n{fingerprint}".encode()).hexdigest()[:32]
+        path = self.root / key
+        path.mkdir(exist_ok=True)
+        return path
+
+    def get(
+        self,
+        path: Path,
+        *,
+        size: int,
+        hash: str | None,
+        fill: Callable[[BinaryIO], None],
+        urgent: bool,
+        check: bool = True,
+        cancelled: threading.Event | None = None,
+    ) -> Lease:
+        """The file at `path`, made by `fill` where it is not there.
+
+        Args:
+            size: Bytes to reserve for it.
+            hash: What it must hash to; None where `fill` vouches for it.
+            fill: Completes a file that may hold its first bytes.
+            urgent: Take the room even where everything is in use.
+            check: Hash a file that is there already.
+            cancelled: Ends the waiting for another process with Cancelled.
+
+        Raises:
+            NoRoom: Not urgent, and all is in use.
+            CorruptionError: `fill` brought other bytes, each of ARRIVALS times.
+        """
+        while True:
+            lease = self._lease(path)
+            if lease is None:
+                with self._alone(path, cancelled):
+                    lease = self._lease(path) or self._make(path, size, hash, fill, urgent)
+            elif check and hash is not None and hash_file(path) != hash:
+                logger.warning("%s in the cache is damaged: it is fetched again", path)
+                path.unlink(missing_ok=True)
+                lease.release()
+                continue
+            if lease is not None:
+                return lease
+
+    def _lease(self, path: Path) -> Lease | None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not os.fstat(descriptor).st_nlink:
+            # It was evicted between the two calls.
+            os.close(descriptor)
+            return None
+        os.utime(descriptor)
+        return Lease(path, descriptor)
+
+    @contextlib.contextmanager
+    def _alone(self, path: Path, cancelled: threading.Event | None) -> Iterator[None]:
+        """Hold the right to make a file."""
+        lock = path.with_name(f".{path.name}.lock")
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            if _try_lock(descriptor) and _is_at(lock, descriptor):
+                break
+            os.close(descriptor)
+            if cancelled is None:
+                time.sleep(_POLL_S)
+            elif cancelled.wait(_POLL_S):
+                raise Cancelled
+        try:
+            yield
+        finally:
+            lock.unlink()
+            os.close(descriptor)
+
+    def _make(
+        self, path: Path, size: int, hash: str | None, fill: Callable[[BinaryIO], None], urgent: bool
+    ) -> Lease | None:
+        part = path.with_name(f".{path.name}{_PART}{size}")
+        self._reserve(part, size, urgent)
+        with open(part, "r+b") as file:
+            for arrival in range(ARRIVALS):
+                fill(file)
+                file.flush()
+                if hash is None or hash_file(part) == hash:
+                    break
+                logger.warning("%s arrived with other bytes than its index says (%d)", path.name, arrival + 1)
+                file.truncate(0)
+            else:
+                part.unlink()
+                raise CorruptionError(
+                    f"{path.name} arrived with other bytes than its index says, {ARRIVALS} times",
+                    str(path),
+                    "upload the shard again, or index it anew: it becomes other data",
+                )
+            os.fsync(file.fileno())
+            os.replace(part, path)
+        return self._lease(path)
+
+    def _reserve(self, part: Path, size: int, urgent: bool) -> None:
+        """Make `part`, after evicting what was used longest ago."""
+        with _locked(self.root / ".lock"):
+            if part.exists():
+                return
+            files = sorted(self._files())
+            used = sum(count for _, count, _ in files)
+            for _, count, path in files:
+                if used + size <= self.limit_bytes:
+                    break
+                used -= count if _evict(path) else 0
+            if used + size > self.limit_bytes:
+                if not urgent:
+                    raise NoRoom
+                logger.warning(
+                    "the cache %s is over its limit of %d bytes: all of its %d bytes are in use",
+                    self.root, self.limit_bytes, used,
+                )  # fmt: skip
+            part.touch()
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """Time of last use, bytes and path of all that counts."""
+        for directory in os.scandir(self.root):
+            if not directory.is_dir(follow_symlinks=False):
+                continue
+            for entry in os.scandir(directory.path):
+                if entry.name.startswith(".") and _PART not in entry.name:
+                    continue
+                if entry.name.endswith(".json"):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    reserved = entry.name.rpartition(_PART)[2] if _PART in entry.name else ""
+                    count = int(reserved) if reserved.isdigit() else status.st_size
+                    yield status.st_mtime_ns, count, Path(entry.path)
+
+
+def _evict(path: Path) -> bool:
+    """Remove a file that nobody uses; whether it is gone."""
+    lock = path
+    if _PART in path.name:
+        lock = path.with_name(path.name.partition(_PART)[0] + ".lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if lock != path else 0), 0o644)
+    except OSError:
+        return not path.exists()
+    try:
+        if not _try_lock(descriptor) or not _is_at(lock, descriptor):
+            return False
+        path.unlink(missing_ok=True)
+        if lock != path:
+            lock.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one that the path names."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return False
+    held = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)

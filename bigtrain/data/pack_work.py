@@ -1,0 +1,206 @@
+"""The pieces of work of a packing: each reads files, writes files, and is finished when its last file is there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.data.documents import Document, Source, documents_of
+from bigtrain.data.index import Rows, Shard
+from bigtrain.data.indexing import Scan, scan_shard, write_shard
+from bigtrain.data.pack_plan import NPY_HEADER_BYTES, PlannedShard
+from bigtrain.data.text import BadSamples
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.storage import fsync_file, write_json
+
+SHARD_NAME = "shard-{:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker knows."""
+
+    key: str
+    skip_bad: int
+    seed: int
+    parts: tuple[tuple[Source, ...], ...]
+    """Pieces of the input that one worker takes at a time."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where a packing keeps what it has done."""
+
+    root: Path
+
+    def part(self, number: int, suffix: str) -> Path:
+        """A file of one part."""
+        return self.root / "parts" / f"{number:08d}{suffix}"
+
+    def shard(self, split: str, number: int) -> Path:
+        """A finished shard."""
+        return self.root / split / SHARD_NAME.format(number)
+
+    def entry(self, split: str, number: int) -> Path:
+        """What the index will say of a shard; there once the shard is finished."""
+        return self.root / "parts" / f"{split}-{number:08d}.json"
+
+
+class Worker:
+    """Does pieces of work, in this process or another."""
+
+    def __init__(self, job: Job, scratch: Scratch, tokenizer: Tokenizer) -> None:
+        self.job, self.scratch, self.tokenizer = job, scratch, tokenizer
+
+    def survey(self, number: int) -> None:
+        """Hash and count the documents of a part."""
+        done = self.scratch.part(number, ".survey.npy")
+        if done.exists():
+            return
+        found = []
+        for document, pieces in self._documents(number, BadSamples(self.job.skip_bad)):
+            digest = hashlib.blake2b(digest_size=8, key=self.job.seed.to_bytes(8, "little", signed=True))
+            count = 0
+            for piece in pieces:
+                digest.update(piece.encode("utf-8"))
+                count += len(piece)
+            del document
+            if count:
+                found.append((int.from_bytes(digest.digest(), "little"), count))
+        _save(done, np.asarray(found, dtype=np.uint64).reshape(-1, 2))
+
+    def encode(self, number: int, boundary: int | None) -> None:
+        """Tokenise the documents of a part; with a boundary, the only document as two."""
+        done = self.scratch.part(number, ".json")
+        if done.exists():
+            return
+        lengths: list[tuple[int, int, int]] = []
+        bad, empty = BadSamples(self.job.skip_bad), 0
+        with open(self.scratch.part(number, ".tokens"), "wb") as file:
+            for document, pieces in self._documents(number, bad):
+                for text in [pieces] if boundary is None else _divided(document, boundary):
+                    begin = file.tell()
+                    try:
+                        length = self._encode_one(text, file)
+                    except UserError as error:
+                        bad(error)
+                        file.seek(begin)
+                        file.truncate()
+                        continue
+                    empty += length is None
+                    if length is not None:
+                        lengths.append(length)
+        _save(self.scratch.part(number, ".npy"), np.asarray(lengths, dtype=np.int64).reshape(-1, 3))
+        write_json(done, {"empty": empty, "bad": bad.seen})
+
+    def write(self, shard: PlannedShard) -> None:
+        """Write one shard and its sidecar."""
+        entry, path = self.scratch.entry(shard.split, shard.number), self.scratch.shard(shard.split, shard.number)
+        if entry.exists():
+            return
+        dtype = self.tokenizer.dtype
+        stored: dict[int, Any] = {}
+        # The bytes of WebDataset's TarWriter, whose import brings in torch: seconds and 300 MB for each worker.
+        with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for member, piece in enumerate(shard.pieces, shard.first_member):
+                if piece.part not in stored:
+                    # Pieces come in the order of the parts.
+                    stored = {piece.part: np.memmap(self.scratch.part(piece.part, ".tokens"), dtype, mode="r")}
+                ids = stored[piece.part][piece.start : piece.start + piece.count]
+                buffer = io.BytesIO()
+                np.lib.format.write_array(buffer, np.asarray(ids), allow_pickle=False)
+                header = tarfile.TarInfo(f"{member:09d}.npy")
+                header.size = buffer.tell()
+                assert header.size == NPY_HEADER_BYTES + ids.nbytes
+                buffer.seek(0)
+                tar.addfile(header, buffer)
+                # The library keeps every header otherwise.
+                tar.members = []  # type: ignore[attr-defined]
+        fsync_file(path)
+        scan = scan_shard(path)
+        recorded = write_shard(path, scan, path.parent)
+        write_json(entry, {"shard": recorded.model_dump(), "largest_id": scan.largest_id})
+
+    def _documents(self, number: int, bad: BadSamples) -> Iterator[tuple[Document, Iterator[str]]]:
+        for source in self.job.parts[number]:
+            for document in documents_of(source, self.job.key, bad):
+                yield document, _sound(document, bad) if self.job.skip_bad else document.pieces()
+
+    def _encode_one(self, pieces: Iterable[str], file: Any) -> tuple[int, int, int] | None:
+        """Write a document's tokens and its end of text; tokens, characters, bytes, or None where it is empty."""
+        characters = text_bytes = tokens = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal characters, text_bytes
+            for piece in pieces:
+                characters += len(piece)
+                text_bytes += len(piece.encode("utf-8"))
+                yield piece
+
+        dtype = self.tokenizer.dtype
+        for ids in self.tokenizer.encode_stream(counted()):
+            file.write(ids.astype(dtype).tobytes())
+            tokens += len(ids)
+        if not characters:
+            return None
+        file.write(np.asarray([self.tokenizer.eot], dtype).tobytes())
+        return tokens + 1, characters, text_bytes
+
+
+def text_worker(job: Job, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> Worker:
+    """A worker from what can be sent to a process; see `Tokenizer.definition`."""
+    return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
+
+
+def _sound(document: Document, bad: BadSamples) -> Iterator[str]:
+    """A document's pieces, all of them or, where one is bad, none."""
+    if document.text is None:
+        try:
+            for _ in document.pieces():
+                pass
+        except UserError as error:
+            bad(error)
+            return
+    yield from document.pieces()
+
+
+def _divided(document: Document, boundary: int) -> tuple[Iterator[str], Iterator[str]]:
+    """A document's first `boundary` characters and the others, each as pieces."""
+
+    def cut(first: int, last: int | None) -> Iterator[str]:
+        position = 0
+        for piece in document.pieces():
+            part = piece[max(0, first - position) : None if last is None else max(0, last - position)]
+            position += len(piece)
+            if part:
+                yield part
+
+    return cut(0, boundary), cut(boundary, None)
+
+
+def finished_shards(scratch: Scratch, split: str, count: int, dtype: str) -> list[tuple[Path, Scan, Shard]]:
+    """The shards of a split, with what their index needs to know."""
+    none: Rows = np.zeros((0, 2), dtype=np.int64)
+    found = []
+    for number in range(count):
+        value = json.loads(scratch.entry(split, number).read_bytes())
+        scan = Scan("tokens", none, dtype=dtype, largest_id=value["largest_id"])
+        found.append((scratch.shard(split, number), scan, Shard.model_validate(value["shard"])))
+    return found
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with open(temporary, "wb") as file:
+        np.save(file, values, allow_pickle=False)
+    os.replace(temporary, path)

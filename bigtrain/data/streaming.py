@@ -1,0 +1,382 @@
+"""Where the reader finds its shards: in their directory, or in a cache that a few threads fill ahead of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.cache import Cache, Lease, NoRoom
+from bigtrain.data.config import StreamingConfig, is_url
+from bigtrain.data.index import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    REINDEX,
+    Rows,
+    ShardIndex,
+    load_index,
+    parse_index,
+    sidecar_rows,
+)
+from bigtrain.data.remote import Cancelled, Patience, Place, exists, fetch, open_place
+from bigtrain.data.text import tokenise_shard
+from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.storage import write_atomic
+
+FETCHERS = 8
+MAX_TOKENIZER_BYTES = 1 << 28
+CACHE_VARIABLE = "BIGTRAIN_CACHE"
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard that can be read now."""
+
+    path: Path
+    """The tar, or for text its tokens alone."""
+    rows: Rows
+    """The shard's sidecar; for text the places in the file of tokens."""
+
+
+class ShardStore(Protocol):
+    """Gives the reader its shards."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Get these shards ready, the first first, and let go of all others."""
+        ...
+
+    def open(self, shard: int) -> StoredShard:
+        """A shard, waited for where it is not there yet.
+
+        Raises:
+            UserError: It is missing.
+            CorruptionError: It is not what the index says.
+            RemoteError: It could not be fetched.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """End the waiting in `open` with Cancelled; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """End all work and let go of all shards."""
+        ...
+
+
+def open_store(index: ShardIndex, streaming: StreamingConfig | None = None) -> ShardStore:
+    """The store for the shards of an index."""
+    if not index.streams:
+        return LocalStore(index)
+    return CachedStore(index, streaming or StreamingConfig())
+
+
+class LocalStore:
+    """Shards that lie beside their index."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `ShardStore`: they are there."""
+
+    def open(self, shard: int) -> StoredShard:
+        """See `ShardStore`."""
+        path = self._index.directory / self._index.shards[shard].url
+        expect_size(path, self._index.shards[shard].filesize)
+        return StoredShard(path, self._index.rows(shard))
+
+    def interrupt(self) -> None:
+        """See `ShardStore`: nothing is waited for."""
+
+    def close(self) -> None:
+        """See `ShardStore`."""
+
+
+class _Wanted:
+    """A shard that is in use or will be soon."""
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.result: Future[tuple[StoredShard, Lease] | None] | None = None
+
+
+class CachedStore:
+    """Shards that are fetched, or text that is tokenised, into a cache by threads."""
+
+    def __init__(self, index: ShardIndex, streaming: StreamingConfig) -> None:
+        self._index = index
+        self._patience = patience(streaming)
+        self._check = streaming.verify != "never"
+        self._cache = Cache(cache_root(streaming), streaming.cache)
+        self._directory = self._cache.directory(index.place, index.fingerprint)
+        self._place: Place | None = None
+        if index.shards_url is not None:
+            self._place = open_place(index.shards_url, self._patience)
+        self._tokenizer = index.load_tokenizer() if index.text else None
+        self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="bigtrain-fetch")
+        self._wanted: dict[int, _Wanted] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `ShardStore`."""
+        with self._lock:
+            kept = dict.fromkeys(shards)
+            for shard in [shard for shard in self._wanted if shard not in kept]:
+                _let_go(self._wanted.pop(shard))
+            for shard in kept:
+                wanted = self._wanted.setdefault(shard, _Wanted())
+                # No result: there was no room for it the last time.
+                if wanted.result is None or (wanted.result.done() and _value(wanted.result) is None):
+                    wanted.result = self._pool.submit(self._get, shard, wanted.cancelled, False)
+
+    def open(self, shard: int) -> StoredShard:
+        """See `ShardStore`."""
+        with self._lock:
+            wanted = self._wanted.setdefault(shard, _Wanted())
+            result = wanted.result
+        found = None if result is None else result.result()
+        if found is None:
+            with self._lock:
+                result = wanted.result = self._pool.submit(self._get, shard, wanted.cancelled, True)
+            found = result.result()
+        if found is None:
+            raise Cancelled
+        return found[0]
+
+    def interrupt(self) -> None:
+        """See `ShardStore`."""
+        with self._lock:
+            for wanted in self._wanted.values():
+                wanted.cancelled.set()
+
+    def close(self) -> None:
+        """See `ShardStore`."""
+        with self._lock:
+            while self._wanted:
+                _let_go(self._wanted.popitem()[1])
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _get(self, shard: int, cancelled: threading.Event, urgent: bool) -> tuple[StoredShard, Lease] | None:
+        """The shard and the lease on it; None where there is no room and it is not urgent."""
+        entry = self._index.shards[shard]
+        get = partial(self._cache.get, urgent=urgent, check=self._check, cancelled=cancelled)
+        try:
+            rows = self._rows(shard, get, cancelled)
+            if self._index.text:
+                return self._tokens(shard, rows, get, cancelled)
+            lease = get(
+                self._directory / entry.url,
+                size=entry.filesize,
+                hash=entry.hash,
+                fill=partial(self._fetch, entry.url, entry.filesize, cancelled),
+            )
+        except (NoRoom, Cancelled):
+            return None
+        except CorruptionError as error:
+            where = error.where if self._place is None else f"{self._place.url}/{entry.url}"
+            raise CorruptionError(error.what, where, error.fix) from None
+        return StoredShard(lease.path, rows), lease
+
+    def _fetch(self, name: str, size: int | None, cancelled: threading.Event, file: BinaryIO) -> None:
+        assert self._place is not None
+        limit = MAX_INDEX_BYTES if size is None else size
+        fetch(self._place, name, file, size=size, limit=limit, patience=self._patience, cancelled=cancelled)
+
+    def _rows(self, shard: int, get: Any, cancelled: threading.Event) -> Rows:
+        """The shard's sidecar, from beside the index or from the server."""
+        entry = self._index.shards[shard]
+        if self._index.origin is None:
+            return self._index.rows(shard)
+        lease = get(
+            self._directory / entry.index,
+            size=self._index.sidecar_bytes(shard),
+            hash=entry.index_hash,
+            fill=partial(self._fetch, entry.index, None, cancelled),
+        )
+        try:
+            return self._index.rows(shard, lease.path)
+        finally:
+            lease.release()
+
+    def _tokens(self, shard: int, rows: Rows, get: Any, cancelled: threading.Event) -> tuple[StoredShard, Lease]:
+        """The tokens of a shard of text, from the cache or made now."""
+        entry, index = self._index.shards[shard], self._index
+        assert self._tokenizer is not None
+        assert index.dtype is not None
+
+        def make(file: BinaryIO) -> None:
+            file.truncate(0)
+            file.seek(0)
+            tar = index.directory / entry.url
+            lease: Lease | None = None
+            if self._place is not None:
+                tar = self._directory / entry.url
+                fill = partial(self._fetch, entry.url, entry.filesize, cancelled)
+                lease = get(tar, size=entry.filesize, hash=entry.hash, fill=fill)
+            try:
+                expect_size(tar, entry.filesize)
+                assert self._tokenizer is not None
+                tokenise_shard(tar, rows, self._tokenizer, file)
+            finally:
+                if lease is not None:
+                    lease.release()
+
+        width = np.dtype(index.dtype).itemsize
+        tokens = self._directory / f"{entry.stem}.tokens"
+        lease = get(tokens, size=entry.tokens * width, hash=entry.tokens_hash, fill=make)
+        return StoredShard(tokens, sidecar_rows(rows[:, 2], width)), lease
+
+
+def _value(result: Future[tuple[StoredShard, Lease] | None]) -> tuple[StoredShard, Lease] | BaseException | None:
+    return result.exception() or result.result()
+
+
+def _let_go(wanted: _Wanted) -> None:
+    wanted.cancelled.set()
+
+    def release(result: Future[tuple[StoredShard, Lease] | None]) -> None:
+        if not result.cancelled() and result.exception() is None and (found := result.result()) is not None:
+            found[1].release()
+
+    if wanted.result is not None and not wanted.result.cancel():
+        wanted.result.add_done_callback(release)
+
+
+def cache_root(streaming: StreamingConfig) -> Path:
+    """The cache that a config means."""
+    if streaming.cache_dir is not None:
+        return Path(streaming.cache_dir)
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "bigtrain"
+
+
+def patience(streaming: StreamingConfig) -> Patience:
+    """How long servers are borne with in training."""
+    return Patience(streaming.timeout, streaming.retries)
+
+
+def open_index(place: str | Path, streaming: StreamingConfig | None = None, pinned: str | None = None) -> ShardIndex:
+    """The index of a shard directory, given by its path or URL.
+
+    A remote index.json is fetched once into the cache, under its fingerprint.
+
+    Args:
+        pinned: The fingerprint that it must have; the cached one is taken then, without asking the server.
+
+    Raises:
+        UserError: See `load_index`; a URL of a scheme that is not allowed; other data than pinned.
+        RemoteError: The server cannot be read.
+    """
+    if not is_url(str(place)):
+        return load_index(place)
+    streaming = streaming or StreamingConfig()
+    server = open_place(str(place), patience(streaming))
+    cache = Cache(cache_root(streaming), streaming.cache)
+    if pinned is not None:
+        directory = cache.directory(server.url, pinned)
+        if (directory / INDEX_NAME).is_file():
+            return _come_from(server.url, load_index(directory))
+    data = read_small(server, INDEX_NAME, MAX_INDEX_BYTES, patience(streaming))
+    index = parse_index(data, cache.root, f"{server.url}/{INDEX_NAME}")
+    if index.base_url is not None:
+        raise UserError(
+            "the index names another place for its shards; only an index on this machine may",
+            f"{server.url}/{INDEX_NAME}",
+            "download the index and name its directory",
+        )
+    if pinned is not None and index.fingerprint != pinned:
+        raise UserError("the data at this URL has changed since the run began", server.url, "restore it")
+    directory = cache.directory(server.url, index.fingerprint)
+    if index.tokenizer is not None and index.tokenizer.kind == "tokenizers":
+        tokenizer = directory / TOKENIZER_NAME
+        if not tokenizer.is_file():
+            write_atomic(tokenizer, read_small(server, TOKENIZER_NAME, MAX_TOKENIZER_BYTES, patience(streaming)))
+        try:
+            Tokenizer.load(directory, index.tokenizer)
+        except UserError:
+            tokenizer.unlink(missing_ok=True)
+            raise
+    write_atomic(directory / INDEX_NAME, data)
+    return _come_from(server.url, index.model_copy(update={"directory": directory}))
+
+
+def _come_from(url: str, index: ShardIndex) -> ShardIndex:
+    return index.model_copy(update={"origin": url})
+
+
+def read_small(place: Place, name: str, limit: int, patience: Patience) -> bytes:
+    """A whole remote file.
+
+    Raises:
+        RemoteError: It is not there, or larger than `limit` bytes.
+    """
+    with tempfile.TemporaryFile() as file:
+        fetch(place, name, file, size=None, limit=limit, patience=patience)
+        file.seek(0)
+        return file.read()
+
+
+def check_remote(index: ShardIndex, streaming: StreamingConfig, shards: int) -> None:
+    """What can be seen of streamed data before a run: its first shard is there, and the cache holds what is in use.
+
+    Args:
+        shards: Shards that a rank holds at once; see `shards_at_once`.
+
+    Raises:
+        UserError: The cache is too small.
+        RemoteError: The shard is not there.
+    """
+    held = sorted((index.stored_bytes(number) for number in range(len(index.shards))), reverse=True)
+    needed = sum(held[:shards])
+    if needed > streaming.cache:
+        raise UserError(
+            f"streaming.cache is {streaming.cache} bytes, and the {shards} shards in use at once may take {needed}",
+            index.place,
+            f"set streaming.cache to {needed} or more, or data.shuffle_window lower",
+        )
+    if index.shards_url is None:
+        return
+    hurried = Patience(streaming.timeout, min(2, streaming.retries))
+    exists(open_place(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
+
+
+def shards_at_once(counts: Sequence[int], window: int, batch_sequences: int) -> int:
+    """Shards of the windows that a batch lies in, and of the one fetched ahead, at most.
+
+    Args:
+        counts: Sequences of each shard.
+    """
+    sizes = np.sort(np.asarray([count for count in counts if count], dtype=np.int64))
+    if not len(sizes):
+        return 0
+    # A batch that begins at the end of a window reaches over the smallest shards first, at worst.
+    beyond = int(np.searchsorted(np.cumsum(sizes), batch_sequences)) + 1
+    windows = 2 + -(-beyond // window)
+    return min(len(sizes), windows * window)
+
+
+def expect_size(path: os.PathLike[str], size: int) -> None:
+    """Refuse a shard of another size than indexed.
+
+    Raises:
+        UserError: It is missing.
+        CorruptionError: It has become shorter or longer.
+    """
+    # A mapped file that has become shorter ends the process with SIGBUS, so its size is looked at first.
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError:
+        raise UserError("the shard is missing", where=str(path), fix="put it back") from None
+    if found != size:
+        raise CorruptionError(f"the shard has {found} bytes; indexed were {size}", where=str(path), fix=REINDEX)

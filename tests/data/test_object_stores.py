@@ -1,0 +1,81 @@
+"""S3 through a real HTTP endpoint, moto's server; skipped where s3fs and moto are not installed."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.config import UserError
+from bigtrain.data import remote
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.indexing import index_urls
+from bigtrain.data.loader import Loader
+from bigtrain.data.order import SampleOrder
+from bigtrain.data.streaming import open_index
+
+
+@pytest.fixture
+def bucket(packed: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket that holds the packed shards under data/train."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "FIRST_BACKOFF_S", 0.01)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    address, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}:{port}")
+    try:
+        connection = http.client.HTTPConnection(address, port)
+        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=canary-id/20260101/us-east-1/s3/aws4_request"}
+        files = {f"/shards/data/train/{path.name}": path.read_bytes() for path in packed.directory.iterdir()}
+        for path, data in {"/shards": b"", **files}.items():
+            connection.request("PUT", path, data, authorization)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+        yield "s3://shards/data/train"
+    finally:
+        server.stop()
+
+
+def samples(index: ShardIndex, streaming: StreamingConfig | None = None) -> list[Any]:
+    order = SampleOrder(7, index.fingerprint, index.sequence_counts(16), 2)
+    with Loader(index, order, batch_size=6, context=16, log_samples=True, streaming=streaming) as loader:
+        return [
+            (batch.sample_ids, batch.micro_batches[0]["targets"].tolist())
+            for batch in loader.batches(0, order.sequences_per_epoch // 6)
+        ]
+
+
+@pytest.mark.slow
+def test_s3_gives_the_samples_of_the_disk(bucket: str, packed: ShardIndex, tmp_path: Path) -> None:
+    streaming = StreamingConfig(cache_dir=str(tmp_path / "cache"), timeout=30)
+    index = open_index(bucket, streaming)
+    assert index.fingerprint == packed.fingerprint
+    assert samples(index, streaming) == samples(packed)
+    with pytest.raises(remote.RemoteError, match="no such object"):
+        open_index("s3://shards/data/nothing", streaming)
+    found = index_urls([bucket], tmp_path / "index")
+    assert [shard.hash for shard in found.shards] == [shard.hash for shard in packed.shards]
+    assert samples(found, streaming) is not None
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.json"))
+    assert b"canary" not in written
+
+
+def test_a_store_whose_library_is_not_installed_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda name: None)
+    for scheme in ("s3", "gs"):
+        with pytest.raises(UserError, match="needs") as caught:
+            remote.open_place(f"{scheme}://bucket/x", remote.Patience())
+        assert f"bigtrain[{scheme}]" in str(caught.value.fix)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.config import UserError
+from bigtrain.data.index import load_index
+from bigtrain.data.loader import Loader
+from bigtrain.data.order import FixedOrder
+from bigtrain.data.pack_images import pack_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of twelve images, each of its class's grey."""
+    for label, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = np.full((6, 8, 3), 50 * label + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "folder" / name / f"{number}.png")
+    return tmp_path / "folder"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_of_classes_becomes_images_with_labels(folder: Path, tmp_path: Path) -> None:
+    summary = pack_images(folder, tmp_path / "out", size=4, validation="25%", shard_bytes=20_000)
+    assert {name: split.documents for name, split in summary.splits.items()} == {"train": 27, "validation": 9}
+    found = []
+    for split in ("train", "validation"):
+        index = load_index(tmp_path / "out" / split)
+        index.check("always")
+        assert json.loads((index.directory / "classes.json").read_text()) == ["ant", "bee", "cat"]
+        assert index.image is not None
+        assert (index.image.height, index.image.width, index.image.channels) == (4, 4, 3)
+        with Loader(index, FixedOrder(index.sequence_counts(1)), batch_size=index.samples, context=1) as loader:
+            batch = loader.batch(0).micro_batches[0]
+        found += [
+            (int(image[0, 0, 0]), int(label)) for image, label in zip(batch["images"], batch["labels"], strict=True)
+        ]
+    assert sorted(found) == [(50 * label + number, label) for label in range(3) for number in range(12)]
+    assert [label for _, label in found] != sorted(label for _, label in found)
+
+
+def test_packing_images_goes_on_after_a_kill_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    pack_images(folder, tmp_path / "clean", shard_bytes=20_000)
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_images(folder, tmp_path / "out", shard_bytes=20_000, progress=killed)
+    work = tmp_path / ".out.packing" / "train"
+    stamp = (work / "shard-000000.tar").stat().st_mtime_ns
+    pack_images(folder, tmp_path / "out", shard_bytes=20_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+    assert (tmp_path / "out" / "train" / "shard-000000.tar").stat().st_mtime_ns == stamp
+
+
+def test_images_of_two_sizes_and_files_that_are_no_images_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "bee" / "bad.png").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a PNG") as caught:
+        pack_images(folder, tmp_path / "out")
+    assert "bad.png" in str(caught.value.where)
+    summary = pack_images(folder, tmp_path / "out", skip_bad=1)
+    assert [text.split(":")[0].rsplit("/")[-1] for text in summary.skipped] == ["bad.png"]
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "bee" / "bad.png")
+    with pytest.raises(UserError, match="9 x 9"):
+        pack_images(folder, tmp_path / "other", shard_bytes=20_000)
+    with pytest.raises(UserError, match="no images"):
+        pack_images(tmp_path / "out", tmp_path / "third")
