@@ -221,13 +221,11 @@ def tables(data: Path) -> str:
             "✓" if state(data, "fsdp", frozenset({first, second})) == "tested" else "–" for second in taken[: row + 1]
         ]
         lines.append(f"| {first} | " + " | ".join(cells + [""] * (len(taken) - row - 1)) + " |")
-    lines += [
-        "",
-        "On the other engines any two of a column go together, but for those below. Why each is refused, as the",
-    ]
-    lines += ["command says it:", "", "| | on | what is said |", "|---|---|---|"]
+    lines += ["", "On the other engines any two of a column go together, but for those below.", ""]
+    lines += ["<details><summary>Why each is refused, as the command says it</summary>", ""]
+    lines += ["| | on | what is said |", "|---|---|---|"]
     lines += [f"| {techniques} | {engines} | {said} |" for techniques, engines, said in refused(data)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def refused(data: Path) -> Iterator[tuple[str, str, str]]:

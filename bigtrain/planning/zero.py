@@ -3,7 +3,9 @@
 Read off DeepSpeed 0.19 and held against it. Stages 1 and 2 sum gradients with one all-reduce of a whole bucket, where
 the paper's stage 2 needs a reduce-scatter alone, and stage 2 does so in each pass. What met a part of the activations
 is summed over tp parameter by parameter, in each pass, before DeepSpeed reduces it. Its pipeline sends messages in the
-group of all ranks.
+group of all ranks. What ZeRO 3 gathers for the forward pass stays for the backward pass, recomputed or not, while no
+more than `stage3_max_reuse_distance` (1e9 elements) lie between the two uses: always, within one bucket. Its first two
+steps are others: it learns the order of the parameters, and a pipeline's stages tell each other shapes.
 """
 
 from __future__ import annotations
@@ -150,8 +152,10 @@ def _norm(engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> Iterato
     if engine.zero == 1 and precision == "bf16":
         yield _term("all_reduce", groups[1], FP32, 1, "gradient norm")
         return
+    # On the CPU, where the offloaded gradients are, ZeRO 3 sums it in FP32 too.
+    size = FP64 if engine.zero == 3 and engine.offload == "none" else FP32
     for axes in groups:
-        yield _term("all_reduce", axes, FP64 if engine.zero == 3 else FP32, 2, "gradient norm; whether it is finite")
+        yield _term("all_reduce", axes, size, 2, "gradient norm; whether it is finite")
         if engine.zero == 2 and precision == "bf16":
             yield _term("all_reduce", axes, 1, 1, "whether a gradient is infinite")
 

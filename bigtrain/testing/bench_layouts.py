@@ -43,7 +43,7 @@ RANKS = 4
 OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
 SEED = 0
 CHECKED_STEPS = 3
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 1
 SAME_LOSS = 1e-5
 """Relative: both sides must compute the same, or their times say nothing."""
 ALLOWED = 0.05

@@ -44,6 +44,7 @@ CASES = {
     "tp2 with recompute": (LLAMA, How(2, TP, FULL)),
     "tp2 with recompute and dropout": (TIED, How(2, TP, FULL)),
     "tp2 with selective recompute": (TIED, How(2, TP, SELECTIVE)),
+    "tp2, compiled": (LLAMA, How(2, TP, {"compile": True})),
     "tp4": (LLAMA, How(4, {"tp": 4})),
     "tp2 without sequence parallel": (GPT2, How(2, WHOLE)),
     "tp2 without sequence parallel, with recompute": (LLAMA, How(2, WHOLE, FULL)),
