@@ -79,7 +79,7 @@ ONE_OF = (
 MEANINGLESS = {frozenset(pair) for choices in ONE_OF for pair in itertools.combinations(choices, 2)}
 
 
-def refusal(data: Path, engine: str, techniques: Iterable[str]) -> str | None:
+def refusal(data: Path, engine: str, techniques: Iterable[str]) -> UserError | None:
     """Why a run with all of these would not start, by the checks of `bigtrain train`; None where it would."""
     asked: dict[str, Any] = {"name": "x", "data": {"train": str(data)}, "batch": {"size": 4}, "duration": "2 steps"}
     for sections in (ENGINES[engine], *(TECHNIQUES[technique] for technique in techniques)):
@@ -92,7 +92,7 @@ def refusal(data: Path, engine: str, techniques: Iterable[str]) -> str | None:
             config = load_config(Path(file.name), plugin=load_plugin(str(PLUGIN)))
             prepare(config, verify=False)
         except UserError as error:
-            return error.what
+            return error
     return None
 
 
@@ -214,14 +214,44 @@ def tables(data: Path) -> str:
         cells = ["–" if refusal(data, engine, (name,)) else "✓" for engine in ENGINES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     taken = alone(data, "fsdp")
-    lines += ["", "Two at a time, on fsdp (any further ones of a row go together too where all their pairs do):", ""]
+    lines += ["", "Two at a time, on fsdp; a choice of one thing (–) cannot be made twice:", ""]
     lines += ["| | " + " | ".join(taken) + " |", "|---" * (len(taken) + 1) + "|"]
     for row, first in enumerate(taken):
         cells = [
             "✓" if state(data, "fsdp", frozenset({first, second})) == "tested" else "–" for second in taken[: row + 1]
         ]
         lines.append(f"| {first} | " + " | ".join(cells + [""] * (len(taken) - row - 1)) + " |")
-    return "\n".join(lines)
+    lines += ["", "On the other engines any two of a column go together, but for those below.", ""]
+    lines += ["<details><summary>Why each is refused, as the command says it</summary>", ""]
+    lines += ["| | on | what is said |", "|---|---|---|"]
+    lines += [f"| {techniques} | {engines} | {said} |" for techniques, engines, said in refused(data)]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def refused(data: Path) -> Iterator[tuple[str, str, str]]:
+    """Techniques, and pairs whose halves are taken, with the engines that refuse them and what they say."""
+    engines_of: dict[tuple[str, str], list[str]] = {}
+    for engine in ENGINES:
+        taken = alone(data, engine)
+        pairs = [pair for pair in itertools.combinations(taken, 2) if frozenset(pair) not in MEANINGLESS]
+        for techniques in (*((name,) for name in TECHNIQUES if name not in taken), *pairs):
+            error = refusal(data, engine, techniques)
+            if error is not None:
+                said = f"{error.what.rstrip('.')}. {error.fix or ''}".strip().replace("|", "/").replace("\n", " ")
+                engines_of.setdefault((" + ".join(techniques), said), []).append(engine)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (asked, said), engines in engines_of.items():
+        together.setdefault((listed(engines), said), []).append(asked)
+    for (names, said), all_asked in together.items():
+        yield "; ".join(all_asked), names, said
+
+
+def listed(engines: list[str]) -> str:
+    """Engines by name, those of all variants by the name that they share."""
+    for name in ("deepspeed", "accelerate"):
+        if engines == [engine for engine in ENGINES if engine.startswith(name)]:
+            return name
+    return ", ".join(engines)
 
 
 def written(text: str, section: str) -> str:

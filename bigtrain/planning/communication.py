@@ -13,7 +13,6 @@ Names: B sequences of a pass, C tokens of each, W width, L blocks, m passes (mic
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Literal
 from bigtrain.engines.config import FSDPConfig, Precision, Recompute
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.planning.parts import Parts, StageParts
+from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, filled
 
 Kind = Literal[
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "reduce", "gather", "scatter",
@@ -33,9 +32,7 @@ ALL = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 ENDS = ("ends of pp",)
 """The group of the first and the last stage, where there are others between them."""
 
-FP32, FP64 = 4, 8
-BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-"""Of a number in the matmuls and the residual stream."""
+FP64 = 8
 
 
 @dataclass(frozen=True, order=True)
@@ -228,8 +225,7 @@ class Activations:
             yield _term("all_reduce", axes, tokens * FP32, m, "highest logit of each token")
             yield _term("all_reduce", axes, 2 * tokens * FP32, m, "sums of exponentials, and the target's logit")
             return
-        shares = math.ceil(self.rows / self.sizes.tp) * self.sizes.tp
-        head = shares * self.model.width * self.head_number
+        head = filled(self.rows, self.sizes.tp) * self.model.width * self.head_number
         yield _term("all_gather", axes, head, m, "rows of the head")
         if self.layout.sequence_parallel:
             yield _term("reduce_scatter", axes, head, m, "their gradients")

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
+from bigtrain.engines.config import Precision
 from bigtrain.models.config import TensorRole
 from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
+
+FP32 = 4
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+"""Of a number in the matmuls and the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Parameter:
     def padded_elements(self, shards: int) -> int:
         """Of the part, filled up so that the shards are of one size."""
         entries = self.shape[self.shard_dim]
-        return self.elements // entries * (-(-entries // shards) * shards)
+        return self.elements // entries * filled(entries, shards)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,11 @@ def chunk(entries: int, ranks: int, rank: int) -> int:
     """How many of `entries` a rank has: each as many as the first, but for the last ranks (`torch.chunk`)."""
     share = -(-entries // ranks)
     return max(0, min(share, entries - rank * share))
+
+
+def filled(entries: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-entries // multiple) * multiple
 
 
 def _is_held(name: str, tied: bool, *, first: bool, last: bool) -> bool:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bigtrain.engines.config import AccelerateConfig, Precision
-from bigtrain.planning.communication import BYTES, FP32, FP64, Collective, Kind, Term
+from bigtrain.planning.communication import FP64, Collective, Kind, Term
+from bigtrain.planning.parts import BYTES, FP32
 from bigtrain.planning.zero import BUCKET, stages_to_2
 
 AXES = ("dp_shard",)

@@ -18,8 +18,6 @@ from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import (
     ALL,
-    BYTES,
-    FP32,
     FP64,
     Activations,
     Collective,
@@ -29,12 +27,12 @@ from bigtrain.planning.communication import (
     axes_of,
     ends_of,
 )
-from bigtrain.planning.parts import Parameter, Parts, StageParts
+from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, StageParts, filled
 
 BUCKET = 50_000_000
 """Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
 PERSISTENT = 100_000
-"""Parameters of fewer elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
+"""Parameters of no more elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
 ALIGNED = 2
 """Flat groups are filled up to a multiple of this times the ranks."""
 
@@ -115,7 +113,7 @@ def stages_to_2(
         return terms
     for matrices, which in ((True, "matrices"), (False, "vectors")):
         flat = sum(sizes[name] for name, shape in shapes.items() if (len(shape) > 1) is matrices)
-        whole = _filled(flat, ALIGNED * ranks) * number
+        whole = filled(flat, ALIGNED * ranks) * number
         terms.append(_term("all_gather", axes, whole, 1 if flat else 0, f"updated parameters: {which}"))
     return terms
 
@@ -124,15 +122,15 @@ def _stage_3(stage: StageParts, ranks: int, engine: DeepSpeedConfig, number: int
     axes = ("dp_shard",)
     settings = engine.passthrough.get("zero_optimization", {})
     limit = settings.get("stage3_param_persistence_threshold", PERSISTENT)
-    whole = sum(_filled(parameter.elements, ranks) for _, group in stage.groups for parameter in group)
+    whole = sum(filled(parameter.elements, ranks) for _, group in stage.groups for parameter in group)
     yield _term("reduce_scatter", axes, whole * FP32, passes, "gradients, each pass")
     for _, group in stage.groups:
         for parameter in group:
             if parameter.elements <= limit:
-                size = _filled(parameter.elements, ranks) * number
+                size = filled(parameter.elements, ranks) * number
                 yield _term("all_gather", axes, size, 1, f"{parameter.name}, kept whole, after its update")
     spread = [
-        sum(_filled(one.elements, ranks) for one in group if one.elements > limit) * number for _, group in stage.groups
+        sum(filled(one.elements, ranks) for one in group if one.elements > limit) * number for _, group in stage.groups
     ]
     root, blocks = spread[0], sum(spread[1:])
     yield _term("all_gather", axes, root, passes if root else 0, "what is in no block")
@@ -175,10 +173,6 @@ def _pipelined(model: DecoderConfig, stage: StageParts, sizes: Mesh) -> Iterator
 def _is_held(term: Term, sizes: Mesh) -> bool:
     """Whether the group has more than one rank: DeepSpeed also reduces over groups of one, which moves nothing."""
     return all(axis not in ALL or getattr(sizes, axis) > 1 for axis in term.collective.axes)
-
-
-def _filled(elements: int, multiple: int) -> int:
-    return -(-elements // multiple) * multiple
 
 
 def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str) -> Term:

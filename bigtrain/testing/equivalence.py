@@ -270,7 +270,12 @@ def _computed_by_deepspeed(
     The optimizer's own state goes on: each compared step begins with `put`.
     """
     used: dict[str, Tensor] = {}
-    watch = engine.optimizer.register_step_pre_hook(lambda *_: used.update(engine.gradients()))
+
+    def keep(*_: Any) -> None:
+        # Copies, since in BF16 DeepSpeed fills with zeros what it has used.
+        used.update({name: _copy(gradient) for name, gradient in engine.gradients().items()})
+
+    watch = engine.optimizer.register_step_pre_hook(keep)
     numbers = engine.train_step(step, batch, lr=0.0).read()
     watch.remove()
     clipped = 1.0 if what.clip is None else min(1.0, what.clip / numbers.gradient_norm)
@@ -283,6 +288,12 @@ def update(engine: FSDPEngine) -> None:
         group["lr"] = LR * group["lr_scale"]
     engine.optimizer.step()
     engine.optimizer.zero_grad()
+
+
+def _copy(value: Tensor) -> Tensor:
+    if isinstance(value, FlatPart):
+        return FlatPart(value.local.clone(), value.begin, value.shape, value.box, value.written)
+    return value.clone()
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from bigtrain.engines.config import Recompute
 from bigtrain.models.config import family
 from bigtrain.models.init import initialise
 from bigtrain.parallel.recompute import recompute_blocks
-from bigtrain.testing.equivalence import How, What, build, micro_batches
+from bigtrain.testing.equivalence import OF_ALL, OF_OWN, How, What, build, micro_batches
 from bigtrain.testing.ranks import RankPool
 
 GPT2 = {"arch": "gpt2", "layers": 3, "width": 32, "heads": 4, "dropout": 0.2}
@@ -80,7 +80,7 @@ WHAT = What({**LLAMA, "layers": 2, "dropout": 0.1}, steps=1)
 def sent(what: What, how: How) -> tuple[dict[str, Tensor], Counter[str], int]:
     """Of a step of this rank: local gradients, collectives by name, matrix products."""
     engine = build(what, how)
-    batch = micro_batches(what, 0, engine.data_parallel_rank, engine.data_parallel_size, how.micro_size)
+    batch = micro_batches(what, how, 0, engine.data_parallel_rank, engine.data_parallel_size)
     with Counts() as counts:
         engine.backward(0, batch)
     local = {name: p.grad.to_local().clone() for name, p in engine.model.named_parameters()}
@@ -117,5 +117,8 @@ def test_selective_recompute_goes_with_compiled_blocks() -> None:
     model = {**GPT2, "layers": 1}
     gradients, _ = run(model, "none")
     compiled, _ = run(model, "selective", compiled=True)
+    overall = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+        # A key's bias has the gradient zero and shows the rounding of what cancels: hence the norm of all.
+        allowed = OF_OWN * gradient.norm() + OF_ALL * overall
+        assert (compiled[name] - gradient).norm() <= allowed, name

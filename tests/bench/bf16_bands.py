@@ -1,0 +1,79 @@
+"""How far BF16 goes apart between layouts: the band, over seeds, that the slow tests hold every layout to.
+
+    python tests/bench/bf16_bands.py [--seeds 4] [--of TEXT] > tests/bench/results/bf16_bands.txt
+
+Each layout of the equivalence suite is compared with one process, both in BF16, from the same weights at each step.
+FP32 is the proof that they compute the same thing; here sums over ranks round at other places, and this is by how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from bigtrain.testing.equivalence import MODELS, Deviations, How, deviations, record
+from bigtrain.testing.ranks import RankPool
+
+EQUIVALENCE = Path(__file__).parent.parent / "equivalence"
+MODEL = "llama-gqa-tied-qk-norm-documents"
+STEPS = 2
+UNIT = 2.0**-8
+"""Of BF16: what one rounding may change, relative."""
+
+
+def suite(name: str) -> ModuleType:
+    """A file of the equivalence suite, for its layouts."""
+    spec = importlib.util.spec_from_file_location(name, EQUIVALENCE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def layouts() -> dict[str, How]:
+    """All of both engines that are not compiled: those round as the same ones that are not."""
+    every = {f"fsdp, {name}": how for name, how in suite("test_fsdp").LAYOUTS.items()}
+    every |= {f"deepspeed, {name}": how for name, how in suite("test_deepspeed").LAYOUTS.items()}
+    return {name: how for name, how in every.items() if not how.engine.get("compile")}
+
+
+def measure(pool: RankPool, how: How, directory: Path, seed: int) -> Deviations:
+    """One layout and one seed; what one process computes is recorded in `directory` once."""
+    what = replace(MODELS[MODEL], model=MODELS[MODEL].model | {"layers": 4}, precision="bf16", steps=STEPS, seed=seed)
+    place = directory / str(seed)
+    if not place.exists():
+        place.mkdir()
+        pool.run(record, what, place, ranks=1)
+    return pool.run(deviations, what, how, place, ranks=how.ranks)[0]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--of", default="", help="only layouts with this text in their name")
+    given = parser.parse_args()
+    chosen = {name: how for name, how in layouts().items() if given.of in name}
+    print(f"{MODEL}, 4 layers, BF16, {given.seeds} seeds, {STEPS} steps each; torch {torch.__version__}, CPU")
+    print(f"largest relative deviation from one process in BF16; one unit of BF16 is {UNIT:.1e}\n")
+    print(f"{'layout':72} {'one gradient':>12} {'loss':>9} {'norm':>9}")
+    with tempfile.TemporaryDirectory() as directory, RankPool(8) as pool:
+        for name, how in chosen.items():
+            found = [measure(pool, how, Path(directory), seed) for seed in range(given.seeds)]
+            gradient = max(max(each.relative_gradients.values()) for each in found)
+            loss = max(max(*each.losses, each.evaluation) for each in found)
+            norm = max(max(each.norms) for each in found)
+            print(f"{name:72} {gradient:12.1e} {loss:9.1e} {norm:9.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
