@@ -84,7 +84,7 @@ class Size:
     width: int = 256
     heads: int = 8
     vocabulary: int = 1024
-    context: int = 128
+    context: int = 96
     batch: int = 8
 
     @property
