@@ -25,6 +25,7 @@ FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, w
 
 LAYOUTS = {
     "dp2": How(2),
+    "dp4": How(4),
     "hsdp2x2": How(4, {"dp_replicate": 2}),
     "tp2": How(2, {"tp": 2}),
     "tp4": How(4, {"tp": 4}),
@@ -109,8 +110,16 @@ TOGETHER = {
         4, {"tp": 2, "dp_replicate": 2, **WHOLE}, {"recompute": "full", "compile": True}
     ),
 }
-"""For pairs of techniques that no layout above has (tests/test_support_matrix.py finds them): with one model."""
+"""For pairs of techniques that no layout above has (tests/test_support_matrix.py finds them)."""
 LAYOUTS |= TOGETHER
+WITH_ALL_MODELS = [
+    "dp2", "dp4", "hsdp2x2", "tp2", "tp4", "tp2 without sequence parallel", "tp2 x dp2", "tp2 x dp2 with recompute",
+    "tp2 x dp2 with selective recompute", "cp2 ulysses", "cp2 all_gather", "cp4 ulysses", "cp4 all_gather",
+    "cp2 ulysses x dp2", "tp2 x cp2 ulysses", "tp2 x cp2 all_gather", "pp2", "pp2 interleaved", "pp2 zero bubble",
+    "pp4", "pp2 x dp2", "tp2 x pp2", "tp2 x pp2 x dp2",
+]  # fmt: skip
+WITH_MOST = "llama-gqa-tied-qk-norm-documents"
+"""The model that has most of what layouts get wrong: for all the others."""
 
 COMPILED = [
     ("llama-untied-dropout", "compiled"),
@@ -121,8 +130,8 @@ COMPILED = [
 ]
 """Half a minute each, nearly all of it in the compiler: one model a layout."""
 ALL = [
-    *((model, layout) for model in MODELS for layout in LAYOUTS if "compiled" not in layout and layout not in TOGETHER),
-    *(("llama-gqa-tied-qk-norm-documents", layout) for layout in TOGETHER),
+    *((model, layout) for model in MODELS for layout in WITH_ALL_MODELS),
+    *((WITH_MOST, layout) for layout in LAYOUTS if layout not in {*WITH_ALL_MODELS, *(of for _, of in COMPILED)}),
     *COMPILED,
 ]
 EACH_TECHNIQUE_ONCE = [

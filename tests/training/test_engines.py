@@ -126,7 +126,7 @@ def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
         (("layout.dp_replicate=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
         (("layout.cp=3",), "cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, or"),
-        (("layout.cp=2", "engine.name=deepspeed"), "the engine 'deepspeed' is data parallel alone"),
+        (("layout.cp=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
         (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 a rank, pp may be 1, 2"),
         (("layout.pp=2", "engine.name=deepspeed"), "DeepSpeed's pipeline takes ZeRO 0 and 1, not 2"),
         (("layout.pp=2", "engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer"), "optimizer on the CPU"),
