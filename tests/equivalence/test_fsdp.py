@@ -152,8 +152,11 @@ EACH_TECHNIQUE_ONCE = [
 
 def of_layout(model: str, layout: str) -> What:
     """What is trained: the model, with as many layers as the layout's stages want."""
-    staged = "pp" in LAYOUTS[layout].layout and "compiled" not in layout
-    return FOUR_LAYERS[model] if staged else MODELS[model]
+    keys = LAYOUTS[layout].layout
+    stages = keys.get("pp", 1) * keys.get("pp_stages_per_rank", 1)
+    # Compiling takes long: one block a stage.
+    many = stages > 2 or (stages > 1 and "compiled" not in layout)
+    return FOUR_LAYERS[model] if many else MODELS[model]
 
 
 @pytest.mark.timeout(2 * COMPILER_LIMIT_S)
