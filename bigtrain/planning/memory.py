@@ -1,6 +1,40 @@
 """The bytes that a rank holds: parameters, gradients, the optimizer's state, and what a block keeps for its backward.
 
 What is gathered or computed for a moment (a block's whole parameters, the logits of a chunk) is not in here.
+
+What a block keeps (`block_activation_bytes`)
+---------------------------------------------
+A token of the rank's own (sequences x context / cp), with width W, H heads and K key heads of width D, hidden width
+F, e bytes a number, t = tp, s = t under sequence parallelism and 1 without. Derived from what autograd saves for
+each operator of `models.decoder.Block`:
+
+- norm before each branch: its input, e W/s, and the root mean square (LayerNorm: mean and deviation). torch's CPU
+  kernel of RMSNorm keeps its input and the normalised input in FP32 instead, 8 W/s. A norm of queries or keys
+  likewise, of H D/t and K D/t numbers with as many roots as heads.
+- what the columns multiply: e W for each branch, the whole sequence at any tp: it is gathered once, and not again.
+- queries, keys and values, rotated: e (H + 2K) D/t. A rotation keeps nothing but its table, one for all blocks.
+- attention: its result, e H D/t, which the output matrix reads too, and log sum exp, 4 H/t. No scores.
+- output and down matrices: nothing of their own; their sums over ranks are read by nothing that multiplies.
+- GELU: its input and result, 2 e F/t; ReLU: its result, e F/t; SwiGLU: gate, its SiLU, up, their product, 4 e F/t.
+- dropout: a mask of one byte, W/s, for each branch.
+
+Under cp all of this falls by cp, but for what attention keeps (`parallel.context`):
+
+- ulysses: keys are repeated to cp heads where tp leaves fewer, max(K/t, cp) in place of K/t; and the output matrix
+  reads what comes back from the other ranks, not attention's result: e H D/t more.
+- all_gather: keys and values of the whole sequence, cp times as many; and the output matrix reads the two chunks
+  joined, e H D/t more. Without documents CUDA's kernel makes the causal mask itself, the CPU's keeps one, of e
+  bytes a pair.
+
+A mask of documents is one for all blocks, of one byte for each pair of query and key; each attention makes of it a
+mask in the dtype of the queries and keeps that: e bytes for each pair of a query that the rank's heads ask and a
+key: C x C a sequence, under all_gather (2 cp + 1) (C / 2 cp)^2. That is quadratic in the context C, and no tp
+lowers it.
+
+selective keeps the block's input, e W/s; the sequence gathered for each branch, e W, under sequence parallelism;
+each product, e (H + 2K) D/t, e F/t once or twice, and the outputs of the two branches, 2 e W/s; attention's result
+and log sum exp; and what cp's ranks sent each other: queries, keys, values and results, or keys and values. full
+keeps the block's input.
 """
 
 from __future__ import annotations
@@ -125,37 +159,7 @@ def block_activation_bytes(
 ) -> int:
     """What one block of one micro-batch keeps from its forward pass to its backward pass, on one rank.
 
-    A token of the rank's own (sequences x context / cp), with width W, H heads and K key heads of width D, hidden width
-    F, e bytes a number, t = tp, s = t under sequence parallelism and 1 without. Derived from what autograd saves for
-    each operator of `models.decoder.Block`:
-
-    - norm before each branch: its input, e W/s, and the root mean square (LayerNorm: mean and deviation). torch's CPU
-      kernel of RMSNorm keeps its input and the normalised input in FP32 instead, 8 W/s. A norm of queries or keys
-      likewise, of H D/t and K D/t numbers with as many roots as heads.
-    - what the columns multiply: e W for each branch, the whole sequence at any tp: it is gathered once, and not again.
-    - queries, keys and values, rotated: e (H + 2K) D/t. A rotation keeps nothing but its table, one for all blocks.
-    - attention: its result, e H D/t, which the output matrix reads too, and log sum exp, 4 H/t. No scores.
-    - output and down matrices: nothing of their own; their sums over ranks are read by nothing that multiplies.
-    - GELU: its input and result, 2 e F/t; ReLU: its result, e F/t; SwiGLU: gate, its SiLU, up, their product, 4 e F/t.
-    - dropout: a mask of one byte, W/s, for each branch.
-
-    Under cp all of this falls by cp, but for what attention keeps (`parallel.context`):
-
-    - ulysses: keys are repeated to cp heads where tp leaves fewer, max(K/t, cp) in place of K/t; and the output matrix
-      reads what comes back from the other ranks, not attention's result: e H D/t more.
-    - all_gather: keys and values of the whole sequence, cp times as many; and the output matrix reads the two chunks
-      joined, e H D/t more. Without documents CUDA's kernel makes the causal mask itself, the CPU's keeps one, of e
-      bytes a pair.
-
-    A mask of documents is one for all blocks, of one byte for each pair of query and key; each attention makes of it a
-    mask in the dtype of the queries and keeps that: e bytes for each pair of a query that the rank's heads ask and a
-    key: C x C a sequence, under all_gather (2 cp + 1) (C / 2 cp)^2. That is quadratic in the context C, and no tp
-    lowers it.
-
-    selective keeps the block's input, e W/s; the sequence gathered for each branch, e W, under sequence parallelism;
-    each product, e (H + 2K) D/t, e F/t once or twice, and the outputs of the two branches, 2 e W/s; attention's result
-    and log sum exp; and what cp's ranks sent each other: queries, keys, values and results, or keys and values. full
-    keeps the block's input.
+    Term by term: see the module's docstring.
 
     Args:
         model: Its `context` is that of the sequences.

@@ -27,6 +27,7 @@ EVERYTHING_SPREAD = {
 HOWS = {
     "dp1": How(1),
     "dp3": How(3),
+    "dp4": How(4),
     "tp4": How(4, {"tp": 4}),
     "tp2 x dp2": How(4, {"tp": 2}),
     "cp2 ulysses x dp2": How(4, {"cp": 2}),
@@ -112,6 +113,7 @@ def resume(how: How, directory: Path) -> Continued:
         pytest.param("pp4 x dp2", ("pp2", "tp4"), marks=pytest.mark.slow),
         pytest.param("tp4", ("tp2 x hsdp2", "dp3"), marks=pytest.mark.slow),
         pytest.param("dp3", ("tp2 x dp2", "tp4"), marks=pytest.mark.slow),
+        pytest.param("dp4", ("dp3",), marks=pytest.mark.slow),
         pytest.param("tp2 x cp2 all_gather", ("dp3", "cp2 ulysses x dp2"), marks=pytest.mark.slow),
     ],
 )
