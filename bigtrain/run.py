@@ -31,7 +31,7 @@ from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, 
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.plugin import Plugin
 from bigtrain.tracking.config import TrackingConfig
-from bigtrain.training.config import EvaluationConfig, InitConfig
+from bigtrain.training.config import BadStepsConfig, EvaluationConfig, InitConfig
 
 FORMAT_VERSION = 1
 MAX_NAMED = 10
@@ -85,7 +85,7 @@ class RunConfig(Section):
     """How the learning rate changes over the run."""
 
     precision: Precision = "bf16"
-    """Arithmetic of matmuls and residual stream: bf16 or fp32."""
+    """Arithmetic of matmuls and residual stream: bf16, fp32, or fp16 with loss scaling."""
 
     init: InitConfig = InitConfig()
     """Where the state before the first step comes from."""
@@ -104,6 +104,9 @@ class RunConfig(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """When the held-out loss is measured."""
+
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    """What is done about steps that are no numbers, or whose loss jumps."""
 
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
@@ -215,7 +218,7 @@ def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batc
         what["model"]["plugin"] = config.model.plugin.sha256
     what["data"] = {**what["data"], **fingerprints}
     what["batch"] = {"sequences": batch_sequences}
-    what["init"] = {"source": config.init.hash, "state": config.init.state}
+    what["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
     if not config.schedule.ends_at_duration:
         del what["duration"]
     return what

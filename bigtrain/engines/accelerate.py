@@ -17,6 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.engines.accelerate_strategies import Plain, prepare, release
 from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf import Config
@@ -39,6 +40,7 @@ class AccelerateEngine:
         self.data_parallel_size = ranks.world_size
         self._clip = clip
         self._seed = seed
+        self._guard = Guard(strategy.inner_optimizer)
 
     @classmethod
     def build(
@@ -104,7 +106,7 @@ class AccelerateEngine:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
-            float64 (loss, weight, gradient norm, votes), equal on all ranks.
+            float64, the fields of `StepNumbers`, equal on all ranks.
         """
         gradients = self.strategy.gradients()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -114,13 +116,15 @@ class AccelerateEngine:
         vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
         self._sum(vector)
         loss, weight, square, votes = vector.unbind()
+        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        self._guard.arm(bad)
         scale = self.data_parallel_size / weight
         norm = square.sqrt() * scale
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.stack([loss, weight, norm, votes])
+        return torch.stack([loss, weight, norm, votes, bad.double()])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:

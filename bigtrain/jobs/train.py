@@ -18,7 +18,7 @@ from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import resolve_source
+from bigtrain.training.source import HfSource, check_fresh, check_hf_source, resolve_source
 
 
 def train(
@@ -58,7 +58,7 @@ def train(
             print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
             return ExitCode.FINISHED
     else:
-        _check_begins_before_end(prepared, directory)
+        _check_source(prepared, directory)
     if directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
@@ -181,12 +181,19 @@ def _processes(config: RunConfig, procs: int | None) -> int:
     return count
 
 
-def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> None:
-    init = prepared.config.init
-    if init.source is None or init.state != "all":
+def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
+    """Refuse a source that the run cannot begin with."""
+    config, init = prepared.config, prepared.config.init
+    if init.source is None:
         return
+    shapes = getattr(config.model, "parameter_shapes", None)
+    shapes = None if shapes is None else shapes(prepared.outputs)
+    if shapes is not None:
+        check_fresh(shapes, init)
     source = resolve_source(init.source, directory.path.parent)
-    if source.step >= prepared.total_steps:
+    if isinstance(source, HfSource):
+        check_hf_source(source, config.model, shapes, init)
+    elif init.state == "all" and source.step >= prepared.total_steps:
         raise UserError(
             f"The run would begin after step {source.step}, and its duration ends at {prepared.total_steps}",
             f"init.source {init.source}",
@@ -260,5 +267,5 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):
             return config.model_copy(update={"init": begun.model_copy(update={"state": init.state})})
     source = resolve_source(init.source, runs_dir)
-    update = {"source": f"{source.run}@{source.step}", "hash": source.hash}
+    update = {"source": source.name, "hash": source.content()}
     return config.model_copy(update={"init": init.model_copy(update=update)})

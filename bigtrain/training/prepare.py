@@ -70,11 +70,12 @@ class Prepared:
 
     def boundaries(self) -> Boundaries:
         """When to evaluate and when to save."""
-        save = self.config.checkpoint.every
+        save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
         return Boundaries(
             total_steps=self.total_steps,
             evaluate_every=self.steps(self.config.evaluation.every) if self.validation else None,
             save_every=None if save.is_time else self.steps(save),
+            keep_every=None if keep is None else self.steps(keep),
         )
 
 
@@ -168,7 +169,13 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
     if validation is not None:
         train.require_same_tokens(validation)
     check_support(
-        config.engine, model.arch, config.layout, document_mask=config.data.document_mask, plain=model.is_plain
+        config.engine,
+        model.arch,
+        config.layout,
+        document_mask=config.data.document_mask,
+        plain=model.is_plain,
+        frozen=bool(config.optimizer.frozen),
+        precision=config.precision,
     )
     try:
         config.layout.check(model, train.vocab_size)
