@@ -29,12 +29,16 @@ class StepNumbers:
     votes: float
     """Sum of what the ranks passed as `vote`."""
 
+    sources: tuple[tuple[float, float], ...] = ()
+    """Loss and weight of each source of a mixture; weights of 0 where the model does not tell sequences apart."""
+
 
 class StepResult:
     """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """Take float64 (loss, weight, gradient norm, votes) and start its copy to the host."""
+        """Take float64 (loss, weight, gradient norm, votes, then loss and weight of each source) and start its copy to
+        the host."""
         self._event = None
         if numbers.is_cuda:
             import torch
@@ -50,7 +54,8 @@ class StepResult:
         """Wait for the step where needed, and return its numbers."""
         if self._event is not None:
             self._event.synchronize()
-        return StepNumbers(*self._host.tolist())
+        loss, weight, norm, votes, *rest = self._host.tolist()
+        return StepNumbers(loss, weight, norm, votes, tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
 class Engine(Protocol):

@@ -16,7 +16,8 @@ from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Batch
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
@@ -119,19 +120,20 @@ class FSDPEngine:
         """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
 
         Returns:
-            float64 (loss, weight), the sums over this rank's micro-batches.
+            The sums over this rank's micro-batches, as `sums.zero_sums` has them.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = zero_sums(micro_batches, self.device)
         if self.pipeline is not None:
             sums += self.pipeline.backward([to_device(arrays, self.device) for arrays in micro_batches])
         else:
             for number, arrays in enumerate(micro_batches, 1):
                 begin_pass(self.model, last=number == len(micro_batches))
-                loss, weight = self.model(self._batch(arrays))
-                loss.backward()
-                sums += torch.stack([loss.detach(), weight]).double()
+                batch = self._batch(arrays)
+                result = LossSum(*self.model(batch))
+                result.loss.backward()
+                add_sums(sums, result, batch)
         if self._shared_by_ends and self._ends is not None:
             sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
@@ -142,7 +144,7 @@ class FSDPEngine:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
-            float64 (loss, weight, gradient norm, votes), equal on all ranks.
+            What `StepResult` takes, equal on all ranks.
         """
         gradients = _gradients(self._parameters)
         counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
@@ -151,17 +153,17 @@ class FSDPEngine:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
         if not self._counts_loss:
             sums = torch.zeros_like(sums)
-        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
+        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         if self._mesh is not None:
             dist.all_reduce(vector)
-        loss, weight, square, votes = vector.unbind()
+        square, votes, loss, weight = vector[:4].unbind()
         norm = square.sqrt() / weight
         scale = 1.0 / weight
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.stack([loss, weight, norm, votes])
+        return torch.cat([torch.stack([loss, weight, norm, votes]), vector[4:]])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
@@ -173,8 +175,8 @@ class FSDPEngine:
                 sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
                 continue
             for arrays in micro_batches:
-                loss, weight = self.model(self._batch(arrays))
-                sums += torch.stack([loss, weight]).double()
+                batch = self._batch(arrays)
+                add_sums(sums, LossSum(*self.model(batch)), batch)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
         if self._mesh is not None:
