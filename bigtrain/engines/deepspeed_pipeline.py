@@ -106,11 +106,11 @@ class PipelinedEngine(DeepSpeedEngine):
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
         """See `contract.Engine.evaluate`."""
-        sums = torch.zeros_like(self._layer.sums)
+        sums = zero_sums((), self.device)
         for micro_batches in batches:
             nothing = self._read(micro_batches)
             self.engine.eval_batch(nothing, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
-            sums += self._layer.sums
+            sums += self._layer.sums[:2]
         dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum

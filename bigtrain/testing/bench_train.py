@@ -218,7 +218,7 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
             save=lambda progress: True,
             finish=lambda: True,
             callbacks=[metrics, losses],
-            batch_sequences=batch,
+            drawn=lambda step: {"train": step * batch},
         ).fit()
     _check_same(losses.losses, interleaved.losses, precision)
     return interleaved.timings

@@ -250,8 +250,8 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             numbers.gradient_norm,
             *(one for pair in numbers.sources for one in pair),
         )
-        by = [_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True)]
-        off.append((*by[:3], max(by[3:], default=0.0)))
+        away = [_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True)]
+        off.append((*away[:3], max(away[3:], default=0.0)))
     engine.close()
     losses, weights, norms, source_losses = (list(column) for column in zip(*off, strict=True))
     return Deviations(same_start, allowed, relative, losses, source_losses, norms, weights, free, evaluation)
