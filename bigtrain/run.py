@@ -202,21 +202,33 @@ def _absolute(config: RunConfig) -> RunConfig:
     def absolute(path: str | None) -> str | None:
         return path if path is None or "://" in path else os.path.abspath(path)
 
+    def absolute_places(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return absolute(value)
+        # The name is written out: by its path alone it could become another one.
+        return tuple(one.model_copy(update={"path": absolute(one.path), "name": one.source}) for one in value)
+
     data = config.data.model_copy(
-        update={"train": absolute(config.data.train), "validation": absolute(config.data.validation)}
+        update={"train": absolute_places(config.data.train), "validation": absolute_places(config.data.validation)}
     )
     streaming = config.streaming.model_copy(update={"cache_dir": absolute(config.streaming.cache_dir)})
     return config.model_copy(update={"data": data, "streaming": streaming})
 
 
-def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:
-    """The part of a config that makes its identity: data and source by content, no duration where that may grow."""
+def what_is_trained(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) -> dict[str, Any]:
+    """The part of a config that makes its identity: data and source by content, no duration where that may grow.
+
+    Args:
+        data: What stands for the places of the data.
+    """
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
     what["model"] = {**what["model"], **config.model.fingerprint()}
     if config.model.plugin is not None:
         what["model"]["plugin"] = config.model.plugin.sha256
-    what["data"] = {**what["data"], **fingerprints}
+    what["data"] = {**what["data"], **data}
+    if what["data"]["consumed"] is None:
+        del what["data"]["consumed"]
     what["batch"] = {"sequences": batch_sequences}
     what["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
     if not config.schedule.ends_at_duration:
@@ -308,13 +320,18 @@ class RunDirectory:
             )
         return record
 
-    def check_identity(self, what: dict[str, Any]) -> None:
+    def check_identity(self, what: dict[str, Any], names: Mapping[str, str] | None = None) -> None:
         """Refuse to continue this run as another one.
+
+        Args:
+            names: What people call the data of a fingerprint.
 
         Raises:
             UserError: With the keys that differ.
         """
         changed = list(differences(self.what(), what))
+        for fingerprint, name in (names or {}).items():
+            changed = [line.replace(fingerprint, name) for line in changed]
         if changed:
             raise UserError(
                 f"The run '{self.name}' trains something else:\n    " + "\n    ".join(changed),

@@ -16,6 +16,7 @@ from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
+from bigtrain.training.branch import consumed
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.source import HfSource, check_fresh, check_hf_source, resolve_source
@@ -47,11 +48,13 @@ def train(
         config = _fork(config, runs_dir, fork)
     directory = RunDirectory(runs_dir / config.name)
     config = _fix_source(config, directory)
-    prepared = prepare(config)
+    prepared = _after_branch(prepare(config), directory)
+    config = prepared.config
     if config.model.plugin is not None:
         _check_plugin(prepared)
     if directory.exists():
-        directory.check_identity(prepared.what)
+        called = {found: name for name, found in prepared.fingerprints.items()} if prepared.is_mixture else {}
+        directory.check_identity(prepared.what, called)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
         if newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest):
@@ -127,10 +130,15 @@ def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: 
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
     where = f"resuming after step {newest}" if newest is not None else begins
+    if prepared.is_mixture:
+        epochs = ", ".join(f"{name} {count:.2f}" for name, count in prepared.epochs(prepared.total_steps).items())
+    else:
+        (count_of_all,) = prepared.epochs(prepared.total_steps).values()
+        epochs = f"{count_of_all:.2f}"
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
-        f"({prepared.batch_sequences * prepared.total_steps / prepared.sequences_per_epoch:.2f} epochs), "
+        f"({epochs} epochs), "
         f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",
     ]
@@ -250,6 +258,19 @@ def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
     return config.model_copy(
         update={"name": new, "init": InitConfig(source=f"{parent.path.absolute()}@{step}", state="all")}
     )
+
+
+def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
+    """Let a branch begin after what the run before has consumed; a run that has begun keeps what it began after."""
+    config = prepared.config
+    if config.init.source is None or config.init.state != "all" or config.data.consumed is not None:
+        return prepared
+    if directory.exists():
+        found = load_config(directory.config, plugin=_plugin_of(config)).data.consumed
+    else:
+        found = consumed(prepared, resolve_source(config.init.source, directory.path.parent))
+    data = config.data.model_copy(update={"consumed": found})
+    return replace(prepared, config=config.model_copy(update={"data": data}))
 
 
 def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:

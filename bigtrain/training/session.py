@@ -144,7 +144,7 @@ class Session:
         self._compare_memory()
         config, prepared = self.config, self.prepared
         log_samples = config.streaming.log_samples and self.ranks.rank == 0
-        with Loader(prepared.train, prepared.order(), log_samples=log_samples, **self._reading()) as loader:
+        with Loader(prepared.sources, prepared.order, log_samples=log_samples, **self._reading()) as loader:
             trainer = Trainer(
                 self.engine,
                 loader,
@@ -158,7 +158,8 @@ class Session:
                 policy=Policy(config.bad_steps),
                 roll_back=self._roll_back,
                 callbacks=self._callbacks(),
-                batch_sequences=prepared.batch_sequences,
+                drawn=lambda step: loader.position(step)["drawn"],
+                sources=prepared.sources.names if prepared.is_mixture else (),
             )
             return trainer.fit()
 
@@ -238,7 +239,7 @@ class Session:
         self.saver.save(
             progress.step,
             self.engine.state(),
-            progress=as_plain(progress),
+            progress={**as_plain(progress), "sources": self.prepared.fingerprints},
             config_hash=storage.hash_text(yaml_file.dump(config.plain())),
             identity=self._identity,
             mesh=vars(config.layout.mesh(self.ranks.world_size)),
@@ -264,16 +265,22 @@ class Session:
             )
 
     def _evaluate(self) -> dict[str, float]:
-        index = self.prepared.validation
-        assert index is not None  # there are no evaluations without validation data
-        batches = self.config.evaluation.batches
-        with EvaluationLoader(index, batches=batches, **self._reading()) as loader:
-            loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+        held_out = self.prepared.held_out
+        assert held_out is not None  # there are no evaluations without validation data
+        losses, weights, text_bytes = 0.0, 0.0, 0.0
+        metrics: dict[str, float] = {}
+        for name, index in zip(held_out.names, held_out.indexes, strict=True):
+            with EvaluationLoader(index, batches=self.config.evaluation.batches, **self._reading()) as loader:
+                loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+            losses, weights = losses + loss, weights + weight
+            text_bytes += weight * (index.bytes_per_token or math.nan)
+            if len(held_out.names) > 1:
+                metrics[f"val_loss/{name}"] = loss / weight
         self._compare_memory()
-        metrics = {"val_loss": loss / weight}
-        if index.text_bytes:
-            # Nats per token times tokens per byte, in bits.
-            metrics["val_bits_per_byte"] = loss / weight * index.tokens / index.text_bytes / math.log(2)
+        metrics["val_loss"] = losses / weights
+        if text_bytes > 0:
+            # Nats over the bytes of the text, in bits.
+            metrics["val_bits_per_byte"] = losses / text_bytes / math.log(2)
         return metrics
 
     def _reading(self) -> dict[str, Any]:
@@ -322,6 +329,7 @@ class Session:
                 mfu_causal=utilisation(flops.causal),
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._tracker.put if self._tracker else None,
+                epochs=prepared.epochs if prepared.is_mixture else None,
             )
         )
         return callbacks
