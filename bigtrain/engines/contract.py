@@ -49,8 +49,8 @@ class StepResult:
     """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """Take float64 (loss, weight, gradient norm, votes, skipped, loss scale or 0, then loss and weight of each source)
-        and start its copy to the host."""
+        """Take float64 (loss, weight, gradient norm, votes, skipped, loss scale or 0, then loss and weight of each
+        source) and start its copy to the host."""
         self._event = None
         if numbers.is_cuda:
             import torch

@@ -19,7 +19,7 @@ from bigtrain.tracking.metrics import last_step
 from bigtrain.training.branch import consumed
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import HfSource, check_fresh, check_hf_source, resolve_source
+from bigtrain.training.source import HfSource, Source, check_fresh, check_hf_source, resolve_source
 
 
 def train(
@@ -268,7 +268,8 @@ def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
     if directory.exists():
         found = load_config(directory.config, plugin=_plugin_of(config)).data.consumed
     else:
-        found = consumed(prepared, resolve_source(config.init.source, directory.path.parent))
+        source = resolve_source(config.init.source, directory.path.parent)
+        found = consumed(prepared, source) if isinstance(source, Source) else None
     data = config.data.model_copy(update={"consumed": found})
     return replace(prepared, config=config.model_copy(update={"data": data}))
 
