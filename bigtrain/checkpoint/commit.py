@@ -218,7 +218,7 @@ def withdraw(path: Path) -> None:
     _write_latest(directory, remaining[-1].step, int(latest["lease"]))
 
 
-def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> list[int]:
+def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]], keep: Collection[int] = ()) -> list[int]:
     """Remove what is older than the `keep_last` newest sound checkpoints, and what was replaced.
 
     A damaged checkpoint does not count, so the last sound one is never removed.
@@ -228,6 +228,7 @@ def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> 
         keep_last: Sound checkpoints to keep.
         known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
             again; those found sound here are added.
+        keep: Steps that are never removed.
 
     Returns:
         The steps removed, newest first.
@@ -236,6 +237,8 @@ def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> 
     removed = []
     for candidate in reversed(list_checkpoints(directory)):
         if kept >= keep_last:
+            if candidate.step in keep:
+                continue
             remove(candidate.path)
             removed.append(candidate.step)
             continue

@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +83,7 @@ class Saver:
         directory: Of the checkpoints; made by the first save. What dead saves left there is removed at once,
             so only the holder of the run's lease may make a Saver.
         config: Retention, and what to do about failed saves.
+        keep: Steps whose checkpoints are never pruned.
         process_group: A gloo group of all ranks that nobody else uses. None makes one where there are
             several.
         may_publish: Whether this attempt still holds the lease.
@@ -96,6 +97,7 @@ class Saver:
         directory: Path,
         config: CheckpointConfig,
         *,
+        keep: Collection[int] = (),
         process_group: dist.ProcessGroup | None = None,
         may_publish: Callable[[], bool] = lambda: True,
         on_event: OnEvent | None = None,
@@ -104,6 +106,7 @@ class Saver:
     ) -> None:
         self.directory = Path(directory)
         self.config = config
+        self._keep = frozenset(keep)
         self.failures = 0
         """Failed saves in a row."""
         self.fenced = False
@@ -307,7 +310,7 @@ class Saver:
         if not self._may_publish():
             return []
         try:
-            return commit.prune(self.directory, self.config.keep_last, self._known_good)
+            return commit.prune(self.directory, self.config.keep_last, self._known_good, self._keep)
         except OSError as error:
             logger.warning("old checkpoints could not be pruned: %s", error)
             return []

@@ -12,6 +12,7 @@ class Boundaries:
     total_steps: int
     evaluate_every: int | None
     save_every: int | None
+    save_at: frozenset[int] = frozenset()
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out loss is measured after `step` steps."""
@@ -21,4 +22,6 @@ class Boundaries:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
-        return step == self.total_steps or (self.save_every is not None and step % self.save_every == 0)
+        if step == self.total_steps or step in self.save_at:
+            return True
+        return self.save_every is not None and step % self.save_every == 0

@@ -68,6 +68,11 @@ class Prepared:
         counts = self.train.sequence_counts(self.context)
         return SampleOrder(self.config.seed, self.train.fingerprint, counts, self.config.data.shuffle_window)
 
+    @property
+    def saved_at(self) -> frozenset[int]:
+        """Steps whose checkpoints are asked for by name, and kept."""
+        return frozenset(self.steps(one) for one in self.config.checkpoint.at)
+
     def boundaries(self) -> Boundaries:
         """When to evaluate and when to save."""
         save = self.config.checkpoint.every
@@ -75,6 +80,7 @@ class Prepared:
             total_steps=self.total_steps,
             evaluate_every=self.steps(self.config.evaluation.every) if self.validation else None,
             save_every=None if save.is_time else self.steps(save),
+            save_at=self.saved_at,
         )
 
 

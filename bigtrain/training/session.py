@@ -122,6 +122,7 @@ class Session:
         self.saver = Saver(
             directory.checkpoints,
             config.checkpoint,
+            keep=prepared.saved_at,
             may_publish=self._may_publish(),
             on_event=self._event,
         )
