@@ -75,7 +75,7 @@ def truth_of(expected: ExpectedConfig) -> FloatArray:
     return np.array([np.log(one.A), np.log(one.B), np.log(one.E), one.alpha, one.beta])
 
 
-def simulate(grid: Grid, expected: ExpectedConfig, target: float, draws: int = DRAWS, seed: int = 0) -> Expected:
+def simulate(grid: Grid, expected: ExpectedConfig, target: float, draws: int, seed: int = 0) -> Expected:
     """Fit simulated sweeps of this grid, each with noise of its own."""
     truth = truth_of(expected)
     clean = law.loss(truth, grid.params, grid.tokens)
@@ -172,7 +172,7 @@ def choose(
     for number, one in enumerate(candidates[:FINALISTS], 1):
         say(f"simulating grid {number} of {min(FINALISTS, len(candidates))} ({len(candidates)} were compared)")
         grid = regular_grid(one.sizes, one.tokens_per_param, one.seeds)
-        known = simulate(grid, expected, target)
+        known = simulate(grid, expected, target, DRAWS)
         finalists.append(Choice(one.sizes, one.tokens_per_param, one.seeds, one.flops, one.linear_width, known))
     return sorted(finalists, key=lambda one: one.expected.width if one.expected else float("inf"))
 

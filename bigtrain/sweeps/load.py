@@ -84,6 +84,18 @@ def load_sweep(
     return Sweep(config, base, plugin)
 
 
-def sweep_schema() -> dict[str, Any]:
-    """JSON Schema of a sweep's YAML, for editors."""
-    return {**load.json_schema(SweepConfig), "title": "bigtrain sweep"}
+def sweep_schema(run: dict[str, Any]) -> dict[str, Any]:
+    """JSON Schema of a sweep's YAML, for editors.
+
+    Args:
+        run: That of a run (`bigtrain.run.config_schema`), whose sections the base run has.
+    """
+    schema = {**load.json_schema(SweepConfig), "title": "bigtrain sweep"}
+    schema["$defs"] = {**run["$defs"], **schema["$defs"]}
+    sections = {key: value for key, value in run["properties"].items() if (key,) not in _SET and key != "model"}
+    # The ladder sets the keys of `model` that a run requires, so that section is not described.
+    schema["properties"]["base"] |= {
+        "properties": {**sections, "model": {"type": "object"}}, "required": ["model", "data"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    return schema

@@ -93,9 +93,10 @@ def make_plan(
     refuse_collinear(grid.table(truth, sweep.where), LAW_PARAMETERS)
     trials = _trials(sweep, sizes, rungs, steps, directory)
     clock = _clock(sweep, rungs, trials, directory, starter, measure, say)
-    say(f"simulating {design.DRAWS} sweeps of this grid")
-    expected = design.simulate(grid, sweep.config.expected, target)
     cost = _cost(sweep, trials, clock, starter.slots)
+    _check_budget(sweep, cost)
+    say(f"simulating {design.DRAWS} sweeps of this grid")
+    expected = design.simulate(grid, sweep.config.expected, target, design.DRAWS)
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "kind": KIND, "name": sweep.config.name, "target_flops": target,
         "sizes": [_size_row(sweep, rungs[size.params], steps[size.params], clock) for size in sizes],
@@ -105,7 +106,6 @@ def make_plan(
         "slots": starter.slots, "largest_run_flops": float(grid.flops.max()),
         "warnings": _warnings(sweep, grid, rungs, steps, starter),
     }  # fmt: skip
-    _check_budget(sweep, cost)
     return _write(directory, document)
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigtrain import storage
 from bigtrain.config import UserError
-from bigtrain.scaling.bootstrap import REPLICATES
-from bigtrain.scaling.fit import FitOptions, Fitted, fit
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN
-from bigtrain.scaling.report import write_outputs
 from bigtrain.sweeps.journal import SweepDirectory, SweepState, results
 from bigtrain.sweeps.ladder import Rung
 from bigtrain.sweeps.trials import PHASES, Trial
 from bigtrain.tracking.config import TrackingConfig
 from bigtrain.tracking.history import read_events
 from bigtrain.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from bigtrain.scaling.fit import Fitted
 
 MIN_RUNS = 6
 """Fewer finished runs than that have no law."""
@@ -58,15 +58,16 @@ def saved_flops(trials: list[Trial]) -> tuple[float, float]:
     return own, sum(trial.flops for trial in trials if trial.kind == "branch")
 
 
-def fit_law(
-    directory: SweepDirectory, target_flops: float | None, tracking: TrackingConfig, replicates: int = REPLICATES
-) -> Fitted | str:
+def fit_law(directory: SweepDirectory, target_flops: float | None, tracking: TrackingConfig) -> Fitted | str:
     """Fit the law of the runs so far into DIR/law, and record it as a W&B run; or why it cannot be fitted."""
     count = sum(1 for _ in storage.read_lines(directory.runs))
     if count < MIN_RUNS:
         return f"{count} finished runs have no law: {MIN_RUNS} are needed"
+    from bigtrain.scaling.fit import FitOptions, fit
+    from bigtrain.scaling.report import write_outputs
+
     try:
-        fitted = fit(str(directory.path), FitOptions(target_flops=target_flops, replicates=replicates))
+        fitted = fit(str(directory.path), FitOptions(target_flops=target_flops))
     except UserError as error:
         return error.what
     write_outputs(fitted, directory.law, tracking=tracking)

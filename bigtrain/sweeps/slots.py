@@ -88,17 +88,20 @@ class LocalSlots:
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
         """See `TrialStarter.start`. Only from the main thread: the kernel ends the trial with the thread's death."""
-        command = [sys.executable, "-m", "bigtrain.cli", "train", str(config), "--runs-dir", str(runs_dir)]
-        command += ["--nproc", str(self._procs)]
-        if self._plugin is not None:
-            command += ["--plugin", self._plugin]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(slot),
+                self.command(config, runs_dir), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self._environment(slot),
                 start_new_session=True, preexec_fn=bound_to_parent(),
             )  # fmt: skip
         return LocalTrial(process)
+
+    def command(self, config: Path, runs_dir: Path) -> list[str]:
+        """The process of a trial."""
+        command = [sys.executable, "-m", "bigtrain.cli", "train", str(config), "--runs-dir", str(runs_dir)]
+        command += ["--nproc", str(self._procs)]
+        return command if self._plugin is None else [*command, "--plugin", self._plugin]
 
     def _environment(self, slot: int) -> Mapping[str, str]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
