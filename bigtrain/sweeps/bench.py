@@ -25,7 +25,6 @@ from bigtrain.sweeps.ladder import Rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.slots import RunningTrial, TrialStarter
 from bigtrain.sweeps.trials import config_text, grid_trials, label, trial_config
-from bigtrain.tracking.history import read_events
 from bigtrain.tracking.metrics import read_metrics
 
 FORMAT_VERSION = 1
@@ -41,7 +40,7 @@ class Speed:
 
     tokens_per_s: float
     start_s: float
-    """Seconds from the start of a trial's process to its first step."""
+    """Seconds of a trial beside its steps: its start, its last save, its end."""
 
 
 def measure(
@@ -135,8 +134,9 @@ def _run(
 
 
 def _speed(run: RunDirectory, began: float) -> Speed | None:
-    rates = [row["tokens_per_s"] for row in read_metrics(run.metrics)[WARM_STEPS:-1]]
-    first = next((event["time"] for event in read_events(run.events) if event["event"] == "started"), None)
-    if not rates or first is None:
+    rows = read_metrics(run.metrics)
+    rates = [row["tokens_per_s"] for row in rows[WARM_STEPS:-1]]
+    if not rates:
         return None
-    return Speed(float(statistics.median(rates)), max(0.0, first - began))
+    rate = float(statistics.median(rates))
+    return Speed(rate, max(0.0, time.time() - began - rows[-1]["tokens"] / rate))

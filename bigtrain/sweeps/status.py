@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bigtrain.run import Lease
-from bigtrain.sweeps.journal import SweepDirectory, TrialRecord, read_state
+from bigtrain.sweeps.journal import SweepDirectory, SweepState, TrialRecord, read_state
 from bigtrain.sweeps.results import saved_flops
 from bigtrain.tracking.metrics import read_metrics
 
@@ -26,7 +26,7 @@ def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
     done = sum(record.trial.own_flops for record in records if record.state == "finished")
     states = [row["state"] for row in rows]
     overall = "running" if alive else "waiting"
-    if not alive and rows and all(record.settled for record in records):
+    if not alive and rows and not any(_goes_on(record, state) for record in records):
         overall = "finished" if all(one == "finished" for one in states) else "failed"
     return {
         "name": directory.name, "state": overall, "trials": rows,
@@ -34,6 +34,14 @@ def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
         "flops": sum(record.trial.own_flops for record in records), "flops_done": done,
         "flops_saved": max(0.0, separate - own), "law": (directory.law / "law.json").exists(),
     }  # fmt: skip
+
+
+def _goes_on(record: TrialRecord, state: SweepState) -> bool:
+    """Whether a driver would still run a trial: not where its trunk has failed."""
+    if record.settled:
+        return False
+    parent = state.trials.get(record.trial.parent or "")
+    return parent is None or parent.state == "finished" or _goes_on(parent, state)
 
 
 def _row(directory: SweepDirectory, record: TrialRecord, alive: bool) -> dict[str, Any]:

@@ -133,8 +133,12 @@ def grid_trials(
         lr: The peak of the learning rate.
         steps: Lengths of the runs.
         planned: Trials that the sweep has already.
+
+    Raises:
+        UserError: Those of this size were planned with another shape, batch or learning rate.
     """
-    known = list(planned)
+    known = [one for one in planned if one.size == rung.target and one.kind != "tuning"]
+    _check_same(sweep, rung, lr, known)
     found: list[Trial] = []
     for seed in seeds:
         group = group_name(rung.target, seed)
@@ -164,6 +168,20 @@ def grid_trials(
                 )
             )  # fmt: skip
     return found
+
+
+def _check_same(sweep: Sweep, rung: Rung, lr: float, known: Sequence[Trial]) -> None:
+    """Refuse to add points to trunks that were trained otherwise."""
+    for one in known:
+        before = (one.params, one.tokens // one.steps, one.lr)
+        now = (rung.params, rung.batch_tokens, lr)
+        if before != now:
+            names = ("parameters", "tokens a batch", "learning rate")
+            changed = [f"{n} {a:g} -> {b:g}" for n, a, b in zip(names, before, now, strict=True) if a != b]
+            raise UserError(
+                f"The size {rung.target} has trials of another kind ({one.name}): {', '.join(changed)}",
+                f"{sweep.where}, sizes", "Undo the change, or give the sweep another name.",
+            )  # fmt: skip
 
 
 def _trial(rung: Rung, name: str, kind: Kind, seed: int, lr: float, group: str, steps: int, **more: Any) -> Trial:

@@ -166,6 +166,9 @@ def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers
     assert (leg.parent, leg.parent_step) == (trunk, min(trials[0].save_at))
     steps = [row["step"] for row in read_lines(drivers.directory.run(trunk).metrics)]
     assert steps == list(range(1, trials[0].steps + 1))
+    drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8, 32], "lr": 0.001}])
+    code, said = drivers.finish(drivers.start())
+    assert (code, "learning rate 0.003 -> 0.001" in said) == (ExitCode.USER, True), said
     # Another rate for the same sweep is another sweep.
     drivers.sweep = write_sweep(tokens_per_param=[8], ladder={"lr": {"value": 0.5}})
     code, said = drivers.finish(drivers.start())
