@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Protocol, get_args
 
 from pydantic import SerializeAsAny, StringConstraints, create_model, field_validator
 
@@ -152,9 +152,13 @@ def load_config(
         document.override(("name",), name)
     own = plugin.families if plugin else {}
     _require_plugin(document, path, own)
-    kind = _complete_model(document, own)
-    config = load.build(kind, document)
-    return _absolute(config)
+    return config_of(document, plugin)
+
+
+def config_of(document: yaml_file.Document, plugin: Plugin | None = None) -> RunConfig:
+    """The config that a parsed document holds; see `load_config`. The document's preset is written out in place."""
+    kind = _complete_model(document, plugin.families if plugin else {})
+    return _absolute(load.build(kind, document))
 
 
 def _require_plugin(document: yaml_file.Document, path: Path, own: Mapping[str, type[ModelConfig]]) -> None:
@@ -431,10 +435,22 @@ class LeaseHolder:
         return abs(time.time() - self.renewed) < LEASE_LIFE_S
 
 
+class Leased(Protocol):
+    """A directory that one process at a time may write to: a run's, or a sweep's."""
+
+    path: Path
+    lease: Path
+
+    @property
+    def name(self) -> str:
+        """What people call it by."""
+        ...
+
+
 class Lease:
     """The right to write to a run directory; its number grows at every take-over and fences the last holder off."""
 
-    def __init__(self, directory: RunDirectory, number: int, predecessor: LeaseHolder | None = None) -> None:
+    def __init__(self, directory: Leased, number: int, predecessor: LeaseHolder | None = None) -> None:
         self.directory = directory
         self.number = number
         self.predecessor = predecessor
@@ -442,7 +458,7 @@ class Lease:
         self._released = threading.Event()
 
     @staticmethod
-    def holder(directory: RunDirectory) -> LeaseHolder | None:
+    def holder(directory: Leased) -> LeaseHolder | None:
         """Who holds, or last held, the lease."""
         try:
             return LeaseHolder.parse(json.loads(directory.lease.read_text()))
@@ -450,11 +466,12 @@ class Lease:
             return None
 
     @classmethod
-    def acquire(cls, directory: RunDirectory, published: int = 0) -> Lease:
+    def acquire(cls, directory: Leased, published: int = 0, noun: str = "run") -> Lease:
         """Take the lease of a run directory.
 
         Args:
             published: The highest number under which a checkpoint was published, should lease.json be lost.
+            noun: What the directory is, for the message.
 
         Raises:
             UserError: A live process holds it.
@@ -463,10 +480,11 @@ class Lease:
         with _exclusive(directory.path):
             last = cls.holder(directory)
             if last is not None and last.alive():
+                command = "bigtrain stop" if noun == "run" else f"bigtrain {noun} stop"
                 raise UserError(
-                    f"The run '{directory.name}' is in use by process {last.pid} on {last.host}",
+                    f"The {noun} '{directory.name}' is in use by process {last.pid} on {last.host}",
                     str(directory.path),
-                    f"Wait for it, stop it with `bigtrain stop {directory.name}`, or choose another --name.",
+                    f"Wait for it, stop it with `{command} {directory.name}`, or choose another --name.",
                 )
             dead = last if last is not None and last.pid else None
             lease = cls(directory, max(last.number if last else 0, published) + 1, dead)

@@ -126,6 +126,7 @@ class Prepared:
             evaluate_every=self.steps(self.config.evaluation.every) if self.held_out else None,
             save_every=None if save.is_time else self.steps(save),
             keep_every=None if keep is None else self.steps(keep),
+            keep_at=frozenset(self.steps(one) for one in self.config.checkpoint.at),
         )
 
 
