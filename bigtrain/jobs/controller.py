@@ -120,6 +120,11 @@ class Controller:
         """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread or handler may call it."""
         self._switch.press()
 
+    def request_save_and_stop(self) -> None:
+        """Ask the run to save and stop, unless it is stopping already. Any thread or handler may call it."""
+        if self._switch.level == 0:
+            self._switch.press()
+
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
         with self._signals():
@@ -193,8 +198,7 @@ class Controller:
 
     def _on_notice(self, host: str) -> None:
         self._say(f"{self._run_name}: host {host} was asked to stop")
-        if self._stop_level() == 0:
-            self.request_stop()
+        self.request_save_and_stop()
 
     def _conclude(self, outcome: Outcome) -> int | None:
         """The exit code of a run that is over, or None where a fault is left to the budget."""

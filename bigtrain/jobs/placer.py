@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import site
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
-from bigtrain.jobs.protocol import AgentConnection
+from bigtrain.jobs.processes import PLACEMENT_VARIABLE
+from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE, AgentConnection
 
 
 class PlacementCancelled(Exception):
@@ -37,3 +41,17 @@ class Placer(Protocol):
     def release(self) -> None:
         """End all agents with everything that they started, also those that no longer answer. Idempotent."""
         ...
+
+
+def agent_environment(address: str, token: str, mark: str) -> dict[str, str]:
+    """This process's environment, with what an agent needs to reach the controller and to run the same code.
+
+    Args:
+        mark: Tells what the agent starts from all other processes.
+    """
+    environment = os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
+    # The agent must run the controller's code, also where that is a checkout and not installed.
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in site.getsitepackages():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    return environment

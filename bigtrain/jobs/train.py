@@ -1,4 +1,4 @@
-"""`bigtrain train`: check everything, take the run's lease, place its ranks on this machine, watch them to the end."""
+"""`bigtrain train`: check everything, take the run's lease, place its ranks, watch them to the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
-from bigtrain.jobs.launch import launch_local
+from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.local import local_procs
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
@@ -29,10 +29,10 @@ def train(
     fork: str | None = None,
     stream: TextIO | None = None,
 ) -> int:
-    """Train a run to its end on this machine, resuming it where it exists.
+    """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
 
     Args:
-        procs: Processes; None: as `job.procs_per_node` says.
+        procs: Processes on each machine; None: as `job.procs_per_node` says.
         fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
         stream: Where progress is shown; stderr where None.
 
@@ -88,9 +88,9 @@ def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: in
     display = LiveDisplay(directory.path, prepared.total_steps, stream)
     display.start()
     try:
-        code = launch_local(
+        code = launch_here(
             directory.path,
-            nproc=count,
+            nproc=count // prepared.config.job.nodes,
             job=prepared.config.job,
             environment={"BIGTRAIN_LEASE": str(lease.number), **_plugin_variable(prepared.config)},
             event=directory.event,
@@ -171,9 +171,9 @@ def _filler_share(prepared: Prepared, count: int) -> float:
 
 def _processes(config: RunConfig, procs: int | None) -> int:
     configured = local_procs(config.job)
-    count = procs if procs is not None else configured
-    if count < 1:
-        raise UserError(f"--nproc is {count}: at least one process is needed")
+    if procs is not None and procs < 1:
+        raise UserError(f"--nproc is {procs}: at least one process is needed")
+    count = config.job.nodes * (procs if procs is not None else configured)
     try:
         config.layout.mesh(count)
     except ValueError as error:
