@@ -203,7 +203,7 @@ class Trainer:
             pending = _Launched(batch, lr, result, self.loader.data_wait_s, self._lap())
             evaluates, saves = self.boundaries.evaluates(done), self.boundaries.saves(done)
             if evaluates or saves or self._votes:
-                self._finish(pending, evaluates=evaluates)
+                self._finish(pending, boundary=True, evaluates=evaluates)
                 pending = None
                 stops = self._votes % VOTE_SAVE > 0
                 if saves or self._votes:
@@ -222,10 +222,13 @@ class Trainer:
         seconds, self._mark = now - self._mark, now
         return seconds
 
-    def _finish(self, launched: _Launched, evaluates: bool = False) -> None:
-        """Read a step's numbers, move the progress on, and let the callbacks see it."""
+    def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> None:
+        """Read a step's numbers, move the progress on, and let the callbacks see it.
+
+        At a boundary no step runs meanwhile: waiting for the device belongs to this one.
+        """
         numbers = launched.result.read()
-        seconds = launched.seconds + (self._lap() if evaluates else 0.0)
+        seconds = launched.seconds + (self._lap() if boundary else 0.0)
         done = launched.batch.step + 1
         if not (math.isfinite(numbers.loss) and math.isfinite(numbers.gradient_norm)):
             raise NonFiniteLoss(

@@ -27,6 +27,7 @@ from bigtrain.plugin import Plugin, plugin_of_launcher
 from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
 from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.loop import (
     VOTE_SAVE,
     VOTE_STOP,
@@ -104,6 +105,7 @@ class Session:
         self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
+        self._ledger = Ledger()
         config = self.config
         self.engine = build_engine(
             config.model,
@@ -197,15 +199,16 @@ class Session:
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
-        self.saver.save(
-            progress.step,
-            self.engine.state(),
-            progress=as_plain(progress),
-            config_hash=storage.hash_text(yaml_file.dump(config.plain())),
-            identity=self._identity,
-            mesh=vars(config.layout.mesh(self.ranks.world_size)),
-            lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
-        )
+        with self._ledger.saving(progress.step):
+            self.saver.save(
+                progress.step,
+                self.engine.state(),
+                progress=as_plain(progress),
+                config_hash=storage.hash_text(yaml_file.dump(config.plain())),
+                identity=self._identity,
+                mesh=vars(config.layout.mesh(self.ranks.world_size)),
+                lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
+            )
         self._refuse_if_fenced()
         self._compare_memory()
         return not self.saver.must_stop
@@ -228,9 +231,12 @@ class Session:
         index = self.prepared.validation
         assert index is not None  # there are no evaluations without validation data
         batches = self.config.evaluation.batches
-        with EvaluationLoader(index, batches=batches, **self._reading()) as loader:
+        with (
+            self._ledger.measure("evaluation_s"),
+            EvaluationLoader(index, batches=batches, **self._reading()) as loader,
+        ):
             loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
-        self._compare_memory()
+            self._compare_memory()
         metrics = {"val_loss": loss / weight}
         if index.text_bytes:
             # Nats per token times tokens per byte, in bits.
@@ -265,7 +271,7 @@ class Session:
         if self.ranks.rank != 0:
             return []
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps, self._how())]
+        callbacks: list[Callback] = [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
@@ -288,10 +294,12 @@ class Session:
         return callbacks
 
     def _how(self) -> dict[str, Any]:
-        """Engine, mesh and nodes, for the record."""
+        """Engine, mesh and nodes, and how long the start of this process took, for the record."""
         sizes = vars(self.config.layout.mesh(self.ranks.world_size))
         mesh = {axis: size for axis, size in sizes.items() if size > 1}
-        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh}
+        age_s = process_age_s()
+        start = {} if age_s is None else {"start_s": round(age_s, 3)}
+        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh, **start}
 
     def _may_publish(self) -> Callable[[], bool]:
         """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
@@ -301,6 +309,8 @@ class Session:
     def _event(self, event: str, /, **fields: Any) -> None:
         if self.ranks.rank != 0:
             return
+        if event == "saved":
+            fields["times"] = self._ledger.of_save(fields["step"])
         try:
             self.directory.event(event, attempt=self.attempt, **fields)
         except OSError as error:
