@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import bench, checkpoint, configs, data, runs, scaling
+from bigtrain.cli import bench, checkpoint, cluster, configs, data, runs, scaling
 
 app = typer.Typer(
     name="bigtrain",
@@ -24,6 +24,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(configs.app, name="config")
 app.add_typer(scaling.app, name="scaling")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _version(value: bool) -> None:

@@ -26,7 +26,7 @@ def say_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def launch(
+def run_controlled(
     run_dir: Path,
     placer: Placer,
     *,
@@ -85,10 +85,10 @@ def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any)
     Args:
         run_dir: The run directory.
         silence_s: How long agent and controller wait for a word from each other.
-        options: See `launch`.
+        options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
-    return launch(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
+    return run_controlled(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
 
 
 def launch_here(run_dir: Path, *, job: JobConfig, say: Callable[[str], None] = say_on_stderr, **options: Any) -> int:
@@ -99,7 +99,7 @@ def launch_here(run_dir: Path, *, job: JobConfig, say: Callable[[str], None] = s
     Args:
         run_dir: The run directory.
         job: Its section; `job.nodes` above one needs a Slurm job.
-        options: See `launch`.
+        options: See `run_controlled`.
     """
     if not slurm.in_allocation():
         return launch_local(run_dir, job=job, say=say, **options)
@@ -107,7 +107,7 @@ def launch_here(run_dir: Path, *, job: JobConfig, say: Callable[[str], None] = s
     log_path = run_dir / "logs" / "agent.log"
     placer = SlurmPlacer(job.nodes, log_path, say=say) if job.nodes > 1 else LocalPlacer(log_path)
     requeue = RequeueOnSignal()
-    code = launch(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
+    code = run_controlled(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
     if requeue.asked and code == STOPPED:
         slurm.requeue_and_say(run_dir.name, say)
     return code

@@ -96,7 +96,7 @@ class LocalPlacer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=agent_environment(address, token, self._mark),
+                env=agent_environment(os.environ, address, token, self._mark),
                 # The terminal's Ctrl-C is for the controller alone.
                 start_new_session=True,
             )

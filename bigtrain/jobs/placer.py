@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import site
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -43,13 +43,9 @@ class Placer(Protocol):
         ...
 
 
-def agent_environment(address: str, token: str, mark: str) -> dict[str, str]:
-    """This process's environment, with what an agent needs to reach the controller and to run the same code.
-
-    Args:
-        mark: Tells what the agent starts from all other processes.
-    """
-    environment = os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
+def agent_environment(inherited: Mapping[str, str], address: str, token: str, mark: str) -> dict[str, str]:
+    """The environment of an agent: where its controller is, what proves it, and the mark of all that it starts."""
+    environment = {**inherited, ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
     # The agent must run the controller's code, also where that is a checkout and not installed.
     root = str(Path(__file__).resolve().parents[2])
     if root not in site.getsitepackages():

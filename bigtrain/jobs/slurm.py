@@ -254,7 +254,7 @@ class SlurmPlacer:
         command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
         # A step of a lost node may not have been cleared away yet.
         command += ["--overlap", sys.executable, "-m", "bigtrain.jobs.slurm"]
-        environment = agent_environment(address, token, uuid.uuid4().hex)
+        environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(self._log_path, "ab") as log:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
+from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.local import local_procs
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
@@ -43,6 +47,82 @@ def train(
         UserError: Anything that is wrong before the first process is started.
     """
     stream = stream or sys.stderr
+    run = check(config, runs_dir, fork=fork)
+    if run.finished:
+        print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
+        return ExitCode.FINISHED
+    count = _processes(run.prepared.config, procs)
+    if procs is not None:
+        # So that `bigtrain train RUN/config.yaml` takes as many.
+        run = run.with_job(procs_per_node=procs)
+    with run.held() as lease:
+        run.say_start(count, stream)
+        code = _launch(run, lease, count, stream)
+    tell_end(run.directory, run.prepared.config, code, stream)
+    return code
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that passed every check which needs no hardware: what `train` and the driver of a cluster's job start."""
+
+    prepared: Prepared
+    directory: RunDirectory
+    newest: int | None
+    """Step of its newest checkpoint, where it has one."""
+    finished: bool
+    """Whether nothing is left to do."""
+
+    def with_job(self, **update: Any) -> CheckedRun:
+        """The same run with other keys in `job`."""
+        config = self.prepared.config
+        job = config.job.model_copy(update=update)
+        return replace(self, prepared=replace(self.prepared, config=config.model_copy(update={"job": job})))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """How the ranks find the user's own code."""
+        plugin = self.prepared.config.model.plugin
+        return {} if plugin is None else {PLUGIN_VARIABLE: plugin.place}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Lease]:
+        """Hold the run's lease, with its record written and what a killed save left swept away.
+
+        Raises:
+            UserError: Someone else holds it.
+        """
+        directory = self.directory
+        lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
+        try:
+            lease.keep()
+            if lease.predecessor is not None:
+                dead = lease.predecessor
+                cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
+                silent_s = round(max(0.0, time.time() - dead.renewed), 3)
+                directory.event(
+                    "fault", step=last_step(directory.metrics), cause=cause, host=dead.host, silent_s=silent_s
+                )
+            commit.clean(directory.checkpoints)
+            directory.write(self.prepared.config, self.prepared.what)
+            yield lease
+        finally:
+            lease.release()
+
+    def say_start(self, count: int, stream: TextIO) -> None:
+        """Print what is about to be trained, on how many processes and from where."""
+        _say_start(self.prepared, self.directory, count, stream)
+
+
+def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None) -> CheckedRun:
+    """Check a run against its data, its directory and its past; nothing is written and no process started.
+
+    Args:
+        fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+
+    Raises:
+        UserError: Anything that is wrong.
+    """
     if fork is not None:
         config = _fork(config, runs_dir, fork)
     directory = RunDirectory(runs_dir / config.name)
@@ -50,52 +130,36 @@ def train(
     prepared = prepare(config)
     if config.model.plugin is not None:
         _check_plugin(prepared)
+    newest, finished = None, False
     if directory.exists():
         directory.check_identity(prepared.what)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
-        if newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest):
-            print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
-            return ExitCode.FINISHED
+        finished = newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest)
     else:
         _check_begins_before_end(prepared, directory)
-    if directory.is_foreign():
+    if not finished and directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
-    count = _processes(config, procs)
-    if procs is not None:
-        # So that `bigtrain train RUN/config.yaml` takes as many.
-        job = config.job.model_copy(update={"procs_per_node": procs})
-        config = config.model_copy(update={"job": job})
-    lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
-    try:
-        lease.keep()
-        if lease.predecessor is not None:
-            dead = lease.predecessor
-            cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
-            directory.event("fault", step=last_step(directory.metrics), cause=cause, host=dead.host)
-        commit.clean(directory.checkpoints)
-        directory.write(config, prepared.what)
-        _say_start(prepared, directory, count, stream)
-        return _launch(prepared, directory, lease, count, stream)
-    finally:
-        lease.release()
+    return CheckedRun(prepared, directory, newest, finished)
 
 
-def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: int, stream: TextIO) -> int:
-    display = LiveDisplay(directory.path, prepared.total_steps, stream)
+def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:
+    directory, job = run.directory, run.prepared.config.job
+    display = LiveDisplay(directory.path, run.prepared.total_steps, stream)
     display.start()
     try:
-        code = launch_here(
-            directory.path,
-            nproc=count // prepared.config.job.nodes,
-            job=prepared.config.job,
-            environment={"BIGTRAIN_LEASE": str(lease.number), **_plugin_variable(prepared.config)},
-            event=directory.event,
-            say=display.say,
-        )
+        with RunRecord(directory, machines=job.nodes) as record:
+            code = launch_here(
+                directory.path,
+                nproc=count // job.nodes,
+                job=job,
+                environment={"BIGTRAIN_LEASE": str(lease.number), **run.environment},
+                event=record.event,
+                say=display.say,
+            )
     finally:
         display.stop()
     if code == ExitCode.FINISHED:
@@ -108,11 +172,6 @@ def _check_plugin(prepared: Prepared) -> None:
     from bigtrain.models.check import check_model
 
     check_model(prepared.config.model, prepared.outputs)
-
-
-def _plugin_variable(config: RunConfig) -> dict[str, str]:
-    """How the ranks find the user's own code."""
-    return {} if config.model.plugin is None else {PLUGIN_VARIABLE: config.model.plugin.place}
 
 
 def _plugin_of(config: RunConfig) -> Plugin | None:

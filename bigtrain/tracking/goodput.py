@@ -74,9 +74,7 @@ class Goodput:
             return "goodput n/a"
         lost = [f"{PARTS[name]} {span(seconds)}" for name, seconds in self.lost_s.items() if seconds >= 0.5]
         line = f"goodput {self.share:.1%} of {span(self.wall_s)}" + (f" ({', '.join(lost)})" if lost else "")
-        return line + (
-            "" if self.energy_j is None else f"; energy {self.energy_j / 3.6e6:.3g} kWh, all of this machine's"
-        )
+        return line if self.energy_j is None else f"{line}; this machine used {self.energy_j / 3.6e6:.3g} kWh"
 
 
 @dataclass
@@ -118,6 +116,8 @@ class _Timeline:
             if self._state == "idle":
                 self._mark = at
             self._leave(at, "restarts", event)
+        elif name == "restarted" and self._state == "running":  # Saved, to go on with other machines.
+            self._leave(at, "restarts")
         elif name in ENDS and self._state != "idle":
             self._leave(at, "idle")
         elif name == "saved" and self._state == "running":

@@ -19,7 +19,7 @@ import pytest
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.launch import launch, launch_here
+from bigtrain.jobs.launch import launch_here, run_controlled
 from bigtrain.jobs.local import local_procs
 from bigtrain.jobs.slurm import SlurmPlacer
 from bigtrain.storage import read_lines
@@ -47,7 +47,7 @@ def run(job: Any, placer: SlurmPlacer, nodes: int, nproc: int = 1) -> int:
     def event(event: str, /, **fields: Any) -> None:
         job.events.append({"event": event, **fields})
 
-    return launch(
+    return run_controlled(
         job.path, placer, nproc=nproc, job=JobConfig(nodes=nodes), event=event, rank_module="tiny_rank",
         environment=job.environment(), say=job.said.append,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def test_more_nodes_than_the_job_has_are_refused(slurm: Any) -> None:
         local_procs(JobConfig(nodes=4))
 
 
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("refused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_signal_before_the_limit_saves_and_requeues(job: Any, slurm: Any, refused: bool) -> None:
     job.write_rank("train(10**6)")
     if refused:
