@@ -45,6 +45,8 @@ class Fault:
     traceback: str | None = None
     tail: str = ""
     """The end of the rank's log, or its stacks where it hung."""
+    silent_s: float | None = None
+    """Seconds before it was seen in which the rank showed no sign of life, where it hung."""
 
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
@@ -84,7 +86,8 @@ def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
         f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no sign of life for "
         f"{message['age_s']:.0f} s (limit {message['limit_s']:g} s{state})"
     )
-    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]))
+    silent_s = round(float(message["age_s"]), 3)
+    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]), silent_s=silent_s)
 
 
 def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None) -> Fault:

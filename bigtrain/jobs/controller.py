@@ -210,6 +210,8 @@ class Controller:
                 rank=fault.rank,
                 host=fault.host,
                 step=fault.step,
+                kind=fault.kind.value,
+                silent_s=fault.silent_s,
             )
             self._say(f"{self._run_name}: {fault.cause}")
             if fault.kind is Kind.USER or self._stop_level() == 0:
