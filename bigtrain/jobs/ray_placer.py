@@ -45,8 +45,10 @@ PATIENCE_S: Final = 4.0
 """The same for later placements: long enough for a node whose agent alone was killed to show that it lives."""
 NEVER_S: Final = 20.0
 """How long a cluster that could not carry the run may take to grow, before the first placement."""
-FIT_S: Final = 90.0
-"""How long a `fit()` may take until its agents have connected; on two busy cores it took 6 to 20 s."""
+FIT_S: Final = 180.0
+"""How long a `fit()` may take until its agents have connected; on two cores, idle and busy, it took 6 to 50 s."""
+SAY_AFTER_S: Final = 1.0
+"""How long something must be missing before it is said: the last placement's nodes are free only after a moment."""
 FIT_TRIES: Final = 3
 END_S: Final = 10.0
 """How long a `fit()` may take to end after its agents; nothing waits for it but the end of the run."""
@@ -251,28 +253,34 @@ class RayPlacer:
         while True:
             if cancelled():
                 raise PlacementCancelled
-            view = self._watch.view()
             waited = time.monotonic() - began
-            if view is not None and not view.stale:
-                self._look_for_life()
-                avoid = self._avoided(view)
-                chosen = choose(view.nodes, self._need, self._nodes, avoid)
-                if chosen is not None and (
-                    len(chosen) == self._need.sizes[0] or waited > (PATIENCE_FIRST_S if first else PATIENCE_S)
-                ):
-                    return chosen
-                self._ask_autoscaler(self._need.sizes[0] if view.kinds is not None else 0)
-                lacking = missing(view.nodes, self._need, view.kinds, avoid)
-                if lacking.never and first and (view.kinds is not None or waited > NEVER_S):
-                    raise PlacementRefused(f"the run can never fit: {lacking.text}")
-                text = "" if chosen is not None else lacking.text
-            else:
-                text = "waiting for the cluster's head to answer" if waited > 2 * LOOK_S + 1 else said
-            if text != said:
+            chosen, text = self._look(first, waited)
+            if chosen is not None:
+                return chosen
+            if text != said and waited > SAY_AFTER_S:
                 said = text
                 self._say(text)
                 self._event("waiting", cause=text)
             time.sleep(LOOK_S)
+
+    def _look(self, first: bool, waited_s: float) -> tuple[list[Node] | None, str]:
+        """The nodes to take now, or what is waited for."""
+        view = self._watch.view()
+        if view is None or view.stale:
+            return None, "waiting for the cluster's head to answer"
+        self._look_for_life()
+        avoid = self._avoided(view)
+        chosen = choose(view.nodes, self._need, self._nodes, avoid)
+        patience_s = PATIENCE_FIRST_S if first else PATIENCE_S
+        if chosen is not None and (len(chosen) == self._need.sizes[0] or waited_s > patience_s):
+            return chosen, ""
+        self._ask_autoscaler(self._need.sizes[0] if view.kinds is not None else 0)
+        lacking = missing(view.nodes, self._need, view.kinds, avoid)
+        if lacking.never and first and (view.kinds is not None or waited_s > NEVER_S):
+            raise PlacementRefused(f"the run can never fit: {lacking.text}")
+        if chosen is not None:
+            return None, f"waiting {patience_s:.0f} s for {self._need.sizes[0]} nodes, before {len(chosen)} are taken"
+        return None, lacking.text
 
     def _ask_autoscaler(self, nodes: int) -> None:
         """Tell the autoscaler how many nodes are wanted; 0 takes the wish back."""
@@ -361,7 +369,7 @@ class _Fit(threading.Thread):
         import ray
         from ray.exceptions import RayError
         from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.data_parallel_trainer import DataParallelTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         order = self._order
         # Ray Train insists on a directory for checkpoints, which it never gets.
