@@ -1,4 +1,4 @@
-"""The controller in the caller's process, with the ranks on this machine or on the nodes of a Slurm job."""
+"""The controller in the caller's process: with ranks on this machine, in a Slurm job, or where a placer says."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def run_controlled(
     Returns:
         0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
     """
+    run_dir = run_dir.absolute()
     controller = Controller(
         run_dir,
         placer,
