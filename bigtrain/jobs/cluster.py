@@ -183,7 +183,8 @@ def _start_nodes(
         ]
         if network is None:
             command += [f"--dashboard-agent-listen-port={free_port()}"]
-            command += [f"--temp-dir={record.temporary}/ray"] if number == 0 else []
+            # Nodes that shared Ray's directory would delete and unpack each other's packages.
+            command += [f"--temp-dir={record.temporary}/{number}"]
         environment = _environment(record, number, gpus)
         log = Path(record.temporary) / f"node_{number}.log"
         name = f"{record.mark}-{number}"
