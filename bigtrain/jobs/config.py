@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from bigtrain.config import NUMBER_OR_TEXT, Duration, Section
 
@@ -55,11 +56,32 @@ class JobConfig(Section):
     nodes: Annotated[int, Field(ge=1)] = 1
     """Machines that the run takes."""
 
+    min_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Machines with which it still goes on when others are lost, at sizes that the layout allows; null: all `nodes`."""
+
     procs_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Processes on each machine; auto: one a GPU, else 1."""
 
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts without a new checkpoint between them before the run counts as failed."""
 
+    labels: Mapping[str, str] = Field(default_factory=dict)
+    """Labels that a cluster's node must carry to be taken, for example {"ray.io/accelerator-type": "H100"}."""
+
+    topology: str | None = None
+    """The label whose value says which nodes are near each other (a rack, an NVLink domain): few values are used, and
+    ranks are given out one value after the other."""
+
     limits: LimitsConfig = LimitsConfig()
     """Longest silence of a rank, by phase."""
+
+    @model_validator(mode="after")
+    def _least_is_at_most_all(self) -> JobConfig:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes, which is {self.nodes}")
+        return self
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes with which the run still goes on."""
+        return self.nodes if self.min_nodes is None else self.min_nodes

@@ -1,4 +1,4 @@
-"""Training on this machine: one agent, its ranks, and the controller in the caller's process."""
+"""A gang and its controller in the caller's process: on this machine, or on those that a placer gives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.local import LocalPlacer
+from bigtrain.jobs.placer import Placer
 from bigtrain.jobs.protocol import SILENCE_S
 
 if TYPE_CHECKING:
@@ -56,16 +57,56 @@ def launch_local(
     Returns:
         0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
     """
+    return run_controlled(
+        run_dir,
+        LocalPlacer(run_dir.absolute() / "logs" / "agent.log", silence_s),
+        nproc=nproc,
+        job=job,
+        event=event,
+        rank_module=rank_module,
+        arguments=arguments,
+        environment=environment,
+        run_name=run_name,
+        say=say,
+        progress=progress,
+        first_attempt=first_attempt,
+        exit_grace_s=exit_grace_s,
+    )
+
+
+def run_controlled(
+    run_dir: Path,
+    placer: Placer,
+    *,
+    nproc: int,
+    job: JobConfig,
+    event: EventWriter,
+    rank_module: str = "bigtrain.training.rank",
+    arguments: list[str] | None = None,
+    environment: dict[str, str] | None = None,
+    run_name: str | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+    progress: Callable[[], int] | None = None,
+    first_attempt: int | None = None,
+    exit_grace_s: float = EXIT_GRACE_S,
+) -> int:
+    """Run a gang on whatever machines `placer` gives, from this process, until the run is over.
+
+    Args:
+        placer: Gives the machines, one agent on each.
+        nproc: Number of ranks on each machine.
+
+    The other arguments, and what is returned, are those of `launch_local`.
+    """
     run_dir = run_dir.absolute()
-    launch = Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s)
     controller = Controller(
         run_dir,
-        LocalPlacer(run_dir / "logs" / "agent.log", silence_s),
+        placer,
         job,
         run_name or run_dir.name,
         event,
         say=say,
-        launch=launch,
+        launch=Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s),
         environment=environment,
         progress=progress,
         first_attempt=first_attempt,

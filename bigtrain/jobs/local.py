@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import site
 import subprocess
 import sys
 import time
@@ -14,17 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed
-from bigtrain.jobs.processes import PLACEMENT_VARIABLE, end_marked, is_stopped
-from bigtrain.jobs.protocol import (
-    ADDRESS_VARIABLE,
-    SILENCE_S,
-    TOKEN_VARIABLE,
-    AgentConnection,
-    Listener,
-    PeerLost,
-    new_token,
-)
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.processes import end_marked, is_stopped
+from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -97,11 +88,7 @@ class LocalPlacer:
 
     def _start(self, address: str, token: str) -> subprocess.Popen[bytes]:
         self._mark = uuid.uuid4().hex
-        environment = os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: self._mark}
-        # The agent must run the controller's code, also where that is a checkout and not installed.
-        root = str(Path(__file__).resolve().parents[2])
-        if root not in site.getsitepackages():
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        environment = agent_environment(os.environ, address, token, self._mark)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log_path, "ab") as log:
             self._process = subprocess.Popen(
