@@ -183,7 +183,8 @@ def _start_nodes(
         ]
         if network is None:
             command += [f"--dashboard-agent-listen-port={free_port()}"]
-            command += [f"--temp-dir={record.temporary}/ray"] if number == 0 else []
+            # Nodes that shared Ray's directory would delete and unpack each other's packages.
+            command += [f"--temp-dir={record.temporary}/{number}"]
         environment = _environment(record, number, gpus)
         log = Path(record.temporary) / f"node_{number}.log"
         name = f"{record.mark}-{number}"
@@ -229,6 +230,9 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
         CLUSTER_VARIABLE: record.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_file,
+        # On a busy machine Ray's own patience ends before its processes have started.
+        "RAY_agent_register_timeout_ms": str(int(START_S * 1000)),
+        "RAY_raylet_start_wait_time_s": str(int(START_S)),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath))),
     }
     if gpus:

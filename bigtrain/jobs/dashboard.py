@@ -343,6 +343,7 @@ class Dashboard:
         finally:
             _hang_up(response)
             reader.join()
+            response.close()
 
     def _json(self, method: str, path: str, timeout_s: float = TIMEOUT_S) -> Any:
         data = self._request(method, path, timeout_s=timeout_s)
@@ -403,10 +404,9 @@ def _drain(response: http.client.HTTPResponse, chunks: queue.SimpleQueue[bytes |
 
 
 def _hang_up(response: http.client.HTTPResponse) -> None:
-    """Close a response whose reader may be waiting in another thread."""
+    """End the connection of a response, for whose next bytes another thread may be waiting."""
     raw = getattr(getattr(response, "fp", None), "raw", None)
     connection = getattr(raw, "_sock", None)
     if connection is not None:
         with contextlib.suppress(OSError):  # It has ended by itself.
             connection.shutdown(socket.SHUT_RDWR)
-    response.close()

@@ -31,6 +31,7 @@ def train(
     *,
     procs: int | None = None,
     fork: str | None = None,
+    step: int | None = None,
     stream: TextIO | None = None,
 ) -> int:
     """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
@@ -38,6 +39,7 @@ def train(
     Args:
         procs: Processes on each machine; None: as `job.procs_per_node` says.
         fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+        step: Go back to the checkpoint of this step.
         stream: Where progress is shown; stderr where None.
 
     Returns:
@@ -47,7 +49,7 @@ def train(
         UserError: Anything that is wrong before the first process is started.
     """
     stream = stream or sys.stderr
-    run = check(config, runs_dir, fork=fork)
+    run = check(config, runs_dir, fork=fork, step=step)
     if run.finished:
         print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
         return ExitCode.FINISHED
@@ -72,6 +74,8 @@ class CheckedRun:
     """Step of its newest checkpoint, where it has one."""
     finished: bool
     """Whether nothing is left to do."""
+    back_to: int | None = None
+    """The step whose checkpoint it goes back to; what came after it is set aside."""
 
     def with_job(self, **update: Any) -> CheckedRun:
         """The same run with other keys in `job`."""
@@ -104,6 +108,8 @@ class CheckedRun:
                     "fault", step=last_step(directory.metrics), cause=cause, host=dead.host, silent_s=silent_s
                 )
             commit.clean(directory.checkpoints)
+            if self.back_to is not None:
+                _set_aside(directory, self.back_to)
             directory.write(self.prepared.config, self.prepared.what)
             yield lease
         finally:
@@ -111,14 +117,15 @@ class CheckedRun:
 
     def say_start(self, count: int, stream: TextIO) -> None:
         """Print what is about to be trained, on how many processes and from where."""
-        _say_start(self.prepared, self.directory, count, stream)
+        _say_start(self, count, stream)
 
 
-def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None) -> CheckedRun:
+def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: int | None = None) -> CheckedRun:
     """Check a run against its data, its directory and its past; nothing is written and no process started.
 
     Args:
         fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+        step: Go back to the checkpoint of this step.
 
     Raises:
         UserError: Anything that is wrong.
@@ -138,12 +145,15 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None) -> Chec
         finished = newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest)
     else:
         _check_begins_before_end(prepared, directory)
+    if step is not None:
+        _check_step(directory, step)
+        newest, finished = step, finished and step == newest
     if not finished and directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
-    return CheckedRun(prepared, directory, newest, finished)
+    return CheckedRun(prepared, directory, newest, finished, step)
 
 
 def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:
@@ -178,9 +188,10 @@ def _plugin_of(config: RunConfig) -> Plugin | None:
     return None if config.model.plugin is None else load_plugin(config.model.plugin.place)
 
 
-def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: TextIO) -> None:
+def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
+    prepared = run.prepared
     config = prepared.config
-    newest = _newest_step(directory)
+    newest = run.newest
     unit = "tokens" if prepared.train.kind == "tokens" else "images"
     per_step = prepared.batch_sequences * prepared.context
     init = config.init
@@ -282,6 +293,29 @@ def _newest_step(directory: RunDirectory) -> int | None:
         if not commit.verify(checkpoint.path, hashes=False):
             return checkpoint.step
     return None
+
+
+def _check_step(directory: RunDirectory, step: int) -> None:
+    """Refuse to go back to a step that has no sound checkpoint."""
+    steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
+    if step not in steps:
+        known = f"It has those of {', '.join(map(str, steps))}." if steps else "It has none yet."
+        raise UserError(f"The run '{directory.name}' has no checkpoint of step {step}", str(directory.path), known)
+    if not _is_sound(directory, step):
+        raise UserError(f"The checkpoint of step {step} is damaged", str(directory.path), "See `checkpoint verify`.")
+
+
+def _set_aside(directory: RunDirectory, step: int) -> None:
+    """Move checkpoints of later steps out of the way, into a directory of their own: a person may want them back."""
+    later = [found for found in commit.list_checkpoints(directory.checkpoints) if found.step > step]
+    if not later:
+        return
+    aside = directory.path / f"checkpoints_after_{step}" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True)
+    # From the newest on: a kill in between leaves a run that goes back less far.
+    for checkpoint in reversed(later):
+        checkpoint.path.rename(aside / checkpoint.path.name)
+    directory.event("resumed", step=step, cause=f"asked to go back; later checkpoints are in {aside}")
 
 
 def _is_sound(directory: RunDirectory, step: int) -> bool:
