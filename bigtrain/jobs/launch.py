@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,14 @@ def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any)
     return run_controlled(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
 
 
-def launch_here(run_dir: Path, *, job: JobConfig, say: Callable[[str], None] = say_on_stderr, **options: Any) -> int:
+def launch_here(
+    run_dir: Path,
+    *,
+    job: JobConfig,
+    sizes: Sequence[int] | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+    **options: Any,
+) -> int:
     """Run a job's ranks where this command was started: on this machine, or on the nodes of its Slurm job.
 
     In a Slurm job the signal before its time limit makes the run save itself and the job go back into the queue.
@@ -100,13 +107,16 @@ def launch_here(run_dir: Path, *, job: JobConfig, say: Callable[[str], None] = s
     Args:
         run_dir: The run directory.
         job: Its section; `job.nodes` above one needs a Slurm job.
+        sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
         options: See `run_controlled`.
     """
     if not slurm.in_allocation():
         return launch_local(run_dir, job=job, say=say, **options)
     run_dir = run_dir.absolute()
     log_path = run_dir / "logs" / "agent.log"
-    placer = SlurmPlacer(job.nodes, log_path, say=say) if job.nodes > 1 else LocalPlacer(log_path)
+    placer: Placer = LocalPlacer(log_path)
+    if job.nodes > 1:
+        placer = SlurmPlacer(sizes or range(job.least_nodes, job.nodes + 1), log_path, say=say)
     requeue = RequeueOnSignal()
     code = run_controlled(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
     if requeue.asked and code == STOPPED:

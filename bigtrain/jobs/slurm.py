@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -138,7 +138,7 @@ class SlurmPlacer:
     with --no-kill, else Slurm ends the whole job (and, with --requeue, starts it again).
 
     Args:
-        nodes: How many nodes the run takes.
+        sizes: How many nodes the run may take: as many as there are at first, fewer after some were lost.
         log_path: Where srun and the agents write.
         say: Prints one line for a person.
         silence_s: How long agent and controller wait for a word from each other.
@@ -147,7 +147,7 @@ class SlurmPlacer:
 
     def __init__(
         self,
-        nodes: int,
+        sizes: Sequence[int],
         log_path: Path,
         *,
         say: Callable[[str], None],
@@ -155,7 +155,7 @@ class SlurmPlacer:
         start_s: float = STEP_START_S,
         straggler_s: float = STRAGGLER_S,
     ) -> None:
-        self._nodes = nodes
+        self._sizes = sorted(sizes, reverse=True)
         self._log_path = log_path
         self._say = say
         self._silence_s = silence_s
@@ -185,13 +185,7 @@ class SlurmPlacer:
             if down:
                 self._leave_out(sorted(down), "Slurm does not count on {}")
         while True:
-            names = [name for name in allocated if name not in self._lost][: self._nodes]
-            if len(names) < self._nodes:
-                lost = ", ".join(sorted(self._lost))
-                raise PlacementFailed(
-                    f"the run takes {self._nodes} nodes, and job {os.environ['SLURM_JOB_ID']} has "
-                    f"{len(names)}" + (f" left: {lost} lost" if lost else "")
-                )
+            names = self._choose([name for name in allocated if name not in self._lost])
             connections = self._step(names, cancelled)
             missing = [name for name in names if name not in connections]
             if not missing:
@@ -201,6 +195,17 @@ class SlurmPlacer:
             self._leave_out(missing, "no agent came from {}")
             self._connections = list(connections.values())
             self.release()
+
+    def _choose(self, names: list[str]) -> list[str]:
+        """The first of these nodes, as many as the run can be laid out on."""
+        for size in self._sizes:
+            if size <= len(names):
+                if self._placed and size < self._sizes[0]:
+                    self._say(f"going on with {size} of {self._sizes[0]} nodes")
+                return names[:size]
+        lost = f" left: {', '.join(sorted(self._lost))} lost" if self._lost else ""
+        job = os.environ["SLURM_JOB_ID"]
+        raise PlacementFailed(f"the run takes {self._sizes[-1]} nodes at least, and job {job} has {len(names)}{lost}")
 
     def _leave_out(self, names: list[str], why: str) -> None:
         self._say(f"{why.format(', '.join(names))}: leaving {'it' if len(names) == 1 else 'them'} out")

@@ -158,13 +158,15 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
 
 def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:
     directory, job = run.directory, run.prepared.config.job
+    procs = count // job.nodes
     display = LiveDisplay(directory.path, run.prepared.total_steps, stream)
     display.start()
     try:
         with RunRecord(directory, machines=job.nodes) as record:
             code = launch_here(
                 directory.path,
-                nproc=count // job.nodes,
+                nproc=procs,
+                sizes=node_sizes(run.prepared.config, procs),
                 job=job,
                 environment={"BIGTRAIN_LEASE": str(lease.number), **run.environment},
                 event=record.event,
@@ -249,6 +251,20 @@ def _processes(config: RunConfig, procs: int | None) -> int:
     except ValueError as error:
         raise UserError(str(error), fix="Change --nproc or the layout.") from None
     return count
+
+
+def node_sizes(config: RunConfig, procs: int) -> list[int]:
+    """Numbers of nodes on which the layout is possible, from the least that the job goes on with.
+
+    Args:
+        procs: Ranks on each node.
+    """
+    found = []
+    for nodes in range(config.job.least_nodes, config.job.nodes + 1):
+        with contextlib.suppress(ValueError):
+            config.layout.mesh(nodes * procs)
+            found.append(nodes)
+    return found
 
 
 def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> None:

@@ -53,8 +53,8 @@ def run(job: Any, placer: SlurmPlacer, nodes: int, nproc: int = 1) -> int:
     )  # fmt: skip
 
 
-def placer_of(job: Any, nodes: int, **options: Any) -> SlurmPlacer:
-    return SlurmPlacer(nodes, job.path / "logs" / "agent.log", say=job.said.append, **options)
+def placer_of(job: Any, *sizes: int, **options: Any) -> SlurmPlacer:
+    return SlurmPlacer(sizes, job.path / "logs" / "agent.log", say=job.said.append, **options)
 
 
 def test_ranks_follow_the_nodes_of_the_allocation_and_the_token_stays_out_of_sight(job: Any, slurm: Any) -> None:
@@ -110,7 +110,23 @@ def lose(step):
 train(10**6, at=lose)
 """)
     assert run(job, placer_of(job, 3), nodes=3) == 1
-    assert any("takes 3 nodes, and job 4711 has 2 left: 127.0.0.4 lost" in line for line in job.said)
+    assert any("takes 3 nodes at least, and job 4711 has 2 left: 127.0.0.4 lost" in line for line in job.said)
+
+
+@pytest.mark.slow
+def test_a_run_that_may_shrink_goes_on_with_the_nodes_that_are_left(job: Any, slurm: Any) -> None:
+    job.write_rank(f"""
+def lose(step):
+    if attempt == 0 and rank == 1 and step == 5:
+        Path({str(slurm.state)!r}, "down").write_text(os.environ["SLURMD_NODENAME"])
+        os.kill(os.getppid(), signal.SIGKILL)
+print("at", os.environ["SLURMD_NODENAME"], "of", os.environ["WORLD_SIZE"])
+train(20 if attempt else 10**6, at=lose)
+""")
+    assert run(job, placer_of(job, 1, 2, 3), nodes=3) == 0
+    assert "at 127.0.0.2 of 2" in job.log(1, 0)
+    assert "at 127.0.0.4 of 2" in job.log(1, 1)
+    assert any("going on with 2 of 3 nodes" in line for line in job.said)
 
 
 @pytest.mark.slow
