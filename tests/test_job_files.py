@@ -268,12 +268,10 @@ def test_a_run_under_torchrun_is_the_run_of_train(
     assert clean.returncode == 0, clean.stderr
     environment = os.environ | {"PROCS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(ROOT / "launch" / "torchrun.sh"), str(config)]
-    for _ in range(2):
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert "is finished: 12 steps" in done.stderr
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
     run, expected = tmp_path / "runs" / "tiny", tmp_path / "runs" / "clean"
     assert [event["event"] for event in read_lines(run / "events.jsonl") if event["event"] != "saved"] == [
         "started", "finished",
@@ -282,5 +280,4 @@ def test_a_run_under_torchrun_is_the_run_of_train(
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert list(read_lines(run / "samples.jsonl")) == list(read_lines(expected / "samples.jsonl"))
-    again = bigtrain("train", config, "duration=16 steps", "schedule={name: constant}", "--nproc", 2)
-    assert again.returncode == 0, again.stderr
+    assert "is finished: 12 steps" in bigtrain("train", config).stderr
