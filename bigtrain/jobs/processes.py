@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
 import signal
 import socket
+import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
 PLACEMENT_VARIABLE: Final = "BIGTRAIN_PLACEMENT"
 """Marks an agent and all that it starts, so that what escaped its process group is found by its environment."""
+PARENT_VARIABLE: Final = "BIGTRAIN_AGENT_PARENT"
+"""Process id of an agent's parent, where the agent is to end with it."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_SIOCGIFADDR: Final = 0x8915
 
 
 def bound_to_parent() -> Callable[[], None]:
@@ -36,7 +41,17 @@ def bound_to_parent() -> Callable[[], None]:
     return bind
 
 
-def end_marked(placement: str, spare: Collection[int] = ()) -> int:
+def follow_parent(parent: int) -> bool:
+    """Have the kernel send SIGTERM to this process when the thread that started it ends, however it ends.
+
+    Returns:
+        Whether `parent` still is its parent: one that died before the call sends nothing.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return os.getppid() == parent
+
+
+def end_marked(placement: str, spare: Collection[int] = (), variable: str = PLACEMENT_VARIABLE) -> int:
     """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
 
     Process groups miss a child that took a session of its own; its inherited environment tells where it came from.
@@ -44,7 +59,7 @@ def end_marked(placement: str, spare: Collection[int] = ()) -> int:
     Returns:
         How many were killed.
     """
-    mark = f"{PLACEMENT_VARIABLE}={placement}".encode()
+    mark = f"{variable}={placement}".encode()
     killed = 0
     # Again until none is left: one may have forked while the list was read.
     for _ in range(5):
@@ -86,6 +101,17 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has this IPv4 address, None where none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # One without an address.
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def free_port(first: int = 20000, last: int = 32000) -> int:

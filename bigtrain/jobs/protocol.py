@@ -122,6 +122,11 @@ class Channel:
         """The address from which the peer connected."""
         return str(self._connection.getpeername()[0])
 
+    @property
+    def own_address(self) -> str:
+        """The address of this machine that the connection uses."""
+        return str(self._connection.getsockname()[0])
+
     def secure(self, key: bytes, silence_s: float) -> None:
         """End the greeting: from here on frames carry codes under `key`."""
         self._key, self.silence_s = key, silence_s

@@ -232,7 +232,7 @@ class Trainer:
             pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
             evaluates, saves = self.boundaries.evaluates(done), self.boundaries.saves(done)
             if evaluates or saves or self._votes:
-                asked = self._finish(pending, evaluates=evaluates)
+                asked = self._finish(pending, boundary=True, evaluates=evaluates)
                 pending = None
                 if asked is not None:
                     return asked
@@ -265,14 +265,16 @@ class Trainer:
         seconds, self._mark = now - self._mark, now
         return seconds
 
-    def _finish(self, launched: _Launched, evaluates: bool = False) -> RollBack | None:
+    def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> RollBack | None:
         """Read a step's numbers, move the progress on, and let the callbacks see it.
+
+        At a boundary no step runs meanwhile: waiting for the device belongs to this one.
 
         Returns:
             What the policy for bad steps asks for, if anything; nothing else has happened then.
         """
         numbers = launched.result.read()
-        seconds = launched.seconds + (self._lap() if evaluates else 0.0)
+        seconds = launched.seconds + (self._lap() if boundary else 0.0)
         done, record = launched.number, self.progress.bad_steps
         self._votes += numbers.votes
         asked = self.policy.judge(record, done, numbers)
