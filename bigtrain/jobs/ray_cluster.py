@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -44,6 +45,8 @@ class ClusterWatch:
 
     def __init__(self) -> None:
         self._view: View | None = None
+        self._unproven: dict[str, Any] = {}
+        """Nodes that must show that they live, each with the task that was sent there."""
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
@@ -64,6 +67,30 @@ class ClusterWatch:
         """The latest view; None before the first."""
         return self._view
 
+    def distrust(self, node: str) -> None:
+        """Send a task to a node; until that has come back, the node counts as unproven."""
+        self._unproven.setdefault(node, None)
+
+    def unproven(self) -> list[str]:
+        """Nodes that have not shown yet that they live."""
+        return list(self._unproven)
+
+    def _prove(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        for node, task in list(self._unproven.items()):
+            if task is None:
+                here = {ray._raylet.RAY_NODE_ID_KEY: node}
+                self._unproven[node] = (
+                    ray.remote(_answer).options(num_cpus=0, max_retries=0, label_selector=here).remote()
+                )
+            elif ray.wait([task], timeout=0)[0]:
+                # A task that failed says that the node is gone: the machine comes back under another name.
+                with contextlib.suppress(RayError):
+                    ray.get(task)
+                    del self._unproven[node]
+
     def _run(self, ended: threading.Event) -> None:
         import ray
         from ray.exceptions import RayError
@@ -72,11 +99,16 @@ class ClusterWatch:
             before = time.monotonic()
             try:
                 self._view = look()
+                self._prove()
             except (RayError, RuntimeError, OSError) as error:
                 # The view grows stale, which is said where someone waits for it.
                 logger.debug("the cluster's head does not answer: %s", error)
             # On a large cluster a look takes time: spend a twentieth of a core on it at most.
             ended.wait(max(LOOK_EVERY_S, 20 * (time.monotonic() - before)))
+
+
+def _answer() -> bool:
+    return True
 
 
 def look() -> View:

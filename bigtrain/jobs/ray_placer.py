@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from bigtrain.jobs.nodes import Need, Node, choose, missing
 from bigtrain.jobs.placer import (
@@ -138,7 +138,6 @@ class RayPlacer:
         self._connections: list[AgentConnection] = []
         self._fit: _Fit | None = None
         self._broken = False
-        self._distrusted: dict[str, Any] = {}
         self._excluded: set[str] = set()
         self._leaving: set[str] = set()
         self._asked_autoscaler = False
@@ -180,10 +179,7 @@ class RayPlacer:
     def distrust(self, agent: str) -> None:
         """Take the node no more until a task that is sent to it has come back."""
         self._broken = True
-        if agent in self._distrusted:
-            return
-        with contextlib.suppress(RuntimeError):  # Not connected any more: the placement will say so.
-            self._distrusted[agent] = _sign_of_life(agent)
+        self._watch.distrust(agent)
 
     def exclude(self, agent: str) -> bool:
         """Leave a node out, unless no placement would be possible without it."""
@@ -218,7 +214,6 @@ class RayPlacer:
         view = self._watch.view()
         if view is None or view.stale or len(self._nodes) >= self._need.sizes[0]:
             return 0
-        self._look_for_life()
         avoid = self._avoided(view)
         # Its own nodes are not free, because it has them.
         nodes = [
@@ -231,19 +226,8 @@ class RayPlacer:
     def _avoided(self, view: View) -> dict[str, str]:
         """Nodes that are not to be taken now, each with the reason."""
         reasons = dict.fromkeys((*view.draining, *self._leaving), "is being taken away")
-        reasons |= dict.fromkeys(self._distrusted, "does not answer")
+        reasons |= dict.fromkeys(self._watch.unproven(), "does not answer")
         return reasons | dict.fromkeys(self._excluded, "was left out after two failures")
-
-    def _look_for_life(self) -> None:
-        """Trust nodes again whose sign of life has come."""
-        import ray
-        from ray.exceptions import RayError
-
-        for name, reference in list(self._distrusted.items()):
-            with contextlib.suppress(RayError):  # The node is gone; should it come back, it has another name.
-                if ray.wait([reference], timeout=0)[0]:
-                    ray.get(reference)
-                    del self._distrusted[name]
 
     def _wait_for_nodes(self, cancelled: Callable[[], bool]) -> list[Node]:
         """Wait until a placement is possible; a smaller one than could be only after some patience."""
@@ -268,7 +252,6 @@ class RayPlacer:
         view = self._watch.view()
         if view is None or view.stale:
             return None, "waiting for the cluster's head to answer"
-        self._look_for_life()
         avoid = self._avoided(view)
         chosen = choose(view.nodes, self._need, self._nodes, avoid)
         patience_s = PATIENCE_FIRST_S if first else PATIENCE_S
@@ -482,21 +465,6 @@ def _ray_set_threads(environment: dict[str, str]) -> bool:
     except OSError:
         return False
     return "OMP_NUM_THREADS" in environment and not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in of_node)
-
-
-def _sign_of_life(node: str) -> Any:
-    """A task on one node, which comes back when the node does its work."""
-    import ray
-
-    return (
-        ray.remote(_answer)
-        .options(num_cpus=0, max_retries=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: node})
-        .remote()
-    )
-
-
-def _answer() -> bool:
-    return True
 
 
 def cluster_procs(job: JobConfig) -> int:

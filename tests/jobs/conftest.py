@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any
 import pytest
 
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.launch import launch_local
+from bigtrain.jobs.launch import launch_local, run_controlled
+from bigtrain.jobs.nodes import Need, Node, choose
+from bigtrain.jobs.placer import Notice, PlacementCancelled, Placer, agent_environment
+from bigtrain.jobs.protocol import AgentConnection, Listener, PeerLost, new_token
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,22 +68,24 @@ class Job:
         """What the ranks need to find their module."""
         return {"PYTHONPATH": os.pathsep.join((str(self.path), str(ROOT)))}
 
-    def launch(self, nproc: int = 2, job: JobConfig | None = None, **options: Any) -> int:
-        """Run it in this process, by the real launcher."""
+    def record(self, event: str, /, **fields: Any) -> None:
+        """What a controller calls for each event."""
+        self.events.append({"event": event, "monotonic": time.monotonic(), **fields})
 
-        def event(event: str, /, **fields: Any) -> None:
-            self.events.append({"event": event, "monotonic": time.monotonic(), **fields})
-
-        return launch_local(
-            self.path,
-            nproc=nproc,
-            job=job or JobConfig(),
-            event=event,
-            rank_module="tiny_rank",
-            environment=self.environment(),
-            say=self.said.append,
+    def launch(self, nproc: int = 2, job: JobConfig | None = None, placer: Placer | None = None, **options: Any) -> int:
+        """Run it in this process, by the real launcher, on this machine or where `placer` says."""
+        options = {
+            "nproc": nproc,
+            "job": job or JobConfig(),
+            "event": self.record,
+            "rank_module": "tiny_rank",
+            "environment": self.environment(),
+            "say": self.said.append,
             **options,
-        )
+        }
+        if placer is not None:
+            return run_controlled(self.path, placer, **options)
+        return launch_local(self.path, **options)
 
     def start(self, nproc: int = 2) -> subprocess.Popen[bytes]:
         """Run it by a controller in a process of its own."""
@@ -195,3 +201,107 @@ def pace() -> Iterator[Pace]:
     pace.start()
     yield pace
     pace.end()
+
+
+class Machines:
+    """A placer whose nodes are agents of this machine: real processes and connections, only the machines are not.
+
+    Nodes can be lost, announced to go, and come back, in tenths of a second. Ray's nodes are in test_ray.py.
+    """
+
+    def __init__(self, names: str, sizes: tuple[int, ...], logs: Path, silence_s: float = 10.0) -> None:
+        self.there = list(names)
+        self.sizes = sizes
+        self.silence_s = silence_s
+        self.leaving: dict[str, float | None] = {}
+        self.left_out: set[str] = set()
+        self.distrusted: list[str] = []
+        self.placements: list[str] = []
+        self.waits = 0
+        self._logs = logs
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        self._connections: list[AgentConnection] = []
+
+    def pid(self, name: str) -> int:
+        """The agent of a node."""
+        return self._agents[name].pid
+
+    def lose(self, name: str) -> None:
+        """A node dies, with all that runs on it."""
+        self.there.remove(name)
+        self._agents[name].kill()
+
+    def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
+        self.release()
+        while (nodes := self._choose()) is None:
+            if cancelled():
+                raise PlacementCancelled
+            self.waits += 1
+            time.sleep(0.02)
+        token = new_token()
+        listener = Listener(token, silence_s=self.silence_s)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for name in nodes:
+            with open(self._logs / "agent.log", "ab") as log:
+                environment = agent_environment(os.environ, listener.address, token, f"{name}.{self._logs}")
+                command = [sys.executable, "-m", "bigtrain.jobs.agent"]
+                self._agents[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        connected = {}
+        while len(connected) < len(nodes):
+            connection = listener.accept(timeout_s=60)
+            assert connection is not None
+            connection.agent = connection.agent.partition(".")[0]
+            connected[connection.agent] = AgentConnection(
+                connection.channel, f"host-{connection.agent}", connection.pid, connection.agent
+            )
+        listener.close()
+        self._connections = [connected[name] for name in nodes]
+        self.placements.append("".join(nodes))
+        return self._connections
+
+    def release(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(PeerLost):
+                connection.channel.send("done")
+            connection.channel.close()
+        self._connections = []
+        for process in self._agents.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._agents = {}
+
+    def distrust(self, agent: str) -> None:
+        self.distrusted.append(agent)
+
+    def exclude(self, agent: str) -> bool:
+        if len(set(self.there) - self.left_out - {agent}) < min(self.sizes):
+            return False
+        self.left_out.add(agent)
+        return True
+
+    def leave(self, agent: str) -> None:
+        self.leaving[agent] = None
+
+    def notices(self) -> list[Notice]:
+        placed = [connection.agent for connection in self._connections]
+        return [Notice(name, f"host-{name}", self.leaving[name]) for name in placed if name in self.leaving]
+
+    def larger(self) -> int:
+        chosen = self._choose() or []
+        return len(chosen) if len(chosen) > len(self._connections) else 0
+
+    def _choose(self) -> list[str] | None:
+        nodes = [Node(name, f"host-{name}", {}, {"CPU": 1}, {"CPU": 1}) for name in self.there]
+        need = Need(tuple(sorted(self.sizes, reverse=True)), {"CPU": 1})
+        previous = list(self.placements[-1]) if self.placements else []
+        chosen = choose(nodes, need, previous, self.left_out | set(self.leaving))
+        return None if chosen is None else [node.name for node in chosen]
+
+
+@pytest.fixture
+def machines(job: Job) -> Callable[..., Machines]:
+    """Makes the placer whose nodes are agents of this machine."""
+    return lambda names, sizes, **options: Machines(names, sizes, job.path / "logs", **options)
