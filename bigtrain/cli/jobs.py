@@ -350,18 +350,24 @@ def _event_line(event: dict[str, Any]) -> str:
 def logs(
     name: Annotated[str, typer.Argument(help="A run.")],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on to the end of the run.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Of which rank.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="A rank's own output; else the driver's on a cluster, rank 0's here.")
+    ] = None,
     attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest where left out.")] = None,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Print a rank's log."""
+    """Print what a run or one of its ranks says."""
     with errors(), _view(name, address, token_file, runs_dir) as view:
-        from bigtrain.jobs.views import read_log
+        from bigtrain.jobs.views import ClusterView, read_log
 
         try:
-            for chunk in read_log(view, rank, attempt, follow):
+            if isinstance(view, ClusterView) and rank is None and attempt is None:
+                for line in _driver_lines(view.follow_driver() if follow else iter([view.driver_log()])):
+                    print(line, flush=True)
+                return
+            for chunk in read_log(view, rank or 0, attempt, follow):
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
         except KeyboardInterrupt:
