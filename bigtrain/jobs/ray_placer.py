@@ -406,6 +406,7 @@ def _hold_node(order: _Order) -> None:
     """
     import ray
 
+    raylet = os.getppid()
     context = ray.get_runtime_context()
     host = socket.gethostname()
     _check_paths(order, host)
@@ -427,19 +428,26 @@ def _hold_node(order: _Order) -> None:
             start_new_session=True,
         )
     try:
-        _wait(process, order.silence_s)
+        _wait(process, order.silence_s, raylet)
     finally:
         process.kill()
         process.wait()
         end_marked(mark)
+    if os.getppid() != raylet:
+        # Ray leaves the workers of a killed raylet behind, with nobody to speak to.
+        os._exit(1)
     if process.returncode != 0:
         raise RuntimeError(f"the agent on {host} ended with {process.returncode}")
 
 
-def _wait(process: subprocess.Popen[bytes], silence_s: float) -> None:
-    """Wait for the agent; one that is stopped for so long that its controller gave it up is ended."""
+def _wait(process: subprocess.Popen[bytes], silence_s: float, raylet: int) -> None:
+    """Wait for the agent, or for its end to be due: the raylet is gone, or the agent is stopped.
+
+    Args:
+        silence_s: One that is stopped for so long has been given up by its controller.
+    """
     stopped_since: float | None = None
-    while process.poll() is None:
+    while process.poll() is None and os.getppid() == raylet:
         time.sleep(LOOK_S)
         if not is_stopped(process.pid):
             stopped_since = None
