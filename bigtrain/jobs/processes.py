@@ -26,8 +26,8 @@ _SIOCGIFADDR: Final = 0x8915
 def bound_to_parent() -> Callable[[], None]:
     """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
 
-    It also has the child ignore SIGUSR1 until it asks for it, so that a request for stacks does not end a rank that is
-    still starting.
+    It also has the child ignore SIGUSR1 and SIGUSR2 until it asks for them, so that a request for stacks does not end a
+    rank that is still starting.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     parent = os.getpid()
@@ -37,6 +37,7 @@ def bound_to_parent() -> Callable[[], None]:
         if os.getppid() != parent:  # It died before the call: nobody will send the signal.
             os._exit(1)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     return bind
 
