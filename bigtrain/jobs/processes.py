@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -102,6 +103,14 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def allow_descriptors(count: int) -> None:
+    """Let this process have `count` files open, as far as the system allows it: the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def interface_of(address: str) -> str | None:
