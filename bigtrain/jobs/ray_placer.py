@@ -272,7 +272,7 @@ class RayPlacer:
             raise PlacementRefused(f"the run can never fit: {lacking.text}")
         if chosen is not None:
             return None, f"waiting {patience_s:.0f} s for {self._need.sizes[0]} nodes, before {len(chosen)} are taken"
-        return None, lacking.text
+        return None, f"waiting: {lacking.text}"
 
     def _ask_autoscaler(self, nodes: int) -> None:
         """Tell the autoscaler how many nodes are wanted; 0 takes the wish back."""

@@ -2,9 +2,9 @@
 
     python ray_nodes.py DIRECTORY COUNT CPUS
 
-It writes the head's address into DIRECTORY/address. Each line is then a command, answered by "ok": `add`, `kill NODE`
-(its raylet; a node is named by the start of its id), `stop NODE` and `continue NODE` (SIGSTOP and SIGCONT to the
-raylet), `drain NODE SECONDS`, `end`.
+It writes the head's address into DIRECTORY/address. Each line is then a command, answered by "ok": `ensure COUNT`
+(nodes that nothing was done to), `kill NODE` (its raylet; a node is named by the start of its id), `stop NODE` and
+`continue NODE` (SIGSTOP and SIGCONT to the raylet), `drain NODE SECONDS`, `end`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes: list[Any] = []
+    harmed: set[str] = set()
     try:
         for _ in range(count):
             nodes.append(cluster.add_node(num_cpus=cpus))
@@ -34,9 +35,13 @@ def main() -> None:
             node = next((node for node in nodes if arguments and node.node_id.startswith(arguments[0])), None)
             if command == "end":
                 break
-            if command == "add":
-                nodes.append(cluster.add_node(num_cpus=cpus))
-            elif command == "drain":
+            if command == "ensure":
+                while len(nodes) - len(harmed) < int(arguments[0]):
+                    nodes.append(cluster.add_node(num_cpus=cpus))
+                print("ok", flush=True)
+                continue
+            harmed.add(node.node_id)
+            if command == "drain":
                 until_ms = int((time.time() + float(arguments[1])) * 1000)
                 reason = 2  # DRAIN_NODE_REASON_PREEMPTION
                 GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", until_ms)

@@ -24,58 +24,10 @@ ROOT = HERE.parents[1]
 START_S = 240.0
 """Far above what Ray needs (15 s on an idle machine): a busy machine is no failure."""
 
-# Ranks that go on from what was saved, note each step, keep step with each other, and save when asked to stop.
 RANK = """
 import tiny_steps
-tiny_steps.go(run, rank, attempt, page, Control, publish, last={last})
-"""
-STEPS = """
-import os, sys, time
-
-def saved(run):
-    try:
-        return int((run / "checkpoints" / "LATEST").read_text().split("_")[1])
-    except (FileNotFoundError, IndexError):
-        return 0
-
-def go(run, rank, attempt, page, Control, publish, last):
-    world = int(os.environ["WORLD_SIZE"])
-    node = os.environ["BIGTRAIN_PLACEMENT"][:8]
-    (run / f"node_{attempt}_{rank}").write_text(node)
-    with open(run / f"steps_{rank}", "a") as steps:
-        for step in range(saved(run) + 1, last(attempt, world, saved(run)) + 1):
-            page.beat(step, "step")
-            steps.write(f"{attempt} {step} {world} {time.monotonic()}\\n")
-            steps.flush()
-            (run / f"at_{rank}_{attempt}").write_text(str(step))
-            for other in range(world):
-                while at(run, other, attempt) < step:
-                    time.sleep(0.005)
-            # All look at the same step, as in a reduction: the page of rank 0 decides.
-            if rank == 0:
-                asked = "stop" if page.control() is Control.STOP else "go"
-                (run / f"asked_{attempt}.new").write_text(f"{step} {asked}")
-                os.rename(run / f"asked_{attempt}.new", run / f"asked_{attempt}")
-            while True:
-                try:
-                    number, asked = (run / f"asked_{attempt}").read_text().split()
-                except FileNotFoundError:
-                    continue
-                if int(number) >= step:
-                    break
-                time.sleep(0.005)
-            if asked == "stop" and int(number) == step:
-                page.beat(step, "stopping")
-                if rank == 0:
-                    publish(step)
-                sys.exit(75)
-            time.sleep(0.05)
-
-def at(run, rank, attempt):
-    try:
-        return int((run / f"at_{rank}_{attempt}").read_text() or 0)
-    except FileNotFoundError:
-        return 0
+saved, world = tiny_steps.saved(run), int(os.environ["WORLD_SIZE"])
+tiny_steps.go(run, page, {last}, pause_s=0.05)
 """
 
 
@@ -145,14 +97,12 @@ class Run:
     nodes: RayNodes
     driver: subprocess.Popen[bytes] | None = None
 
-    def write(self, body: str, last: str) -> None:
-        """The ranks' module; `last` gives their last step as a function of attempt, world size and the saved step."""
-        prelude = (HERE / "conftest.py").read_text().split('PRELUDE = """')[1].split('"""')[0]
+    def write(self, last: str) -> None:
+        """The ranks' module; `last` gives their last step from `attempt`, `world` and the step `saved`."""
+        prelude = (HERE / "conftest.py").read_text().split('PRELUDE = """')[1].split('"""')[0].replace("\\\\n", "\\n")
         self.path.mkdir(exist_ok=True)
-        (self.path / "tiny_steps.py").write_text(STEPS)
-        (self.path / "tiny_rank.py").write_text(
-            prelude + body + RANK.format(last=f"lambda attempt, world, saved: {last}")
-        )
+        shutil.copy(HERE / "tiny_steps.py", self.path)
+        (self.path / "tiny_rank.py").write_text(prelude + RANK.format(last=last))
 
     def start(self, job: dict[str, Any], **environment: str) -> None:
         """Start the driver."""
@@ -227,6 +177,7 @@ def nodes() -> Iterator[RayNodes]:
 @pytest.fixture
 def run(tmp_path: Path, nodes: RayNodes) -> Iterator[Run]:
     """A run that must leave no process behind."""
+    nodes.do("ensure 3")
     run = Run(tmp_path / "tiny", nodes)
     yield run
     if run.driver is not None and run.driver.poll() is None:
@@ -241,7 +192,7 @@ def run(tmp_path: Path, nodes: RayNodes) -> Iterator[Run]:
 def test_a_run_survives_a_killed_rank_and_a_killed_raylet_and_survivors_keep_their_place(
     run: Run, nodes: RayNodes
 ) -> None:
-    run.write("", last="20 if attempt == 2 else 10**6")
+    run.write(last="20 if attempt == 2 else 10**6")
     run.start({"nodes": 2, "procs_per_node": 1})
     run.until("at_0_0", "at_1_0")
     os.kill(int((run.path / "started_0_1").read_text().split()[1]), signal.SIGKILL)
@@ -258,20 +209,19 @@ def test_a_run_survives_a_killed_rank_and_a_killed_raylet_and_survivors_keep_the
     assert "rank 1" in rank_killed["cause"]
     assert "killed by SIGKILL" in rank_killed["cause"]
     assert "agent on host" in node_lost["cause"]
-    nodes.do("add")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_fewer_nodes_and_grows_when_one_comes_back(run: Run, nodes: RayNodes) -> None:
-    run.write("", last="10**6 if attempt < 2 else saved + 10")
+    run.write(last="10**6 if attempt < 2 else saved + 10")
     run.start({"nodes": 3, "min_nodes": 2, "procs_per_node": 1})
     run.until("at_0_0", "at_1_0", "at_2_0")
     first = run.placed(0, 3)
     nodes.do(f"kill {first[0]}")
     run.until("at_0_1", "at_1_1")
     assert run.placed(1, 2) == first[1:], "survivors close up in their order"
-    nodes.do("add")
+    nodes.do("ensure 3")
     code, said = run.wait()
     assert code == 0, said
     grown = run.placed(2, 3)
@@ -286,7 +236,7 @@ def test_a_run_goes_on_with_fewer_nodes_and_grows_when_one_comes_back(run: Run, 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_drained_node_loses_no_step(run: Run, nodes: RayNodes) -> None:
-    run.write("", last="10**6 if attempt < 1 else saved + 10")
+    run.write(last="10**6 if attempt < 1 else saved + 10")
     run.start({"nodes": 2, "procs_per_node": 1, "max_failures": 0})
     run.until("at_0_0", "at_1_0")
     leaves = run.placed(0, 2)[1]
@@ -299,13 +249,12 @@ def test_a_drained_node_loses_no_step(run: Run, nodes: RayNodes) -> None:
     assert leaves not in run.placed(1, 2)
     done = [step for _, step, *_ in run.steps(0)]
     assert done == list(range(1, len(done) + 1))
-    nodes.do("add")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_frozen_node_is_seen_by_its_silence_and_not_taken_again(run: Run, nodes: RayNodes) -> None:
-    run.write("", last="10**6 if attempt < 1 else 10")
+    run.write(last="10**6 if attempt < 1 else 10")
     run.start({"nodes": 2, "procs_per_node": 1}, DRIVER_SILENCE_S="3")
     run.until("at_0_0", "at_1_0")
     frozen = run.placed(0, 2)[1]
@@ -323,7 +272,7 @@ def test_a_frozen_node_is_seen_by_its_silence_and_not_taken_again(run: Run, node
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_waits_says_for_what_and_ends_at_once_on_ctrl_c(run: Run) -> None:
-    run.write("", last="10**6")
+    run.write(last="10**6")
     run.start({"nodes": 30, "min_nodes": 3, "procs_per_node": 1, "labels": {"rack": "7"}})
     deadline = time.monotonic() + START_S
     while not run.events("waiting"):
@@ -344,7 +293,7 @@ def test_a_run_that_waits_says_for_what_and_ends_at_once_on_ctrl_c(run: Run) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_the_cluster_can_never_hold_is_refused(run: Run) -> None:
-    run.write("", last="10**6")
+    run.write(last="10**6")
     run.start({"nodes": 2, "procs_per_node": 64})
     code, said = run.wait()
     assert code == 2, said
@@ -355,7 +304,7 @@ def test_what_the_cluster_can_never_hold_is_refused(run: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_path_that_a_node_does_not_see_is_refused_before_ranks_start(run: Run) -> None:
-    run.write("", last="10**6")
+    run.write(last="10**6")
     run.start({"nodes": 1, "procs_per_node": 1}, DRIVER_PATHS='["/nowhere/shards"]')
     code, said = run.wait()
     assert code == 2, said
@@ -366,7 +315,7 @@ def test_a_path_that_a_node_does_not_see_is_refused_before_ranks_start(run: Run)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_driver_leaves_no_process(run: Run) -> None:
-    run.write("", last="10**6")
+    run.write(last="10**6")
     run.start({"nodes": 2, "procs_per_node": 1})
     run.until("at_0_0", "at_1_0")
     assert len(run.processes()) >= 4

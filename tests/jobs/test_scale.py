@@ -1,4 +1,4 @@
-"""The controller with a thousand agents: real clients of the protocol on real sockets; only their ranks do not exist."""
+"""The controller with a thousand agents: real clients of the protocol on real sockets; their ranks do not exist."""
 
 from __future__ import annotations
 
