@@ -16,6 +16,9 @@ class CheckpointConfig(Section):
     every: Duration = Duration.steps(500)
     """Time between checkpoints, in steps, tokens or by the clock ("500 steps", "1e9 tokens", "15 min")."""
 
+    at: tuple[Duration, ...] = ()
+    """Lengths of training after which the run saves itself as well; those checkpoints are never pruned."""
+
     keep_last: Annotated[int, Ge(2)] = 3
     """How many of the newest verified checkpoints survive pruning, beside the permanent ones."""
 
@@ -38,6 +41,14 @@ class CheckpointConfig(Section):
 
     stop_unsaved: bool = False
     """End the run, resumable, after `max_failed_saves`, instead of training on unsaved."""
+
+    @field_validator("at")
+    @classmethod
+    def _are_lengths_of_training(cls, value: tuple[Duration, ...]) -> tuple[Duration, ...]:
+        for one in value:
+            if one.is_time or one.value <= 0:
+                raise ValueError(f"'{one}' is no length of training: use steps, tokens or epochs")
+        return value
 
     @field_validator("every")
     @classmethod

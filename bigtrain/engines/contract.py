@@ -36,6 +36,9 @@ class StepNumbers:
     loss_scale: float | None = None
     """What the step was scaled by (FP16); None elsewhere."""
 
+    sources: tuple[tuple[float, float], ...] = ()
+    """Loss and weight of each source of a mixture; weights of 0 where the model does not tell sequences apart."""
+
     @property
     def overflowed(self) -> bool:
         """Whether it was skipped for no other reason than a loss scale that was too large, and is now smaller."""
@@ -46,7 +49,8 @@ class StepResult:
     """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """Take the fields of `StepNumbers` in float64, the last one only in FP16, and start their copy to the host."""
+        """Take float64 (loss, weight, gradient norm, votes, skipped, loss scale or 0, then loss and weight of each
+        source) and start its copy to the host."""
         self._event = None
         if numbers.is_cuda:
             import torch
@@ -62,7 +66,9 @@ class StepResult:
         """Wait for the step where needed, and return its numbers."""
         if self._event is not None:
             self._event.synchronize()
-        return StepNumbers(*self._host.tolist())
+        loss, weight, norm, votes, skipped, scale, *rest = self._host.tolist()
+        sources = tuple(zip(rest[::2], rest[1::2], strict=True))
+        return StepNumbers(loss, weight, norm, votes, skipped, scale or None, sources)
 
 
 class Engine(Protocol):

@@ -18,7 +18,8 @@ from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Batch
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.optim.build import is_frozen
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
@@ -130,19 +131,20 @@ class FSDPEngine:
         """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
 
         Returns:
-            float64 (loss, weight), the sums over this rank's micro-batches; in FP16 scaled, as the gradients are.
+            The sums over this rank's micro-batches, as `sums.zero_sums` has them; in FP16 scaled, as the gradients are.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = zero_sums(micro_batches, self.device)
         if self.pipeline is not None:
             sums += self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
         else:
             for number, arrays in enumerate(micro_batches, 1):
                 begin_pass(self.model, last=number == len(micro_batches))
-                loss, weight = self.model(self._scaled(self._batch(arrays)))
-                loss.backward()
-                sums += torch.stack([loss.detach(), weight]).double()
+                batch = self._scaled(self._batch(arrays))
+                result = LossSum(*self.model(batch))
+                result.loss.backward()
+                add_sums(sums, result, batch)
         if self._shared_by_ends and self._ends is not None:
             sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
@@ -153,7 +155,7 @@ class FSDPEngine:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
-            float64, the fields of `StepNumbers`, equal on all ranks.
+            What `StepResult` takes, equal on all ranks.
         """
         gradients = _gradients(self._parameters)
         counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
@@ -162,10 +164,10 @@ class FSDPEngine:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
         if not self._counts_loss:
             sums = torch.zeros_like(sums)
-        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
+        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         if self._mesh is not None:
             dist.all_reduce(vector)
-        loss, weight, square, votes = vector.unbind()
+        square, votes, loss, weight = vector[:4].unbind()
         # One rank's bad gradient has made the sum over all of them bad.
         bad = ~(torch.isfinite(square) & torch.isfinite(loss))
         self._guard.arm(bad)
@@ -175,11 +177,12 @@ class FSDPEngine:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        if self._loss_scale is None:
-            return torch.stack([loss, weight, norm, votes, bad.double()])
-        by = self._loss_scale.scale.double()
-        self._loss_scale.update(bad)
-        return torch.stack([loss / by, weight / by, norm, votes, bad.double(), by])
+        by = torch.zeros_like(loss)
+        if self._loss_scale is not None:
+            by = self._loss_scale.scale.double()
+            self._loss_scale.update(bad)
+            loss, weight, vector = loss / by, weight / by, vector / by
+        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), by]), vector[4:]])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
@@ -191,8 +194,8 @@ class FSDPEngine:
                 sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
                 continue
             for arrays in micro_batches:
-                loss, weight = self.model(self._batch(arrays))
-                sums += torch.stack([loss, weight]).double()
+                batch = self._batch(arrays)
+                add_sums(sums, LossSum(*self.model(batch)), batch)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
         if self._mesh is not None:

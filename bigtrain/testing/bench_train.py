@@ -222,7 +222,7 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
             policy=Policy(BadStepsConfig()),
             roll_back=lambda asked: None,
             callbacks=[metrics, losses],
-            batch_sequences=batch,
+            drawn=lambda step: {"train": step * batch},
         ).fit()
     _check_same(losses.losses, interleaved.losses, precision)
     return interleaved.timings

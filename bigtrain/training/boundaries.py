@@ -14,6 +14,8 @@ class Boundaries:
     save_every: int | None
     keep_every: int | None = None
     """Steps between permanent checkpoints."""
+    keep_at: frozenset[int] = frozenset()
+    """Steps of further permanent checkpoints."""
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out loss is measured after `step` steps."""
@@ -28,4 +30,4 @@ class Boundaries:
 
     def keeps(self, step: int) -> bool:
         """Whether the checkpoint after `step` steps is never pruned."""
-        return self.keep_every is not None and step % self.keep_every == 0
+        return step in self.keep_at or (self.keep_every is not None and step % self.keep_every == 0)

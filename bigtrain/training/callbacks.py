@@ -51,6 +51,7 @@ class MetricsLog(Callback):
         mfu_causal: Utilisation,
         memory_bytes: Callable[[], int],
         tracker: Callable[[dict[str, Any]], None] | None = None,
+        epochs: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
         """Args:
         every: Steps between logged objects.
@@ -58,12 +59,14 @@ class MetricsLog(Callback):
             and by its causal half.
         memory_bytes: Peak memory so far of the worst rank, at the last time that the ranks compared it.
         tracker: Takes each object as well.
+        epochs: How often each source of a mixture has been gone through after so many steps.
         """
         self._file = MetricsFile(directory.metrics)
         self._every = every
         self._mfu, self._mfu_causal = mfu, mfu_causal
         self._memory_bytes = memory_bytes
         self._tracker = tracker
+        self._epochs = epochs or (lambda step: {})
         self._reset()
 
     def on_start(self, progress: Progress) -> None:
@@ -97,12 +100,15 @@ class MetricsLog(Callback):
             "data_wait_s": round(self._data_wait_s, 6),
             "skipped_steps": progress.bad_steps.skipped,
             **({} if step.loss_scale is None else {"loss_scale": step.loss_scale}),
+            **{f"loss/{name}": loss / weight for name, (loss, weight) in progress.interval_sources.items() if weight},
+            **{f"epochs/{name}": round(count, 6) for name, count in self._epochs(step.batch.step + 1).items()},
             **step.evaluation,
         }
         self._file.append(row)
         if self._tracker is not None:
             self._tracker(row)
         progress.interval_loss = progress.interval_weight = 0.0
+        progress.interval_sources = {}
         self._reset()
 
     def _reset(self) -> None:

@@ -13,6 +13,7 @@ from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_json
+from bigtrain.training.prepare import pins
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,11 @@ def export_run(run: RunDirectory, step: int, out: Path, plugin: Plugin | None = 
 
 def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:
     """The tokenizer of a run's data; None for bytes, and where the data is out of reach or has become other data."""
+    place = next(iter(config.data.places("train").values()))  # All sources of a mixture have one tokenizer.
     try:
-        index = open_index(config.data.train, config.streaming)
-        if index.fingerprint != run.what()["data"]["train"]:
-            raise UserError("the shards are not those that the run was trained on", config.data.train)
+        index = open_index(place, config.streaming)
+        if index.fingerprint not in pins(run.what()["data"], "train"):
+            raise UserError("the shards are not those that the run was trained on", place)
         tokenizer = index.load_tokenizer()
     except UserError as error:
         logger.warning("the tokenizer is left out: %s", error.what)

@@ -55,8 +55,8 @@ class Progress:
     tokens: float = 0.0
     """Sum of the weights of all samples consumed: tokens for text, images for images."""
 
-    drawn: int = 0
-    """Sequences drawn from the training data, or left out."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Sequences drawn from each source of the training data."""
 
     interval_loss: float = 0.0
     """Sum of the losses since the last logged step, on the rank that logs: a resume may fall between two of them."""
@@ -66,6 +66,9 @@ class Progress:
 
     bad_steps: Record = field(default_factory=Record)
     """What the policy for bad steps remembers."""
+
+    interval_sources: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """The same two sums of each source of a mixture."""
 
 
 @dataclass
@@ -164,9 +167,12 @@ class Trainer:
         policy: Policy,
         roll_back: Callable[[RollBack], Progress | None],
         callbacks: Sequence[Callback] = (),
-        batch_sequences: int,
+        drawn: Callable[[int], dict[str, int]],
+        sources: Sequence[str] = (),
     ) -> None:
         """Args:
+        drawn: Sequences that so many steps have drawn from each source.
+        sources: The names of those whose losses the engine tells apart.
         save: Saves the state at `progress`; False where the run must end because it cannot be saved.
         finish: Waits for saves under way; False where the last one failed.
         policy: For bad steps.
@@ -184,7 +190,8 @@ class Trainer:
         self.policy = policy
         self.roll_back = roll_back
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
-        self.batch_sequences = batch_sequences
+        self.drawn = drawn
+        self.sources = tuple(sources)
         self._votes = 0.0
         self._mark = 0.0
 
@@ -225,7 +232,7 @@ class Trainer:
             pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
             evaluates, saves = self.boundaries.evaluates(done), self.boundaries.saves(done)
             if evaluates or saves or self._votes:
-                asked = self._finish(pending, evaluates=evaluates)
+                asked = self._finish(pending, boundary=True, evaluates=evaluates)
                 pending = None
                 if asked is not None:
                     return asked
@@ -258,14 +265,16 @@ class Trainer:
         seconds, self._mark = now - self._mark, now
         return seconds
 
-    def _finish(self, launched: _Launched, evaluates: bool = False) -> RollBack | None:
+    def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> RollBack | None:
         """Read a step's numbers, move the progress on, and let the callbacks see it.
+
+        At a boundary no step runs meanwhile: waiting for the device belongs to this one.
 
         Returns:
             What the policy for bad steps asks for, if anything; nothing else has happened then.
         """
         numbers = launched.result.read()
-        seconds = launched.seconds + (self._lap() if evaluates else 0.0)
+        seconds = launched.seconds + (self._lap() if boundary else 0.0)
         done, record = launched.number, self.progress.bad_steps
         self._votes += numbers.votes
         asked = self.policy.judge(record, done, numbers)
@@ -276,7 +285,10 @@ class Trainer:
         if not numbers.skipped:
             self.progress.interval_loss += numbers.loss
             self.progress.interval_weight += numbers.weight
-        self.progress.drawn = (done + record.left_out) * self.batch_sequences
+            for name, (loss, weight) in zip(self.sources, numbers.sources, strict=False):
+                before = self.progress.interval_sources.get(name, (0.0, 0.0))
+                self.progress.interval_sources[name] = before[0] + loss, before[1] + weight
+        self.progress.drawn = self.drawn(done + record.left_out)
         step = Step(
             number=done,
             batch=launched.batch,
@@ -309,8 +321,12 @@ def as_plain(progress: Progress) -> dict[str, Any]:
     return {
         "step": progress.step,
         "tokens": progress.tokens,
-        "drawn": {"train": progress.drawn},
-        "interval": {"loss": progress.interval_loss, "weight": progress.interval_weight},
+        "drawn": dict(progress.drawn),
+        "interval": {
+            "loss": progress.interval_loss,
+            "weight": progress.interval_weight,
+            "sources": {name: list(sums) for name, sums in progress.interval_sources.items()},
+        },
         "bad_steps": progress.bad_steps.as_plain(),
     }
 
@@ -321,8 +337,11 @@ def from_plain(plain: dict[str, Any]) -> Progress:
     return Progress(
         step=int(plain["step"]),
         tokens=float(plain["tokens"]),
-        drawn=int(plain["drawn"]["train"]),
+        drawn={str(name): int(count) for name, count in plain["drawn"].items()},
         interval_loss=float(interval["loss"]),
         interval_weight=float(interval["weight"]),
         bad_steps=Record(**plain.get("bad_steps", {})),
+        interval_sources={
+            str(name): (float(loss), float(weight)) for name, (loss, weight) in interval.get("sources", {}).items()
+        },
     )

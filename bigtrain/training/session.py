@@ -29,6 +29,7 @@ from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
 from bigtrain.training.bad_steps import Policy, RollBack
 from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.loop import (
     VOTE_SAVE,
     VOTE_STOP,
@@ -106,6 +107,7 @@ class Session:
         self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
+        self._ledger = Ledger()
         config = self.config
         self.engine = build_engine(
             config.model,
@@ -144,7 +146,7 @@ class Session:
         self._compare_memory()
         config, prepared = self.config, self.prepared
         log_samples = config.streaming.log_samples and self.ranks.rank == 0
-        with Loader(prepared.train, prepared.order(), log_samples=log_samples, **self._reading()) as loader:
+        with Loader(prepared.sources, prepared.order, log_samples=log_samples, **self._reading()) as loader:
             trainer = Trainer(
                 self.engine,
                 loader,
@@ -158,7 +160,8 @@ class Session:
                 policy=Policy(config.bad_steps),
                 roll_back=self._roll_back,
                 callbacks=self._callbacks(),
-                batch_sequences=prepared.batch_sequences,
+                drawn=lambda step: loader.position(step)["drawn"],
+                sources=prepared.sources.names if prepared.is_mixture else (),
             )
             return trainer.fit()
 
@@ -238,16 +241,17 @@ class Session:
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
-        self.saver.save(
-            progress.step,
-            self.engine.state(),
-            progress=as_plain(progress),
-            config_hash=storage.hash_text(yaml_file.dump(config.plain())),
-            identity=self._identity,
-            mesh=vars(config.layout.mesh(self.ranks.world_size)),
-            lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
-            permanent=self.prepared.boundaries().keeps(progress.step),
-        )
+        with self._ledger.saving(progress.step):
+            self.saver.save(
+                progress.step,
+                self.engine.state(),
+                progress={**as_plain(progress), "sources": self.prepared.fingerprints},
+                config_hash=storage.hash_text(yaml_file.dump(config.plain())),
+                identity=self._identity,
+                mesh=vars(config.layout.mesh(self.ranks.world_size)),
+                lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
+                permanent=self.prepared.boundaries().keeps(progress.step),
+            )
         self._refuse_if_fenced()
         self._compare_memory()
         return not self.saver.must_stop
@@ -267,16 +271,26 @@ class Session:
             )
 
     def _evaluate(self) -> dict[str, float]:
-        index = self.prepared.validation
-        assert index is not None  # there are no evaluations without validation data
-        batches = self.config.evaluation.batches
-        with EvaluationLoader(index, batches=batches, **self._reading()) as loader:
-            loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+        with self._ledger.measure("evaluation_s"):
+            return self._evaluated()
+
+    def _evaluated(self) -> dict[str, float]:
+        held_out = self.prepared.held_out
+        assert held_out is not None  # there are no evaluations without validation data
+        losses, weights, text_bytes = 0.0, 0.0, 0.0
+        metrics: dict[str, float] = {}
+        for name, index in zip(held_out.names, held_out.indexes, strict=True):
+            with EvaluationLoader(index, batches=self.config.evaluation.batches, **self._reading()) as loader:
+                loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+            losses, weights = losses + loss, weights + weight
+            text_bytes += weight * (index.bytes_per_token or math.nan)
+            if len(held_out.names) > 1:
+                metrics[f"val_loss/{name}"] = loss / weight
         self._compare_memory()
-        metrics = {"val_loss": loss / weight}
-        if index.text_bytes:
-            # Nats per token times tokens per byte, in bits.
-            metrics["val_bits_per_byte"] = loss / weight * index.tokens / index.text_bytes / math.log(2)
+        metrics["val_loss"] = losses / weights
+        if text_bytes > 0:
+            # Nats over the bytes of the text, in bits.
+            metrics["val_bits_per_byte"] = losses / text_bytes / math.log(2)
         return metrics
 
     def _reading(self) -> dict[str, Any]:
@@ -307,7 +321,7 @@ class Session:
         if self.ranks.rank != 0:
             return []
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [Announcements(self._event, prepared.total_steps, self._how())]
+        callbacks: list[Callback] = [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
@@ -325,15 +339,18 @@ class Session:
                 mfu_causal=utilisation(flops.causal),
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._tracker.put if self._tracker else None,
+                epochs=prepared.epochs if prepared.is_mixture else None,
             )
         )
         return callbacks
 
     def _how(self) -> dict[str, Any]:
-        """Engine, mesh and nodes, for the record."""
+        """Engine, mesh and nodes, and how long the start of this process took, for the record."""
         sizes = vars(self.config.layout.mesh(self.ranks.world_size))
         mesh = {axis: size for axis, size in sizes.items() if size > 1}
-        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh}
+        age_s = process_age_s()
+        start = {} if age_s is None else {"start_s": round(age_s, 3)}
+        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh, **start}
 
     def _may_publish(self) -> Callable[[], bool]:
         """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
@@ -343,6 +360,8 @@ class Session:
     def _event(self, event: str, /, **fields: Any) -> None:
         if self.ranks.rank != 0:
             return
+        if event == "saved":
+            fields["times"] = self._ledger.of_save(fields["step"])
         try:
             self.directory.event(event, attempt=self.attempt, **fields)
         except OSError as error:

@@ -119,7 +119,7 @@ class World:
             self,
             ConstantConfig().build(LR, self.total, lambda duration: 0),
             Boundaries(self.total, self.evaluate_every, self.save_every),
-            progress=Progress(self.first, 100.0 if self.first else 0.0, self.first * SEQUENCES),
+            progress=Progress(self.first, 100.0 if self.first else 0.0, {"train": self.first * SEQUENCES}),
             control=self,  # type: ignore[arg-type]
             evaluate=self.evaluate,
             save=self.save,
@@ -127,7 +127,7 @@ class World:
             policy=Policy(self.bad_steps),
             roll_back=self.roll_back,
             callbacks=[Logging(self.log), *callbacks],
-            batch_sequences=SEQUENCES,
+            drawn=lambda step: {"train": step * SEQUENCES},
         )
 
     def events(self) -> list[str]:
@@ -325,7 +325,7 @@ def test_steps_tokens_and_sequences_are_counted_on_from_where_a_run_resumed() ->
     trainer = world.trainer()
     trainer.fit()
     progress = trainer.progress
-    assert (progress.step, progress.tokens, progress.drawn) == (6, 100.0 + 3 + 4 + 5 + 6, 6 * SEQUENCES)
+    assert (progress.step, progress.tokens, progress.drawn) == (6, 100.0 + 3 + 4 + 5 + 6, {"train": 6 * SEQUENCES})
     assert from_plain(json.loads(json.dumps(as_plain(trainer.progress)))) == trainer.progress
     assert "step 2" not in world.log
     assert "step 3" in world.log
@@ -336,7 +336,7 @@ def test_the_progress_that_is_saved_is_that_of_the_step() -> None:
     seen: list[tuple[int, float, int]] = []
 
     def save(progress: Progress) -> bool:
-        seen.append((progress.step, progress.tokens, progress.drawn))
+        seen.append((progress.step, progress.tokens, progress.drawn["train"]))
         return True
 
     trainer = world.trainer()
