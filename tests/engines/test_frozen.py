@@ -32,11 +32,9 @@ WHAT = What({**MODEL, "head_width": 8}, frozen=FROZEN)
 LAYOUTS = {
     "dp2": How(2),
     "hsdp2x2 with recompute": How(4, {"dp_replicate": 2}, {"recompute": "full"}),
-    "tp2 x dp2": How(4, {"tp": 2}),
-    "tp2 with selective recompute": How(2, {"tp": 2}, {"recompute": "selective"}),
+    "tp2 x dp2 with selective recompute": How(4, {"tp": 2}, {"recompute": "selective"}),
     "cp2": How(2, {"cp": 2}),
     "pp2, the first stage frozen as a whole": How(2, {"pp": 2, "pp_split": (1, 3)}),
-    "pp2 x dp2": How(4, {"pp": 2}),
     "pp2 interleaved": How(2, {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}),
     "pp2 zero bubble": How(2, {"pp": 2, "pp_schedule": "zero_bubble", "pp_stages_per_rank": 2}),
 }

@@ -86,11 +86,9 @@ def test_a_run_that_has_begun_goes_on_without_its_source(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.layers=3"], "lack 'model.layers.2"),
         (["init.state=all"], "holds weights alone"),
         (["init.fresh=[haed.weight]"], "nearest name is 'head.weight'"),
         (["init.hash=sha256:0"], "does not hold the weights that this run began with"),
-        (["engine.name=deepspeed", "optimizer.frozen=[norm.*]"], "trains all parameters"),
     ],
 )
 def test_weights_that_a_run_cannot_begin_with_are_refused(
