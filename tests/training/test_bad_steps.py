@@ -39,7 +39,7 @@ def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
         seed=run.seed, ranks=Ranks(0, 0, 1),
     )  # fmt: skip
     options: dict[str, Any] = {"batch_size": BATCH, "context": prepared.context, "seed": run.seed}
-    with Loader(prepared.train, prepared.order(), **options) as loader:
+    with Loader(prepared.sources, prepared.order, **options) as loader:
         for step, batch in enumerate(batches):
             if batch is not None:
                 engine.train_step(step, loader.batch(batch).micro_batches, prepared.schedule.lr(step))
