@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import select
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER, Fault, Kind, R
 from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
 from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
-from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError
+from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -292,13 +291,8 @@ class Controller:
             self._say(f"{self._run_name}: waiting {delay_s:g} s before the next attempt")
         deadline = time.monotonic() + delay_s
         while self._stop_level() == 0 and (remaining := deadline - time.monotonic()) > 0:
-            channels = [agent.channel for agent in self._agents]
-            ready, _, _ = select.select(channels, [], [], min(LOOK_S, remaining))
             try:
-                for channel in channels:
-                    if channel in ready:
-                        channel.receive()
-                    channel.keep_alive()
+                keep_alive(self._agents, min(LOOK_S, remaining))
             except (PeerLost, ProtocolError):
                 self._release()
         return self._stop_level() == 0
