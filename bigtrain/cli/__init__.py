@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import bench, checkpoint, cluster, configs, data, jobs, runs, scaling
+from bigtrain.cli import bench, checkpoint, cluster, configs, data, doctor, jobs, runs, scaling
 
 app = typer.Typer(
     name="bigtrain",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(runs.app)
 app.add_typer(jobs.app)
+app.add_typer(doctor.app)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(configs.app, name="config")

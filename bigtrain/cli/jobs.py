@@ -33,7 +33,7 @@ DETACHED = 130
 
 
 @contextmanager
-def _reached(dashboard: Dashboard) -> Iterator[None]:
+def reached(dashboard: Dashboard) -> Iterator[None]:
     """Say it in one line where the dashboard does not answer any more."""
     from bigtrain.jobs.dashboard import DashboardGone
 
@@ -43,7 +43,7 @@ def _reached(dashboard: Dashboard) -> Iterator[None]:
         raise dashboard.unreachable(error) from None
 
 
-def _dashboard(address: str, token_file: Path | None) -> Dashboard:
+def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
     from bigtrain.jobs.dashboard import Dashboard
 
     dashboard = Dashboard(address, token_file)
@@ -63,8 +63,8 @@ def _view(name: str, address: str | None, token_file: Path | None, runs_dir: Pat
         return
     from bigtrain.jobs.views import cluster_view
 
-    dashboard = _dashboard(address, token_file)
-    with _reached(dashboard):
+    dashboard = open_dashboard(address, token_file)
+    with reached(dashboard):
         yield cluster_view(dashboard, name)
 
 
@@ -114,7 +114,7 @@ def submit(
             from bigtrain.jobs.submission import of_config
 
             submission = of_config(load(config, overrides, name, plugin), runs_dir.absolute(), plugin, make)
-        dashboard = _dashboard(_required(address), token_file)
+        dashboard = open_dashboard(_required(address), token_file)
         code = _submit(dashboard, submission, dry_run, follow, wait, as_json)
     raise typer.Exit(code)
 
@@ -178,7 +178,7 @@ def _submit(
 
     from bigtrain.jobs.submission import check_capacity, check_versions, next_id, see_off
 
-    with _reached(dashboard):
+    with reached(dashboard):
         request = submission.request
         check_versions(dashboard, request.versions)
         dashboard.require_authentication()
@@ -201,6 +201,8 @@ def _submit(
         if code is not None:
             return _ended(view, code, as_json)
         board = view.board() or {}
+        for line in board.get("notes", []):
+            _say(line)
         if wait:
             code = _wait(view)
             show({**result, "exit_code": code}, as_json, lambda _: _end_line(view))
@@ -291,8 +293,8 @@ def status(
         elif address is not None:
             from bigtrain.jobs.views import cluster_views
 
-            dashboard = _dashboard(address, token_file)
-            with _reached(dashboard):
+            dashboard = open_dashboard(address, token_file)
+            with reached(dashboard):
                 rows = [view.status() for view in cluster_views(dashboard)]
         else:
             from bigtrain.jobs.views import LocalView
@@ -348,18 +350,24 @@ def _event_line(event: dict[str, Any]) -> str:
 def logs(
     name: Annotated[str, typer.Argument(help="A run.")],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on to the end of the run.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Of which rank.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="A rank's own output; else the driver's on a cluster, rank 0's here.")
+    ] = None,
     attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest where left out.")] = None,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Print a rank's log."""
+    """Print what a run or one of its ranks says."""
     with errors(), _view(name, address, token_file, runs_dir) as view:
-        from bigtrain.jobs.views import read_log
+        from bigtrain.jobs.views import ClusterView, read_log
 
         try:
-            for chunk in read_log(view, rank, attempt, follow):
+            if isinstance(view, ClusterView) and rank is None and attempt is None:
+                for line in _driver_lines(view.follow_driver() if follow else iter([view.driver_log()])):
+                    print(line, flush=True)
+                return
+            for chunk in read_log(view, rank or 0, attempt, follow):
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.buffer.flush()
         except KeyboardInterrupt:
@@ -384,8 +392,8 @@ def stop(
             return
         from bigtrain.jobs.submission import stop as end_job
 
-        dashboard = _dashboard(address, token_file)
-        with _reached(dashboard):
+        dashboard = open_dashboard(address, token_file)
+        with reached(dashboard):
             print(end_job(dashboard, name, now))
 
 
@@ -417,8 +425,8 @@ def resume(
             from bigtrain.jobs.submission import of_resume
 
             make = _request(began, secrets_file, None)
-            dashboard = _dashboard(address, token_file)
-            with _reached(dashboard):
+            dashboard = open_dashboard(address, token_file)
+            with reached(dashboard):
                 submission = of_resume(dashboard, name, runs_dir, make, step)
             code = _submit(dashboard, submission, False, follow, wait, as_json)
     raise typer.Exit(int(code))

@@ -41,7 +41,7 @@ class Board:
         self._directory = directory
         self._state: dict[str, Any] = {
             "format_version": FORMAT_VERSION, "submission": id, "phase": "checking", "times": {},
-            "exit_code": None, "error": None, "status": None,
+            "exit_code": None, "error": None, "status": None, "notes": [],
         }  # fmt: skip
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -62,20 +62,26 @@ class Board:
             self._state["times"].setdefault(name, time.time() if at is None else at)
         self._write()
 
+    def note(self, line: str) -> None:
+        """Add a line that a person should read at the start."""
+        with self._lock:
+            self._state["notes"] = [*self._state["notes"], line]
+        self._write()
+
     def follow(self, status: Callable[[], dict[str, Any]]) -> None:
         """Write the run's status again and again until `end`."""
         self._read = status
         self._thread = threading.Thread(target=self._keep, name="board", daemon=True)
         self._thread.start()
 
-    def end(self, exit_code: int, error: dict[str, Any] | None = None) -> None:
-        """Write how the job ended."""
+    def end(self, exit_code: int, **fields: Any) -> None:
+        """Write how the job ended; `error` is what `--json` prints for a user's mistake."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
         if self._read is not None:
             self._take(self._read)
-        self.phase("over", exit_code=exit_code, error=error)
+        self.phase("over", exit_code=exit_code, **fields)
 
     def _keep(self) -> None:
         wait_s = 0.0

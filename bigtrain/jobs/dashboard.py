@@ -306,6 +306,10 @@ class Dashboard:
                         yield rest[seen:]
                     return
                 away_since = None
+                # Of an empty file the dashboard says nothing, not even that the answer begins.
+                if not seen and not self.file(node, name, lines=1):
+                    time.sleep(STATE_POLL_S)
+                    continue
                 for chunk in self._stream(node, name, seen, over):
                     seen += len(chunk)
                     yield chunk
@@ -319,7 +323,10 @@ class Dashboard:
     def _stream(self, node: str, name: str, skip: int, over: Callable[[], bool]) -> Iterator[bytes]:
         """Follow a file over one connection; ends when it breaks or `over` holds."""
         query = urlencode({"node_id": node, "filename": name, "lines": -1, "interval": STREAM_POLL_S})
-        response = self._open("GET", f"/api/v0/logs/stream?{query}", None, None, None)
+        response = self._open("GET", f"/api/v0/logs/stream?{query}", None, None, TIMEOUT_S)
+        connection = _connection(response)
+        if connection is not None:
+            connection.settimeout(None)  # A log may be silent for hours.
         chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # A read with a time limit would lose what has arrived: a thread waits instead.
         reader = threading.Thread(target=_drain, args=(response, chunks), name="log-stream", daemon=True)
@@ -341,7 +348,9 @@ class Dashboard:
                     if over():
                         return
         finally:
-            _hang_up(response)
+            if connection is not None:
+                with contextlib.suppress(OSError):  # It has ended by itself.
+                    connection.shutdown(socket.SHUT_RDWR)
             reader.join()
             response.close()
 
@@ -403,10 +412,7 @@ def _drain(response: http.client.HTTPResponse, chunks: queue.SimpleQueue[bytes |
     chunks.put(None)
 
 
-def _hang_up(response: http.client.HTTPResponse) -> None:
-    """End the connection of a response, for whose next bytes another thread may be waiting."""
-    raw = getattr(getattr(response, "fp", None), "raw", None)
-    connection = getattr(raw, "_sock", None)
-    if connection is not None:
-        with contextlib.suppress(OSError):  # It has ended by itself.
-            connection.shutdown(socket.SHUT_RDWR)
+def _connection(response: http.client.HTTPResponse) -> socket.socket | None:
+    """The connection below a response, for whose next bytes another thread waits."""
+    connection = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
+    return connection if isinstance(connection, socket.socket) else None

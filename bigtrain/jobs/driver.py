@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.config import UserError
+from bigtrain.jobs import doctor
 from bigtrain.jobs.board import Board, board_path
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
@@ -47,12 +48,16 @@ def main() -> int:
     board.phase("connected")
     try:
         _check_versions(request)
+        if request.doctor:
+            found = doctor.result(doctor.cluster_checks(Path(request.runs_dir), request.secrets_file, say))
+            board.end(ExitCode.FINISHED, result=found)
+            return ExitCode.FINISHED
         if request.secrets_file is not None:
             read_secrets(Path(request.secrets_file))
         code = _script(request, request.script, board) if request.script is not None else _train(request, board)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        board.end(error.exit_code, error.as_json())
+        board.end(error.exit_code, error=error.as_json())
         return error.exit_code
     board.end(code)
     return code
@@ -101,6 +106,7 @@ def _train(request: Request, board: Board) -> int:
     job = run.prepared.config.job
     _check_layout(run.prepared.config, job.nodes * procs)
     board.phase("checked")
+    _check_keys(run.prepared.config.tracking.wandb, request, board)
     with run.held() as lease:
         run.say_start(job.nodes * procs, sys.stderr)
         environment = {"BIGTRAIN_LEASE": str(lease.number), **run.environment}
@@ -114,6 +120,32 @@ def _train(request: Request, board: Board) -> int:
         say(f"{run.directory.name}: finished")
     tell_end(run.directory, run.prepared.config, code, sys.stderr)
     return code
+
+
+def _check_keys(wandb: str, request: Request, board: Board) -> None:
+    """Say which node lacks which key: at once where the run cannot do without, else while its ranks are placed.
+
+    Raises:
+        UserError: The run wants to be online at W&B, and a node has no key.
+    """
+    if wandb == "online":
+        lacking = doctor.missing_keys(request.secrets_file)
+        without = [name for name, keys in lacking.items() if "WANDB_API_KEY" in keys]
+        if without:
+            raise UserError(
+                f"tracking.wandb is online, and there is no WANDB_API_KEY on {', '.join(without)}",
+                "tracking.wandb",
+                "Set it where the nodes are started, or name a file on the nodes with --secrets-file.",
+            )
+    elif wandb == "auto":
+
+        def look() -> None:
+            for name, keys in doctor.missing_keys(request.secrets_file).items():
+                line = f"note: no {' and no '.join(keys)} on {name}"
+                say(line)
+                board.note(line)
+
+        threading.Thread(target=look, name="keys", daemon=True).start()
 
 
 def _load(request: Request, runs_dir: Path) -> RunConfig:
@@ -182,6 +214,7 @@ def _script(request: Request, script: Script, board: Board) -> int:
     procs = _procs(job)
     place = Path.cwd() / script.file
     board.phase("checked")
+    _check_keys("auto", request, board)
     with _held(directory, what):
         launch = Launch(
             "bigtrain.jobs.script", [str(place), *script.arguments], procs, job.limits.by_phase(), SCRIPT_GRACE_S

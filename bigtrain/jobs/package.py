@@ -61,6 +61,8 @@ class Request:
     """Take the config that the run recorded, not a shipped one."""
     step: int | None = None
     """Go back to the checkpoint of this step."""
+    doctor: bool = False
+    """Examine the nodes, and train nothing."""
     script: Script | None = None
     job: dict[str, Any] = field(default_factory=dict)
     """The `job` section, for a script."""

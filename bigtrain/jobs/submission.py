@@ -23,6 +23,7 @@ from bigtrain.jobs.package import (
     make_package,
     plugin_files,
     source_package,
+    versions,
 )
 from bigtrain.jobs.views import NAME_KEY, ClusterView, cluster_view, exit_code
 from bigtrain.run import RunConfig
@@ -54,8 +55,10 @@ class Submission:
         environment = {"BIGTRAIN_SUBMISSION": self.request.id, "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
         runtime_env = {"working_dir": directory.uri, "py_modules": [self.source.uri], "env_vars": environment}
         metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
+        if self.request.doctor:
+            metadata = {}  # It is no run.
         dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.driver", runtime_env, metadata)
-        return ClusterView(dashboard, dashboard.job(self.request.id))
+        return ClusterView(dashboard, dashboard.job(self.request.id), self.request.name)
 
 
 def of_config(config: RunConfig, runs_dir: Path, plugin: str | None, request: Callable[..., Request]) -> Submission:
@@ -227,6 +230,29 @@ def stop(dashboard: Dashboard, name: str, now: bool) -> str:
         time.sleep(POLL_S)
     state = view.status()["state"]
     return f"{name}: {state}; `bigtrain resume {name}` resumes it"
+
+
+def examine(
+    dashboard: Dashboard, runs_dir: str, secrets_file: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run the checks of `bigtrain doctor` on the cluster; see `bigtrain.jobs.doctor.result`.
+
+    Raises:
+        UserError: The job that makes them fails.
+    """
+    ours = versions()
+    check_versions(dashboard, ours)
+    dashboard.require_authentication()
+    id = f"bigtrain-doctor-{time.time_ns() // 1_000_000}"
+    request = Request(id, id, runs_dir, time.time(), ours, secrets_file, doctor=True)
+    view = Submission(request, JobConfig(), source_package(), []).send(dashboard)
+    say("the nodes are being asked")
+    while view.active():
+        time.sleep(POLL_S)
+    found = (view.board() or {}).get("result")
+    if not isinstance(found, dict):
+        raise UserError(f"The nodes could not be examined: {view.job.message}", dashboard.url)
+    return found
 
 
 def _end_driver(dashboard: Dashboard, id: str) -> None:

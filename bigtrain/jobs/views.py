@@ -101,8 +101,8 @@ class LocalView:
 class ClusterView:
     """A run that was submitted to a cluster, as its dashboard shows it."""
 
-    def __init__(self, dashboard: Dashboard, job: Job) -> None:
-        self.name = job.metadata[NAME_KEY]
+    def __init__(self, dashboard: Dashboard, job: Job, name: str) -> None:
+        self.name = name
         self.job = job
         self._dashboard = dashboard
 
@@ -196,7 +196,7 @@ def exit_code(job: Job, board: dict[str, Any] | None) -> int:
 def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
     """The newest submission of each run that the cluster remembers, by name."""
     newest = {job.metadata[NAME_KEY]: job for job in dashboard.jobs() if NAME_KEY in job.metadata}
-    return [ClusterView(dashboard, newest[name]) for name in sorted(newest)]
+    return [ClusterView(dashboard, newest[name], name) for name in sorted(newest)]
 
 
 def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
