@@ -40,7 +40,7 @@ def main() -> int:
         on_ray(sys.argv[4], elastic, logs) if sys.argv[4].startswith("ray:") else Machines(sys.argv[4], sizes, logs)
     )
     if isinstance(placer, Machines):
-        membership.GROW_AFTER_S = 0.5
+        membership.GROW_AFTER_S = 0.1
         lines = [line.split() for line in "".join(sys.argv[6:]).split(";")]
         threading.Thread(target=play, args=(placer, lines, logs.parent / "metrics.jsonl"), daemon=True).start()
 
