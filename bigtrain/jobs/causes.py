@@ -21,6 +21,8 @@ BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MOST_S: Final = 30.0
 
 
+_OUT_OF_MEMORY: Final = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
+_LESS_MEMORY: Final = "lower layout.micro_size, set engine.recompute to full, or spread the model over more ranks"
 _PEER_GONE: Final = re.compile(
     r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|[Cc]onnection (refused|closed|was aborted)|remote process "
     r"exited|NCCL|socketPoll|Timed out waiting"
@@ -76,11 +78,13 @@ class Fault:
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
 
-        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. That a peer is
-        gone says nothing about what this rank does.
+        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. Out of memory is
+        the same wherever it strikes. That a peer is gone says nothing about what this rank does.
         """
         if self.traceback is None or self._weight() == 0:
             return None
+        if _OUT_OF_MEMORY.search(_last_line(self.traceback)):
+            return None, ""
         return self.step, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback)
 
 
@@ -98,7 +102,10 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
         # A rank that knows what is wrong says so in a line of its own, without a traceback.
         said = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
-            what = f"raised {_shortened(traceback.splitlines()[-1])}"
+            last = _last_line(traceback)
+            what = f"raised {_shortened(last)}"
+            if _OUT_OF_MEMORY.search(last):
+                what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
         elif said:
             what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
     return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
@@ -130,6 +137,10 @@ def fault_of_lost_agent(host: str, why: str) -> Fault:
     return Fault(Kind.AGENT_LOST, f"the agent on host {host} is lost: {why}", host)
 
 
+def _last_line(traceback: str) -> str:
+    return traceback.splitlines()[-1] if traceback else ""
+
+
 def _shortened(line: str, most: int = 200) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
@@ -150,7 +161,7 @@ class RetryBudget:
     There is one budget for lost nodes and one for all that ranks do. `max_failures` restarts of each are free until a
     newer checkpoint is there, which makes both fresh. The first is immediate, the next wait 1, 2, 4 ... s, at most
     BACKOFF_MOST_S. Preemption costs nothing. A user's mistake is never retried, nor is an exception that struck at the
-    same step before with the same traceback.
+    same step before with the same traceback, nor memory that ran out before.
 
     Args:
         max_failures: Restarts between two checkpoints.
@@ -173,7 +184,8 @@ class RetryBudget:
         signature = fault.signature()
         if signature is not None:
             if signature in self._seen:
-                return Verdict(False, reason=f"the same exception struck twice at step {fault.step}")
+                twice = "memory ran out twice" if signature[0] is None else "the same exception struck twice"
+                return Verdict(False, reason=f"{twice} at step {fault.step}")
             self._seen.add(signature)
         saved_step = self._progress()
         if saved_step > self._saved_step:

@@ -20,9 +20,10 @@ from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
+from bigtrain.training.branch import consumed
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import resolve_source
+from bigtrain.training.source import HfSource, Source, check_fresh, check_hf_source, resolve_source
 
 
 def train(
@@ -134,17 +135,19 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
         config = _fork(config, runs_dir, fork)
     directory = RunDirectory(runs_dir / config.name)
     config = _fix_source(config, directory)
-    prepared = prepare(config)
+    prepared = _after_branch(prepare(config), directory)
+    config = prepared.config
     if config.model.plugin is not None:
         _check_plugin(prepared)
     newest, finished = None, False
     if directory.exists():
-        directory.check_identity(prepared.what)
+        called = {found: name for name, found in prepared.fingerprints.items()} if prepared.is_mixture else {}
+        directory.check_identity(prepared.what, called)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
         finished = newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest)
     else:
-        _check_begins_before_end(prepared, directory)
+        _check_source(prepared, directory)
     if step is not None:
         _check_step(directory, step)
         newest, finished = step, finished and step == newest
@@ -199,10 +202,15 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
     where = f"resuming after step {newest}" if newest is not None else begins
+    if prepared.is_mixture:
+        epochs = ", ".join(f"{name} {count:.2f}" for name, count in prepared.epochs(prepared.total_steps).items())
+    else:
+        (count_of_all,) = prepared.epochs(prepared.total_steps).values()
+        epochs = f"{count_of_all:.2f}"
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
-        f"({prepared.batch_sequences * prepared.total_steps / prepared.sequences_per_epoch:.2f} epochs), "
+        f"({epochs} epochs), "
         f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",
     ]
@@ -267,12 +275,19 @@ def node_sizes(config: RunConfig, procs: int) -> list[int]:
     return found
 
 
-def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> None:
-    init = prepared.config.init
-    if init.source is None or init.state != "all":
+def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
+    """Refuse a source that the run cannot begin with."""
+    config, init = prepared.config, prepared.config.init
+    if init.source is None:
         return
+    shapes = getattr(config.model, "parameter_shapes", None)
+    shapes = None if shapes is None else shapes(prepared.outputs)
+    if shapes is not None:
+        check_fresh(shapes, init)
     source = resolve_source(init.source, directory.path.parent)
-    if source.step >= prepared.total_steps:
+    if isinstance(source, HfSource):
+        check_hf_source(source, config.model, shapes, init)
+    elif init.state == "all" and source.step >= prepared.total_steps:
         raise UserError(
             f"The run would begin after step {source.step}, and its duration ends at {prepared.total_steps}",
             f"init.source {init.source}",
@@ -354,6 +369,20 @@ def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
     )
 
 
+def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
+    """Let a branch begin after what the run before has consumed; a run that has begun keeps what it began after."""
+    config = prepared.config
+    if config.init.source is None or config.init.state != "all" or config.data.consumed is not None:
+        return prepared
+    if directory.exists():
+        found = load_config(directory.config, plugin=_plugin_of(config)).data.consumed
+    else:
+        source = resolve_source(config.init.source, directory.path.parent)
+        found = consumed(prepared, source) if isinstance(source, Source) else None
+    data = config.data.model_copy(update={"consumed": found})
+    return replace(prepared, config=config.model_copy(update={"data": data}))
+
+
 def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """Write out which checkpoint `init.source` means, by place and by content.
 
@@ -369,5 +398,5 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):
             return config.model_copy(update={"init": begun.model_copy(update={"state": init.state})})
     source = resolve_source(init.source, runs_dir)
-    update = {"source": f"{source.run}@{source.step}", "hash": source.hash}
+    update = {"source": source.name, "hash": source.content()}
     return config.model_copy(update={"init": init.model_copy(update=update)})

@@ -45,6 +45,11 @@ class Columns:
         return float(column[known[-1]]) if len(known) else None
 
     @property
+    def sources(self) -> list[str]:
+        """The names of a mixture's sources, sorted; none where there is one source."""
+        return sorted(name.removeprefix("epochs/") for name in self.values if name.startswith("epochs/"))
+
+    @property
     def seconds(self) -> FloatArray:
         """Seconds that each logged interval of steps took: tokens over tokens a second; 0 where not known."""
         tokens, rate = self.get("tokens"), self.get("tokens_per_s")

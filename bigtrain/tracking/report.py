@@ -107,6 +107,10 @@ def _facts(columns: Columns, events: Sequence[dict[str, Any]], good: Goodput) ->
             span(good.wall_s) if good.wall_s else "n/a",
             _counted(faults, "fault", restarts, "restart"),
         ),
+        *(
+            Fact(f"Epochs of {name}", _number(columns.last(f"epochs/{name}"), ".2f"), "times through this source")
+            for name in columns.sources
+        ),
         Fact("Goodput", f"{good.share:.1%}" if good.share is not None else "n/a", "of wall time, in kept steps"),
     ]
 

@@ -24,7 +24,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         Plain values for JSON. `goodput` is the share of wall time since the first start that went into steps
         that were kept, `time` where all of it went (`bigtrain.tracking.goodput`); `energy_j` the joules that the
         machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
-        the run runs; what is not known is None.
+        the run runs; `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
     columns = read_columns(run_dir / "metrics.jsonl")
     events = read_events(run_dir / "events.jsonl")
@@ -38,6 +38,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "tokens_per_s": columns.last("tokens_per_s"),
         "goodput": good.share,
         "nodes": whole(newest(events, "nodes")),
+        "epochs": {name: columns.last(f"epochs/{name}") for name in columns.sources} or None,
         "restarts": sum(event["event"] == "restarted" for event in events),
         "last_event": events[-1]["event"] if events else None,
         "eta_s": eta_s(columns, whole(newest(events, "total_steps"))) if state == "running" else None,

@@ -93,8 +93,9 @@ def start_tracker(run_dir: Path, name: str, config: Mapping[str, Any], tracking:
     if mode == "disabled":
         return None
     return WandbTracker(
-        run_dir, name, config, mode=mode, project=tracking.project, entity=tracking.entity, tags=tracking.tags
-    )
+        run_dir, name, {**config, **tracking.facts}, mode=mode, project=tracking.project, entity=tracking.entity,
+        tags=tracking.tags, group=tracking.group,
+    )  # fmt: skip
 
 
 def send_alert(
@@ -160,6 +161,7 @@ class WandbTracker:
         project: str = "bigtrain",
         entity: str | None = None,
         tags: list[str] | None = None,
+        group: str | None = None,
         warn: Callable[[str], None] = _log.warning,
         queue_size: int = QUEUE_SIZE,
         init_timeout_s: float = INIT_TIMEOUT_S,
@@ -170,7 +172,7 @@ class WandbTracker:
         self._directory = run_dir / "wandb"
         self._start = {
             "dir": str(run_dir), "id": self.id, "name": name, "mode": mode, "project": project,
-            "entity": entity, "tags": list(tags or []), "config": redact(plain(dict(config))),
+            "entity": entity, "tags": list(tags or []), "group": group, "config": redact(plain(dict(config))),
             "init_timeout_s": init_timeout_s, "trainer_pid": os.getpid(),
         }  # fmt: skip
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)

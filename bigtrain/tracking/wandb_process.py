@@ -70,11 +70,24 @@ def _serve(run: Any, lines: BinaryIO) -> int:
         step = metrics.pop("step")
         # After a resume from an older checkpoint W&B already holds these steps and refuses to go back.
         if step >= first_free:
-            run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
+            run.log({key: _media(value) for key, value in metrics.items() if value is not None}, step=step)
     limit = threading.Timer(ORPHAN_LIMIT_S, os._exit, [1])
     limit.daemon = True
     limit.start()
     return code
+
+
+def _media(value: Any) -> Any:
+    """W&B's own object for {"_wandb_table": columns, "rows": ...} and {"_wandb_html": path}; others as they are."""
+    if isinstance(value, dict) and "_wandb_table" in value:
+        import wandb
+
+        return wandb.Table(columns=value["_wandb_table"], data=value["rows"])
+    if isinstance(value, dict) and "_wandb_html" in value:
+        import wandb
+
+        return wandb.Html(Path(value["_wandb_html"]).read_text(encoding="utf-8"), inject=False)
+    return value
 
 
 def _start(start: dict[str, Any]) -> Any:
@@ -94,7 +107,8 @@ def _start(start: dict[str, Any]) -> Any:
     )
     run = wandb.init(
         dir=start["dir"], id=start["id"], name=start["name"], mode=start["mode"], project=start["project"],
-        entity=start["entity"], tags=start["tags"], config=start["config"], resume="allow", settings=settings,
+        entity=start["entity"], tags=start["tags"], group=start["group"], config=start["config"], resume="allow",
+        settings=settings,
     )  # fmt: skip
     if start["mode"] == "online" and run.url:
         write_atomic(Path(start["dir"]) / "wandb" / "url", run.url + "\n")
