@@ -17,6 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.engines.accelerate_strategies import Plain, prepare, release
 from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf import Config
@@ -40,6 +41,7 @@ class AccelerateEngine:
         self.data_parallel_size = ranks.world_size
         self._clip = clip
         self._seed = seed
+        self._guard = Guard(strategy.inner_optimizer)
 
     @classmethod
     def build(
@@ -116,13 +118,15 @@ class AccelerateEngine:
         vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         self._sum(vector)
         square, votes, loss, weight = vector[:4].unbind()
+        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        self._guard.arm(bad)
         scale = self.data_parallel_size / weight
         norm = square.sqrt() * scale
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.cat([torch.stack([loss, weight, norm, votes]), vector[4:]])
+        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), torch.zeros_like(loss)]), vector[4:]])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:

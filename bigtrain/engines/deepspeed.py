@@ -24,6 +24,7 @@ from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.deepspeed_model import Plan
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import leave_process_group
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
 from bigtrain.models.contract import LossSum
 from bigtrain.models.init import fill
@@ -83,6 +84,8 @@ class DeepSpeedEngine:
             )
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._norm = torch.zeros_like(self._weight)
+        self._loss_sum = torch.zeros_like(self._weight)
+        self._guard = Guard(self.optimizer)
         self.optimizer.register_step_pre_hook(self._scale_gradients)
         self._fill()
 
@@ -126,9 +129,9 @@ class DeepSpeedEngine:
         square = self._square_of_gradients()
         vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         dist.all_reduce(vector)
-        square, votes, loss, self._weight = vector[:4].unbind()
+        square, votes, self._loss_sum, self._weight = vector[:4].unbind()
         self._norm = square.sqrt()
-        return loss, votes, vector[4:]
+        return self._loss_sum, votes, vector[4:]
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -136,7 +139,15 @@ class DeepSpeedEngine:
 
     def _result(self, loss: Tensor, votes: Tensor, sources: Tensor) -> StepResult:
         norm = self._mean_norm() * self.data_parallel_size / self._weight
-        return StepResult(torch.cat([torch.stack([loss, self._weight, norm, votes]), sources]))
+        bad = self._bad().double()
+        return StepResult(
+            torch.cat([torch.stack([loss, self._weight, norm, votes, bad, torch.zeros_like(bad)]), sources])
+        )
+
+    def _bad(self) -> Tensor:
+        """Whether the step is to be skipped, on all ranks alike; DeepSpeed's own norm is then -1 or infinite."""
+        norm = self._mean_norm()
+        return ~(torch.isfinite(self._loss_sum) & torch.isfinite(norm) & (norm >= 0))
 
     @property
     def _norm_is_ours(self) -> bool:
@@ -169,6 +180,7 @@ class DeepSpeedEngine:
 
         DeepSpeed steps its optimizer part by part, each time with the part's gradients; the norm is known before.
         """
+        self._guard.arm(self._bad())
         scale = self.data_parallel_size / self._weight
         if self._clip is not None:
             scale = scale * (self._clip / (self._mean_norm() * scale)).clamp(max=1.0)

@@ -181,7 +181,9 @@ class Pipeline:
         def forward(*received: Tensor, **batch: Tensor) -> Tensor:
             result = stage.forward_stage(received[0] if received else None, self._part(batch))
             if not isinstance(result, LossSum):
-                return cast(Tensor, result)
+                # Where all so far is frozen, torch's schedules want a tensor to run backward from all the same.
+                frozen = torch.is_grad_enabled() and not cast(Tensor, result).requires_grad
+                return cast(Tensor, result).requires_grad_() if frozen else cast(Tensor, result)
             add_sums(self._sums, result, batch)
             return result.loss
 

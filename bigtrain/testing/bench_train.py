@@ -40,8 +40,10 @@ from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory
 from bigtrain.testing import plain_loop
+from bigtrain.training.bad_steps import Policy
 from bigtrain.training.boundaries import Boundaries
 from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.config import BadStepsConfig
 from bigtrain.training.loop import Callback, Progress, Step, Trainer
 from bigtrain.training.session import AgentLink
 
@@ -217,6 +219,8 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
             evaluate=dict,
             save=lambda progress: True,
             finish=lambda: True,
+            policy=Policy(BadStepsConfig()),
+            roll_back=lambda asked: None,
             callbacks=[metrics, losses],
             drawn=lambda step: {"train": step * batch},
         ).fit()

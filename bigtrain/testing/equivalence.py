@@ -59,6 +59,7 @@ class What:
     steps: int = 8
     seed: int = 5
     clip: float | None = 1.0
+    frozen: tuple[str, ...] = ()
     precision: Precision = "fp32"
     plugin: str | None = None
     """The file of the user's own model families."""
@@ -133,12 +134,19 @@ def build(what: What, how: How) -> Any:
     model = section(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
-    check_support(engine, model.arch, layout, document_mask=what.documents)
+    check_support(
+        engine,
+        model.arch,
+        layout,
+        document_mask=what.documents,
+        frozen=bool(what.frozen),
+        precision=what.precision,
+    )
     return build_engine(
         model,
         what.vocabulary,
         # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
-        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6),
+        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6, frozen=what.frozen),
         engine=engine,
         layout=layout,
         precision=what.precision,

@@ -120,11 +120,13 @@ class Prepared:
 
     def boundaries(self) -> Boundaries:
         """When to evaluate and when to save."""
-        save = self.config.checkpoint.every
+        save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
         return Boundaries(
             total_steps=self.total_steps,
             evaluate_every=self.steps(self.config.evaluation.every) if self.held_out else None,
             save_every=None if save.is_time else self.steps(save),
+            keep_every=None if keep is None else self.steps(keep),
+            keep_at=frozenset(self.steps(one) for one in self.config.checkpoint.at),
         )
 
 
@@ -236,7 +238,13 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
     check_support(
-        config.engine, model.arch, config.layout, document_mask=config.data.document_mask, plain=model.is_plain
+        config.engine,
+        model.arch,
+        config.layout,
+        document_mask=config.data.document_mask,
+        plain=model.is_plain,
+        frozen=bool(config.optimizer.frozen),
+        precision=config.precision,
     )
     try:
         config.layout.check(model, train.vocab_size)
