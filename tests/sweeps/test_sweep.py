@@ -27,7 +27,7 @@ from bigtrain.sweeps.status import sweep_status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 WriteSweep = Callable[..., Path]
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 A3 = FitOptions(approach="a3", loss_function="huber", replicates=100, processes=1)
 
 
@@ -103,7 +103,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     sweeping: Sweeping, write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
