@@ -4,6 +4,7 @@
 
 It holds no policy: it reports to the controller and does as it is told. Whatever ends it, a message, the loss of the
 controller or SIGKILL, its ranks end too. It has one thread, because a rank lives as long as the thread that started it.
+Where PARENT_VARIABLE names the process that started it, it ends with that one, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from types import FrameType
 from typing import Final
 
 from bigtrain.heartbeat import Beat, Control
-from bigtrain.jobs.processes import PLACEMENT_VARIABLE, end_marked, free_port
+from bigtrain.jobs.limits import LearnedLimits
+from bigtrain.jobs.processes import (
+    PARENT_VARIABLE,
+    PLACEMENT_VARIABLE,
+    end_marked,
+    follow_parent,
+    free_port,
+    interface_of,
+)
 from bigtrain.jobs.protocol import (
     ADDRESS_VARIABLE,
     TOKEN_VARIABLE,
@@ -53,6 +62,7 @@ class Gang:
         self.ranks: list[RankProcess] = []
         self._channel = channel
         self._overdue_since: float | None = None
+        self._limits = LearnedLimits(placement.limits)
         try:
             for local_rank in range(placement.procs):
                 self.ranks.append(RankProcess(placement, local_rank, inherited))
@@ -90,7 +100,9 @@ class Gang:
         return bool(self.ranks)
 
     def end(self) -> None:
-        """Kill what is left, wait for it, and report each rank's end."""
+        """Kill what is left, wait for it, and report each rank's end; one that was over before was not ended here."""
+        for rank in [rank for rank in self.ranks if rank.has_exited()]:
+            self._collect(rank, ended=False)
         for rank in self.ranks:
             rank.kill()
         for rank in list(self.ranks):
@@ -116,12 +128,12 @@ class Gang:
         )
         return code
 
-    def _limit_s(self, beat: Beat) -> float:
-        return float(self.placement.limits[beat.phase])
-
     def _hangs(self) -> bool:
         beats = [rank.page.read() for rank in self.ranks]
-        if not any(beat.age_s > self._limit_s(beat) for beat in beats):
+        if not any(beat.age_s > self._limits.limit_s(beat.phase) for beat in beats):
+            # What is learned is how long ranks took that were in time.
+            for rank, beat in zip(self.ranks, beats, strict=True):
+                self._limits.observe(rank.rank, beat)
             self._overdue_since = None
             return False
         now = time.monotonic()
@@ -133,7 +145,7 @@ class Gang:
         # One silent rank silences all that wait for it. The culprit is stopped, or behind, or silent for longest.
         states = [(not rank.stopped, *rank.page.read(), rank) for rank in self.ranks]
         running, step, phase, age_s, culprit = min(states, key=lambda state: (state[0], state[1], -state[3]))
-        limit_s = self._limit_s(Beat(step, phase, age_s))
+        limit_s = self._limits.limit_s(phase)
         written = culprit.log_size()
         for rank in self.ranks:
             rank.dump_stacks()
@@ -154,9 +166,10 @@ class Gang:
 class Agent:
     """The loop that serves one controller until it says `done` or is gone."""
 
-    def __init__(self, channel: Channel, environment: Mapping[str, str]) -> None:
+    def __init__(self, channel: Channel, environment: Mapping[str, str], parent: int | None = None) -> None:
         self._channel = channel
         self._environment = dict(environment)
+        self._parent = parent
         self._placement_mark = self._environment.setdefault(PLACEMENT_VARIABLE, uuid.uuid4().hex)
         self._gang: Gang | None = None
         self._selector = selectors.DefaultSelector()
@@ -172,7 +185,7 @@ class Agent:
             while not self._done:
                 self._turn()
         except (PeerLost, ProtocolError) as error:
-            print(f"agent: the controller is lost ({error}): ending the ranks", file=sys.stderr)
+            print(f"agent: ending the ranks: {error}", file=sys.stderr)
             return 1
         finally:
             self._abandon()
@@ -190,6 +203,8 @@ class Agent:
                 self._handle(message)
         if self._terminated:
             self._terminated = False
+            if self._parent is not None and os.getppid() != self._parent:
+                raise PeerLost("the process that held this node for it has ended")
             self._channel.send("notice", signal=int(signal.SIGTERM))
         if self._gang is None:
             self._channel.keep_alive()
@@ -216,6 +231,8 @@ class Agent:
         if self._gang is not None:
             self._gang.end()
             self._finish_generation()
+        if placement.world_size > placement.procs:
+            self._choose_interface()
         try:
             Path(placement.logs).mkdir(parents=True, exist_ok=True)
             gang = self._gang = Gang(placement, self._channel, self._environment)
@@ -240,6 +257,12 @@ class Agent:
                 self._exit_descriptors.append(rank.exit_descriptor)
         pids = {str(rank.rank): rank.pid for rank in gang.ranks}
         self._channel.send("started", generation=placement.generation, pids=pids)
+
+    def _choose_interface(self) -> None:
+        """Have gloo use the network that leads to the controller; its own choice follows the host's name."""
+        interface = interface_of(self._channel.own_address)
+        if interface is not None:
+            self._environment.setdefault("GLOO_SOCKET_IFNAME", interface)
 
     def _finish_generation(self) -> None:
         assert self._gang is not None
@@ -271,6 +294,9 @@ def main() -> int:
     """Run the agent that the environment describes; returns its exit code."""
     environment = dict(os.environ)
     address, token = environment.pop(ADDRESS_VARIABLE, ""), environment.pop(TOKEN_VARIABLE, "")
+    parent = int(environment.pop(PARENT_VARIABLE, "0")) or None
+    if parent is not None and not follow_parent(parent):
+        return 1
     if not address or not token:
         print(f"agent: needs {ADDRESS_VARIABLE} and {TOKEN_VARIABLE} in its environment", file=sys.stderr)
         return 2
@@ -279,7 +305,7 @@ def main() -> int:
     except (PeerLost, ProtocolError) as error:
         print(f"agent on {socket.gethostname()}: {error}", file=sys.stderr)
         return 1
-    return Agent(channel, environment).run()
+    return Agent(channel, environment, parent).run()
 
 
 if __name__ == "__main__":

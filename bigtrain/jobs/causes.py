@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +21,15 @@ BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MOST_S: Final = 30.0
 
 
+_OUT_OF_MEMORY: Final = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
+_LESS_MEMORY: Final = "lower layout.micro_size, set engine.recompute to full, or spread the model over more ranks"
+_PEER_GONE: Final = re.compile(
+    r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|[Cc]onnection (refused|closed|was aborted)|remote process "
+    r"exited|NCCL|socketPoll|Timed out waiting"
+)
+"""How the exceptions of gloo, NCCL and the store end whose other side is gone."""
+
+
 class Kind(enum.Enum):
     """What ended a generation; the retry follows from it."""
 
@@ -30,6 +40,8 @@ class Kind(enum.Enum):
     HANG = "hang"
     EARLY_EXIT = "early exit"
     AGENT_LOST = "agent lost"
+    PREEMPTED = "preempted"
+    """A node was lost that had been announced to go: nobody's failure."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,34 @@ class Fault:
     traceback: str | None = None
     tail: str = ""
     """The end of the rank's log, or its stacks where it hung."""
+    silent_s: float | None = None
+    """Seconds before it was seen in which the rank showed no sign of life, where it hung."""
+    agent: str = ""
+    """The node, as its placer names it."""
+
+    def outranks(self, earlier: Fault) -> bool:
+        """Whether this is the likelier root of both, though it was heard of later.
+
+        Ranks whose peer is gone raise at once, while what took the peer away may be seen only later, on its own node.
+        """
+        return self._weight() > earlier._weight()
+
+    def _weight(self) -> int:
+        if self.kind is not Kind.EXCEPTION:
+            return 2
+        last = (self.traceback or "").rstrip().rpartition("\n")[2]
+        return 0 if _PEER_GONE.search(last) else 1
 
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
 
-        Numbers and addresses inside the text are left out: ports, times and pointers differ each time.
+        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. Out of memory is
+        the same wherever it strikes. That a peer is gone says nothing about what this rank does.
         """
-        if self.traceback is None:
+        if self.traceback is None or self._weight() == 0:
             return None
+        if _OUT_OF_MEMORY.search(_last_line(self.traceback)):
+            return None, ""
         return self.step, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback)
 
 
@@ -70,7 +102,10 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
         # A rank that knows what is wrong says so in a line of its own, without a traceback.
         said = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
-            what = f"raised {_shortened(traceback.splitlines()[-1])}"
+            last = _last_line(traceback)
+            what = f"raised {_shortened(last)}"
+            if _OUT_OF_MEMORY.search(last):
+                what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
         elif said:
             what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
     return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
@@ -84,7 +119,8 @@ def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
         f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no sign of life for "
         f"{message['age_s']:.0f} s (limit {message['limit_s']:g} s{state})"
     )
-    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]))
+    silent_s = round(float(message["age_s"]), 3)
+    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]), silent_s=silent_s)
 
 
 def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None) -> Fault:
@@ -99,6 +135,10 @@ def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None
 def fault_of_lost_agent(host: str, why: str) -> Fault:
     """The fault of an agent that died or went silent, and its ranks with it."""
     return Fault(Kind.AGENT_LOST, f"the agent on host {host} is lost: {why}", host)
+
+
+def _last_line(traceback: str) -> str:
+    return traceback.splitlines()[-1] if traceback else ""
 
 
 def _shortened(line: str, most: int = 200) -> str:
@@ -118,9 +158,10 @@ class Verdict:
 class RetryBudget:
     """Decides after each fault whether the run is started again.
 
-    `max_failures` restarts are free until a newer checkpoint is there, which makes the budget fresh. The first is
-    immediate, the next wait 1, 2, 4 ... s, at most BACKOFF_MOST_S. A user's mistake is never retried, nor is an
-    exception that struck at the same step before with the same traceback.
+    There is one budget for lost nodes and one for all that ranks do. `max_failures` restarts of each are free until a
+    newer checkpoint is there, which makes both fresh. The first is immediate, the next wait 1, 2, 4 ... s, at most
+    BACKOFF_MOST_S. Preemption costs nothing. A user's mistake is never retried, nor is an exception that struck at the
+    same step before with the same traceback, nor memory that ran out before.
 
     Args:
         max_failures: Restarts between two checkpoints.
@@ -131,26 +172,31 @@ class RetryBudget:
         self._max_failures = max_failures
         self._progress = progress
         self._saved_step = progress()
-        self._failures = 0
+        self._failures: Counter[str] = Counter()
         self._seen: set[tuple[int | None, str]] = set()
 
     def judge(self, fault: Fault) -> Verdict:
         """Count a fault and say what to do."""
         if fault.kind is Kind.USER:
             return Verdict(False, reason="a retry would not mend it")
+        if fault.kind is Kind.PREEMPTED:
+            return Verdict(True)
         signature = fault.signature()
         if signature is not None:
             if signature in self._seen:
-                return Verdict(False, reason=f"the same exception struck twice at step {fault.step}")
+                twice = "memory ran out twice" if signature[0] is None else "the same exception struck twice"
+                return Verdict(False, reason=f"{twice} at step {fault.step}")
             self._seen.add(signature)
         saved_step = self._progress()
         if saved_step > self._saved_step:
-            self._saved_step, self._failures = saved_step, 0
-        self._failures += 1
-        if self._failures > self._max_failures:
+            self._saved_step = saved_step
+            self._failures.clear()
+        budget = "nodes lost" if fault.kind is Kind.AGENT_LOST else "failures"
+        self._failures[budget] += 1
+        count = self._failures[budget]
+        if count > self._max_failures:
             return Verdict(
-                False,
-                reason=f"{self._failures} failures without a new checkpoint (job.max_failures: {self._max_failures})",
+                False, reason=f"{count} {budget} without a new checkpoint (job.max_failures: {self._max_failures})"
             )
-        backoff_s = 0.0 if self._failures == 1 else BACKOFF_FIRST_S * 2 ** (self._failures - 2)
+        backoff_s = 0.0 if count == 1 else BACKOFF_FIRST_S * 2 ** (count - 2)
         return Verdict(True, min(backoff_s, BACKOFF_MOST_S))

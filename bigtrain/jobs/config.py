@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bigtrain.config import NUMBER_OR_TEXT, Duration, Section
 
@@ -49,11 +51,52 @@ class LimitsConfig(Section):
         }
 
 
+class NotifyConfig(Section):
+    """Who is told when the run has ended, finished or failed; bigtrain/jobs/notify.py says in which words."""
+
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    """A program and its arguments; the message is its standard input."""
+
+    webhook: str | None = None
+    """URL to which the message is posted. One that is a secret belongs into `webhook_variable`."""
+
+    webhook_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the URL."""
+
+    wandb: bool = False
+    """Whether W&B alerts you, by mail or Slack as your account says."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it must be an http or https URL")
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                "user info and queries may be secrets: set a variable to the URL and webhook_variable to its name"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _names_someone(self) -> NotifyConfig:
+        if self.webhook is not None and self.webhook_variable is not None:
+            raise ValueError("give webhook or webhook_variable, not both")
+        if not (self.command or self.webhook or self.webhook_variable or self.wandb):
+            raise ValueError("name a command, a webhook, a webhook_variable or wandb: true")
+        return self
+
+
 class JobConfig(Section):
     """Where a run's processes go, and what happens when one fails."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
     """Machines that the run takes."""
+
+    min_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Machines with which it still goes on when others are lost, at sizes that the layout allows; null: all `nodes`."""
 
     procs_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Processes on each machine; auto: one a GPU, else 1."""
@@ -61,5 +104,26 @@ class JobConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts without a new checkpoint between them before the run counts as failed."""
 
+    labels: Mapping[str, str] = Field(default_factory=dict)
+    """Labels that a cluster's node must carry to be taken, for example {"ray.io/accelerator-type": "H100"}."""
+
+    topology: str | None = None
+    """The label whose value says which nodes are near each other (a rack, an NVLink domain): few values are used, and
+    ranks are given out one value after the other."""
+
     limits: LimitsConfig = LimitsConfig()
     """Longest silence of a rank, by phase."""
+
+    notify: NotifyConfig | None = None
+    """Who is told when the run has ended."""
+
+    @model_validator(mode="after")
+    def _least_is_at_most_all(self) -> JobConfig:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes, which is {self.nodes}")
+        return self
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes with which the run still goes on."""
+        return self.nodes if self.min_nodes is None else self.min_nodes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import select
 import signal
 import threading
 import time
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER, Fault, Kind, RetryBudget
 from bigtrain.jobs.generation import Generation, Launch, Outcome
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, Placer
-from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError
+from bigtrain.jobs.membership import Membership
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
+from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -70,7 +70,8 @@ class Controller:
 
     All ranks exit 0: finished. All exit 75: stopped on request. One exits 2: the user's mistake. Anything else is a
     fault, after which all ranks are ended and started again in place, under a new attempt number and master port,
-    while the budget lasts (`RetryBudget`). Agents are placed again only if one was lost.
+    while the budget lasts (`RetryBudget`). Agents are placed again only if one was lost, or where other nodes are to be
+    taken (`Membership`): then the ranks save and exit first, so that no step is lost.
 
     SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once.
 
@@ -111,6 +112,7 @@ class Controller:
         self._progress = progress or (lambda: saved_step(run_directory_path))
         self._attempt = next_attempt(run_directory_path) if first_attempt is None else first_attempt
         self._budget = RetryBudget(job.max_failures, self._progress)
+        self._membership = Membership(placer, lambda line: say(f"{run_name}: {line}"), self._record)
         self._switch = StopSwitch()
         self._announced = 0
         self._generation = 0
@@ -119,6 +121,11 @@ class Controller:
     def request_stop(self) -> None:
         """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread or handler may call it."""
         self._switch.press()
+
+    def request_save_and_stop(self) -> None:
+        """Ask the run to save and stop, unless it is stopping already. Any thread or handler may call it."""
+        if self._switch.level == 0:
+            self._switch.press()
 
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
@@ -131,31 +138,57 @@ class Controller:
     def _run(self) -> int:
         while True:
             if not self._agents:
-                try:
-                    self._agents = self._placer.place(lambda: self._stop_level() > 0)
-                except PlacementCancelled:
-                    return self._stopped(0)
-                except PlacementFailed as error:
-                    return self._failed(f"no ranks could be started: {error}")
+                code = self._place()
+                if code is not None:
+                    return code
             outcome = self._live(self._agents)
-            code = self._conclude(outcome)
-            if code is not None:
-                return code
-            assert outcome.fault is not None
-            verdict = self._budget.judge(outcome.fault)
-            if not verdict.retry:
-                return self._give_up(outcome.fault, verdict.reason)
-            if outcome.agent_lost:
-                self._release()
-            if not self._wait(verdict.delay_s):
+            cause = self._moves(outcome)
+            if cause is None:
+                code = self._conclude(outcome)
+                if code is not None:
+                    return code
+                assert outcome.fault is not None
+                cause = outcome.fault.cause
+            if self._stop_level() > 0:
                 return self._stopped(outcome.step)
             self._attempt += 1
-            self._record("restarted", cause=outcome.fault.cause)
+            self._record("restarted", cause=cause)
             self._say(f"{self._run_name}: starting again, attempt {self._attempt}, from step {self._progress()}")
+
+    def _place(self) -> int | None:
+        """Get agents; the exit code where there are none to be had."""
+        try:
+            self._agents = self._placer.place(lambda: self._stop_level() > 0)
+        except PlacementCancelled:
+            return self._stopped(0)
+        except PlacementRefused as error:
+            self._failed(str(error))
+            return USER
+        except PlacementFailed as error:
+            return self._failed(f"no ranks could be started: {error}")
+        self._membership.placed()
+        return None
 
     def _release(self) -> None:
         self._placer.release()
         self._agents = []
+
+    def _ask(self) -> int:
+        """What the ranks are asked for: 0 to go on, 1 to save and exit, 2 to end at once."""
+        level = self._stop_level()
+        if level == 0 and self._membership.reason_to_leave() is not None:
+            return 1
+        return level
+
+    def _moves(self, outcome: Outcome) -> str | None:
+        """Why the run goes on elsewhere, where its ranks have saved themselves for that."""
+        reason = self._membership.reason_to_leave()
+        if reason is None or outcome.fault is not None or STOPPED not in outcome.codes.values():
+            return None
+        if self._stop_level() == 0:
+            self._release()
+            return reason
+        return None
 
     def _live(self, agents: list[AgentConnection]) -> Outcome:
         self._generation += 1
@@ -170,7 +203,7 @@ class Controller:
             self._launch,
             environment,
             logs,
-            self._stop_level,
+            self._ask,
             self._on_notice,
         ).live()
 
@@ -191,25 +224,35 @@ class Controller:
         except OSError as error:  # A full disk must not end a run that trains.
             self._say(f"{self._run_name}: the event '{event}' could not be recorded: {error}")
 
-    def _on_notice(self, host: str) -> None:
-        self._say(f"{self._run_name}: host {host} was asked to stop")
-        if self._stop_level() == 0:
-            self.request_stop()
+    def _on_notice(self, agent: AgentConnection) -> None:
+        if self._membership.elastic:
+            self._membership.on_agent_notice(agent)
+            return
+        self._say(f"{self._run_name}: host {agent.host} was asked to stop")
+        self.request_save_and_stop()
 
     def _conclude(self, outcome: Outcome) -> int | None:
-        """The exit code of a run that is over, or None where a fault is left to the budget."""
-        fault = outcome.fault
-        if fault is not None:
+        """The exit code of a run that is over, or None where it is to be started again."""
+        if outcome.fault is not None:
+            fault, anew = self._membership.judge(outcome.fault, outcome.lost)
+            outcome.fault = fault
             self._record(
                 "fault",
                 cause=fault.cause,
                 rank=fault.rank,
                 host=fault.host,
                 step=fault.step,
+                kind=fault.kind.value,
+                silent_s=fault.silent_s,
             )
             self._say(f"{self._run_name}: {fault.cause}")
             if fault.kind is Kind.USER or self._stop_level() == 0:
-                return None
+                verdict = self._budget.judge(fault)
+                if not verdict.retry:
+                    return self._give_up(fault, verdict.reason)
+                if anew:
+                    self._release()
+                return None if self._wait(verdict.delay_s) else self._stopped(outcome.step)
         elif not outcome.killed:
             if STOPPED in outcome.codes.values():
                 return self._stopped(outcome.step)
@@ -248,13 +291,8 @@ class Controller:
             self._say(f"{self._run_name}: waiting {delay_s:g} s before the next attempt")
         deadline = time.monotonic() + delay_s
         while self._stop_level() == 0 and (remaining := deadline - time.monotonic()) > 0:
-            channels = [agent.channel for agent in self._agents]
-            ready, _, _ = select.select(channels, [], [], min(LOOK_S, remaining))
             try:
-                for channel in channels:
-                    if channel in ready:
-                        channel.receive()
-                    channel.keep_alive()
+                keep_alive(self._agents, min(LOOK_S, remaining))
             except (PeerLost, ProtocolError):
                 self._release()
         return self._stop_level() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bigtrain.heartbeat import Control
@@ -53,8 +53,8 @@ class Outcome:
     """The furthest step that a rank reported."""
     killed: bool = False
     """Whether the ranks were ended because someone asked for it at once."""
-    agent_lost: bool = False
-    """Whether an agent must be replaced."""
+    lost: list[str] = field(default_factory=list)
+    """Agents that must be replaced."""
 
 
 class Generation:
@@ -78,7 +78,7 @@ class Generation:
         environment: dict[str, str],
         logs: str,
         stop_level: Callable[[], int],
-        on_notice: Callable[[str], None],
+        on_notice: Callable[[AgentConnection], None],
     ) -> None:
         self._number = number
         self._agents = agents
@@ -90,7 +90,7 @@ class Generation:
         self._outcome = Outcome()
         self._alive = set(range(len(agents)))
         self._phases: dict[int, tuple[str, float]] = {}
-        self._first_exit: tuple[float, Message, str] | None = None
+        self._first_exit: tuple[float, Message, int] | None = None
         self._killed_at: float | None = None
         self._stop_sent = False
         self._placed = False
@@ -101,10 +101,17 @@ class Generation:
             for node, agent in enumerate(self._agents):
                 selector.register(agent.channel, selectors.EVENT_READ, node)
             self._send(0, "port")
+            looked_at = 0.0
             while self._alive:
-                ready = {key.data for key, _ in selector.select(LOOK_S)}
+                for key, _ in selector.select(LOOK_S):
+                    self._hear(key.data)
+                now = time.monotonic()
+                # With a thousand agents something arrives all the time, and each would be looked at each time.
+                if now - looked_at < LOOK_S and self._alive:
+                    continue
+                looked_at = now
                 for node in sorted(self._alive):
-                    self._serve(node, node in ready)
+                    self._keep_alive(node)
                 for key in [key for key in selector.get_map().values() if key.data not in self._alive]:
                     selector.unregister(key.fileobj)
                 self._check_stop()
@@ -119,19 +126,27 @@ class Generation:
             self._lose(node, str(error))
 
     def _lose(self, node: int, why: str) -> None:
-        self._alive.discard(node)
-        self._outcome.agent_lost = True
-        self._fail(fault_of_lost_agent(self._agents[node].host, why))
+        self._drop(node)
+        self._fail(node, fault_of_lost_agent(self._agents[node].host, why))
 
-    def _serve(self, node: int, readable: bool) -> None:
+    def _drop(self, node: int) -> None:
+        self._alive.discard(node)
+        self._outcome.lost.append(self._agents[node].agent)
+
+    def _hear(self, node: int) -> None:
         """Hear what an agent has to say; one that cannot be talked to is lost, and the generation with it."""
-        channel = self._agents[node].channel
+        if node not in self._alive:
+            return
         try:
-            if readable:
-                for message in channel.receive():
-                    self._handle(node, message)
-            channel.keep_alive()
+            for message in self._agents[node].channel.receive():
+                self._handle(node, message)
         except (PeerLost, ProtocolError) as error:
+            self._lose(node, str(error))
+
+    def _keep_alive(self, node: int) -> None:
+        try:
+            self._agents[node].channel.keep_alive()
+        except PeerLost as error:
             self._lose(node, str(error))
 
     def _handle(self, node: int, message: Message) -> None:
@@ -139,7 +154,7 @@ class Generation:
         if kind == "port":
             self._place(int(message["port"]))
         elif kind == "notice":
-            self._on_notice(host)
+            self._on_notice(self._agents[node])
         elif message.get("generation") != self._number:
             return
         elif kind == "beat":
@@ -147,9 +162,9 @@ class Generation:
                 self._phases[int(rank)] = (phase, time.monotonic())
                 self._outcome.step = max(self._outcome.step, step)
         elif kind == "hung":
-            self._fail(fault_of_hang(message, host))
+            self._fail(node, fault_of_hang(message, host))
         elif kind == "exited":
-            self._on_exit(message, host)
+            self._on_exit(node, message)
         elif kind == "ended":
             self._alive.discard(node)
 
@@ -175,7 +190,8 @@ class Generation:
             )
         self._placed = True
 
-    def _on_exit(self, message: Message, host: str) -> None:
+    def _on_exit(self, node: int, message: Message) -> None:
+        host = self._agents[node].host
         self._phases.pop(int(message["rank"]), None)
         self._outcome.step = max(self._outcome.step, int(message["step"]))
         if message["ended"]:
@@ -183,18 +199,20 @@ class Generation:
         if message["code"] in (FINISHED, STOPPED):
             self._outcome.codes[int(message["rank"])] = int(message["code"])
             if self._first_exit is None:
-                self._first_exit = (time.monotonic(), message, host)
+                self._first_exit = (time.monotonic(), message, node)
             return
         fault = fault_of_exit(message, host)
         if self._first_exit is not None and message["phase"] not in _MAY_OUTLAST_OTHERS:
             # The others fail because their peer has left: name the one that left.
-            fault = fault_of_early_exit(self._first_exit[1], self._first_exit[2], fault)
-        self._fail(fault)
+            _, first, node = self._first_exit
+            fault = fault_of_early_exit(first, self._agents[node].host, fault)
+        self._fail(node, fault)
 
-    def _fail(self, fault: Fault) -> None:
-        # What follows the first fault is its consequence; what follows our own kill is no fault.
-        if self._outcome.fault is None and not self._outcome.killed:
-            self._outcome.fault = fault
+    def _fail(self, node: int, fault: Fault) -> None:
+        # What follows our own kill is no fault; what follows the first fault is mostly its consequence.
+        earlier = self._outcome.fault
+        if not self._outcome.killed and (earlier is None or fault.outranks(earlier)):
+            self._outcome.fault = replace(fault, agent=self._agents[node].agent)
         self._kill()
 
     def _kill(self) -> None:
@@ -219,13 +237,14 @@ class Generation:
     def _check_early_exit(self) -> None:
         if self._first_exit is None or self._killed_at is not None:
             return
-        since, message, host = self._first_exit
+        since, message, node = self._first_exit
         # A beat tells where a rank was when it came: only one from after the grace counts.
         grace_over = since + self._launch.exit_grace_s
         if any(phase not in _MAY_OUTLAST_OTHERS and seen > grace_over for phase, seen in self._phases.values()):
-            self._fail(fault_of_early_exit(message, host, None))
+            self._fail(node, fault_of_early_exit(message, self._agents[node].host, None))
 
     def _check_kill(self) -> None:
         if self._killed_at is not None and time.monotonic() - self._killed_at > KILL_TIMEOUT_S:
+            # Whatever they were to be ended for remains the cause.
             for node in sorted(self._alive):
-                self._lose(node, f"it did not end its ranks within {KILL_TIMEOUT_S:.0f} s")
+                self._drop(node)

@@ -1,16 +1,21 @@
-"""Training on this machine: one agent, its ranks, and the controller in the caller's process."""
+"""The controller in the caller's process: with ranks on this machine, in a Slurm job, or where a placer says."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bigtrain.jobs import slurm
+from bigtrain.jobs.causes import STOPPED
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.local import LocalPlacer
+from bigtrain.jobs.placer import Placer
 from bigtrain.jobs.protocol import SILENCE_S
+from bigtrain.jobs.slurm import RequeueOnSignal, SlurmPlacer
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -21,8 +26,9 @@ def say_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def launch_local(
+def run_controlled(
     run_dir: Path,
+    placer: Placer,
     *,
     nproc: int,
     job: JobConfig,
@@ -34,40 +40,85 @@ def launch_local(
     say: Callable[[str], None] = say_on_stderr,
     progress: Callable[[], int] | None = None,
     first_attempt: int | None = None,
-    silence_s: float = SILENCE_S,
     exit_grace_s: float = EXIT_GRACE_S,
+    around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
 ) -> int:
-    """Run `nproc` ranks of `rank_module` on this machine until the run is over.
+    """Run `nproc` ranks of `rank_module` on each node that `placer` gives until the run is over.
 
     The working directory, the interpreter and the environment of the ranks are the caller's.
 
     Args:
-        run_dir: The run directory; logs go to logs/attempt_K/rank_R.log and logs/agent.log.
-        nproc: Number of ranks; `bigtrain.jobs.local.local_procs(job)` says how many the config asks for.
+        run_dir: The run directory; logs go to logs/attempt_K/rank_R.log.
+        placer: Gives the machines.
+        nproc: Number of ranks on each of them.
         job: Budget and limits.
         event: Writes events (see `Controller`).
         rank_module: Module that each rank runs as `python -m`, with `arguments`.
-        environment: More variables for the ranks. They travel over the loopback connection: no secrets.
+        environment: More variables for the ranks. They travel over the agents' connections: no secrets.
         run_name: For what people read; by default the run directory's name.
         progress: Step of the newest checkpoint; by default what checkpoints/LATEST names.
-        silence_s: How long agent and controller wait for a word from each other.
         exit_grace_s: How long ranks may go on after the first one has left.
+        around: Gives, for the controller, what to enter while it runs.
 
     Returns:
         0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
     """
     run_dir = run_dir.absolute()
-    launch = Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s)
     controller = Controller(
         run_dir,
-        LocalPlacer(run_dir / "logs" / "agent.log", silence_s),
+        placer,
         job,
         run_name or run_dir.name,
         event,
         say=say,
-        launch=launch,
+        launch=Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s),
         environment=environment,
         progress=progress,
         first_attempt=first_attempt,
     )
-    return controller.run()
+    with around(controller):
+        return controller.run()
+
+
+def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any) -> int:
+    """Run all ranks on this machine; logs/agent.log holds the agent's own words.
+
+    Args:
+        run_dir: The run directory.
+        silence_s: How long agent and controller wait for a word from each other.
+        options: See `run_controlled`.
+    """
+    run_dir = run_dir.absolute()
+    return run_controlled(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
+
+
+def launch_here(
+    run_dir: Path,
+    *,
+    job: JobConfig,
+    sizes: Sequence[int] | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+    **options: Any,
+) -> int:
+    """Run a job's ranks where this command was started: on this machine, or on the nodes of its Slurm job.
+
+    In a Slurm job the signal before its time limit makes the run save itself and the job go back into the queue.
+
+    Args:
+        run_dir: The run directory.
+        job: Its section; `job.nodes` above one needs a Slurm job.
+        sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
+        options: See `run_controlled`.
+    """
+    if not slurm.in_allocation():
+        return launch_local(run_dir, job=job, say=say, **options)
+    run_dir = run_dir.absolute()
+    log_path = run_dir / "logs" / "agent.log"
+    placer: Placer = LocalPlacer(log_path)
+    if job.nodes > 1:
+        placer = SlurmPlacer(sizes or range(job.least_nodes, job.nodes + 1), log_path, say=say)
+    requeue = RequeueOnSignal()
+    code = run_controlled(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
+    if requeue.asked and code == STOPPED:
+        slurm.requeue_and_say(run_dir.name, say)
+    return code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import site
 import subprocess
 import sys
 import time
@@ -14,17 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed
-from bigtrain.jobs.processes import PLACEMENT_VARIABLE, end_marked, is_stopped
-from bigtrain.jobs.protocol import (
-    ADDRESS_VARIABLE,
-    SILENCE_S,
-    TOKEN_VARIABLE,
-    AgentConnection,
-    Listener,
-    PeerLost,
-    new_token,
-)
+from bigtrain.jobs import slurm
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.processes import end_marked, is_stopped
+from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -97,11 +89,6 @@ class LocalPlacer:
 
     def _start(self, address: str, token: str) -> subprocess.Popen[bytes]:
         self._mark = uuid.uuid4().hex
-        environment = os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: self._mark}
-        # The agent must run the controller's code, also where that is a checkout and not installed.
-        root = str(Path(__file__).resolve().parents[2])
-        if root not in site.getsitepackages():
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log_path, "ab") as log:
             self._process = subprocess.Popen(
@@ -109,7 +96,7 @@ class LocalPlacer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=agent_environment(os.environ, address, token, self._mark),
                 # The terminal's Ctrl-C is for the controller alone.
                 start_new_session=True,
             )
@@ -117,18 +104,21 @@ class LocalPlacer:
 
 
 def local_procs(job: JobConfig) -> int:
-    """How many ranks `job` puts on this machine: as it says, or one a GPU, else 1.
+    """How many ranks `job` puts on this machine, and on each other one: as it says, or one a GPU, else 1.
 
     Raises:
-        UserError: It asks for more than one node.
+        UserError: It asks for more nodes than there are: the nodes of a Slurm job under way, else this machine.
     """
-    if job.nodes > 1:
+    there = slurm.allocated_nodes() if slurm.in_allocation() else 1
+    if job.nodes > there:
         from bigtrain.config import UserError
 
+        place = f"this Slurm job has {there}" if slurm.in_allocation() else "this is one machine"
         raise UserError(
-            f"job.nodes is {job.nodes}, but this is one machine",
+            f"job.nodes is {job.nodes}, but {place}",
             where="job.nodes",
-            fix="set job.nodes to 1; several nodes need a cluster",
+            fix=f"Set job.nodes to {there}; or start the run where there are {job.nodes} nodes, in a job of "
+            f"`sbatch --nodes {job.nodes}` (launch/slurm.sbatch) or on a Ray cluster.",
         )
     return max(1, visible_gpus()) if job.procs_per_node == "auto" else job.procs_per_node
 

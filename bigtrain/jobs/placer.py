@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import os
+import site
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from bigtrain.jobs.protocol import AgentConnection
+from bigtrain.jobs.processes import PLACEMENT_VARIABLE
+from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE, AgentConnection
 
 
 class PlacementCancelled(Exception):
@@ -14,6 +18,19 @@ class PlacementCancelled(Exception):
 
 class PlacementFailed(Exception):
     """No agent could be started; the text says why."""
+
+
+class PlacementRefused(PlacementFailed):
+    """No waiting would help: the machines cannot ever carry the run as it is configured."""
+
+
+class Notice(NamedTuple):
+    """A machine of the present placement will be taken away."""
+
+    agent: str
+    host: str
+    seconds: float | None
+    """Time until then; None where it is not known."""
 
 
 class Placer(Protocol):
@@ -31,9 +48,45 @@ class Placer(Protocol):
         Raises:
             PlacementCancelled: `cancelled` said so.
             PlacementFailed: An agent did not start.
+            PlacementRefused: The machines cannot ever carry the run.
         """
         ...
 
     def release(self) -> None:
         """End all agents with everything that they started, also those that no longer answer. Idempotent."""
         ...
+
+
+@runtime_checkable
+class ElasticPlacer(Placer, Protocol):
+    """A placer whose machines come and go. Nodes are named by `AgentConnection.agent`; no call blocks."""
+
+    def distrust(self, agent: str) -> None:
+        """The node's agent was lost: it must show that it lives before it is taken again."""
+        ...
+
+    def exclude(self, agent: str) -> bool:
+        """Leave the node out from now on; False where the run could not go on without it."""
+        ...
+
+    def leave(self, agent: str) -> None:
+        """The node will be taken away, as it says itself: it is not taken again."""
+        ...
+
+    def notices(self) -> list[Notice]:
+        """The nodes of the present placement of which the cluster says so; they are not taken again."""
+        ...
+
+    def larger(self) -> int:
+        """How many nodes a placement would have now, where that is more than the present one has, else 0."""
+        ...
+
+
+def agent_environment(inherited: Mapping[str, str], address: str, token: str, mark: str) -> dict[str, str]:
+    """The environment of an agent: where its controller is, what proves it, and the mark of all that it starts."""
+    environment = {**inherited, ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
+    # The agent must run the controller's code, also where that is a checkout and not installed.
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in site.getsitepackages():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    return environment

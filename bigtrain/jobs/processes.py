@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
+import resource
 import signal
 import socket
+import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
 PLACEMENT_VARIABLE: Final = "BIGTRAIN_PLACEMENT"
 """Marks an agent and all that it starts, so that what escaped its process group is found by its environment."""
+PARENT_VARIABLE: Final = "BIGTRAIN_AGENT_PARENT"
+"""Process id of an agent's parent, where the agent is to end with it."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_SIOCGIFADDR: Final = 0x8915
 
 
 def bound_to_parent() -> Callable[[], None]:
     """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
 
-    It also has the child ignore SIGUSR1 until it asks for it, so that a request for stacks does not end a rank that is
-    still starting.
+    It also has the child ignore SIGUSR1 and SIGUSR2 until it asks for them, so that a request for stacks does not end a
+    rank that is still starting.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     parent = os.getpid()
@@ -32,11 +38,22 @@ def bound_to_parent() -> Callable[[], None]:
         if os.getppid() != parent:  # It died before the call: nobody will send the signal.
             os._exit(1)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     return bind
 
 
-def end_marked(placement: str, spare: Collection[int] = ()) -> int:
+def follow_parent(parent: int) -> bool:
+    """Have the kernel send SIGTERM to this process when the thread that started it ends, however it ends.
+
+    Returns:
+        Whether `parent` still is its parent: one that died before the call sends nothing.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return os.getppid() == parent
+
+
+def end_marked(placement: str, spare: Collection[int] = (), variable: str = PLACEMENT_VARIABLE) -> int:
     """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
 
     Process groups miss a child that took a session of its own; its inherited environment tells where it came from.
@@ -44,7 +61,7 @@ def end_marked(placement: str, spare: Collection[int] = ()) -> int:
     Returns:
         How many were killed.
     """
-    mark = f"{PLACEMENT_VARIABLE}={placement}".encode()
+    mark = f"{variable}={placement}".encode()
     killed = 0
     # Again until none is left: one may have forked while the list was read.
     for _ in range(5):
@@ -86,6 +103,25 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def allow_descriptors(count: int) -> None:
+    """Let this process have `count` files open, as far as the system allows it: the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has this IPv4 address, None where none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # One without an address.
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def free_port(first: int = 20000, last: int = 32000) -> int:

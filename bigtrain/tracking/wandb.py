@@ -98,6 +98,38 @@ def start_tracker(run_dir: Path, name: str, config: Mapping[str, Any], tracking:
     )  # fmt: skip
 
 
+def send_alert(
+    run_dir: Path,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    *,
+    title: str,
+    text: str,
+    failed: bool,
+    timeout_s: float,
+) -> str | None:
+    """Have W&B alert the user about a run that has ended; waits for it.
+
+    Returns:
+        None where W&B has it, else why not.
+    """
+    said: list[str] = []
+    tracker = WandbTracker(
+        run_dir,
+        str(config["name"]),
+        config,
+        mode="online",
+        project=tracking.project,
+        entity=tracking.entity,
+        tags=tracking.tags,
+        warn=said.append,
+        init_timeout_s=timeout_s,
+    )
+    tracker.put({"alert": {"title": title, "text": text, "level": "ERROR" if failed else "INFO"}, "failed": failed})
+    tracker.close(timeout_s)
+    return said[0] if said else None
+
+
 class _Abandoned(Exception):
     """close() has run out of patience with a run that was still starting."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.launch import launch_local
+from bigtrain.jobs.launch import launch_local, run_controlled
+from bigtrain.jobs.placer import Placer
+from bigtrain.testing.machines import Machines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,27 +62,30 @@ class Job:
     def write_rank(self, body: str) -> None:
         """The module that each rank runs, after the prelude above."""
         (self.path / "tiny_rank.py").write_text(PRELUDE + body)
+        shutil.copy(Path(__file__).with_name("tiny_steps.py"), self.path)
 
     def environment(self) -> dict[str, str]:
         """What the ranks need to find their module."""
         return {"PYTHONPATH": os.pathsep.join((str(self.path), str(ROOT)))}
 
-    def launch(self, nproc: int = 2, job: JobConfig | None = None, **options: Any) -> int:
-        """Run it in this process, by the real launcher."""
+    def record(self, event: str, /, **fields: Any) -> None:
+        """What a controller calls for each event."""
+        self.events.append({"event": event, "monotonic": time.monotonic(), **fields})
 
-        def event(event: str, /, **fields: Any) -> None:
-            self.events.append({"event": event, "monotonic": time.monotonic(), **fields})
-
-        return launch_local(
-            self.path,
-            nproc=nproc,
-            job=job or JobConfig(),
-            event=event,
-            rank_module="tiny_rank",
-            environment=self.environment(),
-            say=self.said.append,
+    def launch(self, nproc: int = 2, job: JobConfig | None = None, placer: Placer | None = None, **options: Any) -> int:
+        """Run it in this process, by the real launcher, on this machine or where `placer` says."""
+        options = {
+            "nproc": nproc,
+            "job": job or JobConfig(),
+            "event": self.record,
+            "rank_module": "tiny_rank",
+            "environment": self.environment(),
+            "say": self.said.append,
             **options,
-        )
+        }
+        if placer is not None:
+            return run_controlled(self.path, placer, **options)
+        return launch_local(self.path, **options)
 
     def start(self, nproc: int = 2) -> subprocess.Popen[bytes]:
         """Run it by a controller in a process of its own."""
@@ -195,3 +201,9 @@ def pace() -> Iterator[Pace]:
     pace.start()
     yield pace
     pace.end()
+
+
+@pytest.fixture
+def machines(job: Job) -> Callable[..., Machines]:
+    """Makes the placer whose nodes are agents of this machine."""
+    return lambda names, sizes, **options: Machines(names, sizes, job.path / "logs", **options)
