@@ -228,7 +228,10 @@ def _script(request: Request, script: Script, board: Board) -> int:
             "bigtrain.jobs.script", [str(place), *script.arguments], procs, job.limits.by_phase(), SCRIPT_GRACE_S
         )
         paths = [Path(request.secrets_file)] if request.secrets_file else []
-        return _control(request, board, directory, job, launch, {}, paths=paths)
+        code = _control(request, board, directory, job, launch, {}, paths=paths)
+    if code == ExitCode.FINISHED:
+        say(f"{directory.name}: finished")
+    return code
 
 
 @contextlib.contextmanager

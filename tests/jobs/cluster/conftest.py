@@ -19,7 +19,7 @@ import pytest
 from bigtrain.jobs.cluster import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
 from bigtrain.storage import hash_file, read_lines
 
-CLIENT_S = 280
+CLIENT_S = 800
 HIDE = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'
 
 

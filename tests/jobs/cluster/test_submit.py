@@ -14,6 +14,8 @@ import pytest
 
 from bigtrain.jobs.cluster import ClusterRecord
 
+pytestmark = pytest.mark.timeout(900)
+
 ENDLESS = {"duration": "100000 steps", "evaluation": {"every": "100000 steps"}, "checkpoint": {"every": "20 steps"}}
 
 
