@@ -91,12 +91,12 @@ def test_what_a_node_does_not_see_is_named_before_the_gang_starts(
 
     assert isolated.nodes[2].pid is not None
     enter = ["nsenter", "--target", str(isolated.nodes[2].pid), "--mount", "--"]
-    place = str(shared / "shards" / "train")
+    place = str(shared / "shards")
     subprocess.run([*enter, "mount", "-t", "tmpfs", "tmpfs", place], check=True)
     try:
-        subprocess.run([*enter, "rm", "-rf", place], check=False, capture_output=True)
-        found = client("doctor", "--runs-dir", shared / "runs", "--json")
-        assert found.returncode == 0, found.stderr
+        missing = client("submit", config, "--runs-dir", shared / "runs")
+        assert missing.returncode == 2
+        assert f"node2 does not see {place}/train" in missing.stderr
     finally:
         subprocess.run([*enter, "umount", place], check=True)
 

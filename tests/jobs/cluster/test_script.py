@@ -50,8 +50,8 @@ def test_keys_reach_the_ranks_and_nothing_else(client: Any, cluster: ClusterReco
     script.write_text(
         "import hashlib, os, pathlib\n"
         "print('key', hashlib.sha256(os.environ['WANDB_API_KEY'].encode()).hexdigest())\n"
-        f"seen = [p for p in pathlib.Path('/proc').glob('[0-9]*/cmdline') if b'{CANARY[:6]}' b'-77c0' in p.read_bytes()]\n"
-        "print('seen in', seen)\n"
+        "commands = [path.read_bytes() for path in pathlib.Path('/proc').glob('[0-9]*/cmdline')]\n"
+        f"print('seen in', [line for line in commands if b'{CANARY[:6]}' b'{CANARY[6:]}' in line])\n"
     )
     done = client(
         "submit", "--script", script, "--name", "secret", "--nodes", 2, "--runs-dir", tmp_path / "runs",

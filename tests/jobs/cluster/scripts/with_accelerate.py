@@ -26,7 +26,8 @@ def main():
     done = os.path.join(args.snapshot, "epoch")
     first = 0
     if os.path.exists(done):
-        first = int(open(done).read()) + 1
+        with open(done) as file:
+            first = int(file.read()) + 1
         accelerator.load_state(args.snapshot)
     print(f"[rank {accelerator.process_index} of {accelerator.num_processes}] from epoch {first}", flush=True)
     for epoch in range(first, args.epochs):
@@ -37,7 +38,8 @@ def main():
         accelerator.save_state(args.snapshot)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            open(done, "w").write(str(epoch))
+            with open(done, "w") as file:
+                file.write(str(epoch))
         accelerator.wait_for_everyone()
         time.sleep(args.sleep)
     print(f"[rank {accelerator.process_index}] done after epoch {args.epochs - 1}", flush=True)
