@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check format
+.PHONY: help train test test-slow bench-faults check format
 
 help: ## list the commands
-	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 .venv: .venv/.installed ## install bigtrain into .venv at the pinned versions, once
 
@@ -22,6 +22,9 @@ test: .venv ## every capability once, in its smallest form
 
 test-slow: .venv ## the rest: every layout, more kills, larger sizes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench-faults: .venv ## how long ten faults of each kind take to be seen and mended
+	$(BIN)/python tests/bench/bench_faults.py
 
 check: .venv ## lint, format, types, and the order of imports
 	$(BIN)/ruff check .

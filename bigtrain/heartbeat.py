@@ -23,8 +23,9 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, NamedTuple
@@ -134,10 +135,14 @@ class StopRequest:
     requested: bool = False
 
 
-def install_rank_signals() -> StopRequest:
+def install_rank_signals(describe: Callable[[], str] | None = None) -> StopRequest:
     """Make SIGTERM a request to stop and SIGUSR1 a dump of every thread's stack into the rank's log.
 
     The dump needs neither the GIL nor the main thread. Call it first thing in a rank, on the main thread.
+
+    Args:
+        describe: What else is to be known of a rank that hangs; SIGUSR2 has it written to the log. It is called in a
+            thread of its own, which needs the GIL, but not the main thread.
 
     Returns:
         The request that SIGTERM fills in: to be looked at between steps, like `Heartbeat.control`.
@@ -150,7 +155,25 @@ def install_rank_signals() -> StopRequest:
     signal.signal(signal.SIGTERM, on_terminate)
     faulthandler.enable(file=sys.stderr)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    if describe is not None:
+        _describe_on_signal(describe)
     return request
+
+
+def _describe_on_signal(describe: Callable[[], str]) -> None:
+    # Python runs a handler only once the main thread is back in Python, which one that hangs is not. The number of
+    # the signal goes into the pipe at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGUSR2, lambda number, frame: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def serve() -> None:
+        while numbers := os.read(reader, 64):
+            if signal.SIGUSR2 in numbers:
+                print(describe(), file=sys.stderr, flush=True)
+
+    threading.Thread(target=serve, name="describe", daemon=True).start()
 
 
 def _map(descriptor: int) -> memoryview:

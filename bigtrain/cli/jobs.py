@@ -323,6 +323,8 @@ def _status_line(row: dict[str, Any]) -> str:
     ):
         if row.get(key) is not None:
             parts.append(form.format(row[key]))
+    if row.get("epochs"):
+        parts.append("epochs " + ", ".join(f"{name} {count:.2f}" for name, count in row["epochs"].items()))
     return "  ".join(parts)
 
 

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Final
 
 from bigtrain.heartbeat import Beat, Control
+from bigtrain.jobs.limits import LearnedLimits
 from bigtrain.jobs.processes import (
     PARENT_VARIABLE,
     PLACEMENT_VARIABLE,
@@ -61,6 +62,7 @@ class Gang:
         self.ranks: list[RankProcess] = []
         self._channel = channel
         self._overdue_since: float | None = None
+        self._limits = LearnedLimits(placement.limits)
         try:
             for local_rank in range(placement.procs):
                 self.ranks.append(RankProcess(placement, local_rank, inherited))
@@ -126,12 +128,12 @@ class Gang:
         )
         return code
 
-    def _limit_s(self, beat: Beat) -> float:
-        return float(self.placement.limits[beat.phase])
-
     def _hangs(self) -> bool:
         beats = [rank.page.read() for rank in self.ranks]
-        if not any(beat.age_s > self._limit_s(beat) for beat in beats):
+        if not any(beat.age_s > self._limits.limit_s(beat.phase) for beat in beats):
+            # What is learned is how long ranks took that were in time.
+            for rank, beat in zip(self.ranks, beats, strict=True):
+                self._limits.observe(rank.rank, beat)
             self._overdue_since = None
             return False
         now = time.monotonic()
@@ -143,7 +145,7 @@ class Gang:
         # One silent rank silences all that wait for it. The culprit is stopped, or behind, or silent for longest.
         states = [(not rank.stopped, *rank.page.read(), rank) for rank in self.ranks]
         running, step, phase, age_s, culprit = min(states, key=lambda state: (state[0], state[1], -state[3]))
-        limit_s = self._limit_s(Beat(step, phase, age_s))
+        limit_s = self._limits.limit_s(phase)
         written = culprit.log_size()
         for rank in self.ranks:
             rank.dump_stacks()

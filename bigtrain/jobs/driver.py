@@ -23,9 +23,10 @@ from bigtrain.jobs import doctor
 from bigtrain.jobs.board import Board, board_path
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
+from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
 from bigtrain.jobs.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
-from bigtrain.jobs.train import check
+from bigtrain.jobs.train import check, node_sizes
 from bigtrain.keys import SECRETS_VARIABLE, read_secrets
 from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
@@ -113,10 +114,11 @@ def _train(request: Request, board: Board) -> int:
         launch = Launch("bigtrain.training.rank", [], procs, job.limits.by_phase())
         code = _control(
             request, board, run.directory, job, launch, environment,
-            total_steps=run.prepared.total_steps, paths=_needed(config, request), sizes=_sizes(config, procs),
+            total_steps=run.prepared.total_steps, paths=_needed(config, request), sizes=node_sizes(config, procs),
         )  # fmt: skip
     if code == ExitCode.FINISHED:
         say(f"{run.directory.name}: finished")
+    tell_end(run.directory, run.prepared.config, code, sys.stderr)
     return code
 
 
@@ -189,16 +191,6 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         config.layout.mesh(world_size)
     except ValueError as error:
         raise UserError(str(error), fix="Change job.nodes, job.procs_per_node or the layout.") from None
-
-
-def _sizes(config: RunConfig, procs: int) -> list[int]:
-    """Numbers of nodes on which the layout is possible, from the least that the job goes on with."""
-    found = []
-    for nodes in range(config.job.least_nodes, config.job.nodes + 1):
-        with contextlib.suppress(ValueError):
-            config.layout.mesh(nodes * procs)
-            found.append(nodes)
-    return found
 
 
 def _needed(config: RunConfig, request: Request) -> list[Path]:

@@ -101,10 +101,17 @@ class Generation:
             for node, agent in enumerate(self._agents):
                 selector.register(agent.channel, selectors.EVENT_READ, node)
             self._send(0, "port")
+            looked_at = 0.0
             while self._alive:
-                ready = {key.data for key, _ in selector.select(LOOK_S)}
+                for key, _ in selector.select(LOOK_S):
+                    self._hear(key.data)
+                now = time.monotonic()
+                # With a thousand agents something arrives all the time, and each would be looked at each time.
+                if now - looked_at < LOOK_S and self._alive:
+                    continue
+                looked_at = now
                 for node in sorted(self._alive):
-                    self._serve(node, node in ready)
+                    self._keep_alive(node)
                 for key in [key for key in selector.get_map().values() if key.data not in self._alive]:
                     selector.unregister(key.fileobj)
                 self._check_stop()
@@ -126,15 +133,20 @@ class Generation:
         self._alive.discard(node)
         self._outcome.lost.append(self._agents[node].agent)
 
-    def _serve(self, node: int, readable: bool) -> None:
+    def _hear(self, node: int) -> None:
         """Hear what an agent has to say; one that cannot be talked to is lost, and the generation with it."""
-        channel = self._agents[node].channel
+        if node not in self._alive:
+            return
         try:
-            if readable:
-                for message in channel.receive():
-                    self._handle(node, message)
-            channel.keep_alive()
+            for message in self._agents[node].channel.receive():
+                self._handle(node, message)
         except (PeerLost, ProtocolError) as error:
+            self._lose(node, str(error))
+
+    def _keep_alive(self, node: int) -> None:
+        try:
+            self._agents[node].channel.keep_alive()
+        except PeerLost as error:
             self._lose(node, str(error))
 
     def _handle(self, node: int, message: Message) -> None:

@@ -147,7 +147,7 @@ def missing(nodes: Sequence[Node], need: Need, kinds: Sequence[NodeKind] | None,
         reasons.append(
             f"{least - len(able)} not there" if kinds is None else f"{least - len(able)} asked of the autoscaler"
         )
-    return Missing(f"waiting for {wanted}: {free} free ({'; '.join(reasons)})", never=False)
+    return Missing(f"it takes {wanted}, and {free} are free ({'; '.join(reasons)})", never=False)
 
 
 def _most(kinds: Sequence[NodeKind], there: int) -> int:

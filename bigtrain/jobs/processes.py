@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -26,8 +27,8 @@ _SIOCGIFADDR: Final = 0x8915
 def bound_to_parent() -> Callable[[], None]:
     """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
 
-    It also has the child ignore SIGUSR1 until it asks for it, so that a request for stacks does not end a rank that is
-    still starting.
+    It also has the child ignore SIGUSR1 and SIGUSR2 until it asks for them, so that a request for stacks does not end a
+    rank that is still starting.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     parent = os.getpid()
@@ -37,6 +38,7 @@ def bound_to_parent() -> Callable[[], None]:
         if os.getppid() != parent:  # It died before the call: nobody will send the signal.
             os._exit(1)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     return bind
 
@@ -101,6 +103,14 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def allow_descriptors(count: int) -> None:
+    """Let this process have `count` files open, as far as the system allows it: the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def interface_of(address: str) -> str | None:

@@ -49,11 +49,12 @@ import hmac
 import json
 import os
 import secrets
+import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 1 << 20
@@ -61,6 +62,8 @@ MAX_GREETING_BYTES: Final = 4096
 SILENCE_S: Final = 10.0
 BEAT_S: Final = 1.0
 GREETING_TIMEOUT_S: Final = 2.0
+BACKLOG: Final = 1024
+"""Agents that may connect at one moment."""
 SEND_TIMEOUT_S: Final = 5.0
 ADDRESS_VARIABLE: Final = "BIGTRAIN_CONTROLLER"
 TOKEN_VARIABLE: Final = "BIGTRAIN_JOB_TOKEN"
@@ -184,21 +187,33 @@ class Channel:
     def greeting(self, type: str) -> Message:
         """Wait for one message of the greeting, and read no byte beyond it: what follows is for `receive`."""
         deadline = time.monotonic() + GREETING_TIMEOUT_S
-        while (message := self._take()) is None:
+        while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise ProtocolError(f"no {type} within {GREETING_TIMEOUT_S:.0f} s")
             self._connection.settimeout(remaining)
-            try:
-                data = self._connection.recv(self._missing())
-            except TimeoutError:
-                continue
-            except OSError as error:
-                raise PeerLost(f"the connection broke: {error}") from error
-            if not data:
-                raise PeerLost("the connection was closed during the greeting")
-            self._buffer += data
-        if message["type"] != type:
+            with contextlib.suppress(TimeoutError):
+                message = self.hear(type)
+                if message is not None:
+                    return message
+
+    def hear(self, type: str) -> Message | None:
+        """Read what there is of one message of the greeting; None while it is not whole.
+
+        Raises:
+            TimeoutError: Nothing came in the socket's time.
+        """
+        try:
+            data = self._connection.recv(self._missing())
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise PeerLost(f"the connection broke: {error}") from error
+        if not data:
+            raise PeerLost("the connection was closed during the greeting")
+        self._buffer += data
+        message = self._take()
+        if message is not None and message["type"] != type:
             raise ProtocolError(f"expected {type}, got {message['type']!r}")
         return message
 
@@ -268,13 +283,47 @@ class AgentConnection:
     """Which agent it is, as its placer named it: placers sort by it before ranks are given out."""
 
 
+def keep_alive(agents: Sequence[AgentConnection], timeout_s: float) -> None:
+    """Wait for `timeout_s`, speaking to agents that have nothing to do, and hearing what they say.
+
+    Raises:
+        PeerLost, ProtocolError: One is lost.
+    """
+    with selectors.DefaultSelector() as selector:
+        for agent in agents:
+            selector.register(agent.channel, selectors.EVENT_READ, agent)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
+                key.data.channel.receive()
+            if time.monotonic() >= deadline:
+                break
+    for agent in agents:
+        agent.channel.keep_alive()
+
+
+class _Guest(NamedTuple):
+    """A connection that has not proved itself yet."""
+
+    channel: Channel
+    nonce: str
+    deadline: float
+
+
 class Listener:
-    """Where agents connect: a TCP port on `host` that lets in only those that hold the token."""
+    """Where agents connect: a TCP port on `host` that lets in only those that hold the token.
+
+    Many may greet at the same time: one that is slow, or a stranger that says nothing, keeps no other waiting.
+    """
 
     def __init__(self, token: str, host: str = "127.0.0.1", silence_s: float = SILENCE_S) -> None:
         self._token = token
         self._silence_s = silence_s
-        self._socket = socket.create_server((host, 0), backlog=128)
+        self._socket = socket.create_server((host, 0), backlog=BACKLOG)
+        self._socket.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        self._guests: dict[int, _Guest] = {}
 
     @property
     def address(self) -> str:
@@ -283,7 +332,10 @@ class Listener:
         return f"{host}:{port}"
 
     def close(self) -> None:
-        """Stop listening; connections stay."""
+        """Stop listening, and turn away who has not proved itself; connections stay."""
+        for descriptor in list(self._guests):
+            self._dismiss(descriptor).channel.close()
+        self._selector.close()
         self._socket.close()
 
     def accept(self, timeout_s: float, refused: Callable[[str], None] | None = None) -> AgentConnection | None:
@@ -292,24 +344,51 @@ class Listener:
         Strangers are turned away, and `refused` is told why.
         """
         deadline = time.monotonic() + timeout_s
-        while (remaining := deadline - time.monotonic()) > 0:
-            self._socket.settimeout(remaining)
-            try:
-                connection, _ = self._socket.accept()
-            except TimeoutError:
-                return None
-            try:
-                return self._greet(Channel(connection, "controller"))
-            except (ProtocolError, PeerLost) as error:
-                connection.close()
-                if refused is not None:
-                    refused(str(error))
+        while (now := time.monotonic()) < deadline:
+            until = min([deadline, *(guest.deadline for guest in self._guests.values())])
+            for key, _ in self._selector.select(max(0.0, until - now)):
+                if key.fileobj is self._socket:
+                    self._welcome_in()
+                    continue
+                guest = self._guests[key.fd]
+                try:
+                    agent = self._greet(guest)
+                except (ProtocolError, PeerLost) as error:
+                    self._turn_away(key.fd, str(error), refused)
+                    continue
+                if agent is not None:
+                    self._dismiss(key.fd)
+                    return agent
+            now = time.monotonic()
+            for descriptor in [number for number, guest in self._guests.items() if guest.deadline <= now]:
+                self._turn_away(descriptor, f"no hello within {GREETING_TIMEOUT_S:.0f} s", refused)
         return None
 
-    def _greet(self, channel: Channel) -> AgentConnection:
-        nonce = secrets.token_hex(32)
-        channel.send("challenge", version=VERSION, nonce=nonce)
-        hello = channel.greeting("hello")
+    def _welcome_in(self) -> None:
+        """Challenge who has connected."""
+        with contextlib.suppress(OSError, PeerLost):  # It has gone away again.
+            connection, _ = self._socket.accept()
+            channel = Channel(connection, "controller")
+            nonce = secrets.token_hex(32)
+            channel.send("challenge", version=VERSION, nonce=nonce)
+            self._guests[channel.fileno()] = _Guest(channel, nonce, time.monotonic() + GREETING_TIMEOUT_S)
+            self._selector.register(channel, selectors.EVENT_READ)
+
+    def _dismiss(self, descriptor: int) -> _Guest:
+        self._selector.unregister(descriptor)
+        return self._guests.pop(descriptor)
+
+    def _turn_away(self, descriptor: int, why: str, refused: Callable[[str], None] | None) -> None:
+        self._dismiss(descriptor).channel.close()
+        if refused is not None:
+            refused(why)
+
+    def _greet(self, guest: _Guest) -> AgentConnection | None:
+        """Read on in a guest's hello; the agent, once that has proved it to be one."""
+        channel, nonce = guest.channel, guest.nonce
+        hello = channel.hear("hello")
+        if hello is None:
+            return None
         theirs = _check_version(hello)
         _check_proof(hello, _keyed(self._token, "agent", nonce, theirs))
         proof = _keyed(self._token, "controller", nonce, theirs).hex()

@@ -118,8 +118,8 @@ class RankProcess:
         return is_stopped(self.pid)
 
     def dump_stacks(self) -> None:
-        """Have the rank write its stacks to its log, also where it is stopped, if it listens for the request."""
-        for number in (signal.SIGUSR1, signal.SIGCONT):
+        """Have the rank write its stacks and last collectives to its log, also where it is stopped, if it listens."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

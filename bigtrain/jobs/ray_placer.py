@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import socket
 import subprocess
@@ -31,8 +30,16 @@ from bigtrain.jobs.placer import (
     PlacementRefused,
     agent_environment,
 )
-from bigtrain.jobs.processes import PARENT_VARIABLE, end_marked, is_stopped
-from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
+from bigtrain.jobs.processes import PARENT_VARIABLE, allow_descriptors, end_marked, is_stopped
+from bigtrain.jobs.protocol import (
+    SILENCE_S,
+    AgentConnection,
+    Listener,
+    PeerLost,
+    ProtocolError,
+    keep_alive,
+    new_token,
+)
 from bigtrain.jobs.ray_cluster import ClusterWatch, View, look
 
 if TYPE_CHECKING:
@@ -50,6 +57,8 @@ FIT_S: Final = 180.0
 SAY_AFTER_S: Final = 1.0
 """How long something must be missing before it is said: the last placement's nodes are free only after a moment."""
 FIT_TRIES: Final = 3
+SPARE_DESCRIPTORS: Final = 1024
+"""Open files of a driver besides one connection to each agent: Ray's."""
 END_S: Final = 10.0
 """How long a `fit()` may take to end after its agents; nothing waits for it but the end of the run."""
 SEEN_S: Final = 5.0
@@ -263,7 +272,7 @@ class RayPlacer:
             raise PlacementRefused(f"the run can never fit: {lacking.text}")
         if chosen is not None:
             return None, f"waiting {patience_s:.0f} s for {self._need.sizes[0]} nodes, before {len(chosen)} are taken"
-        return None, lacking.text
+        return None, f"waiting: {lacking.text}"
 
     def _ask_autoscaler(self, nodes: int) -> None:
         """Tell the autoscaler how many nodes are wanted; 0 takes the wish back."""
@@ -287,7 +296,9 @@ class RayPlacer:
         connected: dict[str, AgentConnection] = {}
         fit = self._fit = _Fit(order, nodes, self._need, self._gpus)
         fit.start()
-        deadline = time.monotonic() + FIT_S
+        spoke = time.monotonic()
+        deadline = spoke + FIT_S
+        allow_descriptors(len(nodes) + SPARE_DESCRIPTORS)
         try:
             while len(connected) < len(nodes):
                 if cancelled():
@@ -296,17 +307,19 @@ class RayPlacer:
                 if connection is not None:
                     connection.agent = connection.agent.partition(".")[0]
                     connected[connection.agent] = connection
-                _keep_alive(list(connected.values()))
+                if time.monotonic() - spoke > LOOK_S:
+                    keep_alive(list(connected.values()), 0.0)
+                    spoke = time.monotonic()
                 if not fit.is_alive():
                     raise _failure(fit.error, nodes)
                 if time.monotonic() > deadline:
                     silent = [node.host for node in nodes if node.name not in connected]
                     raise PlacementFailed(f"no agent from {', '.join(silent)} within {FIT_S:.0f} s")
-        except (PlacementCancelled, PlacementFailed, PeerLost) as error:
+        except (PlacementCancelled, PlacementFailed, PeerLost, ProtocolError) as error:
             self._broken = True
             for connection in connected.values():
                 connection.channel.close()
-            if isinstance(error, PeerLost):
+            if isinstance(error, (PeerLost, ProtocolError)):
                 raise PlacementFailed(f"an agent was lost again at once: {error}") from error
             raise
         finally:
@@ -323,15 +336,6 @@ class RayPlacer:
             connection.channel.close()
         self._broken = False
         self._fit = None
-
-
-def _keep_alive(connections: list[AgentConnection]) -> None:
-    """Speak to agents that wait for others, and hear them."""
-    ready, _, _ = select.select([connection.channel for connection in connections], [], [], 0)
-    for connection in connections:
-        if connection.channel in ready:
-            connection.channel.receive()
-        connection.channel.keep_alive()
 
 
 class _Fit(threading.Thread):
@@ -406,6 +410,7 @@ def _hold_node(order: _Order) -> None:
     """
     import ray
 
+    raylet = os.getppid()
     context = ray.get_runtime_context()
     host = socket.gethostname()
     _check_paths(order, host)
@@ -427,19 +432,26 @@ def _hold_node(order: _Order) -> None:
             start_new_session=True,
         )
     try:
-        _wait(process, order.silence_s)
+        _wait(process, order.silence_s, raylet)
     finally:
         process.kill()
         process.wait()
         end_marked(mark)
+    if os.getppid() != raylet:
+        # Ray leaves the workers of a killed raylet behind, with nobody to speak to.
+        os._exit(1)
     if process.returncode != 0:
         raise RuntimeError(f"the agent on {host} ended with {process.returncode}")
 
 
-def _wait(process: subprocess.Popen[bytes], silence_s: float) -> None:
-    """Wait for the agent; one that is stopped for so long that its controller gave it up is ended."""
+def _wait(process: subprocess.Popen[bytes], silence_s: float, raylet: int) -> None:
+    """Wait for the agent, or for its end to be due: the raylet is gone, or the agent is stopped.
+
+    Args:
+        silence_s: One that is stopped for so long has been given up by its controller.
+    """
     stopped_since: float | None = None
-    while process.poll() is None:
+    while process.poll() is None and os.getppid() == raylet:
         time.sleep(LOOK_S)
         if not is_stopped(process.pid):
             stopped_since = None

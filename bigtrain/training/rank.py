@@ -13,11 +13,12 @@ from bigtrain.config import UserError
 from bigtrain.heartbeat import Heartbeat, install_rank_signals
 from bigtrain.keys import load_secrets
 from bigtrain.run import ExitCode, RunDirectory
+from bigtrain.training.flight import last_collectives
 
 
 def main() -> int:
     """Run this rank to its end."""
-    stop = install_rank_signals()
+    stop = install_rank_signals(last_collectives)
     heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
     path = os.environ.get("BIGTRAIN_RUN")

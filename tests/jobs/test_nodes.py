@@ -77,7 +77,7 @@ def test_what_never_fits_is_told_apart_from_what_is_not_there_yet() -> None:
     assert "at most 0 GPU on one" in never.text
     busy = missing([node("a", free=0), node("b"), node("c", free=0)], NEED, None, {"b": "does not answer"})
     assert not busy.never
-    assert "waiting for 2 nodes with 2 CPU each: 0 free" in busy.text
+    assert "it takes 2 nodes with 2 CPU each, and 0 are free" in busy.text
     assert "host-a, host-c in use" in busy.text
     assert "host-b does not answer" in busy.text
 

@@ -1,0 +1,127 @@
+"""Several machines in one: nodes that are lost, announced to go, and come back, in tenths of a second.
+
+Agents, ranks and connections are real; only the machines, their network and their disks are this one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bigtrain.jobs.nodes import Need, Node, choose
+from bigtrain.jobs.placer import Notice, PlacementCancelled, agent_environment
+from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
+
+
+class Machines:
+    """A placer whose nodes are agents of this machine, named by single letters.
+
+    Args:
+        names: The nodes that are there; `there` may be changed while a run lasts.
+        sizes: Numbers of nodes at which the run may be placed.
+        logs: Where the agents' own words go.
+        silence_s: How long agent and controller wait for a word from each other.
+    """
+
+    def __init__(self, names: str, sizes: tuple[int, ...], logs: Path, silence_s: float = SILENCE_S) -> None:
+        self.there = list(names)
+        self.sizes = sizes
+        self.silence_s = silence_s
+        self.leaving: dict[str, float | None] = {}
+        self.left_out: set[str] = set()
+        self.distrusted: list[str] = []
+        self.placements: list[str] = []
+        self.waits = 0
+        self._logs = logs
+        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        self._connections: list[AgentConnection] = []
+
+    def pid(self, name: str) -> int:
+        """The agent of a node."""
+        return self._agents[name].pid
+
+    def lose(self, name: str) -> None:
+        """A node dies, with all that runs on it."""
+        self.there.remove(name)
+        self._agents[name].kill()
+
+    def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
+        """Start an agent for each node that is taken; see `Placer.place`."""
+        self.release()
+        while (nodes := self._choose()) is None:
+            if cancelled():
+                raise PlacementCancelled
+            self.waits += 1
+            time.sleep(0.02)
+        token = new_token()
+        listener = Listener(token, silence_s=self.silence_s)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for name in nodes:
+            with open(self._logs / "agent.log", "ab") as log:
+                environment = agent_environment(os.environ, listener.address, token, f"{name}.{self._logs}")
+                command = [sys.executable, "-m", "bigtrain.jobs.agent"]
+                self._agents[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        connected: dict[str, AgentConnection] = {}
+        while len(connected) < len(nodes):
+            connection = listener.accept(timeout_s=60)
+            assert connection is not None
+            connection.agent = connection.agent.partition(".")[0]
+            connected[connection.agent] = AgentConnection(
+                connection.channel, f"host-{connection.agent}", connection.pid, connection.agent
+            )
+        listener.close()
+        self._connections = [connected[name] for name in nodes]
+        self.placements.append("".join(nodes))
+        return self._connections
+
+    def release(self) -> None:
+        """End all agents; see `Placer.release`."""
+        for connection in self._connections:
+            with contextlib.suppress(PeerLost):
+                connection.channel.send("done")
+            connection.channel.close()
+        self._connections = []
+        for process in self._agents.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._agents = {}
+
+    def distrust(self, agent: str) -> None:
+        """Note it; these nodes are as good as `there` says."""
+        self.distrusted.append(agent)
+
+    def exclude(self, agent: str) -> bool:
+        """Leave a node out, if enough are there without it."""
+        if len(set(self.there) - self.left_out - {agent}) < min(self.sizes):
+            return False
+        self.left_out.add(agent)
+        return True
+
+    def leave(self, agent: str) -> None:
+        """Take the node no more."""
+        self.leaving[agent] = None
+
+    def notices(self) -> list[Notice]:
+        """The placed nodes that `leaving` names."""
+        placed = [connection.agent for connection in self._connections]
+        return [Notice(name, f"host-{name}", self.leaving[name]) for name in placed if name in self.leaving]
+
+    def larger(self) -> int:
+        """How many nodes could be had, where that is more than are placed."""
+        chosen = self._choose() or []
+        return len(chosen) if len(chosen) > len(self._connections) else 0
+
+    def _choose(self) -> list[str] | None:
+        nodes = [Node(name, f"host-{name}", {}, {"CPU": 1}, {"CPU": 1}) for name in self.there]
+        need = Need(tuple(sorted(self.sizes, reverse=True)), {"CPU": 1})
+        previous = list(self.placements[-1]) if self.placements else []
+        chosen = choose(nodes, need, previous, self.left_out | set(self.leaving))
+        return None if chosen is None else [node.name for node in chosen]

@@ -1,0 +1,41 @@
+"""What torch's flight recorder knows of a rank that hangs: the last collectives of each process group."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Final
+
+LAST: Final = 3
+"""Collectives shown of each group."""
+
+
+def last_collectives() -> str:
+    """One line for each of the last collectives of each group, the unfinished ones said to be; for a person.
+
+    Called in a rank that hangs, from a thread beside it, so it imports nothing that is not there already.
+    """
+    bindings = sys.modules.get("torch._C._distributed_c10d") or getattr(
+        sys.modules.get("torch._C"), "_distributed_c10d", None
+    )
+    dump = getattr(bindings, "_dump_fr_trace_json", None)
+    if dump is None:
+        return "flight recorder: this torch has none"
+    try:
+        entries = json.loads(dump()).get("entries", [])
+    except (ValueError, RuntimeError) as error:
+        return f"flight recorder: {error}"
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault("/".join(entry["process_group"]), []).append(entry)
+    lines = [f"    {_line(name, entry)}" for name, group in groups.items() for entry in group[-LAST:]]
+    return "\n".join(["flight recorder, last collectives of each group:", *(lines or ["    none"])])
+
+
+def _line(group: str, entry: dict[str, Any]) -> str:
+    number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+    state = "done" if entry["retired"] else f"NOT DONE ({entry['state']})"
+    shapes = " ".join(
+        f"{kind}{sizes}" for kind, sizes in zip(entry["input_dtypes"], entry["input_sizes"], strict=False)
+    )
+    return f"group {group}: #{number} {entry['profiling_name']} {shapes}: {state}"

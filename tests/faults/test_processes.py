@@ -1,0 +1,55 @@
+"""Ranks that die, hang or misbehave: the run ends as if nothing had been, and says in one line what was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ({"kind": "kill", "step": 12}, "was killed by SIGKILL at step 12"),
+        ({"kind": "segfault", "step": 12}, "was killed by SIGSEGV at step 12"),
+        ({"kind": "abort", "step": 12}, "was killed by SIGABRT at step 12"),
+        ({"kind": "exit", "step": 12}, "exited with 0 at step 12 while other ranks went on"),
+        ({"kind": "stop", "step": 12}, "hangs in phase step at step 12"),
+        ({"kind": "stop", "step": 14, "phase": "save"}, "hangs in phase save at step 14"),
+        ({"kind": "hold the GIL", "step": 12}, "hangs in phase step at step 12"),
+        ({"kind": "raise", "step": 12}, "raised ValueError: planted"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value.values())),
+)
+def test_a_fault_of_a_rank_leaves_no_trace_but_a_line(two_ranks: Any, fault: dict[str, Any], cause: str) -> None:
+    name = "-".join(str(value).replace(" ", "-") for value in fault.values())
+    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, **fault}))
+    two_ranks.assert_same(name, "undisturbed")
+    two_ranks.assert_nothing_left(name)
+    [event] = two_ranks.events(name, "fault")
+    assert event["rank"] == 1
+    assert cause in event["cause"]
+    assert "\n" not in event["cause"]
+
+
+@pytest.mark.slow
+def test_a_hung_rank_leaves_its_stacks_and_its_peers_last_collective(two_ranks: Any) -> None:
+    name = "stacks"
+    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, "kind": "stop", "step": 5}))
+    peer = (two_ranks.run(name) / "logs" / "attempt_0" / "rank_0.log").read_text()
+    assert "train_step" in peer, "the stack of the rank that waits"
+    assert "flight recorder, last collectives of each group" in peer
+    assert "NOT DONE" in peer
+
+
+@pytest.mark.slow
+def test_the_same_exception_at_one_step_twice_ends_the_run_with_its_traceback(two_ranks: Any) -> None:
+    name = "twice"
+    said = two_ranks.finish(
+        two_ranks.start(name, 2, fault={"rank": 1, "kind": "raise", "step": 12, "attempts": 9}), code=1
+    )
+    assert "the same exception struck twice at step 12" in said
+    assert "ValueError: planted" in said
+    assert len(two_ranks.events(name, "fault")) == 2
+    two_ranks.assert_nothing_left(name)
