@@ -195,8 +195,9 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
 
 def _needed(config: RunConfig, request: Request) -> list[Path]:
     """What every node must see: local shards, the source of the weights, the secrets."""
-    places = [config.data.train, config.data.validation, getattr(config.model, "hf", None), request.secrets_file]
-    return [Path(place) for place in places if isinstance(place, str) and "://" not in place]
+    shards = [place for key in ("train", "validation") for place in config.data.places(key).values()]
+    others = [getattr(config.model, "hf", None), request.secrets_file]
+    return [Path(place) for place in (*shards, *others) if place is not None and "://" not in place]
 
 
 def _script(request: Request, script: Script, board: Board) -> int:
