@@ -65,9 +65,12 @@ class Client:
         deadline = time.monotonic() + CLIENT_S
         while True:
             status = self.json("status", name)
+            assert time.monotonic() < deadline, status
+            if "error" in status:  # It has not been submitted yet.
+                time.sleep(0.5)
+                continue
             if condition(status):
                 return status
-            assert time.monotonic() < deadline, status
             assert status["state"] not in ("failed", "finished", "stopped"), (status, self("events", name).stdout)
             time.sleep(0.5)
 
