@@ -62,15 +62,20 @@ class RayNodes:
                 text=True,
                 env=self.environment,
             )
-        self.wait_for_file("address")
-        self.address = (self.directory / "address").read_text()
+        try:
+            self.address = self._address()
+        except BaseException:
+            self.end()
+            raise
 
-    def wait_for_file(self, name: str) -> None:
+    def _address(self) -> str:
         deadline = time.monotonic() + START_S
-        while not (self.directory / name).exists() or not (self.directory / name).read_text():
+        file = self.directory / "address"
+        while not file.exists() or not file.read_text():
             assert self.process.poll() is None, (self.directory / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        return file.read_text()
 
     def do(self, command: str) -> None:
         """One command of ray_nodes.py."""
