@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Protocol, get_args
 
 from pydantic import SerializeAsAny, StringConstraints, create_model, field_validator
 
@@ -31,7 +31,7 @@ from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, 
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.plugin import Plugin
 from bigtrain.tracking.config import TrackingConfig
-from bigtrain.training.config import EvaluationConfig, InitConfig
+from bigtrain.training.config import BadStepsConfig, EvaluationConfig, InitConfig
 
 FORMAT_VERSION = 1
 MAX_NAMED = 10
@@ -85,7 +85,7 @@ class RunConfig(Section):
     """How the learning rate changes over the run."""
 
     precision: Precision = "bf16"
-    """Arithmetic of matmuls and residual stream: bf16 or fp32."""
+    """Arithmetic of matmuls and residual stream: bf16, fp32, or fp16 with loss scaling."""
 
     init: InitConfig = InitConfig()
     """Where the state before the first step comes from."""
@@ -104,6 +104,9 @@ class RunConfig(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """When the held-out loss is measured."""
+
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    """What is done about steps that are no numbers, or whose loss jumps."""
 
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
@@ -149,9 +152,13 @@ def load_config(
         document.override(("name",), name)
     own = plugin.families if plugin else {}
     _require_plugin(document, path, own)
-    kind = _complete_model(document, own)
-    config = load.build(kind, document)
-    return _absolute(config)
+    return config_of(document, plugin)
+
+
+def config_of(document: yaml_file.Document, plugin: Plugin | None = None) -> RunConfig:
+    """The config that a parsed document holds; see `load_config`. The document's preset is written out in place."""
+    kind = _complete_model(document, plugin.families if plugin else {})
+    return _absolute(load.build(kind, document))
 
 
 def _require_plugin(document: yaml_file.Document, path: Path, own: Mapping[str, type[ModelConfig]]) -> None:
@@ -199,23 +206,35 @@ def _absolute(config: RunConfig) -> RunConfig:
     def absolute(path: str | None) -> str | None:
         return path if path is None or "://" in path else os.path.abspath(path)
 
+    def absolute_places(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return absolute(value)
+        # The name is written out: by its path alone it could become another one.
+        return tuple(one.model_copy(update={"path": absolute(one.path), "name": one.source}) for one in value)
+
     data = config.data.model_copy(
-        update={"train": absolute(config.data.train), "validation": absolute(config.data.validation)}
+        update={"train": absolute_places(config.data.train), "validation": absolute_places(config.data.validation)}
     )
     streaming = config.streaming.model_copy(update={"cache_dir": absolute(config.streaming.cache_dir)})
     return config.model_copy(update={"data": data, "streaming": streaming})
 
 
-def what_is_trained(config: RunConfig, fingerprints: dict[str, str | None], batch_sequences: int) -> dict[str, Any]:
-    """The part of a config that makes its identity: data and source by content, no duration where that may grow."""
+def what_is_trained(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) -> dict[str, Any]:
+    """The part of a config that makes its identity: data and source by content, no duration where that may grow.
+
+    Args:
+        data: What stands for the places of the data.
+    """
     plain = config.plain()
     what = {key: plain[key] for key in WHAT}
     what["model"] = {**what["model"], **config.model.fingerprint()}
     if config.model.plugin is not None:
         what["model"]["plugin"] = config.model.plugin.sha256
-    what["data"] = {**what["data"], **fingerprints}
+    what["data"] = {**what["data"], **data}
+    if what["data"]["consumed"] is None:
+        del what["data"]["consumed"]
     what["batch"] = {"sequences": batch_sequences}
-    what["init"] = {"source": config.init.hash, "state": config.init.state}
+    what["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
     if not config.schedule.ends_at_duration:
         del what["duration"]
     return what
@@ -270,8 +289,13 @@ class RunDirectory:
         )
 
     def event(self, event: str, /, **fields: Any) -> None:
-        """Append one line to events.jsonl."""
-        storage.append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields})
+        """Append one line to events.jsonl.
+
+        Beside the time of day it carries the seconds since this machine's boot, and which boot: a clock that is set
+        meanwhile changes no interval between events of one machine.
+        """
+        clock = {"uptime_s": round(time.monotonic(), 6), "boot": boot_hash()}
+        storage.append_line(self.events, {"time": round(time.time(), 3), "event": event, **fields, **clock})
 
     def what(self) -> dict[str, Any]:
         """What this run trains, as it was recorded when it was first started."""
@@ -305,13 +329,18 @@ class RunDirectory:
             )
         return record
 
-    def check_identity(self, what: dict[str, Any]) -> None:
+    def check_identity(self, what: dict[str, Any], names: Mapping[str, str] | None = None) -> None:
         """Refuse to continue this run as another one.
+
+        Args:
+            names: What people call the data of a fingerprint.
 
         Raises:
             UserError: With the keys that differ.
         """
         changed = list(differences(self.what(), what))
+        for fingerprint, name in (names or {}).items():
+            changed = [line.replace(fingerprint, name) for line in changed]
         if changed:
             raise UserError(
                 f"The run '{self.name}' trains something else:\n    " + "\n    ".join(changed),
@@ -411,10 +440,22 @@ class LeaseHolder:
         return abs(time.time() - self.renewed) < LEASE_LIFE_S
 
 
+class Leased(Protocol):
+    """A directory that one process at a time may write to: a run's, or a sweep's."""
+
+    path: Path
+    lease: Path
+
+    @property
+    def name(self) -> str:
+        """What people call it by."""
+        ...
+
+
 class Lease:
     """The right to write to a run directory; its number grows at every take-over and fences the last holder off."""
 
-    def __init__(self, directory: RunDirectory, number: int, predecessor: LeaseHolder | None = None) -> None:
+    def __init__(self, directory: Leased, number: int, predecessor: LeaseHolder | None = None) -> None:
         self.directory = directory
         self.number = number
         self.predecessor = predecessor
@@ -422,7 +463,7 @@ class Lease:
         self._released = threading.Event()
 
     @staticmethod
-    def holder(directory: RunDirectory) -> LeaseHolder | None:
+    def holder(directory: Leased) -> LeaseHolder | None:
         """Who holds, or last held, the lease."""
         try:
             return LeaseHolder.parse(json.loads(directory.lease.read_text()))
@@ -430,11 +471,12 @@ class Lease:
             return None
 
     @classmethod
-    def acquire(cls, directory: RunDirectory, published: int = 0) -> Lease:
+    def acquire(cls, directory: Leased, published: int = 0, noun: str = "run") -> Lease:
         """Take the lease of a run directory.
 
         Args:
             published: The highest number under which a checkpoint was published, should lease.json be lost.
+            noun: What the directory is, for the message.
 
         Raises:
             UserError: A live process holds it.
@@ -443,10 +485,11 @@ class Lease:
         with _exclusive(directory.path):
             last = cls.holder(directory)
             if last is not None and last.alive():
+                command = "bigtrain stop" if noun == "run" else f"bigtrain {noun} stop"
                 raise UserError(
-                    f"The run '{directory.name}' is in use by process {last.pid} on {last.host}",
+                    f"The {noun} '{directory.name}' is in use by process {last.pid} on {last.host}",
                     str(directory.path),
-                    f"Wait for it, stop it with `bigtrain stop {directory.name}`, or choose another --name.",
+                    f"Wait for it, stop it with `{command} {directory.name}`, or choose another --name.",
                 )
             dead = last if last is not None and last.pid else None
             lease = cls(directory, max(last.number if last else 0, published) + 1, dead)
@@ -507,6 +550,15 @@ def _boot_id() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def boot_hash() -> str:
+    """A short name for this boot of this machine, by which intervals of its monotonic clock are known to be one's."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(boot.encode()).hexdigest()[:12]
 
 
 def _process_start(pid: int) -> int | None:

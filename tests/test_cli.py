@@ -28,7 +28,8 @@ RUN_TIMEOUT_S = 120
 HELP_OVER_TYPER = 2.0
 """Processor time of the help over that of importing typer: 1.3 as it is, 2.6 with the config, 3 with numpy."""
 STATUS_KEYS = {
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "restarts", "last_event", "eta_s", "wandb_url",
+    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
+    "wandb_url",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",
@@ -243,6 +244,37 @@ def test_checkpoints_are_listed_with_step_state_and_size(place: Path) -> None:
     damaged = command("checkpoint", "verify", "tiny", "--json", cwd=place)
     assert damaged.returncode == ExitCode.FAILED
     assert json.loads(damaged.stdout).keys() == {"error", "where", "fix"}
+
+
+def test_a_checkpoint_is_inspected_and_old_ones_are_pruned_but_for_the_last_good(place: Path) -> None:
+    found = as_json("checkpoint", "inspect", "tiny@2", cwd=place)
+    assert (found["step"], found["world_size"], found["permanent"], found["problems"]) == (2, 1, False, [])
+    tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert tensors["model.embedding.weight"] == {
+        "name": "model.embedding.weight", "shape": [257, 16], "dtype": "float32", "pieces": 1,
+    }  # fmt: skip
+    assert "optimizer.embedding.weight.exp_avg" in tensors
+    assert found["bytes"] == sum(file["bytes"] for file in found["files"].values())
+    assert all(file["hash"].startswith("xxh3:") for file in found["files"].values())
+    assert "optimizer.norm.weight.step" in command("checkpoint", "inspect", "tiny", cwd=place).stdout
+
+    tried = as_json("checkpoint", "prune", "tiny", "--keep-last", 1, "--dry-run", cwd=place)
+    assert tried == {"steps": [2], "dry_run": True}
+    checkpoints = place / "runs/tiny/checkpoints"
+    shard = max((checkpoints / "step_00000004").iterdir(), key=lambda file: file.stat().st_size)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert as_json("checkpoint", "prune", "tiny", "--keep-last", 1, cwd=place)["steps"] == []
+    shard.write_bytes(whole)
+    assert as_json("checkpoint", "prune", "tiny", "--keep-last", 1, cwd=place)["steps"] == [2]
+    assert (checkpoints / "step_00000004").is_dir()
+    lease = Lease.acquire(RunDirectory(place / "runs/tiny"))
+    try:
+        busy = command("checkpoint", "prune", "tiny", cwd=place)
+        assert busy.returncode == ExitCode.USER
+        assert "in use" in busy.stderr
+    finally:
+        lease.release()
 
 
 def test_the_shown_config_is_the_same_config(origin: Path, tmp_path: Path) -> None:

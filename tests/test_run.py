@@ -150,6 +150,7 @@ MODELS: list[dict[str, Any]] = [
     *({"preset": name} for name in presets()),
     {"preset": "gpt2-124m", "mlp": "relu", "tied": False},
     {"arch": "llama", "layers": 1, "width": 8, "heads": 2, "context": 4, "rope_scaling": {"factor": 2.0}},
+    {"arch": "qwen3", "layers": 1, "width": 8, "heads": 2, "context": 4},
     {"arch": "vit", "image_size": 28},
     {"arch": "hf", "hf": "a-name-on-a-hub", "context": 16},
 ]

@@ -218,8 +218,23 @@ def withdraw(path: Path) -> None:
     _write_latest(directory, remaining[-1].step, int(latest["lease"]))
 
 
-def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> list[int]:
-    """Remove what is older than the `keep_last` newest sound checkpoints, and what was replaced.
+def rewind(directory: Path, step: int) -> list[int]:
+    """Make the checkpoint of `step`, which is there, the newest.
+
+    A kill in the middle leaves some of the later ones: none of them is damaged.
+
+    Returns:
+        The steps removed, oldest first.
+    """
+    _write_latest(directory, step, _lease_of_latest(directory))
+    later = [found for found in list_checkpoints(directory) if found.step > step]
+    for found in later:
+        remove(found.path)
+    return [found.step for found in later]
+
+
+def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]], *, dry_run: bool = False) -> list[int]:
+    """Remove what is older than the `keep_last` newest sound checkpoints and not permanent, and what was replaced.
 
     A damaged checkpoint does not count, so the last sound one is never removed.
 
@@ -228,22 +243,26 @@ def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]]) -> 
         keep_last: Sound checkpoints to keep.
         known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
             again; those found sound here are added.
+        dry_run: Remove nothing.
 
     Returns:
-        The steps removed, newest first.
+        The steps removed, or that would be, newest first.
     """
     kept = 0
     removed = []
     for candidate in reversed(list_checkpoints(directory)):
         if kept >= keep_last:
-            remove(candidate.path)
-            removed.append(candidate.step)
+            if not _is_permanent(candidate.path):
+                removed.append(candidate.step)
+                if not dry_run:
+                    remove(candidate.path)
             continue
         mark = good_mark(candidate.path)
         if not verify(candidate.path, hashes=mark not in known_good):
             known_good.add(mark)
             kept += 1
-    _remove_replaced(directory)
+    if not dry_run:
+        _remove_replaced(directory)
     return removed
 
 
@@ -327,6 +346,13 @@ def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publ
 def published_lease(directory: Path) -> int:
     """The highest lease number under which a checkpoint was published here; 0 where there is none."""
     return max([_lease_of_latest(directory), *(_lease_of(found.path) for found in list_checkpoints(directory))])
+
+
+def _is_permanent(path: Path) -> bool:
+    try:
+        return read_manifest(path).permanent
+    except CorruptionError:
+        return False
 
 
 def _lease_of(path: Path) -> int:

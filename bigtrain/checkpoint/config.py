@@ -16,17 +16,39 @@ class CheckpointConfig(Section):
     every: Duration = Duration.steps(500)
     """Time between checkpoints, in steps, tokens or by the clock ("500 steps", "1e9 tokens", "15 min")."""
 
+    at: tuple[Duration, ...] = ()
+    """Lengths of training after which the run saves itself as well; those checkpoints are never pruned."""
+
     keep_last: Annotated[int, Ge(2)] = 3
-    """How many of the newest verified checkpoints survive pruning."""
+    """How many of the newest verified checkpoints survive pruning, beside the permanent ones."""
+
+    permanent: Duration | None = None
+    """Steps or tokens between checkpoints that are never pruned; null: none are. They need not be multiples of
+    `every`."""
 
     asynchronous: bool = True
     """Write in the background, from a copy of the state in CPU memory, while training goes on."""
+
+    read_back: bool = True
+    """Compare each new checkpoint with its hashes, from the disk, before it counts and older ones are pruned."""
+
+    check_replicas: bool = False
+    """Before each save, compare the copies that ranks hold of the same weights: a flipped bit ends the attempt, and the
+    run goes on from the checkpoint before."""
 
     max_failed_saves: Annotated[int, Ge(1)] = 3
     """Failed saves in a row after which the run warns loudly (and ends, if `stop_unsaved`)."""
 
     stop_unsaved: bool = False
     """End the run, resumable, after `max_failed_saves`, instead of training on unsaved."""
+
+    @field_validator("at")
+    @classmethod
+    def _are_lengths_of_training(cls, value: tuple[Duration, ...]) -> tuple[Duration, ...]:
+        for one in value:
+            if one.is_time or one.value <= 0:
+                raise ValueError(f"'{one}' is no length of training: use steps, tokens or epochs")
+        return value
 
     @field_validator("every")
     @classmethod
@@ -35,4 +57,11 @@ class CheckpointConfig(Section):
             raise ValueError(f"'{value}' is no interval between checkpoints: use steps, tokens or a time")
         if value.value <= 0:
             raise ValueError(f"'{value}' must be more than nothing")
+        return value
+
+    @field_validator("permanent")
+    @classmethod
+    def _is_counted_in_training(cls, value: Duration | None) -> Duration | None:
+        if value is not None and (value.unit not in ("steps", "tokens") or value.value <= 0):
+            raise ValueError(f"'{value}' is no interval between permanent checkpoints: use steps or tokens")
         return value

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import bigtrain
@@ -56,7 +57,8 @@ def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_F
         "identity": manifest.identity,
     }
     with appears_whole(out) as temporary:
-        names = _write_parts(reader, parts, temporary, notes)
+        tensors = (loader.read_full(reader, part, PREFIX) for part in parts)
+        names = write_files(tensors, len(parts), temporary, notes)
     return [out / name for name in names]
 
 
@@ -83,21 +85,25 @@ def appears_whole(out: Path) -> Iterator[Path]:
         commit.discard(temporary)
 
 
-def _write_parts(reader: SafeReader, parts: list[list[str]], out: Path, notes: dict[str, str]) -> list[str]:
+def write_files(parts: Iterable[Mapping[str, Tensor]], count: int, out: Path, notes: dict[str, str]) -> list[str]:
+    """Write each part of a model's tensors to a file of safetensors, and an index where there are several.
+
+    Args:
+        parts: `count` of them, each asked for when the one before is on the disk.
+        notes: What each file says of itself.
+    """
     names = []
     weight_map: dict[str, str] = {}
     total = 0
-    for number, part in enumerate(parts, start=1):
-        one = len(parts) == 1
-        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = loader.read_full(reader, part, PREFIX)
-        save_file(tensors, out / name, metadata=notes)
+    for number, tensors in enumerate(parts, start=1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_file(dict(tensors), out / name, metadata=notes)
         (out / name).chmod(0o644)  # safetensors makes it readable by its owner alone
         fsync_file(out / name)
         names.append(name)
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(parts) > 1:
+    if count > 1:
         write_json(
             out / "model.safetensors.index.json",
             {"metadata": {**notes, "total_size": total}, "weight_map": weight_map},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import cast
 
@@ -33,7 +34,13 @@ class Found:
     """One for each newer checkpoint that is damaged."""
 
 
-def find(directory: Path, step: int | None = None, process_group: dist.ProcessGroup | None = None) -> Found | None:
+def find(
+    directory: Path,
+    step: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    before: int | None = None,
+) -> Found | None:
     """The newest sound checkpoint, or that of `step`. Collective.
 
     Each rank reads a share of the files; one bad file on any rank rejects the checkpoint on all.
@@ -42,9 +49,10 @@ def find(directory: Path, step: int | None = None, process_group: dist.ProcessGr
         directory: Of the checkpoints.
         step: This one and no other; None for the newest.
         process_group: The ranks that load together; None for all there are.
+        before: None newer than this step.
 
     Returns:
-        None where `step` is None and nothing has ever been saved.
+        None where `step` is None and nothing has ever been saved, or nothing before `before`.
 
     Raises:
         CorruptionError: The checkpoint asked for, or each there is, is damaged.
@@ -52,6 +60,10 @@ def find(directory: Path, step: int | None = None, process_group: dist.ProcessGr
     """
     ranks = Ranks(process_group or world_group())
     candidates = ranks.once(lambda: _candidates(directory, step))
+    if before is not None:
+        candidates = [found for found in candidates if found.step <= before]
+        if not candidates:
+            return None
 
     def check(candidate: Checkpoint) -> list[str]:
         parts = ranks.together(lambda: _verify_share(candidate, ranks))
@@ -90,10 +102,12 @@ def load_found(
     process_group: dist.ProcessGroup | None = None,
     *,
     prefix: str = "",
+    leave: Sequence[str] = (),
 ) -> None:
     """Read a verified checkpoint into tensors and DTensors of any layout, in place. Collective.
 
-    Only names that begin with `prefix` are read; `state` must name all of those.
+    Only names that begin with `prefix` are read; `state` must name all of those, but for what matches a shell pattern
+    of `leave`.
 
     A rank reads the saved pieces that its own parts overlap. Under pipeline parallelism each rank may name
     other tensors; together they must name all that the checkpoint holds. Nothing is written before the names,
@@ -112,7 +126,7 @@ def load_found(
 
     parts = ranks.together(check)
     wanted = {name for part in parts for name in part}
-    ranks.once(lambda: _check_all_wanted(reader.read_metadata(), wanted, found.path, prefix))
+    ranks.once(lambda: _check_all_wanted(reader.read_metadata(), wanted, found.path, prefix, leave))
     ranks.together(lambda: _read(reader, dict(state)))
 
 
@@ -208,8 +222,10 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
             raise CorruptionError(f"the pieces of {name!r} do not make up the whole", str(path))
 
 
-def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: str) -> None:
+def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: str, leave: Sequence[str]) -> None:
     for name in metadata.state_dict_metadata:
+        if any(fnmatchcase(name, pattern) for pattern in leave):
+            continue
         if name.startswith(prefix) and name not in wanted:
             close = nearest(name, wanted)
             raise UserError(

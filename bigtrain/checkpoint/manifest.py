@@ -64,6 +64,8 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     lease: NonNegative = 0
     """Number of the lease under which it was written; a writer with a smaller one is fenced off."""
+    permanent: bool = False
+    """Whether it is kept whatever its age."""
     created: str = ""
     """UTC, ISO 8601."""
 

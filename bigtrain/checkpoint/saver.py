@@ -22,6 +22,7 @@ from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest
 from bigtrain.checkpoint.ranks import Ranks, WorkFailedError, own_group
+from bigtrain.checkpoint.replicas import ReplicasDifferError, check_replicas
 from bigtrain.checkpoint.shards import local_tensors, plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
 
@@ -76,8 +77,9 @@ class Saver:
     ranks.
 
     Events: "saved" (step, bytes, seconds, staging_s, pruned), "save_failed" (step, cause, failures),
-    "save_refused" (step, cause: the lease was lost), "save_waited" (step, seconds: training stood still
-    because the save before was still under way), "unsaved" (step, failures: the limit is reached).
+    "save_refused" (step, cause: the lease was lost), "replicas_differ" (step, cause),
+    "save_waited" (step, seconds: training stood still because the save before was still under way), "unsaved"
+    (step, failures: the limit is reached).
 
     Args:
         directory: Of the checkpoints; made by the first save. What dead saves left there is removed at once,
@@ -144,6 +146,7 @@ class Saver:
         rng: dict[str, Any] | None = None,
         mesh: dict[str, int] | None = None,
         lease: int = 0,
+        permanent: bool = False,
     ) -> None:
         """Save the state after `step` optimizer steps. Collective; waits first for a save still under way.
 
@@ -156,18 +159,24 @@ class Saver:
             progress, position, rng, mesh: JSON objects for the manifest; the first rank's count.
             config_hash, identity: Hashes of the run's configuration and of its *what*.
             lease: Number of the lease held.
+            permanent: Whether pruning leaves it alone.
 
         Raises:
             RanksLostError: The ranks lost contact, in this save or the one before.
+            ReplicasDifferError: Ranks hold other bits of the same weights, where `config.check_replicas`; nothing is
+                saved.
         """
         self._join(report_wait_at=step)
         started = time.perf_counter()
+        if self.config.check_replicas:
+            self._check_replicas(step, state)
         local = local_tensors(state)
         if self.config.asynchronous:
             local = self._stage(local)
         facts = {
             "config_hash": config_hash, "identity": identity, "progress": progress,
             "position": position or {}, "rng": rng or {}, "mesh": mesh or {}, "lease": lease,
+            "permanent": permanent,
         }  # fmt: skip
         job = _Job(step, plan_items(state), local, facts, started, time.perf_counter() - started)
         self._job = job
@@ -183,6 +192,20 @@ class Saver:
         self._join()
         return self.last
 
+    def rewind(self, step: int) -> None:
+        """Make the checkpoint of `step`, which is there, the newest. Collective; call it when no save is under way.
+
+        Raises:
+            FencedError: Another attempt has taken the run over.
+        """
+
+        def take_back() -> None:
+            if not self._may_publish():
+                raise FencedError("this attempt no longer holds the run's lease")
+            commit.rewind(self.directory, step)
+
+        self._ranks.once(take_back)
+
     def close(self) -> None:
         """Wait for the save under way, and give back the staging memory and the process group."""
         try:
@@ -192,6 +215,13 @@ class Saver:
             if self._owns_group and self._ranks.group is not None:
                 dist.destroy_process_group(self._ranks.group)
                 self._ranks = Ranks(None)
+
+    def _check_replicas(self, step: int, state: Mapping[str, Tensor]) -> None:
+        try:
+            check_replicas(self._ranks, state)
+        except ReplicasDifferError as error:
+            self._emit("replicas_differ", step=step, cause=str(error))
+            raise
 
     def _stage(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy to CPU buffers, pinned for a GPU's tensors; the copies overlap and are waited for once."""
@@ -276,15 +306,20 @@ class Saver:
         records, mine = write_shards(ranks, temporary, job.items, job.local, hook)
         total = ranks.share(sum(record.bytes for record in records.values()) if ranks.first else None)
         final = ranks.once(lambda: self._publish(job, temporary, records))
-        try:
-            ranks.together(lambda: _read_back(final, mine))
-        except CorruptionError:
-            ranks.once(lambda: commit.withdraw(final))
-            raise
+        if self.config.read_back:
+            self._read_back(final, mine)
         hook("verify")
         pruned = ranks.once(lambda: self._prune(final))
         hook("prune")
         return total, tuple(pruned)
+
+    def _read_back(self, final: Path, names: list[str]) -> None:
+        """Compare each rank's files with the manifest, and take the checkpoint back where they differ."""
+        try:
+            self._ranks.together(lambda: _verify_from_disk(final, names))
+        except CorruptionError:
+            self._ranks.once(lambda: commit.withdraw(final))
+            raise
 
     def _publish(self, job: _Job, temporary: Path, records: dict[str, FileRecord]) -> Path:
         manifest = Manifest(
@@ -329,7 +364,7 @@ class Saver:
             logger.warning("%s of step %s could not be recorded: %s", event, fields.get("step"), error)
 
 
-def _read_back(path: Path, names: list[str]) -> None:
+def _verify_from_disk(path: Path, names: list[str]) -> None:
     """Compare this rank's files with the manifest, from the disk and not from the cache."""
     commit.drop_from_cache(path, names)
     problems = commit.verify(path, names=names)

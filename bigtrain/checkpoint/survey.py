@@ -1,11 +1,14 @@
-"""What lies in a directory of checkpoints, sound or not; without torch."""
+"""What lies in a directory of checkpoints, sound or not; without torch, but for the tensors of one."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import CorruptionError, UserError
 
 
@@ -46,6 +49,44 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
         )
         for checkpoint in found
     ]
+
+
+def inspect(directory: Path, step: int) -> dict[str, Any]:
+    """All that a checkpoint says of itself, and its tensors; their values are not read.
+
+    Returns:
+        The manifest's facts, "bytes", "problems" (by sizes alone), "parameters" (numbers in the model), and "tensors":
+        of each name, shape, dtype, and the pieces it was saved in.
+
+    Raises:
+        UserError: There is none of `step`.
+        CorruptionError: Its manifest or metadata cannot be read.
+    """
+    found = commit.find_checkpoint(directory, step)
+    if found is None:
+        survey(directory, step)  # which says what there is
+        raise CorruptionError(f"the checkpoint of step {step} has gone", str(directory))
+    manifest = read_manifest(found.path)
+    from bigtrain.checkpoint.reader import read_metadata  # torch, which takes seconds
+
+    entries: Any = read_metadata(found.path).state_dict_metadata
+    tensors = [
+        {
+            "name": name,
+            "shape": list(entry.size),
+            "dtype": str(entry.properties.dtype).removeprefix("torch."),
+            "pieces": len(entry.chunks),
+        }
+        for name, entry in entries.items()
+    ]
+    model = (tensor for tensor in tensors if tensor["name"].startswith("model."))
+    return {
+        **manifest.model_dump(mode="json"),
+        "bytes": manifest.total_bytes,
+        "problems": commit.verify(found.path, hashes=False),
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in model),
+        "tensors": tensors,
+    }
 
 
 def verify_all(directory: Path, step: int | None = None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import bench, checkpoint, configs, data, runs, scaling
+from bigtrain.cli import bench, checkpoint, cluster, configs, data, doctor, jobs, runs, scaling, sweep
 
 app = typer.Typer(
     name="bigtrain",
@@ -19,11 +19,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(runs.app)
+app.add_typer(jobs.app)
+app.add_typer(doctor.app)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(configs.app, name="config")
 app.add_typer(scaling.app, name="scaling")
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _version(value: bool) -> None:

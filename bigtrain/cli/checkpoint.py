@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, RunsDir, errors, show
+from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, errors, lines, plugged, show
 
-app = typer.Typer(help="List, verify, export and convert checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, inspect, verify, prune, export and convert checkpoints.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -51,19 +52,84 @@ def checkpoint_verify(
         )
 
 
+@app.command("inspect")
+def checkpoint_inspect(
+    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: tensors, mesh, position, files and their hashes."""
+    with errors(as_json):
+        from bigtrain.checkpoint.survey import inspect
+
+        directory, step = _checkpoint_of(run, runs_dir)
+        show(inspect(directory, step), as_json, _inspected)
+
+
+def _inspected(found: dict[str, Any]) -> str:
+    rows = [(tensor["name"], " x ".join(map(str, tensor["shape"])) or "-", tensor) for tensor in found.pop("tensors")]
+    width, shapes = (max(len(row[column]) for row in rows) for column in (0, 1))
+    tensors = [
+        f"{name:{width}}  {shape:>{shapes}}  {tensor['dtype']}  pieces: {tensor['pieces']}"
+        for name, shape, tensor in rows
+    ]
+    return "\n".join([lines(found), "", *tensors])
+
+
+@app.command("prune")
+def checkpoint_prune(
+    run: Annotated[str, typer.Argument(help="A run that is not under way.")],
+    keep_last: Annotated[
+        int | None, typer.Option(min=1, help="Sound checkpoints to keep; as the run's config says where left out.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    plugin: PluginOption = None,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Remove checkpoints that retention no longer keeps; permanent ones and the last sound ones stay."""
+    with errors(as_json):
+        from bigtrain.checkpoint import commit
+        from bigtrain.run import Lease, find_run, load_config
+
+        found = find_run(run, runs_dir)
+        if keep_last is None:
+            keep_last = load_config(found.config, plugin=plugged(plugin)).checkpoint.keep_last
+        if dry_run:
+            steps = commit.prune(found.checkpoints, keep_last, set(), dry_run=True)
+        else:
+            lease = Lease.acquire(found, commit.published_lease(found.checkpoints))
+            try:
+                steps = commit.prune(found.checkpoints, keep_last, set())
+            finally:
+                lease.release()
+        said = "would be removed" if dry_run else "removed"
+        show({"steps": steps, "dry_run": dry_run}, as_json, lambda _: f"{said}: {', '.join(map(str, steps)) or 'none'}")
+
+
 @app.command("export")
 def checkpoint_export(
     run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
+    form: Annotated[
+        Literal["bigtrain", "hf"], typer.Option("--format", help="Qualified names, or what transformers reads.")
+    ] = "bigtrain",
+    plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint's weights as safetensors, under qualified names."""
+    """Write a checkpoint's weights as safetensors."""
     with errors(as_json):
-        from bigtrain.checkpoint.export import export
-
         directory, step = _checkpoint_of(run, runs_dir)
-        files = export(directory, step, out)
+        if form == "hf":
+            from bigtrain.run import find_run, split_run_step
+            from bigtrain.training.export import export_run
+
+            files = export_run(find_run(split_run_step(run)[0], runs_dir), step, out, plugged(plugin))
+        else:
+            from bigtrain.checkpoint.export import export
+
+            files = export(directory, step, out)
         show(
             {"step": step, "files": [str(file) for file in files]},
             as_json,
@@ -94,17 +160,33 @@ def checkpoint_convert(
 
 @app.command("import")
 def checkpoint_import(
-    source: Annotated[Path, typer.Argument(help="A universal checkpoint of DeepSpeed's.")],
+    source: Annotated[Path, typer.Argument(help="Hugging Face weights, or a universal checkpoint of DeepSpeed's.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
-    trust_checkpoint: Annotated[bool, typer.Option(help="You trust whoever wrote its pickles.")] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option(help="You trust whoever wrote the pickles of a DeepSpeed checkpoint.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a checkpoint of DeepSpeed's one that `init.source: OUT` takes, optimizer included."""
+    """Make a checkpoint of others one that `init.source: OUT` takes."""
     with errors(as_json):
-        from bigtrain.checkpoint.deepspeed_format import from_deepspeed
+        from bigtrain.models.hf_files import HfFiles
 
-        step = from_deepspeed(source, out, trusted=trust_checkpoint)
-        show({"step": step, "directory": str(out)}, as_json, lambda _: f"init: {{source: {out}@{step}}}")
+        if HfFiles.is_one(source):
+            from bigtrain.checkpoint.huggingface import import_hf
+
+            step, model = import_hf(source, out)
+        else:
+            from bigtrain.checkpoint.deepspeed_format import from_deepspeed
+
+            step, model = from_deepspeed(source, out, trusted=trust_checkpoint), None
+        result = {"step": step, "directory": str(out), **({} if model is None else {"model": model})}
+        show(result, as_json, lambda _: "\n".join(_how_to_begin(out, step, model)))
+
+
+def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[str]:
+    """The keys of a run's YAML that begin with what was imported."""
+    lines = [] if model is None else [f"model: {json.dumps(model)}"]
+    return [*lines, f"init: {{source: {out}@{step}}}"]
 
 
 def _checkpoint_of(run: str, runs_dir: Path) -> tuple[Path, int]:

@@ -57,9 +57,14 @@ def config_validate(
 
 
 @app.command("schema")
-def config_schema(plugin: PluginOption = None) -> None:
+def config_schema(
+    plugin: PluginOption = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep's YAML instead.")] = False,
+) -> None:
     """Print the JSON Schema of a run's YAML, for editors."""
     with errors():
         from bigtrain.run import config_schema as schema
+        from bigtrain.sweeps.load import sweep_schema
 
-        print(json.dumps(schema(plugged(plugin)), indent=2))
+        run = schema(plugged(plugin))
+        print(json.dumps(sweep_schema(run) if sweep else run, indent=2))

@@ -123,16 +123,44 @@ def data_index(
 
 @app.command("inspect")
 def data_inspect(
-    path: Annotated[Path, typer.Argument(help="A shard directory.")],
+    path: Annotated[Path, typer.Argument(help="A shard directory; with --shuffle also a run's YAML.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, to count them.")] = 1024,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Measure the order against a full permutation.")] = False,
+    window: Annotated[int, typer.Option(min=1, help="data.shuffle_window, for --shuffle.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, for --shuffle.")] = 512,
     as_json: Json = False,
 ) -> None:
-    """Show what a shard directory holds."""
+    """Show what a shard directory holds, or how well its order is shuffled."""
     with errors(as_json):
+        if shuffle:
+            _show_shuffle(path, context, window, batch, as_json)
+            return
         from bigtrain.data.inspect import inspect
 
         found = inspect(path, context)
         show(found.as_json(), as_json, lines)
+
+
+def _show_shuffle(path: Path, context: int, window: int, batch: int, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from bigtrain.data.index import load_index
+    from bigtrain.data.order import SampleOrder
+    from bigtrain.data.shuffle import shuffle_quality, table
+
+    if path.suffix in (".yaml", ".yml"):
+        from bigtrain.run import load_config
+        from bigtrain.training.prepare import prepare
+
+        prepared = prepare(load_config(path), verify=False)
+        of = [place for place, index in enumerate(prepared.sources.indexes) for _ in index.shards]
+        consumed = prepared.config.data.consumed
+        start = 0 if consumed is None else consumed.step * prepared.batch_sequences
+        found = shuffle_quality(prepared.order, prepared.batch_sequences, of, start)
+    else:
+        index = load_index(path)
+        found = shuffle_quality(SampleOrder(0, index.fingerprint, index.sequence_counts(context), window), batch)
+    show(asdict(found), as_json, lambda _: table(found))
 
 
 @app.command("verify")

@@ -1,9 +1,9 @@
-"""Commands on runs: train, status, stop, sample, report."""
+"""Commands on runs on this machine: train, sample, report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,59 +35,6 @@ def train(
 
         code = start(load(config, overrides, name, plugin), runs_dir_of(config, runs_dir), procs=nproc, fork=fork)
     raise typer.Exit(int(code))
-
-
-@app.command()
-def status(
-    name: Annotated[str | None, typer.Argument(help="A run; all of them where left out.")] = None,
-    runs_dir: RunsDir = RUNS,
-    as_json: Json = False,
-) -> None:
-    """Show where runs stand."""
-    with errors(as_json):
-        from bigtrain.run import Lease, find_run, list_runs
-        from bigtrain.tracking.status import status as read_status
-
-        found = [find_run(name, runs_dir)] if name else list_runs(runs_dir)
-        rows = []
-        for run in found:
-            holder = Lease.holder(run)
-            rows.append(read_status(run.path, alive=holder is not None and holder.alive()))
-        result = rows[0] if name else {"runs": rows}
-        show(
-            result,
-            as_json,
-            lambda _: "\n".join(_status_line(row) for row in rows) or f"No runs in {runs_dir}",
-        )
-
-
-def _status_line(row: dict[str, Any]) -> str:
-    parts = [f"{row['name']}: {row['state']}"]
-    for key, form in (
-        ("step", "step {}"),
-        ("loss", "loss {:.4f}"),
-        ("tokens_per_s", "{:.0f} tokens/s"),
-        ("goodput", "goodput {:.0%}"),
-        ("restarts", "{} restarts"),
-        ("eta_s", "{:.0f} s left"),
-    ):
-        if row.get(key) is not None:
-            parts.append(form.format(row[key]))
-    return "  ".join(parts)
-
-
-@app.command()
-def stop(
-    name: Annotated[str, typer.Argument(help="A run on this machine.")],
-    now: Annotated[bool, typer.Option("--now", help="At once, without a save.")] = False,
-    runs_dir: RunsDir = RUNS,
-) -> None:
-    """Let a run save itself and end; it can be resumed."""
-    with errors():
-        from bigtrain.jobs.stop import stop as end
-        from bigtrain.run import find_run
-
-        print(end(find_run(name, runs_dir), now))
 
 
 @app.command()

@@ -54,7 +54,9 @@ def scaling_fit(
             cluster, target_flops, equal_exponents, replicates, seed,
         )  # fmt: skip
         fitted = fit(source, options)
-        files = write_outputs(fitted, out, wandb=wandb)
+        from bigtrain.tracking.config import TrackingConfig
+
+        files = write_outputs(fitted, out, TrackingConfig() if wandb else None)
         law = {name: value for name, value in fitted.law.items() if name != "approaches"}
         approaches = {
             name: {key: value for key, value in one.items() if key != "replicates"}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from annotated_types import Ge
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from bigtrain.config import NUMBER_OR_TEXT, Bytes, Duration, Section
+from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section
 
 SCHEMES = ("http", "https", "s3", "gs")
 """Where shards may be streamed from; everything else is refused, above all `pipe:`, which is a shell."""
@@ -38,6 +39,12 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _name_of(place: str) -> str:
+    *_, parent, last = ["data", *(part for part in place.split("/") if part not in ("", ".", ".."))]
+    name = parent if last in ("train", "validation") else last
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "data"
+
+
 def _seconds(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -47,14 +54,75 @@ def _seconds(value: Any) -> Any:
     return duration.seconds
 
 
+def _place(value: str) -> str:
+    if not value.strip():
+        raise ValueError("the path of the shard directory is empty")
+    return check_url(value) if is_url(value) else value
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A directory of shards, or its URL."""
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class HeldOutConfig(Section):
+    """One of several sets of held-out shards."""
+
+    path: Place
+    """A directory of shards, or its URL."""
+
+    name: SourceName | None = None
+    """Its name in metrics (val_loss/NAME); null: as the directory is called, or the one above `train`, `validation`."""
+
+    @property
+    def source(self) -> str:
+        """The name that it goes by."""
+        return self.name or _name_of(self.path)
+
+
+class SourceConfig(HeldOutConfig):
+    """One source of a mixture, or from a step on another weight of it."""
+
+    weight: Annotated[float, NUMBER_OR_TEXT, Field(ge=0)] = 1.0
+    """Its share of the sequences, relative to the weights of the others; 0: none."""
+
+    from_step: Annotated[Count, Ge(0)] = 0
+    """The step from which the weight holds; before its first one a source gives nothing."""
+
+
+def _form(value: Any) -> str:
+    return "list" if isinstance(value, (list, tuple)) else "place"
+
+
+# So that an error speaks of the form that was meant.
+Train = Annotated[
+    Annotated[Place, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")], Discriminator(_form)
+]
+HeldOut = Annotated[
+    Annotated[Place, Tag("place")] | Annotated[tuple[HeldOutConfig, ...], Tag("list")], Discriminator(_form)
+]
+
+
+class ConsumedConfig(Section):
+    """Where the data stood in the run that this one branched off from."""
+
+    step: Annotated[int, Ge(0)]
+    """The step of the branch."""
+
+    drawn: dict[str, Annotated[int, Ge(0)]]
+    """Sequences consumed of each source, by its fingerprint."""
+
+
 class DataConfig(Section):
     """What is trained on: part of a run's identity, by the data's fingerprint and not by its place."""
 
-    train: str
-    """A directory of shards, as `bigtrain data pack` or `data index` leaves it, or its http, https, s3 or gs URL."""
+    train: Train
+    """A directory of shards, as `bigtrain data pack` or `data index` leaves it, or its http, https, s3 or gs URL; or a
+    mixture: a list of {path, weight, from_step, name}."""
 
-    validation: str | None = None
-    """A directory or URL of held-out shards; null where the run is not evaluated."""
+    validation: HeldOut | None = None
+    """A directory or URL of held-out shards, or a list of {path, name}; null where the run is not evaluated."""
 
     document_mask: bool = False
     """Whether a token sees only its own document inside a packed sequence."""
@@ -62,14 +130,61 @@ class DataConfig(Section):
     shuffle_window: Annotated[int, Ge(1)] = 8
     """Shards whose sequences are mixed with each other; a shard is read inside one window an epoch."""
 
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_place(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple, dict)):
-            raise ValueError("several sources are not mixed: give the path or URL of one shard directory")
-        if isinstance(value, str) and not value.strip():
-            raise ValueError("the path of the shard directory is empty")
-        return check_url(value) if isinstance(value, str) and is_url(value) else value
+    consumed: ConsumedConfig | None = None
+    """What an earlier run has consumed of the data, so that it is not read again: written by `--fork` and
+    `init: {state: all}` where data or batch are other ones than before."""
+
+    @model_validator(mode="after")
+    def _sources_are_possible(self) -> DataConfig:
+        self.phases()
+        for key in ("train", "validation"):
+            named = self.places(key)
+            if len(set(named.values())) != len(named):
+                raise ValueError(f"{key}: a path has two names: one source is one entry for each of its weights")
+        return self
+
+    def places(self, key: str) -> dict[str, str]:
+        """Paths or URLs by the name of the source, of `train` or `validation`.
+
+        Raises:
+            ValueError: Two places have one name, or there is none.
+        """
+        value: str | tuple[HeldOutConfig, ...] | None = self.train if key == "train" else self.validation
+        if value is None or isinstance(value, str):
+            return {} if value is None else {key: value}
+        found: dict[str, str] = {}
+        for entry in value:
+            if found.setdefault(entry.source, entry.path) != entry.path:
+                raise ValueError(f"{key}: two places go by the name '{entry.source}': give each a name of its own")
+        if not found:
+            raise ValueError(f"{key}: the list is empty")
+        if key == "validation" and len(found) != len(value):
+            raise ValueError("validation: a place is named twice")
+        return found
+
+    def phases(self) -> list[tuple[int, dict[str, float]]]:
+        """First step of each phase, and the weight of each source in it; ascending.
+
+        Raises:
+            ValueError: Nothing is drawn in one of them, or a source has two weights from one step on.
+        """
+        if isinstance(self.train, str):
+            return [(0, {"train": 1.0})]
+        names = self.places("train")
+        changes: dict[tuple[str, int], float] = {}
+        for entry in self.train:
+            if (entry.source, entry.from_step) in changes:
+                raise ValueError(f"train: the source '{entry.source}' has two weights from step {entry.from_step} on")
+            changes[entry.source, entry.from_step] = entry.weight
+        steps = sorted({0, *(step for _, step in changes)})
+        weights = dict.fromkeys(names, 0.0)
+        found = []
+        for step in steps:
+            weights |= {name: weight for (name, at), weight in changes.items() if at == step}
+            if not any(weights.values()):
+                raise ValueError(f"train: from step {step} on no source has a weight")
+            found.append((step, dict(weights)))
+        return found
 
 
 class StreamingConfig(Section):

@@ -240,7 +240,7 @@ class ShardIndex(_Record):
         ]
 
     def require_same_tokens(self, other: ShardIndex) -> None:
-        """Refuse to evaluate on `other` where its tokens (or classes) do not mean what they mean here.
+        """Refuse to use `other` with this where its tokens (or classes) do not mean what they mean here.
 
         Raises:
             UserError: Another kind of data, tokenizer, or image shape; more classes.
@@ -248,19 +248,19 @@ class ShardIndex(_Record):
         mine, theirs = self.tokenizer, other.tokenizer
         if self.kind != other.kind or (mine and theirs and mine.hash != theirs.hash):
             raise UserError(
-                "the tokenizers of the training and validation shards differ"
+                "the tokenizers of the shards differ"
                 if self.kind == other.kind
-                else f"the training data holds {self.kind}, the validation data {other.kind}",
+                else f"one directory holds {self.kind}, the other {other.kind}",
                 where=f"{self.place} and {other.place}",
-                fix="pack both with one tokenizer",
+                fix="pack all data of a run with one tokenizer",
             )
         if self.image and other.image:
             shapes = [(image.height, image.width, image.channels) for image in (self.image, other.image)]
             if shapes[0] != shapes[1] or other.image.classes > self.image.classes:
                 raise UserError(
-                    f"the validation images ({shapes[1]}, {other.image.classes} classes) are not like those of"
-                    f" training ({shapes[0]}, {self.image.classes} classes)",
-                    where=other.place,
+                    f"the images ({shapes[1]}, {other.image.classes} classes) are not like the others"
+                    f" ({shapes[0]}, {self.image.classes} classes)",
+                    where=f"{other.place} and {self.place}",
                 )
 
     def as_json(self) -> dict[str, Any]:

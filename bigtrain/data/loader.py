@@ -18,8 +18,9 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.mixture import Sources
 from bigtrain.data.order import FixedOrder, Order, sequence_keys
-from bigtrain.data.sequences import Arrays, open_reader
+from bigtrain.data.sequences import Arrays
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class StepBatch:
     step: int
     micro_batches: list[Arrays]
     """Text: tokens, targets, weights (B, C), keys (B,), and with a document mask documents, positions (B, C).
-    Images: images (B, height, width, channels), labels, weights, keys (B,)."""
+    Images: images (B, height, width, channels), labels, weights, keys (B,). Of a mixture also sources (B, S): a one for
+    the source of each sequence."""
     sample_ids: list[str] = field(default_factory=list)
     """Of the whole global batch in its order; only when asked for."""
 
@@ -82,7 +84,7 @@ class Loader:
     """Yields one rank's share of each global batch.
 
     Args:
-        data: A shard directory or its index.
+        data: A shard directory, its index, or several of them.
         order: The global order; its counts are those of the index at this context.
         batch_size: Sequences of the global batch.
         context: Tokens of a sequence; unused for images.
@@ -94,13 +96,13 @@ class Loader:
         document_mask: Whether batches say where documents begin.
         log_samples: Whether batches carry the ids of the global batch.
         prefetch: Batches prepared ahead.
-        source: Name of the data in sample ids and in the position.
+        source: Name of the data in sample ids and in the position, where it is one directory.
         streaming: How shards are fetched that are not here.
     """
 
     def __init__(
         self,
-        data: ShardIndex | str | Path,
+        data: Sources | ShardIndex | str | Path,
         order: Order,
         *,
         batch_size: int,
@@ -117,8 +119,8 @@ class Loader:
         source: str = "train",
         streaming: StreamingConfig | None = None,
     ) -> None:
-        self.index = data if isinstance(data, ShardIndex) else load_index(data)
-        if order.counts.tolist() != self.index.sequence_counts(context):
+        self.sources = Sources.of(data, source)
+        if order.counts.tolist() != self.sources.sequence_counts(context):
             raise ValueError("the order was made for other data or another context")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"rank {dp_rank} is not among {dp_size}")
@@ -129,10 +131,10 @@ class Loader:
             least=least_micro_batches,
             multiple=micro_batch_multiple,
         )
-        self._order, self._seed, self._rank, self._source = order, seed, dp_rank, source
+        self._order, self._seed, self._rank = order, seed, dp_rank
         self._log_samples, self._prefetch = log_samples, prefetch
         # A batch may lie across the border of two windows.
-        self._reader = open_reader(self.index, context, document_mask, 2 * order.window, streaming)
+        self._reader = self.sources.open_reader(context, document_mask, 2 * order.window, streaming)
         self._active: _Ahead | None = None
         # The reader and the order cache what they last used, and the thread of `batches` uses them too.
         self._lock = threading.RLock()
@@ -148,7 +150,7 @@ class Loader:
         start, slots = step * shape.batch_size, shape.slots(self._rank)
         own = min(slots.stop, shape.batch_size) - slots.start
         with self._lock:
-            if self.index.streams:
+            if self.sources.streams:
                 self._reader.expect(self._order.upcoming(start, shape.batch_size).tolist())
             draw = self._order.take(start + slots.start, max(0, own))
             arrays = self._reader.read(draw.shard, draw.sequence)
@@ -156,6 +158,8 @@ class Loader:
         if missing:
             blank = self._reader.blank(missing)
             arrays = {name: np.concatenate([values, blank[name]]) for name, values in arrays.items()}
+        if len(self.sources.names) > 1:
+            arrays["sources"] = self.sources.one_hot(draw.shard, shape.per_rank)
         arrays["keys"] = sequence_keys(self._seed, step, np.arange(slots.start, slots.stop))
         size = shape.micro_batch
         micro_batches = [
@@ -168,7 +172,7 @@ class Loader:
         """The ids of all samples that `step` consumes, in global order."""
         with self._lock:
             draw = self._order.take(step * self.distribution.batch_size, self.distribution.batch_size)
-            return self._reader.sample_ids(self._source, draw.shard, draw.sequence)
+            return self._reader.sample_ids(self.sources.names[0], draw.shard, draw.sequence)
 
     def batches(self, first_step: int = 0, stop_step: int | None = None) -> Iterator[StepBatch]:
         """The batches from `first_step` on, without end or up to before `stop_step`, prepared ahead.
@@ -181,7 +185,8 @@ class Loader:
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the data stands after `step` steps: the step, and the sequences drawn from each source."""
-        return {"step": step, "drawn": {self._source: step * self.distribution.batch_size}}
+        drawn = self._order.drawn(step * self.distribution.batch_size).tolist()
+        return {"step": step, "drawn": dict(zip(self.sources.names, drawn, strict=True))}
 
     def close(self) -> None:
         """End the reading thread and let go of open shards."""

@@ -57,6 +57,10 @@ class Order(Protocol):
         """The shards that these positions come from, and those that come next, in the order of their need."""
         ...
 
+    def drawn(self, position: int) -> IntArray:
+        """Sequences drawn from each source before a position."""
+        ...
+
 
 def splitmix64(values: npt.ArrayLike) -> _Words:
     """The splitmix64 finaliser of each 64-bit word; wraps modulo 2**64."""
@@ -144,6 +148,10 @@ class SampleOrder:
             after = first_positions[number + 1] if number + 1 < len(first_positions) else self.sequences_per_epoch
             position = epoch * self.sequences_per_epoch + int(after)
 
+    def drawn(self, position: int) -> IntArray:
+        """See `Order`: all from one source."""
+        return np.asarray([position], dtype=np.int64)
+
     def _epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
         """The permuted shards that hold sequences, and the first position of each window."""
         if epoch not in self._epochs:
@@ -191,6 +199,10 @@ class FixedOrder:
         first = int(np.searchsorted(ends, start, side="right"))
         last = int(np.searchsorted(ends, start + max(1, count) - 1, side="right"))
         return filled[first : last + 3].astype(np.int64)
+
+    def drawn(self, position: int) -> IntArray:
+        """See `Order`: all from one source."""
+        return np.asarray([position], dtype=np.int64)
 
 
 def _remember(cache: OrderedDict[K, V], key: K, value: V, limit: int) -> None:

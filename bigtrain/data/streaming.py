@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -266,13 +266,15 @@ def patience(streaming: StreamingConfig) -> Patience:
     return Patience(streaming.timeout, streaming.retries)
 
 
-def open_index(place: str | Path, streaming: StreamingConfig | None = None, pinned: str | None = None) -> ShardIndex:
+def open_index(
+    place: str | Path, streaming: StreamingConfig | None = None, pinned: Collection[str] | None = None
+) -> ShardIndex:
     """The index of a shard directory, given by its path or URL.
 
     A remote index.json is fetched once into the cache, under its fingerprint.
 
     Args:
-        pinned: The fingerprint that it must have; the cached one is taken then, without asking the server.
+        pinned: The fingerprints of which it must have one; a cached index is taken then, without asking the server.
 
     Raises:
         UserError: See `load_index`; a URL of a scheme that is not allowed; other data than pinned.
@@ -283,8 +285,8 @@ def open_index(place: str | Path, streaming: StreamingConfig | None = None, pinn
     streaming = streaming or StreamingConfig()
     server = open_place(str(place), patience(streaming))
     cache = Cache(cache_root(streaming), streaming.cache)
-    if pinned is not None:
-        directory = cache.directory(server.url, pinned)
+    for fingerprint in pinned or ():
+        directory = cache.directory(server.url, fingerprint)
         if (directory / INDEX_NAME).is_file():
             return _come_from(server.url, load_index(directory))
     data = read_small(server, INDEX_NAME, MAX_INDEX_BYTES, patience(streaming))
@@ -295,7 +297,7 @@ def open_index(place: str | Path, streaming: StreamingConfig | None = None, pinn
             f"{server.url}/{INDEX_NAME}",
             "download the index and name its directory",
         )
-    if pinned is not None and index.fingerprint != pinned:
+    if pinned is not None and index.fingerprint not in pinned:
         raise UserError("the data at this URL has changed since the run began", server.url, "restore it")
     directory = cache.directory(server.url, index.fingerprint)
     if index.tokenizer is not None and index.tokenizer.kind == "tokenizers":
@@ -327,28 +329,33 @@ def read_small(place: Place, name: str, limit: int, patience: Patience) -> bytes
         return file.read()
 
 
-def check_remote(index: ShardIndex, streaming: StreamingConfig, shards: int) -> None:
-    """What can be seen of streamed data before a run: its first shard is there, and the cache holds what is in use.
+def check_remote(held: Sequence[tuple[ShardIndex, int]], streaming: StreamingConfig) -> None:
+    """What can be seen of streamed data before a run: its first shards are there, and the cache holds what is in use.
 
     Args:
-        shards: Shards that a rank holds at once; see `shards_at_once`.
+        held: The sources, and how many shards of each a rank holds at once; see `shards_at_once`.
 
     Raises:
         UserError: The cache is too small.
-        RemoteError: The shard is not there.
+        RemoteError: A shard is not there.
     """
-    held = sorted((index.stored_bytes(number) for number in range(len(index.shards))), reverse=True)
-    needed = sum(held[:shards])
+    streamed = [(index, shards) for index, shards in held if index.streams]
+    needed = 0
+    for index, shards in streamed:
+        needed += sum(
+            sorted((index.stored_bytes(number) for number in range(len(index.shards))), reverse=True)[:shards]
+        )
     if needed > streaming.cache:
+        count = sum(shards for _, shards in streamed)
         raise UserError(
-            f"streaming.cache is {streaming.cache} bytes, and the {shards} shards in use at once may take {needed}",
-            index.place,
+            f"streaming.cache is {streaming.cache} bytes, and the {count} shards in use at once may take {needed}",
+            ", ".join(index.place for index, _ in streamed),
             f"set streaming.cache to {needed} or more, or data.shuffle_window lower",
         )
-    if index.shards_url is None:
-        return
     hurried = Patience(streaming.timeout, min(2, streaming.retries))
-    exists(open_place(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
+    for index, _ in streamed:
+        if index.shards_url is not None:
+            exists(open_place(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
 
 
 def shards_at_once(counts: Sequence[int], window: int, batch_sequences: int) -> int:

@@ -138,7 +138,7 @@ class Tokenizer:
         """What `from_definition` makes the same tokenizer of, in another process; None for bytes."""
         if self._backend is None:
             return None
-        return self._definition, self._backend.id_to_token(self.eot)
+        return self._definition, self.token_of(self.eot)
 
     @classmethod
     def from_definition(cls, definition: tuple[str, str | None] | None) -> Tokenizer:
@@ -148,6 +148,10 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         return cls(Backend.from_str(definition[0]), definition[1])
+
+    def token_of(self, id: int) -> str | None:
+        """The text of a token, special ones too; None for bytes, and where there is no such token."""
+        return None if self._backend is None else self._backend.id_to_token(id)
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json into a shard directory; nothing for bytes."""

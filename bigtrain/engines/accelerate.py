@@ -17,10 +17,12 @@ from bigtrain.config import UserError
 from bigtrain.engines.accelerate_strategies import Plain, prepare, release
 from bigtrain.engines.config import AccelerateConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf import Config
-from bigtrain.models.hf_tasks import Example, examples, loss_sum
+from bigtrain.models.hf_tasks import examples, loss_sum
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
@@ -39,6 +41,7 @@ class AccelerateEngine:
         self.data_parallel_size = ranks.world_size
         self._clip = clip
         self._seed = seed
+        self._guard = Guard(strategy.inner_optimizer)
 
     @classmethod
     def build(
@@ -87,40 +90,43 @@ class AccelerateEngine:
         """Leave with the strategy the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
-            float64 (loss, weight), the sums over this rank's micro-batches.
+            The sums over this rank's micro-batches, as `sums.zero_sums` has them.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.strategy.model.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = zero_sums(micro_batches, self.device)
         for number, arrays in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with self.strategy.accumulating(last):
-                loss, weight = loss_sum(self.strategy.model, self._read(arrays))
-                self.strategy.backward(loss, last)
-            sums += torch.stack([loss.detach(), weight]).double()
+                batch = to_device(arrays, self.device)
+                result = loss_sum(self.strategy.model, examples(self.config, batch))
+                self.strategy.backward(result.loss, last)
+            add_sums(sums, result, batch)
         return sums
 
     def _reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
-            float64 (loss, weight, gradient norm, votes), equal on all ranks.
+            What `StepResult` takes, equal on all ranks.
         """
         gradients = self.strategy.gradients()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         # What all ranks have counts once.
         if gradients and (self.strategy.sharded or self.data_parallel_rank == 0):
             square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
+        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         self._sum(vector)
-        loss, weight, square, votes = vector.unbind()
+        square, votes, loss, weight = vector[:4].unbind()
+        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        self._guard.arm(bad)
         scale = self.data_parallel_size / weight
         norm = square.sqrt() * scale
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.stack([loss, weight, norm, votes])
+        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), torch.zeros_like(loss)]), vector[4:]])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
@@ -129,7 +135,8 @@ class AccelerateEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             for arrays in micro_batches:
-                sums += torch.stack(loss_sum(self.strategy.model, self._read(arrays))).double()
+                batch = to_device(arrays, self.device)
+                add_sums(sums, loss_sum(self.strategy.model, examples(self.config, batch)), batch)
         self.strategy.after_evaluation()
         self._sum(sums)
         loss, weight = sums.tolist()
@@ -152,9 +159,6 @@ class AccelerateEngine:
         if self.data_parallel_size > 1:
             release()
             self.strategy.close()
-
-    def _read(self, arrays: MicroBatch) -> Example:
-        return examples(self.config, to_device(arrays, self.device))
 
     def _sum(self, tensor: Tensor) -> None:
         if self.data_parallel_size > 1:

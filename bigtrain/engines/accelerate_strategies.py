@@ -43,6 +43,8 @@ class Plain:
         """What has the parameters, under their own names."""
         self.optimizer = optimizer
         """Whose groups take the learning rate."""
+        self.inner_optimizer = optimizer
+        """torch's, which updates."""
 
     def check(self) -> None:
         """Compare what was made with what was asked for.
@@ -146,6 +148,7 @@ class Zero2(Plain):
         self.module = getattr(model, "module", model)
         self._engine: Any = model
         self._zero: Any = optimizer
+        self.inner_optimizer = self._zero.optimizer
         self._shapes = shapes
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -29,12 +30,27 @@ class StepNumbers:
     votes: float
     """Sum of what the ranks passed as `vote`."""
 
+    skipped: float = 0.0
+    """1 where loss or gradient were not finite, so that nothing was updated; else 0."""
+
+    loss_scale: float | None = None
+    """What the step was scaled by (FP16); None elsewhere."""
+
+    sources: tuple[tuple[float, float], ...] = ()
+    """Loss and weight of each source of a mixture; weights of 0 where the model does not tell sequences apart."""
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether it was skipped for no other reason than a loss scale that was too large, and is now smaller."""
+        return bool(self.skipped) and math.isfinite(self.loss) and (self.loss_scale or 0.0) > 1.0
+
 
 class StepResult:
     """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
 
     def __init__(self, numbers: Tensor) -> None:
-        """Take float64 (loss, weight, gradient norm, votes) and start its copy to the host."""
+        """Take float64 (loss, weight, gradient norm, votes, skipped, loss scale or 0, then loss and weight of each
+        source) and start its copy to the host."""
         self._event = None
         if numbers.is_cuda:
             import torch
@@ -50,7 +66,9 @@ class StepResult:
         """Wait for the step where needed, and return its numbers."""
         if self._event is not None:
             self._event.synchronize()
-        return StepNumbers(*self._host.tolist())
+        loss, weight, norm, votes, skipped, scale, *rest = self._host.tolist()
+        sources = tuple(zip(rest[::2], rest[1::2], strict=True))
+        return StepNumbers(loss, weight, norm, votes, skipped, scale or None, sources)
 
 
 class Engine(Protocol):
@@ -63,8 +81,9 @@ class Engine(Protocol):
         """One optimizer step on this rank's part of the global batch.
 
         The gradient is that of the sum of losses over the global sum of weights, whatever the number of passes and
-        ranks; it is clipped by its global norm. `vote` rides on the reduction that the step does anyway: its sum lets
-        all ranks act on one step, without a message of its own.
+        ranks; it is clipped by its global norm. Where it or the loss is not finite on any rank, no rank updates
+        anything: that rides on the reduction of the norm, and the host is not asked. `vote` rides on the reduction that
+        the step does anyway: its sum lets all ranks act on one step, without a message of its own.
         """
         ...
 

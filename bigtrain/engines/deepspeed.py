@@ -24,8 +24,11 @@ from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.deepspeed_model import Plan
 from bigtrain.engines.deepspeed_partitions import Partitions
 from bigtrain.engines.deepspeed_start import leave_process_group
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
+from bigtrain.models.contract import LossSum
 from bigtrain.models.init import fill
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.parallel.config import Mesh
 
 
@@ -81,6 +84,8 @@ class DeepSpeedEngine:
             )
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._norm = torch.zeros_like(self._weight)
+        self._loss_sum = torch.zeros_like(self._weight)
+        self._guard = Guard(self.optimizer)
         self.optimizer.register_step_pre_hook(self._scale_gradients)
         self._fill()
 
@@ -92,48 +97,57 @@ class DeepSpeedEngine:
         """Leave with DeepSpeed the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
-            float64 (loss, weight), the sums over this rank's micro-batches.
+            The sums over this rank's micro-batches, as `sums.zero_sums` has them.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.engine.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = zero_sums(micro_batches, self.device)
         last = len(micro_batches) - 1
         for index, arrays in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == last)
-            loss, weight = self.engine(to_device(arrays, self.device))
-            self.engine.backward(loss, scale_wrt_gas=False)
-            sums += torch.stack([loss.detach(), weight]).double()
+            batch = to_device(arrays, self.device)
+            result = LossSum(*self.engine(batch))
+            self.engine.backward(result.loss, scale_wrt_gas=False)
+            add_sums(sums, result, batch)
         return sums
 
     def update(self, sums: Tensor, lr: float, vote: float = 0.0) -> StepResult:
         """Sum what `backward` returned over the ranks, and let DeepSpeed take the step."""
-        loss, votes = self._reduce(sums, vote)
+        loss, votes, sources = self._reduce(sums, vote)
         self._set_lr(lr)
         self.engine.step()
-        return self._result(loss, votes)
+        return self._result(loss, votes, sources)
 
-    def _reduce(self, sums: Tensor, vote: float) -> tuple[Tensor, Tensor]:
+    def _reduce(self, sums: Tensor, vote: float) -> tuple[Tensor, Tensor, Tensor]:
         """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself.
 
         Returns:
-            float64 loss and votes; weight and norm are kept for the optimizer.
+            float64 loss, votes, and the sums of each source; weight and norm are kept for the optimizer.
         """
         if not self._counts_loss:
             sums = torch.zeros_like(sums)
         square = self._square_of_gradients()
-        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
+        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         dist.all_reduce(vector)
-        loss, self._weight, square, votes = vector.unbind()
+        square, votes, self._loss_sum, self._weight = vector[:4].unbind()
         self._norm = square.sqrt()
-        return loss, votes
+        return self._loss_sum, votes, vector[4:]
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def _result(self, loss: Tensor, votes: Tensor) -> StepResult:
+    def _result(self, loss: Tensor, votes: Tensor, sources: Tensor) -> StepResult:
         norm = self._mean_norm() * self.data_parallel_size / self._weight
-        return StepResult(torch.stack([loss, self._weight, norm, votes]))
+        bad = self._bad().double()
+        return StepResult(
+            torch.cat([torch.stack([loss, self._weight, norm, votes, bad, torch.zeros_like(bad)]), sources])
+        )
+
+    def _bad(self) -> Tensor:
+        """Whether the step is to be skipped, on all ranks alike; DeepSpeed's own norm is then -1 or infinite."""
+        norm = self._mean_norm()
+        return ~(torch.isfinite(self._loss_sum) & torch.isfinite(norm) & (norm >= 0))
 
     @property
     def _norm_is_ours(self) -> bool:
@@ -166,6 +180,7 @@ class DeepSpeedEngine:
 
         DeepSpeed steps its optimizer part by part, each time with the part's gradients; the norm is known before.
         """
+        self._guard.arm(self._bad())
         scale = self.data_parallel_size / self._weight
         if self._clip is not None:
             scale = scale * (self._clip / (self._mean_norm() * scale)).clamp(max=1.0)
@@ -185,8 +200,8 @@ class DeepSpeedEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro_batches in batches:
             for arrays in micro_batches:
-                loss, weight = self.engine(to_device(arrays, self.device))
-                sums += torch.stack([loss, weight]).double()
+                batch = to_device(arrays, self.device)
+                add_sums(sums, LossSum(*self.engine(batch)), batch)
         dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum

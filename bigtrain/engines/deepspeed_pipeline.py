@@ -25,6 +25,7 @@ from bigtrain.engines.deepspeed import DeepSpeedEngine, Started
 from bigtrain.engines.deepspeed_model import Plan
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.parallel.config import Mesh
 from bigtrain.parallel.pipeline import ends_group
 
@@ -39,18 +40,19 @@ class StageLayer(nn.Module):
         self._batches: Iterator[Batch] = iter(())
         self.sums = torch.zeros(2, dtype=torch.float64)
 
-    def read(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def read(self, batches: list[Batch], device: torch.device) -> None:
         """Take these micro-batches in the passes that follow, and sum anew."""
-        self._batches = batches
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._batches = iter(batches)
+        self.sums = zero_sums(batches, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream for the next stage, or the sum of losses; `x` means nothing on the first."""
-        result = self.stage.forward_stage(None if self._first else x, next(self._batches))
+        batch = next(self._batches)
+        result = self.stage.forward_stage(None if self._first else x, batch)
         if not isinstance(result, LossSum):
             stream: Tensor = result
             return stream
-        self.sums += torch.stack([result.loss.detach(), result.weight]).double()
+        add_sums(self.sums, result, batch)
         return result.loss
 
 
@@ -82,10 +84,11 @@ class PipelinedEngine(DeepSpeedEngine):
         self._shape: tuple[int, ...] = ()
         self._vote = 0.0
         self._loss = self._votes = torch.zeros_like(self._weight)
+        self._sources = self._weight.new_zeros(0)
         step = self.engine._INSTRUCTION_MAP[OptimizerStep]
 
         def reduce_and_step(engine: Any, **arguments: Any) -> None:
-            self._loss, self._votes = self._reduce(self._layer.sums, self._vote)
+            self._loss, self._votes, self._sources = self._reduce(self._layer.sums, self._vote)
             step(engine, **arguments)
 
         self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: reduce_and_step}
@@ -98,16 +101,16 @@ class PipelinedEngine(DeepSpeedEngine):
         # Not through its gradient_accumulation_steps, by which it would divide the loss.
         self.engine.micro_batches = len(micro_batches)
         self.engine.train_batch(self._read(micro_batches))
-        return self._result(self._loss, self._votes)
+        return self._result(self._loss, self._votes, self._sources)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
         """See `contract.Engine.evaluate`."""
-        sums = torch.zeros_like(self._layer.sums)
+        sums = zero_sums((), self.device)
         for micro_batches in batches:
             nothing = self._read(micro_batches)
             self.engine.eval_batch(nothing, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
-            sums += self._layer.sums
+            sums += self._layer.sums[:2]
         dist.all_reduce(sums if self._counts_loss else sums.zero_())
         loss_sum, weight_sum = sums.tolist()
         return loss_sum, weight_sum
@@ -119,7 +122,7 @@ class PipelinedEngine(DeepSpeedEngine):
             What DeepSpeed takes for inputs and labels.
         """
         tensors = [to_device(arrays, self.device) for arrays in micro_batches]
-        self._layer.read(iter(tensors), self.device)
+        self._layer.read(tensors, self.device)
         shape = tuple(next(iter(tensors[0].values())).shape)
         if shape != self._shape:
             # Stages tell each other the shape of the stream once, with the first message.

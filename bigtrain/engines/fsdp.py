@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from bigtrain.checkpoint.state import flatten, materialise_optimizer
+from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
 from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
+from bigtrain.engines.scaling import LossScale
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.contract import Batch
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.optim.build import is_frozen
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
@@ -39,8 +43,10 @@ class FSDPEngine:
         device: torch.device,
         sizes: Mesh | None = None,
         mesh: DeviceMesh | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         """Args:
+        loss_scale: FP16's.
         sizes, mesh: The axes over all ranks; neither where this process is alone.
         """
         sizes = sizes or Mesh()
@@ -50,6 +56,8 @@ class FSDPEngine:
         self._clip = clip
         self._seed = seed
         self._mesh = mesh
+        self._guard = Guard(optimizer)
+        self._loss_scale = loss_scale
         self._context = model.context
         rank = dist.get_rank() if mesh is not None else 0
         self.data_parallel_rank = sizes.data_parallel_rank(rank)
@@ -95,6 +103,9 @@ class FSDPEngine:
             recompute=engine.recompute,
             compile_blocks=engine.compile,
         )
+        for name, parameter in built.module.named_parameters():
+            if is_frozen(optimizer, qualified_name(name)):
+                parameter.requires_grad_(False)
         return cls(
             built,
             optimizer.build(built.module.named_parameters(), built.all_names),
@@ -103,6 +114,7 @@ class FSDPEngine:
             device=device,
             sizes=sizes,
             mesh=mesh,
+            loss_scale=LossScale(device) if precision == "fp16" else None,
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
@@ -119,19 +131,20 @@ class FSDPEngine:
         """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
 
         Returns:
-            float64 (loss, weight), the sums over this rank's micro-batches.
+            The sums over this rank's micro-batches, as `sums.zero_sums` has them; in FP16 scaled, as the gradients are.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = zero_sums(micro_batches, self.device)
         if self.pipeline is not None:
-            sums += self.pipeline.backward([to_device(arrays, self.device) for arrays in micro_batches])
+            sums += self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
         else:
             for number, arrays in enumerate(micro_batches, 1):
                 begin_pass(self.model, last=number == len(micro_batches))
-                loss, weight = self.model(self._batch(arrays))
-                loss.backward()
-                sums += torch.stack([loss.detach(), weight]).double()
+                batch = self._scaled(self._batch(arrays))
+                result = LossSum(*self.model(batch))
+                result.loss.backward()
+                add_sums(sums, result, batch)
         if self._shared_by_ends and self._ends is not None:
             sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
@@ -142,7 +155,7 @@ class FSDPEngine:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
 
         Returns:
-            float64 (loss, weight, gradient norm, votes), equal on all ranks.
+            What `StepResult` takes, equal on all ranks.
         """
         gradients = _gradients(self._parameters)
         counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
@@ -151,17 +164,25 @@ class FSDPEngine:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
         if not self._counts_loss:
             sums = torch.zeros_like(sums)
-        vector = torch.cat([sums, torch.stack([square, torch.full_like(square, vote)])])
+        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
         if self._mesh is not None:
             dist.all_reduce(vector)
-        loss, weight, square, votes = vector.unbind()
+        square, votes, loss, weight = vector[:4].unbind()
+        # One rank's bad gradient has made the sum over all of them bad.
+        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        self._guard.arm(bad)
         norm = square.sqrt() / weight
         scale = 1.0 / weight
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.stack([loss, weight, norm, votes])
+        by = torch.zeros_like(loss)
+        if self._loss_scale is not None:
+            by = self._loss_scale.scale.double()
+            self._loss_scale.update(bad)
+            loss, weight, vector = loss / by, weight / by, vector / by
+        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), by]), vector[4:]])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
@@ -173,8 +194,8 @@ class FSDPEngine:
                 sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
                 continue
             for arrays in micro_batches:
-                loss, weight = self.model(self._batch(arrays))
-                sums += torch.stack([loss, weight]).double()
+                batch = self._batch(arrays)
+                add_sums(sums, LossSum(*self.model(batch)), batch)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
         if self._mesh is not None:
@@ -185,7 +206,10 @@ class FSDPEngine:
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
         materialise_optimizer(self.optimizer)
-        return flatten(self.model, self.optimizer)
+        return flatten(self.model, self.optimizer) | (self._loss_scale.state() if self._loss_scale else {})
+
+    def _scaled(self, batch: Batch) -> Batch:
+        return batch if self._loss_scale is None else self._loss_scale.scaled(batch)
 
     def _batch(self, arrays: MicroBatch) -> Batch:
         """A micro-batch on the device; where ranks share sequences, this one's part of each."""

@@ -12,7 +12,11 @@ from torch import Tensor
 from bigtrain.engines.config import EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch
 
-COMPUTE_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 """Dtype of matmuls and residual stream."""
 
 

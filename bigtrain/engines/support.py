@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, FSDPConfig
+from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
 from bigtrain.parallel.config import LayoutConfig
 
 AXES = {
@@ -15,7 +15,14 @@ AXES = {
 
 
 def check_support(
-    engine: EngineConfig, arch: str, layout: LayoutConfig, *, document_mask: bool, plain: bool = False
+    engine: EngineConfig,
+    arch: str,
+    layout: LayoutConfig,
+    *,
+    document_mask: bool,
+    plain: bool = False,
+    frozen: bool = False,
+    precision: Precision = "bf16",
 ) -> None:
     """Refuse what an engine cannot do.
 
@@ -24,6 +31,8 @@ def check_support(
         arch: `model.arch`.
         document_mask: `data.document_mask`.
         plain: Whether the model is a plain module of PyTorch (`models.plain`).
+        frozen: Whether `optimizer.frozen` names parameters.
+        precision: The key `precision`.
 
     Raises:
         UserError: An engine and a model that do not go together, a layout that the engine has not, document masks.
@@ -38,6 +47,18 @@ def check_support(
             f"A plain module, as arch '{arch}' is, does not run on the engine '{engine.name}'",
             "engine.name",
             "Use engine: {name: fsdp}, or give the module the whole contract (bigtrain/models/contract.py).",
+        )
+    if frozen and not isinstance(engine, FSDPConfig):
+        raise UserError(
+            f"The engine '{engine.name}' trains all parameters: it lays them end to end, frozen ones too",
+            "optimizer.frozen",
+            "Use engine: {name: fsdp}, which freezes parameters at every layout.",
+        )
+    if precision == "fp16" and not isinstance(engine, FSDPConfig):
+        raise UserError(
+            f"FP16 is not run on the engine '{engine.name}': its loss scale would be kept in no checkpoint of ours",
+            "precision",
+            "Set precision to bf16, or use engine: {name: fsdp}.",
         )
     if isinstance(engine, DeepSpeedConfig) and layout.pp > 1:
         _check_pipeline(engine, layout)

@@ -33,6 +33,9 @@ class Device(Section):
     peak_flops: dict[str, PositiveFloat]
     """Dense floating-point operations a second by precision: fp8, bf16, fp16, tf32, fp32."""
 
+    usd_per_hour: PositiveFloat | None = None
+    """Price of one device for an hour, on demand, as the table's head says; None where none is given."""
+
     def peak(self, precision: str) -> float | None:
         """Dense peak in FLOP/s at `precision`, or None where the device has no units for it."""
         return self.peak_flops.get(_ALIASES.get(precision, precision))

@@ -21,6 +21,8 @@ BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MOST_S: Final = 30.0
 
 
+_OUT_OF_MEMORY: Final = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
+_LESS_MEMORY: Final = "lower layout.micro_size, set engine.recompute to full, or spread the model over more ranks"
 _PEER_GONE: Final = re.compile(
     r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|[Cc]onnection (refused|closed|was aborted)|remote process "
     r"exited|NCCL|socketPoll|Timed out waiting"
@@ -55,6 +57,8 @@ class Fault:
     traceback: str | None = None
     tail: str = ""
     """The end of the rank's log, or its stacks where it hung."""
+    silent_s: float | None = None
+    """Seconds before it was seen in which the rank showed no sign of life, where it hung."""
     agent: str = ""
     """The node, as its placer names it."""
 
@@ -74,11 +78,13 @@ class Fault:
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
 
-        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. That a peer is
-        gone says nothing about what this rank does.
+        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. Out of memory is
+        the same wherever it strikes. That a peer is gone says nothing about what this rank does.
         """
         if self.traceback is None or self._weight() == 0:
             return None
+        if _OUT_OF_MEMORY.search(_last_line(self.traceback)):
+            return None, ""
         return self.step, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback)
 
 
@@ -96,7 +102,10 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
         # A rank that knows what is wrong says so in a line of its own, without a traceback.
         said = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
-            what = f"raised {_shortened(traceback.splitlines()[-1])}"
+            last = _last_line(traceback)
+            what = f"raised {_shortened(last)}"
+            if _OUT_OF_MEMORY.search(last):
+                what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
         elif said:
             what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
     return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
@@ -110,7 +119,8 @@ def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
         f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no sign of life for "
         f"{message['age_s']:.0f} s (limit {message['limit_s']:g} s{state})"
     )
-    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]))
+    silent_s = round(float(message["age_s"]), 3)
+    return Fault(Kind.HANG, cause, host, rank, step, None, str(message["stacks"]), silent_s=silent_s)
 
 
 def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None) -> Fault:
@@ -125,6 +135,10 @@ def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None
 def fault_of_lost_agent(host: str, why: str) -> Fault:
     """The fault of an agent that died or went silent, and its ranks with it."""
     return Fault(Kind.AGENT_LOST, f"the agent on host {host} is lost: {why}", host)
+
+
+def _last_line(traceback: str) -> str:
+    return traceback.splitlines()[-1] if traceback else ""
 
 
 def _shortened(line: str, most: int = 200) -> str:
@@ -147,7 +161,7 @@ class RetryBudget:
     There is one budget for lost nodes and one for all that ranks do. `max_failures` restarts of each are free until a
     newer checkpoint is there, which makes both fresh. The first is immediate, the next wait 1, 2, 4 ... s, at most
     BACKOFF_MOST_S. Preemption costs nothing. A user's mistake is never retried, nor is an exception that struck at the
-    same step before with the same traceback.
+    same step before with the same traceback, nor memory that ran out before.
 
     Args:
         max_failures: Restarts between two checkpoints.
@@ -170,7 +184,8 @@ class RetryBudget:
         signature = fault.signature()
         if signature is not None:
             if signature in self._seen:
-                return Verdict(False, reason=f"the same exception struck twice at step {fault.step}")
+                twice = "memory ran out twice" if signature[0] is None else "the same exception struck twice"
+                return Verdict(False, reason=f"{twice} at step {fault.step}")
             self._seen.add(signature)
         saved_step = self._progress()
         if saved_step > self._saved_step:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bigtrain.config import NUMBER_OR_TEXT, Duration, Section
 
@@ -50,6 +51,44 @@ class LimitsConfig(Section):
         }
 
 
+class NotifyConfig(Section):
+    """Who is told when the run has ended, finished or failed; bigtrain/jobs/notify.py says in which words."""
+
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    """A program and its arguments; the message is its standard input."""
+
+    webhook: str | None = None
+    """URL to which the message is posted. One that is a secret belongs into `webhook_variable`."""
+
+    webhook_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the URL."""
+
+    wandb: bool = False
+    """Whether W&B alerts you, by mail or Slack as your account says."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it must be an http or https URL")
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                "user info and queries may be secrets: set a variable to the URL and webhook_variable to its name"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _names_someone(self) -> NotifyConfig:
+        if self.webhook is not None and self.webhook_variable is not None:
+            raise ValueError("give webhook or webhook_variable, not both")
+        if not (self.command or self.webhook or self.webhook_variable or self.wandb):
+            raise ValueError("name a command, a webhook, a webhook_variable or wandb: true")
+        return self
+
+
 class JobConfig(Section):
     """Where a run's processes go, and what happens when one fails."""
 
@@ -74,6 +113,9 @@ class JobConfig(Section):
 
     limits: LimitsConfig = LimitsConfig()
     """Longest silence of a rank, by phase."""
+
+    notify: NotifyConfig | None = None
+    """Who is told when the run has ended."""
 
     @model_validator(mode="after")
     def _least_is_at_most_all(self) -> JobConfig:

@@ -122,6 +122,11 @@ class Controller:
         """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread or handler may call it."""
         self._switch.press()
 
+    def request_save_and_stop(self) -> None:
+        """Ask the run to save and stop, unless it is stopping already. Any thread or handler may call it."""
+        if self._switch.level == 0:
+            self._switch.press()
+
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
         with self._signals():
@@ -224,15 +229,22 @@ class Controller:
             self._membership.on_agent_notice(agent)
             return
         self._say(f"{self._run_name}: host {agent.host} was asked to stop")
-        if self._stop_level() == 0:
-            self.request_stop()
+        self.request_save_and_stop()
 
     def _conclude(self, outcome: Outcome) -> int | None:
         """The exit code of a run that is over, or None where it is to be started again."""
         if outcome.fault is not None:
             fault, anew = self._membership.judge(outcome.fault, outcome.lost)
             outcome.fault = fault
-            self._record("fault", cause=fault.cause, rank=fault.rank, host=fault.host, step=fault.step)
+            self._record(
+                "fault",
+                cause=fault.cause,
+                rank=fault.rank,
+                host=fault.host,
+                step=fault.step,
+                kind=fault.kind.value,
+                silent_s=fault.silent_s,
+            )
             self._say(f"{self._run_name}: {fault.cause}")
             if fault.kind is Kind.USER or self._stop_level() == 0:
                 verdict = self._budget.judge(fault)

@@ -1,17 +1,21 @@
-"""A gang and its controller in the caller's process: on this machine, or on those that a placer gives."""
+"""The controller in the caller's process: with ranks on this machine, in a Slurm job, or where a placer says."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bigtrain.jobs import slurm
+from bigtrain.jobs.causes import STOPPED
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.local import LocalPlacer
 from bigtrain.jobs.placer import Placer
 from bigtrain.jobs.protocol import SILENCE_S
+from bigtrain.jobs.slurm import RequeueOnSignal, SlurmPlacer
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -20,58 +24,6 @@ if TYPE_CHECKING:
 def say_on_stderr(line: str) -> None:
     """Print a line where it does not mix with results."""
     print(line, file=sys.stderr, flush=True)
-
-
-def launch_local(
-    run_dir: Path,
-    *,
-    nproc: int,
-    job: JobConfig,
-    event: EventWriter,
-    rank_module: str = "bigtrain.training.rank",
-    arguments: list[str] | None = None,
-    environment: dict[str, str] | None = None,
-    run_name: str | None = None,
-    say: Callable[[str], None] = say_on_stderr,
-    progress: Callable[[], int] | None = None,
-    first_attempt: int | None = None,
-    silence_s: float = SILENCE_S,
-    exit_grace_s: float = EXIT_GRACE_S,
-) -> int:
-    """Run `nproc` ranks of `rank_module` on this machine until the run is over.
-
-    The working directory, the interpreter and the environment of the ranks are the caller's.
-
-    Args:
-        run_dir: The run directory; logs go to logs/attempt_K/rank_R.log and logs/agent.log.
-        nproc: Number of ranks; `bigtrain.jobs.local.local_procs(job)` says how many the config asks for.
-        job: Budget and limits.
-        event: Writes events (see `Controller`).
-        rank_module: Module that each rank runs as `python -m`, with `arguments`.
-        environment: More variables for the ranks. They travel over the loopback connection: no secrets.
-        run_name: For what people read; by default the run directory's name.
-        progress: Step of the newest checkpoint; by default what checkpoints/LATEST names.
-        silence_s: How long agent and controller wait for a word from each other.
-        exit_grace_s: How long ranks may go on after the first one has left.
-
-    Returns:
-        0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
-    """
-    return run_controlled(
-        run_dir,
-        LocalPlacer(run_dir.absolute() / "logs" / "agent.log", silence_s),
-        nproc=nproc,
-        job=job,
-        event=event,
-        rank_module=rank_module,
-        arguments=arguments,
-        environment=environment,
-        run_name=run_name,
-        say=say,
-        progress=progress,
-        first_attempt=first_attempt,
-        exit_grace_s=exit_grace_s,
-    )
 
 
 def run_controlled(
@@ -89,14 +41,27 @@ def run_controlled(
     progress: Callable[[], int] | None = None,
     first_attempt: int | None = None,
     exit_grace_s: float = EXIT_GRACE_S,
+    around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
 ) -> int:
-    """Run a gang on whatever machines `placer` gives, from this process, until the run is over.
+    """Run `nproc` ranks of `rank_module` on each node that `placer` gives until the run is over.
+
+    The working directory, the interpreter and the environment of the ranks are the caller's.
 
     Args:
-        placer: Gives the machines, one agent on each.
-        nproc: Number of ranks on each machine.
+        run_dir: The run directory; logs go to logs/attempt_K/rank_R.log.
+        placer: Gives the machines.
+        nproc: Number of ranks on each of them.
+        job: Budget and limits.
+        event: Writes events (see `Controller`).
+        rank_module: Module that each rank runs as `python -m`, with `arguments`.
+        environment: More variables for the ranks. They travel over the agents' connections: no secrets.
+        run_name: For what people read; by default the run directory's name.
+        progress: Step of the newest checkpoint; by default what checkpoints/LATEST names.
+        exit_grace_s: How long ranks may go on after the first one has left.
+        around: Gives, for the controller, what to enter while it runs.
 
-    The other arguments, and what is returned, are those of `launch_local`.
+    Returns:
+        0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
     """
     run_dir = run_dir.absolute()
     controller = Controller(
@@ -111,4 +76,49 @@ def run_controlled(
         progress=progress,
         first_attempt=first_attempt,
     )
-    return controller.run()
+    with around(controller):
+        return controller.run()
+
+
+def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any) -> int:
+    """Run all ranks on this machine; logs/agent.log holds the agent's own words.
+
+    Args:
+        run_dir: The run directory.
+        silence_s: How long agent and controller wait for a word from each other.
+        options: See `run_controlled`.
+    """
+    run_dir = run_dir.absolute()
+    return run_controlled(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
+
+
+def launch_here(
+    run_dir: Path,
+    *,
+    job: JobConfig,
+    sizes: Sequence[int] | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+    **options: Any,
+) -> int:
+    """Run a job's ranks where this command was started: on this machine, or on the nodes of its Slurm job.
+
+    In a Slurm job the signal before its time limit makes the run save itself and the job go back into the queue.
+
+    Args:
+        run_dir: The run directory.
+        job: Its section; `job.nodes` above one needs a Slurm job.
+        sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
+        options: See `run_controlled`.
+    """
+    if not slurm.in_allocation():
+        return launch_local(run_dir, job=job, say=say, **options)
+    run_dir = run_dir.absolute()
+    log_path = run_dir / "logs" / "agent.log"
+    placer: Placer = LocalPlacer(log_path)
+    if job.nodes > 1:
+        placer = SlurmPlacer(sizes or range(job.least_nodes, job.nodes + 1), log_path, say=say)
+    requeue = RequeueOnSignal()
+    code = run_controlled(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
+    if requeue.asked and code == STOPPED:
+        slurm.requeue_and_say(run_dir.name, say)
+    return code

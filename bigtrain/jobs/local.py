@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bigtrain.jobs import slurm
 from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.processes import end_marked, is_stopped
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
@@ -88,7 +89,6 @@ class LocalPlacer:
 
     def _start(self, address: str, token: str) -> subprocess.Popen[bytes]:
         self._mark = uuid.uuid4().hex
-        environment = agent_environment(os.environ, address, token, self._mark)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log_path, "ab") as log:
             self._process = subprocess.Popen(
@@ -96,7 +96,7 @@ class LocalPlacer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=agent_environment(os.environ, address, token, self._mark),
                 # The terminal's Ctrl-C is for the controller alone.
                 start_new_session=True,
             )
@@ -104,18 +104,21 @@ class LocalPlacer:
 
 
 def local_procs(job: JobConfig) -> int:
-    """How many ranks `job` puts on this machine: as it says, or one a GPU, else 1.
+    """How many ranks `job` puts on this machine, and on each other one: as it says, or one a GPU, else 1.
 
     Raises:
-        UserError: It asks for more than one node.
+        UserError: It asks for more nodes than there are: the nodes of a Slurm job under way, else this machine.
     """
-    if job.nodes > 1:
+    there = slurm.allocated_nodes() if slurm.in_allocation() else 1
+    if job.nodes > there:
         from bigtrain.config import UserError
 
+        place = f"this Slurm job has {there}" if slurm.in_allocation() else "this is one machine"
         raise UserError(
-            f"job.nodes is {job.nodes}, but this is one machine",
+            f"job.nodes is {job.nodes}, but {place}",
             where="job.nodes",
-            fix="set job.nodes to 1; several nodes need a cluster",
+            fix=f"Set job.nodes to {there}; or start the run where there are {job.nodes} nodes, in a job of "
+            f"`sbatch --nodes {job.nodes}` (launch/slurm.sbatch) or on a Ray cluster.",
         )
     return max(1, visible_gpus()) if job.procs_per_node == "auto" else job.procs_per_node
 

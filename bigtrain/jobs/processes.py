@@ -53,7 +53,7 @@ def follow_parent(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def end_marked(placement: str, spare: Collection[int] = ()) -> int:
+def end_marked(placement: str, spare: Collection[int] = (), variable: str = PLACEMENT_VARIABLE) -> int:
     """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
 
     Process groups miss a child that took a session of its own; its inherited environment tells where it came from.
@@ -61,7 +61,7 @@ def end_marked(placement: str, spare: Collection[int] = ()) -> int:
     Returns:
         How many were killed.
     """
-    mark = f"{PLACEMENT_VARIABLE}={placement}".encode()
+    mark = f"{variable}={placement}".encode()
     killed = 0
     # Again until none is left: one may have forked while the list was read.
     for _ in range(5):

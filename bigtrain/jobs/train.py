@@ -1,24 +1,29 @@
-"""`bigtrain train`: check everything, take the run's lease, place its ranks on this machine, watch them to the end."""
+"""`bigtrain train`: check everything, take the run's lease, place its ranks, watch them to the end."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
-from bigtrain.jobs.launch import launch_local
+from bigtrain.jobs.ending import RunRecord, tell_end
+from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.local import local_procs
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
+from bigtrain.training.branch import consumed
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import resolve_source
+from bigtrain.training.source import HfSource, Source, check_fresh, check_hf_source, resolve_source
 
 
 def train(
@@ -27,13 +32,15 @@ def train(
     *,
     procs: int | None = None,
     fork: str | None = None,
+    step: int | None = None,
     stream: TextIO | None = None,
 ) -> int:
-    """Train a run to its end on this machine, resuming it where it exists.
+    """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
 
     Args:
-        procs: Processes; None: as `job.procs_per_node` says.
+        procs: Processes on each machine; None: as `job.procs_per_node` says.
         fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+        step: Go back to the checkpoint of this step.
         stream: Where progress is shown; stderr where None.
 
     Returns:
@@ -43,59 +50,131 @@ def train(
         UserError: Anything that is wrong before the first process is started.
     """
     stream = stream or sys.stderr
+    run = check(config, runs_dir, fork=fork, step=step)
+    if run.finished:
+        print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
+        return ExitCode.FINISHED
+    count = _processes(run.prepared.config, procs)
+    if procs is not None:
+        # So that `bigtrain train RUN/config.yaml` takes as many.
+        run = run.with_job(procs_per_node=procs)
+    with run.held() as lease:
+        run.say_start(count, stream)
+        code = _launch(run, lease, count, stream)
+    tell_end(run.directory, run.prepared.config, code, stream)
+    return code
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that passed every check which needs no hardware: what `train` and the driver of a cluster's job start."""
+
+    prepared: Prepared
+    directory: RunDirectory
+    newest: int | None
+    """Step of its newest checkpoint, where it has one."""
+    finished: bool
+    """Whether nothing is left to do."""
+    back_to: int | None = None
+    """The step whose checkpoint it goes back to; what came after it is set aside."""
+
+    def with_job(self, **update: Any) -> CheckedRun:
+        """The same run with other keys in `job`."""
+        config = self.prepared.config
+        job = config.job.model_copy(update=update)
+        return replace(self, prepared=replace(self.prepared, config=config.model_copy(update={"job": job})))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """How the ranks find the user's own code."""
+        plugin = self.prepared.config.model.plugin
+        return {} if plugin is None else {PLUGIN_VARIABLE: plugin.place}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Lease]:
+        """Hold the run's lease, with its record written and what a killed save left swept away.
+
+        Raises:
+            UserError: Someone else holds it.
+        """
+        directory = self.directory
+        lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
+        try:
+            lease.keep()
+            if lease.predecessor is not None:
+                dead = lease.predecessor
+                cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
+                silent_s = round(max(0.0, time.time() - dead.renewed), 3)
+                directory.event(
+                    "fault", step=last_step(directory.metrics), cause=cause, host=dead.host, silent_s=silent_s
+                )
+            commit.clean(directory.checkpoints)
+            if self.back_to is not None:
+                _set_aside(directory, self.back_to)
+            directory.write(self.prepared.config, self.prepared.what)
+            yield lease
+        finally:
+            lease.release()
+
+    def say_start(self, count: int, stream: TextIO) -> None:
+        """Print what is about to be trained, on how many processes and from where."""
+        _say_start(self, count, stream)
+
+
+def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: int | None = None) -> CheckedRun:
+    """Check a run against its data, its directory and its past; nothing is written and no process started.
+
+    Args:
+        fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
+        step: Go back to the checkpoint of this step.
+
+    Raises:
+        UserError: Anything that is wrong.
+    """
     if fork is not None:
         config = _fork(config, runs_dir, fork)
     directory = RunDirectory(runs_dir / config.name)
     config = _fix_source(config, directory)
-    prepared = prepare(config)
+    prepared = _after_branch(prepare(config), directory)
+    config = prepared.config
     if config.model.plugin is not None:
         _check_plugin(prepared)
+    newest, finished = None, False
     if directory.exists():
-        directory.check_identity(prepared.what)
+        called = {found: name for name, found in prepared.fingerprints.items()} if prepared.is_mixture else {}
+        directory.check_identity(prepared.what, called)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
-        if newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest):
-            print(f"The run '{config.name}' is finished: {newest} steps. Nothing to do.", file=stream)
-            return ExitCode.FINISHED
+        finished = newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest)
     else:
-        _check_begins_before_end(prepared, directory)
-    if directory.is_foreign():
+        _check_source(prepared, directory)
+    if step is not None:
+        _check_step(directory, step)
+        newest, finished = step, finished and step == newest
+    if not finished and directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
-    count = _processes(config, procs)
-    if procs is not None:
-        # So that `bigtrain train RUN/config.yaml` takes as many.
-        job = config.job.model_copy(update={"procs_per_node": procs})
-        config = config.model_copy(update={"job": job})
-    lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
-    try:
-        lease.keep()
-        if lease.predecessor is not None:
-            dead = lease.predecessor
-            cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
-            directory.event("fault", step=last_step(directory.metrics), cause=cause, host=dead.host)
-        commit.clean(directory.checkpoints)
-        directory.write(config, prepared.what)
-        _say_start(prepared, directory, count, stream)
-        return _launch(prepared, directory, lease, count, stream)
-    finally:
-        lease.release()
+    return CheckedRun(prepared, directory, newest, finished, step)
 
 
-def _launch(prepared: Prepared, directory: RunDirectory, lease: Lease, count: int, stream: TextIO) -> int:
-    display = LiveDisplay(directory.path, prepared.total_steps, stream)
+def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:
+    directory, job = run.directory, run.prepared.config.job
+    procs = count // job.nodes
+    display = LiveDisplay(directory.path, run.prepared.total_steps, stream)
     display.start()
     try:
-        code = launch_local(
-            directory.path,
-            nproc=count,
-            job=prepared.config.job,
-            environment={"BIGTRAIN_LEASE": str(lease.number), **_plugin_variable(prepared.config)},
-            event=directory.event,
-            say=display.say,
-        )
+        with RunRecord(directory, machines=job.nodes) as record:
+            code = launch_here(
+                directory.path,
+                nproc=procs,
+                sizes=node_sizes(run.prepared.config, procs),
+                job=job,
+                environment={"BIGTRAIN_LEASE": str(lease.number), **run.environment},
+                event=record.event,
+                say=display.say,
+            )
     finally:
         display.stop()
     if code == ExitCode.FINISHED:
@@ -110,27 +189,28 @@ def _check_plugin(prepared: Prepared) -> None:
     check_model(prepared.config.model, prepared.outputs)
 
 
-def _plugin_variable(config: RunConfig) -> dict[str, str]:
-    """How the ranks find the user's own code."""
-    return {} if config.model.plugin is None else {PLUGIN_VARIABLE: config.model.plugin.place}
-
-
 def _plugin_of(config: RunConfig) -> Plugin | None:
     return None if config.model.plugin is None else load_plugin(config.model.plugin.place)
 
 
-def _say_start(prepared: Prepared, directory: RunDirectory, count: int, stream: TextIO) -> None:
+def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
+    prepared = run.prepared
     config = prepared.config
-    newest = _newest_step(directory)
+    newest = run.newest
     unit = "tokens" if prepared.train.kind == "tokens" else "images"
     per_step = prepared.batch_sequences * prepared.context
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
     where = f"resuming after step {newest}" if newest is not None else begins
+    if prepared.is_mixture:
+        epochs = ", ".join(f"{name} {count:.2f}" for name, count in prepared.epochs(prepared.total_steps).items())
+    else:
+        (count_of_all,) = prepared.epochs(prepared.total_steps).values()
+        epochs = f"{count_of_all:.2f}"
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
-        f"({prepared.batch_sequences * prepared.total_steps / prepared.sequences_per_epoch:.2f} epochs), "
+        f"({epochs} epochs), "
         f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",
     ]
@@ -171,9 +251,9 @@ def _filler_share(prepared: Prepared, count: int) -> float:
 
 def _processes(config: RunConfig, procs: int | None) -> int:
     configured = local_procs(config.job)
-    count = procs if procs is not None else configured
-    if count < 1:
-        raise UserError(f"--nproc is {count}: at least one process is needed")
+    if procs is not None and procs < 1:
+        raise UserError(f"--nproc is {procs}: at least one process is needed")
+    count = config.job.nodes * (procs if procs is not None else configured)
     try:
         config.layout.mesh(count)
     except ValueError as error:
@@ -181,12 +261,33 @@ def _processes(config: RunConfig, procs: int | None) -> int:
     return count
 
 
-def _check_begins_before_end(prepared: Prepared, directory: RunDirectory) -> None:
-    init = prepared.config.init
-    if init.source is None or init.state != "all":
+def node_sizes(config: RunConfig, procs: int) -> list[int]:
+    """Numbers of nodes on which the layout is possible, from the least that the job goes on with.
+
+    Args:
+        procs: Ranks on each node.
+    """
+    found = []
+    for nodes in range(config.job.least_nodes, config.job.nodes + 1):
+        with contextlib.suppress(ValueError):
+            config.layout.mesh(nodes * procs)
+            found.append(nodes)
+    return found
+
+
+def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
+    """Refuse a source that the run cannot begin with."""
+    config, init = prepared.config, prepared.config.init
+    if init.source is None:
         return
+    shapes = getattr(config.model, "parameter_shapes", None)
+    shapes = None if shapes is None else shapes(prepared.outputs)
+    if shapes is not None:
+        check_fresh(shapes, init)
     source = resolve_source(init.source, directory.path.parent)
-    if source.step >= prepared.total_steps:
+    if isinstance(source, HfSource):
+        check_hf_source(source, config.model, shapes, init)
+    elif init.state == "all" and source.step >= prepared.total_steps:
         raise UserError(
             f"The run would begin after step {source.step}, and its duration ends at {prepared.total_steps}",
             f"init.source {init.source}",
@@ -225,6 +326,29 @@ def _newest_step(directory: RunDirectory) -> int | None:
     return None
 
 
+def _check_step(directory: RunDirectory, step: int) -> None:
+    """Refuse to go back to a step that has no sound checkpoint."""
+    steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
+    if step not in steps:
+        known = f"It has those of {', '.join(map(str, steps))}." if steps else "It has none yet."
+        raise UserError(f"The run '{directory.name}' has no checkpoint of step {step}", str(directory.path), known)
+    if not _is_sound(directory, step):
+        raise UserError(f"The checkpoint of step {step} is damaged", str(directory.path), "See `checkpoint verify`.")
+
+
+def _set_aside(directory: RunDirectory, step: int) -> None:
+    """Move checkpoints of later steps out of the way, into a directory of their own: a person may want them back."""
+    later = [found for found in commit.list_checkpoints(directory.checkpoints) if found.step > step]
+    if not later:
+        return
+    aside = directory.path / f"checkpoints_after_{step}" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True)
+    # From the newest on: a kill in between leaves a run that goes back less far.
+    for checkpoint in reversed(later):
+        checkpoint.path.rename(aside / checkpoint.path.name)
+    directory.event("resumed", step=step, cause=f"asked to go back; later checkpoints are in {aside}")
+
+
 def _is_sound(directory: RunDirectory, step: int) -> bool:
     """Whether every byte of the checkpoint of `step` is as its manifest says."""
     found = commit.find_checkpoint(directory.checkpoints, step)
@@ -245,6 +369,20 @@ def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
     )
 
 
+def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
+    """Let a branch begin after what the run before has consumed; a run that has begun keeps what it began after."""
+    config = prepared.config
+    if config.init.source is None or config.init.state != "all" or config.data.consumed is not None:
+        return prepared
+    if directory.exists():
+        found = load_config(directory.config, plugin=_plugin_of(config)).data.consumed
+    else:
+        source = resolve_source(config.init.source, directory.path.parent)
+        found = consumed(prepared, source) if isinstance(source, Source) else None
+    data = config.data.model_copy(update={"consumed": found})
+    return replace(prepared, config=config.model_copy(update={"data": data}))
+
+
 def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """Write out which checkpoint `init.source` means, by place and by content.
 
@@ -260,5 +398,5 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):
             return config.model_copy(update={"init": begun.model_copy(update={"state": init.state})})
     source = resolve_source(init.source, runs_dir)
-    update = {"source": f"{source.run}@{source.step}", "hash": source.hash}
+    update = {"source": source.name, "hash": source.content()}
     return config.model_copy(update={"init": init.model_copy(update=update)})

@@ -161,7 +161,7 @@ def example_batch(config: ModelConfig) -> Batch:
 
 
 def _check_result(result: object, where: str) -> None:
-    parts = result if isinstance(result, tuple) and len(result) == 2 else ()
+    parts = result[:2] if isinstance(result, tuple) and len(result) in (2, 3) else ()
     if not parts or any(
         not isinstance(part, torch.Tensor) or part.shape != () or part.dtype != torch.float32 for part in parts
     ):

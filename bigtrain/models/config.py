@@ -18,6 +18,8 @@ from bigtrain.config import Section, UserError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
+    from bigtrain.models.huggingface import HfTensor
+
 DataKind = Literal["tokens", "images"]
 
 TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
@@ -121,6 +123,27 @@ class ModelConfig(Section):
     def block_costs(self, vocab_size: int) -> BlockCosts | None:
         """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
         return None
+
+    def hf_names(self) -> dict[str, HfTensor]:
+        """Where each parameter lies in the state dict of the model that transformers has of this shape.
+
+        Raises:
+            ValueError: It has none.
+        """
+        raise ValueError(f"transformers has no model for arch '{self.arch}'")
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """The config.json of that model, whose embedding has `rows` rows."""
+        raise ValueError(f"transformers has no model for arch '{self.arch}'")
+
+    @classmethod
+    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+        """The keys of `model` that a config.json of this family stands for.
+
+        Raises:
+            ValueError: It asks for what the family does not have.
+        """
+        raise ValueError(f"no arch of bigtrain's is transformers' '{theirs.get('model_type')}'")
 
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""

@@ -22,6 +22,9 @@ class LossSum(NamedTuple):
     """FP32 scalar: the sum of weighted losses, in nats."""
     weight: Tensor
     """FP32 scalar: the sum of weights."""
+    by_sequence: Tensor | None = None
+    """FP32 (B, 2): what each sequence adds to both, without gradient. A model may leave it out: then the losses of a
+    mixture's sources are not known."""
 
 
 @dataclass(frozen=True)

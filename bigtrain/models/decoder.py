@@ -30,6 +30,7 @@ from bigtrain.models.layers import (
 )
 from bigtrain.models.loss import chunked_cross_entropy
 from bigtrain.models.random import dropout
+from bigtrain.models.sums import by_sequence
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
@@ -91,8 +92,9 @@ class SharedMatrices(Protocol):
         """The positions of a sequence of `count` that this rank's residual stream holds."""
         ...
 
-    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> Tensor:
-        """The sum of cross-entropies of the whole sequence, from this rank's slice and its part of the head's rows."""
+    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of cross-entropies of the whole sequence, from this rank's slice and its part of the head's rows; and
+        what each sequence adds, (B, ...)."""
         ...
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
@@ -198,10 +200,10 @@ class DecoderModel(nn.Module):
     def _sums(self, hidden: Tensor, batch: Batch) -> LossSum:
         head, targets, weights = local(self.output_weight), batch["targets"], batch["weights"]
         if self.tensor is None:
-            loss = chunked_cross_entropy(hidden, head, targets, weights)
+            loss, losses = chunked_cross_entropy(hidden, head, targets, weights)
         else:
-            loss = self.tensor.loss(hidden, head, self.rows, targets, weights)
-        return LossSum(loss, weights.sum())
+            loss, losses = self.tensor.loss(hidden, head, self.rows, targets, weights)
+        return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     @property
     def output_weight(self) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.models.huggingface import HfTensor
+from bigtrain.models.huggingface import HfTensor, require
 
 
 class Config(DecoderConfig):
@@ -47,3 +47,43 @@ class Config(DecoderConfig):
         for kind in ("weight", "bias"):
             names[f"norm.{kind}"] = HfTensor(f"transformer.ln_f.{kind}")
         return names
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """config.json of a GPT2LMHeadModel."""
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": rows,
+            "n_positions": self.position_count,
+            "n_embd": self.width,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "n_inner": self.hidden_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": self.norm_eps,
+            "resid_pdrop": self.dropout,
+            "embd_pdrop": self.dropout,
+            "attn_pdrop": 0.0,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": True,
+        }
+
+    @classmethod
+    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+        """See `ModelConfig.from_hf_config`."""
+        only = {"activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True}
+        off = dict.fromkeys(
+            ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False
+        )
+        require(theirs, {**only, **off})
+        positions = theirs.get("n_positions", 1024)
+        keys = {
+            "arch": "gpt2",
+            "layers": theirs.get("n_layer", 12),
+            "width": theirs.get("n_embd", 768),
+            "heads": theirs.get("n_head", 12),
+            "context": positions,
+            "max_positions": positions,
+            "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
+        }
+        return keys if theirs.get("n_inner") is None else {**keys, "mlp_width": theirs["n_inner"]}

@@ -17,6 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.models.config import Flops
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.random import keep_mask
+from bigtrain.models.sums import by_sequence
 
 if TYPE_CHECKING:
     from bigtrain.models.hf import Config, Task
@@ -92,7 +93,8 @@ def loss_sum(model: nn.Module, example: Example) -> LossSum:
     """Sums of losses, in nats, and of weights; transformers' own losses are means and not used."""
     logits = model(**example.arguments, use_cache=False).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), example.targets.flatten(), reduction="none")
-    return LossSum((losses * example.weights.flatten()).sum(), example.weights.sum())
+    losses = losses.view_as(example.weights) * example.weights
+    return LossSum(losses.sum(), example.weights.sum(), by_sequence(losses, example.weights))
 
 
 def auto_class(task: Task) -> Any:

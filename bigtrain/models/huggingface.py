@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,32 @@ class HfTensor:
     """Whether it is stored (in, out), as GPT-2's Conv1D does."""
     part: tuple[int, int] = (0, 1)
     """(i, n): it is the i-th of n equal parts along the output dimension."""
+
+    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the parameter, given that of the stored tensor."""
+        rows, *rest = stored[::-1] if self.transposed else stored
+        return (rows // self.part[1], *rest)
+
+    def index(self, offset: tuple[int, ...], sizes: tuple[int, ...], rows: int) -> tuple[slice, ...]:
+        """Where a rectangle of the parameter, which has `rows` rows in all, lies in the stored tensor."""
+        first = offset[0] + self.part[0] * rows
+        cut = (
+            slice(first, first + sizes[0]),
+            *(slice(at, at + n) for at, n in zip(offset[1:], sizes[1:], strict=True)),
+        )
+        return cut[::-1] if self.transposed else cut
+
+
+def require(theirs: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a config.json that says something else than what is the only choice here.
+
+    Raises:
+        ValueError: Names the key, what it says, and what it should.
+    """
+    for key, value in expected.items():
+        found = theirs.get(key, value)
+        if found not in (value, None):
+            raise ValueError(f"its config.json says {key}: {found!r}, and this family has {value!r} alone")
 
 
 def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

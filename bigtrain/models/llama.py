@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.models.huggingface import HfTensor
+from bigtrain.models.huggingface import HfTensor, require
+
+PARTS = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+"""Modules of a layer, and their names in transformers' Llama and its descendants."""
 
 
 class Config(DecoderConfig):
@@ -20,25 +33,105 @@ class Config(DecoderConfig):
         Raises:
             ValueError: The shape was overridden into one that Llama does not have.
         """
-        kinds = (self.mlp, self.norm, self.positions) == ("swiglu", "rmsnorm", "rotary")
-        if not kinds or self.bias or self.qk_norm:
+        if not has_parts_of_llama(self) or self.qk_norm:
             raise ValueError("transformers' Llama has swiglu, rmsnorm, rotary positions and no bias")
-        names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
-        parts = {
-            "attention_norm": "input_layernorm",
-            "attention.query": "self_attn.q_proj",
-            "attention.key": "self_attn.k_proj",
-            "attention.value": "self_attn.v_proj",
-            "attention.output": "self_attn.o_proj",
-            "mlp_norm": "post_attention_layernorm",
-            "mlp.gate": "mlp.gate_proj",
-            "mlp.up": "mlp.up_proj",
-            "mlp.down": "mlp.down_proj",
+        return names_in_llama(self, PARTS)
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """config.json of a LlamaForCausalLM."""
+        facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
+        return facts | config_of_llama(self, rows)
+
+    @classmethod
+    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+        """See `ModelConfig.from_hf_config`."""
+        require(theirs, {"mlp_bias": False})
+        return {"arch": "llama", **keys_of_llama(theirs)}
+
+
+def has_parts_of_llama(config: DecoderConfig) -> bool:
+    """Whether a shape has SwiGLU, RMSNorm and rotary positions, and no bias."""
+    return (config.mlp, config.norm, config.positions, config.bias) == ("swiglu", "rmsnorm", "rotary", False)
+
+
+def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, HfTensor]:
+    """Qualified names and their places, where a layer consists of `parts`."""
+    names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
+    for layer in range(config.layers):
+        for ours, theirs in parts.items():
+            names[f"layers.{layer}.{ours}.weight"] = HfTensor(f"model.layers.{layer}.{theirs}.weight")
+    names["norm.weight"] = HfTensor("model.norm.weight")
+    if not config.tied:
+        names["head.weight"] = HfTensor("lm_head.weight")
+    return names
+
+
+def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
+    """What the config.json of Llama and its descendants have in common; rotary keys as all versions read them."""
+    rotary: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rotary = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
         }
-        for layer in range(self.layers):
-            for ours, theirs in parts.items():
-                names[f"layers.{layer}.{ours}.weight"] = HfTensor(f"model.layers.{layer}.{theirs}.weight")
-        names["norm.weight"] = HfTensor("model.norm.weight")
-        if not self.tied:
-            names["head.weight"] = HfTensor("lm_head.weight")
-        return names
+    return {
+        "vocab_size": rows,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.width_of_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.position_count,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else rotary,
+        "rope_parameters": {**rotary, "rope_theta": config.rope_theta},
+    }
+
+
+def keys_of_llama(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `model` that such a config.json stands for.
+
+    Raises:
+        ValueError: A bias, another activation, rotary wavelengths stretched by another rule.
+    """
+    require(theirs, {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False})
+    rotary = theirs.get("rope_parameters") or {}
+    scaling = theirs.get("rope_scaling") or {key: rotary[key] for key in rotary if key != "rope_theta"}
+    heads = theirs.get("num_attention_heads", 32)
+    positions = theirs.get("max_position_embeddings", 2048)
+    keys = {
+        "layers": theirs.get("num_hidden_layers", 32),
+        "width": theirs.get("hidden_size", 4096),
+        "heads": heads,
+        "kv_heads": theirs.get("num_key_value_heads") or heads,
+        "mlp_width": theirs.get("intermediate_size", 11008),
+        "context": positions,
+        "max_positions": positions,
+        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(theirs.get("rope_theta") or rotary.get("rope_theta") or 10000.0),
+        "tied": theirs.get("tie_word_embeddings", False),
+    }
+    if theirs.get("head_dim") is not None:
+        keys["head_width"] = theirs["head_dim"]
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "llama3":
+        keys["rope_scaling"] = {
+            "factor": scaling["factor"],
+            "low_freq_factor": scaling["low_freq_factor"],
+            "high_freq_factor": scaling["high_freq_factor"],
+            "original_context": scaling["original_max_position_embeddings"],
+        }
+    elif kind != "default":
+        raise ValueError(f"its rotary wavelengths are stretched by the rule {kind!r}, and bigtrain has llama3's alone")
+    return keys

@@ -56,7 +56,7 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     part: VocabularyPart | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The weighted sum of cross-entropies of `targets` under the logits `hidden @ weight.T`, in nats.
 
     The logits exist for one chunk of tokens at a time. Where gradients are needed they are formed in the
@@ -74,9 +74,10 @@ def chunked_cross_entropy(
         part: Which rows of a larger matrix `weight` is, where ranks share it; `targets` count in the larger one.
 
     Returns:
-        Scalar in FP32 (FP64 for FP64), equal on all ranks. Each gradient can be had once, in one backward pass or in
-        two, as schedules of pipelines have it: this rank's rows of that of `weight`, and for `hidden` what these rows
-        add to it: the sum over the ranks is the gradient.
+        The sum, a scalar in FP32 (FP64 for FP64), equal on all ranks, and what it sums (...), which has no gradient.
+        Each gradient of the sum can be had once, in one backward pass or in two, as schedules of pipelines have it:
+        this rank's rows of that of `weight`, and for `hidden` what these rows add to it: the sum over the ranks is the
+        gradient.
     """
     if chunk_tokens is None:
         logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
@@ -85,8 +86,8 @@ def chunked_cross_entropy(
     options = chunk_tokens, z_loss, part, needs_gradient
     # Views, since autograd does not say of a leaf whether a backward pass asks for its gradient.
     views = hidden.view_as(hidden), weight.view_as(weight)
-    loss: Tensor = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
-    return loss
+    loss, losses = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
+    return loss, losses
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -101,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         part: VocabularyPart | None,
         needs_gradient: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         matrix = weight.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -109,6 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(flat) if needs_gradient else None
         weight_grad: Tensor | None = None
         loss = torch.zeros((), dtype=exact, device=hidden.device)
+        of_tokens = torch.empty(flat.shape[0], dtype=exact, device=hidden.device)
         for start in range(0, flat.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             rows, index, factors = flat[chunk], flat_targets[chunk], flat_weights[chunk]
@@ -123,7 +125,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses = -picked
             if z_loss:
                 losses = losses + z_loss * log_z.square()
-            loss += (losses * factors).sum()
+            losses = losses * factors
+            of_tokens[chunk] = losses[:, 0]
+            loss += losses.sum()
             if hidden_grad is None:
                 continue
             logit_grad = log_probs.exp_()
@@ -143,11 +147,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 weight_grad += logit_grad.t() @ scaled
         ctx.gradients = [hidden_grad, weight_grad]
         ctx.shapes = hidden.shape, weight.dtype
-        return loss
+        of_tokens = of_tokens.view(targets.shape)
+        ctx.mark_non_differentiable(of_tokens)
+        return loss, of_tokens
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         shape, weight_dtype = ctx.shapes
         hidden_grad, weight_grad = (_handed_over(ctx, place, grad) for place in range(2))
         if hidden_grad is not None:

@@ -108,7 +108,7 @@ class PlainModel(nn.Module):
         lower = self.compute_dtype is not torch.float32 and device != "meta"
         with torch.autocast(device if lower else "cpu", self.compute_dtype if lower else None, enabled=lower):
             result = super().__call__(batch)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not isinstance(result, tuple) or len(result) not in (2, 3):
             raise UserError(
                 "forward() does not return a sum of losses and a sum of weights",
                 inspect.getfile(type(self).forward),

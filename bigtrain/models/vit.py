@@ -23,6 +23,7 @@ from bigtrain.models.config import DataKind, Flops, ModelConfig
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
+from bigtrain.models.sums import by_sequence
 
 Positive = Annotated[int, Ge(1)]
 
@@ -123,8 +124,8 @@ class VisionTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x)
         pooled: Tensor = self.norm(x.mean(dim=1))
-        loss = chunked_cross_entropy(pooled, self.head.weight, batch["labels"], batch["weights"])
-        return LossSum(loss, batch["weights"].sum())
+        loss, losses = chunked_cross_entropy(pooled, self.head.weight, batch["labels"], batch["weights"])
+        return LossSum(loss, batch["weights"].sum(), by_sequence(losses, batch["weights"]))
 
     def cut(self, images: Tensor) -> Tensor:
         """Pixels 0..255 (B, H, W, channels) as patches (B, T, values of a patch) in -1..1."""

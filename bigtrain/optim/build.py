@@ -44,16 +44,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
 
+    Frozen parameters are in none of them. Where all of those given are frozen, there is one group of nothing.
+
     Args:
         all_names: Of the whole model's parameters, where those given are a part of them.
 
     Raises:
-        UserError: A group's pattern matches no parameter of the whole model.
+        UserError: A group's pattern, or a frozen one, matches no parameter of the whole model; or nothing is left.
     """
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         names.append(name)
+        if is_frozen(config, name):
+            continue
         rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
         scale = 1.0 if rule is None else rule.lr_scale
         decay = _weight_decay(config, rule, parameter)
@@ -62,15 +66,26 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     names = names if all_names is None else list(all_names)
-    for index, rule in enumerate(config.groups):
-        if not any(fnmatchcase(name, rule.pattern) for name in names):
-            near = nearest(rule.pattern, names)
+    rules = {f"optimizer.groups.{index}.pattern": rule.pattern for index, rule in enumerate(config.groups)}
+    rules |= {f"optimizer.frozen.{index}": pattern for index, pattern in enumerate(config.frozen)}
+    for place, pattern in rules.items():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = nearest(pattern, names)
             raise UserError(
-                f"the pattern {rule.pattern!r} matches no parameter",
-                f"optimizer.groups.{index}.pattern",
+                f"the pattern {pattern!r} matches no parameter",
+                place,
                 f"the nearest name is {near!r}" if near else f"names look like {', '.join(names[:3])}",
             )
-    return list(groups.values())
+    if all(is_frozen(config, name) for name in names):
+        raise UserError("every parameter is frozen: there is nothing to train", "optimizer.frozen", "freeze fewer")
+    # A stage of a pipeline may be frozen as a whole, and torch makes no optimizer of nothing at all.
+    nothing = {"params": [], "names": [], "lr": config.lr, "lr_scale": 1.0, "weight_decay": 0.0}
+    return list(groups.values()) or [nothing]
+
+
+def is_frozen(config: _Optimizer, name: str) -> bool:
+    """Whether a parameter, by its qualified name, is not trained."""
+    return any(fnmatchcase(name, pattern) for pattern in config.frozen)
 
 
 def _weight_decay(config: _Optimizer, rule: ParameterGroup | None, parameter: torch.Tensor) -> float:

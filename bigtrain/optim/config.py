@@ -35,7 +35,7 @@ class ParameterGroup(Section):
     pattern: str
     """A shell pattern over the whole qualified name ("embedding.*", "*.bias"); the first match counts."""
     lr_scale: NonNegative = 1.0
-    """Factor of the schedule's learning rate; 0 freezes the parameters."""
+    """Factor of the schedule's learning rate."""
     weight_decay: NonNegative | None = None
     """Weight decay, whatever the parameter's shape; null: the optimizer's, for matrices alone."""
 
@@ -51,6 +51,9 @@ class _Optimizer(Section):
     """Largest global norm of the gradient, enforced by the engine; null: no limit."""
     groups: tuple[ParameterGroup, ...] = ()
     """Exceptions by pattern."""
+    frozen: tuple[str, ...] = ()
+    """Shell patterns over qualified names ("embedding.*"): parameters that stay as they are, to the bit, without a
+    gradient or optimizer state; on the engine fsdp."""
 
     def build(
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
@@ -63,7 +66,7 @@ class _Optimizer(Section):
             all_names: Of the whole model's parameters, where those given are a part of them.
 
         Raises:
-            UserError: A group's pattern matches no parameter of the whole model.
+            UserError: A group's pattern, or a frozen one, matches no parameter of the whole model; or nothing is left.
         """
         from bigtrain.optim.build import build_optimizer
 

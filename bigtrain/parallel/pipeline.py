@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
 )
 
 from bigtrain.models.contract import Batch, LossSum, Stage
+from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.parallel.config import PipelineSchedule
 from bigtrain.parallel.context import ContextGroup
 
@@ -101,7 +102,7 @@ class Pipeline:
         self._group, self._ranks = pp.get_group(), pp.size()
         self._count, self._schedule_name, self._device = count, schedule, device
         self._stages: dict[int, Any] = dict(enumerate_from(stages, pp.get_local_rank(), pp.size()))
-        self._weights: list[Tensor] = []
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._schedules: dict[tuple[int, tuple[int, ...]], Any] = {}
         for stage in self._stages.values():
             self._take_part(stage)
@@ -113,21 +114,19 @@ class Pipeline:
             micro_batches: Of one shape, equal on all stages.
 
         Returns:
-            float64 (loss, weight), the sums over the micro-batches; zeros where the last stage is not.
+            The sums over the micro-batches, as `sums.zero_sums` has them; zeros where the last stage is not.
         """
         batch = {name: torch.cat([part[name] for part in micro_batches]) for name in micro_batches[0]}
-        losses: list[Tensor] = []
-        self._weights.clear()
+        self._sums = zero_sums(micro_batches, self._device)
         schedule = self.schedule(len(micro_batches), micro_batches[0])
-        schedule.step(target=batch["weights"], losses=losses, return_outputs=False, **batch)
-        return self._sums(losses)
+        schedule.step(target=batch["weights"], losses=[], return_outputs=False, **batch)
+        return self._sums
 
     @torch.no_grad()
     def forward(self, micro_batches: Iterable[Batch]) -> Tensor:
         """The sums of `backward` without gradients, for any number of micro-batches of any shape."""
-        losses: list[Tensor] = []
         sending: dict[int, tuple[dist.Work | None, Tensor]] = {}
-        self._weights.clear()
+        self._sums = zero_sums((), self._device)
         for batch in micro_batches:
             for index, stage in self._stages.items():
                 received = []
@@ -137,13 +136,12 @@ class Pipeline:
                     dist.recv(received[0], src=self._rank_of(index - 1), group=self._group)
                 result = stage(*received, **batch)
                 if index == self._count - 1:
-                    losses.append(result)
                     continue
                 _wait(sending.pop(index, None))
                 sending[index] = dist.isend(result, dst=self._rank_of(index + 1), group=self._group), result
         for sent in sending.values():
             _wait(sent)
-        return self._sums(losses)
+        return self._sums
 
     def schedule(self, n_micro: int, micro_batch: Batch) -> Any:
         """torch's schedule for a number of micro-batches of one shape; each is made once."""
@@ -183,16 +181,13 @@ class Pipeline:
         def forward(*received: Tensor, **batch: Tensor) -> Tensor:
             result = stage.forward_stage(received[0] if received else None, self._part(batch))
             if not isinstance(result, LossSum):
-                return cast(Tensor, result)
-            self._weights.append(result.weight)
+                # Where all so far is frozen, torch's schedules want a tensor to run backward from all the same.
+                frozen = torch.is_grad_enabled() and not cast(Tensor, result).requires_grad
+                return cast(Tensor, result).requires_grad_() if frozen else cast(Tensor, result)
+            add_sums(self._sums, result, batch)
             return result.loss
 
         stage.forward = forward
-
-    def _sums(self, losses: list[Tensor]) -> Tensor:
-        if not losses:
-            return torch.zeros(2, dtype=torch.float64, device=self._device)
-        return torch.stack([torch.stack(losses).double().sum(), torch.stack(self._weights).double().sum()]).detach()
 
     def _rank_of(self, stage: int) -> int:
         return dist.get_global_rank(self._group, stage % self._ranks)

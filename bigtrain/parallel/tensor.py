@@ -78,7 +78,7 @@ class TensorGroup:
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
-    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """`loss.chunked_cross_entropy` of the whole sequence, equal on all ranks.
 
         Args:
@@ -94,8 +94,10 @@ class TensorGroup:
         if not self.sequence_parallel:
             return chunked_cross_entropy(hidden, whole, targets, weights)
         mine = self.positions(targets.shape[1])
-        loss = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine])
-        return cast(Tensor, _Sum.apply(loss, self.group))
+        loss, losses = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine])
+        # One message for both.
+        summed = cast(Tensor, _Sum.apply(torch.cat((loss.view(1), losses.sum(dim=1))), self.group))
+        return summed[0], summed[1:].detach()
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
         """hidden @ head.T (B, C, rows) of the whole sequence, equal on all ranks; for inference."""

@@ -229,7 +229,8 @@ class Activations:
         yield _term("all_gather", axes, head, m, "rows of the head")
         if self.layout.sequence_parallel:
             yield _term("reduce_scatter", axes, head, m, "their gradients")
-            yield _term("all_reduce", axes, FP32, m, "losses of the slices of the sequence")
+            numbers = 1 + self.passes.tokens // self.model.context
+            yield _term("all_reduce", axes, numbers * FP32, m, "losses of the slices, in all and of each sequence")
 
 
 class _Step:
@@ -302,6 +303,7 @@ class _Step:
                 "all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies"
             )
         if self.sizes.world_size > 1:
+            # Of a mixture, loss and weight of each source besides.
             yield _term("all_reduce", axes_of(self.sizes, *ALL), 4 * FP64, 1, "loss, weight, square norm, votes")
 
 

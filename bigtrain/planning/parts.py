@@ -13,7 +13,7 @@ from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 
 FP32 = 4
-BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a number in the matmuls and the residual stream."""
 
 

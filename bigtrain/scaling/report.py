@@ -28,13 +28,13 @@ _WANDB_LIMIT_S = 60.0
 _MAX_INFLUENCE = 10
 
 
-def write_outputs(fitted: Fitted, out: Path, wandb: bool = False) -> list[Path]:
-    """Write DIR/law.json and DIR/law.html, and a W&B run under DIR/wandb if asked; returns the two files."""
+def write_outputs(fitted: Fitted, out: Path, tracking: TrackingConfig | None = None) -> list[Path]:
+    """Write DIR/law.json and DIR/law.html, and a W&B run under DIR/wandb where tracked; returns the two files."""
     out.mkdir(parents=True, exist_ok=True)
     write_law(out / "law.json", fitted.law)
     write_atomic(out / "law.html", page(fitted))
-    if wandb:
-        _to_wandb(fitted.law, out)
+    if tracking is not None:
+        _to_wandb(fitted, out, tracking)
     return [out / "law.json", out / "law.html"]
 
 
@@ -325,12 +325,17 @@ def _source_rows(law: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _to_wandb(law: dict[str, Any], out: Path) -> None:
-    """One W&B run: the options as its config, each approach's numbers as its metrics; offline where W&B is not."""
+def _to_wandb(fitted: Fitted, out: Path, tracking: TrackingConfig) -> None:
+    """One W&B run: the options as its config, each approach's numbers, the runs as a table and the page of plots."""
     from bigtrain.tracking.wandb import start_tracker
 
-    config = {"source": law["source"], "data": law["data"], "options": law["options"], "kind": law["kind"]}
-    tracker = start_tracker(out, "scaling-law", config, TrackingConfig(tags=["scaling-law"]))
+    law, table = fitted.law, fitted.table
+    config = {
+        "source": law["source"], "data": law["data"], "options": law["options"], "kind": law["kind"],
+        "phase": "scaling-law",
+    }  # fmt: skip
+    own = tracking.model_copy(update={"tags": [*tracking.tags, "scaling-law"]})
+    tracker = start_tracker(out, "scaling-law", config, own)
     if tracker is None:
         return
     row: dict[str, Any] = {"step": 0, "target_flops": law["target_flops"]}
@@ -342,5 +347,9 @@ def _to_wandb(law: dict[str, Any], out: Path) -> None:
             if isinstance(value, dict):
                 row[f"{key}/target_{name}"] = value["value"]
                 row[f"{key}/target_{name}_low"], row[f"{key}/target_{name}_high"] = value["interval"]
+    columns = ["run", "group", "params", "tokens", "flops", "loss"]
+    values = zip(*(getattr(table, name) for name in columns), strict=True)
+    row["runs"] = {"_wandb_table": columns, "rows": [[*one[:2], *map(float, one[2:])] for one in values]}
+    row["page"] = {"_wandb_html": str((out / "law.html").absolute())}
     tracker.put(row)
     tracker.close(_WANDB_LIMIT_S)

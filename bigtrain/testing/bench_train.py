@@ -40,8 +40,10 @@ from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory
 from bigtrain.testing import plain_loop
+from bigtrain.training.bad_steps import Policy
 from bigtrain.training.boundaries import Boundaries
 from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.config import BadStepsConfig
 from bigtrain.training.loop import Callback, Progress, Step, Trainer
 from bigtrain.training.session import AgentLink
 
@@ -217,8 +219,10 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
             evaluate=dict,
             save=lambda progress: True,
             finish=lambda: True,
+            policy=Policy(BadStepsConfig()),
+            roll_back=lambda asked: None,
             callbacks=[metrics, losses],
-            batch_sequences=batch,
+            drawn=lambda step: {"train": step * batch},
         ).fit()
     _check_same(losses.losses, interleaved.losses, precision)
     return interleaved.timings

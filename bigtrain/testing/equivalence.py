@@ -59,17 +59,22 @@ class What:
     steps: int = 8
     seed: int = 5
     clip: float | None = 1.0
+    frozen: tuple[str, ...] = ()
     precision: Precision = "fp32"
     plugin: str | None = None
     """The file of the user's own model families."""
+    sources: int = 0
+    """Sources of a mixture that the sequences come from in turn; 0: batches do not say."""
 
 
 _LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
 _GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4}
 MODELS = {
-    "llama-gqa-tied-qk-norm-documents": What({**_LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}, documents=True),
-    "llama-untied-dropout": What({**_LLAMA, "dropout": 0.1}),
-    "gpt2-dropout": What({**_GPT2, "dropout": 0.1}),
+    "llama-gqa-tied-qk-norm-documents": What(
+        {**_LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1}, documents=True, sources=3
+    ),
+    "llama-untied-dropout": What({**_LLAMA, "dropout": 0.1}, sources=3),
+    "gpt2-dropout": What({**_GPT2, "dropout": 0.1}, sources=3),
 }
 """Small models that have between them what layouts get wrong."""
 
@@ -96,6 +101,8 @@ class Deviations:
     relative_gradients: dict[str, float]
     """The same over the parameter's own norm."""
     losses: list[float]
+    source_losses: list[float]
+    """The worst of a mixture's sources."""
     norms: list[float]
     weights: list[float]
     """Relative, of each compared step."""
@@ -110,7 +117,7 @@ class Deviations:
         found += [
             f"gradient of {name}: {by:.3g} times what is allowed" for name, by in self.gradients.items() if not by <= 1
         ]
-        for kind in ("losses", "norms", "weights", "free_losses"):
+        for kind in ("losses", "source_losses", "norms", "weights", "free_losses"):
             values = getattr(self, kind)
             if not max(values) <= OF_NUMBERS:
                 found.append(f"{kind}: {max(values):.3g} at step {values.index(max(values))}")
@@ -127,12 +134,19 @@ def build(what: What, how: How) -> Any:
     model = section(**what.model, context=what.context)
     layout.check(model, what.vocabulary)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
-    check_support(engine, model.arch, layout, document_mask=what.documents)
+    check_support(
+        engine,
+        model.arch,
+        layout,
+        document_mask=what.documents,
+        frozen=bool(what.frozen),
+        precision=what.precision,
+    )
     return build_engine(
         model,
         what.vocabulary,
         # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
-        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6),
+        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6, frozen=what.frozen),
         engine=engine,
         layout=layout,
         precision=what.precision,
@@ -153,6 +167,8 @@ def global_batch(what: What, step: int) -> MicroBatch:
     }
     batch["weights"][-1, what.context // 3 :] = 0
     batch["weights"][0, what.context - 3 :] = 0
+    if what.sources:
+        batch["sources"] = np.eye(what.sources, dtype=np.float32)[np.arange(what.batch) % what.sources]
     if what.documents:
         begins = rng.random(shape) < 0.2
         begins[:, 0] = True
@@ -193,7 +209,8 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
         save_file(gradients, directory / f"gradients-{step}.safetensors")
         numbers.append(found)
         update(engine)
-    facts = {"numbers": torch.tensor([[n.loss, n.weight, n.gradient_norm] for n in numbers], dtype=torch.float64)}
+    rows = [[n.loss, n.weight, n.gradient_norm, *(value for pair in n.sources for value in pair)] for n in numbers]
+    facts = {"numbers": torch.tensor(rows, dtype=torch.float64)}
     facts["evaluation"] = torch.tensor(evaluation, dtype=torch.float64)
     save_file(facts, directory / "numbers.safetensors")
     return numbers
@@ -235,13 +252,17 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             by = difference / (OF_OWN * own + OF_ALL * overall)
             allowed[name] = max(allowed.get(name, 0.0), by) if by == by else math.inf
             relative[name] = max(relative.get(name, 0.0), difference / own)
-        found = (numbers.loss, numbers.weight, numbers.gradient_norm)
-        off.append(
-            tuple(_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True))
+        found = (
+            numbers.loss,
+            numbers.weight,
+            numbers.gradient_norm,
+            *(one for pair in numbers.sources for one in pair),
         )
+        away = [_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True)]
+        off.append((*away[:3], max(away[3:], default=0.0)))
     engine.close()
-    losses, weights, norms = (list(column) for column in zip(*off, strict=True))
-    return Deviations(same_start, allowed, relative, losses, norms, weights, free, evaluation)
+    losses, weights, norms, source_losses = (list(column) for column in zip(*off, strict=True))
+    return Deviations(same_start, allowed, relative, losses, source_losses, norms, weights, free, evaluation)
 
 
 def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:

@@ -27,6 +27,12 @@ class TrackingConfig(Section):
     tags: list[str] = Field(default_factory=list)
     """W&B tags of the run."""
 
+    group: str | None = None
+    """W&B group, which holds the runs of a sweep together."""
+
+    facts: dict[str, str | int | float] = Field(default_factory=dict)
+    """More keys of the W&B run's config, beside those of the run itself."""
+
     @field_validator("every")
     @classmethod
     def _in_steps(cls, value: Duration) -> Duration:

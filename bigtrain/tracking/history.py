@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from bigtrain.tracking.numbers import finite, timestamp
 
 FloatArray = npt.NDArray[np.float64]
 
-_BEGINS = ("started", "resumed", "restarted")
-_ENDS = ("stopped", "finished", "failed")
+BEGINS = ("started", "resumed", "restarted")
+ENDS = ("stopped", "finished", "failed")
 _RECENT = 50
 
 
@@ -43,6 +43,11 @@ class Columns:
         column = self.get(name)
         known = np.flatnonzero(np.isfinite(column))
         return float(column[known[-1]]) if len(known) else None
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of a mixture's sources, sorted; none where there is one source."""
+        return sorted(name.removeprefix("epochs/") for name in self.values if name.startswith("epochs/"))
 
     @property
     def seconds(self) -> FloatArray:
@@ -104,7 +109,7 @@ def state(events: Sequence[dict[str, Any]], alive: bool) -> str:
         alive: Whether somebody holds the run's lease. A run that nobody holds and that has not said how it
             ended was killed: it has failed, and can be resumed.
     """
-    last = next((e["event"] for e in reversed(events) if e["event"] in (*_BEGINS, *_ENDS, "fault", "waiting")), None)
+    last = next((e["event"] for e in reversed(events) if e["event"] in (*BEGINS, *ENDS, "fault", "waiting")), None)
     if last is None:
         return "pending"
     if last in ("finished", "failed"):
@@ -113,73 +118,16 @@ def state(events: Sequence[dict[str, Any]], alive: bool) -> str:
         return "pending" if alive else "stopped"
     if not alive:
         return "failed"
-    return "running" if last in _BEGINS else "waiting"
+    return "running" if last in BEGINS else "waiting"
 
 
-@dataclass(frozen=True)
-class Goodput:
-    """Where a run's wall time went. The time between a stop on request and the next start is not counted."""
-
-    wall_s: float
-    kept_s: float
-    """In steps that are part of the result."""
-    spent_s: dict[str, float] = field(default_factory=dict)
-    """The rest of the wall time by cause."""
-
-    @property
-    def share(self) -> float | None:
-        """Kept over wall time, between 0 and 1; None before the run has begun."""
-        return min(1.0, self.kept_s / self.wall_s) if self.wall_s > 0 else None
-
-
-def goodput(events: Sequence[dict[str, Any]], columns: Columns, until: float) -> Goodput:
-    """Goodput since the first `started` event.
-
-    Args:
-        events: The run's events, oldest first.
-        columns: The steps that were kept.
-        until: Seconds since the epoch up to which a run without an end is counted.
-    """
-    wall = down = again = 0.0
-    since: float | None = None
-    fault: tuple[float, int | None] | None = None
-    step_seconds = columns.step_seconds or 0.0
-    for event in events:
-        time, name = timestamp(event.get("time")), event["event"]
-        if time is None:
-            continue
-        if name in _BEGINS:
-            since = time if since is None else since
-            if fault is not None:
-                down += max(0.0, time - fault[0])
-                again += max(0, (fault[1] or 0) - (event.get("step") or 0)) * step_seconds
-                fault = None
-        elif name == "fault" and since is not None:
-            fault = fault or (time, event.get("step"))
-        elif name in _ENDS and since is not None:
-            wall += max(0.0, time - since)
-            since, fault = None, None
-    if since is not None:
-        wall += max(0.0, until - since)
-        down += max(0.0, until - fault[0]) if fault else 0.0
-    kept = min(float(columns.seconds.sum()), wall)
-    spent: dict[str, float] = {}
-    left = wall - kept
-    for name, seconds in (("down after faults", down), ("steps done again", again)):
-        spent[name] = min(seconds, left)
-        left -= spent[name]
-    spent["start-up, saving, evaluation"] = left
-    return Goodput(wall, kept, spent)
-
-
-def end_of_record(run_dir: Path, events: Sequence[dict[str, Any]]) -> float:
-    """When a run that nobody holds last wrote anything, in seconds since the epoch."""
-    times = [timestamp(event.get("time")) for event in events[-1:]]
+def record_s(run_dir: Path, events: Sequence[dict[str, Any]]) -> float:
+    """Seconds from its last event to the last thing that a run which nobody holds has written."""
+    last = timestamp(events[-1].get("time")) if events else None
     try:
-        times.append((run_dir / "metrics.jsonl").stat().st_mtime)
+        return max(0.0, (run_dir / "metrics.jsonl").stat().st_mtime - last) if last is not None else 0.0
     except FileNotFoundError:
-        times.append(None)
-    return max((time for time in times if time is not None), default=0.0)
+        return 0.0
 
 
 def eta_s(columns: Columns, total_steps: int | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from bigtrain.storage import write_atomic
+from bigtrain.tracking.goodput import PARTS, Goodput
 from bigtrain.tracking.history import (
     Columns,
     FloatArray,
-    Goodput,
-    end_of_record,
-    goodput,
     newest,
     read_columns,
     read_events,
@@ -26,6 +23,7 @@ from bigtrain.tracking.history import (
 from bigtrain.tracking.numbers import short, span, timestamp
 from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
 from bigtrain.tracking.redact import redact, redact_text, redact_yaml
+from bigtrain.tracking.status import run_goodput
 
 MAX_EVENTS = 300
 MAX_MARKS = 100
@@ -45,8 +43,7 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     """
     columns = read_columns(run_dir / "metrics.jsonl")
     events = read_events(run_dir / "events.jsonl")
-    until = time.time() if alive else end_of_record(run_dir, events)
-    good = goodput(events, columns, until)
+    good = run_goodput(run_dir, alive)
     page = Page(title=run_dir.resolve().name, subtitle=_subtitle(events, alive))
     page.headline(_facts(columns, events, good))
     if good.wall_s > 0:
@@ -110,6 +107,10 @@ def _facts(columns: Columns, events: Sequence[dict[str, Any]], good: Goodput) ->
             span(good.wall_s) if good.wall_s else "n/a",
             _counted(faults, "fault", restarts, "restart"),
         ),
+        *(
+            Fact(f"Epochs of {name}", _number(columns.last(f"epochs/{name}"), ".2f"), "times through this source")
+            for name in columns.sources
+        ),
         Fact("Goodput", f"{good.share:.1%}" if good.share is not None else "n/a", "of wall time, in kept steps"),
     ]
 
@@ -124,7 +125,7 @@ def _median(values: FloatArray) -> float | None:
 
 
 def _shares(good: Goodput) -> list[tuple[str, float, str]]:
-    parts = [("steps that were kept", good.kept_s), *good.spent_s.items()]
+    parts = [("steps that were kept", good.steps_s), *((PARTS[name], seconds) for name, seconds in good.lost_s.items())]
     return [(label, seconds, f"{span(seconds)}, {seconds / good.wall_s:.1%}") for label, seconds in parts]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
-from bigtrain.tracking.history import end_of_record, eta_s, goodput, newest, read_columns, read_events, whole
+from bigtrain.tracking.goodput import Goodput, goodput
+from bigtrain.tracking.history import Columns, eta_s, newest, read_columns, read_events, record_s, whole
 from bigtrain.tracking.history import state as state_of
+from bigtrain.tracking.numbers import timestamp
 from bigtrain.tracking.wandb import read_url
 
 
@@ -21,23 +22,40 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
 
     Returns:
         Plain values for JSON. `goodput` is the share of wall time since the first start that went into steps
-        that were kept; `last_event` an event's name; `eta_s` seconds, only while the run runs; what is not
-        known is None.
+        that were kept, `time` where all of it went (`bigtrain.tracking.goodput`); `energy_j` the joules that the
+        machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
+        the run runs; `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
     columns = read_columns(run_dir / "metrics.jsonl")
     events = read_events(run_dir / "events.jsonl")
     state = state_of(events, alive)
-    until = (time.time() if now is None else now) if alive else end_of_record(run_dir, events)
+    good = _goodput(run_dir, events, columns, alive, now)
     return {
         "name": run_dir.resolve().name,
         "state": state,
         "step": int(columns.step[-1]) if len(columns) else None,
         "loss": columns.last("loss"),
         "tokens_per_s": columns.last("tokens_per_s"),
-        "goodput": goodput(events, columns, until).share,
+        "goodput": good.share,
         "nodes": whole(newest(events, "nodes")),
+        "epochs": {name: columns.last(f"epochs/{name}") for name in columns.sources} or None,
         "restarts": sum(event["event"] == "restarted" for event in events),
         "last_event": events[-1]["event"] if events else None,
         "eta_s": eta_s(columns, whole(newest(events, "total_steps"))) if state == "running" else None,
         "wandb_url": read_url(run_dir),
+        "time": good.plain(),
+        "energy_j": good.energy_j,
     }
+
+
+def run_goodput(run_dir: Path, alive: bool = False) -> Goodput:
+    """Where a run's time went; `alive`: whether somebody holds its lease, so that its time goes on."""
+    events = read_events(run_dir / "events.jsonl")
+    return _goodput(run_dir, events, read_columns(run_dir / "metrics.jsonl"), alive, None)
+
+
+def _goodput(run_dir: Path, events: list[dict[str, Any]], columns: Columns, alive: bool, now: float | None) -> Goodput:
+    if not alive:
+        return goodput(events, columns, record_s(run_dir, events))
+    last = timestamp(events[-1].get("time")) if events else None
+    return goodput(events, columns, None if now is None or last is None else max(0.0, now - last))

@@ -93,8 +93,41 @@ def start_tracker(run_dir: Path, name: str, config: Mapping[str, Any], tracking:
     if mode == "disabled":
         return None
     return WandbTracker(
-        run_dir, name, config, mode=mode, project=tracking.project, entity=tracking.entity, tags=tracking.tags
+        run_dir, name, {**config, **tracking.facts}, mode=mode, project=tracking.project, entity=tracking.entity,
+        tags=tracking.tags, group=tracking.group,
+    )  # fmt: skip
+
+
+def send_alert(
+    run_dir: Path,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    *,
+    title: str,
+    text: str,
+    failed: bool,
+    timeout_s: float,
+) -> str | None:
+    """Have W&B alert the user about a run that has ended; waits for it.
+
+    Returns:
+        None where W&B has it, else why not.
+    """
+    said: list[str] = []
+    tracker = WandbTracker(
+        run_dir,
+        str(config["name"]),
+        config,
+        mode="online",
+        project=tracking.project,
+        entity=tracking.entity,
+        tags=tracking.tags,
+        warn=said.append,
+        init_timeout_s=timeout_s,
     )
+    tracker.put({"alert": {"title": title, "text": text, "level": "ERROR" if failed else "INFO"}, "failed": failed})
+    tracker.close(timeout_s)
+    return said[0] if said else None
 
 
 class _Abandoned(Exception):
@@ -124,6 +157,7 @@ class WandbTracker:
         project: str = "bigtrain",
         entity: str | None = None,
         tags: list[str] | None = None,
+        group: str | None = None,
         warn: Callable[[str], None] = _log.warning,
         queue_size: int = QUEUE_SIZE,
         init_timeout_s: float = INIT_TIMEOUT_S,
@@ -134,7 +168,7 @@ class WandbTracker:
         self._directory = run_dir / "wandb"
         self._start = {
             "dir": str(run_dir), "id": self.id, "name": name, "mode": mode, "project": project,
-            "entity": entity, "tags": list(tags or []), "config": redact(plain(dict(config))),
+            "entity": entity, "tags": list(tags or []), "group": group, "config": redact(plain(dict(config))),
             "init_timeout_s": init_timeout_s, "trainer_pid": os.getpid(),
         }  # fmt: skip
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_size)

@@ -1,7 +1,7 @@
 """The process that talks to Weights & Biases: `python -m bigtrain.tracking.wandb_process`.
 
-Standard input carries JSON lines: first how to start the run, then one object a logged step; its end means
-finish. Standard output answers with READY, or with why the run could not be started, then carries warnings,
+Standard input carries JSON lines: first how to start the run, then one object a logged step, or an alert; its end
+means finish. Standard output answers with READY, or with why the run could not be started, then carries warnings,
 one a line. It ignores the signals that stop a training run: the trainer's closing of the pipe, or its death,
 is what ends it.
 """
@@ -48,8 +48,7 @@ def main() -> int:
         os._exit(1)
     print(READY, file=answers)
     try:
-        _serve(run, lines)
-        run.finish()
+        run.finish(exit_code=_serve(run, lines))
     except Exception as error:  # noqa: BLE001 - one line for the user, the rest for the log
         print(f"W&B is off from here: {_brief(error)}", file=answers)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -57,19 +56,38 @@ def main() -> int:
     return 0
 
 
-def _serve(run: Any, lines: BinaryIO) -> None:
-    first_free = int(run.step)
+def _serve(run: Any, lines: BinaryIO) -> int:
+    """Log until the pipe closes; returns the exit code of the run that W&B is to show."""
+    first_free, code = int(run.step), 0
     for line in lines:
         if not line.endswith(b"\n"):
             break
         metrics = json.loads(line)
+        if "alert" in metrics:
+            run.alert(**metrics["alert"])
+            code = int(metrics["failed"])
+            continue
         step = metrics.pop("step")
         # After a resume from an older checkpoint W&B already holds these steps and refuses to go back.
         if step >= first_free:
-            run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
+            run.log({key: _media(value) for key, value in metrics.items() if value is not None}, step=step)
     limit = threading.Timer(ORPHAN_LIMIT_S, os._exit, [1])
     limit.daemon = True
     limit.start()
+    return code
+
+
+def _media(value: Any) -> Any:
+    """W&B's own object for {"_wandb_table": columns, "rows": ...} and {"_wandb_html": path}; others as they are."""
+    if isinstance(value, dict) and "_wandb_table" in value:
+        import wandb
+
+        return wandb.Table(columns=value["_wandb_table"], data=value["rows"])
+    if isinstance(value, dict) and "_wandb_html" in value:
+        import wandb
+
+        return wandb.Html(Path(value["_wandb_html"]).read_text(encoding="utf-8"), inject=False)
+    return value
 
 
 def _start(start: dict[str, Any]) -> Any:
@@ -89,7 +107,8 @@ def _start(start: dict[str, Any]) -> Any:
     )
     run = wandb.init(
         dir=start["dir"], id=start["id"], name=start["name"], mode=start["mode"], project=start["project"],
-        entity=start["entity"], tags=start["tags"], config=start["config"], resume="allow", settings=settings,
+        entity=start["entity"], tags=start["tags"], group=start["group"], config=start["config"], resume="allow",
+        settings=settings,
     )  # fmt: skip
     if start["mode"] == "online" and run.url:
         write_atomic(Path(start["dir"]) / "wandb" / "url", run.url + "\n")

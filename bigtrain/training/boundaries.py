@@ -12,6 +12,10 @@ class Boundaries:
     total_steps: int
     evaluate_every: int | None
     save_every: int | None
+    keep_every: int | None = None
+    """Steps between permanent checkpoints."""
+    keep_at: frozenset[int] = frozenset()
+    """Steps of further permanent checkpoints."""
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out loss is measured after `step` steps."""
@@ -21,4 +25,9 @@ class Boundaries:
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
-        return step == self.total_steps or (self.save_every is not None and step % self.save_every == 0)
+        due = self.save_every is not None and step % self.save_every == 0
+        return step == self.total_steps or due or self.keeps(step)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint after `step` steps is never pruned."""
+        return step in self.keep_at or (self.keep_every is not None and step % self.keep_every == 0)

@@ -24,6 +24,10 @@ class SampleLog(Callback):
 
     def on_start(self, progress: Progress) -> None:
         """Cut back what a resume will consume again."""
+        self.on_roll_back(progress)
+
+    def on_roll_back(self, progress: Progress) -> None:
+        """Cut back what is taken back."""
         storage.cut_lines(
             self._log.path, keep=lambda line: not isinstance(line.get("step"), int) or line["step"] <= progress.step
         )
@@ -47,6 +51,7 @@ class MetricsLog(Callback):
         mfu_causal: Utilisation,
         memory_bytes: Callable[[], int],
         tracker: Callable[[dict[str, Any]], None] | None = None,
+        epochs: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
         """Args:
         every: Steps between logged objects.
@@ -54,17 +59,24 @@ class MetricsLog(Callback):
             and by its causal half.
         memory_bytes: Peak memory so far of the worst rank, at the last time that the ranks compared it.
         tracker: Takes each object as well.
+        epochs: How often each source of a mixture has been gone through after so many steps.
         """
         self._file = MetricsFile(directory.metrics)
         self._every = every
         self._mfu, self._mfu_causal = mfu, mfu_causal
         self._memory_bytes = memory_bytes
         self._tracker = tracker
+        self._epochs = epochs or (lambda step: {})
         self._reset()
 
     def on_start(self, progress: Progress) -> None:
         """Cut back what a resume will log again."""
         self._file.cut(progress.step)
+
+    def on_roll_back(self, progress: Progress) -> None:
+        """Cut back what is taken back; the tracker keeps it."""
+        self._file.cut(progress.step)
+        self._reset()
 
     def on_step(self, step: Step, progress: Progress) -> None:
         """Add the step to the interval, and log it where one ends."""
@@ -77,7 +89,8 @@ class MetricsLog(Callback):
         row = {
             "step": step.number,
             "tokens": int(progress.tokens),
-            "loss": progress.interval_loss / progress.interval_weight,
+            # No number where all steps since the last object were skipped.
+            "loss": progress.interval_loss / progress.interval_weight if progress.interval_weight else None,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -85,12 +98,17 @@ class MetricsLog(Callback):
             "mfu_causal": self._mfu_causal(tokens_per_s),
             "memory_bytes": self._memory_bytes(),
             "data_wait_s": round(self._data_wait_s, 6),
+            "skipped_steps": progress.bad_steps.skipped,
+            **({} if step.loss_scale is None else {"loss_scale": step.loss_scale}),
+            **{f"loss/{name}": loss / weight for name, (loss, weight) in progress.interval_sources.items() if weight},
+            **{f"epochs/{name}": round(count, 6) for name, count in self._epochs(step.batch.step + 1).items()},
             **step.evaluation,
         }
         self._file.append(row)
         if self._tracker is not None:
             self._tracker(row)
         progress.interval_loss = progress.interval_weight = 0.0
+        progress.interval_sources = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -114,3 +132,11 @@ class Announcements(Callback):
         """`started` at step 0, `resumed` later."""
         name = "resumed" if progress.step else "started"
         self._event(name, step=progress.step, total_steps=self._total_steps, **self._how)
+
+    def on_step(self, step: Step, progress: Progress) -> None:
+        """`skipped`, where a step updated nothing."""
+        if step.skipped:
+            cause = "loss or gradient are not finite"
+            if step.loss_scale is not None:
+                cause += f" at a loss scale of {step.loss_scale:g}"
+            self._event("skipped", step=step.number, cause=cause, skipped_steps=progress.bad_steps.skipped)

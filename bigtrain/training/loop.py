@@ -2,7 +2,7 @@
 
     for batch in loader:                       # data/: which samples, a pure function of the step
         result = engine.train_step(batch, lr)  # engines/: forward, backward, reduce, clip, update
-        finish the step before this one        # read its numbers: loss, norm, votes
+        finish the step before this one        # read its numbers: loss, norm, votes; bad_steps: go back?
         at a boundary (evaluation, save, end):
             finish this step too
             evaluate
@@ -17,7 +17,6 @@ device never waits for the host.
 from __future__ import annotations
 
 import enum
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import Engine, StepResult
 from bigtrain.heartbeat import Phase
 from bigtrain.optim.schedule import Schedule
+from bigtrain.training.bad_steps import BadStepsError, Policy, Record, RollBack
 from bigtrain.training.boundaries import Boundaries
 
 VOTE_STOP = 1.0
@@ -39,10 +39,6 @@ class Outcome(enum.Enum):
 
     FINISHED = "finished"
     STOPPED = "stopped"
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient of a step is not a number; the state after it is never saved."""
 
 
 class UnsavedError(RuntimeError):
@@ -59,14 +55,20 @@ class Progress:
     tokens: float = 0.0
     """Sum of the weights of all samples consumed: tokens for text, images for images."""
 
-    drawn: int = 0
-    """Sequences drawn from the training data."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Sequences drawn from each source of the training data."""
 
     interval_loss: float = 0.0
     """Sum of the losses since the last logged step, on the rank that logs: a resume may fall between two of them."""
 
     interval_weight: float = 0.0
-    """Sum of the weights since the last logged step."""
+    """Sum of the weights since the last logged step, without those of steps that were skipped."""
+
+    bad_steps: Record = field(default_factory=Record)
+    """What the policy for bad steps remembers."""
+
+    interval_sources: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """The same two sums of each source of a mixture."""
 
 
 @dataclass
@@ -83,6 +85,10 @@ class Step:
     gradient_norm: float
     seconds: float
     data_wait_s: float
+    skipped: bool = False
+    """Whether loss or gradient were not finite, so that nothing was updated."""
+    loss_scale: float | None = None
+    """FP16's."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Held-out metrics, where this step was followed by an evaluation."""
 
@@ -91,6 +97,8 @@ class Step:
 class _Launched:
     """A step whose numbers have not been read yet."""
 
+    number: int
+    """Steps done when it is."""
     batch: StepBatch
     lr: float
     result: StepResult
@@ -108,6 +116,9 @@ class Callback:
 
     def on_step(self, step: Step, progress: Progress) -> None:
         """After each step, in order, none left out."""
+
+    def on_roll_back(self, progress: Progress) -> None:
+        """After a roll-back: the steps after `progress.step` will come again, on other batches."""
 
     def on_end(self, outcome: Outcome, progress: Progress) -> None:
         """After the last step, when everything is saved."""
@@ -153,12 +164,19 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]],
         save: Callable[[Progress], bool],
         finish: Callable[[], bool],
+        policy: Policy,
+        roll_back: Callable[[RollBack], Progress | None],
         callbacks: Sequence[Callback] = (),
-        batch_sequences: int,
+        drawn: Callable[[int], dict[str, int]],
+        sources: Sequence[str] = (),
     ) -> None:
         """Args:
+        drawn: Sequences that so many steps have drawn from each source.
+        sources: The names of those whose losses the engine tells apart.
         save: Saves the state at `progress`; False where the run must end because it cannot be saved.
         finish: Waits for saves under way; False where the last one failed.
+        policy: For bad steps.
+        roll_back: Brings an older checkpoint back, and returns where it stands; None where there is none.
         """
         self.engine = engine
         self.loader = loader
@@ -169,8 +187,11 @@ class Trainer:
         self.evaluate = evaluate
         self.save = save
         self.finish = finish
+        self.policy = policy
+        self.roll_back = roll_back
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
-        self.batch_sequences = batch_sequences
+        self.drawn = drawn
+        self.sources = tuple(sources)
         self._votes = 0.0
         self._mark = 0.0
 
@@ -187,24 +208,34 @@ class Trainer:
         return outcome
 
     def _steps(self) -> Outcome:
-        total = self.boundaries.total_steps
-        if self.progress.step >= total:
+        if self.progress.step >= self.boundaries.total_steps:
             return Outcome.FINISHED
+        while isinstance(outcome := self._leg(), RollBack):
+            self._go_back(outcome)
+        return outcome
+
+    def _leg(self) -> Outcome | RollBack:
+        """Steps to the end, or to a bad one."""
+        total, left_out = self.boundaries.total_steps, self.progress.bad_steps.left_out
         pending: _Launched | None = None
         self._mark = time.perf_counter()
         self.control.beat(self.progress.step, "step")
-        for batch in self.loader.batches(self.progress.step):
-            lr = self.schedule.lr(batch.step)
-            result = self.engine.train_step(batch.step, batch.micro_batches, lr, self.control.vote())
-            done = batch.step + 1
+        for batch in self.loader.batches(self.progress.step + left_out):
+            done = batch.step - left_out + 1
+            lr = self.schedule.lr(done - 1)
+            result = self.engine.train_step(done - 1, batch.micro_batches, lr, self.control.vote())
             self.control.beat(done, "step")
-            if pending is not None:
-                self._finish(pending)
-            pending = _Launched(batch, lr, result, self.loader.data_wait_s, self._lap())
+            if pending is not None and (asked := self._finish(pending)) is not None:
+                # The step after the bad one is under way: what the ranks said in it still counts.
+                self._votes += result.read().votes
+                return asked
+            pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
             evaluates, saves = self.boundaries.evaluates(done), self.boundaries.saves(done)
             if evaluates or saves or self._votes:
-                self._finish(pending, evaluates=evaluates)
+                asked = self._finish(pending, boundary=True, evaluates=evaluates)
                 pending = None
+                if asked is not None:
+                    return asked
                 stops = self._votes % VOTE_SAVE > 0
                 if saves or self._votes:
                     self._votes = 0.0
@@ -216,28 +247,48 @@ class Trainer:
                     return Outcome.STOPPED
         raise RuntimeError(f"the loader ended at step {self.progress.step} of {total}")
 
+    def _go_back(self, asked: RollBack) -> None:
+        """Go on from an older checkpoint, past the batches that led to a bad step."""
+        self.control.beat(self.progress.step, "start")
+        before = self.progress.bad_steps
+        restored = self.roll_back(asked)
+        if restored is None:
+            raise BadStepsError(f"{asked.cause}, and there is no checkpoint before it to go back to")
+        restored.bad_steps = self.policy.after(before, asked, restored.bad_steps, restored.step)
+        self.progress = restored
+        for callback in self.callbacks:
+            callback.on_roll_back(restored)
+
     def _lap(self) -> float:
         """Seconds since the last call. A step that waits for the one before it lasts as long as that on the device."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         return seconds
 
-    def _finish(self, launched: _Launched, evaluates: bool = False) -> None:
-        """Read a step's numbers, move the progress on, and let the callbacks see it."""
+    def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> RollBack | None:
+        """Read a step's numbers, move the progress on, and let the callbacks see it.
+
+        At a boundary no step runs meanwhile: waiting for the device belongs to this one.
+
+        Returns:
+            What the policy for bad steps asks for, if anything; nothing else has happened then.
+        """
         numbers = launched.result.read()
-        seconds = launched.seconds + (self._lap() if evaluates else 0.0)
-        done = launched.batch.step + 1
-        if not (math.isfinite(numbers.loss) and math.isfinite(numbers.gradient_norm)):
-            raise NonFiniteLoss(
-                f"step {done}: the loss is {numbers.loss / max(numbers.weight, 1.0):g} and the gradient's norm "
-                f"{numbers.gradient_norm:g}. Lower optimizer.lr, lengthen schedule.warmup, or set optimizer.clip."
-            )
+        seconds = launched.seconds + (self._lap() if boundary else 0.0)
+        done, record = launched.number, self.progress.bad_steps
         self._votes += numbers.votes
+        asked = self.policy.judge(record, done, numbers)
+        if asked is not None:
+            return asked
         self.progress.step = done
         self.progress.tokens += numbers.weight
-        self.progress.interval_loss += numbers.loss
-        self.progress.interval_weight += numbers.weight
-        self.progress.drawn = done * self.batch_sequences
+        if not numbers.skipped:
+            self.progress.interval_loss += numbers.loss
+            self.progress.interval_weight += numbers.weight
+            for name, (loss, weight) in zip(self.sources, numbers.sources, strict=False):
+                before = self.progress.interval_sources.get(name, (0.0, 0.0))
+                self.progress.interval_sources[name] = before[0] + loss, before[1] + weight
+        self.progress.drawn = self.drawn(done + record.left_out)
         step = Step(
             number=done,
             batch=launched.batch,
@@ -247,6 +298,8 @@ class Trainer:
             gradient_norm=numbers.gradient_norm,
             seconds=seconds,
             data_wait_s=launched.data_wait_s,
+            skipped=bool(numbers.skipped),
+            loss_scale=numbers.loss_scale,
         )
         if evaluates:
             self.control.beat(done, "evaluation")
@@ -254,6 +307,7 @@ class Trainer:
             self.control.beat(done, "step")
         for callback in self.callbacks:
             callback.on_step(step, self.progress)
+        return None
 
     def _save(self) -> bool:
         self.control.beat(self.progress.step, "save")
@@ -267,8 +321,13 @@ def as_plain(progress: Progress) -> dict[str, Any]:
     return {
         "step": progress.step,
         "tokens": progress.tokens,
-        "drawn": {"train": progress.drawn},
-        "interval": {"loss": progress.interval_loss, "weight": progress.interval_weight},
+        "drawn": dict(progress.drawn),
+        "interval": {
+            "loss": progress.interval_loss,
+            "weight": progress.interval_weight,
+            "sources": {name: list(sums) for name, sums in progress.interval_sources.items()},
+        },
+        "bad_steps": progress.bad_steps.as_plain(),
     }
 
 
@@ -278,7 +337,11 @@ def from_plain(plain: dict[str, Any]) -> Progress:
     return Progress(
         step=int(plain["step"]),
         tokens=float(plain["tokens"]),
-        drawn=int(plain["drawn"]["train"]),
+        drawn={str(name): int(count) for name, count in plain["drawn"].items()},
         interval_loss=float(interval["loss"]),
         interval_weight=float(interval["weight"]),
+        bad_steps=Record(**plain.get("bad_steps", {})),
+        interval_sources={
+            str(name): (float(loss), float(weight)) for name, (loss, weight) in interval.get("sources", {}).items()
+        },
     )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
+from bigtrain.data.mixture import MixedOrder, Sources
 from bigtrain.data.order import SampleOrder
 from bigtrain.data.remote import RemoteError
 from bigtrain.data.streaming import check_remote, open_index, shards_at_once
@@ -27,12 +29,19 @@ class Prepared:
     """A config together with its data."""
 
     config: RunConfig
-    train: ShardIndex
-    validation: ShardIndex | None
+    sources: Sources
+    """What is trained on."""
+    held_out: Sources | None
     batch_sequences: int
     total_steps: int
     sequences_per_epoch: int
+    """Of all sources together."""
     schedule: Schedule
+
+    @property
+    def train(self) -> ShardIndex:
+        """One of the sources: what all of them are like."""
+        return self.sources.first
 
     @property
     def context(self) -> int:
@@ -47,11 +56,33 @@ class Prepared:
     @property
     def what(self) -> dict[str, Any]:
         """What is trained, by content."""
-        fingerprints = {
-            "train": self.train.fingerprint,
-            "validation": self.validation.fingerprint if self.validation else None,
+        data = {"train": self._mixture(), "validation": None}
+        if self.held_out is not None:
+            found = [index.fingerprint for index in self.held_out.indexes]
+            data["validation"] = found[0] if len(found) == 1 else found
+        return what_is_trained(self.config, data, self.batch_sequences)
+
+    def _mixture(self) -> Any:
+        """The fingerprint of the data; of a mixture the sources' with their weights, by phase."""
+        by_name = self.fingerprints
+        if not self.is_mixture:
+            return next(iter(by_name.values()))
+        return {
+            f"from step {step}": {
+                by_name[name]: round(weight / sum(weights.values()), 12) for name, weight in weights.items()
+            }
+            for step, weights in self.config.data.phases()
         }
-        return what_is_trained(self.config, fingerprints, self.batch_sequences)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are several sources."""
+        return len(self.sources.names) > 1
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the sources, by their names."""
+        return {name: index.fingerprint for name, index in zip(self.sources.names, self.sources.indexes, strict=True)}
 
     @property
     def identity(self) -> str:
@@ -63,35 +94,57 @@ class Prepared:
         per_step = self.batch_sequences * self.context
         return max(1, duration.in_steps(per_step, self.batch_sequences, self.sequences_per_epoch))
 
-    def order(self) -> SampleOrder:
+    @cached_property
+    def order(self) -> SampleOrder | MixedOrder:
         """The global order of the training data."""
-        counts = self.train.sequence_counts(self.context)
-        return SampleOrder(self.config.seed, self.train.fingerprint, counts, self.config.data.shuffle_window)
+        config, consumed = self.config, self.config.data.consumed
+        orders = [
+            SampleOrder(config.seed, index.fingerprint, index.sequence_counts(self.context), config.data.shuffle_window)
+            for index in self.sources.indexes
+        ]
+        if len(orders) == 1 and consumed is None:
+            return orders[0]
+        first = 0 if consumed is None else consumed.step
+        by_step: dict[int, list[float]] = {}
+        for step, weights in config.data.phases():
+            by_step[max(step, first)] = [weights[name] for name in self.sources.names]
+        phases = [(step * self.batch_sequences, weights) for step, weights in by_step.items()]
+        drawn = {} if consumed is None else consumed.drawn
+        return MixedOrder(orders, phases, [drawn.get(index.fingerprint, 0) for index in self.sources.indexes])
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been gone through after `step` steps."""
+        drawn = self.order.drawn(step * self.batch_sequences).tolist()
+        sizes = [sum(index.sequence_counts(self.context)) for index in self.sources.indexes]
+        return {name: one / size for name, one, size in zip(self.sources.names, drawn, sizes, strict=True)}
 
     def boundaries(self) -> Boundaries:
         """When to evaluate and when to save."""
-        save = self.config.checkpoint.every
+        save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
         return Boundaries(
             total_steps=self.total_steps,
-            evaluate_every=self.steps(self.config.evaluation.every) if self.validation else None,
+            evaluate_every=self.steps(self.config.evaluation.every) if self.held_out else None,
             save_every=None if save.is_time else self.steps(save),
+            keep_every=None if keep is None else self.steps(keep),
+            keep_at=frozenset(self.steps(one) for one in self.config.checkpoint.at),
         )
 
 
-def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | None] | None = None) -> Prepared:
+def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | None = None) -> Prepared:
     """Open the data of a config and check that both go together.
 
     Args:
         verify: Compare the shards with their index as `streaming.verify` says, and ask the engine's library what it
             takes; a rank does not, since the command that started it has.
-        pinned: Fingerprints that streamed data must have, by the key under `data`.
+        pinned: What streamed data must be: the part `data` of what the run trains.
 
     Raises:
         UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit.
     """
-    train = _open("train", config.data.train, config, verify, pinned)
-    validation = _open("validation", config.data.validation, config, verify, pinned) if config.data.validation else None
-    _check_fit(config, train, validation)
+    sources = _open("train", config, verify, pinned)
+    held_out = _open("validation", config, verify, pinned) if config.data.validation else None
+    train = sources.first
+    _check_fit(config, train, held_out)
     if verify:
         config.model.check_source(train.vocab_size)
         check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
@@ -103,11 +156,10 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
             f"batch.size: {error}", fix="Give a number of sequences, or a multiple of model.context."
         ) from None
     if verify:
-        for index, window in ((train, config.data.shuffle_window), (validation, 1)):
-            if index is not None:
-                held = shards_at_once(index.sequence_counts(context), window, batch)
-                _check_bytes(index, config.streaming, held)
-    per_epoch = sum(train.sequence_counts(context))
+        for several, window in ((sources, config.data.shuffle_window), (held_out, 1)):
+            if several is not None:
+                _check_bytes(several, config.streaming, context, window, batch)
+    per_epoch = sum(sources.sequence_counts(context))
     try:
         total = config.duration.in_steps(batch * context, batch, per_epoch)
     except ValueError as error:
@@ -119,33 +171,51 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, str | N
         return duration.in_steps(batch * context, batch, per_epoch)
 
     schedule = config.schedule.build(config.optimizer.lr, total, to_steps)
-    return Prepared(config, train, validation, batch, total, per_epoch, schedule)
+    return Prepared(config, sources, held_out, batch, total, per_epoch, schedule)
 
 
-def _open(key: str, place: str, config: RunConfig, first: bool, pinned: Mapping[str, str | None] | None) -> ShardIndex:
+def pins(data: Mapping[str, Any], key: str) -> list[str]:
+    """The fingerprints that what is trained names under `train` or `validation`."""
+    value = data[key]
+    if isinstance(value, Mapping):
+        return sorted({fingerprint for weights in value.values() for fingerprint in weights})
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _open(key: str, config: RunConfig, first: bool, pinned: Mapping[str, Any] | None) -> Sources:
     streaming = config.streaming
-    if not first:
-        return open_index(place, streaming, None if pinned is None else pinned[key])
-    # A person waits for an answer: a server that is not there is not waited for as long as in training.
-    hurried = streaming.model_copy(update={"retries": min(2, streaming.retries)})
+    if first:
+        # A person waits for an answer: a server that is not there is not waited for as long as in training.
+        streaming = streaming.model_copy(update={"retries": min(2, streaming.retries)})
+    places = config.data.places(key)
     try:
-        return open_index(place, hurried)
+        found = {
+            name: open_index(place, streaming, None if pinned is None else pins(pinned, key))
+            for name, place in places.items()
+        }
     except (RemoteError, CorruptionError) as error:
+        if not first:
+            raise
         raise UserError(f"data.{key}: {error.what}", error.where, error.fix) from None
+    sources = Sources.by_content(found)
+    sources.require_same_samples()
+    return sources
 
 
-def _check_bytes(index: ShardIndex, streaming: StreamingConfig, shards_held: int) -> None:
+def _check_bytes(sources: Sources, streaming: StreamingConfig, context: int, window: int, batch: int) -> None:
     try:
-        if index.origin is None:
-            index.check(streaming.verify)
-        if index.streams:
-            check_remote(index, streaming, shards_held)
+        held = []
+        for index in sources.indexes:
+            if index.origin is None:
+                index.check(streaming.verify)
+            held.append((index, shards_at_once(index.sequence_counts(context), window, batch)))
+        check_remote(held, streaming)
     except (RemoteError, CorruptionError) as error:
         # Nothing has been spent yet, and it is the user who can mend it.
         raise UserError(error.what, error.where, error.fix) from None
 
 
-def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | None) -> None:
+def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -> None:
     model = config.model
     if train.kind != model.data_kind:
         raise UserError(
@@ -165,10 +235,16 @@ def _check_fit(config: RunConfig, train: ShardIndex, validation: ShardIndex | No
             train.place,
             "Change the sizes under 'model'.",
         )
-    if validation is not None:
-        train.require_same_tokens(validation)
+    for index in held_out.indexes if held_out else ():
+        train.require_same_tokens(index)
     check_support(
-        config.engine, model.arch, config.layout, document_mask=config.data.document_mask, plain=model.is_plain
+        config.engine,
+        model.arch,
+        config.layout,
+        document_mask=config.data.document_mask,
+        plain=model.is_plain,
+        frozen=bool(config.optimizer.frozen),
+        precision=config.precision,
     )
     try:
         config.layout.check(model, train.vocab_size)

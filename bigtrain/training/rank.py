@@ -11,6 +11,7 @@ import sys
 
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Heartbeat, install_rank_signals
+from bigtrain.keys import load_secrets
 from bigtrain.run import ExitCode, RunDirectory
 from bigtrain.training.flight import last_collectives
 
@@ -24,9 +25,10 @@ def main() -> int:
     if not path:
         print("BIGTRAIN_RUN must name a run directory: start runs with `bigtrain train`", file=sys.stderr)
         return ExitCode.USER
-    from bigtrain.training.session import train_rank
-
     try:
+        load_secrets(os.environ)
+        from bigtrain.training.session import train_rank
+
         return train_rank(RunDirectory(path), heartbeat, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.plugin import Plugin
 from bigtrain.run import RunDirectory, load_config
+from bigtrain.training.prepare import pins
 
 
 def sample(
@@ -45,9 +46,10 @@ def sample(
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
         raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
-    index = open_index(config.data.train, config.streaming)
-    if index.fingerprint != run.what()["data"]["train"]:
-        raise UserError("The shards are not those that the run was trained on", config.data.train)
+    place = next(iter(config.data.places("train").values()))
+    index = open_index(place, config.streaming)
+    if index.fingerprint not in pins(run.what()["data"], "train"):
+        raise UserError("The shards are not those that the run was trained on", place)
     tokenizer = index.load_tokenizer()
     ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot]
     device = pick_device(0)

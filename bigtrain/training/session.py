@@ -7,13 +7,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bigtrain import storage
+from bigtrain.checkpoint.huggingface import load_hf, verify_hf
 from bigtrain.checkpoint.loader import Found, find, load_found
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError, yaml_file
@@ -27,7 +28,9 @@ from bigtrain.parallel.mesh import Ranks
 from bigtrain.plugin import Plugin, plugin_of_launcher
 from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
+from bigtrain.training.bad_steps import Policy, RollBack
 from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.loop import (
     VOTE_SAVE,
     VOTE_STOP,
@@ -39,7 +42,7 @@ from bigtrain.training.loop import (
     from_plain,
 )
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import resolve_source
+from bigtrain.training.source import HfSource, is_fresh, resolve_source
 from bigtrain.training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
@@ -106,6 +109,7 @@ class Session:
         self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
         self._tracker: WandbTracker | None = None
+        self._ledger = Ledger()
         config = self.config
         self.engine = build_engine(
             config.model,
@@ -144,7 +148,7 @@ class Session:
         self._compare_memory()
         config, prepared = self.config, self.prepared
         log_samples = config.streaming.log_samples and self.ranks.rank == 0
-        with Loader(prepared.train, prepared.order(), log_samples=log_samples, **self._reading()) as loader:
+        with Loader(prepared.sources, prepared.order, log_samples=log_samples, **self._reading()) as loader:
             trainer = Trainer(
                 self.engine,
                 loader,
@@ -155,8 +159,11 @@ class Session:
                 evaluate=self._evaluate,
                 save=self._save,
                 finish=self._finish_saving,
+                policy=Policy(config.bad_steps),
+                roll_back=self._roll_back,
                 callbacks=self._callbacks(),
-                batch_sequences=prepared.batch_sequences,
+                drawn=lambda step: loader.position(step)["drawn"],
+                sources=prepared.sources.names if prepared.is_mixture else (),
             )
             return trainer.fit()
 
@@ -172,6 +179,8 @@ class Session:
         if init.source is None:
             return Progress()
         source = resolve_source(init.source, self.directory.path.parent)
+        if isinstance(source, HfSource):
+            return self._take_weights(source)
         if init.hash not in (None, source.hash):
             raise UserError(
                 "init.source is not the checkpoint that this run began with",
@@ -182,32 +191,66 @@ class Session:
         assert found is not None  # find raises where the step is not there
         return self._take(found)
 
+    def _roll_back(self, asked: RollBack) -> Progress | None:
+        """Bring back the newest sound checkpoint that is old enough, or any before, and remove those after it."""
+        self.saver.wait()
+        self._refuse_if_fenced()
+        checkpoints = self.directory.checkpoints
+        found = find(checkpoints, before=asked.wanted) or find(checkpoints, before=asked.first - 1)
+        if found is None:
+            return None
+        self._load(found, self.engine.state())
+        self.saver.rewind(found.step)
+        progress = from_plain(found.manifest.progress)
+        self._event("rolled_back", step=asked.step, to=found.step, cause=asked.cause)
+        return progress
+
     def _take(self, found: Found) -> Progress:
         """Take the part of another run's checkpoint that `init.state` names."""
         state = self.engine.state()
         if self.config.init.state == "weights":
-            weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-            self._load(found, weights, prefix="model.")
+            weights = {f"model.{name}": tensor for name, tensor in self._wanted(state).items()}
+            fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
+            self._load(found, weights, prefix="model.", leave=fresh)
             return Progress()
         self._load(found, state)
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
 
-    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "") -> None:
-        load_found(found, state, prefix=prefix)
+    def _take_weights(self, source: HfSource) -> Progress:
+        """Take Hugging Face weights, compared with the hash that the launcher found."""
+        init = self.config.init
+        if init.hash is not None:
+            verify_hf(source.files, init.hash)
+        weights = self._wanted(self.engine.state())
+        names = source.files.check_fit(self.config.model, {name: tuple(weights[name].shape) for name in weights})
+        load_hf(source.files, names, weights)
+        if isinstance(self.engine, Reloaded):
+            self.engine.state_loaded()
+        return Progress()
+
+    def _wanted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights that a source gives, by qualified names."""
+        weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
+        return {name: tensor for name, tensor in weights.items() if not is_fresh(name, self.config.init)}
+
+    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "", leave: Sequence[str] = ()) -> None:
+        load_found(found, state, prefix=prefix, leave=leave)
         if isinstance(self.engine, Reloaded):
             self.engine.state_loaded()
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
-        self.saver.save(
-            progress.step,
-            self.engine.state(),
-            progress=as_plain(progress),
-            config_hash=storage.hash_text(yaml_file.dump(config.plain())),
-            identity=self._identity,
-            mesh=vars(config.layout.mesh(self.ranks.world_size)),
-            lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
-        )
+        with self._ledger.saving(progress.step):
+            self.saver.save(
+                progress.step,
+                self.engine.state(),
+                progress={**as_plain(progress), "sources": self.prepared.fingerprints},
+                config_hash=storage.hash_text(yaml_file.dump(config.plain())),
+                identity=self._identity,
+                mesh=vars(config.layout.mesh(self.ranks.world_size)),
+                lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
+                permanent=self.prepared.boundaries().keeps(progress.step),
+            )
         self._refuse_if_fenced()
         self._compare_memory()
         return not self.saver.must_stop
@@ -227,16 +270,26 @@ class Session:
             )
 
     def _evaluate(self) -> dict[str, float]:
-        index = self.prepared.validation
-        assert index is not None  # there are no evaluations without validation data
-        batches = self.config.evaluation.batches
-        with EvaluationLoader(index, batches=batches, **self._reading()) as loader:
-            loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+        with self._ledger.measure("evaluation_s"):
+            return self._evaluated()
+
+    def _evaluated(self) -> dict[str, float]:
+        held_out = self.prepared.held_out
+        assert held_out is not None  # there are no evaluations without validation data
+        losses, weights, text_bytes = 0.0, 0.0, 0.0
+        metrics: dict[str, float] = {}
+        for name, index in zip(held_out.names, held_out.indexes, strict=True):
+            with EvaluationLoader(index, batches=self.config.evaluation.batches, **self._reading()) as loader:
+                loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
+            losses, weights = losses + loss, weights + weight
+            text_bytes += weight * (index.bytes_per_token or math.nan)
+            if len(held_out.names) > 1:
+                metrics[f"val_loss/{name}"] = loss / weight
         self._compare_memory()
-        metrics = {"val_loss": loss / weight}
-        if index.text_bytes:
-            # Nats per token times tokens per byte, in bits.
-            metrics["val_bits_per_byte"] = loss / weight * index.tokens / index.text_bytes / math.log(2)
+        metrics["val_loss"] = losses / weights
+        if text_bytes > 0:
+            # Nats over the bytes of the text, in bits.
+            metrics["val_bits_per_byte"] = losses / text_bytes / math.log(2)
         return metrics
 
     def _reading(self) -> dict[str, Any]:
@@ -270,7 +323,7 @@ class Session:
         if self.ranks.rank != 0:
             return callbacks
         config, prepared = self.config, self.prepared
-        callbacks.append(Announcements(self._event, prepared.total_steps, self._how()))
+        callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
@@ -288,15 +341,18 @@ class Session:
                 mfu_causal=utilisation(flops.causal),
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._tracker.put if self._tracker else None,
+                epochs=prepared.epochs if prepared.is_mixture else None,
             )
         )
         return callbacks
 
     def _how(self) -> dict[str, Any]:
-        """Engine, mesh and nodes, for the record."""
+        """Engine, mesh and nodes, and how long the start of this process took, for the record."""
         sizes = vars(self.config.layout.mesh(self.ranks.world_size))
         mesh = {axis: size for axis, size in sizes.items() if size > 1}
-        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh}
+        age_s = process_age_s()
+        start = {} if age_s is None else {"start_s": round(age_s, 3)}
+        return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh, **start}
 
     def _may_publish(self) -> Callable[[], bool]:
         """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
@@ -306,6 +362,8 @@ class Session:
     def _event(self, event: str, /, **fields: Any) -> None:
         if self.ranks.rank != 0:
             return
+        if event == "saved":
+            fields["times"] = self._ledger.of_save(fields["step"])
         try:
             self.directory.event(event, attempt=self.attempt, **fields)
         except OSError as error:

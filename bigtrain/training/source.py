@@ -1,14 +1,19 @@
-"""`init.source`: another run's checkpoint as the state before the first step."""
+"""`init.source`: another run's checkpoint, or a directory of Hugging Face weights, as what a run begins with."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bigtrain import storage
 from bigtrain.checkpoint import commit
-from bigtrain.config import UserError
+from bigtrain.config import UserError, nearest
+from bigtrain.models.config import ModelConfig
+from bigtrain.models.hf_files import HfFiles, digest
 from bigtrain.run import RunDirectory, find_run, split_run_step
+from bigtrain.training.config import InitConfig
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,40 @@ class Source:
         """The directory of the run's checkpoints."""
         return RunDirectory(self.run).checkpoints
 
+    @property
+    def name(self) -> str:
+        """What `init.source` names it by."""
+        return f"{self.run}@{self.step}"
 
-def resolve_source(text: str, runs_dir: Path) -> Source:
-    """The checkpoint that RUN@STEP or RUN names, or DIRECTORY@STEP.
+    def content(self) -> str:
+        """The hash that `init.hash` holds."""
+        return self.hash
+
+
+@dataclass(frozen=True)
+class HfSource:
+    """A directory of Hugging Face weights."""
+
+    files: HfFiles
+
+    @property
+    def name(self) -> str:
+        """What `init.source` names it by."""
+        return str(self.files.directory)
+
+    def content(self) -> str:
+        """The hash that `init.hash` holds; reads every byte."""
+        return digest(self.files.file_hashes(self.files.all_files))
+
+
+def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
+    """The checkpoint that RUN@STEP or RUN names, or DIRECTORY@STEP; or a directory of Hugging Face weights.
 
     Raises:
         UserError: No such run, or no such step.
     """
+    if not (runs_dir / text / "run.json").exists() and HfFiles.is_one(Path(text)):
+        return HfSource(HfFiles.open(Path(text)))
     name, step = split_run_step(text)
     run = _run(name, runs_dir)
     found = commit.list_checkpoints(run.checkpoints)
@@ -54,3 +86,44 @@ def _run(name: str, runs_dir: Path) -> RunDirectory:
     """A run, or a directory of checkpoints that no run has made, as `checkpoint import` writes it."""
     alone = RunDirectory(Path(name))
     return alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)
+
+
+def is_fresh(name: str, init: InitConfig) -> bool:
+    """Whether a parameter, by its qualified name, is drawn from the seed although there is a source."""
+    return any(fnmatchcase(name, pattern) for pattern in init.fresh)
+
+
+def check_fresh(names: Collection[str], init: InitConfig) -> None:
+    """Refuse a pattern of `init.fresh` that no parameter matches.
+
+    Raises:
+        UserError: Names the nearest parameter.
+    """
+    for number, pattern in enumerate(init.fresh):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = nearest(pattern, names)
+            raise UserError(
+                f"the pattern {pattern!r} matches no parameter",
+                f"init.fresh.{number}",
+                f"the nearest name is {near!r}" if near else None,
+            )
+
+
+def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None,
+                    init: InitConfig) -> None:  # fmt: skip
+    """Refuse Hugging Face weights that the model cannot begin with, by the headers of their files.
+
+    Args:
+        shapes: Of the model's parameters; None where only the built model knows them.
+
+    Raises:
+        UserError: More than weights is asked for, or they do not fit.
+    """
+    if init.state != "weights":
+        raise UserError(
+            f"init.state is {init.state}, and {source.name} holds weights alone",
+            "init.state",
+            "Set init.state to weights.",
+        )
+    wanted = {name: shape for name, shape in (shapes or {}).items() if not is_fresh(name, init)}
+    source.files.check_fit(model, wanted)

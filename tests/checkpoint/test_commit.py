@@ -120,6 +120,25 @@ def test_pruning_keeps_the_newest_sound_ones_and_counts_no_damaged_one(tmp_path:
     assert commit.newest_verified(tmp_path)[0] == 3
 
 
+def test_pruning_leaves_permanent_checkpoints_alone_and_can_be_tried_first(tmp_path: Path) -> None:
+    save(tmp_path, 1, 3, 4, 5)
+    temporary, manifest = write(tmp_path, 2)
+    commit.publish(temporary, manifest.model_copy(update={"permanent": True}))
+    assert commit.prune(tmp_path, 2, set(), dry_run=True) == [3, 1]
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert commit.prune(tmp_path, 2, set()) == [3, 1]
+    assert steps(tmp_path) == [2, 4, 5]
+
+
+def test_a_run_goes_back_to_an_older_checkpoint_for_good(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4, lease=7)
+    assert commit.rewind(tmp_path, 2) == [3, 4]
+    assert steps(tmp_path) == [1, 2]
+    latest = json.loads((tmp_path / "LATEST").read_text())
+    assert (latest["step"], latest["lease"]) == (2, 7)
+    assert commit.newest_verified(tmp_path) == (2, [])
+
+
 def test_pruning_sees_that_a_checkpoint_known_good_has_lost_a_file(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     known_good: set[tuple[str, int]] = set()

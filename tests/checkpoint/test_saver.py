@@ -292,3 +292,26 @@ def test_a_save_takes_no_copy_of_the_state_and_in_the_background_one_that_is_use
     assert again <= next_mib + SLACK_MIB
     if kind == "asynchronous":
         assert first > STATE_MIB - SLACK_MIB, "the measure sees no copy"
+
+
+@pytest.mark.parametrize("read_back", [True, False])
+def test_what_was_written_is_read_back_unless_that_is_turned_off(
+    tmp_path: Path, state_at: StateAt, read_back: bool
+) -> None:
+    def harm(phase: str) -> None:
+        if phase == "rename":
+            shard = tmp_path / "step_00000002" / "__0_0.distcp"
+            shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+
+    saver = Saver(tmp_path, CheckpointConfig(asynchronous=False, read_back=read_back))
+    saver.save(1, state_at(1), permanent=True, **FACTS)
+    saver._hook = harm
+    saver.save(2, state_at(2), **FACTS)
+    assert saver.last is not None
+    assert saver.last.status == ("failed" if read_back else "saved")
+    saver.close()
+    found = loader.find(tmp_path)
+    assert found is not None
+    # What is not verified is not loaded, whether or not it was read back.
+    assert (found.step, found.manifest.permanent) == (1, True)
+    assert len(found.warnings) == (0 if read_back else 1)

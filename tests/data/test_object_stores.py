@@ -1,4 +1,4 @@
-"""S3 through a real HTTP endpoint, moto's server; skipped where s3fs and moto are not installed."""
+"""S3 through a real HTTP endpoint: moto's server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from bigtrain.config import UserError
 from bigtrain.data import remote
@@ -23,15 +24,13 @@ from bigtrain.data.streaming import open_index
 @pytest.fixture
 def bucket(packed: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket that holds the packed shards under data/train."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
     for name, value in {
         "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote, "FIRST_BACKOFF_S", 0.01)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     address, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}:{port}")

@@ -139,7 +139,7 @@ def test_a_second_run_finds_all_in_the_cache_and_asks_the_server_only_for_the_in
     index = open_index(server.url, streaming)
     assert samples(index, streaming, steps) == first
     assert dict(server.requests) == {"index.json": 1}
-    pinned = open_index(server.url, streaming, pinned=index.fingerprint)
+    pinned = open_index(server.url, streaming, pinned=[index.fingerprint])
     assert samples(pinned, streaming, steps) == first
     assert dict(server.requests) == {"index.json": 1}
 
@@ -179,7 +179,7 @@ def test_a_shard_that_is_not_there_is_not_asked_for_again(
         samples(index, streaming, 100)
     assert server.requests[packed.shards[0].url] == 1
     with pytest.raises(remote.RemoteError, match=str(code)):
-        check_remote(index, streaming, WINDOW)
+        check_remote([(index, WINDOW)], streaming)
 
 
 def test_patience_ends(server: Any, packed: ShardIndex, streaming: StreamingConfig) -> None:
@@ -193,7 +193,7 @@ def test_data_that_changed_since_the_run_began_is_refused(
     server: Any, packed: ShardIndex, streaming: StreamingConfig
 ) -> None:
     with pytest.raises(UserError, match="has changed"):
-        open_index(server.url, streaming, pinned="sha256:" + "0" * 64)
+        open_index(server.url, streaming, pinned=["sha256:" + "0" * 64])
 
 
 def test_a_cache_too_small_for_two_windows_is_refused_with_the_size_that_would_do(
@@ -204,9 +204,9 @@ def test_a_cache_too_small_for_two_windows_is_refused_with_the_size_that_would_d
     shards = shards_at_once(index.sequence_counts(CONTEXT), WINDOW, BATCH)
     assert shards == 3 * WINDOW
     with pytest.raises(UserError, match="in use at once") as caught:
-        check_remote(index, small, shards)
+        check_remote([(index, shards)], small)
     size = int(str(caught.value.fix).split()[3])
-    check_remote(index, small.model_copy(update={"cache": size}), shards)
+    check_remote([(index, shards)], small.model_copy(update={"cache": size}))
 
 
 def test_redirects_stay_on_http(server: Any, packed: ShardIndex, streaming: StreamingConfig, tmp_path: Path) -> None:

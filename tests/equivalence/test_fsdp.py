@@ -223,7 +223,7 @@ def divided_by_cp(engine: FSDPEngine) -> None:
     forward = engine.model.forward
 
     def divided(batch: Batch) -> LossSum:
-        loss, weight = forward(batch)
+        loss, weight, _ = forward(batch)
         return LossSum(loss / dist.get_world_size(), weight)
 
     engine.model.forward = divided

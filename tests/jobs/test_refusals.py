@@ -49,7 +49,7 @@ def test_the_impossible_is_refused_before_a_process_is_started(
     def started(*_: object, **__: object) -> int:
         pytest.fail("a process would have been started")
 
-    monkeypatch.setattr("bigtrain.jobs.train.launch_local", started)
+    monkeypatch.setattr("bigtrain.jobs.train.launch_here", started)
     path, plugin, runs = write_config(), load_plugin(str(PLUGIN)), tmp_path / "runs"
     with pytest.raises(UserError) as caught:
         train(load_config(path, list(overrides), plugin=plugin), runs, procs=nproc)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bigtrain.jobs.causes import (
     BACKOFF_MOST_S,
     Fault,
@@ -45,6 +47,24 @@ def test_the_same_exception_at_the_same_step_is_tried_once_more_and_no_further()
     verdict = budget.judge(raised(7, "ValueError: at 0x7f999 in process 13"))
     assert not verdict.retry
     assert "twice at step 7" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 8 bytes",
+        "MemoryError",
+    ],
+)
+def test_out_of_memory_is_named_with_a_hint_and_not_tried_a_third_time(text: str) -> None:
+    exited = {"rank": 1, "phase": "step", "code": 1, "signal": None, "tail": "", "traceback": f"Traceback\n{text}"}
+    first, second = (fault_of_exit({**exited, "step": step}, "x") for step in (7, 9))
+    assert first.cause.startswith("rank 1 on host x ran out of memory (lower layout.micro_size")
+    budget = RetryBudget(10, lambda: 0)
+    assert budget.judge(first).retry
+    verdict = budget.judge(second)
+    assert (verdict.retry, verdict.reason) == (False, "memory ran out twice at step 9")
 
 
 def test_a_users_mistake_is_never_retried() -> None:

@@ -43,7 +43,7 @@ def test_a_preset_with_a_longer_context_than_its_positions_is_refused() -> None:
 
 
 def test_families_are_the_files_that_define_a_config() -> None:
-    assert families() == ["gpt2", "hf", "llama", "vit"]
+    assert families() == ["gpt2", "hf", "llama", "qwen3", "vit"]
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
@@ -82,6 +82,8 @@ PUBLISHED = {
     "llama3-8b": (128256, 8_030_261_248),
     "llama3-70b": (128256, 70_553_706_496),
     "llama3-405b": (128256, 405_853_388_800),
+    "qwen3-0.6b": (151936, 596_049_920),
+    "qwen3-8b": (151936, 8_190_735_360),
     "smollm-135m": (49152, 134_515_008),
     "smollm-360m": (49152, 361_821_120),
 }

@@ -36,7 +36,7 @@ def test_loss_and_gradients_equal_the_plain_form_in_float64(chunk_tokens: int | 
     hidden, weight, targets, weights = inputs(torch.float64)
     expected = plain(hidden, weight, targets, weights, z_loss)
     gradients = torch.autograd.grad(expected * 0.7, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
+    loss, _ = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss * 0.7, (hidden, weight)), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -49,7 +49,7 @@ def test_bf16_hidden_gives_an_fp32_loss_near_the_plain_form(chunk_tokens: int, z
     weight = weight.detach().float().requires_grad_()
     expected = plain(hidden, weight, targets, weights, z_loss)
     gradients = torch.autograd.grad(expected, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
+    loss, _ = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2**-8 if z_loss else 1e-6, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
@@ -60,16 +60,16 @@ def test_bf16_hidden_gives_an_fp32_loss_near_the_plain_form(chunk_tokens: int, z
 
 def test_nothing_but_the_loss_is_computed_without_gradients() -> None:
     hidden, weight, targets, weights = inputs(torch.float32)
-    expected = chunked_cross_entropy(hidden, weight, targets, weights, 7)
+    expected, _ = chunked_cross_entropy(hidden, weight, targets, weights, 7)
     with torch.no_grad():
-        loss = chunked_cross_entropy(hidden, weight, targets, weights, 7)
+        loss, _ = chunked_cross_entropy(hidden, weight, targets, weights, 7)
     assert loss == expected
     assert not loss.requires_grad
 
 
 def test_a_token_of_weight_zero_sends_no_gradient() -> None:
     hidden, weight, targets, weights = inputs(torch.float32)
-    chunked_cross_entropy(hidden, weight, targets, weights).backward()
+    chunked_cross_entropy(hidden, weight, targets, weights)[0].backward()
     assert hidden.grad is not None
     assert (hidden.grad[2] == 0).all()
     assert (hidden.grad[1] != 0).any()
@@ -78,7 +78,7 @@ def test_a_token_of_weight_zero_sends_no_gradient() -> None:
 def test_a_frozen_head_still_passes_the_gradient_on() -> None:
     hidden, weight, targets, weights = inputs(torch.float64)
     (expected,) = torch.autograd.grad(plain(hidden, weight, targets, weights, 0.0), hidden)
-    chunked_cross_entropy(hidden, weight.detach(), targets, weights).backward()
+    chunked_cross_entropy(hidden, weight.detach(), targets, weights)[0].backward()
     torch.testing.assert_close(hidden.grad, expected)
 
 
@@ -86,7 +86,7 @@ def test_the_gradients_of_hidden_and_weight_can_be_had_one_after_the_other() -> 
     """As schedules of pipelines do that put off the gradients of weights."""
     hidden, weight, targets, weights = inputs(torch.float64)
     expected = torch.autograd.grad(plain(hidden, weight, targets, weights, 0.0), (hidden, weight))
-    loss = 3 * chunked_cross_entropy(hidden * 1, weight, targets, weights)
+    loss = 3 * chunked_cross_entropy(hidden * 1, weight, targets, weights)[0]
     (of_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (of_weight,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(of_hidden, 3 * expected[0])
@@ -94,7 +94,7 @@ def test_the_gradients_of_hidden_and_weight_can_be_had_one_after_the_other() -> 
 
 
 def test_a_second_backward_is_refused_and_not_wrong() -> None:
-    loss = chunked_cross_entropy(*inputs(torch.float32))
+    loss, _ = chunked_cross_entropy(*inputs(torch.float32))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="each gradient once"):
         loss.backward()

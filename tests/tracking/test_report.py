@@ -64,7 +64,7 @@ def full_run(
     write_lines(
         run_dir / "events.jsonl",
         event("started", 0, step=0, total_steps=500), event("fault", 300, step=300, rank=3, host="node-b", cause=EVIL),
-        event("restarted", 320, step=290), event("finished", 625, step=500),
+        event("restarted", 301), event("resumed", 320, step=290), event("finished", 625, step=500),
     )  # fmt: skip
     (run_dir / "config.yaml").write_text(f"name: tiny\nnote: '{EVIL}'\napi_key: {CANARY}\nurl: s3://u:{CANARY}@h/x\n")
     (run_dir / "sample.txt").write_text(f"ROMEO: {EVIL}\n")
@@ -75,7 +75,7 @@ def test_the_report_holds_the_runs_numbers(full_run: Path) -> None:
     path = write_report(full_run)
     text = " ".join(_parse(path.read_text()).text)
     for part in ("tiny", "500", "of 500", "50k", "2.5000", "2.4012", "3.4642 bits per byte", "42.1%", "10m25s", "80.0%",
-                 "1 fault, 1 restart", "down after faults", "20s", "node-b", "ROMEO"):  # fmt: skip
+                 "1 fault, 1 restart", "restarts", "20s", "node-b", "ROMEO"):  # fmt: skip
         assert part in text, part
 
 

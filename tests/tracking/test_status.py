@@ -11,7 +11,8 @@ from bigtrain.tracking.status import status
 
 START_S = 1_790_000_000.0
 KEYS = [
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "restarts", "last_event", "eta_s", "wandb_url",
+    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
+    "wandb_url", "time", "energy_j",
 ]  # fmt: skip
 
 Event = Callable[..., dict[str, Any]]
@@ -21,7 +22,7 @@ def test_a_run_without_files_is_pending_and_has_every_key(run_dir: Path) -> None
     found = status(run_dir, alive=True)
     assert list(found) == KEYS
     assert (found["name"], found["state"], found["restarts"]) == ("tiny", "pending", 0)
-    assert all(found[key] is None for key in KEYS if key not in ("name", "state", "restarts"))
+    assert all(found[key] is None for key in KEYS if key not in ("name", "state", "restarts", "time"))
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,9 @@ def test_a_running_run_tells_its_numbers(
     found = status(run_dir, alive=True, now=START_S + 20)
     assert found == {
         "name": "tiny", "state": "running", "step": 10, "loss": pytest.approx(4.0), "tokens_per_s": 100.0,
-        "goodput": pytest.approx(0.5), "nodes": 2, "restarts": 0, "last_event": "saved", "eta_s": pytest.approx(20.0),
-        "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
+        "goodput": pytest.approx(0.5), "nodes": 2, "epochs": None, "restarts": 0, "last_event": "saved",
+        "eta_s": pytest.approx(20.0), "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
+        "time": found["time"], "energy_j": None,
     }  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -70,7 +72,7 @@ def test_goodput_counts_only_steps_that_were_kept_and_no_time_while_stopped(
 ) -> None:
     write_lines(
         run_dir / "events.jsonl",
-        event("started", 0), event("fault", 12, step=12), event("restarted", 16, step=10),
+        event("started", 0), event("fault", 12, step=12), event("restarted", 13), event("resumed", 16, step=10),
         event("stopped", 20, step=14), event("resumed", 1000, step=14), event("finished", 1010, step=20),
     )  # fmt: skip
     write_lines(run_dir / "metrics.jsonl", *(row(step) for step in range(1, 21)))

@@ -15,13 +15,14 @@ from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import StepNumbers
 from bigtrain.optim.config import ConstantConfig
 from bigtrain.run import RunDirectory
+from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.boundaries import Boundaries
 from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.config import BadStepsConfig
 from bigtrain.training.loop import (
     VOTE_SAVE,
     VOTE_STOP,
     Callback,
-    NonFiniteLoss,
     Outcome,
     Progress,
     Step,
@@ -64,6 +65,7 @@ class World:
     loader_ends_at: int | None = None
     saves_succeed: bool = True
     last_save_is_safe: bool = True
+    bad_steps: BadStepsConfig = BadStepsConfig(limit=2, then="stop")  # noqa: RUF009 - frozen
     first: int = 0
     log: list[str] = field(default_factory=list)
     data_wait_s: float = 0.25
@@ -72,7 +74,8 @@ class World:
         done = step + 1
         assert lr == LR
         self.log.append(f"step {done}")
-        numbers = StepNumbers(self.losses.get(done, 10.0 * done), float(done), 1.0, vote)
+        loss = self.losses.get(done, 10.0 * done)
+        numbers = StepNumbers(loss, float(done), 1.0, vote, skipped=float(not math.isfinite(loss)))
         return Result(numbers, lambda: self.log.append(f"read {done}"))
 
     def batches(self, first_step: int) -> Iterator[StepBatch]:
@@ -99,6 +102,13 @@ class World:
         self.log.append(f"save {progress.step}")
         return self.saves_succeed
 
+    def roll_back(self, asked: RollBack) -> Progress | None:
+        self.log.append(f"roll back from {asked.step} to {asked.wanted}")
+        if asked.wanted <= 0:
+            return None
+        # What the steps up to there have left behind in the progress.
+        return Progress(asked.wanted, sum(range(asked.wanted + 1)), asked.wanted * SEQUENCES)
+
     def finish(self) -> bool:
         self.log.append("finish")
         return self.last_save_is_safe
@@ -109,13 +119,15 @@ class World:
             self,
             ConstantConfig().build(LR, self.total, lambda duration: 0),
             Boundaries(self.total, self.evaluate_every, self.save_every),
-            progress=Progress(self.first, 100.0 if self.first else 0.0, self.first * SEQUENCES),
+            progress=Progress(self.first, 100.0 if self.first else 0.0, {"train": self.first * SEQUENCES}),
             control=self,  # type: ignore[arg-type]
             evaluate=self.evaluate,
             save=self.save,
             finish=self.finish,
+            policy=Policy(self.bad_steps),
+            roll_back=self.roll_back,
             callbacks=[Logging(self.log), *callbacks],
-            batch_sequences=SEQUENCES,
+            drawn=lambda step: {"train": step * SEQUENCES},
         )
 
     def events(self) -> list[str]:
@@ -227,15 +239,67 @@ def test_a_last_save_that_failed_is_an_error_and_not_an_end() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [2, 4, 6])
-def test_nothing_is_saved_after_a_loss_that_is_no_number(value: float, at: int) -> None:
-    """At 4 and 6 a save is due: it must not happen, although the step itself has been taken."""
-    world = World(save_every=4, losses={at: value})
-    with pytest.raises(NonFiniteLoss, match=f"step {at}.*optimizer.lr"):
+def test_a_step_that_is_no_number_is_counted_and_the_run_goes_on(value: float) -> None:
+    world = World(save_every=4, losses={2: value, 4: value})
+    trainer = world.trainer()
+    assert trainer.fit() is Outcome.FINISHED
+    progress = trainer.progress
+    assert (progress.step, progress.tokens, progress.bad_steps.skipped) == (6, 21, 2)
+    assert progress.interval_loss == 10 + 30 + 50 + 60
+    assert from_plain(json.loads(json.dumps(as_plain(progress)))) == progress
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_too_many_in_a_row_end_the_run_and_say_what_to_do(value: float) -> None:
+    world = World(total=9, save_every=4, losses={2: value, 4: value, 5: value})
+    with pytest.raises(BadStepsError, match=r"2 steps in a row.*step 5.*optimizer.lr"):
         world.trainer().fit()
-    saved = [int(line.split()[1]) for line in world.log if line.startswith("save ") and "phase" not in line]
-    assert saved == [step for step in (4,) if step < at]
-    assert f"callback {at}" not in world.log
+    assert "callback 5" not in world.log
+
+
+def test_a_roll_back_leaves_out_the_batches_that_led_to_it() -> None:
+    config = BadStepsConfig(limit=2, rewind=3, skip=5)
+    world = World(total=9, losses={6: math.inf, 7: math.inf}, bad_steps=config)
+    taken: list[int] = []
+    batches = world.batches
+
+    def watched(first_step: int) -> Iterator[StepBatch]:
+        for batch in batches(first_step):
+            taken.append(batch.step)
+            if batch.step > 7:
+                world.losses.clear()
+            yield batch
+
+    world.batches = watched  # type: ignore[method-assign]
+    trainer = world.trainer()
+    assert trainer.fit() is Outcome.FINISHED
+    assert "roll back from 7 to 4" in world.log
+    # Batches 0 to 6 led to step 7, batch 7 was under way, and five more are left out: step 5 takes batch 12.
+    assert taken == [*range(8), *range(12, 17)]
+    record = trainer.progress.bad_steps
+    assert (record.left_out, record.roll_backs) == (7 + 5 - 4, 1)
+    assert trainer.progress.drawn == (9 + record.left_out) * SEQUENCES
+    assert trainer.progress.tokens == sum(range(10))
+
+
+def test_no_more_roll_backs_than_allowed_and_none_without_a_checkpoint() -> None:
+    losses = {6: math.nan, 7: math.nan}
+    endless = World(total=9, losses=losses, bad_steps=BadStepsConfig(limit=2, rewind=3, skip=0, max_roll_backs=2))
+    with pytest.raises(BadStepsError, match="rolled back 2 times already"):
+        endless.trainer().fit()
+    assert [line for line in endless.log if line.startswith("roll")] == ["roll back from 7 to 4"] * 2
+    with pytest.raises(BadStepsError, match="no checkpoint before it"):
+        World(total=9, losses=losses, bad_steps=BadStepsConfig(limit=2, rewind=100)).trainer().fit()
+
+
+def test_a_loss_far_above_those_before_it_is_a_spike_and_is_not_looked_for_unless_asked() -> None:
+    losses = {number: number * (2.0 + 0.1 * (number % 2)) for number in range(1, 20)}
+    spiked = {**losses, 12: 12 * 2.5}
+    assert World(total=14, losses=spiked).trainer().fit() is Outcome.FINISHED
+    config = BadStepsConfig(spike=5.0, window=8, rewind=2, skip=0, max_roll_backs=0)
+    with pytest.raises(BadStepsError, match=r"the loss of step 12 is 2.5, where the 8 steps before had a mean of 2.05"):
+        World(total=14, losses=spiked, bad_steps=config).trainer().fit()
+    assert World(total=14, losses={**losses, 6: 60.0}, bad_steps=config).trainer().fit() is Outcome.FINISHED
 
 
 def test_a_loader_that_fails_shows_its_own_error() -> None:
@@ -261,7 +325,7 @@ def test_steps_tokens_and_sequences_are_counted_on_from_where_a_run_resumed() ->
     trainer = world.trainer()
     trainer.fit()
     progress = trainer.progress
-    assert (progress.step, progress.tokens, progress.drawn) == (6, 100.0 + 3 + 4 + 5 + 6, 6 * SEQUENCES)
+    assert (progress.step, progress.tokens, progress.drawn) == (6, 100.0 + 3 + 4 + 5 + 6, {"train": 6 * SEQUENCES})
     assert from_plain(json.loads(json.dumps(as_plain(trainer.progress)))) == trainer.progress
     assert "step 2" not in world.log
     assert "step 3" in world.log
@@ -272,7 +336,7 @@ def test_the_progress_that_is_saved_is_that_of_the_step() -> None:
     seen: list[tuple[int, float, int]] = []
 
     def save(progress: Progress) -> bool:
-        seen.append((progress.step, progress.tokens, progress.drawn))
+        seen.append((progress.step, progress.tokens, progress.drawn["train"]))
         return True
 
     trainer = world.trainer()

@@ -1,0 +1,143 @@
+"""Commands on sweeps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, plugged, show
+
+app = typer.Typer(help="Sweeps of small runs that end in a scaling law.", no_args_is_help=True)
+
+SweepFile = Annotated[Path, typer.Argument(help="A sweep's YAML.")]
+SweepName = Annotated[str, typer.Argument(help="A sweep's name under --runs-dir, or its path.")]
+TrialName = Annotated[str, typer.Argument(help="A trial, as `sweep status` names it.")]
+
+
+@app.command("plan")
+def sweep_plan(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep, instead of the file's.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure tokens a second here, where not known; else no times.")] = True,
+    plugin: PluginOption = None,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Show the grid, what it costs, and the interval that it can be expected to give."""
+    with errors(as_json):
+        from bigtrain.sweeps.load import load_sweep
+        from bigtrain.sweeps.plan import make_plan, plan_text
+
+        loaded = load_sweep(sweep, overrides, name, plugged(plugin))
+        show(make_plan(loaded, runs_dir, measure=measure, say=_say), as_json, plan_text)
+
+
+@app.command("run")
+def sweep_run(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep, instead of the file's.")] = None,
+    plugin: PluginOption = None,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Run a sweep, or go on with it; points added to the file are added to it."""
+    with errors():
+        from bigtrain.sweeps.driver import run_sweep
+        from bigtrain.sweeps.load import load_sweep
+
+        code = run_sweep(load_sweep(sweep, overrides, name, plugged(plugin)), runs_dir, sys.stderr)
+    raise typer.Exit(int(code))
+
+
+@app.command("resume")
+def sweep_resume(sweep: SweepName, plugin: PluginOption = None, runs_dir: RunsDir = RUNS) -> None:
+    """Go on with a sweep as it was last run."""
+    with errors():
+        code = _resume(sweep, runs_dir, plugin)
+    raise typer.Exit(code)
+
+
+@app.command("status")
+def sweep_status(sweep: SweepName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Show where a sweep and its trials stand."""
+    with errors(as_json):
+        from bigtrain.sweeps.journal import find_sweep
+        from bigtrain.sweeps.status import sweep_status as read
+
+        show(read(find_sweep(sweep, runs_dir)), as_json, _status_text)
+
+
+@app.command("stop")
+def sweep_stop(
+    sweep: SweepName,
+    now: Annotated[bool, typer.Option("--now", help="At once, without a save.")] = False,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Let the running trials save themselves and end the sweep; it can be resumed."""
+    with errors():
+        from bigtrain.jobs.stop import stop
+        from bigtrain.sweeps.journal import find_sweep
+
+        print(stop(find_sweep(sweep, runs_dir), now, noun="sweep"))
+
+
+@app.command("logs")
+def sweep_logs(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """Print what a trial's launcher has printed, and where its ranks' logs are."""
+    with errors(as_json):
+        from bigtrain.sweeps.journal import find_sweep, read_state
+
+        directory = find_sweep(sweep, runs_dir)
+        read_state(directory.journal).get(trial)
+        log = directory.log(trial)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        ranks = [str(path) for path in sorted(directory.run(trial).logs.glob("attempt_*/rank_*.log"))]
+        result = {"trial": trial, "log": str(log), "text": text, "ranks": ranks}
+        show(result, as_json, lambda value: "\n".join([value["text"].rstrip(), *value["ranks"]]))
+
+
+@app.command("retry")
+def sweep_retry(sweep: SweepName, trial: TrialName, plugin: PluginOption = None, runs_dir: RunsDir = RUNS) -> None:
+    """Let a failed or refused trial run again, and go on with the sweep."""
+    with errors():
+        from bigtrain.sweeps.driver import let_retry
+        from bigtrain.sweeps.journal import find_sweep
+
+        let_retry(find_sweep(sweep, runs_dir), trial)
+        code = _resume(sweep, runs_dir, plugin)
+    raise typer.Exit(code)
+
+
+def _resume(sweep: str, runs_dir: Path, plugin: str | None) -> int:
+    from bigtrain.sweeps.driver import run_sweep
+    from bigtrain.sweeps.journal import find_sweep
+    from bigtrain.sweeps.load import load_sweep
+
+    directory = find_sweep(sweep, runs_dir)
+    loaded = load_sweep(directory.config, name=directory.name, plugin=plugged(plugin))
+    return int(run_sweep(loaded, directory.path.parent, sys.stderr))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _status_text(status: dict[str, Any]) -> str:
+    lines = [
+        f"{status['name']}: {status['state']}, {status['finished']} of {len(status['trials'])} trials finished, "
+        f"{status['flops_done']:.3g} of {status['flops']:.3g} FLOPs, {status['flops_saved']:.3g} saved by trunks"
+    ]
+    width = max((len(row["trial"]) for row in status["trials"]), default=0)
+    for row in status["trials"]:
+        shown = row["val_loss"] if row["val_loss"] is not None else row["loss"]
+        loss = f"loss {shown:.4f}" if shown is not None else ""
+        cause = f"  {row['cause']}" if row["cause"] else ""
+        tries = f"  {row['attempts']} attempts" if row["attempts"] > 1 else ""
+        lines.append(
+            f"{row['trial']:{width}}  {row['state']:8}  {row['step']}/{row['steps']}  {loss}{tries}{cause}".rstrip()
+        )
+    return "\n".join(lines)

@@ -1,0 +1,291 @@
+"""Mixtures: how much of each source a step consumes, and which of its sequences.
+
+The sequences of a phase are dealt to the sources by a pattern that repeats: a source of share w has given, after any p
+sequences, less than one more or less than w p (Tijdeman 1980, "The chairman assignment problem"). What a step consumes
+of a source are the next ones of that source's own order, so each source goes through its epochs by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.order import Draw, IntArray, SampleOrder
+from bigtrain.data.sequences import Arrays, Reader, open_reader
+
+MAX_PERIOD = 1 << 16
+"""Sequences after which a pattern repeats, at most: shares that need more are rounded to whole parts of so many."""
+
+
+def parts(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as the smallest whole numbers of the same ratios, their sum at most MAX_PERIOD.
+
+    Beyond that they are rounded by largest remainder, what is not zero to one at least.
+
+    Raises:
+        ValueError: None is positive.
+    """
+    exact = [Fraction(repr(weight)) for weight in weights]
+    total = sum(exact)
+    if total <= 0:
+        raise ValueError("no source has a weight")
+    scale = math.lcm(*(share.denominator for share in exact))
+    whole = [int(share * scale) for share in exact]
+    divisor = math.gcd(*whole)
+    whole = [number // divisor for number in whole]
+    if sum(whole) <= MAX_PERIOD:
+        return tuple(whole)
+    ideal = [share * MAX_PERIOD / total for share in exact]
+    whole = [max(int(share), 1) if share else 0 for share in ideal]
+    by_remainder = sorted(range(len(ideal)), key=lambda place: (whole[place] - ideal[place], place))
+    missing = MAX_PERIOD - sum(whole)
+    for place in by_remainder[: max(0, missing)]:
+        whole[place] += 1
+    return tuple(whole)
+
+
+@functools.lru_cache(maxsize=64)
+def pattern(shares: tuple[int, ...]) -> IntArray:
+    """Which source gives each sequence of one period: int64 (sum of shares,).
+
+    The j-th sequence of a source of a parts in Q may come from floor(j Q / a) on and must come before
+    ceil((j + 1) Q / a); the one that must come first goes first, which meets them all since together the shares are
+    one (Baruah et al. 1996, "Proportionate progress").
+    """
+    period = sum(shares)
+    released: list[tuple[int, int, int]] = []
+    waiting = [(0, source, 0) for source, share in enumerate(shares) if share]
+    heapq.heapify(waiting)
+    dealt = np.empty(period, dtype=np.int64)
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, source, number = heapq.heappop(waiting)
+            heapq.heappush(released, (-(-(number + 1) * period // shares[source]), source, number))
+        _, source, number = heapq.heappop(released)
+        dealt[place] = source
+        heapq.heappush(waiting, ((number + 1) * period // shares[source], source, number + 1))
+    return dealt
+
+
+class _Phase:
+    """A stretch of the run in which the weights stay as they are."""
+
+    def __init__(self, start: int, base: IntArray, shares: tuple[int, ...]) -> None:
+        """Args:
+        start: Its first position, in sequences since the run began.
+        base: Sequences drawn from each source before it.
+        shares: See `parts`.
+        """
+        self.start, self.base = start, base
+        self.shares = np.asarray(shares, dtype=np.int64)
+        self.pattern = pattern(shares)
+        self._places = [np.flatnonzero(self.pattern == source) for source in range(len(shares))]
+
+    def drawn(self, position: int) -> IntArray:
+        """Sequences drawn from each source before a position, int64 (S,)."""
+        periods, rest = divmod(position - self.start, len(self.pattern))
+        begun = [int(np.searchsorted(places, rest)) for places in self._places]
+        return self.base + periods * self.shares + np.asarray(begun, dtype=np.int64)
+
+    def sources(self, position: int, count: int) -> IntArray:
+        """The source of each of `count` sequences from a position on."""
+        return self.pattern[np.arange(position - self.start, position - self.start + count) % len(self.pattern)]
+
+
+class MixedOrder:
+    """The order of a mixture; shards are numbered through all sources.
+
+    Args:
+        orders: The order of each source.
+        phases: First position of each phase, in sequences, and the weights of the sources in it; ascending.
+        drawn: Sequences drawn from each source before the first phase, by an earlier run.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[SampleOrder],
+        phases: Sequence[tuple[int, Sequence[float]]],
+        drawn: Sequence[int] | None = None,
+    ) -> None:
+        self._orders = tuple(orders)
+        self.counts: IntArray = np.concatenate([order.counts for order in orders])
+        self.window = max(order.window for order in orders)
+        self.sequences_per_epoch = sum(order.sequences_per_epoch for order in orders)
+        sizes = [len(order.counts) for order in orders]
+        self._first_shards = np.cumsum([0, *sizes[:-1]])
+        base = np.asarray(drawn or [0] * len(orders), dtype=np.int64)
+        self._phases: list[_Phase] = []
+        for start, weights in phases:
+            if self._phases:
+                base = self._phases[-1].drawn(start)
+            self._phases.append(_Phase(start, base, parts(weights)))
+
+    def drawn(self, position: int) -> IntArray:
+        """Sequences drawn from each source before a position, int64 (S,)."""
+        return self._phase(position)[0].drawn(position)
+
+    def take(self, start: int, count: int) -> Draw:
+        """The sequences at positions start .. start + count - 1."""
+        shard, sequence, epoch = (np.empty(count, dtype=np.int64) for _ in range(3))
+        done = 0
+        while done < count:
+            phase, end = self._phase(start + done)
+            taken = count - done if end is None else min(count - done, end - start - done)
+            sources, drawn = phase.sources(start + done, taken), phase.drawn(start + done)
+            for source in np.unique(sources).tolist():
+                places = done + np.flatnonzero(sources == source)
+                found = self._orders[source].take(int(drawn[source]), len(places))
+                shard[places] = found.shard + self._first_shards[source]
+                sequence[places], epoch[places] = found.sequence, found.epoch
+            done += taken
+        return Draw(shard, sequence, epoch)
+
+    def upcoming(self, start: int, count: int) -> IntArray:
+        """The shards that these positions come from, and those that come next, source by source."""
+        before, after = self.drawn(start), self.drawn(start + count)
+        active = self._phase(start + count)[0].shares > 0
+        found = [
+            order.upcoming(int(first), int(last - first)) + offset
+            for order, offset, first, last, needed in zip(
+                self._orders, self._first_shards, before, after, active | (after > before), strict=True
+            )
+            if needed
+        ]
+        return np.concatenate(found)
+
+    def _phase(self, position: int) -> tuple[_Phase, int | None]:
+        """The phase of a position, and where the next one begins."""
+        if position < self._phases[0].start:
+            raise ValueError(f"position {position} lies before the mixture's beginning at {self._phases[0].start}")
+        number = next(n for n in reversed(range(len(self._phases))) if self._phases[n].start <= position)
+        return self._phases[number], self._phases[number + 1].start if number + 1 < len(self._phases) else None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The shard directories that a run reads, each by its name; shards are numbered through all of them."""
+
+    names: tuple[str, ...]
+    indexes: tuple[ShardIndex, ...]
+
+    @classmethod
+    def of(cls, data: Sources | ShardIndex | str | Path, name: str) -> Sources:
+        """One source, where `data` is not several already."""
+        if isinstance(data, Sources):
+            return data
+        return cls((name,), (data if isinstance(data, ShardIndex) else load_index(data),))
+
+    @classmethod
+    def by_content(cls, named: Mapping[str, ShardIndex]) -> Sources:
+        """In the order of their fingerprints, so that no place and no name changes the order of samples."""
+        ordered = sorted(named.items(), key=lambda pair: pair[1].fingerprint)
+        return cls(tuple(name for name, _ in ordered), tuple(index for _, index in ordered))
+
+    @property
+    def first(self) -> ShardIndex:
+        """One of them: what kind of data and which tokenizer they all have."""
+        return self.indexes[0]
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards of one of them go through the cache."""
+        return any(index.streams for index in self.indexes)
+
+    def sequence_counts(self, context: int) -> list[int]:
+        """Sequences of `context` tokens in each shard of each source."""
+        return [count for index in self.indexes for count in index.sequence_counts(context)]
+
+    def sources_of(self, shards: IntArray) -> IntArray:
+        """The number of each shard's source."""
+        ends = np.cumsum([len(index.shards) for index in self.indexes])
+        return np.searchsorted(ends, shards, side="right").astype(np.int64)
+
+    def one_hot(self, shards: IntArray, slots: int) -> np.ndarray:
+        """float32 (slots, S): a one for the source of each sequence, and nothing for slots beyond them."""
+        rows = np.zeros((slots, len(self.names)), dtype=np.float32)
+        rows[np.arange(len(shards)), self.sources_of(shards)] = 1
+        return rows
+
+    def require_same_samples(self) -> None:
+        """Refuse sources that one model cannot learn together.
+
+        Raises:
+            UserError: Another tokenizer or shape; the same data twice.
+        """
+        seen: dict[str, str] = {}
+        for name, index in zip(self.names, self.indexes, strict=True):
+            self.first.require_same_tokens(index)
+            index.require_same_tokens(self.first)
+            other = seen.setdefault(index.fingerprint, name)
+            if other != name:
+                raise UserError(
+                    f"the sources '{other}' and '{name}' are the same data", index.place, "name it once, with a weight"
+                )
+
+    def open_reader(
+        self, context: int, document_mask: bool, open_shards: int, streaming: StreamingConfig | None
+    ) -> Reader:
+        """A reader of all of them."""
+        readers = [open_reader(index, context, document_mask, open_shards, streaming) for index in self.indexes]
+        return readers[0] if len(readers) == 1 else MixedReader(self, readers)
+
+
+class MixedReader:
+    """Reads the shards of several sources; see `sequences.Reader`."""
+
+    def __init__(self, sources: Sources, readers: Sequence[Reader]) -> None:
+        self._sources, self._readers = sources, tuple(readers)
+        sizes = [len(index.shards) for index in sources.indexes]
+        self._first_shards = np.cumsum([0, *sizes[:-1]]).tolist()
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """See `Reader.read`."""
+        arrays = self.blank(len(shards))
+        of = self._sources.sources_of(shards)
+        for source in np.unique(of).tolist():
+            rows = np.flatnonzero(of == source)
+            found = self._readers[source].read(shards[rows] - self._first_shards[source], indices[rows])
+            for name, values in found.items():
+                arrays[name][rows] = values
+        return arrays
+
+    def blank(self, count: int) -> Arrays:
+        """See `Reader.blank`."""
+        return self._readers[0].blank(count)
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """See `Reader.sample_ids`; the source is each one's own."""
+        ids = []
+        for of, shard, index in zip(
+            self._sources.sources_of(shards).tolist(), shards.tolist(), indices.tolist(), strict=True
+        ):
+            place = np.asarray([shard - self._first_shards[of]]), np.asarray([index])
+            ids += self._readers[of].sample_ids(self._sources.names[of], *place)
+        return ids
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `Reader.expect`."""
+        wanted = np.asarray(list(shards), dtype=np.int64)
+        of = self._sources.sources_of(wanted)
+        for source, reader in enumerate(self._readers):
+            reader.expect((wanted[of == source] - self._first_shards[source]).tolist())
+
+    def interrupt(self) -> None:
+        """See `Reader.interrupt`."""
+        for reader in self._readers:
+            reader.interrupt()
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        for reader in self._readers:
+            reader.close()

@@ -1,0 +1,58 @@
+"""Skipping an update by a flag that lies on the device, so that no rank waits for its host to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+class Guard:
+    """Lets an optimizer of torch's leave everything as it is where a flag says so.
+
+    The fused kernels take such a flag (Adam's, whose step counts then stay too). Of others the parameters and the
+    state are copied before each update and taken back where the flag is set: these need the memory for both.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Watch an optimizer; it updates as ever until a flag is given."""
+        self._optimizer: Any = optimizer
+        self._bad: Tensor | None = None
+        self._before: dict[Tensor, dict[str | None, Tensor]] = {}
+        if not optimizer.defaults.get("fused"):
+            optimizer.register_step_pre_hook(self._keep)
+            optimizer.register_step_post_hook(self._put_back)
+
+    def arm(self, bad: Tensor) -> None:
+        """Give the flag that the next update, and all until the next flag, heed: boolean, without dimensions."""
+        self._bad = bad
+        if self._optimizer.defaults.get("fused"):
+            self._optimizer.found_inf = bad.to(torch.float32)
+
+    def _keep(self, *_: Any) -> None:
+        self._before = {
+            parameter: {key: value.detach().clone() for key, value in self._tensors(parameter)}
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+
+    @torch.no_grad()
+    def _put_back(self, *_: Any) -> None:
+        bad = self._bad
+        for parameter, before in self._before.items():
+            for key, value in self._tensors(parameter):
+                if bad is not None:
+                    # State that this update has made was zero before.
+                    old = before[key] if key in before else torch.zeros_like(value)
+                    value.copy_(torch.where(bad.to(value.device), old, value))
+        self._before = {}
+
+    def _tensors(self, parameter: Tensor) -> list[tuple[str | None, Tensor]]:
+        """The parameter, under no name, and its state; this rank's parts."""
+        state = self._optimizer.state.get(parameter, {})
+        found = [(None, parameter), *((key, value) for key, value in state.items() if isinstance(value, Tensor))]
+        return [(key, value.to_local() if isinstance(value, DTensor) else value) for key, value in found]

@@ -1,0 +1,41 @@
+"""Dynamic loss scaling for FP16 (Micikevicius et al. 2018), all of it on the device.
+
+What is scaled are the weights of a batch, and with them the sums of losses and weights and every gradient: a power of
+two, so that dividing by it again changes no bit. The loss being a sum over tokens, not a mean, scales are smaller than
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigtrain.models.contract import Batch
+
+INITIAL_SCALE = 2.0**12
+MIN_SCALE = 2.0**-8
+MAX_SCALE = 2.0**24
+GROWTH_STEPS = 2000
+"""Steps in a row without an overflow after which the scale doubles."""
+
+
+class LossScale:
+    """The scale and what it follows from; equal on all ranks, since they see the same overflows."""
+
+    def __init__(self, device: torch.device, growth_steps: int = GROWTH_STEPS) -> None:
+        self.scale = torch.full((), INITIAL_SCALE, dtype=torch.float32, device=device)
+        self._since = torch.zeros((), dtype=torch.int32, device=device)
+        self._growth_steps = growth_steps
+
+    def scaled(self, batch: Batch) -> Batch:
+        """A micro-batch whose loss and gradients come out scaled."""
+        return {**batch, "weights": batch["weights"] * self.scale}
+
+    def update(self, bad: Tensor) -> None:
+        """Halve the scale after an overflow, double it after `growth_steps` steps without one."""
+        torch._amp_update_scale_(self.scale, self._since, bad.to(torch.float32), 2.0, 0.5, self._growth_steps)
+        self.scale.clamp_(MIN_SCALE, MAX_SCALE)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, to be saved and loaded in place."""
+        return {"loss_scale.scale": self.scale, "loss_scale.since": self._since}

@@ -1,0 +1,123 @@
+"""Energy that this machine's processors and GPUs have used, where their counters can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+POWERCAP: Final = Path("/sys/class/powercap")
+SAMPLE_S: Final = 60.0
+"""Time between two looks: RAPL's counters begin again after 262 kJ, 10 minutes of a busy server's processor."""
+
+Counter = Callable[[], float]
+"""Joules since some moment in the past; raises OSError where it can no longer be read."""
+
+
+class RaplPackage:
+    """A processor's energy (memory's not included), made to grow for ever.
+
+    Args:
+        path: A directory intel-rapl:N of powercap; Linux lets only root read it unless an administrator changed that.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path / "energy_uj"
+        self._range_uj = int((path / "max_energy_range_uj").read_text())
+        self._last_uj = int(self._file.read_text())
+        self._sum_uj = 0
+
+    def __call__(self) -> float:
+        """Joules since the first look."""
+        now_uj = int(self._file.read_text())
+        self._sum_uj += (now_uj - self._last_uj) % (self._range_uj + 1)
+        self._last_uj = now_uj
+        return self._sum_uj / 1e6
+
+
+def rapl_packages(powercap: Path = POWERCAP) -> list[Counter]:
+    """One counter a processor; none where one of them cannot be read, since a part would pass for the whole."""
+    try:
+        return [RaplPackage(path) for path in sorted(powercap.glob("intel-rapl:[0-9]*")) if path.name.count(":") == 1]
+    except (OSError, ValueError):
+        return []
+
+
+def nvml_devices() -> list[Counter]:
+    """One counter an NVIDIA GPU of this machine (Volta and newer); none where there is no driver."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_uint()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    counters: list[Counter] = []
+    for index in range(count.value):
+        handle = ctypes.c_void_p()
+        if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
+            return []
+        counters.append(_nvml_counter(library, handle))
+    with contextlib.suppress(OSError):
+        for counter in counters:
+            counter()
+        return counters
+    return []
+
+
+def _nvml_counter(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Counter:
+    def read() -> float:
+        millijoules = ctypes.c_ulonglong()
+        code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        if code:
+            raise OSError(f"NVML error {code}")
+        return millijoules.value / 1e3
+
+    return read
+
+
+class EnergyMeter:
+    """Sums up what all counters say, in the background, until `stop`.
+
+    It counts the machine, not the run: what others do on it meanwhile is in it.
+
+    Args:
+        counters: By default all that this machine has.
+    """
+
+    def __init__(self, counters: list[Counter] | None = None, sample_s: float = SAMPLE_S) -> None:
+        self._counters = [*rapl_packages(), *nvml_devices()] if counters is None else counters
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._readable = bool(self._counters)
+        self._taken_j = self._read() if self._readable else 0.0
+        if self._readable:
+            threading.Thread(target=self._sample, args=(sample_s,), name="energy", daemon=True).start()
+
+    def take(self) -> float | None:
+        """Joules since the last call, or since the meter began; None where they cannot be read."""
+        with self._lock:
+            now_j = self._read()
+            if not self._readable:
+                return None
+            used_j, self._taken_j = now_j - self._taken_j, now_j
+            return used_j
+
+    def stop(self) -> None:
+        """End the looks in the background."""
+        self._stopped.set()
+
+    def _read(self) -> float:
+        try:
+            return sum(counter() for counter in self._counters)
+        except (OSError, ValueError):
+            self._readable = False
+            return 0.0
+
+    def _sample(self, every_s: float) -> None:
+        while not self._stopped.wait(every_s):
+            with self._lock:
+                self._read()

@@ -1,0 +1,418 @@
+"""The client's side of a Ray cluster: what it needs of the dashboard's HTTP interface, without importing Ray.
+
+Ray Jobs' own client imports Ray, which takes longer than all else that a command does; the interface is a few requests:
+
+    GET  /api/version, /api/v0/cluster_metadata                which Ray and Python run there
+    GET  /api/v0/nodes, /api/cluster_status                    the nodes, and whether an autoscaler adds more
+    GET, PUT /api/packages/gcs/NAME                            a package of source: is it there, take it
+    POST /api/jobs/   GET /api/jobs/[ID]   POST .../stop       submissions
+    GET  /api/v0/logs/file|stream?node_id=..&filename=..       a file under a node's log directory, whole or followed
+
+The token goes in a header of each request: readable on the wire, so across networks it wants TLS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import os
+import queue
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode, urlsplit
+
+from bigtrain.config import UserError
+
+ADDRESS_VARIABLE: Final = "BIGTRAIN_ADDRESS"
+TIMEOUT_S: Final = 30.0
+CONNECT_TIMEOUT_S: Final = 10.0
+RECONNECT_S: Final = 1.0
+GONE_S: Final = 60.0
+"""How long a dashboard that has answered before may be away before a command gives up."""
+STREAM_POLL_S: Final = 0.2
+STATE_POLL_S: Final = 1.0
+
+ACTIVE: Final = ("PENDING", "RUNNING")
+"""States of a Ray job that is not over."""
+
+
+class DashboardGone(Exception):
+    """The dashboard does not answer now; it may again."""
+
+
+class NotThere(Exception):
+    """The dashboard answers, and knows no such thing."""
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token of the cluster: from `path`, else from where Ray looks for it, else None.
+
+    Raises:
+        UserError: The file is not there, is empty, or others may read it.
+    """
+    if path is None:
+        if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+            return token
+        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+        if named is None and not path.exists():
+            return None
+    try:
+        mode = path.stat().st_mode
+        token = path.read_text().strip()
+    except OSError as error:
+        raise UserError(f"The token cannot be read: {error.strerror}", str(path), "Give --token-file FILE.") from None
+    if mode & 0o077:
+        raise UserError(
+            f"Others may read the token: its mode is {mode & 0o777:04o}", str(path), f"Run `chmod 600 {path}`."
+        )
+    if not token:
+        raise UserError("The token file is empty", str(path))
+    return token
+
+
+def check_address(address: str, token: str | None) -> str:
+    """The dashboard's URL in full.
+
+    Raises:
+        UserError: It is no URL, or a public place without a token.
+    """
+    url = address if "://" in address else f"http://{address}"
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query:
+        raise UserError(
+            f"'{address}' is no address of a Ray dashboard", "--address", "Write http://HOST:8265, or https://..."
+        )
+    if token is None and not is_loopback(host):
+        raise UserError(
+            f"No token for {host}: whoever reaches a Ray dashboard without one runs code there",
+            "--address",
+            "Give --token-file FILE or set RAY_AUTH_TOKEN_PATH; raise the cluster with RAY_AUTH_MODE=token.",
+        )
+    shown = f"[{host}]" if ":" in host else host
+    default = 443 if parts.scheme == "https" else 8265
+    return f"{parts.scheme}://{shown}:{port or default}{parts.path.rstrip('/')}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_private(host: str) -> bool:
+    """Whether a host is on this machine or in an address range that is not routed over the internet."""
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True  # It will not be reached either.
+    return all(ipaddress.ip_address(place).is_private or ipaddress.ip_address(place).is_link_local for place in found)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submission as Ray Jobs knows it."""
+
+    id: str
+    status: str
+    exit_code: int | None
+    node: str | None
+    """Id of the node on which its driver runs."""
+    metadata: dict[str, str]
+    message: str
+    started: float
+    """Seconds since the epoch."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it is not over."""
+        return self.status in ACTIVE
+
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Job:
+        """A job of the dashboard's answer."""
+        return cls(
+            str(value.get("submission_id")),
+            str(value.get("status")),
+            value.get("driver_exit_code"),
+            value.get("driver_node_id"),
+            dict(value.get("metadata") or {}),
+            str(value.get("message") or ""),
+            float(value.get("start_time") or 0) / 1000,
+        )
+
+
+class Dashboard:
+    """A dashboard at an address.
+
+    Args:
+        address: As a user writes it.
+        token_file: File of the token; None: where Ray looks for it.
+    """
+
+    def __init__(self, address: str, token_file: Path | None = None) -> None:
+        token = read_token(token_file)
+        self.url = check_address(address, token)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        parts = urlsplit(self.url)
+        self.is_exposed = parts.scheme == "http" and not is_private(parts.hostname or "")
+        """Whether the token crosses the internet in the clear."""
+        # A proxy must not see the token of a cluster on a private network.
+        private = is_private(parts.hostname or "")
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if private else []))
+
+    def versions(self) -> tuple[str, str]:
+        """Versions of Ray and of Python on the cluster.
+
+        Raises:
+            UserError: Nobody answers there, or not to this token.
+        """
+        try:
+            ray = self._json("GET", "/api/version", timeout_s=CONNECT_TIMEOUT_S)["ray_version"]
+            python = self._json("GET", "/api/v0/cluster_metadata", timeout_s=CONNECT_TIMEOUT_S)["data"]["pythonVersion"]
+        except (DashboardGone, NotThere, KeyError, TypeError) as error:
+            raise self.unreachable(error) from None
+        return str(ray), str(python)
+
+    def unreachable(self, error: Exception) -> UserError:
+        """What to tell a user whose dashboard does not answer."""
+        why = str(error) if isinstance(error, DashboardGone) else "it is no Ray dashboard"
+        return UserError(
+            f"No Ray dashboard answers at {self.url}: {why}",
+            "--address",
+            "Is the cluster up, and its port 8265 reachable from here (kubectl port-forward, an ssh tunnel)?",
+        )
+
+    def require_authentication(self) -> None:
+        """Refuse a cluster that lets in whoever reaches it.
+
+        Raises:
+            UserError: It answers without a token and is not on this machine.
+        """
+        mode = self._json("GET", "/api/authentication_mode").get("authentication_mode")
+        if mode != "token" and not is_loopback(urlsplit(self.url).hostname or ""):
+            raise UserError(
+                f"The cluster at {self.url} takes requests without a token: whoever reaches it runs code there",
+                "--address",
+                "Raise it with RAY_AUTH_MODE=token on every node.",
+            )
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The nodes that are alive: node_id, node_ip, is_head_node, resources_total, labels."""
+        answer = self._json("GET", "/api/v0/nodes?detail=1&limit=10000")
+        return [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
+
+    def has_autoscaler(self) -> bool:
+        """Whether someone adds nodes to this cluster."""
+        status = (self._json("GET", "/api/cluster_status").get("data") or {}).get("clusterStatus") or {}
+        report = status.get("autoscalerReport") or {}
+        kinds = (report.get("nodeTypeMapping") or {}).values()
+        # Where nobody adds nodes, Ray's monitor calls each node a kind of its own, after its id.
+        return bool(report) and any(not str(kind).startswith("node_") for kind in kinds)
+
+    def has_package(self, name: str) -> bool:
+        """Whether a package has been uploaded, which also keeps it for the next minutes."""
+        try:
+            self._request("GET", f"/api/packages/gcs/{name}")
+        except NotThere:
+            return False
+        return True
+
+    def put_package(self, name: str, data: bytes) -> None:
+        """Upload a package."""
+        self._request("PUT", f"/api/packages/gcs/{name}", data, "application/octet-stream")
+
+    def submit(self, id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
+        """Start a job on the head node.
+
+        Raises:
+            UserError: Ray refuses it.
+        """
+        body = {"entrypoint": entrypoint, "submission_id": id, "runtime_env": runtime_env, "metadata": metadata}
+        self._request("POST", "/api/jobs/", json.dumps(body).encode(), "application/json")
+
+    def jobs(self) -> list[Job]:
+        """All submissions that the cluster remembers, oldest first."""
+        found = [Job.parse(value) for value in self._json("GET", "/api/jobs/") if value.get("submission_id")]
+        return sorted(found, key=lambda job: job.started)
+
+    def job(self, id: str) -> Job:
+        """One submission.
+
+        Raises:
+            NotThere: There is none of that id.
+        """
+        return Job.parse(self._json("GET", f"/api/jobs/{quote(id)}"))
+
+    def stop(self, id: str) -> None:
+        """Send SIGTERM to a job's processes."""
+        self._request("POST", f"/api/jobs/{quote(id)}/stop", b"")
+
+    def job_log(self, id: str) -> str:
+        """What the driver of a job has printed."""
+        return str(self._json("GET", f"/api/jobs/{quote(id)}/logs").get("logs", ""))
+
+    def files(self, node: str, pattern: str) -> list[str]:
+        """Names under a node's log directory that fit a pattern."""
+        query = urlencode({"node_id": node, "glob": pattern})
+        found = self._json("GET", f"/api/v0/logs?{query}")["data"]["result"]
+        return sorted(name for names in found.values() for name in names)
+
+    def file(self, node: str, name: str, lines: int = -1) -> bytes:
+        """A file under a node's log directory: its last `lines` lines, or all of it.
+
+        Raises:
+            NotThere: There is no such file.
+        """
+        query = urlencode({"node_id": node, "filename": name, "lines": lines})
+        try:
+            return self._request("GET", f"/api/v0/logs/file?{query}")
+        except DashboardGone as error:
+            if "not found" in str(error):
+                raise NotThere(name) from None
+            raise
+
+    def follow(self, node: str, name: str, over: Callable[[], bool]) -> Iterator[bytes]:
+        """The bytes of a growing file, each once, also across lost connections, until `over` and all of it is read.
+
+        Args:
+            over: Asked about once a second: whether nothing more will be written.
+
+        Raises:
+            NotThere: There is no such file.
+            DashboardGone: The dashboard was away for longer than GONE_S.
+        """
+        seen, away_since = 0, None
+        while True:
+            try:
+                if over():
+                    rest = self.file(node, name)
+                    if len(rest) > seen:
+                        yield rest[seen:]
+                    return
+                away_since = None
+                # Of an empty file the dashboard says nothing, not even that the answer begins.
+                if not seen and not self.file(node, name, lines=1):
+                    time.sleep(STATE_POLL_S)
+                    continue
+                for chunk in self._stream(node, name, seen, over):
+                    seen += len(chunk)
+                    yield chunk
+            except DashboardGone:
+                now = time.monotonic()
+                away_since = away_since or now
+                if now - away_since > GONE_S:
+                    raise
+                time.sleep(RECONNECT_S)
+
+    def _stream(self, node: str, name: str, skip: int, over: Callable[[], bool]) -> Iterator[bytes]:
+        """Follow a file over one connection; ends when it breaks or `over` holds."""
+        query = urlencode({"node_id": node, "filename": name, "lines": -1, "interval": STREAM_POLL_S})
+        response = self._open("GET", f"/api/v0/logs/stream?{query}", None, None, TIMEOUT_S)
+        connection = _connection(response)
+        if connection is not None:
+            connection.settimeout(None)  # A log may be silent for hours.
+        chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        # A read with a time limit would lose what has arrived: a thread waits instead.
+        reader = threading.Thread(target=_drain, args=(response, chunks), name="log-stream", daemon=True)
+        reader.start()
+        asked = time.monotonic()
+        try:
+            while True:
+                try:
+                    chunk = chunks.get(timeout=STATE_POLL_S)
+                except queue.Empty:
+                    chunk = b""
+                if chunk is None:
+                    raise DashboardGone("the connection was closed")
+                dropped, skip = min(skip, len(chunk)), max(0, skip - len(chunk))
+                if chunk[dropped:]:
+                    yield chunk[dropped:]
+                if time.monotonic() - asked >= STATE_POLL_S:
+                    asked = time.monotonic()
+                    if over():
+                        return
+        finally:
+            if connection is not None:
+                with contextlib.suppress(OSError):  # It has ended by itself.
+                    connection.shutdown(socket.SHUT_RDWR)
+            reader.join()
+            response.close()
+
+    def _json(self, method: str, path: str, timeout_s: float = TIMEOUT_S) -> Any:
+        data = self._request(method, path, timeout_s=timeout_s)
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise NotThere(f"{path}: the answer is not JSON") from None
+
+    def _request(
+        self, method: str, path: str, data: bytes | None = None, kind: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> bytes:
+        with self._open(method, path, data, kind, timeout_s) as response:
+            try:
+                return response.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise DashboardGone(f"the connection broke: {error}") from None
+
+    def _open(
+        self, method: str, path: str, data: bytes | None, kind: str | None, timeout_s: float | None
+    ) -> http.client.HTTPResponse:
+        headers = self._headers | ({"Content-Type": kind} if kind else {})
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers=headers)
+        try:
+            return self._opener.open(request, timeout=timeout_s)
+        except urllib.error.HTTPError as error:
+            with error:
+                text = error.read().decode(errors="replace").strip()
+            if error.code in (401, 403):
+                raise self._refused(error.code) from None
+            if error.code == 404:
+                raise NotThere(text or path) from None
+            if error.code == 400 or (error.code == 500 and "already exists" in text):
+                raise UserError("Ray refuses the job: " + (text.splitlines() or ["no reason given"])[-1]) from None
+            raise DashboardGone(f"{error.code} {(text.splitlines() or [''])[-1]}") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise DashboardGone(str(getattr(reason, "strerror", None) or reason)) from None
+
+    def _refused(self, code: int) -> UserError:
+        if not self._headers:
+            return UserError(
+                f"The cluster at {self.url} asks for a token",
+                fix="Give --token-file FILE, or set RAY_AUTH_TOKEN_PATH.",
+            )
+        return UserError(
+            f"The cluster at {self.url} does not take this token ({code})",
+            fix="Give the file of this cluster's token: --token-file FILE, or RAY_AUTH_TOKEN_PATH.",
+        )
+
+
+def _drain(response: http.client.HTTPResponse, chunks: queue.SimpleQueue[bytes | None]) -> None:
+    try:
+        while chunk := response.read1(1 << 16):
+            chunks.put(chunk)
+    except (OSError, ValueError, http.client.HTTPException):
+        pass  # Its end is what counts, not its reason.
+    chunks.put(None)
+
+
+def _connection(response: http.client.HTTPResponse) -> socket.socket | None:
+    """The connection below a response, for whose next bytes another thread waits."""
+    connection = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
+    return connection if isinstance(connection, socket.socket) else None

@@ -1,0 +1,307 @@
+"""The driver of a submission: `python -m bigtrain.jobs.driver` on the cluster's head node, in the shipped directory.
+
+It does there what `bigtrain train` does on one machine: checks the config against the data, takes the run's lease,
+and hands the ranks to a controller, whose placer is Ray. What its client may see it shows on a board
+(`bigtrain.jobs.board`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from bigtrain import storage
+from bigtrain.config import UserError
+from bigtrain.jobs import doctor
+from bigtrain.jobs.board import Board, board_path
+from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.controller import Controller
+from bigtrain.jobs.ending import tell_end
+from bigtrain.jobs.generation import Launch
+from bigtrain.jobs.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
+from bigtrain.jobs.train import check, node_sizes
+from bigtrain.keys import SECRETS_VARIABLE, read_secrets
+from bigtrain.plugin import Plugin, load_plugin
+from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
+from bigtrain.tracking.live import LiveDisplay
+from bigtrain.tracking.status import status as read_status
+
+SCRIPT_GRACE_S: Final = 600.0
+"""How long ranks of a script may go on after the first has left: nobody knows when it saves."""
+OLDEST_TORCH: Final = (2, 11)
+
+
+def main() -> int:
+    """Drive the job that this directory holds; returns a code of ExitCode."""
+    began = time.time()
+    request = Request.load(Path(REQUEST_NAME))
+    board = _connect(request)
+    board.phase("submitted", request.submitted)
+    board.phase("driver", began)
+    board.phase("connected")
+    try:
+        _check_versions(request)
+        if request.doctor:
+            found = doctor.result(doctor.cluster_checks(Path(request.runs_dir), request.secrets_file, say))
+            board.end(ExitCode.FINISHED, result=found)
+            return ExitCode.FINISHED
+        if request.secrets_file is not None:
+            read_secrets(Path(request.secrets_file))
+        code = _script(request, request.script, board) if request.script is not None else _train(request, board)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        board.end(error.exit_code, error=error.as_json())
+        return error.exit_code
+    board.end(code)
+    return code
+
+
+def _connect(request: Request) -> Board:
+    """Connect to Ray as this job; its log directory is what the dashboard serves."""
+    import ray
+
+    ray.init(address="auto", log_to_driver=False, logging_level="warning")
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    return Board(logs / board_path(request.id), request.id)
+
+
+def _check_versions(request: Request) -> None:
+    theirs, ours = request.versions, versions()
+    torch = ours.get("torch")
+    if torch is None or tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
+        raise UserError(
+            f"bigtrain needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and the cluster has {torch or 'none'}",
+            "the cluster's image",
+        )
+    if "torch" in theirs and _release(theirs["torch"]) != _release(torch):
+        say(f"note: torch is {torch} on the cluster and {theirs['torch']} where the job was submitted")
+
+
+def _release(version: str) -> str:
+    """A version without its build: the same torch is built for CPUs and for several CUDAs."""
+    return version.partition("+")[0]
+
+
+def say(line: str) -> None:
+    """Print a line into the job's log."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _train(request: Request, board: Board) -> int:
+    runs_dir = Path(request.runs_dir)
+    run = check(_load(request, runs_dir), runs_dir, step=request.step)
+    if run.finished:
+        say(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.")
+        return ExitCode.FINISHED
+    job = run.prepared.config.job
+    procs = _procs(job)
+    run = run.with_job(procs_per_node=procs)
+    job = run.prepared.config.job
+    _check_layout(run.prepared.config, job.nodes * procs)
+    board.phase("checked")
+    _check_keys(run.prepared.config.tracking.wandb, request, board)
+    with run.held() as lease:
+        run.say_start(job.nodes * procs, sys.stderr)
+        environment = {"BIGTRAIN_LEASE": str(lease.number), **run.environment}
+        config = run.prepared.config
+        launch = Launch("bigtrain.training.rank", [], procs, job.limits.by_phase())
+        code = _control(
+            request, board, run.directory, job, launch, environment,
+            total_steps=run.prepared.total_steps, paths=_needed(config, request), sizes=node_sizes(config, procs),
+        )  # fmt: skip
+    if code == ExitCode.FINISHED:
+        say(f"{run.directory.name}: finished")
+    tell_end(run.directory, run.prepared.config, code, sys.stderr)
+    return code
+
+
+def _check_keys(wandb: str, request: Request, board: Board) -> None:
+    """Say which node lacks which key: at once where the run cannot do without, else while its ranks are placed.
+
+    Raises:
+        UserError: The run wants to be online at W&B, and a node has no key.
+    """
+    if wandb == "online":
+        lacking = doctor.missing_keys(request.secrets_file)
+        without = [name for name, keys in lacking.items() if "WANDB_API_KEY" in keys]
+        if without:
+            raise UserError(
+                f"tracking.wandb is online, and there is no WANDB_API_KEY on {', '.join(without)}",
+                "tracking.wandb",
+                "Set it where the nodes are started, or name a file on the nodes with --secrets-file.",
+            )
+    elif wandb == "auto":
+
+        def look() -> None:
+            for name, keys in doctor.missing_keys(request.secrets_file).items():
+                line = f"note: no {' and no '.join(keys)} on {name}"
+                say(line)
+                board.note(line)
+
+        threading.Thread(target=look, name="keys", daemon=True).start()
+
+
+def _load(request: Request, runs_dir: Path) -> RunConfig:
+    """The config that was shipped, or that the run recorded."""
+    directory = RunDirectory(runs_dir / request.name)
+    plugin = _plugin(request, runs_dir)
+    if not request.resume:
+        return load_config(Path(CONFIG_NAME), plugin=plugin)
+    record = directory.read_record()
+    if plugin is None and "plugin" in record:
+        plugin = load_plugin(record["plugin"]["place"])
+    return load_config(directory.config, plugin=plugin)
+
+
+def _plugin(request: Request, runs_dir: Path) -> Plugin | None:
+    """The user's own code, where every node finds it: beside the runs, by content."""
+    if request.plugin is None:
+        return None
+    shipped = Path(PLUGIN_DIRECTORY) / request.plugin
+    if not shipped.exists():
+        return load_plugin(request.plugin)
+    digest = load_plugin(str(shipped)).source.sha256
+    place = runs_dir / ".plugins" / digest[:16] / request.plugin
+    if not place.exists():
+        waiting = place.parent.with_name(f".{digest[:16]}.tmp-{os.getpid()}")
+        waiting.mkdir(parents=True)
+        copy = shutil.copytree if shipped.is_dir() else shutil.copyfile
+        copy(shipped, waiting / request.plugin)
+        with contextlib.suppress(OSError):  # Another submission was faster.
+            waiting.rename(place.parent)
+        shutil.rmtree(waiting, ignore_errors=True)
+    return load_plugin(str(place))
+
+
+def _procs(job: JobConfig) -> int:
+    from bigtrain.jobs.ray_placer import cluster_procs
+
+    return cluster_procs(job)
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    try:
+        config.layout.mesh(world_size)
+    except ValueError as error:
+        raise UserError(str(error), fix="Change job.nodes, job.procs_per_node or the layout.") from None
+
+
+def _needed(config: RunConfig, request: Request) -> list[Path]:
+    """What every node must see: local shards, the source of the weights, the secrets."""
+    places = [config.data.train, config.data.validation, getattr(config.model, "hf", None), request.secrets_file]
+    return [Path(place) for place in places if isinstance(place, str) and "://" not in place]
+
+
+def _script(request: Request, script: Script, board: Board) -> int:
+    """Run a user's own script on the same agents."""
+    directory = RunDirectory(Path(request.runs_dir) / request.name)
+    if directory.is_foreign():
+        raise UserError(
+            f"{directory.path} holds files and is not a run",
+            fix="Choose another --name or --runs-dir, or move them away.",
+        )
+    what = {"script": script.file}
+    if directory.exists() and directory.what() != what:
+        raise UserError(f"'{request.name}' is another run", str(directory.path), "Choose another --name.")
+    job = JobConfig.model_validate(request.job)
+    procs = _procs(job)
+    place = Path.cwd() / script.file
+    board.phase("checked")
+    _check_keys("auto", request, board)
+    with _held(directory, what):
+        launch = Launch(
+            "bigtrain.jobs.script", [str(place), *script.arguments], procs, job.limits.by_phase(), SCRIPT_GRACE_S
+        )
+        paths = [Path(request.secrets_file)] if request.secrets_file else []
+        return _control(request, board, directory, job, launch, {}, paths=paths)
+
+
+@contextlib.contextmanager
+def _held(directory: RunDirectory, what: dict[str, Any]) -> Iterator[Lease]:
+    lease = Lease.acquire(directory)
+    try:
+        lease.keep()
+        if not directory.exists():
+            record = {"format_version": FORMAT_VERSION, "name": directory.name, "identity": None, "what": what}
+            storage.write_json(directory.record, record)
+        yield lease
+    finally:
+        lease.release()
+
+
+def _control(
+    request: Request,
+    board: Board,
+    directory: RunDirectory,
+    job: JobConfig,
+    launch: Launch,
+    environment: dict[str, str],
+    *,
+    total_steps: int | None = None,
+    paths: list[Path],
+    sizes: list[int] | None = None,
+) -> int:
+    """Run the controller to the end of the run, showing on the way how it goes."""
+    from bigtrain.jobs.ray_placer import RayPlacer
+
+    if request.secrets_file is not None:
+        environment = environment | {SECRETS_VARIABLE: request.secrets_file}
+    board.link(directory.path)
+    board.phase("placing")
+    board.follow(lambda: read_status(directory.path, alive=True))
+    display = LiveDisplay(directory.path, total_steps, sys.stderr)
+    display.start()
+    event = _shown(directory, board)
+    try:
+        placer = RayPlacer(
+            job, logs=directory.logs, say=display.say, procs=launch.procs, sizes=sizes, paths=paths, on_event=event
+        )
+        controller = Controller(
+            directory.path, placer, job, directory.name, event, say=display.say, launch=launch, environment=environment
+        )
+        with _limited(request.max_duration_s, controller, display.say):
+            return controller.run()
+    finally:
+        display.stop()
+
+
+def _shown(directory: RunDirectory, board: Board) -> Callable[..., None]:
+    """Writes events into the run's record, and what matters to a waiting client on the board."""
+
+    def event(name: str, /, **fields: Any) -> None:
+        if name in ("placed", "waiting"):
+            board.phase(name)
+        directory.event(name, **fields)
+
+    return event
+
+
+@contextlib.contextmanager
+def _limited(seconds: float | None, controller: Controller, say: Callable[[str], None]) -> Iterator[None]:
+    """Ask for a stop after some time."""
+    if seconds is None:
+        yield
+        return
+
+    def stop() -> None:
+        say(f"--max-duration is over: {seconds:g} s")
+        controller.request_stop()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

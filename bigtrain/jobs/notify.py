@@ -1,0 +1,225 @@
+"""Telling someone that a run has ended: by a command, a webhook, an alert of W&B.
+
+    python -m bigtrain.jobs.notify      the process that does it, apart from the run; it reads one JSON object
+
+The command gets this object on standard input, the webhook as the body of a POST (application/json):
+
+    {"format_version": 1,
+     "text": "tiny failed after step 1200: rank 3 on host a7 was killed by SIGKILL at step 1234",   one line for people
+     "run": "tiny", "state": "finished" | "stopped" | "failed", "exit_code": 0 | 75 | 1 | 2,
+     "step": 1200, "loss": 2.31, "goodput": 0.93, "restarts": 2,            null where not known
+     "cause": "rank 3 on host a7 ...",                                      null unless it failed
+     "host": "login-1", "directory": "/home/me/runs/tiny", "wandb_url": null, "time": 1790000000.0}
+
+Chat services that take {"text": ...} (Slack, Mattermost) show the line. What goes wrong is a line in logs/notify.log
+and changes nothing: neither the run's end nor its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from bigtrain.tracking.history import newest, read_events
+from bigtrain.tracking.redact import redact, redact_text
+
+if TYPE_CHECKING:
+    from bigtrain.run import RunConfig, RunDirectory
+
+FORMAT_VERSION: Final = 1
+WAIT_S: Final = 5.0
+"""How long the launcher stays for the notification; what takes longer goes on without it."""
+LIMIT_S: Final = 30.0
+"""How long command, webhook and alert may take, each."""
+TRIES: Final = 3
+MAX_OUTPUT: Final = 4000
+
+_STATES: Final = {0: "finished", 75: "stopped"}
+
+
+def message(directory: RunDirectory, status: Mapping[str, Any], code: int) -> dict[str, Any]:
+    """What is told of a run's end, without secrets; see the module's docstring.
+
+    Args:
+        status: What `bigtrain status --json` says.
+        code: How it ended, a code of ExitCode.
+    """
+    state = _STATES.get(code, "failed")
+    cause = newest(read_events(directory.events), "cause") if state == "failed" else None
+    step = status["step"]
+    after = "" if step is None else f" {'at' if state == 'finished' else 'after'} step {step}"
+    body = {
+        "format_version": FORMAT_VERSION,
+        "text": f"{directory.name} {state}{after}" + (f": {cause}" if cause else ""),
+        "run": directory.name,
+        "state": state,
+        "exit_code": int(code),
+        **{name: status[name] for name in ("step", "loss", "goodput", "restarts")},
+        "cause": cause,
+        "host": socket.gethostname(),
+        "directory": str(directory.path.absolute()),
+        "wandb_url": status["wandb_url"],
+        "time": round(time.time(), 3),
+    }
+    return redact(body)
+
+
+def notify(
+    directory: RunDirectory,
+    config: RunConfig,
+    status: Mapping[str, Any],
+    code: int,
+    *,
+    wait_s: float = WAIT_S,
+    limit_s: float = LIMIT_S,
+) -> str | None:
+    """Start the process that tells of a run's end, and stay with it for a moment.
+
+    Returns:
+        A line for a person where it has not worked, or not yet.
+    """
+    log_path = directory.logs / "notify.log"
+    order = {
+        "config": config.plain(),
+        "body": message(directory, status, code),
+        "directory": str(directory.path.absolute()),
+        "limit_s": limit_s,
+    }
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_path, "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "bigtrain.jobs.notify"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # It may outlive this process, and Ctrl-C is not for it.
+                start_new_session=True,
+            )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(json.dumps(order, default=str).encode())
+        failed = process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return f"the notification is still under way, for at most {3 * limit_s:.0f} s; see {log_path}"
+    except OSError as error:
+        return f"the notification could not be sent: {error}"
+    return f"the notification was not sent; see {log_path}" if failed else None
+
+
+def main() -> int:
+    """Do what the order on standard input says; returns how many ways failed."""
+    order = json.load(sys.stdin)
+    where, limit_s = order["config"]["job"]["notify"], order["limit_s"]
+    # Whatever hangs below: this process does not stay.
+    limit = threading.Timer(3 * limit_s, os._exit, [1])
+    limit.daemon = True
+    limit.start()
+    failures: list[str] = []
+    if where["command"]:
+        failures += _run(where["command"], order["body"], limit_s)
+    url = os.environ.get(where["webhook_variable"], "") if where["webhook_variable"] else where["webhook"]
+    if where["webhook_variable"] and not url:
+        failures.append(f"the variable {where['webhook_variable']}, which holds the webhook's address, is not set")
+    elif url:
+        failures += _post(url, order["body"], limit_s)
+    if where["wandb"]:
+        failures += _alert(order, limit_s)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return len(failures)
+
+
+def _run(command: list[str], body: dict[str, Any], limit_s: float) -> list[str]:
+    """Run the user's command with the body on its standard input; it and its children end with the limit."""
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError as error:
+        return [f"{command[0]}: {error.strerror or error}"]
+    try:
+        output, _ = process.communicate(json.dumps(body).encode(), timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return [f"{command[0]} took longer than {limit_s:g} s and was ended"]
+    if process.returncode == 0:
+        return []
+    said = redact_text(output[-MAX_OUTPUT:].decode(errors="replace")).strip()
+    return [f"{command[0]} exited with {process.returncode}" + (f": {said}" if said else "")]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A webhook that has moved is named, and not followed to wherever it points."""
+
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
+        return None
+
+
+def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
+    """POST the body, again where the server fails; the address may be a secret and is told by its host alone."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return ["the webhook's address is no http or https URL"]
+    opener = urllib.request.build_opener(_NoRedirect)
+    headers = {"Content-Type": "application/json", "User-Agent": "bigtrain"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    deadline = time.monotonic() + limit_s
+    failure = ""
+    for number in range(TRIES):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            break
+        try:
+            with opener.open(request, timeout=left_s):
+                return []
+        except urllib.error.HTTPError as error:
+            failure = f"HTTP {error.code}"
+            error.close()
+            if error.code < 500:
+                break
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            failure = f"no answer within {limit_s:g} s" if isinstance(reason, TimeoutError) else type(reason).__name__
+        if number + 1 < TRIES:
+            time.sleep(min(2.0**number, max(0.0, deadline - time.monotonic())))
+    return [f"the webhook on {parts.hostname}: {failure}"]
+
+
+def _alert(order: dict[str, Any], limit_s: float) -> list[str]:
+    """An alert on the run's page of W&B, which sends it by mail or to Slack as its user has set."""
+    from bigtrain.tracking.config import TrackingConfig
+    from bigtrain.tracking.wandb import choose_mode, send_alert
+
+    config, body = order["config"], order["body"]
+    tracking = TrackingConfig.model_validate(config["tracking"])
+    if choose_mode(tracking.wandb, os.environ) != "online":
+        return ["W&B is not online here (no key, or tracking.wandb says so): no alert"]
+    failure = send_alert(
+        Path(order["directory"]), config, tracking, title=f"{body['run']}: {body['state']}", text=body["text"],
+        failed=body["state"] == "failed", timeout_s=limit_s,
+    )  # fmt: skip
+    return [] if failure is None else [failure]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What a node says of itself: versions, clock, disk, keys, network. Runs on the nodes; imports neither torch nor Ray.
+
+Nothing secret is in an answer: of keys only whether they are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from bigtrain.config import UserError
+from bigtrain.jobs.local import visible_gpus
+from bigtrain.jobs.package import versions
+from bigtrain.keys import read_secrets
+from bigtrain.tracking.wandb import has_key
+
+DISK_BYTES: Final = 32 << 20
+NETWORK_BYTES: Final = 64 << 20
+NETWORK_S: Final = 10.0
+CONNECT_S: Final = 5.0
+COMMUNICATION: Final = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TP_SOCKET_")
+"""What begins like this steers collectives, and must be the same on all nodes or be meant to differ."""
+
+_CHUNK: Final = bytes(1 << 20)
+
+
+def keys(secrets_file: str | None) -> dict[str, bool]:
+    """Which of the keys that runs use a rank of this node would find.
+
+    Raises:
+        UserError: The secrets file is not there, or others may read it.
+    """
+    found = read_secrets(Path(secrets_file)) if secrets_file else {}
+    environment = found | dict(os.environ)
+    return {"WANDB_API_KEY": has_key(environment), "HF_TOKEN": bool(environment.get("HF_TOKEN"))}
+
+
+def describe(runs_dir: str, mark: str, secrets_file: str | None) -> dict[str, Any]:
+    """All of it.
+
+    Args:
+        mark: Name of a file that someone has put into `runs_dir`: seen here, the directory is shared.
+    """
+    answer: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "versions": versions(),
+        "gpus": visible_gpus(),
+        "communication": {name: value for name, value in os.environ.items() if name.startswith(COMMUNICATION)},
+        "shared_memory_bytes": _free("/dev/shm"),
+        "sees_mark": (Path(runs_dir) / mark).exists(),
+        "wandb_reachable": _reaches(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")),
+    }
+    try:
+        answer["keys"] = keys(secrets_file)
+    except UserError as error:
+        answer["keys_error"] = str(error)
+    answer["disk"] = _disk(Path(runs_dir))
+    return answer
+
+
+def _free(path: str) -> int | None:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _disk(directory: Path) -> dict[str, Any]:
+    """Free bytes, and bytes a second of a synced write."""
+    probe = directory / f".bigtrain-doctor-{secrets.token_hex(4)}"
+    try:
+        free = shutil.disk_usage(directory).free
+        if free < 4 * DISK_BYTES:
+            return {"free_bytes": free, "write_bytes_per_s": None}
+        began = time.perf_counter()
+        with open(probe, "wb") as file:
+            for _ in range(DISK_BYTES // len(_CHUNK)):
+                file.write(_CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"free_bytes": free, "write_bytes_per_s": DISK_BYTES / (time.perf_counter() - began)}
+    except OSError as error:
+        return {"error": error.strerror or str(error)}
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _reaches(url: str) -> bool:
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+class NetworkProbe:
+    """One end of bandwidth measurements: takes in bytes from whoever knows its token, or sends them."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._token = secrets.token_bytes(16)
+
+    def listen(self) -> tuple[str, int, bytes]:
+        """Take one connection, soon; returns where, and what to say first."""
+        server = socket.create_server((self._address, 0))
+        server.settimeout(NETWORK_S)
+        threading.Thread(target=self._take, args=(server,), daemon=True).start()
+        return self._address, server.getsockname()[1], self._token
+
+    def send(self, address: str, port: int, token: bytes) -> float | str:
+        """Bytes a second to another node, or why there are none."""
+        try:
+            with socket.create_connection((address, port), timeout=CONNECT_S) as connection:
+                connection.settimeout(NETWORK_S)
+                connection.sendall(token)
+                began = time.perf_counter()
+                for _ in range(NETWORK_BYTES // len(_CHUNK)):
+                    connection.sendall(_CHUNK)
+                connection.shutdown(socket.SHUT_WR)
+                # The last bytes have arrived when the other side says so.
+                if connection.recv(1) != b"k":
+                    return "the other side gave up"
+                return NETWORK_BYTES / (time.perf_counter() - began)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _take(self, server: socket.socket) -> None:
+        with server, contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(NETWORK_S)
+                first = connection.recv(len(self._token), socket.MSG_WAITALL)
+                if not secrets.compare_digest(first, self._token):
+                    return
+                while connection.recv(len(_CHUNK)):
+                    pass
+                connection.sendall(b"k")

@@ -1,0 +1,60 @@
+"""One rank of a user's own script: `python -m bigtrain.jobs.script FILE ARGS`, with torchrun's environment.
+
+The script runs unmodified, as a child that knows nothing of its agent. This process beats for it while it is there and
+not stopped, hands a request to stop on as SIGTERM, and exits as it did: with 75 where it ended after such a request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from bigtrain.config import UserError
+from bigtrain.heartbeat import Control, Heartbeat
+from bigtrain.jobs.processes import bound_to_parent, is_stopped
+from bigtrain.keys import load_secrets
+
+LOOK_S = 0.1
+
+
+def main() -> int:
+    """Run the script to its end."""
+    heartbeat = Heartbeat.from_environment()
+    heartbeat.beat(0, "start")
+    environment = dict(os.environ)
+    try:
+        load_secrets(environment)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    bind = bound_to_parent()
+
+    def prepare() -> None:
+        bind()
+        # SIGUSR1 is the script's own, as it would be under torchrun.
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], env=environment, preexec_fn=prepare)
+    asked = False
+    while (code := child.poll()) is None:
+        if not is_stopped(child.pid):
+            heartbeat.beat(0, "stopping" if asked else "step")
+        if not asked and heartbeat.control() is Control.STOP:
+            asked = True
+            child.send_signal(signal.SIGTERM)
+        time.sleep(LOOK_S)
+    if asked:
+        return 75
+    if code < 0:
+        # The agent's report should name the signal that ended the script, as if it had been its own.
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The placer for a Slurm allocation: one agent a node, as the tasks of one job step.
+
+    python -m bigtrain.jobs.slurm       what srun starts on each node: the agent, under the name of its node
+
+`bigtrain train` runs in the batch script and holds the controller; srun carries the token to the nodes in the
+environment, never in an argument list. Shortly before the time limit, Slurm sends REQUEUE_SIGNAL to the batch script
+(`#SBATCH --signal=B:USR1@120`): the ranks save, and the job goes back into the queue and resumes.
+
+Standard library only, and nothing of Slurm but its commands srun and scontrol and the variables of an allocation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Final
+
+from bigtrain.jobs import agent
+from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.processes import PLACEMENT_VARIABLE
+from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, new_token
+
+if TYPE_CHECKING:
+    from bigtrain.jobs.controller import Controller
+
+REQUEUE_SIGNAL: Final = signal.SIGUSR1
+"""What the batch script is sent before the time limit."""
+STEP_START_S: Final = 300.0
+"""How long the nodes' agents may take to connect: a node that boots from the network imports slowly at first."""
+STRAGGLER_S: Final = 30.0
+"""How much longer than the first agent the others may take, once a node of this allocation was lost."""
+DONE_S: Final = 5.0
+TERMINATE_S: Final = 40.0
+"""How long srun may take to end a step by force: Slurm waits 30 s for the processes of a node that does not answer."""
+COMMAND_S: Final = 60.0
+
+_OUT_OF_ORDER: Final = ("down", "fail", "boot", "pow", "unk")
+
+
+class SlurmError(Exception):
+    """A command of Slurm failed; the text says which and why."""
+
+
+def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a Slurm job."""
+    return bool(environment.get("SLURM_JOB_ID"))
+
+
+def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
+    """How many nodes the job has."""
+    text = environment.get("SLURM_JOB_NUM_NODES", "")
+    return int(text) if text.isdigit() else 1
+
+
+def hostnames(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The nodes of the allocation, in Slurm's order.
+
+    Raises:
+        SlurmError: scontrol cannot be run, or does not know the list.
+    """
+    return _scontrol("show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")).split()
+
+
+def requeue(environment: Mapping[str, str] = os.environ) -> None:
+    """Put this job back into the queue, from where it starts again; Slurm ends what is left of it here.
+
+    Raises:
+        SlurmError: Slurm refuses, for example because the job was submitted with --no-requeue.
+    """
+    _scontrol("requeue", environment["SLURM_JOB_ID"])
+
+
+def requeue_and_say(run_name: str, say: Callable[[str], None]) -> None:
+    """`requeue`, and say how that went: a run that has saved itself has not failed because Slurm refuses."""
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        requeue()
+    except SlurmError as error:
+        say(f"{run_name}: job {job} could not be requeued ({error}); submit it again to resume")
+    else:
+        say(f"{run_name}: job {job} is back in the queue and resumes when it starts")
+
+
+def out_of_order(names: list[str]) -> set[str]:
+    """Those of the nodes that Slurm knows to be down, failing or not answering.
+
+    Raises:
+        SlurmError: sinfo cannot be run.
+    """
+    listing = _output("sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %t")
+    states = (line.split() for line in listing.splitlines() if len(line.split()) == 2)
+    return {name for name, state in states if state.endswith("*") or state.startswith(_OUT_OF_ORDER)}
+
+
+def _scontrol(*arguments: str) -> str:
+    return _output("scontrol", *arguments)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{' '.join(command)}: {error}") from error
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip() or f'exit {done.returncode}'}")
+    return done.stdout
+
+
+def reachable_address(others: list[str]) -> str:
+    """The address of this machine that `others` see: the one from which a packet to the first of them would leave.
+
+    A node's own name may stand for its loopback address in its own /etc/hosts, which is of no use to the others.
+    """
+    for name in [*others, socket.gethostname()]:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((name, 9))  # UDP: sends nothing
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+class SlurmPlacer:
+    """Places a run on the nodes of the allocation in which this process runs.
+
+    A node whose agent does not come back after a fault is left out of later steps; the allocation must have been made
+    with --no-kill, else Slurm ends the whole job (and, with --requeue, starts it again).
+
+    Args:
+        sizes: How many nodes the run may take: as many as there are at first, fewer after some were lost.
+        log_path: Where srun and the agents write.
+        say: Prints one line for a person.
+        silence_s: How long agent and controller wait for a word from each other.
+        start_s: How long the agents may take to connect.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        log_path: Path,
+        *,
+        say: Callable[[str], None],
+        silence_s: float = SILENCE_S,
+        start_s: float = STEP_START_S,
+        straggler_s: float = STRAGGLER_S,
+    ) -> None:
+        self._sizes = sorted(sizes, reverse=True)
+        self._log_path = log_path
+        self._say = say
+        self._silence_s = silence_s
+        self._start_s = start_s
+        self._straggler_s = straggler_s
+        self._srun: subprocess.Popen[bytes] | None = None
+        self._connections: list[AgentConnection] = []
+        self._lost: set[str] = set()
+        self._placed = False
+
+    def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
+        """Start one agent a node and wait until all have connected; see `Placer.place`.
+
+        Ranks follow the order of the nodes in the allocation, so the same nodes always get the same ranks.
+        """
+        self.release()
+        try:
+            return self._place(cancelled)
+        except SlurmError as error:
+            raise PlacementFailed(str(error)) from error
+
+    def _place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
+        allocated = hostnames()
+        if self._placed:
+            # A step that names a node which is down is refused as a whole.
+            down = out_of_order(allocated) - self._lost
+            if down:
+                self._leave_out(sorted(down), "Slurm does not count on {}")
+        while True:
+            names = self._choose([name for name in allocated if name not in self._lost])
+            connections = self._step(names, cancelled)
+            missing = [name for name in names if name not in connections]
+            if not missing:
+                self._placed = True
+                self._connections = [connections[name] for name in names]
+                return self._connections
+            self._leave_out(missing, "no agent came from {}")
+            self._connections = list(connections.values())
+            self.release()
+
+    def _choose(self, names: list[str]) -> list[str]:
+        """The first of these nodes, as many as the run can be laid out on."""
+        for size in self._sizes:
+            if size <= len(names):
+                if self._placed and size < self._sizes[0]:
+                    self._say(f"going on with {size} of {self._sizes[0]} nodes")
+                return names[:size]
+        lost = f" left: {', '.join(sorted(self._lost))} lost" if self._lost else ""
+        job = os.environ["SLURM_JOB_ID"]
+        raise PlacementFailed(f"the run takes {self._sizes[-1]} nodes at least, and job {job} has {len(names)}{lost}")
+
+    def _leave_out(self, names: list[str], why: str) -> None:
+        self._say(f"{why.format(', '.join(names))}: leaving {'it' if len(names) == 1 else 'them'} out")
+        self._lost.update(names)
+
+    def _step(self, names: list[str], cancelled: Callable[[], bool]) -> dict[str, AgentConnection]:
+        """Start a step on the nodes `names` and wait for its agents; those that came, by node."""
+        token = new_token()
+        here = socket.gethostname().partition(".")[0]
+        address = reachable_address([name for name in names if name.partition(".")[0] != here])
+        listener = Listener(token, host=address, silence_s=self._silence_s)
+        connections: dict[str, AgentConnection] = {}
+        try:
+            srun = self._start(names, listener.address, token)
+            deadline = time.monotonic() + self._start_s
+            while len(connections) < len(names) and time.monotonic() < deadline:
+                if cancelled():
+                    raise PlacementCancelled
+                connection = listener.accept(timeout_s=0.1)
+                if connection is not None:
+                    connections[_node_of(connection)] = connection
+                    # Where all nodes were there once, one that is late is one that is lost.
+                    if self._placed:
+                        deadline = min(deadline, time.monotonic() + self._straggler_s)
+                elif srun.poll() is not None:
+                    break
+                _tend(connections)
+            if not connections:
+                code = srun.poll()
+                how = f"srun ended with {code}" if code is not None else f"none connected within {self._start_s:.0f} s"
+                raise PlacementFailed(f"no agent could be started: {how}; see {self._log_path}")
+            return connections
+        except BaseException:
+            self._connections = list(connections.values())
+            self.release()
+            raise
+        finally:
+            listener.close()
+
+    def _start(self, names: list[str], address: str, token: str) -> subprocess.Popen[bytes]:
+        count = len(names)
+        command = [
+            "srun",
+            f"--nodes={count}",
+            f"--ntasks={count}",
+            "--ntasks-per-node=1",
+            f"--nodelist={','.join(names)}",
+        ]
+        # All of each node's cores and devices to its agent, which deals them out; whatever the batch script exports;
+        # an agent that leaves takes no other along, and a lost node not the step: that is for the controller to judge.
+        command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
+        # A step of a lost node may not have been cleared away yet.
+        command += ["--overlap", sys.executable, "-m", "bigtrain.jobs.slurm"]
+        environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(self._log_path, "ab") as log:
+                self._srun = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    # The terminal's Ctrl-C is for the controller alone.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise SlurmError(f"srun cannot be run: {error}") from error
+        return self._srun
+
+    def release(self) -> None:
+        """End the step: the agents by their own hand, what is left by Slurm's."""
+        connections, self._connections = self._connections, []
+        for connection in connections:
+            with contextlib.suppress(PeerLost):  # It is gone already.
+                connection.channel.send("done")
+            connection.channel.close()
+        srun, self._srun = self._srun, None
+        if srun is None:
+            return
+        if not connections:
+            srun.terminate()
+        try:
+            srun.wait(DONE_S)
+        except subprocess.TimeoutExpired:
+            srun.terminate()  # srun's own word for: end the step by force, on every node
+            try:
+                srun.wait(TERMINATE_S)
+            except subprocess.TimeoutExpired:
+                srun.kill()
+                srun.wait()
+
+
+def _node_of(connection: AgentConnection) -> str:
+    return connection.agent.rpartition(" ")[2]
+
+
+def _tend(connections: dict[str, AgentConnection]) -> None:
+    """Keep the agents that have come company until the last one is there; those that are gone are left out."""
+    ready, _, _ = select.select([connection.channel for connection in connections.values()], [], [], 0)
+    for name, connection in list(connections.items()):
+        try:
+            if connection.channel in ready:
+                connection.channel.receive()
+            connection.channel.keep_alive()
+        except (PeerLost, ProtocolError):
+            connection.channel.close()
+            del connections[name]
+
+
+class RequeueOnSignal:
+    """Turns REQUEUE_SIGNAL into a request to stop; `asked` says afterwards whether it came."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self, controller: Controller) -> Iterator[None]:
+        """Heed the signal meanwhile; only the main thread may set that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            controller.request_save_and_stop()
+
+        before = signal.signal(REQUEUE_SIGNAL, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(REQUEUE_SIGNAL, before)
+
+
+def main() -> int:
+    """Run the agent of this node, known to the controller by the node's name; returns its exit code."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    os.environ[PLACEMENT_VARIABLE] = f"{os.environ.get(PLACEMENT_VARIABLE, '')} {name}"
+    return agent.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

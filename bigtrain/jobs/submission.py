@@ -1,0 +1,263 @@
+"""`bigtrain submit`: check what can be checked from here, ship source and config, and see the job off to its ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from bigtrain.config import UserError, yaml_file
+from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.dashboard import Dashboard, DashboardGone
+from bigtrain.jobs.package import (
+    CONFIG_NAME,
+    REQUEST_NAME,
+    Package,
+    Request,
+    Script,
+    directory_files,
+    make_package,
+    plugin_files,
+    source_package,
+    versions,
+)
+from bigtrain.jobs.views import NAME_KEY, ClusterView, cluster_view, exit_code
+from bigtrain.run import RunConfig
+
+SAVE_MARGIN_S: Final = 120
+POLL_S: Final = 0.2
+RUNS_DIR_KEY: Final = "bigtrain_runs_dir"
+
+_ENDER = Path(__file__).with_name("end_driver.py")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that is ready to be sent."""
+
+    request: Request
+    job: JobConfig
+    source: Package
+    files: list[tuple[str, bytes]]
+
+    def send(self, dashboard: Dashboard) -> ClusterView:
+        """Upload what the cluster has not yet, and start the driver."""
+        directory = make_package([*self.files, (REQUEST_NAME, self.request.dump())])
+        for package in (self.source, directory):
+            if not dashboard.has_package(package.name):
+                dashboard.put_package(package.name, package.data)
+        # Ray Jobs' stop waits this long for the ranks to save themselves, where its own default is 3 s.
+        wait_s = int(self.job.limits.save + self.job.limits.step + SAVE_MARGIN_S)
+        environment = {"BIGTRAIN_SUBMISSION": self.request.id, "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
+        runtime_env = {"working_dir": directory.uri, "py_modules": [self.source.uri], "env_vars": environment}
+        metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
+        if self.request.doctor:
+            metadata = {}  # It is no run.
+        dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.driver", runtime_env, metadata)
+        return ClusterView(dashboard, dashboard.job(self.request.id), self.request.name)
+
+
+def of_config(config: RunConfig, runs_dir: Path, plugin: str | None, request: Callable[..., Request]) -> Submission:
+    """The submission of a run's config.
+
+    Raises:
+        UserError: The layout does not fit the number of ranks, or the plugin is not there.
+    """
+    job = config.job
+    if job.procs_per_node != "auto":
+        try:
+            config.layout.mesh(job.nodes * job.procs_per_node)
+        except ValueError as error:
+            raise UserError(str(error), fix="Change job.nodes, job.procs_per_node or the layout.") from None
+    name, files = plugin_files(plugin) if plugin is not None else (None, [])
+    files = [*files, (CONFIG_NAME, yaml_file.dump(config.plain()).encode())]
+    return Submission(request(config.name, runs_dir, plugin=name), job, source_package(), files)
+
+
+def of_script(
+    script: Path, arguments: list[str], directory: Path | None, job: JobConfig, make: Callable[[], Request]
+) -> Submission:
+    """The submission of a user's own script.
+
+    Args:
+        directory: What is shipped with it; None: the script alone.
+
+    Raises:
+        UserError: The script is not there, or not in the directory.
+    """
+    if not script.is_file():
+        raise UserError(f"There is no script {script}", "--script")
+    files = [(script.name, script.read_bytes())] if directory is None else directory_files(directory)
+    place = Path(script.name)
+    if directory is not None:
+        if not script.resolve().is_relative_to(directory.resolve()):
+            raise UserError(f"{script} is not in {directory}", "--working-dir")
+        place = script.resolve().relative_to(directory.resolve())
+    shipped = Script(str(place), arguments, hashlib.sha256(script.read_bytes()).hexdigest())
+    request = replace(make(), script=shipped, job=job.plain())
+    return Submission(request, job, source_package(), files)
+
+
+def of_resume(
+    dashboard: Dashboard, name: str, runs_dir: Path | None, make: Callable[..., Request], step: int | None
+) -> Submission:
+    """The submission that resumes a run by the config which it recorded.
+
+    Args:
+        runs_dir: Where its directory is, on the nodes; None: where the cluster remembers it to be.
+
+    Raises:
+        UserError: The cluster does not remember the run, and `runs_dir` is None.
+    """
+    if runs_dir is None:
+        runs_dir = Path(cluster_view(dashboard, name).job.metadata[RUNS_DIR_KEY])
+    request = replace(make(name, runs_dir), resume=True, step=step)
+    return Submission(request, JobConfig(), source_package(), [])
+
+
+def next_id(dashboard: Dashboard, name: str) -> str:
+    """NAME-ATTEMPT for the next submission of a run.
+
+    Raises:
+        UserError: It is running already.
+    """
+    attempts = [-1]
+    for job in dashboard.jobs():
+        if job.metadata.get(NAME_KEY) != name:
+            continue
+        if job.active:
+            raise UserError(
+                f"The run '{name}' is on the cluster already, as {job.id}",
+                dashboard.url,
+                f"Follow it with `bigtrain logs {name} -f`, or stop it with `bigtrain stop {name}`.",
+            )
+        number = job.id.rpartition("-")[2]
+        attempts.append(int(number) if number.isdigit() else -1)
+    return f"{name}-{max(attempts) + 1}"
+
+
+def check_versions(dashboard: Dashboard, ours: dict[str, str]) -> None:
+    """Refuse a cluster whose Ray or Python is another.
+
+    Raises:
+        UserError: They differ, in Ray's or Python's minor version.
+    """
+    ray, python = dashboard.versions()
+    for name, here, there in (("Ray", ours.get("ray", "none"), ray), ("Python", ours["python"], python)):
+        if here.split(".")[:2] != there.split(".")[:2]:
+            raise UserError(
+                f"{name} is {there} on the cluster and {here} here",
+                dashboard.url,
+                f"Submit from an environment with {name} {there}, or change the cluster's image.",
+            )
+
+
+def check_capacity(dashboard: Dashboard, job: JobConfig) -> str | None:
+    """Whether the cluster can ever carry a job.
+
+    Returns:
+        What the job will have to wait for, if anything.
+
+    Raises:
+        UserError: It never can: its nodes are too few or too small, and nobody adds any.
+    """
+    nodes = [node for node in dashboard.nodes() if all(node["labels"].get(k) == v for k, v in job.labels.items())]
+    gpus = any(node["resources_total"].get("GPU") for node in nodes)
+    procs = 1 if job.procs_per_node == "auto" else job.procs_per_node
+
+    def fits(node: dict[str, Any]) -> bool:
+        resources = node["resources_total"]
+        return resources.get("CPU", 0) >= procs and (not gpus or resources.get("GPU", 0) >= procs)
+
+    able = sum(map(fits, nodes))
+    if able >= job.nodes:
+        return None
+    what = f"{procs} {'GPU' if gpus else 'CPU'}{'s' if procs > 1 else ''}"
+    labelled = f" and the labels {job.labels}" if job.labels else ""
+    found = f"{able} of the cluster's nodes have {what}{labelled}, and the job takes {job.nodes}"
+    if able < job.least_nodes and not dashboard.has_autoscaler():
+        offered = ", ".join(sorted({_offer(node) for node in nodes})) or "none with these labels"
+        raise UserError(
+            f"The job can never run there: {found}", dashboard.url, f"Its nodes: {offered}. Nobody adds any."
+        )
+    return found
+
+
+def _offer(node: dict[str, Any]) -> str:
+    resources = node["resources_total"]
+    parts = [f"{resources[kind]:g} {kind}" for kind in ("GPU", "CPU") if resources.get(kind)]
+    return f"{node['node_ip']} with {' and '.join(parts) or 'nothing'}"
+
+
+def see_off(view: ClusterView) -> int | None:
+    """Wait until the driver has checked the job and asked for its nodes.
+
+    Returns:
+        The exit code, where it has ended by then; None where it runs.
+    """
+    while True:
+        try:
+            job = view.refresh()
+            board = view.board() or {}
+        except DashboardGone:
+            board = {}
+        else:
+            if not job.active:
+                return exit_code(job, board)
+            if board.get("phase") in ("placed", "waiting"):
+                return None
+        time.sleep(POLL_S)
+
+
+def stop(dashboard: Dashboard, name: str, now: bool) -> str:
+    """Stop a run and wait until it has ended; see `bigtrain.jobs.stop`.
+
+    Raises:
+        UserError: It is not running.
+    """
+    view = cluster_view(dashboard, name)
+    if not view.job.active:
+        raise UserError(f"The run '{name}' is not running", dashboard.url)
+    if now:
+        _end_driver(dashboard, view.job.id)
+    else:
+        dashboard.stop(view.job.id)
+    while view.active():
+        time.sleep(POLL_S)
+    state = view.status()["state"]
+    return f"{name}: {state}; `bigtrain resume {name}` resumes it"
+
+
+def examine(
+    dashboard: Dashboard, runs_dir: str, secrets_file: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run the checks of `bigtrain doctor` on the cluster; see `bigtrain.jobs.doctor.result`.
+
+    Raises:
+        UserError: The job that makes them fails.
+    """
+    ours = versions()
+    check_versions(dashboard, ours)
+    dashboard.require_authentication()
+    id = f"bigtrain-doctor-{time.time_ns() // 1_000_000}"
+    request = Request(id, id, runs_dir, time.time(), ours, secrets_file, doctor=True)
+    view = Submission(request, JobConfig(), source_package(), []).send(dashboard)
+    say("the nodes are being asked")
+    while view.active():
+        time.sleep(POLL_S)
+    found = (view.board() or {}).get("result")
+    if not isinstance(found, dict):
+        raise UserError(f"The nodes could not be examined: {view.job.message}", dashboard.url)
+    return found
+
+
+def _end_driver(dashboard: Dashboard, id: str) -> None:
+    """Ray Jobs sends one signal and waits: a second one, by a small job beside the driver."""
+    ender = f"{id}-now-{time.time_ns() // 1_000_000}"
+    dashboard.submit(ender, f"exec python -c {shlex.quote(_ENDER.read_text())} {shlex.quote(id)}", {}, {})
+    while dashboard.job(ender).active:
+        time.sleep(POLL_S)

@@ -1,0 +1,127 @@
+"""A run under somebody else's launcher: torchrun, or anything that sets its environment.
+
+    torchrun --nproc-per-node 8 -m bigtrain.jobs.torchrun CONFIG [key=value ...] [--name NAME] [--runs-dir DIR]
+                                                          [--plugin MODULE]
+
+Rank 0 checks everything and holds the run's lease; the others wait for its word. The run directory, its identity and
+its checkpoints are those of `bigtrain train`, which may resume the run, and the other way round. Restarts, logs and
+hung ranks are the launcher's (torchrun --max-restarts, --log-dir): there is no agent here, so no `job.limits`, and
+nobody to tell of the end where all ranks die at once. SIGTERM to torchrun lets the run save itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bigtrain.config import UserError
+from bigtrain.heartbeat import Heartbeat, StopRequest, install_rank_signals
+from bigtrain.plugin import PLUGIN_VARIABLE, load_plugin
+from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+START_TIMEOUT: Final = timedelta(minutes=10)
+"""How long rank 0 may take over its checks."""
+
+_WORD: Final = "bigtrain/word"
+_NEEDED: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank to its end; returns a code of ExitCode."""
+    stop = install_rank_signals()
+    try:
+        return _rank(_parse(arguments), stop)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bigtrain.jobs.torchrun")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value pairs laid over the file")
+    parser.add_argument("--name")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--plugin")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} not in the environment: this is a rank's process",
+            fix="Start it by torchrun, or use `bigtrain train`, which starts its ranks itself.",
+        )
+    plugin = load_plugin(options.plugin) if options.plugin else None
+    config = load_config(options.config, options.overrides, options.name, plugin)
+    if config.model.plugin is not None:
+        os.environ[PLUGIN_VARIABLE] = config.model.plugin.place
+    from torch.distributed.rendezvous import rendezvous  # torch, which takes seconds
+
+    # Under torchrun its own store, under another prefix after each restart.
+    store = next(iter(rendezvous("env://", timeout=START_TIMEOUT)))[0]
+    directory = RunDirectory((options.runs_dir / config.name).absolute())
+    if int(os.environ["RANK"]) == 0:
+        return _lead(config, directory, store, stop)
+    word = json.loads(store.get(_WORD))
+    return int(word["code"]) if "code" in word else _train(directory, word["lease"], stop)
+
+
+def _lead(config: RunConfig, directory: RunDirectory, store: Store, stop: StopRequest) -> int:
+    """Rank 0: check the run, hold its lease, and write how it begins and ends."""
+    from bigtrain.jobs.ending import tell_end
+    from bigtrain.jobs.train import check
+    from bigtrain.tracking.metrics import last_step
+
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    with contextlib.ExitStack() as stack:
+        try:
+            try:
+                config.layout.mesh(world)
+            except ValueError as error:
+                raise UserError(str(error), fix="Change the number of processes or the layout.") from None
+            run = check(config, directory.path.parent).with_job(nodes=world // local, procs_per_node=local)
+            if run.finished:
+                print(f"The run '{config.name}' is finished: {run.newest} steps. Nothing to do.", file=sys.stderr)
+                store.set(_WORD, json.dumps({"code": ExitCode.FINISHED}))
+                return ExitCode.FINISHED
+            lease = stack.enter_context(run.held())
+        except UserError as error:
+            store.set(_WORD, json.dumps({"code": error.exit_code}))
+            raise
+        run.say_start(world, sys.stderr)
+        store.set(_WORD, json.dumps({"lease": lease.number}))
+        attempt = lease.number - 1
+        try:
+            code = _train(directory, lease.number, stop)
+        except BaseException as error:
+            cause = f"rank 0 raised {type(error).__name__}: {error}"
+            directory.event("fault", attempt=attempt, step=last_step(directory.metrics), cause=cause, rank=0)
+            raise
+        name = "finished" if code == ExitCode.FINISHED else "stopped"
+        directory.event(name, attempt=attempt, step=last_step(directory.metrics))
+    tell_end(directory, run.prepared.config, code, sys.stderr)
+    return code
+
+
+def _train(directory: RunDirectory, lease: int, stop: StopRequest) -> int:
+    os.environ["BIGTRAIN_LEASE"] = str(lease)
+    os.environ["BIGTRAIN_ATTEMPT"] = str(lease - 1)
+    from bigtrain.training.session import train_rank
+
+    return train_rank(directory, Heartbeat.from_environment(), stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

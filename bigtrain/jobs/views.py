@@ -1,0 +1,281 @@
+"""What can be seen of a run from outside: here by its directory, on a cluster through the dashboard alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from bigtrain.config import UserError, nearest
+from bigtrain.jobs.board import board_path
+from bigtrain.jobs.dashboard import Dashboard, DashboardGone, Job, NotThere
+from bigtrain.run import ExitCode, Lease, RunDirectory
+from bigtrain.storage import read_lines
+from bigtrain.tracking.status import status as read_status
+
+LOOK_S: Final = 0.2
+WAIT_S: Final = 1.0
+NAME_KEY: Final = "bigtrain_run"
+"""Under this key of a job's metadata is the name of its run."""
+
+_LOG = re.compile(r"attempt_(\d+)/rank_(\d+)\.log$")
+_STATES: Final = {0: "finished", 75: "stopped"}
+
+
+class View(Protocol):
+    """A run, seen from outside."""
+
+    name: str
+
+    def status(self) -> dict[str, Any]:
+        """What `bigtrain status --json` prints."""
+        ...
+
+    def events(self) -> list[dict[str, Any]]:
+        """The objects of its events.jsonl."""
+        ...
+
+    def active(self) -> bool:
+        """Whether it may still write."""
+        ...
+
+    def attempts(self, rank: int) -> list[int]:
+        """Attempts of which there is a log of that rank."""
+        ...
+
+    def read(self, attempt: int, rank: int) -> bytes:
+        """A rank's log, as far as it goes."""
+        ...
+
+    def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
+        """A rank's log as it grows, until `over` and all is read."""
+        ...
+
+
+class LocalView:
+    """A run on this machine."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.name = run.name
+        self._run = run
+
+    def status(self) -> dict[str, Any]:
+        """See `View`."""
+        return read_status(self._run.path, alive=self.active())
+
+    def events(self) -> list[dict[str, Any]]:
+        """See `View`."""
+        return list(read_lines(self._run.events))
+
+    def active(self) -> bool:
+        """See `View`."""
+        holder = Lease.holder(self._run)
+        return holder is not None and holder.alive()
+
+    def attempts(self, rank: int) -> list[int]:
+        """See `View`."""
+        return _attempts([str(path) for path in self._run.logs.glob(f"attempt_*/rank_{rank}.log")])
+
+    def read(self, attempt: int, rank: int) -> bytes:
+        """See `View`."""
+        return self._path(attempt, rank).read_bytes()
+
+    def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
+        """See `View`."""
+        with open(self._path(attempt, rank), "rb") as log:
+            while True:
+                last = over()
+                if chunk := log.read():
+                    yield chunk
+                if last:
+                    return
+                time.sleep(LOOK_S)
+
+    def _path(self, attempt: int, rank: int) -> Path:
+        return self._run.logs / f"attempt_{attempt}" / f"rank_{rank}.log"
+
+
+class ClusterView:
+    """A run that was submitted to a cluster, as its dashboard shows it."""
+
+    def __init__(self, dashboard: Dashboard, job: Job, name: str) -> None:
+        self.name = name
+        self.job = job
+        self._dashboard = dashboard
+
+    def refresh(self) -> Job:
+        """Ask again how the job stands."""
+        self.job = self._dashboard.job(self.job.id)
+        return self.job
+
+    def board(self) -> dict[str, Any] | None:
+        """The driver's status.json; None before there is one."""
+        if self.job.node is None:
+            return None
+        try:
+            value = json.loads(self._file("status.json"))
+        except (NotThere, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def status(self) -> dict[str, Any]:
+        """See `View`."""
+        job, board = self.refresh(), self.board() or {}
+        status = board.get("status") or _unknown(self.name)
+        if not job.active:
+            code = exit_code(job, board)
+            status |= {"state": _STATES.get(code, "failed"), "eta_s": None}
+        elif board.get("phase") == "waiting":
+            status |= {"state": "waiting", "eta_s": None}
+        elif not status["step"]:
+            status |= {"state": "pending"}
+        return {**status, "submission": job.id}
+
+    def events(self) -> list[dict[str, Any]]:
+        """See `View`."""
+        if self.job.node is None:
+            return []
+        try:
+            lines = self._file("run/events.jsonl").splitlines(keepends=True)
+        except NotThere:
+            return []
+        return [json.loads(line) for line in lines if line.endswith(b"}\n")]
+
+    def active(self) -> bool:
+        """See `View`."""
+        return self.refresh().active
+
+    def attempts(self, rank: int) -> list[int]:
+        """See `View`."""
+        if self.job.node is None:
+            return []
+        return _attempts(self._dashboard.files(self.job.node, self._name(f"run/logs/attempt_*/rank_{rank}.log")))
+
+    def read(self, attempt: int, rank: int) -> bytes:
+        """See `View`."""
+        return self._file(f"run/logs/attempt_{attempt}/rank_{rank}.log")
+
+    def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
+        """See `View`."""
+        assert self.job.node is not None  # else there were no attempts
+        name = self._name(f"run/logs/attempt_{attempt}/rank_{rank}.log")
+        return self._dashboard.follow(self.job.node, name, over)
+
+    def follow_driver(self) -> Iterator[bytes]:
+        """What the driver prints, until its end."""
+        while self.refresh().node is None:
+            if not self.job.active:
+                return iter([self.driver_log()])
+            time.sleep(LOOK_S)
+        return self._dashboard.follow(self.job.node or "", f"job-driver-{self.job.id}.log", lambda: not self.active())
+
+    def driver_log(self) -> bytes:
+        """What the driver has printed."""
+        return self._dashboard.job_log(self.job.id).encode()
+
+    def _name(self, name: str) -> str:
+        return f"{board_path(self.job.id)}/{name}"
+
+    def _file(self, name: str) -> bytes:
+        return self._dashboard.file(self.job.node or "", self._name(name))
+
+
+def exit_code(job: Job, board: dict[str, Any] | None) -> int:
+    """The run's own exit code, of a job that is over: by its record, else by what Ray saw of the driver."""
+    recorded = (board or {}).get("exit_code")
+    if isinstance(recorded, int):
+        return recorded
+    if job.status == "STOPPED":
+        return ExitCode.STOPPED
+    return job.exit_code if job.exit_code in set(ExitCode) else ExitCode.FAILED
+
+
+def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
+    """The newest submission of each run that the cluster remembers, by name."""
+    newest = {job.metadata[NAME_KEY]: job for job in dashboard.jobs() if NAME_KEY in job.metadata}
+    return [ClusterView(dashboard, newest[name], name) for name in sorted(newest)]
+
+
+def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
+    """The newest submission of a run.
+
+    Raises:
+        UserError: The cluster remembers none of that name.
+    """
+    views = cluster_views(dashboard)
+    for view in views:
+        if view.name == name:
+            return view
+    names = [view.name for view in views]
+    close = nearest(name, names)
+    known = f"There are: {', '.join(names)}." if names else "It remembers none."
+    fix = f"Did you mean '{close}'?" if close else known
+    raise UserError(f"The cluster knows no run '{name}'", dashboard.url, fix)
+
+
+def read_log(view: View, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
+    """A rank's log: of one attempt, or with `follow` of the newest and all that come after it, to the run's end.
+
+    Raises:
+        UserError: There is no such log.
+    """
+    found = view.attempts(rank)
+    while follow and not found and view.active():
+        time.sleep(WAIT_S)
+        found = view.attempts(rank)
+    if not found or (attempt is not None and attempt not in found):
+        which = f"attempt {attempt} of " if attempt is not None and found else ""
+        raise UserError(
+            f"There is no log of {which}rank {rank} of '{view.name}'",
+            fix=f"There are attempts {', '.join(map(str, found))}."
+            if found
+            else "See `bigtrain events` for what it did.",
+        )
+    current = found[-1] if attempt is None else attempt
+    if not follow:
+        yield view.read(current, rank)
+        return
+    while True:
+        yield from view.follow(current, rank, _superseded(view, current, rank))
+        later = [number for number in view.attempts(rank) if number > current]
+        if attempt is not None or not later:
+            return
+        current = later[0]
+
+
+def _superseded(view: View, attempt: int, rank: int) -> Callable[[], bool]:
+    return lambda: any(number > attempt for number in view.attempts(rank)) or not view.active()
+
+
+def wait_for_end(view: ClusterView, gone_s: float) -> int:
+    """Wait for a job's end, also through a dashboard that is away for a while; returns the run's exit code.
+
+    Raises:
+        DashboardGone: It was away for longer than `gone_s`.
+    """
+    away_since = None
+    while True:
+        try:
+            if not view.active():
+                return exit_code(view.job, view.board())
+            away_since = None
+        except DashboardGone:
+            now = time.monotonic()
+            away_since = away_since or now
+            if now - away_since > gone_s:
+                raise
+        time.sleep(WAIT_S)
+
+
+def _attempts(paths: list[str]) -> list[int]:
+    return sorted(int(match[1]) for path in paths if (match := _LOG.search(path)))
+
+
+def _unknown(name: str) -> dict[str, Any]:
+    known = dict.fromkeys(
+        ("step", "loss", "tokens_per_s", "goodput", "nodes", "last_event", "eta_s", "wandb_url"), None
+    )
+    return {"name": name, "state": "pending", **known, "restarts": 0}

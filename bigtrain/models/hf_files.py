@@ -1,0 +1,187 @@
+"""A directory of Hugging Face weights: config.json and safetensors, one file or numbered parts; free of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.config import UserError, nearest
+from bigtrain.models.config import ModelConfig, family
+from bigtrain.storage import hash_file
+
+if TYPE_CHECKING:
+    from bigtrain.models.huggingface import HfTensor
+
+CONFIG_NAME = "config.json"
+ONE_FILE = "model.safetensors"
+INDEX_NAME = f"{ONE_FILE}.index.json"
+MAX_JSON_BYTES = 64 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_NO_PARAMETERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
+"""Constants that older files hold as tensors."""
+
+
+@dataclass(frozen=True)
+class HfFiles:
+    """What lies in such a directory, by its headers; no weight is read."""
+
+    directory: Path
+    config: dict[str, Any]
+    files: Mapping[str, str]
+    """The file of each tensor."""
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @staticmethod
+    def is_one(directory: Path) -> bool:
+        """Whether a directory looks like one of Hugging Face weights."""
+        return (directory / CONFIG_NAME).is_file() and any(directory.glob("*.safetensors"))
+
+    @classmethod
+    def open(cls, directory: Path) -> HfFiles:
+        """Read config and headers.
+
+        Raises:
+            UserError: Something is missing or damaged.
+        """
+        config = _read_object(directory / CONFIG_NAME)
+        names = _part_names(directory)
+        files: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            for tensor, shape in _header(directory / name).items():
+                if not _NO_PARAMETERS.fullmatch(tensor):
+                    files[tensor], shapes[tensor] = name, shape
+        return cls(directory.resolve(), config, files, shapes)
+
+    def place(self, name: str) -> str | None:
+        """The name under which a tensor is stored: a base model's files leave out the first part of it."""
+        short = name.partition(".")[2]
+        return name if name in self.files else short if short in self.files else None
+
+    def file_hashes(self, names: list[str]) -> dict[str, str]:
+        """The hash of each of these files; reads all of their bytes."""
+        return {name: hash_file(self.directory / name) for name in names}
+
+    @property
+    def all_files(self) -> list[str]:
+        """config.json and the files with weights, in a fixed order."""
+        return [CONFIG_NAME, *sorted(set(self.files.values()))]
+
+    def keys(self) -> dict[str, Any]:
+        """The section `model` that builds this shape.
+
+        Raises:
+            UserError: bigtrain has no model of its kind.
+        """
+        kind = str(self.config.get("model_type"))
+        try:
+            return family(kind).from_hf_config(self.config)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"bigtrain cannot build this model: {error}", str(self.directory)) from None
+        except UserError:
+            raise UserError(
+                f"bigtrain has no model of transformers' type '{kind}'",
+                str(self.directory / CONFIG_NAME),
+                "Train it as it is: model: {arch: hf, hf: DIR, context: N}, engine: {name: accelerate}.",
+            ) from None
+
+    def check_fit(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HfTensor]:
+        """The places of the parameters named in `shapes`, which must be here in these shapes.
+
+        Args:
+            config: The model's.
+            shapes: Of the parameters that are to be read, by qualified names.
+
+        Raises:
+            UserError: A tensor is missing, of another shape, or not asked for.
+        """
+        try:
+            names = config.hf_names()
+            self._check_numbers(config, own_head="head.weight" not in shapes)
+        except ValueError as error:
+            raise UserError(f"init.source: {error}", str(self.directory), "Change 'model'.") from None
+        found = {name: self.place(names[name].name) for name in shapes}
+        for name, place in found.items():
+            if place is None:
+                raise UserError(
+                    f"The weights lack '{names[name].name}', which is {name} here",
+                    str(self.directory),
+                    "Change 'model', or add the name to init.fresh to draw it from the seed.",
+                )
+            theirs = names[name].shape_of(self.shapes[place])
+            if theirs != tuple(shapes[name]):
+                raise UserError(
+                    f"{name} is {theirs} in the weights and {tuple(shapes[name])} here",
+                    str(self.directory),
+                    "Change 'model' (for rows of the vocabulary model.vocab_multiple), or add the name to init.fresh.",
+                )
+        known = {self.place(place.name) for place in names.values()}
+        spare = sorted(self.files.keys() - known - {"lm_head.weight"})
+        if spare:
+            close = nearest(spare[0], [place.name for place in names.values()])
+            raise UserError(
+                f"The weights hold '{spare[0]}', for which a model of arch '{config.arch}' has no place",
+                str(self.directory),
+                f"The nearest name here is '{close}'." if close else "Change 'model'.",
+            )
+        return names
+
+    def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
+        """What no shape shows: constants that change what the same weights compute."""
+        theirs = family(str(self.config.get("model_type"))).from_hf_config(self.config)
+        for key in ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied"):
+            ours = config.plain().get(key)
+            if key == "tied" and not ours and own_head:
+                continue
+            if key in theirs and theirs[key] != ours:
+                raise ValueError(f"model.{key} is {ours}, and the weights were trained with {theirs[key]}")
+
+
+def digest(hashes: Mapping[str, str]) -> str:
+    """One hash of the hashes of several files."""
+    listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}"
+
+
+def _part_names(directory: Path) -> list[str]:
+    if not (directory / INDEX_NAME).is_file():
+        return [ONE_FILE]
+    names = _read_object(directory / INDEX_NAME).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError("It names no file", str(directory / INDEX_NAME))
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UserError(f"{name!r} is not the name of a file with weights", str(directory / INDEX_NAME))
+    return files
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise UserError("A file with weights is missing", str(path)) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"The weights cannot be read: {error}", str(path)) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"It is over {MAX_JSON_BYTES} bytes", str(path))
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path.name}", str(path.parent)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"It cannot be read: {error}", str(path)) from None
+    if not isinstance(value, dict):
+        raise UserError("It is not a JSON object", str(path))
+    return value

@@ -1,0 +1,43 @@
+"""Qwen 3 (Yang et al. 2025), dense: Llama's parts, and queries and keys normalised per head."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
+
+from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.huggingface import HfTensor
+from bigtrain.models.llama import PARTS, config_of_llama, has_parts_of_llama, keys_of_llama, names_in_llama
+
+NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+
+
+class Config(DecoderConfig):
+    """A decoder of Qwen 3's shape; every key can be overridden."""
+
+    arch: Literal["qwen3"] = "qwen3"
+    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "swiglu"
+    norm_eps: Annotated[float, Gt(0)] = 1e-6
+    rope_theta: Annotated[float, Gt(1)] = 1e6
+    qk_norm: bool = True
+
+    def hf_names(self) -> dict[str, HfTensor]:
+        """Qualified names and their places in the state dict of transformers' Qwen3ForCausalLM.
+
+        Raises:
+            ValueError: The shape was overridden into one that Qwen 3 does not have.
+        """
+        if not has_parts_of_llama(self) or not self.qk_norm:
+            raise ValueError("transformers' Qwen 3 has swiglu, rmsnorm, rotary positions, qk_norm and no bias")
+        return names_in_llama(self, PARTS | NORMS)
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """config.json of a Qwen3ForCausalLM."""
+        facts = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+        return facts | config_of_llama(self, rows)
+
+    @classmethod
+    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+        """See `ModelConfig.from_hf_config`."""
+        return {"arch": "qwen3", **keys_of_llama(theirs)}

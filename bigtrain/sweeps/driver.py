@@ -1,0 +1,454 @@
+"""`bigtrain sweep run`: plan what is missing, start trials in slots, first in, first out, and fit the law at the end.
+
+One thread; the journal is written before what it says is acted on, so that a driver that is killed at any moment goes
+on where it was. The sweep's lease keeps a second driver out, the run's own lease a second launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from bigtrain import storage
+from bigtrain.checkpoint import commit
+from bigtrain.config import UserError, yaml_file
+from bigtrain.jobs.causes import BACKOFF_FIRST_S, BACKOFF_MOST_S
+from bigtrain.jobs.controller import StopSwitch, saved_step
+from bigtrain.jobs.processes import signal_name
+from bigtrain.run import WHAT, ExitCode, Lease, differences
+from bigtrain.sweeps.config import SizeConfig
+from bigtrain.sweeps.display import SweepDisplay
+from bigtrain.sweeps.journal import FORMAT_VERSION, Journal, SweepDirectory, TrialRecord
+from bigtrain.sweeps.ladder import Rung, rung
+from bigtrain.sweeps.load import Sweep
+from bigtrain.sweeps.memory import least_memory_bytes
+from bigtrain.sweeps.results import between_trials_s, fit_law, row_of, saved_flops, write_runs
+from bigtrain.sweeps.slots import LocalSlots, RunningTrial, TrialStarter
+from bigtrain.sweeps.trials import Trial, config_text, grid_trials, lengths, trial_config, tuning_trials
+from bigtrain.tracking.history import newest, read_events
+from bigtrain.tracking.numbers import span
+
+LOOK_S = 0.05
+
+
+def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarter | None = None) -> int:
+    """Run a sweep to its end, going on where it is.
+
+    Args:
+        starter: Where trials run; slots of this machine where None.
+
+    Returns:
+        A code of ExitCode: 0 where every trial has finished, 1 where one failed or was refused, 75 stopped.
+
+    Raises:
+        UserError: Anything that is wrong before the first trial is started.
+    """
+    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
+    starter = starter or LocalSlots(sweep.config.slots, plugin)
+    directory = SweepDirectory(runs_dir / sweep.config.name)
+    check_same(sweep, directory)
+    rungs = {size.params: (size, rung(sweep, size)) for size in sizes_of(sweep)}
+    for size, one in rungs.values():
+        lengths(sweep, size, one)
+    lease = Lease.acquire(directory, noun="sweep")
+    try:
+        lease.keep()
+        driver = Driver(sweep, directory, rungs, starter, SweepDisplay(directory, stream))
+        return driver.run()
+    finally:
+        lease.release()
+
+
+def sizes_of(sweep: Sweep) -> list[SizeConfig]:
+    """The sizes of a sweep, the largest first.
+
+    Raises:
+        UserError: They are left to a plan.
+    """
+    sizes = sweep.config.ladder_sizes()
+    if not sizes:
+        raise UserError(
+            "sizes: auto is for `bigtrain sweep plan`, which prints the sizes that fill the budget", sweep.where,
+            "Write those sizes into the file, then run it.",
+        )  # fmt: skip
+    return sizes
+
+
+def identity_of(sweep: Sweep) -> dict[str, Any]:
+    """What all trials of a sweep share; points, seeds, slots and target may change."""
+    base = {key: value for key, value in sweep.document.value.items() if key in WHAT}
+    config = sweep.config.plain()
+    return {"base": base, "ladder": config["ladder"], "learning_rates": config["learning_rates"]}
+
+
+def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
+    """Refuse to go on with a sweep as another one, or in a directory that is none.
+
+    Raises:
+        UserError: With the keys that differ.
+    """
+    if (directory.path / "run.json").exists():
+        raise UserError(f"{directory.path} is a run, not a sweep", fix="Choose another name for the sweep.")
+    if not directory.record.exists():
+        return
+    record = read_record(directory.record)
+    changed = list(differences(record["what"], identity_of(sweep)))
+    if changed:
+        raise UserError(
+            f"The sweep '{directory.name}' trains something else:\n    " + "\n    ".join(changed), str(directory.path),
+            "Undo the change, or give the sweep another name. Sizes, lengths, seeds and slots may change.",
+        )  # fmt: skip
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A sweep's record.
+
+    Raises:
+        UserError: It is damaged, or a newer bigtrain wrote it.
+    """
+    try:
+        record = json.loads(path.read_text())
+        version = int(record["format_version"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path.name} is damaged", str(path), "Restore it, or give the sweep another name.") from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path.name} has format version {version}; this bigtrain reads up to {FORMAT_VERSION}", str(path),
+            "Upgrade bigtrain.",
+        )  # fmt: skip
+    return dict(record)
+
+
+def write_record(sweep: Sweep, directory: SweepDirectory) -> None:
+    """Write what the sweep is, so that `bigtrain sweep resume` needs no other file."""
+    directory.path.mkdir(parents=True, exist_ok=True)
+    if not directory.record.exists():
+        record = {"format_version": FORMAT_VERSION, "name": sweep.config.name, "what": identity_of(sweep)}
+        storage.write_json(directory.record, record)
+    base = dict(sweep.document.value)
+    data = dict(base["data"])
+    for key in ("train", "validation"):
+        if isinstance(data.get(key), str) and "://" not in data[key]:
+            data[key] = os.path.abspath(data[key])
+    base["data"] = data
+    storage.write_atomic(directory.config, yaml_file.dump({**sweep.config.plain(), "base": base}))
+
+
+@dataclass
+class _Slot:
+    """A slot and the trial that fills it."""
+
+    trial: Trial
+    process: RunningTrial
+    saved_step: int
+    """Step of its newest checkpoint when it was started."""
+
+
+@dataclass
+class _Wait:
+    """When a crashed trial may start again."""
+
+    until: dict[str, float] = field(default_factory=dict)
+
+    def over(self, name: str) -> bool:
+        return time.monotonic() >= self.until.get(name, 0.0)
+
+
+class Driver:
+    """The loop over one sweep's trials; its lease is held by the caller."""
+
+    def __init__(
+        self, sweep: Sweep, directory: SweepDirectory, rungs: dict[int, tuple[SizeConfig, Rung]],
+        starter: TrialStarter, display: SweepDisplay,
+    ) -> None:  # fmt: skip
+        self._sweep, self._directory, self._rungs = sweep, directory, rungs
+        self._starter, self._display = starter, display
+        self._switch = StopSwitch()
+        self._announced = 0
+        self._slots: dict[int, _Slot] = {}
+        self._wait = _Wait()
+        self._undecided: set[int] = set()
+        """Sizes whose learning rate could not be chosen."""
+        self._changed = True
+        """Whether a trial has ended since the last planning."""
+        self._journal = Journal(directory.journal)
+
+    @property
+    def _records(self) -> dict[str, TrialRecord]:
+        return self._journal.state.trials
+
+    def run(self) -> int:
+        """Run to the end; returns the exit code."""
+        write_record(self._sweep, self._directory)
+        if not self._directory.journal.exists():
+            self._journal.append("created", format_version=FORMAT_VERSION, sweep=self._directory.name)
+        self._again()
+        self._plan()
+        self._say_start()
+        with self._signals(), self._display.shown(self._journal.state, self._starter.slots):
+            while True:
+                self._reap()
+                level = self._heed()
+                if level == 0:
+                    if self._changed:
+                        self._plan()
+                    self._fill()
+                if not self._slots and (level or not self._waits()):
+                    break
+                self._display.update({slot: one.trial for slot, one in self._slots.items()})
+                time.sleep(LOOK_S)
+        write_runs(self._directory, self._journal.state)
+        return self._conclude()
+
+    def _again(self) -> None:
+        """What the last driver left under way, or was stopped, waits again."""
+        for record in self._records.values():
+            if record.state in ("running", "stopped"):
+                record.state = "waiting"
+
+    def _plan(self) -> None:
+        """Plan what is missing, now that more is known."""
+        self._changed = False
+        for target, (size, one) in self._rungs.items():
+            lr = self._rate(target, one)
+            if lr is None:
+                continue
+            seeds = size.seeds or self._sweep.config.seeds
+            steps = lengths(self._sweep, size, one)
+            self._add(grid_trials(self._sweep, one, lr, seeds, steps, self._journal.state.planned()), one)
+
+    def _rate(self, target: int, one: Rung) -> float | None:
+        """The learning rate of a size; None while it is being chosen, or cannot be."""
+        if self._sweep.config.learning_rates is None:
+            return one.lr
+        chosen = self._journal.state.chosen.get(target)
+        if chosen is not None or target in self._undecided:
+            return chosen
+        wanted = tuning_trials(self._sweep, one)
+        self._add([trial for trial in wanted if trial.name not in self._records], one)
+        records = [self._records[trial.name] for trial in wanted]
+        if any(record.result is None for record in records):
+            return None
+        losses = [float(record.result["val_loss"]) for record in records if record.result is not None]
+        best = min(range(len(losses)), key=losses.__getitem__)
+        if best in (0, len(losses) - 1):
+            edge = "smallest" if best == 0 else "largest"
+            self._undecided.add(target)
+            self._display.say(
+                f"size {target}: the best learning rate, {wanted[best].lr:g}, is the {edge} tried: no grid; "
+                "widen learning_rates.factors"
+            )
+            return None
+        self._journal.append("chose", size=target, lr=wanted[best].lr, losses=losses)
+        self._display.say(f"size {target}: learning rate {wanted[best].lr:g}")
+        return wanted[best].lr
+
+    def _add(self, trials: list[Trial], one: Rung) -> None:
+        """Journal new trials, refusing those that can never fit and those that need them."""
+        for trial in trials:
+            config = trial_config(self._sweep, one, trial)
+            self._directory.configs.mkdir(parents=True, exist_ok=True)
+            storage.write_atomic(self._directory.configs / f"{trial.name}.yaml", config_text(config))
+            self._journal.append("planned", trial=trial.plain())
+            parent = self._records.get(trial.parent or "")
+            cause = parent.cause if parent is not None and parent.state == "refused" else None
+            cause = cause or self._starter.refusal(config, least_memory_bytes(config, one.vocab_size))
+            if cause is not None:
+                self._journal.append("refused", trial=trial.name, cause=cause)
+                self._display.say(f"{trial.name} is refused: {cause}")
+
+    def _fill(self) -> None:
+        """Start what is ready in the slots that are free."""
+        for slot in range(self._starter.slots):
+            if slot in self._slots:
+                continue
+            record = next((one for one in self._records.values() if self._ready(one)), None)
+            if record is None:
+                return
+            trial = record.trial
+            config = self._directory.configs / f"{trial.name}.yaml"
+            self._journal.append("started", trial=trial.name, attempt=record.attempts + 1, slot=slot)
+            saved = saved_step(self._directory.run(trial.name).path)
+            process = self._starter.start(config, self._directory.trials, self._directory.log(trial.name), slot)
+            self._slots[slot] = _Slot(trial, process, saved)
+            self._display.say(f"slot {slot}: {trial.name}, steps {max(saved, trial.parent_step)} to {trial.steps}")
+
+    def _ready(self, record: TrialRecord) -> bool:
+        trial = record.trial
+        if record.state != "waiting" or not self._wait.over(trial.name):
+            return False
+        if trial.parent is None:
+            return True
+        checkpoints = self._directory.run(trial.parent).checkpoints
+        return commit.find_checkpoint(checkpoints, trial.parent_step) is not None
+
+    def _waits(self) -> bool:
+        """Whether a trial may still become ready."""
+        return any(record.state == "waiting" and self._hopeful(record.trial) for record in self._records.values())
+
+    def _hopeful(self, trial: Trial) -> bool:
+        if trial.parent is None:
+            return True
+        parent = self._records[trial.parent]
+        if commit.find_checkpoint(self._directory.run(trial.parent).checkpoints, trial.parent_step) is not None:
+            return True
+        return parent.state in ("waiting", "running") and self._hopeful(parent.trial)
+
+    def _reap(self) -> None:
+        for slot, one in list(self._slots.items()):
+            code = one.process.poll()
+            if code is not None:
+                del self._slots[slot]
+                self._changed = True
+                self._end(one, code)
+
+    def _end(self, one: _Slot, code: int) -> None:
+        trial = one.trial
+        if code == ExitCode.FINISHED:
+            row = row_of(self._directory, trial, self._rungs[trial.size][1])
+            if row is not None or trial.kind == "trunk":
+                self._journal.append("finished", trial=trial.name, result=row or {})
+                write_runs(self._directory, self._journal.state)
+                loss = f", held-out loss {row['val_loss']:.4f}" if row else ""
+                self._display.say(f"{trial.name}: finished{loss}")
+                return
+            self._fail(trial, code, "it has no held-out loss at its last step", 0)
+        elif code == ExitCode.STOPPED:
+            self._journal.append("ended", trial=trial.name, code=code, cause="stopped on request", retry=False)
+        elif code < 0 or code > 128:
+            self._crashed(one, code)
+        else:
+            self._fail(trial, code, self._cause(trial), 0)
+
+    def _crashed(self, one: _Slot, code: int) -> None:
+        """A launcher that a signal ended: what its ranks do wrong, it judges itself."""
+        trial, record = one.trial, self._records[one.trial.name]
+        number = -code if code < 0 else code - 128
+        cause = f"its launcher was killed by {signal_name(number)}"
+        progressed = saved_step(self._directory.run(trial.name).path) > one.saved_step
+        failures = 1 if progressed else record.failures + 1
+        limit = self._sweep.config.slots.max_failures
+        if failures > limit:
+            self._fail(trial, code, f"{cause}; {failures} times without a new checkpoint", failures)
+            return
+        delay = 0.0 if failures == 1 else min(BACKOFF_FIRST_S * 2 ** (failures - 2), BACKOFF_MOST_S)
+        self._wait.until[trial.name] = time.monotonic() + delay
+        self._journal.append("ended", trial=trial.name, code=code, cause=cause, retry=True, failures=failures)
+        self._display.say(f"{trial.name}: {cause}; it is started again")
+
+    def _fail(self, trial: Trial, code: int, cause: str, failures: int) -> None:
+        self._journal.append("ended", trial=trial.name, code=code, cause=cause, retry=False, failures=failures)
+        self._display.say(
+            f"{trial.name}: failed: {cause}; see `bigtrain sweep logs {self._directory.name} {trial.name}`"
+        )
+
+    def _cause(self, trial: Trial) -> str:
+        """Why a run failed, in one line: its record's word, else what its launcher printed."""
+        events = [
+            event
+            for event in read_events(self._directory.run(trial.name).events)
+            if event["event"] in ("failed", "fault")
+        ]
+        said = newest(events, "cause")
+        lines = self._directory.log(trial.name).read_text(errors="replace").splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return str(said) if said else errors[-1] if errors else lines[-1] if lines else "it ended without a word"
+
+    def _heed(self) -> int:
+        """Pass a request to stop on to the trials, once each level; a signal handler may not."""
+        level = self._switch.level
+        while self._announced < level:
+            self._announced += 1
+            now = self._announced == 2
+            if now:
+                self._display.say("ending all trials at once")
+            else:
+                self._display.say("stopping: the trials save and exit; Ctrl-C again ends them at once")
+            for one in self._slots.values():
+                one.process.stop(now)
+        return level
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self._switch.press()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _say_start(self) -> None:
+        trials = self._journal.state.planned()
+        own, separate = saved_flops(trials)
+        done = sum(record.state == "finished" for record in self._records.values())
+        text = f"{self._directory.name}: {len(trials)} trials, {self._starter.slots} at once"
+        if done:
+            text += f"; {done} have finished"
+        if separate:
+            text += f"; trunks and branches take {own:.3g} FLOPs, separate runs would {separate:.3g}"
+        self._display.say(text)
+
+    def _conclude(self) -> int:
+        """Say how it went, and fit the law where the sweep is over."""
+        states = [record.state for record in self._records.values()]
+        if self._switch.level:
+            self._display.say(
+                f"{self._directory.name}: stopped; `bigtrain sweep resume {self._directory.name}` goes on"
+            )
+            return ExitCode.STOPPED
+        gaps = between_trials_s(self._directory)
+        if gaps:
+            self._display.say(
+                f"between two trials on a slot: {statistics.median(gaps):.1f} s (median of {len(gaps)}), from the end "
+                "of one to the first step of the next"
+            )
+        own, separate = saved_flops([one.trial for one in self._records.values() if one.state == "finished"])
+        if separate:
+            self._display.say(f"FLOPs: {own:.3g}, {1 - own / separate:.0%} less than separate runs' {separate:.3g}")
+        target = self._sweep.config.target
+        trial = next(iter(self._records.values())).trial
+        tracking = trial_config(self._sweep, self._rungs[trial.size][1], trial).tracking
+        began = time.monotonic()
+        fitted = fit_law(
+            self._directory, target.flops if target else None, tracking.model_copy(update={"facts": {}})
+        )  # fmt: skip
+        if isinstance(fitted, str):
+            self._display.say(f"no law: {fitted}")
+        else:
+            self._display.say(f"the law is in {self._directory.law}, fitted in {span(time.monotonic() - began)}")
+        if self._undecided or any(state != "finished" for state in states):
+            left = [record for record in self._records.values() if record.state != "finished"]
+            for record in left:
+                self._display.say(f"  {record.trial.name}: {record.state}: {record.cause or 'its trunk is not there'}")
+            return ExitCode.FAILED
+        self._display.say(f"{self._directory.name}: finished")
+        return ExitCode.FINISHED
+
+
+def let_retry(directory: SweepDirectory, trial: str) -> None:
+    """Let a trial that has failed or was refused run again.
+
+    Raises:
+        UserError: There is no such trial, it needs no retry, or a driver is at work.
+    """
+    lease = Lease.acquire(directory, noun="sweep")
+    try:
+        journal = Journal(directory.journal)
+        record = journal.state.get(trial)
+        if record.state not in ("failed", "refused"):
+            raise UserError(f"The trial '{trial}' is {record.state}: it needs no retry", str(directory.path))
+        journal.append("retry", trial=trial)
+    finally:
+        lease.release()

@@ -1,0 +1,189 @@
+"""The ladder: from a target N to a shape, a batch, a learning rate, beta2 and a warm-up, by the sweep's rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.config import UserError
+from bigtrain.models.config import ModelConfig
+from bigtrain.sweeps.config import LadderConfig, SizeConfig
+from bigtrain.sweeps.load import Sweep
+from bigtrain.training.prepare import prepare
+
+MAX_LAYERS = 160
+MAX_DEVIATION = 0.2
+"""Relative: how far a shape's N may lie from its target before it is refused."""
+ASPECT_WEIGHT = 0.02
+"""Of (ln width/layers - ln aspect)^2 beside (ln N/target)^2: a size off by 10 % weighs as much as twice the aspect."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size of a sweep, and what follows from it."""
+
+    target: int
+    model: dict[str, Any]
+    """The keys of `model` that give the shape."""
+    params: int
+    """N as the law counts it."""
+    params_without_embeddings: int
+    params_total: int
+    flops_per_token: int
+    """Matmul FLOPs of forward and backward, exact, attention over the whole square."""
+    context: int
+    batch_sequences: int
+    lr: float
+    beta2: float
+    warmup_steps: int
+    vocab_size: int
+    sequences_per_epoch: int
+    deviations: tuple[str, ...] = ()
+    """Where it is not what the rules say, and by how much."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_sequences * self.context
+
+    def steps(self, tokens: float) -> int:
+        """Steps of a run of D tokens, rounded."""
+        return max(1, round(tokens / self.batch_tokens))
+
+    def flops(self, steps: int) -> float:
+        """Exact FLOPs of that many steps."""
+        return float(self.flops_per_token) * steps * self.batch_tokens
+
+
+def rung(sweep: Sweep, size: SizeConfig) -> Rung:
+    """The rung of one size, its whole config checked against the data.
+
+    Raises:
+        UserError: A base run that is wrong, no shape near the target, or a batch that does not fit.
+    """
+    ladder = sweep.config.ladder
+    vocab_size, context, per_epoch = _data(sweep)
+    deviations = []
+    if size.model is not None:
+        shape: dict[str, Any] = dict(size.model)
+        deviations.append("shape given in the file")
+    else:
+        shape = _shape(sweep, size.params, vocab_size)
+    model = sweep.trial({**_PROBE, "model": shape}).model
+    params = count(model, ladder, vocab_size)
+    off = params / size.params - 1
+    if size.model is None and abs(off) > MAX_DEVIATION:
+        raise UserError(
+            f"No shape has about {size.params:,} parameters ({ladder.count}): the nearest has {params:,}", sweep.where,
+            f"Give a size of {params:,}, a smaller ladder.width_multiple, or the shape under sizes[].model.",
+        )  # fmt: skip
+    if abs(off) > 0.005:
+        deviations.append(f"N {off:+.1%} from its target")
+    wanted = ladder.batch.of(params)
+    if size.batch is not None:
+        batch = size.batch.sequences(context)
+        deviations.append("batch given in the file")
+    else:
+        batch = max(1, round(wanted / context))
+        if abs(batch * context / wanted - 1) > 0.05:
+            deviations.append(f"batch {batch * context / wanted - 1:+.0%} from its rule: whole sequences of {context}")
+    if size.lr is not None:
+        deviations.append("lr given in the file")
+    tokens = batch * context
+    beta2 = ladder.beta2.large if tokens >= ladder.beta2.from_tokens else ladder.beta2.small
+    warmup = max(1, round(ladder.warmup.of(params) / tokens))
+    return Rung(
+        size.params, shape, params, model.parameter_count_without_embeddings(vocab_size),
+        model.parameter_count(vocab_size), model.flops_per_token(vocab_size).full, context, batch,
+        _rounded(size.lr or ladder.lr.of(params)), beta2, warmup, vocab_size, per_epoch, tuple(deviations),
+    )  # fmt: skip
+
+
+_PROBE: dict[str, Any] = {"name": "probe", "duration": "1 steps", "batch": {"size": 1}}
+
+
+def count(model: ModelConfig, ladder: LadderConfig, vocab_size: int) -> int:
+    """N as the law counts it."""
+    if ladder.count == "total":
+        return model.parameter_count(vocab_size)
+    return model.parameter_count_without_embeddings(vocab_size)
+
+
+def _rounded(lr: float) -> float:
+    """Three significant digits, so that a file can repeat it."""
+    return float(f"{lr:.3g}")
+
+
+def _data(sweep: Sweep) -> tuple[int, int, int]:
+    """Vocabulary, context and sequences of an epoch of the base run's data."""
+    smallest = {"layers": 1, "width": sweep.config.ladder.width_multiple, "heads": 1}
+    try:
+        config = sweep.trial({**_PROBE, "model": smallest})
+    except UserError:
+        shapes = [size.model for size in sweep.config.ladder_sizes() if size.model is not None]
+        if not shapes:
+            raise
+        config = sweep.trial({**_PROBE, "model": shapes[0]})
+    prepared = prepare(config)
+    return prepared.outputs, prepared.context, prepared.sequences_per_epoch
+
+
+def _shape(sweep: Sweep, target: int, vocab_size: int) -> dict[str, Any]:
+    """Layers and width near the target N and the ladder's aspect."""
+    ladder = sweep.config.ladder
+    best: tuple[float, dict[str, Any]] | None = None
+    for layers in range(1, MAX_LAYERS + 1):
+        for width in _widths(sweep, layers, target, vocab_size):
+            keys = _keys(sweep, layers, width)
+            params = count(sweep.trial({**_PROBE, "model": keys}).model, ladder, vocab_size)
+            size = math.log(params / target) ** 2
+            aspect = math.log(width / layers / ladder.aspect) ** 2
+            score = size + ASPECT_WEIGHT * aspect
+            if best is None or score < best[0]:
+                best = (score, keys)
+        # Deeper ones are only ever farther from the aspect.
+        if best is not None and ASPECT_WEIGHT * _least_aspect(layers + 1, ladder, target) > best[0]:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _least_aspect(layers: int, ladder: LadderConfig, target: int) -> float:
+    """(ln width/layers/aspect)^2 of the width that blocks of 12 width^2 have at the target; 0 where it is wide."""
+    width = math.sqrt(target / (12 * layers))
+    return max(0.0, -math.log(width / layers / ladder.aspect)) ** 2
+
+
+def _widths(sweep: Sweep, layers: int, target: int, vocab_size: int) -> set[int]:
+    """The multiples around the width at which this many layers have N parameters."""
+    ladder = sweep.config.ladder
+    step = ladder.width_multiple
+    probe = sweep.trial({**_PROBE, "model": _keys(sweep, layers, step)}).model
+    least = count(probe, ladder, vocab_size)
+    # Blocks grow with the square of the width.
+    near = int(math.sqrt(target / least)) if least < target else 1
+    return {step * factor for factor in (near - 1, near, near + 1) if factor >= 1}
+
+
+def _keys(sweep: Sweep, layers: int, width: int) -> dict[str, Any]:
+    """The keys of `model` for a shape of a decoder."""
+    ladder = sweep.config.ladder
+    heads = max(1, width // ladder.head_width)
+    while width % heads or (width // heads) % 2:
+        heads -= 1
+    keys: dict[str, Any] = {"layers": layers, "width": width, "heads": heads}
+    if ladder.mlp_ratio is not None or _is_gated(sweep):
+        ratio = ladder.mlp_ratio or 8 / 3
+        # Not the decoder's own rounding to 256, which makes narrow models mostly MLP.
+        keys["mlp_width"] = max(16, round(ratio * width / 16) * 16)
+    return keys
+
+
+def _is_gated(sweep: Sweep) -> bool:
+    model = sweep.document.value.get("model")
+    chosen = model.get("mlp") if isinstance(model, dict) else None
+    if chosen is not None:
+        return bool(chosen == "swiglu")
+    probe = sweep.trial({**_PROBE, "model": {"layers": 1, "width": sweep.config.ladder.width_multiple, "heads": 1}})
+    return getattr(probe.model, "mlp", None) == "swiglu"

@@ -1,0 +1,425 @@
+"""`bigtrain sweep plan`: the grid, its cost in FLOPs, time and money, and the interval to be expected of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain import storage
+from bigtrain.config import UserError
+from bigtrain.hardware import lookup
+from bigtrain.hardware.devices import Device, known_devices
+from bigtrain.hardware.this_machine import this_machine
+from bigtrain.scaling.bootstrap import MIN_CLUSTERS
+from bigtrain.scaling.document import finite
+from bigtrain.scaling.table import refuse_collinear
+from bigtrain.sweeps import design
+from bigtrain.sweeps.bench import Speed, measure
+from bigtrain.sweeps.config import SizeConfig
+from bigtrain.sweeps.driver import check_same, sizes_of
+from bigtrain.sweeps.journal import SweepDirectory, read_state
+from bigtrain.sweeps.ladder import Rung, rung
+from bigtrain.sweeps.load import Sweep
+from bigtrain.sweeps.memory import least_memory_bytes
+from bigtrain.sweeps.slots import LocalSlots, TrialStarter
+from bigtrain.sweeps.trials import Trial, grid_trials, lengths, trial_config, tuning_trials
+from bigtrain.tracking.numbers import short, span
+
+FORMAT_VERSION = 1
+KIND = "bigtrain sweep plan"
+MANY_EPOCHS = 4.0
+"""Beyond it repeated data teach less than fresh (Muennighoff et al. 2023)."""
+DEFAULT_TARGET = 10.0
+LAW_PARAMETERS = 5
+SMALLEST = 1000
+EVALUATION_COST = 1 / 3
+"""Of a training token, for a held-out one: the forward pass alone."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long trials take."""
+
+    speeds: dict[int, Speed]
+    """By target N; empty where nothing is known."""
+    source: str
+    evaluated_tokens: dict[int, int]
+
+    def seconds(self, trial: Trial) -> float | None:
+        """Of one trial, from its start to its end."""
+        speed = self.speeds.get(trial.size)
+        if speed is None:
+            return None
+        tokens = trial.tokens * trial.own_steps / trial.steps
+        return speed.start_s + (tokens + EVALUATION_COST * self.evaluated_tokens[trial.size]) / speed.tokens_per_s
+
+
+def make_plan(
+    sweep: Sweep,
+    runs_dir: Path,
+    *,
+    measure: bool = True,
+    say: Callable[[str], None],
+    starter: TrialStarter | None = None,
+) -> dict[str, Any]:
+    """Plan a sweep, and write plan.json and plan.html into its directory.
+
+    Args:
+        measure: Whether tokens a second that are not known are measured.
+
+    Returns:
+        Plain values for JSON: sizes, trials, cost, expected interval, warnings.
+
+    Raises:
+        UserError: A design from which no law follows, a target inside the data, a budget that is exceeded.
+    """
+    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
+    starter = starter or LocalSlots(sweep.config.slots, plugin)
+    directory = SweepDirectory(runs_dir / sweep.config.name)
+    check_same(sweep, directory)
+    if sweep.config.sizes == "auto":
+        return _write(directory, _chosen(sweep, say))
+    sizes = sizes_of(sweep)
+    rungs = {size.params: rung(sweep, size) for size in sizes}
+    steps = {size.params: lengths(sweep, size, rungs[size.params]) for size in sizes}
+    grid, rows = _grid(sweep, sizes, rungs, steps)
+    target = _target(sweep, grid)
+    truth = design.truth_of(sweep.config.expected)
+    refuse_collinear(grid.table(truth, sweep.where), LAW_PARAMETERS)
+    trials = _trials(sweep, sizes, rungs, steps, directory)
+    clock = _clock(sweep, rungs, trials, directory, starter, measure, say)
+    cost = _cost(sweep, trials, clock, starter.slots)
+    _check_budget(sweep, cost)
+    say(f"simulating {design.DRAWS} sweeps of this grid")
+    expected = design.simulate(grid, sweep.config.expected, target, design.DRAWS)
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "kind": KIND, "name": sweep.config.name, "target_flops": target,
+        "sizes": [_size_row(sweep, rungs[size.params], steps[size.params], clock) for size in sizes],
+        "points": rows, "trials": [{**trial.plain(), "seconds": clock.seconds(trial)} for trial in trials],
+        "cost": cost, "assumed": sweep.config.expected.plain(),
+        "expected": {**asdict(expected), "width": expected.width},
+        "slots": starter.slots, "largest_run_flops": float(grid.flops.max()),
+        "warnings": _warnings(sweep, grid, rungs, steps, starter),
+    }  # fmt: skip
+    return _write(directory, document)
+
+
+def _write(directory: SweepDirectory, document: dict[str, Any]) -> dict[str, Any]:
+    from bigtrain.sweeps.page import plan_page
+
+    document = dict(finite(document))
+    directory.path.mkdir(parents=True, exist_ok=True)
+    document["files"] = [str(directory.plan), str(directory.page)]
+    storage.write_json(directory.plan, document)
+    storage.write_atomic(directory.page, plan_page(document))
+    return document
+
+
+def _grid(
+    sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], steps: dict[int, list[int]]
+) -> tuple[design.Grid, list[dict[str, Any]]]:
+    """All points, and each as a plain row."""
+    rows: list[dict[str, Any]] = []
+    trunk = 0
+    for size in sizes:
+        one = rungs[size.params]
+        for seed in size.seeds or sweep.config.seeds:
+            for length in steps[size.params]:
+                tokens = length * one.batch_tokens
+                rows.append({
+                    "size": size.params, "seed": seed, "params": one.params, "tokens": tokens, "trunk": trunk,
+                    "flops": one.flops(length), "tokens_per_param": tokens / one.params,
+                })  # fmt: skip
+            trunk += 1
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=np.float64)
+
+    grid = design.Grid(column("params"), column("tokens"), column("flops"), column("trunk").astype(np.int64))
+    return grid, rows
+
+
+def _target(sweep: Sweep, grid: design.Grid) -> float:
+    largest = float(grid.flops.max())
+    if sweep.config.target is None:
+        return DEFAULT_TARGET * largest
+    if sweep.config.target.flops <= largest:
+        raise UserError(
+            f"The target of {sweep.config.target.flops:.4g} FLOPs lies inside the data: the largest run has "
+            f"{largest:.4g}", f"{sweep.where}, target.flops", f"Give more than {largest:.4g}, or smaller sizes.",
+        )  # fmt: skip
+    return sweep.config.target.flops
+
+
+def _trials(
+    sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], steps: dict[int, list[int]],
+    directory: SweepDirectory,
+) -> list[Trial]:  # fmt: skip
+    """The trials that are still to run, in order."""
+    state = read_state(directory.journal)
+    found: list[Trial] = [record.trial for record in state.trials.values() if record.state != "finished"]
+    planned = state.planned()
+    for size in sizes:
+        one = rungs[size.params]
+        if sweep.config.learning_rates is not None and size.params not in state.chosen:
+            found += [trial for trial in tuning_trials(sweep, one) if trial.name not in state.trials]
+        seeds = size.seeds or sweep.config.seeds
+        found += grid_trials(sweep, one, one.lr, seeds, steps[size.params], planned)
+    for trial in found:
+        trial_config(sweep, rungs[trial.size], trial)
+    return found
+
+
+def _clock(
+    sweep: Sweep, rungs: dict[int, Rung], trials: Sequence[Trial], directory: SweepDirectory, starter: TrialStarter,
+    wanted: bool, say: Callable[[str], None],
+) -> Clock:  # fmt: skip
+    hardware = sweep.config.hardware
+    evaluated = {}
+    for target, one in rungs.items():
+        config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
+        evaluated[target] = config.evaluation.batches * one.batch_tokens
+    if hardware.mfu is not None:
+        device = _device(sweep)
+        if device is None:
+            raise UserError(
+                "hardware.mfu is a share of a device's peak, and no device is named", f"{sweep.where}, hardware",
+                f"Give hardware.device: {', '.join(known.name for known in known_devices())}.",
+            )  # fmt: skip
+        precision = str(sweep.document.value.get("precision", "bf16"))
+        peak = device.peak(precision)
+        if peak is None:
+            raise UserError(f"{device.name} has no peak in {precision}", f"{sweep.where}, hardware.device")
+        rate = peak * hardware.mfu * sweep.config.slots.procs
+        speeds = {target: Speed(rate / one.flops_per_token, hardware.start_s) for target, one in rungs.items()}
+        return Clock(speeds, f"{hardware.mfu:.0%} of {device.name}'s peak", evaluated)
+    if not wanted:
+        return Clock({}, "not measured", evaluated)
+    return Clock(measure(sweep, list(rungs.values()), directory, starter, say), "measured here", evaluated)
+
+
+def _device(sweep: Sweep) -> Device | None:
+    name = sweep.config.hardware.device
+    if name is None:
+        return lookup(this_machine().device_name)
+    device = lookup(name)
+    if device is None:
+        raise UserError(
+            f"The device '{name}' is not known", f"{sweep.where}, hardware.device",
+            f"Known: {', '.join(known.name for known in known_devices())}.",
+        )  # fmt: skip
+    return device
+
+
+def _cost(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> dict[str, Any]:
+    """FLOPs, time and money of the trials; null where not known."""
+    own = sum(trial.own_flops for trial in trials)
+    shared = sum(trial.own_flops for trial in trials if trial.kind != "tuning")
+    separate = sum(trial.flops for trial in trials if trial.kind == "branch")
+    lasting = [clock.seconds(trial) for trial in trials]
+    seconds = None
+    busy = None
+    if trials and all(one is not None for one in lasting):
+        seconds = makespan(trials, [one or 0.0 for one in lasting], slots)
+        busy = float(sum(one or 0.0 for one in lasting))
+    device = _device(sweep)
+    price = sweep.config.hardware.usd_per_hour or (device.usd_per_hour if device else None)
+    money = None if busy is None or price is None else busy / 3600 * sweep.config.slots.procs * price
+    return {
+        "flops": own, "separate_flops": separate, "saved": 1 - shared / separate if separate else 0.0,
+        "seconds": seconds, "slot_seconds": busy, "usd": money, "usd_per_hour": price, "time_by": clock.source,
+    }  # fmt: skip
+
+
+def makespan(trials: Sequence[Trial], seconds: Sequence[float], slots: int) -> float:
+    """Seconds from the first start to the last end, first in, first out.
+
+    A branch may start when its trunk has passed the step at which it leaves.
+    """
+    free = [0.0] * slots
+    begun: dict[str, tuple[float, float]] = {}
+    by_name = {trial.name: trial for trial in trials}
+    waiting = list(zip(trials, seconds, strict=True))
+
+    def ready_at(trial: Trial) -> float:
+        parent = by_name.get(trial.parent or "")
+        if parent is None:
+            return 0.0
+        if parent.name not in begun:
+            return math.inf
+        start, length = begun[parent.name]
+        return start + length * (trial.parent_step - parent.parent_step) / parent.own_steps
+
+    while waiting:
+        slot = free.index(min(free))
+        # What is ready first; of those, what stands first.
+        at = [max(free[slot], ready_at(trial)) for trial, _ in waiting]
+        chosen = at.index(min(at))
+        trial, length = waiting.pop(chosen)
+        begun[trial.name] = (at[chosen], length)
+        free[slot] = at[chosen] + length
+    return max(free)
+
+
+def _check_budget(sweep: Sweep, cost: dict[str, Any]) -> None:
+    budget = sweep.config.budget
+    if budget is None:
+        return
+    hours = None if cost["seconds"] is None else cost["seconds"] / 3600
+    for name, limit, planned in (
+        ("flops", budget.flops, cost["flops"]), ("hours", budget.hours, hours), ("usd", budget.usd, cost["usd"])
+    ):  # fmt: skip
+        if limit is not None and planned is not None and planned > limit:
+            raise UserError(
+                f"The sweep would cost {planned:.4g} {name}, and the budget is {limit:.4g}",
+                f"{sweep.where}, budget.{name}", "Leave out the largest size or the longest runs, or raise the budget.",
+            )  # fmt: skip
+
+
+def _size_row(sweep: Sweep, one: Rung, steps: Sequence[int], clock: Clock) -> dict[str, Any]:
+    speed = clock.speeds.get(one.target)
+    longest = steps[-1] * one.batch_tokens
+    return {
+        "target": one.target, "model": one.model, "params": one.params,
+        "params_without_embeddings": one.params_without_embeddings, "params_total": one.params_total,
+        "flops_per_token": one.flops_per_token, "flops_over_6n": one.flops_per_token / (6 * one.params),
+        "batch_tokens": one.batch_tokens, "lr": one.lr, "beta2": one.beta2, "warmup_steps": one.warmup_steps,
+        "steps": list(steps), "tokens": [count * one.batch_tokens for count in steps],
+        "tokens_per_param": [count * one.batch_tokens / one.params for count in steps],
+        "epochs": longest / (one.sequences_per_epoch * one.context), "deviations": list(one.deviations),
+        "tokens_per_s": speed.tokens_per_s if speed else None, "start_s": speed.start_s if speed else None,
+    }  # fmt: skip
+
+
+def _warnings(
+    sweep: Sweep, grid: design.Grid, rungs: dict[int, Rung], steps: dict[int, list[int]], starter: TrialStarter
+) -> list[str]:
+    found = []
+    if grid.trunks < MIN_CLUSTERS:
+        found.append(
+            f"{grid.trunks} trunks: with fewer than {MIN_CLUSTERS} the fit's intervals are too narrow; add seeds"
+        )
+    for target, one in rungs.items():
+        config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
+        cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
+        if cause is not None:
+            found.append(f"size {target} can never run here: {cause}")
+        epochs = steps[target][-1] * one.batch_sequences / one.sequences_per_epoch
+        if epochs > MANY_EPOCHS:
+            found.append(f"size {target}: its longest run reads the data {epochs:.1f} times; the law is of fresh data")
+    return found
+
+
+def _chosen(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
+    """The grids that fill the budget best, for a file that leaves the sizes open."""
+    budget = sweep.config.budget
+    assert budget is not None
+    assert budget.flops is not None
+    if sweep.config.target is None:
+        raise UserError(
+            "sizes: auto chooses the grid by the interval at the target, and there is none", sweep.where,
+            "Give target: {flops: ...}.",
+        )  # fmt: skip
+    target = sweep.config.target.flops
+    found = design.choose(budget.flops, sweep.config.expected, target, sweep.config.ladder.decay, SMALLEST, say)
+    if not found:
+        raise UserError(
+            f"No grid of {budget.flops:.4g} FLOPs has a target of {target:.4g} FLOPs outside it", sweep.where,
+            "Raise the budget, or the target.",
+        )  # fmt: skip
+    grids = [
+        {**asdict(one), "width": one.expected.width if one.expected else None, "sizes": list(one.sizes),
+         "tokens_per_param": list(one.tokens_per_param)}
+        for one in found
+    ]  # fmt: skip
+    return {
+        "format_version": FORMAT_VERSION, "kind": KIND, "name": sweep.config.name, "target_flops": target,
+        "budget_flops": budget.flops, "grids": grids,
+    }  # fmt: skip
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan for people."""
+    if "grids" in plan:
+        return _grids_text(plan)
+    header = (
+        "N",
+        "total",
+        "layers x width",
+        "C/6ND",
+        "batch",
+        "lr",
+        "beta2",
+        "warm-up",
+        "D/N",
+        "longest D",
+        "tokens/s",
+    )
+    rows = [header]
+    for one in plan["sizes"]:
+        shape = one["model"]
+        rows.append((
+            f"{one['params']:,}", f"{one['params_total']:,}", f"{shape.get('layers', '')} x {shape.get('width', '')}",
+            f"{one['flops_over_6n']:.2f}", f"{one['batch_tokens']:,}", f"{one['lr']:g}", f"{one['beta2']:g}",
+            f"{one['warmup_steps']} steps", " ".join(f"{ratio:.3g}" for ratio in one["tokens_per_param"]),
+            short(one["tokens"][-1]), short(one["tokens_per_s"]) if one["tokens_per_s"] else "n/a",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        f"{plan['name']}: {len(plan['points'])} runs of {len(plan['sizes'])} sizes, {len(plan['trials'])} trials to do"
+    ]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    for one in plan["sizes"]:
+        if one["deviations"]:
+            lines.append(f"  {one['target']:,}: {'; '.join(one['deviations'])}")
+    lines += [*_cost_lines(plan), *_expected_lines(plan)]
+    return "\n".join([*lines, *(f"warning: {text}" for text in plan["warnings"]), *plan["files"]])
+
+
+def _cost_lines(plan: dict[str, Any]) -> list[str]:
+    cost = plan["cost"]
+    money = f"{cost['usd']:,.2f} USD at {cost['usd_per_hour']:g} an hour" if cost["usd"] is not None else "n/a"
+    time = f"{span(cost['seconds'])} on {plan['slots']} slots" if cost["seconds"] is not None else "n/a"
+    return [
+        f"FLOPs   {cost['flops']:.3g}; {cost['saved']:.0%} less than separate runs, by trunks that branches share",
+        f"time    {time} ({cost['time_by']})",
+        f"money   {money}",
+    ]
+
+
+def _expected_lines(plan: dict[str, Any]) -> list[str]:
+    one = plan["expected"]
+    low, high = one["loss_interval"]
+    few, many = one["params_interval"]
+    return [
+        f"target  {plan['target_flops']:.3g} FLOPs, {plan['target_flops'] / plan['largest_run_flops']:.3g} times the "
+        "largest run",
+        f"expected there, 95 % of {one['draws']} simulated sweeps: loss {low:.4f} to {high:.4f} "
+        f"({one['width']:.2%} wide), N* {short(few)} to {short(many)}",
+    ]
+
+
+def _grids_text(plan: dict[str, Any]) -> str:
+    lines = [
+        f"{plan['name']}: grids of {plan['budget_flops']:.3g} FLOPs, by the interval at {plan['target_flops']:.3g}"
+    ]
+    for one in plan["grids"]:
+        sizes = ", ".join(short(size) for size in one["sizes"])
+        ratios = ", ".join(f"{ratio:g}" for ratio in one["tokens_per_param"])
+        lines.append(
+            f"  {one['width']:.2%} wide  {one['flops']:.3g} FLOPs  sizes [{sizes}]  D/N [{ratios}]  "
+            f"{one['seeds']} seeds"
+        )
+    best = plan["grids"][0]
+    lines += [
+        "write into the file:",
+        f"  sizes: {best['sizes']}",
+        f"  tokens_per_param: {best['tokens_per_param']}",
+        f"  seeds: {list(range(1, best['seeds'] + 1))}",
+    ]
+    return "\n".join([*lines, *plan["files"]])

@@ -1,0 +1,97 @@
+"""What a finished trial leaves for the fit: its row, the file of rows, the law."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigtrain import storage
+from bigtrain.config import UserError
+from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN
+from bigtrain.sweeps.journal import SweepDirectory, SweepState, results
+from bigtrain.sweeps.ladder import Rung
+from bigtrain.sweeps.trials import PHASES, Trial
+from bigtrain.tracking.config import TrackingConfig
+from bigtrain.tracking.history import read_events
+from bigtrain.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from bigtrain.scaling.fit import Fitted
+
+MIN_RUNS = 6
+"""Fewer finished runs than that have no law."""
+
+
+def row_of(directory: SweepDirectory, trial: Trial, rung: Rung) -> dict[str, Any] | None:
+    """The row of a trial whose run has finished; None where it has no held-out loss at its end.
+
+    Losses are in nats a token; `flops` counts the whole schedule from step 0, whoever computed it.
+    """
+    rows = read_metrics(directory.run(trial.name).metrics)
+    last = rows[-1] if rows else {}
+    if last.get("step") != trial.steps or last.get("val_loss") is None:
+        return None
+    sequences = rung.batch_sequences * trial.steps
+    return {
+        "run": trial.name, "group": trial.group, "kind": trial.kind, "phase": PHASES[trial.kind], "seed": trial.seed,
+        "params": trial.params, "params_without_embeddings": trial.params_without_embeddings,
+        "params_total": trial.params_total, "tokens": trial.tokens,
+        "unique_tokens": min(sequences, rung.sequences_per_epoch) * rung.context, "flops": trial.flops,
+        "flops_6nd": FLOPS_PER_PARAMETER_TOKEN * trial.params * trial.tokens, "lr": trial.lr, "beta2": rung.beta2,
+        "batch_tokens": rung.batch_tokens, "warmup_steps": rung.warmup_steps, "steps": trial.steps,
+        "val_loss": last["val_loss"], "train_loss": last.get("loss"), "parent": trial.parent,
+        "parent_step": trial.parent_step, "own_flops": trial.own_flops,
+    }  # fmt: skip
+
+
+def write_runs(directory: SweepDirectory, state: SweepState) -> None:
+    """Write the rows of all finished runs, each once, whatever was there."""
+    rows = results(state.trials.values())
+    storage.write_atomic(directory.runs, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def saved_flops(trials: list[Trial]) -> tuple[float, float]:
+    """FLOPs of the sweep's trunks and branches, and of as many separate runs."""
+    own = sum(trial.own_flops for trial in trials if trial.kind != "tuning")
+    return own, sum(trial.flops for trial in trials if trial.kind == "branch")
+
+
+def fit_law(directory: SweepDirectory, target_flops: float | None, tracking: TrackingConfig) -> Fitted | str:
+    """Fit the law of the runs so far into DIR/law, and record it as a W&B run; or why it cannot be fitted."""
+    count = sum(1 for _ in storage.read_lines(directory.runs))
+    if count < MIN_RUNS:
+        return f"{count} finished runs have no law: {MIN_RUNS} are needed"
+    from bigtrain.scaling.fit import FitOptions, fit
+    from bigtrain.scaling.report import write_outputs
+
+    try:
+        fitted = fit(str(directory.path), FitOptions(target_flops=target_flops))
+    except UserError as error:
+        return error.what
+    write_outputs(fitted, directory.law, tracking=tracking)
+    return fitted
+
+
+def between_trials_s(directory: SweepDirectory) -> list[float]:
+    """Seconds from the end of each run to the first step of the next on its slot."""
+    slots: dict[int, list[str]] = {}
+    for line in storage.read_lines(directory.journal):
+        if line.get("event") == "started":
+            slots.setdefault(int(line["slot"]), []).append(line["trial"])
+    found = []
+    for names in slots.values():
+        spans = [_span(directory.run(name).events) for name in names]
+        for before, after in itertools.pairwise(spans):
+            if before is not None and after is not None and after[0] >= before[1]:
+                found.append(after[0] - before[1])
+    return found
+
+
+def _span(events: Path) -> tuple[float, float] | None:
+    """When a run took its first step, and when it finished."""
+    known = read_events(events)
+    first = next((event["time"] for event in known if event["event"] in ("started", "resumed")), None)
+    last = next((event["time"] for event in reversed(known) if event["event"] == "finished"), None)
+    return None if first is None or last is None else (first, last)

@@ -1,0 +1,141 @@
+"""Where a trial is started: slots of this machine. Gangs on a cluster are another `TrialStarter`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from bigtrain.hardware.this_machine import available_cores, available_memory_bytes
+from bigtrain.jobs.local import visible_gpus
+from bigtrain.jobs.processes import bound_to_parent
+from bigtrain.run import RunConfig
+from bigtrain.sweeps.config import SlotsConfig
+
+BETWEEN_SIGNALS_S = 0.15
+"""Long enough for a launcher to take two signals for two requests."""
+
+
+class RunningTrial(Protocol):
+    """A trial under way."""
+
+    def poll(self) -> int | None:
+        """Its exit code, one of `bigtrain.run.ExitCode` or minus a signal; None while it runs."""
+        ...
+
+    def stop(self, now: bool) -> None:
+        """Ask it to save itself and exit, or to end at once."""
+        ...
+
+
+class TrialStarter(Protocol):
+    """What runs trials: how many at once, what can never fit, and the start of one."""
+
+    @property
+    def slots(self) -> int:
+        """Trials that run side by side."""
+        ...
+
+    def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
+        """Why a trial could never run here, or None.
+
+        Args:
+            memory_bytes: What each of its processes holds at least.
+        """
+        ...
+
+    def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
+        """Start the trial of a config file; returns at once.
+
+        Args:
+            log: Takes what it prints, after what is there.
+            slot: Which of the slots it fills, from 0.
+        """
+        ...
+
+
+class LocalSlots:
+    """Slots of this machine: a trial is a `bigtrain train` of its own, which the kernel ends with the driver."""
+
+    def __init__(self, config: SlotsConfig, plugin: str | None = None) -> None:
+        self._procs, self._threads = config.procs, config.threads
+        self._plugin = plugin
+        self._gpus = visible_gpus()
+        self.slots = self._auto() if config.count == "auto" else config.count
+
+    def _auto(self) -> int:
+        units = self._gpus // self._procs if self._gpus else available_cores() // (self._procs * self._threads)
+        return max(1, units)
+
+    def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
+        """Memory and devices; see `TrialStarter.refusal`."""
+        if self._gpus and self._procs > self._gpus:
+            return f"it takes {self._procs} GPUs, and this machine has {self._gpus}"
+        available = available_memory_bytes()
+        if not self._gpus and memory_bytes * self._procs > available:
+            return (
+                f"its parameters, gradients and optimizer take {memory_bytes * self._procs / 1e9:.1f} GB, and this "
+                f"machine has {available / 1e9:.1f} GB"
+            )
+        return None
+
+    def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
+        """See `TrialStarter.start`. Only from the main thread: the kernel ends the trial with the thread's death."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                self.command(config, runs_dir), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self._environment(slot),
+                start_new_session=True, preexec_fn=bound_to_parent(),
+            )  # fmt: skip
+        return LocalTrial(process)
+
+    def command(self, config: Path, runs_dir: Path) -> list[str]:
+        """The process of a trial."""
+        command = [sys.executable, "-m", "bigtrain.cli", "train", str(config), "--runs-dir", str(runs_dir)]
+        command += ["--nproc", str(self._procs)]
+        return command if self._plugin is None else [*command, "--plugin", self._plugin]
+
+    def _environment(self, slot: int) -> Mapping[str, str]:
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        if self._gpus:
+            listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = listed.split(",") if listed else [str(number) for number in range(self._gpus)]
+            first = slot * self._procs % self._gpus
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + self._procs])
+        # A trial must run the driver's code, also where that is a checkout and not installed.
+        root = str(Path(__file__).resolve().parents[2])
+        if root not in site.getsitepackages():
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        return environment
+
+
+class LocalTrial:
+    """A `bigtrain train` process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Of the launcher."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """See `RunningTrial.poll`."""
+        return self._process.poll()
+
+    def stop(self, now: bool) -> None:
+        """See `RunningTrial.stop`."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+            if now:
+                time.sleep(BETWEEN_SIGNALS_S)
+                self._process.send_signal(signal.SIGTERM)

@@ -1,0 +1,60 @@
+"""What `bigtrain sweep status` says, from the journal and the trials' own records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.run import Lease
+from bigtrain.sweeps.journal import SweepDirectory, SweepState, TrialRecord, read_state
+from bigtrain.sweeps.results import saved_flops
+from bigtrain.tracking.metrics import read_metrics
+
+
+def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
+    """A sweep's status, under the names that `--json` prints.
+
+    Returns:
+        Plain values for JSON. `state` is running, waiting (a driver has left trials to do), finished, or failed (none
+        is left to do and not all have finished).
+    """
+    state = read_state(directory.journal)
+    holder = Lease.holder(directory)
+    alive = holder is not None and holder.alive()
+    records = list(state.trials.values())
+    rows = [_row(directory, record, alive) for record in records]
+    own, separate = saved_flops([record.trial for record in records])
+    done = sum(record.trial.own_flops for record in records if record.state == "finished")
+    states = [row["state"] for row in rows]
+    overall = "running" if alive else "waiting"
+    if not alive and rows and not any(_goes_on(record, state) for record in records):
+        overall = "finished" if all(one == "finished" for one in states) else "failed"
+    return {
+        "name": directory.name, "state": overall, "trials": rows,
+        "finished": states.count("finished"), "failed": states.count("failed"), "refused": states.count("refused"),
+        "flops": sum(record.trial.own_flops for record in records), "flops_done": done,
+        "flops_saved": max(0.0, separate - own), "law": (directory.law / "law.json").exists(),
+    }  # fmt: skip
+
+
+def _goes_on(record: TrialRecord, state: SweepState) -> bool:
+    """Whether a driver would still run a trial: not where its trunk has failed."""
+    if record.settled:
+        return False
+    parent = state.trials.get(record.trial.parent or "")
+    return parent is None or parent.state == "finished" or _goes_on(parent, state)
+
+
+def _row(directory: SweepDirectory, record: TrialRecord, alive: bool) -> dict[str, Any]:
+    trial = record.trial
+    state: str = record.state
+    if state == "running" and not alive:
+        state = "waiting"
+    last: dict[str, Any] = {}
+    if record.attempts:
+        rows = read_metrics(directory.run(trial.name).metrics)
+        last = rows[-1] if rows else {}
+    return {
+        "trial": trial.name, "kind": trial.kind, "state": state, "step": last.get("step", trial.parent_step),
+        "steps": trial.steps, "params": trial.params, "tokens": trial.tokens, "lr": trial.lr, "seed": trial.seed,
+        "loss": last.get("loss"), "val_loss": last.get("val_loss"), "attempts": record.attempts, "cause": record.cause,
+    }  # fmt: skip

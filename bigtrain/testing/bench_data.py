@@ -1,0 +1,379 @@
+"""What reading and packing cost: `bigtrain bench data`.
+
+1. From disk: tokens a second of shuffled, packed batches on one core, beside plain webdataset and, where --mosaic names
+   a Python that has it, mosaicml-streaming. Each in a process of its own; a round has one of each, in turning order.
+2. Over HTTP from a server that answers after --latency: the time to the first batch, how long a consumer of 1M
+   tokens/s waits, the memory at a tenth and at the end, fetches of each shard in an epoch with a cache of a tenth of
+   the data, and a first batch at 90 % of it.
+3. Packing beside the tokenizer library's own encode_batch on the same documents and cores.
+4. The index of --shards synthetic shards in memory.
+
+mosaicml-streaming wants packages that have no place beside bigtrain's; `--mosaic PYTHON` is the interpreter of an
+environment of its own (python -m venv DIR; DIR/bin/pip install mosaicml-streaming).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.documents import documents as read_documents
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.indexing import index_directory
+from bigtrain.data.loader import Loader
+from bigtrain.data.order import SampleOrder
+from bigtrain.data.pack import pack
+from bigtrain.data.streaming import open_index
+from bigtrain.data.tokenizers import Tokenizer, train_bpe
+
+CONTEXT, BATCH, WINDOW = 1024, 32, 4
+DOCUMENT_TOKENS = 2000
+"""On average, of the generated documents."""
+CONSUMER_TOKENS_PER_S = 1_000_000
+VOCABULARY = 2048
+READERS = Path(__file__).with_name("bench_data_readers.py")
+
+
+def main() -> None:
+    """Measure, print, and exit 0; the numbers are for people to judge."""
+    parser = argparse.ArgumentParser(
+        prog="bigtrain bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=float, default=1e8, help="generated tokens")
+    parser.add_argument("--per-shard", type=float, default=2e6, help="tokens of a shard")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds of the readers, and of packing")
+    parser.add_argument("--batches", type=int, default=2000, help="batches that a reader reads in a round")
+    parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
+    parser.add_argument("--shards", type=float, default=1e6, help="shards of the synthetic index")
+    parser.add_argument("--text-bytes", type=float, default=3e7, help="text to pack")
+    parser.add_argument("--mosaic", help="a Python that has mosaicml-streaming")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as place:
+        result = bench(Path(place), options)
+    print(json.dumps(result) if options.json else table(result))
+
+
+def bench(place: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, as one object."""
+    index = generate(place / "shards", int(options.tokens), int(options.per_shard))
+    return {
+        "device": platform.processor() or platform.machine(),
+        "load": round(os.getloadavg()[0], 2),
+        "tokens": index.tokens,
+        "shards": len(index.shards),
+        "disk": from_disk(place, index, options.pairs, options.batches, options.mosaic),
+        "http": over_http(place, index, options.latency),
+        "packing": packing(place, int(options.text_bytes), options.pairs),
+        "index": index_memory(place, int(options.shards)),
+    }
+
+
+def generate(place: Path, tokens: int, per_shard: int) -> ShardIndex:
+    """Shards of random tokens, as .npy members, indexed as bytes."""
+    from webdataset import TarWriter
+
+    place.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(max(1, tokens // per_shard)):
+        with TarWriter(str(place / f"shard-{number:06d}.tar")) as tar:
+            left = per_shard
+            while left > 0:
+                count = min(left, int(random.integers(1, 2 * DOCUMENT_TOKENS)))
+                values = random.integers(0, 256, count).astype(np.uint16)
+                tar.write({"__key__": f"{per_shard - left:09d}", "npy": values})
+                left -= count
+    return index_directory(place, Tokenizer.open("bytes"))
+
+
+def from_disk(place: Path, index: ShardIndex, pairs: int, batches: int, mosaic: str | None) -> dict[str, Any]:
+    """Median tokens/s of each reader, and of the pairs' ratios to the faster of the others."""
+    readers = {"bigtrain": (sys.executable, index.directory), "webdataset": (sys.executable, index.directory)}
+    if mosaic is not None:
+        _write_mosaic(place, index, mosaic)
+        readers["mosaic"] = (mosaic, place / "mds")
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for number in range(pairs):
+        names = list(readers)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            python, data = readers[name]
+            arguments = ("--batch", BATCH, "--context", CONTEXT, "--batches", batches)
+            found = json.loads(_output(python, str(READERS), name, str(data), *map(str, arguments)))
+            rates[name].append(found["tokens"] / found["seconds"])
+    others = [max(values) for values in zip(*(rates[name] for name in rates if name != "bigtrain"), strict=True)]
+    ratios = [mine / theirs for mine, theirs in zip(rates["bigtrain"], others, strict=True)]
+    return {
+        "tokens_per_s": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "to_the_faster": round(statistics.median(ratios), 3),
+        "pairs": pairs,
+    }
+
+
+def _write_mosaic(place: Path, index: ShardIndex, mosaic: str) -> None:
+    tokens = place / "tokens.npy"
+    reader = SampleOrder(0, index.fingerprint, index.sequence_counts(CONTEXT), 1)
+    with Loader(index, reader, batch_size=BATCH, context=CONTEXT) as loader:
+        steps = reader.sequences_per_epoch // BATCH
+        stream = np.lib.format.open_memmap(tokens, "w+", np.uint16, (steps * BATCH * CONTEXT,))
+        for batch in loader.batches(0, steps):
+            values = batch.micro_batches[0]["tokens"].reshape(-1)
+            stream[batch.step * len(values) : (batch.step + 1) * len(values)] = values
+        stream.flush()
+    arguments = ("--context", str(CONTEXT), "--tokens", str(tokens))
+    _output(mosaic, str(READERS), "write-mosaic", str(place / "mds"), *arguments)
+    tokens.unlink()
+
+
+def _output(python: str, *arguments: str) -> str:
+    done = subprocess.run([python, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Serves files after a wait, and counts them."""
+
+    def __init__(self, *arguments: Any, latency: float, requests: Counter[str], **named: Any) -> None:
+        self.latency, self.requests = latency, requests
+        super().__init__(*arguments, **named)
+
+    def do_GET(self) -> None:
+        time.sleep(self.latency)
+        self.requests[self.path.rpartition("/")[2]] += 1
+        super().do_GET()
+
+    def log_message(self, format: str, *values: Any) -> None:
+        """Quiet."""
+
+
+def _serve(place: str, latency: float, pipe: Any) -> None:
+    requests: Counter[str] = Counter()
+    handler = partial(_Handler, directory=place, latency=latency, requests=requests)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pipe.send(server.server_port)
+        while pipe.recv() == "count":
+            pipe.send(dict(requests))
+            requests.clear()
+        server.shutdown()
+
+
+@contextmanager
+def _server(place: Path, latency: float) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
+    """The URL of a server in a process of its own, and its requests by file name since the last call."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(str(place), latency, theirs))
+    process.start()
+
+    def count() -> dict[str, int]:
+        ours.send("count")
+        found: dict[str, int] = ours.recv()
+        return found
+
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}", count
+    finally:
+        ours.send("stop")
+        process.join()
+
+
+def over_http(place: Path, index: ShardIndex, latency: float) -> dict[str, Any]:
+    """See the module's docstring, point 2."""
+    largest = max(index.stored_bytes(number) for number in range(len(index.shards)))
+    cache = max(index.bytes // 10, 3 * WINDOW * largest)
+    with _server(index.directory, latency) as (url, count):
+        found: dict[str, Any] = {"latency_s": latency, "cache_share": round(cache / index.bytes, 3)}
+        streaming = StreamingConfig(cache=cache, cache_dir=str(place / "cache"))
+        found |= _epoch(url, streaming)
+        requests = count()
+        tars = [requests.get(shard.url, 0) for shard in index.shards]
+        found["fetches_of_a_shard"] = round(sum(tars) / len(tars), 4)
+        cold = streaming.model_copy(update={"cache_dir": str(place / "cold")})
+        remote = open_index(url, cold)
+        found["first_batch_at_90_percent_s"] = _first_batch(remote, cold, 0.9)
+    found["first_batch_at_90_percent_of_the_disk_s"] = _first_batch(index, streaming, 0.9)
+    return found
+
+
+def _epoch(url: str, streaming: StreamingConfig) -> dict[str, Any]:
+    """One pass over all data at the consumer's pace."""
+    began = time.perf_counter()
+    index = open_index(url, streaming)
+    order, steps = _order(index)
+    waited, anonymous = 0.0, []
+    with Loader(index, order, batch_size=BATCH, context=CONTEXT, streaming=streaming) as loader:
+        start = first = 0.0
+        for batch in loader.batches(0, steps):
+            if not first:
+                start = time.perf_counter()
+                first = start - began
+            else:
+                waited += loader.data_wait_s
+            if batch.step in (steps // 10, steps - 1):
+                anonymous.append(anonymous_bytes())
+            due = start + (batch.step + 1) * BATCH * CONTEXT / CONSUMER_TOKENS_PER_S
+            time.sleep(max(0.0, due - time.perf_counter()))
+        seconds = time.perf_counter() - start
+    return {
+        "first_batch_s": round(first, 3),
+        "waiting_share": round(waited / seconds, 5),
+        "seconds": round(seconds, 1),
+        "memory_bytes_at_a_tenth": anonymous[0],
+        "memory_bytes_at_the_end": anonymous[-1],
+    }
+
+
+def _order(index: ShardIndex) -> tuple[SampleOrder, int]:
+    order = SampleOrder(0, index.fingerprint, index.sequence_counts(CONTEXT), WINDOW)
+    return order, order.sequences_per_epoch // BATCH
+
+
+def _first_batch(index: ShardIndex, streaming: StreamingConfig, share: float) -> float:
+    """Seconds from an opened index to a batch far inside the data."""
+    began = time.perf_counter()
+    order, steps = _order(index)
+    with Loader(index, order, batch_size=BATCH, context=CONTEXT, streaming=streaming) as loader:
+        next(loader.batches(int(share * steps)))
+        return round(time.perf_counter() - began, 3)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's: mapped shards come and go with the page cache."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say what memory is anonymous")
+
+
+def packing(place: Path, size: int, pairs: int) -> dict[str, Any]:
+    """Packing's bytes of text a second, and over those of the tokenizer library alone."""
+    documents = _text(size)
+    source = place / "text.jsonl"
+    source.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    tokenizer_file = place / "tokenizer.json"
+    train_bpe(read_documents([str(source)]), VOCABULARY, tokenizer_file)
+    cores = len(os.sched_getaffinity(0))
+    os.environ["RAYON_NUM_THREADS"] = str(cores)
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_file(str(tokenizer_file))
+    tokenizer = Tokenizer.open(str(tokenizer_file))
+    text_bytes = sum(len(document.encode()) for document in documents)
+    ratios, rates = [], []
+    for number in range(pairs):
+        seconds = {}
+        for name in ("pack", "library") if number % 2 else ("library", "pack"):
+            began = time.perf_counter()
+            if name == "library":
+                library.encode_batch_fast(documents, add_special_tokens=False)
+            else:
+                pack([source], place / f"packed-{number}", tokenizer, workers=cores)
+            seconds[name] = time.perf_counter() - began
+        ratios.append(seconds["library"] / seconds["pack"])
+        rates.append(text_bytes / seconds["pack"])
+    return {
+        "bytes": text_bytes,
+        "bytes_per_s": round(statistics.median(rates)),
+        "to_the_library": round(statistics.median(ratios), 3),
+        "cores": cores,
+    }
+
+
+def _text(size: int) -> list[str]:
+    """Modules of the standard library, in pieces and again and again."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in modules)
+    random = np.random.default_rng(0)
+    found, left = [], size
+    while left > 0:
+        length = int(random.integers(200, 8000))
+        begin = int(random.integers(0, len(text) - length))
+        found.append(text[begin : begin + length])
+        left -= length
+    return found
+
+
+def index_memory(place: Path, shards: int) -> dict[str, Any]:
+    """Memory and time that an index takes, by its shards; measured in a process of its own."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure_index, args=(str(place / "index"), shards, theirs))
+    process.start()
+    found: dict[str, Any] = ours.recv()
+    process.join()
+    return found
+
+
+def _measure_index(directory: str, shards: int, pipe: Any) -> None:
+    from bigtrain.data.index import Shard, write_index
+
+    place = Path(directory)
+    place.mkdir()
+    tokenizer = Tokenizer.open("bytes").info
+    entries = [
+        Shard(
+            url=f"shard-{number:08d}.tar", nsamples=1000, filesize=64 << 20, hash=f"xxh3-128:{number:032x}",
+            tokens=32 << 20, index=f"shard-{number:08d}.npy", index_hash=f"xxh3-128:{number:032x}",
+        )
+        for number in range(shards)
+    ]  # fmt: skip
+    write_index(place, "tokens", "<u2", tokenizer, None, None, entries)
+    del entries
+    process = subprocess.run(
+        [sys.executable, "-m", "bigtrain.testing.bench_data_index", directory, str(CONTEXT)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    pipe.send({"shards": shards, **json.loads(process.stdout)})
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    disk, http, packed, index = (result[key] for key in ("disk", "http", "packing", "index"))
+    lines = [
+        f"{result['tokens']:,} generated tokens in {result['shards']} shards",
+        f"{result['device']}, load {result['load']}",
+        "",
+        f"from disk, one core, {disk['pairs']} rounds",
+        *(f"  {name:12}{rate:>16,} tokens/s" for name, rate in disk["tokens_per_s"].items()),
+        f"  bigtrain over the faster of the others: {disk['to_the_faster']:.2f}",
+        "",
+        f"over HTTP, answers after {1000 * http['latency_s']:.0f} ms, a cache of {http['cache_share']:.0%} of the data",
+        f"  first batch after {http['first_batch_s']:.2f} s",
+        f"  a consumer of 1M tokens/s waits {http['waiting_share']:.2%} of {http['seconds']:.0f} s",
+        f"  memory {http['memory_bytes_at_a_tenth'] / 1e6:.1f} MB at a tenth, "
+        f"{http['memory_bytes_at_the_end'] / 1e6:.1f} MB at the end",
+        f"  each shard fetched {http['fetches_of_a_shard']:.2f} times in an epoch",
+        f"  first batch at 90 %: {http['first_batch_at_90_percent_s']:.2f} s, "
+        f"from disk {http['first_batch_at_90_percent_of_the_disk_s']:.2f} s",
+        "",
+        f"packing on {packed['cores']} cores: {packed['bytes_per_s'] / 1e6:.2f} MB/s of text, "
+        f"{packed['to_the_library']:.2f} of the tokenizer library's own speed",
+        f"the index of {index['shards']:,} shards: {index['memory_bytes'] / 1e6:.0f} MB, "
+        f"read in {index['seconds']:.1f} s",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

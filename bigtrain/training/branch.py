@@ -1,0 +1,48 @@
+"""A run that goes on from another one's checkpoint (`init.state: all`, `--fork`): what its data begins after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.config import UserError
+from bigtrain.data.config import ConsumedConfig
+from bigtrain.run import RunDirectory
+from bigtrain.training.prepare import Prepared
+from bigtrain.training.source import Source
+
+ORDER_KEYS = ("train", "shuffle_window")
+"""The keys of `data` on which the order of samples depends."""
+
+
+def consumed(prepared: Prepared, source: Source) -> ConsumedConfig | None:
+    """What a branch of `source` must not read again; None where its order goes on by itself.
+
+    Where data, batch and seed are those of the run before, the order is a function of the step as it was. Otherwise
+    a new phase of the data begins at the step of the branch, after the sequences that were consumed of each source.
+    """
+    run = RunDirectory(source.run)
+    if not run.exists():
+        return None
+    before, now = run.what(), prepared.what
+    known = before["data"].get("consumed")
+    if all(_order(before, key) == _order(now, key) for key in ("data", "batch", "seed")):
+        return None if known is None else ConsumedConfig(**known)
+    if before["model"].get("context") != now["model"].get("context"):
+        raise UserError(
+            "the sequences of the run before had another length, so that what it has consumed cannot be left out",
+            "model.context",
+            "Take init: {state: weights+optimizer}, which begins the data anew.",
+        )
+    found = commit.find_checkpoint(source.checkpoints, source.step)
+    assert found is not None  # `resolve_source` has seen it
+    progress = read_manifest(found.path).progress
+    names = progress.get("sources") or {"train": before["data"]["train"]}
+    drawn = {names[name]: int(count) for name, count in progress.get("drawn", {}).items()}
+    earlier = {} if known is None else known["drawn"]
+    return ConsumedConfig(step=source.step, drawn={**earlier, **drawn})
+
+
+def _order(what: dict[str, Any], key: str) -> Any:
+    return {name: what["data"].get(name) for name in ORDER_KEYS} if key == "data" else what[key]

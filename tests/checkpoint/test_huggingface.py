@@ -1,0 +1,165 @@
+"""Weights of transformers' GPT-2, Llama and Qwen 3: the way in, the way out, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bigtrain.checkpoint.huggingface import export_hf, import_hf
+from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.config import UserError
+from bigtrain.models.config import family
+from bigtrain.models.hf_files import HfFiles
+
+VOCAB = 97
+LOGITS = 1e-5
+"""Absolute, for logits of order 1 in FP32."""
+SHARD = "60KB"
+
+SHARED = {
+    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
+    "intermediate_size": 48, "max_position_embeddings": 32,
+}  # fmt: skip
+SCALING = {"rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=32, vocab_size=VOCAB),
+    "llama": lambda: transformers.LlamaConfig(
+        **SHARED, rope_parameters={**SCALING, "original_max_position_embeddings": 8}
+    ),
+    "llama tied": lambda: transformers.LlamaConfig(**SHARED, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SHARED, head_dim=16),
+}
+
+
+def random_model(kind: str) -> Any:
+    """One of transformers' models, every weight drawn, norms and biases too."""
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_weights_go_in_and_out_and_every_logit_stays(kind: str, tmp_path: Path) -> None:
+    theirs = random_model(kind)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1, "one file: nothing is sharded"
+    step, keys = import_hf(tmp_path / "theirs", tmp_path / "ours")
+    config = family(keys["arch"])(**keys)
+    directory = tmp_path / "ours" / "checkpoints"
+
+    model = config.build(VOCAB)
+    model.load_state_dict(read_tensors(directory, step))
+    tokens = torch.randint(VOCAB, (2, 32))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (model.logits({"tokens": tokens}) - expected).abs().max() < LOGITS
+
+        files = export_hf(directory, step, tmp_path / "out", config=config, max_file_bytes=40_000)
+        assert sum(file.suffix == ".safetensors" for file in files) > 1
+        back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values())
+        assert type(back) is type(theirs)
+        assert (back.eval()(tokens).logits - expected).abs().max() < LOGITS
+    weights = theirs.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
+
+
+def test_a_base_models_names_and_another_dtype_are_read_too(tmp_path: Path) -> None:
+    """As the first GPT-2 was published: no prefix, and masks among the weights."""
+    theirs = random_model("gpt2").to(torch.bfloat16)
+    theirs.transformer.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(path), "h.0.attn.bias": torch.ones(1, 1, 32, 32)}, path, metadata={"format": "pt"})
+    import_hf(tmp_path / "base", tmp_path / "ours")
+    found = read_tensors(tmp_path / "ours" / "checkpoints", 0)
+    assert found["embedding.weight"].dtype == torch.float32
+    assert torch.equal(found["embedding.weight"], theirs.transformer.wte.weight.float())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "llama"
+    random_model("llama").save_pretrained(path, max_shard_size=SHARD)
+    return path
+
+
+def change(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def lose_a_tensor(place: Path) -> None:
+    file = next(iter(sorted(place.glob("*.safetensors"))))
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def add_a_bias(place: Path) -> None:
+    file = next(iter(sorted(place.glob("*.safetensors"))))
+    save_file({**load_file(file), "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
+
+
+def point_outside(place: Path) -> None:
+    change(place / "model.safetensors.index.json", weight_map={"model.norm.weight": "../model.safetensors"})
+
+
+DAMAGES = {
+    "another architecture": (lambda place: change(place / "config.json", model_type="mamba"), "no model of .* 'mamba'"),
+    "a bias": (lambda place: change(place / "config.json", attention_bias=True), "attention_bias: True"),
+    "an unknown stretching": (
+        lambda place: change(place / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn",
+    ),
+    "a tensor too few": (lose_a_tensor, "lack"),
+    "a tensor too many": (add_a_bias, "q_proj.bias.*no place"),
+    "a part missing": (lambda place: next(iter(place.glob("*.safetensors"))).unlink(), "missing"),
+    "a part cut off": (
+        lambda place: next(iter(place.glob("*.safetensors"))).write_bytes(b"\x00" * 100), "cannot be read",
+    ),
+    "a part elsewhere": (point_outside, "is not the name of a file"),
+    "no config": (lambda place: (place / "config.json").unlink(), "no config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_imported_is_refused_and_nothing_written(damage: str, directory: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(directory, place)
+    harm, said = DAMAGES[damage]
+    harm(place)
+    with pytest.raises(UserError, match=said):
+        import_hf(place, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"mlp_width": 64}, "mlp.*is .*48.* here"),
+        ({"layers": 3}, "lack 'model.layers.2"),
+        ({"rope_theta": 1e4}, "rope_theta is 10000.0, and the weights were trained with 5000.0"),
+        ({"heads": 8}, "heads is 8"),
+        ({"qk_norm": True}, "no bias"),
+        ({"tied": True}, "tied is True"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_source_is_refused(keys: dict[str, Any], said: str, directory: Path) -> None:
+    files = HfFiles.open(directory)
+    config = family("llama")(**{**files.keys(), **keys})
+    with pytest.raises(UserError, match=said):
+        files.check_fit(config, config.parameter_shapes(VOCAB))
+
+
+def test_a_shape_that_transformers_does_not_have_is_not_exported(tmp_path: Path) -> None:
+    config = family("llama")(layers=1, width=8, heads=2, context=4, norm="layernorm")
+    with pytest.raises(UserError, match="no form in transformers"):
+        export_hf(tmp_path, 1, tmp_path / "out", config=config)

@@ -1,0 +1,97 @@
+"""A gradient that is not finite on one rank: no rank updates anything, whatever the engine, layout and optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigtrain.engines.contract import StepNumbers
+from bigtrain.models.contract import LossSum
+from bigtrain.optim.config import AdamWConfig, OptimizerConfig, RMSpropConfig, SGDConfig
+from bigtrain.testing import equivalence
+from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches
+from bigtrain.testing.ranks import RankPool
+
+BAD = (0, 2, 3)
+"""The first step too, before any optimizer state is there."""
+STEPS = 5
+WHAT = What({"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56, "tied": True})
+
+
+def poison(engine: Any, pipelined: bool) -> Callable[[], None]:
+    """Let every loss on this rank have an infinite gradient; what is returned takes that back."""
+    model = engine.model[-1] if isinstance(engine.model, torch.nn.ModuleList) else engine.model
+    name = "forward_stage" if pipelined else "forward"
+    right = getattr(model, name)
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        result = right(*arguments, **named)
+        if isinstance(result, LossSum):
+            result.loss.register_hook(lambda gradient: gradient * math.inf)
+        return result
+
+    setattr(model, name, forward)
+    return lambda: setattr(model, name, right)
+
+
+def train(how: How, optimizer: OptimizerConfig, told: bool) -> tuple[dict[str, Tensor], list[StepNumbers]]:
+    """Five steps of which some are bad on the last rank alone, or, where `told`, left out by hand: the state."""
+    equivalence.AdamWConfig = lambda **_: optimizer  # type: ignore[misc,assignment]
+    try:
+        engine = build(WHAT, how)
+    finally:
+        equivalence.AdamWConfig = AdamWConfig  # type: ignore[misc]
+    pipelined, found = how.layout.get("pp", 1) > 1, []
+    last = engine.data_parallel_rank == engine.data_parallel_size - 1
+    for step in range(STEPS):
+        batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
+        if step not in BAD:
+            found.append(engine.train_step(step, batch, LR).read())
+        elif not told:
+            cure = poison(engine, pipelined) if last else lambda: None
+            found.append(engine.train_step(step, batch, LR).read())
+            cure()
+    state = gather(engine.state())
+    engine.close()
+    return state, found
+
+
+ADAMW = AdamWConfig(lr=LR, eps=1e-6)
+DEEPSPEED = {"name": "deepspeed"}
+CASES = {
+    "one process": (How(), ADAMW),
+    "dp2": (How(2), ADAMW),
+    "dp2, sgd": (How(2), SGDConfig(lr=LR, momentum=0.9)),
+    "dp2, rmsprop": (How(2), RMSpropConfig(lr=LR, momentum=0.9)),
+    "tp2 x dp2": (How(4, {"tp": 2}), ADAMW),
+    "hsdp2x2": (How(4, {"dp_replicate": 2}), ADAMW),
+    "cp2": (How(2, {"cp": 2}), ADAMW),
+    "pp2": (How(2, {"pp": 2}), ADAMW),
+    **{f"deepspeed zero {zero}": (How(2, {}, {**DEEPSPEED, "zero": zero}), ADAMW) for zero in range(4)},
+    "deepspeed zero 2, sgd": (How(2, {}, {**DEEPSPEED, "zero": 2}), SGDConfig(lr=LR, momentum=0.9)),
+    "deepspeed zero 2, offload": (How(2, {}, {**DEEPSPEED, "zero": 2, "offload": "optimizer"}), ADAMW),
+    "deepspeed zero 1, pp2": (How(2, {"pp": 2}, {**DEEPSPEED, "zero": 1}), ADAMW),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [name if name == "dp2" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_a_bad_gradient_on_one_rank_is_as_if_no_rank_had_taken_the_step(case: str, ranks: RankPool) -> None:
+    how, optimizer = CASES[case]
+    results = ranks.run(train, how, optimizer, False, ranks=how.ranks)
+    expected, undisturbed = ranks.run(train, how, optimizer, True, ranks=how.ranks)[0]
+    for state, found in results:
+        assert [bool(numbers.skipped) for numbers in found] == [step in BAD for step in range(STEPS)]
+        assert all(math.isfinite(numbers.weight) for numbers in found)
+        good = [numbers for numbers in found if not numbers.skipped]
+        assert [numbers.loss for numbers in good] == [numbers.loss for numbers in undisturbed]
+        assert state.keys() == expected.keys()
+        different = [name for name, value in state.items() if not torch.equal(value, expected[name])]
+        assert not different
+    assert any(name.startswith("optimizer.") for name in expected)

@@ -1,0 +1,165 @@
+"""A run on a cluster, seen from a client that has only the dashboard's address and token."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.jobs.cluster import ClusterRecord
+
+ENDLESS = {"duration": "100000 steps", "evaluation": {"every": "100000 steps"}, "checkpoint": {"every": "20 steps"}}
+
+
+def read_until(process: Any, pattern: str) -> str:
+    """What a process has printed up to the line that fits a pattern."""
+    text = ""
+    for line in process.stdout:
+        text += line
+        if re.search(pattern, line):
+            return text
+    raise AssertionError(f"no {pattern!r} in:\n{text}")
+
+
+def test_a_run_outlives_its_client_and_equals_one_machine(
+    client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
+) -> None:
+    runs = tmp_path / "shared"
+    runs.mkdir()
+    config = write_config(name="tiny", job={"nodes": 2, "procs_per_node": 1})
+    away = blind(client, runs)
+    following = away.start("submit", config, "--runs-dir", runs, "--follow")
+    seen = read_until(following, r"^step \d+/8 ")
+    following.kill()  # The laptop is closed.
+    following.communicate()
+    assert "tiny: submitted as tiny-0" in seen
+    assert "2 processes, fsdp (dp_shard 2), fp32, from step 0" in seen
+
+    log = away("logs", "tiny", "-f")  # From its beginning, and on to the end of the run.
+    assert log.returncode == 0, log.stderr
+    assert log.stdout.startswith("tiny: 0.06M parameters")
+    assert log.stdout.endswith("tiny: finished\n")
+    assert away("logs", "tiny", "-f", "--rank", 1).returncode == 0
+    status = away.json("status", "tiny")
+    assert (status["state"], status["step"], status["nodes"], status["restarts"]) == ("finished", 8, 2, 0)
+    names = [event["event"] for event in away.json("events", "tiny")["events"]]
+    assert names == ["placed", "started", "saved", "saved", "finished"]
+    assert away.json("status")["runs"] == [status]
+    assert result(runs / "tiny") == on_one_machine(2)
+
+
+@pytest.mark.slow
+def test_three_nodes_of_two_ranks_compute_what_one_machine_does(
+    client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
+) -> None:
+    runs = tmp_path / "shared"
+    runs.mkdir()
+    config = write_config(name="six", job={"nodes": 3, "procs_per_node": 2}, batch={"size": 6})
+    done = blind(client, runs)("submit", config, "--runs-dir", runs, "--wait", "--json")
+    assert done.returncode == 0, done.stderr
+    assert result(runs / "six") == on_one_machine(6, batch={"size": 6})
+
+
+@pytest.mark.slow
+def test_a_stop_saves_and_a_resume_goes_on_where_it_was(client: Any, write_config: Any, tmp_path: Path) -> None:
+    config = write_config(name="endless", job={"nodes": 2, "procs_per_node": 1}, **ENDLESS)
+    waiting = client.start("submit", config, "--runs-dir", tmp_path / "runs", "--wait")
+    client.wait_for("endless", lambda status: (status["step"] or 0) >= 3)
+    again = client("submit", config, "--runs-dir", tmp_path / "runs")
+    assert again.returncode == 2
+    assert "is on the cluster already, as endless-0" in again.stderr
+
+    stopped = client("stop", "endless")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "endless: stopped" in stopped.stdout
+    assert waiting.wait(60) == 75
+    waiting.communicate()
+    status = client.json("status", "endless")
+    assert status["state"] == "stopped"
+    saved = [event["step"] for event in client.json("events", "endless")["events"] if event["event"] == "saved"]
+    assert saved[-1] == status["step"], "the last step was not saved"
+
+    resumed = client("resume", "endless")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "submitted as endless-1" in resumed.stderr
+    client.wait_for("endless", lambda now: (now["step"] or 0) > status["step"])
+    assert "stopped" in client("stop", "endless", "--now").stdout
+    names = [event["event"] for event in client.json("events", "endless")["events"]]
+    assert names.count("started") + names.count("resumed") == 2
+    assert "resumed" in names
+
+    back = client("resume", "endless", "--step", saved[0])
+    assert back.returncode == 0, back.stderr
+    client.wait_for("endless", lambda now: now["state"] == "running")
+    assert "stopped" in client("stop", "endless", "--now").stdout
+    first = [event for event in client.json("events", "endless")["events"] if event["event"] == "resumed"]
+    assert first[-1]["step"] == saved[0]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_seen_and_the_same_name_resumes(
+    client: Any, cluster: ClusterRecord, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
+) -> None:
+    from tests.jobs.cluster.conftest import driver_pid, marked
+
+    sections = {"duration": "60 steps", "checkpoint": {"every": "5 steps"}}
+    config = write_config(name="orphan", job={"nodes": 2, "procs_per_node": 1}, **sections)
+    assert client("submit", config, "--runs-dir", tmp_path / "shared").returncode == 0
+    client.wait_for("orphan", lambda status: (status["step"] or 0) >= 6)
+    os.kill(driver_pid(cluster.mark, "orphan-0"), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while client.json("status", "orphan")["state"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    run = f"BIGTRAIN_RUN={tmp_path / 'shared' / 'orphan'}".encode()
+    while any(run in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in _readable(marked(cluster.mark))):
+        assert time.monotonic() < deadline, "ranks outlive their driver"
+        time.sleep(0.1)
+
+    done = client("submit", config, "--runs-dir", tmp_path / "shared", "--wait")
+    assert done.returncode == 0, done.stderr
+    events = client.json("events", "orphan")["events"]
+    assert any("ended without a word" in event.get("cause", "") for event in events if event["event"] == "fault")
+    assert result(tmp_path / "shared" / "orphan") == on_one_machine(2, **sections)
+
+
+def _readable(pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        try:
+            Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        found.append(pid)
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_ends_after_its_longest_duration(client: Any, write_config: Any, tmp_path: Path) -> None:
+    config = write_config(name="short", job={"nodes": 1, "procs_per_node": 1}, **ENDLESS)
+    done = client("submit", config, "--runs-dir", tmp_path / "runs", "--max-duration", "25 s", "--wait", "--json")
+    assert done.returncode == 75, done.stderr
+    assert client.json("status", "short")["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_cluster_ends_the_submission_with_its_line(
+    client: Any, write_config: Any, tmp_path: Path, free_of_runs: Callable[[], None]
+) -> None:
+    config = write_config(name="blunder", data={"train": "/nowhere/train"})
+    refused = client("submit", config, "--runs-dir", tmp_path / "runs", "--json")
+    assert refused.returncode == 2
+    assert "/nowhere/train" in refused.stdout
+    free_of_runs()
+
+
+@pytest.fixture
+def free_of_runs(tmp_path: Path) -> Callable[[], None]:
+    """Checks that nothing was written where runs live."""
+    return lambda: None if not (tmp_path / "runs").exists() else pytest.fail("a run directory was made")
