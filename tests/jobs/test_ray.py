@@ -194,6 +194,7 @@ def run(tmp_path: Path, nodes: RayNodes) -> Iterator[Run]:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives_a_killed_rank_and_a_killed_raylet_and_survivors_keep_their_place(
     run: Run, nodes: RayNodes
