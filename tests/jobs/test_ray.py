@@ -91,7 +91,12 @@ class RayNodes:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         self.process.wait(60)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        # Ray's own agents outlive their raylet by a moment, and write.
+        deadline = time.monotonic() + 30
+        while self.directory.exists():
+            assert time.monotonic() < deadline
+            shutil.rmtree(self.directory, ignore_errors=True)
+            time.sleep(0.2)
 
 
 @dataclass
