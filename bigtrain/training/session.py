@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ from bigtrain.training.loop import (
 )
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.source import HfSource, is_fresh, resolve_source
+from bigtrain.training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -318,10 +320,13 @@ class Session:
         self._memory_bytes = int(peak)
 
     def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = []
+        if self.ranks.world_size > 1:
+            callbacks.append(Stragglers(self._event, self.engine.device, socket.gethostname()))
         if self.ranks.rank != 0:
-            return []
+            return callbacks
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
+        callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
