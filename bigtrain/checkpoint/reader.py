@@ -134,7 +134,7 @@ def _refuse_large_claims(data: bytes) -> None:
     DCP's own pickles have neither.
     """
     for opcode, argument, place in pickletools.genops(data):
-        if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument) > len(data)):
+        if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument or 0) > len(data)):
             raise pickle.UnpicklingError(f"it asks for memory that it does not fill ({opcode.name} at byte {place})")
 
 
