@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
 from bigtrain.models.contract import LossSum
+from bigtrain.models.hf_tasks import Example, loss_sum
 from bigtrain.models.sums import add_sums, zero_sums
 
 
@@ -34,3 +37,17 @@ def test_a_model_that_does_not_tell_sequences_apart_leaves_the_sources_empty() -
     sums = zero_sums([batch], torch.device("cpu"))
     add_sums(sums, LossSum(torch.tensor(3.0), torch.tensor(2.0)), batch)
     assert sums.tolist() == [3, 2, 0, 0, 0, 0]
+
+
+def test_a_hugging_face_models_sequences_add_up_to_its_loss() -> None:
+    """A stand-in gives the logits: any model of transformers returns an object with them."""
+    generator = torch.Generator().manual_seed(3)
+    logits, weights = torch.randn(3, 5, 7, generator=generator), torch.rand(3, 5, generator=generator)
+    targets = torch.randint(7, (3, 5), generator=generator)
+    model = torch.nn.Module()
+    model.forward = lambda **_: SimpleNamespace(logits=logits)  # type: ignore[method-assign]
+    result = loss_sum(model, Example({}, targets, weights))
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * weights
+    assert result.by_sequence is not None
+    torch.testing.assert_close(result.by_sequence, torch.stack([losses.sum(1), weights.sum(1)], dim=1))
+    torch.testing.assert_close(result.by_sequence.sum(0), torch.stack([result.loss, result.weight]))

@@ -278,7 +278,7 @@ def test_a_roll_back_leaves_out_the_batches_that_led_to_it() -> None:
     assert taken == [*range(8), *range(12, 17)]
     record = trainer.progress.bad_steps
     assert (record.left_out, record.roll_backs) == (7 + 5 - 4, 1)
-    assert trainer.progress.drawn == (9 + record.left_out) * SEQUENCES
+    assert trainer.progress.drawn == {"train": (9 + record.left_out) * SEQUENCES}
     assert trainer.progress.tokens == sum(range(10))
 
 
