@@ -194,6 +194,7 @@ def _submit(
         if lacking is not None:
             _say(f"{request.name} will have to wait: {lacking}")
         view = submission.send(dashboard)
+        sent = time.time()
         _say(f"{request.name}: submitted as {id}")
         if follow:
             return _follow(view)
@@ -207,7 +208,11 @@ def _submit(
             code = _wait(view)
             show({**result, "exit_code": code}, as_json, lambda _: _end_line(view))
             return code
-        show({**result, "times": board.get("times", {})}, as_json, lambda _: _how_to_follow(view, dashboard))
+        show(
+            {**result, "times": board.get("times", {}) | {"sent": sent}},
+            as_json,
+            lambda _: _how_to_follow(view, dashboard),
+        )
     return 0
 
 
@@ -266,7 +271,7 @@ def _ended(view: ClusterView, code: int, as_json: bool) -> int:
     if as_json and error:
         print(json.dumps(error))
     else:
-        for line in _driver_lines(iter([view.driver_log()])) if code else ():
+        for line in _driver_lines(iter([view.driver_log()])):
             _say(line)
         if code and not error:
             _say(f"{view.name}: {view.job.message}")

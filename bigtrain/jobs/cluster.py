@@ -230,6 +230,8 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
         CLUSTER_VARIABLE: record.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_file,
+        # Workers start agents, and agents ranks: all would run at Ray's niceness of 15.
+        "RAY_worker_niceness": "0",
         # On a busy machine Ray's own patience ends before its processes have started.
         "RAY_agent_register_timeout_ms": str(int(START_S * 1000)),
         "RAY_raylet_start_wait_time_s": str(int(START_S)),

@@ -27,7 +27,7 @@ from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
 from bigtrain.jobs.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
 from bigtrain.jobs.train import check, node_sizes
-from bigtrain.keys import SECRETS_VARIABLE, read_secrets
+from bigtrain.keys import SECRETS_VARIABLE, load_secrets
 from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
@@ -53,7 +53,9 @@ def main() -> int:
             board.end(ExitCode.FINISHED, result=found)
             return ExitCode.FINISHED
         if request.secrets_file is not None:
-            read_secrets(Path(request.secrets_file))
+            # Also for whom the end of the run is told to.
+            os.environ[SECRETS_VARIABLE] = request.secrets_file
+            load_secrets(os.environ)
         code = _script(request, request.script, board) if request.script is not None else _train(request, board)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -155,6 +157,10 @@ def _load(request: Request, runs_dir: Path) -> RunConfig:
     if not request.resume:
         return load_config(Path(CONFIG_NAME), plugin=plugin)
     record = directory.read_record()
+    if "script" in record["what"]:
+        raise UserError(
+            f"'{request.name}' is a script of your own", str(directory.path), "Submit it again, with its arguments."
+        )
     if plugin is None and "plugin" in record:
         plugin = load_plugin(record["plugin"]["place"])
     return load_config(directory.config, plugin=plugin)
@@ -195,8 +201,9 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
 
 def _needed(config: RunConfig, request: Request) -> list[Path]:
     """What every node must see: local shards, the source of the weights, the secrets."""
-    places = [config.data.train, config.data.validation, getattr(config.model, "hf", None), request.secrets_file]
-    return [Path(place) for place in places if isinstance(place, str) and "://" not in place]
+    shards = [place for key in ("train", "validation") for place in config.data.places(key).values()]
+    others = [getattr(config.model, "hf", None), request.secrets_file]
+    return [Path(place) for place in (*shards, *others) if place is not None and "://" not in place]
 
 
 def _script(request: Request, script: Script, board: Board) -> int:
@@ -220,7 +227,10 @@ def _script(request: Request, script: Script, board: Board) -> int:
             "bigtrain.jobs.script", [str(place), *script.arguments], procs, job.limits.by_phase(), SCRIPT_GRACE_S
         )
         paths = [Path(request.secrets_file)] if request.secrets_file else []
-        return _control(request, board, directory, job, launch, {}, paths=paths)
+        code = _control(request, board, directory, job, launch, {}, paths=paths)
+    if code == ExitCode.FINISHED:
+        say(f"{directory.name}: finished")
+    return code
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from bigtrain.config import UserError, yaml_file
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.dashboard import Dashboard, DashboardGone
+from bigtrain.jobs.dashboard import GONE_S, Dashboard, DashboardGone
 from bigtrain.jobs.package import (
     CONFIG_NAME,
     REQUEST_NAME,
@@ -147,7 +147,8 @@ def check_versions(dashboard: Dashboard, ours: dict[str, str]) -> None:
         UserError: They differ, in Ray's or Python's minor version.
     """
     ray, python = dashboard.versions()
-    for name, here, there in (("Ray", ours.get("ray", "none"), ray), ("Python", ours["python"], python)):
+    # Who submits needs no Ray; where it is installed, another one says that the environments differ.
+    for name, here, there in (("Ray", ours.get("ray", ray), ray), ("Python", ours["python"], python)):
         if here.split(".")[:2] != there.split(".")[:2]:
             raise UserError(
                 f"{name} is {there} on the cluster and {here} here",
@@ -198,14 +199,20 @@ def see_off(view: ClusterView) -> int | None:
 
     Returns:
         The exit code, where it has ended by then; None where it runs.
+
+    Raises:
+        DashboardGone: The dashboard was away for longer than GONE_S.
     """
+    heard = time.monotonic()
     while True:
         try:
             job = view.refresh()
             board = view.board() or {}
         except DashboardGone:
-            board = {}
+            if time.monotonic() - heard > GONE_S:
+                raise
         else:
+            heard = time.monotonic()
             if not job.active:
                 return exit_code(job, board)
             if board.get("phase") in ("placed", "waiting"):

@@ -130,7 +130,9 @@ class ClusterView:
             status |= {"state": _STATES.get(code, "failed"), "eta_s": None}
         elif board.get("phase") == "waiting":
             status |= {"state": "waiting", "eta_s": None}
-        elif not status["step"]:
+        elif board.get("phase") == "placed":
+            status |= {"state": "running"}
+        else:
             status |= {"state": "pending"}
         return {**status, "submission": job.id}
 

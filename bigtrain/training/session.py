@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bigtrain import storage
 from bigtrain.checkpoint.huggingface import load_hf, verify_hf
-from bigtrain.checkpoint.loader import Found, find, load_found
+from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
@@ -213,7 +213,10 @@ class Session:
             fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
             self._load(found, weights, prefix="model.", leave=fresh)
             return Progress()
-        self._load(found, state)
+        # The other run may have been in another precision.
+        saved = saved_names(found)
+        state = {name: state[name] for name in state if name in saved or not name.startswith("loss_scale.")}
+        self._load(found, state, leave=["loss_scale.*"])
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
 
     def _take_weights(self, source: HfSource) -> Progress:

@@ -19,7 +19,7 @@ import pytest
 from bigtrain.jobs.cluster import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
 from bigtrain.storage import hash_file, read_lines
 
-CLIENT_S = 280
+CLIENT_S = 800
 HIDE = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'
 
 
@@ -65,9 +65,12 @@ class Client:
         deadline = time.monotonic() + CLIENT_S
         while True:
             status = self.json("status", name)
+            assert time.monotonic() < deadline, status
+            if "error" in status:  # It has not been submitted yet.
+                time.sleep(0.5)
+                continue
             if condition(status):
                 return status
-            assert time.monotonic() < deadline, status
             assert status["state"] not in ("failed", "finished", "stopped"), (status, self("events", name).stdout)
             time.sleep(0.5)
 

@@ -7,12 +7,16 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtrain.jobs.cluster import ClusterRecord
+from bigtrain.storage import read_lines
+
+pytestmark = pytest.mark.timeout(900)
 
 ENDLESS = {"duration": "100000 steps", "evaluation": {"every": "100000 steps"}, "checkpoint": {"every": "20 steps"}}
 
@@ -138,6 +142,35 @@ def _readable(pids: list[int]) -> list[int]:
             continue
         found.append(pid)
     return found
+
+
+@pytest.mark.slow
+def test_what_a_submission_takes_until_the_first_step(
+    client: Any, write_config: Any, tmp_path: Path, pace: Any, bigtrain: Any
+) -> None:
+    began = time.monotonic()
+    assert bigtrain("train", write_config(name="here"), "--nproc", 2).returncode == 0
+    alone = pace.between(began, began + _first_step(tmp_path / "runs" / "here", began))
+
+    config = write_config(name="there", job={"nodes": 2, "procs_per_node": 1})
+    began = time.monotonic()
+    times = client.json("submit", config, "--runs-dir", tmp_path / "shared")["times"]
+    while not (tmp_path / "shared" / "there" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    clock = time.time() - time.monotonic()  # From one clock to the other.
+    times |= {"first step": time.monotonic() + clock}
+    order = sorted(times, key=times.get)
+    split = {f"{a} -> {b}": pace.between(times[a] - clock, times[b] - clock) for a, b in pairwise(order)}
+    own = sum(split.get(part, 0.0) for part in ("submitted -> sent", "connected -> checked", "checked -> placing"))
+    total = pace.between(began, times["first step"] - clock)
+    print(f"first step after {total:.1f} s ({alone:.1f} s on one machine), bigtrain's own {own:.2f} s: {split}")
+    assert total < alone + 12
+
+
+def _first_step(run: Path, began: float) -> float:
+    """Seconds from `began` (monotonic) to the first saved checkpoint, a few steps after the first one."""
+    started = next(event for event in read_lines(run / "events.jsonl") if event["event"] == "saved")
+    return float(started["time"] - (time.time() - time.monotonic()) - began)
 
 
 @pytest.mark.slow
