@@ -36,7 +36,7 @@ class Workplace:
     def start(
         self, name: str, *arguments: object, fault: dict[str, Any] | None = None, limit_s: float | None = None
     ) -> subprocess.Popen[str]:
-        """Start faulty_train.py; `limit_s` is how long its ranks may be silent in a step, and three times that in a save.
+        """Start faulty_train.py; `limit_s` is how long its ranks may be silent in a step, thrice that in a save.
 
         The limit of a save holds for a rank's end as well, which takes long on a busy machine.
         """
