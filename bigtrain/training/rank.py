@@ -32,7 +32,9 @@ def main() -> int:
         return train_rank(RunDirectory(path), heartbeat, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode(error.exit_code)
+        sys.stdout.flush()
+        # At once: torch aborts a process that is torn down in the middle of a save, and that would look like a fault.
+        os._exit(error.exit_code)
 
 
 if __name__ == "__main__":
