@@ -66,6 +66,7 @@ HOW = {
     "layout": "layout.micro_size=2",
     "checkpoint": "checkpoint.every=7 steps",
     "evaluation": "evaluation.batches=3",
+    "bad_steps": "bad_steps.limit=3",
     "tracking": "tracking.every=5 steps",
     "job": "job.max_failures=1",
 }
@@ -115,6 +116,7 @@ def test_an_initial_checkpoint_counts_by_its_content_and_not_by_its_place(file: 
     assert identity_of(file, *first) == identity_of(file, "init.source=/moved/a@10", "init.hash=xxh3:00")
     assert identity_of(file, *first) != identity_of(file, "init.source=/runs/a@10", "init.hash=xxh3:11")
     assert identity_of(file, *first) != identity_of(file, *first, "init.state=all")
+    assert identity_of(file, *first) != identity_of(file, *first, "init.fresh=[head.*]")
 
 
 def test_a_batch_counts_by_its_sequences(file: Path) -> None:
@@ -203,7 +205,11 @@ runs = st.fixed_dictionaries(
         "batch": st.fixed_dictionaries(
             {"size": st.integers(1, 10**6) | st.sampled_from(["512k tokens", "2Mi tokens"])}
         ),
-        "checkpoint": st.fixed_dictionaries({"every": st.sampled_from(["15 min", "1e9 tokens", "3 steps"])}),
+        "checkpoint": st.fixed_dictionaries(
+            {"every": st.sampled_from(["15 min", "1e9 tokens", "3 steps"])},
+            optional={"permanent": st.none() | st.sampled_from(["1e9 tokens", "9 steps"])},
+        ),
+        "bad_steps": st.fixed_dictionaries({"spike": st.none() | st.floats(0.1, 99), "then": st.just("stop")}),
         "layout": st.fixed_dictionaries({"micro_size": st.none() | st.integers(1, 99) | st.just("1k")}),
         "job": st.fixed_dictionaries(
             {"limits": st.fixed_dictionaries({"start": st.just("5 min") | st.floats(1, 1e6)})}

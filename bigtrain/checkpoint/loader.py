@@ -87,6 +87,11 @@ def find(
     return Found(chosen.step, chosen.path, manifest, tuple(warnings))
 
 
+def saved_names(found: Found) -> set[str]:
+    """The names of all tensors of a verified checkpoint."""
+    return set(SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata)
+
+
 def load(
     directory: Path, step: int, state: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
 ) -> Manifest:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
@@ -46,6 +47,7 @@ _RECORDS = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 }
 T = TypeVar("T")
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class _Record:
@@ -111,7 +113,9 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise CorruptionError(f"{METADATA_NAME} is over {MAX_METADATA_BYTES} bytes", str(path))
-        root = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+        _refuse_large_claims(data)
+        root = _MetadataUnpickler(io.BytesIO(data)).load()
         return _as_metadata(root)
     except CorruptionError:
         raise
@@ -122,6 +126,16 @@ def read_metadata(directory: Path) -> Metadata:
             str(path),
             "use another checkpoint; this one is not bigtrain's",
         ) from error
+
+
+def _refuse_large_claims(data: bytes) -> None:
+    """Refuse what the unpickler takes memory for before it has read it: a memo of four billion places, a byte array.
+
+    DCP's own pickles have neither.
+    """
+    for opcode, argument, place in pickletools.genops(data):
+        if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument or 0) > len(data)):
+            raise pickle.UnpicklingError(f"it asks for memory that it does not fill ({opcode.name} at byte {place})")
 
 
 def _as_metadata(root: Any) -> Metadata:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.config import check_url
@@ -44,8 +45,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-class Shard(_Record):
-    """One tar of a shard directory. The names of the first three fields are those of wids."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
+class Shard:
+    """One tar of a shard directory. The names of the first three fields are those of wids.
+
+    With slots, since an index of a million shards holds a million of these.
+    """
 
     url: str
     """File name inside the directory."""
@@ -67,6 +72,11 @@ class Shard(_Record):
         if value != Path(value).name or value in ("", ".", "..") or value[0] == "." or ":" in value or "\0" in value:
             raise ValueError(f"{value!r} is not a plain file name")
         return value
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in index.json."""
+        named = {field: getattr(self, field) for field in self.__slots__}
+        return {field: value for field, value in named.items() if value is not None}
 
     @property
     def stem(self) -> str:
@@ -322,7 +332,7 @@ def write_index(
         content["text"] = True
     if base_url is not None:
         content["base_url"] = base_url
-    shardlist = [shard.model_dump(exclude_none=True) for shard in shards]
+    shardlist = [shard.as_json() for shard in shards]
     version = FORMAT_VERSION if text or base_url is not None else 1
     header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
@@ -373,7 +383,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
                 where=where,
                 fix="use a newer bigtrain",
             )
-        shards = tuple(Shard.model_validate(entry) for entry in value["shardlist"])
+        shards = tuple(Shard(**entry) for entry in value["shardlist"])
         if len({name for shard in shards for name in (shard.url, shard.index)}) != 2 * len(shards):
             raise ValueError("a name appears twice")
         parts = {name: value[name] for name in ("kind", "dtype", "tokenizer", "image", "fingerprint")}

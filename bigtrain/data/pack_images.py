@@ -81,7 +81,7 @@ class ImageWorker:
         scan = scan_shard(path)
         assert scan.image is not None
         recorded = write_shard(path, scan, path.parent)
-        write_json(entry, {"shard": recorded.model_dump(), "image": vars(scan.image), "bad": bad.seen})
+        write_json(entry, {"shard": recorded.as_json(), "image": vars(scan.image), "bad": bad.seen})
 
     def _read(self, image: LabelledImage) -> tuple[bytes, str]:
         if image.bytes > MAX_IMAGE_BYTES:
@@ -189,7 +189,7 @@ def _finish(
     for number in range(count):
         value = json.loads(scratch.entry(split, number).read_bytes())
         scans.append((scratch.shard(split, number), Scan("images", none, image=ImageInfo(**value["image"]))))
-        shards.append(Shard.model_validate(value["shard"]))
+        shards.append(Shard(**value["shard"]))
         skipped += value["bad"]
     check_common(scans)
     index = write_common(root, scans, shards, None)

@@ -129,7 +129,7 @@ class Worker:
         fsync_file(path)
         scan = scan_shard(path)
         recorded = write_shard(path, scan, path.parent)
-        write_json(entry, {"shard": recorded.model_dump(), "largest_id": scan.largest_id})
+        write_json(entry, {"shard": recorded.as_json(), "largest_id": scan.largest_id})
 
     def _documents(self, number: int, bad: BadSamples) -> Iterator[tuple[Document, Iterator[str]]]:
         for source in self.job.parts[number]:
@@ -195,7 +195,7 @@ def finished_shards(scratch: Scratch, split: str, count: int, dtype: str) -> lis
     for number in range(count):
         value = json.loads(scratch.entry(split, number).read_bytes())
         scan = Scan("tokens", none, dtype=dtype, largest_id=value["largest_id"])
-        found.append((scratch.shard(split, number), scan, Shard.model_validate(value["shard"])))
+        found.append((scratch.shard(split, number), scan, Shard(**value["shard"])))
     return found
 
 

@@ -89,7 +89,8 @@ class Membership:
             within = "" if gone.seconds is None else f" (its notice was of {gone.seconds:.0f} s)"
             cause = f"host {gone.host} was taken away before the run had saved{within}: {fault.cause}"
             return replace(fault, kind=Kind.PREEMPTED, cause=cause, traceback=None), True
-        return fault, bool(lost) | self._strike(fault)
+        # Who is about to leave anyway leaves now.
+        return fault, bool(lost) | self._strike(fault) | (self._reason is not None)
 
     def _take_notice(self, notice: Notice) -> None:
         if notice.agent in self._notices:

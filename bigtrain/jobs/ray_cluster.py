@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -75,18 +76,24 @@ class ClusterWatch:
         """Nodes that have not shown yet that they live."""
         return list(self._unproven)
 
-    def _prove(self) -> None:
+    def _prove(self, living: Collection[str]) -> None:
+        """Send tasks to nodes that are unproven, and strike off those whose task is back, or that are gone for good."""
         import ray
         from ray.exceptions import RayError
 
         for node, task in list(self._unproven.items()):
-            if task is None:
+            if node not in living:
+                # The machine comes back under another name; a task left waiting would ask the autoscaler for a node.
+                if task is not None:
+                    ray.cancel(task)
+                del self._unproven[node]
+            elif task is None:
                 here = {ray._raylet.RAY_NODE_ID_KEY: node}
                 self._unproven[node] = (
                     ray.remote(_answer).options(num_cpus=0, max_retries=0, label_selector=here).remote()
                 )
             elif ray.wait([task], timeout=0)[0]:
-                # A task that failed says that the node is gone: the machine comes back under another name.
+                self._unproven[node] = None  # Where it failed, another is sent.
                 with contextlib.suppress(RayError):
                     ray.get(task)
                     del self._unproven[node]
@@ -98,8 +105,8 @@ class ClusterWatch:
         while not ended.is_set() and ray.is_initialized():
             before = time.monotonic()
             try:
-                self._view = look()
-                self._prove()
+                self._view = view = look()
+                self._prove({node.name for node in view.nodes})
             except (RayError, RuntimeError, OSError) as error:
                 # The view grows stale, which is said where someone waits for it.
                 logger.debug("the cluster's head does not answer: %s", error)

@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -359,8 +358,9 @@ class _Fit(threading.Thread):
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         order = self._order
-        # Ray Train insists on a directory for checkpoints, which it never gets.
-        storage = tempfile.mkdtemp(prefix="bigtrain-ray-")
+        # Ray Train insists on a directory for checkpoints, which it never gets. In Ray's own it goes with the session,
+        # should this process be killed.
+        storage = Path(ray._private.worker._global_node.get_session_dir_path(), f"bigtrain-{order.placement}")
         try:
             trainer = DataParallelTrainer(
                 lambda: _hold_node(order),
@@ -374,7 +374,7 @@ class _Fit(threading.Thread):
                     ],
                 ),
                 run_config=RunConfig(
-                    name=order.placement, storage_path=storage, logging_config=LoggingConfig(log_level="CRITICAL")
+                    name=order.placement, storage_path=str(storage), logging_config=LoggingConfig(log_level="CRITICAL")
                 ),
             )
             trainer.fit()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 from bigtrain.jobs import agent
 from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.processes import PLACEMENT_VARIABLE
-from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, new_token
+from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, keep_alive, new_token
 
 if TYPE_CHECKING:
     from bigtrain.jobs.controller import Controller
@@ -305,12 +304,9 @@ def _node_of(connection: AgentConnection) -> str:
 
 def _tend(connections: dict[str, AgentConnection]) -> None:
     """Keep the agents that have come company until the last one is there; those that are gone are left out."""
-    ready, _, _ = select.select([connection.channel for connection in connections.values()], [], [], 0)
     for name, connection in list(connections.items()):
         try:
-            if connection.channel in ready:
-                connection.channel.receive()
-            connection.channel.keep_alive()
+            keep_alive([connection], 0.0)
         except (PeerLost, ProtocolError):
             connection.channel.close()
             del connections[name]

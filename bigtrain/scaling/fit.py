@@ -82,6 +82,7 @@ def fit(source: str, options: FitOptions | None = None) -> Fitted:
     if options.drop_highest:
         table = table.drop_highest(options.drop_highest)
     check(table)
+    table = table.ordered()
     target = _target(table, options)
     clusters = table.clusters(options.cluster)
     found = _approaches(table, clusters, target, options)

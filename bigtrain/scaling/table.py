@@ -70,6 +70,11 @@ class RunTable:
             raw={name: pick(column) for name, column in self.raw.items()},
         )  # fmt: skip
 
+    def ordered(self) -> RunTable:
+        """The rows in an order of their own, so that a fit does not depend on how its source orders them."""
+        keys = zip(self.flops, self.params, self.tokens, self.loss, self.run, strict=True)
+        return self.take([i for i, _ in sorted(enumerate(keys), key=lambda one: one[1])])
+
     def clusters(self, kind: str) -> npt.NDArray[np.int64]:
         """The cluster of each row, numbered from 0: its model's, or with "none" its own."""
         if kind == "none":

@@ -157,13 +157,19 @@ def _least_aspect(layers: int, ladder: LadderConfig, target: int) -> float:
 
 def _widths(sweep: Sweep, layers: int, target: int, vocab_size: int) -> set[int]:
     """The multiples around the width at which this many layers have N parameters."""
-    ladder = sweep.config.ladder
-    step = ladder.width_multiple
-    probe = sweep.trial({**_PROBE, "model": _keys(sweep, layers, step)}).model
-    least = count(probe, ladder, vocab_size)
-    # Blocks grow with the square of the width.
-    near = int(math.sqrt(target / least)) if least < target else 1
-    return {step * factor for factor in (near - 1, near, near + 1) if factor >= 1}
+    step = sweep.config.ladder.width_multiple
+    near = step
+    for _ in range(_REFINEMENTS):
+        model = sweep.trial({**_PROBE, "model": _keys(sweep, layers, near)}).model
+        # Blocks grow with the square of the width; the rest, and roundings, take more than one look.
+        wanted = near * math.sqrt(target / count(model, sweep.config.ladder, vocab_size))
+        last, near = near, max(step, round(wanted / step) * step)
+        if near == last:
+            break
+    return {width for width in (near - step, near, near + step) if width >= step}
+
+
+_REFINEMENTS = 4
 
 
 def _keys(sweep: Sweep, layers: int, width: int) -> dict[str, Any]:

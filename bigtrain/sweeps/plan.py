@@ -307,7 +307,8 @@ def _warnings(
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
         cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
-        if cause is not None:
+        # A plan for other hardware says nothing of this one.
+        if cause is not None and sweep.config.hardware.mfu is None:
             found.append(f"size {target} can never run here: {cause}")
         epochs = steps[target][-1] * one.batch_sequences / one.sequences_per_epoch
         if epochs > MANY_EPOCHS:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from bigtrain.hardware.this_machine import available_cores, available_memory_bytes
+from bigtrain.hardware import lookup
+from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
 from bigtrain.jobs.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
 from bigtrain.run import RunConfig
@@ -47,7 +48,7 @@ class TrialStarter(Protocol):
         """Why a trial could never run here, or None.
 
         Args:
-            memory_bytes: What each of its processes holds at least.
+            memory_bytes: What its processes together hold at least.
         """
         ...
 
@@ -78,13 +79,18 @@ class LocalSlots:
         """Memory and devices; see `TrialStarter.refusal`."""
         if self._gpus and self._procs > self._gpus:
             return f"it takes {self._procs} GPUs, and this machine has {self._gpus}"
-        available = available_memory_bytes()
-        if not self._gpus and memory_bytes * self._procs > available:
-            return (
-                f"its parameters, gradients and optimizer take {memory_bytes * self._procs / 1e9:.1f} GB, and this "
-                f"machine has {available / 1e9:.1f} GB"
-            )
-        return None
+        if self._gpus:
+            device = lookup(this_machine().device_name)
+            available = device.memory_bytes * self._procs if device is not None else None
+            place = f"{self._procs} GPUs have"
+        else:
+            available, place = available_memory_bytes(), "this machine has"
+        if available is None or memory_bytes <= available:
+            return None
+        return (
+            f"its parameters, gradients and optimizer take {memory_bytes / 1e9:.1f} GB, and {place} "
+            f"{available / 1e9:.1f} GB"
+        )
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
         """See `TrialStarter.start`. Only from the main thread: the kernel ends the trial with the thread's death."""

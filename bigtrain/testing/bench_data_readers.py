@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-BUFFER = 4096
+BUFFER = 1024
 """Sequences that webdataset shuffles among."""
 
 

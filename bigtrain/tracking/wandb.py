@@ -107,11 +107,15 @@ def send_alert(
     text: str,
     failed: bool,
     timeout_s: float,
+    init_timeout_s: float | None = None,
 ) -> str | None:
     """Have W&B alert the user about a run that has ended; waits for it.
 
+    Args:
+        init_timeout_s: How long W&B's start may take; by default half of `timeout_s`.
+
     Returns:
-        None where W&B has it, else why not.
+        None where W&B has it, else why not; what it has not got is in the run's W&B file, for `wandb sync`.
     """
     said: list[str] = []
     tracker = WandbTracker(
@@ -123,7 +127,7 @@ def send_alert(
         entity=tracking.entity,
         tags=tracking.tags,
         warn=said.append,
-        init_timeout_s=timeout_s,
+        init_timeout_s=timeout_s / 2 if init_timeout_s is None else init_timeout_s,
     )
     tracker.put({"alert": {"title": title, "text": text, "level": "ERROR" if failed else "INFO"}, "failed": failed})
     tracker.close(timeout_s)

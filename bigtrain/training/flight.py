@@ -10,24 +10,31 @@ LAST: Final = 3
 """Collectives shown of each group."""
 
 
-def last_collectives() -> str:
-    """One line for each of the last collectives of each group, the unfinished ones said to be; for a person.
+def collectives() -> list[dict[str, Any]]:
+    """The flight recorder's entries, oldest first; empty where this torch has none that can be read.
 
-    Called in a rank that hangs, from a thread beside it, so it imports nothing that is not there already.
+    Imports nothing that is not there already: it may be called in a rank that hangs, from a thread beside it.
     """
-    bindings = sys.modules.get("torch._C._distributed_c10d") or getattr(
-        sys.modules.get("torch._C"), "_distributed_c10d", None
-    )
+    bindings = getattr(sys.modules.get("torch._C"), "_distributed_c10d", None)
     dump = getattr(bindings, "_dump_fr_trace_json", None)
     if dump is None:
-        return "flight recorder: this torch has none"
+        return []
     try:
-        entries = json.loads(dump()).get("entries", [])
-    except (ValueError, RuntimeError) as error:
-        return f"flight recorder: {error}"
+        return list(json.loads(dump()).get("entries", []))
+    except (ValueError, RuntimeError):
+        return []
+
+
+def group_of(entry: dict[str, Any]) -> str:
+    """Name of the process group of an entry; the same on all of its ranks."""
+    return "/".join(entry["process_group"])
+
+
+def last_collectives() -> str:
+    """One line for each of the last collectives of each group, the unfinished ones said to be; for a person."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault("/".join(entry["process_group"]), []).append(entry)
+    for entry in collectives():
+        groups.setdefault(group_of(entry), []).append(entry)
     lines = [f"    {_line(name, entry)}" for name, group in groups.items() for entry in group[-LAST:]]
     return "\n".join(["flight recorder, last collectives of each group:", *(lines or ["    none"])])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from bigtrain import storage
 from bigtrain.checkpoint.huggingface import load_hf, verify_hf
-from bigtrain.checkpoint.loader import Found, find, load_found
+from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
@@ -42,6 +43,7 @@ from bigtrain.training.loop import (
 )
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.source import HfSource, is_fresh, resolve_source
+from bigtrain.training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +213,10 @@ class Session:
             fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
             self._load(found, weights, prefix="model.", leave=fresh)
             return Progress()
-        self._load(found, state)
+        # The other run may have been in another precision.
+        saved = saved_names(found)
+        state = {name: state[name] for name in state if name in saved or not name.startswith("loss_scale.")}
+        self._load(found, state, leave=["loss_scale.*"])
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
 
     def _take_weights(self, source: HfSource) -> Progress:
@@ -315,10 +320,13 @@ class Session:
         self._memory_bytes = int(peak)
 
     def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = []
+        if self.ranks.world_size > 1:
+            callbacks.append(Stragglers(self._event, self.engine.device, socket.gethostname()))
         if self.ranks.rank != 0:
-            return []
+            return callbacks
         config, prepared = self.config, self.prepared
-        callbacks: list[Callback] = [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
+        callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)

@@ -24,6 +24,8 @@ def test_plain_values_make_the_same_section_again() -> None:
         {"every": "0 steps"},
         {"every": 500},
         {"keep_last": 1},
+        {"permanent": "15 min"},
+        {"permanent": "0 steps"},
         {"max_failed_saves": 0},
         {"keep": 3},
     ],

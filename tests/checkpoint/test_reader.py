@@ -147,3 +147,15 @@ def test_metadata_written_by_plain_dcp_are_read(tmp_path: Path) -> None:
         dcp.save(tensors, checkpoint_id=tmp_path)
     read = loader.read_full(SafeReader(tmp_path), list(tensors))
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02Nr\xff\xff\xff\x7f.", b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"."],
+    ids=["a memo of two billion places", "a byte array of a terabyte"],
+)
+def test_metadata_takes_no_memory_that_it_does_not_fill(tmp_path: Path, content: bytes) -> None:
+    """The unpickler would take it before it reads on: a few bytes could end the process."""
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(CorruptionError, match=r"memory that it does not fill|only \d+ remain"):
+        read_metadata(tmp_path)

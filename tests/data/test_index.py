@@ -99,7 +99,7 @@ def test_a_newer_format_is_refused(packed: ShardIndex) -> None:
 
 @pytest.mark.parametrize("name", ["../other.tar", "/etc/passwd", "pipe:cat", "..", "a/b.tar"])
 def test_an_index_cannot_point_outside_its_directory(packed: ShardIndex, name: str) -> None:
-    shards = [shard.model_dump() for shard in packed.shards]
+    shards = [shard.as_json() for shard in packed.shards]
     shards[0]["url"] = name
     edit(packed, shardlist=shards)
     with pytest.raises(CorruptionError, match="plain file name"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -586,3 +587,32 @@ def test_settings_passed_through_are_checked(strategy: Any, key: str, says: str)
     with pytest.raises(UserError) as caught:
         arguments({key: 1}, torch.float32)
     assert says in str(caught.value)
+
+
+def train_past_a_bad_step(case: Case, told: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """Four steps, the first and third of which have an infinite gradient on the last rank, or are left out by hand."""
+    engine = build(case)
+    right, skipped = engine.strategy.backward, []
+    for step in range(4):
+        if step % 2 == 0 and told:
+            continue
+        if step % 2 == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            engine.strategy.backward = lambda loss, last: right(loss * math.inf, last)  # type: ignore[method-assign]
+        batch = micro_batches(case, step, engine.data_parallel_rank, engine.data_parallel_size)
+        skipped.append(engine.train_step(step, batch, 1e-3).read().skipped)
+        engine.strategy.backward = right  # type: ignore[method-assign]
+    state = whole_state(engine)
+    engine.close()
+    return state, skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bad_gradient_on_one_rank_is_as_if_no_rank_had_taken_the_step(
+    strategy: str, models: Callable[[str], Path], ranks: RankPool
+) -> None:
+    case = Case(models("llama"), strategy)
+    expected, _ = ranks.run(train_past_a_bad_step, case, True, ranks=2)[0]
+    for state, skipped in ranks.run(train_past_a_bad_step, case, False, ranks=2):
+        assert skipped == [1, 0, 1, 0]
+        assert not [name for name, value in state.items() if not torch.equal(value, expected[name])]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.jobs import membership, train
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.launch import launch_local, run_controlled
+from bigtrain.jobs.launch import launch_here, run_controlled
 from bigtrain.run import load_config
 from bigtrain.testing.machines import Machines
 from bigtrain.tracking.metrics import last_step
@@ -31,7 +31,7 @@ def main() -> int:
     config = load_config(Path(sys.argv[1]), [], name=sys.argv[2])
     procs = int(sys.argv[3])
     if len(sys.argv) == 4:
-        train.launch_local = lambda path, **options: launch_local(path, rank_module=RANK, **options)
+        train.launch_here = lambda path, **options: launch_here(path, rank_module=RANK, **options)
         return int(train.train(config, Path("runs"), procs=procs))
     sizes = tuple(int(size) for size in sys.argv[5].split(","))
     logs = Path("runs", sys.argv[2], "logs").absolute()
@@ -44,10 +44,10 @@ def main() -> int:
         lines = [line.split() for line in "".join(sys.argv[6:]).split(";")]
         threading.Thread(target=play, args=(placer, lines, logs.parent / "metrics.jsonl"), daemon=True).start()
 
-    def launch(path: Path, *, nproc: int, job: Any, **options: Any) -> int:
+    def launch(path: Path, *, nproc: int, job: Any, sizes: Any, **options: Any) -> int:
         return run_controlled(path, placer, nproc=procs, job=elastic, rank_module=RANK, **options)
 
-    train.launch_local = launch
+    train.launch_here = launch
     code = int(train.train(config, Path("runs"), procs=procs))
     if isinstance(placer, Machines):
         print("placements", *placer.placements)

@@ -15,6 +15,7 @@ SAME_LOSS = 1e-5
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_on_three_machines_goes_on_with_two_and_grows_again(make_workplace: Callable[..., Any]) -> None:
     workplace = make_workplace(duration="150 steps", checkpoint={"every": "20 steps"})
     workplace.finish(workplace.start("undisturbed", 3))
@@ -37,6 +38,7 @@ def test_a_run_on_three_machines_goes_on_with_two_and_grows_again(make_workplace
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_machine_with_notice_loses_no_step_and_changes_no_bit(two_ranks: Any) -> None:
     said = two_ranks.finish(two_ranks.start("drained", 1, "abc", "2", "5 drain a 20"))
     assert "placements ab cb" in said

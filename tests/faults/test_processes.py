@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+HANG_S = 8.0
+"""A silence that counts as a hang, where one is planted: far above a step, also on a busy machine."""
+
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -24,7 +28,8 @@ import pytest
 )
 def test_a_fault_of_a_rank_leaves_no_trace_but_a_line(two_ranks: Any, fault: dict[str, Any], cause: str) -> None:
     name = "-".join(str(value).replace(" ", "-") for value in fault.values())
-    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, **fault}))
+    limit_s = HANG_S if "hangs" in cause else None
+    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, **fault}, limit_s=limit_s))
     two_ranks.assert_same(name, "undisturbed")
     two_ranks.assert_nothing_left(name)
     [event] = two_ranks.events(name, "fault")
@@ -34,9 +39,10 @@ def test_a_fault_of_a_rank_leaves_no_trace_but_a_line(two_ranks: Any, fault: dic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_hung_rank_leaves_its_stacks_and_its_peers_last_collective(two_ranks: Any) -> None:
     name = "stacks"
-    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, "kind": "stop", "step": 5}))
+    two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, "kind": "stop", "step": 5}, limit_s=HANG_S))
     peer = (two_ranks.run(name) / "logs" / "attempt_0" / "rank_0.log").read_text()
     assert "train_step" in peer, "the stack of the rank that waits"
     assert "flight recorder, last collectives of each group" in peer
@@ -44,6 +50,7 @@ def test_a_hung_rank_leaves_its_stacks_and_its_peers_last_collective(two_ranks: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_same_exception_at_one_step_twice_ends_the_run_with_its_traceback(two_ranks: Any) -> None:
     name = "twice"
     said = two_ranks.finish(
@@ -53,3 +60,14 @@ def test_the_same_exception_at_one_step_twice_ends_the_run_with_its_traceback(tw
     assert "ValueError: planted" in said
     assert len(two_ranks.events(name, "fault")) == 2
     two_ranks.assert_nothing_left(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_straggler_is_reported_and_not_restarted(make_workplace: Any) -> None:
+    workplace = make_workplace(duration="100 steps")
+    workplace.finish(workplace.start("slow", 2, fault={"rank": 1, "kind": "sleep", "step": 70}))
+    [straggler] = workplace.events("slow", "straggler")
+    assert (straggler["rank"], straggler["step"]) == (1, 100)
+    assert "the other ranks wait for rank 1" in straggler["cause"]
+    assert not workplace.events("slow", "fault")

@@ -36,6 +36,7 @@ def test_limits_are_seconds_or_texts_with_a_unit() -> None:
         {"limits": {"step": 0}},
         {"limits": {"steps": 5}},
         {"nodes": 0},
+        {"nodes": 2, "min_nodes": 3},
         {"procs_per_node": 0},
         {"procs_per_node": "all"},
         {"max_failures": -1},

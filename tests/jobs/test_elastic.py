@@ -104,6 +104,7 @@ def test_a_node_that_is_announced_to_go_loses_no_step(job: Any, machines: Any) -
     assert "in 20 s" in notice["cause"]
 
 
+@pytest.mark.slow
 def test_an_agent_that_is_told_to_go_moves_the_run(job: Any, machines: Any) -> None:
     job.write_rank(RANK + "go(10**6 if attempt == 0 else saved() + 5)")
     placer = machines("abc", (2,))
@@ -113,6 +114,7 @@ def test_an_agent_that_is_told_to_go_moves_the_run(job: Any, machines: Any) -> N
     assert not job.named("fault")
 
 
+@pytest.mark.slow
 def test_a_notice_shorter_than_a_save_is_said_and_costs_no_budget(job: Any, machines: Any) -> None:
     job.write_rank(RANK + "go(10**6 if attempt == 0 else 5, save_s=60 if attempt == 0 else 0)")
     placer = machines("abc", (2,))
@@ -124,6 +126,7 @@ def test_a_notice_shorter_than_a_save_is_said_and_costs_no_budget(job: Any, mach
     assert placer.placements == ["ab", "cb"]
 
 
+@pytest.mark.slow
 def test_a_node_with_two_strikes_is_left_out(job: Any, machines: Any) -> None:
     job.write_rank(
         RANK
@@ -143,6 +146,7 @@ go(6, at=die)
     assert excluded["host"] == "host-b"
 
 
+@pytest.mark.slow
 def test_a_node_that_cannot_be_spared_is_kept_in_spite_of_its_strikes(job: Any, machines: Any) -> None:
     job.write_rank(
         RANK
@@ -159,6 +163,7 @@ go(6, at=die)
     assert any("cannot do without it" in line for line in job.said)
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_nodes_can_be_stopped(job: Any, machines: Any) -> None:
     job.write_rank(RANK + "go(10**6)")
     placer = machines("ab", (2,))
@@ -168,6 +173,7 @@ def test_a_run_that_waits_for_nodes_can_be_stopped(job: Any, machines: Any) -> N
     assert job.events[-1]["event"] == "stopped"
 
 
+@pytest.mark.slow
 def test_lost_nodes_and_failing_ranks_have_budgets_of_their_own(job: Any, machines: Any) -> None:
     job.write_rank(
         RANK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -138,3 +139,28 @@ def test_the_page_has_no_name_and_cannot_be_resized() -> None:
             except PermissionError:
                 continue
             raise AssertionError("the page could be resized")
+
+
+def test_a_rank_whose_main_thread_hangs_describes_itself() -> None:
+    script = (
+        "import ctypes\n"
+        "from bigtrain.heartbeat import install_rank_signals\n"
+        "install_rank_signals(lambda: 'collective 7')\n"
+        "print('ready', flush=True)\n"
+        # As in a collective whose peer is gone: in C, without the GIL, and no signal gets it out.
+        "mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+        "libc.pthread_mutex_lock(mutex)\n"
+        "libc.pthread_mutex_lock(mutex)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR2)
+        assert process.stderr.readline() == "collective 7\n"
+    finally:
+        process.kill()
+        process.communicate()

@@ -76,6 +76,7 @@ def test_the_bootstrap_is_the_same_for_any_number_of_processes() -> None:
     np.testing.assert_array_equal(alone, three)
 
 
+@pytest.mark.slow
 def test_equal_exponents_are_equal(write_runs: WriteRuns) -> None:
     options = FitOptions(approach="a3", equal_exponents=True, replicates=100, processes=1)
     one = fit(str(write_runs()), options).law["approaches"]["a3_huber"]

@@ -36,6 +36,7 @@ def test_chinchilla_by_huber_and_the_largest_run_held_out(bigtrain: Command, rea
     assert one["search"]["converged_starts"] > 0.5
 
 
+@pytest.mark.slow
 def test_chinchilla_by_l1(bigtrain: Command, real_data: Path) -> None:
     options = ("--drop-highest", 5, "--approach", "a3", "--loss-function", "l1", "--replicates", 100)
     one = fitted(bigtrain, real_data, POINTS, *options)["a3_l1"]
@@ -44,6 +45,7 @@ def test_chinchilla_by_l1(bigtrain: Command, real_data: Path) -> None:
     assert (one["alpha"], one["beta"], one["a"]) == pytest.approx((0.3478, 0.3658, 0.5126), abs=EXPONENT)
 
 
+@pytest.mark.slow
 def test_chinchilla_by_squares(bigtrain: Command, real_data: Path) -> None:
     options = ("--drop-highest", 5, "--where", "flops < 1e21", "--approach", "a3", "--loss-function", "squares")
     one = fitted(bigtrain, real_data, POINTS, *options, "--replicates", 100)["a3_squares"]
@@ -63,6 +65,7 @@ def test_chinchilla_standard_errors_point_by_point(bigtrain: Command, real_data:
     assert errors == pytest.approx(published, rel=DEVIATION)
 
 
+@pytest.mark.slow
 def test_gemstones_parametric(bigtrain: Command, real_data: Path) -> None:
     one = fitted(bigtrain, real_data, HOT, "--approach", "a3", "--replicates", 100)["a3_huber"]
     assert (one["alpha"], one["beta"]) == pytest.approx((0.2929, 0.7129), abs=EXPONENT)

@@ -145,6 +145,8 @@ def test_six_trials_on_two_slots_through_a_crash_a_refusal_and_a_killed_driver(d
 
 def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers, write_sweep: WriteSweep) -> None:
     drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8, 16]}])
+    drivers.directory.trials.mkdir(parents=True)
+    (drivers.directory.trials / "hold").touch()
     first = drivers.start()
     trunk = "n1.3k-s1337-trunk"
     drivers.pid_at(trunk, 7)
@@ -155,6 +157,7 @@ def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers
     saved = [line for line in drivers.lines("ended") if line["trial"] == trunk]
     assert [(line["code"], line["retry"]) for line in saved] == [(75, False)]
     assert sweep_status(drivers.directory)["state"] == "waiting"
+    (drivers.directory.trials / "hold").unlink()
     assert drivers.finish(drivers.start())[0] == ExitCode.FINISHED
     # Points that are added: a D in the middle and one beyond, from what the trunk has saved.
     drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8, 12, 16, 24]}])

@@ -27,7 +27,7 @@ from bigtrain.sweeps.status import sweep_status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 WriteSweep = Callable[..., Path]
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 A3 = FitOptions(approach="a3", loss_function="huber", replicates=100, processes=1)
 
 
@@ -103,7 +103,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     sweeping: Sweeping, write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     monkeypatch.setenv("HOME", str(tmp_path))
     base = yaml.safe_load(write_sweep().read_text())["base"]
     path = write_sweep(
-        sizes=[1300, 3000, 6000], tokens_per_param=[3, 6, 12],
+        sizes=[1300, 3000, 6000], tokens_per_param=[3, 8],
         base={**base, "tracking": {"wandb": "offline"}, "evaluation": {"every": "100000 steps", "batches": 8}},
     )  # fmt: skip
     directory = SweepDirectory(tmp_path / "runs" / "tiny")
@@ -136,24 +136,23 @@ def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     assert sweeping.process.returncode == ExitCode.FINISHED, said
     lines = list(read_lines(directory.journal))
     finished = [line["trial"] for line in lines if line["event"] == "finished"]
-    assert len(finished) == len(set(finished)) == 12
+    assert len(finished) == len(set(finished)) == 9
     for name in finished:
         last = max(i for i, line in enumerate(lines) if line["event"] == "started" and line["trial"] == name)
         end = next(i for i, line in enumerate(lines) if line["event"] == "finished" and line["trial"] == name)
         assert last < end
         steps = [row["step"] for row in read_lines(directory.run(name).metrics)]
         assert len(steps) == len(set(steps))
-    law = fit(str(directory.path), A3).law
+    fitted = fit(str(directory.path), A3)
     # W&B's files hold every trial under the sweep's group, and give the same fit.
     runs = {run.name: run for run in read_runs(directory.trials)}
     assert runs.keys() == set(finished)
     assert {run.group for run in runs.values()} == {"tiny"}
     where = FitOptions(**{**A3.__dict__, "where": "phase == decayed"})
-    shown = fit(str(directory.trials), where).law
-    ours, theirs = (one["approaches"]["a3_huber"] for one in (law, shown))
-    assert shown["source"]["rows_used"] == law["source"]["rows_used"] == 9
-    for name in ("A", "B", "E", "alpha", "beta"):
-        assert theirs[name] == pytest.approx(ours[name], rel=1e-9)
+    shown = fit(str(directory.trials), where)
+    assert len(fitted.table) == 6
+    assert shown.law["source"]["data_hash"] == fitted.law["source"]["data_hash"]
+    assert shown.law["approaches"] == fitted.law["approaches"]
     # The law is a run of its own, with its plots.
     (own,) = read_runs(directory.law)
     assert own.group == "tiny"

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-STEP_S = 0.02
+STEP_S = 0.005
 SAVE_EVERY = 5
 HOLD_AT = 12
 

@@ -25,6 +25,8 @@ def test_defaults_reload_to_the_same_section() -> None:
         "project": "bigtrain",
         "entity": None,
         "tags": [],
+        "group": None,
+        "facts": {},
     }
 
 

@@ -10,7 +10,15 @@ import psutil
 import pytest
 
 from bigtrain.tracking.config import TrackingConfig
-from bigtrain.tracking.wandb import WandbTracker, choose_mode, has_key, read_url, run_id, start_tracker
+from bigtrain.tracking.wandb import (
+    WandbTracker,
+    choose_mode,
+    has_key,
+    read_url,
+    run_id,
+    send_alert,
+    start_tracker,
+)
 
 PUT_LIMIT_S = 1e-3
 """Processor time that a step may pay for its metrics: far under the shortest step, far over a queue's own cost."""
@@ -189,3 +197,18 @@ def test_two_runs_of_one_name_have_different_ids_and_legal_ones(tmp_path: Path) 
     assert len(first) <= 64
     assert not set("/\\#?%: ") & set(first)
     assert run_id(tmp_path / "a", "renamed") == first
+
+
+@pytest.mark.slow
+def test_an_alert_is_in_the_runs_file_where_the_server_hangs(
+    run_dir: Path, wandb_server: Callable[[str], Any], read_wandb: Callable[[Path], list[Any]]
+) -> None:
+    with wandb_server("hang"):
+        said = send_alert(
+            run_dir, {"name": "tiny"}, TrackingConfig(), title="tiny: failed", text="rank 1 was killed", failed=True,
+            timeout_s=60.0, init_timeout_s=2.0,
+        )  # fmt: skip
+    assert said is not None
+    assert "going on offline" in said
+    [alert] = [record.alert for record in read_wandb(run_dir) if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.text, alert.level) == ("tiny: failed", "rank 1 was killed", "ERROR")

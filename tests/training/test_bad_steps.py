@@ -15,11 +15,15 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.data.loader import Loader
 from bigtrain.data.order import sequence_keys
 from bigtrain.engines.build import build_engine
+from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.plugin import load_plugin
-from bigtrain.run import ExitCode, load_config
+from bigtrain.run import RunDirectory, load_config
 from bigtrain.storage import read_lines
+from bigtrain.training.bad_steps import BadStepsError
+from bigtrain.training.loop import Outcome
 from bigtrain.training.prepare import prepare
+from bigtrain.training.session import Session
 
 PLUGIN = Path(__file__).with_name("poisoned_model.py")
 SEED, BATCH, STEPS = 1337, 4, 12
@@ -28,6 +32,17 @@ SEED, BATCH, STEPS = 1337, 4, 12
 def keys(*batches: int) -> list[int]:
     """Of the last sequence of each of these global batches."""
     return [int(sequence_keys(SEED, batch, np.array([BATCH - 1]))[0]) for batch in batches]
+
+
+def train(config: Path, tmp_path: Path, duration: str) -> RunDirectory:
+    """What a rank does in a process of its own, here: from the newest checkpoint to the end."""
+    run = load_config(config, [f"duration={duration}"], plugin=load_plugin(str(PLUGIN)))
+    prepared = prepare(run)
+    directory = RunDirectory(tmp_path / "runs" / run.name)
+    directory.write(run, prepared.what)
+    with Session(prepared, directory, Heartbeat.from_environment({}), StopRequest()) as session:
+        assert session.train() is Outcome.FINISHED
+    return directory
 
 
 def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
@@ -39,7 +54,7 @@ def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
         seed=run.seed, ranks=Ranks(0, 0, 1),
     )  # fmt: skip
     options: dict[str, Any] = {"batch_size": BATCH, "context": prepared.context, "seed": run.seed}
-    with Loader(prepared.train, prepared.order(), **options) as loader:
+    with Loader(prepared.sources, prepared.order, **options) as loader:
         for step, batch in enumerate(batches):
             if batch is not None:
                 engine.train_step(step, loader.batch(batch).micro_batches, prepared.schedule.lr(step))
@@ -67,45 +82,39 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int | None], list[st
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [name if name == "a spike" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_with_bad_steps_equals_one_told_to_leave_them_out(
-    case: str, write_config: Callable, bigtrain: Callable, tmp_path: Path
+    case: str, write_config: Callable, tmp_path: Path
 ) -> None:
     model, policy, batches, expected_events = CASES[case]
     config = write_config(
-        model={"arch": "poisoned", "context": 32, **model}, bad_steps=policy, duration="10 steps",
-        checkpoint={"every": "2 steps"}, optimizer={"lr": 1e-3},
+        model={"arch": "poisoned", "context": 32, **model}, bad_steps=policy, checkpoint={"every": "2 steps"},
+        optimizer={"lr": 1e-3},
     )  # fmt: skip
     # A resume in the middle: what the policy remembers is in the checkpoint.
-    for duration in ("10 steps", f"{STEPS} steps"):
-        result = bigtrain("train", config, f"duration={duration}", "--plugin", PLUGIN)
-        assert result.returncode == ExitCode.FINISHED, result.stderr
-    run = tmp_path / "runs" / "tiny"
-    state, expected = read_tensors(run / "checkpoints", STEPS, prefix=""), told(config, batches)
+    train(config, tmp_path, "10 steps")
+    run = train(config, tmp_path, f"{STEPS} steps")
+    state, expected = read_tensors(run.checkpoints, STEPS, prefix=""), told(config, batches)
     assert state.keys() == expected.keys()
     assert not [name for name in state if not torch.equal(state[name], expected[name])]
 
-    events = [event for event in read_lines(run / "events.jsonl") if event["event"] in ("skipped", "rolled_back")]
+    events = [event for event in read_lines(run.events) if event["event"] in ("skipped", "rolled_back")]
     assert [f"{event['event']} {event['step']}" for event in events] == expected_events
     assert all(event["cause"] for event in events)
-    rows = list(read_lines(run / "metrics.jsonl"))
+    rows = list(read_lines(run.metrics))
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     skipped = sum(batch is None for batch in batches)
     assert rows[-1]["skipped_steps"] == skipped
     assert sum(row["loss"] is None for row in rows) == skipped
-    samples = list(read_lines(run / "samples.jsonl"))
+    samples = list(read_lines(run.samples))
     assert [line["step"] for line in samples] == list(range(1, STEPS + 1))
     assert len({sample for line in samples for sample in line["ids"]}) == STEPS * BATCH
 
 
-@pytest.mark.slow
-def test_a_run_that_meets_nothing_else_stops_with_the_reason(write_config: Callable, bigtrain: Callable) -> None:
+def test_a_run_that_meets_nothing_else_stops_with_the_reason(write_config: Callable, tmp_path: Path) -> None:
     config = write_config(
         model={"arch": "poisoned", "context": 32, "endless": keys(*range(2, 8))},
-        bad_steps={"limit": 3, "then": "stop"}, job={"max_failures": 0},
+        bad_steps={"limit": 3, "then": "stop"},
     )  # fmt: skip
-    result = bigtrain("train", config, "--plugin", PLUGIN)
-    assert result.returncode == ExitCode.FAILED
-    assert "3 steps in a row had no finite gradient" in result.stderr
+    with pytest.raises(BadStepsError, match="3 steps in a row had no finite gradient, the last one step 5"):
+        train(config, tmp_path, "8 steps")

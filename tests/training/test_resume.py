@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.checkpoint.saver import PHASES
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines
 
@@ -169,6 +170,22 @@ def flip_a_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_any_phase_of_a_save_goes_on_to_the_bit(config: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("die_in_a_save.py")
+    finished = subprocess.run(
+        [sys.executable, script, config, tmp_path / "runs"], capture_output=True, text=True, timeout=DEADLINE_S,
+        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    report = json.loads(finished.stdout.splitlines()[-1])
+    expected = report.pop("undisturbed")
+    assert not expected.pop("killed")
+    assert set(report) == set(PHASES)
+    for phase, found in report.items():
+        assert found.pop("killed"), f"it did not die in the phase {phase}, or did not go on"
+        assert found == expected, phase
 
 
 @pytest.mark.slow

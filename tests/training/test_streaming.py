@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
+import logging
 import signal
 import subprocess
 import sys
@@ -25,9 +27,9 @@ STEPS = 24
 DEADLINE_S = 200.0
 
 
-def _faulty_server() -> Any:
-    path = Path(__file__).parent.parent / "data" / "faulty_server.py"
-    spec = importlib.util.spec_from_file_location("faulty_server", path)
+def _servers(name: str) -> Any:
+    path = Path(__file__).parent.parent / "data" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -35,16 +37,20 @@ def _faulty_server() -> Any:
     return module
 
 
-faults = _faulty_server()
+faults, s3 = _servers("faulty_server"), _servers("faulty_s3")
 
 
 @pytest.fixture
 def shards(tmp_path: Path, real_data: Path) -> Path:
-    """Three novels in shards of 512 KiB."""
+    """The novels in shards of 512 KiB."""
     out = tmp_path / "shards"
-    names = ("a_tale_of_two_cities", "pride_and_prejudice", "great_expectations")
-    files = [real_data / "gutenberg" / f"{name}.txt" for name in names]
-    pack(files, out, Tokenizer.open("bytes"), validation="10%", shard_bytes=1 << 19)
+    pack(
+        sorted((real_data / "gutenberg").glob("*.txt")),
+        out,
+        Tokenizer.open("bytes"),
+        validation="10%",
+        shard_bytes=1 << 19,
+    )
     assert len(load_index(out / "train").shards) > 5
     return out
 
@@ -128,3 +134,48 @@ def test_data_out_of_reach_is_refused_before_a_process_is_started(
         assert "Traceback" not in done.stderr
         assert "canary" not in done.stderr + done.stdout
         assert not (tmp_path / "runs" / name).exists()
+
+
+@pytest.fixture
+def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 endpoint that fails, before a bucket with the shards."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    moto.start()
+    upstream = moto.get_host_and_port()
+    try:
+        connection = http.client.HTTPConnection(*upstream)
+        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=canary-id/20260101/us-east-1/s3/aws4_request"}
+        files = {f"/novels/{path.relative_to(shards)}": path.read_bytes() for path in shards.rglob("*.*")}
+        for path, data in {"/novels": b"", **files}.items():
+            connection.request("PUT", path, data, authorization)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+        spoiled = [s3.failing, s3.failing, s3.truncated, s3.reset, s3.other_bytes, s3.stalled(4.0)]
+        with s3.serving(upstream, spoiled) as running:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+            yield running
+    finally:
+        moto.stop()
+
+
+@pytest.mark.slow
+def test_a_run_over_an_s3_endpoint_that_fails_equals_one_from_disk_to_the_bit(
+    bucket: Any, shards: Path, configured: Callable[..., Path], tmp_path: Path, bigtrain: Callable
+) -> None:
+    for name, place in (("disk", str(shards)), ("s3", "s3://novels")):
+        done = bigtrain("train", configured(name, place))
+        assert done.returncode == ExitCode.FINISHED, done.stderr
+    disk, run = tmp_path / "runs" / "disk", tmp_path / "runs" / "s3"
+    assert losses(run) == losses(disk)
+    assert list(read_lines(run / "samples.jsonl")) == list(read_lines(disk / "samples.jsonl"))
+    assert max(bucket.requests.values()) > 3
+    written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert b"canary" not in written
