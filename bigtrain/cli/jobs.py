@@ -206,6 +206,9 @@ def _submit(
             _say(line)
         if wait:
             code = _wait(view)
+            if code in (1, 2):
+                for line in _driver_lines(iter([view.driver_log()])):
+                    _say(line)
             show({**result, "exit_code": code}, as_json, lambda _: _end_line(view))
             return code
         show(

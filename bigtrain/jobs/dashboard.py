@@ -305,14 +305,16 @@ class Dashboard:
                     if len(rest) > seen:
                         yield rest[seen:]
                     return
-                away_since = None
                 # Of an empty file the dashboard says nothing, not even that the answer begins.
                 if not seen and not self.file(node, name, lines=1):
+                    away_since = None
                     time.sleep(STATE_POLL_S)
                     continue
                 for chunk in self._stream(node, name, seen, over):
-                    seen += len(chunk)
-                    yield chunk
+                    away_since = None
+                    if chunk:
+                        seen += len(chunk)
+                        yield chunk
             except DashboardGone:
                 now = time.monotonic()
                 away_since = away_since or now
@@ -321,7 +323,7 @@ class Dashboard:
                 time.sleep(RECONNECT_S)
 
     def _stream(self, node: str, name: str, skip: int, over: Callable[[], bool]) -> Iterator[bytes]:
-        """Follow a file over one connection; ends when it breaks or `over` holds."""
+        """Follow a file over one connection, first b"" as it stands; ends when it breaks or `over` holds."""
         query = urlencode({"node_id": node, "filename": name, "lines": -1, "interval": STREAM_POLL_S})
         response = self._open("GET", f"/api/v0/logs/stream?{query}", None, None, TIMEOUT_S)
         connection = _connection(response)
@@ -333,6 +335,7 @@ class Dashboard:
         reader.start()
         asked = time.monotonic()
         try:
+            yield b""
             while True:
                 try:
                     chunk = chunks.get(timeout=STATE_POLL_S)

@@ -6,11 +6,15 @@ not stopped, hands a request to stop on as SIGTERM, and exits as it did: with 75
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import MutableMapping
+from pathlib import Path
 
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Control, Heartbeat
@@ -30,6 +34,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    _keep_extensions(environment)
     bind = bound_to_parent()
 
     def prepare() -> None:
@@ -54,6 +59,30 @@ def main() -> int:
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(os.getpid(), -code)
     return code
+
+
+def _keep_extensions(environment: MutableMapping[str, str]) -> None:
+    """Give the run its own directory of compiled extensions (DeepSpeed's), without locks that nobody holds.
+
+    A rank that was killed while it compiled leaves a lock, on which every later start would wait for ever. All ranks of
+    earlier attempts are gone, so the first rank of an attempt may remove what they left.
+    """
+    if "TORCH_EXTENSIONS_DIR" in environment:
+        return
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(environment["BIGTRAIN_RUN"].encode()).hexdigest()[:16]
+    directory = cache / "bigtrain" / "extensions" / digest
+    directory.mkdir(parents=True, exist_ok=True)
+    environment["TORCH_EXTENSIONS_DIR"] = str(directory)
+    with open(directory / "attempt", "a+") as seen:
+        fcntl.flock(seen, fcntl.LOCK_EX)
+        seen.seek(0)
+        if seen.read() == environment["BIGTRAIN_ATTEMPT"]:
+            return
+        for lock in directory.rglob("lock"):
+            lock.unlink(missing_ok=True)
+        seen.truncate(0)
+        seen.write(environment["BIGTRAIN_ATTEMPT"])
 
 
 if __name__ == "__main__":

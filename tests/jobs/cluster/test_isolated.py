@@ -85,7 +85,7 @@ def test_what_a_node_does_not_see_is_named_before_the_gang_starts(
 ) -> None:
     job = {"nodes": 3, "procs_per_node": 2}
     config = write_config(name="unshared", job=job, **on(shared))
-    own = client("submit", config, "--runs-dir", "/tmp/own")
+    own = client("submit", config, "--runs-dir", "/tmp/own", "--wait")
     assert own.returncode == 2
     assert "does not see /tmp/own/unshared" in own.stderr
 
@@ -94,7 +94,7 @@ def test_what_a_node_does_not_see_is_named_before_the_gang_starts(
     place = str(shared / "shards")
     subprocess.run([*enter, "mount", "-t", "tmpfs", "tmpfs", place], check=True)
     try:
-        missing = client("submit", config, "--runs-dir", shared / "runs")
+        missing = client("submit", config, "--runs-dir", shared / "runs", "--wait")
         assert missing.returncode == 2
         assert f"node2 does not see {place}/train" in missing.stderr
     finally:
