@@ -29,7 +29,7 @@ HELP_OVER_TYPER = 2.0
 """Processor time of the help over that of importing typer: 1.3 as it is, 2.6 with the config, 3 with numpy."""
 STATUS_KEYS = {
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "wandb_url",
+    "wandb_url", "time", "energy_j",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",
