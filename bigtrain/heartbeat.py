@@ -32,6 +32,8 @@ from typing import Literal, NamedTuple
 
 PAGE_VARIABLE = "BIGTRAIN_PAGE_FD"
 PAGE_BYTES = 16
+ANSWERED = "asked for what it does, and able to answer: nobody in this rank holds the GIL"
+"""The line in the log of a rank that is asked to describe itself; one that holds the GIL cannot write it."""
 
 Phase = Literal["start", "step", "save", "evaluation", "data", "stopping"]
 PHASES: tuple[Phase, ...] = ("start", "step", "save", "evaluation", "data", "stopping")
@@ -171,7 +173,7 @@ def _describe_on_signal(describe: Callable[[], str]) -> None:
     def serve() -> None:
         while numbers := os.read(reader, 64):
             if signal.SIGUSR2 in numbers:
-                print(describe(), file=sys.stderr, flush=True)
+                print(f"{ANSWERED}\n{describe()}", file=sys.stderr, flush=True)
 
     threading.Thread(target=serve, name="describe", daemon=True).start()
 

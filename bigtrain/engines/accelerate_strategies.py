@@ -148,7 +148,8 @@ class Zero2(Plain):
         self.module = getattr(model, "module", model)
         self._engine: Any = model
         self._zero: Any = optimizer
-        self.inner_optimizer = self._zero.optimizer
+        # Where it is no optimizer of DeepSpeed's, `check` refuses it.
+        self.inner_optimizer = getattr(optimizer, "optimizer", optimizer)
         self._shapes = shapes
 
     def check(self) -> None:

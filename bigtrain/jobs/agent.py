@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from bigtrain.heartbeat import Beat, Control
+from bigtrain.heartbeat import ANSWERED, Beat, Control
 from bigtrain.jobs.limits import LearnedLimits
 from bigtrain.jobs.processes import (
     PARENT_VARIABLE,
@@ -142,24 +142,32 @@ class Gang:
         return now - self._overdue_since >= CONFIRM_S
 
     def _report_hang(self) -> None:
-        # One silent rank silences all that wait for it. The culprit is stopped, or behind, or silent for longest.
-        states = [(not rank.stopped, *rank.page.read(), rank) for rank in self.ranks]
-        running, step, phase, age_s, culprit = min(states, key=lambda state: (state[0], state[1], -state[3]))
-        limit_s = self._limits.limit_s(phase)
-        written = culprit.log_size()
+        """Tell the controller of the likeliest culprit: one silent rank silences all that wait for it.
+
+        It is stopped, or behind, or cannot answer since it holds the GIL, or silent for longest.
+        """
+        states = [(rank.stopped, rank.page.read(), rank.log_size()) for rank in self.ranks]
         for rank in self.ranks:
             rank.dump_stacks()
         time.sleep(STACKS_S)
+        words = [rank.log_tail(written) for rank, (_, _, written) in zip(self.ranks, states, strict=True)]
+
+        def order(index: int) -> tuple[bool, int, bool, float]:
+            stopped, beat, _ = states[index]
+            return not stopped, beat.step, ANSWERED in words[index], -beat.age_s
+
+        culprit = min(range(len(states)), key=order)
+        stopped, beat, _ = states[culprit]
         self._channel.send(
             "hung",
             generation=self.generation,
-            rank=culprit.rank,
-            step=step,
-            phase=phase,
-            age_s=age_s,
-            limit_s=limit_s,
-            stopped=not running,
-            stacks=culprit.log_tail(written)[-TAIL_CHARACTERS:],
+            rank=self.ranks[culprit].rank,
+            step=beat.step,
+            phase=beat.phase,
+            age_s=beat.age_s,
+            limit_s=self._limits.limit_s(beat.phase),
+            stopped=stopped,
+            stacks=words[culprit][-TAIL_CHARACTERS:],
         )
 
 

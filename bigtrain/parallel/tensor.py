@@ -97,7 +97,8 @@ class TensorGroup:
         loss, losses = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine])
         # One message for both.
         summed = cast(Tensor, _Sum.apply(torch.cat((loss.view(1), losses.sum(dim=1))), self.group))
-        return summed[0], summed[1:].detach()
+        # Schedules of pipelines detach the loss in place, which a view does not allow.
+        return summed[0].clone(), summed[1:].detach()
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
         """hidden @ head.T (B, C, rows) of the whole sequence, equal on all ranks; for inference."""
