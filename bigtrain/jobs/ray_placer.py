@@ -319,7 +319,7 @@ class RayPlacer:
             for connection in connected.values():
                 connection.channel.close()
             if isinstance(error, (PeerLost, ProtocolError)):
-                raise PlacementFailed(f"an agent was lost again at once: {error}") from error
+                raise _ended(fit, nodes, error, cancelled) from error
             raise
         finally:
             listener.close()
@@ -382,6 +382,18 @@ class _Fit(threading.Thread):
             self.error = error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+
+
+def _ended(fit: _Fit, nodes: list[Node], lost: Exception, cancelled: Callable[[], bool]) -> PlacementFailed:
+    """Why an agent was lost that had just connected: where one node refuses, Ray Train ends all, and then says so."""
+    deadline = time.monotonic() + END_S
+    while fit.is_alive() and time.monotonic() < deadline:
+        if cancelled():
+            raise PlacementCancelled
+        time.sleep(LOOK_S)
+    if fit.is_alive() or fit.error is None:
+        return PlacementFailed(f"an agent was lost again at once: {lost}")
+    return _failure(fit.error, nodes)
 
 
 def _failure(error: Exception | None, nodes: list[Node]) -> PlacementFailed:
