@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from types import TracebackType
 
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Heartbeat, install_rank_signals
@@ -25,16 +27,32 @@ def main() -> int:
     if not path:
         print("BIGTRAIN_RUN must name a run directory: start runs with `bigtrain train`", file=sys.stderr)
         return ExitCode.USER
-    try:
+    with _WithoutTeardown():
         load_secrets(os.environ)
         from bigtrain.training.session import train_rank
 
         return train_rank(RunDirectory(path), heartbeat, stop)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+class _WithoutTeardown:
+    """Ends the process at once where something is raised, after saying what.
+
+    torch aborts a process that is torn down in the middle of a step or a save, which would hide it.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
         sys.stdout.flush()
-        # At once: torch aborts a process that is torn down in the middle of a save, and that would look like a fault.
-        os._exit(error.exit_code)
+        sys.stderr.flush()
+        os._exit(error.exit_code if isinstance(error, UserError) else ExitCode.FAILED)
 
 
 if __name__ == "__main__":
