@@ -18,13 +18,16 @@ train: .venv ## pack text, train on it, kill the run, resume it, sample from it,
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: .venv ## every capability once, in its smallest form
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
 
 test-slow: .venv ## the rest: every layout, more kills, larger sizes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench-faults: .venv ## how long ten faults of each kind take to be seen and mended
 	$(BIN)/python tests/bench/bench_faults.py
+
+test-cluster: .venv ## runs on clusters of isolated nodes, scripts of others, lost heads and drivers: by hand
+	$(BIN)/python -m pytest -m "cluster and not gpu"
 
 check: .venv ## lint, format, types, and the order of imports
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from bigtrain.jobs import isolation
 from bigtrain.jobs.cluster import ClusterRecord, raise_local, take_down
 from tests.jobs.cluster.conftest import Client, marked
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS = {"duration": "40 steps", "checkpoint": {"every": "5 steps"}, "evaluation": {"every": "20 steps", "batches": 2}}
 

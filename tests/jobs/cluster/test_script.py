@@ -13,7 +13,7 @@ import pytest
 from bigtrain.jobs.cluster import ClusterRecord
 from tests.jobs.cluster.conftest import marked
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 SCRIPTS = Path(__file__).parent / "scripts"
 CANARY = "canary-77c0ffee"

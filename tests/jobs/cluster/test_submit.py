@@ -58,7 +58,7 @@ def test_a_run_outlives_its_client_and_equals_one_machine(
     assert result(runs / "tiny") == on_one_machine(2)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_three_nodes_of_two_ranks_compute_what_one_machine_does(
     client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
 ) -> None:
@@ -70,7 +70,7 @@ def test_three_nodes_of_two_ranks_compute_what_one_machine_does(
     assert result(runs / "six") == on_one_machine(6, batch={"size": 6})
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_stop_saves_and_a_resume_goes_on_where_it_was(client: Any, write_config: Any, tmp_path: Path) -> None:
     config = write_config(name="endless", job={"nodes": 2, "procs_per_node": 1}, **ENDLESS)
     waiting = client.start("submit", config, "--runs-dir", tmp_path / "runs", "--wait")
@@ -106,7 +106,7 @@ def test_a_stop_saves_and_a_resume_goes_on_where_it_was(client: Any, write_confi
     assert first[-1]["step"] == saved[0]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_killed_driver_is_seen_and_the_same_name_resumes(
     client: Any, cluster: ClusterRecord, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
 ) -> None:
@@ -144,7 +144,7 @@ def _readable(pids: list[int]) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_what_a_submission_takes_until_the_first_step(
     client: Any, write_config: Any, tmp_path: Path, pace: Any, bigtrain: Any
 ) -> None:
@@ -174,7 +174,7 @@ def _first_step(run: Path, began: float) -> float:
     return float(started["time"] - (time.time() - time.monotonic()) - began)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_ends_after_its_longest_duration(client: Any, write_config: Any, tmp_path: Path) -> None:
     config = write_config(name="short", job={"nodes": 1, "procs_per_node": 1}, **ENDLESS)
     done = client("submit", config, "--runs-dir", tmp_path / "runs", "--max-duration", "25 s", "--wait", "--json")
@@ -182,7 +182,7 @@ def test_a_run_ends_after_its_longest_duration(client: Any, write_config: Any, t
     assert client.json("status", "short")["state"] == "stopped"
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_mistake_on_the_cluster_ends_the_submission_with_its_line(
     client: Any, write_config: Any, tmp_path: Path, free_of_runs: Callable[[], None]
 ) -> None:
