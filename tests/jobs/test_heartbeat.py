@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bigtrain.heartbeat import PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
+from bigtrain.heartbeat import ANSWERED, PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
 
 ROOT = Path(__file__).resolve().parents[2]
 TICK_S = 2**24 / 1e9
@@ -160,6 +160,7 @@ def test_a_rank_whose_main_thread_hangs_describes_itself() -> None:
         assert process.stderr is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR2)
+        assert process.stderr.readline() == f"{ANSWERED}\n"
         assert process.stderr.readline() == "collective 7\n"
     finally:
         process.kill()
