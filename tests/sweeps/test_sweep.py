@@ -144,11 +144,15 @@ def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
         steps = [row["step"] for row in read_lines(directory.run(name).metrics)]
         assert len(steps) == len(set(steps))
     fitted = fit(str(directory.path), A3)
-    # W&B's files hold every trial under the sweep's group.
+    # W&B's files hold every trial under the sweep's group, and give the same fit.
     runs = {run.name: run for run in read_runs(directory.trials)}
     assert runs.keys() == set(finished)
     assert {run.group for run in runs.values()} == {"tiny"}
+    where = FitOptions(**{**A3.__dict__, "where": "phase == decayed"})
+    shown = fit(str(directory.trials), where)
     assert len(fitted.table) == 6
+    assert shown.law["source"]["data_hash"] == fitted.law["source"]["data_hash"]
+    assert shown.law["approaches"] == fitted.law["approaches"]
     # The law is a run of its own, with its plots.
     (own,) = read_runs(directory.law)
     assert own.group == "tiny"
