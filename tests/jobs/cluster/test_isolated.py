@@ -19,7 +19,10 @@ from tests.jobs.cluster.conftest import Client, marked
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-STEPS = {"duration": "40 steps", "checkpoint": {"every": "5 steps"}, "evaluation": {"every": "20 steps", "batches": 2}}
+# Long enough for a fault to strike in the middle: a client sees a step a second or two after it was done.
+STEPS = {
+    "duration": "300 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "150 steps", "batches": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
