@@ -430,11 +430,15 @@ class LeaseHolder:
             raise TypeError("a field of the lease is no number")
         return holder
 
+    def is_here(self) -> bool:
+        """Whether its process, where it lives, is one of this machine and of this boot."""
+        return (self.host, self.boot) == (socket.gethostname(), _boot_id())
+
     def alive(self) -> bool:
         """Whether the holder still runs: by its process here, by its last renewal on another machine."""
         if self.pid == 0:
             return False
-        if (self.host, self.boot) == (socket.gethostname(), _boot_id()):
+        if self.is_here():
             return _process_start(self.pid) == self.started
         # A renewal in the future says that a clock was wrong, not that someone lives.
         return abs(time.time() - self.renewed) < LEASE_LIFE_S
@@ -485,12 +489,7 @@ class Lease:
         with _exclusive(directory.path):
             last = cls.holder(directory)
             if last is not None and last.alive():
-                command = "bigtrain stop" if noun == "run" else f"bigtrain {noun} stop"
-                raise UserError(
-                    f"The {noun} '{directory.name}' is in use by process {last.pid} on {last.host}",
-                    str(directory.path),
-                    f"Wait for it, stop it with `{command} {directory.name}`, or choose another --name.",
-                )
+                raise in_use(directory, last, noun)
             dead = last if last is not None and last.pid else None
             lease = cls(directory, max(last.number if last else 0, published) + 1, dead)
             lease._write(os.getpid())
@@ -525,6 +524,16 @@ class Lease:
         started = _process_start(pid) or 0 if pid else 0
         holder = LeaseHolder(self.number, socket.gethostname(), _boot_id(), pid, started, time.time())
         storage.write_json(self.directory.lease, holder.__dict__)
+
+
+def in_use(directory: Leased, holder: LeaseHolder, noun: str = "run") -> UserError:
+    """The refusal of a directory that someone else holds."""
+    command = "bigtrain stop" if noun == "run" else f"bigtrain {noun} stop"
+    return UserError(
+        f"The {noun} '{directory.name}' is in use by process {holder.pid} on {holder.host}",
+        str(directory.path),
+        f"Wait for it, stop it with `{command} {directory.name}`, or choose another --name.",
+    )
 
 
 def lease_check(directory: RunDirectory, number: int) -> Callable[[], bool]:

@@ -125,6 +125,7 @@ def test_a_kubernetes_cluster_is_closed_and_its_pods_have_what_they_name(number:
         assert pod["securityContext"]["runAsNonRoot"]
         assert not pod["automountServiceAccountToken"]
         for container in pod["containers"]:
+            assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
             assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
             assert container["readinessProbe"]
             assert container["livenessProbe"]
@@ -167,7 +168,8 @@ def test_ray_accepts_its_cluster_files(cloud: str) -> None:
     head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in head
     for command in (head, worker):
-        assert "RAY_AUTH_MODE=token ray start" in command or "RAY_AUTH_MODE=token RAY_health" in command
+        before = command.partition("ray start")[0]
+        assert {"RAY_AUTH_MODE=token", "RAY_worker_niceness=0"} <= set(before.split())
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
 

@@ -237,6 +237,9 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
         "RAY_raylet_start_wait_time_s": str(int(START_S)),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath))),
     }
+    if record.bridge is None:
+        # What Ray's processes leave when they are killed goes with the cluster; isolated nodes have their own /tmp.
+        environment["TMPDIR"] = record.temporary
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(number * gpus + index) for index in range(gpus))
     return environment

@@ -26,7 +26,8 @@ from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
 from bigtrain.jobs.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
-from bigtrain.jobs.train import check, node_sizes
+from bigtrain.jobs.takeover import outlast
+from bigtrain.jobs.train import check_when_free, node_sizes
 from bigtrain.keys import SECRETS_VARIABLE, load_secrets
 from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
@@ -98,7 +99,7 @@ def say(line: str) -> None:
 
 def _train(request: Request, board: Board) -> int:
     runs_dir = Path(request.runs_dir)
-    run = check(_load(request, runs_dir), runs_dir, step=request.step)
+    run = check_when_free(_load(request, runs_dir), runs_dir, step=request.step, say=_waiting(board))
     if run.finished:
         say(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.")
         return ExitCode.FINISHED
@@ -122,6 +123,17 @@ def _train(request: Request, board: Board) -> int:
         say(f"{run.directory.name}: finished")
     tell_end(run.directory, run.prepared.config, code, sys.stderr)
     return code
+
+
+def _waiting(board: Board) -> Callable[[str], None]:
+    """Says to the log and to a waiting client that someone else's lease has to run out first."""
+
+    def wait(line: str) -> None:
+        say(line)
+        board.note(line)
+        board.phase("waiting")
+
+    return wait
 
 
 def _check_keys(wandb: str, request: Request, board: Board) -> None:
@@ -220,6 +232,7 @@ def _script(request: Request, script: Script, board: Board) -> int:
     job = JobConfig.model_validate(request.job)
     procs = _procs(job)
     place = Path.cwd() / script.file
+    outlast(directory, _waiting(board))
     board.phase("checked")
     _check_keys("auto", request, board)
     with _held(directory, what):

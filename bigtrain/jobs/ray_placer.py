@@ -168,6 +168,7 @@ class RayPlacer:
                 for node in nodes:
                     self.distrust(node.name)
                 continue
+            self._broken = False  # What came before it was.
             self._nodes = [node.name for node in nodes]
             self._hosts = {node.name: node.host for node in nodes}
             self._event("placed", nodes=len(nodes), hosts=[node.host for node in nodes])
@@ -311,6 +312,8 @@ class RayPlacer:
                     spoke = time.monotonic()
                 if not fit.is_alive():
                     raise _failure(fit.error, nodes)
+                if gone := self._gone(nodes):
+                    raise PlacementFailed(f"{_named(gone)} was lost")
                 if time.monotonic() > deadline:
                     silent = [node.host for node in nodes if node.name not in connected]
                     raise PlacementFailed(f"no agent from {', '.join(silent)} within {FIT_S:.0f} s")
@@ -324,6 +327,14 @@ class RayPlacer:
         finally:
             listener.close()
         return [connected[node.name] for node in nodes]
+
+    def _gone(self, nodes: list[Node]) -> list[Node]:
+        """Which of these nodes the cluster has no more; a `fit()` would wait for them."""
+        view = self._watch.view()
+        if view is None or view.stale:
+            return []
+        living = {node.name for node in view.nodes}
+        return [node for node in nodes if node.name not in living]
 
     def _end_placement(self) -> None:
         """Let go of the agents; where one was lost, the others break the connection so that Ray Train fails at once."""
@@ -354,7 +365,7 @@ class _Fit(threading.Thread):
             os.environ.setdefault(name, value)
         import ray
         from ray.exceptions import RayError
-        from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         order = self._order
@@ -374,7 +385,11 @@ class _Fit(threading.Thread):
                     ],
                 ),
                 run_config=RunConfig(
-                    name=order.placement, storage_path=str(storage), logging_config=LoggingConfig(log_level="CRITICAL")
+                    name=order.placement,
+                    storage_path=str(storage),
+                    logging_config=LoggingConfig(log_level="CRITICAL"),
+                    # By default Ray Train asks for ever for nodes that are gone, and starts anew what was preempted.
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 ),
             )
             trainer.fit()

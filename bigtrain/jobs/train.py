@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +16,7 @@ from bigtrain.config import UserError
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.local import local_procs
+from bigtrain.jobs.takeover import outlast
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.live import LiveDisplay
@@ -50,7 +51,7 @@ def train(
         UserError: Anything that is wrong before the first process is started.
     """
     stream = stream or sys.stderr
-    run = check(config, runs_dir, fork=fork, step=step)
+    run = check_when_free(config, runs_dir, fork=fork, step=step, say=lambda line: print(line, file=stream, flush=True))
     if run.finished:
         print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
         return ExitCode.FINISHED
@@ -157,6 +158,21 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
             fix="Choose another --name or --runs-dir, or move them away.",
         )
     return CheckedRun(prepared, directory, newest, finished, step)
+
+
+def check_when_free(
+    config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: int | None = None, say: Callable[[str], None]
+) -> CheckedRun:
+    """`check`, and wait where another machine's launcher may be dead (see `bigtrain.jobs.takeover`).
+
+    Raises:
+        UserError: Anything that is wrong; another machine's launcher lives.
+    """
+    run = check(config, runs_dir, fork=fork, step=step)
+    if not run.finished and outlast(run.directory, say):
+        # It may have saved the run, or finished it, since.
+        run = check(config, runs_dir, fork=fork, step=step)
+    return run
 
 
 def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:

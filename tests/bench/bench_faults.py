@@ -256,7 +256,7 @@ def main() -> int:
     """Measure, print, and say by the exit code whether the promises hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=10, help="faults of each kind")
-    parser.add_argument("--no-ray", action="store_true", help="leave out what needs Ray nodes")
+    parser.add_argument("--only", choices=("ranks", "nodes"), help="what needs no Ray nodes, or what needs them")
     parser.add_argument("--json", action="store_true", help="print all values as one object")
     arguments = parser.parse_args()
     results = {promise: Measured() for promise in PROMISES}
@@ -270,14 +270,18 @@ def main() -> int:
         began = time.monotonic()
         subprocess.run([sys.executable, "-c", "import torch"], check=True)
         torch_s = time.monotonic() - began
-        bench_ranks(place, arguments.faults, results)
-        if not arguments.no_ray:
+        load = os.getloadavg()[0]
+        if arguments.only != "nodes":
+            bench_ranks(place, arguments.faults, results)
+        if arguments.only != "ranks":
             bench_nodes(place, arguments.faults, results)
     lines, kept = table(results)
     if arguments.json:
         print(json.dumps({name: vars(measured) for name, measured in results.items()} | {"import_torch_s": torch_s}))
     else:
-        print("\n".join([*lines, f"importing torch takes {torch_s:.2f} s here; {len(os.sched_getaffinity(0))} cores"]))
+        cores = len(os.sched_getaffinity(0))
+        here = f"importing torch takes {torch_s:.2f} s here; {cores} cores, load {load:.2f} before the first fault"
+        print("\n".join([*lines, here]))
     return 0 if kept else 1
 
 

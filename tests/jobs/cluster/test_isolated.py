@@ -19,7 +19,10 @@ from tests.jobs.cluster.conftest import Client, marked
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-STEPS = {"duration": "40 steps", "checkpoint": {"every": "5 steps"}, "evaluation": {"every": "20 steps", "batches": 2}}
+# Long enough for a fault to strike in the middle: a client sees a step a second or two after it was done.
+STEPS = {
+    "duration": "300 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "150 steps", "batches": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,11 @@ def shared(short_directory: Path, text_shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def isolated(short_directory: Path, shared: Path) -> Iterator[ClusterRecord]:
-    """Three isolated nodes; their processes, cables and directories must be gone at the end."""
+    """Four isolated nodes, of which the faults take two; processes, cables and directories must be gone at the end."""
     if (why := isolation.obstacle()) is not None:
         pytest.skip(f"namespaces are forbidden here: {why}")
     directory = short_directory / "isolated"
-    record = raise_local(directory, nodes=3, procs_per_node=2, isolated=True, shared=[shared], say=lambda line: None)
+    record = raise_local(directory, nodes=4, procs_per_node=2, isolated=True, shared=[shared], say=lambda line: None)
     yield record
     take_down(directory)
     assert marked(record.mark) == []
@@ -105,7 +108,7 @@ def test_doctor_fails_where_the_runs_are_not_shared(client: Any, shared: Path) -
     sound = client.json("doctor", "--runs-dir", shared / "runs")
     assert sound["failed"] == 0, sound
     links = [check for check in sound["checks"] if check["name"] == "network"]
-    assert len(links) == 3
+    assert len(links) == 6, "each pair of nodes"
     assert all(check["state"] == "ok" for check in links)
     done = client("doctor", "--runs-dir", "/tmp/own")
     assert done.returncode == 1
