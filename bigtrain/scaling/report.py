@@ -63,7 +63,7 @@ def page(fitted: Fitted) -> str:
         made.charts(_diagnostic_charts(fitted))
         _diagnostic_tables(made, law)
     made.heading("Source")
-    made.table(["", ""], _source_rows(law), long=("",))
+    made.table(["", "value"], _source_rows(law), long=("value",))
     return made.render()
 
 

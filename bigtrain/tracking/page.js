@@ -56,7 +56,11 @@
     return [ends[0] - room, ends[1] + room];
   };
 
-  const layout = (spec, log, wide) => {
+  const NARROW = 480;  // Pixels of a chart below which a legend over the curves would hide them.
+
+  const layout = (spec, log, width) => {
+    const wide = width > 640;
+    const place = width < NARROW ? { x: 0, xanchor: "left", y: 1.04, yanchor: "bottom" } : { x: 1, xanchor: "right", y: 1, yanchor: "top" };
     const axis = {
       gridcolor: color("grid"), zeroline: false, linecolor: color("line"), tickfont: { size: 11.5 }, automargin: true,
     };
@@ -65,7 +69,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("quiet") },
       hovermode: scattered(spec) ? "closest" : "x unified", hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
       showlegend: named(spec),
-      legend: { orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "top", bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
+      legend: { orientation: "h", ...place, bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
       xaxis: {
         ...axis, showgrid: false, title: { text: spec.x_title, font: { size: 11.5 }, standoff: 6 },
         type: spec.log_x ? "log" : "linear", range: extent(spec), nticks: wide ? 9 : 5,
@@ -80,7 +84,7 @@
   };
 
   const draw = (chart) => Plotly.react(
-    chart.element, traces(chart.spec), layout(chart.spec, chart.log, chart.element.clientWidth > 640),
+    chart.element, traces(chart.spec), layout(chart.spec, chart.log, chart.element.clientWidth),
     { displaylogo: false, displayModeBar: false, responsive: true },
   );
   for (const chart of charts) {
