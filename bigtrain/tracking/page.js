@@ -2,7 +2,7 @@
 (() => {
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const charts = [...document.querySelectorAll(".plot")].map((element) => ({
-    element, spec: JSON.parse(element.nextElementSibling.textContent), log: false,
+    element, spec: JSON.parse(element.nextElementSibling.textContent), log: false, height: element.clientHeight,
   }));
 
   const named = (spec) => spec.series.filter((series) => !series.faint).length > 1;
@@ -83,10 +83,16 @@
     };
   };
 
-  const draw = (chart) => Plotly.react(
-    chart.element, traces(chart.spec), layout(chart.spec, chart.log, chart.element.clientWidth),
-    { displaylogo: false, displayModeBar: false, responsive: true },
-  );
+  const draw = (chart) => {
+    const { element, spec } = chart;
+    const entries = named(spec) ? spec.series.filter((series) => !series.unnamed).length : 0;
+    // A legend above takes its room from the curves, a line for each entry at worst.
+    if (element.clientWidth < NARROW && entries > 2) element.style.height = `${chart.height + 18 * entries}px`;
+    return Plotly.react(
+      element, traces(spec), layout(spec, chart.log, element.clientWidth),
+      { displaylogo: false, displayModeBar: false, responsive: true },
+    );
+  };
   for (const chart of charts) {
     chart.log = chart.spec.log_y;
     draw(chart);
