@@ -18,6 +18,7 @@ from typing import Final, TextIO
 from bigtrain.config import UserError
 from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.launch import run_controlled
 from bigtrain.jobs.placer import Notice, PlacementCancelled
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
@@ -227,7 +228,9 @@ class _Gang(threading.Thread):
             raise UserError(str(error), fix="Change base.job.nodes, slots.procs or base.layout.") from None
         with run.held() as lease:
             run.say_start(count, stream)
-            return self._control(trial, run, lease.number, stream)
+            code = self._control(trial, run, lease.number, stream)
+        tell_end(run.directory, config, code, stream)
+        return code
 
     def _control(self, trial: RayTrial, run: CheckedRun, lease: int, stream: TextIO) -> int:
         config = run.prepared.config
