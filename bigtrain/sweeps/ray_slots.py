@@ -20,7 +20,7 @@ from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.launch import run_controlled
-from bigtrain.jobs.placer import Notice, PlacementCancelled
+from bigtrain.jobs.placer import ElasticPlacer, Notice, PlacementCancelled
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 from bigtrain.jobs.ray_cluster import View, look
 from bigtrain.jobs.ray_placer import RayPlacer
@@ -270,7 +270,7 @@ def _heard(trial: RayTrial, ask: Callable[[], None]) -> Iterator[None]:
 
 
 class KeptPlacer:
-    """A Ray placer whose agents outlast a run: the next one starts on them at once. An `ElasticPlacer`.
+    """A placer whose agents outlast a run: the next one starts on them at once. An `ElasticPlacer`.
 
     Args:
         build: Makes the placer, given what prints a line and what writes an event.
@@ -278,7 +278,7 @@ class KeptPlacer:
     """
 
     def __init__(
-        self, build: Callable[[Callable[[str], None], Callable[..., None]], RayPlacer], placing: threading.Lock
+        self, build: Callable[[Callable[[str], None], Callable[..., None]], ElasticPlacer], placing: threading.Lock
     ) -> None:
         self._say: Callable[[str], None] = lambda line: None
         self._event: Callable[..., None] = lambda event, /, **fields: None
