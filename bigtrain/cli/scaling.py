@@ -18,7 +18,7 @@ Column = typer.Option(metavar="COL", help="A column's name; guessed and said whe
 @app.command("fit")
 def scaling_fit(
     source: Annotated[str, typer.Argument(help="A .csv or .jsonl file, a sweep, W&B files, wandb:ENTITY/PROJECT.")],
-    out: Annotated[Path, typer.Option(help="A directory; gets law.json and law.html.")],
+    out: Annotated[Path, typer.Option(help="A directory; gets law.json, law.html and law.svg.")],
     params: Annotated[str | None, Column] = None,
     tokens: Annotated[str | None, Column] = None,
     flops: Annotated[str | None, Column] = None,

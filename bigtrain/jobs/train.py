@@ -19,6 +19,7 @@ from bigtrain.jobs.local import local_procs
 from bigtrain.jobs.takeover import outlast
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
+from bigtrain.tracking.history import read_events, state
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
 from bigtrain.training.branch import consumed
@@ -146,7 +147,7 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
         directory.check_identity(prepared.what, called)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
-        finished = newest is not None and newest >= prepared.total_steps and _is_sound(directory, newest)
+        finished = newest is not None and newest >= prepared.total_steps and _is_over(directory, newest)
     else:
         _check_source(prepared, directory)
     if step is not None:
@@ -369,6 +370,14 @@ def _is_sound(directory: RunDirectory, step: int) -> bool:
     """Whether every byte of the checkpoint of `step` is as its manifest says."""
     found = commit.find_checkpoint(directory.checkpoints, step)
     return found is not None and not commit.verify(found.path)
+
+
+def _is_over(directory: RunDirectory, step: int) -> bool:
+    """Whether a run whose last checkpoint is that of `step` also came to its end.
+
+    One that was killed in between starts once more, for no step: what its tracker had not written is sent again.
+    """
+    return state(read_events(directory.events), alive=False) == "finished" and _is_sound(directory, step)
 
 
 def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:

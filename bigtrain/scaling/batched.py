@@ -22,6 +22,8 @@ EXPONENT_RANGE = (0.002, 6.0)
 LN_RANGE = 35.0
 """How far a logarithm of a centred term may lie from 0: beyond it the term is nothing, or all."""
 MAX_STEPS = 200
+ROUNDING = 5 * np.finfo(np.float64).eps
+"""Of the largest eigenvalue of a 5 x 5 matrix: a smaller one cannot be told from zero."""
 TOLERANCE = 1e-11
 """Of the objective: a step that would gain less is the last."""
 SAME = 1e-6
@@ -185,9 +187,10 @@ def _newton(
 
 def _positive(system: FloatArray, majorant: FloatArray) -> FloatArray:
     """The system where it is positive definite, else a multiple of the majorant, which always is."""
-    lowest = np.linalg.eigvalsh(system)[:, 0]
+    eigenvalues = np.linalg.eigvalsh(system)
     scale = np.trace(majorant, axis1=1, axis2=2)
-    bad = lowest <= 1e-13 * scale
+    # A replicate of fewer distinct runs than parameters has a singular one, but for rounding, which damping magnifies.
+    bad = eigenvalues[:, 0] <= np.maximum(1e-13 * scale, ROUNDING * eigenvalues[:, -1])
     if not bad.any():
         return system
     out = system.copy()

@@ -210,6 +210,7 @@ def _parametric(
     )  # fmt: skip
     refuse_collinear(table, problem.basis.shape[1])
     fitted = parametric.fit(problem, options.seed)
+    _refuse_no_optimum(fitted.theta, target, table.source)
     # The functions beside the chosen one are a check: fewer replicates show whether they agree.
     count = options.replicates if function == options.functions[0] else min(options.replicates, CHECK_REPLICATES)
     refits = bootstrap(problem, fitted.centred, clusters, options.seed, count, options.processes)
@@ -232,6 +233,17 @@ def _parametric(
     }  # fmt: skip
     ln_params = np.log(law.optimal_params(refits.theta, target))
     return _Result(result, a, ln_params, fitted)
+
+
+def _refuse_no_optimum(theta: FloatArray, target: float, source: str) -> None:
+    """Refuse a law in which N or D does not count: runs too short, or too alike, for the losses to show it."""
+    best = {"parameters": float(law.optimal_params(theta, target)), "tokens": float(law.optimal_tokens(theta, target))}
+    missing = next((name for name, value in best.items() if not value >= 1.0), None)
+    if missing is not None:
+        raise UserError(
+            f"The losses do not show what more {missing} are good for: the best number of them for {target:.3g} FLOPs "
+            f"would be {best[missing]:.1g}", source, "train longer, and sizes further apart",
+        )  # fmt: skip
 
 
 def _at_target(theta: FloatArray, many: FloatArray, flops: float) -> dict[str, Any]:

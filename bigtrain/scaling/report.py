@@ -1,4 +1,4 @@
-"""What `scaling fit` leaves: law.json, law.html, and the law as a run of its own in W&B."""
+"""What `scaling fit` leaves: law.json, law.html, law.svg, and the law as a run of its own in W&B."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from bigtrain.scaling import law as formula
 from bigtrain.scaling import lines
 from bigtrain.scaling.document import unpack, write_law
+from bigtrain.scaling.figure import figure
 from bigtrain.scaling.fit import Fitted
 from bigtrain.scaling.law import FloatArray
 from bigtrain.storage import write_atomic
@@ -29,13 +30,14 @@ _MAX_INFLUENCE = 10
 
 
 def write_outputs(fitted: Fitted, out: Path, tracking: TrackingConfig | None = None) -> list[Path]:
-    """Write DIR/law.json and DIR/law.html, and a W&B run under DIR/wandb where tracked; returns the two files."""
+    """Write DIR/law.json, law.html and law.svg, and a W&B run under DIR/wandb where tracked; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     write_law(out / "law.json", fitted.law)
     write_atomic(out / "law.html", page(fitted))
+    write_atomic(out / "law.svg", figure(fitted))
     if tracking is not None:
         _to_wandb(fitted, out, tracking)
-    return [out / "law.json", out / "law.html"]
+    return [out / "law.json", out / "law.html", out / "law.svg"]
 
 
 def page(fitted: Fitted) -> str:
@@ -63,7 +65,7 @@ def page(fitted: Fitted) -> str:
         made.charts(_diagnostic_charts(fitted))
         _diagnostic_tables(made, law)
     made.heading("Source")
-    made.table(["", ""], _source_rows(law), long=("",))
+    made.table(["", "value"], _source_rows(law), long=("value",))
     return made.render()
 
 

@@ -52,6 +52,7 @@ def measure(
     keys = {target: _key(config, sweep, starter.slots) for target, config in configs.items()}
     missing = [one for one in rungs if keys[one.target] not in known]
     if missing:
+        starter.check()
         say(f"measuring tokens a second of {len(missing)} sizes, {starter.slots} at once")
         place = Path(tempfile.mkdtemp(prefix="bigtrain-sweep-bench-"))
         try:
@@ -91,7 +92,7 @@ def _key(config: RunConfig, sweep: Sweep, slots: int) -> str:
     plain = config.plain()
     parts = {
         "config": {key: plain[key] for key in ("model", "batch", "precision", "engine", "layout", "optimizer")},
-        "slots": [slots, sweep.config.slots.procs, sweep.config.slots.threads],
+        "slots": [sweep.config.slots.on, slots, sweep.config.slots.procs, sweep.config.slots.threads],
         "machine": [machine.hostname, machine.device_name, machine.n_devices, machine.cores],
         "torch": importlib.metadata.version("torch"),
     }

@@ -120,10 +120,12 @@ class LearningRates(Section):
 class SlotsConfig(Section):
     """How many trials run side by side, and on what."""
 
+    on: Literal["machine", "ray"] = "machine"
+    """This machine, or the Ray cluster on one of whose nodes the sweep is started (or which RAY_ADDRESS names)."""
     count: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Trials at once; auto: one a GPU, else one for each `procs * threads` cores."""
+    """Trials at once; auto: one a GPU, else one for each `procs * threads` cores; on Ray as many as its nodes hold."""
     procs: Annotated[int, Ge(1)] = 1
-    """Processes (ranks) of a trial."""
+    """Processes (ranks) of a trial; on Ray on each of its `base.job.nodes` nodes."""
     threads: Annotated[int, Ge(1)] = 1
     """Threads of each process on a CPU."""
     max_failures: Annotated[int, Ge(0)] = 3

@@ -32,7 +32,7 @@ from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.memory import least_memory_bytes
 from bigtrain.sweeps.results import between_trials_s, fit_law, row_of, saved_flops, write_runs
-from bigtrain.sweeps.slots import LocalSlots, RunningTrial, TrialStarter
+from bigtrain.sweeps.slots import RunningTrial, TrialStarter, starter_of
 from bigtrain.sweeps.trials import Trial, config_text, grid_trials, lengths, trial_config, tuning_trials
 from bigtrain.tracking.history import newest, read_events
 from bigtrain.tracking.numbers import span
@@ -44,7 +44,7 @@ def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarte
     """Run a sweep to its end, going on where it is.
 
     Args:
-        starter: Where trials run; slots of this machine where None.
+        starter: Where trials run; as `slots` says where None.
 
     Returns:
         A code of ExitCode: 0 where every trial has finished, 1 where one failed or was refused, 75 stopped.
@@ -52,13 +52,13 @@ def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarte
     Raises:
         UserError: Anything that is wrong before the first trial is started.
     """
-    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
-    starter = starter or LocalSlots(sweep.config.slots, plugin)
     directory = SweepDirectory(runs_dir / sweep.config.name)
     check_same(sweep, directory)
     rungs = {size.params: (size, rung(sweep, size)) for size in sizes_of(sweep)}
     for size, one in rungs.values():
         lengths(sweep, size, one)
+    starter = starter or starter_of(sweep)
+    starter.check()
     lease = Lease.acquire(directory, noun="sweep")
     try:
         lease.keep()
@@ -194,7 +194,8 @@ class Driver:
         self._again()
         self._plan()
         self._say_start()
-        with self._signals(), self._display.shown(self._journal.state, self._starter.slots):
+        shown = self._display.shown(self._journal.state, self._starter.slots)
+        with contextlib.closing(self._starter), self._signals(), shown:
             while True:
                 self._reap()
                 level = self._heed()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError, load, yaml_file
+from bigtrain.jobs.config import JobConfig
 from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, config_of
 from bigtrain.sweeps.config import SweepConfig
@@ -54,6 +55,22 @@ class Sweep:
             below = document.value.get(name)
             document.value[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
         return config_of(document, self.plugin)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a trial, over all its nodes."""
+        slots = self.config.slots
+        return slots.procs * (self.job().nodes if slots.on == "ray" else 1)
+
+    def job(self) -> JobConfig:
+        """The `job` section of all trials.
+
+        Raises:
+            UserError: It is wrong, with its line.
+        """
+        lines = {key[1:]: line for key, line in self.document.lines.items() if key[:1] == ("job",)}
+        document = yaml_file.Document(dict(self.document.value.get("job") or {}), self.document.source, lines)
+        return load.build(JobConfig, document)
 
 
 def load_sweep(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from bigtrain.sweeps.journal import SweepDirectory, read_state
 from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.memory import least_memory_bytes
-from bigtrain.sweeps.slots import LocalSlots, TrialStarter
+from bigtrain.sweeps.slots import TrialStarter, starter_of
 from bigtrain.sweeps.trials import Trial, grid_trials, lengths, trial_config, tuning_trials
 from bigtrain.tracking.numbers import short, span
 
@@ -78,8 +79,7 @@ def make_plan(
     Raises:
         UserError: A design from which no law follows, a target inside the data, a budget that is exceeded.
     """
-    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
-    starter = starter or LocalSlots(sweep.config.slots, plugin)
+    starter = starter or starter_of(sweep)
     directory = SweepDirectory(runs_dir / sweep.config.name)
     check_same(sweep, directory)
     if sweep.config.sizes == "auto":
@@ -92,7 +92,8 @@ def make_plan(
     truth = design.truth_of(sweep.config.expected)
     refuse_collinear(grid.table(truth, sweep.where), LAW_PARAMETERS)
     trials = _trials(sweep, sizes, rungs, steps, directory)
-    clock = _clock(sweep, rungs, trials, directory, starter, measure, say)
+    with contextlib.closing(starter):
+        clock = _clock(sweep, rungs, trials, directory, starter, measure, say)
     cost = _cost(sweep, trials, clock, starter.slots)
     _check_budget(sweep, cost)
     say(f"simulating {design.DRAWS} sweeps of this grid")
@@ -195,7 +196,7 @@ def _clock(
         peak = device.peak(precision)
         if peak is None:
             raise UserError(f"{device.name} has no peak in {precision}", f"{sweep.where}, hardware.device")
-        rate = peak * hardware.mfu * sweep.config.slots.procs
+        rate = peak * hardware.mfu * sweep.ranks
         speeds = {target: Speed(rate / one.flops_per_token, hardware.start_s) for target, one in rungs.items()}
         return Clock(speeds, f"{hardware.mfu:.0%} of {device.name}'s peak", evaluated)
     if not wanted:
@@ -229,7 +230,7 @@ def _cost(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> di
         busy = float(sum(one or 0.0 for one in lasting))
     device = _device(sweep)
     price = sweep.config.hardware.usd_per_hour or (device.usd_per_hour if device else None)
-    money = None if busy is None or price is None else busy / 3600 * sweep.config.slots.procs * price
+    money = None if busy is None or price is None else busy / 3600 * sweep.ranks * price
     return {
         "flops": own, "separate_flops": separate, "saved": 1 - shared / separate if separate else 0.0,
         "seconds": seconds, "slot_seconds": busy, "usd": money, "usd_per_hour": price, "time_by": clock.source,
@@ -306,10 +307,11 @@ def _warnings(
         )
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
-        cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
         # A plan for other hardware says nothing of this one.
-        if cause is not None and sweep.config.hardware.mfu is None:
-            found.append(f"size {target} can never run here: {cause}")
+        if sweep.config.hardware.mfu is None:
+            cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
+            if cause is not None:
+                found.append(f"size {target} can never run here: {cause}")
         epochs = steps[target][-1] * one.batch_sequences / one.sequences_per_epoch
         if epochs > MANY_EPOCHS:
             found.append(f"size {target}: its longest run reads the data {epochs:.1f} times; the law is of fresh data")

@@ -27,22 +27,24 @@ MIN_RUNS = 6
 def row_of(directory: SweepDirectory, trial: Trial, rung: Rung) -> dict[str, Any] | None:
     """The row of a trial whose run has finished; None where it has no held-out loss at its end.
 
-    Losses are in nats a token; `flops` counts the whole schedule from step 0, whoever computed it.
+    Losses are in nats a token; `flops` counts the whole schedule from step 0, whoever computed it. `tokens` are those
+    that the run has counted, as its tracker has them too: the last sequence of an epoch is shorter than the others, so
+    a run over several epochs trains on fewer than its steps have places for.
     """
     rows = read_metrics(directory.run(trial.name).metrics)
     last = rows[-1] if rows else {}
     if last.get("step") != trial.steps or last.get("val_loss") is None:
         return None
-    sequences = rung.batch_sequences * trial.steps
+    tokens = int(last["tokens"])
+    places = min(rung.batch_sequences * trial.steps, rung.sequences_per_epoch) * rung.context
     return {
         "run": trial.name, "group": trial.group, "kind": trial.kind, "phase": PHASES[trial.kind], "seed": trial.seed,
         "params": trial.params, "params_without_embeddings": trial.params_without_embeddings,
-        "params_total": trial.params_total, "tokens": trial.tokens,
-        "unique_tokens": min(sequences, rung.sequences_per_epoch) * rung.context, "flops": trial.flops,
-        "flops_6nd": FLOPS_PER_PARAMETER_TOKEN * trial.params * trial.tokens, "lr": trial.lr, "beta2": rung.beta2,
-        "batch_tokens": rung.batch_tokens, "warmup_steps": rung.warmup_steps, "steps": trial.steps,
-        "val_loss": last["val_loss"], "train_loss": last.get("loss"), "parent": trial.parent,
-        "parent_step": trial.parent_step, "own_flops": trial.own_flops,
+        "params_total": trial.params_total, "tokens": tokens, "unique_tokens": min(tokens, places),
+        "flops": trial.flops, "flops_6nd": FLOPS_PER_PARAMETER_TOKEN * trial.params * tokens, "lr": trial.lr,
+        "beta2": rung.beta2, "batch_tokens": rung.batch_tokens, "warmup_steps": rung.warmup_steps,
+        "steps": trial.steps, "val_loss": last["val_loss"], "train_loss": last.get("loss"),
+        "parent": trial.parent, "parent_step": trial.parent_step, "own_flops": trial.own_flops,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where a trial is started: slots of this machine. Gangs on a cluster are another `TrialStarter`."""
+"""Where a trial is started: slots of this machine, or gangs on a cluster (`bigtrain.sweeps.ray_slots`)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bigtrain.jobs.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig
+from bigtrain.sweeps.load import Sweep
 
 BETWEEN_SIGNALS_S = 0.15
 """Long enough for a launcher to take two signals for two requests."""
@@ -44,6 +45,14 @@ class TrialStarter(Protocol):
         """Trials that run side by side."""
         ...
 
+    def check(self) -> None:
+        """Look whether there is anything to run trials on.
+
+        Raises:
+            UserError: There is not.
+        """
+        ...
+
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
         """Why a trial could never run here, or None.
 
@@ -61,6 +70,24 @@ class TrialStarter(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what is kept between trials; no trial is under way any more, or is ended at once."""
+        ...
+
+
+def starter_of(sweep: Sweep) -> TrialStarter:
+    """The slots that a sweep's file asks for.
+
+    Raises:
+        UserError: It asks for a cluster that does not answer.
+    """
+    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
+    if sweep.config.slots.on == "machine":
+        return LocalSlots(sweep.config.slots, plugin)
+    from bigtrain.sweeps.ray_slots import RaySlots
+
+    return RaySlots(sweep.config.slots, sweep.job(), plugin)
+
 
 class LocalSlots:
     """Slots of this machine: a trial is a `bigtrain train` of its own, which the kernel ends with the driver."""
@@ -74,6 +101,9 @@ class LocalSlots:
     def _auto(self) -> int:
         units = self._gpus // self._procs if self._gpus else available_cores() // (self._procs * self._threads)
         return max(1, units)
+
+    def check(self) -> None:
+        """Nothing: this machine is there."""
 
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
         """Memory and devices; see `TrialStarter.refusal`."""
@@ -102,6 +132,9 @@ class LocalSlots:
                 start_new_session=True, preexec_fn=bound_to_parent(),
             )  # fmt: skip
         return LocalTrial(process)
+
+    def close(self) -> None:
+        """Nothing: the kernel ends what is left."""
 
     def command(self, config: Path, runs_dir: Path) -> list[str]:
         """The process of a trial."""

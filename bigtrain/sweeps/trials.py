@@ -44,7 +44,7 @@ class Trial:
     params_without_embeddings: int = 0
     params_total: int = 0
     tokens: int = 0
-    """D at its end."""
+    """D at its end, as planned: whole sequences."""
     flops: float = 0.0
     """Exact FLOPs of all steps up to its end."""
 

@@ -2,7 +2,7 @@
 (() => {
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const charts = [...document.querySelectorAll(".plot")].map((element) => ({
-    element, spec: JSON.parse(element.nextElementSibling.textContent), log: false,
+    element, spec: JSON.parse(element.nextElementSibling.textContent), log: false, height: element.clientHeight,
   }));
 
   const named = (spec) => spec.series.filter((series) => !series.faint).length > 1;
@@ -56,7 +56,11 @@
     return [ends[0] - room, ends[1] + room];
   };
 
-  const layout = (spec, log, wide) => {
+  const NARROW = 480;  // Pixels of a chart below which a legend over the curves would hide them.
+
+  const layout = (spec, log, width) => {
+    const wide = width > 640;
+    const place = width < NARROW ? { x: 0, xanchor: "left", y: 1.04, yanchor: "bottom" } : { x: 1, xanchor: "right", y: 1, yanchor: "top" };
     const axis = {
       gridcolor: color("grid"), zeroline: false, linecolor: color("line"), tickfont: { size: 11.5 }, automargin: true,
     };
@@ -65,7 +69,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("quiet") },
       hovermode: scattered(spec) ? "closest" : "x unified", hoverlabel: { bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
       showlegend: named(spec),
-      legend: { orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "top", bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
+      legend: { orientation: "h", ...place, bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
       xaxis: {
         ...axis, showgrid: false, title: { text: spec.x_title, font: { size: 11.5 }, standoff: 6 },
         type: spec.log_x ? "log" : "linear", range: extent(spec), nticks: wide ? 9 : 5,
@@ -79,10 +83,16 @@
     };
   };
 
-  const draw = (chart) => Plotly.react(
-    chart.element, traces(chart.spec), layout(chart.spec, chart.log, chart.element.clientWidth > 640),
-    { displaylogo: false, displayModeBar: false, responsive: true },
-  );
+  const draw = (chart) => {
+    const { element, spec } = chart;
+    const entries = named(spec) ? spec.series.filter((series) => !series.unnamed).length : 0;
+    // A legend above takes its room from the curves, a line for each entry at worst.
+    if (element.clientWidth < NARROW && entries > 2) element.style.height = `${chart.height + 18 * entries}px`;
+    return Plotly.react(
+      element, traces(spec), layout(spec, chart.log, element.clientWidth),
+      { displaylogo: false, displayModeBar: false, responsive: true },
+    );
+  };
   for (const chart of charts) {
     chart.log = chart.spec.log_y;
     draw(chart);

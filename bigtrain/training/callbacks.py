@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.run import RunDirectory
-from bigtrain.tracking.metrics import MetricsFile
+from bigtrain.tracking.metrics import MetricsFile, step_rows
 from bigtrain.training.loop import Callback, Progress, Step
 
 Utilisation = Callable[[float], float | None]
@@ -35,6 +36,10 @@ class SampleLog(Callback):
     def on_step(self, step: Step, progress: Progress) -> None:
         """Append the step's samples."""
         self._log.append({"step": step.number, "ids": step.batch.sample_ids})
+
+
+TRACKED_AGAIN: Final = 1000
+"""Objects that the tracker gets once more at a resume: at a hundred a second more than a kill can cost it."""
 
 
 class MetricsLog(Callback):
@@ -70,8 +75,14 @@ class MetricsLog(Callback):
         self._reset()
 
     def on_start(self, progress: Progress) -> None:
-        """Cut back what a resume will log again."""
+        """Cut back what a resume will log again; the tracker gets the last objects before it once more.
+
+        A kill may have cost it those: it writes with a delay.
+        """
         self._file.cut(progress.step)
+        if self._tracker is not None:
+            for row in deque(step_rows(self._file.path), maxlen=TRACKED_AGAIN):
+                self._tracker(row)
 
     def on_roll_back(self, progress: Progress) -> None:
         """Cut back what is taken back; the tracker keeps it."""

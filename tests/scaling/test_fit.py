@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -77,6 +78,15 @@ def test_the_bootstrap_is_the_same_for_any_number_of_processes() -> None:
 
 
 @pytest.mark.slow
+def test_replicates_of_fewer_distinct_runs_than_parameters_are_fitted_too() -> None:
+    """Six runs, a cluster each: a replicate that draws three of them has a singular Hessian, but for rounding."""
+    params = np.array([1976.0, 3376.0, 1320.0, 3376.0, 6736.0, 3944.0])
+    tokens = np.array([5888.0, 6656.0, 13312.0, 20207.0, 13551.0, 19695.0])
+    problem = Problem.of(params, tokens, np.array([5.018, 4.446, 4.362, 3.845, 3.946, 4.038]), "huber", 1e-3, False)
+    refits = bootstrap(problem, parametric.fit(problem, 0).centred, np.arange(6), replicates=50, processes=1)
+    assert np.isfinite(refits.theta).all()
+
+
 def test_equal_exponents_are_equal(write_runs: WriteRuns) -> None:
     options = FitOptions(approach="a3", equal_exponents=True, replicates=100, processes=1)
     one = fit(str(write_runs()), options).law["approaches"]["a3_huber"]
@@ -100,6 +110,11 @@ def test_law_and_prediction_hold_the_truth_and_the_page_is_drawn(write_runs: Wri
     equal = law.optimal_loss(theta, 1e23 / said["chosen"]["flops_price"]["value"])
     assert equal == pytest.approx(said["chosen"]["loss"]["value"], rel=1e-9)
     assert 0 < said["next_run"]["interval_width_factor"] < 1
+    drawn = ElementTree.parse(files[2]).getroot()
+    fills = [one.get("fill") for one in drawn.iter("{http://www.w3.org/2000/svg}circle")]
+    assert sum(fill != "none" for fill in fills) >= len(fitted.table)
+    assert fills.count("none") == 1
+    assert f"error {read['held_out']['error']:+.2%}" in "".join(drawn.itertext())
     if shutil.which("chromium") is None:
         pytest.skip("there is no chromium to open the page in")
     done = subprocess.run(

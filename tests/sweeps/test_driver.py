@@ -20,6 +20,7 @@ from bigtrain.storage import read_lines
 from bigtrain.sweeps.driver import let_retry
 from bigtrain.sweeps.journal import Journal, SweepDirectory, read_state
 from bigtrain.sweeps.status import sweep_status
+from tests.sweeps.tiny_driver import SHORT
 
 WriteSweep = Callable[..., Path]
 TINY_DRIVER = Path(__file__).parent / "tiny_driver.py"
@@ -135,6 +136,8 @@ def test_six_trials_on_two_slots_through_a_crash_a_refusal_and_a_killed_driver(d
     rows = list(read_lines(directory.runs))
     assert [row["run"] for row in rows] == [row["trial"] for row in status["trials"] if row["state"] == "finished"
                                             and row["kind"] == "branch"]  # fmt: skip
+    # D is what a run has counted, which is less than its steps have places for.
+    assert {256 * row["steps"] - row["tokens"] for row in rows} == {SHORT}
     with pytest.raises(UserError, match="needs no retry"):
         let_retry(directory, rows[0]["run"])
     # Nothing that has finished is touched again.

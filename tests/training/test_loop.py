@@ -366,17 +366,25 @@ def test_a_logged_row_sums_over_its_interval(tmp_path: Path) -> None:
     assert all((row["lr"], row["mfu"], row["mfu_causal"], row["memory_bytes"]) == (LR, 0.5, None, 7) for row in rows)
 
 
-def test_a_resumed_log_is_cut_back_to_where_the_run_resumes(tmp_path: Path) -> None:
+def test_a_resumed_log_is_cut_back_to_where_the_run_resumes_and_a_tracker_gets_what_a_kill_may_have_cost_it(
+    tmp_path: Path,
+) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
+    tracked: list[dict[str, Any]] = []
 
     def log() -> MetricsLog:
-        return MetricsLog(directory, every=1, mfu=lambda _: None, mfu_causal=lambda _: None, memory_bytes=lambda: 0)
+        return MetricsLog(
+            directory, every=1, mfu=lambda _: None, mfu_causal=lambda _: None, memory_bytes=lambda: 0,
+            tracker=tracked.append,
+        )  # fmt: skip
 
     World(total=5).trainer(log()).fit()
+    tracked.clear()
     World(total=6, first=3).trainer(log()).fit()
     rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert tracked == rows
 
 
 def test_a_resume_between_two_logged_steps_changes_no_row(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The law as one picture, law.svg: the runs, the law at the optimum, and the largest run as it was predicted.
+
+Written by hand, since a chart of points and lines needs no library; a README can show it.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigtrain.scaling import law as formula
+from bigtrain.scaling.document import unpack
+from bigtrain.scaling.fit import Fitted
+from bigtrain.scaling.law import FloatArray
+from bigtrain.tracking.numbers import short
+
+WIDTH, HEIGHT = 760, 430
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 58, 52
+MAX_POINTS = 400
+"""Runs beyond which only some are drawn."""
+_PATH = 60
+_LOW, _HIGH = (158, 195, 238), (18, 63, 128)
+_LAW, _HELD, _TEXT, _QUIET, _GRID = "#c2580a", "#b3261e", "#1c1d1f", "#63666d", "#e3e3e0"
+_TICKS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Both logarithmic: ranges of x and y in the data's units."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of a point."""
+        across = math.log(x / self.x[0]) / math.log(self.x[1] / self.x[0])
+        up = math.log(y / self.y[0]) / math.log(self.y[1] / self.y[0])
+        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
+
+
+def figure(fitted: Fitted) -> str:
+    """The picture as SVG."""
+    law, table = fitted.law, fitted.table
+    flops = np.exp(np.linspace(np.log(law["data"]["flops"][0]), np.log(law["target_flops"]), _PATH))
+    curve, ends = _curve(fitted, flops)
+    losses = np.concatenate([table.loss, curve, ends.ravel()])
+    x, y = (float(flops[0]) / 1.2, float(flops[-1]) * 1.2), (float(losses.min()) * 0.97, float(losses.max()) * 1.03)
+    axes = _Axes(x, y)
+    parts = [*_frame(axes), *_law(axes, flops, curve, ends), *_runs(axes, fitted), *_legend(fitted, len(curve) > 0)]
+    title = html.escape(f"Loss of {len(table)} runs against compute, and the law fitted to them")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{_TEXT}" role="img">\n<title>{title}</title>\n'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _curve(fitted: Fitted, flops: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The loss at the optimum, shape (P,), and its 95 % interval, shape (2, P); empty where the law gives no loss."""
+    one = fitted.law["approaches"][fitted.law["primary"]]
+    if not fitted.law["primary"].startswith("a3"):
+        return np.empty(0), np.empty((2, 0))
+    many = formula.optimal_loss(unpack(one["replicates"])[:, None], flops)
+    many = many[np.isfinite(many).all(axis=1)]
+    return formula.optimal_loss(np.array(one["theta"]), flops), np.quantile(many, [0.025, 0.975], axis=0)
+
+
+def _frame(axes: _Axes) -> list[str]:
+    parts = []
+    low, high = axes.x
+    for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
+        x, _ = axes.at(10.0**power, axes.y[0])
+        parts.append(_line([(x, _TOP), (x, HEIGHT - _BOTTOM)], _GRID, 1))
+        parts.append(_text(x, HEIGHT - _BOTTOM + 18, f"1e{power}", _QUIET, "middle"))
+    ticks = [tick * 10.0**power for power in range(-3, 3) for tick in _TICKS]
+    for tick in (tick for tick in ticks if axes.y[0] < tick < axes.y[1]):
+        _, y = axes.at(low, tick)
+        parts.append(_line([(_LEFT, y), (WIDTH - _RIGHT, y)], _GRID, 1))
+        parts.append(_text(_LEFT - 8, y + 4, f"{tick:g}", _QUIET, "end"))
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs", _QUIET, "middle"))
+    parts.append(_text(14, 20, "loss, nats a token", _QUIET))
+    return parts
+
+
+def _law(axes: _Axes, flops: FloatArray, curve: FloatArray, ends: FloatArray) -> list[str]:
+    if not len(curve):
+        return []
+    there = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[0], strict=True)]
+    back = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[1], strict=True)][::-1]
+    shade = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*there, *back])
+    drawn = [axes.at(float(x), float(y)) for x, y in zip(flops, curve, strict=True)]
+    return [f'<polygon points="{shade}" fill="{_LAW}" fill-opacity="0.16"/>', _line(drawn, _LAW, 2)]
+
+
+def _runs(axes: _Axes, fitted: Fitted) -> list[str]:
+    table, held = fitted.table, fitted.law["held_out"] or {}
+    parts = []
+    for i in range(0, len(table), -(-len(table) // MAX_POINTS)):
+        x, y = axes.at(float(table.flops[i]), float(table.loss[i]))
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{_shade(fitted, float(table.params[i]))}"/>')
+    if "error" in held:
+        x, y = axes.at(held["flops"], held["measured"])
+        low, high = (axes.at(held["flops"], end)[1] for end in held["prediction_interval"])
+        parts.append(_line([(x, low), (x, high)], _HELD, 2))
+        parts += [_line([(x - 5, end), (x + 5, end)], _HELD, 2) for end in (low, high)]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{_HELD}" stroke-width="1.5"/>')
+    return parts
+
+
+def _shade(fitted: Fitted, params: float) -> str:
+    low, high = (math.log(end) for end in fitted.law["data"]["params"])
+    share = (math.log(params) - low) / (high - low) if high > low else 1.0
+    return f"rgb({','.join(str(round(a + share * (b - a))) for a, b in zip(_LOW, _HIGH, strict=True))})"
+
+
+def _legend(fitted: Fitted, has_curve: bool) -> list[str]:
+    table, held = fitted.table, fitted.law["held_out"] or {}
+    x, y = WIDTH - _RIGHT + 16, _TOP + 8
+    sizes = sorted(set(table.params.tolist()))
+    parts = [_text(x, y, "parameters", _QUIET)]
+    for params in sizes if len(sizes) <= 8 else (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
+        y += 18
+        parts.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="3.5" fill="{_shade(fitted, params)}"/>')
+        parts.append(_text(x + 16, y, short(params)))
+    if has_curve:
+        y += 28
+        parts += [_line([(x - 2, y - 4), (x + 10, y - 4)], _LAW, 2), _text(x + 16, y, "law at the best N")]
+        parts.append(_text(x + 16, y + 15, "and 95 %", _QUIET))
+        y += 15
+    if "error" in held:
+        low, high = held["prediction_interval"]
+        said = (
+            f"largest run, from runs of at most 1/{held['factor']:.1f} of its FLOPs: {held['predicted']:.4f} "
+            f"[{low:.4f}, {high:.4f}]; measured {held['measured']:.4f}, error {held['error']:+.2%}"
+        )
+        parts.append(_text(14, 40, said, _HELD))
+    return parts
+
+
+def _line(points: Sequence[tuple[float, float]], color: str, width: float) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"/>'
+
+
+def _text(x: float, y: float, text: str, color: str = _TEXT, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}">{html.escape(text)}</text>'
