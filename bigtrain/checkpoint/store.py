@@ -285,11 +285,14 @@ class RunStore:
 
     def _manifest_into(self, directory: Path, step: int) -> Manifest:
         path = _object(step, MANIFEST_NAME)
-        self._fetch_whole(path, directory / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
-        try:
-            manifest = read_manifest(directory)
-        except CorruptionError as error:
-            raise CorruptionError(error.what, f"{self.url}/{path}", "use another step") from None
+        for arrival in range(1, ARRIVALS + 1):
+            self._fetch_whole(path, directory / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+            try:
+                manifest = read_manifest(directory)
+                break
+            except CorruptionError as error:
+                if arrival == ARRIVALS:
+                    raise CorruptionError(error.what, f"{self.url}/{path}", "use another step") from None
         if manifest.step != step:
             raise CorruptionError(f"the manifest is that of step {manifest.step}", f"{self.url}/{path}")
         return manifest

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import s3fs
+import torch
 
 from bigtrain import objects
 from bigtrain.checkpoint import commit, restore
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest, read_manifest
+from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import CorruptionError, UserError
@@ -182,7 +184,9 @@ def test_a_kill_in_an_upload_leaves_no_checkpoint_and_the_next_attempt_sends_the
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_away_is_counted_and_made_up_for(failing: Callable[..., Any], run: RunDirectory) -> None:
+def test_a_store_that_stays_away_is_counted_and_made_up_for(
+    failing: Callable[..., Any], run: RunDirectory, tmp_path: Path
+) -> None:
     server = failing([faults.failing] * 1000, lambda command, name: command == "PUT" and name == "__0_0.distcp")
     config = CheckpointConfig(max_failed_saves=2, keep_last=2)
     events: list[str] = []
@@ -193,6 +197,11 @@ def test_a_store_that_stays_away_is_counted_and_made_up_for(failing: Callable[..
         assert not uploader.finish()
         assert uploader.failures == step
     assert events == ["upload_failed", "upload_failed", "not_uploaded"]
+    stopping = CheckpointConfig(max_failed_saves=2, stop_unsaved=True, asynchronous=False, storage="s3://bucket/runs")
+    saver = Saver(tmp_path / "beside", stopping, uploader=uploader)
+    saver.save(1, {"model.x": torch.zeros(1)}, progress={}, config_hash="", identity="")
+    assert saver.must_stop
+    saver.close()
     assert store.committed() == []
     server.faults.clear()
     assert uploader.finish()

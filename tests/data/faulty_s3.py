@@ -117,6 +117,7 @@ def cut(proxy: Proxy, answer: http.client.HTTPResponse, body: bytes) -> None:
     # Linger of zero: the client gets a reset and not an end.
     proxy.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")
     proxy.connection.close()
+    proxy.close_connection = True
 
 
 def stalled(seconds: float) -> Spoil:
