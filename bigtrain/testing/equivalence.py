@@ -344,8 +344,13 @@ def _pieces(value: Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...],
     shape = tuple(value.shape)
     if isinstance(value, FlatPart):
         return shape, [(offset, piece) for (offset, _), piece in value.pieces()]
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return shape, [((0,) * len(shape), full.detach())]
+    if not isinstance(value, DTensor):
+        return shape, [((0,) * len(shape), value.detach())]
+    if any(placement.is_partial() for placement in value.placements):
+        return shape, [((0,) * len(shape), value.full_tensor().detach())]
+    # No collective for each tensor: `gather` puts the pieces together in one.
+    _, at = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    return shape, [(tuple(at), value.to_local().detach())]
 
 
 def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
-"""One rank of a group that saves, or loads, a small model sharded by FSDP2; see `test_ranks.py`.
+"""What each rank of a group does that saves, or loads, a small model sharded by FSDP2; see `test_ranks.py`.
 
-Arguments: "save", "load" or "die", and a directory. RANK and WORLD_SIZE are in the environment.
+As a script, with a directory and torchrun's RANK and WORLD_SIZE: the rank of a group that loses its last one in a save.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.config import CorruptionError, UserError
 
 FACTS: dict[str, Any] = {"progress": {"tokens": 7}, "config_hash": "c", "identity": "i"}
-RANK = int(os.environ["RANK"])
-SIZE = int(os.environ["WORLD_SIZE"])
+
+
+def is_last() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
 
 
 class Uneven(nn.Module):
@@ -54,8 +56,7 @@ class Uneven(nn.Module):
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Uneven()
-    if SIZE > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (SIZE,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     materialise_optimizer(optimizer)
     return model, optimizer
@@ -82,7 +83,7 @@ def assert_equal(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def agree(value: object) -> None:
     """Every rank sees the same."""
-    values: list[object] = [None] * SIZE
+    values: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     assert all(other == value for other in values), values
 
@@ -94,16 +95,17 @@ def raised(kind: type[Exception], work: Callable[[], object]) -> Any:
     except kind as error:
         agree(str(error))
         return error
-    raise AssertionError(f"rank {RANK} raised no {kind.__name__}")
+    raise AssertionError(f"rank {dist.get_rank()} raised no {kind.__name__}")
 
 
-def save(root: Path) -> None:
+def save(root: Path) -> list[int]:
+    """What one rank of four sees of four saves; the steps that are kept."""
     directory = root / "checkpoints"
     model, optimizer = build(seed=0)
     train(model, optimizer, 3)
     state = flatten(model, optimizer)
     expected = full(state)
-    if RANK == 0:
+    if dist.get_rank() == 0:
         save_file(expected, root / "expected.safetensors")
     saver = Saver(directory, CheckpointConfig(), timeout_s=60)
     saver.save(3, state, **FACTS)
@@ -124,19 +126,20 @@ def save(root: Path) -> None:
     loader.load(directory, 3, state)
     assert_equal(state, expected)
     refuse_a_writer_whose_lease_is_lost(directory, state)
+    return [found.step for found in commit.list_checkpoints(directory)]
 
 
 def fail_on_one_rank(saver: Saver, directory: Path, state: dict[str, Tensor]) -> None:
     """Only the last rank cannot write; all see the same failure and nothing is left of it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if RANK == SIZE - 1:
+    if is_last():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     saver.save(8, state, **FACTS)
     outcome = saver.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert outcome is not None
     assert outcome.status == "failed"
-    assert f"rank {SIZE - 1}" in (outcome.cause or "")
+    assert f"rank {dist.get_world_size() - 1}" in (outcome.cause or "")
     agree((outcome.status, outcome.cause, saver.failures, saver.must_stop))
     assert [found.step for found in commit.list_checkpoints(directory)] == [3]
     assert not list(directory.glob("*.tmp-*"))
@@ -151,7 +154,8 @@ def refuse_a_writer_whose_lease_is_lost(directory: Path, state: dict[str, Tensor
     assert commit.newest_verified(directory) == (9, [])
 
 
-def load(root: Path) -> None:
+def load(root: Path) -> int:
+    """What one rank of two sees of what four saved; the newest sound step."""
     directory = root / "checkpoints"
     expected = load_file(root / "expected.safetensors")
     model, optimizer = build(seed=1)
@@ -164,7 +168,7 @@ def load(root: Path) -> None:
     saver.close()
     names_that_do_not_fit(directory, state)
     errors_that_cannot_be_pickled()
-    if RANK == 0:
+    if dist.get_rank() == 0:
         shard = directory / "step_00000011" / "__1_0.distcp"
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
@@ -176,23 +180,24 @@ def load(root: Path) -> None:
     assert found.step == 9
     raised(CorruptionError, lambda: loader.load(directory, 11, state))
     assert_equal(state, expected)
+    return found.step
 
 
 def names_that_do_not_fit(directory: Path, state: dict[str, Tensor]) -> None:
     """One rank asks for more than there is: every rank hears of it and none is changed."""
-    wanted = state | ({"model.wide.weights": torch.zeros(1)} if RANK == SIZE - 1 else {})
+    wanted = state | ({"model.wide.weights": torch.zeros(1)} if is_last() else {})
     error = raised(UserError, lambda: loader.load(directory, 3, wanted))
     assert "model.wide.weights" in error.what
     assert "model.wide.weight" in error.fix
     # Under pipeline parallelism no rank has all names, and together they do.
-    mine = dict(list(state.items())[RANK::SIZE])
+    mine = dict(list(state.items())[dist.get_rank() :: dist.get_world_size()])
     plain = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in mine.items()}
     loader.load(directory, 3, plain)
 
 
 def errors_that_cannot_be_pickled() -> None:
     def work() -> None:
-        if RANK == 1:
+        if dist.get_rank() == 1:
             error = ValueError("boom")
             error.handle = sys.stdout  # type: ignore[attr-defined]
             raise error
@@ -205,7 +210,7 @@ def die(root: Path) -> None:
     """The last rank is killed in the middle of a save; the others hear of it at once."""
 
     def hook(phase: str) -> None:
-        if phase == "shards" and armed and RANK == SIZE - 1:
+        if phase == "shards" and armed and is_last():
             os.kill(os.getpid(), signal.SIGKILL)
 
     armed = False
@@ -227,10 +232,9 @@ def die(root: Path) -> None:
 
 
 def main() -> None:
-    task, root = sys.argv[1], Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{root}/store-{task}", rank=RANK, world_size=SIZE)
-    {"save": save, "load": load, "die": die}[task](root)
-    dist.destroy_process_group()
+    root, rank, size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{root}/store-die", rank=rank, world_size=size)
+    die(root)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from bigtrain.checkpoint import loader
+from bigtrain.testing.ranks import RankPool
+from tests.checkpoint.save_and_load_at_ranks import load, save
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-def test_four_ranks_save_and_agree_on_every_outcome(root: Path, run_script: Callable[..., str]) -> None:
+def test_four_ranks_save_and_agree_on_every_outcome(root: Path, ranks: RankPool) -> None:
     """Values of the step, failure of one rank, the save after it, a lost lease: asserted on each rank."""
-    run_script("save_and_load_at_ranks.py", "save", root, ranks=4)
+    assert ranks.run(save, root, ranks=4) == [[3, 9]] * 4
 
 
 def test_replicated_tensors_are_written_once_and_no_rank_writes_the_model(root: Path) -> None:
@@ -39,8 +41,8 @@ def test_replicated_tensors_are_written_once_and_no_rank_writes_the_model(root: 
     assert len({next(iter(writers[name])) for name in writers if name.endswith("step")}) > 1
 
 
-def test_two_ranks_load_what_four_saved_and_agree_on_what_is_sound(root: Path, run_script: Callable[..., str]) -> None:
-    run_script("save_and_load_at_ranks.py", "load", root, ranks=2)
+def test_two_ranks_load_what_four_saved_and_agree_on_what_is_sound(root: Path, ranks: RankPool) -> None:
+    assert ranks.run(load, root, ranks=2) == [9] * 2, "step 11 is damaged"
 
 
 def test_one_process_and_plain_dcp_load_what_four_ranks_saved(root: Path) -> None:
@@ -56,5 +58,6 @@ def test_one_process_and_plain_dcp_load_what_four_ranks_saved(root: Path) -> Non
         assert torch.equal(theirs[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_save_is_noticed_by_the_others(root: Path, run_script: Callable[..., str]) -> None:
-    run_script("save_and_load_at_ranks.py", "die", root, ranks=2, expected={1: -signal.SIGKILL})
+    run_script("save_and_load_at_ranks.py", root, ranks=2, expected={1: -signal.SIGKILL})
