@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import logging
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +93,53 @@ def bigtrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Moto's server: S3 over real HTTP."""
+
+    address: tuple[str, int]
+
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        """Make buckets ("/bucket": b"") and objects ("/bucket/name"), in this order."""
+        connection = http.client.HTTPConnection(*self.address)
+        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=canary-id/20260101/us-east-1/s3/aws4_request"}
+        for path, data in objects.items():
+            connection.request("PUT", path, data, authorization)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[tuple[str, int]]:
+    """Where moto's server listens."""
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.fixture
+def s3_server(s3_address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 endpoint without buckets that the environment names, with credentials that no file may hold."""
+    s3fs = pytest.importorskip("s3fs")
+    # An instance keeps the endpoint that it was made for.
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_address[0]}:{s3_address[1]}")
+    connection = http.client.HTTPConnection(*s3_address)
+    connection.request("POST", "/moto-api/reset")
+    connection.getresponse().read()
+    connection.close()
+    return S3Server(s3_address)
 
 
 @pytest.fixture(scope="session")

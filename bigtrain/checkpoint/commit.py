@@ -55,6 +55,12 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def parse_step(name: str) -> int | None:
+    """The step of a directory of that name; None where it is no `step_name`."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and not match[2] else None
+
+
 def temporary_name(step: int) -> str:
     """A fresh name for a directory that is being written or removed."""
     return f"{step_name(step)}.tmp-{uuid.uuid4().hex[:8]}"
@@ -202,6 +208,22 @@ def publish(
     return final
 
 
+def adopt(temporary: Path, manifest: Manifest) -> Path:
+    """Commit a written, verified and synced directory that came from elsewhere with its manifest.
+
+    What lies under its name is replaced; LATEST is written where there is none or an older step in it.
+    """
+    directory = temporary.parent
+    final = directory / step_name(manifest.step)
+    if final.exists():
+        remove(final)
+    os.rename(temporary, final)
+    fsync_directory(directory)
+    if list_checkpoints(directory)[-1].step == manifest.step:
+        _write_latest(directory, manifest.step, manifest.lease)
+    return final
+
+
 def withdraw(path: Path) -> None:
     """Take back a published checkpoint that does not read back; what it replaced returns."""
     step = int(path.name.removeprefix("step_"))
@@ -233,7 +255,14 @@ def rewind(directory: Path, step: int) -> list[int]:
     return [found.step for found in later]
 
 
-def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]], *, dry_run: bool = False) -> list[int]:
+def prune(
+    directory: Path,
+    keep_last: int,
+    known_good: set[tuple[str, int]],
+    *,
+    spare: Collection[int] = (),
+    dry_run: bool = False,
+) -> list[int]:
     """Remove what is older than the `keep_last` newest sound checkpoints and not permanent, and what was replaced.
 
     A damaged checkpoint does not count, so the last sound one is never removed.
@@ -243,6 +272,7 @@ def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]], *, 
         keep_last: Sound checkpoints to keep.
         known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
             again; those found sound here are added.
+        spare: Steps that stay this time, such as one that is being uploaded.
         dry_run: Remove nothing.
 
     Returns:
@@ -252,7 +282,7 @@ def prune(directory: Path, keep_last: int, known_good: set[tuple[str, int]], *, 
     removed = []
     for candidate in reversed(list_checkpoints(directory)):
         if kept >= keep_last:
-            if not _is_permanent(candidate.path):
+            if candidate.step not in spare and not _is_permanent(candidate.path):
                 removed.append(candidate.step)
                 if not dry_run:
                     remove(candidate.path)

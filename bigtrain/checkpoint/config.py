@@ -8,6 +8,7 @@ from annotated_types import Ge
 from pydantic import field_validator
 
 from bigtrain.config import Duration, Section
+from bigtrain.config.urls import STORES, check_url
 
 
 class CheckpointConfig(Section):
@@ -36,8 +37,12 @@ class CheckpointConfig(Section):
     """Before each save, compare the copies that ranks hold of the same weights: a flipped bit ends the attempt, and the
     run goes on from the checkpoint before."""
 
+    storage: str | None = None
+    """URL of a bucket's prefix (s3://, gs://) to which each checkpoint is uploaded in the background, under the run's
+    name, once it is saved here; credentials come from the environment. null: nowhere."""
+
     max_failed_saves: Annotated[int, Ge(1)] = 3
-    """Failed saves in a row after which the run warns loudly (and ends, if `stop_unsaved`)."""
+    """Failed saves, or uploads, in a row after which the run warns loudly (and ends, if `stop_unsaved`)."""
 
     stop_unsaved: bool = False
     """End the run, resumable, after `max_failed_saves`, instead of training on unsaved."""
@@ -49,6 +54,11 @@ class CheckpointConfig(Section):
             if one.is_time or one.value <= 0:
                 raise ValueError(f"'{one}' is no length of training: use steps, tokens or epochs")
         return value
+
+    @field_validator("storage")
+    @classmethod
+    def _is_an_object_store(cls, value: str | None) -> str | None:
+        return None if value is None else check_url(value, STORES)
 
     @field_validator("every")
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,18 +24,13 @@ from bigtrain.checkpoint.manifest import FileRecord, Manifest
 from bigtrain.checkpoint.ranks import Ranks, WorkFailedError, own_group
 from bigtrain.checkpoint.replicas import ReplicasDifferError, check_replicas
 from bigtrain.checkpoint.shards import local_tensors, plan_items, write_shards
+from bigtrain.checkpoint.upload import OnEvent, Uploader
 from bigtrain.config import CorruptionError, UserError
 
 logger = logging.getLogger(__name__)
 
 PHASES = ("begin", "plan", "shards", "sync", "manifest", "rename", "publish", "verify", "prune")
 """What a phase hook is called with, in order; "manifest", "rename" and "publish" on the first rank alone."""
-
-
-class OnEvent(Protocol):
-    """Receives events, on the first rank alone, from the saving thread or the training's."""
-
-    def __call__(self, event: str, /, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,8 @@ class Outcome:
     """Seconds from the call of `save` to the end of pruning."""
     pruned: tuple[int, ...] = ()
     """Steps removed."""
+    failed_uploads: int = 0
+    """Uploads that had failed in a row when it ended."""
 
 
 @dataclass
@@ -91,6 +88,7 @@ class Saver:
         on_event: Called on the first rank; must be safe to call from another thread.
         phase_hook: Called at the end of each phase of a save, in the saving thread; for fault injection.
         timeout_s: How long a rank waits for the others in one collective of a save.
+        uploader: On the first rank, where `config.storage`: hears of each new checkpoint.
     """
 
     def __init__(
@@ -103,6 +101,7 @@ class Saver:
         on_event: OnEvent | None = None,
         phase_hook: PhaseHook | None = None,
         timeout_s: float = 1800.0,
+        uploader: Uploader | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.config = config
@@ -116,6 +115,7 @@ class Saver:
         self._ranks = Ranks(process_group if process_group is not None else own_group(timeout_s))
         self._may_publish = may_publish
         self._on_event = on_event
+        self._uploader = uploader
         self._hook: PhaseHook = phase_hook or (lambda phase: None)
         self._staged: dict[str, Tensor] = {}
         self._known_good: set[tuple[str, int]] = set()
@@ -126,7 +126,8 @@ class Saver:
     @property
     def must_stop(self) -> bool:
         """Whether the run should end, resumable: fenced off, or unsaved for too long where `stop_unsaved`."""
-        too_many = self.failures >= self.config.max_failed_saves
+        failures = max(self.failures, 0 if self.last is None else self.last.failed_uploads)
+        too_many = failures >= self.config.max_failed_saves
         return self.fenced or (self.config.stop_unsaved and too_many)
 
     @property
@@ -203,6 +204,8 @@ class Saver:
             if not self._may_publish():
                 raise FencedError("this attempt no longer holds the run's lease")
             commit.rewind(self.directory, step)
+            if self._uploader is not None:
+                self._uploader.wake()
 
         self._ranks.once(take_back)
 
@@ -273,6 +276,8 @@ class Saver:
             return
         outcome = job.outcome
         if outcome.status == "saved":
+            if self._uploader is not None:
+                self._uploader.wake()
             self._emit(
                 "saved", step=job.step, bytes=outcome.total_bytes, seconds=round(outcome.seconds, 3),
                 staging_s=round(outcome.staging_s, 4), pruned=list(outcome.pruned),
@@ -297,7 +302,14 @@ class Saver:
             status, cause = "failed", str(error)
         if status != "saved" and ranks.first:
             commit.discard(temporary)
-        return Outcome(job.step, status, cause, total, job.staging_s, time.perf_counter() - job.started, pruned)
+        seconds = time.perf_counter() - job.started
+        return Outcome(job.step, status, cause, total, job.staging_s, seconds, pruned, self._failed_uploads())
+
+    def _failed_uploads(self) -> int:
+        """As the first rank counts them, so that all ranks end or go on together."""
+        if self.config.storage is None:
+            return 0
+        return self._ranks.share(0 if self._uploader is None else self._uploader.failures)
 
     def _write_and_commit(self, job: _Job, temporary: Path) -> tuple[int, tuple[int, ...]]:
         ranks, hook = self._ranks, self._hook
@@ -342,7 +354,8 @@ class Saver:
         if not self._may_publish():
             return []
         try:
-            return commit.prune(self.directory, self.config.keep_last, self._known_good)
+            spare = () if self._uploader is None else self._uploader.in_use
+            return commit.prune(self.directory, self.config.keep_last, self._known_good, spare=spare)
         except OSError as error:
             logger.warning("old checkpoints could not be pruned: %s", error)
             return []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import commit
-from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from bigtrain.checkpoint.store import RunStore
 from bigtrain.config import CorruptionError, UserError
 
 
@@ -20,12 +22,14 @@ class CheckpointState:
     bytes: int
     """Of all files that are there."""
     problems: tuple[str, ...]
-    """What is wrong with it; empty where every byte is as the manifest says."""
+    """What is wrong with it; empty where all that was read is as the manifest says."""
+    read: bool = True
+    """Whether every byte was read, and not sizes alone."""
 
     @property
-    def verified(self) -> bool:
-        """Whether a run may resume from it."""
-        return not self.problems
+    def verified(self) -> bool | None:
+        """Whether a run may resume from it; None where that takes reading it."""
+        return None if not self.problems and not self.read else not self.problems
 
 
 def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
@@ -48,6 +52,28 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
             tuple(commit.verify(checkpoint.path)),
         )
         for checkpoint in found
+    ]
+
+
+def survey_store(url: str, step: int | None = None, *, hashes: bool = True) -> list[CheckpointState]:
+    """As `survey`, of the run of a URL on an object store.
+
+    Args:
+        hashes: Read every byte; otherwise compare sizes alone.
+
+    Raises:
+        UserError: There is none of `step`, or the store cannot be read.
+    """
+    store = RunStore(url)
+    listing = {one: sizes for one, sizes in store.listing().items() if MANIFEST_NAME in sizes}
+    if step is not None:
+        if step not in listing:
+            known = f"There are: {', '.join(map(str, listing))}." if listing else "There is none at all."
+            raise UserError(f"There is no checkpoint of step {step}", store.url, known)
+        listing = {step: listing[step]}
+    return [
+        CheckpointState(one, sum(sizes.values()), tuple(store.problems(one, sizes, hashes=hashes)), read=hashes)
+        for one, sizes in listing.items()
     ]
 
 
@@ -89,20 +115,18 @@ def inspect(directory: Path, step: int) -> dict[str, Any]:
     }
 
 
-def verify_all(directory: Path, step: int | None = None) -> list[int]:
-    """The steps of all checkpoints, each verified.
+def verify_all(states: Sequence[CheckpointState], where: str) -> list[int]:
+    """The steps of surveyed checkpoints, all of them sound.
 
     Raises:
         CorruptionError: One of them is damaged.
-        UserError: There is none of `step`.
     """
-    states = survey(directory, step)
     damaged = [state for state in states if not state.verified]
     if damaged:
         listed = "\n    ".join(f"step {state.step}: {problem}" for state in damaged for problem in state.problems)
         raise CorruptionError(
             f"{len(damaged)} of {len(states)} checkpoints are damaged:\n    {listed}",
-            str(directory),
+            where,
             "A resume passes over damaged checkpoints; remove their directories to silence this.",
         )
     return [state.step for state in states]

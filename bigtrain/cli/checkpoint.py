@@ -4,47 +4,58 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, errors, lines, plugged, show
 
+if TYPE_CHECKING:
+    from bigtrain.run import RunDirectory
+
+RunArgument = Annotated[
+    str, typer.Argument(help="A run, or RUN@STEP: by name, by path, or by URL on a store (s3://BUCKET/PREFIX/NAME).")
+]
+
 app = typer.Typer(help="List, inspect, verify, prune, export and convert checkpoints.", no_args_is_help=True)
 
 
 @app.command("list")
-def checkpoint_list(
-    run: Annotated[str, typer.Argument(help="A run.")], runs_dir: RunsDir = RUNS, as_json: Json = False
-) -> None:
-    """List a run's checkpoints and whether they verify."""
+def checkpoint_list(run: RunArgument, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+    """List a run's checkpoints and whether they verify; those of a store are compared by size alone."""
     with errors(as_json):
-        from bigtrain.checkpoint.survey import survey
+        from bigtrain.checkpoint.survey import survey, survey_store
+        from bigtrain.config.urls import is_url
         from bigtrain.run import find_run
 
-        states = survey(find_run(run, runs_dir).checkpoints)
+        states = survey_store(run, hashes=False) if is_url(run) else survey(find_run(run, runs_dir).checkpoints)
         rows = [{"step": state.step, "verified": state.verified, "bytes": state.bytes} for state in states]
         show({"checkpoints": rows}, as_json, lambda _: "\n".join(map(_checkpoint_line, rows)) or "No checkpoints yet")
 
 
 def _checkpoint_line(row: dict[str, Any]) -> str:
-    state = "verified" if row["verified"] else "DAMAGED"
+    state = {True: "verified", False: "DAMAGED", None: "not read"}[row["verified"]]
     return f"step {row['step']:>8}  {row['bytes'] / 1e6:>10.1f} MB  {state}"
 
 
 @app.command("verify")
 def checkpoint_verify(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    run: RunArgument,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
     """Compare every byte of a run's checkpoints with their manifests."""
     with errors(as_json):
-        from bigtrain.checkpoint.survey import verify_all
+        from bigtrain.checkpoint.survey import survey, survey_store, verify_all
+        from bigtrain.config.urls import is_url
         from bigtrain.run import find_run, split_run_step
 
         name, step = split_run_step(run)
-        steps = verify_all(find_run(name, runs_dir).checkpoints, step)
+        if is_url(name):
+            steps = verify_all(survey_store(name, step), name)
+        else:
+            directory = find_run(name, runs_dir).checkpoints
+            steps = verify_all(survey(directory, step), str(directory))
         show(
             {"verified": steps},
             as_json,
@@ -54,7 +65,7 @@ def checkpoint_verify(
 
 @app.command("inspect")
 def checkpoint_inspect(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    run: RunArgument,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -62,8 +73,8 @@ def checkpoint_inspect(
     with errors(as_json):
         from bigtrain.checkpoint.survey import inspect
 
-        directory, step = _checkpoint_of(run, runs_dir)
-        show(inspect(directory, step), as_json, _inspected)
+        found, step = _checkpoint_of(run, runs_dir)
+        show(inspect(found.checkpoints, step), as_json, _inspected)
 
 
 def _inspected(found: dict[str, Any]) -> str:
@@ -78,7 +89,7 @@ def _inspected(found: dict[str, Any]) -> str:
 
 @app.command("prune")
 def checkpoint_prune(
-    run: Annotated[str, typer.Argument(help="A run that is not under way.")],
+    run: Annotated[str, typer.Argument(help="A run that is not under way, or its URL on a store.")],
     keep_last: Annotated[
         int | None, typer.Option(min=1, help="Sound checkpoints to keep; as the run's config says where left out.")
     ] = None,
@@ -89,27 +100,44 @@ def checkpoint_prune(
 ) -> None:
     """Remove checkpoints that retention no longer keeps; permanent ones and the last sound ones stay."""
     with errors(as_json):
-        from bigtrain.checkpoint import commit
-        from bigtrain.run import Lease, find_run, load_config
+        from bigtrain.config.urls import is_url
 
-        found = find_run(run, runs_dir)
-        if keep_last is None:
-            keep_last = load_config(found.config, plugin=plugged(plugin)).checkpoint.keep_last
-        if dry_run:
-            steps = commit.prune(found.checkpoints, keep_last, set(), dry_run=True)
+        if is_url(run):
+            steps = _pruned_store(run, keep_last, dry_run)
         else:
-            lease = Lease.acquire(found, commit.published_lease(found.checkpoints))
-            try:
-                steps = commit.prune(found.checkpoints, keep_last, set())
-            finally:
-                lease.release()
+            steps = _pruned(run, runs_dir, keep_last, dry_run, plugged(plugin))
         said = "would be removed" if dry_run else "removed"
         show({"steps": steps, "dry_run": dry_run}, as_json, lambda _: f"{said}: {', '.join(map(str, steps)) or 'none'}")
 
 
+def _pruned(run: str, runs_dir: Path, keep_last: int | None, dry_run: bool, plugin: Any) -> list[int]:
+    from bigtrain.checkpoint import commit
+    from bigtrain.run import Lease, find_run, load_config
+
+    found = find_run(run, runs_dir)
+    if keep_last is None:
+        keep_last = load_config(found.config, plugin=plugin).checkpoint.keep_last
+    if dry_run:
+        return commit.prune(found.checkpoints, keep_last, set(), dry_run=True)
+    lease = Lease.acquire(found, commit.published_lease(found.checkpoints))
+    try:
+        return commit.prune(found.checkpoints, keep_last, set())
+    finally:
+        lease.release()
+
+
+def _pruned_store(url: str, keep_last: int | None, dry_run: bool) -> list[int]:
+    from bigtrain.checkpoint.store import RunStore
+    from bigtrain.config import UserError
+
+    if keep_last is None:
+        raise UserError("How many checkpoints of a store are kept must be said", url, "Add --keep-last 3.")
+    return RunStore(url).prune(keep_last, dry_run=dry_run)
+
+
 @app.command("export")
 def checkpoint_export(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    run: RunArgument,
     out: Annotated[Path, typer.Option(help="A new directory.")],
     form: Annotated[
         Literal["bigtrain", "hf"], typer.Option("--format", help="Qualified names, or what transformers reads.")
@@ -120,16 +148,15 @@ def checkpoint_export(
 ) -> None:
     """Write a checkpoint's weights as safetensors."""
     with errors(as_json):
-        directory, step = _checkpoint_of(run, runs_dir)
+        found, step = _checkpoint_of(run, runs_dir)
         if form == "hf":
-            from bigtrain.run import find_run, split_run_step
             from bigtrain.training.export import export_run
 
-            files = export_run(find_run(split_run_step(run)[0], runs_dir), step, out, plugged(plugin))
+            files = export_run(found, step, out, plugged(plugin))
         else:
             from bigtrain.checkpoint.export import export
 
-            files = export(directory, step, out)
+            files = export(found.checkpoints, step, out)
         show(
             {"step": step, "files": [str(file) for file in files]},
             as_json,
@@ -139,7 +166,7 @@ def checkpoint_export(
 
 @app.command("convert")
 def checkpoint_convert(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    run: RunArgument,
     to: Annotated[Literal["deepspeed"], typer.Option("--to", help="Whose format.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
     runs_dir: RunsDir = RUNS,
@@ -149,8 +176,8 @@ def checkpoint_convert(
     with errors(as_json):
         from bigtrain.checkpoint.deepspeed_format import to_deepspeed
 
-        directory, step = _checkpoint_of(run, runs_dir)
-        place = to_deepspeed(directory, step, out)
+        found, step = _checkpoint_of(run, runs_dir)
+        place = to_deepspeed(found.checkpoints, step, out)
         show(
             {"step": step, "format": to, "directory": str(place)},
             as_json,
@@ -189,16 +216,15 @@ def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[st
     return [*lines, f"init: {{source: {out}@{step}}}"]
 
 
-def _checkpoint_of(run: str, runs_dir: Path) -> tuple[Path, int]:
-    """The directory of a run's checkpoints, and the step that is meant: the newest where none is given."""
+def _checkpoint_of(run: str, runs_dir: Path) -> tuple[RunDirectory, int]:
+    """A run, fetched where a URL names it, and the step that is meant: the newest where none is given."""
     from bigtrain.checkpoint.commit import newest_verified
+    from bigtrain.checkpoint.restore import run_at
     from bigtrain.config import UserError
-    from bigtrain.run import find_run, split_run_step
 
-    name, step = split_run_step(run)
-    directory = find_run(name, runs_dir).checkpoints
+    found, step = run_at(run, runs_dir)
     if step is None:
-        step, _ = newest_verified(directory)
+        step, _ = newest_verified(found.checkpoints)
     if step is None:
-        raise UserError(f"The run '{name}' has no checkpoint yet", str(directory))
-    return directory, step
+        raise UserError(f"The run '{found.name}' has no checkpoint yet", str(found.checkpoints))
+    return found, step

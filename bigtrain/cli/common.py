@@ -108,6 +108,16 @@ def load(config: Path, overrides: list[str] | None, name: str | None = None, plu
     return load_config(config, overrides, name, plugged(plugin))
 
 
+def bring_back_here(config: Any, runs_dir: Path) -> None:
+    """Restore a run that has no checkpoint here, and has some on its store."""
+    if config.checkpoint.storage is not None:
+        from bigtrain.checkpoint.restore import bring_back
+
+        done = bring_back(config, runs_dir)
+        if done is not None:
+            print(done, file=sys.stderr)
+
+
 def plugged(place: str | None) -> Any:
     """The code that `--plugin` names; see `bigtrain.plugin.load_plugin`."""
     from bigtrain.plugin import load_plugin

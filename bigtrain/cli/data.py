@@ -89,7 +89,7 @@ def data_index(
     """Index tars made elsewhere, so that runs can read them."""
     with errors(as_json):
         from bigtrain.config import UserError
-        from bigtrain.data.config import is_url
+        from bigtrain.config.urls import is_url
         from bigtrain.data.indexing import index_directory, index_urls
         from bigtrain.data.text import BadSamples
         from bigtrain.data.tokenizers import Tokenizer

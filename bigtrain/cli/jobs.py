@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, bring_back_here, errors, load, show
 
 if TYPE_CHECKING:
     from bigtrain.jobs.dashboard import Dashboard
     from bigtrain.jobs.package import Request
     from bigtrain.jobs.submission import Submission
     from bigtrain.jobs.views import ClusterView, View
+    from bigtrain.run import RunDirectory
 
 app = typer.Typer()
 
@@ -407,9 +408,17 @@ def stop(
             print(end_job(dashboard, name, now))
 
 
+def _brought_here(url: str, runs_dir: Path) -> RunDirectory:
+    from bigtrain.checkpoint.restore import bring_back_from
+
+    run, done = bring_back_from(url, runs_dir)
+    print(done, file=sys.stderr)
+    return run
+
+
 @app.command()
 def resume(
-    name: Annotated[str, typer.Argument(help="A run.")],
+    name: Annotated[str, typer.Argument(help="A run, or its URL on a store: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")],
     step: Annotated[int | None, typer.Option(min=0, help="Go back to the checkpoint of this step.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
     address: Address = None,
@@ -425,11 +434,13 @@ def resume(
     began = time.time()
     with errors(as_json):
         if address is None:
+            from bigtrain.config.urls import is_url
             from bigtrain.jobs.train import train as start
             from bigtrain.run import find_run
 
-            run = find_run(name, runs_dir or RUNS)
+            run = _brought_here(name, runs_dir or RUNS) if is_url(name) else find_run(name, runs_dir or RUNS)
             config = load(run.config, None, plugin=plugin)
+            bring_back_here(config, run.path.parent)
             code = start(config, run.path.parent, procs=nproc, step=step)
         else:
             from bigtrain.jobs.submission import of_resume

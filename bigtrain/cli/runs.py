@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load, plugged, show
+from bigtrain.cli.common import (
+    RUNS,
+    Json,
+    Overrides,
+    PluginOption,
+    RunsDir,
+    bring_back_here,
+    errors,
+    load,
+    plugged,
+    show,
+)
 
 app = typer.Typer()
 
@@ -33,13 +44,15 @@ def train(
     with errors():
         from bigtrain.jobs.train import train as start
 
-        code = start(load(config, overrides, name, plugin), runs_dir_of(config, runs_dir), procs=nproc, fork=fork)
+        loaded, place = load(config, overrides, name, plugin), runs_dir_of(config, runs_dir)
+        bring_back_here(loaded, place)
+        code = start(loaded, place, procs=nproc, fork=fork)
     raise typer.Exit(int(code))
 
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP.")],
+    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
@@ -51,10 +64,9 @@ def sample(
 ) -> None:
     """Continue a prompt with the weights of a run."""
     with errors(as_json):
-        from bigtrain.run import find_run, split_run_step
+        from bigtrain.checkpoint.restore import run_at
 
-        name, step = split_run_step(run)
-        directory = find_run(name, runs_dir)
+        directory, step = run_at(run, runs_dir)
         from bigtrain.training.sample import sample as draw  # torch, which takes seconds
 
         text = draw(

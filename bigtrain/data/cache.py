@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.remote import Cancelled
+from bigtrain.objects import Cancelled
 from bigtrain.storage import hash_file
 
 logger = logging.getLogger(__name__)

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section
+from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section, urls
+from bigtrain.config.urls import is_url
 
 SCHEMES = ("http", "https", "s3", "gs")
 """Where shards may be streamed from; everything else is refused, above all `pipe:`, which is a shell."""
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is named by a scheme and not by a path."""
-    return "://" in place or place.startswith("pipe:")
-
-
 def check_url(url: str) -> str:
-    """A URL of an allowed scheme, without the slash at its end.
-
-    Raises:
-        ValueError: Another scheme, no host or bucket, credentials, a query or a fragment.
-    """
-    scheme, _, rest = url.partition(":")
-    if scheme not in SCHEMES or not rest.startswith("//"):
-        raise ValueError(f"the scheme {scheme[:20]!r} is not one of {', '.join(SCHEMES)}; a local directory is a path")
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(
-            f"the {scheme} URL carries credentials, a query or a fragment: those of s3 and gs come from the environment"
-        )
-    if not parts.netloc or any(ord(letter) <= 32 for letter in url):
-        raise ValueError(f"the {scheme} URL names no host or bucket, or holds a space")
-    return url.rstrip("/")
+    """A URL from which shards may be streamed; see `bigtrain.config.urls.check_url`."""
+    return urls.check_url(url, SCHEMES)
 
 
 def _name_of(place: str) -> str:

@@ -37,10 +37,11 @@ from bigtrain.data.index import (
     write_index,
     write_sidecar,
 )
-from bigtrain.data.remote import Patience, fetch, tars_at
+from bigtrain.data.remote import tars_at
 from bigtrain.data.tar import Member, members, read_at
 from bigtrain.data.text import TEXT_MEMBERS, BadSamples, encode_document, read_text
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
+from bigtrain.objects import Patience, fetch
 from bigtrain.storage import hash_file
 
 URL_WORKERS = 4

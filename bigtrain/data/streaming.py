@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.config.urls import is_url
 from bigtrain.data.cache import Cache, Lease, NoRoom
-from bigtrain.data.config import StreamingConfig, is_url
+from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -27,15 +28,15 @@ from bigtrain.data.index import (
     parse_index,
     sidecar_rows,
 )
-from bigtrain.data.remote import Cancelled, Patience, Place, exists, fetch, open_place
+from bigtrain.data.remote import exists, open_place
 from bigtrain.data.text import tokenise_shard
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.objects import Cancelled, Patience, Place, cache_home, fetch
 from bigtrain.storage import write_atomic
 
 FETCHERS = 8
 MAX_TOKENIZER_BYTES = 1 << 28
-CACHE_VARIABLE = "BIGTRAIN_CACHE"
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,7 @@ def cache_root(streaming: StreamingConfig) -> Path:
     """The cache that a config means."""
     if streaming.cache_dir is not None:
         return Path(streaming.cache_dir)
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "bigtrain"
+    return cache_home()
 
 
 def patience(streaming: StreamingConfig) -> Patience:

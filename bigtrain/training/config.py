@@ -31,8 +31,9 @@ class InitConfig(Section):
     """Where the state before the first step comes from."""
 
     source: str | None = None
-    """RUN@STEP, or RUN for its newest checkpoint, by name or path, also of what `checkpoint import` wrote; or a
-    directory of Hugging Face weights (config.json and safetensors); null: drawn from the seed."""
+    """RUN@STEP, or RUN for its newest checkpoint, by name, path or URL of a store (s3://bucket/prefix/NAME@STEP), also
+    of what `checkpoint import` wrote; or a directory of Hugging Face weights (config.json and safetensors); null: drawn
+    from the seed."""
 
     hash: str | None = None
     """Hash of that checkpoint's manifest, or of the weights; a run writes it into its resolved config, and holds to

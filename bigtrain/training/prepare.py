@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.mixture import MixedOrder, Sources
 from bigtrain.data.order import SampleOrder
-from bigtrain.data.remote import RemoteError
 from bigtrain.data.streaming import check_remote, open_index, shards_at_once
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
+from bigtrain.objects import RemoteError
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
 from bigtrain.training.boundaries import Boundaries
@@ -134,12 +135,13 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     """Open the data of a config and check that both go together.
 
     Args:
-        verify: Compare the shards with their index as `streaming.verify` says, and ask the engine's library what it
-            takes; a rank does not, since the command that started it has.
+        verify: Compare the shards with their index as `streaming.verify` says, ask the engine's library what it takes,
+            and try the store of checkpoints; a rank does not, since the command that started it has.
         pinned: What streamed data must be: the part `data` of what the run trains.
 
     Raises:
-        UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit.
+        UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit, a
+            store that cannot be written.
     """
     sources = _open("train", config, verify, pinned)
     held_out = _open("validation", config, verify, pinned) if config.data.validation else None
@@ -148,6 +150,7 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     if verify:
         config.model.check_source(train.vocab_size)
         check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
+        check_store(config)
     context = config.model.context if train.kind == "tokens" else 1
     try:
         batch = config.batch.size.sequences(context)

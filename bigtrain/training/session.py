@@ -16,7 +16,11 @@ import torch.distributed as dist
 from bigtrain import storage
 from bigtrain.checkpoint.huggingface import load_hf, verify_hf
 from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
+from bigtrain.checkpoint.ranks import Ranks as Together
+from bigtrain.checkpoint.ranks import world_group
+from bigtrain.checkpoint.restore import refuse_unrestored, store_of
 from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import UserError, yaml_file
 from bigtrain.data.loader import EvaluationLoader, Loader
 from bigtrain.engines.build import build_engine
@@ -125,11 +129,13 @@ class Session:
         # The clock of one rank decides for all.
         by_clock = every.seconds if every.is_time and self.ranks.rank == 0 else None
         self.link = AgentLink(heartbeat, stop, by_clock)
+        self._uploader = self._start_uploader()
         self.saver = Saver(
             directory.checkpoints,
             config.checkpoint,
             may_publish=self._may_publish(),
             on_event=self._event,
+            uploader=self._uploader,
         )
 
     def __enter__(self) -> Session:
@@ -138,6 +144,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.saver.close()
+            if self._uploader is not None:
+                self._uploader.close()
             self.engine.close()
         if self._tracker is not None:
             self._tracker.close(TRACKER_CLOSE_S)
@@ -174,7 +182,10 @@ class Session:
             for warning in found.warnings:
                 self._event("fallback", step=found.step, cause=warning)
             self._load(found, self.engine.state())
+            if self._uploader is not None:
+                self._uploader.wake()
             return from_plain(found.manifest.progress)
+        Together(world_group()).once(lambda: refuse_unrestored(self.config))
         init = self.config.init
         if init.source is None:
             return Progress()
@@ -259,10 +270,21 @@ class Session:
         return not self.saver.must_stop
 
     def _finish_saving(self) -> bool:
-        """Wait for the last save; whether the end of the run is safe on the disk."""
+        """Wait for the last save and its upload; whether the end of the run is safe on the disk."""
         outcome = self.saver.wait()
         self._refuse_if_fenced()
+        if self._uploader is not None:
+            step = 0 if outcome is None else outcome.step
+            self._uploader.finish(lambda: self._heartbeat.beat(step, "stopping"))
         return outcome is None or outcome.status == "saved"
+
+    def _start_uploader(self) -> Uploader | None:
+        """Where checkpoints go to a store, on the rank that acts for all."""
+        store = store_of(self.config) if self.ranks.rank == 0 else None
+        if store is None:
+            return None
+        config, may_publish = self.config.checkpoint, self._may_publish()
+        return Uploader(self.directory, store, config, may_publish=may_publish, on_event=self._event)
 
     def _refuse_if_fenced(self) -> None:
         if self.saver.fenced:

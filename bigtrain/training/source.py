@@ -9,7 +9,9 @@ from pathlib import Path
 
 from bigtrain import storage
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.restore import run_at
 from bigtrain.config import UserError, nearest
+from bigtrain.config.urls import is_url
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf_files import HfFiles, digest
 from bigtrain.run import RunDirectory, find_run, split_run_step
@@ -24,6 +26,8 @@ class Source:
     step: int
     hash: str
     """Hash of its manifest, which holds the hashes of all its files."""
+    url: str | None = None
+    """Of the run, where it lies on an object store, and `run` is what was fetched of it."""
 
     @property
     def checkpoints(self) -> Path:
@@ -33,7 +37,7 @@ class Source:
     @property
     def name(self) -> str:
         """What `init.source` names it by."""
-        return f"{self.run}@{self.step}"
+        return f"{self.url or self.run}@{self.step}"
 
     def content(self) -> str:
         """The hash that `init.hash` holds."""
@@ -57,11 +61,15 @@ class HfSource:
 
 
 def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
-    """The checkpoint that RUN@STEP or RUN names, or DIRECTORY@STEP; or a directory of Hugging Face weights.
+    """The checkpoint that RUN@STEP or RUN names, DIRECTORY@STEP, or URL@STEP; or a directory of Hugging Face weights.
+
+    What a URL names is fetched.
 
     Raises:
         UserError: No such run, or no such step.
     """
+    if is_url(text):
+        return _fetched(text)
     if not (runs_dir / text / "run.json").exists() and HfFiles.is_one(Path(text)):
         return HfSource(HfFiles.open(Path(text)))
     name, step = split_run_step(text)
@@ -80,6 +88,14 @@ def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
     return Source(run.path.absolute(), step, storage.hash_file(path / "manifest.json"))
+
+
+def _fetched(text: str) -> Source:
+    fetched, step = run_at(text, Path())
+    assert step is not None  # what is fetched is one step
+    manifest = fetched.checkpoints / commit.step_name(step) / "manifest.json"
+    url = split_run_step(text)[0].rstrip("/")
+    return Source(fetched.path.absolute(), step, storage.hash_file(manifest), url)
 
 
 def _run(name: str, runs_dir: Path) -> RunDirectory:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
+from bigtrain import objects
 from bigtrain.config import UserError
 from bigtrain.data import remote
 from bigtrain.data.config import StreamingConfig
@@ -22,30 +19,12 @@ from bigtrain.data.streaming import open_index
 
 
 @pytest.fixture
-def bucket(packed: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(packed: ShardIndex, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket that holds the packed shards under data/train."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_BACKOFF_S", 0.01)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    address, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}:{port}")
-    try:
-        connection = http.client.HTTPConnection(address, port)
-        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=canary-id/20260101/us-east-1/s3/aws4_request"}
-        files = {f"/shards/data/train/{path.name}": path.read_bytes() for path in packed.directory.iterdir()}
-        for path, data in {"/shards": b"", **files}.items():
-            connection.request("PUT", path, data, authorization)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200
-        yield "s3://shards/data/train"
-    finally:
-        server.stop()
+    monkeypatch.setattr(objects, "FIRST_BACKOFF_S", 0.01)
+    files = {f"/shards/data/train/{path.name}": path.read_bytes() for path in packed.directory.iterdir()}
+    s3_server.put({"/shards": b"", **files})
+    return "s3://shards/data/train"
 
 
 def samples(index: ShardIndex, streaming: StreamingConfig | None = None) -> list[Any]:
@@ -63,7 +42,7 @@ def test_s3_gives_the_samples_of_the_disk(bucket: str, packed: ShardIndex, tmp_p
     index = open_index(bucket, streaming)
     assert index.fingerprint == packed.fingerprint
     assert samples(index, streaming) == samples(packed)
-    with pytest.raises(remote.RemoteError, match="no such object"):
+    with pytest.raises(objects.RemoteError, match="no such object"):
         open_index("s3://shards/data/nothing", streaming)
     found = index_urls([bucket], tmp_path / "index")
     assert [shard.hash for shard in found.shards] == [shard.hash for shard in packed.shards]
@@ -73,8 +52,8 @@ def test_s3_gives_the_samples_of_the_disk(bucket: str, packed: ShardIndex, tmp_p
 
 
 def test_a_store_whose_library_is_not_installed_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objects.importlib.util, "find_spec", lambda name: None)
     for scheme in ("s3", "gs"):
         with pytest.raises(UserError, match="needs") as caught:
-            remote.open_place(f"{scheme}://bucket/x", remote.Patience())
+            remote.open_place(f"{scheme}://bucket/x", objects.Patience())
         assert f"bigtrain[{scheme}]" in str(caught.value.fix)

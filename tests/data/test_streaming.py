@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigtrain import objects
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data import remote
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
@@ -50,7 +50,7 @@ def server(packed: ShardIndex) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_BACKOFF_S", 0.01)
 
 
 @pytest.fixture
@@ -184,17 +184,17 @@ def test_a_shard_that_is_not_there_is_not_asked_for_again(
 ) -> None:
     server.faults = {packed.shards[0].url: [faults.status(code)] * 20}
     index = open_index(server.url, streaming)
-    with pytest.raises(remote.RemoteError, match=str(code)):
+    with pytest.raises(objects.RemoteError, match=str(code)):
         samples(index, streaming, 100)
     assert server.requests[packed.shards[0].url] == 1
-    with pytest.raises(remote.RemoteError, match=str(code)):
+    with pytest.raises(objects.RemoteError, match=str(code)):
         check_remote([(index, WINDOW)], streaming)
 
 
 def test_patience_ends(server: Any, packed: ShardIndex, streaming: StreamingConfig) -> None:
     server.faults = {packed.shards[0].url: [faults.no_range_truncated] * 50}
     index = open_index(server.url, streaming)
-    with pytest.raises(remote.RemoteError, match="4 failures in a row"):
+    with pytest.raises(objects.RemoteError, match="4 failures in a row"):
         samples(index, streaming, 100)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
-import logging
 import signal
 import subprocess
 import sys
@@ -137,33 +135,14 @@ def test_data_out_of_reach_is_refused_before_a_process_is_started(
 
 
 @pytest.fixture
-def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bucket(shards: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An S3 endpoint that fails, before a bucket with the shards."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "canary-id", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    moto.start()
-    upstream = moto.get_host_and_port()
-    try:
-        connection = http.client.HTTPConnection(*upstream)
-        authorization = {"Authorization": "AWS4-HMAC-SHA256 Credential=canary-id/20260101/us-east-1/s3/aws4_request"}
-        files = {f"/novels/{path.relative_to(shards)}": path.read_bytes() for path in shards.rglob("*.*")}
-        for path, data in {"/novels": b"", **files}.items():
-            connection.request("PUT", path, data, authorization)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200
-        spoiled = [s3.failing, s3.failing, s3.truncated, s3.reset, s3.other_bytes, s3.stalled(4.0)]
-        with s3.serving(upstream, spoiled) as running:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-            yield running
-    finally:
-        moto.stop()
+    files = {f"/novels/{path.relative_to(shards)}": path.read_bytes() for path in shards.rglob("*.*")}
+    s3_server.put({"/novels": b"", **files})
+    spoiled = [s3.failing, s3.failing, s3.truncated, s3.reset, s3.other_bytes, s3.stalled(4.0)]
+    with s3.serving(s3_server.address, spoiled) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
 
 
 @pytest.mark.slow

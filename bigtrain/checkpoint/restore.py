@@ -1,0 +1,173 @@
+"""Runs whose checkpoints lie on an object store: brought back where the disk was lost, or fetched to be read."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.checkpoint.store import HASTE, RunStore
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.config.urls import is_url
+from bigtrain.objects import RemoteError, cache_home
+from bigtrain.run import Lease, RunConfig, RunDirectory, find_run, split_run_step
+
+
+def store_of(config: RunConfig) -> RunStore | None:
+    """Where a run's checkpoints are uploaded; None: nowhere."""
+    storage = config.checkpoint.storage
+    return None if storage is None else RunStore(f"{storage}/{config.name}")
+
+
+def check_store(config: RunConfig) -> None:
+    """Refuse a store that this run could not upload to, by writing and removing a few bytes.
+
+    Raises:
+        UserError: The bucket, the credentials or the endpoint will not do.
+    """
+    storage = config.checkpoint.storage
+    if storage is not None:
+        with _as_mistake("checkpoint.storage"):
+            RunStore(f"{storage}/{config.name}", HASTE).check_access()
+
+
+def bring_back(config: RunConfig, runs_dir: Path) -> str | None:
+    """Restore a run that has no checkpoint here, and has some on its store, before it is resumed.
+
+    Returns:
+        What was done, in a sentence; None where there was nothing to do.
+
+    Raises:
+        UserError: The store cannot be read, or another process holds the run.
+        CorruptionError: No checkpoint of the store is sound.
+    """
+    run = RunDirectory(runs_dir / config.name)
+    storage = config.checkpoint.storage
+    if storage is None or run.is_foreign() or commit.list_checkpoints(run.checkpoints):
+        return None
+    with _as_mistake("checkpoint.storage"):
+        url = f"{storage}/{config.name}"
+        return _restore(RunStore(url), run) if RunStore(url, HASTE).committed() else None
+
+
+def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
+    """Restore the run of PREFIX/NAME or PREFIX/NAME@STEP under its name, where there is none of that name yet.
+
+    Returns:
+        The run, and what was done.
+
+    Raises:
+        UserError: There is such a run already, or no such checkpoint; or as `bring_back`.
+    """
+    place, step = split_run_step(url)
+    with _as_mistake(place):
+        store = RunStore(place, HASTE)
+        run = RunDirectory(runs_dir / store.url.rpartition("/")[2])
+        if run.exists() or run.is_foreign():
+            raise UserError(f"There is a run '{run.name}' here already", str(run.path), f"bigtrain resume {run.name}")
+        _require_committed(store, step)
+        return run, _restore(RunStore(place), run, step)
+
+
+def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
+    """The run that RUN or RUN@STEP names, and the step; of a URL the checkpoint is fetched into a cache first.
+
+    Raises:
+        UserError: There is no such run or checkpoint, or the store cannot be read.
+        CorruptionError: What is stored is damaged.
+    """
+    name, step = split_run_step(run)
+    if not is_url(name):
+        return find_run(name, runs_dir), step
+    with _as_mistake(name):
+        return fetch_into_cache(name, step)
+
+
+def fetch_into_cache(url: str, step: int | None) -> tuple[RunDirectory, int]:
+    """A directory with one checkpoint of a store, and its step: the newest where none is given.
+
+    Processes of one machine share it: one of them fetches, the others wait.
+    """
+    step = _require_committed(RunStore(url, HASTE), step)
+    store = RunStore(url)
+    manifest = store.manifest(step)
+    run = RunDirectory(cache_home() / "checkpoints" / hashlib.sha256(store.url.encode()).hexdigest()[:32])
+    run.path.mkdir(parents=True, exist_ok=True)
+    with _alone(run.path):
+        store.fetch_records(run)
+        found = commit.find_checkpoint(run.checkpoints, step)
+        if found is None or commit.verify(found.path, hashes=False) or read_manifest(found.path) != manifest:
+            store.fetch(step, run.checkpoints)
+    return run, step
+
+
+def refuse_unrestored(config: RunConfig) -> None:
+    """Refuse to begin at step 0 what has checkpoints on its store.
+
+    Raises:
+        UserError: It has.
+    """
+    store = store_of(config)
+    steps = store.committed() if store is not None else []
+    if store is not None and steps:
+        raise UserError(
+            f"The run '{config.name}' has no checkpoint here, and that of step {steps[-1]} on its store",
+            store.url,
+            f"Fetch it before the run is started: bigtrain resume {store.url}; or choose another --name.",
+        )
+
+
+def _restore(store: RunStore, run: RunDirectory, step: int | None = None) -> str:
+    """Fetch the records of a run and the newest sound checkpoint, or that of `step`, into its directory."""
+    lease = Lease.acquire(run)
+    try:
+        commit.clean(run.checkpoints)
+        store.fetch_records(run)
+        run.read_record()
+        problems = []
+        for candidate in reversed(store.committed()) if step is None else [step]:
+            try:
+                store.fetch(candidate, run.checkpoints)
+            except CorruptionError as error:
+                problems.append(f"step {candidate}: {error.what}")
+                continue
+            passed = f"; passed over, as damaged: {'; '.join(problems)}" if problems else ""
+            cause = f"the checkpoint of step {candidate} was fetched from {store.url}{passed}"
+            run.event("restored", step=candidate, cause=cause)
+            return f"{run.name}: {cause}"
+        raise CorruptionError("no checkpoint of the store is sound: " + "; ".join(problems), store.url)
+    finally:
+        lease.release()
+
+
+def _require_committed(store: RunStore, step: int | None) -> int:
+    steps = store.committed()
+    if not steps:
+        raise UserError("There is no checkpoint", store.url, "Name a run: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")
+    if step is not None and step not in steps:
+        raise UserError(f"There is no checkpoint of step {step}", store.url, f"There are: {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+@contextlib.contextmanager
+def _as_mistake(where: str) -> Iterator[None]:
+    """What a store answers before anything is spent is for the user to mend."""
+    try:
+        yield
+    except RemoteError as error:
+        raise UserError(f"{where}: {error.what}", error.where, error.fix) from None
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

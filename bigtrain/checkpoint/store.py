@@ -1,0 +1,324 @@
+"""The checkpoints of a run on an object store: uploaded after they are committed here, and fetched back.
+
+    s3://bucket/prefix/NAME/config.yaml, run.json, metrics.jsonl, events.jsonl, samples.jsonl
+    s3://bucket/prefix/NAME/checkpoints/step_00000100/   files, then manifest.json
+
+It is laid out as the run's directory is. An object store has no rename: a manifest, written after all that it names
+has been compared with it, is the commit, and is the first that goes when a checkpoint is removed. So an upload that was
+torn is no checkpoint, and the next one goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import xxhash
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.commit import FencedError, PhaseHook
+from bigtrain.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.config.urls import STORES, check_url
+from bigtrain.objects import Patience, Transient, fetch, open_objects, patiently
+from bigtrain.run import RunDirectory
+from bigtrain.storage import fsync_directory, hash_file
+
+ARRIVALS = 3
+"""Times that a file is fetched whole before other bytes than the manifest's are an error."""
+FETCHERS = 8
+HASTE = Patience(timeout_s=10.0, retries=2)
+"""How long a store is borne with while a person waits for the answer."""
+
+T = TypeVar("T")
+
+_CHECKPOINTS = "checkpoints"
+
+
+class RunStore:
+    """What a store holds of one run; see the module's docstring.
+
+    Every method raises RemoteError where the store refuses, or fails more often in a row than patience allows.
+
+    Args:
+        url: Of the run: PREFIX/NAME.
+
+    Raises:
+        UserError: Not the URL of a store, or one whose library is not installed.
+    """
+
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
+        try:
+            self.url = check_url(url, STORES)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._patience = patience or Patience()
+        self._cancelled = threading.Event()
+        self._place = open_objects(self.url, self._patience)
+
+    def cancel(self) -> None:
+        """End the waiting between two tries, now and from now on, with Cancelled; from any thread."""
+        self._cancelled.set()
+
+    def listing(self) -> dict[int, dict[str, int]]:
+        """The size of each object of each step, committed or not, oldest first."""
+        steps: dict[int, dict[str, int]] = {}
+        for path, size in self._try(lambda: self._place.sizes(_CHECKPOINTS), _CHECKPOINTS).items():
+            directory, _, name = path.partition("/")
+            step = commit.parse_step(directory)
+            if step is not None and name:
+                steps.setdefault(step, {})[name] = size
+        return dict(sorted(steps.items()))
+
+    def committed(self) -> list[int]:
+        """The steps that have a manifest, oldest first."""
+        return [step for step, sizes in self.listing().items() if MANIFEST_NAME in sizes]
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a step.
+
+        Raises:
+            CorruptionError: It is damaged, or that of another step.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            return self._manifest_into(Path(place), step)
+
+    def problems(self, step: int, sizes: Mapping[str, int], *, hashes: bool) -> list[str]:
+        """What is wrong with a committed checkpoint, one sentence each; empty for a sound one.
+
+        Args:
+            sizes: Of its objects, from `listing`.
+            hashes: Read every byte; otherwise compare sizes alone.
+        """
+        try:
+            manifest = self.manifest(step)
+        except CorruptionError as error:
+            return [error.what]
+        found = []
+        for name, record in manifest.files.items():
+            if name not in sizes:
+                found.append(f"{name} is missing")
+            elif sizes[name] != record.bytes:
+                found.append(f"{name} has {sizes[name]} bytes, the manifest says {record.bytes}")
+            elif hashes and self._hash(_object(step, name)) != record.hash:
+                found.append(f"{name} does not match its hash")
+        return found
+
+    def holds(self, manifest: Manifest, sizes: Mapping[str, int]) -> bool:
+        """Whether a checkpoint is committed here with this very manifest and whole, by its sizes."""
+        if MANIFEST_NAME not in sizes or any(sizes.get(name) != one.bytes for name, one in manifest.files.items()):
+            return False
+        try:
+            return self.manifest(manifest.step) == manifest
+        except CorruptionError:
+            return False
+
+    def upload(
+        self,
+        source: Path,
+        manifest: Manifest,
+        present: Mapping[str, int],
+        *,
+        read_back: bool,
+        may_publish: Callable[[], bool] = lambda: True,
+        hook: PhaseHook = lambda phase: None,
+    ) -> None:
+        """Upload a committed checkpoint; what a torn upload of the same bytes has left is not sent again.
+
+        Args:
+            source: Its directory here.
+            manifest: Of that directory.
+            present: Sizes of the objects that are there, from `listing`.
+            read_back: Compare what is stored with the manifest, by reading it, before it is committed; else its size.
+            may_publish: Whether this process still holds the run's lease; asked before anything replaces or commits.
+            hook: Called with "object" after each object, with "stored" after the manifest; for fault injection.
+
+        Raises:
+            FencedError: The lease was lost.
+            FileNotFoundError: The checkpoint was removed here meanwhile.
+        """
+        if MANIFEST_NAME in present:
+            # It commits other bytes than those which are about to lie beside it.
+            _require(may_publish)
+            self._remove(manifest.step, [MANIFEST_NAME])
+        for name, record in manifest.files.items():
+            path = _object(manifest.step, name)
+            if present.get(name) != record.bytes or self._hash(path) != record.hash:
+                self._put(source / name, path, record, read_back)
+            hook("object")
+        _require(may_publish)
+        self._put_small(source / MANIFEST_NAME, _object(manifest.step, MANIFEST_NAME))
+        hook("stored")
+
+    def put_records(self, run: RunDirectory) -> None:
+        """Upload what else of a run's directory a resume needs, as it stands."""
+        for name in (run.config, run.record):
+            self._put_small(name, name.name)
+        for log in _logs(run):
+            if log.exists():
+                self._try(functools.partial(self._place.put, log, log.name), log.name)
+
+    def prune(self, keep_last: int, *, local: Collection[int] = (), dry_run: bool = False) -> list[int]:
+        """Remove what is older than the `keep_last` newest whole checkpoints and not permanent, and torn uploads.
+
+        Args:
+            local: The steps that the run has on its own disk: none of them is removed as torn, and what is newer than
+                all of them was abandoned when the run went back.
+
+        Returns:
+            The steps removed, or that would be, newest first.
+        """
+        newest = max(local, default=None)
+        kept, doomed = 0, []
+        listing = self.listing()
+        for step, sizes in reversed(listing.items()):
+            if newest is not None and step > newest:
+                doomed.append(step)
+            elif MANIFEST_NAME not in sizes:
+                doomed += [] if step in local else [step]
+            elif kept < keep_last:
+                kept += not self.problems(step, sizes, hashes=False)
+            elif not self._is_permanent(step):
+                doomed.append(step)
+        if not dry_run:
+            for step in doomed:
+                self._remove(step, sorted(listing[step], key=lambda name: name != MANIFEST_NAME))
+        return doomed
+
+    def fetch(self, step: int, directory: Path) -> Path:
+        """Fetch a checkpoint into a directory of checkpoints, and commit it there once every byte has been verified.
+
+        Raises:
+            CorruptionError: What is stored is damaged.
+        """
+        temporary = directory / commit.temporary_name(step)
+        temporary.mkdir(parents=True)
+        try:
+            manifest = self._manifest_into(temporary, step)
+            with ThreadPoolExecutor(FETCHERS, thread_name_prefix="bigtrain-fetch") as pool:
+                names = manifest.files.items()
+                list(pool.map(lambda item: self._fetch_file(step, temporary / item[0], item[1]), names))
+            fsync_directory(temporary)
+            return commit.adopt(temporary, manifest)
+        except BaseException:
+            commit.discard(temporary)
+            raise
+
+    def fetch_records(self, run: RunDirectory) -> None:
+        """Fetch what else of a run's directory a resume needs and is not here."""
+        there = self._try(lambda: self._place.names(), "")
+        # First what makes a run of a directory: a kill leaves one that is restored again.
+        for record in (run.config, run.record, *_logs(run)):
+            if record.name in there and not record.exists():
+                self._fetch_whole(record.name, record)
+
+    def check_access(self) -> None:
+        """Write, read and remove a small object.
+
+        Raises:
+            RemoteError: The bucket, the keys or the endpoint will not do.
+        """
+        probe = f".probe-{uuid.uuid4().hex[:8]}"
+        self._try(lambda: self._place.put_bytes(b"bigtrain", probe), probe)
+        self._try(lambda: self._place.sizes(_CHECKPOINTS), _CHECKPOINTS)
+        self._try(lambda: self._place.remove([probe]), probe)
+
+    def _put_small(self, source: Path, path: str) -> None:
+        record = FileRecord(bytes=source.stat().st_size, hash=hash_file(source))
+        self._put(source, path, record, read_back=True)
+
+    def _put(self, source: Path, path: str, record: FileRecord, read_back: bool) -> None:
+        def put_and_compare() -> None:
+            self._place.put(source, path)
+            with self._place.open(path, 0) as body:
+                if body.total != record.bytes:
+                    raise Transient(f"{body.total} of {record.bytes} bytes were stored")
+            if read_back and self._read_hash(path) != record.hash:
+                raise Transient("what was stored does not read back")
+
+        self._try(put_and_compare, path)
+
+    def _hash(self, path: str) -> str:
+        return self._try(lambda: self._read_hash(path), path)
+
+    def _read_hash(self, path: str) -> str:
+        digest = xxhash.xxh3_128()
+        with self._place.open(path, 0) as body:
+            for chunk in body.chunks:
+                digest.update(chunk)
+        return f"xxh3:{digest.hexdigest()}"
+
+    def _fetch_file(self, step: int, target: Path, record: FileRecord) -> None:
+        for _ in range(ARRIVALS):
+            self._fetch_whole(_object(step, target.name), target, record.bytes)
+            if hash_file(target) == record.hash:
+                return
+            target.unlink()
+        raise CorruptionError(
+            f"{target.name} arrived with other bytes than its manifest says, {ARRIVALS} times",
+            f"{self.url}/{_object(step, target.name)}",
+            "use another step",
+        )
+
+    def _fetch_whole(self, path: str, target: Path, size: int | None = None, limit: int = 1 << 62) -> None:
+        """Fetch an object into a file that is there whole, synced, or not at all."""
+        part = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            with open(part, "w+b") as file:
+                fetch(
+                    self._place, path, file, size=size, limit=limit if size is None else size,
+                    patience=self._patience, cancelled=self._cancelled,
+                )  # fmt: skip
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _manifest_into(self, directory: Path, step: int) -> Manifest:
+        path = _object(step, MANIFEST_NAME)
+        for arrival in range(1, ARRIVALS + 1):
+            self._fetch_whole(path, directory / MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+            try:
+                manifest = read_manifest(directory)
+                break
+            except CorruptionError as error:
+                if arrival == ARRIVALS:
+                    raise CorruptionError(error.what, f"{self.url}/{path}", "use another step") from None
+        if manifest.step != step:
+            raise CorruptionError(f"the manifest is that of step {manifest.step}", f"{self.url}/{path}")
+        return manifest
+
+    def _is_permanent(self, step: int) -> bool:
+        with contextlib.suppress(CorruptionError):
+            return self.manifest(step).permanent
+        return False
+
+    def _remove(self, step: int, names: Collection[str]) -> None:
+        paths = [_object(step, name) for name in names]
+        self._try(lambda: self._place.remove(paths), f"{_CHECKPOINTS}/{commit.step_name(step)}")
+
+    def _try(self, action: Callable[[], T], path: str) -> T:
+        return patiently(action, self._patience, f"{self.url}/{path}", self._cancelled)
+
+
+def _object(step: int, name: str) -> str:
+    return f"{_CHECKPOINTS}/{commit.step_name(step)}/{name}"
+
+
+def _logs(run: RunDirectory) -> tuple[Path, ...]:
+    """What grows while it is uploaded; a resume cuts it back to its checkpoint."""
+    return run.metrics, run.events, run.samples
+
+
+def _require(may_publish: Callable[[], bool]) -> None:
+    if not may_publish():
+        raise FencedError("this attempt no longer holds the run's lease")

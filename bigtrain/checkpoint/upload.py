@@ -1,0 +1,210 @@
+"""Uploading checkpoints in the background, on the rank that acts for all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.commit import Checkpoint, FencedError, PhaseHook
+from bigtrain.checkpoint.config import CheckpointConfig
+from bigtrain.checkpoint.manifest import Manifest, read_manifest
+from bigtrain.checkpoint.store import RunStore
+from bigtrain.config import CorruptionError
+from bigtrain.objects import Cancelled
+from bigtrain.run import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+
+
+class OnEvent(Protocol):
+    """Receives events, on the first rank alone, from any thread."""
+
+    def __call__(self, event: str, /, **fields: Any) -> None: ...
+
+
+class Uploader:
+    """Keeps a store at what lies in a run's directory: the newest checkpoint first, then older ones that it lacks.
+
+    Uploads that are slower than saves skip checkpoints: those that are pruned here before their turn. Training never
+    waits for one. What fails is tried again after the next save, and by the next attempt after a kill.
+
+    Events: "uploaded" (step, bytes, seconds, pruned), "upload_failed" (step, cause, failures), "not_uploaded" (step,
+    failures: the limit is reached), "upload_refused" (step, cause: the lease was lost).
+
+    Args:
+        run: Whose checkpoints and records are uploaded.
+        store: Of that run.
+        config: Retention, and what to do about failures.
+        may_publish: Whether this attempt still holds the lease.
+        on_event: Called from the uploading thread.
+        hook: Called with the phases of `RunStore.upload`, and "pruned"; for fault injection.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        store: RunStore,
+        config: CheckpointConfig,
+        *,
+        may_publish: Callable[[], bool] = lambda: True,
+        on_event: OnEvent | None = None,
+        hook: PhaseHook = lambda phase: None,
+    ) -> None:
+        self.failures = 0
+        """Failed uploads in a row."""
+        self._run, self._store, self._config = run, store, config
+        self._may_publish, self._on_event, self._hook = may_publish, on_event or _ignore, hook
+        self._under_way: int | None = None
+        self._held: dict[int, Manifest] = {}
+        self._asked = self._answered = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    @property
+    def in_use(self) -> frozenset[int]:
+        """The step that is being uploaded, which must not be pruned meanwhile."""
+        step = self._under_way
+        return frozenset() if step is None else frozenset({step})
+
+    def wake(self) -> None:
+        """Look for what is to be uploaded, in the background; from any thread."""
+        with self._changed:
+            self._asked += 1
+            self._changed.notify_all()
+
+    def finish(self, beat: Callable[[], None] = lambda: None) -> bool:
+        """Upload what is missing, once more where it failed before, and wait until that is done or has failed.
+
+        Args:
+            beat: Called every second meanwhile.
+
+        Returns:
+            Whether the store holds what it should.
+        """
+        self.wake()
+        with self._changed:
+            wanted = self._asked
+            while self._answered < wanted and not self._closed:
+                self._changed.wait(BEAT_S)
+                beat()
+        return self.failures == 0
+
+    def close(self) -> None:
+        """End the thread, after the request to the store that is under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._store.cancel()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._asked > self._answered)
+                if self._closed:
+                    return
+                asked = self._asked
+            try:
+                self._follow()
+            except Cancelled:
+                return
+            except FencedError as error:
+                self._on_event("upload_refused", step=self._under_way, cause=str(error))
+                self._closed = True
+            except Exception as error:  # noqa: BLE001 - a thread that ends without a word would leave the run unsaved
+                self._count(error)
+            finally:
+                self._under_way = None
+                with self._changed:
+                    self._answered = asked
+                    self._changed.notify_all()
+
+    def _follow(self) -> None:
+        tried: set[int] = set()
+        while (found := self._next(tried)) is not None:
+            checkpoint, manifest, present = found
+            tried.add(checkpoint.step)
+            self._under_way = checkpoint.step
+            began = time.perf_counter()
+            try:
+                if problems := commit.verify(checkpoint.path):
+                    logger.warning("the checkpoint of step %d is not uploaded: %s", checkpoint.step, problems[0])
+                    continue
+                self._store.put_records(self._run)
+                self._store.upload(
+                    checkpoint.path, manifest, present,
+                    read_back=self._config.read_back, may_publish=self._may_publish, hook=self._hook,
+                )  # fmt: skip
+            except FencedError:
+                raise
+            except Exception:
+                if not checkpoint.path.exists():
+                    # The run went back behind it.
+                    continue
+                raise
+            self._held[checkpoint.step] = manifest
+            seconds = time.perf_counter() - began
+            pruned = self._prune()
+            self._hook("pruned")
+            self.failures = 0
+            self._on_event(
+                "uploaded", step=checkpoint.step, bytes=manifest.total_bytes, seconds=round(seconds, 3), pruned=pruned
+            )
+        self.failures = 0
+
+    def _next(self, tried: Collection[int]) -> tuple[Checkpoint, Manifest, dict[str, int]] | None:
+        """The newest checkpoint here that retention keeps and the store lacks, its manifest, and what the store has."""
+        listing = self._store.listing()
+        kept = 0
+        for checkpoint in reversed(commit.list_checkpoints(self._run.checkpoints)):
+            manifest = _sound(checkpoint.path)
+            if manifest is None or (kept >= self._config.keep_last and not manifest.permanent):
+                continue
+            kept += 1
+            present = listing.get(checkpoint.step, {})
+            if checkpoint.step not in tried and not self._holds(manifest, present):
+                return checkpoint, manifest, present
+        return None
+
+    def _holds(self, manifest: Manifest, present: dict[str, int]) -> bool:
+        if present and self._held.get(manifest.step) == manifest:
+            return True
+        if not self._store.holds(manifest, present):
+            return False
+        self._held[manifest.step] = manifest
+        return True
+
+    def _prune(self) -> list[int]:
+        local = [checkpoint.step for checkpoint in commit.list_checkpoints(self._run.checkpoints)]
+        if not local or not self._may_publish():
+            return []
+        return self._store.prune(self._config.keep_last, local=local)
+
+    def _count(self, error: Exception) -> None:
+        self.failures += 1
+        cause = " ".join(str(error).split())
+        self._on_event("upload_failed", step=self._under_way, cause=cause, failures=self.failures)
+        if self.failures >= self._config.max_failed_saves:
+            logger.error("the last %d uploads failed; checkpoints are on this disk alone: %s", self.failures, cause)
+            self._on_event("not_uploaded", step=self._under_way, failures=self.failures, cause=cause)
+
+
+def _sound(path: Path) -> Manifest | None:
+    """The manifest of a checkpoint that looks whole by its sizes."""
+    try:
+        return None if commit.verify(path, hashes=False) else read_manifest(path)
+    except CorruptionError:
+        return None
+
+
+def _ignore(event: str, /, **fields: Any) -> None:
+    """Nobody listens."""
