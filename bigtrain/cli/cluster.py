@@ -28,7 +28,7 @@ def local(
 ) -> None:
     """Raise several Ray nodes on this machine; returns when they are up."""
     with errors(as_json):
-        from bigtrain.jobs.cluster import default_directory, raise_local
+        from bigtrain.jobs.cluster.local import default_directory, raise_local
 
         record = raise_local(
             (directory or default_directory()).absolute(),
@@ -57,7 +57,7 @@ def _how_to_use(result: dict[str, Any]) -> str:
 def down(directory: Directory = None, as_json: Json = False) -> None:
     """End every process of the cluster that `cluster local` has raised, and no other."""
     with errors(as_json):
-        from bigtrain.jobs.cluster import default_directory, take_down
+        from bigtrain.jobs.cluster.local import default_directory, take_down
 
         count = take_down((directory or default_directory()).absolute())
         show({"nodes": count}, as_json, lambda _: f"{count} nodes are down")

@@ -27,11 +27,11 @@ def doctor(
         place = str(runs_dir.absolute())
         secrets = None if secrets_file is None else str(secrets_file)
         if address is None:
-            from bigtrain.jobs.doctor import local_checks, result
+            from bigtrain.jobs.cluster.doctor import local_checks, result
 
             found = result(local_checks(runs_dir, secrets))
         else:
-            from bigtrain.jobs.submission import examine
+            from bigtrain.jobs.cluster.submission import examine
 
             dashboard = open_dashboard(address, token_file)
             with reached(dashboard):

@@ -15,10 +15,10 @@ import typer
 from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, bring_back_here, errors, load, show
 
 if TYPE_CHECKING:
-    from bigtrain.jobs.dashboard import Dashboard
-    from bigtrain.jobs.package import Request
-    from bigtrain.jobs.submission import Submission
-    from bigtrain.jobs.views import ClusterView, View
+    from bigtrain.jobs.cluster.dashboard import Dashboard
+    from bigtrain.jobs.cluster.package import Request
+    from bigtrain.jobs.cluster.submission import Submission
+    from bigtrain.jobs.cluster.views import ClusterView, View
     from bigtrain.run import RunDirectory
 
 app = typer.Typer()
@@ -36,7 +36,7 @@ DETACHED = 130
 @contextmanager
 def reached(dashboard: Dashboard) -> Iterator[None]:
     """Say it in one line where the dashboard does not answer any more."""
-    from bigtrain.jobs.dashboard import DashboardGone
+    from bigtrain.jobs.cluster.dashboard import DashboardGone
 
     try:
         yield
@@ -45,7 +45,7 @@ def reached(dashboard: Dashboard) -> Iterator[None]:
 
 
 def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
-    from bigtrain.jobs.dashboard import Dashboard
+    from bigtrain.jobs.cluster.dashboard import Dashboard
 
     dashboard = Dashboard(address, token_file)
     if dashboard.is_exposed:
@@ -57,12 +57,12 @@ def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
 def _view(name: str, address: str | None, token_file: Path | None, runs_dir: Path) -> Iterator[View]:
     """A run on a cluster, or on this machine where no address is given."""
     if address is None:
-        from bigtrain.jobs.views import LocalView
+        from bigtrain.jobs.cluster.views import LocalView
         from bigtrain.run import find_run
 
         yield LocalView(find_run(name, runs_dir))
         return
-    from bigtrain.jobs.views import cluster_view
+    from bigtrain.jobs.cluster.views import cluster_view
 
     dashboard = open_dashboard(address, token_file)
     with reached(dashboard):
@@ -112,7 +112,7 @@ def submit(
                 fix="Write job.nodes=N job.procs_per_node=P.",
             )
         else:
-            from bigtrain.jobs.submission import of_config
+            from bigtrain.jobs.cluster.submission import of_config
 
             submission = of_config(load(config, overrides, name, plugin), runs_dir.absolute(), plugin, make)
         dashboard = open_dashboard(_required(address), token_file)
@@ -130,7 +130,7 @@ def _required(address: str | None) -> str:
 
 def _request(began: float, secrets_file: Path | None, max_duration: str | None) -> Callable[..., Request]:
     from bigtrain.config import Duration, UserError
-    from bigtrain.jobs.package import Request, versions
+    from bigtrain.jobs.cluster.package import Request, versions
 
     seconds = None
     if max_duration is not None:
@@ -162,8 +162,8 @@ def _of_script(
     import re
 
     from bigtrain.config import UserError
+    from bigtrain.jobs.cluster.submission import of_script
     from bigtrain.jobs.config import JobConfig
-    from bigtrain.jobs.submission import of_script
     from bigtrain.run import NAME_PATTERN
 
     if name is None or not re.match(NAME_PATTERN, name):
@@ -177,7 +177,7 @@ def _submit(
 ) -> int:
     from dataclasses import replace
 
-    from bigtrain.jobs.submission import check_capacity, check_versions, next_id, see_off
+    from bigtrain.jobs.cluster.submission import check_capacity, check_versions, next_id, see_off
 
     with reached(dashboard):
         request = submission.request
@@ -233,7 +233,7 @@ def _how_to_follow(view: ClusterView, dashboard: Dashboard) -> str:
 
 
 def _follow(view: ClusterView) -> int:
-    from bigtrain.jobs.views import exit_code
+    from bigtrain.jobs.cluster.views import exit_code
 
     try:
         for line in _driver_lines(view.follow_driver()):
@@ -259,8 +259,8 @@ def _driver_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 
 def _wait(view: ClusterView) -> int:
-    from bigtrain.jobs.dashboard import GONE_S
-    from bigtrain.jobs.views import wait_for_end
+    from bigtrain.jobs.cluster.dashboard import GONE_S
+    from bigtrain.jobs.cluster.views import wait_for_end
 
     try:
         return wait_for_end(view, GONE_S)
@@ -300,13 +300,13 @@ def status(
             with _view(name, address, token_file, runs_dir) as view:
                 rows = [view.status()]
         elif address is not None:
-            from bigtrain.jobs.views import cluster_views
+            from bigtrain.jobs.cluster.views import cluster_views
 
             dashboard = open_dashboard(address, token_file)
             with reached(dashboard):
                 rows = [view.status() for view in cluster_views(dashboard)]
         else:
-            from bigtrain.jobs.views import LocalView
+            from bigtrain.jobs.cluster.views import LocalView
             from bigtrain.run import list_runs
 
             rows = [LocalView(run).status() for run in list_runs(runs_dir)]
@@ -371,7 +371,7 @@ def logs(
 ) -> None:
     """Print what a run or one of its ranks says."""
     with errors(), _view(name, address, token_file, runs_dir) as view:
-        from bigtrain.jobs.views import ClusterView, read_log
+        from bigtrain.jobs.cluster.views import ClusterView, read_log
 
         try:
             if isinstance(view, ClusterView) and rank is None and attempt is None:
@@ -401,7 +401,7 @@ def stop(
 
             print(end(find_run(name, runs_dir), now))
             return
-        from bigtrain.jobs.submission import stop as end_job
+        from bigtrain.jobs.cluster.submission import stop as end_job
 
         dashboard = open_dashboard(address, token_file)
         with reached(dashboard):
@@ -443,7 +443,7 @@ def resume(
             bring_back_here(config, run.path.parent)
             code = start(config, run.path.parent, procs=nproc, step=step)
         else:
-            from bigtrain.jobs.submission import of_resume
+            from bigtrain.jobs.cluster.submission import of_resume
 
             make = _request(began, secrets_file, None)
             dashboard = open_dashboard(address, token_file)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER, Fault, Kind, RetryBudget
 from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
+from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 
 if TYPE_CHECKING:

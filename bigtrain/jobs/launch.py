@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.jobs import slurm
 from bigtrain.jobs.causes import STOPPED
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
-from bigtrain.jobs.local import LocalPlacer
-from bigtrain.jobs.placer import Placer
+from bigtrain.jobs.placers import slurm
+from bigtrain.jobs.placers.local import LocalPlacer
+from bigtrain.jobs.placers.placer import Placer
+from bigtrain.jobs.placers.slurm import RequeueOnSignal, SlurmPlacer
 from bigtrain.jobs.protocol import SILENCE_S
-from bigtrain.jobs.slurm import RequeueOnSignal, SlurmPlacer
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig

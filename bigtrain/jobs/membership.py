@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from bigtrain.jobs.causes import Fault, Kind
-from bigtrain.jobs.placer import ElasticPlacer, Notice, Placer
+from bigtrain.jobs.placers.placer import ElasticPlacer, Notice, Placer
 from bigtrain.jobs.protocol import AgentConnection
 
 LOOK_EVERY_S: Final = 0.5

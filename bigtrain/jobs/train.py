@@ -15,7 +15,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
-from bigtrain.jobs.local import local_procs
+from bigtrain.jobs.placers.local import local_procs
 from bigtrain.jobs.takeover import outlast
 from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step

@@ -20,10 +20,10 @@ from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.launch import run_controlled
-from bigtrain.jobs.placer import ElasticPlacer, Notice, PlacementCancelled
+from bigtrain.jobs.placers.placer import ElasticPlacer, Notice, PlacementCancelled
+from bigtrain.jobs.placers.ray_cluster import View, look
+from bigtrain.jobs.placers.ray_placer import RayPlacer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
-from bigtrain.jobs.ray_cluster import View, look
-from bigtrain.jobs.ray_placer import RayPlacer
 from bigtrain.jobs.train import CheckedRun, check, node_sizes
 from bigtrain.plugin import load_plugin
 from bigtrain.run import ExitCode, RunConfig, load_config

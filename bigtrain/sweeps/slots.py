@@ -15,7 +15,7 @@ from typing import Protocol
 
 from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
-from bigtrain.jobs.local import visible_gpus
+from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig

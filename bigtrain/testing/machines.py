@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bigtrain.jobs.nodes import Need, Node, choose
-from bigtrain.jobs.placer import Notice, PlacementCancelled, agent_environment
+from bigtrain.jobs.placers.nodes import Need, Node, choose
+from bigtrain.jobs.placers.placer import Notice, PlacementCancelled, agent_environment
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 
 

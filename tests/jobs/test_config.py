@@ -15,7 +15,7 @@ from bigtrain.config import UserError
 from bigtrain.heartbeat import PHASES
 from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.local import local_procs, visible_gpus
+from bigtrain.jobs.placers.local import local_procs, visible_gpus
 from bigtrain.run import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]

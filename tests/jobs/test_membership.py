@@ -8,7 +8,7 @@ import pytest
 
 from bigtrain.jobs.causes import Fault, Kind
 from bigtrain.jobs.membership import Membership
-from bigtrain.jobs.placer import Notice
+from bigtrain.jobs.placers.placer import Notice
 
 
 class Still:

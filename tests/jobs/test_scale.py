@@ -17,7 +17,7 @@ import pytest
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.generation import Launch
-from bigtrain.jobs.placer import PlacementFailed, agent_environment
+from bigtrain.jobs.placers.placer import PlacementFailed, agent_environment
 from bigtrain.jobs.processes import allow_descriptors
 from bigtrain.jobs.protocol import AgentConnection, Listener, keep_alive, new_token
 

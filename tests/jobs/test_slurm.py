@@ -20,8 +20,8 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import launch_here, run_controlled
-from bigtrain.jobs.local import local_procs
-from bigtrain.jobs.slurm import SlurmPlacer
+from bigtrain.jobs.placers.local import local_procs
+from bigtrain.jobs.placers.slurm import SlurmPlacer
 from bigtrain.storage import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ train(3)
         assert "secrets []" in log
     [arguments] = read_arguments(slurm)
     assert "--ntasks-per-node=1" in arguments
-    assert arguments[-2:] == ["-m", "bigtrain.jobs.slurm"]
+    assert arguments[-2:] == ["-m", "bigtrain.jobs.placers.slurm"]
     assert not any(len(argument) == 64 for argument in arguments), "the token is among the arguments"
 
 

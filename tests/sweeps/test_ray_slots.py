@@ -9,8 +9,8 @@ from typing import Any
 
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import run_controlled
-from bigtrain.jobs.local import LocalPlacer
-from bigtrain.jobs.placer import Notice
+from bigtrain.jobs.placers.local import LocalPlacer
+from bigtrain.jobs.placers.placer import Notice
 from bigtrain.run import ExitCode
 from bigtrain.sweeps.ray_slots import KeptPlacer
 

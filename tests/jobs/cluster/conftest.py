@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs.cluster import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
+from bigtrain.jobs.cluster.local import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
 from bigtrain.storage import hash_file, read_lines
 
 CLIENT_S = 800
@@ -95,7 +95,7 @@ def driver_pid(mark: str, submission: str) -> int:
             names = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"bigtrain.jobs.driver" in words and f"BIGTRAIN_SUBMISSION={submission}".encode() in names:
+        if b"bigtrain.jobs.cluster.driver" in words and f"BIGTRAIN_SUBMISSION={submission}".encode() in names:
             return pid
     raise AssertionError(f"{submission} has no driver")
 

@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from bigtrain.jobs import dashboard
-from bigtrain.jobs.dashboard import Dashboard, NotThere
+from bigtrain.jobs.cluster import dashboard
+from bigtrain.jobs.cluster.dashboard import Dashboard, NotThere
 
 
 class Unreliable(http.server.BaseHTTPRequestHandler):

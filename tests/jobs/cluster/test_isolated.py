@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs import isolation
-from bigtrain.jobs.cluster import ClusterRecord, raise_local, take_down
+from bigtrain.jobs.cluster import isolation
+from bigtrain.jobs.cluster.local import ClusterRecord, raise_local, take_down
 from tests.jobs.cluster.conftest import Client, marked
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import UserError
-from bigtrain.jobs import package
-from bigtrain.jobs.package import Request, Script, directory_files, make_package, source_package
+from bigtrain.jobs.cluster import package
+from bigtrain.jobs.cluster.package import Request, Script, directory_files, make_package, source_package
 
 
 def test_the_source_package_is_the_package_alone_and_always_the_same() -> None:
     first, second = source_package(), source_package()
     assert first == second
     names = zipfile.ZipFile(io.BytesIO(first.data)).namelist()
-    assert "bigtrain/jobs/driver.py" in names
+    assert "bigtrain/jobs/cluster/driver.py" in names
     assert "bigtrain/py.typed" in names
     assert all(name.startswith("bigtrain/") and "__pycache__" not in name for name in names)
     assert make_package([("a", b"1")]).name != make_package([("a", b"2")]).name

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import pytest
 
 from bigtrain.config import UserError
+from bigtrain.jobs.cluster.dashboard import Dashboard, check_address
+from bigtrain.jobs.cluster.submission import check_capacity, check_versions
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.dashboard import Dashboard, check_address
-from bigtrain.jobs.submission import check_capacity, check_versions
 from tests.jobs.cluster.conftest import Client
 
 pytestmark = pytest.mark.timeout(900)

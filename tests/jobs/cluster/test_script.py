@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs.cluster import ClusterRecord
+from bigtrain.jobs.cluster.local import ClusterRecord
 from tests.jobs.cluster.conftest import marked
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

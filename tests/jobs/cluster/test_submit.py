@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs.cluster import ClusterRecord
+from bigtrain.jobs.cluster.local import ClusterRecord
 from bigtrain.storage import read_lines
 
 pytestmark = pytest.mark.timeout(900)

@@ -1,6 +1,6 @@
 """The placer for a Slurm allocation: one agent a node, as the tasks of one job step.
 
-    python -m bigtrain.jobs.slurm       what srun starts on each node: the agent, under the name of its node
+    python -m bigtrain.jobs.placers.slurm       what srun starts on each node: the agent, under the name of its node
 
 `bigtrain train` runs in the batch script and holds the controller; srun carries the token to the nodes in the
 environment, never in an argument list. Shortly before the time limit, Slurm sends REQUEUE_SIGNAL to the batch script
@@ -26,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from bigtrain.jobs import agent
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.processes import PLACEMENT_VARIABLE
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, keep_alive, new_token
 
@@ -257,7 +257,7 @@ class SlurmPlacer:
         # an agent that leaves takes no other along, and a lost node not the step: that is for the controller to judge.
         command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
         # A step of a lost node may not have been cleared away yet.
-        command += ["--overlap", sys.executable, "-m", "bigtrain.jobs.slurm"]
+        command += ["--overlap", sys.executable, "-m", "bigtrain.jobs.placers.slurm"]
         environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:

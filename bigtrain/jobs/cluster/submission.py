@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from bigtrain.config import UserError, yaml_file
-from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.dashboard import GONE_S, Dashboard, DashboardGone
-from bigtrain.jobs.package import (
+from bigtrain.jobs.cluster.dashboard import GONE_S, Dashboard, DashboardGone
+from bigtrain.jobs.cluster.package import (
     CONFIG_NAME,
     REQUEST_NAME,
     Package,
@@ -25,7 +24,8 @@ from bigtrain.jobs.package import (
     source_package,
     versions,
 )
-from bigtrain.jobs.views import NAME_KEY, ClusterView, cluster_view, exit_code
+from bigtrain.jobs.cluster.views import NAME_KEY, ClusterView, cluster_view, exit_code
+from bigtrain.jobs.config import JobConfig
 from bigtrain.run import RunConfig
 
 SAVE_MARGIN_S: Final = 120
@@ -57,7 +57,7 @@ class Submission:
         metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
         if self.request.doctor:
             metadata = {}  # It is no run.
-        dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.driver", runtime_env, metadata)
+        dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.cluster.driver", runtime_env, metadata)
         return ClusterView(dashboard, dashboard.job(self.request.id), self.request.name)
 
 
@@ -242,7 +242,7 @@ def stop(dashboard: Dashboard, name: str, now: bool) -> str:
 def examine(
     dashboard: Dashboard, runs_dir: str, secrets_file: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run the checks of `bigtrain doctor` on the cluster; see `bigtrain.jobs.doctor.result`.
+    """Run the checks of `bigtrain doctor` on the cluster; see `bigtrain.jobs.cluster.doctor.result`.
 
     Raises:
         UserError: The job that makes them fails.

@@ -1,6 +1,6 @@
 """`bigtrain doctor`: what would make a run fail or crawl, found before it does.
 
-On a cluster the driver asks every node (`bigtrain.jobs.probe`); the checks on the answers are plain functions.
+On a cluster the driver asks every node (`bigtrain.jobs.cluster.probe`); the checks on the answers are plain functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bigtrain.config import UserError
-from bigtrain.jobs import probe
+from bigtrain.jobs.cluster import probe
 
 CLOCK_S: Final = 5.0
 """Clocks may differ by this: a lease is renewed every 10 s and dead after 60."""

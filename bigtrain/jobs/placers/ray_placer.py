@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bigtrain.jobs.nodes import Need, Node, choose, missing
-from bigtrain.jobs.placer import (
+from bigtrain.jobs.placers.nodes import Need, Node, choose, missing
+from bigtrain.jobs.placers.placer import (
     Notice,
     PlacementCancelled,
     PlacementFailed,
     PlacementRefused,
     agent_environment,
 )
+from bigtrain.jobs.placers.ray_cluster import ClusterWatch, View, look
 from bigtrain.jobs.processes import PARENT_VARIABLE, allow_descriptors, end_marked, is_stopped
 from bigtrain.jobs.protocol import (
     SILENCE_S,
@@ -39,7 +40,6 @@ from bigtrain.jobs.protocol import (
     keep_alive,
     new_token,
 )
-from bigtrain.jobs.ray_cluster import ClusterWatch, View, look
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig

@@ -17,8 +17,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from bigtrain.config import UserError
-from bigtrain.jobs.local import visible_gpus
-from bigtrain.jobs.package import versions
+from bigtrain.jobs.cluster.package import versions
+from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.keys import read_secrets
 from bigtrain.tracking.wandb import has_key
 

@@ -107,7 +107,7 @@ def make_package(files: Iterable[tuple[str, bytes]]) -> Package:
 
 def source_package() -> Package:
     """bigtrain's own source: the package alone, no tests, no data."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return make_package(_files(root, root.parent))
 
 

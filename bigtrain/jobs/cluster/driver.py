@@ -1,8 +1,8 @@
-"""The driver of a submission: `python -m bigtrain.jobs.driver` on the cluster's head node, in the shipped directory.
+"""The driver of a submission: `python -m bigtrain.jobs.cluster.driver` on the head node, in the shipped directory.
 
 It does there what `bigtrain train` does on one machine: checks the config against the data, takes the run's lease,
 and hands the ranks to a controller, whose placer is Ray. What its client may see it shows on a board
-(`bigtrain.jobs.board`).
+(`bigtrain.jobs.cluster.board`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.config import UserError
-from bigtrain.jobs import doctor
-from bigtrain.jobs.board import Board, board_path
+from bigtrain.jobs.cluster import doctor
+from bigtrain.jobs.cluster.board import Board, board_path
+from bigtrain.jobs.cluster.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
-from bigtrain.jobs.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
 from bigtrain.keys import SECRETS_VARIABLE, load_secrets
@@ -199,7 +199,7 @@ def _plugin(request: Request, runs_dir: Path) -> Plugin | None:
 
 
 def _procs(job: JobConfig) -> int:
-    from bigtrain.jobs.ray_placer import cluster_procs
+    from bigtrain.jobs.placers.ray_placer import cluster_procs
 
     return cluster_procs(job)
 
@@ -272,7 +272,7 @@ def _control(
     sizes: list[int] | None = None,
 ) -> int:
     """Run the controller to the end of the run, showing on the way how it goes."""
-    from bigtrain.jobs.ray_placer import RayPlacer
+    from bigtrain.jobs.placers.ray_placer import RayPlacer
 
     if request.secrets_file is not None:
         environment = environment | {SECRETS_VARIABLE: request.secrets_file}

@@ -1,7 +1,7 @@
 """A Ray cluster on this machine: several nodes as detached processes, with token authentication, to try things on.
 
 Each process of a cluster carries CLUSTER_VARIABLE in its environment, and so does all that it starts: `take_down` ends
-exactly those. Isolated nodes live in namespaces of their own (see `bigtrain.jobs.isolation`).
+exactly those. Isolated nodes live in namespaces of their own (see `bigtrain.jobs.cluster.isolation`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.config import UserError
-from bigtrain.jobs import isolation
-from bigtrain.jobs.dashboard import Dashboard, DashboardGone
-from bigtrain.jobs.local import visible_gpus
+from bigtrain.jobs.cluster import isolation
+from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone
+from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import end_marked, free_port
 
 CLUSTER_VARIABLE: Final = "BIGTRAIN_CLUSTER"

@@ -23,7 +23,9 @@ def find_driver(submission: str) -> int | None:
         with contextlib.suppress(OSError):
             descriptor = os.pidfd_open(int(pid))
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"bigtrain.jobs.driver" in words and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if b"bigtrain.jobs.cluster.driver" in words and mark in Path(f"/proc/{pid}/environ").read_bytes().split(
+                b"\0"
+            ):
                 return descriptor
             os.close(descriptor)
     return None

@@ -1,6 +1,6 @@
 """Nodes that share a machine and nothing else: network, PID, mount, IPC and UTS namespaces, joined by a bridge.
 
-    python -m bigtrain.jobs.isolation JSON       the first process of a node, within its namespaces
+    python -m bigtrain.jobs.cluster.isolation JSON       the first process of a node, within its namespaces
 
 Each node has its own address, host name, /proc, /tmp and /dev/shm. Linux, root and iproute2 are needed.
 """
@@ -92,10 +92,10 @@ class Network:
             "hostname": f"node{number}",
             "visible": [str(path.resolve()) for path in visible],
         }
-        source = str(Path(__file__).resolve().parents[2])
+        source = str(Path(__file__).resolve().parents[3])
         with open(log, "ab") as output:
             outer = subprocess.Popen(
-                ["unshare", *_NAMESPACES, sys.executable, "-m", "bigtrain.jobs.isolation", json.dumps(node)],
+                ["unshare", *_NAMESPACES, sys.executable, "-m", "bigtrain.jobs.cluster.isolation", json.dumps(node)],
                 env=environment | {"PYTHONPATH": source}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip

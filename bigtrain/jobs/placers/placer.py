@@ -86,7 +86,7 @@ def agent_environment(inherited: Mapping[str, str], address: str, token: str, ma
     """The environment of an agent: where its controller is, what proves it, and the mark of all that it starts."""
     environment = {**inherited, ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
     # The agent must run the controller's code, also where that is a checkout and not installed.
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     if root not in site.getsitepackages():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     return environment

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from bigtrain.config import UserError, nearest
-from bigtrain.jobs.board import board_path
-from bigtrain.jobs.dashboard import Dashboard, DashboardGone, Job, NotThere
+from bigtrain.jobs.cluster.board import board_path
+from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone, Job, NotThere
 from bigtrain.run import ExitCode, Lease, RunDirectory
 from bigtrain.storage import read_lines
 from bigtrain.tracking.status import status as read_status

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bigtrain.jobs import slurm
-from bigtrain.jobs.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.placers import slurm
+from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.processes import end_marked, is_stopped
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 

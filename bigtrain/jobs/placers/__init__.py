@@ -1,0 +1,1 @@
+"""What gives the controller machines: this one, a Ray cluster, a Slurm allocation."""
