@@ -42,6 +42,15 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directories of tiny models of transformers, each made once."""
+    from tests.models.tiny_hf import make
+
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: root / kind if (root / kind).exists() else make(kind, root / kind)
+
+
 def tiny_config(shards: Path) -> dict[str, object]:
     """A run of seconds: 4 x 32 tokens a step through a two-layer Llama in FP32."""
     return {

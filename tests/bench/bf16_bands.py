@@ -34,6 +34,8 @@ UNIT = 2.0**-8
 
 def suite(path: str) -> ModuleType:
     """A file of the tests, for its layouts and what it compares them by."""
+    if str(TESTS.parent) not in sys.path:
+        sys.path.append(str(TESTS.parent))
     name = path.replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, TESTS / f"{path}.py")
     assert spec is not None
@@ -75,11 +77,11 @@ def main() -> None:
     parser.add_argument("--of", default="", help="only layouts with this text in their name")
     given = parser.parse_args()
     chosen = {name: how for name, how in layouts().items() if given.of in name}
-    accelerate = suite("engines/test_accelerate")
+    accelerate, tiny = suite("engines/test_accelerate"), suite("models/tiny_hf")
     strategies = [
         (f"accelerate, {strategy} over 2, {kind}", strategy, kind)
         for strategy in accelerate.STRATEGIES
-        for kind in accelerate.TASKS
+        for kind in tiny.TASKS
     ]
     print(f"{MODEL}, 4 layers, BF16, {given.seeds} seeds, {STEPS} steps each; torch {torch.__version__}, CPU")
     print(f"largest relative deviation from one process in BF16; one unit of BF16 is {UNIT:.1e}\n")
@@ -93,7 +95,7 @@ def main() -> None:
             print(f"{name:{WIDTH}} {gradient:12.1e} {loss:9.1e} {norm:9.1e}", flush=True)
         for name, strategy, kind in strategies:
             if given.of in name:
-                case = accelerate.Case(accelerate.make(kind, Path(directory, kind)), strategy, precision="bf16")
+                case = accelerate.Case(tiny.make(kind, Path(directory, kind)), strategy, precision="bf16")
                 gradient, loss, norm = measure_strategy(pool, accelerate, case)
                 print(f"{name:{WIDTH}} {gradient:12.1e} {loss:9.1e} {norm:9.1e}", flush=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,51 +33,18 @@ from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.equivalence import put as fill_from_whole
 from bigtrain.testing.ranks import RankError, RankPool
+from tests.models.tiny_hf import CONTEXT, MASK_TOKEN, TASKS, VOCABULARY, config_of
 
-VOCABULARY = 61
-CONTEXT = 16
 BATCH = 7
 """No number of ranks divides it: there are fillers."""
 STEPS = 3
 COMPARED = 8
-MASK_TOKEN = 63
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
 """A gradient may differ by this share of its own norm plus this share of the norm of all."""
 OF_NUMBERS = 1e-5
 
-TASKS = {"bert": "masked", "gpt2": "causal", "llama": "causal", "qwen3": "causal", "t5": "seq2seq"}
 STRATEGIES = ("ddp", "fsdp2", "zero2")
-
-
-def make(kind: str, path: Path) -> Path:
-    """A tiny model of random weights in `path`, its dropouts as transformers sets them."""
-    import transformers as hf
-
-    torch.manual_seed(1)
-    same: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    decoder = {**same, "num_key_value_heads": 2, "intermediate_size": 48}
-    positions = {"max_position_embeddings": 32}
-    if kind == "bert":
-        model = hf.BertForMaskedLM(hf.BertConfig(**same, **positions, intermediate_size=48))
-    elif kind == "gpt2":
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
-    elif kind == "llama":
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**decoder, **positions))
-    elif kind == "qwen3":
-        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**decoder, **positions, head_dim=8, tie_word_embeddings=True))
-    else:
-        shape = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        model = hf.T5ForConditionalGeneration(hf.T5Config(**shape, decoder_start_token_id=0))
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directories of tiny models, each made once."""
-    root = tmp_path_factory.mktemp("models")
-    return lambda kind: root / kind if (root / kind).exists() else make(kind, root / kind)
 
 
 @dataclass(frozen=True)
@@ -94,8 +60,7 @@ class Case:
 
     @property
     def config(self) -> Config:
-        task: Any = TASKS[self.path.name]
-        return Config(hf=str(self.path), task=task, context=CONTEXT, masked=0.3, mask_token=MASK_TOKEN)
+        return config_of(self.path)
 
 
 @dataclass
@@ -499,63 +464,6 @@ def test_bf16_stays_in_its_band(ranks: RankPool, models: Callable[[str], Path], 
     shared = ranks.run(follow, case, [step.before for step in alone], ranks=2)[0]
     for found, allowed in zip(deviations(shared, alone), BF16_BANDS[strategy], strict=True):
         assert found < allowed
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_counts_are_those_of_the_model(models: Callable[[str], Path], kind: str) -> None:
-    config = Case(models(kind)).config
-    model = config.build(VOCABULARY)
-    assert config.parameter_count(VOCABULARY) == sum(parameter.numel() for parameter in model.parameters())
-    flops = config.flops_per_token(VOCABULARY)
-    assert flops.full >= flops.causal > 0
-    model.train()
-    batch = {name: torch.from_numpy(array) for name, array in global_batch(0).items()}
-    from bigtrain.models.hf_tasks import examples, loss_sum
-
-    assert torch.equal(*(loss_sum(model, examples(config, copy.deepcopy(batch))).loss for _ in range(2))), "dropout"
-
-
-def test_what_a_model_cannot_do_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
-    bert, gpt2 = str(models("bert")), str(models("gpt2"))
-    with pytest.raises(ValueError, match="dropout of a Hugging Face model is always 0"):
-        Config(hf=gpt2, context=CONTEXT, dropout=0.1)
-    with pytest.raises(UserError, match="does not learn by task 'causal'"):
-        Config(hf=bert, context=CONTEXT).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="does not learn by task 'masked'"):
-        Config(hf=gpt2, context=CONTEXT, task="masked", mask_token=1).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="65 different tokens, and the model 64"):
-        Config(hf=gpt2, context=CONTEXT).check_source(65)
-    with pytest.raises(UserError, match="longer than the model's 32 positions"):
-        Config(hf=gpt2, context=33).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="token that hides others is not known"):
-        Config(hf=bert, context=CONTEXT, task="masked").check_source(VOCABULARY)
-    (tmp_path / "config.json").write_text((models("gpt2") / "config.json").read_text())
-    with pytest.raises(UserError, match="There are no weights"):
-        Config(hf=str(tmp_path), context=CONTEXT).build(VOCABULARY)
-
-
-def test_parameters_that_the_file_lacks_are_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(models("llama") / "model.safetensors")
-    del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((models("llama") / "config.json").read_text())
-    with pytest.raises(UserError, match=r"lack lm_head\.weight"):
-        Config(hf=str(tmp_path), context=CONTEXT).build(VOCABULARY)
-
-
-def test_the_fingerprint_is_of_the_content(models: Callable[[str], Path], tmp_path: Path) -> None:
-    import shutil
-
-    copied = shutil.copytree(models("gpt2"), tmp_path / "elsewhere")
-    original = Config(hf=str(models("gpt2")), context=CONTEXT).fingerprint()
-    assert Config(hf=str(copied), context=CONTEXT).fingerprint() == original
-    weights = copied / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-1] ^= 1
-    weights.write_bytes(changed)
-    assert Config(hf=str(copied), context=CONTEXT).fingerprint() != original
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bigtrain.engines.accelerate import AccelerateEngine
 from bigtrain.engines.config import AccelerateConfig, Precision
@@ -62,30 +61,6 @@ CASES = [
     Case("llama", "zero2", "bf16"),
 ]
 FAST = CASES[1]
-
-
-def make(kind: str, path: Path) -> Path:
-    """A tiny model of random weights in `path`."""
-    import transformers as hf
-
-    torch.manual_seed(1)
-    if kind == "gpt2":
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=63, n_embd=32, n_layer=2, n_head=4, n_positions=32))
-    elif kind == "llama":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=63, intermediate_size=48, **sizes))
-    else:
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        model = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=63, **sizes, decoder_start_token_id=0))
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directories of tiny models, each made once."""
-    root = tmp_path_factory.mktemp("models")
-    return lambda kind: root / kind if (root / kind).exists() else make(kind, root / kind)
 
 
 def exchanged(case: Case, path: Path) -> tuple[Counter[Collective], Counter[Collective], dict[Any, int]]:

@@ -71,7 +71,9 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
     return shards
 
 
-@pytest.mark.parametrize("nprocs", [(2,), pytest.param((1, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "nprocs", [pytest.param((2,), id="two"), pytest.param((1, 2), id="one and two", marks=pytest.mark.slow)]
+)
 def test_an_image_classifier_learns_the_same_in_one_process_and_in_two(
     bigtrain: Callable, digits: Path, tmp_path: Path, nprocs: tuple[int, ...]
 ) -> None:
