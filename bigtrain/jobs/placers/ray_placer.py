@@ -1,8 +1,9 @@
 """The placer for a Ray cluster: one Ray Train `fit()` is one placement of a fixed size, one agent a node.
 
-The nodes are chosen here, among those that are alive and free, and named to Ray one by one; so `fit()` waits
-for a placement group only where one of them is lost meanwhile. It runs in a thread, without retries of its own. Its workers do nothing but hold their node: each
-starts a node agent as a process of its own, which connects back to the controller, and ends with it.
+The nodes are chosen here, among those that are alive and free, and named to Ray one by one; so `fit()` waits for a
+placement group only where one of them is lost meanwhile. It runs in a thread, without retries of its own. Its workers
+do nothing but hold their node: each starts a node agent as a process of its own, which connects back to the controller,
+and ends with it.
 """
 
 from __future__ import annotations
