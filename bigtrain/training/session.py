@@ -275,7 +275,8 @@ class Session:
         self._refuse_if_fenced()
         if self._uploader is not None:
             step = 0 if outcome is None else outcome.step
-            self._uploader.finish(lambda: self._heartbeat.beat(step, "stopping"))
+            if not self._uploader.finish(lambda: self._heartbeat.beat(step, "stopping")):
+                logger.warning("not every checkpoint is on %s: see events.jsonl", self.config.checkpoint.storage)
         return outcome is None or outcome.status == "saved"
 
     def _start_uploader(self) -> Uploader | None:

@@ -13,10 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.checkpoint.restore import refuse_unrestored
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.cli import app
+from bigtrain.config import UserError
 from bigtrain.objects import CACHE_VARIABLE
-from bigtrain.run import ExitCode
+from bigtrain.run import ExitCode, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.source import Source, resolve_source
 
@@ -49,6 +51,9 @@ def test_a_run_that_lost_its_disk_goes_on_from_the_store_to_the_bit(
     assert sorted(uploaded) == [4, STEPS]
     expected, state = contents(run), read_tensors(run / "checkpoints", STEPS, prefix="")
     shutil.rmtree(run)
+    with pytest.raises(UserError, match="that of step 8 on its store"):
+        # What ranks do that a launcher started without fetching first.
+        refuse_unrestored(load_config(config))
     done = bigtrain("resume", f"{URL}@4")
     assert done.returncode == ExitCode.FINISHED, done.stderr
     assert "step 4 was fetched" in done.stderr
