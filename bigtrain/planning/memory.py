@@ -39,13 +39,15 @@ keeps the block's input.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from bigtrain.engines.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision, Recompute
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.planning.parts import BYTES, FP32, Parts, filled
+from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, filled
 from bigtrain.planning.zero import ALIGNED, PERSISTENT
 
 
@@ -85,6 +87,7 @@ def held_bytes(
     rank: int = 0,
     precision: Precision = "fp32",
     moments: Moments = ADAM,
+    frozen: Collection[str] = (),
 ) -> Held:
     """The states of one rank, padding included.
 
@@ -93,7 +96,7 @@ def held_bytes(
 
     fsdp: FP32 all three. dp_shard x cp gives each rank a chunk of the rows of that (of the columns, where tp's chunks
     of rows are not equal). For parameters and gradients every rank of a shard group allocates as much as the first,
-    which has most; the optimizer's tensors have the rank's own size.
+    which has most; the optimizer's tensors have the rank's own size. A frozen parameter has neither.
 
     deepspeed: FP32 master weights, gradients and optimizer, and under ZeRO 1 to 3 another copy of the weights that
     compute, in `precision`. ZeRO 1 and 2 lay the parameters of a group (those that decay, those that do not) end to
@@ -106,6 +109,7 @@ def held_bytes(
         sizes: The axes of all ranks.
         layout: How the blocks are split into stages.
         rank: Which one, among all.
+        frozen: Patterns of `optimizer.frozen`; the engine fsdp alone has them.
 
     Raises:
         ValueError: An engine that does not run this model.
@@ -115,9 +119,17 @@ def held_bytes(
         return _zero(parts, engine, precision, moments)
     if not isinstance(engine, FSDPConfig):
         raise ValueError(f"the states under engine '{engine.name}' are not counted: use fsdp or deepspeed")
-    padded = FP32 * sum(parameter.padded_elements(parts.shards) // parts.shards for parameter in parts.all)
-    own = FP32 * sum(parameter.own_elements for parameter in parts.all)
-    return Held(padded, padded, moments.tensors * own + moments.counts_steps * FP32 * len(parts.all))
+    trained = [one for one in parts.all if not any(fnmatchcase(one.name, pattern) for pattern in frozen)]
+    own = FP32 * sum(parameter.own_elements for parameter in trained)
+    return Held(
+        _padded_bytes(parts.all, parts.shards),
+        _padded_bytes(trained, parts.shards),
+        moments.tensors * own + moments.counts_steps * FP32 * len(trained),
+    )
+
+
+def _padded_bytes(parameters: Iterable[Parameter], shards: int) -> int:
+    return FP32 * sum(parameter.padded_elements(shards) // shards for parameter in parameters)
 
 
 def _zero(parts: Parts, engine: DeepSpeedConfig, precision: Precision, moments: Moments) -> Held:

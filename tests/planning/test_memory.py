@@ -85,9 +85,12 @@ def promised(what: What, how: How) -> list[Held]:
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
     sizes = layout.mesh(how.ranks)
     return [
-        held_bytes(model, VOCABULARY, engine=engine, sizes=sizes, layout=layout, rank=rank, precision=what.precision)
+        held_bytes(
+            model, VOCABULARY, engine=engine, sizes=sizes, layout=layout, rank=rank, precision=what.precision,
+            frozen=what.frozen,
+        )
         for rank in range(how.ranks)
-    ]
+    ]  # fmt: skip
 
 
 TIED = {**EVEN, "tied": True}
@@ -123,6 +126,14 @@ def test_a_rank_of_fsdp_holds_what_the_sharding_promises(
     (whole,) = promised(what, How())
     assert whole.parameters == 4 * config(model).parameter_count(VOCABULARY)
     assert max(held.total for held in found) < 0.8 * whole.total
+
+
+@pytest.mark.parametrize(("count", "layout"), [(2, {}), (4, {"tp": 2})])
+def test_what_is_frozen_has_no_gradient_and_no_moments(ranks: RankPool, count: int, layout: dict[str, Any]) -> None:
+    what, how = What(EVEN, frozen=("layers.0.*", "embedding.*", "layers.1.mlp.*")), How(count, layout)
+    found = ranks.run(allocated, what, how, ranks=count)
+    assert found == promised(what, how)
+    assert 3 * max(held.gradients for held in found) < 2 * min(held.parameters for held in found)
 
 
 def allocated_by_zero(what: What, how: How) -> Held:
