@@ -66,7 +66,9 @@ def test_a_run_that_lost_its_disk_goes_on_from_the_store_to_the_bit(
     finished = CliRunner().invoke(app, train)
     assert finished.exit_code == ExitCode.FINISHED
     assert "step 8 was fetched" in finished.stderr
-    assert "is finished: 8 steps" in finished.stderr
+    # Its last checkpoint was stored before its end was: it ends once more, for no step.
+    assert "resuming after step 8" in finished.stderr
+    assert contents(run) == expected
     _use_from_elsewhere(tmp_path, monkeypatch)
 
 
