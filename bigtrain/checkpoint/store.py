@@ -221,7 +221,7 @@ class RunStore:
                 self._fetch_whole(record.name, record)
 
     def check_access(self) -> None:
-        """Write, read and remove a small object.
+        """Write a small object, list what is there, and remove the object.
 
         Raises:
             RemoteError: The bucket, the keys or the endpoint will not do.

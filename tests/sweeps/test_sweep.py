@@ -111,6 +111,20 @@ def lose_the_end(run: RunDirectory) -> None:
     run.events.write_text("".join(json.dumps(line) + "\n" for line in events))
 
 
+def finished_once(directory: SweepDirectory) -> list[str]:
+    """The trials that finished, none of them twice, or started again afterwards, or with a step done twice."""
+    lines = list(read_lines(directory.journal))
+    finished = [line["trial"] for line in lines if line["event"] == "finished"]
+    assert len(finished) == len(set(finished))
+    for name in finished:
+        last = max(i for i, line in enumerate(lines) if line["event"] == "started" and line["trial"] == name)
+        end = next(i for i, line in enumerate(lines) if line["event"] == "finished" and line["trial"] == name)
+        assert last < end
+        steps = [row["step"] for row in read_lines(directory.run(name).metrics)]
+        assert len(steps) == len(set(steps))
+    return finished
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
@@ -148,15 +162,8 @@ def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     _, said = sweeping.start(path).communicate(timeout=DEADLINE_S)
     assert sweeping.process is not None
     assert sweeping.process.returncode == ExitCode.FINISHED, said
-    lines = list(read_lines(directory.journal))
-    finished = [line["trial"] for line in lines if line["event"] == "finished"]
-    assert len(finished) == len(set(finished)) == 7
-    for name in finished:
-        last = max(i for i, line in enumerate(lines) if line["event"] == "started" and line["trial"] == name)
-        end = next(i for i, line in enumerate(lines) if line["event"] == "finished" and line["trial"] == name)
-        assert last < end
-        steps = [row["step"] for row in read_lines(directory.run(name).metrics)]
-        assert len(steps) == len(set(steps))
+    finished = finished_once(directory)
+    assert len(finished) == 7
     fitted = fit(str(directory.path), A3)
     lose_the_end(directory.run(finished[-1]))
     again = bigtrain("train", directory.run(finished[-1]).config, "--runs-dir", directory.trials)

@@ -71,10 +71,11 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
     return shards
 
 
+# Two alone show that it learns; both, that they learn the same.
 @pytest.mark.parametrize(
     "nprocs", [pytest.param((2,), id="two"), pytest.param((1, 2), id="one and two", marks=pytest.mark.slow)]
 )
-def test_an_image_classifier_learns_the_same_in_one_process_and_in_two(
+def test_an_image_classifier_learns_in_two_processes_as_in_one(
     bigtrain: Callable, digits: Path, tmp_path: Path, nprocs: tuple[int, ...]
 ) -> None:
     # The config that ships, shortened; a batch of 21 that two ranks do not divide, in passes of at most 6.
