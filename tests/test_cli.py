@@ -26,8 +26,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 RUN_TIMEOUT_S = 120
 HELP_OVER_TYPER = 1.4
-"""Processor time of the help over that of an app of typer alone with as many commands: 1.1 as it is, 1.9 with the config,
-2.1 with numpy."""
+"""Processor time of the help over that of an app of typer alone with as many commands: 1.1 as it is, 1.9 with the
+config, 2.1 with numpy."""
 STATUS_KEYS = {
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
     "wandb_url", "time", "energy_j",
