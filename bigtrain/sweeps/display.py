@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bigtrain.sweeps.journal import SweepDirectory, SweepState
@@ -26,17 +26,20 @@ class SweepDisplay:
     Args:
         directory: The sweep's.
         stream: A terminal gets a table that redraws itself, anything else plain lines.
+        clock: Seconds, for the time left.
     """
 
-    def __init__(self, directory: SweepDirectory, stream: TextIO) -> None:
-        self._directory, self._stream = directory, stream
+    def __init__(self, directory: SweepDirectory, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory, self._stream, self._clock = directory, stream, clock
         self._state = SweepState()
         self._live: Live | None = None
         self._followers: dict[str, Follower] = {}
         self._rows: dict[str, dict[str, Any]] = {}
-        self._began = time.monotonic()
+        self._began = clock()
         self._before = 0.0
-        """FLOPs that were done when this driver began."""
+        """FLOPs of the trials that were finished when this driver began."""
+        self._parts_before: dict[str, float] = {}
+        """Of each trial that this driver runs, the part that an earlier one had done."""
         self._next = 0.0
 
     @contextlib.contextmanager
@@ -65,7 +68,7 @@ class SweepDisplay:
 
     def update(self, running: Mapping[int, Trial]) -> None:
         """Show where the running trials are; cheap where nothing is due."""
-        now = time.monotonic()
+        now = self._clock()
         if now < self._next:
             return
         self._next = now + (REFRESH_S if self._live is not None else LINE_EVERY_S)
@@ -74,6 +77,8 @@ class SweepDisplay:
             rows, _ = follower.follow()
             if rows:
                 self._rows[trial.name] = rows[-1]
+            # A run that resumes cuts back to its checkpoint: what it had done beyond is not there.
+            self._parts_before[trial.name] = min(self._part(trial), self._parts_before.get(trial.name, 1.0))
         if self._live is not None:
             self._live.update(self._table(running), refresh=True)
         elif running:
@@ -85,7 +90,8 @@ class SweepDisplay:
         finished = sum(record.state == "finished" for record in trials)
         total = sum(record.trial.own_flops for record in trials if record.state != "refused")
         done = _done(self._state) + sum(self._part(trial) * trial.own_flops for trial in running.values())
-        elapsed, gained = time.monotonic() - self._began, done - self._before
+        before = sum(part * self._state.trials[name].trial.own_flops for name, part in self._parts_before.items())
+        elapsed, gained = self._clock() - self._began, done - self._before - before
         eta = f", {span(elapsed / gained * (total - done))} left" if gained > 0 and elapsed > LINE_EVERY_S else ""
         return f"{finished} of {len(trials)} trials, {done / max(total, 1.0):.0%} of the FLOPs{eta}"
 
