@@ -75,7 +75,8 @@ def _load(place: str, is_path: bool) -> Plugin:
         raise UserError(
             "The plugin defines no model family",
             place,
-            "Define a class Config(PlainConfig) with arch: Literal[\"my-model\"]; see 'Your own module' in README.md.",
+            "Define a class Config(PlainConfig) with arch: Literal[\"my-model\"]; see 'Your own module' in "
+            "bigtrain/models/README.md.",
         )
     return Plugin(source, found)
 

@@ -25,7 +25,7 @@ from bigtrain.storage import read_lines
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "configs" / "plugin" / "my_model.py"
-README = ROOT / "README.md"
+README = ROOT / "bigtrain" / "models" / "README.md"
 LINES = 30
 MODEL = {"arch": "my-model", "width": 16, "context": 32}
 DEADLINE_S = 120.0

@@ -1,6 +1,6 @@
-"""What goes with what: every pair of techniques is refused by the real checks, or tested; README.md says which.
+"""What goes with what: every pair of techniques is refused by the real checks, or tested; a README says which.
 
-    python tests/test_support_matrix.py        # writes the tables into README.md
+    python tests/test_support_matrix.py        # writes the tables into bigtrain/engines/README.md
 
 A pair is refused where `prepare` refuses a config that asks for both. It is tested where a test of the equivalence
 suite runs both together, which is read from the tests' own parameters. A pair that is neither fails here, and so does
@@ -30,7 +30,7 @@ from bigtrain.run import load_config
 from bigtrain.training.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README = ROOT / "bigtrain" / "engines" / "README.md"
 PLUGIN = ROOT / "configs" / "plugin" / "my_model.py"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 
@@ -285,7 +285,7 @@ def test_the_readme_has_the_tables(data: Path) -> None:
 
 
 def main() -> None:
-    """Write the tables into README.md."""
+    """Write the tables into bigtrain/engines/README.md."""
     from bigtrain.data.pack import pack
     from bigtrain.data.tokenizers import Tokenizer
 

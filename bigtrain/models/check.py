@@ -108,7 +108,8 @@ def check_module(module: nn.Module, where: str) -> None:
     model = cast(Model, module)
     for method in ("blocks", "initialisers"):
         if not callable(getattr(module, method, None)):
-            raise UserError(f"The module has no {method}()", where, "See 'Adding a model family' in README.md.")
+            fix = "See 'Adding a model family' in bigtrain/models/README.md."
+            raise UserError(f"The module has no {method}()", where, fix)
     if not isinstance(getattr(module, "compute_dtype", None), torch.dtype):
         raise UserError("The module has no compute_dtype", where, "Set self.compute_dtype = torch.float32 in __init__.")
     for name, _ in module.named_buffers():
