@@ -211,20 +211,24 @@ class EvaluationLoader:
     Args:
         data: A shard directory or its index.
         batches: Global batches of an evaluation, at most; fewer where the data ends, the last one filled up.
+        sequences: As many sequences at most, whatever the size of a batch, in place of `batches`.
         loader: Arguments of `Loader` other than its order.
 
     Raises:
         UserError: The data holds no sequence.
     """
 
-    def __init__(self, data: ShardIndex | str | Path, *, batches: int, context: int, **loader: Any) -> None:
+    def __init__(
+        self, data: ShardIndex | str | Path, *, batches: int, sequences: int | None = None, context: int, **loader: Any
+    ) -> None:
         index = data if isinstance(data, ShardIndex) else load_index(data)
-        order = FixedOrder(index.sequence_counts(context))
+        order = FixedOrder(index.sequence_counts(context), sequences)
         self._loader = Loader(index, order, context=context, **{"source": "validation", **loader})
         if not order.sequences_per_epoch:
             raise UserError("the validation data holds no sequence", where=str(index.directory), fix="hold out more")
         batch_size = self._loader.distribution.batch_size
-        self._count = min(batches, -(-order.sequences_per_epoch // batch_size))
+        whole = -(-order.sequences_per_epoch // batch_size)
+        self._count = min(batches, whole) if sequences is None else whole
 
     def __len__(self) -> int:
         return self._count

@@ -177,14 +177,20 @@ class SampleOrder:
 
 
 class FixedOrder:
-    """Shard after shard, sequence after sequence, once: the order of evaluation."""
+    """Shard after shard, sequence after sequence, once: the order of evaluation.
+
+    Args:
+        counts: Sequences of each shard.
+        most: Sequences after which it ends; null: where the data ends.
+    """
 
     window = 1
 
-    def __init__(self, counts: Sequence[int]) -> None:
+    def __init__(self, counts: Sequence[int], most: int | None = None) -> None:
         self.counts: IntArray = np.asarray(counts, dtype=np.int64)
         self._ends = np.cumsum(self.counts)
-        self.sequences_per_epoch = int(self.counts.sum())
+        total = int(self.counts.sum())
+        self.sequences_per_epoch = total if most is None else min(most, total)
 
     def take(self, start: int, count: int) -> Draw:
         """The sequences at positions start .. start + count - 1; fewer where the data ends."""

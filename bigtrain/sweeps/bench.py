@@ -81,7 +81,7 @@ def _config(sweep: Sweep, one: Rung) -> RunConfig:
     config = trial_config(sweep, one, trial)
     schedule = type(config.schedule)()
     tracking = config.tracking.model_copy(update={"wandb": "disabled", "every": config.tracking.every.steps(1)})
-    evaluation = config.evaluation.model_copy(update={"batches": 1})
+    evaluation = config.evaluation.model_copy(update={"sequences": 1})
     return config.model_copy(
         update={"name": label(one.target), "schedule": schedule, "tracking": tracking, "evaluation": evaluation}
     )

@@ -15,6 +15,8 @@ from bigtrain.sweeps.config import SweepConfig
 
 SHAPE = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
 """Keys of `model` that a rung of the ladder sets."""
+HELD_OUT_SEQUENCES = 4096
+"""Sequences that each trial is evaluated on, unless the base run says how many: all trials on the same ones."""
 _SET: dict[tuple[str, ...], str] = {
     ("name",): "the sweep names its trials",
     ("seed",): "give the sweep's `seeds`",
@@ -25,6 +27,7 @@ _SET: dict[tuple[str, ...], str] = {
     ("optimizer", "lr"): "replace the rule `ladder.lr`",
     ("optimizer", "betas"): "replace the rule `ladder.beta2`",
     ("tracking", "group"): "the sweep's name is the group",
+    ("evaluation", "batches"): "batches differ from size to size; give `evaluation.sequences`, the same for all",
     ("model", "preset"): "give `model.arch`: the ladder sets the shape",
     **{("model", key): "the ladder sets the shape; give a size its own under `sizes[].model`" for key in SHAPE},
 }
@@ -98,6 +101,9 @@ def load_sweep(
             "A sweep compares held-out losses, and 'base.data.validation' is missing", base.where(("data",)),
             "Name held-out shards; `bigtrain data pack --validation 1%` makes some.",
         )  # fmt: skip
+    evaluation = base.value.get("evaluation")
+    if evaluation is None or isinstance(evaluation, dict):
+        base.value["evaluation"] = {"sequences": HELD_OUT_SEQUENCES, **(evaluation or {})}
     return Sweep(config, base, plugin)
 
 

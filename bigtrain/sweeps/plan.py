@@ -184,7 +184,8 @@ def _clock(
     evaluated = {}
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
-        evaluated[target] = config.evaluation.batches * one.batch_tokens
+        assert config.evaluation.sequences is not None  # load_sweep sees to it
+        evaluated[target] = config.evaluation.sequences * one.context
     if hardware.mfu is not None:
         device = _device(sweep)
         if device is None:

@@ -19,6 +19,9 @@ class EvaluationConfig(Section):
     batches: Annotated[Count, Ge(1)] = 20
     """Global batches of each evaluation, the same ones every time; at most the whole of the validation data."""
 
+    sequences: Annotated[Count, Ge(1)] | None = None
+    """Sequences of each evaluation, in place of `batches`: runs of different batch sizes are held against the same."""
+
     @field_validator("every")
     @classmethod
     def _is_a_length_of_training(cls, value: Duration) -> Duration:

@@ -302,10 +302,13 @@ class Session:
     def _evaluated(self) -> dict[str, float]:
         held_out = self.prepared.held_out
         assert held_out is not None  # there are no evaluations without validation data
+        evaluation = self.config.evaluation
         losses, weights, text_bytes = 0.0, 0.0, 0.0
         metrics: dict[str, float] = {}
         for name, index in zip(held_out.names, held_out.indexes, strict=True):
-            with EvaluationLoader(index, batches=self.config.evaluation.batches, **self._reading()) as loader:
+            with EvaluationLoader(
+                index, batches=evaluation.batches, sequences=evaluation.sequences, **self._reading()
+            ) as loader:
                 loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
             losses, weights = losses + loss, weights + weight
             text_bytes += weight * (index.bytes_per_token or math.nan)

@@ -146,6 +146,21 @@ def test_an_evaluation_stops_at_the_batches_asked_for(packed: ShardIndex) -> Non
         assert [batch.step for batch in evaluation] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("batch_size", "ranks"), [(4, 1), (5, 2), (100, 3)])
+def test_an_evaluation_of_so_many_sequences_is_the_same_at_any_batch_size(
+    packed: ShardIndex, batch_size: int, ranks: int
+) -> None:
+    """A ladder's sizes have batches of their own, and are held against the same tokens all the same."""
+    with EvaluationLoader(packed, batches=10_000, batch_size=1, context=CONTEXT) as whole:
+        first = [batch for batch, _ in zip(whole, range(17), strict=False)]
+    weight = 0.0
+    for rank in range(ranks):
+        reading = {"batch_size": batch_size, "dp_rank": rank, "dp_size": ranks}
+        with EvaluationLoader(packed, batches=1, sequences=17, context=CONTEXT, **reading) as evaluation:
+            weight += float(joined(list(evaluation), "weights").sum())
+    assert weight == float(joined(first, "weights").sum())
+
+
 def test_the_directory_of_a_string_path_is_loaded(packed: ShardIndex, tmp_path: Path) -> None:
     order = SampleOrder(5, packed.fingerprint, packed.sequence_counts(4), window=2)
     assert len(Loader(str(packed.directory), order, batch_size=2, context=4).batch(0).micro_batches) == 1

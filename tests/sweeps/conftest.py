@@ -18,7 +18,7 @@ def tiny_sweep(shards: Path) -> dict[str, Any]:
             "model": {"arch": "llama", "context": 32, "tied": True},
             "data": {"train": str(shards / "train"), "validation": str(shards / "validation")},
             "precision": "fp32",
-            "evaluation": {"every": "100000 steps", "batches": 2},
+            "evaluation": {"every": "100000 steps", "sequences": 16},
             "checkpoint": {"every": "4 steps"},
             "tracking": {"wandb": "disabled"},
         },

@@ -139,7 +139,7 @@ def test_a_sweep_killed_twice_ends_in_a_law_that_its_wandb_files_give_too(
     sizes += [{"params": n, "tokens_per_param": [ratio]} for n, ratio in ((1300, 10), (2000, 3), (4500, 5), (6000, 2))]
     path = write_sweep(
         sizes=sizes,
-        base={**base, "tracking": {"wandb": "offline"}, "evaluation": {"every": "100000 steps", "batches": 8}},
+        base={**base, "tracking": {"wandb": "offline"}, "evaluation": {"every": "100000 steps", "sequences": 64}},
     )  # fmt: skip
     directory = SweepDirectory(tmp_path / "runs" / "tiny")
     first = sweeping.start(path)
