@@ -24,7 +24,7 @@ test-slow: .venv ## the rest: every layout, more kills, larger sizes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench-faults: .venv ## how long ten faults of each kind take to be seen and mended
-	$(BIN)/python tests/bench/bench_faults.py
+	$(BIN)/python -m tests.bench.bench_faults
 
 test-cluster: .venv ## runs on clusters of isolated nodes, scripts of others, lost heads and drivers: by hand
 	$(BIN)/python -m pytest -m "cluster and not gpu"

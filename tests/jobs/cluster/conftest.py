@@ -20,6 +20,8 @@ from bigtrain.jobs.cluster.local import CLUSTER_VARIABLE, ClusterRecord, raise_l
 from bigtrain.storage import hash_file, read_lines
 
 CLIENT_S = 800
+GONE_S = 60.0
+"""Far above the 10 s of silence after which an agent ends its ranks: a busy machine is no failure."""
 HIDE = 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"'
 
 
@@ -59,6 +61,19 @@ class Client:
         done = self(*arguments, "--json")
         assert done.stdout, done.stderr
         return json.loads(done.stdout)
+
+    def submit(self, config: Path, runs: Path) -> None:
+        """Submit a run that is accepted."""
+        done = self("submit", config, "--runs-dir", runs)
+        assert done.returncode == 0, done.stderr
+
+    def finish(self, name: str) -> None:
+        """Wait until a run is finished."""
+        deadline = time.monotonic() + CLIENT_S
+        while (status := self.json("status", name))["state"] != "finished":
+            assert time.monotonic() < deadline, status
+            assert status["state"] != "failed", self("logs", name).stdout
+            time.sleep(1)
 
     def wait_for(self, name: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status of a run for which a condition holds."""
@@ -100,12 +115,40 @@ def driver_pid(mark: str, submission: str) -> int:
     raise AssertionError(f"{submission} has no driver")
 
 
+def wait_until_gone(run: Path) -> None:
+    """Wait until no process carries a run in its environment; they have to end by themselves."""
+    deadline = time.monotonic() + GONE_S
+    while left := [pid for pid in filter(str.isdigit, os.listdir("/proc")) if _carries(pid, run)]:
+        assert time.monotonic() < deadline, f"still alive: {left}"
+        time.sleep(0.1)
+
+
+def _carries(pid: str, run: Path) -> bool:
+    try:
+        return f"BIGTRAIN_RUN={run}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="session")
 def short_directory() -> Iterator[Path]:
     """A place for clusters: Ray's sockets need short paths."""
     path = Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def shared(short_directory: Path, text_shards: Path) -> Path:
+    """The one directory that isolated nodes all see, with the shards in it."""
+    path = short_directory / "shared"
+    shutil.copytree(text_shards, path / "shards")
+    return path
+
+
+def on_shared(shared: Path) -> dict[str, Any]:
+    """The data section of a run on isolated nodes."""
+    return {"data": {"train": str(shared / "shards" / "train"), "validation": str(shared / "shards" / "validation")}}
 
 
 @pytest.fixture(scope="session")

@@ -31,43 +31,34 @@ def read_until(process: Any, pattern: str) -> str:
     raise AssertionError(f"no {pattern!r} in:\n{text}")
 
 
+@pytest.mark.parametrize(("nodes", "procs"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.cluster)])
 def test_a_run_outlives_its_client_and_equals_one_machine(
-    client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
-) -> None:
-    runs = tmp_path / "shared"
+    nodes: int, procs: int, client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any,
+    on_one_machine: Any,
+) -> None:  # fmt: skip
+    runs, world = tmp_path / "shared", nodes * procs
     runs.mkdir()
-    config = write_config(name="tiny", job={"nodes": 2, "procs_per_node": 1})
+    name, batch = f"tiny{world}", {"size": 12}
+    config = write_config(name=name, job={"nodes": nodes, "procs_per_node": procs}, batch=batch)
     away = blind(client, runs)
     following = away.start("submit", config, "--runs-dir", runs, "--follow")
     seen = read_until(following, r"^step \d+/8 ")
     following.kill()  # The laptop is closed.
     following.communicate()
-    assert "tiny: submitted as tiny-0" in seen
-    assert "2 processes, fsdp (dp_shard 2), fp32, from step 0" in seen
+    assert f"{name}: submitted as {name}-0" in seen
+    assert f"{world} processes, fsdp (dp_shard {world}), fp32, from step 0" in seen
 
-    log = away("logs", "tiny", "-f")  # From its beginning, and on to the end of the run.
+    log = away("logs", name, "-f")  # From its beginning, and on to the end of the run.
     assert log.returncode == 0, log.stderr
-    assert log.stdout.startswith("tiny: 0.06M parameters")
-    assert "\ntiny: finished\n" in log.stdout
-    assert away("logs", "tiny", "-f", "--rank", 1).returncode == 0
-    status = away.json("status", "tiny")
-    assert (status["state"], status["step"], status["nodes"], status["restarts"]) == ("finished", 8, 2, 0)
-    names = [event["event"] for event in away.json("events", "tiny")["events"]]
+    assert log.stdout.startswith(f"{name}: 0.06M parameters")
+    assert f"\n{name}: finished\n" in log.stdout
+    assert away("logs", name, "-f", "--rank", world - 1).returncode == 0
+    status = away.json("status", name)
+    assert (status["state"], status["step"], status["nodes"], status["restarts"]) == ("finished", 8, nodes, 0)
+    names = [event["event"] for event in away.json("events", name)["events"]]
     assert names == ["placed", "started", "saved", "saved", "finished"]
-    assert away.json("status")["runs"] == [status]
-    assert result(runs / "tiny") == on_one_machine(2)
-
-
-@pytest.mark.cluster
-def test_three_nodes_of_two_ranks_compute_what_one_machine_does(
-    client: Any, blind: Any, write_config: Any, tmp_path: Path, result: Any, on_one_machine: Any
-) -> None:
-    runs = tmp_path / "shared"
-    runs.mkdir()
-    config = write_config(name="six", job={"nodes": 3, "procs_per_node": 2}, batch={"size": 6})
-    done = blind(client, runs)("submit", config, "--runs-dir", runs, "--wait", "--json")
-    assert done.returncode == 0, done.stderr
-    assert result(runs / "six") == on_one_machine(6, batch={"size": 6})
+    assert status in away.json("status")["runs"]
+    assert result(runs / name) == on_one_machine(world, batch=batch)
 
 
 @pytest.mark.cluster
