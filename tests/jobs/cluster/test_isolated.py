@@ -92,6 +92,9 @@ def test_doctor_fails_where_the_runs_are_not_shared(client: Any, isolated: Clust
     links = [check for check in sound["checks"] if check["name"] == "network"]
     assert len(links) == len(isolated.nodes) * (len(isolated.nodes) - 1) // 2, "each pair of nodes"
     assert all(check["state"] == "ok" for check in links)
+    rest = {"versions", "clock", "shared", "disk", "/dev/shm", "collectives", "wandb"}
+    for node in range(len(isolated.nodes)):
+        assert {check["name"] for check in sound["checks"] if check["where"].startswith(f"node{node} (")} >= rest
     done = client("doctor", "--runs-dir", "/tmp/own")
     assert done.returncode == 1
     assert "does not see the head's directory of runs" in done.stdout
