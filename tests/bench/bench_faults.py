@@ -3,7 +3,7 @@
     python -m tests.bench.bench_faults [--faults 10] [--only ranks|stops|nodes|fewer|trackers]
 
     P1         SIGKILL of one of two ranks          -> seen
-    P2         SIGSTOP of one of two ranks          -> seen, beyond its limit (2 s)
+    P2         SIGSTOP of one of two ranks          -> seen, beyond its limit (5 s)
     P3 killed  SIGKILL of a node's raylet (Ray)     -> seen
     P3 silent  SIGSTOP of a raylet and its agent    -> seen
     P4         each of these                        -> steps done again
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print all values as one object")
     arguments = parser.parse_args()
     go_apart("tests.bench.bench_faults", sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # So that runs and nodes end with this.
     results = {promise: Measured() for promise in PROMISES}
     with tempfile.TemporaryDirectory(prefix="bigtrain-bench-") as directory:
         place = Path(directory)

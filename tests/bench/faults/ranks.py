@@ -59,5 +59,5 @@ def started(place: Path, name: str, results: Results) -> tuple[Run, Leavings]:
     temporary = place / f"tmp-{name}"
     temporary.mkdir()
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    run = Run(place, name, config_of(place), ["2"], env)
+    run = Run(place, name, config_of(place, HANG_LIMIT_S), ["2"], env)
     return run, Leavings(run, temporary, results["P7"])

@@ -18,6 +18,7 @@ import pytest
 
 from bigtrain.jobs.cluster.local import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
 from bigtrain.storage import hash_file, read_lines
+from bigtrain.tracking.metrics import last_step
 
 CLIENT_S = 800
 GONE_S = 60.0
@@ -113,6 +114,14 @@ def driver_pid(mark: str, submission: str) -> int:
         if b"bigtrain.jobs.cluster.driver" in words and f"BIGTRAIN_SUBMISSION={submission}".encode() in names:
             return pid
     raise AssertionError(f"{submission} has no driver")
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Wait, as one who sees the run's directory, until a step is logged: a client hears of it too late to strike."""
+    deadline = time.monotonic() + CLIENT_S
+    while (last_step(run / "metrics.jsonl") or 0) < step:
+        assert time.monotonic() < deadline, list(read_lines(run / "events.jsonl"))[-3:]
+        time.sleep(0.01)
 
 
 def wait_until_gone(run: Path) -> None:

@@ -13,14 +13,14 @@ import pytest
 
 from bigtrain.jobs.cluster import isolation
 from bigtrain.jobs.cluster.local import ClusterRecord, NodeRecord, raise_local, take_down
-from tests.jobs.cluster.conftest import Client, Result, marked, on_shared, wait_until_gone
+from bigtrain.storage import read_lines
+from tests.jobs.cluster.conftest import Client, Result, marked, on_shared, wait_for_step, wait_until_gone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 GANG = {"job": {"nodes": 3, "procs_per_node": 2}, "batch": {"size": 6}}
-# Long enough for a fault to strike in the middle: a client sees a step a second or two after it was done.
 STEPS = {
-    "duration": "300 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "150 steps", "batches": 2},
+    "duration": "200 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "100 steps", "batches": 2},
 }  # fmt: skip
 TAKES_A_NODE = ("frozen", "link", "raylet")
 
@@ -108,8 +108,8 @@ def test_a_fault_costs_no_sample(
     name = f"fault-{fault}"
     config = write_config(name=name, **GANG, **STEPS, **on_shared(shared))
     client.submit(config, shared / "runs")
-    client.wait_for(name, lambda status: (status["step"] or 0) >= 6)
-    hosts = client.json("events", name)["events"][0]["hosts"]
+    wait_for_step(shared / "runs" / name, 6)
+    hosts = next(read_lines(shared / "runs" / name / "events.jsonl"))["hosts"]
     # The head is the first node; where it runs ranks, another carries the fault.
     node = isolated.nodes[int(next(host for host in hosts if host != "node0").removeprefix("node"))]
     strike(fault, node)

@@ -12,12 +12,12 @@ import pytest
 from bigtrain.jobs.cluster import isolation
 from bigtrain.jobs.cluster.local import ClusterRecord, raise_local, take_down
 from bigtrain.storage import read_lines
-from tests.jobs.cluster.conftest import Client, marked, on_shared, wait_until_gone
+from tests.jobs.cluster.conftest import Client, marked, on_shared, wait_for_step, wait_until_gone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 STEPS = {
-    "duration": "300 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "150 steps", "batches": 2},
+    "duration": "200 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "100 steps", "batches": 2},
 }  # fmt: skip
 SIX = {"size": 6}
 
@@ -40,7 +40,7 @@ def test_a_killed_head_ends_the_job_and_the_same_name_resumes(
     record, client = raised()
     try:
         client.submit(config, runs)
-        client.wait_for("headless", lambda status: (status["step"] or 0) >= 6)
+        wait_for_step(runs / "headless", 6)
         assert record.nodes[0].pid is not None
         os.kill(record.nodes[0].pid, signal.SIGKILL)
         # The other two nodes live on; what ran there ends by itself.
@@ -58,4 +58,4 @@ def test_a_killed_head_ends_the_job_and_the_same_name_resumes(
     assert marked(record.mark) == []
     assert result(runs / "headless") == on_one_machine(6, batch=SIX, **STEPS)
     rows = [row["step"] for row in read_lines(runs / "headless" / "metrics.jsonl")]
-    assert rows == list(range(1, 301)), "a step was left out, or is there twice"
+    assert rows == list(range(1, 201)), "a step was left out, or is there twice"
