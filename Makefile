@@ -23,7 +23,7 @@ test: .venv ## every capability once, in its smallest form
 test-slow: .venv ## the rest: every layout, more kills, larger sizes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-bench-faults: .venv ## how long ten faults of each kind take to be seen and mended
+bench-faults: .venv ## ten faults of each kind: how soon they are seen and mended, and what they cost
 	$(BIN)/python -m tests.bench.bench_faults
 
 test-cluster: .venv ## runs on clusters of isolated nodes, scripts of others, lost heads and drivers: by hand
