@@ -24,7 +24,7 @@ from tests.data import faulty_server
 from tests.training.test_resume import flip_a_bit, truncate
 
 SPOILT_S: Final = (1.0, 3.0)
-"""How long a server fails after its first bad answer: shorter than the limit of a step, after which waiting for data is a hang."""
+"""How long a server fails after its first bad answer: for longer than a step may take, waiting for data is a hang."""
 HOUR_S: Final = 3600
 SHARD_OF_CHECKPOINT_BYTES: Final = 500_000
 """Less than a rank writes of a checkpoint, more than any other file that it writes."""
