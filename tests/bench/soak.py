@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -223,6 +224,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of kinds and moments; drawn and printed without it")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new directory for it, which is not removed")
     arguments = parser.parse_args()
+    # So that a soak that is ended takes its run along.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     print(f"$ python -m tests.bench.soak --faults {arguments.faults} --minutes {arguments.minutes:g} --every "

@@ -46,7 +46,7 @@ def kill_a_rank_in_a_save(run: Soaked, chance: random.Random) -> Struck:
 
 
 def stop_a_rank(run: Soaked, chance: random.Random) -> Struck:
-    """Once it takes steps: a start may be silent for two minutes."""
+    """Once it takes steps: a start may be silent for minutes."""
     rank = chance.randrange(RANKS)
     run.wait_for_steps()
     _send(run, rank, signal.SIGSTOP)

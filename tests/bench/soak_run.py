@@ -84,7 +84,7 @@ class Place:
             },
             "tracking": {"wandb": "disabled"},
             # A machine that others use is slow at times: what is no fault must not look like one.
-            "job": {"max_failures": 20, "limits": {"start": 120, "step": 10, "save": 15, "evaluation": 20}},
+            "job": {"max_failures": 20, "limits": {"start": 300, "step": 15, "save": 45, "evaluation": 60}},
         }  # fmt: skip
         path = self.path / "soak.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -176,9 +176,7 @@ def test_a_cache_that_is_removed_while_it_is_read_is_filled_again(
     found = []
     with Loader(index, order, batch_size=BATCH, context=CONTEXT, log_samples=True, streaming=streaming) as loader:
         for batch in loader.batches(0, steps):
-            found.append(
-                (batch.sample_ids, {name: values.tolist() for name, values in batch.micro_batches[0].items()})
-            )
+            found.append((batch.sample_ids, {name: values.tolist() for name, values in batch.micro_batches[0].items()}))
             if batch.step % 3 == 0:
                 removed += (tmp_path / "cache").exists()
                 shutil.rmtree(tmp_path / "cache", ignore_errors=True)
