@@ -35,7 +35,7 @@ import torch
 from bigtrain.run import ExitCode
 from bigtrain.tracking.goodput import goodput
 from bigtrain.tracking.history import read_columns, read_events
-from tests.bench.soak_faults import ALL, KILLS, Fault, move_the_clock
+from tests.bench.soak_faults import ALL, KILLS, LAUNCHER_ENDED, Fault, move_the_clock
 from tests.bench.soak_run import GONE_S, NAME, Place, Soaked, marked
 from tests.bench.soak_watch import Watch
 from tests.data.faulty_server import serving
@@ -94,6 +94,9 @@ class Soak:
         cause = ""
         if event == "fault":
             self.expected[re.sub(r"^rank \d+|process \d+", ".*", pattern)] += 1
+        elif event == "fallback":
+            # Its launcher was killed first.
+            self.expected[LAUNCHER_ENDED.format(".*")] += 1
         if event:
             found = self._told(event, known[event], pattern)
             cause = f" -> {event}: {found}" if found is not None else " -> NOT TOLD"

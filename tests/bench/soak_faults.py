@@ -29,6 +29,8 @@ HOUR_S: Final = 3600
 SHARD_OF_CHECKPOINT_BYTES: Final = 500_000
 """Less than a rank writes of a checkpoint, more than any other file that it writes."""
 
+LAUNCHER_ENDED: Final = "the launcher, process {} on .* ended without a word"
+
 Struck = tuple[str, str, str]
 """What was done; the event that tells it, and a pattern of its cause ("", "" where none has to)."""
 Fault = Callable[[Soaked, random.Random], Struck]
@@ -65,7 +67,7 @@ def kill_the_launcher(run: Soaked, chance: random.Random) -> Struck:
     pid = run.process.pid
     run.kill_launcher()
     run.start()
-    return "and start it again", "fault", f"the launcher, process {pid} on .* ended without a word"
+    return "and start it again", "fault", LAUNCHER_ENDED.format(pid)
 
 
 def kill_the_agent(run: Soaked, chance: random.Random) -> Struck:
@@ -137,7 +139,7 @@ def damage_the_cache(run: Soaked, chance: random.Random) -> Struck:
         damage(path)
     run.start()
     done = f"{damage.__name__}: {len(files)} files, with the launcher killed"
-    return done, "fault", f"the launcher, process {pid} on .* ended without a word"
+    return done, "fault", LAUNCHER_ENDED.format(pid)
 
 
 def damage_the_newest_checkpoint(run: Soaked, chance: random.Random) -> Struck:
