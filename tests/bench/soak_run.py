@@ -30,8 +30,10 @@ MARK_VARIABLE: Final = "BIGTRAIN_SOAK"
 """In the environment of all that the soak starts, so that nothing of it is overlooked."""
 PACE_S: Final = 0.3
 SAVE_EVERY: Final = 8
-GONE_S: Final = 20.0
-"""How long processes may outlive the launcher that was killed."""
+GONE_S: Final = 60.0
+"""How long processes may outlive the launcher that was killed; on an idle machine it is a fraction of a second."""
+WAIT_S: Final = 1200.0
+"""How long anything is waited for: others may have the machine to themselves for a while."""
 
 
 class Place:
@@ -84,7 +86,7 @@ class Place:
             },
             "tracking": {"wandb": "disabled"},
             # A machine that others use is slow at times: what is no fault must not look like one.
-            "job": {"max_failures": 20, "limits": {"start": 300, "step": 15, "save": 45, "evaluation": 60}},
+            "job": {"max_failures": 1000, "limits": {"start": 300, "step": 15, "save": 45, "evaluation": 60}},
         }  # fmt: skip
         path = self.path / "soak.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -153,12 +155,13 @@ class Soaked(Run):
         return [event for event in self._events if event["event"] in names]
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        """Wait until a condition is met; what it gave. Not as often as where time is measured."""
-
-        def patient() -> Any:
-            return condition() or time.sleep(0.01)
-
-        return super().until(patient)
+        """Wait until a condition is met; what it gave."""
+        deadline = time.monotonic() + WAIT_S
+        while not (value := condition()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the run does not go on; its launcher's exit code is {self.process.poll()}")
+            time.sleep(0.01)
+        return value
 
     def pids(self) -> list[int]:
         """Process ids of the ranks that live, by rank; of none where one is missing."""
@@ -196,7 +199,7 @@ class Soaked(Run):
     def stop(self) -> int:
         """SIGTERM, once; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(240)
+        return self.process.wait(WAIT_S)
 
     def end(self) -> None:
         """End it at once, with all that it started."""

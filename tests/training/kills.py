@@ -45,7 +45,7 @@ FETCH_S: Final = 0.05
 GO_ON_S: Final = 0.0003
 AIM_S: Final = 30.0
 """How long a moment is waited for before the rank is killed where it is."""
-DEADLINE_S: Final = 240.0
+DEADLINE_S: Final = 900.0
 
 
 @dataclass
