@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import random
@@ -43,7 +44,9 @@ CACHE_BYTES: Final = 60_000
 FETCH_S: Final = 0.05
 """How long the server lets the second half of a file wait: far longer than a look takes."""
 GO_ON_S: Final = 0.0003
-AIM_S: Final = 30.0
+"""Processor time that a rank gets between two looks."""
+LONGEST_GO_ON_S: Final = 0.1
+AIM_S: Final = 60.0
 """How long a moment is waited for before the rank is killed where it is."""
 DEADLINE_S: Final = 900.0
 
@@ -64,6 +67,11 @@ class Rank:
                     (word,) = struct.unpack("Q", page.read(8))
                 return word >> 32, PHASES[word >> 28 & 0xF]
         return 0, "start"
+
+    def cpu_s(self) -> float:
+        """Processor time that it has had, all threads together."""
+        # The number of a process's clock, as clock_getcpuclockid(3) makes it.
+        return time.clock_gettime(~self.pid << 3 | 2)
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Descriptors and what they lead to."""
@@ -87,8 +95,8 @@ class Rank:
         names = set(_names(place))
         published = sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
         latest = 0
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            latest = int((place / "LATEST").read_text().partition('"step": ')[2].split("}")[0].split(",")[0])
+        with contextlib.suppress(OSError, ValueError):
+            latest = json.loads((place / "LATEST").read_text())["step"]
         for name in (name for name in names if ".tmp-" in name and name.startswith("step_")):
             if int(name[5:13]) in published or (published and int(name[5:13]) < published[-1]):
                 return "prune"
@@ -159,10 +167,9 @@ class Killer:
             self.round = self.chance.sample(sorted(AIMS), len(AIMS))
         aim = self.round.pop()
         number = 0 if aim.startswith("save") and aim != "save: shards" else self.chance.randrange(self.nproc)
+        self._until(lambda: len(self._events("restarted")) >= len(self.kills))
         if aim != "start":
-            # The rank that goes on has begun to take steps.
-            begun = len(self._events("started", "resumed"))
-            self._until(lambda: len(self._events("started", "resumed")) > len(self.kills) or begun > len(self.kills))
+            self._until(lambda: self._events("started", "resumed", "restarted")[-1:] != self._events("restarted")[-1:])
         rank = self._until(lambda: self._rank(number))
         time.sleep(self.chance.uniform(0.0, 0.4))
         struck = self._step_to(rank, AIMS[aim])
@@ -175,13 +182,17 @@ class Killer:
     def _step_to(self, rank: Rank, there: Aim) -> bool:
         """Let the rank go on bit by bit until it is there, and leave it stopped; whether it came there."""
         deadline = time.monotonic() + AIM_S
+        patience_s = GO_ON_S
         while time.monotonic() < deadline:
-            # Without a stop as long as it is nowhere near: the look itself takes longer than some moments last.
             os.kill(rank.pid, signal.SIGSTOP)
             if there(rank):
                 return True
+            before, until = rank.cpu_s(), time.monotonic() + patience_s
             os.kill(rank.pid, signal.SIGCONT)
-            time.sleep(GO_ON_S)
+            while rank.cpu_s() - before < GO_ON_S and time.monotonic() < until:
+                time.sleep(GO_ON_S / 3)
+            # It may wait for another rank, or for a core.
+            patience_s = GO_ON_S if rank.cpu_s() - before >= GO_ON_S else min(2 * patience_s, LONGEST_GO_ON_S)
         return False
 
     def _rank(self, number: int) -> Rank | None:
