@@ -175,6 +175,7 @@ class Killer:
         struck = self._step_to(rank, AIMS[aim])
         step, phase = rank.beat()
         self.kills.append(Kill(aim, number, struck, step, phase, rank.save()))
+        print(f"{len(self.kills):3}  {self.kills[-1]}", flush=True)
         os.kill(rank.pid, signal.SIGKILL)
         known = len(self.kills)
         self._until(lambda: len(self._events("fault")) >= known)
@@ -299,7 +300,6 @@ def main() -> int:
     missed = [kill for kill in kills if not kill.struck]
     if len(missed) > len(kills) // 5:
         problems.append(f"{len(missed)} of {len(kills)} kills missed what they were aimed at")
-    print("\n".join(f"{number + 1:3}  {kill}" for number, kill in enumerate(kills)))
     verdict = "NOT the undisturbed run" if problems else "bit-identical to the undisturbed run: state, losses, samples"
     print(f"\n{len(kills)} kills from outside, {len(kills) - len(missed)} struck where they were aimed: {verdict}")
     print("".join(f"BROKEN: {problem}\n" for problem in problems), end="")

@@ -119,7 +119,6 @@ def test_ranks_killed_from_outside_wherever_they_are_leave_no_trace(tmp_path: Pa
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"nproc {nproc}: aims, ranks and moments are drawn from seed {seed}")
     kills, problems = kill_and_compare(tmp_path.resolve(), KILLS_PER_RUN, nproc, seed)
-    print("\n".join(map(str, kills)))
     assert not problems
     assert len(kills) == KILLS_PER_RUN
     assert sum(not kill.struck for kill in kills) <= KILLS_PER_RUN // 3, "most must strike where they are aimed"
