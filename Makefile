@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow bench-faults check format
+.PHONY: help train test test-slow bench-faults soak check format
 
 help: ## list the commands
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,10 @@ test-slow: .venv ## the rest: every layout, more kills, larger sizes
 
 bench-faults: .venv ## ten faults of each kind: how soon they are seen and mended, and what they cost
 	$(BIN)/python -m tests.bench.bench_faults
+
+soak: .venv ## half an hour of random kills, then an hour of all faults, each held against an undisturbed run
+	$(BIN)/python -m tests.bench.soak --faults kills --minutes 30 --every 15
+	$(BIN)/python -m tests.bench.soak --faults all --minutes 60 --every 20
 
 test-cluster: .venv ## runs on clusters of isolated nodes, scripts of others, lost heads and drivers: by hand
 	$(BIN)/python -m pytest -m "cluster and not gpu"

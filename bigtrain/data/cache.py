@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ARRIVALS = 3
 """Times that a file is fetched whole before other bytes than the index's are an error."""
+REMOVALS = 3
+"""Times that the cache may be removed while one file is fetched."""
 _POLL_S = 0.02
 _PART = ".part-"
 
@@ -65,12 +67,16 @@ class Cache:
 
     def __init__(self, root: Path, limit_bytes: int) -> None:
         self.root, self.limit_bytes = root, limit_bytes
+        self._prepare(root)
+
+    def _prepare(self, directory: Path) -> None:
+        """Make the root, and a directory in it, where they are not there."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+            directory.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
         except OSError as error:
             raise UserError(
-                f"the cache of shards cannot be written: {error.strerror}", str(root), "set streaming.cache_dir"
+                f"the cache of shards cannot be written: {error.strerror}", str(self.root), "set streaming.cache_dir"
             ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:
@@ -106,6 +112,23 @@ class Cache:
             NoRoom: Not urgent, and all is in use.
             CorruptionError: `fill` brought other bytes, each of ARRIVALS times.
         """
+        for _ in range(REMOVALS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._get(path, size, hash, fill, urgent, check, cancelled)
+            # Someone has emptied the cache meanwhile, as one does with caches.
+            self._prepare(path.parent)
+        return self._get(path, size, hash, fill, urgent, check, cancelled)
+
+    def _get(
+        self,
+        path: Path,
+        size: int,
+        hash: str | None,
+        fill: Callable[[BinaryIO], None],
+        urgent: bool,
+        check: bool,
+        cancelled: threading.Event | None,
+    ) -> Lease:
         while True:
             lease = self._lease(path)
             if lease is None:
@@ -148,7 +171,9 @@ class Cache:
         try:
             yield
         finally:
-            lock.unlink()
+            # Where the cache was emptied, the lock at this place may be another's.
+            if _is_at(lock, descriptor):
+                lock.unlink(missing_ok=True)
             os.close(descriptor)
 
     def _make(

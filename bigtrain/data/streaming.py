@@ -147,6 +147,10 @@ class CachedStore:
             wanted = self._wanted.setdefault(shard, _Wanted())
             result = wanted.result
         found = None if result is None else result.result()
+        if found is not None and not found[0].path.exists():
+            # Someone has emptied the cache since it was fetched.
+            found[1].release()
+            found = None
         if found is None:
             with self._lock:
                 result = wanted.result = self._pool.submit(self._get, shard, wanted.cancelled, True)
@@ -199,16 +203,21 @@ class CachedStore:
         entry = self._index.shards[shard]
         if self._index.origin is None:
             return self._index.rows(shard)
-        lease = get(
-            self._directory / entry.index,
-            size=self._index.sidecar_bytes(shard),
-            hash=entry.index_hash,
-            fill=partial(self._fetch, entry.index, None, cancelled),
-        )
-        try:
-            return self._index.rows(shard, lease.path)
-        finally:
-            lease.release()
+        while True:
+            lease = get(
+                self._directory / entry.index,
+                size=self._index.sidecar_bytes(shard),
+                hash=entry.index_hash,
+                fill=partial(self._fetch, entry.index, None, cancelled),
+            )
+            try:
+                return self._index.rows(shard, lease.path)
+            except UserError:
+                if lease.path.exists():
+                    raise
+                # Someone has emptied the cache between the two: once more.
+            finally:
+                lease.release()
 
     def _tokens(self, shard: int, rows: Rows, get: Any, cancelled: threading.Event) -> tuple[StoredShard, Lease]:
         """The tokens of a shard of text, from the cache or made now."""

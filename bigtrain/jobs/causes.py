@@ -23,6 +23,7 @@ BACKOFF_MOST_S: Final = 30.0
 
 _OUT_OF_MEMORY: Final = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
 _LESS_MEMORY: Final = "lower layout.micro_size, set engine.recompute to full, or spread the model over more ranks"
+_PORT_TAKEN: Final = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 _PEER_GONE: Final = re.compile(
     r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|[Cc]onnection (refused|closed|was aborted)|remote process "
     r"exited|NCCL|socketPoll|Timed out waiting"
@@ -79,9 +80,10 @@ class Fault:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
 
         Numbers and addresses inside the text are left out: ports, times and pointers differ each time. Out of memory is
-        the same wherever it strikes. That a peer is gone says nothing about what this rank does.
+        the same wherever it strikes. That a peer is gone says nothing about what this rank does, nor does a port that
+        another process took: the next attempt has another one.
         """
-        if self.traceback is None or self._weight() == 0:
+        if self.traceback is None or self._weight() == 0 or _PORT_TAKEN.search(_last_line(self.traceback)):
             return None
         if _OUT_OF_MEMORY.search(_last_line(self.traceback)):
             return None, ""
@@ -106,6 +108,8 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
             what = f"raised {_shortened(last)}"
             if _OUT_OF_MEMORY.search(last):
                 what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
+            elif _PORT_TAKEN.search(last):
+                what = f"found its port taken by another process: {_shortened(last)}"
         elif said:
             what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
     return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)

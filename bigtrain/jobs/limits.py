@@ -37,6 +37,12 @@ class LearnedLimits:
 
     def limit_s(self, phase: Phase) -> float:
         """Seconds of silence allowed in a phase."""
+        if phase == "data":
+            # Waiting for data is part of a step: a server is given as long as a step may take.
+            return max(self._limit_s("data"), self._limit_s("step"))
+        return self._limit_s(phase)
+
+    def _limit_s(self, phase: Phase) -> float:
         published = self._published[phase]
         if phase not in ENOUGH or self._count.get(phase, 0) < ENOUGH[phase]:
             return published

@@ -46,6 +46,7 @@ def _raise() -> None:
 FAULTS: Final[dict[str, Callable[[], object]]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": _stop,
+    "stop at once": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hold the GIL": _hold_gil,
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "abort": os.abort,

@@ -219,8 +219,7 @@ class Trainer:
         total, left_out = self.boundaries.total_steps, self.progress.bad_steps.left_out
         pending: _Launched | None = None
         self._mark = time.perf_counter()
-        self.control.beat(self.progress.step, "step")
-        for batch in self.loader.batches(self.progress.step + left_out):
+        for batch in self._batches(self.progress.step, left_out):
             done = batch.step - left_out + 1
             lr = self.schedule.lr(done - 1)
             result = self.engine.train_step(done - 1, batch.micro_batches, lr, self.control.vote())
@@ -246,6 +245,18 @@ class Trainer:
                 if stops:
                     return Outcome.STOPPED
         raise RuntimeError(f"the loader ended at step {self.progress.step} of {total}")
+
+    def _batches(self, done: int, left_out: int) -> Iterator[StepBatch]:
+        """The batches of the steps after `done`; a rank that waits for one shows it."""
+        batches = self.loader.batches(done + left_out)
+        while True:
+            self.control.beat(done, "data")
+            batch = next(batches, None)
+            self.control.beat(done, "step")
+            if batch is None:
+                return
+            yield batch
+            done += 1
 
     def _go_back(self, asked: RollBack) -> None:
         """Go on from an older checkpoint, past the batches that led to a bad step."""

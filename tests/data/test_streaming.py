@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,22 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(
     with caplog.at_level(logging.WARNING):
         assert samples(index, streaming) == samples(packed)
     assert "damaged" in caplog.text
+
+
+def test_a_cache_that_is_removed_while_it_is_read_is_filled_again(
+    server: Any, packed: ShardIndex, streaming: StreamingConfig, tmp_path: Path
+) -> None:
+    index, steps, removed = open_index(server.url, streaming), 2 * epoch(packed), 0
+    order = SampleOrder(7, index.fingerprint, index.sequence_counts(CONTEXT), WINDOW)
+    found = []
+    with Loader(index, order, batch_size=BATCH, context=CONTEXT, log_samples=True, streaming=streaming) as loader:
+        for batch in loader.batches(0, steps):
+            found.append((batch.sample_ids, {name: values.tolist() for name, values in batch.micro_batches[0].items()}))
+            if batch.step % 3 == 0:
+                removed += (tmp_path / "cache").exists()
+                shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert removed > 3
+    assert found == samples(packed, steps=steps)
 
 
 def test_a_shard_with_other_bytes_than_its_index_ends_in_an_error_that_names_it(

@@ -21,6 +21,8 @@ HANG_S = 8.0
         ({"kind": "exit", "step": 12}, "exited with 0 at step 12 while other ranks went on"),
         ({"kind": "stop", "step": 12}, "hangs in phase step at step 12"),
         ({"kind": "stop", "step": 14, "phase": "save"}, "hangs in phase save at step 14"),
+        ({"kind": "stop at once", "step": 12, "phase": "data"}, "hangs in phase data at step 12"),
+        ({"kind": "kill", "step": 13, "phase": "data"}, "was killed by SIGKILL at step 13, in phase data"),
         ({"kind": "hold the GIL", "step": 12}, "hangs in phase step at step 12"),
         ({"kind": "raise", "step": 12}, "raised ValueError: planted"),
     ],
@@ -33,7 +35,8 @@ def test_a_fault_of_a_rank_leaves_no_trace_but_a_line(two_ranks: Any, fault: dic
     two_ranks.assert_same(name, "undisturbed")
     two_ranks.assert_nothing_left(name)
     [event] = two_ranks.events(name, "fault")
-    assert event["rank"] == 1
+    assert (event["rank"], event["step"]) == (1, fault["step"])
+    assert f"rank 1 on host {event['host']} " in event["cause"]
     assert cause in event["cause"]
     assert "\n" not in event["cause"]
 

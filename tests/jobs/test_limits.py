@@ -55,3 +55,11 @@ def test_a_users_own_limit_is_never_lengthened() -> None:
         limits.observe(0, Beat(step, "step", 0.0))
         limits.observe(0, Beat(step, "step", 4.0))
     assert limits.limit_s("step") == 5.0
+
+
+def test_data_may_be_waited_for_as_long_as_a_step_may_take() -> None:
+    limits = observed("step", [5.0] * ENOUGH["step"])
+    for step in range(1000, 1001 + ENOUGH["data"]):
+        limits.observe(0, Beat(step, "data", 0.0))
+        limits.observe(0, Beat(step, "data", 0.1))
+    assert limits.limit_s("data") == limits.limit_s("step") == TIMES_LONGEST * 5.0

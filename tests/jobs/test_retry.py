@@ -67,6 +67,17 @@ def test_out_of_memory_is_named_with_a_hint_and_not_tried_a_third_time(text: str
     assert (verdict.retry, verdict.reason) == (False, "memory ran out twice at step 9")
 
 
+def test_a_port_taken_by_another_process_is_named_and_tried_again() -> None:
+    text = "DistNetworkError: The server socket has failed to listen. port: {}, name: EADDRINUSE, message: in use"
+    exited = {"rank": 0, "step": 0, "phase": "start", "code": 1, "signal": None, "tail": ""}
+    budget = RetryBudget(10, lambda: 0)
+    for port in (23456, 23457):
+        fault = fault_of_exit({**exited, "traceback": f"Traceback\n{text.format(port)}"}, "x")
+        assert fault.cause.startswith("rank 0 on host x found its port taken by another process: ")
+        assert f"port: {port}" in fault.cause
+        assert budget.judge(fault).retry
+
+
 def test_a_users_mistake_is_never_retried() -> None:
     assert not RetryBudget(10, lambda: 0).judge(Fault(Kind.USER, "typo", "host")).retry
 

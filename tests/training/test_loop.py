@@ -87,7 +87,8 @@ class World:
             step += 1
 
     def beat(self, step: int, phase: str) -> None:
-        if phase != "step":
+        # Of these two there is one of each a step.
+        if phase not in ("step", "data"):
             self.log.append(f"{phase} phase at {step}")
 
     def vote(self) -> float:
