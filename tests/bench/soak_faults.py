@@ -64,9 +64,13 @@ def stop_a_rank_in_a_save(run: Soaked, chance: random.Random) -> Struck:
 
 
 def kill_the_launcher(run: Soaked, chance: random.Random) -> Struck:
+    """Whenever it is; the next one tells of it where it held the run's lease, so had begun to do something."""
     pid = run.process.pid
+    held = run.holds_lease()
     run.kill_launcher()
     run.start()
+    if not held:
+        return "before it had the run, and start it again", "", ""
     return "and start it again", "fault", LAUNCHER_ENDED.format(pid)
 
 
@@ -133,6 +137,7 @@ def remove_the_cache(run: Soaked, chance: random.Random) -> Struck:
 def damage_the_cache(run: Soaked, chance: random.Random) -> Struck:
     """While nobody has it mapped: what a disk does to bytes that are in use, no check on opening can see."""
     pid, damage = run.process.pid, chance.choice((flip_a_bit, truncate))
+    run.until(run.holds_lease)
     run.kill_launcher()
     files = [path for path in (run.place.path / "cache").rglob("shard-*") if path.stat().st_size]
     for path in files:
@@ -145,7 +150,7 @@ def damage_the_cache(run: Soaked, chance: random.Random) -> Struck:
 def damage_the_newest_checkpoint(run: Soaked, chance: random.Random) -> Struck:
     """With the launcher down; the one before must be there to fall back to."""
     damage = chance.choice((flip_a_bit, truncate, Path.unlink))
-    run.until(lambda: len(run.checkpoints()) > 2)
+    run.until(lambda: run.holds_lease() and len(run.checkpoints()) > 2)
     run.kill_launcher()
     # A start says both: that its predecessor is dead, and which checkpoint it cannot trust.
     newest = run.checkpoints()[-1]

@@ -18,6 +18,7 @@ from typing import Any, Final
 import yaml
 
 from bigtrain.checkpoint.commit import list_checkpoints
+from bigtrain.run import Lease, RunDirectory
 from tests.bench.bench_faults import ROOT, Run
 from tests.bench.paced_model import PACE_VARIABLE
 from tests.data.faulty_server import FaultyServer
@@ -169,6 +170,11 @@ class Soaked(Run):
             return [self.pid(rank) for rank in range(RANKS)]
         except RuntimeError:
             return []
+
+    def holds_lease(self) -> bool:
+        """Whether the present launcher has the run: the next one tells if it ends without a word from then on."""
+        holder = Lease.holder(RunDirectory(self.path))
+        return holder is not None and holder.pid == self.process.pid
 
     def agent(self) -> int:
         """Process id of the ranks' parent."""
