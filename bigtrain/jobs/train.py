@@ -214,7 +214,7 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     prepared = run.prepared
     config = prepared.config
     newest = run.newest
-    unit = "tokens" if prepared.train.kind == "tokens" else "images"
+    unit = "tokens" if prepared.train.of_tokens else "images" if prepared.train.kind == "images" else "samples"
     per_step = prepared.batch_sequences * prepared.context
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
