@@ -177,7 +177,7 @@ def _column(path: Path) -> tuple[Column, int]:
     else:
         name = array_name(path.name.lower(), where) or path.stem
     per_sample = (size - layout.begin) // count if count else 0
+    info = array_info(name, one, layout.begin + per_sample, where)
     if per_sample * count != size - layout.begin:
         raise UserError("the array's header does not fit its bytes", where)
-    info = array_info(name, one, layout.begin + per_sample, where)
     return Column(path, name, info.dtype, info.shape, layout.begin), count

@@ -94,7 +94,7 @@ class Config(ModelConfig):
         """Matmul FLOPs of an image and its caption, forward and backward, over the caption's tokens.
 
         6 a parameter and place; attention 12 * layers * W for each pair of places, in the causal count for each that
-        sees the other.
+        sees the other. Padding is computed too and is no token of a run's metrics: in MFU it is waste.
         """
         patches, places = self.patches, self.positions
         dense = 6 * (patches * self.patch_values * self.width + places * self.layers * 12 * self.width**2)
