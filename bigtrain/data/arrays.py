@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.npy import NpyLayout
+from bigtrain.data.npy import MAX_DIMENSIONS, NpyLayout
 
 ARRAY_TYPES = ("<f2", "<f4", "<f8", "|u1", "|i1", "<i2", "<i4", "<i8")
 """Numbers that PyTorch has tensors of."""
@@ -58,7 +58,11 @@ class ArrayInfo:
         name, dtype, shape = value["name"], value["dtype"], value["shape"]
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED or dtype not in ARRAY_TYPES:
             raise ValueError(f"an array is called {name!r} and of type {dtype!r}")
-        if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 1 << 40 for size in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > MAX_DIMENSIONS
+            or not all(type(size) is int and 0 < size < 1 << 40 for size in shape)
+        ):
             raise ValueError(f"the array {name!r} has the shape {shape!r}")
         found = cls(name, str(dtype), tuple(shape))
         if found.bytes > MAX_ARRAY_BYTES:

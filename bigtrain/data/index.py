@@ -474,6 +474,8 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
             parts[name] = None if parts[name] is None else build(**parts[name])
         if parts["arrays"] is not None:
             parts["arrays"] = tuple(ArrayInfo.from_json(entry) for entry in parts["arrays"])
+            if len({info.name for info in parts["arrays"]}) != len(parts["arrays"]):
+                raise ValueError("two arrays have one name")
         if parts["base_url"] is not None:
             parts["base_url"] = check_url(parts["base_url"])
         index = ShardIndex(shards=shards, directory=root.resolve(), **parts)

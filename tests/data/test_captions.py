@@ -85,7 +85,7 @@ def test_pairs_of_a_foreign_tar_are_indexed_and_read(write_tar: Callable[..., Pa
     assert index_directory(directory).fingerprint == index.fingerprint
     assert verify(directory).problems == []
     found = inspect(directory, context=TOKENS)
-    assert (found.first_lines, found.cut, found.longest) == (CAPTIONS[:3], 1, 33)
+    assert (found.first_lines, found.cut, found.longest) == (CAPTIONS[:3], 2, 33)
     assert found.padding == (batch["weights"][:4] == 0).sum()
 
 
