@@ -23,6 +23,12 @@ def data_pack(
         str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="Pack images from FOLDER/CLASS/NAME.png or .jpg.")] = False,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Pack images with captions: folders, tars, .jsonl; see the README.")
+    ] = False,
+    arrays: Annotated[
+        bool, typer.Option("--arrays", help="Pack arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
+    ] = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
@@ -31,12 +37,13 @@ def data_pack(
     skip_bad: Annotated[int, typer.Option(min=0, help="Documents that may be bad, and are passed over.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Pack text or images into WebDataset shards; after a kill the same command goes on."""
+    """Pack text, images or arrays into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
         from bigtrain.data.pack import pack
-        from bigtrain.data.pack_images import pack_images
+        from bigtrain.data.pack_arrays import pack_arrays
+        from bigtrain.data.pack_images import pack_captions, pack_images
         from bigtrain.data.tokenizers import Tokenizer
 
         try:
@@ -49,13 +56,22 @@ def data_pack(
             "skip_bad": skip_bad,
             "workers": workers or len(os.sched_getaffinity(0)),
         }
+        if images + captions + arrays > 1:
+            raise UserError("--images, --captions and --arrays are three kinds of data", fix="give one of them")
+        if (images or arrays) and tokenizer is not None:
+            raise UserError("images and arrays are packed without a tokenizer", fix="leave out --tokenizer")
+        if images and len(inputs) != 1:
+            raise UserError("images are packed from one folder")
         with stages() as progress:
             if images:
-                if len(inputs) != 1 or tokenizer is not None:
-                    raise UserError("images are packed from one folder, without a tokenizer")
                 summary = pack_images(inputs[0], out, size=image_size, progress=progress, **common)
+            elif arrays:
+                summary = pack_arrays(inputs, out, progress=progress, **common)
             elif tokenizer is None:
                 raise UserError("text needs a tokenizer", fix="name one with --tokenizer, for example bytes")
+            elif captions:
+                opened = Tokenizer.open(tokenizer)
+                summary = pack_captions(inputs, out, opened, key=key, size=image_size, progress=progress, **common)
             else:
                 summary = pack(inputs, out, Tokenizer.open(tokenizer), key=key, progress=progress, **common)
         show(summary.as_json(), as_json, lines)

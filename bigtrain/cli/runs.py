@@ -54,6 +54,7 @@ def train(
 def sample(
     run: Annotated[str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    image: Annotated[Path | None, typer.Option(help="The image to be captioned, for a model of captions.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest only.")] = None,
@@ -62,7 +63,7 @@ def sample(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt with the weights of a run."""
+    """Continue a prompt, or write an image's caption, with the weights of a run."""
     with errors(as_json):
         from bigtrain.checkpoint.restore import run_at
 
@@ -78,6 +79,7 @@ def sample(
             top_k=top_k,
             seed=seed,
             plugin=plugged(plugin),
+            image=image,
         )
         show({"text": text}, as_json, lambda result: result["text"])
 

@@ -1,8 +1,12 @@
 """The index of a shard directory: index.json (a superset of wids-shard-index-v1) and one sidecar a shard.
 
-A sidecar is an int64 .npy array with a row for each sample: (byte offset of the tokens in the tar, number of
-tokens), or for images (byte offset, bytes, label), or for text (byte offset, bytes, number of tokens, 1 where the
-member is gzip). With it any sample is read without walking the tar.
+A sidecar is an int64 .npy array with a row for each sample. With it any sample is read without walking the tar:
+
+    tokens      byte offset in the tar, tokens
+    text        byte offset, bytes, tokens, 1 where the member is gzip
+    images      byte offset, bytes, class
+    captions    byte offset and bytes of the image; byte offset, bytes, tokens and `CaptionForm` of the caption
+    arrays      byte offset of each array's values, in the order of their names; the class where there are classes
 
 The shards lie beside index.json, on this machine or on the server that it came from; or, where it names a `base_url`,
 on a server while the index is here.
@@ -14,8 +18,9 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +28,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.arrays import ArrayInfo
 from bigtrain.data.config import check_url
 from bigtrain.data.images import ImageInfo
+from bigtrain.data.text import MAX_CAPTION_BYTES
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file, write_atomic, write_json
 
-FORMAT_VERSION = 2
-"""Written where shards of text or a `base_url` need it; what needs neither is written as 1."""
+FORMAT_VERSION = 3
+"""Written for captions and arrays; for shards of text or with a `base_url` 2 is enough, for others 1."""
 MAX_INDEX_BYTES = 1 << 31
 INDEX_NAME = "index.json"
 AUTO_VERIFY_BYTES = 4 * 10**9
-Kind = Literal["tokens", "images"]
+Kind = Literal["tokens", "images", "captions", "arrays"]
 Verify = Literal["auto", "always", "never"]
 Rows = npt.NDArray[np.int64]
 
-_COLUMNS = {"tokens": 2, "images": 3, "text": 4}
+_COLUMNS = {"tokens": 2, "images": 3, "text": 4, "captions": 6}
+_TOKEN_COLUMNS = {"tokens": 1, "text": 2, "captions": 4}
 _SIDECAR_HEADER_BYTES = 128
+
+
+class CaptionForm(IntEnum):
+    """How a caption is stored."""
+
+    TEXT = 0
+    GZIP = 1
+    TOKENS = 2
+    """Little-endian, of the index's `dtype`."""
+
+
+def token_column(kind: Kind, text: bool) -> int | None:
+    """The column of a sidecar that counts a sample's tokens; None for what has none."""
+    return _TOKEN_COLUMNS.get("text" if text else kind)
 
 
 class _Record(BaseModel):
@@ -59,12 +81,12 @@ class Shard:
     hash: str
     """Of the tar, as `storage.hash_file` writes it."""
     tokens: int = Field(ge=0)
-    """Tokens of all its documents; 0 for images."""
+    """Tokens of all its documents or captions; 0 for images and arrays."""
     index: str
     """File name of its sidecar."""
     index_hash: str
     tokens_hash: str | None = None
-    """Of the tokens that a shard of text becomes; None for stored tokens and images."""
+    """Of the tokens that a shard of text, or its captions, become; None for stored tokens, images and arrays."""
 
     @field_validator("url", "index")
     @classmethod
@@ -89,7 +111,7 @@ class ShardIndex(_Record):
 
     kind: Kind
     dtype: Literal["<u2", "<u4", "<i4", "<i8"] | None
-    """Of the stored tokens; None for images."""
+    """Of the tokens; None for images and arrays."""
     tokenizer: TokenizerInfo | None
     image: ImageInfo | None
     text_bytes: int | None
@@ -103,6 +125,10 @@ class ShardIndex(_Record):
     """Whether the shards hold text, which is tokenised when a shard is opened."""
     base_url: str | None = None
     """Where the shards are, if not beside the index."""
+    arrays: tuple[ArrayInfo, ...] | None = None
+    """What each sample holds by name; None for other kinds."""
+    classes: Annotated[int, Field(ge=1)] | None = None
+    """One more than the largest class beside arrays; None where there are none."""
     origin: str | None = Field(default=None, exclude=True)
     """The URL that the index came from; None where it is this machine's own."""
 
@@ -123,10 +149,12 @@ class ShardIndex(_Record):
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary, or number of classes."""
+        """Entries of the vocabulary, or number of classes, 0 where there are none."""
         if self.kind == "images":
             assert self.image is not None
             return self.image.classes
+        if self.kind == "arrays":
+            return self.classes or 0
         assert self.tokenizer is not None
         return self.tokenizer.vocab_size
 
@@ -137,7 +165,7 @@ class ShardIndex(_Record):
 
     @property
     def samples(self) -> int:
-        """Documents, or images, of all shards."""
+        """Documents, images with or without captions, or samples of arrays, of all shards."""
         return sum(shard.nsamples for shard in self.shards)
 
     @property
@@ -151,14 +179,16 @@ class ShardIndex(_Record):
         return None if self.text_bytes is None or not self.tokens else self.text_bytes / self.tokens
 
     def sequence_counts(self, context: int) -> list[int]:
-        """Sequences of `context` tokens in each shard (ceil((tokens - 1) / context)); images: samples."""
-        if self.kind == "images":
+        """Sequences of `context` tokens in each shard (ceil((tokens - 1) / context)); of other kinds: samples."""
+        if self.kind != "tokens":
             return [shard.nsamples for shard in self.shards]
         return [-(-max(0, shard.tokens - 1) // context) for shard in self.shards]
 
     @property
     def columns(self) -> int:
         """Columns of a sidecar."""
+        if self.arrays is not None:
+            return len(self.arrays) + (self.classes is not None)
         return _COLUMNS["text" if self.text else self.kind]
 
     def sidecar_bytes(self, shard: int) -> int:
@@ -198,20 +228,50 @@ class ShardIndex(_Record):
         return rows
 
     def token_counts(self, rows: Rows) -> Rows:
-        """Tokens of each document of a sidecar."""
-        return rows[:, 2 if self.text else 1]
+        """Tokens of each document or caption of a sidecar."""
+        column = token_column(self.kind, self.text)
+        assert column is not None
+        return rows[:, column]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether a sample is `model.context` tokens, with or without an image."""
+        return self.kind in ("tokens", "captions")
+
+    @property
+    def captions_are_text(self) -> bool:
+        """Whether captions are tokenised when they are read."""
+        return self.kind == "captions" and any(shard.tokens_hash for shard in self.shards)
 
     def _rows_fit(self, entry: Shard, rows: Rows) -> bool:
-        width = 1 if self.dtype is None or self.text else np.dtype(self.dtype).itemsize
-        # Compared without adding: a hostile sum would wrap around.
-        if len(rows) and (
-            (rows[:, 0] > entry.filesize).any() or (rows[:, 1] > (entry.filesize - rows[:, 0]) // width).any()
-        ):
+        if not len(rows):
+            return True
+        if self.arrays is not None:
+            inside = all(
+                _inside(rows[:, column], np.asarray(info.bytes), entry.filesize)
+                for column, info in enumerate(self.arrays)
+            )
+            return inside and (self.classes is None or int(rows[:, -1].max()) < self.classes)
+        stored_tokens = self.kind == "tokens" and not self.text
+        width = np.dtype(self.dtype).itemsize if stored_tokens else 1
+        if not _inside(rows[:, 0], rows[:, 1], entry.filesize, width):
             return False
         if self.kind == "images":
-            return not len(rows) or int(rows[:, 2].max()) < self.vocab_size
+            return int(rows[:, 2].max()) < self.vocab_size
+        if self.kind == "captions" and not self._captions_fit(entry, rows):
+            return False
         counts = self.token_counts(rows)
         return bool((counts <= entry.tokens).all()) and int(counts.sum()) == entry.tokens
+
+    def _captions_fit(self, entry: Shard, rows: Rows) -> bool:
+        stored = rows[:, 5] == CaptionForm.TOKENS
+        width = np.dtype(self.dtype).itemsize
+        return bool(
+            _inside(rows[:, 2], rows[:, 3], entry.filesize)
+            and int(rows[:, 5].max()) <= max(CaptionForm)
+            and (rows[:, 3] <= MAX_CAPTION_BYTES).all()
+            and (rows[stored, 3] == rows[stored, 4] * width).all()
+        )
 
     def check(self, verify: Verify = "auto", progress: Callable[[str], None] | None = None) -> None:
         """Compare the files with the index: their sizes, and where `verify` says so their hashes.
@@ -264,6 +324,13 @@ class ShardIndex(_Record):
                 where=f"{self.place} and {other.place}",
                 fix="pack all data of a run with one tokenizer",
             )
+        if (self.arrays, self.classes is None) != (other.arrays, other.classes is None) or (
+            (other.classes or 0) > (self.classes or 0)
+        ):
+            raise UserError(
+                f"the arrays ({other.contents}) are not like the others ({self.contents})",
+                where=f"{other.place} and {self.place}",
+            )
         if self.image and other.image:
             shapes = [(image.height, image.width, image.channels) for image in (self.image, other.image)]
             if shapes[0] != shapes[1] or other.image.classes > self.image.classes:
@@ -272,6 +339,12 @@ class ShardIndex(_Record):
                     f" ({shapes[0]}, {self.image.classes} classes)",
                     where=f"{other.place} and {self.place}",
                 )
+
+    @property
+    def contents(self) -> str:
+        """Names, types and shapes of the arrays, in words."""
+        classes = [] if self.classes is None else [f"labels of {self.classes} classes"]
+        return ", ".join([*map(str, self.arrays or ()), *classes])
 
     def as_json(self) -> dict[str, Any]:
         """The object that `data index --json` prints."""
@@ -290,15 +363,21 @@ class ShardIndex(_Record):
         """The tokenizer that made the tokens.
 
         Raises:
-            UserError: Images, or tokens made elsewhere.
+            UserError: Images, arrays, or tokens made elsewhere.
         """
         if self.tokenizer is None:
-            raise UserError("images have no tokenizer", where=str(self.directory))
+            raise UserError(f"{self.kind} have no tokenizer", where=str(self.directory))
         return Tokenizer.load(self.directory, self.tokenizer)
 
 
 REINDEX = "run `bigtrain data index` on the directory"
 _CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
+
+
+def _inside(offsets: Rows, sizes: Rows, total: int, width: int = 1) -> bool:
+    """Whether stretches of so many values of a width lie inside a file."""
+    # Compared without adding: a hostile sum would wrap around.
+    return not bool((offsets > total).any() or (sizes > (total - offsets) // width).any())
 
 
 def sidecar_rows(counts: Rows, width: int) -> Rows:
@@ -318,9 +397,10 @@ def write_sidecar(path: Path, rows: Rows) -> str:
 def write_index(
     directory: Path, kind: Kind, dtype: str | None, tokenizer: TokenizerInfo | None, image: ImageInfo | None,
     text_bytes: int | None, shards: list[Shard], text: bool = False, base_url: str | None = None,
+    arrays: tuple[ArrayInfo, ...] | None = None, classes: int | None = None,
 ) -> ShardIndex:  # fmt: skip
     """Write index.json, atomically and last, and return what it says."""
-    content = {
+    content: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
         "tokenizer": None if tokenizer is None else tokenizer.as_json(),
@@ -332,8 +412,10 @@ def write_index(
         content["text"] = True
     if base_url is not None:
         content["base_url"] = base_url
+    if arrays is not None:
+        content |= {"arrays": [info.as_json() for info in arrays], "classes": classes}
     shardlist = [shard.as_json() for shard in shards]
-    version = FORMAT_VERSION if text or base_url is not None else 1
+    version = FORMAT_VERSION if kind in ("captions", "arrays") else 2 if text or base_url is not None else 1
     header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
     return load_index(directory)
@@ -390,12 +472,22 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
         parts |= {name: value.get(name, default) for name, default in _OPTIONAL.items()}
         for name, build in (("tokenizer", TokenizerInfo), ("image", ImageInfo)):
             parts[name] = None if parts[name] is None else build(**parts[name])
+        if parts["arrays"] is not None:
+            parts["arrays"] = tuple(ArrayInfo.from_json(entry) for entry in parts["arrays"])
+            if len({info.name for info in parts["arrays"]}) != len(parts["arrays"]):
+                raise ValueError("two arrays have one name")
         if parts["base_url"] is not None:
             parts["base_url"] = check_url(parts["base_url"])
         index = ShardIndex(shards=shards, directory=root.resolve(), **parts)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise CorruptionError(f"the index is damaged: {error}", where=where, fix=REINDEX) from None
-    complete = bool((index.dtype and index.tokenizer) if index.kind == "tokens" else index.image)
+    needed = {
+        "tokens": (index.dtype, index.tokenizer),
+        "images": (index.image,),
+        "captions": (index.dtype, index.tokenizer, index.image),
+        "arrays": (index.arrays,),
+    }
+    complete = all(needed[index.kind]) and (index.kind == "arrays") == (index.arrays is not None)
     if index.text and not all(shard.tokens_hash for shard in shards):
         complete = False
     expected = fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards])
@@ -404,7 +496,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
     return index
 
 
-_OPTIONAL: dict[str, Any] = {"text_bytes": None, "text": False, "base_url": None}
+_OPTIONAL: dict[str, Any] = {"text_bytes": None, "text": False, "base_url": None, "arrays": None, "classes": None}
 
 
 def _how_to_index(root: Path) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
-from bigtrain.data.indexing import scan_shard
+from bigtrain.data.samples import CaptionReader
+from bigtrain.data.scanning import scan_shard
 from bigtrain.data.sequences import TokenReader
 from bigtrain.data.text import BadSamples
 
@@ -27,7 +28,7 @@ class Inspection:
     path: str
     kind: str
     samples: int
-    """Documents, or images."""
+    """Documents, images, captions, or samples of arrays."""
     shards: int
     bytes: int
     fingerprint: str
@@ -37,6 +38,8 @@ class Inspection:
     tokenizer: str | None
     image: str | None
     """HEIGHT x WIDTH x CHANNELS."""
+    arrays: str | None
+    """Names, types and shapes, and how many classes."""
     tokens: int
     bytes_per_token: float | None
     shortest: int
@@ -44,8 +47,10 @@ class Inspection:
     context: int
     sequences: int
     padding: int
-    """Targets of weight zero that fill up the last sequence of each shard."""
+    """Targets of weight zero that fill up the last sequence of each shard, or each caption."""
     padding_share: float
+    cut: int
+    """Captions of more than `context` tokens, which lose their end."""
     first_lines: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -100,12 +105,14 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         CorruptionError: The index or a sidecar is damaged.
     """
     index = load_index(path)
-    tokens = index.kind == "tokens"
-    targets = sum(max(0, shard.tokens - 1) for shard in index.shards)
-    sequences = sum(index.sequence_counts(context))
-    padding = sequences * context - targets if tokens else 0
-    counts = (index.token_counts(index.rows(number)) for number in range(len(index.shards) if tokens else 0))
+    counts = (index.token_counts(index.rows(number)) for number in range(len(index.shards) if index.of_tokens else 0))
     lengths = [part for part in counts if len(part)]
+    captions = np.concatenate([np.zeros(0, np.int64), *lengths]) if index.kind == "captions" else np.zeros(0, np.int64)
+    targets = sum(max(0, shard.tokens - 1) for shard in index.shards)
+    if index.kind == "captions":
+        targets = int(np.minimum(captions, context).sum())
+    sequences = sum(index.sequence_counts(context))
+    padding = sequences * context - targets if index.of_tokens else 0
     image = index.image
     return Inspection(
         path=str(index.directory),
@@ -118,6 +125,7 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         dtype=index.dtype,
         tokenizer=None if index.tokenizer is None else index.tokenizer.kind,
         image=None if image is None else f"{image.height} x {image.width} x {image.channels}",
+        arrays=index.contents or None,
         tokens=index.tokens,
         bytes_per_token=index.bytes_per_token,
         shortest=min((int(part.min()) for part in lengths), default=0),
@@ -126,7 +134,8 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         sequences=sequences,
         padding=padding,
         padding_share=padding / (sequences * context) if padding else 0.0,
-        first_lines=_first_lines(index, lines) if tokens else [],
+        cut=int((captions > context).sum()),
+        first_lines=_first_lines(index, lines),
     )
 
 
@@ -163,12 +172,14 @@ def _structure(index: ShardIndex, number: int, shard: Shard) -> list[UserError]:
             return
         # A directory may have been indexed without its bad samples.
         bad = BadSamples(sys.maxsize)
-        scan = scan_shard(path, index.load_tokenizer() if index.text else None, bad)
-        found = (scan.kind, scan.dtype, scan.tokens_hash)
-        same = found == (index.kind, index.dtype, shard.tokens_hash) and np.array_equal(scan.rows, index.rows(number))
+        tokenised = index.text or index.captions_are_text
+        scan = scan_shard(path, index.load_tokenizer() if tokenised else None, bad, index.kind)
+        found = (scan.kind, scan.dtype, scan.tokens_hash, scan.arrays)
+        same = found == (index.kind, index.dtype, shard.tokens_hash, index.arrays)
+        same = same and np.array_equal(scan.rows, index.rows(number))
         if not same:
             raise CorruptionError("the sidecar does not fit its shard", str(path), REINDEX)
-        if scan.largest_id >= index.vocab_size:
+        if index.of_tokens and scan.largest_id >= index.vocab_size:
             raise CorruptionError(f"the shard holds the token {scan.largest_id} of {index.vocab_size}", str(path))
 
     return _collected(compare)
@@ -186,8 +197,23 @@ def _first_lines(index: ShardIndex, lines: int) -> list[str]:
     if index.tokenizer is None or index.tokenizer.kind == "unknown" or not any(index.sequence_counts(1)):
         return []
     shard = int(np.flatnonzero(index.sequence_counts(1))[0])
+    if index.kind == "captions":
+        return _first_captions(index, shard, lines)
     count = min(_PREVIEW_TOKENS, index.shards[shard].tokens - 1)
     reader = TokenReader(index, count)
     tokens = reader.read(np.asarray([shard]), np.asarray([0]))["tokens"][0]
     reader.close()
     return index.load_tokenizer().decode(tokens).splitlines()[:lines]
+
+
+def _first_captions(index: ShardIndex, shard: int, lines: int) -> list[str]:
+    count = min(lines, index.shards[shard].nsamples)
+    reader = CaptionReader(index, _PREVIEW_TOKENS)
+    batch = reader.read(np.full(count, shard), np.arange(count))
+    reader.close()
+    tokenizer = index.load_tokenizer()
+    found = []
+    for tokens, weights in zip(batch["tokens"], batch["weights"], strict=True):
+        kept = tokens[(weights > 0) & (tokens != tokenizer.eot)]
+        found.append(" ".join(tokenizer.decode(kept).split()))
+    return found

@@ -74,8 +74,10 @@ class StepBatch:
     step: int
     micro_batches: list[Arrays]
     """Text: tokens, targets, weights (B, C), keys (B,), and with a document mask documents, positions (B, C).
-    Images: images (B, height, width, channels), labels, weights, keys (B,). Of a mixture also sources (B, S): a one for
-    the source of each sequence."""
+    Images: images (B, height, width, channels), labels, weights, keys (B,).
+    Captions: images as before, tokens, weights (B, C), keys (B,).
+    Arrays: each by its name (B, ...), labels (B,) where there are classes, weights, keys (B,).
+    Of a mixture also sources (B, S): a one for the source of each sequence."""
     sample_ids: list[str] = field(default_factory=list)
     """Of the whole global batch in its order; only when asked for."""
 
@@ -87,7 +89,7 @@ class Loader:
         data: A shard directory, its index, or several of them.
         order: The global order; its counts are those of the index at this context.
         batch_size: Sequences of the global batch.
-        context: Tokens of a sequence; unused for images.
+        context: Tokens of a sequence or caption; unused for images and arrays.
         dp_rank: This rank among those that read different data.
         dp_size: Their number.
         micro_size: Sequences that a rank takes in one pass, at most; None: all of its own.

@@ -53,6 +53,7 @@ class SplitSummary:
 
     directory: str
     documents: int
+    """Or samples of another kind."""
     tokens: int
     """Ends of text included."""
     characters: int
@@ -61,9 +62,9 @@ class SplitSummary:
     fingerprint: str
 
     @property
-    def characters_per_token(self) -> float:
-        """How far the tokenizer compresses the text; ends of text are no characters."""
-        return self.characters / self.tokens
+    def characters_per_token(self) -> float | None:
+        """How far the tokenizer compresses the text; ends of text are no characters. None where there is no text."""
+        return self.characters / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PackSummary:
     out: str
     vocab_size: int
     held_out: str | None
-    """How the validation data was chosen: "documents", "tail" of the only document, or None."""
+    """How the validation data was chosen: "documents", "tail" of the only document, the kind of samples, or None."""
     empty_documents: int
     """Documents without text, which were passed over."""
     splits: dict[str, SplitSummary]

@@ -1,198 +1,228 @@
-"""Packing images: a folder for each class becomes shards of images with class numbers (`bigtrain data pack --images`).
+"""Packing images (`bigtrain data pack --images` and `--captions`).
 
-Images are mixed once, by a permutation, since a folder holds them class after class. Shards are fixed by the files and
-their sizes, so that any number of processes writes the same bytes; after a kill a finished one is not written again.
+With classes they lie in one folder a class. With captions, each beside a text of its name in a folder or a tar, or
+named by the lines of a JSON lines file; captions are tokenised here, as text is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import tarfile
-from collections import deque
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, ImageInfo, image_shape, squared
-from bigtrain.data.index import Shard
-from bigtrain.data.indexing import Scan, check_common, scan_shard, write_common, write_shard
-from bigtrain.data.order import permutation
-from bigtrain.data.pack import SHARD_BYTES, PackSummary, Progress, SplitSummary, parse_share, publish, workplace
-from bigtrain.data.pack_work import Scratch
-from bigtrain.data.pack_workers import open_pool
-from bigtrain.data.text import BadSamples
-from bigtrain.storage import fsync_directory, fsync_file, write_json
+from bigtrain.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, image_shape, squared
+from bigtrain.data.npy import npy_bytes
+from bigtrain.data.pack import SHARD_BYTES, PackSummary
+from bigtrain.data.pack_samples import Means, Member, Stretch, pack_samples
+from bigtrain.data.tar import members
+from bigtrain.data.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
+from bigtrain.data.tokenizers import Tokenizer
 
 CLASSES_NAME = "classes.json"
-_SAMPLE_BYTES = 2048
+IMAGE_KEYS = ("image", "file_name")
+"""Keys under which a JSON line may name its image."""
+MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One file and its class."""
+    """An image and its class."""
 
-    path: Path
+    image: Stretch
     label: int
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """See `Sample`."""
+        return self.image.size
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `Sample`."""
+        return (self.image.path,)
+
+    def members(self, means: Means) -> list[Member]:
+        """See `Sample`."""
+        return [_image_member(self.image, means, str(self.image.path)), Member("cls", str(self.label).encode())]
 
 
 @dataclass(frozen=True)
-class ImageShard:
-    """One shard to be written."""
+class CaptionedImage:
+    """An image and its caption: text, or where it lies."""
 
-    split: str
-    number: int
-    first: int
-    images: tuple[LabelledImage, ...]
+    image: Stretch
+    caption: Stretch | str
+    where: str
+    compressed: bool = False
 
+    @property
+    def bytes(self) -> int:
+        """See `Sample`."""
+        return self.image.size + (len(self.caption) if isinstance(self.caption, str) else self.caption.size)
 
-class ImageWorker:
-    """Writes shards of images."""
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `Sample`."""
+        return (self.image.path,) if isinstance(self.caption, str) else (self.image.path, self.caption.path)
 
-    def __init__(self, scratch: Scratch, size: int | None, skip_bad: int) -> None:
-        self._scratch, self._size, self._skip_bad = scratch, size, skip_bad
-
-    def write(self, shard: ImageShard) -> None:
-        """Write one shard and its sidecar."""
-        entry = self._scratch.entry(shard.split, shard.number)
-        path = self._scratch.shard(shard.split, shard.number)
-        if entry.exists():
-            return
-        bad = BadSamples(self._skip_bad)
-        with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for key, image in enumerate(shard.images, shard.first):
-                try:
-                    data, suffix = self._read(image)
-                except UserError as error:
-                    bad(error)
-                    continue
-                for name, content in ((suffix, data), ("cls", str(image.label).encode())):
-                    header = tarfile.TarInfo(f"{key:09d}.{name}")
-                    header.size = len(content)
-                    tar.addfile(header, io.BytesIO(content))
-                tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
-        fsync_file(path)
-        scan = scan_shard(path)
-        assert scan.image is not None
-        recorded = write_shard(path, scan, path.parent)
-        write_json(entry, {"shard": recorded.as_json(), "image": vars(scan.image), "bad": bad.seen})
-
-    def _read(self, image: LabelledImage) -> tuple[bytes, str]:
-        if image.bytes > MAX_IMAGE_BYTES:
-            raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", str(image.path))
-        data = image.path.read_bytes()
-        if self._size is not None:
-            return squared(data, self._size, str(image.path)), "png"
-        image_shape(data, str(image.path))
-        return data, "png" if image.path.suffix.lower() == ".png" else "jpg"
+    def members(self, means: Means) -> list[Member]:
+        """See `Sample`."""
+        assert means.tokenizer is not None
+        image = _image_member(self.image, means, self.where)
+        if isinstance(self.caption, Stretch) and self.caption.size > MAX_CAPTION_BYTES:
+            raise UserError(f"the caption has more than {MAX_CAPTION_BYTES} bytes", where=self.where)
+        data = self.caption.encode("utf-8") if isinstance(self.caption, str) else self.caption.read()
+        text = decode_caption(data, self.compressed, self.where)
+        tokens = encode_document(text, means.tokenizer).astype(means.tokenizer.dtype)
+        return [image, Member("npy", npy_bytes(np.asarray(tokens)), len(text.encode("utf-8")), len(text))]
 
 
-def pack_images(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    size: int | None = None,
-    validation: float | str = 0.0,
-    shard_bytes: int = SHARD_BYTES,
-    seed: int = 0,
-    skip_bad: int = 0,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> PackSummary:
+def _image_member(image: Stretch, means: Means, where: str) -> Member:
+    if image.size > MAX_IMAGE_BYTES:
+        raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", where)
+    data = image.read()
+    if means.image_size is not None:
+        return Member("png", squared(data, means.image_size, where))
+    image_shape(data, where)
+    return Member("png" if data.startswith(b"\x89PNG") else "jpg", data)
+
+
+def pack_images(folder: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BYTES, **options: Any) -> PackSummary:
     """Pack FOLDER/CLASS/IMAGE.png|jpg into OUT/train, and OUT/validation where `validation` is above zero.
 
     Classes are numbered by their sorted names, which OUT/train/classes.json lists.
 
     Args:
-        size: Scale and crop all images to squares of this many pixels; None: they have one size already.
-        validation: Share of the images to hold out, at least one.
-        seed: Another permutation.
-        skip_bad: Images of a shard that may be bad, and are passed over.
+        options: See `pack_samples`.
 
     Raises:
         UserError: No images, images of several sizes, or what `pack` raises for its output.
     """
-    share = parse_share(validation)
-    target = Path(out)
-    classes, images = _labelled(Path(folder))
-    held_out = min(max(1, round(share * len(images))), len(images) - 1) if share else 0
-    mixed = [images[number] for number in permutation(len(images), seed)]
-    parts = {"train": mixed[held_out:], "validation": mixed[:held_out]}
-    shards = [
-        shard for split, part in parts.items() for shard in _planned(split, part, shard_bytes, size)
-    ]  # fmt: skip
-    stamps = [[str(image.path), image.bytes, image.path.stat().st_mtime_ns] for image in images]
-    arguments = ["images", size, share, shard_bytes, seed, skip_bad, stamps]
-    identity = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
-    with workplace(target, identity) as scratch:
-        for split in parts:
-            if parts[split]:
-                (scratch.root / split).mkdir(exist_ok=True)
-        with open_pool(workers, partial(ImageWorker, scratch, size, skip_bad)) as pool:
-            under_way: deque[Future[None]] = deque()
-            for number, shard in enumerate(shards):
-                under_way.append(pool.submit("write", shard))
-                while len(under_way) > (0 if number + 1 == len(shards) else pool.ahead):
-                    under_way.popleft().result()
-                    if progress is not None:
-                        progress("packed", number + 1 - len(under_way), len(shards))
-        skipped: list[str] = []
-        splits = {
-            split: _finish(scratch, split, sum(shard.split == split for shard in shards), classes, target, skipped)
-            for split in parts
-            if parts[split]
-        }
-        publish(scratch.root, target)
-    return PackSummary(str(target), len(classes), "images" if held_out else None, 0, splits, skipped)
-
-
-def _labelled(folder: Path) -> tuple[list[str], list[LabelledImage]]:
-    if not folder.is_dir():
+    root = Path(folder)
+    if not root.is_dir():
         raise UserError(f"no directory at {str(folder)!r}")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     images = [
-        LabelledImage(path, label, path.stat().st_size)
+        LabelledImage(Stretch.whole(path), label)
         for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower()[1:] in IMAGE_SUFFIXES and path.is_file()
+        for path in _images_under(root / name)
     ]
     if len(images) < 2:
         raise UserError("there are no images", str(folder), "they are read from FOLDER/CLASS/NAME.png or .jpg")
-    return classes, images
+    return pack_samples("images", images, out, shard_bytes=shard_bytes, notes={CLASSES_NAME: classes}, **options)
 
 
-def _planned(split: str, images: list[LabelledImage], shard_bytes: int, size: int | None) -> list[ImageShard]:
-    shards: list[ImageShard] = []
-    begin = used = 0
-    for number, image in enumerate(images):
-        taken = _SAMPLE_BYTES + (image.bytes if size is None else 3 * size * size)
-        if number > begin and used + taken > shard_bytes:
-            shards.append(ImageShard(split, len(shards), begin, tuple(images[begin:number])))
-            begin, used = number, 0
-        used += taken
-    if images:
-        shards.append(ImageShard(split, len(shards), begin, tuple(images[begin:])))
-    return shards
+def pack_captions(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    key: str = "text",
+    shard_bytes: int = SHARD_BYTES,
+    **options: Any,
+) -> PackSummary:
+    """Pack images with captions into OUT/train, and OUT/validation where `validation` is above zero.
+
+    Args:
+        inputs: Folders of NAME.png|jpg and NAME.txt, at any depth; tars of such pairs; JSON lines files that name an
+            image under `image` or `file_name`, by a path that begins at the file and stays below its folder.
+        key: The key of a JSON line that holds the caption.
+        options: See `pack_samples`.
+
+    Raises:
+        UserError: No pairs, an image without a caption, images of several sizes, or what `pack` raises for its output.
+    """
+    images: list[CaptionedImage] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            images += _pairs_in_folder(path)
+        elif not path.is_file():
+            raise UserError(f"no such file or directory: {str(given)!r}")
+        elif path.suffix == ".tar":
+            images += _pairs_in_tar(path)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            images += _pairs_in_lines(path, key)
+        else:
+            raise UserError(
+                "captions are not read from such a file", str(path), "give a folder, a .tar, or a .jsonl file"
+            )
+    if len(images) < 2:
+        raise UserError(
+            "there are no images with captions",
+            ", ".join(map(str, inputs)),
+            "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or from JSON lines with `image`",
+        )
+    return pack_samples("captions", images, out, tokenizer=tokenizer, shard_bytes=shard_bytes, **options)
 
 
-def _finish(
-    scratch: Scratch, split: str, count: int, classes: list[str], target: Path, skipped: list[str]
-) -> SplitSummary:
-    root, none = scratch.root / split, np.zeros((0, 3), dtype=np.int64)
-    scans, shards = [], []
-    for number in range(count):
-        value = json.loads(scratch.entry(split, number).read_bytes())
-        scans.append((scratch.shard(split, number), Scan("images", none, image=ImageInfo(**value["image"]))))
-        shards.append(Shard(**value["shard"]))
-        skipped += value["bad"]
-    check_common(scans)
-    index = write_common(root, scans, shards, None)
-    write_json(root / CLASSES_NAME, classes)
-    fsync_directory(root)
-    return SplitSummary(str(target / split), index.samples, 0, 0, len(shards), index.bytes, index.fingerprint)
+def _images_under(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower()[1:] in IMAGE_SUFFIXES and path.is_file()]
+
+
+def _pairs_in_folder(folder: Path) -> Iterator[CaptionedImage]:
+    for path in _images_under(folder):
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            raise UserError("the image has no caption", str(path), f"write it to {text.name} beside the image")
+        yield CaptionedImage(Stretch.whole(path), Stretch.whole(text), str(path))
+
+
+def _pairs_in_tar(tar: Path) -> Iterator[CaptionedImage]:
+    for key, group in groupby(members(tar), key=lambda member: member.key):
+        found = list(group)
+        images = [member for member in found if member.suffix in IMAGE_SUFFIXES]
+        texts = [member for member in found if member.suffix in TEXT_MEMBERS]
+        where = f"{tar}, sample {key!r}"
+        if len(images) != 1 or len(texts) != 1:
+            raise UserError(f"the sample has {len(images)} images and {len(texts)} texts, not one of each", where)
+        image, text = (Stretch(tar, member.size, member.offset) for member in (images[0], texts[0]))
+        yield CaptionedImage(image, text, where, TEXT_MEMBERS[texts[0].suffix])
+
+
+def _pairs_in_lines(file: Path, key: str) -> Iterator[CaptionedImage]:
+    folder = file.parent.resolve()
+    with open(file, "rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
+            where = f"{file}, line {number}"
+            if not line.strip():
+                continue
+            name, caption = _named_in_line(line, key, where)
+            path = folder / name
+            # A list from elsewhere could name any file of this machine.
+            if not path.resolve().is_relative_to(folder):
+                raise UserError(f"the image {name[:80]!r} does not lie below the file", where, "move the file above it")
+            if not path.is_file():
+                raise UserError(f"there is no image {name[:80]!r}", where)
+            yield CaptionedImage(Stretch.whole(path), caption, where)
+
+
+def _named_in_line(line: bytes, key: str, where: str) -> tuple[str, str]:
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(f"the line has more than {MAX_LINE_BYTES} bytes", where)
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the line is not JSON: {error}", where) from None
+    names = [value[one] for one in IMAGE_KEYS if one in value] if isinstance(value, dict) else []
+    if not names or not isinstance(names[0], str) or "\0" in names[0]:
+        raise UserError(f"the line names no image under {' or '.join(IMAGE_KEYS)}", where)
+    caption = value.get(key)
+    if not isinstance(caption, str) or not _sound(caption):
+        raise UserError(f"the line has no text under {key!r}", where, "name the caption's key with --key")
+    return names[0], caption
+
+
+def _sound(text: str) -> bool:
+    """Whether a text has a UTF-8 form: JSON can hold half a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -17,8 +17,9 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.documents import Document, Source, documents_of
 from bigtrain.data.index import Rows, Shard
-from bigtrain.data.indexing import Scan, scan_shard, write_shard
+from bigtrain.data.indexing import write_shard
 from bigtrain.data.pack_plan import NPY_HEADER_BYTES, PlannedShard
+from bigtrain.data.scanning import Scan, scan_shard
 from bigtrain.data.text import BadSamples
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_file, write_json

@@ -1,8 +1,7 @@
-"""Forming sequences on reading: from a shard, its sidecar and the context to arrays."""
+"""Forming sequences of tokens on reading: from a shard, its sidecar and the context to arrays."""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtrain.config import CorruptionError
-from bigtrain.data.config import StreamingConfig
-from bigtrain.data.images import decode_image
 from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.order import IntArray
 from bigtrain.data.streaming import ShardStore, open_store
@@ -50,29 +47,7 @@ class Reader(Protocol):
         ...
 
 
-def open_reader(
-    index: ShardIndex,
-    context: int,
-    document_mask: bool = False,
-    open_shards: int = 16,
-    streaming: StreamingConfig | None = None,
-) -> Reader:
-    """The reader for a shard directory's kind of data.
-
-    Args:
-        index: The directory's index.
-        context: Tokens of a sequence; unused for images.
-        document_mask: Also yield `documents` and `positions`.
-        open_shards: Shards kept open at once.
-        streaming: How shards are fetched that are not here.
-    """
-    store = open_store(index, streaming)
-    if index.kind == "images":
-        return ImageReader(index, open_shards, store)
-    return TokenReader(index, context, document_mask, open_shards, store)
-
-
-class _Opened(Generic[T]):
+class Opened(Generic[T]):
     """The few most recently used shards."""
 
     def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
@@ -93,6 +68,7 @@ class _Opened(Generic[T]):
             self._close_one(self._opened.pop(shard))
 
     def close(self) -> None:
+        """Close all."""
         while self._opened:
             self._close_one(self._opened.popitem()[1])
 
@@ -129,7 +105,7 @@ class TokenReader:
             raise ValueError(f"the context must be at least 1 token, not {context}")
         self._index, self._context, self._document_mask = index, context, document_mask
         self._store = store or open_store(index)
-        self._shards = _Opened(self._open, lambda shard: None, open_shards)
+        self._shards = Opened(self._open, lambda shard: None, open_shards)
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
         """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64.
@@ -257,62 +233,3 @@ def _scatter(
         part = target[rows]
         part[inside] = values
         target[rows] = part
-
-
-class ImageReader:
-    """Images with their class."""
-
-    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
-        if index.image is None:
-            raise ValueError("the index holds no images")
-        self._index, self._image = index, index.image
-        self._store = store or open_store(index)
-        self._shards: _Opened[tuple[int, IntArray]] = _Opened(self._open, lambda shard: os.close(shard[0]), open_shards)
-
-    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """images uint8 (n, height, width, channels), labels int64 (n,), weights float32 (n,)."""
-        arrays = self.blank(len(shards))
-        for place, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
-            descriptor, rows = self._shards[shard]
-            offset, size, label = (int(value) for value in rows[index])
-            where = f"{self._index.directory / self._index.shards[shard].url}, sample {index}"
-            data = os.pread(descriptor, size, offset)
-            if len(data) != size:
-                raise CorruptionError("the shard ends before its index says", where=where)
-            arrays["images"][place] = decode_image(data, self._image, where)
-            arrays["labels"][place] = label
-        arrays["weights"][:] = 1
-        return arrays
-
-    def blank(self, count: int) -> Arrays:
-        """Black images of class 0 and weight zero."""
-        shape = (count, self._image.height, self._image.width, self._image.channels)
-        return {
-            "images": np.zeros(shape, np.uint8),
-            "labels": np.zeros(count, np.int64),
-            "weights": np.zeros(count, np.float32),
-        }
-
-    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/SAMPLE:0."""
-        stems = [self._index.shards[shard].stem for shard in shards.tolist()]
-        return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """See `Reader`."""
-        wanted = list(shards)
-        self._shards.keep(wanted)
-        self._store.expect(wanted)
-
-    def interrupt(self) -> None:
-        """See `Reader`."""
-        self._store.interrupt()
-
-    def close(self) -> None:
-        """Let go of open shards."""
-        self._shards.close()
-        self._store.close()
-
-    def _open(self, shard: int) -> tuple[int, IntArray]:
-        found = self._store.open(shard)
-        return os.open(found.path, os.O_RDONLY), found.rows

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TEXT_MEMBERS = {"txt": False, "text": False, "txt.gz": True, "text.gz": True}
 """Suffixes of members that are text, and whether they are gzip."""
 MAX_TEXT_BYTES = 1 << 28
+MAX_CAPTION_BYTES = 1 << 16
+"""Of a caption, as it is stored and decompressed."""
 
 
 def read_text(path: Path, offset: int, size: int, compressed: bool, where: str) -> str:
@@ -29,9 +31,26 @@ def read_text(path: Path, offset: int, size: int, compressed: bool, where: str) 
     """
     if size > MAX_TEXT_BYTES:
         raise UserError(f"the text has more than {MAX_TEXT_BYTES} bytes", where=where)
-    data = read_at(path, offset, size)
+    return _decoded(read_at(path, offset, size), compressed, MAX_TEXT_BYTES, where)
+
+
+def decode_caption(data: bytes, compressed: bool, where: str) -> str:
+    """A caption without white space around it.
+
+    Raises:
+        UserError: Empty, larger than MAX_CAPTION_BYTES, binary, or not UTF-8.
+    """
+    if len(data) > MAX_CAPTION_BYTES:
+        raise UserError(f"the caption has more than {MAX_CAPTION_BYTES} bytes", where=where)
+    text = _decoded(data, compressed, MAX_CAPTION_BYTES, where).strip()
+    if not text:
+        raise UserError("the caption is empty", where=where)
+    return text
+
+
+def _decoded(data: bytes, compressed: bool, limit: int, where: str) -> str:
     if compressed:
-        data = gunzip(data, MAX_TEXT_BYTES, where)
+        data = gunzip(data, limit, where)
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data:
         raise UserError("the text is binary", where=where, fix="give UTF-8 text")

@@ -214,8 +214,8 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     prepared = run.prepared
     config = prepared.config
     newest = run.newest
-    unit = "tokens" if prepared.train.kind == "tokens" else "images"
-    per_step = prepared.batch_sequences * prepared.context
+    unit = "samples" if prepared.train.kind == "arrays" else prepared.train.kind
+    per_step = prepared.batch_sequences * (prepared.context if unit == "tokens" else 1)
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
     where = f"resuming after step {newest}" if newest is not None else begins

@@ -153,11 +153,17 @@ def example_batch(config: ModelConfig) -> Batch:
     """Two samples without values, by the names and shapes of the loader's."""
     with torch.device("meta"):
         keys = torch.zeros(2, dtype=torch.int64)
+        images = torch.zeros(2, *(config.sample_shape or (32, 32, 3)), dtype=torch.uint8)
         if config.data_kind == "images":
-            shape = config.sample_shape or (32, 32, 3)
-            images = torch.zeros(2, *shape, dtype=torch.uint8)
             return {"images": images, "labels": keys, "weights": torch.ones(2), "keys": keys}
+        if config.data_kind == "arrays":
+            arrays = {name: torch.zeros(2, *shape) for name, shape in config.sample_arrays.items()}
+            if "labels" in arrays:
+                arrays["labels"] = keys
+            return {**arrays, "weights": torch.ones(2), "keys": keys}
         tokens = torch.zeros(2, config.context, dtype=torch.int64)
+        if config.data_kind == "captions":
+            return {"images": images, "tokens": tokens, "weights": torch.ones(2, config.context), "keys": keys}
         return {"tokens": tokens, "targets": tokens, "weights": torch.ones(2, config.context), "keys": keys}
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bigtrain.models.huggingface import HfTensor
 
-DataKind = Literal["tokens", "images"]
+DataKind = Literal["tokens", "images", "captions", "arrays"]
 
 TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
 """How a parameter lies on the ranks that share each matrix.
@@ -31,7 +31,7 @@ each rank may hold a slice. heads: whole on each rank, and applied to the rank's
 
 
 class Flops(NamedTuple):
-    """Matmul FLOPs of forward and backward together, a token (tokens) or a sample (images)."""
+    """Matmul FLOPs of forward and backward together, a token (tokens, captions) or a sample (images, arrays)."""
 
     full: int
     """Attention counted over the whole square: the convention of MFU (PaLM, torchtitan, MPT)."""
@@ -61,7 +61,7 @@ class BlockCosts(NamedTuple):
 
 
 class ModelConfig(Section):
-    """What every family's `Config` inherits. `vocab_size` below is the number of classes for images."""
+    """What every family's `Config` inherits. `vocab_size` below is the number of classes for images and arrays."""
 
     data_kind: ClassVar[DataKind] = "tokens"
     """The kind of data that the family learns from."""
@@ -82,13 +82,14 @@ class ModelConfig(Section):
     """The family: the name of a file in bigtrain/models."""
 
     context: Annotated[int, Ge(1)] = 1
-    """Tokens of one training sequence; a family of another kind of data has none to set."""
+    """Tokens of one training sequence, or of a caption; a family of another kind of data has none to set."""
 
     @model_validator(mode="after")
     def _context_is_for_tokens(self) -> ModelConfig:
-        if self.data_kind != "tokens" and "context" in self.model_fields_set and self.context != 1:
+        of_tokens = self.data_kind in ("tokens", "captions")
+        if not of_tokens and "context" in self.model_fields_set and self.context != 1:
             raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
-        if self.data_kind == "tokens" and "context" not in self.model_fields_set:
+        if of_tokens and "context" not in self.model_fields_set:
             raise ValueError("the key 'context', tokens of one training sequence, is missing")
         return self
 
@@ -96,6 +97,11 @@ class ModelConfig(Section):
     def sample_shape(self) -> tuple[int, ...] | None:
         """Height, width and channels of the images that the model takes; None where any sample fits."""
         return None
+
+    @property
+    def sample_arrays(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the arrays of a sample that the model takes (kind `arrays`); a class is `labels`, ()."""
+        return {}
 
     def check_source(self, vocab_size: int) -> None:
         """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.
@@ -158,7 +164,7 @@ class ModelConfig(Section):
         return self.parameter_count(vocab_size)
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs of forward and backward for one token; for images, for one sample."""
+        """Matmul FLOPs of forward and backward for one token, of captions too; for images and arrays, one sample."""
         raise TypeError(f"{type(self).__name__} does not count its FLOPs: define flops_per_token()")
 
 

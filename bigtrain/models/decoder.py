@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Stage, TensorRole, Zeros
 from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.flex import mask_of_documents
 from bigtrain.models.layers import (
     MLP,
     Attention,
     Embedding,
     LayerNorm,
     Linear,
+    Mask,
     RMSNorm,
     SwiGLU,
-    document_mask,
     local,
     rotary_frequencies,
     rotary_table,
@@ -50,7 +51,7 @@ class Shared:
     """What all blocks of one forward pass read; the rotary table stays in FP32."""
 
     rotary: tuple[Tensor, Tensor] | None
-    mask: Tensor | None
+    mask: Mask | None
     keys: Tensor | None
     sequence_positions: Tensor
     """int64 (C,): where the tokens lie in their sequences that the residual stream holds."""
@@ -179,7 +180,10 @@ class DecoderModel(nn.Module):
         if x is None:
             x = self._embedded(tokens, positions[..., mine])
             x = dropout(x, self.config.dropout, keys, 0, self.training, positions=places[mine])
-        mask = document_mask(batch["documents"]) if "documents" in batch else batch.get("mask")
+        mask: Mask | None = batch.get("mask")
+        if "documents" in batch:
+            head_width = self.config.width_of_head
+            mask = mask_of_documents(batch["documents"], head_width=head_width, dtype=self.compute_dtype)
         shared = Shared(self._rotary(positions), mask, keys, places[mine])
         for layer in self.layers.values():
             x = layer(x, shared)

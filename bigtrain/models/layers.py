@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from bigtrain.models.decoder_config import RopeScaling
 
 
 Exchange = Callable[[Tensor], Tensor]
 """An exchange of activations (B, C, ...) between ranks."""
+
+
+Mask = Union[Tensor, "BlockMask"]
+"""What `attend` takes."""
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -161,17 +167,22 @@ def document_mask(documents: Tensor, queries: Tensor | None = None) -> Tensor:
     return same.logical_and_(queries[:, None] >= places)[:, None]
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Mask | None, bool], Tensor]
 """`attend`, or what stands in its place where ranks share each sequence."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None, causal: bool = True) -> Tensor:
     """What each query (B, Q, H, D) gathers from keys and values (B, K, H or a divisor of H, D): as `query`.
 
     Args:
-        mask: Boolean (B, 1, Q, K), true where attention is allowed; it replaces the causal mask.
+        mask: Boolean (B, 1, Q, K), true where attention is allowed, or blocks of it (`flex.block_mask`); it replaces
+            the causal mask.
         causal: Whether, without a mask, query i sees the keys up to the i-th alone.
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        from bigtrain.models.flex import attend_blocks
+
+        return attend_blocks(query, key, value, mask)
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -211,7 +222,7 @@ class Attention(Branch):
         self.query_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
         self.key_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Mask | None = None) -> Tensor:
         """Attend within x (B, C, W).
 
         Args:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bigtrain.models.contract import Decoder
+from bigtrain.models.contract import Batch, Decoder
 
 
 @torch.no_grad()
@@ -19,6 +19,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    given: Batch | None = None,
 ) -> Tensor:
     """Append n tokens to each sequence, drawn from the model's distribution.
 
@@ -27,9 +28,10 @@ def generate(
 
     Args:
         model: A `contract.Decoder`; its training mode is put back afterwards.
-        tokens: int64 (B, T), T >= 1.
+        tokens: int64 (B, T), T >= 1, or 0 where something else is given.
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Draw from the k most probable tokens only.
+        given: What the model is to look at besides, such as `images` (B, H, W, channels).
 
     Returns:
         int64 (B, T + n): the given tokens and the new ones.
@@ -37,7 +39,7 @@ def generate(
     Raises:
         ValueError: An empty prompt, a negative temperature or a top_k below 1.
     """
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
+    if tokens.ndim != 2 or (tokens.shape[1] == 0 and not given):
         raise ValueError("generate needs tokens of shape (B, T) with T of at least 1")
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError("temperature must be at least 0 and top_k at least 1")
@@ -47,7 +49,7 @@ def generate(
     model.eval()
     try:
         for _ in range(n):
-            logits = decoder.logits({"tokens": tokens[:, -decoder.context :]})[:, -1].cpu()
+            logits = decoder.logits({**(given or {}), "tokens": tokens[:, -decoder.context :]})[:, -1].cpu()
             drawn = _draw(logits, temperature, top_k, generator).to(tokens.device)
             tokens = torch.cat((tokens, drawn), dim=1)
     finally:

@@ -23,6 +23,7 @@ from bigtrain.models.config import DataKind, Flops, ModelConfig
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
+from bigtrain.models.patches import cut
 from bigtrain.models.sums import by_sequence
 
 Positive = Annotated[int, Ge(1)]
@@ -120,18 +121,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         """Sums of losses and weights for images uint8 (B, H, W, channels), labels (B,) and weights (B,)."""
-        x = self.embedding(self.cut(batch["images"])) + self.position_embedding.weight.to(self.compute_dtype)
+        x = self.embedding(
+            cut(batch["images"], self.config.patch, self.compute_dtype)
+        ) + self.position_embedding.weight.to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x)
         pooled: Tensor = self.norm(x.mean(dim=1))
         loss, losses = chunked_cross_entropy(pooled, self.head.weight, batch["labels"], batch["weights"])
         return LossSum(loss, batch["weights"].sum(), by_sequence(losses, batch["weights"]))
-
-    def cut(self, images: Tensor) -> Tensor:
-        """Pixels 0..255 (B, H, W, channels) as patches (B, T, values of a patch) in -1..1."""
-        side, patch = self.config.image_size // self.config.patch, self.config.patch
-        patches = images.reshape(-1, side, patch, side, patch, self.config.channels).transpose(2, 3)
-        return (patches.reshape(-1, side * side, self.config.patch_values) / 127.5 - 1).to(self.compute_dtype)
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The transformer blocks, in order."""

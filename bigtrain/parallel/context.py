@@ -25,6 +25,7 @@ heads serve many queries. Keys and values stay gathered until the backward pass;
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,7 +36,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bigtrain.models.contract import Batch
-from bigtrain.models.layers import Attention, attend, document_mask
+from bigtrain.models.flex import mask_of_documents
+from bigtrain.models.layers import Attention, Mask, attend, document_mask
 from bigtrain.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from bigtrain.parallel.config import ContextKind
 
@@ -64,12 +66,15 @@ class ContextGroup(ABC):
     def chunks(self) -> tuple[int, ...]:
         """The numbers of this rank's chunks of the sequence; all ranks have as many, of equal length."""
 
-    @abstractmethod
-    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
-        """The `document_mask` that `attend` needs, from whole (B, C) documents and this rank's positions."""
+    mask_of: Callable[[Tensor, Tensor | None], Mask] = document_mask
+    """Gives the mask of documents and of the queries among them, in the form that suits the model."""
 
     @abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def mask(self, documents: Tensor, positions: Tensor) -> Any:
+        """The mask of documents that `attend` needs, from whole (B, C) documents and this rank's positions."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
         """`layers.attend` of whole sequences: queries, keys, values and the result are this rank's (B, C / cp, H, D).
 
         Args:
@@ -106,11 +111,11 @@ class AllToAll(ContextGroup):
         """One: a slice of the sequence."""
         return (self.rank,)
 
-    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
+    def mask(self, documents: Tensor, positions: Tensor) -> Any:
         """All rows: a rank's heads ask for the whole sequence."""
-        return document_mask(documents)
+        return self.mask_of(documents, None)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
         """See `ContextGroup.attend`.
 
         Fewer key heads than ranks are repeated before they are sent: each rank receives the one that its queries ask,
@@ -135,21 +140,23 @@ class AllGather(ContextGroup):
         """Two, that together are as much causal work on each rank."""
         return self.rank, 2 * self.size - 1 - self.rank
 
-    def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
-        """The rows of this rank's queries."""
-        return document_mask(documents, positions)
+    def mask(self, documents: Tensor, positions: Tensor) -> Any:
+        """Of each chunk, the rows of its queries and the keys up to its own end."""
+        length = len(positions) // 2
+        ends = [(chunk + 1) * length for chunk in self.chunks]
+        parts = zip(ends, positions.split(length), strict=True)
+        return tuple(self.mask_of(documents[:, :end], queries) for end, queries in parts)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
         """See `ContextGroup.attend`. Each chunk meets the keys up to its own end alone."""
         keys, values = cast(Tensor, _GatherChunks.apply(torch.cat((key, value), dim=2), self.group)).chunk(2, dim=2)
         length = query.shape[1] // 2
-        masks = (None, None) if mask is None else mask.split(length, dim=2)
         attended = []
-        for chunk, queries, rows in zip(self.chunks, query.split(length, dim=1), masks, strict=True):
+        for chunk, queries, rows in zip(self.chunks, query.split(length, dim=1), mask or (None, None), strict=True):
             end = (chunk + 1) * length
             # The last query sees the last key. For this bias PyTorch takes its flash kernel where it has one, for the
             # same mask as a tensor it does not. A compiled block runs this loop uncompiled: it cannot make the bias.
-            seen = _lower_right(length, end) if rows is None else rows[..., :end]
+            seen = _lower_right(length, end) if rows is None else rows
             attended.append(attend(queries, keys[:, :end], values[:, :end], seen))
         return torch.cat(attended, dim=1)
 
@@ -166,10 +173,15 @@ def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGrou
     Raises:
         ValueError: The model has no attention, or one that looks ahead.
     """
-    context = KINDS[kind](group)
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers or not all(layer.causal for layer in layers):
         raise ValueError("context parallelism wants models whose tokens meet in causal layers.Attention alone")
+
+    def mask_of(documents: Tensor, queries: Tensor | None) -> Mask:
+        width, dtype = layers[0].head_width, cast(Any, model).compute_dtype
+        return mask_of_documents(documents, queries, head_width=width, dtype=dtype)
+
+    context = KINDS[kind](group, mask_of)
     for layer in layers:
         layer.attend = context.attend
     return context

@@ -32,7 +32,7 @@ from bigtrain.engines.config import EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.engines.support import check_support
-from bigtrain.models.config import family
+from bigtrain.models.config import ModelConfig, family
 from bigtrain.optim.config import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
@@ -129,9 +129,7 @@ class Deviations:
 def build(what: What, how: How) -> Any:
     """The engine of this rank, as a run builds it."""
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
-    arch = what.model["arch"]
-    section = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
-    model = section(**what.model, context=what.context)
+    model = section(what)
     layout.check(model, what.vocabulary)
     engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
     check_support(
@@ -155,9 +153,39 @@ def build(what: What, how: How) -> Any:
     )
 
 
+def section(what: What) -> ModelConfig:
+    """The section `model` of what is trained."""
+    arch = what.model["arch"]
+    found = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
+    of_tokens = found.data_kind in ("tokens", "captions")
+    return found(**what.model, **({"context": what.context} if of_tokens else {}))
+
+
 def global_batch(what: What, step: int) -> MicroBatch:
     """The batch of a step: ragged padding and, where asked for, several documents in each sequence."""
     rng = np.random.default_rng([what.seed, step])
+    model = section(what)
+    if model.data_kind == "tokens":
+        return _tokens(what, rng)
+    batch: MicroBatch = {"keys": rng.integers(0, 2**62, what.batch)}
+    if model.data_kind == "arrays":
+        batch["weights"] = np.ones(what.batch, np.float32)
+        for name, shape in model.sample_arrays.items():
+            batch[name] = rng.normal(size=(what.batch, *shape)).astype(np.float32)
+    else:
+        batch["images"] = rng.integers(0, 256, (what.batch, *(model.sample_shape or ())), dtype=np.uint8)
+    if model.data_kind == "images":
+        batch["weights"] = np.ones(what.batch, np.float32)
+    if model.data_kind == "captions":
+        lengths = rng.integers(1, what.context + 1, (what.batch, 1))
+        batch["tokens"] = rng.integers(0, what.vocabulary, (what.batch, what.context))
+        batch["weights"] = (np.arange(what.context) < lengths).astype(np.float32)
+    elif model.data_kind == "images" or "labels" in batch:
+        batch["labels"] = rng.integers(0, what.vocabulary, what.batch)
+    return batch
+
+
+def _tokens(what: What, rng: np.random.Generator) -> MicroBatch:
     shape = (what.batch, what.context)
     batch: MicroBatch = {
         "tokens": rng.integers(0, what.vocabulary, shape),

@@ -12,6 +12,7 @@ from typing import Any
 
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
+from bigtrain.data.arrays import LABELS
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.mixture import MixedOrder, Sources
@@ -19,6 +20,7 @@ from bigtrain.data.order import SampleOrder
 from bigtrain.data.streaming import check_remote, open_index, shards_at_once
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
+from bigtrain.models.config import ModelConfig
 from bigtrain.objects import RemoteError
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, what_is_trained
@@ -46,12 +48,12 @@ class Prepared:
 
     @property
     def context(self) -> int:
-        """Positions of one sample: tokens of a sequence, 1 for an image."""
-        return self.config.model.context if self.train.kind == "tokens" else 1
+        """Positions of one sample: tokens of a sequence or caption, 1 for an image or arrays."""
+        return self.config.model.context if self.train.of_tokens else 1
 
     @property
     def outputs(self) -> int:
-        """Entries of the vocabulary, or classes of the labels."""
+        """Entries of the vocabulary, or classes of the labels, 0 where there are none."""
         return self.train.vocab_size
 
     @property
@@ -151,7 +153,7 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
         config.model.check_source(train.vocab_size)
         check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
         check_store(config)
-    context = config.model.context if train.kind == "tokens" else 1
+    context = config.model.context if train.of_tokens else 1
     try:
         batch = config.batch.size.sequences(context)
     except ValueError as error:
@@ -238,6 +240,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
             train.place,
             "Change the sizes under 'model'.",
         )
+    _check_arrays(model, train)
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
     check_support(
@@ -255,5 +258,23 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
         raise UserError(str(error), fix="Change 'layout'.") from None
 
 
+def _check_arrays(model: ModelConfig, train: ShardIndex) -> None:
+    found = {info.name: info.shape for info in train.arrays or ()}
+    if train.classes is not None:
+        found[LABELS] = ()
+    for name, shape in model.sample_arrays.items():
+        if name not in found:
+            raise UserError(
+                f"A model of arch '{model.arch}' takes the array '{name}', and data.train holds {train.contents}",
+                train.place,
+            )
+        if shape != found[name]:
+            raise UserError(
+                f"The array '{name}' is {_by(found[name])}, and the model takes {_by(shape)}",
+                train.place,
+                "Change the sizes under 'model'.",
+            )
+
+
 def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join(map(str, shape)) or "one number"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
+from bigtrain.data.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
@@ -25,10 +30,12 @@ def sample(
     top_k: int | None,
     seed: int,
     plugin: Plugin | None = None,
+    image: str | Path | None = None,
 ) -> str:
     """Continue a prompt with the weights of a run's checkpoint.
 
     Args:
+        image: The file of the image whose caption is to be written; scaled and cropped to the model's size.
         plugin: The user's own model families.
         step: Of the checkpoint; None: the newest sound one.
         tokens: New tokens; the text ends earlier where the model ends it.
@@ -37,11 +44,16 @@ def sample(
         The prompt and its continuation.
 
     Raises:
-        UserError: No checkpoint, a model that writes no text, or a prompt without tokens.
+        UserError: No checkpoint, a model that writes no text, an image where there should be none, or none where one
+            should be.
     """
     config = load_config(run.config, plugin=plugin)
-    if config.model.data_kind != "tokens" or not config.model.keeps_contract:
+    captions = config.model.data_kind == "captions"
+    if config.model.data_kind not in ("tokens", "captions") or not config.model.keeps_contract:
         raise UserError(f"bigtrain cannot sample from a model of arch '{config.model.arch}'", str(run.path))
+    if captions != (image is not None):
+        fix = "name one with --image" if captions else "leave out --image"
+        raise UserError(f"a model of arch '{config.model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
@@ -51,7 +63,11 @@ def sample(
     if index.fingerprint not in pins(run.what()["data"], "train"):
         raise UserError("The shards are not those that the run was trained on", place)
     tokenizer = index.load_tokenizer()
-    ids = [int(id) for id in tokenizer.encode(prompt)] or [tokenizer.eot]
+    ids = [int(id) for id in tokenizer.encode(prompt)]
+    if captions:
+        tokens = max(0, min(tokens, config.model.context - len(ids)))
+    elif not ids:
+        ids = [tokenizer.eot]
     device = pick_device(0)
     model = config.model.build(index.vocab_size)
     if not callable(getattr(model, "logits", None)):
@@ -62,9 +78,25 @@ def sample(
         )
     model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
     model.to(device)
-    prompt_ids = torch.tensor([ids], device=device)
-    generated = generate(model, prompt_ids, tokens, temperature=temperature, top_k=top_k, seed=seed)[0].tolist()
+    prompt_ids = torch.tensor([ids], device=device, dtype=torch.int64)
+    given = None if image is None else {"images": _pixels(Path(image), index).to(device)}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    generated = generate(model, prompt_ids, tokens, given=given, **options)[0].tolist()
     continuation = generated[len(ids) :]
     if tokenizer.eot in continuation:
         continuation = continuation[: continuation.index(tokenizer.eot)]
     return prompt + tokenizer.decode(continuation)
+
+
+def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:
+    """An image as the model was trained on them, uint8 (1, height, width, channels)."""
+    info = index.image
+    assert info is not None
+    if not file.is_file():
+        raise UserError(f"no image at '{file}'")
+    if file.stat().st_size > MAX_IMAGE_BYTES:
+        raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", str(file))
+    data = file.read_bytes()
+    if image_shape(data, str(file))[:2] != (info.height, info.width) and info.height == info.width:
+        data = squared(data, info.height, str(file))
+    return torch.from_numpy(decode_image(data, info, str(file)))[None]

@@ -92,8 +92,8 @@ def test_a_missing_shard_is_the_users_mistake(packed: ShardIndex) -> None:
 
 
 def test_a_newer_format_is_refused(packed: ShardIndex) -> None:
-    edit(packed, format_version=3)
-    with pytest.raises(UserError, match="format 3"):
+    edit(packed, format_version=4)
+    with pytest.raises(UserError, match="format 4"):
         load_index(packed.directory)
 
 

@@ -120,9 +120,9 @@ def test_a_damaged_header_in_the_middle_is_found(write_tar: WriteTar) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([("a.npy", npy([[1, 2]]))], "2 dimensions"),
-        ([("a.npy", npy([1.0], "<f4"))], "<f4"),
-        ([("a.npy", npy([None], "O"))], "not a list of tokens"),
+        ([("a.npy", npy([1])), ("b.npy", npy([[1, 2]]))], "2 dimensions"),
+        ([("a.npy", npy([1])), ("b.npy", npy([1.0], "<f4"))], "<f4"),
+        ([("a.npy", npy([1])), ("b.npy", npy([None], "O"))], "not a list of tokens"),
         ([("a.npy", npy([1, 2])[:-2])], "does not fit"),
         ([("a.npy", b"nothing")], "not a .npy"),
         ([("a.npy", npy([-1], "<i4"))], "-1 is not a token"),

@@ -17,7 +17,7 @@ from bigtrain.checkpoint.reader import read_metadata
 from bigtrain.checkpoint.shards import METADATA_NAME
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.index import parse_index
-from bigtrain.data.indexing import scan_shard
+from bigtrain.data.scanning import scan_shard
 from bigtrain.data.tar import members
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import load_config

@@ -13,7 +13,7 @@ from bigtrain.models.check import check_model, check_module
 from bigtrain.models.config import families, family, preset, presets
 from bigtrain.models.contract import Init, Ones, Zeros
 
-SIZES = {"vit": {"image_size": 8}}
+SIZES = {"vit": {"image_size": 8}, "captioner": {"image_size": 8, "context": 5}}
 
 
 def spoil(change: Callable[[nn.Module], None]) -> nn.Module:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigtrain.models.config import family
 from bigtrain.models.init import initialise
+from bigtrain.models.patches import cut
 from bigtrain.models.vit import VisionTransformer
 
 SHAPE = {"image_size": 8, "channels": 3, "patch": 4, "layers": 2, "width": 32, "heads": 4}
@@ -58,7 +59,7 @@ def test_a_filler_of_weight_zero_changes_nothing() -> None:
 
 def test_patches_hold_neighbouring_pixels() -> None:
     image = torch.arange(8 * 8 * 3, dtype=torch.uint8).reshape(1, 8, 8, 3)
-    patches = (build().cut(image) + 1) * 127.5
+    patches = (cut(image, 4, torch.float32) + 1) * 127.5
     assert patches.shape == (1, 4, 48)
     torch.testing.assert_close(patches[0, 1], image[0, :4, 4:].flatten().float())
 

@@ -104,8 +104,13 @@ def places(kind: ContextKind) -> tuple[list[int], list[int]]:
     """This rank's positions, and how many keys each of its queries may see."""
     shared = group_of(kind)
     mine = shared.positions(CONTEXT, torch.device("cpu"))
-    seen = shared.mask(torch.zeros(1, CONTEXT, dtype=torch.int64), mine).sum(dim=-1)
-    return mine.tolist(), seen[0, 0].tolist()
+    masks = rows(shared.mask(torch.zeros(1, CONTEXT, dtype=torch.int64), mine))
+    return mine.tolist(), [count for mask in masks for count in mask.sum(dim=-1)[0, 0].tolist()]
+
+
+def rows(mask: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The mask of each of a rank's chunks."""
+    return mask if isinstance(mask, tuple) else (mask,)
 
 
 @EACH_KIND
@@ -135,7 +140,11 @@ def test_a_rank_takes_its_part_of_all_that_has_tokens_and_keeps_the_rest(ranks: 
             assert part[name].tolist() == (torch.arange(BATCH)[:, None] * CONTEXT + mine).tolist()
         assert part["keys"].tolist() == list(range(BATCH))
         assert "documents" not in part
-        assert part["mask"].shape == (BATCH, 1, CONTEXT if kind == "ulysses" else CONTEXT // 2, CONTEXT)
+        shapes = [tuple(mask.shape) for mask in rows(part["mask"])]
+        quarter = CONTEXT // 4
+        ends = [int(mine[at]) + 1 for at in (quarter - 1, -1)]
+        chunks = [(BATCH, 1, quarter, end) for end in ends]
+        assert shapes == ([(BATCH, 1, CONTEXT, CONTEXT)] if kind == "ulysses" else chunks)
 
 
 def refusals() -> list[str]:

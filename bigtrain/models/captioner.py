@@ -1,0 +1,174 @@
+"""A small transformer that writes captions of images.
+
+One stack of pre-norm blocks reads the patches of an image, as a vision transformer does, and behind them the caption:
+patches see all patches, tokens see all patches and what is before them (the prefix language model of SimVLM, Wang et
+al. 2022; patches are embedded by one linear layer). The loss is a sum over the tokens of captions, so it is exact at
+every layout, which a contrastive loss is not: that one compares the samples of a micro-batch with each other.
+
+Shapes: B images, P patches of an image, T tokens of a caption, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from bigtrain.models.config import DataKind, Flops, ModelConfig
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
+from bigtrain.models.loss import chunked_cross_entropy
+from bigtrain.models.patches import cut
+from bigtrain.models.sums import by_sequence
+
+Positive = Annotated[int, Ge(1)]
+
+
+class Config(ModelConfig):
+    """Patches of an image before the tokens of its caption, in one stack; `context` is the tokens of a caption."""
+
+    data_kind: ClassVar[DataKind] = "captions"
+
+    arch: Literal["captioner"] = "captioner"
+    image_size: Positive
+    """Height and width of an image, in pixels."""
+    channels: Positive = 3
+    """Colours of a pixel."""
+    patch: Positive = 4
+    """Height and width of a patch, in pixels."""
+    layers: Positive = 4
+    """Transformer blocks."""
+    width: Positive = 128
+    """Width of the residual stream; the MLP's hidden layer is four times as wide."""
+    heads: Positive = 4
+    """Attention heads."""
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> Config:
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return self.image_size, self.image_size, self.channels
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def positions(self) -> int:
+        """Places of the stack: patches, and tokens but for the last, which nothing follows."""
+        return self.patches + self.context - 1
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return self.patch**2 * self.channels
+
+    def build(self, vocab_size: int) -> Captioner:
+        """The module; its values are not yet drawn."""
+        return Captioner(self, vocab_size)
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Exact number of parameters."""
+        embeddings = (self.positions + vocab_size) * self.width
+        return embeddings + self.parameter_count_without_embeddings(vocab_size)
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Parameters without the tables of tokens and positions."""
+        block = 12 * self.width**2 + 13 * self.width
+        return (self.patch_values + 1) * self.width + self.layers * block + (2 + vocab_size) * self.width
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Matmul FLOPs of an image and its caption, forward and backward, over the caption's tokens.
+
+        6 a parameter and place; attention 12 * layers * W for each pair of places, in the causal count for each that
+        sees the other. Padding is computed too and is no token of a run's metrics: in MFU it is waste.
+        """
+        patches, places = self.patches, self.positions
+        dense = 6 * (patches * self.patch_values * self.width + places * self.layers * 12 * self.width**2)
+        dense += 6 * self.context * self.width * vocab_size
+        pairs, seen = places**2, patches * places + (places - patches) * (places - patches + 1) // 2
+        full, causal = (dense + 12 * self.layers * self.width * count for count in (pairs, seen))
+        return Flops(full // self.context, causal // self.context)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), for x (B, P + T, W)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(width)
+        self.attention = Attention(width, heads, bias=True)
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = MLP(width, 4 * width, bias=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask=mask)
+        branch: Tensor = self.mlp(self.mlp_norm(x))
+        return x + branch
+
+
+class Captioner(nn.Module):
+    """Patches and tokens, positions, blocks, vocabulary (`contract.Model`)."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.context, self.compute_dtype = config, config.context, torch.float32
+        self.patch_embedding = Linear(config.patch_values, config.width)
+        self.embedding = Embedding(vocab_size, config.width)
+        self.position_embedding = Embedding(config.positions, config.width)
+        self.layers = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.norm = LayerNorm(config.width)
+        self.head = Linear(config.width, vocab_size, bias=False)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """Sums of losses and weights for images uint8 (B, H, W, channels), tokens (B, T) and weights (B, T)."""
+        tokens, weights = batch["tokens"], batch["weights"]
+        hidden = self.hidden(batch["images"], tokens[:, :-1])
+        loss, losses = chunked_cross_entropy(hidden, self.head.weight, tokens, weights)
+        return LossSum(loss, weights.sum(), by_sequence(losses, weights))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, T + 1, vocabulary) in FP32, of each of `tokens` (B, T < context) and of the one that follows."""
+        hidden = self.hidden(batch["images"], batch["tokens"])
+        return F.linear(hidden, self.head.weight.to(hidden.dtype)).float()
+
+    def hidden(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The residual stream (B, T + 1, W) that the head reads: of the last patch and of tokens (B, T)."""
+        patches = self.patch_embedding(cut(images, self.config.patch, self.compute_dtype))
+        x = torch.cat((patches, self.embedding(tokens, self.compute_dtype)), dim=1)
+        places = torch.arange(x.shape[1], device=x.device)
+        x = x + self.position_embedding(places, self.compute_dtype)
+        mask = (places < self.config.patches) | (places[:, None] >= places)
+        for layer in self.layers:
+            x = layer(x, mask[None, None])
+        hidden: Tensor = self.norm(x[:, self.config.patches - 1 :])
+        return hidden
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The transformer blocks, in order."""
+        return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+
+    def initialisers(self) -> dict[str, Init]:
+        """Tables from a normal of std 0.02, matrices of variance 1 / inputs; norms 1, biases 0."""
+        rules: dict[str, Init] = {}
+        for name, parameter in self.named_parameters():
+            if name.endswith("embedding.weight") and not name.startswith("patch"):
+                rules[name] = Normal(0.02)
+            elif parameter.ndim == 2:
+                rules[name] = Normal(1 / math.sqrt(parameter.shape[1]))
+            else:
+                rules[name] = Zeros() if name.endswith("bias") else Ones()
+        return rules
