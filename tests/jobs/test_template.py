@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.template import OFF_VARIABLE, can_fork
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines
@@ -31,7 +36,8 @@ def main():
     print(json.dumps({
         "rank": os.environ["RANK"], "argv": sys.argv[1:], "session": os.getsid(0) == os.getpgid(0) == os.getpid(),
         "parent": os.getppid(), "torch": torch.initial_seed(), "numpy": int(numpy.random.randint(1 << 31)),
-        "tasks": len(os.listdir("/proc/self/task")), "descriptors": len(os.listdir("/proc/self/fd")),
+        "tasks": len(os.listdir("/proc/self/task")),
+        "descriptors": [os.path.realpath(file) for file in os.scandir("/proc/self/fd")],
     }), flush=True)
     page.beat(7, "step")
     if "stay" in sys.argv:
@@ -43,6 +49,7 @@ AGENT = """
 import json, os, sys, time
 from pathlib import Path
 from bigtrain.jobs.ranks import Placement, RankProcess
+from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.template import Template
 
 def placement(number, *arguments):
@@ -87,8 +94,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, wait_for: Any, job: Any) -> None:
     (tmp_path / "tiny_template_rank.py").write_text(RANK)
-    logs = job.path / "logs"
-    logs.mkdir()
+    (job.path / "logs").mkdir()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "OMP_NUM_THREADS": "2"}
     agent = subprocess.Popen([sys.executable, "-c", AGENT, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
     try:
@@ -105,8 +111,14 @@ def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, 
         assert [one["rank"] for one in said] == ["1", "2", "3"]
         assert {one["argv"][0] for one in said} == {"leave", "stay"}
         assert all(one["session"] and one["parent"] == found["agent"] and one["tasks"] == 1 for one in said)
-        # What is null, its log twice, its page, and the directory that it lists.
-        assert {one["descriptors"] for one in said} == {5}
+        # Nothing of the template's or the agent's: neither their sockets nor pages and logs of others.
+        for number, one in enumerate(said, 1):
+            assert not [name for name in one["descriptors"] if "socket:" in name or "pipe:" in name]
+            # Its mapping of the page holds a descriptor of its own.
+            assert sum("memfd" in name for name in one["descriptors"]) == 2
+            assert {name for name in one["descriptors"] if name.endswith(".log")} == {
+                str(tmp_path / f"rank_{number}.log")
+            }
         assert {one["torch"] for one in said} == {torch.random.default_generator.initial_seed()}
         assert len({one["numpy"] for one in said}) == 3
     finally:
@@ -121,6 +133,54 @@ def test_a_users_script_and_who_does_not_want_it_get_fresh_processes() -> None:
     assert not can_fork("bigtrain.training.rank", {OFF_VARIABLE: "0"})
     assert not can_fork("bigtrain.jobs.script", {})
     assert not can_fork("mine", {})
+
+
+def strike(job: Any, mark: str, number: signal.Signals, then: Callable[[], None]) -> Callable[[Any], Any]:
+    """What has the template of a launch get a signal while it imports."""
+
+    def find() -> int | None:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                is_template = b"bigtrain.jobs.template" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if is_template and environment_of(int(pid)).get("BIGTRAIN_TEST_MARK") == mark:
+                    return int(pid)
+        return None
+
+    def run() -> None:
+        while (pid := find()) is None:
+            time.sleep(0.01)
+        os.kill(pid, number)
+        then()
+
+    @contextlib.contextmanager
+    def around(controller: Any) -> Iterator[None]:
+        job.controller = controller
+        threading.Thread(target=run, daemon=True).start()
+        yield
+
+    return around
+
+
+def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
+
+    def end() -> None:
+        job.controller.request_stop()
+        time.sleep(0.2)
+        job.controller.request_stop()
+
+    around = strike(job, str(job.path), signal.SIGSTOP, end)
+    assert job.launch(nproc=1, rank_module="bigtrain.training.rank", around=around) == ExitCode.FAILED
+    assert not list((job.path / "logs").glob("attempt_*/*"))
+
+
+def test_ranks_start_without_a_template_that_has_died(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory that is no run, which they say."""
+    monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
+    around = strike(job, str(job.path), signal.SIGKILL, lambda: None)
+    code = job.launch(nproc=1, rank_module="bigtrain.training.rank", around=around, job=JobConfig(max_failures=0))
+    assert code in (ExitCode.FAILED, ExitCode.USER)
+    assert "config.yaml" in job.log(0, 0)
 
 
 @pytest.mark.timeout(600)
