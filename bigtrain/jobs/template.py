@@ -242,10 +242,9 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     os.environ.update(own)
     _show(module, order["arguments"], own)
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
-    random = sys.modules.get("numpy.random")
-    if random is not None:
-        # As in a process of its own: no two ranks draw the same where nobody has seeded it.
-        random.seed()
+    # As in a process of its own: no two ranks draw the same where nobody has seeded.
+    sys.modules["numpy.random"].seed()
+    sys.modules["torch"].default_generator.seed()
     with socket.socket(fileno=talk) as agent:
         agent.sendall(b"%d" % os.getpid())
         if agent.recv(2) != b"go":

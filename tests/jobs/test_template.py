@@ -119,8 +119,8 @@ def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, 
             assert {name for name in one["descriptors"] if name.endswith(".log")} == {
                 str(tmp_path / f"rank_{number}.log")
             }
-        assert {one["torch"] for one in said} == {torch.random.default_generator.initial_seed()}
-        assert len({one["numpy"] for one in said}) == 3
+        # As fresh processes, they draw each its own where nobody has seeded.
+        assert len({one["torch"] for one in said}) == len({one["numpy"] for one in said}) == 3
     finally:
         agent.kill()
         agent.communicate()
