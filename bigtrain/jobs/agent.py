@@ -41,6 +41,7 @@ from bigtrain.jobs.protocol import (
     connect,
 )
 from bigtrain.jobs.ranks import Placement, RankProcess, last_traceback
+from bigtrain.jobs.template import Template, Templates
 
 LOOK_S: Final = 0.1
 """Time between two looks at the pages; exits are seen at once."""
@@ -56,7 +57,9 @@ _LEFT_CLEANLY: Final = (0, 75)
 class Gang:
     """The ranks of one generation on this machine."""
 
-    def __init__(self, placement: Placement, channel: Channel, inherited: Mapping[str, str]) -> None:
+    def __init__(
+        self, placement: Placement, channel: Channel, inherited: Mapping[str, str], template: Template | None = None
+    ) -> None:
         self.placement = placement
         self.generation = placement.generation
         self.ranks: list[RankProcess] = []
@@ -65,7 +68,7 @@ class Gang:
         self._limits = LearnedLimits(placement.limits)
         try:
             for local_rank in range(placement.procs):
-                self.ranks.append(RankProcess(placement, local_rank, inherited))
+                self.ranks.append(RankProcess(placement, local_rank, inherited, template))
         except BaseException:
             for rank in self.ranks:
                 rank.reap()
@@ -180,6 +183,10 @@ class Agent:
         self._parent = parent
         self._placement_mark = self._environment.setdefault(PLACEMENT_VARIABLE, uuid.uuid4().hex)
         self._gang: Gang | None = None
+        self._templates = Templates()
+        self._waiting: tuple[Placement, float] | None = None
+        """What is to be started once the template is ready, and when it was asked for."""
+        self._control = Control.RUN
         self._selector = selectors.DefaultSelector()
         self._selector.register(channel, selectors.EVENT_READ)
         self._exit_descriptors: list[int] = []
@@ -204,6 +211,7 @@ class Agent:
 
     def _turn(self) -> None:
         ready = {key.fileobj for key, _ in self._selector.select(LOOK_S)}
+        self._look_at_template()
         if self._gang is not None and not self._gang.look():
             self._finish_generation()
         if self._channel in ready:
@@ -227,23 +235,47 @@ class Agent:
                 self._channel.send("port", port=free_port())
             case "place":
                 self._place(Placement.parse(message))
-            case "control" if self._gang is not None:
-                self._gang.set_control(Control(message["word"]))
+            case "control":
+                self._control = Control(message["word"])
+                if self._gang is not None:
+                    self._gang.set_control(self._control)
             case "kill" if self._gang is not None and self._gang.generation == message["generation"]:
                 self._gang.end()
                 self._finish_generation()
+            case "kill" if self._waiting is not None and self._waiting[0].generation == message["generation"]:
+                self._waiting = None
+                self._channel.send("ended", generation=message["generation"])
             case "done":
                 self._done = True
 
     def _place(self, placement: Placement) -> None:
+        self._waiting = None
         if self._gang is not None:
             self._gang.end()
             self._finish_generation()
         if placement.world_size > placement.procs:
             self._choose_interface()
+        self._control = Control.RUN
+        self._waiting = placement, time.monotonic()
+        self._look_at_template()
+
+    def _look_at_template(self) -> None:
+        """Start the ranks that wait for it where it is ready, or will not be: then they are started fresh."""
+        if self._waiting is None:
+            return
+        placement, since = self._waiting
+        template = self._templates.of(placement.module, placement.rank_environment(0, self._environment))
+        if template is not None and not template.ready:
+            if time.monotonic() - since < placement.limits["start"]:
+                return
+            self._templates.give_up()
+        self._waiting = None
+        self._start(placement, template)
+
+    def _start(self, placement: Placement, template: Template | None) -> None:
         try:
             Path(placement.logs).mkdir(parents=True, exist_ok=True)
-            gang = self._gang = Gang(placement, self._channel, self._environment)
+            gang = self._gang = Gang(placement, self._channel, self._environment, template)
         except OSError as error:
             self._channel.send(
                 "exited",
@@ -259,6 +291,7 @@ class Agent:
             )
             self._channel.send("ended", generation=placement.generation)
             return
+        gang.set_control(self._control)
         for rank in gang.ranks:
             if rank.exit_descriptor is not None:
                 self._selector.register(rank.exit_descriptor, selectors.EVENT_READ)
@@ -277,7 +310,7 @@ class Agent:
         generation, self._gang = self._gang.generation, None
         self._forget_descriptors()
         # What left the ranks' process groups is found by its environment.
-        end_marked(self._placement_mark, spare=(os.getpid(),))
+        end_marked(self._placement_mark, spare=(os.getpid(), *self._templates.pids))
         self._channel.send("ended", generation=generation)
 
     def _forget_descriptors(self) -> None:
@@ -293,6 +326,7 @@ class Agent:
             for rank in self._gang.ranks:
                 rank.reap()
             self._gang = None
+        self._templates.close()
         end_marked(self._placement_mark, spare=(os.getpid(),))
         self._selector.close()
         self._channel.close()

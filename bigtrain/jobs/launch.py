@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,8 @@ def launch_here(
     job: JobConfig,
     sizes: Sequence[int] | None = None,
     say: Callable[[str], None] = say_on_stderr,
+    around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
+    kept: Placer | None = None,
     **options: Any,
 ) -> int:
     """Run a job's ranks where this command was started: on this machine, or on the nodes of its Slurm job.
@@ -108,17 +110,24 @@ def launch_here(
         run_dir: The run directory.
         job: Its section; `job.nodes` above one needs a Slurm job.
         sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
+        kept: Gives an agent of this machine that may outlast the run; by default the run has one of its own.
         options: See `run_controlled`.
     """
-    if not slurm.in_allocation():
-        return launch_local(run_dir, job=job, say=say, **options)
     run_dir = run_dir.absolute()
     log_path = run_dir / "logs" / "agent.log"
-    placer: Placer = LocalPlacer(log_path)
+    placer: Placer = kept or LocalPlacer(log_path)
+    if not slurm.in_allocation():
+        return run_controlled(run_dir, placer, job=job, say=say, around=around, **options)
     if job.nodes > 1:
         placer = SlurmPlacer(sizes or range(job.least_nodes, job.nodes + 1), log_path, say=say)
     requeue = RequeueOnSignal()
-    code = run_controlled(run_dir, placer, job=job, say=say, around=requeue.listening, **options)
+
+    @contextmanager
+    def listening(controller: Controller) -> Iterator[None]:
+        with around(controller), requeue.listening(controller):
+            yield
+
+    code = run_controlled(run_dir, placer, job=job, say=say, around=listening, **options)
     if requeue.asked and code == STOPPED:
         slurm.requeue_and_say(run_dir.name, say)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ PARENT_VARIABLE: Final = "BIGTRAIN_AGENT_PARENT"
 """Process id of an agent's parent, where the agent is to end with it."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
 _SIOCGIFADDR: Final = 0x8915
 
 
@@ -30,17 +32,31 @@ def bound_to_parent() -> Callable[[], None]:
     It also has the child ignore SIGUSR1 and SIGUSR2 until it asks for them, so that a request for stacks does not end a
     rank that is still starting.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getpid()
+    return functools.partial(bind_to_parent, os.getpid(), ctypes.CDLL(None, use_errno=True))
 
-    def bind() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # It died before the call: nobody will send the signal.
-            os._exit(1)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
-    return bind
+def bind_to_parent(parent: int, libc: ctypes.CDLL | None = None) -> None:
+    """What `bound_to_parent` has a child do.
+
+    Args:
+        parent: Its parent; where that is another process by now, this one ends.
+        libc: The C library, where it was loaded before.
+    """
+    (libc or ctypes.CDLL(None, use_errno=True)).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # It died before the call: nobody will send the signal.
+        os._exit(1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def adopt_orphans(wanted: bool) -> None:
+    """Whether a descendant of this process whose parent ends becomes its child, or that of init as usual.
+
+    Raises:
+        OSError: The system does not offer it.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "orphans cannot be adopted")
 
 
 def follow_parent(parent: int) -> bool:

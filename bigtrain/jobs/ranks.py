@@ -10,11 +10,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from bigtrain.heartbeat import PAGE_VARIABLE, HeartbeatPage
 from bigtrain.jobs.processes import bound_to_parent, is_stopped
 from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE
+from bigtrain.jobs.template import Template, TemplateFailed
 
 TAIL_BYTES: Final = 1 << 16
 TRACEBACK_CHARACTERS: Final = 16_000
@@ -70,32 +71,47 @@ class Placement:
 
 
 class RankProcess:
-    """A running rank, leader of a session of its own, killed by the kernel when the agent dies."""
+    """A running rank, leader of a session of its own, killed by the kernel when the agent dies.
 
-    def __init__(self, placement: Placement, local_rank: int, inherited: Mapping[str, str]) -> None:
+    Args:
+        template: Forks it, where it can; else it is a fresh process.
+    """
+
+    def __init__(
+        self, placement: Placement, local_rank: int, inherited: Mapping[str, str], template: Template | None = None
+    ) -> None:
         self.rank = placement.first_rank + local_rank
         self.log_path = Path(placement.logs, f"rank_{self.rank}.log")
         self.page = HeartbeatPage()
-        descriptor = self.page.descriptor
-        environment = placement.rank_environment(local_rank, inherited) | {PAGE_VARIABLE: str(descriptor)}
+        environment = placement.rank_environment(local_rank, inherited)
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             with open(self.log_path, "ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", placement.module, *placement.arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    pass_fds=(descriptor,),
-                    start_new_session=True,
-                    # Safe here: the agent has one thread.
-                    preexec_fn=bound_to_parent(),
-                )
+                self.pid = self._start(placement, environment, log, template)
         except BaseException:
             self.page.close()
             raise
-        self.pid = self._process.pid
         self.exit_descriptor = self._open_exit_descriptor()
+
+    def _start(
+        self, placement: Placement, environment: dict[str, str], log: IO[bytes], template: Template | None
+    ) -> int:
+        descriptor = self.page.descriptor
+        if template is not None and template.ready:
+            with contextlib.suppress(TemplateFailed):
+                return template.fork(environment, placement.arguments, log.fileno(), descriptor)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", placement.module, *placement.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment | {PAGE_VARIABLE: str(descriptor)},
+            pass_fds=(descriptor,),
+            start_new_session=True,
+            # Safe here: the agent has one thread.
+            preexec_fn=bound_to_parent(),
+        )
+        return self._process.pid
 
     def _open_exit_descriptor(self) -> int | None:
         try:
@@ -135,7 +151,10 @@ class RankProcess:
             Its exit code, or minus the signal that ended it.
         """
         self.kill()
-        code = self._process.wait()
+        if self._process is not None:
+            code = self._process.wait()
+        else:
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if self.exit_descriptor is not None:
             os.close(self.exit_descriptor)
         self.page.close()

@@ -36,6 +36,7 @@ def train(
     fork: str | None = None,
     step: int | None = None,
     stream: TextIO | None = None,
+    launch: Callable[..., int] | None = None,
 ) -> int:
     """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
 
@@ -44,6 +45,7 @@ def train(
         fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
         step: Go back to the checkpoint of this step.
         stream: Where progress is shown; stderr where None.
+        launch: In place of `launch_here`, which it is called like.
 
     Returns:
         A code of ExitCode.
@@ -62,7 +64,7 @@ def train(
         run = run.with_job(procs_per_node=procs)
     with run.held() as lease:
         run.say_start(count, stream)
-        code = _launch(run, lease, count, stream)
+        code = _launch(run, lease, count, stream, launch or launch_here)
     tell_end(run.directory, run.prepared.config, code, stream)
     return code
 
@@ -176,14 +178,14 @@ def check_when_free(
     return run
 
 
-def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO) -> int:
+def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO, launch: Callable[..., int]) -> int:
     directory, job = run.directory, run.prepared.config.job
     procs = count // job.nodes
     display = LiveDisplay(directory.path, run.prepared.total_steps, stream)
     display.start()
     try:
         with RunRecord(directory, machines=job.nodes) as record:
-            code = launch_here(
+            code = launch(
                 directory.path,
                 nproc=procs,
                 sizes=node_sizes(run.prepared.config, procs),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import site
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
@@ -19,10 +21,11 @@ from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig
+from bigtrain.sweeps.gang import BETWEEN_SIGNALS_S
 from bigtrain.sweeps.load import Sweep
 
-BETWEEN_SIGNALS_S = 0.15
-"""Long enough for a launcher to take two signals for two requests."""
+CLOSE_S: Final = 5.0
+"""How long a launcher without a trial may take to end its agent; on an idle machine it takes 0.1 s."""
 
 
 class RunningTrial(Protocol):
@@ -90,12 +93,13 @@ def starter_of(sweep: Sweep) -> TrialStarter:
 
 
 class LocalSlots:
-    """Slots of this machine: a trial is a `bigtrain train` of its own, which the kernel ends with the driver."""
+    """Slots of this machine: a launcher each, which the kernel ends with the driver; it keeps its agent."""
 
     def __init__(self, config: SlotsConfig, plugin: str | None = None) -> None:
         self._procs, self._threads = config.procs, config.threads
         self._plugin = plugin
         self._gpus = visible_gpus()
+        self._launchers: dict[int, Launcher] = {}
         self.slots = self._auto() if config.count == "auto" else config.count
 
     def _auto(self) -> int:
@@ -123,24 +127,24 @@ class LocalSlots:
         )
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
-        """See `TrialStarter.start`. Only from the main thread: the kernel ends the trial with the thread's death."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                self.command(config, runs_dir), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=self._environment(slot),
-                start_new_session=True, preexec_fn=bound_to_parent(),
-            )  # fmt: skip
-        return LocalTrial(process)
+        """See `TrialStarter.start`. Only from the main thread: the kernel ends the slot with the thread's death."""
+        launcher = self._launchers.get(slot)
+        if launcher is None or not launcher.lives():
+            launcher = self._launchers[slot] = Launcher(self.command(slot), self._environment(slot), log)
+        return launcher.train(config.absolute(), runs_dir.absolute(), log)
 
     def close(self) -> None:
-        """Nothing: the kernel ends what is left."""
+        """End the slots' processes: those that wait give their agents back first."""
+        for launcher in self._launchers.values():
+            launcher.close()
+        for launcher in self._launchers.values():
+            launcher.wait()
+        self._launchers.clear()
 
-    def command(self, config: Path, runs_dir: Path) -> list[str]:
-        """The process of a trial."""
-        command = [sys.executable, "-m", "bigtrain.cli", "train", str(config), "--runs-dir", str(runs_dir)]
-        command += ["--nproc", str(self._procs)]
-        return command if self._plugin is None else [*command, "--plugin", self._plugin]
+    def command(self, slot: int) -> list[str]:
+        """The process of a slot (`bigtrain.sweeps.launcher`)."""
+        command = [sys.executable, "-m", "bigtrain.sweeps.launcher", str(slot), str(self._procs)]
+        return command if self._plugin is None else [*command, self._plugin]
 
     def _environment(self, slot: int) -> Mapping[str, str]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
@@ -156,25 +160,79 @@ class LocalSlots:
         return environment
 
 
-class LocalTrial:
-    """A `bigtrain train` process."""
+class Launcher:
+    """A slot's process, which trains one trial after another; the kernel ends it with the driver.
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    Args:
+        log: Takes what it prints until it has a trial's log.
+    """
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._orders, theirs = socket.socketpair()
+        self._orders.setblocking(False)
+        with open(log, "ab") as output, theirs:
+            self.process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=output, stderr=output, env=environment, start_new_session=True,
+                preexec_fn=bound_to_parent(),
+            )  # fmt: skip
+        self._heard = b""
+
+    def lives(self) -> bool:
+        """Whether it can train another trial."""
+        return self.process.poll() is None
+
+    def train(self, config: Path, runs_dir: Path, log: Path) -> LocalTrial:
+        """Have it train a trial; returns at once."""
+        order = {"config": str(config), "runs_dir": str(runs_dir), "log": str(log)}
+        # One that has just died shows itself at the first look.
+        with contextlib.suppress(OSError):
+            self._orders.sendall(json.dumps(order).encode() + b"\n")
+        return LocalTrial(self)
+
+    def code(self) -> int | None:
+        """The code of the trial that it was given last; minus a signal where one ended it; None while it trains."""
+        died = self.process.poll()
+        with contextlib.suppress(OSError):
+            self._heard += self._orders.recv(4096)
+        line, newline, self._heard = self._heard.rpartition(b"\n")
+        return int(line) if newline else died
+
+    def close(self) -> None:
+        """Have it end once it has nothing to do."""
+        self._orders.close()
+
+    def wait(self) -> None:
+        """Wait for its end, and make it end."""
+        try:
+            self.process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class LocalTrial:
+    """A trial in its slot's process."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._code: int | None = None
 
     @property
     def pid(self) -> int:
         """Of the launcher."""
-        return self._process.pid
+        return self._launcher.process.pid
 
     def poll(self) -> int | None:
         """See `RunningTrial.poll`."""
-        return self._process.poll()
+        if self._code is None:
+            self._code = self._launcher.code()
+        return self._code
 
     def stop(self, now: bool) -> None:
         """See `RunningTrial.stop`."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+            self._launcher.process.send_signal(signal.SIGTERM)
             if now:
                 time.sleep(BETWEEN_SIGNALS_S)
-                self._process.send_signal(signal.SIGTERM)
+                self._launcher.process.send_signal(signal.SIGTERM)

@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python -m tests.bench.bench_trials
 
-From the end of a run (its ranks are gone) to the first step of the next on its slot. On this machine that is the start
-of a command, an agent and its ranks; on Ray the agents are those of the run before, and what remains is the ranks'
-start, of which importing torch is the most. Six undisturbed trials of seconds; two Ray nodes of this machine.
+From the end of a run (its ranks are gone) to the first step of the next on its slot. A slot keeps its agent from trial
+to trial, and the agent keeps a process that has imported torch, from which it forks ranks; "fresh ranks" are started
+without that one (BIGTRAIN_TEMPLATE=0). Six undisturbed trials of seconds; two Ray nodes of this machine. With
+`--before CHECKOUT` the slots of this machine are measured with another checkout's code too.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -46,8 +48,8 @@ def shards(place: Path) -> Path:
     return place
 
 
-def measure(place: Path, sweep: dict[str, Any], environment: dict[str, str]) -> None:
-    """Run a sweep to its end and print its gaps."""
+def measure(name: str, place: Path, sweep: dict[str, Any], environment: dict[str, str]) -> float:
+    """Run a sweep to its end and print its gaps; returns the middle one, in seconds."""
     place.mkdir()
     path = place / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep))
@@ -62,27 +64,41 @@ def measure(place: Path, sweep: dict[str, Any], environment: dict[str, str]) -> 
     trials = [line["trial"] for line in read_lines(directory.journal) if line["event"] == "finished"]
     placed = [event for trial in trials for event in read_lines(directory.run(trial).events)]
     kept = sum(bool(event.get("kept")) for event in placed if event["event"] == "placed")
+    middle = statistics.median(gaps)
     print(
-        f"{sweep['slots']['on']:8} {len(trials)} trials on {sweep['slots']['count']} slots; between two on a slot "
-        f"{statistics.median(gaps):.2f} s (median of {', '.join(f'{gap:.2f}' for gap in sorted(gaps))})"
+        f"{name:20} {len(trials)} trials on {sweep['slots']['count']} slots; between two on a slot "
+        f"{middle:.2f} s (median of {', '.join(f'{gap:.2f}' for gap in sorted(gaps))})"
         + (f"; {kept} began on agents of the trial before" if kept else ""),
         flush=True,
     )
+    return middle
 
 
 def main() -> None:
     """Measure both kinds of slots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another version, to compare with")
+    before = parser.parse_args().before
     ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "ray")}
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {json.dumps(versions)}", flush=True)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
+        f"{json.dumps(versions)}", flush=True,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bigtrain-bench-") as scratch:
         place = Path(scratch)
         sweep = {**tiny_sweep(shards(place / "shards")), "sizes": SIZES}
-        measure(place / "machine", {**sweep, "slots": {"on": "machine", "count": 2}}, ours)
+        here = {**sweep, "slots": {"on": "machine", "count": 2}}
+        kinds = {"machine": ours, "with fresh ranks": ours | {"BIGTRAIN_TEMPLATE": "0"}}
+        if before is not None:
+            kinds = {"before": ours | {"PYTHONPATH": str(before.absolute())}, **kinds}
+        middles = {name: measure(name, place / name, here, kinds[name]) for name in kinds}
+        if before is not None:
+            print(f"machine, against before: {middles['machine'] / middles['before']:.2f} of the time", flush=True)
         nodes = RayNodes(2)
         try:
             ray = nodes.environment | {"RAY_ADDRESS": nodes.address, "OMP_NUM_THREADS": "1"}
-            measure(place / "ray", {**sweep, "slots": {"on": "ray", "count": 2}}, ray)
+            measure("ray", place / "ray", {**sweep, "slots": {"on": "ray", "count": 2}}, ray)
         finally:
             nodes.end()
 

@@ -48,6 +48,9 @@ def test_trunk_and_branch_are_the_separate_run_to_the_bit(
     assert status == sweep_status(directory)
     assert (status["state"], status["finished"]) == ("finished", 3)
     trunk, *branches = [row["trial"] for row in status["trials"]]
+    # Three trials on two slots: at least one began on the agent of the trial before.
+    begun = [event for name in (trunk, *branches) for event in read_lines(directory.run(name).events)]
+    assert [event["kept"] for event in begun if event["event"] == "placed"].count(True) >= 1
     assert 0 < status["flops_saved"] < status["flops"]
     longest = branches[-1]
     config = yaml.safe_load((directory.configs / f"{longest}.yaml").read_text())

@@ -1,9 +1,9 @@
 """A sweep's driver whose trials are real processes without torch: `tiny_driver.py SWEEP.yaml RUNS_DIR`.
 
-Run as `tiny_driver.py --trial CONFIG RUNS_DIR` it is such a trial: it "trains" a step in some milliseconds, saves
-itself where `checkpoint.at` says, every five steps and when it is asked to stop, resumes from its newest save, and
-writes down every step that it takes. At step 12 it waits while there is a file `hold` in RUNS_DIR. That it never runs
-beside itself is held by a lock.
+Run as `tiny_driver.py --slot` it is a slot's process, which trains such trials: one "trains" a step in some
+milliseconds, saves itself where `checkpoint.at` says, every five steps and when it is asked to stop, resumes from its
+newest save, and writes down every step that it takes. At step 12 it waits while there is a file `hold` in its runs
+directory. That it never runs beside itself is held by a lock.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import fcntl
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigtrain.sweeps.gang import GangTrial
 
 STEP_S = 0.005
 SAVE_EVERY = 5
@@ -24,38 +27,41 @@ SHORT = 17
 """Tokens that the last sequence of an epoch is short of."""
 
 
-def trial(config_path: Path, runs_dir: Path) -> int:
+def trial(order: GangTrial) -> int:
     import yaml
 
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.append(1))
-    config = yaml.safe_load(config_path.read_text())
+    runs_dir = order.runs_dir
+    config = yaml.safe_load(order.config.read_text())
     run = runs_dir / config["name"]
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = open(run / "lock", "w")  # noqa: SIM115 - held to the end of the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        (run / "twice").touch()
-        return 1
-    (run / "pid").write_text(str(os.getpid()))
+    with open(run / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            (run / "twice").touch()
+            return 1
+        (run / "pid").write_text(str(os.getpid()))
+        return steps(order, config, run)
+
+
+def steps(order: GangTrial, config: dict[str, Any], run: Path) -> int:
+    runs_dir = order.runs_dir
     if config["optimizer"]["lr"] > 0.9:
-        print("error: the loss of step 3 is nan")
+        print("error: the loss of step 3 is nan", flush=True)
         return 1
     total = int(config["duration"].split()[0])
     at = {int(one.split()[0]) for one in config["checkpoint"]["at"]}
     source = config["init"]["source"]
     step = int(source.rpartition("@")[2]) if source else 0
     if source and not (runs_dir / source.rpartition("@")[0] / "checkpoints" / f"step_{step:08d}").is_dir():
-        print("error: the trunk has no such step")
+        print("error: the trunk has no such step", flush=True)
         return 2
     latest = run / "checkpoints" / "LATEST"
     if latest.exists():
         step = int(latest.read_text().removeprefix("step_"))
     with open(run / "events.jsonl", "a") as events:
         events.write(json.dumps({"time": time.time(), "event": "started", "step": step}) + "\n")
-    while step < total and not stopping:
+    while step < total and not order.is_stopping:
         time.sleep(STEP_S)
         if step == HOLD_AT and (runs_dir / "hold").exists():
             continue
@@ -89,8 +95,8 @@ def drive(sweep: Path, runs_dir: Path) -> int:
     from bigtrain.sweeps.slots import LocalSlots
 
     class TinySlots(LocalSlots):
-        def command(self, config: Path, runs_dir: Path) -> list[str]:
-            return [sys.executable, __file__, "--trial", str(config), str(runs_dir)]
+        def command(self, slot: int) -> list[str]:
+            return [sys.executable, __file__, "--slot"]
 
     loaded = load_sweep(sweep)
     try:
@@ -101,6 +107,9 @@ def drive(sweep: Path, runs_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--trial":
-        sys.exit(trial(Path(sys.argv[2]), Path(sys.argv[3])))
+    if sys.argv[1] == "--slot":
+        from bigtrain.sweeps.launcher import serve
+
+        serve(trial, lambda: None)
+        sys.exit()
     sys.exit(drive(Path(sys.argv[1]), Path(sys.argv[2])))

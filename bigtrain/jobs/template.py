@@ -1,0 +1,280 @@
+"""A process that has imported what a rank imports, and forks ranks from itself: they start without imports.
+
+    python -m bigtrain.jobs.template MODULE      started by the agent (`Template`), with a socket as its standard input
+
+Nothing is initialised in it: no device, no process group, no pool of threads, no random number drawn. That it has one
+thread is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
+own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
+its end is seen at once. Its environment and command line in /proc are those of a rank too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bigtrain.heartbeat import PAGE_VARIABLE
+from bigtrain.jobs.processes import adopt_orphans, bind_to_parent, bound_to_parent
+
+OWN_VARIABLES: Final = frozenset({
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "BIGTRAIN_RUN", "BIGTRAIN_ATTEMPT", "BIGTRAIN_LEASE", PAGE_VARIABLE,
+})  # fmt: skip
+"""What may differ between a template and its ranks: nothing that is imported looks at these before a rank begins."""
+ROOM_VARIABLE: Final = "BIGTRAIN_TEMPLATE_ROOM"
+"""Its place in the template's environment is where a rank's own variables go, for those who look in /proc."""
+ROOM_BYTES: Final = 8192
+OFF_VARIABLE: Final = "BIGTRAIN_TEMPLATE"
+"""Set to 0, every rank is started as a fresh process."""
+FORK_S: Final = 5.0
+"""How long a fork may take; on an idle machine it takes 20 ms."""
+CONTROL_BYTES: Final = 1 << 17
+_RANK_MODULES: Final = ("bigtrain.training.", "bigtrain.testing.")
+_IMPORTED_TOO: Final = ("bigtrain.training.session",)
+
+
+class TemplateFailed(Exception):
+    """No rank came out of it."""
+
+
+def can_fork(module: str, environment: Mapping[str, str]) -> bool:
+    """Whether ranks of this module may be forked: ours, not a user's script, where no GPU's driver may be awake."""
+    devices = any(name.startswith("nvidia") or name == "kfd" for name in os.listdir("/dev"))
+    return module.startswith(_RANK_MODULES) and not devices and environment.get(OFF_VARIABLE) != "0"
+
+
+class Template:
+    """The agent's side of a template.
+
+    Args:
+        module: Whose `main` each rank runs.
+        environment: A rank's; those of later ones may differ in OWN_VARIABLES alone.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self._module = module
+        self._environment = _shared(environment)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(FORK_S)
+        self.ready = self.over = False
+        """Whether it can fork, and whether it never will again."""
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bigtrain.jobs.template", module],
+                stdin=theirs.fileno(),
+                # What it prints is the agent's: a rank has a log of its own.
+                stdout=2,
+                env=self._environment | {ROOM_VARIABLE: "-" * ROOM_BYTES},
+                start_new_session=True,
+                # Safe here: the agent has one thread.
+                preexec_fn=bound_to_parent(),
+            )
+        self.pid = self._process.pid
+
+    def fits(self, module: str, environment: Mapping[str, str]) -> bool:
+        """Whether a rank that is forked from it would be as one that is started fresh."""
+        own = sum(len(os.fsencode(f"{name}={environment.get(name, '')}")) + 1 for name in OWN_VARIABLES)
+        return (module, _shared(environment)) == (self._module, self._environment) and own < ROOM_BYTES
+
+    def look(self) -> None:
+        """See whether it is ready, or over; does not wait."""
+        if self._process.poll() is not None:
+            self.ready, self.over = False, True
+        elif not self.ready and not self.over:
+            with contextlib.suppress(OSError):
+                self.ready = self._control.recv(CONTROL_BYTES, socket.MSG_DONTWAIT) == b"ready"
+
+    def fork(self, environment: Mapping[str, str], arguments: Sequence[str], log: int, page: int) -> int:
+        """Fork a rank.
+
+        Args:
+            environment: All of its variables; the page's descriptor is put in by the rank.
+            log: Descriptor that takes what it prints.
+            page: Descriptor of its heartbeat page.
+
+        Returns:
+            Its process id: a child of this process.
+
+        Raises:
+            TemplateFailed: There is no such rank, and the template is of no more use.
+        """
+        own = {name: environment[name] for name in sorted(OWN_VARIABLES) if name in environment}
+        order = json.dumps({"environment": own, "arguments": list(arguments), "agent": os.getpid()}).encode()
+        ours, theirs = socket.socketpair()
+        ours.settimeout(FORK_S)
+        try:
+            with ours:
+                adopt_orphans(True)
+                try:
+                    with theirs:
+                        socket.send_fds(self._control, [order], [log, page, theirs.fileno()])
+                    pid = int(ours.recv(CONTROL_BYTES))
+                finally:
+                    adopt_orphans(False)
+                # Until it hears this it does nothing, and where it hears nothing it ends.
+                ours.sendall(b"go")
+            return pid
+        except (OSError, ValueError) as error:
+            self.ready, self.over = False, True
+            raise TemplateFailed(str(error)) from error
+
+    def close(self) -> None:
+        """End it; the ranks that came out of it go on."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Templates:
+    """The template of an agent, made when it is first needed, and anew for other ranks."""
+
+    def __init__(self) -> None:
+        self._template: Template | None = None
+        self._off = False
+
+    def of(self, module: str, environment: Mapping[str, str]) -> Template | None:
+        """The template of a rank, which may not be ready yet; None where it is to be started fresh."""
+        if self._off or not can_fork(module, environment):
+            return None
+        if self._template is not None and not self._template.fits(module, environment):
+            self.close()
+        if self._template is None:
+            try:
+                self._template = Template(module, environment)
+            except OSError:
+                self.give_up()
+                return None
+        self._template.look()
+        if self._template.over:
+            self.give_up()
+        return self._template
+
+    def give_up(self) -> None:
+        """Start all ranks fresh from now on."""
+        self._off = True
+        self.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the template, where there is one."""
+        return () if self._template is None else (self._template.pid,)
+
+    def close(self) -> None:
+        """End the template."""
+        if self._template is not None:
+            self._template.close()
+            self._template = None
+
+
+def _shared(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in OWN_VARIABLES}
+
+
+def main() -> int:
+    """Serve the agent; in a rank, run it and return its code."""
+    control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    module = importlib.import_module(sys.argv[1])
+    for name in _IMPORTED_TOO:
+        importlib.import_module(name)
+    # Numpy's OpenBLAS has begun a pool of threads, which it ends before a fork and begins again when it is needed.
+    _fork_and_leave()
+    gc.collect()
+    gc.freeze()
+    control.send(b"ready")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, CONTROL_BYTES, 3)
+        if not message or len(os.listdir("/proc/self/task")) != 1:
+            return 0 if not message else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _fork_for_agent():
+            control.close()
+            _become_rank(module.__name__, json.loads(message), *descriptors)
+            return int(module.main())
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _fork_and_leave() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _fork_for_agent() -> bool:
+    """Fork twice; whether this is the rank. Its parent ends at once, by which it becomes the agent's child."""
+    middle = os.fork()
+    if middle == 0:
+        if os.fork():
+            os._exit(0)
+        return True
+    os.waitpid(middle, 0)
+    return False
+
+
+def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: int) -> None:
+    os.setsid()
+    deadline = time.monotonic() + FORK_S
+    while os.getppid() != order["agent"]:
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.0005)
+    bind_to_parent(order["agent"])
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.close(log)
+    own = {**order["environment"], PAGE_VARIABLE: str(page)}
+    os.environ.pop(ROOM_VARIABLE, None)
+    os.environ.update(own)
+    _show(module, order["arguments"], own)
+    sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
+    # As in a process of its own: no two ranks draw the same where nobody has seeded.
+    sys.modules["numpy.random"].seed()
+    sys.modules["torch"].default_generator.seed()
+    with socket.socket(fileno=talk) as agent:
+        agent.sendall(b"%d" % os.getpid())
+        if agent.recv(2) != b"go":
+            os._exit(1)
+
+
+def _show(module: str, arguments: Sequence[str], own: Mapping[str, str]) -> None:
+    """Put the rank's command line and its own variables where /proc shows them.
+
+    Only what was there for this is written over: a library may have kept a pointer to any other variable.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    argv_start, argv_end, env_start, env_end = (int(field) for field in fields[45:49])
+    name = b"bigtrain.jobs.template\0"
+    line = ctypes.string_at(argv_start, argv_end - argv_start)
+    at = line.find(name)
+    if at >= 0:
+        text = b"\0".join(map(os.fsencode, (module, *arguments)))
+        _write(argv_start + at, argv_end - argv_start - at, text)
+    room = f"{ROOM_VARIABLE}=".encode()
+    at = ctypes.string_at(env_start, env_end - env_start).find(room)
+    if at >= 0:
+        text = b"\0".join(os.fsencode(f"{name}={value}") for name, value in own.items())
+        _write(env_start + at, len(room) + ROOM_BYTES, text)
+
+
+def _write(address: int, size: int, text: bytes) -> None:
+    ctypes.memset(address, 0, size)
+    ctypes.memmove(address, text, min(len(text), size - 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
