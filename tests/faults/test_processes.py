@@ -20,7 +20,7 @@ def struck(two_ranks: Any) -> Callable[[dict[str, Any]], str]:
     def run(fault: dict[str, Any]) -> str:
         name = "-".join(str(value).replace(" ", "-") for value in fault.values())
         if name not in done:
-            limit_s = HANG_S if fault["kind"] in ("stop", "hold the GIL") else None
+            limit_s = HANG_S if fault["kind"] in ("stop", "stop at once", "hold the GIL") else None
             two_ranks.finish(two_ranks.start(name, 2, fault={"rank": 1, **fault}, limit_s=limit_s))
             done.add(name)
         return name
