@@ -100,7 +100,7 @@ def open_objects(url: str, patience: Patience) -> ObjectPlace:
     scheme = url.partition(":")[0]
     module, extra = _EXTRAS[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{scheme}:// needs {module}", url, f"pip install 'bigtrain[{extra}]'")
+        raise UserError(f"{scheme}:// needs {module}", url, f"pip install -e '.[{extra}]', in the checkout")
     return ObjectPlace(url, patience.timeout_s)
 
 

@@ -19,7 +19,7 @@ MAX_RATIO = 250
 FREE_BYTES = 1 << 28
 """Up to here any ratio will do."""
 
-_EXTRA = "pip install 'bigtrain[data]'"
+_EXTRA = "pip install -e '.[data]', in the checkout"
 
 
 @contextlib.contextmanager

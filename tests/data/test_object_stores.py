@@ -56,4 +56,4 @@ def test_a_store_whose_library_is_not_installed_is_refused_with_the_extra(monkey
     for scheme in ("s3", "gs"):
         with pytest.raises(UserError, match="needs") as caught:
             remote.open_place(f"{scheme}://bucket/x", objects.Patience())
-        assert f"bigtrain[{scheme}]" in str(caught.value.fix)
+        assert f"pip install -e '.[{scheme}]'" in str(caught.value.fix)

@@ -314,7 +314,8 @@ def distance(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return norm_of({name: tensors[name] - tensor for name, tensor in expected.items()}) / norm_of(expected)
 
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))]
+SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
+"""Two, since what is wrong shows at any; the bands were measured over 8, and tests/bench/bf16_bands.py takes more."""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -328,7 +329,7 @@ def test_bf16_stays_in_its_band(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kind", ["ulysses", "all_gather"])
 def test_bf16_stays_in_its_band_where_ranks_share_sequences(

@@ -39,6 +39,7 @@ LAYOUTS = {
     "ZeRO 3, tp2 x dp2 with selective recompute": zero(4, 3, recompute="selective", tp=2),
     "ZeRO 1, pp2 with selective recompute": zero(2, 1, recompute="selective", pp=2),
     "ZeRO 0, pp2": zero(2, 0, pp=2),
+    "ZeRO 0, pp2 x dp2": zero(4, 0, pp=2),
     "ZeRO 1, pp2": zero(2, 1, pp=2),
     "ZeRO 1, pp2 with recompute": zero(2, 1, recompute="full", pp=2),
     "ZeRO 1, pp2 x dp2": zero(4, 1, pp=2),
@@ -56,8 +57,8 @@ TOGETHER = {
         for recompute in ("full", "selective")
     },
     **{
-        f"ZeRO {stage}, tp2 x pp2 x dp2 with {recompute} recompute, nothing shared besides": zero(
-            8, stage, recompute=recompute, tp=2, pp=2, **WHOLE
+        f"ZeRO {stage}, tp2 x pp2 with {recompute} recompute, nothing shared besides": zero(
+            4, stage, recompute=recompute, tp=2, pp=2, **WHOLE
         )
         for stage in range(2)
         for recompute in ("full", "selective")

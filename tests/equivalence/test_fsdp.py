@@ -79,7 +79,6 @@ LAYOUTS = {
     "pp2 with recompute": How(2, {"pp": 2}, {"recompute": "full"}),
     "tp2 x pp2 with selective recompute": How(4, {"tp": 2, "pp": 2}, {"recompute": "selective"}),
     "compiled": How(1, {}, {"compile": True}),
-    "tp2, compiled": How(2, {"tp": 2}, {"compile": True}),
     "cp2 ulysses, compiled": How(2, {"cp": 2}, {"compile": True}),
     "cp2 all_gather, compiled": How(2, {"cp": 2, "cp_kind": "all_gather"}, {"compile": True}),
     "pp2, compiled": How(2, {"pp": 2}, {"compile": True}),
@@ -113,29 +112,23 @@ TOGETHER = {
 """For pairs of techniques that no layout above has (tests/test_support_matrix.py finds them)."""
 LAYOUTS |= TOGETHER
 WITH_ALL_MODELS = [
-    "dp2", "dp4", "hsdp2x2", "tp2", "tp4", "tp2 without sequence parallel", "tp2 x dp2", "cp2 ulysses",
-    "cp2 all_gather", "cp4 ulysses", "cp2 ulysses x dp2", "tp2 x cp2 all_gather", "pp2", "pp2 interleaved",
-    "pp2 zero bubble", "pp4", "pp2 x dp2", "tp2 x pp2",
+    "dp2", "hsdp2x2", "tp2", "tp2 without sequence parallel", "cp2 ulysses", "cp2 all_gather", "tp2 x cp2 all_gather",
+    "pp2", "pp2 interleaved", "pp2 zero bubble", "tp2 x pp2",
 ]  # fmt: skip
-"""Each technique, and two together."""
+"""Each technique, and two together. More ranks of one, or dp2 beside it, change how much a rank holds, not what a part
+of the model meets: the model with most is enough."""
 WITH_MOST = "llama-gqa-tied-qk-norm-documents"
 """The model that has most of what layouts get wrong: for all the others, more of them together."""
 
 COMPILED = [
     ("llama-untied-dropout", "compiled"),
-    ("llama-gqa-tied-qk-norm-documents", "tp2, compiled"),
     ("llama-gqa-tied-qk-norm-documents", "cp2 ulysses, compiled"),
     ("llama-untied-dropout", "cp2 all_gather, compiled"),
     ("gpt2-dropout", "pp2, compiled"),
 ]
-"""Half a minute each, nearly all of it in the compiler: one model a layout."""
+"""Half a minute each, nearly all of it in the compiler: one model a layout; TOGETHER compiles tp2 with recompute."""
 COMPILER_LIMIT_S = 400.0
 """On a machine that does other work too."""
-ALL = [
-    *((model, layout) for model in MODELS for layout in WITH_ALL_MODELS),
-    *((WITH_MOST, layout) for layout in LAYOUTS if layout not in {*WITH_ALL_MODELS, *(of for _, of in COMPILED)}),
-    *COMPILED,
-]
 EACH_TECHNIQUE_ONCE = [
     ("llama-untied-dropout", "tp2"),
     ("gpt2-dropout", "tp2 without sequence parallel"),
@@ -148,6 +141,14 @@ EACH_TECHNIQUE_ONCE = [
     ("llama-untied-dropout", "pp2 zero bubble"),
 ]
 """The fast tier; for dp2 and hsdp2x2 that is tests/engines/test_fsdp.py."""
+ALL = dict.fromkeys(
+    [
+        *EACH_TECHNIQUE_ONCE,
+        *((model, layout) for model in MODELS for layout in WITH_ALL_MODELS),
+        *((WITH_MOST, layout) for layout in LAYOUTS if layout not in {*WITH_ALL_MODELS, *(of for _, of in COMPILED)}),
+        *COMPILED,
+    ]
+)
 
 
 def of_layout(model: str, layout: str) -> What:
@@ -314,11 +315,11 @@ def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str, What], P
 BF16_PARAMETER, BF16_LOSS, BF16_NORM = 2e-2, 5e-5, 5e-4
 """The band of BF16 for pipelines, relative to one process in BF16: the gradient of any one parameter, loss, gradient
 norm. Measured over 4 seeds, 2 models, with and without dp2 and zero bubble: at most 8.8e-3, 1.0e-7 and 1.8e-4. One unit
-of BF16 is 3.9e-3."""
+of BF16 is 3.9e-3. The test takes two seeds; tests/bench/bf16_bands.py takes four, at every layout."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("layout", ["pp2", "pp2 zero bubble x dp2"])
 def test_bf16_in_stages_stays_in_its_band(ranks: RankPool, tmp_path: Path, layout: str, seed: int) -> None:
     what = replace(FOUR_LAYERS["llama-gqa-tied-qk-norm-documents"], steps=2, precision="bf16", seed=seed)

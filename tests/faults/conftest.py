@@ -121,7 +121,7 @@ def _environment(pid: str) -> list[bytes]:
         return []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make_workplace(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Workplace]]:
     """Makes a workplace whose config has some sections of its own."""
     made: list[Workplace] = []
@@ -153,9 +153,9 @@ def make_workplace(text_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
         workplace.end()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_ranks(make_workplace: Callable[..., Workplace]) -> Workplace:
-    """A workplace with an undisturbed run of two ranks."""
+    """A workplace with an undisturbed run of two ranks, which each test leaves as it is."""
     workplace = make_workplace()
     workplace.finish(workplace.start("undisturbed", 2))
     return workplace

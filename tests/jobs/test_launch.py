@@ -70,6 +70,19 @@ train(20 if attempt else 10**6, at=die)
     assert any("killed by SIGKILL" in line for line in job.said)
 
 
+def test_a_rank_that_crashes_is_named_by_its_signal(job: Any) -> None:
+    job.write_rank("""
+def crash(step):
+    if attempt < 2 and rank == 1 and step == 3 + attempt:
+        os.abort() if attempt else os.kill(os.getpid(), signal.SIGSEGV)
+train(20 if attempt == 2 else 10**6, at=crash)
+""")
+    assert job.launch(nproc=2) == 0
+    causes = [fault["cause"] for fault in job.named("fault")]
+    for cause, name, step in zip(causes, ("SIGSEGV", "SIGABRT"), (3, 4), strict=True):
+        assert f"killed by {name} at step {step}" in cause
+
+
 def test_a_stopped_rank_is_named_with_its_phase_and_step(job: Any, pace: Any) -> None:
     job.write_rank("""
 def hang(step):

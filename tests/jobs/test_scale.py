@@ -39,7 +39,8 @@ class Crowd:
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
         self.agents: list[AgentConnection] = []
-        self.began = 0.0
+        self.began = self.connected = 0.0
+        """When the first agent had greeted, and the last."""
         self.placed = 0
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
@@ -66,6 +67,7 @@ class Crowd:
             if time.monotonic() - spoke > 0.5:
                 keep_alive(list(connected.values()), 0.0)
                 spoke = time.monotonic()
+        self.connected = time.monotonic()
         listener.close()
         self.placed += 1
         self.agents = [connected[name] for name in sorted(connected)]
@@ -117,9 +119,10 @@ def test_a_thousand_agents_are_placed_watched_and_one_lost_is_seen(
         while not crowd.placed:
             time.sleep(0.05)
         time.sleep(1.0)  # The messages of the start are through.
-        cpu, wall = time.process_time(), time.monotonic()
-        time.sleep(WATCHED_S)
-        shares.append((time.process_time() - cpu) / (time.monotonic() - wall))
+        if fault == "die":  # Until then all are alike, and to watch one of them is enough.
+            cpu, wall = time.process_time(), time.monotonic()
+            time.sleep(WATCHED_S)
+            shares.append((time.process_time() - cpu) / (time.monotonic() - wall))
         lost_at.append(time.monotonic())
         crowd.tell(f"{fault} {AGENTS // 2}")
 
@@ -129,25 +132,15 @@ def test_a_thousand_agents_are_placed_watched_and_one_lost_is_seen(
     assert controller.run() == 1
     watcher.join()
     [lost] = [event for event in events if event["event"] == "fault"]
-    print(f"an idle controller of {AGENTS} agents takes {shares[0]:.1%} of a core")
+    print(f"{AGENTS} agents connected within {crowd.connected - crowd.began:.2f} s of the first")
+    print(f"an idle controller of them takes {[f'{share:.1%}' for share in shares]} of a core")
     print(f"{fault}: seen and all ended {lost['monotonic'] - lost_at[0]:.2f} s after")
     assert crowd.placed == 1
-    assert shares[0] < IDLE_SHARE
+    assert pace.between(crowd.began, crowd.connected) < PLACED_S
     assert "agent on host" in lost["cause"]
     if fault == "die":
+        assert shares[0] < IDLE_SHARE
         assert pace.between(lost_at[0], lost["monotonic"]) < SEEN_S
     else:
         # The next frame is a beat, up to a second later; a missing one shows in the one after it.
         assert pace.between(lost_at[0], lost["monotonic"]) < SEEN_S + 2.0
-
-
-@pytest.mark.slow
-def test_a_thousand_agents_greet_within_ten_seconds_of_the_first(tmp_path: Path, pace: Any, many_files: None) -> None:
-    crowd = Crowd(AGENTS, tmp_path / "crowd.log")
-    try:
-        crowd.place(lambda: False)
-        end = time.monotonic()
-        print(f"{AGENTS} agents connected within {end - crowd.began:.2f} s of the first")
-        assert pace.between(crowd.began, end) < PLACED_S
-    finally:
-        crowd.release()

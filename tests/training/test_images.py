@@ -50,7 +50,7 @@ def write_tar(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
             writer.write({"__key__": f"{number:06d}", "png": png.getvalue(), "cls": str(label).encode()})
 
 
-@pytest.fixture(params=["drawn", pytest.param("mnist", marks=pytest.mark.slow)])
+@pytest.fixture
 def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -> Path:
     """shards/mnist/train and validation, indexed."""
     count = IMAGES + HELD_OUT
@@ -71,9 +71,15 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
     return shards
 
 
-# Two alone show that it learns; both, that they learn the same.
+# Two alone show that it learns; both, that they learn the same as well.
 @pytest.mark.parametrize(
-    "nprocs", [pytest.param((2,), id="two"), pytest.param((1, 2), id="one and two", marks=pytest.mark.slow)]
+    ("digits", "nprocs"),
+    [
+        pytest.param("drawn", (2,), id="drawn-two"),
+        pytest.param("drawn", (1, 2), id="drawn-one and two", marks=pytest.mark.slow),
+        pytest.param("mnist", (1, 2), id="mnist-one and two", marks=pytest.mark.slow),
+    ],
+    indirect=["digits"],
 )
 def test_an_image_classifier_learns_in_two_processes_as_in_one(
     bigtrain: Callable, digits: Path, tmp_path: Path, nprocs: tuple[int, ...]
