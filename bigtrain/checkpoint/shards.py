@@ -6,12 +6,18 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -20,14 +26,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from bigtrain.checkpoint.commit import PhaseHook
 from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import FileRecord
 from bigtrain.checkpoint.ranks import Ranks
-from bigtrain.storage import fsync_directory, fsync_file, hash_file
+from bigtrain.storage import fsync_directory, fsync_file
 
 METADATA_NAME = ".metadata"
+WRITE_BUFFER_BYTES = 1 << 20
+WRITE_BACK_BYTES = 16 << 20
+"""Written bytes after which the kernel is asked to begin with them, so that the last sync finds little to do."""
 
 
 def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,13 +126,75 @@ def _sizes(item: WriteItem) -> torch.Size:
     return item.tensor_data.chunk.sizes
 
 
+class _HashedFile(io.RawIOBase):
+    """A new file that is hashed while it is written: what is written is still in the processor's cache."""
+
+    def __init__(self, path: Path, hashes: dict[str, str]) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._name, self._hashes = path.name, hashes
+        self._digest = xxhash.xxh3_128()
+        self._started = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: Any) -> int:
+        part = memoryview(data).cast("B")[:WRITE_BUFFER_BYTES]
+        count = self._file.write(part)
+        self._digest.update(part[:count])
+        end = self._file.tell()
+        if end - self._started >= WRITE_BACK_BYTES:
+            os.posix_fadvise(self._file.fileno(), self._started, end - self._started, os.POSIX_FADV_DONTNEED)
+            self._started = end
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+            self._hashes[self._name] = f"xxh3:{self._digest.hexdigest()}"
+        super().close()
+
+
+class _HashingFiles(FileSystem):
+    """DCP's way to the local disk, with the hash of each file that it writes."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            raise ValueError(f"only new files are written, not {mode!r}")
+        with io.BufferedWriter(_HashedFile(Path(path), self.hashes), WRITE_BUFFER_BYTES) as stream:
+            yield cast(io.IOBase, stream)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.hashes[Path(new_path).name] = self.hashes.pop(Path(path).name)
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Have torch.save leave out the CRC of each tensor, which nobody reads and which costs more than the hash."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
 class _Writer(FileSystemWriter):
-    """One file a rank, written tensor by tensor; the metadata carry no path of this machine."""
+    """One file a rank, written tensor by tensor and hashed; the metadata carry no path of this machine."""
 
     def __init__(self, path: Path) -> None:
         # Copying ahead would open a context on GPU 0 from the saving thread of every rank.
         # Its own syncing is of no use: up to torch 2.14 it comes before the last bytes leave Python's buffer.
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+        self.files = self.fs = _HashingFiles()
 
     def storage_meta(self) -> StorageMeta | None:
         return None
@@ -151,21 +223,22 @@ def write_shards(
     dealt = ranks.together(lambda: _global_plan(planner, writer, plans) if ranks.first else [])
     plan = ranks.deal(dealt[0] if ranks.first else None)
     hook("plan")
-    results = ranks.together(lambda: writer.write_data(planner.finish_plan(plan), planner).wait())
+    with _without_checksums():
+        results = ranks.together(lambda: writer.write_data(planner.finish_plan(plan), planner).wait())
     hook("shards")
     ranks.together(lambda: writer.finish(planner.metadata, results) if ranks.first else None)
     names = sorted(entry.name for entry in path.glob(f"__{ranks.rank}_*"))
     names += [METADATA_NAME] if ranks.first else []
 
-    def sync_and_hash() -> dict[str, FileRecord]:
+    def sync() -> dict[str, FileRecord]:
         records = {}
         for name in names:
             fsync_file(path / name)
-            records[name] = FileRecord(bytes=(path / name).stat().st_size, hash=hash_file(path / name))
+            records[name] = FileRecord(bytes=(path / name).stat().st_size, hash=writer.files.hashes[name])
         fsync_directory(path)
         return records
 
-    records = ranks.together(sync_and_hash)
+    records = ranks.together(sync)
     hook("sync")
     return {name: record for part in records for name, record in part.items()}, names
 

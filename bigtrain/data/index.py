@@ -455,7 +455,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
         CorruptionError: The bytes are damaged.
     """
     try:
-        value: Any = json.loads(data)
+        value: Any = json.loads(data, object_hook=_shard_or_object)
         version = value["format_version"]
         if not isinstance(version, int) or version < 1:
             raise ValueError(f"format_version is {version!r}")
@@ -465,7 +465,10 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
                 where=where,
                 fix="use a newer bigtrain",
             )
-        shards = tuple(Shard(**entry) for entry in value["shardlist"])
+        shards = tuple(value.pop("shardlist"))
+        for number, shard in enumerate(shards):
+            if not isinstance(shard, Shard):
+                raise ValueError(f"entry {number} of the shardlist lacks {', '.join(sorted(_SHARD_FIELDS - {*shard}))}")
         if len({name for shard in shards for name in (shard.url, shard.index)}) != 2 * len(shards):
             raise ValueError("a name appears twice")
         parts = {name: value[name] for name in ("kind", "dtype", "tokenizer", "image", "fingerprint")}
@@ -494,6 +497,14 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
     if not complete or expected != index.fingerprint:
         raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
     return index
+
+
+_SHARD_FIELDS = frozenset(("url", "nsamples", "filesize", "hash", "tokens", "index", "index_hash"))
+
+
+def _shard_or_object(value: dict[str, Any]) -> Any:
+    """A shard as soon as its entry has been read: the dictionaries of a million would take more than its memory."""
+    return Shard(**value) if value.keys() >= _SHARD_FIELDS else value
 
 
 _OPTIONAL: dict[str, Any] = {"text_bytes": None, "text": False, "base_url": None, "arrays": None, "classes": None}

@@ -15,6 +15,9 @@ from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.order import IntArray
 from bigtrain.data.streaming import ShardStore, open_store
 
+LONG_DOCUMENT = 64
+"""Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""
+
 Arrays = dict[str, npt.NDArray[Any]]
 T = TypeVar("T")
 
@@ -118,19 +121,25 @@ class TokenReader:
         valid = np.zeros(count, dtype=np.int64)
         documents = np.zeros((count, length), dtype=np.int32) if self._document_mask else None
         positions = np.zeros((count, length), dtype=np.int64) if self._document_mask else None
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            self._fill(int(shard), indices[rows], rows, block, valid, documents, positions)
-        weights = np.arange(1, length) < valid[:, None]
+        groups: dict[int, list[int]] = {}
+        for row, shard in enumerate(shards.tolist()):
+            groups.setdefault(shard, []).append(row)
+        for shard, rows in groups.items():
+            opened = self._shards[shard]
+            fill = self._copy if opened.ends[-1] >= LONG_DOCUMENT * len(opened.ends) else self._gather
+            fill(opened, indices[rows], np.asarray(rows), block, valid, documents, positions)
+        weights = np.ones((count, self._context), dtype=np.float32)
+        if int(valid.min(initial=length)) < length:
+            weights[np.arange(1, length) >= valid[:, None]] = 0
         arrays: Arrays = {
             "tokens": np.ascontiguousarray(block[:, :-1]),
             "targets": np.ascontiguousarray(block[:, 1:]),
         }
         if documents is not None and positions is not None:
-            weights &= documents[:, 1:] == documents[:, :-1]
+            weights *= documents[:, 1:] == documents[:, :-1]
             arrays["documents"] = np.ascontiguousarray(documents[:, :-1])
             arrays["positions"] = np.ascontiguousarray(positions[:, :-1])
-        arrays["weights"] = weights.astype(np.float32)
+        arrays["weights"] = weights
         return arrays
 
     def blank(self, count: int) -> Arrays:
@@ -179,9 +188,39 @@ class TokenReader:
         stored = np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
         return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
 
-    def _fill(
+    def _copy(
         self,
-        shard: int,
+        opened: _TokenShard,
+        indices: IntArray,
+        rows: IntArray,
+        block: IntArray,
+        valid: IntArray,
+        documents: npt.NDArray[np.int32] | None,
+        positions: IntArray | None,
+    ) -> None:
+        """Fill the given rows from one shard, document by document."""
+        length, ends = self._context + 1, opened.ends
+        ranks = np.arange(length)
+        for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
+            begin = at = index * self._context
+            stop = min(begin + length, int(ends[-1]))
+            document = first = int(ends.searchsorted(at, side="right"))
+            while at < stop:
+                end = min(int(ends[document]), stop)
+                place = at + int(opened.shift[document])
+                block[row, at - begin : end - begin] = opened.stored[place : place + end - at]
+                if documents is not None and positions is not None:
+                    documents[row, at - begin : end - begin] = document - first
+                    positions[row, at - begin : end - begin] = ranks[: end - at]
+                at, document = end, document + 1
+            valid[row] = stop - begin
+            if documents is not None and positions is not None:
+                documents[row, stop - begin :] = document - first
+                positions[row, stop - begin :] = ranks[: length - stop + begin]
+
+    def _gather(
+        self,
+        opened: _TokenShard,
         indices: IntArray,
         rows: IntArray,
         block: IntArray,
@@ -194,7 +233,7 @@ class TokenReader:
         A sequence is a run of pieces, each a stretch of one document. A token's place is its piece's
         shift plus its position in the stream, so that one gather reads them all.
         """
-        opened, length = self._shards[shard], self._context + 1
+        length = self._context + 1
         begins = indices * self._context
         stops = np.minimum(begins + length, opened.ends[-1])
         sizes = stops - begins

@@ -1,12 +1,14 @@
 """What reading and packing cost: `bigtrain bench data`.
 
-1. From disk: tokens a second of shuffled, packed batches on one core, beside plain webdataset and, where --mosaic names
-   a Python that has it, mosaicml-streaming. Each in a process of its own; a round has one of each, in turning order.
-2. Over HTTP from a server that answers after --latency: the time to the first batch, how long a consumer of 1M
-   tokens/s waits, the memory at a tenth and at the end, fetches of each shard in an epoch with a cache of a tenth of
-   the data, and a first batch at 90 % of it.
-3. Packing beside the tokenizer library's own encode_batch on the same documents and cores.
-4. The index of --shards synthetic shards in memory.
+disk: tokens a second of shuffled, packed batches on one core, beside plain webdataset and, where --mosaic names a
+    Python that has it, mosaicml-streaming. Each in a process of its own; a round has one of each, in turning order.
+http: from a server that answers after --latency, one epoch with a cache of a tenth of the data: the time to the first
+    batch; how long a consumer of 1M tokens/s waits for the first --paced tokens, after which it takes what it gets;
+    the memory at each tenth; fetches of each shard; and a first batch at 90 %, with an empty cache and from disk.
+packing: beside the tokenizer library's own encode_batch on the same documents and cores.
+index: of --shards synthetic shards, in memory.
+
+`--only disk` measures one of them. What each must reach is printed with it.
 
 mosaicml-streaming wants packages that have no place beside bigtrain's; `--mosaic PYTHON` is the interpreter of an
 environment of its own (python -m venv DIR; DIR/bin/pip install mosaicml-streaming).
@@ -22,47 +24,44 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bigtrain.data.config import StreamingConfig
 from bigtrain.data.documents import documents as read_documents
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.loader import Loader
 from bigtrain.data.order import SampleOrder
 from bigtrain.data.pack import pack
-from bigtrain.data.streaming import open_index
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
+from bigtrain.testing import bench_data_readers
+from bigtrain.testing.bench_data_http import over_http
+from bigtrain.testing.bench_data_readers import BATCH, CONTEXT
+from bigtrain.testing.bench_data_report import table, targets
 
-CONTEXT, BATCH, WINDOW = 1024, 32, 4
 DOCUMENT_TOKENS = 2000
 """On average, of the generated documents."""
-CONSUMER_TOKENS_PER_S = 1_000_000
 VOCABULARY = 2048
-READERS = Path(__file__).with_name("bench_data_readers.py")
+PARTS = ("disk", "http", "packing", "index")
+READERS = Path(bench_data_readers.__file__)
 
 
 def main() -> None:
-    """Measure, print, and exit 0; the numbers are for people to judge."""
+    """Measure, print, and exit 0: whether a target is met is for people to judge."""
     parser = argparse.ArgumentParser(
         prog="bigtrain bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part; may be given again")
     parser.add_argument("--tokens", type=float, default=1e8, help="generated tokens")
     parser.add_argument("--per-shard", type=float, default=2e6, help="tokens of a shard")
     parser.add_argument("--pairs", type=int, default=9, help="rounds of the readers, and of packing")
     parser.add_argument("--batches", type=int, default=2000, help="batches that a reader reads in a round")
     parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
+    parser.add_argument("--paced", type=float, default=1e8, help="tokens that are taken at 1M a second")
     parser.add_argument("--shards", type=float, default=1e6, help="shards of the synthetic index")
     parser.add_argument("--text-bytes", type=float, default=3e7, help="text to pack")
     parser.add_argument("--mosaic", help="a Python that has mosaicml-streaming")
@@ -74,18 +73,24 @@ def main() -> None:
 
 
 def bench(place: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, as one object."""
-    index = generate(place / "shards", int(options.tokens), int(options.per_shard))
-    return {
+    """The parts asked for, and the targets of each, as one object."""
+    wanted = options.only or PARTS
+    result: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "load": round(os.getloadavg()[0], 2),
-        "tokens": index.tokens,
-        "shards": len(index.shards),
-        "disk": from_disk(place, index, options.pairs, options.batches, options.mosaic),
-        "http": over_http(place, index, options.latency),
-        "packing": packing(place, int(options.text_bytes), options.pairs),
-        "index": index_memory(place, int(options.shards)),
     }
+    if {"disk", "http"} & set(wanted):
+        index = generate(place / "shards", int(options.tokens), int(options.per_shard))
+        result |= {"tokens": index.tokens, "shards": len(index.shards)}
+    if "disk" in wanted:
+        result["disk"] = from_disk(place, index, options.pairs, options.batches, options.mosaic)
+    if "http" in wanted:
+        result["http"] = over_http(place, index, options.latency, int(options.paced))
+    if "packing" in wanted:
+        result["packing"] = packing(place, int(options.text_bytes), options.pairs)
+    if "index" in wanted:
+        result["index"] = index_memory(place, int(options.shards))
+    return result | {"targets": targets(result)}
 
 
 def generate(place: Path, tokens: int, per_shard: int) -> ShardIndex:
@@ -156,124 +161,6 @@ def _output(python: str, *arguments: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    """Serves files after a wait, and counts them."""
-
-    def __init__(self, *arguments: Any, latency: float, requests: Counter[str], **named: Any) -> None:
-        self.latency, self.requests = latency, requests
-        super().__init__(*arguments, **named)
-
-    def do_GET(self) -> None:
-        time.sleep(self.latency)
-        self.requests[self.path.rpartition("/")[2]] += 1
-        super().do_GET()
-
-    def log_message(self, format: str, *values: Any) -> None:
-        """Quiet."""
-
-
-def _serve(place: str, latency: float, pipe: Any) -> None:
-    requests: Counter[str] = Counter()
-    handler = partial(_Handler, directory=place, latency=latency, requests=requests)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        pipe.send(server.server_port)
-        while pipe.recv() == "count":
-            pipe.send(dict(requests))
-            requests.clear()
-        server.shutdown()
-
-
-@contextmanager
-def _server(place: Path, latency: float) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
-    """The URL of a server in a process of its own, and its requests by file name since the last call."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(str(place), latency, theirs))
-    process.start()
-    # So that the end of the process ends the waiting for it.
-    theirs.close()
-
-    def count() -> dict[str, int]:
-        ours.send("count")
-        found: dict[str, int] = ours.recv()
-        return found
-
-    try:
-        yield f"http://127.0.0.1:{ours.recv()}", count
-    finally:
-        ours.send("stop")
-        process.join()
-
-
-def over_http(place: Path, index: ShardIndex, latency: float) -> dict[str, Any]:
-    """See the module's docstring, point 2."""
-    largest = max(index.stored_bytes(number) for number in range(len(index.shards)))
-    cache = max(index.bytes // 10, 3 * WINDOW * largest)
-    with _server(index.directory, latency) as (url, count):
-        found: dict[str, Any] = {"latency_s": latency, "cache_share": round(cache / index.bytes, 3)}
-        streaming = StreamingConfig(cache=cache, cache_dir=str(place / "cache"))
-        found |= _epoch(url, streaming)
-        requests = count()
-        tars = [requests.get(shard.url, 0) for shard in index.shards]
-        found["fetches_of_a_shard"] = round(sum(tars) / len(tars), 4)
-        cold = streaming.model_copy(update={"cache_dir": str(place / "cold")})
-        remote = open_index(url, cold)
-        found["first_batch_at_90_percent_s"] = _first_batch(remote, cold, 0.9)
-    found["first_batch_at_90_percent_of_the_disk_s"] = _first_batch(index, streaming, 0.9)
-    return found
-
-
-def _epoch(url: str, streaming: StreamingConfig) -> dict[str, Any]:
-    """One pass over all data at the consumer's pace."""
-    began = time.perf_counter()
-    index = open_index(url, streaming)
-    order, steps = _order(index)
-    waited, anonymous = 0.0, []
-    with Loader(index, order, batch_size=BATCH, context=CONTEXT, streaming=streaming) as loader:
-        start = first = 0.0
-        for batch in loader.batches(0, steps):
-            if not first:
-                start = time.perf_counter()
-                first = start - began
-            else:
-                waited += loader.data_wait_s
-            if batch.step in (steps // 10, steps - 1):
-                anonymous.append(anonymous_bytes())
-            due = start + (batch.step + 1) * BATCH * CONTEXT / CONSUMER_TOKENS_PER_S
-            time.sleep(max(0.0, due - time.perf_counter()))
-        seconds = time.perf_counter() - start
-    return {
-        "first_batch_s": round(first, 3),
-        "waiting_share": round(waited / seconds, 5),
-        "seconds": round(seconds, 1),
-        "memory_bytes_at_a_tenth": anonymous[0],
-        "memory_bytes_at_the_end": anonymous[-1],
-    }
-
-
-def _order(index: ShardIndex) -> tuple[SampleOrder, int]:
-    order = SampleOrder(0, index.fingerprint, index.sequence_counts(CONTEXT), WINDOW)
-    return order, order.sequences_per_epoch // BATCH
-
-
-def _first_batch(index: ShardIndex, streaming: StreamingConfig, share: float) -> float:
-    """Seconds from an opened index to a batch far inside the data."""
-    began = time.perf_counter()
-    order, steps = _order(index)
-    with Loader(index, order, batch_size=BATCH, context=CONTEXT, streaming=streaming) as loader:
-        next(loader.batches(int(share * steps)))
-        return round(time.perf_counter() - began, 3)
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no file's: mapped shards come and go with the page cache."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say what memory is anonymous")
 
 
 def packing(place: Path, size: int, pairs: int) -> dict[str, Any]:
@@ -357,38 +244,6 @@ def _measure_index(directory: str, shards: int, pipe: Any) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     pipe.send({"shards": shards, **json.loads(process.stdout)})
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people."""
-    disk, http, packed, index = (result[key] for key in ("disk", "http", "packing", "index"))
-    lines = [
-        f"{result['tokens']:,} generated tokens in {result['shards']} shards",
-        f"{result['device']}, load {result['load']}",
-        "",
-        f"from disk, one core, {disk['pairs']} rounds",
-        *(
-            f"  {name:12}{rate:>16,} tokens/s{disk['tokens_per_cpu_s'][name]:>16,} by processor time"
-            for name, rate in disk["tokens_per_s"].items()
-        ),
-        f"  bigtrain over the faster of the others: {disk['to_the_faster']:.2f}, "
-        f"by processor time {disk['to_the_faster_by_cpu']:.2f}",
-        "",
-        f"over HTTP, answers after {1000 * http['latency_s']:.0f} ms, a cache of {http['cache_share']:.0%} of the data",
-        f"  first batch after {http['first_batch_s']:.2f} s",
-        f"  a consumer of 1M tokens/s waits {http['waiting_share']:.2%} of {http['seconds']:.0f} s",
-        f"  memory {http['memory_bytes_at_a_tenth'] / 1e6:.1f} MB at a tenth, "
-        f"{http['memory_bytes_at_the_end'] / 1e6:.1f} MB at the end",
-        f"  each shard fetched {http['fetches_of_a_shard']:.2f} times in an epoch",
-        f"  first batch at 90 %: {http['first_batch_at_90_percent_s']:.2f} s, "
-        f"from disk {http['first_batch_at_90_percent_of_the_disk_s']:.2f} s",
-        "",
-        f"packing on {packed['cores']} cores: {packed['bytes_per_s'] / 1e6:.2f} MB/s of text, "
-        f"{packed['to_the_library']:.2f} of the tokenizer library's own speed",
-        f"the index of {index['shards']:,} shards: {index['memory_bytes'] / 1e6:.0f} MB, "
-        f"read in {index['seconds']:.1f} s",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 
 from bigtrain.data.index import load_index
 from bigtrain.data.order import SampleOrder
-from bigtrain.testing.bench_data import anonymous_bytes
+from bigtrain.testing.bench_data_http import anonymous_bytes
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+BATCH, CONTEXT = 32, 1024
 BUFFER = 1024
 """Sequences that webdataset shuffles among."""
 
@@ -97,8 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", choices=(*READERS, "write-mosaic"))
     parser.add_argument("place", type=Path)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--tokens", type=Path, help="For write-mosaic: the tokens, as .npy.")
     options = parser.parse_args()

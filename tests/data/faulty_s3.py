@@ -135,6 +135,11 @@ def other_bytes(proxy: Proxy, answer: http.client.HTTPResponse, body: bytes) -> 
     sound(proxy, answer, bytes(changed))
 
 
+def wrong_length(proxy: Proxy, answer: http.client.HTTPResponse, body: bytes) -> None:
+    """Says less than there is, and sends what it says."""
+    sound(proxy, answer, body[: len(body) // 3])
+
+
 def half_stored(proxy: Proxy, answer: http.client.HTTPResponse, body: bytes) -> None:
     """Half of what was sent is stored, and the answer is that all is well: the proxy does it before it asks."""
     raise AssertionError("the proxy sends half instead")

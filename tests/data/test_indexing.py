@@ -185,6 +185,17 @@ def test_a_compressed_tar_is_named_as_such(real_data: Path, tmp_path: Path) -> N
         index_directory(tmp_path)
 
 
+def test_webdatasets_own_sample_of_images_is_read_once_decompressed(real_data: Path, tmp_path: Path) -> None:
+    compressed = (real_data / "webdataset_samples" / "sample.tgz").read_bytes()
+    (tmp_path / "a.tar").write_bytes(gzip.decompress(compressed))
+    index = index_directory(tmp_path)
+    assert index.samples == 90
+    with Loader(index, FixedOrder(index.sequence_counts(1)), batch_size=90, context=1) as loader:
+        (arrays,) = loader.batch(0).micro_batches
+    assert arrays["images"].any(axis=(1, 2, 3)).all()
+    assert len(set(arrays["labels"].tolist())) == index.vocab_size
+
+
 def test_a_directory_without_tars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.tar"):
         index_directory(tmp_path)

@@ -9,6 +9,11 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.sequences import Arrays, TokenReader
 
 
+@pytest.fixture(autouse=True, params=[0, 1 << 40], ids=["copied", "gathered"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigtrain.data.sequences.LONG_DOCUMENT", request.param)
+
+
 def streams(index: ShardIndex, texts: list[str]) -> list[list[tuple[int, int, int]]]:
     """(token, document of the shard, place in the document) of each shard's stream, from the texts alone."""
     documents = [[*text.encode(), 256] for text in texts]

@@ -11,6 +11,9 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, _checksum, read_manifest
 from bigtrain.checkpoint.reader import read_metadata
@@ -18,7 +21,7 @@ from bigtrain.checkpoint.shards import METADATA_NAME
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.index import parse_index
 from bigtrain.data.scanning import scan_shard
-from bigtrain.data.tar import members
+from bigtrain.data.tar import BLOCK_BYTES, members
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import load_config
 
@@ -40,13 +43,24 @@ def _answered(error: UserError) -> None:
 
 
 def tar(data: bytes) -> None:
-    """The members of a tar, and the index of a shard of tokens, text or images."""
-    path = _file("a.tar", data)
-    for read in (lambda: list(members(path)), lambda: scan_shard(path, _BYTES)):
-        try:
-            read()
-        except UserError as error:
-            _answered(error)
+    """The members of a tar, and the index of a shard of tokens, text or images; again with the right checksums."""
+    for content in {data: None, _with_checksums(data): None}:
+        path = _file("a.tar", content)
+        for read in (lambda path=path: list(members(path)), lambda path=path: scan_shard(path, _BYTES)):
+            try:
+                read()
+            except UserError as error:
+                _answered(error)
+
+
+def _with_checksums(data: bytes) -> bytes:
+    """A tar whose headers, where they look like some, have the checksum that they should have."""
+    value = bytearray(data)
+    for at in range(0, len(value) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        if value[at + 257 : at + 262] == b"ustar":
+            value[at + 148 : at + 156] = b" " * 8
+            value[at + 148 : at + 156] = b"%06o\0 " % sum(value[at : at + BLOCK_BYTES])
+    return bytes(value)
 
 
 def index(data: bytes) -> None:
@@ -104,6 +118,54 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 def kept(name: str) -> list[bytes]:
     """The corpus of a target: sound inputs, and what fuzzing has found to matter."""
     return [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+
+
+_ODD: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2, 1 << 31, 1 << 63, 1 << 64, 10**30, 0.5, -0.0, 1e308, "", "a", "\0", "..", "/a",
+    "../a.tar", "a.tar", "1e9", "-1", "nan", "é", "xxh3-128:0", "x" * 300, [], {}, [[]], [0], [-1, 0], {"": 0},
+)  # fmt: skip
+STRUCTURED = ("index", "manifest", "config")
+"""Targets whose inputs can be changed value by value, as JSON; a config's YAML becomes JSON by it, which is YAML."""
+
+
+def restructured(data: bytes, chance: random.Random) -> bytes:
+    """JSON or YAML with a few of its values replaced, removed, doubled or moved; as it is where it is neither."""
+    try:
+        value = yaml.safe_load(data)
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            value = _changed(value, chance)
+        return json.dumps(value).encode()[:MAX_BYTES]
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return data
+
+
+def _changed(root: Any, chance: random.Random) -> Any:
+    places: list[tuple[Any, Any]] = []
+    waiting = [root]
+    # YAML's aliases can make a value that holds itself.
+    while waiting and len(places) < 10_000:
+        one = waiting.pop()
+        for key in range(len(one)) if isinstance(one, list) else list(one) if isinstance(one, dict) else ():
+            places.append((one, key))
+            waiting.append(one[key])
+    if not places:
+        return chance.choice(_ODD)
+    holder, key = chance.choice(places)
+    kind = chance.randrange(6)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1:
+        other, at = chance.choice(places)
+        holder[key] = json.loads(json.dumps(other.get(at) if isinstance(other, dict) else other[at]))
+    elif kind == 2 and isinstance(holder[key], int):
+        holder[key] += chance.choice((-1, 1, 1 << 20, 1 << 62))
+    elif kind == 3 and isinstance(holder, list):
+        holder.insert(key, json.loads(json.dumps(holder[key])))
+    elif kind == 4 and isinstance(holder, dict):
+        holder[chance.choice(("", "a", "name", "path", "bytes"))] = holder.pop(key)
+    else:
+        holder[key] = chance.choice(_ODD)
+    return root
 
 
 def mutated(data: bytes, others: list[bytes], chance: random.Random) -> bytes:

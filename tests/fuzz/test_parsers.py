@@ -34,7 +34,11 @@ def fuzz(name: str, seconds: float, seed: int) -> int:
     for data in corpus:
         targets.run(name, data)
     while time.monotonic() < end:
-        data = targets.mutated(chance.choice(corpus), corpus, chance)
+        data = chance.choice(corpus)
+        if name in targets.STRUCTURED and chance.random() < 0.5:
+            data = targets.restructured(data, chance)
+        else:
+            data = targets.mutated(data, corpus, chance)
         try:
             targets.run(name, data)
         except Exception as error:

@@ -139,7 +139,7 @@ def bucket(shards: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Ite
     """An S3 endpoint that fails, before a bucket with the shards."""
     files = {f"/novels/{path.relative_to(shards)}": path.read_bytes() for path in shards.rglob("*.*")}
     s3_server.put({"/novels": b"", **files})
-    spoiled = [s3.failing, s3.failing, s3.truncated, s3.reset, s3.other_bytes, s3.stalled(4.0)]
+    spoiled = [s3.failing, s3.failing, s3.truncated, s3.reset, s3.wrong_length, s3.other_bytes, s3.stalled(4.0)]
     with s3.serving(s3_server.address, spoiled) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
