@@ -48,6 +48,7 @@ TOLD_S: Final = 900.0
 """How long an event may take that tells a fault: most of it is a start on a busy machine."""
 SILENCE: Final = re.compile(r" hangs in phase |nothing was heard for")
 """Causes of faults that a machine brings about which others keep busy: nobody planted them, and they prove nothing."""
+SAMPLE_S: Final = 2.0
 NEVER_PLANTED: Final = ("unsaved", "replicas_differ", "save_refused")
 
 
@@ -69,8 +70,6 @@ class Soak:
 
     def disturb(self, seconds: float) -> None:
         """Faults until the time is over."""
-        # As many checkpoints as are kept, so that all is there that a run holds.
-        self.run.until(lambda: self.run.saves() > 3)
         deadline = time.monotonic() + seconds
         last_but_one = last = self.run.saves()
         while True:
@@ -204,7 +203,9 @@ def soak_at(path: Path, arguments: argparse.Namespace, seed: int) -> list[str]:
     with serving(path / "shards") as server:
         run = Soaked(place, server)
         try:
-            watch = Watch(run, min(5.0, arguments.minutes))
+            # As many checkpoints as are kept, so that all is there that a run holds.
+            run.until(lambda: run.saves() > 3)
+            watch = Watch(run, SAMPLE_S)
             soak = Soak(run, kinds, random.Random(seed), arguments.every)
             try:
                 soak.disturb(60 * arguments.minutes)

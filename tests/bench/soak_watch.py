@@ -49,19 +49,19 @@ class Watch:
         self._thread.join()
 
     def _loop(self) -> None:
-        size = -1
+        before: tuple[int, list[int]] = 0, []
         while not self._over.wait(self.every_s):
             with contextlib.suppress(OSError):
-                now = (self.run.path / "metrics.jsonl").stat().st_size
-                sample = self.sample()
+                pids = marked(self.run.place.path)
+                sample = self.sample(pids)
+                now = (self.run.path / "metrics.jsonl").stat().st_size, pids
                 # At a start processes are not what they become: only a run that takes steps is compared.
-                if now > size > 0 and sample["processes"] and sample.pop("whole"):
+                if sample.pop("whole") and now[1] == before[1] and now[0] > before[0] > 0:
                     self.samples.append(sample)
-                size = now
+                before = now
 
-    def sample(self) -> dict[str, float]:
-        """What is there now."""
-        pids = marked(self.run.place.path)
+    def sample(self, pids: list[int]) -> dict[str, float]:
+        """What these processes and the directories hold now."""
         roles: dict[str, list[int]] = {role: [] for role in ROLES}
         for pid in pids:
             command = _read(pid, "cmdline")
@@ -79,7 +79,8 @@ class Watch:
         found["logs of an attempt"] = len(list(run.glob("logs/attempt_*/*"))) / max(1, len(list(run.glob("logs/a*_*"))))
         cached = [path for path in (place / "cache").rglob("*") if path.is_file()]
         found["files of the cache"] = len(cached)
-        found["bytes of the cache"] = sum(_size(path) for path in cached)
+        # The index is no part of what is limited.
+        found["bytes of the cache"] = sum(_size(path) for path in cached if path.suffix != ".json")
         found["temporary files"] = len(list((place / "tmp").rglob("*")))
         found["left in /dev/shm"] = len(self._left_in_shm(pids))
         found["whole"] = [len(members) for members in roles.values()] == [1, 1, RANKS]
