@@ -110,6 +110,7 @@ def _drain(nodes: RayNodes, run: Run, results: Results) -> float:
         raise RuntimeError(f"a drain became a fault: {faults}")
     run.until(lambda: run.last_step() > resumed)
     stepped = time.time()
+    nodes.do(f"kill {node}")  # As was announced.
     results["P4 notice"].add(done - resumed)
     results["notice"].add(stepped - told)
     results["notice"].add_parts(
