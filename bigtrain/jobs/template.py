@@ -5,7 +5,8 @@
 Nothing is initialised in it: no device, no process group, no pool of threads, no random number drawn. That it has one
 thread is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
 own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
-its end is seen at once. Its environment and command line in /proc are those of a rank too.
+its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine ask
+for it (TEMPLATE_VARIABLE); other runs start fresh processes unless they do.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ OWN_VARIABLES: Final = frozenset({
 ROOM_VARIABLE: Final = "BIGTRAIN_TEMPLATE_ROOM"
 """Its place in the template's environment is where a rank's own variables go, for those who look in /proc."""
 ROOM_BYTES: Final = 8192
-OFF_VARIABLE: Final = "BIGTRAIN_TEMPLATE"
-"""Set to 0, every rank is started as a fresh process."""
+TEMPLATE_VARIABLE: Final = "BIGTRAIN_TEMPLATE"
+"""Set to 1, ranks are forked from a template; else each is started as a fresh process."""
 FORK_S: Final = 5.0
 """How long a fork may take; on an idle machine it takes 20 ms."""
 CONTROL_BYTES: Final = 1 << 17
@@ -49,9 +50,9 @@ class TemplateFailed(Exception):
 
 
 def can_fork(module: str, environment: Mapping[str, str]) -> bool:
-    """Whether ranks of this module may be forked: ours, not a user's script, where no GPU's driver may be awake."""
+    """Whether ranks of this module are to be forked: ours, not a user's script, and where no GPU's driver is."""
     devices = any(name.startswith("nvidia") or name == "kfd" for name in os.listdir("/dev"))
-    return module.startswith(_RANK_MODULES) and not devices and environment.get(OFF_VARIABLE) != "0"
+    return module.startswith(_RANK_MODULES) and not devices and environment.get(TEMPLATE_VARIABLE) == "1"
 
 
 class Template:
@@ -244,7 +245,7 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
     # As in a process of its own: no two ranks draw the same where nobody has seeded.
     sys.modules["numpy.random"].seed()
-    sys.modules["torch"].default_generator.seed()
+    sys.modules["torch"].random.default_generator.seed()
     with socket.socket(fileno=talk) as agent:
         agent.sendall(b"%d" % os.getpid())
         if agent.recv(2) != b"go":

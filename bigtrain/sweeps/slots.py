@@ -19,6 +19,7 @@ from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
 from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
+from bigtrain.jobs.template import TEMPLATE_VARIABLE
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig
 from bigtrain.sweeps.gang import BETWEEN_SIGNALS_S
@@ -147,7 +148,8 @@ class LocalSlots:
         return command if self._plugin is None else [*command, self._plugin]
 
     def _environment(self, slot: int) -> Mapping[str, str]:
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        # Trials are short: what their ranks import is imported once a slot.
+        environment = {TEMPLATE_VARIABLE: "1", **os.environ, "OMP_NUM_THREADS": str(self._threads)}
         if self._gpus:
             listed = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = listed.split(",") if listed else [str(number) for number in range(self._gpus)]

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.bench.bench_trials
 
 From the end of a run (its ranks are gone) to the first step of the next on its slot. A slot keeps its agent from trial
-to trial, and the agent keeps a process that has imported torch, from which it forks ranks; "fresh ranks" are started
-without that one (BIGTRAIN_TEMPLATE=0). Six undisturbed trials of seconds; two Ray nodes of this machine. With
+to trial. On this machine the agent also keeps a process that has imported torch, from which it forks ranks: "with fresh
+ranks" is without that one (BIGTRAIN_TEMPLATE=0). Six undisturbed trials of seconds; two Ray nodes of this machine. With
 `--before CHECKOUT` the slots of this machine are measured with another checkout's code too.
 """
 

@@ -19,7 +19,7 @@ import torch
 
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.template import OFF_VARIABLE, can_fork
+from bigtrain.jobs.template import TEMPLATE_VARIABLE, can_fork
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines
 
@@ -128,11 +128,12 @@ def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, 
         wait_for(lambda one=one: not job.is_alive(one), 20)
 
 
-def test_a_users_script_and_who_does_not_want_it_get_fresh_processes() -> None:
-    assert can_fork("bigtrain.training.rank", {})
-    assert not can_fork("bigtrain.training.rank", {OFF_VARIABLE: "0"})
-    assert not can_fork("bigtrain.jobs.script", {})
-    assert not can_fork("mine", {})
+def test_a_users_script_and_who_does_not_ask_get_fresh_processes() -> None:
+    wanted = {TEMPLATE_VARIABLE: "1"}
+    assert can_fork("bigtrain.training.rank", wanted)
+    assert not can_fork("bigtrain.training.rank", {})
+    assert not can_fork("bigtrain.jobs.script", wanted)
+    assert not can_fork("mine", wanted)
 
 
 def strike(job: Any, mark: str, number: signal.Signals, then: Callable[[], None]) -> Callable[[Any], Any]:
@@ -163,6 +164,7 @@ def strike(job: Any, mark: str, number: signal.Signals, then: Callable[[], None]
 
 def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
+    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
 
     def end() -> None:
         job.controller.request_stop()
@@ -177,6 +179,7 @@ def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: 
 def test_ranks_start_without_a_template_that_has_died(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory that is no run, which they say."""
     monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
+    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
     around = strike(job, str(job.path), signal.SIGKILL, lambda: None)
     code = job.launch(nproc=1, rank_module="bigtrain.training.rank", around=around, job=JobConfig(max_failures=0))
     assert code in (ExitCode.FAILED, ExitCode.USER)
@@ -190,10 +193,10 @@ def test_forked_ranks_and_fresh_ones_end_in_the_same_bits(
     path = write_config(
         model={"arch": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 32, "dropout": 0.1},
     )
-    monkeypatch.setenv(OFF_VARIABLE, "0")
+    monkeypatch.setenv(TEMPLATE_VARIABLE, "0")
     fresh = bigtrain("train", path, "--name", "fresh", "--nproc", 2)
     assert fresh.returncode == ExitCode.FINISHED, fresh.stderr
-    monkeypatch.setenv(OFF_VARIABLE, "1")
+    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
     forked = bigtrain("train", path, "--name", "forked", "--nproc", 2)
     assert forked.returncode == ExitCode.FINISHED, forked.stderr
     runs = [tmp_path / "runs" / name for name in ("fresh", "forked")]
