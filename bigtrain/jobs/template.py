@@ -244,7 +244,8 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     _show(module, order["arguments"], own)
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
     # As in a process of its own: no two ranks draw the same where nobody has seeded.
-    sys.modules["numpy.random"].seed()
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed()
     sys.modules["torch"].random.default_generator.seed()
     with socket.socket(fileno=talk) as agent:
         agent.sendall(b"%d" % os.getpid())

@@ -46,7 +46,7 @@ def main():
 """
 
 AGENT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from bigtrain.jobs.ranks import Placement, RankProcess
 from bigtrain.jobs.config import JobConfig
@@ -59,6 +59,7 @@ def placement(number, *arguments):
 def rank(number, *arguments):
     return RankProcess(placement(number, *arguments), 0, os.environ, template)
 
+signal.alarm(120)  # so that a rank that does not do what it should ends the test
 environment_of_a_rank = placement(0).rank_environment(0, os.environ)
 template = Template("tiny_template_rank", environment_of_a_rank)
 while not template.ready:
