@@ -1,4 +1,4 @@
-"""A port that someone else has, and a host where nobody listens: said within 30 s, with both ends."""
+"""A port that someone else has, and one where nobody listens: said within 30 s, with both ends."""
 
 from __future__ import annotations
 
@@ -62,10 +62,9 @@ def test_a_port_taken_from_the_ranks_costs_a_restart_each_time_and_is_said(two_r
     assert len(two_ranks.events(name, "fault")) == 2
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"], ids=["nobody listens", "no such host"])
-def test_an_agent_that_finds_no_controller_says_who_it_is_and_where_it_looked(host: str) -> None:
+def test_an_agent_that_finds_no_controller_says_who_it_is_and_where_it_looked() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
-        address = f"{host}:{gone.getsockname()[1]}"
+        address = f"127.0.0.1:{gone.getsockname()[1]}"
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "bigtrain.jobs.agent"],
