@@ -164,8 +164,8 @@ def section(what: What) -> ModelConfig:
 def global_batch(what: What, step: int) -> MicroBatch:
     """The batch of a step: ragged padding and, where asked for, several documents in each sequence."""
     rng = np.random.default_rng([what.seed, step])
-    model = section(what)
-    if model.data_kind == "tokens":
+    model = section(what) if what.model else None
+    if model is None or model.data_kind == "tokens":
         return _tokens(what, rng)
     batch: MicroBatch = {"keys": rng.integers(0, 2**62, what.batch)}
     if model.data_kind == "arrays":

@@ -43,7 +43,7 @@ def test_a_preset_with_a_longer_context_than_its_positions_is_refused() -> None:
 
 
 def test_families_are_the_files_that_define_a_config() -> None:
-    assert families() == ["gpt2", "hf", "llama", "qwen3", "vit"]
+    assert families() == ["captioner", "gpt2", "hf", "llama", "qwen3", "vit"]
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:

@@ -75,9 +75,9 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable)
         "batch": {"size": 11},
         "duration": "12 steps",
         "precision": "fp32",
-        "optimizer": {"name": "adamw", "lr": 3e-3, "eps": 1e-6},
+        "optimizer": {"name": "adamw", "lr": 1e-2, "eps": 1e-6},
         "schedule": {"name": "constant"},
-        "evaluation": {"every": "6 steps", "batches": 2},
+        "evaluation": {"every": "2 steps", "batches": 2},
         "checkpoint": {"every": "4 steps"},
         "layout": {"micro_size": 4},
         "streaming": {"log_samples": True},
@@ -110,7 +110,8 @@ def test_it_learns_in_several_processes_as_in_one(
     for other in found:
         for key, values in other.items():
             assert values == pytest.approx(found[0][key], rel=SAME_LOSS)
-    assert np.mean(found[0]["loss"][-3:]) < 0.9 * np.mean(found[0]["loss"][:3])
+    # Of the same held-out samples: the losses of so few in a batch differ by more than a few steps teach.
+    assert found[0]["val_loss"][-1] < 0.9 * found[0]["val_loss"][0]
 
 
 @pytest.mark.slow
