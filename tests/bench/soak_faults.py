@@ -21,7 +21,7 @@ from typing import Final
 from bigtrain.run import ExitCode
 from tests.bench.soak_run import RANKS, Soaked
 from tests.data import faulty_server
-from tests.training.test_resume import flip_a_bit, truncate
+from tests.training.test_resume import flip_a_bit
 
 SPOILT_S: Final = (1.0, 3.0)
 """How long a server fails after its first bad answer: for longer than a step may take, waiting for data is a hang."""
@@ -34,6 +34,11 @@ LAUNCHER_ENDED: Final = "the launcher, process {} on .* ended without a word"
 Struck = tuple[str, str, str]
 """What was done; the event that tells it, and a pattern of its cause ("", "" where none has to)."""
 Fault = Callable[[Soaked, random.Random], Struck]
+
+
+def truncate(file: Path) -> None:
+    """Leave half of it."""
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def kill_a_rank(run: Soaked, chance: random.Random) -> Struck:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
@@ -19,7 +17,7 @@ import yaml
 
 from bigtrain.checkpoint.commit import list_checkpoints
 from bigtrain.run import Lease, RunDirectory
-from tests.bench.bench_faults import ROOT, Run
+from tests.bench.faults.run import ROOT, Run
 from tests.bench.paced_model import PACE_VARIABLE
 from tests.data.faulty_server import FaultyServer
 
@@ -143,17 +141,6 @@ class Soaked(Run):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"processes outlive their launcher by {GONE_S:g} s: {left}")
             time.sleep(0.02)
-
-    def events(self, *names: str) -> list[dict[str, Any]]:
-        """Its events of these names; only what is new is read."""
-        lines, end = b"", b""
-        with contextlib.suppress(FileNotFoundError), open(self.path / "events.jsonl", "rb") as file:
-            file.seek(self._read)
-            lines, end, _ = file.read().rpartition(b"\n")
-        if end:
-            self._read += len(lines) + 1
-            self._events += [json.loads(line) for line in lines.split(b"\n") if line]
-        return [event for event in self._events if event["event"] in names]
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """Wait until a condition is met; what it gave."""

@@ -20,7 +20,7 @@ def bench_ranks(place: Path, faults: int, results: Results) -> None:
         for number, (promise, sent) in [(n, kind) for n in range(faults) for kind in (("P1", 9), ("P2", 19))]:
             run.settle()
             left.note()
-            victim = int(run.environment(1)["pid"])
+            victim = run.pid(1)
             struck = run.about_to_be_struck()
             os.kill(victim, sent)
             seen = run.mended(struck, results, results["P10 rank"] if promise == "P1" else Measured())

@@ -139,6 +139,10 @@ class Run:
                 continue
         raise RuntimeError(f"rank {rank} does not run")
 
+    def pid(self, rank: int) -> int:
+        """Process id of a rank of the present attempt."""
+        return int(self.environment(rank)["pid"])
+
     def settle(self) -> None:
         """Wait until it runs and has saved since its last start, so that its budget is fresh, and then for a moment.
 
