@@ -16,7 +16,7 @@ from bigtrain.data.streaming import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.plugin import Plugin
-from bigtrain.run import RunDirectory, load_config
+from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.training.prepare import pins
 
 
@@ -48,12 +48,8 @@ def sample(
             should be.
     """
     config = load_config(run.config, plugin=plugin)
-    captions = config.model.data_kind == "captions"
-    if config.model.data_kind not in ("tokens", "captions") or not config.model.keeps_contract:
-        raise UserError(f"bigtrain cannot sample from a model of arch '{config.model.arch}'", str(run.path))
-    if captions != (image is not None):
-        fix = "name one with --image" if captions else "leave out --image"
-        raise UserError(f"a model of arch '{config.model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
+    _refuse_other_kinds(config, image is not None, str(run.path))
+    captions = image is not None
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
@@ -86,6 +82,16 @@ def sample(
     if tokenizer.eot in continuation:
         continuation = continuation[: continuation.index(tokenizer.eot)]
     return prompt + tokenizer.decode(continuation)
+
+
+def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
+    model = config.model
+    if model.data_kind not in ("tokens", "captions") or not model.keeps_contract:
+        raise UserError(f"bigtrain cannot sample from a model of arch '{model.arch}'", where)
+    captions = model.data_kind == "captions"
+    if captions != has_image:
+        fix = "name one with --image" if captions else "leave out --image"
+        raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
 
 
 def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:
