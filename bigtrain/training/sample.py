@@ -49,7 +49,6 @@ def sample(
     """
     config = load_config(run.config, plugin=plugin)
     _refuse_other_kinds(config, image is not None, str(run.path))
-    captions = image is not None
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
@@ -60,7 +59,7 @@ def sample(
         raise UserError("The shards are not those that the run was trained on", place)
     tokenizer = index.load_tokenizer()
     ids = [int(id) for id in tokenizer.encode(prompt)]
-    if captions:
+    if image is not None:
         tokens = max(0, min(tokens, config.model.context - len(ids)))
     elif not ids:
         ids = [tokenizer.eot]
