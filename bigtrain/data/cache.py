@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 ARRIVALS = 3
 """Times that a file is fetched whole before other bytes than the index's are an error."""
-REMOVALS = 3
-"""Times that the cache may be removed while one file is fetched."""
+REMOVALS = 100
+"""Times that the cache may be removed while one file is fetched: whoever does so more often does not mean to end."""
 _POLL_S = 0.02
 _PART = ".part-"
 
@@ -71,20 +71,25 @@ class Cache:
 
     def _prepare(self, directory: Path) -> None:
         """Make the root, and a directory in it, where they are not there."""
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
-        except OSError as error:
-            raise UserError(
-                f"the cache of shards cannot be written: {error.strerror}", str(self.root), "set streaming.cache_dir"
-            ) from None
+        for removals_left in reversed(range(REMOVALS + 1)):
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+                return
+            except OSError as error:
+                # Whoever empties the cache may do so between the two.
+                if isinstance(error, (FileNotFoundError, FileExistsError)) and removals_left:
+                    continue
+                raise UserError(
+                    f"the cache of shards cannot be written: {error.strerror}", str(self.root), "set streaming.cache_dir"
+                ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:
         """Where the files of one source lie: of a URL or path, and the data found there."""
         # The source's name keeps one that forges hashes from planting shards for another.
         key = hashlib.sha256(f"{source}\n{fingerprint}".encode()).hexdigest()[:32]
         path = self.root / key
-        path.mkdir(exist_ok=True)
+        self._prepare(path)
         return path
 
     def get(

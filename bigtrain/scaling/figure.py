@@ -1,6 +1,7 @@
 """The law as one picture, law.svg: the runs, the law at the optimum, and the largest run as it was predicted.
 
-Written by hand, since a chart of points and lines needs no library; a README can show it.
+Written by hand, since a chart of points and lines needs no library; a README can show it. All lie at 6 N D, the FLOPs
+that the law's optimum is of: exact FLOPs, which count more, would draw the runs to the right of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from bigtrain.scaling import law as formula
 from bigtrain.scaling.document import unpack
 from bigtrain.scaling.fit import Fitted
-from bigtrain.scaling.law import FloatArray
+from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.table import RunTable
 from bigtrain.tracking.numbers import short
 
 WIDTH, HEIGHT = 760, 430
@@ -45,7 +47,8 @@ class _Axes:
 def figure(fitted: Fitted) -> str:
     """The picture as SVG."""
     law, table = fitted.law, fitted.table
-    flops = np.exp(np.linspace(np.log(law["data"]["flops"][0]), np.log(law["target_flops"]), _PATH))
+    first = min(float(_compute(table).min()), law["data"]["flops"][0])
+    flops = np.exp(np.linspace(np.log(first), np.log(law["target_flops"]), _PATH))
     curve, ends = _curve(fitted, flops)
     losses = np.concatenate([table.loss, curve, ends.ravel()])
     x, y = (float(flops[0]) / 1.2, float(flops[-1]) * 1.2), (float(losses.min()) * 0.97, float(losses.max()) * 1.03)
@@ -57,6 +60,10 @@ def figure(fitted: Fitted) -> str:
         f'font-family="system-ui, sans-serif" font-size="12" fill="{_TEXT}" role="img">\n<title>{title}</title>\n'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def _compute(table: RunTable) -> FloatArray:
+    return FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens
 
 
 def _curve(fitted: Fitted, flops: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -81,7 +88,7 @@ def _frame(axes: _Axes) -> list[str]:
         _, y = axes.at(low, tick)
         parts.append(_line([(_LEFT, y), (WIDTH - _RIGHT, y)], _GRID, 1))
         parts.append(_text(_LEFT - 8, y + 4, f"{tick:g}", _QUIET, "end"))
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs", _QUIET, "middle"))
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs, 6 N D", _QUIET, "middle"))
     parts.append(_text(14, 20, "loss, nats a token", _QUIET))
     return parts
 
@@ -98,13 +105,14 @@ def _law(axes: _Axes, flops: FloatArray, curve: FloatArray, ends: FloatArray) ->
 
 def _runs(axes: _Axes, fitted: Fitted) -> list[str]:
     table, held = fitted.table, fitted.law["held_out"] or {}
-    parts = []
+    compute, parts = _compute(table), []
     for i in range(0, len(table), -(-len(table) // MAX_POINTS)):
-        x, y = axes.at(float(table.flops[i]), float(table.loss[i]))
+        x, y = axes.at(float(compute[i]), float(table.loss[i]))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{_shade(fitted, float(table.params[i]))}"/>')
     if "error" in held:
-        x, y = axes.at(held["flops"], held["measured"])
-        low, high = (axes.at(held["flops"], end)[1] for end in held["prediction_interval"])
+        largest = FLOPS_PER_PARAMETER_TOKEN * held["params"] * held["tokens"]
+        x, y = axes.at(largest, held["measured"])
+        low, high = (axes.at(largest, end)[1] for end in held["prediction_interval"])
         parts.append(_line([(x, low), (x, high)], _HELD, 2))
         parts += [_line([(x - 5, end), (x + 5, end)], _HELD, 2) for end in (low, high)]
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{_HELD}" stroke-width="1.5"/>')
