@@ -40,7 +40,8 @@ from bigtrain.storage import fsync_directory, write_json
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 << 20
 MIN_SHARD_BYTES = 1 << 10
-PART_BYTES = 8 << 20
+PART_BYTES = 2 << 20
+"""Small enough that all workers end at about the same time."""
 SMALL_INPUT_BYTES = 4 << 20
 
 Progress = Callable[[str, int, int], None]

@@ -209,7 +209,9 @@ class Tokenizer:
 
     def _encode_piece(self, text: str) -> Tokens:
         assert self._backend is not None
-        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        # A batch of one, since only for batches the library can leave out where each token lies in the text.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of some ids; the end of text becomes nothing, bytes that are no UTF-8 become U+FFFD."""
