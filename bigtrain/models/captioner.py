@@ -11,70 +11,31 @@ Shapes: B images, P patches of an image, T tokens of a caption, W width.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from bigtrain.models.config import DataKind, Flops, ModelConfig
+from bigtrain.models.config import DataKind, Flops
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
-from bigtrain.models.patches import cut
+from bigtrain.models.patches import ImageConfig, cut
 from bigtrain.models.sums import by_sequence
 
-Positive = Annotated[int, Ge(1)]
 
-
-class Config(ModelConfig):
+class Config(ImageConfig):
     """Patches of an image before the tokens of its caption, in one stack; `context` is the tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
 
     arch: Literal["captioner"] = "captioner"
-    image_size: Positive
-    """Height and width of an image, in pixels."""
-    channels: Positive = 3
-    """Colours of a pixel."""
-    patch: Positive = 4
-    """Height and width of a patch, in pixels."""
-    layers: Positive = 4
-    """Transformer blocks."""
-    width: Positive = 128
-    """Width of the residual stream; the MLP's hidden layer is four times as wide."""
-    heads: Positive = 4
-    """Attention heads."""
-
-    @model_validator(mode="after")
-    def _shape_is_possible(self) -> Config:
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        return self
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Height, width and channels of an image."""
-        return self.image_size, self.image_size, self.channels
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // self.patch) ** 2
 
     @property
     def positions(self) -> int:
         """Places of the stack: patches, and tokens but for the last, which nothing follows."""
         return self.patches + self.context - 1
-
-    @property
-    def patch_values(self) -> int:
-        """Numbers in a patch."""
-        return self.patch**2 * self.channels
 
     def build(self, vocab_size: int) -> Captioner:
         """The module; its values are not yet drawn."""
