@@ -81,7 +81,9 @@ class Cache:
                 if isinstance(error, (FileNotFoundError, FileExistsError)) and removals_left:
                     continue
                 raise UserError(
-                    f"the cache of shards cannot be written: {error.strerror}", str(self.root), "set streaming.cache_dir"
+                    f"the cache of shards cannot be written: {error.strerror}",
+                    str(self.root),
+                    "set streaming.cache_dir",
                 ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:

@@ -116,7 +116,7 @@ class Worker:
         with open(path, "wb") as file:
             for member, piece in enumerate(shard.pieces, shard.first_member):
                 if piece.part not in stored:
-                    # Pieces come in the order of the parts. A plain array of a mapped one is sliced at a tenth of the cost.
+                    # Pieces come in the order of the parts. A plain array over the mapped one is cheap to slice.
                     tokens = np.memmap(self.scratch.part(piece.part, ".tokens"), dtype, mode="r")
                     stored = {piece.part: np.asarray(tokens)}
                 ids = stored[piece.part][piece.start : piece.start + piece.count]
