@@ -88,6 +88,8 @@ _worker: Any = None
 
 def _start(make: Callable[[], Any]) -> None:
     global _worker
+    # The workers share the cores among them; without this, each would hand every text to threads of its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _worker = make()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
