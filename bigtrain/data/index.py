@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
@@ -474,7 +474,10 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
         parts = {name: value[name] for name in ("kind", "dtype", "tokenizer", "image", "fingerprint")}
         parts |= {name: value.get(name, default) for name, default in _OPTIONAL.items()}
         for name, build in (("tokenizer", TokenizerInfo), ("image", ImageInfo)):
-            parts[name] = None if parts[name] is None else build(**parts[name])
+            if parts[name] is not None:
+                # The inner call refuses other names than the fields', the outer one other types.
+                content = json.dumps(vars(build(**parts[name])))
+                parts[name] = TypeAdapter(build).validate_json(content, strict=True)
         if parts["arrays"] is not None:
             parts["arrays"] = tuple(ArrayInfo.from_json(entry) for entry in parts["arrays"])
             if len({info.name for info in parts["arrays"]}) != len(parts["arrays"]):

@@ -106,6 +106,11 @@ def test_an_index_cannot_point_outside_its_directory(packed: ShardIndex, name: s
         load_index(packed.directory)
 
 
+A_SHARD = {
+    "url": "a.tar", "nsamples": 0, "filesize": 0, "hash": "", "tokens": 0, "index": "a.npy", "index_hash": "",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -113,6 +118,8 @@ def test_an_index_cannot_point_outside_its_directory(packed: ShardIndex, name: s
         {"dtype": "<f4"},
         {"tokenizer": None},
         {"tokenizer": {}},
+        {"tokenizer": {"kind": "bytes", "vocab_size": 257, "eot": 256, "hash": A_SHARD}},
+        {"tokenizer": {"kind": "bytes", "vocab_size": "257", "eot": 256, "hash": "bytes:257"}},
         {"fingerprint": "x"},
         {"shardlist": 1},
     ],
