@@ -124,8 +124,8 @@ def spoil_the_server(run: Soaked, chance: random.Random) -> Struck:
             handler, data, start
         )
 
-    # From an empty cache, so that something is asked for.
-    shutil.rmtree(run.place.path / "cache")
+    # From an empty cache, so that something is asked for; what the run fetches meanwhile stays.
+    shutil.rmtree(run.place.path / "cache", ignore_errors=True)
     run.server.always = answer
     run.until(lambda: sum(run.server.requests.values()) > before)
     time.sleep(chance.uniform(*SPOILT_S))
@@ -135,7 +135,7 @@ def spoil_the_server(run: Soaked, chance: random.Random) -> Struck:
 
 def remove_the_cache(run: Soaked, chance: random.Random) -> Struck:
     run.wait_for_steps()
-    shutil.rmtree(run.place.path / "cache")
+    shutil.rmtree(run.place.path / "cache", ignore_errors=True)
     return "while the run uses it", "", ""
 
 
