@@ -49,6 +49,8 @@ CONFIRM_S: Final = 1.0
 """How long a rank must stay silent past its limit: after a pause of the whole machine, ranks get this long to beat."""
 STACKS_S: Final = 0.5
 """Time given to the ranks to write their stacks."""
+LATE_STACKS_S: Final = 2.0
+"""The same where none has, though it could."""
 TAIL_CHARACTERS: Final = 4000
 
 _LEFT_CLEANLY: Final = (0, 75)
@@ -152,8 +154,14 @@ class Gang:
         states = [(rank.stopped, rank.page.read(), rank.log_size()) for rank in self.ranks]
         for rank in self.ranks:
             rank.dump_stacks()
+        # On a busy machine those that could answer may not come to it at once. Who is stopped is known without.
+        patience = LATE_STACKS_S if len(states) > 1 and not any(stopped for stopped, _, _ in states) else 0.0
+        deadline = time.monotonic() + patience
         time.sleep(STACKS_S)
-        words = [rank.log_tail(written) for rank, (_, _, written) in zip(self.ranks, states, strict=True)]
+        words = self._said_since(states)
+        while not any(ANSWERED in said for said in words) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            words = self._said_since(states)
 
         def order(index: int) -> tuple[bool, int, bool, float]:
             stopped, beat, _ = states[index]
@@ -172,6 +180,10 @@ class Gang:
             stopped=stopped,
             stacks=words[culprit][-TAIL_CHARACTERS:],
         )
+
+    def _said_since(self, states: list[tuple[bool, Beat, int]]) -> list[str]:
+        """What each rank has added to its log."""
+        return [rank.log_tail(written) for rank, (_, _, written) in zip(self.ranks, states, strict=True)]
 
 
 class Agent:
