@@ -40,8 +40,10 @@ from bigtrain.storage import fsync_directory, write_json
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 << 20
 MIN_SHARD_BYTES = 1 << 10
-PART_BYTES = 2 << 20
-"""Small enough that all workers end at about the same time."""
+PART_BYTES = 8 << 20
+SMALLEST_PART_BYTES = 1 << 20
+PARTS_OF_SMALL_INPUT = 64
+"""Parts that an input is divided into at least, so that all workers end at about the same time."""
 SMALL_INPUT_BYTES = 4 << 20
 
 Progress = Callable[[str, int, int], None]
@@ -101,7 +103,7 @@ def pack(
     key: str = "text",
     skip_bad: int = 0,
     workers: int = 1,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> PackSummary:
     """Tokenise documents into OUT/train, and OUT/validation where `validation` is above zero.
@@ -120,7 +122,7 @@ def pack(
         key: The key of a JSON line, or the column of a Parquet file, that holds the text.
         skip_bad: Documents that may be bad, and are passed over and counted; one more is an error.
         workers: Processes; the bytes written do not depend on it.
-        part_bytes: Input that one process takes at a time.
+        part_bytes: Input that one process takes at a time; None: by the size of the input.
         progress: Called after each piece of work.
 
     Raises:
@@ -132,10 +134,13 @@ def pack(
     if shard_bytes < MIN_SHARD_BYTES:
         raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
     found = list(sources(inputs))
+    total = sum(source.bytes for source in found)
+    if part_bytes is None:
+        part_bytes = min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS_OF_SMALL_INPUT))
     job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes)))
     identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
     with workplace(target, identity) as scratch:
-        if sum(source.bytes for source in found) <= SMALL_INPUT_BYTES:
+        if total <= SMALL_INPUT_BYTES:
             workers = 1
         with open_pool(workers, partial(text_worker, job, scratch, tokenizer.definition())) as pool:
             return _Packing(pool, job, scratch, tokenizer, shard_bytes, progress).run(share, target)

@@ -58,7 +58,8 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
                 member = _checked(info, name, count, end, total)
                 if member is not None:
                     yield member
-    except (tarfile.TarError, OverflowError) as error:  # The second of a record's length that no file has.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        # The last two are of extended headers: lengths that no file has, bytes that are no text.
         raise CorruptionError(f"the tar is damaged or cut short: {error}", where=name, fix=_FETCH_AGAIN) from None
     _check_end(name, end, total, count)
 

@@ -47,8 +47,7 @@ class _Axes:
 def figure(fitted: Fitted) -> str:
     """The picture as SVG."""
     law, table = fitted.law, fitted.table
-    first = min(float(_compute(table).min()), law["data"]["flops"][0])
-    flops = np.exp(np.linspace(np.log(first), np.log(law["target_flops"]), _PATH))
+    flops = np.exp(np.linspace(np.log(_compute(table).min()), np.log(law["target_flops"]), _PATH))
     curve, ends = _curve(fitted, flops)
     losses = np.concatenate([table.loss, curve, ends.ravel()])
     x, y = (float(flops[0]) / 1.2, float(flops[-1]) * 1.2), (float(losses.min()) * 0.97, float(losses.max()) * 1.03)

@@ -47,6 +47,11 @@ def fuzz(name: str, seconds: float, seed: int) -> int:
     return count
 
 
+@pytest.mark.parametrize("name", sorted(targets.TARGETS))
+def test_what_fuzzing_has_found_is_answered(name: str) -> None:
+    assert fuzz(name, 0.0, 0) == 0  # The corpus alone; what is not answered raises.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(targets.TARGETS))
 def test_no_input_crashes_a_parser_without_a_message(name: str) -> None:
