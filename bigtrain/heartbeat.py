@@ -173,7 +173,8 @@ def _describe_on_signal(describe: Callable[[], str]) -> None:
     def serve() -> None:
         while numbers := os.read(reader, 64):
             if signal.SIGUSR2 in numbers:
-                print(f"{ANSWERED}\n{describe()}", file=sys.stderr, flush=True)
+                print(ANSWERED, file=sys.stderr, flush=True)  # At once: that it can answer is waited for.
+                print(describe(), file=sys.stderr, flush=True)
 
     threading.Thread(target=serve, name="describe", daemon=True).start()
 

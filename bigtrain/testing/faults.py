@@ -27,6 +27,7 @@ FAULT_VARIABLE: Final = "BIGTRAIN_FAULT"
 FILE_VARIABLE: Final = "BIGTRAIN_FAULT_FILE"
 WITHIN_STEP_S: Final = 0.005
 SLOW_S: Final = 0.2
+_MUTEX_BYTES: Final = 64  # At least sizeof(pthread_mutex_t); zeros are an unlocked one.
 
 
 def _stop() -> None:
@@ -35,8 +36,10 @@ def _stop() -> None:
 
 
 def _hold_gil() -> None:
-    # A C call through PyDLL keeps the GIL.
-    ctypes.PyDLL(None).sleep(10_000)
+    # A C call through PyDLL keeps the GIL; a mutex that is locked twice, unlike a sleep, outlasts any signal.
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(_MUTEX_BYTES)
+    for _ in range(2):
+        libc.pthread_mutex_lock(mutex)
 
 
 def _raise() -> None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from bigtrain.heartbeat import ANSWERED, PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,27 +143,33 @@ def test_the_page_has_no_name_and_cannot_be_resized() -> None:
             raise AssertionError("the page could be resized")
 
 
-def test_a_rank_whose_main_thread_hangs_describes_itself() -> None:
+@pytest.mark.parametrize(("library", "answers"), [("CDLL", True), ("PyDLL", False)], ids=["without", "with the GIL"])
+def test_a_rank_whose_main_thread_hangs_shows_its_stacks_and_describes_itself(library: str, answers: bool) -> None:
     script = (
         "import ctypes\n"
         "from bigtrain.heartbeat import install_rank_signals\n"
         "install_rank_signals(lambda: 'collective 7')\n"
         "print('ready', flush=True)\n"
-        # As in a collective whose peer is gone: in C, without the GIL, and no signal gets it out.
-        "mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+        # As in a collective whose peer is gone: in C, and no signal gets it out.
+        f"mutex, libc = ctypes.create_string_buffer(64), ctypes.{library}(None)\n"
         "libc.pthread_mutex_lock(mutex)\n"
         "libc.pthread_mutex_lock(mutex)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == b"ready\n"
+        said = b""
+        while b"line 7 in <module>" not in said:
+            process.send_signal(signal.SIGUSR1)
+            while b"<module>" not in (said := process.stderr.readline()):
+                pass
         process.send_signal(signal.SIGUSR2)
-        assert process.stderr.readline() == f"{ANSWERED}\n"
-        assert process.stderr.readline() == "collective 7\n"
+        if answers:
+            assert process.stderr.readline() == f"{ANSWERED}\n".encode()
+            assert process.stderr.readline() == b"collective 7\n"
     finally:
+        time.sleep(0.2)
         process.kill()
-        process.communicate()
+        assert process.communicate()[1] == b"", "one that holds the GIL has answered"
