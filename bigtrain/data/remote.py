@@ -22,7 +22,7 @@ from bigtrain.config.urls import STORES
 from bigtrain.data.config import check_url
 from bigtrain.objects import Body, ObjectPlace, Patience, Place, RemoteError, Transient, open_objects, patiently
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 
 MAX_TARS = 10_000_000
 

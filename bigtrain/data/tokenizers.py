@@ -185,25 +185,26 @@ class Tokenizer:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[Tokens]:
-        """The ids of one document given as consecutive pieces of text, in about as many arrays.
+        """The ids of one document given as consecutive pieces of text, in one array or several.
 
-        Equals encoding the whole document at once; memory is bounded by the pieces where the tokenizer splits
-        text at spaces (bytes, byte-level BPE), else by the document.
+        Equals encoding the whole document at once. Where the tokenizer splits text at spaces (byte-level BPE) not
+        much more than CHUNK_CHARACTERS are held; bytes are held by the piece, and for any other tokenizer the document.
         """
         if self._backend is None:
             for text in texts:
                 yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
             return
         held: list[str] = []
+        size = 0
         for text in texts:
             for start in range(0, len(text), CHUNK_CHARACTERS):
                 chunk = text[start : start + CHUNK_CHARACTERS]
-                cut = _last_safe_cut(chunk) if self._chunked else None
-                if cut is None:
-                    held.append(chunk)
-                    continue
-                yield self._encode_piece("".join([*held, chunk[:cut]]))
-                held = [chunk[cut:]]
+                cut = _last_safe_cut(chunk) if self._chunked and size + len(chunk) > CHUNK_CHARACTERS else None
+                if cut is not None:
+                    yield self._encode_piece("".join([*held, chunk[:cut]]))
+                    held, size, chunk = [], 0, chunk[cut:]
+                held.append(chunk)
+                size += len(chunk)
         if held:
             yield self._encode_piece("".join(held))
 

@@ -1,13 +1,13 @@
 """What a save costs: an asynchronous one beside a copy of the state, a synchronous one beside plain writing.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_saves.py [--dir DIR] [--pairs 9] [--width 512]
+    OMP_NUM_THREADS=1 python tests/bench/bench_saves.py [--dir DIR] [--pairs 31] [--width 512]
 
 Asynchronous: the time of a save and of the steps until it is done, less that of as many steps alone, over the time of a
-copy of the state in memory. Synchronous: a save with its hashes, not read back, over writing and syncing as many bytes
-from memory. Verifying: every byte of a checkpoint that is not in memory, over plain reading of it. Both sides of a pair
-follow each other, each first in turn; medians over the pairs' ratios, of the first over the pairs' differences. Run it
-on a machine that does nothing else, with DIR on the disk that checkpoints go to, and at least two cores: one of them
-writes.
+copy of the state in memory; and the same of a thread that does nothing but write and sync as many bytes. Synchronous: a
+save with its hashes, not read back, over writing and syncing as many bytes from memory. Verifying: every byte of a
+checkpoint that is not in memory, over plain reading of it. The sides of a round follow each other, each first in turn;
+medians over the rounds' ratios, of the first over the rounds' differences. Run it on a machine that does nothing else,
+with DIR on the disk that checkpoints go to, and at least two cores: one of them writes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,26 +82,42 @@ class Training:
         saver.save(self.saved, self.state, **FACTS)
 
 
-class Asynchronous(NamedTuple):
-    """Seconds, medians."""
+class Cost(NamedTuple):
+    """Seconds that something costs which steps go on beside."""
 
-    cost: float
-    """Of a save in all."""
+    median: float
+    low: float
+    """Where the median lies, with 95 %: order statistics of the rounds."""
+    high: float
+
+
+def cost(beside: list[float], alone: list[float]) -> Cost:
+    """What the steps of each round took longer than alone."""
+    found = sorted(long - short for long, short in zip(beside, alone, strict=True))
+    outer = max(0, math.floor(len(found) / 2 - math.sqrt(len(found))))
+    return Cost(statistics.median(found), found[outer], found[-1 - outer])
+
+
+class Asynchronous(NamedTuple):
+    """What a save costs in all, what writing as much in a thread does; medians of seconds."""
+
+    save: Cost
+    writing: Cost
     stall: float
     """Of the save's call alone."""
     copy: float
     seconds: float
     """From the call to the end of pruning."""
     how: str
-    between: tuple[float, float]
-    """Where the median of the cost lies, with 95 %: order statistics of the pairs."""
 
 
-def asynchronous(training: Training, pairs: int) -> Asynchronous:
+def asynchronous(training: Training, rounds: int) -> Asynchronous:
     """What a save costs in all, beside a copy."""
     saver = Saver(training.directory / "asynchronous", CheckpointConfig())
     state = training.state
     copies = {name: tensor.detach().clone() for name, tensor in state.items()}
+    size = sum(tensor.nbytes for tensor in state.values())
+    data = memoryview(bytearray(os.urandom(1 << 20) * -(-size // (1 << 20))))[:size]
 
     def copy() -> None:
         for name, tensor in state.items():
@@ -113,31 +130,38 @@ def asynchronous(training: Training, pairs: int) -> Asynchronous:
     whole()
     step_s = statistics.median(timed(lambda: training.steps(1)) for _ in range(5))
     count = math.ceil(2 * timed(whole) / step_s) + 1
-
     stalls, whole_s = [], []
 
-    def with_save() -> float:
-        def work() -> None:
-            stalls.append(timed(lambda: training.save(saver)))
-            training.steps(count)
-            assert not saver.busy, "the save outlasted the steps: too few of them"
+    def save_and_go_on() -> None:
+        stalls.append(timed(lambda: training.save(saver)))
+        training.steps(count)
+        assert not saver.busy, "the save outlasted the steps: too few of them"
 
-        took = timed(work)
-        outcome = saver.wait()
-        assert outcome is not None
-        whole_s.append(outcome.seconds)
-        return took
+    def write_and_go_on() -> None:
+        thread = threading.Thread(target=write_plainly, args=(training.directory / "plain", data))
+        thread.start()
+        training.steps(count)
+        assert not thread.is_alive(), "the writing outlasted the steps: too few of them"
 
-    saves, alone = in_pairs(pairs, with_save, lambda: timed(lambda: training.steps(count)))
+    sides = {"save": save_and_go_on, "writing": write_and_go_on, "alone": lambda: training.steps(count)}
+    took: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        names = list(sides)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            took[name].append(timed(sides[name]))
+            if name == "save":
+                outcome = saver.wait()
+                assert outcome is not None
+                whole_s.append(outcome.seconds)
     saver.close()
-    copied = statistics.median(timed(copy) for _ in range(pairs))
-    costs = sorted(save - plain for save, plain in zip(saves, alone, strict=True))
-    outer = max(0, math.floor(pairs / 2 - math.sqrt(pairs)))
-    how = f"{count} steps of {step_s * 1e3:.0f} ms a side"
     return Asynchronous(
-        statistics.median(costs), statistics.median(stalls), copied, statistics.median(whole_s), how,
-        (costs[outer], costs[-1 - outer]),
-    )  # fmt: skip
+        save=cost(took["save"], took["alone"]),
+        writing=cost(took["writing"], took["alone"]),
+        stall=statistics.median(stalls),
+        copy=statistics.median(timed(copy) for _ in range(rounds)),
+        seconds=statistics.median(whole_s),
+        how=f"{count} steps of {step_s * 1e3:.0f} ms a side",
+    )
 
 
 def write_plainly(path: Path, data: memoryview) -> None:
@@ -218,6 +242,11 @@ def show(names: tuple[str, str], found: Compared, limit: float) -> None:
     print(f"{'ratio, in pairs':28}{found.ratio:8.2f}     ({met(found.ratio, limit)})")
 
 
+def shown(found: Cost) -> str:
+    """A cost with its interval."""
+    return f"{found.median * 1e3:8.1f} ms  (95 % {found.low * 1e3:.0f} to {found.high * 1e3:.0f})"
+
+
 def met(ratio: float, limit: float, between: tuple[float, float] | None = None) -> str:
     """What a ratio may be, and whether it is that; where the noise reaches over the limit, that nothing was shown."""
     low, high = between or (ratio, ratio)
@@ -229,20 +258,20 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path(), help="where to write; removed afterwards")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=31)
     parser.add_argument("--width", type=int, default=512)
     given = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="bench-saves-", dir=given.dir))
     try:
         training = Training(directory, given.width)
         size = sum(tensor.nbytes for tensor in training.state.values())
-        print(f"state of {size / 2**20:.0f} MiB on one process, {given.pairs} pairs, {os.cpu_count()} cores")
+        print(f"state of {size / 2**20:.0f} MiB on one process, {given.pairs} rounds, {os.cpu_count()} cores")
         found = asynchronous(training, given.pairs)
-        print(f"{'asynchronous save, in all':28}{found.cost * 1e3:8.1f} ms  ({found.how})")
+        print(f"{'asynchronous save, in all':28}{shown(found.save)}; {found.how}")
         print(f"{'  of which its call':28}{found.stall * 1e3:8.1f} ms  (it ends after {found.seconds:.2f} s)")
+        print(f"{'writing as much in a thread':28}{shown(found.writing)}")
         print(f"{'copy of the state':28}{found.copy * 1e3:8.1f} ms")
-        ratio = found.cost / found.copy
-        low, high = (cost / found.copy for cost in found.between)
+        ratio, low, high = (seconds / found.copy for seconds in found.save)
         print(f"{'ratio':28}{ratio:8.2f}     ({met(ratio, ASYNCHRONOUS_LIMIT, (low, high))})")
         saved = synchronous(training, given.pairs)
         show(("synchronous save", "plain writing and syncing"), saved, SYNCHRONOUS_LIMIT)

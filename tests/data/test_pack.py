@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import webdataset
 
 from bigtrain.config import UserError
 from bigtrain.data.index import ShardIndex, load_index
+from bigtrain.data.indexing import index_directory
 from bigtrain.data.pack import pack, parse_share
 from bigtrain.data.tokenizers import Tokenizer
 
@@ -49,6 +51,15 @@ def test_a_shard_has_the_bytes_that_webdatasets_writer_would_write(packed: Shard
             np.save(member, np.asarray([*text.encode(), 256], dtype="<u2"))
             tar.write({"__key__": f"{number:09d}", "npy": member.getvalue()})
     assert (packed.directory / packed.shards[0].url).read_bytes() == buffer.getvalue()
+
+
+def test_the_index_is_the_one_that_reading_the_shards_over_gives(packed: ShardIndex, tmp_path: Path) -> None:
+    read_over = tmp_path / "again"
+    read_over.mkdir()
+    for shard in packed.shards:
+        shutil.copy(packed.directory / shard.url, read_over)
+    index_directory(read_over, Tokenizer(), packed.text_bytes)
+    assert contents(read_over) == contents(packed.directory)
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
