@@ -187,7 +187,7 @@ def compared(pairs: int, ours: Callable[[], float], plain: Callable[[], float], 
     """Measure both in pairs."""
     first, second = in_pairs(pairs, ours, plain)
     ratios = [one / other for one, other in zip(first, second, strict=True)]
-    return Compared(*(statistics.median(values) for values in (first, second, ratios)), size)
+    return Compared(statistics.median(first), statistics.median(second), statistics.median(ratios), size)
 
 
 def synchronous(training: Training, pairs: int) -> Compared:

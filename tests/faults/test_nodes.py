@@ -40,7 +40,8 @@ def test_a_run_on_three_machines_goes_on_with_two_and_grows_again(make_workplace
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_machine_with_notice_loses_no_step_and_changes_no_bit(two_ranks: Any) -> None:
-    said = two_ranks.finish(two_ranks.start("drained", 1, "abc", "2", "5 drain a 20"))
+    slow = {"rank": 1, "kind": "sleep", "step": 5}  # So that the notice comes before the end of so short a run.
+    said = two_ranks.finish(two_ranks.start("drained", 1, "abc", "2", "5 drain a 20", fault=slow))
     assert "placements ab cb" in said
     two_ranks.assert_same("drained", "undisturbed")
     assert not two_ranks.events("drained", "fault")
