@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.05, help="of the server, in seconds")
     parser.add_argument("--paced", type=float, default=1e8, help="tokens that are taken at 1M a second")
     parser.add_argument("--shards", type=float, default=1e6, help="shards of the synthetic index")
-    parser.add_argument("--text-bytes", type=float, default=3e7, help="text to pack")
+    parser.add_argument("--text-bytes", type=float, default=1e8, help="text to pack")
     parser.add_argument("--mosaic", help="a Python that has mosaicml-streaming")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
