@@ -21,7 +21,7 @@ from tests.bench.faults.measured import SAVE_EVERY, Measured, Results
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 HANG_LIMIT_S: Final = 5.0
-"""Of a step, where hangs are planted; elsewhere a busy machine must not make one of a slow step."""
+"""Of a step and of a save, where hangs are planted; elsewhere a busy machine must not make one of a slow step."""
 PATIENT_S: Final = 60.0
 WAIT_S: Final = 600.0
 BATCH: Final = 12
@@ -34,7 +34,7 @@ def config_of(place: Path, limit_s: float = PATIENT_S) -> dict[str, Any]:
     """A small run that saves often and goes on for as long as it is wanted.
 
     Args:
-        limit_s: How long a rank may be silent in a step.
+        limit_s: How long a rank may be silent in a step or a save.
     """
     return {
         "name": "bench",
@@ -45,7 +45,7 @@ def config_of(place: Path, limit_s: float = PATIENT_S) -> dict[str, Any]:
         "precision": "fp32",
         "checkpoint": {"every": f"{SAVE_EVERY} steps"},
         "tracking": {"wandb": "disabled"},
-        "job": {"max_failures": 5, "limits": {"step": limit_s}},
+        "job": {"max_failures": 5, "limits": {"step": limit_s, "save": limit_s}},
     }
 
 
