@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from abc import abstractmethod
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +14,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.images import decode_image
 from bigtrain.data.index import REINDEX, CaptionForm, ShardIndex
 from bigtrain.data.order import IntArray
-from bigtrain.data.sequences import Arrays, Opened, Reader, TokenReader
+from bigtrain.data.sequences import Arrays, Reader, ShardReader, TokenReader
 from bigtrain.data.streaming import ShardStore, open_store
 from bigtrain.data.text import decode_caption, encode_document
 from bigtrain.data.tokenizers import Tokenizer
@@ -47,13 +46,11 @@ def open_reader(
     return TokenReader(index, context, document_mask, open_shards, store)
 
 
-class SampleReader(ABC):
-    """What the readers of samples have in common: shards are opened as they are asked for, and read by place."""
+class SampleReader(ShardReader[tuple[int, IntArray]]):
+    """What the readers of samples have in common: a sample is read from its place in the tar."""
 
     def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
-        self._index = index
-        self._store = store or open_store(index)
-        self._shards: Opened[tuple[int, IntArray]] = Opened(self._open, lambda shard: os.close(shard[0]), open_shards)
+        super().__init__(index, open_shards, store)
 
     @abstractmethod
     def blank(self, count: int) -> Arrays:
@@ -85,24 +82,12 @@ class SampleReader(ABC):
         stems = [self._index.shards[shard].stem for shard in shards.tolist()]
         return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """See `Reader`."""
-        wanted = list(shards)
-        self._shards.keep(wanted)
-        self._store.expect(wanted)
-
-    def interrupt(self) -> None:
-        """See `Reader`."""
-        self._store.interrupt()
-
-    def close(self) -> None:
-        """Let go of open shards."""
-        self._shards.close()
-        self._store.close()
-
     def _open(self, shard: int) -> tuple[int, IntArray]:
         found = self._store.open(shard)
         return os.open(found.path, os.O_RDONLY), found.rows
+
+    def _close(self, opened: tuple[int, IntArray]) -> None:
+        os.close(opened[0])
 
 
 class ImageReader(SampleReader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -76,6 +77,38 @@ class Opened(Generic[T]):
             self._close_one(self._opened.popitem()[1])
 
 
+class ShardReader(ABC, Generic[T]):
+    """What readers have in common: a store's shards, opened as they are asked for; the most recent stay open."""
+
+    def __init__(self, index: ShardIndex, open_shards: int, store: ShardStore | None) -> None:
+        self._index = index
+        self._store = store or open_store(index)
+        self._shards = Opened(self._open, self._close, open_shards)
+
+    @abstractmethod
+    def _open(self, shard: int) -> T:
+        """A shard, ready to be read."""
+
+    @abstractmethod
+    def _close(self, opened: T) -> None:
+        """Let go of one."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `Reader`."""
+        wanted = list(shards)
+        self._shards.keep(wanted)
+        self._store.expect(wanted)
+
+    def interrupt(self) -> None:
+        """See `Reader`."""
+        self._store.interrupt()
+
+    def close(self) -> None:
+        """See `Reader`."""
+        self._shards.close()
+        self._store.close()
+
+
 @dataclass(frozen=True)
 class _TokenShard:
     """A shard's documents as one stream of tokens."""
@@ -89,7 +122,7 @@ class _TokenShard:
     """Added to a stream position inside a document, gives the position in `stored`."""
 
 
-class TokenReader:
+class TokenReader(ShardReader[_TokenShard]):
     """Sequences of tokens.
 
     Sequence i of a shard covers positions i*C .. i*C + C of its stream: C inputs and, one later, C targets.
@@ -106,9 +139,8 @@ class TokenReader:
     ) -> None:
         if context < 1:
             raise ValueError(f"the context must be at least 1 token, not {context}")
-        self._index, self._context, self._document_mask = index, context, document_mask
-        self._store = store or open_store(index)
-        self._shards = Opened(self._open, lambda shard: None, open_shards)
+        super().__init__(index, open_shards, store)
+        self._context, self._document_mask = context, document_mask
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
         """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64.
@@ -162,21 +194,6 @@ class TokenReader:
             ids.append(f"{source}/{self._index.shards[shard].stem}/{document}:{offset}")
         return ids
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """See `Reader`."""
-        wanted = list(shards)
-        self._shards.keep(wanted)
-        self._store.expect(wanted)
-
-    def interrupt(self) -> None:
-        """See `Reader`."""
-        self._store.interrupt()
-
-    def close(self) -> None:
-        """Let go of open shards."""
-        self._shards.close()
-        self._store.close()
-
     def _open(self, shard: int) -> _TokenShard:
         found = self._store.open(shard)
         path, rows = found.path, found.rows
@@ -187,6 +204,10 @@ class TokenReader:
             raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
         stored = np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
         return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
+
+    def _close(self, opened: _TokenShard) -> None:
+        # Arrays over a mapping that others may still look at: the last of them ends it.
+        pass
 
     def _copy(
         self,
