@@ -113,9 +113,8 @@ class Worker:
         dtype = self.tokenizer.dtype
         stored: dict[int, Any] = {}
         rows: list[tuple[int, int]] = []
-        largest = -1
+        largest, position = -1, 0
         # The bytes of WebDataset's TarWriter, whose import brings in torch: seconds and 300 MB for each worker.
-        position = 0
         with open(path, "wb") as file:
             for member, piece in enumerate(shard.pieces, shard.first_member):
                 if piece.part not in stored:

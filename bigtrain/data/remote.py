@@ -23,6 +23,7 @@ from bigtrain.data.config import check_url
 from bigtrain.objects import Body, ObjectPlace, Patience, Place, RemoteError, Transient, open_objects, patiently
 
 CHUNK_BYTES = 1 << 16
+"""So little that allocators use the same memory again for the next; of larger ones they keep some for each thread."""
 
 MAX_TARS = 10_000_000
 

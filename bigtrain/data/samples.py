@@ -49,9 +49,6 @@ def open_reader(
 class SampleReader(ShardReader[tuple[int, IntArray]]):
     """What the readers of samples have in common: a sample is read from its place in the tar."""
 
-    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
-        super().__init__(index, open_shards, store)
-
     @abstractmethod
     def blank(self, count: int) -> Arrays:
         """Valid content of weight zero."""

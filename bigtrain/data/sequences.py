@@ -80,7 +80,7 @@ class Opened(Generic[T]):
 class ShardReader(ABC, Generic[T]):
     """What readers have in common: a store's shards, opened as they are asked for; the most recent stay open."""
 
-    def __init__(self, index: ShardIndex, open_shards: int, store: ShardStore | None) -> None:
+    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
         self._index = index
         self._store = store or open_store(index)
         self._shards = Opened(self._open, self._close, open_shards)
