@@ -48,6 +48,8 @@ _RECORDS = {
 }
 T = TypeVar("T")
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
+_FRAME_BYTES = 9
+"""Of the opcode with its length."""
 
 
 class _Record:
@@ -114,8 +116,7 @@ def read_metadata(directory: Path) -> Metadata:
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise CorruptionError(f"{METADATA_NAME} is over {MAX_METADATA_BYTES} bytes", str(path))
         data = path.read_bytes()
-        _refuse_large_claims(data)
-        root = _MetadataUnpickler(io.BytesIO(data)).load()
+        root = _MetadataUnpickler(io.BytesIO(_checked(data))).load()
         return _as_metadata(root)
     except CorruptionError:
         raise
@@ -128,14 +129,23 @@ def read_metadata(directory: Path) -> Metadata:
         ) from error
 
 
-def _refuse_large_claims(data: bytes) -> None:
-    """Refuse what the unpickler takes memory for before it has read it: a memo of four billion places, a byte array.
+def _checked(data: bytes) -> bytes:
+    """A pickle, in one frame; refused where the unpickler would take memory that the pickle does not fill.
 
-    DCP's own pickles have neither.
+    A memo of four billion places or a byte array may ask for that; DCP's own pickles have neither. The unpickler drops
+    what is left of a frame where the next one begins, so that it may come to other opcodes than stand one after the
+    other: with one frame around all it reads those that were looked at.
     """
-    for opcode, argument, place in pickletools.genops(data):
+    pieces, begin = [], 0
+    for opcode, argument, found in pickletools.genops(data):
+        place = found or 0
         if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument or 0) > len(data)):
             raise pickle.UnpicklingError(f"it asks for memory that it does not fill ({opcode.name} at byte {place})")
+        if opcode.name == "FRAME":
+            pieces.append(data[begin:place])
+            begin = place + _FRAME_BYTES
+    body = b"".join([*pieces, data[begin:]])
+    return pickle.PROTO + b"\x04" + pickle.FRAME + len(body).to_bytes(_FRAME_BYTES - 1, "little") + body
 
 
 def _as_metadata(root: Any) -> Metadata:

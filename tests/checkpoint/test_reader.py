@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +161,22 @@ def test_metadata_takes_no_memory_that_it_does_not_fill(tmp_path: Path, content:
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CorruptionError, match=r"memory that it does not fill|only \d+ remain"):
         read_metadata(tmp_path)
+
+
+def test_no_frame_hides_from_the_check_what_the_unpickler_reads(tmp_path: Path) -> None:
+    """It leaves the rest of a frame where the next begins: to the check alone, what follows is the content of bytes."""
+    places = 4_000_000
+    hidden = b"Nr" + places.to_bytes(4, "little") + b"."
+    inner = pickle.FRAME + len(hidden).to_bytes(8, "little") + pickle.SHORT_BINBYTES + bytes([len(hidden)])
+    content = pickle.PROTO + b"\x04" + pickle.FRAME + len(inner).to_bytes(8, "little") + inner + hidden + b"."
+    (tmp_path / ".metadata").write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert pickle.Unpickler(io.BytesIO(content)).load() is None  # noqa: S301 - proves that the trap works
+        assert tracemalloc.get_traced_memory()[1] > 8 * places
+        tracemalloc.reset_peak()
+        with pytest.raises(CorruptionError, match="a bytes stands where a Metadata should"):
+            read_metadata(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < places
+    finally:
+        tracemalloc.stop()
