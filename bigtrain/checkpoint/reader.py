@@ -132,11 +132,12 @@ def read_metadata(directory: Path) -> Metadata:
 def _checked(data: bytes) -> bytes:
     """A pickle, in one frame; refused where the unpickler would take memory that the pickle does not fill.
 
-    A memo of four billion places or a byte array may ask for that; DCP's own pickles have neither. The unpickler drops
-    what is left of a frame where the next one begins, so that it may come to other opcodes than stand one after the
-    other: with one frame around all it reads those that were looked at.
+    A memo of four billion places or a byte array may ask for that; DCP's own pickles have neither. Where one frame
+    begins in another and reaches beyond it, the unpickler drops the rest of the first, and comes to other opcodes than
+    stand one after the other: with one frame around all it reads those that were looked at.
     """
-    pieces, begin = [], 0
+    pieces: list[bytes] = []
+    begin = 0
     for opcode, argument, found in pickletools.genops(data):
         place = found or 0
         if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument or 0) > len(data)):
@@ -144,8 +145,9 @@ def _checked(data: bytes) -> bytes:
         if opcode.name == "FRAME":
             pieces.append(data[begin:place])
             begin = place + _FRAME_BYTES
-    body = b"".join([*pieces, data[begin:]])
-    return pickle.PROTO + b"\x04" + pickle.FRAME + len(body).to_bytes(_FRAME_BYTES - 1, "little") + body
+    pieces.append(data[begin:])
+    size = sum(map(len, pieces)).to_bytes(_FRAME_BYTES - 1, "little")
+    return b"".join([pickle.PROTO, b"\x04", pickle.FRAME, size, *pieces])
 
 
 def _as_metadata(root: Any) -> Metadata:

@@ -173,7 +173,7 @@ def test_no_frame_hides_from_the_check_what_the_unpickler_reads(tmp_path: Path) 
     (tmp_path / ".metadata").write_bytes(content)
     tracemalloc.start()
     try:
-        with contextlib.suppress(pickle.UnpicklingError, MemoryError):  # As this Python's unpickler is.
+        with contextlib.suppress(pickle.UnpicklingError, MemoryError):  # Another Python may refuse it.
             pickle.Unpickler(io.BytesIO(content)).load()  # noqa: S301 - shows what the trap takes
         print(f"read as it is, it takes {tracemalloc.get_traced_memory()[1]:,} bytes")
         tracemalloc.reset_peak()

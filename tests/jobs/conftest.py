@@ -147,7 +147,7 @@ def _descriptors() -> set[tuple[str, str]]:
     """Number and target of each open descriptor; pipes and sockets have targets of their own."""
     found = set()
     for entry in os.scandir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
             found.add((entry.name, os.readlink(entry.path)))
     # The one that lists them has whichever number is free.
     return {(number, target) for number, target in found if target != f"/proc/{os.getpid()}/fd"}
