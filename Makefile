@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow bench-faults soak check format
+.PHONY: help train test test-slow test-all bench-faults soak test-cluster check format
 
 help: ## list the commands
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -18,10 +18,13 @@ train: .venv ## pack text, train on it, kill the run, resume it, sample from it,
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: .venv ## every capability once, in its smallest form
-	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive and not cluster and not gpu"
 
 test-slow: .venv ## the rest: every layout, more kills, larger sizes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not exhaustive and not gpu"
+
+test-all: .venv ## the rows that CI does not need at each change, by hand: about an hour
+	$(BIN)/python -m pytest -m "exhaustive and not cluster and not gpu"
 
 bench-faults: .venv ## ten faults of each kind: how soon they are seen and mended, and what they cost
 	$(BIN)/python -m tests.bench.bench_faults
