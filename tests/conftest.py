@@ -35,7 +35,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a few modules of the standard library as bytes: train/ and validation/."""
-    from bigtrain.data.pack import pack
+    from bigtrain.data.packing.documents import pack
     from bigtrain.data.tokenizers import Tokenizer
 
     library = Path(os.__file__).parent

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from bigtrain.checkpoint.loader import read_tensors
-from bigtrain.data.documents import documents
-from bigtrain.data.pack import pack
+from bigtrain.data.formats.documents import documents
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
 from bigtrain.run import ExitCode, Lease, RunDirectory, load_config
 from bigtrain.storage import read_lines

@@ -286,7 +286,7 @@ def test_the_readme_has_the_tables(data: Path) -> None:
 
 def main() -> None:
     """Write the tables into bigtrain/engines/README.md."""
-    from bigtrain.data.pack import pack
+    from bigtrain.data.packing.documents import pack
     from bigtrain.data.tokenizers import Tokenizer
 
     with tempfile.TemporaryDirectory() as place:

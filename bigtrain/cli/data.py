@@ -41,9 +41,9 @@ def data_pack(
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
-        from bigtrain.data.pack import pack
-        from bigtrain.data.pack_arrays import pack_arrays
-        from bigtrain.data.pack_images import pack_captions, pack_images
+        from bigtrain.data.packing.arrays import pack_arrays
+        from bigtrain.data.packing.documents import pack
+        from bigtrain.data.packing.images import pack_captions, pack_images
         from bigtrain.data.tokenizers import Tokenizer
 
         try:
@@ -86,7 +86,7 @@ def data_tokenizer(
 ) -> None:
     """Learn a byte-level BPE tokenizer from text."""
     with errors(as_json):
-        from bigtrain.data.documents import documents
+        from bigtrain.data.formats.documents import documents
         from bigtrain.data.tokenizers import train_bpe
 
         learned = train_bpe(documents(inputs), vocab, out)
@@ -106,8 +106,8 @@ def data_index(
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.urls import is_url
+        from bigtrain.data.formats.text import BadSamples
         from bigtrain.data.indexing import index_directory, index_urls
-        from bigtrain.data.text import BadSamples
         from bigtrain.data.tokenizers import Tokenizer
 
         bad = BadSamples(skip_bad)
@@ -161,8 +161,8 @@ def _show_shuffle(path: Path, context: int, window: int, batch: int, as_json: bo
     from dataclasses import asdict
 
     from bigtrain.data.index import load_index
-    from bigtrain.data.order import SampleOrder
-    from bigtrain.data.shuffle import shuffle_quality, table
+    from bigtrain.data.order.sample_order import SampleOrder
+    from bigtrain.data.order.shuffle_quality import shuffle_quality, table
 
     if path.suffix in (".yaml", ".yml"):
         from bigtrain.run import load_config

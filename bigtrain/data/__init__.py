@@ -1,4 +1,4 @@
-"""From text and tars to batches: packing into shards, the index, the global order, the loader, tokenizers.
+"""From files to batches: formats, sample kinds, packing, the index, the global order, streaming, the loader.
 
-A batch is a pure function of (seed, data fingerprint, context, batch size, step): see `bigtrain.data.order`.
+A batch is a pure function of (seed, data fingerprint, context, batch size, step); see `bigtrain.data.order`.
 """

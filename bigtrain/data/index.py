@@ -28,10 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.arrays import ArrayInfo
 from bigtrain.data.config import check_url
-from bigtrain.data.images import ImageInfo
-from bigtrain.data.text import MAX_CAPTION_BYTES
+from bigtrain.data.formats.arrays import ArrayInfo
+from bigtrain.data.formats.images import ImageInfo
+from bigtrain.data.formats.text import MAX_CAPTION_BYTES
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file, write_atomic, write_json
 

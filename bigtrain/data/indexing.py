@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.images import ImageInfo
+from bigtrain.data.formats.images import ImageInfo
+from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import (
     INDEX_NAME,
     Shard,
@@ -23,9 +24,8 @@ from bigtrain.data.index import (
     write_index,
     write_sidecar,
 )
-from bigtrain.data.remote import tars_at
 from bigtrain.data.scanning import Scan, listed, other_size, scan_shard
-from bigtrain.data.text import BadSamples
+from bigtrain.data.streaming.remote import tars_at
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.objects import Patience, fetch
 from bigtrain.storage import hash_file

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
-from bigtrain.data.samples import CaptionReader
+from bigtrain.data.kinds.samples import CaptionReader
+from bigtrain.data.kinds.tokens import TokenReader
 from bigtrain.data.scanning import scan_shard
-from bigtrain.data.sequences import TokenReader
-from bigtrain.data.text import BadSamples
 
 _PREVIEW_TOKENS = 256
 

@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 
 from bigtrain.config import UserError
-from bigtrain.data.arrays import LABELS, MAX_ARRAYS, ArrayInfo, array_info, array_name
-from bigtrain.data.images import (
+from bigtrain.data.formats.arrays import LABELS, MAX_ARRAYS, ArrayInfo, array_info, array_name
+from bigtrain.data.formats.images import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -21,10 +21,17 @@ from bigtrain.data.images import (
     decode_label,
     image_shape,
 )
+from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_layout
+from bigtrain.data.formats.tar import Member, members, read_at
+from bigtrain.data.formats.text import (
+    MAX_CAPTION_BYTES,
+    TEXT_MEMBERS,
+    BadSamples,
+    decode_caption,
+    encode_document,
+    read_text,
+)
 from bigtrain.data.index import CaptionForm, Kind, Rows
-from bigtrain.data.npy import HEADER_BYTES, NpyLayout, npy_layout
-from bigtrain.data.tar import Member, members, read_at
-from bigtrain.data.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, BadSamples, decode_caption, encode_document, read_text
 from bigtrain.data.tokenizers import Tokenizer
 
 _TOKEN_TYPES = ("<u2", "<u4", "<i4", "<i8")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtrain.config import UserError
-from bigtrain.data.documents import Document
+from bigtrain.data.formats.documents import Document
 from bigtrain.storage import write_atomic
 
 if TYPE_CHECKING:

@@ -31,12 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.data.documents import documents as read_documents
+from bigtrain.data.formats.documents import documents as read_documents
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.pack import pack
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
 from bigtrain.testing import bench_data_readers
 from bigtrain.testing.bench_data_http import over_http

@@ -16,8 +16,8 @@ from typing import Any
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import open_index
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.streaming.store import open_index
 from bigtrain.testing.bench_data_readers import BATCH, CONTEXT
 
 CONSUMER_TOKENS_PER_S = 1_000_000

@@ -7,7 +7,7 @@ import sys
 import time
 
 from bigtrain.data.index import load_index
-from bigtrain.data.order import SampleOrder
+from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.testing.bench_data_http import anonymous_bytes
 
 

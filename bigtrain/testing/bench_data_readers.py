@@ -29,7 +29,7 @@ def bigtrain_batches(place: Path, batch: int, context: int) -> Iterator[np.ndarr
     """Through `bigtrain.data.loader.Loader`."""
     from bigtrain.data.index import load_index
     from bigtrain.data.loader import Loader
-    from bigtrain.data.order import SampleOrder
+    from bigtrain.data.order.sample_order import SampleOrder
 
     index = load_index(place)
     order = SampleOrder(0, index.fingerprint, index.sequence_counts(context), 8)

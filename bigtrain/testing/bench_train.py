@@ -27,8 +27,8 @@ import torch
 
 from bigtrain.data.index import load_index
 from bigtrain.data.loader import Loader, StepBatch
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.pack import pack
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.fsdp import FSDPEngine

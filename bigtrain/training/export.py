@@ -8,7 +8,7 @@ from typing import Any
 
 from bigtrain.checkpoint.huggingface import export_hf
 from bigtrain.config import UserError
-from bigtrain.data.streaming import open_index
+from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, RunDirectory, load_config

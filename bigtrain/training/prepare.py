@@ -12,12 +12,12 @@ from typing import Any
 
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
-from bigtrain.data.arrays import LABELS
 from bigtrain.data.config import StreamingConfig
+from bigtrain.data.formats.arrays import LABELS
 from bigtrain.data.index import ShardIndex
-from bigtrain.data.mixture import MixedOrder, Sources
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import check_remote, open_index, shards_at_once
+from bigtrain.data.order.mixture import MixedOrder, Sources
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.models.config import ModelConfig

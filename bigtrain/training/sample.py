@@ -10,9 +10,9 @@ import torch
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
-from bigtrain.data.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
+from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
-from bigtrain.data.streaming import open_index
+from bigtrain.data.streaming.store import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.plugin import Plugin

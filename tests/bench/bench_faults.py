@@ -31,7 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from tests.bench.faults.left import go_apart
 from tests.bench.faults.measured import PROMISES, Measured, table

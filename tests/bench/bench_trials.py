@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import read_lines
 from bigtrain.sweeps.journal import SweepDirectory

@@ -46,7 +46,7 @@ class Place:
         self.clock = self._clock()
 
     def _pack(self) -> None:
-        from bigtrain.data.pack import pack
+        from bigtrain.data.packing.documents import pack
         from bigtrain.data.tokenizers import Tokenizer
 
         library = Path(os.__file__).parent

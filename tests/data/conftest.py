@@ -15,7 +15,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from bigtrain.data.index import ShardIndex, load_index
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.arrays import ARRAY_TYPES
+from bigtrain.data.formats.arrays import ARRAY_TYPES
 from bigtrain.data.index import ShardIndex, load_index, write_sidecar
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import FixedOrder
-from bigtrain.data.pack_arrays import pack_arrays
+from bigtrain.data.order.sample_order import FixedOrder
+from bigtrain.data.packing.arrays import pack_arrays
 
 WriteTar = Callable[..., Path]
 

@@ -20,9 +20,9 @@ from bigtrain.data.index import ShardIndex, load_index, write_sidecar
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import FixedOrder
-from bigtrain.data.pack_images import pack_captions
-from bigtrain.data.streaming import open_index
+from bigtrain.data.order.sample_order import FixedOrder
+from bigtrain.data.packing.images import pack_captions
+from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import hash_file
 

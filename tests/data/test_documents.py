@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import UserError
-from bigtrain.data.documents import READ_BYTES, documents, documents_of, parts, sources
+from bigtrain.data.formats.documents import READ_BYTES, documents, documents_of, parts, sources
 
 
 def read(*inputs: Path, key: str = "text") -> list[tuple[str, str]]:
@@ -144,7 +144,7 @@ def test_the_text_of_tars_made_elsewhere_is_read(tmp_path: Path, real_data: Path
 
 
 def test_a_bomb_is_an_error_and_not_a_full_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigtrain.data.compressed.FREE_BYTES", 1 << 16)
+    monkeypatch.setattr("bigtrain.data.formats.compressed.FREE_BYTES", 1 << 16)
     gzipped(tmp_path / "a.txt.gz", bytes([97]) * (1 << 22))
     with pytest.raises(UserError, match="decompresses to more"):
         texts_of(tmp_path / "a.txt.gz")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.documents import documents
+from bigtrain.data.formats.documents import documents
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
 
 

@@ -12,14 +12,14 @@ import pytest
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.config import StreamingConfig
-from bigtrain.data.documents import documents as documents_in
+from bigtrain.data.formats.documents import documents as documents_in
+from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory, index_urls
 from bigtrain.data.inspect import verify
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import FixedOrder
-from bigtrain.data.streaming import open_index
-from bigtrain.data.text import BadSamples
+from bigtrain.data.order.sample_order import FixedOrder
+from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
 
 WriteTar = Callable[..., Path]
@@ -278,7 +278,7 @@ def test_tars_on_a_server_are_indexed_in_one_pass_and_read_as_from_disk(
 def test_text_that_is_bad_is_named_or_passed_over_and_counted(
     write_tar: WriteTar, data: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigtrain.data.text.MAX_TEXT_BYTES", 8192)
+    monkeypatch.setattr("bigtrain.data.formats.text.MAX_TEXT_BYTES", 8192)
     suffix = "txt" if message in ("UTF-8", "binary") else "txt.gz"
     directory = write_tar(("a.txt", b"good"), (f"b.{suffix}", data), ("c.txt", b"good too"))
     with pytest.raises(UserError, match=message) as caught:

@@ -8,7 +8,7 @@ import pytest
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.inspect import inspect, verify
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 
 

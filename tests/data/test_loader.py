@@ -11,7 +11,7 @@ import pytest
 from bigtrain.config import CorruptionError
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import EvaluationLoader, Loader, StepBatch, distribute
-from bigtrain.data.order import SampleOrder, sequence_keys
+from bigtrain.data.order.sample_order import SampleOrder, sequence_keys
 
 CONTEXT = 16
 

@@ -15,9 +15,9 @@ from bigtrain.config import UserError
 from bigtrain.data.config import DataConfig
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.loader import Loader
-from bigtrain.data.mixture import MAX_PERIOD, MixedOrder, Sources, parts, pattern
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.pack import pack
+from bigtrain.data.order.mixture import MAX_PERIOD, MixedOrder, Sources, parts, pattern
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 
 CONTEXT, BATCH = 16, 6

@@ -9,13 +9,13 @@ import pytest
 
 from bigtrain import objects
 from bigtrain.config import UserError
-from bigtrain.data import remote
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.indexing import index_urls
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import open_index
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.streaming import remote
+from bigtrain.data.streaming.store import open_index
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bigtrain.config import UserError
-from bigtrain.data.order import FixedOrder, SampleOrder, hash_words, permutation, sequence_keys, splitmix64
+from bigtrain.data.order.sample_order import FixedOrder, SampleOrder, hash_words, permutation, sequence_keys, splitmix64
 
 CASES = [([5, 3, 9, 1, 7], 2), ([4], 8), ([1, 1, 1], 1), ([0, 6, 0, 2, 11, 3, 8], 3)]
 

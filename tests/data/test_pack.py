@@ -15,7 +15,7 @@ import webdataset
 from bigtrain.config import UserError
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory
-from bigtrain.data.pack import pack, parse_share
+from bigtrain.data.packing.documents import pack, parse_share
 from bigtrain.data.tokenizers import Tokenizer
 
 
@@ -140,7 +140,7 @@ def test_text_of_nothing_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 def slow(stage, done, total):
     print(stage, done, flush=True)
@@ -202,7 +202,7 @@ def test_a_second_packing_to_the_same_place_is_refused(tmp_path: Path, corpus: P
 def test_any_number_of_workers_and_any_size_of_parts_gives_the_same_bytes(
     tmp_path: Path, corpus: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigtrain.data.pack.SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr("bigtrain.data.packing.documents.SMALL_INPUT_BYTES", 0)
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, workers, part_bytes in (("one", 1, 1 << 20), ("many", 1, 100), ("two", 2, 700)):

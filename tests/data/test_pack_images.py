@@ -10,8 +10,8 @@ from PIL import Image
 from bigtrain.config import UserError
 from bigtrain.data.index import load_index
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import FixedOrder
-from bigtrain.data.pack_images import pack_images
+from bigtrain.data.order.sample_order import FixedOrder
+from bigtrain.data.packing.images import pack_images
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from bigtrain.data.index import ShardIndex
-from bigtrain.data.sequences import Arrays, TokenReader
+from bigtrain.data.kinds.tokens import Arrays, TokenReader
 
 
 @pytest.fixture(autouse=True, params=[0, 1 << 40], ids=["copied", "gathered"])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigtrain.data.sequences.LONG_DOCUMENT", request.param)
+    monkeypatch.setattr("bigtrain.data.kinds.tokens.LONG_DOCUMENT", request.param)
 
 
 def streams(index: ShardIndex, texts: list[str]) -> list[list[tuple[int, int, int]]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bigtrain.data.mixture import MixedOrder
-from bigtrain.data.order import FixedOrder, SampleOrder
-from bigtrain.data.shuffle import shuffle_quality
+from bigtrain.data.order.mixture import MixedOrder
+from bigtrain.data.order.sample_order import FixedOrder, SampleOrder
+from bigtrain.data.order.shuffle_quality import shuffle_quality
 
 
 def test_an_order_that_shuffles_nothing_and_one_that_shuffles_all() -> None:

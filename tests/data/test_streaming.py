@@ -23,8 +23,8 @@ from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import check_remote, open_index, shards_at_once
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
 
 CONTEXT, BATCH, WINDOW = 16, 6, 2
 
@@ -268,8 +268,8 @@ READER = """
 import sys
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import SampleOrder
-from bigtrain.data.streaming import open_index
+from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.streaming.store import open_index
 url, cache, size, first, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 streaming = StreamingConfig(cache_dir=cache, cache=size, timeout=2)
 index = open_index(url, streaming)
@@ -321,7 +321,7 @@ def test_readers_killed_in_the_middle_of_a_fetch_leave_a_cache_that_is_gone_on_w
 
 
 def test_a_shard_in_use_is_never_evicted(tmp_path: Path) -> None:
-    from bigtrain.data.cache import Cache, NoRoom
+    from bigtrain.data.streaming.cache import Cache, NoRoom
 
     cache = Cache(tmp_path / "cache", 250)
     place = cache.directory("source", "fingerprint")

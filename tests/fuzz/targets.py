@@ -19,9 +19,9 @@ from bigtrain.checkpoint.manifest import MANIFEST_NAME, _checksum, read_manifest
 from bigtrain.checkpoint.reader import read_metadata
 from bigtrain.checkpoint.shards import METADATA_NAME
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.formats.tar import BLOCK_BYTES, members
 from bigtrain.data.index import parse_index
 from bigtrain.data.scanning import scan_shard
-from bigtrain.data.tar import BLOCK_BYTES, members
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import load_config
 

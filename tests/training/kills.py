@@ -256,7 +256,7 @@ def train(place: Path, url: str, name: str, steps: int, nproc: int) -> subproces
 
 def kill_and_compare(place: Path, kills: int, nproc: int, seed: int) -> tuple[list[Kill], list[str]]:
     """Kill a run's ranks; the kills, and what is wrong then."""
-    from bigtrain.data.pack import pack
+    from bigtrain.data.packing.documents import pack
     from bigtrain.data.tokenizers import Tokenizer
 
     library = Path(os.__file__).parent

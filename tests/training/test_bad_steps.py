@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.data.loader import Loader
-from bigtrain.data.order import sequence_keys
+from bigtrain.data.order.sample_order import sequence_keys
 from bigtrain.engines.build import build_engine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines

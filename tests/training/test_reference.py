@@ -53,7 +53,7 @@ def reference_losses(prepared: Prepared, samples: list[list[str]]) -> list[float
 @pytest.fixture(scope="module")
 def short_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So little text that 50 steps go round it more than twice, and meet its padded last sequence each time."""
-    from bigtrain.data.pack import pack
+    from bigtrain.data.packing.documents import pack
     from bigtrain.data.tokenizers import Tokenizer
 
     library = Path(os.__file__).parent

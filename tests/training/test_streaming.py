@@ -16,7 +16,7 @@ import torch
 
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.data.index import load_index
-from bigtrain.data.pack import pack
+from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines

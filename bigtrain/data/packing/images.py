@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, image_shape, squared
-from bigtrain.data.npy import npy_bytes
-from bigtrain.data.pack import SHARD_BYTES, PackSummary
-from bigtrain.data.pack_samples import Means, Member, Stretch, pack_samples
-from bigtrain.data.tar import members
-from bigtrain.data.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
+from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, image_shape, squared
+from bigtrain.data.formats.npy import npy_bytes
+from bigtrain.data.formats.tar import members
+from bigtrain.data.formats.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
+from bigtrain.data.packing.documents import SHARD_BYTES, PackSummary
+from bigtrain.data.packing.samples import Means, Member, Stretch, pack_samples
 from bigtrain.data.tokenizers import Tokenizer
 
 CLASSES_NAME = "classes.json"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.tar import read_at
+from bigtrain.data.formats.tar import read_at
 
 if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer, Tokens

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.arrays import LABELS, MAX_ARRAY_BYTES, array_info, array_name
-from bigtrain.data.images import MAX_CLASSES, MAX_LABEL_BYTES
-from bigtrain.data.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
-from bigtrain.data.pack import SHARD_BYTES, PackSummary
-from bigtrain.data.pack_samples import Means, Member, Stretch, pack_samples
-from bigtrain.data.tar import read_at
+from bigtrain.data.formats.arrays import LABELS, MAX_ARRAY_BYTES, array_info, array_name
+from bigtrain.data.formats.images import MAX_CLASSES, MAX_LABEL_BYTES
+from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
+from bigtrain.data.formats.tar import read_at
+from bigtrain.data.packing.documents import SHARD_BYTES, PackSummary
+from bigtrain.data.packing.samples import Means, Member, Stretch, pack_samples
 
 
 @dataclass(frozen=True)

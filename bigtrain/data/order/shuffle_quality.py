@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bigtrain.data.order import IntArray, Order, permutation
+from bigtrain.data.order.sample_order import IntArray, Order, permutation
 
 MAX_SEQUENCES = 1 << 22
 """Sequences from the start of the order that are looked at, at most."""

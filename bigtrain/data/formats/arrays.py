@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.npy import MAX_DIMENSIONS, NpyLayout
+from bigtrain.data.formats.npy import MAX_DIMENSIONS, NpyLayout
 
 ARRAY_TYPES = ("<f2", "<f4", "<f8", "|u1", "|i1", "<i2", "<i4", "<i8")
 """Numbers that PyTorch has tensors of."""

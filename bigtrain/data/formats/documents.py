@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from bigtrain.config import UserError
-from bigtrain.data.compressed import CODECS, open_bytes, parquet_module
-from bigtrain.data.tar import members, read_at
-from bigtrain.data.text import TEXT_MEMBERS, read_text
+from bigtrain.data.formats.compressed import CODECS, open_bytes, parquet_module
+from bigtrain.data.formats.tar import members, read_at
+from bigtrain.data.formats.text import TEXT_MEMBERS, read_text
 
 TEXT_SUFFIXES = frozenset({
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".yaml", ".yml",

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.documents import Document, Source, documents_of
+from bigtrain.data.formats.documents import Document, Source, documents_of
+from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import Rows, Shard
 from bigtrain.data.indexing import write_shard
-from bigtrain.data.pack_plan import NPY_HEADER_BYTES, PlannedShard
+from bigtrain.data.packing.plan import NPY_HEADER_BYTES, PlannedShard
 from bigtrain.data.scanning import Scan
-from bigtrain.data.text import BadSamples
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_file, write_json
 

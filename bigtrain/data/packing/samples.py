@@ -23,17 +23,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.arrays import ArrayInfo
-from bigtrain.data.images import ImageInfo
+from bigtrain.data.formats.arrays import ArrayInfo
+from bigtrain.data.formats.images import ImageInfo
+from bigtrain.data.formats.tar import read_at
+from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import Kind, Shard
 from bigtrain.data.indexing import check_common, write_common, write_shard
-from bigtrain.data.order import permutation
-from bigtrain.data.pack import PackSummary, Progress, SplitSummary, parse_share, publish, workplace
-from bigtrain.data.pack_work import Scratch
-from bigtrain.data.pack_workers import open_pool
+from bigtrain.data.order.sample_order import permutation
+from bigtrain.data.packing.documents import PackSummary, Progress, SplitSummary, parse_share, publish, workplace
+from bigtrain.data.packing.work import Scratch
+from bigtrain.data.packing.workers import open_pool
 from bigtrain.data.scanning import Scan, scan_shard
-from bigtrain.data.tar import read_at
-from bigtrain.data.text import BadSamples
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 

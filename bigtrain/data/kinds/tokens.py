@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from bigtrain.config import CorruptionError
 from bigtrain.data.index import REINDEX, ShardIndex
-from bigtrain.data.order import IntArray
-from bigtrain.data.streaming import ShardStore, open_store
+from bigtrain.data.order.sample_order import IntArray
+from bigtrain.data.streaming.store import ShardStore, open_store
 
 LONG_DOCUMENT = 64
 """Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""

@@ -9,14 +9,14 @@ from functools import cached_property
 import numpy as np
 
 from bigtrain.config import CorruptionError
-from bigtrain.data.arrays import LABELS
 from bigtrain.data.config import StreamingConfig
-from bigtrain.data.images import decode_image
+from bigtrain.data.formats.arrays import LABELS
+from bigtrain.data.formats.images import decode_image
+from bigtrain.data.formats.text import decode_caption, encode_document
 from bigtrain.data.index import REINDEX, CaptionForm, ShardIndex
-from bigtrain.data.order import IntArray
-from bigtrain.data.sequences import Arrays, Reader, ShardReader, TokenReader
-from bigtrain.data.streaming import ShardStore, open_store
-from bigtrain.data.text import decode_caption, encode_document
+from bigtrain.data.kinds.tokens import Arrays, Reader, ShardReader, TokenReader
+from bigtrain.data.order.sample_order import IntArray
+from bigtrain.data.streaming.store import ShardStore, open_store
 from bigtrain.data.tokenizers import Tokenizer
 
 

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.documents import Source, parts, sources
+from bigtrain.data.formats.documents import Source, parts, sources
 from bigtrain.data.indexing import write_common
-from bigtrain.data.pack_plan import PlannedShard, SplitPlan, Survey
-from bigtrain.data.pack_work import Job, Scratch, finished_shards, text_worker
-from bigtrain.data.pack_workers import PackError, Pool, open_pool
+from bigtrain.data.packing.plan import PlannedShard, SplitPlan, Survey
+from bigtrain.data.packing.work import Job, Scratch, finished_shards, text_worker
+from bigtrain.data.packing.workers import PackError, Pool, open_pool
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_directory, write_json
 

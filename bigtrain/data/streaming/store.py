@@ -16,8 +16,8 @@ import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import is_url
-from bigtrain.data.cache import Cache, Lease, NoRoom
 from bigtrain.data.config import StreamingConfig
+from bigtrain.data.formats.text import tokenise_shard
 from bigtrain.data.index import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -28,8 +28,8 @@ from bigtrain.data.index import (
     parse_index,
     sidecar_rows,
 )
-from bigtrain.data.remote import exists, open_place
-from bigtrain.data.text import tokenise_shard
+from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
+from bigtrain.data.streaming.remote import exists, open_place
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.objects import Cancelled, Patience, Place, cache_home, fetch

@@ -1,0 +1,1 @@
+"""File formats, decoded without trust: tars, .npy, compressed files, documents of text, text members, images."""

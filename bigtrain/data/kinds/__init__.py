@@ -1,0 +1,1 @@
+"""Sample kinds, one file each: how samples of a kind are packed, indexed, read, batched and checked."""

@@ -1,0 +1,1 @@
+"""Packing: input files become shards (`bigtrain data pack`)."""
