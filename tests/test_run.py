@@ -18,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bigtrain.run
 from bigtrain.config import UserError, yaml_file
 from bigtrain.models.config import families, presets
 from bigtrain.run import (
@@ -32,8 +33,8 @@ from bigtrain.run import (
     lease_check,
     list_runs,
     load_config,
+    recipe_of,
     split_run_step,
-    what_is_trained,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,14 +82,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def what_of(config: RunConfig, fingerprints: dict[str, str | None] = FINGERPRINTS) -> dict[str, Any]:
-    return what_is_trained(config, fingerprints, config.batch.size.sequences(config.model.context))
+    return recipe_of(config, fingerprints, config.batch.size.sequences(config.model.context))
 
 
 def identity_of(file: Path, *overrides: str) -> str:
     return identity(what_of(load_config(file, list(overrides))))
 
 
-def test_every_key_says_either_what_is_trained_or_how() -> None:
+def test_every_key_says_either_recipe_of_or_how() -> None:
     assert set(WHAT).isdisjoint(HOW)
     assert set(RunConfig.model_fields) == set(WHAT) | set(HOW), "put the new key into WHAT or HOW"
 
@@ -231,7 +232,7 @@ def test_any_config_reloads_to_the_identical_one_and_fits_the_schema(
     config = load_config(path)
     again = reloaded(config, tmp_path / "resolved.yaml")
     assert again == config
-    assert identity(what_is_trained(again, {}, 1)) == identity(what_is_trained(config, {}, 1))
+    assert identity(recipe_of(again, {}, 1)) == identity(recipe_of(config, {}, 1))
     for value in (written, config.plain()):
         schema.validate(value)
 
@@ -295,14 +296,14 @@ def directory(tmp_path: Path) -> RunDirectory:
 def test_a_run_records_its_config_and_once_what_it_trains(directory: RunDirectory, file: Path) -> None:
     assert not directory.exists()
     with pytest.raises(UserError, match="There is no run"):
-        directory.what()
+        directory.recipe()
     first = load_config(file)
     directory.write(first, what_of(first))
     assert load_config(directory.config) == first
     longer = load_config(file, ["job.max_failures=1"])
     directory.write(longer, what_of(longer))
     assert load_config(directory.config) == longer
-    assert directory.what() == what_of(first)
+    assert directory.recipe() == what_of(first)
     directory.check_identity(what_of(longer))
     with pytest.raises(UserError, match=r"seed: 1337 -> 2") as caught:
         directory.check_identity(what_of(load_config(file, ["seed=2"])))
@@ -313,11 +314,11 @@ def test_a_record_of_a_newer_bigtrain_or_damaged_is_refused(directory: RunDirect
     directory.path.mkdir(parents=True)
     directory.record.write_text(json.dumps({"format_version": 99, "what": {}}))
     with pytest.raises(UserError, match="format version 99"):
-        directory.what()
+        directory.recipe()
     for damaged in ("{", "[]", "{}", ""):
         directory.record.write_text(damaged)
         with pytest.raises(UserError, match=r"run\.json is damaged"):
-            directory.what()
+            directory.recipe()
 
 
 def test_only_a_directory_with_a_strangers_files_is_foreign(directory: RunDirectory, file: Path) -> None:
@@ -444,3 +445,9 @@ def test_a_holder_on_another_machine_lives_by_its_renewals(directory: RunDirecto
         Lease.acquire(directory)
     directory.lease.write_text(json.dumps({**elsewhere, "renewed": time.time() - LEASE_LIFE_S - 1}))
     assert Lease.acquire(directory).number == 2
+
+
+def test_every_public_name_of_the_package_is_there_and_light_ones_import_no_config() -> None:
+    assert all(hasattr(bigtrain.run, name) for name in bigtrain.run.__all__)
+    code = "import sys; from bigtrain.run import ExitCode; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

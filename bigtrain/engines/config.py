@@ -7,13 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from bigtrain.config import Section
+from bigtrain.parallel.config import Recompute
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Arithmetic of the matmuls and the residual stream; parameters, reductions, norms and loss are FP32 in all. fp16 comes
 with a loss scale that follows what overflows."""
-
-Recompute = Literal["none", "selective", "full"]
-"""What is computed again in the backward pass instead of kept: nothing, what is cheap, all but the inputs of blocks."""
 
 SET_BY_THE_ENGINE = {
     "train_batch_size": "batch.size",

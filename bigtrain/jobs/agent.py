@@ -42,6 +42,7 @@ from bigtrain.jobs.protocol import (
 )
 from bigtrain.jobs.ranks import Placement, RankProcess, last_traceback
 from bigtrain.jobs.template import Template, Templates
+from bigtrain.run import ExitCode
 
 LOOK_S: Final = 0.1
 """Time between two looks at the pages; exits are seen at once."""
@@ -53,7 +54,7 @@ LATE_STACKS_S: Final = 2.0
 """The same where none has, though it could."""
 TAIL_CHARACTERS: Final = 4000
 
-_LEFT_CLEANLY: Final = (0, 75)
+_LEFT_CLEANLY: Final = (ExitCode.FINISHED, ExitCode.STOPPED)
 
 
 class Gang:

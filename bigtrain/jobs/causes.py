@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bigtrain.jobs.processes import signal_name
-
-# The exit codes of `bigtrain.run.ExitCode`, which this package does not import: it would bring in every config.
-FINISHED: Final = 0
-FAILED: Final = 1
-USER: Final = 2
-STOPPED: Final = 75
+from bigtrain.run import ExitCode
 
 BACKOFF_FIRST_S: Final = 1.0
 BACKOFF_MOST_S: Final = 30.0
@@ -97,7 +92,7 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
     place = f"at step {step}" if phase == "step" else f"at step {step}, in phase {phase}"
     if message["signal"] is not None:
         kind, what = Kind.SIGNAL, f"was killed by {signal_name(int(message['signal']))}"
-    elif message["code"] == USER:
+    elif message["code"] == ExitCode.USER:
         kind, what = Kind.USER, "refused what it was given (exit code 2)"
     else:
         kind, what = Kind.EXCEPTION, f"exited with {message['code']}"

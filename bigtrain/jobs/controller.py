@@ -12,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER, Fault, Kind, RetryBudget
+from bigtrain.jobs.causes import Fault, Kind, RetryBudget
 from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
 from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
+from bigtrain.run import ExitCode
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -163,7 +164,7 @@ class Controller:
             return self._stopped(0)
         except PlacementRefused as error:
             self._failed(str(error))
-            return USER
+            return ExitCode.USER
         except PlacementFailed as error:
             return self._failed(f"no ranks could be started: {error}")
         self._membership.placed()
@@ -183,7 +184,7 @@ class Controller:
     def _moves(self, outcome: Outcome) -> str | None:
         """Why the run goes on elsewhere, where its ranks have saved themselves for that."""
         reason = self._membership.reason_to_leave()
-        if reason is None or outcome.fault is not None or STOPPED not in outcome.codes.values():
+        if reason is None or outcome.fault is not None or ExitCode.STOPPED not in outcome.codes.values():
             return None
         if self._stop_level() == 0:
             self._release()
@@ -254,10 +255,10 @@ class Controller:
                     self._release()
                 return None if self._wait(verdict.delay_s) else self._stopped(outcome.step)
         elif not outcome.killed:
-            if STOPPED in outcome.codes.values():
+            if ExitCode.STOPPED in outcome.codes.values():
                 return self._stopped(outcome.step)
             self._record("finished", step=outcome.step)
-            return FINISHED
+            return ExitCode.FINISHED
         # Asked to stop, and the ranks did not come to save themselves.
         saved = self._progress()
         if saved > 0:
@@ -268,12 +269,12 @@ class Controller:
     def _stopped(self, step: int) -> int:
         self._record("stopped", step=step)
         self._say(f"{self._run_name}: stopped; the same command resumes it")
-        return STOPPED
+        return ExitCode.STOPPED
 
     def _failed(self, reason: str) -> int:
         self._record("failed", cause=reason)
         self._say(f"{self._run_name}: failed: {reason}")
-        return FAILED
+        return ExitCode.FAILED
 
     def _give_up(self, fault: Fault, reason: str) -> int:
         evidence = fault.traceback or fault.tail
@@ -281,7 +282,7 @@ class Controller:
             self._say(evidence.rstrip())
         if fault.kind is Kind.USER:
             self._record("failed", cause=fault.cause)
-            return USER
+            return ExitCode.USER
         self._say(f"{self._run_name}: logs of its ranks: {self._path / 'logs' / f'attempt_{self._attempt}'}")
         return self._failed(f"{reason}: {fault.cause}")
 

@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from bigtrain.heartbeat import Control
 from bigtrain.jobs.causes import (
-    FINISHED,
-    STOPPED,
     Fault,
     fault_of_early_exit,
     fault_of_exit,
@@ -19,6 +17,7 @@ from bigtrain.jobs.causes import (
     fault_of_lost_agent,
 )
 from bigtrain.jobs.protocol import AgentConnection, Message, PeerLost, ProtocolError
+from bigtrain.run import ExitCode
 
 LOOK_S: Final = 0.1
 KILL_TIMEOUT_S: Final = 10.0
@@ -196,7 +195,7 @@ class Generation:
         self._outcome.step = max(self._outcome.step, int(message["step"]))
         if message["ended"]:
             return
-        if message["code"] in (FINISHED, STOPPED):
+        if message["code"] in (ExitCode.FINISHED, ExitCode.STOPPED):
             self._outcome.codes[int(message["rank"])] = int(message["code"])
             if self._first_exit is None:
                 self._first_exit = (time.monotonic(), message, node)

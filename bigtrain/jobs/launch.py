@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.jobs.causes import STOPPED
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.placers import slurm
@@ -16,6 +15,7 @@ from bigtrain.jobs.placers.local import LocalPlacer
 from bigtrain.jobs.placers.placer import Placer
 from bigtrain.jobs.placers.slurm import RequeueOnSignal, SlurmPlacer
 from bigtrain.jobs.protocol import SILENCE_S
+from bigtrain.run import ExitCode
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -128,6 +128,6 @@ def launch_here(
             yield
 
     code = run_controlled(run_dir, placer, job=job, say=say, around=listening, **options)
-    if requeue.asked and code == STOPPED:
+    if requeue.asked and code == ExitCode.STOPPED:
         slurm.requeue_and_say(run_dir.name, say)
     return code

@@ -20,6 +20,7 @@ from bigtrain.config import UserError
 from bigtrain.heartbeat import Control, Heartbeat
 from bigtrain.jobs.processes import bound_to_parent, is_stopped
 from bigtrain.keys import load_secrets
+from bigtrain.run import ExitCode
 
 LOOK_S = 0.1
 
@@ -53,7 +54,7 @@ def main() -> int:
             child.send_signal(signal.SIGTERM)
         time.sleep(LOOK_S)
     if asked:
-        return 75
+        return ExitCode.STOPPED
     if code < 0:
         # The agent's report should name the signal that ended the script, as if it had been its own.
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bigtrain.engines.config import Recompute
 from bigtrain.models.check import check_module
 from bigtrain.models.config import BlockCosts, ModelConfig
 from bigtrain.models.init import initialise
-from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.config import LayoutConfig, Recompute
 from bigtrain.parallel.context import ContextGroup, share_sequences
 from bigtrain.parallel.mesh import gradient_mesh
 from bigtrain.parallel.pipeline import Cut, Pipeline, cut

@@ -22,6 +22,9 @@ ContextKind = Literal["ulysses", "all_gather"]
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 """The order in which the stages of a pipeline compute micro-batches."""
 
+Recompute = Literal["none", "selective", "full"]
+"""Activations that the backward pass computes again: none, the cheap ones, or all but the inputs of blocks."""
+
 
 @dataclass(frozen=True)
 class Mesh:

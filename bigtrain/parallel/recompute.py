@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
-    from bigtrain.engines.config import Recompute
+    from bigtrain.parallel.config import Recompute
 
 
 def _operators(*names: str) -> frozenset[Any]:

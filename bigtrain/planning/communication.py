@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bigtrain.engines.config import FSDPConfig, Precision, Recompute
+from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.parallel.config import LayoutConfig, Mesh
+from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
 from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, filled
 
 Kind = Literal[

@@ -24,7 +24,7 @@ from bigtrain.config import UserError, yaml_file
 from bigtrain.jobs.causes import BACKOFF_FIRST_S, BACKOFF_MOST_S
 from bigtrain.jobs.controller import StopSwitch, saved_step
 from bigtrain.jobs.processes import signal_name
-from bigtrain.run import WHAT, ExitCode, Lease, differences
+from bigtrain.run import RECIPE, ExitCode, Lease, differences
 from bigtrain.sweeps.config import SizeConfig
 from bigtrain.sweeps.display import SweepDisplay
 from bigtrain.sweeps.journal import FORMAT_VERSION, Journal, SweepDirectory, TrialRecord
@@ -85,7 +85,7 @@ def sizes_of(sweep: Sweep) -> list[SizeConfig]:
 
 def identity_of(sweep: Sweep) -> dict[str, Any]:
     """What all trials of a sweep share; points, seeds, slots and target may change."""
-    base = {key: value for key, value in sweep.document.value.items() if key in WHAT}
+    base = {key: value for key, value in sweep.document.value.items() if key in RECIPE}
     config = sweep.config.plain()
     return {"base": base, "ladder": config["ladder"], "learning_rates": config["learning_rates"]}
 

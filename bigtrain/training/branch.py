@@ -25,7 +25,7 @@ def consumed(prepared: Prepared, source: Source) -> ConsumedConfig | None:
     run = RunDirectory(source.run)
     if not run.exists():
         return None
-    before, now = run.what(), prepared.what
+    before, now = run.recipe(), prepared.what
     known = before["data"].get("consumed")
     if all(_order(before, key) == _order(now, key) for key in ("data", "batch", "seed")):
         return None if known is None else ConsumedConfig(**known)

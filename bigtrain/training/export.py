@@ -48,7 +48,7 @@ def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:
     place = next(iter(config.data.places("train").values()))  # All sources of a mixture have one tokenizer.
     try:
         index = open_index(place, config.streaming)
-        if index.fingerprint not in pins(run.what()["data"], "train"):
+        if index.fingerprint not in pins(run.recipe()["data"], "train"):
             raise UserError("the shards are not those that the run was trained on", place)
         tokenizer = index.load_tokenizer()
     except UserError as error:

@@ -23,7 +23,7 @@ from bigtrain.engines.support import check_support
 from bigtrain.models.config import ModelConfig
 from bigtrain.objects import RemoteError
 from bigtrain.optim.schedule import Schedule
-from bigtrain.run import RunConfig, identity, what_is_trained
+from bigtrain.run import RunConfig, identity, recipe_of
 from bigtrain.training.boundaries import Boundaries
 
 
@@ -63,7 +63,7 @@ class Prepared:
         if self.held_out is not None:
             found = [index.fingerprint for index in self.held_out.indexes]
             data["validation"] = found[0] if len(found) == 1 else found
-        return what_is_trained(self.config, data, self.batch_sequences)
+        return recipe_of(self.config, data, self.batch_sequences)
 
     def _mixture(self) -> Any:
         """The fingerprint of the data; of a mixture the sources' with their weights, by phase."""

@@ -55,7 +55,7 @@ def sample(
         raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
     place = next(iter(config.data.places("train").values()))
     index = open_index(place, config.streaming)
-    if index.fingerprint not in pins(run.what()["data"], "train"):
+    if index.fingerprint not in pins(run.recipe()["data"], "train"):
         raise UserError("The shards are not those that the run was trained on", place)
     tokenizer = index.load_tokenizer()
     ids = [int(id) for id in tokenizer.encode(prompt)]

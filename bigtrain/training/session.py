@@ -58,7 +58,7 @@ def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest)
     """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
     plugin = plugin_of_launcher()
     _check_unchanged(plugin, directory)
-    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False, pinned=directory.what()["data"])
+    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False, pinned=directory.recipe()["data"])
     with Session(prepared, directory, heartbeat, stop) as session:
         outcome = session.train()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
@@ -66,7 +66,7 @@ def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest)
 
 def _check_unchanged(plugin: Plugin | None, directory: RunDirectory) -> None:
     """A rank that is started again must run the code that the run was started with."""
-    if plugin is not None and plugin.source.sha256 != directory.what()["model"].get("plugin"):
+    if plugin is not None and plugin.source.sha256 != directory.recipe()["model"].get("plugin"):
         raise UserError(
             "The plugin is not the one that this run was started with",
             plugin.source.place,

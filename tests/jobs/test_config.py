@@ -13,10 +13,8 @@ from pydantic import ValidationError
 
 from bigtrain.config import UserError
 from bigtrain.heartbeat import PHASES
-from bigtrain.jobs.causes import FAILED, FINISHED, STOPPED, USER
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.placers.local import local_procs, visible_gpus
-from bigtrain.run import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_OVER_ASYNCIO = 2.0
@@ -66,10 +64,6 @@ def test_auto_is_one_process_a_visible_gpu_and_at_least_one(monkeypatch: pytest.
     for listed, count in (("2,0", 2), ("", 1), ("-1", 1), ("1,-1,0", 1), ("GPU-8932f937", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
         assert local_procs(JobConfig()) == count
-
-
-def test_the_exit_codes_are_those_of_a_run() -> None:
-    assert tuple(ExitCode) == (FINISHED, FAILED, USER, STOPPED)
 
 
 @pytest.mark.parametrize("module", ["bigtrain.heartbeat", "bigtrain.jobs.agent", "bigtrain.jobs.launch"])

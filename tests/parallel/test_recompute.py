@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.engines.config import Recompute
 from bigtrain.models.config import family
 from bigtrain.models.init import initialise
+from bigtrain.parallel.config import Recompute
 from bigtrain.parallel.recompute import recompute_blocks
 from bigtrain.testing.equivalence import OF_ALL, OF_OWN, How, What, build, micro_batches
 from bigtrain.testing.ranks import RankPool

@@ -16,11 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigtrain.engines.config import EngineConfig, Recompute
+from bigtrain.engines.config import EngineConfig
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.models.config import family
 from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.config import LayoutConfig, Recompute
 from bigtrain.planning.memory import Held, block_activation_bytes, held_bytes, passes_in_flight
 from bigtrain.testing.equivalence import How, What, build, micro_batches
 from bigtrain.testing.ranks import RankPool

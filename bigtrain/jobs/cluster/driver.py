@@ -227,7 +227,7 @@ def _script(request: Request, script: Script, board: Board) -> int:
             fix="Choose another --name or --runs-dir, or move them away.",
         )
     what = {"script": script.file}
-    if directory.exists() and directory.what() != what:
+    if directory.exists() and directory.recipe() != what:
         raise UserError(f"'{request.name}' is another run", str(directory.path), "Choose another --name.")
     job = JobConfig.model_validate(request.job)
     procs = _procs(job)

@@ -1,0 +1,88 @@
+"""A run: its config, its identity, and the directory that holds it.
+
+| file | what it holds |
+|---|---|
+| names.py | file names of a run directory |
+| exits.py | exit codes |
+| events.py | lines of events.jsonl, and the machine's boot |
+| lease.py | the right to write to a run directory |
+| directory.py | a run directory, and the search for one |
+| recipe.py | the recipe and its hash, which is the run's identity |
+| config.py | the typed config |
+| load.py | YAML to config |
+| schema.py | JSON Schema of the YAML |
+
+A name is imported at its first use: configs take half a second, `from bigtrain.run import ExitCode` nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from bigtrain.run.config import BatchConfig, RunConfig, run_config
+    from bigtrain.run.directory import FORMAT_VERSION, RunDirectory, find_run, list_runs, split_run_step
+    from bigtrain.run.events import append_event, boot_hash
+    from bigtrain.run.exits import ExitCode
+    from bigtrain.run.lease import (
+        LEASE_LIFE_S,
+        LEASE_RENEWAL_S,
+        Lease,
+        Leased,
+        LeaseHolder,
+        in_use,
+        lease_check,
+    )
+    from bigtrain.run.load import config_of, load_config
+    from bigtrain.run.names import NAME_PATTERN
+    from bigtrain.run.recipe import RECIPE, differences, identity, recipe_of
+    from bigtrain.run.schema import config_schema
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LEASE_LIFE_S",
+    "LEASE_RENEWAL_S",
+    "NAME_PATTERN",
+    "RECIPE",
+    "BatchConfig",
+    "ExitCode",
+    "Lease",
+    "LeaseHolder",
+    "Leased",
+    "RunConfig",
+    "RunDirectory",
+    "append_event",
+    "boot_hash",
+    "config_of",
+    "config_schema",
+    "differences",
+    "find_run",
+    "identity",
+    "in_use",
+    "lease_check",
+    "list_runs",
+    "load_config",
+    "recipe_of",
+    "run_config",
+    "split_run_step",
+]
+
+_FILES: Final = {
+    "config": ("BatchConfig", "RunConfig", "run_config"),
+    "directory": ("FORMAT_VERSION", "RunDirectory", "find_run", "list_runs", "split_run_step"),
+    "events": ("append_event", "boot_hash"),
+    "exits": ("ExitCode",),
+    "lease": ("LEASE_LIFE_S", "LEASE_RENEWAL_S", "Lease", "LeaseHolder", "Leased", "in_use", "lease_check"),
+    "load": ("config_of", "load_config"),
+    "names": ("NAME_PATTERN",),
+    "recipe": ("RECIPE", "differences", "identity", "recipe_of"),
+    "schema": ("config_schema",),
+}
+_HOMES: Final = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

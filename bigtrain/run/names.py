@@ -1,0 +1,31 @@
+"""The names in a run directory, the same for every run; and what a run may be called."""
+
+from __future__ import annotations
+
+from typing import Final
+
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+CONFIG: Final = "config.yaml"
+"""The resolved config."""
+
+RECORD: Final = "run.json"
+"""The recipe and the identity, written when the run is first started."""
+
+LEASE: Final = "lease.json"
+"""Who may write to the directory."""
+
+METRICS: Final = "metrics.jsonl"
+EVENTS: Final = "events.jsonl"
+
+SAMPLES: Final = "samples.jsonl"
+"""The log of consumed samples."""
+
+CHECKPOINTS: Final = "checkpoints"
+"""Folder of the checkpoints."""
+
+LATEST: Final = "LATEST"
+"""In CHECKPOINTS: the name of the newest published one."""
+
+LOGS: Final = "logs"
+"""Folder of the ranks' and agents' logs."""

@@ -1,0 +1,50 @@
+"""The recipe: the part of a config that says what is trained, and the identity that it gives a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from bigtrain.run.config import RunConfig
+
+RECIPE: Final = ("seed", "model", "data", "batch", "duration", "optimizer", "schedule", "precision", "init")
+"""The keys that make a run's identity; all others are its execution and may change at a resume."""
+
+
+def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) -> dict[str, Any]:
+    """The recipe of a config: data and source by content, no duration where that may grow.
+
+    Args:
+        data: Keys that replace the places of the data: fingerprints.
+    """
+    plain = config.plain()
+    recipe = {key: plain[key] for key in RECIPE}
+    recipe["model"] = {**recipe["model"], **config.model.fingerprint()}
+    if config.model.plugin is not None:
+        recipe["model"]["plugin"] = config.model.plugin.sha256
+    recipe["data"] = {**recipe["data"], **data}
+    if recipe["data"]["consumed"] is None:
+        del recipe["data"]["consumed"]
+    recipe["batch"] = {"sequences": batch_sequences}
+    recipe["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
+    if not config.schedule.ends_at_duration:
+        del recipe["duration"]
+    return recipe
+
+
+def identity(recipe: dict[str, Any]) -> str:
+    """The hash of a recipe: two runs of one identity compute the same losses."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """One line for each key that differs: "optimizer.lr: 0.001 -> 0.002"."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {before if key in old else '(absent)'} -> {after if key in new else '(absent)'}"

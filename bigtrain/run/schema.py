@@ -1,0 +1,31 @@
+"""JSON Schema of a run's YAML, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.config import load
+from bigtrain.models.config import families, family, preset, presets
+from bigtrain.plugin import Plugin
+from bigtrain.run.config import RunConfig
+
+
+def config_schema(plugin: Plugin | None = None) -> dict[str, Any]:
+    """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
+    sections = {arch: family(arch) for arch in families()} | dict(plugin.families if plugin else {})
+    schema = {**load.json_schema(RunConfig), "title": "bigtrain run"}
+    choices = []
+    for arch, section in sections.items():
+        model = load.json_schema(section)
+        schema["$defs"].update(model.pop("$defs", {}))
+        del model["$schema"]
+        model["properties"]["arch"] = {"const": arch, "type": "string"}
+        model["anyOf"] = [{"required": sorted({"arch", *model.pop("required", [])})}]
+        shapes = [name for name in presets() if preset(name)["arch"] == arch]
+        if shapes:
+            model["properties"]["preset"] = {"enum": shapes, "description": "A published shape; keys override it."}
+            model["anyOf"].append({"required": ["preset"]})
+        schema["$defs"][f"model.{arch}"] = model
+        choices.append({"$ref": f"#/$defs/model.{arch}"})
+    schema["properties"]["model"] = {"anyOf": choices, "description": RunConfig.model_fields["model"].description}
+    return schema
