@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, NamedTuple
 
-PAGE_VARIABLE = "BIGTRAIN_PAGE_FD"
+from bigtrain import variables
+
 PAGE_BYTES = 16
 ANSWERED = "asked for what it does, and able to answer: nobody in this rank holds the GIL"
 """The line in the log of a rank that is asked to describe itself; one that holds the GIL cannot write it."""
@@ -69,7 +70,7 @@ class Heartbeat:
         A child process of a rank inherits the variable but not the page: the descriptor is used only if it really
         is such a page, never another file that happens to have its number.
         """
-        text = (os.environ if environment is None else environment).get(PAGE_VARIABLE, "")
+        text = (os.environ if environment is None else environment).get(variables.PAGE, "")
         if text.isdigit() and _is_page(int(text)):
             descriptor = int(text)
             os.set_inheritable(descriptor, False)

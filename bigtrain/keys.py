@@ -12,9 +12,9 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
 
+from bigtrain import variables
 from bigtrain.config import UserError
 
-SECRETS_VARIABLE: Final = "BIGTRAIN_SECRETS_FILE"
 MAX_BYTES: Final = 1 << 16
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -49,12 +49,12 @@ def read_secrets(path: Path) -> dict[str, str]:
 
 
 def load_secrets(environment: MutableMapping[str, str]) -> None:
-    """Add the keys of the file that SECRETS_VARIABLE names to an environment; what it holds already stays.
+    """Add the keys of the file that BIGTRAIN_SECRETS_FILE names to an environment; what it holds already stays.
 
     Raises:
         UserError: See `read_secrets`.
     """
-    place = environment.get(SECRETS_VARIABLE)
+    place = environment.get(variables.SECRETS_FILE)
     if place:
         for name, value in read_secrets(Path(place)).items():
             environment.setdefault(name, value)

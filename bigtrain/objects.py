@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
+from bigtrain import variables
 from bigtrain.config import UserError
 
 OBJECT_CHUNK_BYTES = 1 << 23
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 30.0
-CACHE_VARIABLE: Final = "BIGTRAIN_CACHE"
 
 _EXTRAS: Final = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs")}
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def cache_home() -> Path:
     """Where what was fetched lies, unless a config says otherwise: BIGTRAIN_CACHE, else ~/.cache/bigtrain."""
-    given = os.environ.get(CACHE_VARIABLE)
+    given = os.environ.get(variables.CACHE)
     return Path(given) if given else Path.home() / ".cache" / "bigtrain"
 
 

@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.models.config import ModelConfig, PluginSource, families
-
-PLUGIN_VARIABLE: Final = "BIGTRAIN_PLUGIN"
-"""How a launcher tells its ranks of the plugin that its own command line named."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def load_plugin(place: str) -> Plugin:
 
 def plugin_of_launcher() -> Plugin | None:
     """The plugin that the launcher of this rank was given, if any."""
-    place = os.environ.get(PLUGIN_VARIABLE)
+    place = os.environ.get(variables.PLUGIN)
     return load_plugin(place) if place else None
 
 

@@ -1,6 +1,6 @@
-"""`python -m bigtrain.cli`."""
+"""`python -m bigtrain.cli`: as `python -m bigtrain`."""
 
-from bigtrain.cli import main
+from bigtrain.__main__ import main
 
 if __name__ == "__main__":
     main()

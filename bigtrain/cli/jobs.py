@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bigtrain import variables
 from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, bring_back_here, errors, load, show
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ app = typer.Typer()
 
 Address = Annotated[
     str | None,
-    typer.Option(envvar="BIGTRAIN_ADDRESS", help="A Ray cluster's dashboard: http://HOST:8265. Without it: here."),
+    typer.Option(envvar=variables.ADDRESS, help="A Ray cluster's dashboard: http://HOST:8265. Without it: here."),
 ]
 TokenFile = Annotated[
     Path | None, typer.Option(help="The cluster's token, mode 0600; else as Ray finds it: RAY_AUTH_TOKEN_PATH.")

@@ -7,11 +7,13 @@ its own, and only where something is passed through.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 from pydantic import TypeAdapter
 
+from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
 from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, Precision
 
@@ -28,7 +30,7 @@ def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipel
         return
     question = {"engine": engine.model_dump(mode="json"), "precision": precision, "pipelined": pipelined}
     asked = subprocess.run(
-        [sys.executable, "-m", "bigtrain.engines.passthrough"],
+        module_command("bigtrain.engines.passthrough"), env=with_source(os.environ),
         input=json.dumps(question), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     # The library may have printed something before.

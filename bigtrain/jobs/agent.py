@@ -1,10 +1,10 @@
 """The node agent: starts the ranks of one machine, watches them, and ends them together.
 
-    python -m bigtrain.jobs.agent        with ADDRESS_VARIABLE and TOKEN_VARIABLE of the protocol in its environment
+    python -m bigtrain.jobs.agent        with BIGTRAIN_CONTROLLER and BIGTRAIN_JOB_TOKEN set
 
 It holds no policy: it reports to the controller and does as it is told. Whatever ends it, a message, the loss of the
 controller or SIGKILL, its ranks end too. It has one thread, because a rank lives as long as the thread that started it.
-Where PARENT_VARIABLE names the process that started it, it ends with that one, too.
+Where BIGTRAIN_AGENT_PARENT names the process that started it, it ends with that one, too.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from bigtrain import variables
 from bigtrain.heartbeat import ANSWERED, Beat, Control
 from bigtrain.jobs.limits import LearnedLimits
 from bigtrain.jobs.processes import (
-    PARENT_VARIABLE,
-    PLACEMENT_VARIABLE,
     end_marked,
     follow_parent,
     free_port,
     interface_of,
 )
 from bigtrain.jobs.protocol import (
-    ADDRESS_VARIABLE,
-    TOKEN_VARIABLE,
     Channel,
     Message,
     PeerLost,
@@ -194,7 +191,7 @@ class Agent:
         self._channel = channel
         self._environment = dict(environment)
         self._parent = parent
-        self._placement_mark = self._environment.setdefault(PLACEMENT_VARIABLE, uuid.uuid4().hex)
+        self._placement_mark = self._environment.setdefault(variables.PLACEMENT, uuid.uuid4().hex)
         self._gang: Gang | None = None
         self._templates = Templates()
         self._waiting: tuple[Placement, float] | None = None
@@ -348,15 +345,15 @@ class Agent:
 def main() -> int:
     """Run the agent that the environment describes; returns its exit code."""
     environment = dict(os.environ)
-    address, token = environment.pop(ADDRESS_VARIABLE, ""), environment.pop(TOKEN_VARIABLE, "")
-    parent = int(environment.pop(PARENT_VARIABLE, "0")) or None
+    address, token = environment.pop(variables.CONTROLLER, ""), environment.pop(variables.JOB_TOKEN, "")
+    parent = int(environment.pop(variables.AGENT_PARENT, "0")) or None
     if parent is not None and not follow_parent(parent):
         return 1
     if not address or not token:
-        print(f"agent: needs {ADDRESS_VARIABLE} and {TOKEN_VARIABLE} in its environment", file=sys.stderr)
+        print(f"agent: needs {variables.CONTROLLER} and {variables.JOB_TOKEN} in its environment", file=sys.stderr)
         return 2
     try:
-        channel = connect(address, token, environment.get(PLACEMENT_VARIABLE, ""))
+        channel = connect(address, token, environment.get(variables.PLACEMENT, ""))
     except (PeerLost, ProtocolError) as error:
         print(f"agent on {socket.gethostname()}: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from bigtrain import variables
 from bigtrain.jobs.causes import Fault, Kind, RetryBudget
 from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
@@ -194,8 +195,8 @@ class Controller:
     def _live(self, agents: list[AgentConnection]) -> Outcome:
         self._generation += 1
         environment = self._environment | {
-            "BIGTRAIN_RUN": str(self._path),
-            "BIGTRAIN_ATTEMPT": str(self._attempt),
+            variables.RUN: str(self._path),
+            variables.ATTEMPT: str(self._attempt),
         }
         logs = str(self._path / "logs" / f"attempt_{self._attempt}")
         return Generation(

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from bigtrain.children import module_command, with_source
 from bigtrain.tracking.history import newest, read_events
 from bigtrain.tracking.redact import redact, redact_text
 
@@ -99,17 +100,15 @@ def notify(
         "directory": str(directory.path.absolute()),
         "limit_s": limit_s,
     }
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(log_path, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "bigtrain.jobs.notify"],
+                module_command("bigtrain.jobs.notify"),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=with_source(os.environ),
                 # It may outlive this process, and Ctrl-C is not for it.
                 start_new_session=True,
             )

@@ -16,10 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
-PLACEMENT_VARIABLE: Final = "BIGTRAIN_PLACEMENT"
-"""Marks an agent and all that it starts, so that what escaped its process group is found by its environment."""
-PARENT_VARIABLE: Final = "BIGTRAIN_AGENT_PARENT"
-"""Process id of an agent's parent, where the agent is to end with it."""
+from bigtrain import variables
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -69,7 +66,7 @@ def follow_parent(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def end_marked(placement: str, spare: Collection[int] = (), variable: str = PLACEMENT_VARIABLE) -> int:
+def end_marked(placement: str, spare: Collection[int] = (), variable: str = variables.PLACEMENT) -> int:
     """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
 
     Process groups miss a child that took a session of its own; its inherited environment tells where it came from.

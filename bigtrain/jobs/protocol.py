@@ -5,7 +5,7 @@ JSON object in UTF-8. It is at most MAX_FRAME_BYTES long, and MAX_GREETING_BYTES
 themselves. A longer frame, a wrong code, or what is not an object with a string under "type" ends the connection.
 
 **Greeting.** The agent connects. Both hold the run's token, which travels to the agent by its environment
-(TOKEN_VARIABLE), never by an argument list, a file or this connection.
+(BIGTRAIN_JOB_TOKEN), never by an argument list, a file or this connection.
 
     controller -> agent   challenge  {version, nonce}
     agent -> controller   hello      {version, nonce, proof, agent, host, pid, cores}   proof = H("agent", both nonces)
@@ -65,8 +65,6 @@ GREETING_TIMEOUT_S: Final = 2.0
 BACKLOG: Final = 1024
 """Agents that may connect at one moment."""
 SEND_TIMEOUT_S: Final = 5.0
-ADDRESS_VARIABLE: Final = "BIGTRAIN_CONTROLLER"
-TOKEN_VARIABLE: Final = "BIGTRAIN_JOB_TOKEN"
 
 _CODE_BYTES: Final = 32
 _NO_CODE: Final = bytes(_CODE_BYTES)
@@ -327,7 +325,7 @@ class Listener:
 
     @property
     def address(self) -> str:
-        """ "HOST:PORT", as ADDRESS_VARIABLE takes it."""
+        """ "HOST:PORT", as BIGTRAIN_CONTROLLER takes it."""
         host, port = self._socket.getsockname()[:2]
         return f"{host}:{port}"
 

@@ -6,15 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from bigtrain.heartbeat import PAGE_VARIABLE, HeartbeatPage
+from bigtrain import variables
+from bigtrain.children import module_command
+from bigtrain.heartbeat import HeartbeatPage
 from bigtrain.jobs.processes import bound_to_parent, is_stopped
-from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE
 from bigtrain.jobs.template import Template, TemplateFailed
 
 TAIL_BYTES: Final = 1 << 16
@@ -50,7 +50,7 @@ class Placement:
 
     def rank_environment(self, local_rank: int, inherited: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of one rank: what the agent inherited, torchrun's variables and the run's own."""
-        secret = (TOKEN_VARIABLE, ADDRESS_VARIABLE)
+        secret = (variables.JOB_TOKEN, variables.CONTROLLER)
         environment = {
             key: value for key, value in inherited.items() if key not in secret and not key.startswith("TORCHELASTIC_")
         }
@@ -101,11 +101,11 @@ class RankProcess:
             with contextlib.suppress(TemplateFailed):
                 return template.fork(environment, placement.arguments, log.fileno(), descriptor)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", placement.module, *placement.arguments],
+            module_command(placement.module, *placement.arguments),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment | {PAGE_VARIABLE: str(descriptor)},
+            env=environment | {variables.PAGE: str(descriptor)},
             pass_fds=(descriptor,),
             start_new_session=True,
             # Safe here: the agent has one thread.

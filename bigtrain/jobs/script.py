@@ -16,6 +16,7 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Control, Heartbeat
 from bigtrain.jobs.processes import bound_to_parent, is_stopped
@@ -71,19 +72,19 @@ def _keep_extensions(environment: MutableMapping[str, str]) -> None:
     if "TORCH_EXTENSIONS_DIR" in environment:
         return
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(environment["BIGTRAIN_RUN"].encode()).hexdigest()[:16]
+    digest = hashlib.sha256(environment[variables.RUN].encode()).hexdigest()[:16]
     directory = cache / "bigtrain" / "extensions" / digest
     directory.mkdir(parents=True, exist_ok=True)
     environment["TORCH_EXTENSIONS_DIR"] = str(directory)
     with open(directory / "attempt", "a+") as seen:
         fcntl.flock(seen, fcntl.LOCK_EX)
         seen.seek(0)
-        if seen.read() == environment["BIGTRAIN_ATTEMPT"]:
+        if seen.read() == environment[variables.ATTEMPT]:
             return
         for lock in directory.rglob("lock"):
             lock.unlink(missing_ok=True)
         seen.truncate(0)
-        seen.write(environment["BIGTRAIN_ATTEMPT"])
+        seen.write(environment[variables.ATTEMPT])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Nothing is initialised in it: no device, no process group, no pool of threads, n
 thread is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
 own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
 its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine ask
-for it (TEMPLATE_VARIABLE); other runs start fresh processes unless they do.
+for it (BIGTRAIN_TEMPLATE); other runs start fresh processes unless they do.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bigtrain.heartbeat import PAGE_VARIABLE
+from bigtrain import variables
+from bigtrain.children import module_command
 from bigtrain.jobs.processes import adopt_orphans, bind_to_parent, bound_to_parent
 
 OWN_VARIABLES: Final = frozenset({
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "BIGTRAIN_RUN", "BIGTRAIN_ATTEMPT", "BIGTRAIN_LEASE", PAGE_VARIABLE,
+    variables.RUN, variables.ATTEMPT, variables.LEASE, variables.PAGE,
 })  # fmt: skip
 """What may differ between a template and its ranks: nothing that is imported looks at these before a rank begins."""
-ROOM_VARIABLE: Final = "BIGTRAIN_TEMPLATE_ROOM"
-"""Its place in the template's environment is where a rank's own variables go, for those who look in /proc."""
 ROOM_BYTES: Final = 8192
-TEMPLATE_VARIABLE: Final = "BIGTRAIN_TEMPLATE"
-"""Set to 1, ranks are forked from a template; else each is started as a fresh process."""
 FORK_S: Final = 5.0
 """How long a fork may take; on an idle machine it takes 20 ms."""
 CONTROL_BYTES: Final = 1 << 17
@@ -52,7 +49,7 @@ class TemplateFailed(Exception):
 def can_fork(module: str, environment: Mapping[str, str]) -> bool:
     """Whether ranks of this module are to be forked: ours, not a user's script, and where no GPU's driver is."""
     devices = any(name.startswith("nvidia") or name == "kfd" for name in os.listdir("/dev"))
-    return module.startswith(_RANK_MODULES) and not devices and environment.get(TEMPLATE_VARIABLE) == "1"
+    return module.startswith(_RANK_MODULES) and not devices and environment.get(variables.TEMPLATE) == "1"
 
 
 class Template:
@@ -72,11 +69,11 @@ class Template:
         """Whether it can fork, and whether it never will again."""
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bigtrain.jobs.template", module],
+                module_command("bigtrain.jobs.template", module),
                 stdin=theirs.fileno(),
                 # What it prints is the agent's: a rank has a log of its own.
                 stdout=2,
-                env=self._environment | {ROOM_VARIABLE: "-" * ROOM_BYTES},
+                env=self._environment | {variables.TEMPLATE_ROOM: "-" * ROOM_BYTES},
                 start_new_session=True,
                 # Safe here: the agent has one thread.
                 preexec_fn=bound_to_parent(),
@@ -238,8 +235,8 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.close(log)
-    own = {**order["environment"], PAGE_VARIABLE: str(page)}
-    os.environ.pop(ROOM_VARIABLE, None)
+    own = {**order["environment"], variables.PAGE: str(page)}
+    os.environ.pop(variables.TEMPLATE_ROOM, None)
     os.environ.update(own)
     _show(module, order["arguments"], own)
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
@@ -266,7 +263,7 @@ def _show(module: str, arguments: Sequence[str], own: Mapping[str, str]) -> None
     if at >= 0:
         text = b"\0".join(map(os.fsencode, (module, *arguments)))
         _write(argv_start + at, argv_end - argv_start - at, text)
-    room = f"{ROOM_VARIABLE}=".encode()
+    room = f"{variables.TEMPLATE_ROOM}=".encode()
     at = ctypes.string_at(env_start, env_end - env_start).find(room)
     if at >= 0:
         text = b"\0".join(os.fsencode(f"{name}={value}") for name, value in own.items())

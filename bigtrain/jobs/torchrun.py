@@ -21,9 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Heartbeat, StopRequest, install_rank_signals
-from bigtrain.plugin import PLUGIN_VARIABLE, load_plugin
+from bigtrain.plugin import load_plugin
 from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
     plugin = load_plugin(options.plugin) if options.plugin else None
     config = load_config(options.config, options.overrides, options.name, plugin)
     if config.model.plugin is not None:
-        os.environ[PLUGIN_VARIABLE] = config.model.plugin.place
+        os.environ[variables.PLUGIN] = config.model.plugin.place
     from torch.distributed.rendezvous import rendezvous  # torch, which takes seconds
 
     # Under torchrun its own store, under another prefix after each restart.
@@ -116,8 +117,8 @@ def _lead(config: RunConfig, directory: RunDirectory, store: Store, stop: StopRe
 
 
 def _train(directory: RunDirectory, lease: int, stop: StopRequest) -> int:
-    os.environ["BIGTRAIN_LEASE"] = str(lease)
-    os.environ["BIGTRAIN_ATTEMPT"] = str(lease - 1)
+    os.environ[variables.LEASE] = str(lease)
+    os.environ[variables.ATTEMPT] = str(lease - 1)
     from bigtrain.training.session import train_rank
 
     return train_rank(directory, Heartbeat.from_environment(), stop)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from bigtrain import variables
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placers.local import local_procs
 from bigtrain.jobs.takeover import outlast
-from bigtrain.plugin import PLUGIN_VARIABLE, Plugin, load_plugin
+from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.history import read_events, state
 from bigtrain.tracking.live import LiveDisplay
@@ -92,7 +93,7 @@ class CheckedRun:
     def environment(self) -> dict[str, str]:
         """How the ranks find the user's own code."""
         plugin = self.prepared.config.model.plugin
-        return {} if plugin is None else {PLUGIN_VARIABLE: plugin.place}
+        return {} if plugin is None else {variables.PLUGIN: plugin.place}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lease]:
@@ -190,7 +191,7 @@ def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO, launch: C
                 nproc=procs,
                 sizes=node_sizes(run.prepared.config, procs),
                 job=job,
-                environment={"BIGTRAIN_LEASE": str(lease.number), **run.environment},
+                environment={variables.LEASE: str(lease.number), **run.environment},
                 event=record.event,
                 say=display.say,
             )

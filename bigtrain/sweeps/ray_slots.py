@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Final, TextIO
 
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
@@ -198,7 +199,7 @@ class _Slot(threading.Thread):
         return run_controlled(
             run.directory.path, placer, nproc=self._config.procs, job=config.job, event=run.directory.event, say=say,
             environment={
-                "BIGTRAIN_LEASE": str(lease), "OMP_NUM_THREADS": str(self._config.threads), **run.environment,
+                variables.LEASE: str(lease), "OMP_NUM_THREADS": str(self._config.threads), **run.environment,
             },
             around=trial.heard,
         )  # fmt: skip

@@ -6,20 +6,19 @@ import contextlib
 import json
 import os
 import signal
-import site
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+from bigtrain import variables
+from bigtrain.children import module_command, with_source
 from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
 from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
-from bigtrain.jobs.template import TEMPLATE_VARIABLE
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig
 from bigtrain.sweeps.gang import BETWEEN_SIGNALS_S
@@ -144,21 +143,17 @@ class LocalSlots:
 
     def command(self, slot: int) -> list[str]:
         """The process of a slot (`bigtrain.sweeps.launcher`)."""
-        command = [sys.executable, "-m", "bigtrain.sweeps.launcher", str(slot), str(self._procs)]
+        command = module_command("bigtrain.sweeps.launcher", str(slot), str(self._procs))
         return command if self._plugin is None else [*command, self._plugin]
 
     def _environment(self, slot: int) -> Mapping[str, str]:
         # Trials are short: what their ranks import is imported once a slot.
-        environment = {TEMPLATE_VARIABLE: "1", **os.environ, "OMP_NUM_THREADS": str(self._threads)}
+        environment = {variables.TEMPLATE: "1", **with_source(os.environ), "OMP_NUM_THREADS": str(self._threads)}
         if self._gpus:
             listed = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = listed.split(",") if listed else [str(number) for number in range(self._gpus)]
             first = slot * self._procs % self._gpus
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + self._procs])
-        # A trial must run the driver's code, also where that is a checkout and not installed.
-        root = str(Path(__file__).resolve().parents[2])
-        if root not in site.getsitepackages():
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         return environment
 
 

@@ -20,11 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from bigtrain import variables
 from bigtrain.heartbeat import Heartbeat, Phase
 from bigtrain.training import rank
 
-FAULT_VARIABLE: Final = "BIGTRAIN_FAULT"
-FILE_VARIABLE: Final = "BIGTRAIN_FAULT_FILE"
 WITHIN_STEP_S: Final = 0.005
 SLOW_S: Final = 0.2
 _MUTEX_BYTES: Final = 64  # At least sizeof(pthread_mutex_t); zeros are an unlocked one.
@@ -66,14 +65,14 @@ class FaultyHeartbeat(Heartbeat):
     def beat(self, step: int, phase: Phase) -> None:
         """Beat, and strike where it is time."""
         super().beat(step, phase)
-        fault = json.loads(os.environ.get(FAULT_VARIABLE, "{}"))
+        fault = json.loads(os.environ.get(variables.FAULT, "{}"))
         if not fault or int(os.environ["RANK"]) != fault["rank"]:
             return
         now = phase == fault.get("phase", "step")
         due = step >= fault["step"] if fault["kind"] == "sleep" else step == fault["step"]
-        if now and due and int(os.environ.get("BIGTRAIN_ATTEMPT", "0")) < fault.get("attempts", 1):
-            if FILE_VARIABLE in os.environ:
-                Path(os.environ[FILE_VARIABLE]).write_text(f"{time.monotonic()}")
+        if now and due and int(os.environ.get(variables.ATTEMPT, "0")) < fault.get("attempts", 1):
+            if variables.FAULT_FILE in os.environ:
+                Path(os.environ[variables.FAULT_FILE]).write_text(f"{time.monotonic()}")
             FAULTS[fault["kind"]]()
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bigtrain.children import module_command
 from bigtrain.jobs.placers.nodes import Need, Node, choose
 from bigtrain.jobs.placers.placer import Notice, PlacementCancelled, agent_environment
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
@@ -64,7 +64,7 @@ class Machines:
         for name in nodes:
             with open(self._logs / "agent.log", "ab") as log:
                 environment = agent_environment(os.environ, listener.address, token, f"{name}.{self._logs}")
-                command = [sys.executable, "-m", "bigtrain.jobs.agent"]
+                command = module_command("bigtrain.jobs.agent")
                 self._agents[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         connected: dict[str, AgentConnection] = {}
         while len(connected) < len(nodes):

@@ -44,6 +44,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from bigtrain.children import with_source
+
 T = TypeVar("T")
 
 START_TIMEOUT_S = 120.0
@@ -198,6 +200,7 @@ class RankPool:
             self._server.listen(self.size)
             self._server.settimeout(START_TIMEOUT_S)
             self._nursery = subprocess.Popen(
+                # Not `module_command`: tests may import modules of their working directory.
                 [sys.executable, "-m", "bigtrain.testing.ranks", str(self._place), str(self.size)],
                 stdin=subprocess.PIPE,
                 env=_environment(),
@@ -287,9 +290,7 @@ def _source(function: Callable[..., object]) -> tuple[str, str]:
 def _environment() -> dict[str, str]:
     """One thread a rank, no GPU, and a network interface that is always there."""
     own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return os.environ | own | {"PYTHONPATH": path}
+    return with_source(os.environ) | own
 
 
 def _nursery(directory: Path, size: int) -> None:

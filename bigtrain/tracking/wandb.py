@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import bigtrain
+from bigtrain.children import module_command, with_source
 from bigtrain.storage import write_atomic
 from bigtrain.tracking.config import TrackingConfig
 from bigtrain.tracking.metrics import plain
@@ -268,14 +267,12 @@ class WandbTracker:
         return process, answer or f"its process ended with {code}; see {self._directory / 'client.log'}"
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        root = str(Path(bigtrain.__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # WANDB_ERROR_REPORTING: the client's own telemetry and crash reports stay here.
-        environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {"WANDB_ERROR_REPORTING": "false", **with_source(os.environ)}
         environment |= self._temporary_directory()
         with open(self._directory / "client.log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "bigtrain.tracking.wandb_process"],
+                module_command("bigtrain.tracking.wandb_process"),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
             )  # fmt: skip
 

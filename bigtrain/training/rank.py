@@ -11,6 +11,7 @@ import sys
 import traceback
 from types import TracebackType
 
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Heartbeat, install_rank_signals
 from bigtrain.keys import load_secrets
@@ -23,7 +24,7 @@ def main() -> int:
     stop = install_rank_signals(last_collectives)
     heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
-    path = os.environ.get("BIGTRAIN_RUN")
+    path = os.environ.get(variables.RUN)
     if not path:
         print("BIGTRAIN_RUN must name a run directory: start runs with `bigtrain train`", file=sys.stderr)
         return ExitCode.USER

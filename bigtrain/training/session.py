@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bigtrain import storage
+from bigtrain import storage, variables
 from bigtrain.checkpoint.huggingface import load_hf, verify_hf
 from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
 from bigtrain.checkpoint.ranks import Ranks as Together
@@ -108,7 +108,7 @@ class Session:
         self.directory = directory
         self.config = prepared.config
         self.ranks = Ranks.from_environment()
-        self.attempt = int(os.environ.get("BIGTRAIN_ATTEMPT", "0"))
+        self.attempt = int(os.environ.get(variables.ATTEMPT, "0"))
         self._heartbeat = heartbeat
         self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
@@ -262,7 +262,7 @@ class Session:
                 config_hash=storage.hash_text(yaml_file.dump(config.plain())),
                 identity=self._identity,
                 mesh=vars(config.layout.mesh(self.ranks.world_size)),
-                lease=int(os.environ.get("BIGTRAIN_LEASE", "0")),
+                lease=int(os.environ.get(variables.LEASE, "0")),
                 permanent=self.prepared.boundaries().keeps(progress.step),
             )
         self._refuse_if_fenced()
@@ -385,7 +385,7 @@ class Session:
 
     def _may_publish(self) -> Callable[[], bool]:
         """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
-        number = os.environ.get("BIGTRAIN_LEASE")
+        number = os.environ.get(variables.LEASE)
         return lease_check(self.directory, int(number)) if number else lambda: True
 
     def _event(self, event: str, /, **fields: Any) -> None:

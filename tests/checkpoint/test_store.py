@@ -12,7 +12,7 @@ import pytest
 import s3fs
 import torch
 
-from bigtrain import objects
+from bigtrain import objects, variables
 from bigtrain.checkpoint import commit, restore
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest, read_manifest
@@ -236,7 +236,7 @@ def test_a_run_that_went_back_takes_the_store_with_it(bucket: Any, run: RunDirec
 def test_what_a_url_names_is_fetched_once_and_again_where_it_changed(
     failing: Callable[..., Any], run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(objects.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(variables.CACHE, str(tmp_path / "cache"))
     server = failing([], lambda command, name: command == "GET" and name == "__0_0.distcp")
     path = save(run, 1)
     upload(run)

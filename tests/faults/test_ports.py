@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE, new_token
+from bigtrain import variables
+from bigtrain.jobs.protocol import new_token
 
 SAID_S = 30.0
 DEADLINE_S = 120.0
@@ -68,7 +69,7 @@ def test_an_agent_that_finds_no_controller_says_who_it_is_and_where_it_looked() 
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "bigtrain.jobs.agent"],
-        env=os.environ | {ADDRESS_VARIABLE: address, TOKEN_VARIABLE: new_token()},
+        env=os.environ | {variables.CONTROLLER: address, variables.JOB_TOKEN: new_token()},
         capture_output=True, text=True, timeout=DEADLINE_S, check=False,
     )  # fmt: skip
     assert time.monotonic() - began < SAID_S

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE, Channel, PeerLost, ProtocolError, connect
+from bigtrain import variables
+from bigtrain.jobs.protocol import Channel, PeerLost, ProtocolError, connect
 
 RANKS = 8
 
@@ -29,7 +30,7 @@ class Client:
     """One agent."""
 
     def __init__(self, number: int, halting: bool) -> None:
-        self.channel = connect(os.environ[ADDRESS_VARIABLE], os.environ[TOKEN_VARIABLE], f"{number:04d}")
+        self.channel = connect(os.environ[variables.CONTROLLER], os.environ[variables.JOB_TOKEN], f"{number:04d}")
         self.generation: int | None = None
         self.first_rank = 0
         self.halting = halting

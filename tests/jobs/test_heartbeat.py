@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.heartbeat import ANSWERED, PAGE_VARIABLE, PHASES, Control, Heartbeat, HeartbeatPage
+from bigtrain import variables
+from bigtrain.heartbeat import ANSWERED, PHASES, Control, Heartbeat, HeartbeatPage
 
 ROOT = Path(__file__).resolve().parents[2]
 TICK_S = 2**24 / 1e9
@@ -24,7 +25,7 @@ BEAT_OVER_CLOCK = 40.0
 
 
 def rank_side(page: HeartbeatPage) -> Heartbeat:
-    return Heartbeat.from_environment({PAGE_VARIABLE: str(page.descriptor)})
+    return Heartbeat.from_environment({variables.PAGE: str(page.descriptor)})
 
 
 def test_a_beat_is_read_as_it_was_written() -> None:
@@ -76,7 +77,7 @@ def test_no_reader_sees_half_a_beat() -> None:
             "page = Heartbeat.from_environment()\n"
             "for step in range(400_000): page.beat(step * 65_537 % 2**32, PHASES[step * 65_537 % 2**32 % 6])\n"
         )
-        environment = os.environ | {PAGE_VARIABLE: str(page.descriptor), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {variables.PAGE: str(page.descriptor), "PYTHONPATH": str(ROOT)}
         writer = subprocess.Popen([sys.executable, "-c", script], env=environment, pass_fds=(page.descriptor,))
         seen = set()
         while writer.poll() is None:
@@ -129,7 +130,7 @@ def test_a_file_that_happens_to_have_the_number_is_never_written(tmp_path: Path)
     path = tmp_path / "precious"
     path.write_bytes(b"x" * 64)
     with open(path, "r+b") as file:
-        Heartbeat.from_environment({PAGE_VARIABLE: str(file.fileno())}).beat(7, "save")
+        Heartbeat.from_environment({variables.PAGE: str(file.fileno())}).beat(7, "save")
     assert path.read_bytes() == b"x" * 64
 
 

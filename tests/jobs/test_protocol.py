@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 
+from bigtrain import variables
 from bigtrain.jobs import protocol
 from bigtrain.jobs.protocol import (
-    ADDRESS_VARIABLE,
     MAX_FRAME_BYTES,
-    TOKEN_VARIABLE,
     AgentConnection,
     Channel,
     Listener,
@@ -256,8 +255,8 @@ def test_silence_is_seen_by_either_side(impatient: Listener, token: str) -> None
 
 def start_agent(listener: Listener, token: str) -> tuple[subprocess.Popen[bytes], AgentConnection]:
     environment = os.environ | {
-        ADDRESS_VARIABLE: listener.address,
-        TOKEN_VARIABLE: token,
+        variables.CONTROLLER: listener.address,
+        variables.JOB_TOKEN: token,
         "PYTHONPATH": str(ROOT),
     }
     process = subprocess.Popen(

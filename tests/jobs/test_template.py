@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from bigtrain import variables
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.template import TEMPLATE_VARIABLE, can_fork
+from bigtrain.jobs.template import can_fork
 from bigtrain.run import ExitCode
 from bigtrain.storage import read_lines
 
@@ -107,7 +108,7 @@ def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, 
         variables = environment_of(pid)
         assert (variables["RANK"], variables["BIGTRAIN_RUN"], variables["OMP_NUM_THREADS"]) == ("3", "/a/run/3", "2")
         command = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
-        assert command[1:] == ["-m", "tiny_template_rank", "stay"]
+        assert command[1:] == ["-P", "-m", "tiny_template_rank", "stay"]
         said = [json.loads((tmp_path / f"rank_{rank}.log").read_text().splitlines()[0]) for rank in (1, 2, 3)]
         assert [one["rank"] for one in said] == ["1", "2", "3"]
         assert {one["argv"][0] for one in said} == {"leave", "stay"}
@@ -130,7 +131,7 @@ def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, 
 
 
 def test_a_users_script_and_who_does_not_ask_get_fresh_processes() -> None:
-    wanted = {TEMPLATE_VARIABLE: "1"}
+    wanted = {variables.TEMPLATE: "1"}
     assert can_fork("bigtrain.training.rank", wanted)
     assert not can_fork("bigtrain.training.rank", {})
     assert not can_fork("bigtrain.jobs.script", wanted)
@@ -165,7 +166,7 @@ def strike(job: Any, mark: str, number: signal.Signals, then: Callable[[], None]
 
 def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
-    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
+    monkeypatch.setenv(variables.TEMPLATE, "1")
 
     def end() -> None:
         job.controller.request_stop()
@@ -180,7 +181,7 @@ def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: 
 def test_ranks_start_without_a_template_that_has_died(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a directory that is no run, which they say."""
     monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
-    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
+    monkeypatch.setenv(variables.TEMPLATE, "1")
     around = strike(job, str(job.path), signal.SIGKILL, lambda: None)
     code = job.launch(nproc=1, rank_module="bigtrain.training.rank", around=around, job=JobConfig(max_failures=0))
     assert code in (ExitCode.FAILED, ExitCode.USER)
@@ -194,10 +195,10 @@ def test_forked_ranks_and_fresh_ones_end_in_the_same_bits(
     path = write_config(
         model={"arch": "llama", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "context": 32, "dropout": 0.1},
     )
-    monkeypatch.setenv(TEMPLATE_VARIABLE, "0")
+    monkeypatch.setenv(variables.TEMPLATE, "0")
     fresh = bigtrain("train", path, "--name", "fresh", "--nproc", 2)
     assert fresh.returncode == ExitCode.FINISHED, fresh.stderr
-    monkeypatch.setenv(TEMPLATE_VARIABLE, "1")
+    monkeypatch.setenv(variables.TEMPLATE, "1")
     forked = bigtrain("train", path, "--name", "forked", "--nproc", 2)
     assert forked.returncode == ExitCode.FINISHED, forked.stderr
     runs = [tmp_path / "runs" / name for name in ("fresh", "forked")]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bigtrain import variables
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.checkpoint.restore import refuse_unrestored
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.cli import app
 from bigtrain.config import UserError
-from bigtrain.objects import CACHE_VARIABLE
 from bigtrain.run import ExitCode, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.source import Source, resolve_source
@@ -74,7 +74,7 @@ def test_a_run_that_lost_its_disk_goes_on_from_the_store_to_the_bit(
 
 def _use_from_elsewhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What commands make of the URL alone."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(place / "cache"))
+    monkeypatch.setenv(variables.CACHE, str(place / "cache"))
 
     def said(*arguments: str) -> dict[str, Any]:
         result = CliRunner().invoke(app, ["checkpoint", *arguments, "--json"])

@@ -32,7 +32,6 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from bigtrain.config import UserError
 
-ADDRESS_VARIABLE: Final = "BIGTRAIN_ADDRESS"
 TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 10.0
 RECONNECT_S: Final = 1.0

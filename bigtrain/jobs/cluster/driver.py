@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from bigtrain import storage
+from bigtrain import storage, variables
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster import doctor
 from bigtrain.jobs.cluster.board import Board, board_path
@@ -28,7 +28,7 @@ from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
-from bigtrain.keys import SECRETS_VARIABLE, load_secrets
+from bigtrain.keys import load_secrets
 from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
@@ -55,7 +55,7 @@ def main() -> int:
             return ExitCode.FINISHED
         if request.secrets_file is not None:
             # Also for whom the end of the run is told to.
-            os.environ[SECRETS_VARIABLE] = request.secrets_file
+            os.environ[variables.SECRETS_FILE] = request.secrets_file
             load_secrets(os.environ)
         code = _script(request, request.script, board) if request.script is not None else _train(request, board)
     except UserError as error:
@@ -112,7 +112,7 @@ def _train(request: Request, board: Board) -> int:
     _check_keys(run.prepared.config.tracking.wandb, request, board)
     with run.held() as lease:
         run.say_start(job.nodes * procs, sys.stderr)
-        environment = {"BIGTRAIN_LEASE": str(lease.number), **run.environment}
+        environment = {variables.LEASE: str(lease.number), **run.environment}
         config = run.prepared.config
         launch = Launch("bigtrain.training.rank", [], procs, job.limits.by_phase())
         code = _control(
@@ -275,7 +275,7 @@ def _control(
     from bigtrain.jobs.placers.ray_placer import RayPlacer
 
     if request.secrets_file is not None:
-        environment = environment | {SECRETS_VARIABLE: request.secrets_file}
+        environment = environment | {variables.SECRETS_FILE: request.secrets_file}
     board.link(directory.path)
     board.phase("placing")
     board.follow(lambda: read_status(directory.path, alive=True))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
 
 LINK_S: Final = 20.0
@@ -92,11 +93,10 @@ class Network:
             "hostname": f"node{number}",
             "visible": [str(path.resolve()) for path in visible],
         }
-        source = str(Path(__file__).resolve().parents[3])
         with open(log, "ab") as output:
             outer = subprocess.Popen(
-                ["unshare", *_NAMESPACES, sys.executable, "-m", "bigtrain.jobs.cluster.isolation", json.dumps(node)],
-                env=environment | {"PYTHONPATH": source}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                ["unshare", *_NAMESPACES, *module_command("bigtrain.jobs.cluster.isolation", json.dumps(node))],
+                env=with_source(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
         pid = _child(outer)

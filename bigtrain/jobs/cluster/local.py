@@ -1,6 +1,6 @@
 """A Ray cluster on this machine: several nodes as detached processes, with token authentication, to try things on.
 
-Each process of a cluster carries CLUSTER_VARIABLE in its environment, and so does all that it starts: `take_down` ends
+Each process of a cluster carries BIGTRAIN_CLUSTER in its environment, and so does all that it starts: `take_down` ends
 exactly those. Isolated nodes live in namespaces of their own (see `bigtrain.jobs.cluster.isolation`).
 """
 
@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bigtrain import storage
+from bigtrain import storage, variables
+from bigtrain.children import module_command
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster import isolation
 from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone
 from bigtrain.jobs.placers.local import visible_gpus
 from bigtrain.jobs.processes import end_marked, free_port
 
-CLUSTER_VARIABLE: Final = "BIGTRAIN_CLUSTER"
 FORMAT_VERSION: Final = 1
 OBJECT_STORE_BYTES: Final = 100_000_000
 START_S: Final = 120.0
@@ -51,7 +51,7 @@ class ClusterRecord:
     """What `cluster down` needs to know: the content of cluster.json."""
 
     mark: str
-    """The value of CLUSTER_VARIABLE in each of its processes."""
+    """The value of BIGTRAIN_CLUSTER in each of its processes."""
     address: str
     token_file: str
     temporary: str
@@ -150,7 +150,7 @@ def take_down(directory: Path) -> int:
         UserError: There is none.
     """
     record = ClusterRecord.read(directory)
-    end_marked(record.mark, variable=CLUSTER_VARIABLE)
+    end_marked(record.mark, variable=variables.CLUSTER)
     if record.bridge is not None:
         isolation.remove_network(record.bridge, [node.link for node in record.nodes if node.link])
     shutil.rmtree(record.temporary, ignore_errors=True)
@@ -205,7 +205,7 @@ def _start_nodes(
 
 
 def _ray_start(ip: str, procs: int, gpus: int) -> Iterator[str]:
-    yield from (sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={ip}")
+    yield from (*module_command("ray.scripts.scripts", "start"), f"--node-ip-address={ip}")
     yield from (f"--num-cpus={procs}", f"--num-gpus={gpus}", f"--object-store-memory={OBJECT_STORE_BYTES}")
     yield from ("--disable-usage-stats", "--include-log-monitor=false", "--min-worker-port=0", "--max-worker-port=0")
 
@@ -227,7 +227,7 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
     # The nodes run the source that is submitted, not that of the shell which raised them.
     environment.pop("PYTHONPATH", None)
     environment |= {
-        CLUSTER_VARIABLE: record.mark,
+        variables.CLUSTER: record.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_file,
         # Workers start agents, and agents ranks: all would run at Ray's niceness of 15.

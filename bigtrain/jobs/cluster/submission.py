@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from bigtrain import variables
 from bigtrain.config import UserError, yaml_file
 from bigtrain.jobs.cluster.dashboard import GONE_S, Dashboard, DashboardGone
 from bigtrain.jobs.cluster.package import (
@@ -52,7 +53,7 @@ class Submission:
                 dashboard.put_package(package.name, package.data)
         # Ray Jobs' stop waits this long for the ranks to save themselves, where its own default is 3 s.
         wait_s = int(self.job.limits.save + self.job.limits.step + SAVE_MARGIN_S)
-        environment = {"BIGTRAIN_SUBMISSION": self.request.id, "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
+        environment = {variables.SUBMISSION: self.request.id, "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
         runtime_env = {"working_dir": directory.uri, "py_modules": [self.source.uri], "env_vars": environment}
         metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
         if self.request.doctor:

@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bigtrain.children import module_command
 from bigtrain.jobs.placers import slurm
 from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.processes import end_marked, is_stopped
@@ -92,7 +92,7 @@ class LocalPlacer:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bigtrain.jobs.agent"],
+                module_command("bigtrain.jobs.agent"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import site
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from bigtrain.jobs.processes import PLACEMENT_VARIABLE
-from bigtrain.jobs.protocol import ADDRESS_VARIABLE, TOKEN_VARIABLE, AgentConnection
+from bigtrain import variables
+from bigtrain.children import with_source
+from bigtrain.jobs.protocol import AgentConnection
 
 
 class PlacementCancelled(Exception):
@@ -84,9 +82,6 @@ class ElasticPlacer(Placer, Protocol):
 
 def agent_environment(inherited: Mapping[str, str], address: str, token: str, mark: str) -> dict[str, str]:
     """The environment of an agent: where its controller is, what proves it, and the mark of all that it starts."""
-    environment = {**inherited, ADDRESS_VARIABLE: address, TOKEN_VARIABLE: token, PLACEMENT_VARIABLE: mark}
     # The agent must run the controller's code, also where that is a checkout and not installed.
-    root = str(Path(__file__).resolve().parents[3])
-    if root not in site.getsitepackages():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    return environment
+    own = {variables.CONTROLLER: address, variables.JOB_TOKEN: token, variables.PLACEMENT: mark}
+    return with_source(inherited) | own

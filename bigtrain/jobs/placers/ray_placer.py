@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bigtrain import variables
+from bigtrain.children import module_command
 from bigtrain.jobs.placers.nodes import Need, Node, choose, missing
 from bigtrain.jobs.placers.placer import (
     Notice,
@@ -31,7 +32,7 @@ from bigtrain.jobs.placers.placer import (
     agent_environment,
 )
 from bigtrain.jobs.placers.ray_cluster import ClusterWatch, View, look
-from bigtrain.jobs.processes import PARENT_VARIABLE, allow_descriptors, end_marked, is_stopped
+from bigtrain.jobs.processes import allow_descriptors, end_marked, is_stopped
 from bigtrain.jobs.protocol import (
     SILENCE_S,
     AgentConnection,
@@ -449,10 +450,10 @@ def _hold_node(order: _Order) -> None:
         del inherited["OMP_NUM_THREADS"]
     environment = agent_environment(inherited, order.address, order.secret.text, mark)
     # The agent ends itself with this process: a `preexec_fn` is not safe among Ray's threads.
-    environment[PARENT_VARIABLE] = str(os.getpid())
+    environment[variables.AGENT_PARENT] = str(os.getpid())
     with open(Path(order.logs, f"agent_{host}_{mark[:8]}.log"), "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bigtrain.jobs.agent"],
+            module_command("bigtrain.jobs.agent"),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

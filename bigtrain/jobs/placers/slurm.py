@@ -25,9 +25,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from bigtrain import variables
+from bigtrain.children import module_command
 from bigtrain.jobs import agent
 from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
-from bigtrain.jobs.processes import PLACEMENT_VARIABLE
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, keep_alive, new_token
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ class SlurmPlacer:
         # an agent that leaves takes no other along, and a lost node not the step: that is for the controller to judge.
         command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
         # A step of a lost node may not have been cleared away yet.
-        command += ["--overlap", sys.executable, "-m", "bigtrain.jobs.placers.slurm"]
+        command += ["--overlap", *module_command("bigtrain.jobs.placers.slurm")]
         environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -339,7 +340,7 @@ class RequeueOnSignal:
 def main() -> int:
     """Run the agent of this node, known to the controller by the node's name; returns its exit code."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    os.environ[PLACEMENT_VARIABLE] = f"{os.environ.get(PLACEMENT_VARIABLE, '')} {name}"
+    os.environ[variables.PLACEMENT] = f"{os.environ.get(variables.PLACEMENT, '')} {name}"
     return agent.main()
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from bigtrain.jobs.cluster.local import CLUSTER_VARIABLE, ClusterRecord, raise_local, take_down
+from bigtrain import variables
+from bigtrain.jobs.cluster.local import ClusterRecord, raise_local, take_down
 from bigtrain.storage import hash_file, read_lines
 from bigtrain.tracking.metrics import last_step
 
@@ -96,7 +97,7 @@ def marked(mark: str) -> list[int]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if f"{CLUSTER_VARIABLE}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if f"{variables.CLUSTER}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
         except OSError:
             continue

@@ -1,0 +1,13 @@
+"""`python -m bigtrain`."""
+
+import sys
+from pathlib import Path
+
+# `python -m` puts the working directory first: modules there would replace the standard library's and installed ones.
+if not sys.flags.safe_path and sys.path and Path(sys.path[0]).resolve() == Path.cwd():
+    del sys.path[0]
+
+from bigtrain.cli import main
+
+if __name__ == "__main__":
+    main()
