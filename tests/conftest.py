@@ -23,6 +23,22 @@ ROOT = Path(__file__).parent.parent
 RUN_TIMEOUT_S = 240
 
 
+@pytest.fixture(autouse=True)
+def _plugins_stay_in_their_test() -> Iterator[None]:
+    """What a test's plugins register is known in that test alone."""
+    from bigtrain.config import registry
+    from bigtrain.config.plugin import ACTIVE
+
+    before = {point: dict(one.found) for point, one in registry.REGISTRIES.items()}
+    yield
+    ACTIVE.clear()
+    for point, one in registry.REGISTRIES.items():
+        known = before.get(point, {})
+        for name in set(one.found) - set(known) - set(one.builtin()):
+            del one.found[name]
+        one.found.update(known)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets: BIGTRAIN_TEST_DATA, else shared/data beside the checkout."""

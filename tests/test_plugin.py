@@ -18,8 +18,9 @@ import yaml
 
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin
 from bigtrain.models.check import check_model
-from bigtrain.plugin import load_plugin
+from bigtrain.models.config import FAMILIES
 from bigtrain.run import ExitCode, load_config
 from bigtrain.storage import read_lines
 
@@ -110,7 +111,7 @@ def test_a_run_keeps_to_the_code_that_it_was_started_with(
     run = tmp_path / "runs" / "tiny"
     record = json.loads((run / "run.json").read_text())
     assert record["plugin"]["place"] == str(code)
-    assert record["plugin"]["sha256"] == record["what"]["model"]["plugin"] == load_plugin(str(code)).source.sha256
+    assert record["plugin"]["sha256"] == record["what"]["model"]["plugin"] == load_plugin(str(code)).sources[0].sha256
     without = bigtrain("train", run / "config.yaml")
     assert without.returncode == ExitCode.USER
     assert f"Add --plugin {code}" in without.stderr
@@ -136,7 +137,8 @@ def test_a_rank_refuses_code_that_has_changed_under_the_run(
     from bigtrain.training.prepare import prepare
 
     code = plugin()
-    config = load_config(write_config(model=MODEL), plugin=load_plugin(str(code)))
+    load_plugin(str(code))
+    config = load_config(write_config(model=MODEL))
     directory = RunDirectory(tmp_path / "runs" / "tiny")
     directory.write(config, prepare(config).what)
     code.write_text(code.read_text() + "\n")
@@ -145,22 +147,24 @@ def test_a_rank_refuses_code_that_has_changed_under_the_run(
         [sys.executable, "-m", "bigtrain.training.rank"], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == ExitCode.USER
-    assert "The plugin is not the one that this run was started with" in result.stderr
+    assert "The plugin of 'model' is not the one that this run was started with" in result.stderr
 
 
 def test_no_config_can_name_code(bigtrain: Callable, write_config: Callable, plugin: Callable[..., Path]) -> None:
     code = plugin()
+    with pytest.raises(UserError, match="Unknown model family 'my-model'") as unknown:
+        load_config(write_config(model=MODEL))
+    assert "--plugin FILE" in str(unknown.value)
+    load_plugin(str(code))
     for sections in ({"model": {**MODEL, "plugin": str(code)}}, {"model": MODEL, "plugin": str(code)}):
         with pytest.raises(UserError, match=r"Unknown key '(model\.)?plugin'"):
-            load_config(write_config(**sections), plugin=load_plugin(str(code)))
-    with pytest.raises(UserError, match="unknown model family 'my-model'") as caught:
-        load_config(write_config(model=MODEL))
-    assert "--plugin FILE" in str(caught.value)
+            load_config(write_config(**sections))
 
 
 def test_keys_of_a_plugin_are_typed(write_config: Callable) -> None:
+    load_plugin(str(EXAMPLE))
     with pytest.raises(UserError, match=r"Unknown key 'model\.widht'") as caught:
-        load_config(write_config(model={**MODEL, "widht": 3}), plugin=load_plugin(str(EXAMPLE)))
+        load_config(write_config(model={**MODEL, "widht": 3}))
     assert "Did you mean 'width'?" in str(caught.value)
 
 
@@ -170,17 +174,17 @@ def test_a_package_is_a_plugin_by_all_of_its_files(tmp_path: Path) -> None:
     (package / "model.py").write_text(EXAMPLE.read_text())
     (package / "__init__.py").write_text("from .model import Config\n")
     loaded = load_plugin(str(package))
-    assert list(loaded.families) == ["my-model"]
+    assert [one.name for one in loaded.registered] == ["my-model"]
     other = tmp_path / "other"
     package.rename(other)
     (other / "model.py").write_text(EXAMPLE.read_text() + "\n")
-    assert load_plugin(str(other)).source.sha256 != loaded.source.sha256
+    assert load_plugin(str(other)).sources != loaded.sources
 
 
 def test_an_installed_module_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "module_of_a_user.py").write_text(EXAMPLE.read_text())
     monkeypatch.syspath_prepend(tmp_path)
-    assert list(load_plugin("module_of_a_user").families) == ["my-model"]
+    assert [one.name for one in load_plugin("module_of_a_user").registered] == ["my-model"]
 
 
 @pytest.mark.parametrize(
@@ -188,8 +192,8 @@ def test_an_installed_module_is_a_plugin(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("from torch import nn\n", "from torch import nm\n", "cannot be loaded: ImportError"),
         ("from torch import nn\n", "import a_sibling\n", "cannot be loaded: ModuleNotFoundError"),
-        ("(PlainConfig)", "", "defines no model family"),
-        ('Literal["my-model"] = "my-model"', 'Literal["llama"] = "llama"', "name of a family of bigtrain's own"),
+        ("(PlainConfig)", "", "registers nothing"),
+        ('Literal["my-model"] = "my-model"', 'Literal["llama"] = "llama"', "one of bigtrain's own"),
     ],
 )
 def test_code_that_is_no_plugin_is_told(plugin: Callable[..., Path], old: str, new: str, said: str) -> None:
@@ -229,7 +233,8 @@ def test_a_module_whose_losses_would_depend_on_the_layout_is_told(plugin: Callab
     old, new, said = BROKEN[what]
     path = plugin(old, new)
     path.write_text("import torch\n" + path.read_text())
-    config = load_plugin(str(path)).families["my-model"](width=16, context=8)
+    load_plugin(str(path))
+    config = FAMILIES["my-model"](width=16, context=8)
     with pytest.raises(UserError, match=said) as caught:
         check_model(config, 19)
     assert path.name in (caught.value.where or "")
@@ -238,11 +243,13 @@ def test_a_module_whose_losses_would_depend_on_the_layout_is_told(plugin: Callab
 def test_the_schema_for_editors_knows_a_plugin(bigtrain: Callable) -> None:
     from bigtrain.run import config_schema
 
-    schema = config_schema(load_plugin(str(EXAMPLE)))
+    load_plugin(str(EXAMPLE))
+    schema = config_schema()
     assert schema["$defs"]["model.my-model"]["properties"]["width"]["default"] == 64
 
 
 def test_the_config_beside_the_example_fits_it(tmp_path: Path) -> None:
     text = (EXAMPLE.parent / "my_run.yaml").read_text()
-    config = load_config(EXAMPLE.parent / "my_run.yaml", plugin=load_plugin(str(EXAMPLE)))
+    load_plugin(str(EXAMPLE))
+    config = load_config(EXAMPLE.parent / "my_run.yaml")
     assert config.model.arch == yaml.safe_load(text)["model"]["arch"]

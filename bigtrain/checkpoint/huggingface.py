@@ -24,7 +24,7 @@ from bigtrain.checkpoint.ranks import Ranks, world_group
 from bigtrain.checkpoint.reader import SafeReader
 from bigtrain.checkpoint.shards import plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.models.config import ModelConfig, family
+from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, digest
 from bigtrain.models.huggingface import HfTensor, to_hf
 from bigtrain.storage import write_json
@@ -119,7 +119,7 @@ def import_hf(source: Path, out: Path) -> tuple[int, dict[str, Any]]:
     """
     files = HfFiles.open(source)
     keys = files.keys()
-    config = family(keys["arch"])(**keys)
+    config = FAMILIES[keys["arch"]](**keys)
     names = config.hf_names()
     shapes = {name: place.shape_of(files.shapes[stored]) for name, place in names.items()
               if (stored := files.place(place.name)) is not None}  # fmt: skip

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from bigtrain.config import UserError
 
@@ -49,56 +47,32 @@ def flatten(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, T
                 raise UserError(
                     f"{type(optimizer).__name__} keeps {key!r} as {kind}, not as a tensor",
                     name,
-                    "use adamw, adam, sgd or rmsprop",
+                    "keep it as a tensor, as a checkpoint does",
                 )
             state[f"optimizer.{name}.{key}"] = value
     return state
 
 
 def materialise_optimizer(optimizer: Optimizer) -> None:
-    """Give an optimizer the state that its first step would make, in zeros, to read a checkpoint into.
+    """Give an optimizer the state that its first step would make, to read a checkpoint into.
 
-    A step from zeros equals torch's own first step. State that is already there is left as it is.
+    The optimizer's section describes it (`OptimizerConfig.zero_state`). State that is already there is left as it is.
 
     Raises:
-        UserError: It is none of torch's AdamW, Adam, RMSprop and SGD (the last without dampening).
+        UserError: It was not built from a section.
     """
+    zero_state: Callable[[Tensor], dict[str, Tensor]] | None = getattr(optimizer, "zero_state", None)
+    if zero_state is None:
+        raise UserError(
+            f"The state of {type(optimizer).__name__} cannot be made without a step",
+            fix="Build it from an OptimizerConfig, whose zero_state() describes its state.",
+        )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad and not optimizer.state.get(parameter):
-                fresh = _fresh_state(optimizer, group, parameter)
+                fresh = zero_state(parameter.detach())
                 if fresh:
                     optimizer.state[parameter] = fresh
-
-
-def _fresh_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """As the `_init_group` of torch's own optimizers makes it."""
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
-
-    if isinstance(optimizer, (AdamW, Adam)):
-        state = {"step": _step_count(group, parameter), "exp_avg": zeros(), "exp_avg_sq": zeros()}
-        return state | ({"max_exp_avg_sq": zeros()} if group["amsgrad"] else {})
-    if isinstance(optimizer, RMSprop):
-        state = {"step": _step_count(group, parameter), "square_avg": zeros()}
-        state |= {"momentum_buffer": zeros()} if group["momentum"] > 0 else {}
-        return state | ({"grad_avg": zeros()} if group["centered"] else {})
-    if isinstance(optimizer, SGD) and not (group["momentum"] and group["dampening"]):
-        # torch takes the first gradient itself as the buffer: what zeros give, too, unless it is dampened.
-        return {"momentum_buffer": zeros()} if group["momentum"] else {}
-    raise UserError(
-        f"the state of {type(optimizer).__name__} with these options cannot be made without a step",
-        fix="use adamw, adam, rmsprop, or sgd without dampening",
-    )
-
-
-def _step_count(group: dict[str, Any], parameter: Tensor) -> Tensor:
-    """A zero where the optimizer counts: on the device if its kernels read it there, else on the CPU."""
-    fused = bool(group.get("fused"))
-    wide = torch.get_default_dtype() == torch.float64 and not fused
-    device = parameter.device if fused or group.get("capturable") else torch.device("cpu")
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

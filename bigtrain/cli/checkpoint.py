@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, errors, lines, plugged, show
+from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, errors, lines, load_plugins, show
 
 if TYPE_CHECKING:
     from bigtrain.run import RunDirectory
@@ -105,18 +105,19 @@ def checkpoint_prune(
         if is_url(run):
             steps = _pruned_store(run, keep_last, dry_run)
         else:
-            steps = _pruned(run, runs_dir, keep_last, dry_run, plugged(plugin))
+            load_plugins(plugin)
+            steps = _pruned(run, runs_dir, keep_last, dry_run)
         said = "would be removed" if dry_run else "removed"
         show({"steps": steps, "dry_run": dry_run}, as_json, lambda _: f"{said}: {', '.join(map(str, steps)) or 'none'}")
 
 
-def _pruned(run: str, runs_dir: Path, keep_last: int | None, dry_run: bool, plugin: Any) -> list[int]:
+def _pruned(run: str, runs_dir: Path, keep_last: int | None, dry_run: bool) -> list[int]:
     from bigtrain.checkpoint import commit
     from bigtrain.run import Lease, find_run, load_config
 
     found = find_run(run, runs_dir)
     if keep_last is None:
-        keep_last = load_config(found.config, plugin=plugin).checkpoint.keep_last
+        keep_last = load_config(found.config).checkpoint.keep_last
     if dry_run:
         return commit.prune(found.checkpoints, keep_last, set(), dry_run=True)
     lease = Lease.acquire(found, commit.published_lease(found.checkpoints))
@@ -152,7 +153,8 @@ def checkpoint_export(
         if form == "hf":
             from bigtrain.training.export import export_run
 
-            files = export_run(found, step, out, plugged(plugin))
+            load_plugins(plugin)
+            files = export_run(found, step, out)
         else:
             from bigtrain.checkpoint.export import export
 

@@ -16,7 +16,10 @@ RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs live.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs laid over the file.")]
 PluginOption = Annotated[
-    str | None, typer.Option("--plugin", metavar="MODULE", help="Your own model: a .py file, a package or a module.")
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="MODULE", help="Your own code (a .py file, a package or a module); may be given again."
+    ),
 ]
 RUNS = Path("runs")
 
@@ -101,11 +104,12 @@ def lines(result: dict[str, Any], indent: str = "") -> str:
     return "\n".join(text)
 
 
-def load(config: Path, overrides: list[str] | None, name: str | None = None, plugin: str | None = None) -> Any:
+def load(config: Path, overrides: list[str] | None, name: str | None = None, plugin: list[str] | None = None) -> Any:
     """A run's config; see `bigtrain.run.load_config`."""
     from bigtrain.run import load_config
 
-    return load_config(config, overrides, name, plugged(plugin))
+    load_plugins(plugin)
+    return load_config(config, overrides, name)
 
 
 def bring_back_here(config: Any, runs_dir: Path) -> None:
@@ -118,8 +122,8 @@ def bring_back_here(config: Any, runs_dir: Path) -> None:
             print(done, file=sys.stderr)
 
 
-def plugged(place: str | None) -> Any:
-    """The code that `--plugin` names; see `bigtrain.plugin.load_plugin`."""
-    from bigtrain.plugin import load_plugin
+def load_plugins(places: list[str] | None) -> Any:
+    """The code that `--plugin` names; see `bigtrain.config.plugin.load_plugin`."""
+    from bigtrain.config.plugin import load_plugin
 
-    return load_plugin(place) if place is not None else None
+    return load_plugin(os.pathsep.join(places)) if places else None

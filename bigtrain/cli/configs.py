@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bigtrain.cli.common import Json, Overrides, PluginOption, errors, load, plugged, show
+from bigtrain.cli.common import Json, Overrides, PluginOption, errors, load, load_plugins, show
 
 app = typer.Typer(help="Show, validate and describe configs.", no_args_is_help=True)
 
@@ -66,5 +66,6 @@ def config_schema(
         from bigtrain.run import config_schema as schema
         from bigtrain.sweeps.load import sweep_schema
 
-        run = schema(plugged(plugin))
+        load_plugins(plugin)
+        run = schema()
         print(json.dumps(sweep_schema(run) if sweep else run, indent=2))

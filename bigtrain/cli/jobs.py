@@ -115,7 +115,7 @@ def submit(
         else:
             from bigtrain.jobs.cluster.submission import of_config
 
-            submission = of_config(load(config, overrides, name, plugin), runs_dir.absolute(), plugin, make)
+            submission = of_config(load(config, overrides, name, plugin), runs_dir.absolute(), make)
         dashboard = open_dashboard(_required(address), token_file)
         code = _submit(dashboard, submission, dry_run, follow, wait, as_json)
     raise typer.Exit(code)

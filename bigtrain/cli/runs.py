@@ -16,7 +16,7 @@ from bigtrain.cli.common import (
     bring_back_here,
     errors,
     load,
-    plugged,
+    load_plugins,
     show,
 )
 
@@ -70,6 +70,7 @@ def sample(
         directory, step = run_at(run, runs_dir)
         from bigtrain.training.sample import sample as draw  # torch, which takes seconds
 
+        load_plugins(plugin)
         text = draw(
             directory,
             prompt,
@@ -78,7 +79,6 @@ def sample(
             temperature=temperature,
             top_k=top_k,
             seed=seed,
-            plugin=plugged(plugin),
             image=image,
         )
         show({"text": text}, as_json, lambda result: result["text"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, plugged, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load_plugins, show
 
 app = typer.Typer(help="Sweeps of small runs that end in a scaling law.", no_args_is_help=True)
 
@@ -32,7 +32,8 @@ def sweep_plan(
         from bigtrain.sweeps.load import load_sweep
         from bigtrain.sweeps.plan import make_plan, plan_text
 
-        loaded = load_sweep(sweep, overrides, name, plugged(plugin))
+        load_plugins(plugin)
+        loaded = load_sweep(sweep, overrides, name)
         show(make_plan(loaded, runs_dir, measure=measure, say=_say), as_json, plan_text)
 
 
@@ -49,7 +50,8 @@ def sweep_run(
         from bigtrain.sweeps.driver import run_sweep
         from bigtrain.sweeps.load import load_sweep
 
-        code = run_sweep(load_sweep(sweep, overrides, name, plugged(plugin)), runs_dir, sys.stderr)
+        load_plugins(plugin)
+        code = run_sweep(load_sweep(sweep, overrides, name), runs_dir, sys.stderr)
     raise typer.Exit(int(code))
 
 
@@ -112,13 +114,14 @@ def sweep_retry(sweep: SweepName, trial: TrialName, plugin: PluginOption = None,
     raise typer.Exit(code)
 
 
-def _resume(sweep: str, runs_dir: Path, plugin: str | None) -> int:
+def _resume(sweep: str, runs_dir: Path, plugin: list[str] | None) -> int:
     from bigtrain.sweeps.driver import run_sweep
     from bigtrain.sweeps.journal import find_sweep
     from bigtrain.sweeps.load import load_sweep
 
     directory = find_sweep(sweep, runs_dir)
-    loaded = load_sweep(directory.config, name=directory.name, plugin=plugged(plugin))
+    load_plugins(plugin)
+    loaded = load_sweep(directory.config, name=directory.name)
     return int(run_sweep(loaded, directory.path.parent, sys.stderr))
 
 

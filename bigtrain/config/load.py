@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic.json_schema import GenerateJsonSchema
 
 from bigtrain.config import yaml_file
 from bigtrain.config.errors import UserError, nearest
+from bigtrain.config.plugin import load_installed
+from bigtrain.config.registry import Registry
 from bigtrain.config.section import Section
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -55,6 +56,7 @@ def build(kind: type[SectionT], document: yaml_file.Document) -> SectionT:
         UserError: With every problem found: an unknown key and the nearest known one, a wrong type, a bad value;
             each with its line.
     """
+    load_installed()
     try:
         return kind.model_validate_json(json.dumps(document.value), strict=True)
     except ValidationError as error:
@@ -102,12 +104,14 @@ def _describe(
             where,
             f"Add it: {field.description.splitlines()[0]}" if field and field.description else None,
         )
-    if error["type"] == "union_tag_invalid":
+    if error["type"] in ("unknown_name", "missing_name"):
         context = error["ctx"]
-        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        close = nearest(str(context["tag"]), tags)
-        fix = f"Did you mean '{close}'?" if close else f"Known: {', '.join(tags)}."
-        return f"Unknown {key} '{context['tag']}'", document.where((*path, "name")), fix
+        place, names = (*path, context["tag"]), f"Known: {context['names']}."
+        if error["type"] == "missing_name":
+            return f"The key '{_key(place)}' is missing", where, names
+        close = f"Did you mean '{context['nearest']}'? " if context["nearest"] else ""
+        own = "" if close else " One of your own comes with --plugin FILE."
+        return f"Unknown {context['point']} '{context['name']}'", document.where(place), f"{close}{names}{own}"
     message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
     value = error.get("input")
@@ -137,46 +141,47 @@ def _resolve(
         is_key = (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int))
         known = any(part in choice.model_fields for choice in choices)
         if not is_key and not known:
-            tagged = [choice for choice in choices if _has_tag(choice, part)]
-            choices = tagged or choices
             continue
         owner = choices[0] if choices else None
         path.append(part)
-        annotation = owner.model_fields[part].annotation if owner and part in owner.model_fields else None
-        if annotation is not None:
-            choices = list(_sections(annotation))
         if isinstance(value, dict):
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
+        field = owner.model_fields.get(str(part)) if owner else None
+        if field is not None:
+            choices = list(_sections(field.annotation, value, field.metadata))
+        elif isinstance(part, int):
+            choices = [choice for choice in choices if not isinstance(value, dict) or _may_be(choice, value)] or choices
     return tuple(path), owner
 
 
-def _has_tag(section: type[BaseModel], tag: str | int) -> bool:
-    return any(
-        typing.get_origin(field.annotation) is typing.Literal and tag in typing.get_args(field.annotation)
-        for field in section.model_fields.values()
+def _may_be(section: type[BaseModel], value: dict[str, Any]) -> bool:
+    """Whether a mapping of a list may be one of the section, by its literal fields."""
+    return all(
+        value.get(name, field.default) in typing.get_args(field.annotation)
+        for name, field in section.model_fields.items()
+        if typing.get_origin(field.annotation) is typing.Literal
     )
 
 
-def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
-    """The sections named in a type annotation, in order."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _sections(annotation: Any, value: Any, metadata: Iterable[Any] = ()) -> Iterable[type[BaseModel]]:
+    """The sections that a type annotation allows for a value of the YAML, in order."""
+    registries = [one for one in metadata if isinstance(one, Registry)]
+    if registries:
+        for one in value if isinstance(value, list) else [value]:
+            chosen = registries[0].choose(one)
+            yield chosen or registries[0].base
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
+    elif typing.get_origin(annotation) is typing.Annotated:
+        yield from _sections(typing.get_args(annotation)[0], value, typing.get_args(annotation)[1:])
     elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
         for argument in typing.get_args(annotation):
-            yield from _sections(argument)
-
-
-class _AnyOf(GenerateJsonSchema):
-    """A union by `name` as anyOf: where the name is left out, the keys of several choices may fit."""
-
-    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        value = super().tagged_union_schema(schema)
-        value["anyOf"] = value.pop("oneOf")
-        return value
+            yield from _sections(argument, value)
 
 
 def json_schema(kind: type[Section]) -> dict[str, Any]:
     """JSON Schema of a section, for editors that complete and check YAML while it is typed."""
-    return {"$schema": _AnyOf.schema_dialect, **kind.model_json_schema(schema_generator=_AnyOf)}
+    load_installed()
+    return {"$schema": GenerateJsonSchema.schema_dialect, **kind.model_json_schema()}

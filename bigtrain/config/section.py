@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class PluginSource:
+    """Where the user's own code comes from."""
+
+    place: str
+    """What `--plugin` names it by: an absolute path, or a module."""
+    sha256: str
+    """Of its source."""
 
 
 class Section(BaseModel):
@@ -23,6 +34,9 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    plugin: ClassVar[PluginSource | None] = None
+    """The user's code that defines the section; None for bigtrain's own."""
 
     def plain(self) -> dict[str, Any]:
         """The section as plain YAML values, every default written out."""

@@ -20,7 +20,7 @@ from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.hf import Config
+from bigtrain.models.families.hf import Config
 from bigtrain.models.hf_tasks import examples, loss_sum
 from bigtrain.models.sums import add_sums, zero_sums
 from bigtrain.optim.config import OptimizerConfig

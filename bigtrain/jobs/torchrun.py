@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final
 
 from bigtrain import variables
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin, plugin_environment
 from bigtrain.heartbeat import Heartbeat, StopRequest, install_rank_signals
-from bigtrain.plugin import load_plugin
 from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="key=value pairs laid over the file")
     parser.add_argument("--name")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--plugin")
+    parser.add_argument("--plugin", action="append")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -64,10 +64,10 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
             f"{', '.join(missing)} not in the environment: this is a rank's process",
             fix="Start it by torchrun, or use `bigtrain train`, which starts its ranks itself.",
         )
-    plugin = load_plugin(options.plugin) if options.plugin else None
-    config = load_config(options.config, options.overrides, options.name, plugin)
-    if config.model.plugin is not None:
-        os.environ[variables.PLUGIN] = config.model.plugin.place
+    if options.plugin:
+        load_plugin(os.pathsep.join(options.plugin))
+    os.environ.update(plugin_environment())
+    config = load_config(options.config, options.overrides, options.name)
     from torch.distributed.rendezvous import rendezvous  # torch, which takes seconds
 
     # Under torchrun its own store, under another prefix after each restart.

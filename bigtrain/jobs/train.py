@@ -14,11 +14,11 @@ from typing import Any, TextIO
 from bigtrain import variables
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
+from bigtrain.config.plugin import plugin_environment
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placers.local import local_procs
 from bigtrain.jobs.takeover import outlast
-from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.history import read_events, state
 from bigtrain.tracking.live import LiveDisplay
@@ -92,8 +92,7 @@ class CheckedRun:
     @property
     def environment(self) -> dict[str, str]:
         """How the ranks find the user's own code."""
-        plugin = self.prepared.config.model.plugin
-        return {} if plugin is None else {variables.PLUGIN: plugin.place}
+        return plugin_environment()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lease]:
@@ -209,10 +208,6 @@ def _check_plugin(prepared: Prepared) -> None:
     check_model(prepared.config.model, prepared.outputs)
 
 
-def _plugin_of(config: RunConfig) -> Plugin | None:
-    return None if config.model.plugin is None else load_plugin(config.model.plugin.place)
-
-
 def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     prepared = run.prepared
     config = prepared.config
@@ -317,7 +312,7 @@ def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
 
 def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
     """A longer duration may follow only where the schedule's past does not depend on its end."""
-    old = load_config(directory.config, plugin=_plugin_of(prepared.config))
+    old = load_config(directory.config)
     if old.duration == prepared.config.duration:
         return
     newest = _newest_step(directory) or 0
@@ -403,7 +398,7 @@ def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
     if config.init.source is None or config.init.state != "all" or config.data.consumed is not None:
         return prepared
     if directory.exists():
-        found = load_config(directory.config, plugin=_plugin_of(config)).data.consumed
+        found = load_config(directory.config).data.consumed
     else:
         source = resolve_source(config.init.source, directory.path.parent)
         found = consumed(prepared, source) if isinstance(source, Source) else None
@@ -420,7 +415,7 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
     if init.source is None or init.hash is not None:
         return config
     if directory.exists():
-        begun = load_config(directory.config, plugin=_plugin_of(config)).init
+        begun = load_config(directory.config).init
         name, step = split_run_step(init.source)
         run, begun_step = split_run_step(begun.source or "")
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,7 +10,7 @@ import yaml
 from annotated_types import Ge
 from pydantic import model_validator
 
-from bigtrain.config import Section, UserError, nearest
+from bigtrain.config import Registry, Section, UserError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,16 +36,6 @@ class Flops(NamedTuple):
     """Attention counted over the causal half alone: what must be computed."""
 
 
-@dataclass(frozen=True)
-class PluginSource:
-    """Where the user's own code comes from."""
-
-    place: str
-    """What `--plugin` names it by: an absolute path, or a module."""
-    sha256: str
-    """Of its source."""
-
-
 class BlockCosts(NamedTuple):
     """What a pipeline shares out, in units of the cost of one block."""
 
@@ -72,14 +59,11 @@ class ModelConfig(Section):
     is_plain: ClassVar[bool] = False
     """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
 
-    plugin: ClassVar[PluginSource | None] = None
-    """The user's code that defines the family; None for those of this folder."""
-
     takes_documents: ClassVar[bool] = False
     """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
 
     arch: str
-    """The family: the name of a file in bigtrain/models."""
+    """The family: the name of a file in bigtrain/models/families, or of a plugin's class."""
 
     context: Annotated[int, Ge(1)] = 1
     """Tokens of one training sequence, or of a caption; a family of another kind of data has none to set."""
@@ -168,30 +152,8 @@ class ModelConfig(Section):
         raise TypeError(f"{type(self).__name__} does not count its FLOPs: define flops_per_token()")
 
 
-def families() -> list[str]:
-    """The names of all families: the files of this folder that define a class `Config`."""
-    defines_config = re.compile(r"^class Config\(", re.MULTILINE)
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if defines_config.search(file.read_text(encoding="utf-8"))]
-
-
-def family(arch: str) -> type[ModelConfig]:
-    """The class `Config` of the family `arch`.
-
-    Raises:
-        UserError: There is no such family.
-    """
-    known = families()
-    if arch not in known:
-        near = nearest(arch, known)
-        hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(
-            f"unknown model family {arch!r}",
-            "model.arch",
-            f"{hint}families: {', '.join(known)}; one of your own comes with --plugin FILE",
-        )
-    config: type[ModelConfig] = importlib.import_module(f"bigtrain.models.{arch}").Config
-    return config
+FAMILIES = Registry("model family", ModelConfig, package="bigtrain.models.families", tag="arch", where="model.arch")
+"""All model families by their `arch`. One of a user's own comes with --plugin FILE."""
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.config import UserError, nearest
-from bigtrain.models.config import ModelConfig, family
+from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.storage import hash_file
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class HfFiles:
         """
         kind = str(self.config.get("model_type"))
         try:
-            return family(kind).from_hf_config(self.config)
+            return FAMILIES[kind].from_hf_config(self.config)
         except (ValueError, KeyError) as error:
             raise UserError(f"bigtrain cannot build this model: {error}", str(self.directory)) from None
         except UserError:
@@ -133,7 +133,7 @@ class HfFiles:
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """What no shape shows: constants that change what the same weights compute."""
-        theirs = family(str(self.config.get("model_type"))).from_hf_config(self.config)
+        theirs = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
         for key in ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied"):
             ours = config.plain().get(key)
             if key == "tied" and not ours and own_head:

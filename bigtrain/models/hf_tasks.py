@@ -20,7 +20,7 @@ from bigtrain.models.random import keep_mask
 from bigtrain.models.sums import by_sequence
 
 if TYPE_CHECKING:
-    from bigtrain.models.hf import Config, Task
+    from bigtrain.models.families.hf import Config, Task
 
 _CLASSES = {
     "causal": "AutoModelForCausalLM",

@@ -4,41 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bigtrain.config import UserError, nearest
-from bigtrain.optim.config import AdamConfig, AdamWConfig, ParameterGroup, RMSpropConfig, SGDConfig
-
-if TYPE_CHECKING:
-    from bigtrain.optim.config import _Optimizer
+from bigtrain.optim.config import OptimizerConfig, ParameterGroup
 
 
 def build_optimizer(
-    config: _Optimizer,
+    config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
-    groups = parameter_groups(config, named_parameters, all_names)
-    # One fused pass over each tensor: the fastest on CPU and GPU, and element by element, so that no reduction's order
-    # can change a bit. Adam's takes DTensors too; SGD's does not, and RMSprop has none.
-    if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    if isinstance(config, AdamConfig):
-        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    if isinstance(config, SGDConfig):
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True)
-    if isinstance(config, RMSpropConfig):
-        return torch.optim.RMSprop(
-            groups, lr=config.lr, alpha=config.alpha, momentum=config.momentum, eps=config.eps, foreach=True
-        )
-    raise TypeError(f"no optimizer is built from {type(config).__name__}")
+    optimizer = config.make(parameter_groups(config, named_parameters, all_names))
+    # For whoever reads a checkpoint into it before its first step; see `checkpoint.state.materialise_optimizer`.
+    optimizer.zero_state = config.zero_state  # type: ignore[attr-defined]
+    return optimizer
 
 
 def parameter_groups(
-    config: _Optimizer,
+    config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
@@ -47,10 +34,10 @@ def parameter_groups(
     Frozen parameters are in none of them. Where all of those given are frozen, there is one group of nothing.
 
     Args:
-        all_names: Of the whole model's parameters, where those given are a part of them.
+        all_names: Of the full model's parameters, if those given are a part of them.
 
     Raises:
-        UserError: A group's pattern, or a frozen one, matches no parameter of the whole model; or nothing is left.
+        UserError: A group's pattern, or a frozen one, matches no parameter of the full model; or nothing is left.
     """
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -83,12 +70,12 @@ def parameter_groups(
     return list(groups.values()) or [nothing]
 
 
-def is_frozen(config: _Optimizer, name: str) -> bool:
+def is_frozen(config: OptimizerConfig, name: str) -> bool:
     """Whether a parameter, by its qualified name, is not trained."""
     return any(fnmatchcase(name, pattern) for pattern in config.frozen)
 
 
-def _weight_decay(config: _Optimizer, rule: ParameterGroup | None, parameter: torch.Tensor) -> float:
+def _weight_decay(config: OptimizerConfig, rule: ParameterGroup | None, parameter: torch.Tensor) -> float:
     if rule is not None and rule.weight_decay is not None:
         return rule.weight_decay
     return config.weight_decay if parameter.ndim >= 2 else 0.0

@@ -7,6 +7,7 @@
 | events.py | lines of events.jsonl, and the machine's boot |
 | lease.py | the right to write to a run directory |
 | directory.py | a run directory, and the search for one |
+| plugins.py | the plugins that a run uses |
 | recipe.py | the recipe and its hash, which is the run's identity |
 | config.py | the typed config |
 | load.py | YAML to config |
@@ -21,7 +22,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from bigtrain.run.config import BatchConfig, RunConfig, run_config
+    from bigtrain.run.config import BatchConfig, RunConfig
     from bigtrain.run.directory import FORMAT_VERSION, RunDirectory, find_run, list_runs, split_run_step
     from bigtrain.run.events import append_event, boot_hash
     from bigtrain.run.exits import ExitCode
@@ -64,12 +65,11 @@ __all__ = [
     "list_runs",
     "load_config",
     "recipe_of",
-    "run_config",
     "split_run_step",
 ]
 
 _FILES: Final = {
-    "config": ("BatchConfig", "RunConfig", "run_config"),
+    "config": ("BatchConfig", "RunConfig"),
     "directory": ("FORMAT_VERSION", "RunDirectory", "find_run", "list_runs", "split_run_step"),
     "events": ("append_event", "boot_hash"),
     "exits": ("ExitCode",),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Annotated, get_args
+from typing import Annotated
 
-from pydantic import SerializeAsAny, StringConstraints, create_model, field_validator
+from pydantic import StringConstraints, field_validator
 
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.config import BatchSize, Duration, Section
 from bigtrain.data.config import DataConfig, StreamingConfig
 from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
 from bigtrain.jobs.config import JobConfig
-from bigtrain.models.config import ModelConfig
-from bigtrain.optim.config import AdamWConfig, ConstantConfig, OptimizerConfig, ScheduleConfig
+from bigtrain.models.config import FAMILIES, ModelConfig
+from bigtrain.optim.config import OPTIMIZERS, SCHEDULES, OptimizerConfig, ScheduleConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
+from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.run.names import NAME_PATTERN
 from bigtrain.tracking.config import TrackingConfig
@@ -36,7 +37,7 @@ class RunConfig(Section):
     seed: int = 1337
     """The only source of randomness: initial weights, order of the samples, dropout."""
 
-    model: SerializeAsAny[ModelConfig]
+    model: Annotated[ModelConfig, FAMILIES]
     """The architecture and its sizes, or `preset: NAME` with keys that override it."""
 
     data: DataConfig
@@ -48,10 +49,10 @@ class RunConfig(Section):
     duration: Duration
     """Length of the training: "2000 steps", "1e9 tokens" or "3 epochs"."""
 
-    optimizer: OptimizerConfig = AdamWConfig()
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamWConfig()
     """How gradients become updates."""
 
-    schedule: ScheduleConfig = ConstantConfig()
+    schedule: Annotated[ScheduleConfig, SCHEDULES] = ConstantConfig()
     """How the learning rate changes over the run."""
 
     precision: Precision = "bf16"
@@ -90,13 +91,3 @@ class RunConfig(Section):
         if value.is_time:
             raise ValueError(f"'{value}' is a time: give steps, tokens, samples or epochs")
         return value
-
-
-@functools.cache
-def run_config(section: type[ModelConfig]) -> type[RunConfig]:
-    """RunConfig with the `model` section of one family, so that its keys are typed and known by name.
-
-    There is one class for each family, so that equal configs compare equal.
-    """
-    arch = ", ".join(get_args(section.model_fields["arch"].annotation))
-    return create_model(f"RunConfig[{arch}]", __base__=RunConfig, model=(section, RunConfig.model_fields["model"]))

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from bigtrain import storage
 from bigtrain.config.errors import UserError, nearest
 from bigtrain.run import names
 from bigtrain.run.events import append_event
+from bigtrain.run.plugins import used_plugins
 from bigtrain.run.recipe import differences, identity
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class RunDirectory:
             if self.exists()
             else {"format_version": FORMAT_VERSION, "name": self.name, "identity": identity(recipe), "what": recipe}
         )
-        plugin = config.model.plugin
-        known = record | ({"plugin": asdict(plugin)} if plugin is not None else {})
+        known = record | used_plugins(config)
         if not self.exists() or known != record:
             storage.write_json(self.record, known)
 

@@ -3,65 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError, load, yaml_file
-from bigtrain.models.config import ModelConfig, families, family, preset
-from bigtrain.plugin import Plugin
-from bigtrain.run.config import RunConfig, run_config
+from bigtrain.config.plugin import active_plugin
+from bigtrain.models.config import FAMILIES, preset
+from bigtrain.run.config import RunConfig
 from bigtrain.run.directory import RunDirectory
 
 
-def load_config(
-    path: Path, overrides: list[str] | None = None, name: str | None = None, plugin: Plugin | None = None
-) -> RunConfig:
+def load_config(path: Path, overrides: list[str] | None = None, name: str | None = None) -> RunConfig:
     """Read, complete and check a run's YAML; paths in it become absolute.
 
-    Args:
-        plugin: The user's own model families.
+    What a plugin registers is known once it is loaded (`bigtrain.config.plugin.load_plugin`).
 
     Raises:
-        UserError: Anything wrong in the file, with its line; a model that comes with a plugin which is not given.
+        UserError: Anything wrong in the file, with its line; a run that uses a plugin which is not loaded.
     """
     document = load.read_document(path, overrides or [])
     if name is not None:
         document.override(("name",), name)
-    own = plugin.families if plugin else {}
-    _require_plugin(document, path, own)
-    return config_of(document, plugin)
+    _require_plugin(document, path)
+    return config_of(document)
 
 
-def config_of(document: yaml_file.Document, plugin: Plugin | None = None) -> RunConfig:
+def config_of(document: yaml_file.Document) -> RunConfig:
     """The config that a parsed document holds; see `load_config`. The document's preset is written out in place."""
-    kind = _complete_model(document, plugin.families if plugin else {})
-    return _absolute(load.build(kind, document))
+    _complete_model(document)
+    return _absolute(load.build(RunConfig, document))
 
 
-def _require_plugin(document: yaml_file.Document, path: Path, own: Mapping[str, type[ModelConfig]]) -> None:
-    """Refuse the config of a run whose model came with a plugin, where it is not given again."""
-    model = document.value.get("model")
+def _require_plugin(document: yaml_file.Document, path: Path) -> None:
+    """Refuse the config of a run that uses a plugin, if it is not loaded."""
     directory = RunDirectory(path.parent)
-    if path.name != directory.config.name or not directory.exists() or not isinstance(model, dict):
+    if path.name != directory.config.name or not directory.exists():
         return
-    arch, source = model.get("arch"), directory.read_record().get("plugin")
-    if source is not None and arch not in own:
+    source = directory.read_record().get("plugin")
+    model = document.value.get("model")
+    if source is None or not isinstance(model, dict):
+        return
+    loaded = active_plugin()
+    places = {one.place for one in loaded.sources} if loaded is not None else set()
+    if not places.issuperset(source["place"].split(os.pathsep)) and not _all_known(document):
         raise UserError(
-            f"The model of this run, arch '{arch}', is the user's own code, which is loaded only where it is named",
+            f"This run (model.arch '{model.get('arch')}') uses the user's own code, which is loaded only where it is "
+            "named",
             str(path),
             f"Add --plugin {source['place']}",
         )
 
 
-def _complete_model(document: yaml_file.Document, own: Mapping[str, type[ModelConfig]]) -> type[RunConfig]:
-    """Lay the preset under the model's own keys; the typed config of its family."""
+def _all_known(document: yaml_file.Document) -> bool:
+    """Whether a config can be read with what is registered now."""
+    try:
+        load.build(RunConfig, document)
+    except UserError:
+        return False
+    return True
+
+
+def _complete_model(document: yaml_file.Document) -> None:
+    """Lay the preset under the model's own keys, in place."""
     model = document.value.get("model")
     if not isinstance(model, dict):
         raise UserError(
             "The key 'model' is missing" if model is None else "'model' must be a mapping of keys",
             document.where(("model",)),
-            f"Give model: {{arch: NAME, ...}} with one of {', '.join(families())}, or model: {{preset: NAME}}.",
+            f"Give model: {{arch: NAME, ...}} with one of {', '.join(FAMILIES)}, or model: {{preset: NAME}}.",
         )
     where = document.where(("model", "preset" if "preset" in model else "arch"))
     name = model.pop("preset", None)
@@ -73,11 +82,7 @@ def _complete_model(document: yaml_file.Document, own: Mapping[str, type[ModelCo
         model.clear()
         model.update(merged)
     if "arch" not in model:
-        raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join([*families(), *own])}.")
-    try:
-        return run_config(own.get(str(model["arch"])) or family(str(model["arch"])))
-    except UserError as error:
-        raise UserError(error.what, where, error.fix) from None
+        raise UserError("The key 'model.arch' is missing", where, f"Known: {', '.join(FAMILIES)}.")
 
 
 def _absolute(config: RunConfig) -> RunConfig:

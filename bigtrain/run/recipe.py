@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from bigtrain.run.plugins import plugin_hashes
+
 if TYPE_CHECKING:
     from bigtrain.run.config import RunConfig
 
@@ -23,8 +25,8 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
     plain = config.plain()
     recipe = {key: plain[key] for key in RECIPE}
     recipe["model"] = {**recipe["model"], **config.model.fingerprint()}
-    if config.model.plugin is not None:
-        recipe["model"]["plugin"] = config.model.plugin.sha256
+    for key, sha256 in plugin_hashes(config, RECIPE).items():
+        recipe[key]["plugin"] = sha256
     recipe["data"] = {**recipe["data"], **data}
     if recipe["data"]["consumed"] is None:
         del recipe["data"]["consumed"]

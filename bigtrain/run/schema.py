@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from bigtrain.config import load
-from bigtrain.models.config import families, family, preset, presets
-from bigtrain.plugin import Plugin
+from bigtrain.models.config import FAMILIES, preset, presets
 from bigtrain.run.config import RunConfig
 
 
-def config_schema(plugin: Plugin | None = None) -> dict[str, Any]:
+def config_schema() -> dict[str, Any]:
     """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
-    sections = {arch: family(arch) for arch in families()} | dict(plugin.families if plugin else {})
     schema = {**load.json_schema(RunConfig), "title": "bigtrain run"}
     choices = []
-    for arch, section in sections.items():
-        model = load.json_schema(section)
+    for arch in FAMILIES:
+        model = load.json_schema(FAMILIES[arch])
         schema["$defs"].update(model.pop("$defs", {}))
         del model["$schema"]
         model["properties"]["arch"] = {"const": arch, "type": "string"}

@@ -79,7 +79,7 @@ def _config(sweep: Sweep, one: Rung) -> RunConfig:
     steps = min(max(steps, MIN_STEPS), MAX_STEPS)
     trial = grid_trials(sweep, one, one.lr, (0,), (steps,))[0]
     config = trial_config(sweep, one, trial)
-    schedule = type(config.schedule)()
+    schedule = type(config.schedule)(name=config.schedule.name)
     tracking = config.tracking.model_copy(update={"wandb": "disabled", "every": config.tracking.every.steps(1)})
     evaluation = config.evaluation.model_copy(update={"sequences": 1})
     return config.model_copy(

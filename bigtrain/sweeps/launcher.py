@@ -19,10 +19,10 @@ from types import FrameType
 from typing import Any, TextIO
 
 from bigtrain.checkpoint.restore import bring_back
+from bigtrain.config.plugin import load_plugin
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placers.local import LocalPlacer
 from bigtrain.jobs.train import train
-from bigtrain.plugin import load_plugin
 from bigtrain.run import load_config
 from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptPlacer
 
@@ -83,8 +83,9 @@ class SlotOfThisMachine:
         self.gang = Gang(self._train)
 
     def _train(self, gang: Gang, trial: GangTrial, stream: TextIO) -> int:
-        plugin = None if self._plugin is None else load_plugin(self._plugin)
-        config = load_config(trial.config, plugin=plugin)
+        if self._plugin is not None:
+            load_plugin(self._plugin)
+        config = load_config(trial.config)
         if config.checkpoint.storage is not None and (done := bring_back(config, trial.runs_dir)):
             print(done, file=stream)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from bigtrain.config import UserError, load, yaml_file
 from bigtrain.jobs.config import JobConfig
-from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, config_of
 from bigtrain.sweeps.config import SweepConfig
 
@@ -40,7 +39,6 @@ class Sweep:
     config: SweepConfig
     document: yaml_file.Document
     """Of the base run, with the lines of the sweep's file."""
-    plugin: Plugin | None = None
 
     @property
     def where(self) -> str:
@@ -57,7 +55,7 @@ class Sweep:
         for name, value in sections.items():
             below = document.value.get(name)
             document.value[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-        return config_of(document, self.plugin)
+        return config_of(document)
 
     @property
     def ranks(self) -> int:
@@ -76,9 +74,7 @@ class Sweep:
         return load.build(JobConfig, document)
 
 
-def load_sweep(
-    path: Path, overrides: list[str] | None = None, name: str | None = None, plugin: Plugin | None = None
-) -> Sweep:
+def load_sweep(path: Path, overrides: list[str] | None = None, name: str | None = None) -> Sweep:
     """Read a sweep's YAML.
 
     Raises:
@@ -104,7 +100,7 @@ def load_sweep(
     evaluation = base.value.get("evaluation")
     if evaluation is None or isinstance(evaluation, dict):
         base.value["evaluation"] = {"sequences": HELD_OUT_SEQUENCES, **(evaluation or {})}
-    return Sweep(config, base, plugin)
+    return Sweep(config, base)
 
 
 def sweep_schema(run: dict[str, Any]) -> dict[str, Any]:

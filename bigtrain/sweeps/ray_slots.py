@@ -11,6 +11,7 @@ from typing import Final, TextIO
 
 from bigtrain import variables
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin
 from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.ending import tell_end
@@ -18,7 +19,6 @@ from bigtrain.jobs.launch import run_controlled
 from bigtrain.jobs.placers.ray_cluster import View, look
 from bigtrain.jobs.placers.ray_placer import RayPlacer
 from bigtrain.jobs.train import CheckedRun, check, node_sizes
-from bigtrain.plugin import load_plugin
 from bigtrain.run import ExitCode, RunConfig, load_config
 from bigtrain.sweeps.config import SlotsConfig
 from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptElasticPlacer, KeptPlacer
@@ -171,8 +171,9 @@ class _Slot(threading.Thread):
             self._gang.keep(LOOK_S)
 
     def _train(self, gang: Gang, trial: GangTrial, stream: TextIO) -> int:
-        plugin = None if self._plugin is None else load_plugin(self._plugin)
-        run = check(load_config(trial.config, plugin=plugin), trial.runs_dir)
+        if self._plugin is not None:
+            load_plugin(self._plugin)
+        run = check(load_config(trial.config), trial.runs_dir)
         if run.finished:
             return ExitCode.FINISHED
         run = run.with_job(procs_per_node=self._config.procs)

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from bigtrain import variables
 from bigtrain.children import module_command, with_source
+from bigtrain.config.plugin import active_plugin
 from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
 from bigtrain.jobs.placers.local import visible_gpus
@@ -84,7 +85,8 @@ def starter_of(sweep: Sweep) -> TrialStarter:
     Raises:
         UserError: It asks for a cluster that does not answer.
     """
-    plugin = sweep.plugin.source.place if sweep.plugin is not None else None
+    active = active_plugin()
+    plugin = None if active is None else active.place
     if sweep.config.slots.on == "machine":
         return LocalSlots(sweep.config.slots, plugin)
     from bigtrain.sweeps.ray_slots import RaySlots

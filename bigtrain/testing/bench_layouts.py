@@ -28,9 +28,9 @@ from bigtrain.engines.config import FSDPConfig
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
+from bigtrain.models.families.llama import Config as Llama
 from bigtrain.models.init import initialise
-from bigtrain.models.llama import Config as Llama
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.planning.communication import Collective

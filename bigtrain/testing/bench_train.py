@@ -34,8 +34,9 @@ from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Heartbeat, StopRequest
-from bigtrain.models.llama import Config as Llama
-from bigtrain.optim.config import AdamWConfig, ConstantConfig
+from bigtrain.models.families.llama import Config as Llama
+from bigtrain.optim.optimizers.adamw import AdamWConfig
+from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory

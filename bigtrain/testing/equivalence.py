@@ -26,17 +26,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from bigtrain.checkpoint.flat import FlatPart
+from bigtrain.config.plugin import load_plugin
 from bigtrain.data.loader import distribute
 from bigtrain.engines.build import build_engine
 from bigtrain.engines.config import EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
 from bigtrain.engines.fsdp import FSDPEngine
 from bigtrain.engines.support import check_support
-from bigtrain.models.config import ModelConfig, family
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.models.config import FAMILIES, ModelConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
-from bigtrain.plugin import load_plugin
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
 """A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
@@ -156,7 +156,9 @@ def build(what: What, how: How) -> Any:
 def section(what: What) -> ModelConfig:
     """The section `model` of what is trained."""
     arch = what.model["arch"]
-    found = load_plugin(what.plugin).families[arch] if what.plugin else family(arch)
+    if what.plugin:
+        load_plugin(what.plugin)
+    found = FAMILIES[arch]
     of_tokens = found.data_kind in ("tokens", "captions")
     return found(**what.model, **({"context": what.context} if of_tokens else {}))
 

@@ -10,7 +10,6 @@ from bigtrain.checkpoint.huggingface import export_hf
 from bigtrain.config import UserError
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_json
 from bigtrain.training.prepare import pins
@@ -18,7 +17,7 @@ from bigtrain.training.prepare import pins
 logger = logging.getLogger(__name__)
 
 
-def export_run(run: RunDirectory, step: int, out: Path, plugin: Plugin | None = None) -> list[Path]:
+def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     """Write a verified checkpoint of a run as a directory for `from_pretrained`.
 
     The tokenizer comes along where the data has one that transformers can read, which bytes are not; where the data
@@ -28,7 +27,7 @@ def export_run(run: RunDirectory, step: int, out: Path, plugin: Plugin | None = 
         UserError: transformers has no such model; `out` is not empty; there is no such step.
         CorruptionError: The checkpoint does not verify.
     """
-    config = load_config(run.config, plugin=plugin)
+    config = load_config(run.config)
 
     def companions(place: Path) -> dict[str, Any]:
         tokenizer = _tokenizer(run, config)

@@ -15,7 +15,6 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
-from bigtrain.plugin import Plugin
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.training.prepare import pins
 
@@ -29,14 +28,12 @@ def sample(
     temperature: float,
     top_k: int | None,
     seed: int,
-    plugin: Plugin | None = None,
     image: str | Path | None = None,
 ) -> str:
     """Continue a prompt with the weights of a run's checkpoint.
 
     Args:
         image: The file of the image whose caption is to be written; scaled and cropped to the model's size.
-        plugin: The user's own model families.
         step: Of the checkpoint; None: the newest sound one.
         tokens: New tokens; the text ends earlier where the model ends it.
 
@@ -47,7 +44,7 @@ def sample(
         UserError: No checkpoint, a model that writes no text, an image where there should be none, or none where one
             should be.
     """
-    config = load_config(run.config, plugin=plugin)
+    config = load_config(run.config)
     _refuse_other_kinds(config, image is not None, str(run.path))
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)

@@ -22,6 +22,7 @@ from bigtrain.checkpoint.restore import refuse_unrestored, store_of
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import UserError, yaml_file
+from bigtrain.config.plugin import plugin_of_launcher
 from bigtrain.data.loader import EvaluationLoader, Loader
 from bigtrain.engines.build import build_engine
 from bigtrain.engines.contract import Reloaded
@@ -29,8 +30,8 @@ from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
 from bigtrain.parallel.mesh import Ranks
-from bigtrain.plugin import Plugin, plugin_of_launcher
-from bigtrain.run import ExitCode, RunDirectory, lease_check, load_config
+from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, lease_check, load_config
+from bigtrain.run.plugins import plugin_hashes
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
 from bigtrain.training.bad_steps import Policy, RollBack
 from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
@@ -56,22 +57,25 @@ TRACKER_CLOSE_S = 20.0
 
 def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> ExitCode:
     """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
-    plugin = plugin_of_launcher()
-    _check_unchanged(plugin, directory)
-    prepared = prepare(load_config(directory.config, plugin=plugin), verify=False, pinned=directory.recipe()["data"])
+    plugin_of_launcher()
+    config = load_config(directory.config)
+    _check_unchanged(config, directory)
+    prepared = prepare(config, verify=False, pinned=directory.recipe()["data"])
     with Session(prepared, directory, heartbeat, stop) as session:
         outcome = session.train()
     return ExitCode.FINISHED if outcome is Outcome.FINISHED else ExitCode.STOPPED
 
 
-def _check_unchanged(plugin: Plugin | None, directory: RunDirectory) -> None:
+def _check_unchanged(config: RunConfig, directory: RunDirectory) -> None:
     """A rank that is started again must run the code that the run was started with."""
-    if plugin is not None and plugin.source.sha256 != directory.recipe()["model"].get("plugin"):
-        raise UserError(
-            "The plugin is not the one that this run was started with",
-            plugin.source.place,
-            "Undo the change, or start a new run from this one with --fork NEW.",
-        )
+    recorded = directory.recipe()
+    for key, sha256 in plugin_hashes(config, RECIPE).items():
+        if recorded[key].get("plugin") != sha256:
+            raise UserError(
+                f"The plugin of '{key}' is not the one that this run was started with",
+                getattr(config, key).plugin.place,
+                "Undo the change, or start a new run from this one with --fork NEW.",
+            )
 
 
 class AgentLink:

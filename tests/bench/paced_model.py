@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bigtrain.models.llama import Config as Llama
+from bigtrain.models.families.llama import Config as Llama
 
 PACE_VARIABLE = "BIGTRAIN_PACE_S"
 

@@ -28,6 +28,7 @@ from bigtrain.checkpoint.ranks import Ranks, RanksLostError, WorkFailedError
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 
 FACTS: dict[str, Any] = {"progress": {"tokens": 7}, "config_hash": "c", "identity": "i"}
 
@@ -57,7 +58,7 @@ def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Uneven()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    optimizer = AdamWConfig(lr=0.1).build(model.named_parameters())
     materialise_optimizer(optimizer)
     return model, optimizer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from bigtrain.checkpoint.huggingface import export_hf, import_hf
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.hf_files import HfFiles
 
 VOCAB = 97
@@ -54,7 +54,7 @@ def test_weights_go_in_and_out_and_every_logit_stays(kind: str, tmp_path: Path) 
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1, "one file: nothing is sharded"
     step, keys = import_hf(tmp_path / "theirs", tmp_path / "ours")
-    config = family(keys["arch"])(**keys)
+    config = FAMILIES[keys["arch"]](**keys)
     directory = tmp_path / "ours" / "checkpoints"
 
     model = config.build(VOCAB)
@@ -154,12 +154,12 @@ def test_what_cannot_be_imported_is_refused_and_nothing_written(damage: str, dir
 )
 def test_a_model_that_does_not_fit_its_source_is_refused(keys: dict[str, Any], said: str, directory: Path) -> None:
     files = HfFiles.open(directory)
-    config = family("llama")(**{**files.keys(), **keys})
+    config = FAMILIES["llama"](**{**files.keys(), **keys})
     with pytest.raises(UserError, match=said):
         files.check_fit(config, config.parameter_shapes(VOCAB))
 
 
 def test_a_shape_that_transformers_does_not_have_is_not_exported(tmp_path: Path) -> None:
-    config = family("llama")(layers=1, width=8, heads=2, context=4, norm="layernorm")
+    config = FAMILIES["llama"](layers=1, width=8, heads=2, context=4, norm="layernorm")
     with pytest.raises(UserError, match="no form in transformers"):
         export_hf(tmp_path, 1, tmp_path / "out", config=config)

@@ -27,8 +27,8 @@ from bigtrain.engines.accelerate import AccelerateEngine
 from bigtrain.engines.config import AccelerateConfig, EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.support import check_support
-from bigtrain.models.hf import Config
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.models.families.hf import Config
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.equivalence import put as fill_from_whole

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from bigtrain.engines.contract import StepNumbers
 from bigtrain.models.contract import LossSum
-from bigtrain.optim.config import AdamWConfig, OptimizerConfig, RMSpropConfig, SGDConfig
+from bigtrain.optim.config import OptimizerConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
+from bigtrain.optim.optimizers.rmsprop import RMSpropConfig
+from bigtrain.optim.optimizers.sgd import SGDConfig
 from bigtrain.testing import equivalence
 from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches
 from bigtrain.testing.ranks import RankPool

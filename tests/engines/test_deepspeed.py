@@ -29,8 +29,9 @@ from bigtrain.engines.contract import MicroBatch, Reloaded
 from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config
 from bigtrain.engines.deepspeed_start import import_deepspeed
 from bigtrain.engines.fsdp import FSDPEngine
-from bigtrain.models.config import family
-from bigtrain.optim.config import AdamWConfig, ParameterGroup
+from bigtrain.models.config import FAMILIES
+from bigtrain.optim.config import ParameterGroup
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.ranks import RankPool
@@ -93,7 +94,7 @@ def micro_batches(case: Case, step: int) -> list[MicroBatch]:
 def build(case: Case) -> Any:
     groups = (ParameterGroup(pattern="embedding.*", lr_scale=0.5), ParameterGroup(pattern="*.mlp.*", weight_decay=0.3))
     return build_engine(
-        family(case.model["arch"])(**case.model, context=CONTEXT),
+        FAMILIES[case.model["arch"]](**case.model, context=CONTEXT),
         VOCABULARY,
         AdamWConfig(lr=LR, clip=case.clip, eps=1e-6, groups=groups),
         engine=case.engine,
@@ -391,14 +392,14 @@ START = """
 import sys, torch, numpy as np
 from bigtrain.engines.build import build_engine
 from bigtrain.engines.config import DeepSpeedConfig
-from bigtrain.models.config import family
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.models.config import FAMILIES
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 import bigtrain.engines.deepspeed_build as module
 join = module.join_process_group
 module.join_process_group = lambda *arguments: (print("joining", flush=True), join(*arguments))[1]
-model = family("gpt2")(arch="gpt2", layers=1, width=16, heads=2, context=8)
+model = FAMILIES["gpt2"](arch="gpt2", layers=1, width=16, heads=2, context=8)
 ranks = Ranks(0, 0, 1)
 build_engine(model, 11, AdamWConfig(), engine=DeepSpeedConfig(zero=2), layout=LayoutConfig(), precision="fp32", seed=1,
              ranks=ranks)

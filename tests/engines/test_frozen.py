@@ -16,7 +16,7 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig
 from bigtrain.engines.support import check_support
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.hf_files import HfFiles
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches
@@ -44,7 +44,7 @@ def train(what: What, how: How, source: Path) -> tuple[dict[str, Tensor], dict[s
     """Take the weights of `source` and two steps: all weights before and after, and the names of this rank's state."""
     engine = build(what, how)
     files = HfFiles.open(source)
-    config = family(what.model["arch"])(**what.model, context=what.context)
+    config = FAMILIES[what.model["arch"]](**what.model, context=what.context)
     state = engine.state()
     weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
     load_hf(files, files.check_fit(config, {name: tuple(weights[name].shape) for name in weights}), weights)

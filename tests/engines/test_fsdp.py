@@ -18,8 +18,12 @@ from bigtrain.data.loader import distribute
 from bigtrain.engines.config import FSDPConfig, Precision
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp import FSDPEngine
-from bigtrain.models.config import family
-from bigtrain.optim.config import AdamConfig, AdamWConfig, OptimizerConfig, RMSpropConfig, SGDConfig
+from bigtrain.models.config import FAMILIES
+from bigtrain.optim.config import OptimizerConfig
+from bigtrain.optim.optimizers.adam import AdamConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
+from bigtrain.optim.optimizers.rmsprop import RMSpropConfig
+from bigtrain.optim.optimizers.sgd import SGDConfig
 from bigtrain.parallel.config import ContextKind, LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.ranks import RankPool
@@ -121,7 +125,7 @@ def micro_batches(case: Case, step: int, rank: int, ranks: int, filler_weight: f
 def build(case: Case) -> FSDPEngine:
     """The engine on this rank, as a run builds it."""
     return FSDPEngine.build(
-        family(case.model["arch"])(**case.model, context=case.context),
+        FAMILIES[case.model["arch"]](**case.model, context=case.context),
         VOCABULARY,
         case.optimizer,
         engine=FSDPConfig(),

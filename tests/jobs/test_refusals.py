@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin
 from bigtrain.jobs.train import train
-from bigtrain.plugin import load_plugin
 from bigtrain.run import load_config
 
 PLUGIN = Path(__file__).parents[2] / "configs" / "plugin" / "my_model.py"
@@ -50,9 +50,10 @@ def test_the_impossible_is_refused_before_a_process_is_started(
         pytest.fail("a process would have been started")
 
     monkeypatch.setattr("bigtrain.jobs.train.launch_here", started)
-    path, plugin, runs = write_config(), load_plugin(str(PLUGIN)), tmp_path / "runs"
+    path, runs = write_config(), tmp_path / "runs"
+    load_plugin(str(PLUGIN))
     with pytest.raises(UserError) as caught:
-        train(load_config(path, list(overrides), plugin=plugin), runs, procs=nproc)
+        train(load_config(path, list(overrides)), runs, procs=nproc)
     assert caught.value.exit_code == 2
     for piece in said:
         assert piece in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import initialise
 
 VOCAB = 97
@@ -26,7 +26,7 @@ def make_decoder() -> Callable[..., nn.Module]:
 
     def make(arch: str, **keys: Any) -> nn.Module:
         shape = {"layers": 2, "width": 32, "heads": 4, "context": 16} | keys
-        model = family(arch)(**shape).build(VOCAB)
+        model = FAMILIES[arch](**shape).build(VOCAB)
         initialise(model, seed=1)
         return model
 

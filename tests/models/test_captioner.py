@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigtrain.models.captioner import Captioner
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
+from bigtrain.models.families.captioner import Captioner
 from bigtrain.models.init import initialise
 from bigtrain.models.sampling import generate
 
@@ -19,7 +19,7 @@ SHAPE = {"image_size": 8, "channels": 3, "patch": 4, "layers": 2, "width": 32, "
 
 
 def build(vocabulary: int = 11, **keys: Any) -> Captioner:
-    model = family("captioner")(**(SHAPE | keys)).build(vocabulary)
+    model = FAMILIES["captioner"](**(SHAPE | keys)).build(vocabulary)
     initialise(model, seed=1)
     assert isinstance(model, Captioner)
     return model
@@ -105,6 +105,6 @@ def test_parameters_and_flops_are_exact() -> None:
 @pytest.mark.parametrize(("keys", "message"), [({"patch": 3}, "patch 3"), ({"heads": 5}, "heads 5")])
 def test_an_impossible_shape_is_refused(keys: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        family("captioner")(**(SHAPE | keys))
+        FAMILIES["captioner"](**(SHAPE | keys))
     with pytest.raises(ValueError, match="'context'"):
-        family("captioner")(**{name: size for name, size in SHAPE.items() if name != "context"})
+        FAMILIES["captioner"](**{name: size for name, size in SHAPE.items() if name != "context"})

@@ -10,7 +10,7 @@ from torch import nn
 
 from bigtrain.config import UserError
 from bigtrain.models.check import check_model, check_module
-from bigtrain.models.config import families, family, preset, presets
+from bigtrain.models.config import FAMILIES, preset, presets
 from bigtrain.models.contract import Init, Ones, Zeros
 
 SIZES = {"vit": {"image_size": 8}, "captioner": {"image_size": 8, "context": 5}}
@@ -58,20 +58,20 @@ def test_a_dropout_of_zero_is_no_offence() -> None:
     check_module(spoil(lambda m: setattr(m, "drop", nn.Dropout(0.0))), "here")
 
 
-@pytest.mark.parametrize("arch", [arch for arch in families() if family(arch).keeps_contract])
+@pytest.mark.parametrize("arch", [arch for arch in FAMILIES.names() if FAMILIES[arch].keeps_contract])
 def test_every_family_keeps_the_contract(arch: str) -> None:
     sizes = SIZES.get(arch, {"layers": 2, "width": 16, "heads": 2, "context": 8})
-    check_model(family(arch)(**sizes), 19)
+    check_model(FAMILIES[arch](**sizes), 19)
 
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_counts_its_parameters_right(name: str) -> None:
     keys = preset(name)
-    check_model(family(keys["arch"])(**keys), 1000)
+    check_model(FAMILIES[keys["arch"]](**keys), 1000)
 
 
 def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = family("vit")(image_size=8)
+    config = FAMILIES["vit"](image_size=8)
     monkeypatch.setattr(type(config), "parameter_count", lambda self, vocab_size: 7)
     with pytest.raises(UserError, match=r"parameter_count\(\) says 7"):
         check_model(config, 10)
@@ -79,7 +79,7 @@ def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("result", [torch.zeros(()), (torch.zeros(()),), (torch.zeros(2), torch.zeros(())), None])
 def test_a_forward_that_returns_no_sums_is_told(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
-    config = family("vit")(image_size=8)
-    monkeypatch.setattr("bigtrain.models.vit.VisionTransformer.forward", lambda self, batch: result)
+    config = FAMILIES["vit"](image_size=8)
+    monkeypatch.setattr("bigtrain.models.families.vit.VisionTransformer.forward", lambda self, batch: result)
     with pytest.raises(UserError, match=r"forward\(\) does not return two FP32 scalars"):
         check_model(config, 10)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bigtrain
 from bigtrain.config import UserError
-from bigtrain.models.config import families, family, preset, presets
+from bigtrain.models.config import FAMILIES, preset, presets
 
 SHAPE = {"layers": 2, "width": 32, "heads": 4, "context": 16}
 
@@ -33,22 +33,22 @@ SHAPE = {"layers": 2, "width": 32, "heads": 4, "context": 16}
 )
 def test_an_impossible_shape_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        family("gpt2")(**(SHAPE | keys))
+        FAMILIES["gpt2"](**(SHAPE | keys))
 
 
 def test_a_preset_with_a_longer_context_than_its_positions_is_refused() -> None:
     keys = preset("gpt2-124m") | {"context": 2048}
     with pytest.raises(ValueError, match="sequence longer than positions"):
-        family("gpt2")(**keys)
+        FAMILIES["gpt2"](**keys)
 
 
 def test_families_are_the_files_that_define_a_config() -> None:
-    assert families() == ["captioner", "gpt2", "hf", "llama", "qwen3", "vit"]
+    assert FAMILIES.names() == ["captioner", "gpt2", "hf", "llama", "qwen3", "vit"]
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError) as arch:
-        family("lama")
+        FAMILIES["lama"]
     assert "llama" in (arch.value.fix or "")
     with pytest.raises(UserError) as name:
         preset("llama3-8B")
@@ -62,15 +62,15 @@ def test_a_changed_preset_leaves_the_next_one_whole() -> None:
 
 def test_configs_of_decoders_need_no_torch() -> None:
     code = (
-        "import sys; from bigtrain.models.config import family, preset; import bigtrain.optim.config;"
-        "family('llama')(**preset('llama3-8b')).flops_per_token(128256); assert 'torch' not in sys.modules"
+        "import sys; from bigtrain.models.config import FAMILIES, preset; import bigtrain.optim.config;"
+        "FAMILIES['llama'](**preset('llama3-8b')).flops_per_token(128256); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(bigtrain.__file__).parents[1])
 
 
 def test_a_config_written_out_builds_the_same_config() -> None:
-    config = family("llama")(**SHAPE, rope_scaling={"factor": 4.0})
-    assert family("llama")(**config.plain()) == config
+    config = FAMILIES["llama"](**SHAPE, rope_scaling={"factor": 4.0})
+    assert FAMILIES["llama"](**config.plain()) == config
 
 
 PUBLISHED = {
@@ -97,7 +97,7 @@ def test_every_preset_has_its_published_count_here() -> None:
 def test_parameter_counts_of_presets_are_the_published_ones(name: str) -> None:
     vocab, published = PUBLISHED[name]
     keys = preset(name)
-    config = family(keys["arch"])(**keys)
+    config = FAMILIES[keys["arch"]](**keys)
     assert config.parameter_count(vocab) == published
     with torch.device("meta"):
         assert sum(p.numel() for p in config.build(vocab).parameters()) == published
@@ -119,11 +119,11 @@ def test_parameter_counts_of_presets_equal_those_of_transformers(name: str) -> N
     with torch.device("meta"):
         model = kind(theirs)
     count = sum(p.numel() for p in model.parameters())
-    assert family(keys["arch"])(**keys).parameter_count(vocab) == count
+    assert FAMILIES[keys["arch"]](**keys).parameter_count(vocab) == count
 
 
 def test_parameters_without_embeddings_leave_out_the_tables() -> None:
-    config = family("gpt2")(**SHAPE, max_positions=20)
+    config = FAMILIES["gpt2"](**SHAPE, max_positions=20)
     assert config.parameter_count(50) - config.parameter_count_without_embeddings(50) == (50 + 20) * 32
 
 
@@ -136,7 +136,7 @@ def test_parameters_without_embeddings_leave_out_the_tables() -> None:
     ],
 )
 def test_flops_equal_torchs_counter_on_the_run_model(arch: str, keys: dict[str, Any]) -> None:
-    config = family(arch)(**(SHAPE | keys))
+    config = FAMILIES[arch](**(SHAPE | keys))
     model = config.build(97)
     tokens = torch.zeros((3, 16), dtype=torch.long)
     batch = {"tokens": tokens, "targets": tokens, "weights": torch.ones(3, 16)}

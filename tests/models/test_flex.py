@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder import DecoderModel
 from bigtrain.models.flex import BLOCK, attend_blocks, block_mask, mask_of_documents, serves
 from bigtrain.models.init import initialise
@@ -98,7 +98,7 @@ def test_attention_by_blocks_gathers_what_the_dense_form_does(dtype: torch.dtype
 
 
 def decoder() -> DecoderModel:
-    config = family("llama")(layers=2, width=128, heads=4, kv_heads=2, context=2 * BLOCK)
+    config = FAMILIES["llama"](layers=2, width=128, heads=4, kv_heads=2, context=2 * BLOCK)
     model = config.build(61)
     initialise(model, seed=3)
     assert isinstance(model, DecoderModel)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bigtrain.config import UserError
-from bigtrain.models.hf import Config
+from bigtrain.models.families.hf import Config
 from bigtrain.models.hf_tasks import examples, loss_sum
 from tests.models.tiny_hf import CONTEXT, TASKS, VOCABULARY, config_of
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bigtrain
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import block_seed, initialise
 
 
@@ -39,8 +39,8 @@ def test_another_seed_name_or_block_draws_other_numbers(make_decoder: Callable[.
 
 
 def test_a_shape_grown_by_rows_keeps_its_first_blocks() -> None:
-    small = family("llama")(layers=1, width=16, heads=2, context=8).build(512)
-    large = family("llama")(layers=1, width=16, heads=2, context=8).build(600)
+    small = FAMILIES["llama"](layers=1, width=16, heads=2, context=8).build(512)
+    large = FAMILIES["llama"](layers=1, width=16, heads=2, context=8).build(600)
     for model in (small, large):
         initialise(model, seed=1)
     assert torch.equal(small.embedding.weight, large.embedding.weight[:512])
@@ -74,12 +74,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch import nn
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import initialise
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 
 def build():
-    return family("llama")(layers=1, width=24, heads=2, mlp_width=301, context=8).build(610)
+    return FAMILIES["llama"](layers=1, width=24, heads=2, mlp_width=301, context=8).build(610)
 
 def rank(index, folder):
     torch.set_num_threads(1)

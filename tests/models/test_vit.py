@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
+from bigtrain.models.families.vit import VisionTransformer
 from bigtrain.models.init import initialise
 from bigtrain.models.patches import cut
-from bigtrain.models.vit import VisionTransformer
 
 SHAPE = {"image_size": 8, "channels": 3, "patch": 4, "layers": 2, "width": 32, "heads": 4}
 
 
 def build(classes: int = 3, **keys: Any) -> VisionTransformer:
-    model = family("vit")(**(SHAPE | keys)).build(classes)
+    model = FAMILIES["vit"](**(SHAPE | keys)).build(classes)
     initialise(model, seed=1)
     assert isinstance(model, VisionTransformer)
     return model
@@ -80,4 +80,4 @@ def test_parameters_and_flops_are_exact() -> None:
 )
 def test_an_impossible_shape_is_refused(keys: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        family("vit")(**(SHAPE | keys))
+        FAMILIES["vit"](**(SHAPE | keys))

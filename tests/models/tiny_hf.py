@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.models.hf import Config
+from bigtrain.models.families.hf import Config
 
 VOCABULARY, CONTEXT, MASK_TOKEN = 61, 16, 63
 TASKS = {"bert": "masked", "gpt2": "causal", "llama": "causal", "qwen3": "causal", "t5": "seq2seq"}

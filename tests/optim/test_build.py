@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from bigtrain.config import UserError
-from bigtrain.optim.config import OptimizerConfig
+from bigtrain.optim.config import OPTIMIZERS, OptimizerConfig
 
-ADAPTER: TypeAdapter[OptimizerConfig] = TypeAdapter(OptimizerConfig)
+ADAPTER: TypeAdapter[OptimizerConfig] = TypeAdapter(Annotated[OptimizerConfig, OPTIMIZERS])
 
 
 def make_model() -> nn.Module:

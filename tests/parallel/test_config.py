@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigtrain.data.loader import distribute
-from bigtrain.models.config import BlockCosts, ModelConfig, family, preset
+from bigtrain.models.config import FAMILIES, BlockCosts, ModelConfig, preset
 from bigtrain.parallel.config import LayoutConfig, Mesh, balanced
 
 FIVE_AXES = Mesh(pp=2, dp_replicate=3, dp_shard=2, cp=2, tp=2)
@@ -88,8 +88,8 @@ def test_no_split_has_a_cheaper_dearest_stage(blocks: int, stages: int, before: 
 
 def test_embedding_and_head_weigh_in_the_split() -> None:
     """Llama 3 8B's head costs about two of its blocks; a small vocabulary costs nothing."""
-    assert LayoutConfig(pp=4).split(family("llama")(**preset("llama3-8b")).block_costs(128256)) == (7, 9, 9, 7)
-    small = family("llama")(layers=8, width=256, heads=4, context=64)
+    assert LayoutConfig(pp=4).split(FAMILIES["llama"](**preset("llama3-8b")).block_costs(128256)) == (7, 9, 9, 7)
+    small = FAMILIES["llama"](layers=8, width=256, heads=4, context=64)
     assert LayoutConfig(pp=4).split(small.block_costs(61)) == (2, 2, 2, 2)
 
 
@@ -143,17 +143,17 @@ def test_what_the_model_cannot_split_is_refused_with_the_sizes_that_would_work(
     keys = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 56, "context": 24} | model
     outputs = keys.pop("outputs", 61)
     with pytest.raises(ValueError, match=message):
-        LayoutConfig(**layout).check(family("llama")(**keys), outputs)
+        LayoutConfig(**layout).check(FAMILIES["llama"](**keys), outputs)
 
 
 @pytest.mark.parametrize(("axis", "message"), [("tp", "no tensor plan"), ("cp", "no plan for it: use cp 1")])
 def test_a_family_without_a_plan_is_refused(axis: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LayoutConfig(**{axis: 2}).check(family("vit")(image_size=8), 10)
+        LayoutConfig(**{axis: 2}).check(FAMILIES["vit"](image_size=8), 10)
 
 
 def test_the_sizes_that_are_named_are_those_that_are_not_refused() -> None:
-    model = family("llama")(layers=1, width=48, heads=12, kv_heads=4, mlp_width=56, context=24)
+    model = FAMILIES["llama"](layers=1, width=48, heads=12, kv_heads=4, mlp_width=56, context=24)
     for keys, named in (
         ({}, [1, 2, 4, 12]),
         ({"cp_kind": "all_gather"}, [1, 2, 3, 4, 6, 12]),
@@ -188,17 +188,17 @@ def _fits(layout: LayoutConfig, model: ModelConfig) -> bool:
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_what_would_work(layout: dict[str, Any], message: str) -> None:
-    model = family("llama")(layers=6, width=256, heads=4, context=24)
+    model = FAMILIES["llama"](layers=6, width=256, heads=4, context=24)
     with pytest.raises(ValueError, match=message):
         LayoutConfig(**layout).check(model, 61)
 
 
 def test_a_family_that_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be cut into stages: use pp 1"):
-        LayoutConfig(pp=2).check(family("vit")(image_size=8), 10)
+        LayoutConfig(pp=2).check(FAMILIES["vit"](image_size=8), 10)
 
 
 def test_what_fits_is_not_refused() -> None:
-    model = family("llama")(layers=1, width=32, heads=4, kv_heads=2, mlp_width=56, context=9)
+    model = FAMILIES["llama"](layers=1, width=32, heads=4, kv_heads=2, mlp_width=56, context=9)
     LayoutConfig(tp=2, sequence_parallel=False).check(model, 61)
-    LayoutConfig().check(family("vit")(image_size=8), 10)
+    LayoutConfig().check(FAMILIES["vit"](image_size=8), 10)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.layers import attend, document_mask
 from bigtrain.parallel.config import ContextKind
 from bigtrain.parallel.context import KINDS, AllGather, ContextGroup, share_sequences
@@ -149,7 +149,7 @@ def test_a_rank_takes_its_part_of_all_that_has_tokens_and_keeps_the_rest(ranks: 
 
 def refusals() -> list[str]:
     said = []
-    images = family("vit")(image_size=8).build(10)
+    images = FAMILIES["vit"](image_size=8).build(10)
     for attempt in (
         lambda: group_of("all_gather").positions(CONTEXT - 2, torch.device("cpu")),
         lambda: share_sequences(images, "ulysses", cast(dist.ProcessGroup, dist.group.WORLD)),

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.engines.config import FSDPConfig
 from bigtrain.engines.fsdp import FSDPEngine
-from bigtrain.models.config import family
-from bigtrain.optim.config import AdamWConfig, OptimizerConfig
+from bigtrain.models.config import FAMILIES
+from bigtrain.optim.config import OptimizerConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.equivalence import How, What, micro_batches
@@ -26,7 +27,7 @@ INTERLEAVED = {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
 
 def build(layout: dict[str, Any], optimizer: OptimizerConfig | None = None) -> FSDPEngine:
     return FSDPEngine.build(
-        family("llama")(**WHAT.model, context=WHAT.context),
+        FAMILIES["llama"](**WHAT.model, context=WHAT.context),
         WHAT.vocabulary,
         optimizer or AdamWConfig(lr=1e-3),
         engine=FSDPConfig(),
@@ -55,7 +56,7 @@ def test_a_rank_holds_its_own_stages_alone_under_the_names_of_one_process(
     ranks: RankPool, layout: dict[str, Any], layers: list[str]
 ) -> None:
     with torch.device("meta"):
-        whole = family("llama")(**WHAT.model, context=WHAT.context).build(WHAT.vocabulary)
+        whole = FAMILIES["llama"](**WHAT.model, context=WHAT.context).build(WHAT.vocabulary)
     sizes = {name: parameter.numel() * 4 for name, parameter in whole.named_parameters()}
     for rank, (names, size) in enumerate(ranks.run(names_held, layout, ranks=2)):
         ends = [["embedding.weight"], ["embedding.weight", "norm.weight"]][rank]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import initialise
 from bigtrain.parallel.config import Recompute
 from bigtrain.parallel.recompute import recompute_blocks
@@ -39,7 +39,7 @@ class Counts(TorchDispatchMode):
 
 def run(model: dict[str, Any], recompute: Recompute, compiled: bool = False) -> tuple[dict[str, Tensor], Counts]:
     """Gradients by name, and the operators of the forward and the backward pass."""
-    built: Any = family(model["arch"])(**model, context=16).build(61)
+    built: Any = FAMILIES[model["arch"]](**model, context=16).build(61)
     initialise(built, seed=1)
     blocks = [block for _, block in built.blocks()]
     recompute_blocks(blocks, recompute, compiled=compiled)

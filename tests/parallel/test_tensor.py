@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import initialise
 from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
 from bigtrain.parallel.apply import build_parallel_model
@@ -25,7 +25,7 @@ SAME = 1e-6
 
 
 def whole_model(keys: dict[str, Any]) -> Any:
-    model = family("llama")(**MODEL, **keys).build(VOCABULARY)
+    model = FAMILIES["llama"](**MODEL, **keys).build(VOCABULARY)
     initialise(model, seed=3)
     return model
 
@@ -34,7 +34,7 @@ def split_model(keys: dict[str, Any], sequence_parallel: bool = True) -> tuple[A
     """The same model in plain tensors over all ranks."""
     group = cast(dist.ProcessGroup, dist.group.WORLD)
     with torch.device("meta"):
-        model = family("llama")(**MODEL, **keys).build(VOCABULARY)
+        model = FAMILIES["llama"](**MODEL, **keys).build(VOCABULARY)
     made = split(model, TensorGroup(group, sequence_parallel, loss_parallel=True), mesh=None)
     model.to_empty(device="cpu")
     initialise(model, seed=3, parts=made.parts)
@@ -126,7 +126,7 @@ def test_a_parameter_that_the_plan_leaves_out_is_refused(ranks: RankPool) -> Non
 
 def refusal() -> str:
     with torch.device("meta"):
-        model: Any = family("llama")(**MODEL).build(VOCABULARY)
+        model: Any = FAMILIES["llama"](**MODEL).build(VOCABULARY)
     plan = {pattern: role for pattern, role in model.tensor_plan().items() if pattern != "*"} | {"layers.*": "sequence"}
     model.tensor_plan = lambda: plan
     try:
@@ -140,7 +140,7 @@ def places_that_differ(vocabulary: int) -> tuple[str, list[str]]:
     """How the embedding is sharded at tp2 x dp2, and parameters whose part is not where their DTensor says."""
     layout = LayoutConfig(tp=2)
     _, mesh = build_mesh(layout, Ranks.from_environment(), torch.device("cpu"))
-    config = family("llama")(**MODEL)
+    config = FAMILIES["llama"](**MODEL)
     built = build_parallel_model(
         config, vocabulary, layout=layout, mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.float32, seed=3
     ).module

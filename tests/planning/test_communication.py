@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from bigtrain.engines.config import FSDPConfig
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import Collective, Passes, communication, total
 from bigtrain.testing.collectives import RecordedCollectives
@@ -112,7 +112,7 @@ def exchanged(what: What, how: How, plant: Callable[[Any], None] | None = None) 
     with RecordedCollectives(sizes) as record:
         engine.train_step(1, batches, LR)
     terms = communication(
-        family(what.model["arch"])(**what.model, context=what.context),
+        FAMILIES[what.model["arch"]](**what.model, context=what.context),
         what.vocabulary,
         sizes=sizes,
         layout=LayoutConfig(**how.layout),

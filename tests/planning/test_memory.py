@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bigtrain.engines.config import EngineConfig
 from bigtrain.engines.contract import MicroBatch
-from bigtrain.models.config import family
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Recompute
 from bigtrain.planning.memory import Held, block_activation_bytes, held_bytes, passes_in_flight
@@ -32,7 +32,7 @@ GPT2 = {"arch": "gpt2", "layers": 2, "width": 32, "heads": 4, "dropout": 0.1}
 
 
 def config(model: dict[str, Any], context: int = 24) -> DecoderConfig:
-    built = family(model["arch"])(**model, context=context)
+    built = FAMILIES[model["arch"]](**model, context=context)
     assert isinstance(built, DecoderConfig)
     return built
 

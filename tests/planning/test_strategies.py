@@ -12,8 +12,8 @@ import pytest
 
 from bigtrain.engines.accelerate import AccelerateEngine
 from bigtrain.engines.config import AccelerateConfig, Precision
-from bigtrain.models.hf import Config
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.models.families.hf import Config
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.planning.communication import Collective, total

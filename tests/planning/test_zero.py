@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from bigtrain.engines.config import DeepSpeedConfig
-from bigtrain.models.config import family
-from bigtrain.models.llama import Config as Llama
+from bigtrain.models.config import FAMILIES
+from bigtrain.models.families.llama import Config as Llama
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import Collective, Passes, total
 from bigtrain.planning.zero import zero
@@ -79,7 +79,7 @@ def exchanged(what: What, how: How) -> tuple[Counter[Collective], Counter[Collec
     with RecordedCollectives(sizes) as record:
         engine.train_step(2, batches, LR)
     terms = zero(
-        family(what.model["arch"])(**what.model, context=what.context),
+        FAMILIES[what.model["arch"]](**what.model, context=what.context),
         what.vocabulary,
         sizes=sizes,
         layout=layout,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.config.plugin import load_plugin
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import sequence_keys
 from bigtrain.engines.build import build_engine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
-from bigtrain.plugin import load_plugin
 from bigtrain.run import RunDirectory, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.bad_steps import BadStepsError
@@ -36,7 +36,8 @@ def keys(*batches: int) -> list[int]:
 
 def train(config: Path, tmp_path: Path, duration: str) -> RunDirectory:
     """What a rank does in a process of its own, here: from the newest checkpoint to the end."""
-    run = load_config(config, [f"duration={duration}"], plugin=load_plugin(str(PLUGIN)))
+    load_plugin(str(PLUGIN))
+    run = load_config(config, [f"duration={duration}"])
     prepared = prepare(run)
     directory = RunDirectory(tmp_path / "runs" / run.name)
     directory.write(run, prepared.what)
@@ -47,7 +48,8 @@ def train(config: Path, tmp_path: Path, duration: str) -> RunDirectory:
 
 def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
     """The state after steps on these batches by hand, in this process; None: a step that updates nothing."""
-    run = load_config(config, [f"duration={STEPS} steps"], plugin=load_plugin(str(PLUGIN)))
+    load_plugin(str(PLUGIN))
+    run = load_config(config, [f"duration={STEPS} steps"])
     prepared = prepare(run)
     engine = build_engine(
         run.model, prepared.outputs, run.optimizer, engine=run.engine, layout=run.layout, precision=run.precision,

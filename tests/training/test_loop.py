@@ -13,7 +13,7 @@ import pytest
 
 from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import StepNumbers
-from bigtrain.optim.config import ConstantConfig
+from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.run import RunDirectory
 from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.boundaries import Boundaries

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from bigtrain import storage, variables
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin, source_hash
 from bigtrain.jobs.cluster import doctor
 from bigtrain.jobs.cluster.board import Board, board_path
 from bigtrain.jobs.cluster.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
@@ -29,7 +30,6 @@ from bigtrain.jobs.generation import Launch
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
 from bigtrain.keys import load_secrets
-from bigtrain.plugin import Plugin, load_plugin
 from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.status import status as read_status
@@ -165,37 +165,36 @@ def _check_keys(wandb: str, request: Request, board: Board) -> None:
 def _load(request: Request, runs_dir: Path) -> RunConfig:
     """The config that was shipped, or that the run recorded."""
     directory = RunDirectory(runs_dir / request.name)
-    plugin = _plugin(request, runs_dir)
+    if request.plugin is not None:
+        load_plugin(os.pathsep.join(_plugin_place(name, runs_dir) for name in request.plugin.split(os.pathsep)))
     if not request.resume:
-        return load_config(Path(CONFIG_NAME), plugin=plugin)
+        return load_config(Path(CONFIG_NAME))
     record = directory.read_record()
     if "script" in record["what"]:
         raise UserError(
             f"'{request.name}' is a script of your own", str(directory.path), "Submit it again, with its arguments."
         )
-    if plugin is None and "plugin" in record:
-        plugin = load_plugin(record["plugin"]["place"])
-    return load_config(directory.config, plugin=plugin)
+    if request.plugin is None and "plugin" in record:
+        load_plugin(record["plugin"]["place"])
+    return load_config(directory.config)
 
 
-def _plugin(request: Request, runs_dir: Path) -> Plugin | None:
-    """The user's own code, where every node finds it: beside the runs, by content."""
-    if request.plugin is None:
-        return None
-    shipped = Path(PLUGIN_DIRECTORY) / request.plugin
+def _plugin_place(name: str, runs_dir: Path) -> str:
+    """Where every node finds a plugin that was shipped: beside the runs, by content. A module keeps its name."""
+    shipped = Path(PLUGIN_DIRECTORY) / name
     if not shipped.exists():
-        return load_plugin(request.plugin)
-    digest = load_plugin(str(shipped)).source.sha256
-    place = runs_dir / ".plugins" / digest[:16] / request.plugin
+        return name
+    digest = source_hash(shipped)
+    place = runs_dir / ".plugins" / digest[:16] / name
     if not place.exists():
         waiting = place.parent.with_name(f".{digest[:16]}.tmp-{os.getpid()}")
         waiting.mkdir(parents=True)
         copy = shutil.copytree if shipped.is_dir() else shutil.copyfile
-        copy(shipped, waiting / request.plugin)
+        copy(shipped, waiting / name)
         with contextlib.suppress(OSError):  # Another submission was faster.
             waiting.rename(place.parent)
         shutil.rmtree(waiting, ignore_errors=True)
-    return load_plugin(str(place))
+    return str(place)
 
 
 def _procs(job: JobConfig) -> int:

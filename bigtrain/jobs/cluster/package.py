@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import zipfile
 from collections.abc import Iterable
@@ -130,13 +131,28 @@ def directory_files(directory: Path) -> list[tuple[str, bytes]]:
 
 
 def plugin_files(place: str) -> tuple[str, list[tuple[str, bytes]]]:
-    """A plugin as the nodes will name it, and what is to be shipped: nothing for an installed module."""
-    path = Path(place)
-    if path.is_dir():
-        return path.resolve().name, [(f"{PLUGIN_DIRECTORY}/{name}", data) for name, data in _files(path, path.parent)]
-    if path.suffix == ".py":
-        return path.name, [(f"{PLUGIN_DIRECTORY}/{path.name}", path.read_bytes())]
-    return place, []
+    """Plugins as the nodes will name them, and what is to be shipped: nothing for an installed module.
+
+    Args:
+        place: One plugin or several, as `load_plugin` takes them.
+
+    Raises:
+        UserError: Two of them have the same file name.
+    """
+    names: list[str] = []
+    files: list[tuple[str, bytes]] = []
+    for one in place.split(os.pathsep):
+        path = Path(one)
+        is_path = path.is_dir() or path.suffix == ".py"
+        names.append(path.resolve().name if is_path else one)
+        if path.is_dir():
+            files += [(f"{PLUGIN_DIRECTORY}/{name}", data) for name, data in _files(path, path.parent)]
+        elif is_path:
+            files.append((f"{PLUGIN_DIRECTORY}/{path.name}", path.read_bytes()))
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two plugins are called {name}", "--plugin", "Rename one of them.")
+    return os.pathsep.join(names), files
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from bigtrain import variables
 from bigtrain.config import UserError, yaml_file
+from bigtrain.config.plugin import active_plugin
 from bigtrain.jobs.cluster.dashboard import GONE_S, Dashboard, DashboardGone
 from bigtrain.jobs.cluster.package import (
     CONFIG_NAME,
@@ -62,11 +63,11 @@ class Submission:
         return ClusterView(dashboard, dashboard.job(self.request.id), self.request.name)
 
 
-def of_config(config: RunConfig, runs_dir: Path, plugin: str | None, request: Callable[..., Request]) -> Submission:
+def of_config(config: RunConfig, runs_dir: Path, request: Callable[..., Request]) -> Submission:
     """The submission of a run's config.
 
     Raises:
-        UserError: The layout does not fit the number of ranks, or the plugin is not there.
+        UserError: The layout does not fit the number of ranks, or a plugin is too large to ship.
     """
     job = config.job
     if job.procs_per_node != "auto":
@@ -74,7 +75,8 @@ def of_config(config: RunConfig, runs_dir: Path, plugin: str | None, request: Ca
             config.layout.mesh(job.nodes * job.procs_per_node)
         except ValueError as error:
             raise UserError(str(error), fix="Change job.nodes, job.procs_per_node or the layout.") from None
-    name, files = plugin_files(plugin) if plugin is not None else (None, [])
+    plugin = active_plugin()
+    name, files = plugin_files(plugin.place) if plugin is not None else (None, [])
     files = [*files, (CONFIG_NAME, yaml_file.dump(config.plain()).encode())]
     return Submission(request(config.name, runs_dir, plugin=name), job, source_package(), files)
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from bigtrain.models.config import DataKind, Flops
+from bigtrain.models.config import FAMILIES, DataKind, Flops
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
@@ -25,6 +25,7 @@ from bigtrain.models.patches import ImageConfig, cut
 from bigtrain.models.sums import by_sequence
 
 
+@FAMILIES.register
 class Config(ImageConfig):
     """A pre-norm ViT without a class token: the mean over patches is classified."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.models.huggingface import HfTensor, require
 
 
+@FAMILIES.register
 class Config(DecoderConfig):
     """A decoder of GPT-2's shape; every key can be overridden."""
 

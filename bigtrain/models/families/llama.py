@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.models.huggingface import HfTensor, require
 
@@ -21,6 +22,7 @@ PARTS = {
 """Modules of a layer, and their names in transformers' Llama and its descendants."""
 
 
+@FAMILIES.register
 class Config(DecoderConfig):
     """A decoder of Llama's shape; every key can be overridden."""
 

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import field_validator, model_validator
 
 from bigtrain.config import UserError
-from bigtrain.models.config import Flops, ModelConfig
+from bigtrain.models.config import FAMILIES, Flops, ModelConfig
 from bigtrain.storage import hash_file
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Task = Literal["causal", "masked", "seq2seq"]
 
 
+@FAMILIES.register
 class Config(ModelConfig):
     """A model of transformers; its shape is that of its directory."""
 

@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
+from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.families.llama import PARTS, config_of_llama, has_parts_of_llama, keys_of_llama, names_in_llama
 from bigtrain.models.huggingface import HfTensor
-from bigtrain.models.llama import PARTS, config_of_llama, has_parts_of_llama, keys_of_llama, names_in_llama
 
 NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
 
 
+@FAMILIES.register
 class Config(DecoderConfig):
     """A decoder of Qwen 3's shape; every key can be overridden."""
 

@@ -1,0 +1,31 @@
+"""A constant learning rate after the warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from bigtrain.config import Duration
+from bigtrain.optim.config import SCHEDULES, ScheduleConfig
+from bigtrain.optim.schedule import Schedule
+
+
+@SCHEDULES.register
+class ConstantConfig(ScheduleConfig):
+    """Warm-up, then the same learning rate for ever."""
+
+    name: Literal["constant"] = "constant"
+
+    def build(self, base_lr: float, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
+        """See `ScheduleConfig.build`."""
+        return Constant(base_lr, to_steps(self.warmup))
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Warm-up, then the peak for ever."""
+
+    def after_warmup(self, step: int) -> float:
+        """The peak."""
+        return self.peak_lr
