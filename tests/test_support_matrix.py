@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin
 from bigtrain.run import load_config
 from bigtrain.training.prepare import prepare
 
@@ -88,6 +89,7 @@ def refusal(data: Path, engine: str, techniques: Iterable[str]) -> UserError | N
         yaml.safe_dump(asked, file)
         file.flush()
         try:
+            load_plugin(str(PLUGIN))
             config = load_config(Path(file.name))
             prepare(config, verify=False)
         except UserError as error:

@@ -141,6 +141,7 @@ def _resolve(
         is_key = (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int))
         known = any(part in choice.model_fields for choice in choices)
         if not is_key and not known:
+            choices = [choice for choice in choices if _has_tag(choice, part)] or choices
             continue
         owner = choices[0] if choices else None
         path.append(part)
@@ -154,6 +155,13 @@ def _resolve(
         elif isinstance(part, int):
             choices = [choice for choice in choices if not isinstance(value, dict) or _may_be(choice, value)] or choices
     return tuple(path), owner
+
+
+def _has_tag(section: type[BaseModel], tag: str | int) -> bool:
+    return any(
+        typing.get_origin(field.annotation) is typing.Literal and tag in typing.get_args(field.annotation)
+        for field in section.model_fields.values()
+    )
 
 
 def _may_be(section: type[BaseModel], value: dict[str, Any]) -> bool:
