@@ -17,6 +17,8 @@ LEASE: Final = "BIGTRAIN_LEASE"
 """The number of the launcher's lease; without it a rank publishes checkpoints unchecked."""
 PLUGIN: Final = "BIGTRAIN_PLUGIN"
 """The place of the plugin that the launcher's command line named."""
+SCRIPT: Final = "BIGTRAIN_SCRIPT"
+"""How a user's own script is called, as JSON (`bigtrain.jobs.scripts.call`); the script itself does not see it."""
 PAGE: Final = "BIGTRAIN_PAGE_FD"
 """The file descriptor of the rank's heartbeat page."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bigtrain import variables
+from bigtrain.cli.arguments import ScriptCommand, after_dashes, script_words
 from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, bring_back_here, errors, load, show
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bigtrain.jobs.cluster.package import Request
     from bigtrain.jobs.cluster.submission import Submission
     from bigtrain.jobs.cluster.views import ClusterView, View
+    from bigtrain.jobs.config import JobConfig
     from bigtrain.run import RunDirectory
 
 app = typer.Typer()
@@ -74,9 +76,10 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-@app.command()
+@app.command(cls=ScriptCommand)
 def submit(
-    config: Annotated[Path | None, typer.Argument(help="A run's YAML.")] = None,
+    context: typer.Context,
+    config: Annotated[str | None, typer.Argument(help="A run's YAML.")] = None,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
     address: Address = None,
@@ -100,11 +103,14 @@ def submit(
     began = time.time()
     with errors(as_json):
         from bigtrain.config import UserError
+        from bigtrain.jobs.scripts.launch import job_config
 
         make = _request(began, secrets_file, max_duration)
         if script is not None:
-            arguments = [*([str(config)] if config is not None else []), *(overrides or [])]
-            submission = _of_script(script, arguments, name, nodes, procs_per_node, working_dir, make, runs_dir)
+            words = [*([config] if config is not None else []), *(overrides or [])]
+            job, arguments = script_words(words, after_dashes(context))
+            job_section = job_config(job, nodes, procs_per_node)
+            submission = _of_script(script, arguments, name, job_section, working_dir, make, runs_dir)
         elif config is None:
             raise UserError("There is nothing to submit", "CONFIG", "Name a run's YAML, or a script with --script.")
         elif nodes is not None or procs_per_node is not None or working_dir is not None:
@@ -115,7 +121,8 @@ def submit(
         else:
             from bigtrain.jobs.cluster.submission import of_config
 
-            submission = of_config(load(config, overrides, name, plugin), runs_dir.absolute(), make)
+            words = [*(overrides or []), *after_dashes(context)]
+            submission = of_config(load(Path(config), words, name, plugin), runs_dir.absolute(), make)
         dashboard = open_dashboard(_required(address), token_file)
         code = _submit(dashboard, submission, dry_run, follow, wait, as_json)
     raise typer.Exit(code)
@@ -154,8 +161,7 @@ def _of_script(
     script: Path,
     arguments: list[str],
     name: str | None,
-    nodes: int | None,
-    procs: int | None,
+    job: JobConfig,
     directory: Path | None,
     make: Callable[..., Request],
     runs_dir: Path,
@@ -164,12 +170,10 @@ def _of_script(
 
     from bigtrain.config import UserError
     from bigtrain.jobs.cluster.submission import of_script
-    from bigtrain.jobs.config import JobConfig
     from bigtrain.run import NAME_PATTERN
 
     if name is None or not re.match(NAME_PATTERN, name):
         raise UserError("A script needs a name", "--name", "Use letters, digits, '.', '_' and '-'.")
-    job = JobConfig(nodes=nodes or 1, procs_per_node=procs or "auto")
     return of_script(script, arguments, directory, job, lambda: make(name, runs_dir.absolute()))
 
 

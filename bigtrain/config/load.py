@@ -35,6 +35,14 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.Docume
     return document
 
 
+def from_overrides(overrides: Iterable[str]) -> yaml_file.Document:
+    """A document of `key.sub=value` words of the command line alone."""
+    document = yaml_file.Document({}, "command line")
+    for override in overrides:
+        _apply_override(document, override)
+    return document
+
+
 def _apply_override(document: yaml_file.Document, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):

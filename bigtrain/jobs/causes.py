@@ -30,7 +30,7 @@ class Kind(enum.Enum):
     """What ended a generation; the retry follows from it."""
 
     USER = "user"
-    """Exit code 2: the user's mistake, which a retry does not mend."""
+    """Exit code 2: the user's mistake, which a retry does not repair."""
     EXCEPTION = "exception"
     SIGNAL = "signal"
     HANG = "hang"
@@ -65,11 +65,16 @@ class Fault:
         """
         return self._weight() > earlier._weight()
 
+    @property
+    def peer_gone(self) -> bool:
+        """Whether it is an exception that says that another rank is gone."""
+        last = (self.traceback or "").rstrip().rpartition("\n")[2]
+        return self.kind is Kind.EXCEPTION and _PEER_GONE.search(last) is not None
+
     def _weight(self) -> int:
         if self.kind is not Kind.EXCEPTION:
             return 2
-        last = (self.traceback or "").rstrip().rpartition("\n")[2]
-        return 0 if _PEER_GONE.search(last) else 1
+        return 0 if self.peer_gone else 1
 
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
@@ -85,19 +90,25 @@ class Fault:
         return self.step, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.traceback)
 
 
-def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
-    """The fault that the protocol's `exited` reports."""
+def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = True) -> Fault:
+    """The fault that the protocol's `exited` reports.
+
+    Args:
+        reports_steps: Whether the rank reports its step and exits with bigtrain's codes.
+    """
     rank, step, phase = int(message["rank"]), int(message["step"]), str(message["phase"])
     traceback, tail = message["traceback"], str(message["tail"])
-    place = f"at step {step}" if phase == "step" else f"at step {step}, in phase {phase}"
+    place = f" at step {step}" if phase == "step" else f" at step {step}, in phase {phase}"
+    if not reports_steps:
+        place = ""
     if message["signal"] is not None:
         kind, what = Kind.SIGNAL, f"was killed by {signal_name(int(message['signal']))}"
-    elif message["code"] == ExitCode.USER:
+    elif message["code"] == ExitCode.USER and reports_steps:
         kind, what = Kind.USER, "refused what it was given (exit code 2)"
     else:
         kind, what = Kind.EXCEPTION, f"exited with {message['code']}"
-        # A rank that knows what is wrong says so in a line of its own, without a traceback.
-        said = [line for line in tail.splitlines() if line.startswith("error: ")]
+        # A rank that knows what is wrong prints one line of its own, without a traceback.
+        own_lines = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
             last = _last_line(traceback)
             what = f"raised {_shortened(last)}"
@@ -105,9 +116,9 @@ def fault_of_exit(message: Mapping[str, Any], host: str) -> Fault:
                 what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
             elif _PORT_TAKEN.search(last):
                 what = f"found its port taken by another process: {_shortened(last)}"
-        elif said:
-            what, traceback = f"said: {_shortened(said[-1].removeprefix('error: '))}", said[-1]
-    return Fault(kind, f"rank {rank} on host {host} {what} {place}", host, rank, step, traceback, tail)
+        elif own_lines and reports_steps:
+            what, traceback = f"reported: {_shortened(own_lines[-1].removeprefix('error: '))}", own_lines[-1]
+    return Fault(kind, f"rank {rank} on host {host} {what}{place}", host, rank, step, traceback, tail)
 
 
 def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
@@ -160,16 +171,19 @@ class RetryBudget:
     There is one budget for lost nodes and one for all that ranks do. `max_failures` restarts of each are free until a
     newer checkpoint is there, which makes both fresh. The first is immediate, the next wait 1, 2, 4 ... s, at most
     BACKOFF_MOST_S. Preemption costs nothing. A user's mistake is never retried, nor is an exception that struck at the
-    same step before with the same traceback, nor memory that ran out before.
+    same step before with the same traceback, nor memory that ran out before. Of a script whose step is not known,
+    every fault is retried, as torchrun does.
 
     Args:
         max_failures: Restarts between two checkpoints.
         progress: The step of the newest checkpoint, 0 where there is none.
+        reports_steps: Whether ranks report their steps.
     """
 
-    def __init__(self, max_failures: int, progress: Callable[[], int]) -> None:
+    def __init__(self, max_failures: int, progress: Callable[[], int], reports_steps: bool = True) -> None:
         self._max_failures = max_failures
         self._progress = progress
+        self._reports_steps = reports_steps
         self._saved_step = progress()
         self._failures: Counter[str] = Counter()
         self._seen: set[tuple[int | None, str]] = set()
@@ -177,10 +191,10 @@ class RetryBudget:
     def judge(self, fault: Fault) -> Verdict:
         """Count a fault and say what to do."""
         if fault.kind is Kind.USER:
-            return Verdict(False, reason="a retry would not mend it")
+            return Verdict(False, reason="a retry would not repair it")
         if fault.kind is Kind.PREEMPTED:
             return Verdict(True)
-        signature = fault.signature()
+        signature = fault.signature() if self._reports_steps else None
         if signature is not None:
             if signature in self._seen:
                 twice = "memory ran out twice" if signature[0] is None else "the same exception struck twice"
@@ -194,8 +208,7 @@ class RetryBudget:
         self._failures[budget] += 1
         count = self._failures[budget]
         if count > self._max_failures:
-            return Verdict(
-                False, reason=f"{count} {budget} without a new checkpoint (job.max_failures: {self._max_failures})"
-            )
+            since = " without a new checkpoint" if self._reports_steps else ""
+            return Verdict(False, reason=f"{count} {budget}{since} (job.max_failures: {self._max_failures})")
         backoff_s = 0.0 if count == 1 else BACKOFF_FIRST_S * 2 ** (count - 2)
         return Verdict(True, min(backoff_s, BACKOFF_MOST_S))

@@ -51,6 +51,16 @@ class LimitsConfig(Section):
         }
 
 
+class ScriptConfig(Section):
+    """How the ranks of a script of your own end, which bigtrain cannot look into."""
+
+    stop: Seconds = 30.0
+    """Time to end after SIGTERM, before SIGKILL; torchrun gives 30 s as well."""
+
+    exit: Seconds | None = None
+    """Time for the other ranks to end after the first one did, before the run fails; null: no limit."""
+
+
 class NotifyConfig(Section):
     """Who is told when the run has ended, finished or failed; bigtrain/jobs/notify.py says in which words."""
 
@@ -113,6 +123,9 @@ class JobConfig(Section):
 
     limits: LimitsConfig = LimitsConfig()
     """Longest silence of a rank, by phase."""
+
+    script: ScriptConfig = ScriptConfig()
+    """How the ranks of a script of your own end."""
 
     notify: NotifyConfig | None = None
     """Who is told when the run has ended."""

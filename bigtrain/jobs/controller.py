@@ -113,7 +113,7 @@ class Controller:
         self._environment = dict(environment or {})
         self._progress = progress or (lambda: saved_step(run_directory_path))
         self._attempt = next_attempt(run_directory_path) if first_attempt is None else first_attempt
-        self._budget = RetryBudget(job.max_failures, self._progress)
+        self._budget = RetryBudget(job.max_failures, self._progress, launch.reports_steps)
         self._membership = Membership(placer, lambda line: say(f"{run_name}: {line}"), self._record)
         self._switch = StopSwitch()
         self._announced = 0
@@ -155,7 +155,8 @@ class Controller:
                 return self._stopped(outcome.step)
             self._attempt += 1
             self._record("restarted", cause=cause)
-            self._say(f"{self._run_name}: starting again, attempt {self._attempt}, from step {self._progress()}")
+            place = f", from step {self._progress()}" if self._launch.reports_steps else ""
+            self._say(f"{self._run_name}: starting again, attempt {self._attempt}{place}")
 
     def _place(self) -> int | None:
         """Get agents; the exit code where there are none to be had."""
@@ -215,7 +216,9 @@ class Controller:
         if level > self._announced:
             self._announced = level
             if level == 1:
-                self._say(f"stopping {self._run_name}: its ranks save and exit; Ctrl-C again ends them at once")
+                grace_s = self._launch.stop_grace_s
+                how = "save and exit" if grace_s is None else f"get SIGTERM, and SIGKILL after {grace_s:g} s"
+                self._say(f"stopping {self._run_name}: its ranks {how}; Ctrl-C again ends them at once")
             else:
                 self._say(f"ending the ranks of {self._run_name} at once")
         return level
@@ -260,16 +263,29 @@ class Controller:
                 return self._stopped(outcome.step)
             self._record("finished", step=outcome.step)
             return ExitCode.FINISHED
-        # Asked to stop, and the ranks did not come to save themselves.
+        # Asked to stop, and the ranks did not finish saving.
+        if not self._launch.reports_steps:
+            return self._stopped(outcome.step, self._kill_cause(outcome))
         saved = self._progress()
         if saved > 0:
             self._say(f"{self._run_name}: what came after step {saved} is lost")
             return self._stopped(outcome.step)
         return self._failed("it was ended before its first checkpoint")
 
-    def _stopped(self, step: int) -> int:
-        self._record("stopped", step=step)
-        self._say(f"{self._run_name}: stopped; the same command resumes it")
+    def _kill_cause(self, outcome: Outcome) -> str | None:
+        """What ended the ranks of a script that was to stop, where it did not end by itself."""
+        if outcome.overdue:
+            return f"ranks did not end within {self._launch.stop_grace_s:g} s of SIGTERM and were killed"
+        return "ranks were killed on request" if outcome.killed else None
+
+    def _stopped(self, step: int, cause: str | None = None) -> int:
+        if cause is None:
+            self._record("stopped", step=step)
+        else:
+            self._record("stopped", step=step, cause=cause)
+            self._say(f"{self._run_name}: {cause}")
+        again = "resumes it" if self._launch.reports_steps else "starts it again"
+        self._say(f"{self._run_name}: stopped; the same command {again}")
         return ExitCode.STOPPED
 
     def _failed(self, reason: str) -> int:

@@ -38,7 +38,14 @@ class Launch:
     """Ranks on each node."""
     limits: dict[str, float]
     """Seconds of silence allowed, by phase."""
-    exit_grace_s: float = EXIT_GRACE_S
+    exit_grace_s: float | None = EXIT_GRACE_S
+    """How long ranks may go on after the first one left cleanly; None: without limit."""
+    stop_grace_s: float | None = None
+    """How long ranks may take to end after a request to stop, before SIGKILL; None: as long as `limits` allow."""
+    reports_steps: bool = True
+    """Whether ranks report their steps and exit with bigtrain's codes; a user's own script does neither."""
+    defaults: dict[str, str] = field(default_factory=dict)
+    """Variables that a rank gets unless its node sets them."""
 
 
 @dataclass
@@ -51,7 +58,9 @@ class Outcome:
     step: int = 0
     """The furthest step that a rank reported."""
     killed: bool = False
-    """Whether the ranks were ended because someone asked for it at once."""
+    """Whether the ranks were ended by SIGKILL on request, or because they took too long to stop."""
+    overdue: bool = False
+    """Whether they had been asked to stop and did not end within `Launch.stop_grace_s`."""
     lost: list[str] = field(default_factory=list)
     """Agents that must be replaced."""
 
@@ -88,10 +97,12 @@ class Generation:
         self._on_notice = on_notice
         self._outcome = Outcome()
         self._alive = set(range(len(agents)))
+        self._ended: set[int] = set()
+        """Nodes whose ranks have all ended; their agents are kept for the next generation."""
         self._phases: dict[int, tuple[str, float]] = {}
         self._first_exit: tuple[float, Message, int] | None = None
         self._killed_at: float | None = None
-        self._stop_sent = False
+        self._stop_sent_at: float | None = None
         self._placed = False
 
     def live(self) -> Outcome:
@@ -109,9 +120,11 @@ class Generation:
                 if now - looked_at < LOOK_S and self._alive:
                     continue
                 looked_at = now
-                for node in sorted(self._alive):
+                # An agent that hears nothing ends itself, so those whose ranks have ended are kept alive as well.
+                for node in sorted(self._alive | self._ended):
                     self._keep_alive(node)
-                for key in [key for key in selector.get_map().values() if key.data not in self._alive]:
+                known = self._alive | self._ended
+                for key in [key for key in selector.get_map().values() if key.data not in known]:
                     selector.unregister(key.fileobj)
                 self._check_stop()
                 self._check_early_exit()
@@ -125,16 +138,21 @@ class Generation:
             self._lose(node, str(error))
 
     def _lose(self, node: int, why: str) -> None:
+        """An agent is gone: a fault, unless all its ranks had ended before."""
+        had_ended = node in self._ended
         self._drop(node)
+        if had_ended:
+            return
         self._fail(node, fault_of_lost_agent(self._agents[node].host, why))
 
     def _drop(self, node: int) -> None:
         self._alive.discard(node)
+        self._ended.discard(node)
         self._outcome.lost.append(self._agents[node].agent)
 
     def _hear(self, node: int) -> None:
-        """Hear what an agent has to say; one that cannot be talked to is lost, and the generation with it."""
-        if node not in self._alive:
+        """Handle what an agent sends; one whose connection breaks is lost, and the generation with it."""
+        if node not in self._alive | self._ended:
             return
         try:
             for message in self._agents[node].channel.receive():
@@ -166,6 +184,7 @@ class Generation:
             self._on_exit(node, message)
         elif kind == "ended":
             self._alive.discard(node)
+            self._ended.add(node)
 
     def _place(self, master_port: int) -> None:
         master = "127.0.0.1" if len(self._agents) == 1 else self._agents[0].channel.peer_address
@@ -180,6 +199,7 @@ class Generation:
                 environment=self._environment,
                 logs=self._logs,
                 limits=self._launch.limits,
+                defaults=self._launch.defaults,
                 first_rank=node * procs,
                 procs=procs,
                 world_size=len(self._agents) * procs,
@@ -200,8 +220,9 @@ class Generation:
             if self._first_exit is None:
                 self._first_exit = (time.monotonic(), message, node)
             return
-        fault = fault_of_exit(message, host)
-        if self._first_exit is not None and message["phase"] not in _MAY_OUTLAST_OTHERS:
+        fault = fault_of_exit(message, host, self._launch.reports_steps)
+        may_go_on = self._launch.exit_grace_s is None and not fault.peer_gone
+        if self._first_exit is not None and message["phase"] not in _MAY_OUTLAST_OTHERS and not may_go_on:
             # The others fail because their peer has left: name the one that left.
             _, first, node = self._first_exit
             fault = fault_of_early_exit(first, self._agents[node].host, fault)
@@ -228,17 +249,27 @@ class Generation:
         if level >= 2 and self._killed_at is None:
             self._outcome.killed = True
             self._kill()
-        elif level == 1 and not self._stop_sent and self._placed:
-            self._stop_sent = True
+        elif level == 1 and self._stop_sent_at is None and self._placed:
+            self._stop_sent_at = time.monotonic()
             for node in sorted(self._alive):
                 self._send(node, "control", word=int(Control.STOP))
+        self._check_stop_grace()
+
+    def _check_stop_grace(self) -> None:
+        grace_s = self._launch.stop_grace_s
+        if grace_s is None or self._stop_sent_at is None or self._killed_at is not None:
+            return
+        if time.monotonic() - self._stop_sent_at > grace_s:
+            self._outcome.killed = self._outcome.overdue = True
+            self._kill()
 
     def _check_early_exit(self) -> None:
-        if self._first_exit is None or self._killed_at is not None:
+        grace_s = self._launch.exit_grace_s
+        if self._first_exit is None or self._killed_at is not None or grace_s is None:
             return
         since, message, node = self._first_exit
         # A beat tells where a rank was when it came: only one from after the grace counts.
-        grace_over = since + self._launch.exit_grace_s
+        grace_over = since + grace_s
         if any(phase not in _MAY_OUTLAST_OTHERS and seen > grace_over for phase, seen in self._phases.values()):
             self._fail(node, fault_of_early_exit(message, self._agents[node].host, None))
 

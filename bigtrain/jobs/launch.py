@@ -30,9 +30,10 @@ def run_controlled(
     run_dir: Path,
     placer: Placer,
     *,
-    nproc: int,
     job: JobConfig,
     event: EventWriter,
+    nproc: int = 1,
+    launch: Launch | None = None,
     rank_module: str = "bigtrain.training.rank",
     arguments: list[str] | None = None,
     environment: dict[str, str] | None = None,
@@ -43,7 +44,7 @@ def run_controlled(
     exit_grace_s: float = EXIT_GRACE_S,
     around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
 ) -> int:
-    """Run `nproc` ranks of `rank_module` on each node that `placer` gives until the run is over.
+    """Run `nproc` ranks of `rank_module`, or those of `launch`, on each node that `placer` gives, to the run's end.
 
     The working directory, the interpreter and the environment of the ranks are the caller's.
 
@@ -53,6 +54,7 @@ def run_controlled(
         nproc: Number of ranks on each of them.
         job: Budget and limits.
         event: Writes events (see `Controller`).
+        launch: What a rank is, in place of `nproc`, `rank_module`, `arguments` and `exit_grace_s`.
         rank_module: Module that each rank runs as `python -m`, with `arguments`.
         environment: More variables for the ranks. They travel over the agents' connections: no secrets.
         run_name: For what people read; by default the run directory's name.
@@ -71,7 +73,7 @@ def run_controlled(
         run_name or run_dir.name,
         event,
         say=say,
-        launch=Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s),
+        launch=launch or Launch(rank_module, list(arguments or ()), nproc, job.limits.by_phase(), exit_grace_s),
         environment=environment,
         progress=progress,
         first_attempt=first_attempt,

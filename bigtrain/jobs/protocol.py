@@ -23,8 +23,8 @@ theirs from the agent's environment.
     both directions       beat     {} every BEAT_S; the agent's: {generation, ranks: {rank: [step, phase, age_s]}}
     controller -> agent   port     {}                    which port is free on your machine?
     agent -> controller   port     {port}
-    controller -> agent   place    {generation, module, arguments, environment, logs, limits, first_rank, procs,
-                                    world_size, node_rank, master_address, master_port}: start these ranks
+    controller -> agent   place    {generation, module, arguments, environment, defaults, logs, limits, first_rank,
+                                    procs, world_size, node_rank, master_address, master_port}: start these ranks
     agent -> controller   started  {generation, pids: {rank: pid}}
     controller -> agent   control  {word}                0 run, 1 stop, 2 save: put on every rank's page
     controller -> agent   kill     {generation}          end all ranks now

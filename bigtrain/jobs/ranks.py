@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -42,6 +42,8 @@ class Placement:
     node_rank: int
     master_address: str
     master_port: int
+    defaults: dict[str, str] = field(default_factory=dict)
+    """Variables that a rank gets unless the node sets them."""
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Placement:
@@ -49,11 +51,12 @@ class Placement:
         return cls(**{name: message[name] for name in cls.__dataclass_fields__})
 
     def rank_environment(self, local_rank: int, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The whole environment of one rank: what the agent inherited, torchrun's variables and the run's own."""
+        """All variables of one rank: what the agent inherited, torchrun's variables and the run's own."""
         secret = (variables.JOB_TOKEN, variables.CONTROLLER)
         environment = {
             key: value for key, value in inherited.items() if key not in secret and not key.startswith("TORCHELASTIC_")
         }
+        environment = {**self.defaults, **environment}
         # torchrun's default of 1 leaves cores idle; PyTorch's own, all cores in every rank, makes them fight.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.procs)))
         environment.setdefault("PYTHONUNBUFFERED", "1")

@@ -284,6 +284,7 @@ def place(connection: AgentConnection, path: Path) -> int:
         node_rank=0,
         master_address="127.0.0.1",
         master_port=29500,
+        defaults={},
     )
     while True:
         connection.channel.keep_alive()

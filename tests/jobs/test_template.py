@@ -134,7 +134,7 @@ def test_a_users_script_and_who_does_not_ask_get_fresh_processes() -> None:
     wanted = {variables.TEMPLATE: "1"}
     assert can_fork("bigtrain.training.rank", wanted)
     assert not can_fork("bigtrain.training.rank", {})
-    assert not can_fork("bigtrain.jobs.script", wanted)
+    assert not can_fork("bigtrain.jobs.scripts.rank", wanted)
     assert not can_fork("mine", wanted)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from bigtrain import storage, variables
+from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.config.plugin import load_plugin, source_hash
 from bigtrain.jobs.cluster import doctor
@@ -27,15 +27,15 @@ from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
+from bigtrain.jobs.scripts.call import ScriptCall
+from bigtrain.jobs.scripts.launch import check_directory, held, refuse_resume, script_environment, script_launch
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
 from bigtrain.keys import load_secrets
-from bigtrain.run import FORMAT_VERSION, ExitCode, Lease, RunConfig, RunDirectory, load_config
+from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.status import status as read_status
 
-SCRIPT_GRACE_S: Final = 600.0
-"""How long ranks of a script may go on after the first has left: nobody knows when it saves."""
 OLDEST_TORCH: Final = (2, 11)
 
 
@@ -171,9 +171,7 @@ def _load(request: Request, runs_dir: Path) -> RunConfig:
         return load_config(Path(CONFIG_NAME))
     record = directory.read_record()
     if "script" in record["what"]:
-        raise UserError(
-            f"'{request.name}' is a script of your own", str(directory.path), "Submit it again, with its arguments."
-        )
+        raise refuse_resume(request.name, directory.path)
     if request.plugin is None and "plugin" in record:
         load_plugin(record["plugin"]["place"])
     return load_config(directory.config)
@@ -220,42 +218,21 @@ def _needed(config: RunConfig, request: Request) -> list[Path]:
 def _script(request: Request, script: Script, board: Board) -> int:
     """Run a user's own script on the same agents."""
     directory = RunDirectory(Path(request.runs_dir) / request.name)
-    if directory.is_foreign():
-        raise UserError(
-            f"{directory.path} holds files and is not a run",
-            fix="Choose another --name or --runs-dir, or move them away.",
-        )
-    what = {"script": script.file}
-    if directory.exists() and directory.recipe() != what:
-        raise UserError(f"'{request.name}' is another run", str(directory.path), "Choose another --name.")
+    check_directory(directory, script.file)
     job = JobConfig.model_validate(request.job)
     procs = _procs(job)
-    place = Path.cwd() / script.file
+    call = ScriptCall(str(Path.cwd() / script.file), script.arguments)
     outlast(directory, _waiting(board))
     board.phase("checked")
     _check_keys("auto", request, board)
-    with _held(directory, what):
-        launch = Launch(
-            "bigtrain.jobs.script", [str(place), *script.arguments], procs, job.limits.by_phase(), SCRIPT_GRACE_S
-        )
+    with held(directory, script.file):
         paths = [Path(request.secrets_file)] if request.secrets_file else []
-        code = _control(request, board, directory, job, launch, {}, paths=paths)
+        launch = script_launch(call, job, procs)
+        environment = script_environment(call, directory, job)
+        code = _control(request, board, directory, job, launch, environment, paths=paths)
     if code == ExitCode.FINISHED:
         say(f"{directory.name}: finished")
     return code
-
-
-@contextlib.contextmanager
-def _held(directory: RunDirectory, what: dict[str, Any]) -> Iterator[Lease]:
-    lease = Lease.acquire(directory)
-    try:
-        lease.keep()
-        if not directory.exists():
-            record = {"format_version": FORMAT_VERSION, "name": directory.name, "identity": None, "what": what}
-            storage.write_json(directory.record, record)
-        yield lease
-    finally:
-        lease.release()
 
 
 def _control(

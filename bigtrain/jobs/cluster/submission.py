@@ -26,13 +26,16 @@ from bigtrain.jobs.cluster.package import (
     source_package,
     versions,
 )
-from bigtrain.jobs.cluster.views import NAME_KEY, ClusterView, cluster_view, exit_code
+from bigtrain.jobs.cluster.views import NAME_KEY, ClusterView, cluster_view, cluster_views, exit_code
 from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.scripts.launch import refuse_resume
 from bigtrain.run import RunConfig
 
 SAVE_MARGIN_S: Final = 120
 POLL_S: Final = 0.2
 RUNS_DIR_KEY: Final = "bigtrain_runs_dir"
+SCRIPT_KEY: Final = "bigtrain_script"
+"""In a job's metadata: the user's own script that it runs."""
 
 _ENDER = Path(__file__).with_name("end_driver.py")
 
@@ -53,10 +56,14 @@ class Submission:
             if not dashboard.has_package(package.name):
                 dashboard.put_package(package.name, package.data)
         # Ray Jobs' stop waits this long for the ranks to save themselves, where its own default is 3 s.
-        wait_s = int(self.job.limits.save + self.job.limits.step + SAVE_MARGIN_S)
+        limits = self.job.limits
+        ending_s = limits.save + limits.step if self.request.script is None else self.job.script.stop
+        wait_s = int(ending_s + SAVE_MARGIN_S)
         environment = {variables.SUBMISSION: self.request.id, "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
         runtime_env = {"working_dir": directory.uri, "py_modules": [self.source.uri], "env_vars": environment}
         metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
+        if self.request.script is not None:
+            metadata[SCRIPT_KEY] = self.request.script.file
         if self.request.doctor:
             metadata = {}  # It is no run.
         dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.cluster.driver", runtime_env, metadata)
@@ -114,8 +121,11 @@ def of_resume(
         runs_dir: Where its directory is, on the nodes; None: where the cluster remembers it to be.
 
     Raises:
-        UserError: The cluster does not remember the run, and `runs_dir` is None.
+        UserError: The cluster does not remember the run, and `runs_dir` is None; or it is a script.
     """
+    view = next((view for view in cluster_views(dashboard) if view.name == name), None)
+    if view is not None and SCRIPT_KEY in view.job.metadata:
+        raise refuse_resume(name, dashboard.url)
     if runs_dir is None:
         runs_dir = Path(cluster_view(dashboard, name).job.metadata[RUNS_DIR_KEY])
     request = replace(make(name, runs_dir), resume=True, step=step)
@@ -239,7 +249,10 @@ def stop(dashboard: Dashboard, name: str, now: bool) -> str:
     while view.active():
         time.sleep(POLL_S)
     state = view.status()["state"]
-    return f"{name}: {state}; `bigtrain resume {name}` resumes it"
+    again = f"`bigtrain resume {name}` resumes it"
+    if SCRIPT_KEY in view.job.metadata:
+        again = "submit it again with its arguments to start it again"
+    return f"{name}: {state}; {again}"
 
 
 def examine(

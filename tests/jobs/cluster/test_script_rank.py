@@ -21,7 +21,7 @@ def test_a_lock_of_a_killed_compilation_is_gone_at_the_next_attempt_alone(tmp_pa
         }
         environment = {key: value for key, value in os.environ.items() if key != "TORCH_EXTENSIONS_DIR"} | known
         done = subprocess.run(
-            [sys.executable, "-m", "bigtrain.jobs.script", str(script)],
+            [sys.executable, "-m", "bigtrain.jobs.scripts.rank", str(script)],
             env=environment, capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
         return done.stdout.splitlines()
@@ -35,6 +35,6 @@ def test_a_lock_of_a_killed_compilation_is_gone_at_the_next_attempt_alone(tmp_pa
     assert rank(1)[1] == "['attempt', 'op.so']"
     # Exit codes and signals are the script's own.
     script.write_text("import sys; sys.exit(3)")
-    done = subprocess.run([sys.executable, "-m", "bigtrain.jobs.script", str(script)],
+    done = subprocess.run([sys.executable, "-m", "bigtrain.jobs.scripts.rank", str(script)],
                           env=os.environ | {"TORCH_EXTENSIONS_DIR": "/nowhere"}, check=False)  # fmt: skip
     assert done.returncode == 3

@@ -1,7 +1,8 @@
-"""One rank of a user's own script: `python -m bigtrain.jobs.script FILE ARGS`, with torchrun's environment.
+"""One rank of a user's own script: `python -m bigtrain.jobs.scripts.rank FILE ARGS`, with torchrun's environment.
 
 The script runs unmodified, as a child that knows nothing of its agent. This process beats for it while it is there and
-not stopped, hands a request to stop on as SIGTERM, and exits as it did: with 75 where it ended after such a request.
+not stopped, passes a request to stop on as SIGTERM, and exits as it did: with 75 where it ended after such a request.
+`bigtrain.variables.SCRIPT`, where it is set, says how the script is called; else the command line does.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import sys
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Final
 
 from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.heartbeat import Control, Heartbeat
 from bigtrain.jobs.processes import bound_to_parent, is_stopped
+from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.keys import load_secrets
 from bigtrain.run import ExitCode
 
-LOOK_S = 0.1
+LOOK_S: Final = 0.1
 
 
 def main() -> int:
@@ -31,21 +34,31 @@ def main() -> int:
     heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
     environment = dict(os.environ)
+    text = environment.pop(variables.SCRIPT, None)
+    call = ScriptCall(sys.argv[1], sys.argv[2:]) if text is None else ScriptCall.parse(text)
+    environment |= call.torchrun_environment(environment) | call.environment
     try:
         load_secrets(environment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     _keep_extensions(environment)
+    return _run(call, environment, heartbeat)
+
+
+def _run(call: ScriptCall, environment: dict[str, str], heartbeat: Heartbeat) -> int:
     bind = bound_to_parent()
 
     def prepare() -> None:
         bind()
-        # SIGUSR1 is the script's own, as it would be under torchrun.
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        # These signals are the script's own, as under torchrun.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    child = subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], env=environment, preexec_fn=prepare)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    command = call.command(sys.executable, environment.get("LOCAL_RANK", "0"))
+    child = subprocess.Popen(command, env=environment, cwd=call.directory, preexec_fn=prepare)
     asked = False
     while (code := child.poll()) is None:
         if not is_stopped(child.pid):
@@ -56,6 +69,10 @@ def main() -> int:
         time.sleep(LOOK_S)
     if asked:
         return ExitCode.STOPPED
+    if code == ExitCode.STOPPED:
+        # To the agent this code would say that the rank was asked to stop.
+        print(f"error: the script exited with {code} without being asked to stop", file=sys.stderr, flush=True)
+        return ExitCode.FAILED
     if code < 0:
         # The agent's report should name the signal that ended the script, as if it had been its own.
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
