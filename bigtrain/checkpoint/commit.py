@@ -26,9 +26,9 @@ from pathlib import Path
 
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, read_object, write_manifest
 from bigtrain.config import CorruptionError
+from bigtrain.run.names import LATEST
 from bigtrain.storage import fsync_directory, hash_file, write_json
 
-LATEST_NAME = "LATEST"
 LATEST_VERSION = 1
 _MAX_LATEST_BYTES = 1 << 16
 
@@ -158,7 +158,7 @@ def choose(
             return candidate, warnings
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         warnings.append(f"checkpoint of step {candidate.step} is damaged and passed over: {problems[0]}{more}")
-    if warnings or (directory / LATEST_NAME).exists():
+    if warnings or (directory / LATEST).exists():
         raise CorruptionError(
             "no checkpoint is sound: " + ("; ".join(warnings) or "LATEST names one, and none is there"),
             str(directory),
@@ -234,9 +234,9 @@ def withdraw(path: Path) -> None:
         break
     remaining = list_checkpoints(directory)
     if not remaining:
-        (directory / LATEST_NAME).unlink(missing_ok=True)
+        (directory / LATEST).unlink(missing_ok=True)
         return
-    latest = read_object(directory / LATEST_NAME, _MAX_LATEST_BYTES)
+    latest = read_object(directory / LATEST, _MAX_LATEST_BYTES)
     _write_latest(directory, remaining[-1].step, int(latest["lease"]))
 
 
@@ -394,7 +394,7 @@ def _lease_of(path: Path) -> int:
 
 def _lease_of_latest(directory: Path) -> int:
     try:
-        lease = read_object(directory / LATEST_NAME, _MAX_LATEST_BYTES).get("lease")
+        lease = read_object(directory / LATEST, _MAX_LATEST_BYTES).get("lease")
     except CorruptionError:
         return 0
     return lease if isinstance(lease, int) else 0
@@ -402,4 +402,4 @@ def _lease_of_latest(directory: Path) -> int:
 
 def _write_latest(directory: Path, step: int, lease: int) -> None:
     value = {"format_version": LATEST_VERSION, "step": step, "directory": step_name(step), "lease": lease}
-    write_json(directory / LATEST_NAME, value)
+    write_json(directory / LATEST, value)

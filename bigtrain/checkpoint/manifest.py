@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import xxhash
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.storage import write_json
+from bigtrain.storage import hash_bytes, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -137,7 +136,7 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
 
 def _checksum(value: dict[str, Any]) -> str:
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return f"xxh3:{xxhash.xxh3_128_hexdigest(canonical.encode())}"
+    return hash_bytes(canonical.encode())
 
 
 def _too_deep(value: Any) -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import HASTE, RunStore
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import is_url
-from bigtrain.objects import RemoteError, cache_home
 from bigtrain.run import Lease, RunConfig, RunDirectory, find_run, split_run_step
+from bigtrain.storage.locks import locked
+from bigtrain.storage.objects import RemoteError, cache_home
 
 
 def store_of(config: RunConfig) -> RunStore | None:
@@ -98,7 +97,7 @@ def fetch_into_cache(url: str, step: int | None) -> tuple[RunDirectory, int]:
     manifest = store.manifest(step)
     run = RunDirectory(cache_home() / "checkpoints" / hashlib.sha256(store.url.encode()).hexdigest()[:32])
     run.path.mkdir(parents=True, exist_ok=True)
-    with _alone(run.path):
+    with locked(run.path / ".lock", make=True):
         store.fetch_records(run)
         found = commit.find_checkpoint(run.checkpoints, step)
         if found is None or commit.verify(found.path, hashes=False) or read_manifest(found.path) != manifest:
@@ -161,13 +160,3 @@ def _as_mistake(where: str) -> Iterator[None]:
         yield
     except RemoteError as error:
         raise UserError(f"{where}: {error.what}", error.where, error.fix) from None
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -33,6 +32,7 @@ from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import FileRecord
 from bigtrain.checkpoint.ranks import Ranks
 from bigtrain.storage import fsync_directory, fsync_file
+from bigtrain.storage.hashes import named, new_digest
 
 METADATA_NAME = ".metadata"
 WRITE_BUFFER_BYTES = 1 << 20
@@ -132,7 +132,7 @@ class _HashedFile(io.RawIOBase):
     def __init__(self, path: Path, hashes: dict[str, str]) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
         self._name, self._hashes = path.name, hashes
-        self._digest = xxhash.xxh3_128()
+        self._digest = new_digest()
         self._started = 0
 
     def writable(self) -> bool:
@@ -154,7 +154,7 @@ class _HashedFile(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             self._file.close()
-            self._hashes[self._name] = f"xxh3:{self._digest.hexdigest()}"
+            self._hashes[self._name] = named(self._digest)
         super().close()
 
 

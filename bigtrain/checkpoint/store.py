@@ -21,16 +21,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import xxhash
-
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import STORES, check_url
-from bigtrain.objects import Patience, Transient, fetch, open_objects, patiently
 from bigtrain.run import RunDirectory
+from bigtrain.run.names import CHECKPOINTS
 from bigtrain.storage import fsync_directory, hash_file
+from bigtrain.storage.hashes import named, new_digest
+from bigtrain.storage.objects import Patience, Transient, fetch, open_objects, patiently
 
 ARRIVALS = 3
 """Times that a file is fetched whole before other bytes than the manifest's are an error."""
@@ -39,8 +39,6 @@ HASTE = Patience(timeout_s=10.0, retries=2)
 """How long a store is borne with while a person waits for the answer."""
 
 T = TypeVar("T")
-
-_CHECKPOINTS = "checkpoints"
 
 
 class RunStore:
@@ -71,7 +69,7 @@ class RunStore:
     def listing(self) -> dict[int, dict[str, int]]:
         """The size of each object of each step, committed or not, oldest first."""
         steps: dict[int, dict[str, int]] = {}
-        for path, size in self._try(lambda: self._place.sizes(_CHECKPOINTS), _CHECKPOINTS).items():
+        for path, size in self._try(lambda: self._place.sizes(CHECKPOINTS), CHECKPOINTS).items():
             directory, _, name = path.partition("/")
             step = commit.parse_step(directory)
             if step is not None and name:
@@ -228,7 +226,7 @@ class RunStore:
         """
         probe = f".probe-{uuid.uuid4().hex[:8]}"
         self._try(lambda: self._place.put_bytes(b"bigtrain", probe), probe)
-        self._try(lambda: self._place.sizes(_CHECKPOINTS), _CHECKPOINTS)
+        self._try(lambda: self._place.sizes(CHECKPOINTS), CHECKPOINTS)
         self._try(lambda: self._place.remove([probe]), probe)
 
     def _put_small(self, source: Path, path: str) -> None:
@@ -250,11 +248,11 @@ class RunStore:
         return self._try(lambda: self._read_hash(path), path)
 
     def _read_hash(self, path: str) -> str:
-        digest = xxhash.xxh3_128()
+        digest = new_digest()
         with self._place.open(path, 0) as body:
             for chunk in body.chunks:
                 digest.update(chunk)
-        return f"xxh3:{digest.hexdigest()}"
+        return named(digest)
 
     def _fetch_file(self, step: int, target: Path, record: FileRecord) -> None:
         for _ in range(ARRIVALS):
@@ -304,14 +302,14 @@ class RunStore:
 
     def _remove(self, step: int, names: Collection[str]) -> None:
         paths = [_object(step, name) for name in names]
-        self._try(lambda: self._place.remove(paths), f"{_CHECKPOINTS}/{commit.step_name(step)}")
+        self._try(lambda: self._place.remove(paths), f"{CHECKPOINTS}/{commit.step_name(step)}")
 
     def _try(self, action: Callable[[], T], path: str) -> T:
         return patiently(action, self._patience, f"{self.url}/{path}", self._cancelled)
 
 
 def _object(step: int, name: str) -> str:
-    return f"{_CHECKPOINTS}/{commit.step_name(step)}/{name}"
+    return f"{CHECKPOINTS}/{commit.step_name(step)}/{name}"
 
 
 def _logs(run: RunDirectory) -> tuple[Path, ...]:

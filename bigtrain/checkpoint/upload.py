@@ -15,8 +15,8 @@ from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import Manifest, read_manifest
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.config import CorruptionError
-from bigtrain.objects import Cancelled
 from bigtrain.run import RunDirectory
+from bigtrain.storage.objects import Cancelled
 
 logger = logging.getLogger(__name__)
 

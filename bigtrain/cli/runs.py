@@ -19,6 +19,7 @@ from bigtrain.cli.common import (
     load_plugins,
     show,
 )
+from bigtrain.run.names import RECORD
 
 app = typer.Typer()
 
@@ -27,7 +28,7 @@ def runs_dir_of(config: Path, runs_dir: Path | None) -> Path:
     """Where the run of a config lives: beside its siblings, where the config is that of an existing run."""
     if runs_dir is not None:
         return runs_dir
-    return config.resolve().parent.parent if (config.parent / "run.json").exists() else RUNS
+    return config.resolve().parent.parent if (config.parent / RECORD).exists() else RUNS
 
 
 @app.command()

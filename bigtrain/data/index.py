@@ -14,7 +14,6 @@ on a server while the index is here.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo
 from bigtrain.data.formats.text import MAX_CAPTION_BYTES
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
-from bigtrain.storage import hash_file, write_atomic, write_json
+from bigtrain.storage import hash_file, hash_text, write_atomic, write_json
 
 FORMAT_VERSION = 3
 """Written for captions and arrays; for shards of text or with a `base_url` 2 is enough, for others 1."""
@@ -424,7 +423,7 @@ def write_index(
 def fingerprint(kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, hashes: list[str]) -> str:
     """Identifies the data: other bytes, shard order or tokenizer give another one; names do not."""
     value = [kind, dtype, None if tokenizer is None else tokenizer.hash, hashes]
-    return "sha256:" + hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hash_text(json.dumps(value))
 
 
 def load_index(directory: str | Path) -> ShardIndex:

@@ -27,8 +27,8 @@ from bigtrain.data.index import (
 from bigtrain.data.scanning import Scan, listed, other_size, scan_shard
 from bigtrain.data.streaming.remote import tars_at
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
-from bigtrain.objects import Patience, fetch
 from bigtrain.storage import hash_file
+from bigtrain.storage.objects import Patience, fetch
 
 URL_WORKERS = 4
 MAX_TAR_BYTES = 1 << 40

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.arrays import LABELS, MAX_ARRAYS, ArrayInfo, array_info, array_name
@@ -33,6 +32,7 @@ from bigtrain.data.formats.text import (
 )
 from bigtrain.data.index import CaptionForm, Kind, Rows
 from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.storage import hashes
 
 _TOKEN_TYPES = ("<u2", "<u4", "<i4", "<i8")
 _MAX_ID = 2**31 - 1
@@ -187,7 +187,7 @@ def _scan_captions(path: Path, samples: _Samples, tokenizer: Tokenizer | None, b
     """Images with text, or without a tokenizer with stored tokens."""
     rows, first, channels, raw = [], None, 1, _mapped(path)
     dtype = None if tokenizer is None else tokenizer.dtype.str
-    text_bytes, largest, digest = 0, -1, xxhash.xxh3_128()
+    text_bytes, largest, digest = 0, -1, hashes.new_digest()
     for key, group in samples:
         where = f"{path}, sample {key!r}"
         try:
@@ -216,7 +216,7 @@ def _scan_captions(path: Path, samples: _Samples, tokenizer: Tokenizer | None, b
         largest_id=largest,
         image=ImageInfo(*first, channels, classes=0),
         text_bytes=None if tokenizer is None else text_bytes,
-        tokens_hash=None if tokenizer is None else f"xxh3:{digest.hexdigest()}",
+        tokens_hash=None if tokenizer is None else hashes.named(digest),
     )
 
 
@@ -245,7 +245,7 @@ def _written_caption(path: Path, group: list[Member], tokenizer: Tokenizer, wher
 
 def _scan_text(path: Path, samples: _Samples, tokenizer: Tokenizer, bad: BadSamples) -> Scan:
     rows, text_bytes = [], 0
-    digest = xxhash.xxh3_128()
+    digest = hashes.new_digest()
     for key, group in samples:
         where = f"{path}, sample {key!r}"
         try:
@@ -268,7 +268,7 @@ def _scan_text(path: Path, samples: _Samples, tokenizer: Tokenizer, bad: BadSamp
         np.asarray(rows, dtype=np.int64),
         dtype=tokenizer.dtype.str,
         text_bytes=text_bytes,
-        tokens_hash=f"xxh3:{digest.hexdigest()}",
+        tokens_hash=hashes.named(digest),
     )
 
 

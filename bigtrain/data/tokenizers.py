@@ -6,7 +6,6 @@ encoded as text, so that no document can forge the end of another.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.documents import Document
-from bigtrain.storage import write_atomic
+from bigtrain.storage import hash_text, write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -292,7 +291,7 @@ def _may_be_chunked(definition: dict[str, Any]) -> bool:
 
 
 def _hash(definition: bytes) -> str:
-    return f"sha256:{hashlib.sha256(definition).hexdigest()}"
+    return hash_text(definition)
 
 
 def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | None) -> int:

@@ -1,24 +1,24 @@
-"""Energy that this machine's processors and GPUs have used, where their counters can be read."""
+"""Energy that this machine's processors (RAPL) and GPUs (NVML) have used, if their counters can be read."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from bigtrain.hardware import nvml
+
 POWERCAP: Final = Path("/sys/class/powercap")
 SAMPLE_S: Final = 60.0
-"""Time between two looks: RAPL's counters begin again after 262 kJ, 10 minutes of a busy server's processor."""
+"""Time between two readings: RAPL's counters begin again after 262 kJ, 10 minutes of a busy server's processor."""
 
 Counter = Callable[[], float]
 """Joules since some moment in the past; raises OSError where it can no longer be read."""
 
 
 class RaplPackage:
-    """A processor's energy (memory's not included), made to grow for ever.
+    """A processor's energy without that of its memory, as a counter that never wraps.
 
     Args:
         path: A directory intel-rapl:N of powercap; Linux lets only root read it unless an administrator changed that.
@@ -31,7 +31,7 @@ class RaplPackage:
         self._sum_uj = 0
 
     def __call__(self) -> float:
-        """Joules since the first look."""
+        """Joules since the first reading."""
         now_uj = int(self._file.read_text())
         self._sum_uj += (now_uj - self._last_uj) % (self._range_uj + 1)
         self._last_uj = now_uj
@@ -39,57 +39,24 @@ class RaplPackage:
 
 
 def rapl_packages(powercap: Path = POWERCAP) -> list[Counter]:
-    """One counter a processor; none where one of them cannot be read, since a part would pass for the whole."""
+    """One counter for each processor; none if one of them cannot be read, since a part would look like the total."""
     try:
         return [RaplPackage(path) for path in sorted(powercap.glob("intel-rapl:[0-9]*")) if path.name.count(":") == 1]
     except (OSError, ValueError):
         return []
 
 
-def nvml_devices() -> list[Counter]:
-    """One counter an NVIDIA GPU of this machine (Volta and newer); none where there is no driver."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    count = ctypes.c_uint()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return []
-    counters: list[Counter] = []
-    for index in range(count.value):
-        handle = ctypes.c_void_p()
-        if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
-            return []
-        counters.append(_nvml_counter(library, handle))
-    with contextlib.suppress(OSError):
-        for counter in counters:
-            counter()
-        return counters
-    return []
-
-
-def _nvml_counter(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Counter:
-    def read() -> float:
-        millijoules = ctypes.c_ulonglong()
-        code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        if code:
-            raise OSError(f"NVML error {code}")
-        return millijoules.value / 1e3
-
-    return read
-
-
 class EnergyMeter:
-    """Sums up what all counters say, in the background, until `stop`.
+    """Adds up all counters in the background until `stop`.
 
-    It counts the machine, not the run: what others do on it meanwhile is in it.
+    It measures the machine, not the run: the energy of other processes is included.
 
     Args:
         counters: By default all that this machine has.
     """
 
     def __init__(self, counters: list[Counter] | None = None, sample_s: float = SAMPLE_S) -> None:
-        self._counters = [*rapl_packages(), *nvml_devices()] if counters is None else counters
+        self._counters = [*rapl_packages(), *nvml.energy_counters()] if counters is None else counters
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._readable = bool(self._counters)
@@ -107,7 +74,7 @@ class EnergyMeter:
             return used_j
 
     def stop(self) -> None:
-        """End the looks in the background."""
+        """End the readings in the background."""
         self._stopped.set()
 
     def _read(self) -> float:

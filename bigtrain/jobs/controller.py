@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bigtrain import variables
@@ -18,7 +14,8 @@ from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
 from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
-from bigtrain.run import ExitCode
+from bigtrain.run import ExitCode, names
+from bigtrain.signals import STOP_SIGNALS, on_signals
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -54,7 +51,7 @@ class StopSwitch:
 def saved_step(run_directory: Path) -> int:
     """The step that checkpoints/LATEST names, 0 where nothing is published."""
     try:
-        text = (run_directory / "checkpoints" / "LATEST").read_text()
+        text = (run_directory / names.CHECKPOINTS / names.LATEST).read_text()
     except (OSError, UnicodeDecodeError):
         return 0
     found = re.search(r"step_(\d+)", text)
@@ -63,8 +60,8 @@ def saved_step(run_directory: Path) -> int:
 
 def next_attempt(run_directory: Path) -> int:
     """The first attempt number for which the run directory holds no logs yet."""
-    names = (path.name for path in (run_directory / "logs").glob("attempt_*"))
-    return 1 + max((int(name[8:]) for name in names if name[8:].isdigit()), default=-1)
+    found = (path.name for path in (run_directory / names.LOGS).glob("attempt_*"))
+    return 1 + max((int(name[8:]) for name in found if name[8:].isdigit()), default=-1)
 
 
 class Controller:
@@ -131,7 +128,7 @@ class Controller:
 
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
-        with self._signals():
+        with on_signals(self.request_stop, *STOP_SIGNALS):
             try:
                 return self._run()
             finally:
@@ -199,7 +196,7 @@ class Controller:
             variables.RUN: str(self._path),
             variables.ATTEMPT: str(self._attempt),
         }
-        logs = str(self._path / "logs" / f"attempt_{self._attempt}")
+        logs = str(self._path / names.LOGS / f"attempt_{self._attempt}")
         return Generation(
             self._generation,
             agents,
@@ -300,7 +297,7 @@ class Controller:
         if fault.kind is Kind.USER:
             self._record("failed", cause=fault.cause)
             return ExitCode.USER
-        self._say(f"{self._run_name}: logs of its ranks: {self._path / 'logs' / f'attempt_{self._attempt}'}")
+        self._say(f"{self._run_name}: logs of its ranks: {self._path / names.LOGS / f'attempt_{self._attempt}'}")
         return self._failed(f"{reason}: {fault.cause}")
 
     def _wait(self, delay_s: float) -> bool:
@@ -314,20 +311,3 @@ class Controller:
             except (PeerLost, ProtocolError):
                 self._release()
         return self._stop_level() == 0
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop while the run lasts; only the main thread may set that."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            self.request_stop()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

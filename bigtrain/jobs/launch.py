@@ -15,7 +15,7 @@ from bigtrain.jobs.placers.local import LocalPlacer
 from bigtrain.jobs.placers.placer import Placer
 from bigtrain.jobs.placers.slurm import RequeueOnSignal, SlurmPlacer
 from bigtrain.jobs.protocol import SILENCE_S
-from bigtrain.run import ExitCode
+from bigtrain.run import ExitCode, names
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -91,7 +91,7 @@ def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any)
         options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
-    return run_controlled(run_dir, LocalPlacer(run_dir / "logs" / "agent.log", silence_s), **options)
+    return run_controlled(run_dir, LocalPlacer(run_dir / names.LOGS / "agent.log", silence_s), **options)
 
 
 def launch_here(
@@ -116,7 +116,7 @@ def launch_here(
         options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
-    log_path = run_dir / "logs" / "agent.log"
+    log_path = run_dir / names.LOGS / "agent.log"
     placer: Placer = kept or LocalPlacer(log_path)
     if not slurm.in_allocation():
         return run_controlled(run_dir, placer, job=job, say=say, around=around, **options)

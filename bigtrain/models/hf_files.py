@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.config import UserError, nearest
 from bigtrain.models.config import FAMILIES, ModelConfig
-from bigtrain.storage import hash_file
+from bigtrain.storage import hash_file, hash_text
 
 if TYPE_CHECKING:
     from bigtrain.models.huggingface import HfTensor
@@ -145,7 +144,7 @@ class HfFiles:
 def digest(hashes: Mapping[str, str]) -> str:
     """One hash of the hashes of several files."""
     listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
-    return f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}"
+    return hash_text(listed)
 
 
 def _part_names(directory: Path) -> list[str]:

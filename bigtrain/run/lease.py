@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -17,6 +16,7 @@ from typing import Any, Final, Protocol
 from bigtrain import storage
 from bigtrain.config.errors import UserError
 from bigtrain.run.events import boot_id
+from bigtrain.storage.locks import locked
 
 LEASE_RENEWAL_S: Final = 10.0
 LEASE_LIFE_S: Final = 60.0
@@ -99,7 +99,7 @@ class Lease:
             UserError: A live process holds it.
         """
         directory.path.mkdir(parents=True, exist_ok=True)
-        with _exclusive(directory.path):
+        with locked(directory.path):
             last = cls.holder(directory)
             if last is not None and last.alive():
                 raise in_use(directory, last, noun)
@@ -117,7 +117,7 @@ class Lease:
         """Give the lease back, keeping its number."""
         self._released.set()
         # Where it cannot be written, the end of this process gives the lease back.
-        with contextlib.suppress(OSError), _exclusive(self.directory.path):
+        with contextlib.suppress(OSError), locked(self.directory.path):
             if self.held():
                 self._write(0)
 
@@ -126,7 +126,7 @@ class Lease:
 
         def renew() -> None:
             while not self._released.wait(LEASE_RENEWAL_S):
-                with contextlib.suppress(OSError), _exclusive(self.directory.path):
+                with contextlib.suppress(OSError), locked(self.directory.path):
                     if self._released.is_set() or not self.held():
                         return
                     self._write(os.getpid())
@@ -152,17 +152,6 @@ def in_use(directory: Leased, holder: LeaseHolder, noun: str = "run") -> UserErr
 def lease_check(directory: Leased, number: int) -> Callable[[], bool]:
     """A check for a rank: True as long as the attempt it belongs to holds the run."""
     return Lease(directory, number).held
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock of a directory itself, so that no lock file is left in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _process_start(pid: int) -> int | None:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 from bigtrain import storage
@@ -24,7 +21,8 @@ from bigtrain.config import UserError, yaml_file
 from bigtrain.jobs.causes import BACKOFF_FIRST_S, BACKOFF_MOST_S
 from bigtrain.jobs.controller import StopSwitch, saved_step
 from bigtrain.jobs.processes import signal_name
-from bigtrain.run import RECIPE, ExitCode, Lease, differences
+from bigtrain.run import RECIPE, ExitCode, Lease, differences, names
+from bigtrain.signals import STOP_SIGNALS, on_signals
 from bigtrain.sweeps.config import SizeConfig
 from bigtrain.sweeps.display import SweepDisplay
 from bigtrain.sweeps.journal import FORMAT_VERSION, Journal, SweepDirectory, TrialRecord
@@ -96,7 +94,7 @@ def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
     Raises:
         UserError: With the keys that differ.
     """
-    if (directory.path / "run.json").exists():
+    if (directory.path / names.RECORD).exists():
         raise UserError(f"{directory.path} is a run, not a sweep", fix="Choose another name for the sweep.")
     if not directory.record.exists():
         return
@@ -195,7 +193,7 @@ class Driver:
         self._plan()
         self._say_start()
         shown = self._display.shown(self._journal.state, self._starter.slots)
-        with contextlib.closing(self._starter), self._signals(), shown:
+        with contextlib.closing(self._starter), on_signals(self._switch.press, *STOP_SIGNALS), shown:
             while True:
                 self._reap()
                 level = self._heed()
@@ -377,18 +375,6 @@ class Driver:
             for one in self._slots.values():
                 one.process.stop(now)
         return level
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            self._switch.press()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _say_start(self) -> None:
         trials = self._journal.state.planned()

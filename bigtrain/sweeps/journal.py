@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from bigtrain import storage
 from bigtrain.config import CorruptionError, UserError, nearest
-from bigtrain.run import RunDirectory
+from bigtrain.run import RunDirectory, names
 from bigtrain.sweeps.trials import Trial
 
 FORMAT_VERSION = 1
@@ -33,11 +33,11 @@ class SweepDirectory:
         self.config = path / "sweep.yaml"
         self.record = path / "sweep.json"
         self.journal = path / "journal.jsonl"
-        self.lease = path / "lease.json"
+        self.lease = path / names.LEASE
         self.trials = path / "trials"
         """A run directory each: the `--runs-dir` of the trials."""
         self.configs = path / "configs"
-        self.logs = path / "logs"
+        self.logs = path / names.LOGS
         self.bench = path / "bench.json"
         self.plan = path / "plan.json"
         self.page = path / "plan.html"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bigtrain.run import names
 from bigtrain.storage import read_lines
 from bigtrain.tracking.metrics import step_rows
 from bigtrain.tracking.numbers import finite, timestamp
@@ -125,7 +126,7 @@ def record_s(run_dir: Path, events: Sequence[dict[str, Any]]) -> float:
     """Seconds from its last event to the last thing that a run which nobody holds has written."""
     last = timestamp(events[-1].get("time")) if events else None
     try:
-        return max(0.0, (run_dir / "metrics.jsonl").stat().st_mtime - last) if last is not None else 0.0
+        return max(0.0, (run_dir / names.METRICS).stat().st_mtime - last) if last is not None else 0.0
     except FileNotFoundError:
         return 0.0
 

@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from bigtrain.run import names
 from bigtrain.tracking.follow import Follower
 from bigtrain.tracking.numbers import finite, short, span
 
@@ -128,8 +129,8 @@ class LiveDisplay:
         self._stream = stream
         self._line_every_s, self._poll_s = line_every_s, poll_s
         self._progress = Progress(total_steps)
-        self._metrics = Follower(run_dir / "metrics.jsonl")
-        self._events = Follower(run_dir / "events.jsonl")
+        self._metrics = Follower(run_dir / names.METRICS)
+        self._events = Follower(run_dir / names.EVENTS)
         self._stop = threading.Event()
         self._console: Console | None = None
         self._thread: threading.Thread | None = None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bigtrain.run import names
 from bigtrain.storage import write_atomic
 from bigtrain.tracking.goodput import PARTS, Goodput
 from bigtrain.tracking.history import (
@@ -41,8 +42,8 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     Returns:
         The file's path.
     """
-    columns = read_columns(run_dir / "metrics.jsonl")
-    events = read_events(run_dir / "events.jsonl")
+    columns = read_columns(run_dir / names.METRICS)
+    events = read_events(run_dir / names.EVENTS)
     good = run_goodput(run_dir, alive)
     page = Page(title=run_dir.resolve().name, subtitle=_subtitle(events, alive))
     page.headline(_facts(columns, events, good))
@@ -58,7 +59,7 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     if (sample := run_dir / "sample.txt").exists():
         page.heading("A sample of its text")
         page.preformatted(redact_text(sample.read_text(encoding="utf-8", errors="replace")), prose=True)
-    if (config := run_dir / "config.yaml").exists():
+    if (config := run_dir / names.CONFIG).exists():
         page.heading("Configuration")
         page.preformatted(redact_yaml(config.read_text(encoding="utf-8")))
     target = run_dir / "report.html"

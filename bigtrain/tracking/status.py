@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bigtrain.run import names
 from bigtrain.tracking.goodput import Goodput, goodput
 from bigtrain.tracking.history import Columns, eta_s, newest, read_columns, read_events, record_s, whole
 from bigtrain.tracking.history import state as state_of
@@ -26,8 +27,8 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
         the run runs; `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
-    columns = read_columns(run_dir / "metrics.jsonl")
-    events = read_events(run_dir / "events.jsonl")
+    columns = read_columns(run_dir / names.METRICS)
+    events = read_events(run_dir / names.EVENTS)
     state = state_of(events, alive)
     good = _goodput(run_dir, events, columns, alive, now)
     return {
@@ -50,8 +51,8 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
 
 def run_goodput(run_dir: Path, alive: bool = False) -> Goodput:
     """Where a run's time went; `alive`: whether somebody holds its lease, so that its time goes on."""
-    events = read_events(run_dir / "events.jsonl")
-    return _goodput(run_dir, events, read_columns(run_dir / "metrics.jsonl"), alive, None)
+    events = read_events(run_dir / names.EVENTS)
+    return _goodput(run_dir, events, read_columns(run_dir / names.METRICS), alive, None)
 
 
 def _goodput(run_dir: Path, events: list[dict[str, Any]], columns: Columns, alive: bool, now: float | None) -> Goodput:

@@ -21,9 +21,9 @@ from bigtrain.data.streaming.store import check_remote, open_index, shards_at_on
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.models.config import ModelConfig
-from bigtrain.objects import RemoteError
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, recipe_of
+from bigtrain.storage.objects import RemoteError
 from bigtrain.training.boundaries import Boundaries
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from bigtrain import storage
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.manifest import MANIFEST_NAME
 from bigtrain.checkpoint.restore import run_at
 from bigtrain.config import UserError, nearest
 from bigtrain.config.urls import is_url
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf_files import HfFiles, digest
 from bigtrain.run import RunDirectory, find_run, split_run_step
+from bigtrain.run.names import RECORD
 from bigtrain.training.config import InitConfig
 
 
@@ -70,7 +72,7 @@ def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
     """
     if is_url(text):
         return _fetched(text)
-    if not (runs_dir / text / "run.json").exists() and HfFiles.is_one(Path(text)):
+    if not (runs_dir / text / RECORD).exists() and HfFiles.is_one(Path(text)):
         return HfSource(HfFiles.open(Path(text)))
     name, step = split_run_step(text)
     run = _run(name, runs_dir)
@@ -87,13 +89,13 @@ def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
             f"It has {', '.join(map(str, steps))}.",
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
-    return Source(run.path.absolute(), step, storage.hash_file(path / "manifest.json"))
+    return Source(run.path.absolute(), step, storage.hash_file(path / MANIFEST_NAME))
 
 
 def _fetched(text: str) -> Source:
     fetched, step = run_at(text, Path())
     assert step is not None  # what is fetched is one step
-    manifest = fetched.checkpoints / commit.step_name(step) / "manifest.json"
+    manifest = fetched.checkpoints / commit.step_name(step) / MANIFEST_NAME
     url = split_run_step(text)[0].rstrip("/")
     return Source(fetched.path.absolute(), step, storage.hash_file(manifest), url)
 

@@ -12,7 +12,7 @@ import pytest
 import s3fs
 import torch
 
-from bigtrain import objects, variables
+from bigtrain import variables
 from bigtrain.checkpoint import commit, restore
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest, read_manifest
@@ -20,9 +20,9 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.objects import Patience, RemoteError
 from bigtrain.run import RunDirectory
-from bigtrain.storage import hash_file
+from bigtrain.storage import hash_file, objects
+from bigtrain.storage.objects import Patience, RemoteError
 
 URL = "s3://bucket/runs/tiny"
 KEEP = CheckpointConfig(keep_last=2)

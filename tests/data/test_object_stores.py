@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from bigtrain import objects
 from bigtrain.config import UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
@@ -16,6 +15,7 @@ from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming import remote
 from bigtrain.data.streaming.store import open_index
+from bigtrain.storage import objects
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bigtrain import objects
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
+from bigtrain.storage import objects
 
 CONTEXT, BATCH, WINDOW = 16, 6, 2
 

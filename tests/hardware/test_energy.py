@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.hardware.energy import EnergyMeter, nvml_devices, rapl_packages
+from bigtrain.hardware.energy import EnergyMeter, rapl_packages
+from bigtrain.hardware.nvml import energy_counters
 
 
 def package(powercap: Path, number: int, microjoules: int, wrap: int = 1000) -> Path:
@@ -45,7 +46,7 @@ def test_a_counter_that_goes_away_makes_the_energy_unknown(tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_a_gpu_tells_its_energy() -> None:
-    counters = nvml_devices()
+    counters = energy_counters()
     assert counters
     meter = EnergyMeter(counters)
     import torch

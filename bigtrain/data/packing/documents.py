@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from bigtrain.data.packing.plan import PlannedShard, SplitPlan, Survey
 from bigtrain.data.packing.work import Job, Scratch, finished_shards, text_worker
 from bigtrain.data.packing.workers import PackError, Pool, open_pool
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.storage import fsync_directory, write_json
+from bigtrain.storage import fsync_directory, locks, write_json
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 64 << 20
@@ -344,12 +343,10 @@ def workplace(target: Path, identity: str) -> Iterator[Scratch]:
 def _alone(lock: Path, target: Path) -> Iterator[None]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not locks.lock(descriptor, wait=False):
             raise UserError(
                 "another process is packing to this place", str(target), "wait for it, or choose another --out"
-            ) from None
+            )
         try:
             yield
         finally:

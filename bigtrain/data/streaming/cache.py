@@ -12,7 +12,6 @@ Locks are flock's and end with their holder, however it ends: what a killed proc
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.objects import Cancelled
-from bigtrain.storage import hash_file
+from bigtrain.storage import hash_file, locks
+from bigtrain.storage.objects import Cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +153,7 @@ class Cache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        locks.lock(descriptor, shared=True)
         if not os.fstat(descriptor).st_nlink:
             # It was evicted between the two calls.
             os.close(descriptor)
@@ -168,7 +167,7 @@ class Cache:
         lock = path.with_name(f".{path.name}.lock")
         while True:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-            if _try_lock(descriptor) and _is_at(lock, descriptor):
+            if locks.lock(descriptor, wait=False) and _is_at(lock, descriptor):
                 break
             os.close(descriptor)
             if cancelled is None:
@@ -209,7 +208,7 @@ class Cache:
 
     def _reserve(self, part: Path, size: int, urgent: bool) -> None:
         """Make `part`, after evicting what was used longest ago."""
-        with _locked(self.root / ".lock"):
+        with locks.locked(self.root / ".lock"):
             if part.exists():
                 return
             files = sorted(self._files())
@@ -254,7 +253,7 @@ def _evict(path: Path) -> bool:
     except OSError:
         return not path.exists()
     try:
-        if not _try_lock(descriptor) or not _is_at(lock, descriptor):
+        if not locks.lock(descriptor, wait=False) or not _is_at(lock, descriptor):
             return False
         path.unlink(missing_ok=True)
         if lock != path:
@@ -262,24 +261,6 @@ def _evict(path: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

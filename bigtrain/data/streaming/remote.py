@@ -1,7 +1,7 @@
 """Reading shards over http, https, s3 and gs.
 
 HTTP goes through the standard library; no redirect leaves http and https, or falls from https to http. Object stores
-are `bigtrain.objects`'.
+are `bigtrain.storage.objects`'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from bigtrain.config import UserError
 from bigtrain.config.urls import STORES
 from bigtrain.data.config import check_url
-from bigtrain.objects import Body, ObjectPlace, Patience, Place, RemoteError, Transient, open_objects, patiently
+from bigtrain.storage.objects import Body, ObjectPlace, Patience, Place, RemoteError, Transient, open_objects, patiently
 
 CHUNK_BYTES = 1 << 16
 """So little that allocators use the same memory again for the next; of larger ones they keep some for each thread."""

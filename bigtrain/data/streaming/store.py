@@ -32,8 +32,8 @@ from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
 from bigtrain.data.streaming.remote import exists, open_place
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.objects import Cancelled, Patience, Place, cache_home, fetch
 from bigtrain.storage import write_atomic
+from bigtrain.storage.objects import Cancelled, Patience, Place, cache_home, fetch
 
 FETCHERS = 8
 MAX_TOKENIZER_BYTES = 1 << 28

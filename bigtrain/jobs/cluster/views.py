@@ -13,6 +13,7 @@ from bigtrain.config import UserError, nearest
 from bigtrain.jobs.cluster.board import board_path
 from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone, Job, NotThere
 from bigtrain.run import ExitCode, Lease, RunDirectory
+from bigtrain.run.names import EVENTS, LOGS
 from bigtrain.storage import read_lines
 from bigtrain.tracking.status import status as read_status
 
@@ -141,7 +142,7 @@ class ClusterView:
         if self.job.node is None:
             return []
         try:
-            lines = self._file("run/events.jsonl").splitlines(keepends=True)
+            lines = self._file(f"run/{EVENTS}").splitlines(keepends=True)
         except NotThere:
             return []
         return [json.loads(line) for line in lines if line.endswith(b"}\n")]
@@ -154,16 +155,16 @@ class ClusterView:
         """See `View`."""
         if self.job.node is None:
             return []
-        return _attempts(self._dashboard.files(self.job.node, self._name(f"run/logs/attempt_*/rank_{rank}.log")))
+        return _attempts(self._dashboard.files(self.job.node, self._name(f"run/{LOGS}/attempt_*/rank_{rank}.log")))
 
     def read(self, attempt: int, rank: int) -> bytes:
         """See `View`."""
-        return self._file(f"run/logs/attempt_{attempt}/rank_{rank}.log")
+        return self._file(f"run/{LOGS}/attempt_{attempt}/rank_{rank}.log")
 
     def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
         """See `View`."""
         assert self.job.node is not None  # else there were no attempts
-        name = self._name(f"run/logs/attempt_{attempt}/rank_{rank}.log")
+        name = self._name(f"run/{LOGS}/attempt_{attempt}/rank_{rank}.log")
         return self._dashboard.follow(self.job.node, name, over)
 
     def follow_driver(self) -> Iterator[bytes]:

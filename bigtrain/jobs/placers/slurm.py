@@ -17,12 +17,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from bigtrain import variables
@@ -30,6 +28,7 @@ from bigtrain.children import module_command
 from bigtrain.jobs import agent
 from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, keep_alive, new_token
+from bigtrain.signals import on_signals
 
 if TYPE_CHECKING:
     from bigtrain.jobs.controller import Controller
@@ -321,20 +320,14 @@ class RequeueOnSignal:
 
     @contextlib.contextmanager
     def listening(self, controller: Controller) -> Iterator[None]:
-        """Heed the signal meanwhile; only the main thread may set that."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Respond to the signal meanwhile."""
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
+        def on_signal() -> None:
             self.asked = True
             controller.request_save_and_stop()
 
-        before = signal.signal(REQUEUE_SIGNAL, on_signal)
-        try:
+        with on_signals(on_signal, REQUEUE_SIGNAL):
             yield
-        finally:
-            signal.signal(REQUEUE_SIGNAL, before)
 
 
 def main() -> int:

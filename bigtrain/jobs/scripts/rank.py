@@ -7,7 +7,6 @@ not stopped, passes a request to stop on as SIGTERM, and exits as it did: with 7
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import signal
@@ -25,6 +24,7 @@ from bigtrain.jobs.processes import bound_to_parent, is_stopped
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.keys import load_secrets
 from bigtrain.run import ExitCode
+from bigtrain.storage.locks import lock
 
 LOOK_S: Final = 0.1
 
@@ -94,12 +94,12 @@ def _keep_extensions(environment: MutableMapping[str, str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     environment["TORCH_EXTENSIONS_DIR"] = str(directory)
     with open(directory / "attempt", "a+") as seen:
-        fcntl.flock(seen, fcntl.LOCK_EX)
+        lock(seen.fileno())
         seen.seek(0)
         if seen.read() == environment[variables.ATTEMPT]:
             return
-        for lock in directory.rglob("lock"):
-            lock.unlink(missing_ok=True)
+        for left in directory.rglob("lock"):
+            left.unlink(missing_ok=True)
         seen.truncate(0)
         seen.write(environment[variables.ATTEMPT])
 

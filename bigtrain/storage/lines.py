@@ -1,79 +1,20 @@
-"""Files that are there whole or not at all: atomic writes, hashes, JSON lines that survive a torn tail."""
+"""JSON-lines files: appended to by several processes, readable after a kill."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
-import mmap
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 logger = logging.getLogger(__name__)
 
-HASH_CHUNK_BYTES = 1 << 20
 MAX_WAITING_LINES = 100_000
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """The XXH3-128 hash of a file's bytes, as "xxh3:HEX": proves integrity, not origin."""
-    digest = xxhash.xxh3_128()
-    # Mapped, so that it goes back to the system at once: allocators keep megabytes for each thread that hashes.
-    with mmap.mmap(-1, HASH_CHUNK_BYTES) as buffer, memoryview(buffer) as chunk, open(path, "rb", buffering=0) as file:
-        while count := file.readinto(chunk):
-            digest.update(chunk[:count])
-    return f"xxh3:{digest.hexdigest()}"
-
-
-def hash_text(text: str) -> str:
-    """The SHA-256 hash of a text, as "sha256:HEX"."""
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def fsync_file(path: str | os.PathLike[str]) -> None:
-    """Force a file's bytes to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-fsync_directory = fsync_file
-"""Force a directory's entries (creations and renames in it) to the disk."""
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
-
-    The bytes go to a temporary file beside it, are synced, renamed, and the directory is synced.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    fsync_directory(target.parent)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write one JSON value atomically, indented so that a person can read it."""
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
@@ -96,7 +37,7 @@ def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
 
 
 class LineLog:
-    """Appends to a JSON-lines file; while the disk takes nothing, lines wait in memory, in order, and nothing fails.
+    """Appends to a JSON-lines file; while the disk is full, lines wait in memory, in order, and nothing fails.
 
     Args:
         path: The file; made at the first append.
@@ -121,7 +62,7 @@ class LineLog:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn line, which a kill can leave, is passed over."""
+    """The objects of a JSON-lines file; a torn line, which a kill can leave, is skipped."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             value = _object(line)

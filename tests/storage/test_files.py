@@ -14,6 +14,7 @@ import pytest
 import xxhash
 
 from bigtrain import storage
+from bigtrain.storage import hashes
 
 KILLED_BEFORE_THE_RENAME = """
 import os, signal, sys
@@ -49,7 +50,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
 
 def test_the_hash_is_that_of_all_bytes(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    data = bytes(range(256)) * (storage.HASH_CHUNK_BYTES // 256 * 2) + b"end"
+    data = bytes(range(256)) * (hashes.CHUNK_BYTES // 256 * 2) + b"end"
     path.write_bytes(data)
     assert storage.hash_file(path) == f"xxh3:{xxhash.xxh3_128(data).hexdigest()}"
     changed = bytearray(data)
