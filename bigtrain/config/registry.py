@@ -20,7 +20,7 @@ import json
 import pkgutil
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
@@ -55,6 +55,7 @@ class Registry(Generic[T]):
         point: What an implementation is called in messages: "optimizer".
         base: The class that every implementation inherits.
         package: The folder of bigtrain's own implementations, as a dotted name.
+        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file.
         tag: The field of a section that holds its name; None where implementations are no sections: their class
             attribute `name` holds it.
         default: The name that a section without one gets.
@@ -67,11 +68,13 @@ class Registry(Generic[T]):
         base: type[T],
         package: str | None = None,
         *,
+        folders: bool = False,
         tag: str | None = "name",
         default: str | None = None,
         where: str | None = None,
     ) -> None:
         self.point, self.base, self.package, self.tag, self.default = point, base, package, tag, default
+        self.folders = folders
         self.where = where or f"{point}.{tag or 'name'}"
         self.found: dict[str, type[T]] = {}
         """What was imported or registered so far."""
@@ -118,7 +121,7 @@ class Registry(Generic[T]):
     def builtin(self) -> list[str]:
         """The names of bigtrain's own implementations; nothing is imported."""
         if self._builtin is None:
-            self._builtin = [] if self.package is None else sorted(_modules(self.package))
+            self._builtin = [] if self.package is None else sorted(_modules(self.package, self.folders))
         return self._builtin
 
     def names(self) -> list[str]:
@@ -148,13 +151,24 @@ class Registry(Generic[T]):
             )
         return self.found[name]
 
+    def read(self, value: Mapping[str, Any]) -> T:
+        """The section that a mapping describes, by the name in it.
+
+        Raises:
+            UserError: There is no implementation of that name.
+            pydantic.ValidationError: A key or value is wrong.
+        """
+        assert self.tag is not None
+        section: Any = self[str(value.get(self.tag, self.default))]
+        return section.model_validate(dict(value))
+
     def choose(self, value: Any) -> type[T] | None:
         """The implementation that the mapping `value` of a YAML names; None where it names none that is known."""
         name = value.get(self.tag, self.default) if isinstance(value, dict) else None
         return self[name] if isinstance(name, str) and name in self else None
 
     def _module(self, name: str) -> str:
-        return f"{self.package}.{name}"
+        return f"{self.package}.{name}.config" if self.folders else f"{self.package}.{name}"
 
     def _name_of(self, value: type) -> str | None:
         if self.tag is None:
@@ -220,13 +234,13 @@ def _dump(value: Any, info: core_schema.SerializationInfo) -> Any:
     return value.model_dump(mode=info.mode)
 
 
-def _modules(package: str) -> Iterator[str]:
-    """The names that the modules of a package stand for: their file names."""
+def _modules(package: str, folders: bool) -> Iterator[str]:
+    """The names of the files, or of the folders, of a package."""
     parent, _, _ = package.rpartition(".")
     if parent and parent not in sys.modules:
         importlib.import_module(parent)
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     for module in pkgutil.iter_modules(spec.submodule_search_locations):
-        if not module.name.startswith("_"):
+        if module.ispkg is folders and not module.name.startswith("_"):
             yield module.name

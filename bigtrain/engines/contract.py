@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 MicroBatch = dict[str, np.ndarray]
@@ -53,8 +54,6 @@ class StepResult:
         source) and start its copy to the host."""
         self._event = None
         if numbers.is_cuda:
-            import torch
-
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -74,6 +73,8 @@ class StepResult:
 class Engine(Protocol):
     """Executes steps. The same batch gives the same numbers under every engine and layout."""
 
+    device: torch.device
+    """Where this rank computes."""
     data_parallel_rank: int
     data_parallel_size: int
 

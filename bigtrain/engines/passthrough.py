@@ -11,11 +11,10 @@ import os
 import subprocess
 import sys
 
-from pydantic import TypeAdapter
-
 from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, Precision
+from bigtrain.config.plugin import plugin_environment, plugin_of_launcher
+from bigtrain.engines.config import ENGINES, EngineConfig, Passthrough, Precision
 
 TIMEOUT_S = 120
 
@@ -26,11 +25,11 @@ def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipel
     Raises:
         UserError: It refuses them, or cannot be imported.
     """
-    if not isinstance(engine, (DeepSpeedConfig, AccelerateConfig)) or not engine.passthrough:
+    if not isinstance(engine, Passthrough) or not engine.passthrough:
         return
     question = {"engine": engine.model_dump(mode="json"), "precision": precision, "pipelined": pipelined}
     asked = subprocess.run(
-        module_command("bigtrain.engines.passthrough"), env=with_source(os.environ),
+        module_command("bigtrain.engines.passthrough"), env=with_source({**os.environ, **plugin_environment()}),
         input=json.dumps(question), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     # The library may have printed something before.
@@ -42,27 +41,14 @@ def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipel
         raise UserError(f"engine.passthrough cannot be checked for {engine.name}: {cause}", "engine.passthrough")
 
 
-def _check(engine: EngineConfig, precision: Precision, pipelined: bool) -> None:
-    import torch
-
-    if isinstance(engine, DeepSpeedConfig):
-        from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config
-        from bigtrain.engines.deepspeed_start import import_deepspeed
-
-        device = torch.device("cpu")
-        import_deepspeed(device)
-        check_passthrough(deepspeed_config(engine, precision, device, pipelined=pipelined), engine.passthrough)
-    elif isinstance(engine, AccelerateConfig):
-        from bigtrain.engines.accelerate_strategies import plugins
-
-        plugins(engine, torch.device("cpu"), torch.float32)
-
-
 def _main() -> int:
     question = json.load(sys.stdin)
-    engine: EngineConfig = TypeAdapter(EngineConfig).validate_python(question["engine"])
+    # A user's own engine is known here too.
+    plugin_of_launcher()
+    engine = ENGINES.read(question["engine"])
+    assert isinstance(engine, Passthrough)
     try:
-        _check(engine, question["precision"], question["pipelined"])
+        engine.read_passthrough(question["precision"], pipelined=question["pipelined"])
     except UserError as error:
         print(json.dumps([error.what, error.where, error.fix]))
         return error.exit_code

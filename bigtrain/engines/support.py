@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
+from bigtrain.engines.config import ENGINES, EngineConfig, Precision
+from bigtrain.models.config import FAMILIES
+from bigtrain.optim.config import OptimizerConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
-
-AXES = {
-    "fsdp": ("dp_replicate", "dp_shard", "cp", "pp", "tp"),
-    "deepspeed": ("dp_shard", "pp", "tp"),
-    "accelerate": ("dp_shard",),
-}
-"""The axes of the mesh over which an engine takes more than one rank."""
 
 
 def check_support(
@@ -19,9 +15,8 @@ def check_support(
     arch: str,
     layout: LayoutConfig,
     *,
-    document_mask: bool,
-    plain: bool = False,
-    frozen: bool = False,
+    document_mask: bool = False,
+    optimizer: OptimizerConfig | None = None,
     precision: Precision = "bf16",
 ) -> None:
     """Refuse what an engine cannot do.
@@ -30,93 +25,73 @@ def check_support(
         engine: The section `engine`.
         arch: `model.arch`.
         document_mask: `data.document_mask`.
-        plain: Whether the model is a plain module of PyTorch (`models.plain`).
-        frozen: Whether `optimizer.frozen` names parameters.
+        optimizer: The section `optimizer`; None: AdamW with nothing frozen.
         precision: The key `precision`.
 
     Raises:
-        UserError: An engine and a model that do not go together, a layout that the engine has not, document masks.
+        UserError: An engine and a model that do not go together, a layout that the engine does not run, document masks.
     """
-    if (arch == "hf") != isinstance(engine, AccelerateConfig):
-        fix = "Use engine: {name: accelerate}." if arch == "hf" else "Use engine: {name: fsdp} or {name: deepspeed}."
-        raise UserError(f"A model of arch '{arch}' does not run on the engine '{engine.name}'", "engine.name", fix)
-    _check_axes(engine.name, layout)
-    _check_zero_bubble(engine, layout)
-    if plain and not isinstance(engine, FSDPConfig):
-        raise UserError(
-            f"A plain module, as arch '{arch}' is, does not run on the engine '{engine.name}'",
-            "engine.name",
-            "Use engine: {name: fsdp}, or give the module the whole contract (bigtrain/models/contract.py).",
-        )
-    if frozen and not isinstance(engine, FSDPConfig):
+    optimizer = optimizer or AdamWConfig()
+    _check_model(engine, arch, document_mask)
+    _check_axes(engine, layout)
+    engine.check_layout(layout)
+    if optimizer.frozen and not engine.freezes:
         raise UserError(
             f"The engine '{engine.name}' trains all parameters: it lays them end to end, frozen ones too",
             "optimizer.frozen",
-            "Use engine: {name: fsdp}, which freezes parameters at every layout.",
+            f"Use engine: {_names('freezes')}, which freezes parameters at every layout.",
         )
-    if precision == "fp16" and not isinstance(engine, FSDPConfig):
+    if not optimizer.elementwise and engine.flattens:
         raise UserError(
-            f"FP16 is not run on the engine '{engine.name}': its loss scale would be kept in no checkpoint of ours",
+            f"The engine '{engine.name}' lays parameters end to end here, and the optimizer '{optimizer.name}' needs "
+            "their shapes",
+            "optimizer.name",
+            "Use engine: {name: fsdp}, or an optimizer that works element by element.",
+        )
+    if precision not in engine.precisions:
+        raise UserError(
+            f"{precision.upper()} is not run on the engine '{engine.name}': its loss scale would be in no checkpoint",
             "precision",
             "Set precision to bf16, or use engine: {name: fsdp}.",
         )
-    if isinstance(engine, DeepSpeedConfig) and layout.pp > 1:
-        _check_pipeline(engine, layout)
-    if isinstance(engine, AccelerateConfig) and document_mask:
+
+
+def _check_model(engine: EngineConfig, arch: str, document_mask: bool) -> None:
+    family = FAMILIES[arch]
+    if family.keeps_contract == engine.runs_transformers:
+        fitting = [name for name in ENGINES if ENGINES[name].runs_transformers != family.keeps_contract]
+        raise UserError(
+            f"A model of arch '{arch}' does not run on the engine '{engine.name}'",
+            "engine.name",
+            f"Use engine: {' or '.join(f'{{name: {name}}}' for name in fitting)}.",
+        )
+    if family.is_plain and not engine.runs_plain_modules:
+        raise UserError(
+            f"A plain module, as arch '{arch}' is, does not run on the engine '{engine.name}'",
+            "engine.name",
+            f"Use engine: {_names('runs_plain_modules')}, or give the module the full contract "
+            "(bigtrain/models/contract.py).",
+        )
+    if engine.runs_transformers and document_mask:
         raise UserError(
             "A Hugging Face model takes no mask of documents: each model of transformers builds its own attention",
             "data.document_mask",
-            "Set data.document_mask to false, or train one of our own models on the engine 'fsdp'.",
+            "Set data.document_mask to false, or train a native model on the engine 'fsdp'.",
         )
 
 
-def _check_zero_bubble(engine: EngineConfig, layout: LayoutConfig) -> None:
-    """It walks through a block twice, for the gradients of its input and of its weights."""
-    if not isinstance(engine, FSDPConfig) or layout.pp == 1 or layout.pp_schedule != "zero_bubble":
-        return
-    if engine.recompute != "none" or engine.compile:
-        key = "compile" if engine.compile else "recompute"
-        why = "takes no compiled block" if engine.compile else "would compute each block three times"
-        off = "false" if engine.compile else "none"
-        raise UserError(
-            f"layout.pp_schedule zero_bubble {why}",
-            f"engine.{key}",
-            f"Set engine.{key} to {off}, or layout.pp_schedule to 1f1b or interleaved.",
-        )
+def _names(quality: str) -> str:
+    """The engines that have a quality, as YAML."""
+    return " or ".join(f"{{name: {name}}}" for name in ENGINES if getattr(ENGINES[name], quality))
 
 
-def _check_axes(engine: str, layout: LayoutConfig) -> None:
-    taken = AXES[engine]
-    for axis in AXES["fsdp"]:
+def _check_axes(engine: EngineConfig, layout: LayoutConfig) -> None:
+    for axis in ENGINES["fsdp"].axes:
         size = getattr(layout, axis)
-        if axis not in taken and size != 1:
-            others = " or ".join(f"layout.{other}" for other in taken)
+        if axis not in engine.axes and size != 1:
+            others = " or ".join(f"layout.{other}" for other in engine.axes)
             raise UserError(
-                f"layout.{axis} is {size}, and the engine '{engine}' takes more than one rank over {others} alone",
+                f"layout.{axis} is {size}, and the engine '{engine.name}' takes more than one rank over {others} alone",
                 f"layout.{axis}",
-                f"Set layout.{axis} to 1, or train one of our own models on the engine 'fsdp'.",
+                f"Set layout.{axis} to 1, or train a native model on the engine 'fsdp'.",
             )
-
-
-def _check_pipeline(engine: DeepSpeedConfig, layout: LayoutConfig) -> None:
-    """DeepSpeed's pipeline engine reduces gradients once, at the end of a step, and knows one schedule."""
-    if engine.zero > 1:
-        raise UserError(
-            f"DeepSpeed's pipeline takes ZeRO 0 and 1, not {engine.zero}: it reduces gradients at the end of a step, "
-            "when ZeRO 2 and 3 have already spread them",
-            "engine.zero",
-            "Set engine.zero to 1, or layout.pp to 1, or use the engine 'fsdp'.",
-        )
-    if engine.offload != "none":
-        raise UserError(
-            "DeepSpeed's pipeline does not go with an optimizer on the CPU: the norm of the gradients would be summed "
-            "over the stages group by group, and stages may have different groups",
-            "engine.offload",
-            "Set engine.offload to none, or layout.pp to 1.",
-        )
-    if layout.pp_schedule != "1f1b":
-        raise UserError(
-            f"DeepSpeed's pipeline runs the schedule 1f1b alone, not {layout.pp_schedule}",
-            "layout.pp_schedule",
-            "Set layout.pp_schedule to 1f1b and layout.pp_stages_per_rank to 1, or use the engine 'fsdp'.",
-        )

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bigtrain.engines.config import FSDPConfig, Precision
+from bigtrain.engines.config import Precision
+from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
 from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, filled

@@ -44,7 +44,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
-from bigtrain.engines.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
+from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
+from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
 from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, filled

@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bigtrain.engines.config import AccelerateConfig, Precision
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.config import Precision
 from bigtrain.planning.communication import FP64, Collective, Kind, Term
 from bigtrain.planning.parts import BYTES, FP32
 from bigtrain.planning.zero import BUCKET, stages_to_2

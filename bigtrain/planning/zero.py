@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from bigtrain.engines.config import DeepSpeedConfig, Precision
+from bigtrain.engines.config import Precision
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import (

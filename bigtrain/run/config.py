@@ -9,7 +9,8 @@ from pydantic import StringConstraints, field_validator
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.config import BatchSize, Duration, Section
 from bigtrain.data.config import DataConfig, StreamingConfig
-from bigtrain.engines.config import EngineConfig, FSDPConfig, Precision
+from bigtrain.engines.config import ENGINES, EngineConfig, Precision
+from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.jobs.config import JobConfig
 from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.optim.config import OPTIMIZERS, SCHEDULES, OptimizerConfig, ScheduleConfig
@@ -64,7 +65,7 @@ class RunConfig(Section):
     streaming: StreamingConfig = StreamingConfig()
     """How shards are read."""
 
-    engine: EngineConfig = FSDPConfig()
+    engine: Annotated[EngineConfig, ENGINES] = FSDPConfig()
     """Who executes a step."""
 
     layout: LayoutConfig = LayoutConfig()

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigtrain.engines.config import FSDPConfig
 from bigtrain.engines.contract import MicroBatch
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.models.init import initialise

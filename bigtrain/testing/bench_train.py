@@ -30,8 +30,9 @@ from bigtrain.data.loader import Loader, StepBatch
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.engines.config import FSDPConfig, Precision
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.config import Precision
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.models.families.llama import Config as Llama

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -28,10 +27,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.config.plugin import load_plugin
 from bigtrain.data.loader import distribute
-from bigtrain.engines.build import build_engine
-from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.config import ENGINES, Precision
 from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.engines.support import check_support
 from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.optim.optimizers.adamw import AdamWConfig
@@ -131,21 +129,20 @@ def build(what: What, how: How) -> Any:
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
     model = section(what)
     layout.check(model, what.vocabulary)
-    engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
+    engine = ENGINES.read(how.engine)
     check_support(
         engine,
         model.arch,
         layout,
         document_mask=what.documents,
-        frozen=bool(what.frozen),
+        optimizer=AdamWConfig(frozen=what.frozen),
         precision=what.precision,
     )
-    return build_engine(
+    return engine.build(
         model,
         what.vocabulary,
         # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
         AdamWConfig(lr=LR, clip=what.clip, eps=1e-6, frozen=what.frozen),
-        engine=engine,
         layout=layout,
         precision=what.precision,
         seed=what.seed,

@@ -295,7 +295,7 @@ def _environment() -> dict[str, str]:
 
 def _nursery(directory: Path, size: int) -> None:
     """Fork ranks on demand: lines of "fork" and "end" on the standard input; its end is the end of all."""
-    import bigtrain.engines.fsdp  # noqa: F401 - imported once, for all ranks
+    import bigtrain.engines.fsdp.engine  # noqa: F401 - imported once, for all ranks
 
     pids: list[int] = []
     while True:

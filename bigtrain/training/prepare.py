@@ -248,8 +248,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
         model.arch,
         config.layout,
         document_mask=config.data.document_mask,
-        plain=model.is_plain,
-        frozen=bool(config.optimizer.frozen),
+        optimizer=config.optimizer,
         precision=config.precision,
     )
     try:

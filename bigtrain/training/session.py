@@ -24,7 +24,6 @@ from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import UserError, yaml_file
 from bigtrain.config.plugin import plugin_of_launcher
 from bigtrain.data.loader import EvaluationLoader, Loader
-from bigtrain.engines.build import build_engine
 from bigtrain.engines.contract import Reloaded
 from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
@@ -119,11 +118,10 @@ class Session:
         self._tracker: WandbTracker | None = None
         self._ledger = Ledger()
         config = self.config
-        self.engine = build_engine(
+        self.engine = config.engine.build(
             config.model,
             prepared.outputs,
             config.optimizer,
-            engine=config.engine,
             layout=config.layout,
             precision=config.precision,
             seed=config.seed,

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,8 +22,9 @@ from bigtrain.checkpoint.loader import find, load_found
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
 from bigtrain.data.loader import distribute
-from bigtrain.engines.accelerate import AccelerateEngine
-from bigtrain.engines.config import AccelerateConfig, EngineConfig, Precision
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.accelerate.engine import AccelerateEngine
+from bigtrain.engines.config import ENGINES, Precision
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.support import check_support
 from bigtrain.models.families.hf import Config
@@ -502,7 +502,7 @@ def test_bf16_stays_in_its_band(
 def test_what_does_not_go_together_is_refused(
     engine: str, arch: str, layout: dict[str, int], document_mask: bool, says: str
 ) -> None:
-    section = TypeAdapter(EngineConfig).validate_python({"name": engine})
+    section = ENGINES.read({"name": engine})
     check_support(AccelerateConfig(), "hf", LayoutConfig(), document_mask=False)
     with pytest.raises(UserError, match=says):
         check_support(section, arch, LayoutConfig(**layout), document_mask=document_mask)
@@ -513,9 +513,9 @@ def test_what_does_not_go_together_is_refused(
     [("ddp", "bucket_cap", "bucket_cap_mb"), ("fsdp2", "fsdp_version", "Remove it"), ("zero2", "stage", "Remove it")],
 )
 def test_settings_passed_through_are_checked(strategy: Any, key: str, says: str) -> None:
-    from bigtrain.engines import accelerate_strategies
+    from bigtrain.engines.accelerate import strategies
 
-    arguments = {name: getattr(accelerate_strategies, f"_{name}_arguments") for name in STRATEGIES}[strategy]
+    arguments = {name: getattr(strategies, f"_{name}_arguments") for name in STRATEGIES}[strategy]
     with pytest.raises(UserError) as caught:
         arguments({key: 1}, torch.float32)
     assert says in str(caught.value)

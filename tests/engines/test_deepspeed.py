@@ -23,12 +23,13 @@ from bigtrain.checkpoint.loader import load
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.config import UserError
 from bigtrain.data.loader import distribute
-from bigtrain.engines.build import build_engine
-from bigtrain.engines.config import DeepSpeedConfig, EngineConfig, FSDPConfig, Precision
+from bigtrain.engines.config import EngineConfig, Precision
 from bigtrain.engines.contract import MicroBatch, Reloaded
-from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config
-from bigtrain.engines.deepspeed_start import import_deepspeed
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
+from bigtrain.engines.deepspeed.settings import check_passthrough, deepspeed_config
+from bigtrain.engines.deepspeed.start import import_deepspeed
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.config import FAMILIES
 from bigtrain.optim.config import ParameterGroup
 from bigtrain.optim.optimizers.adamw import AdamWConfig
@@ -93,11 +94,10 @@ def micro_batches(case: Case, step: int) -> list[MicroBatch]:
 
 def build(case: Case) -> Any:
     groups = (ParameterGroup(pattern="embedding.*", lr_scale=0.5), ParameterGroup(pattern="*.mlp.*", weight_decay=0.3))
-    return build_engine(
+    return case.engine.build(
         FAMILIES[case.model["arch"]](**case.model, context=CONTEXT),
         VOCABULARY,
         AdamWConfig(lr=LR, clip=case.clip, eps=1e-6, groups=groups),
-        engine=case.engine,
         layout=LayoutConfig(micro_size=case.micro_size),
         precision=case.precision,
         seed=SEED,
@@ -390,18 +390,17 @@ def test_bf16_resumes_from_its_fp32_weights(ranks: RankPool, tmp_path: Path, sta
 
 START = """
 import sys, torch, numpy as np
-from bigtrain.engines.build import build_engine
-from bigtrain.engines.config import DeepSpeedConfig
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.models.config import FAMILIES
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
-import bigtrain.engines.deepspeed_build as module
+import bigtrain.engines.deepspeed.build as module
 join = module.join_process_group
 module.join_process_group = lambda *arguments: (print("joining", flush=True), join(*arguments))[1]
 model = FAMILIES["gpt2"](arch="gpt2", layers=1, width=16, heads=2, context=8)
 ranks = Ranks(0, 0, 1)
-build_engine(model, 11, AdamWConfig(), engine=DeepSpeedConfig(zero=2), layout=LayoutConfig(), precision="fp32", seed=1,
+DeepSpeedConfig(zero=2).build(model, 11, AdamWConfig(),  layout=LayoutConfig(), precision="fp32", seed=1,
              ranks=ranks)
 print("started", flush=True)
 """

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig
+from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.contract import StepNumbers
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.engines.support import check_support
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches, put

@@ -14,10 +14,12 @@ from torch import Tensor
 from bigtrain.checkpoint.huggingface import import_hf, load_hf
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
-from bigtrain.engines.config import AccelerateConfig, DeepSpeedConfig
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.engines.support import check_support
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.hf_files import HfFiles
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches
 from bigtrain.testing.ranks import RankPool
@@ -114,4 +116,4 @@ def test_wrong_patterns_and_other_engines_are_refused() -> None:
     for engine in (DeepSpeedConfig(), AccelerateConfig()):
         arch = "hf" if engine.name == "accelerate" else "llama"
         with pytest.raises(UserError, match="trains all parameters"):
-            check_support(engine, arch, LayoutConfig(), document_mask=False, frozen=True)
+            check_support(engine, arch, LayoutConfig(), optimizer=AdamWConfig(frozen=("*",)))

@@ -15,9 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bigtrain.data.loader import distribute
-from bigtrain.engines.config import FSDPConfig, Precision
+from bigtrain.engines.config import Precision
 from bigtrain.engines.contract import MicroBatch
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.config import FAMILIES
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.optim.optimizers.adam import AdamConfig

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from bigtrain.engines.contract import MicroBatch
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.layers import Attention, attend
 from bigtrain.testing.equivalence import MODELS, Deviations, How, What, deviations, record

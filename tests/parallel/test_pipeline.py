@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigtrain.engines.config import FSDPConfig
-from bigtrain.engines.fsdp import FSDPEngine
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.config import FAMILIES
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.optim.optimizers.adamw import AdamWConfig

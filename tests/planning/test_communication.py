@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from bigtrain.engines.config import FSDPConfig
+from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.config import FAMILIES
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import Collective, Passes, communication, total

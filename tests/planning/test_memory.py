@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigtrain.engines.config import EngineConfig
+from bigtrain.engines.config import ENGINES
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.decoder_config import DecoderConfig
@@ -82,7 +81,7 @@ def promised(what: What, how: How) -> list[Held]:
     """Of each rank."""
     model = config(what.model, what.context)
     layout = LayoutConfig(**how.layout)
-    engine: Any = TypeAdapter(EngineConfig).validate_python(how.engine)
+    engine: Any = ENGINES.read(how.engine)
     sizes = layout.mesh(how.ranks)
     return [
         held_bytes(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bigtrain.engines.accelerate import AccelerateEngine
-from bigtrain.engines.config import AccelerateConfig, Precision
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.accelerate.engine import AccelerateEngine
+from bigtrain.engines.config import Precision
 from bigtrain.models.families.hf import Config
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from bigtrain.engines.config import DeepSpeedConfig
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.parallel.config import LayoutConfig, Mesh

@@ -15,7 +15,6 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config.plugin import load_plugin
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import sequence_keys
-from bigtrain.engines.build import build_engine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory, load_config
@@ -51,8 +50,8 @@ def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
     load_plugin(str(PLUGIN))
     run = load_config(config, [f"duration={STEPS} steps"])
     prepared = prepare(run)
-    engine = build_engine(
-        run.model, prepared.outputs, run.optimizer, engine=run.engine, layout=run.layout, precision=run.precision,
+    engine = run.engine.build(
+        run.model, prepared.outputs, run.optimizer,  layout=run.layout, precision=run.precision,
         seed=run.seed, ranks=Ranks(0, 0, 1),
     )  # fmt: skip
     options: dict[str, Any] = {"batch_size": BATCH, "context": prepared.context, "seed": run.seed}

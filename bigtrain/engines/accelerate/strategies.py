@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.config import UserError, nearest
-from bigtrain.engines.config import AccelerateConfig
-from bigtrain.engines.deepspeed_partitions import Partitions
-from bigtrain.engines.deepspeed_start import import_deepspeed, leave_process_group
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.deepspeed.partitions import Partitions
+from bigtrain.engines.deepspeed.start import import_deepspeed, leave_process_group
 from bigtrain.models.init import Part
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_USE_MEGATRON_LM")

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigtrain.config import UserError
-from bigtrain.engines.accelerate_strategies import Plain, prepare, release
-from bigtrain.engines.config import AccelerateConfig, Precision
+from bigtrain.engines.accelerate.config import AccelerateConfig
+from bigtrain.engines.accelerate.strategies import Plain, prepare, release
+from bigtrain.engines.config import Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from bigtrain.engines.contract import MicroBatch, StepResult
-from bigtrain.engines.deepspeed import DeepSpeedEngine, Started
-from bigtrain.engines.deepspeed_model import Plan
+from bigtrain.engines.deepspeed.engine import DeepSpeedEngine, Started
+from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.sums import add_sums, zero_sums

@@ -21,9 +21,9 @@ from torch import Tensor
 from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.engines.contract import MicroBatch, StepResult
-from bigtrain.engines.deepspeed_model import Plan
-from bigtrain.engines.deepspeed_partitions import Partitions
-from bigtrain.engines.deepspeed_start import leave_process_group
+from bigtrain.engines.deepspeed.model import Plan
+from bigtrain.engines.deepspeed.partitions import Partitions
+from bigtrain.engines.deepspeed.start import leave_process_group
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
 from bigtrain.models.contract import LossSum

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from bigtrain.config import UserError, nearest
-from bigtrain.engines.config import DeepSpeedConfig, Precision
+from bigtrain.engines.config import Precision
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 
 
 def low_precision_weights(engine: DeepSpeedConfig, precision: Precision) -> bool:

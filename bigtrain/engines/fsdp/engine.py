@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
-from bigtrain.engines.config import FSDPConfig, Precision
+from bigtrain.engines.config import Precision
 from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain.engines.config import DeepSpeedConfig, Precision
-from bigtrain.engines.deepspeed import DeepSpeedEngine, Started
-from bigtrain.engines.deepspeed_config import check_passthrough, deepspeed_config, low_precision_weights
-from bigtrain.engines.deepspeed_groups import ModelParallelUnit, count_once_in_norm
-from bigtrain.engines.deepspeed_model import plan_model, spread
-from bigtrain.engines.deepspeed_start import import_deepspeed, join_process_group
+from bigtrain.engines.config import Precision
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
+from bigtrain.engines.deepspeed.engine import DeepSpeedEngine, Started
+from bigtrain.engines.deepspeed.groups import ModelParallelUnit, count_once_in_norm
+from bigtrain.engines.deepspeed.model import plan_model, spread
+from bigtrain.engines.deepspeed.settings import check_passthrough, deepspeed_config, low_precision_weights
+from bigtrain.engines.deepspeed.start import import_deepspeed, join_process_group
 from bigtrain.engines.rank import COMPUTE_DTYPES, set_determinism
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.init import initialise
@@ -70,7 +71,7 @@ def build_deepspeed_engine(
     module, made = built, DeepSpeedEngine
     if sizes.pp > 1:
         assert mesh is not None
-        from bigtrain.engines.deepspeed_pipeline import PipelinedEngine, pipeline_module
+        from bigtrain.engines.deepspeed.pipeline import PipelinedEngine, pipeline_module
 
         module, made = pipeline_module(built, plan, sizes, mesh), PipelinedEngine
     count_once_in_norm(parameters, plan.parts, plan.shared_by_ends & plan.copies)

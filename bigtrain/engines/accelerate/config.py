@@ -1,0 +1,65 @@
+"""The section of the engine accelerate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from bigtrain.engines.config import ENGINES, Passthrough, Precision
+from bigtrain.parallel.config import LayoutConfig
+
+if TYPE_CHECKING:
+    from bigtrain.engines.contract import Engine
+    from bigtrain.models.config import ModelConfig
+    from bigtrain.optim.config import OptimizerConfig
+    from bigtrain.parallel.mesh import Ranks
+
+
+@ENGINES.register
+class AccelerateConfig(Passthrough):
+    """Hugging Face models, through Accelerate's plugins."""
+
+    runs_transformers: ClassVar[bool] = True
+
+    name: Literal["accelerate"] = "accelerate"
+    """accelerate: models of `arch: hf`; one process runs them in plain PyTorch."""
+
+    strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"
+    """What the ranks share out. ddp: nothing; fsdp2: parameters, gradients, optimizer; zero2: gradients, optimizer."""
+
+    passthrough: dict[str, Any] = Field(default_factory=dict)
+    """Further settings: of DistributedDataParallelKwargs (ddp), of FullyShardedDataParallelPlugin (fsdp2), or of
+    DeepSpeed's zero_optimization (zero2)."""
+
+    @property
+    def flattens(self) -> bool:
+        """Whether parameters lie end to end: under ZeRO."""
+        return self.strategy == "zero2"
+
+    def read_passthrough(self, precision: Precision, *, pipelined: bool) -> None:
+        """See `Passthrough.read_passthrough`."""
+        import torch
+
+        from bigtrain.engines.accelerate.strategies import plugins
+
+        plugins(self, torch.device("cpu"), torch.float32)
+
+    def build(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        optimizer: OptimizerConfig,
+        *,
+        layout: LayoutConfig,
+        precision: Precision,
+        seed: int,
+        ranks: Ranks,
+    ) -> Engine:
+        """See `EngineConfig.build`."""
+        from bigtrain.engines.accelerate.engine import AccelerateEngine
+
+        return AccelerateEngine.build(
+            model, vocab_size, optimizer,
+            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
+        )  # fmt: skip

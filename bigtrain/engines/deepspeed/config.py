@@ -1,0 +1,151 @@
+"""The section of the engine deepspeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from bigtrain.config import UserError
+from bigtrain.engines.config import ENGINES, Passthrough, Precision
+from bigtrain.parallel.config import LayoutConfig, Recompute
+
+if TYPE_CHECKING:
+    from bigtrain.engines.contract import Engine
+    from bigtrain.models.config import ModelConfig
+    from bigtrain.optim.config import OptimizerConfig
+    from bigtrain.parallel.mesh import Ranks
+
+SET_BY_THE_ENGINE = {
+    "train_batch_size": "batch.size",
+    "train_micro_batch_size_per_gpu": "layout.micro_size",
+    "gradient_accumulation_steps": "layout.micro_size",
+    "managed_gradient_accumulation": "layout.micro_size",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "data_types": "precision",
+    "torch_autocast": "precision",
+    "communication_data_type": "precision",
+    "prescale_gradients": "nothing: gradients are sums",
+    "gradient_predivide_factor": "nothing: gradients are sums",
+    "gradient_allreduce_op": "nothing: gradients are sums",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+    "tensor_parallel": "layout.tp",
+    "expert_parallel": "layout",
+    "sequence_parallel_size": "layout.cp",
+    "pipeline": "layout.pp",
+    "zero_optimization.stage": "engine.zero",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.cpu_offload_param": "engine.offload",
+    "zero_optimization.compute_grad_norm": "nothing: the norm is always logged",
+    "zero_optimization.memory_efficient_linear": "nothing: it replaces torch's linear for all that follows",
+}
+"""Keys of DeepSpeed's config that `passthrough` may not hold, and the key of ours that says it instead."""
+
+
+@ENGINES.register
+class DeepSpeedConfig(Passthrough):
+    """DeepSpeed's ZeRO (Rajbhandari et al. 2020) over all data-parallel ranks."""
+
+    axes: ClassVar[tuple[str, ...]] = ("dp_shard", "pp", "tp")
+
+    name: Literal["deepspeed"] = "deepspeed"
+
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass instead of kept. full: each block, from its input. selective: all but
+    matrix products, attention, and what ranks exchange."""
+
+    compile: bool = False
+    """Whether each block is compiled (torch.compile); not supported here: use the engine fsdp."""
+
+    zero: Literal[0, 1, 2, 3] = 2
+    """What is spread over the ranks: 0 nothing; 1 the optimizer's state and FP32 weights; 2 gradients too; 3 also the
+    weights that compute."""
+
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: its state, the FP32 weights and their update lie on the CPU; with zero 1, 2 or 3."""
+
+    passthrough: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's own config that are not ours, such as {zero_optimization: {reduce_bucket_size: 5e8}}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedConfig:
+        if self.offload == "optimizer" and self.zero == 0:
+            raise ValueError("offload: optimizer needs zero 1, 2 or 3; with zero: 0 nothing is spread that could move")
+        if self.compile:
+            raise ValueError("compile is not supported with deepspeed: set it to false, or use name: fsdp")
+        zero = self.passthrough.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("passthrough.zero_optimization must be a mapping of keys")
+        for key in (*self.passthrough, *(f"zero_optimization.{key}" for key in zero)):
+            if key in SET_BY_THE_ENGINE:
+                raise ValueError(f"passthrough.{key} is set by the engine; what says it is {SET_BY_THE_ENGINE[key]}")
+        return self
+
+    @property
+    def flattens(self) -> bool:
+        """Whether parameters lie end to end: at every stage but 0."""
+        return self.zero > 0
+
+    def check_layout(self, layout: LayoutConfig) -> None:
+        """Refuse what DeepSpeed's pipeline cannot do: it reduces once a step, and knows one schedule."""
+        if layout.pp == 1:
+            return
+        if self.zero > 1:
+            raise UserError(
+                f"DeepSpeed's pipeline takes ZeRO 0 and 1, not {self.zero}: it reduces gradients at the end of a step, "
+                "when ZeRO 2 and 3 have already spread them",
+                "engine.zero",
+                "Set engine.zero to 1, or layout.pp to 1, or use the engine 'fsdp'.",
+            )
+        if self.offload != "none":
+            raise UserError(
+                "DeepSpeed's pipeline does not go with an optimizer on the CPU: the norm of the gradients would be "
+                "summed over the stages group by group, and stages may have different groups",
+                "engine.offload",
+                "Set engine.offload to none, or layout.pp to 1.",
+            )
+        if layout.pp_schedule != "1f1b":
+            raise UserError(
+                f"DeepSpeed's pipeline runs the schedule 1f1b alone, not {layout.pp_schedule}",
+                "layout.pp_schedule",
+                "Set layout.pp_schedule to 1f1b and layout.pp_stages_per_rank to 1, or use the engine 'fsdp'.",
+            )
+
+    def read_passthrough(self, precision: Precision, *, pipelined: bool) -> None:
+        """See `Passthrough.read_passthrough`."""
+        import torch
+
+        from bigtrain.engines.deepspeed.settings import check_passthrough, deepspeed_config
+        from bigtrain.engines.deepspeed.start import import_deepspeed
+
+        device = torch.device("cpu")
+        import_deepspeed(device)
+        check_passthrough(deepspeed_config(self, precision, device, pipelined=pipelined), self.passthrough)
+
+    def build(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        optimizer: OptimizerConfig,
+        *,
+        layout: LayoutConfig,
+        precision: Precision,
+        seed: int,
+        ranks: Ranks,
+    ) -> Engine:
+        """See `EngineConfig.build`."""
+        from bigtrain.engines.deepspeed.build import build_deepspeed_engine
+
+        return build_deepspeed_engine(
+            model, vocab_size, optimizer,
+            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
+        )  # fmt: skip

@@ -1,0 +1,67 @@
+"""The section of the engine fsdp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from bigtrain.config import UserError
+from bigtrain.engines.config import ENGINES, EngineConfig, Precision
+from bigtrain.parallel.config import LayoutConfig, Recompute
+
+if TYPE_CHECKING:
+    from bigtrain.engines.contract import Engine
+    from bigtrain.models.config import ModelConfig
+    from bigtrain.optim.config import OptimizerConfig
+    from bigtrain.parallel.mesh import Ranks
+
+
+@ENGINES.register
+class FSDPConfig(EngineConfig):
+    """PyTorch's FSDP2; one process runs without a process group."""
+
+    axes: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "cp", "pp", "tp")
+    runs_plain_modules: ClassVar[bool] = True
+    freezes: ClassVar[bool] = True
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
+
+    name: Literal["fsdp"] = "fsdp"
+
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass instead of kept. full: each block, from its input. selective: all but
+    matrix products, attention, and what ranks exchange."""
+
+    compile: bool = False
+    """Whether each block is compiled (torch.compile), all with the same code."""
+
+    def check_layout(self, layout: LayoutConfig) -> None:
+        """Refuse zero-bubble with recompute or compile: it walks a block twice, for inputs and for weights."""
+        if layout.pp == 1 or layout.pp_schedule != "zero_bubble":
+            return
+        if self.recompute != "none" or self.compile:
+            key = "compile" if self.compile else "recompute"
+            why = "takes no compiled block" if self.compile else "would compute each block three times"
+            off = "false" if self.compile else "none"
+            raise UserError(
+                f"layout.pp_schedule zero_bubble {why}",
+                f"engine.{key}",
+                f"Set engine.{key} to {off}, or layout.pp_schedule to 1f1b or interleaved.",
+            )
+
+    def build(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        optimizer: OptimizerConfig,
+        *,
+        layout: LayoutConfig,
+        precision: Precision,
+        seed: int,
+        ranks: Ranks,
+    ) -> Engine:
+        """See `EngineConfig.build`."""
+        from bigtrain.engines.fsdp.engine import FSDPEngine
+
+        return FSDPEngine.build(
+            model, vocab_size, optimizer,
+            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
+        )  # fmt: skip
