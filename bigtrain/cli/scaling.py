@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,11 @@ import typer
 
 from bigtrain.cli.common import Json, errors, show
 
-app = typer.Typer(help="Fit scaling laws to runs, and predict with them.", no_args_is_help=True)
+app = typer.Typer(help="Fit scaling laws to runs, compare recipes, and predict.", no_args_is_help=True)
 
-Column = typer.Option(metavar="COL", help="A column's name; guessed and said where left out.")
+Column = typer.Option(metavar="COL", help="A column's name; guessed and reported where not given.")
+Unit = typer.Option(metavar="UNIT", help="What the column counts in: M, B, ... or 1, which also skips the check.")
+Number = typer.Option(metavar="NUMBER", help="Such as 7B, 1.4T or 1e21.")
 
 
 @app.command("fit")
@@ -24,15 +27,30 @@ def scaling_fit(
     flops: Annotated[str | None, Column] = None,
     loss: Annotated[str | None, Column] = None,
     group: Annotated[str | None, Column] = None,
+    params_unit: Annotated[str | None, Unit] = None,
+    tokens_unit: Annotated[str | None, Unit] = None,
     drop_highest: Annotated[int, typer.Option(min=0, help="Leave out the K highest losses.")] = 0,
-    where: Annotated[str | None, typer.Option(help='Which runs: "flops < 1e21 and phase == decayed".')] = None,
+    where: Annotated[
+        str | None, typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
+    ] = None,
+    duplicates: Annotated[
+        Literal["refuse", "drop", "keep"], typer.Option(help="What is done with two rows that are one run.")
+    ] = "refuse",
+    swept: Annotated[
+        Literal["best", "all"], typer.Option(help="Rows to fit where learning rate or batch are swept at one N and D.")
+    ] = "best",
+    edges: Annotated[
+        Literal["refuse", "drop", "keep"], typer.Option(help="What is done with a best at the edge of its grid.")
+    ] = "refuse",
     approach: Annotated[Literal["a1", "a2", "a3", "all"], typer.Option(help="Envelope, IsoFLOP, parametric.")] = "all",
     loss_function: Annotated[
-        Literal["huber", "l1", "squares"] | None, typer.Option(help="Of approach 3; all three where left out.")
+        Literal["huber", "l1", "squares"] | None, typer.Option(help="Of approach 3; all three where not given.")
     ] = None,
     delta: Annotated[float, typer.Option(help="Huber's delta on the log loss.")] = 1e-3,
-    cluster: Annotated[Literal["model", "none"], typer.Option(help="What the bootstrap keeps together.")] = "model",
-    target_flops: Annotated[float | None, typer.Option(help="Ten times the largest run's where left out.")] = None,
+    cluster: Annotated[
+        Literal["auto", "model", "none"], typer.Option(help="What the bootstrap keeps together.")
+    ] = "auto",
+    target_flops: Annotated[str | None, Number] = None,
     equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Require alpha = beta.")] = False,
     replicates: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the starts.")] = 0,
@@ -45,58 +63,100 @@ def scaling_fit(
 
         if not (math.isfinite(delta) and delta > 0):
             raise UserError(f"--delta must be a positive number, not {delta}", "command line")
-        from bigtrain.scaling.columns import ColumnNames
-        from bigtrain.scaling.fit import FitOptions, fit
+        from bigtrain.scaling.fit import fit
+        from bigtrain.scaling.options import FitOptions
         from bigtrain.scaling.report import write_outputs
+        from bigtrain.scaling.runs.columns import ColumnNames
 
+        columns = ColumnNames(
+            params, tokens, flops, loss, group, _unit("params-unit", params_unit), _unit("tokens-unit", tokens_unit)
+        )
         options = FitOptions(
-            ColumnNames(params, tokens, flops, loss, group), drop_highest, where, approach, loss_function, delta,
-            cluster, target_flops, equal_exponents, replicates, seed,
+            columns, drop_highest, where, approach, loss_function, delta, cluster,
+            _number("target-flops", target_flops), equal_exponents, replicates, seed, duplicates=duplicates, swept=swept, edges=edges,
         )  # fmt: skip
-        fitted = fit(source, options)
+        fitted = fit(source, options, _progress)
         from bigtrain.tracking.config import TrackingConfig
 
         files = write_outputs(fitted, out, TrackingConfig() if wandb else None)
-        law = {name: value for name, value in fitted.law.items() if name != "approaches"}
-        approaches = {
-            name: {key: value for key, value in one.items() if key != "replicates"}
-            for name, one in fitted.law["approaches"].items()
-        }
-        result = {**law, "approaches": approaches, "files": [str(file) for file in files]}
-        show(result, as_json, _fit_text)
+        show({**_slim(fitted.law), "files": [str(file) for file in files]}, as_json, _fit_text)
+
+
+def _slim(law: dict[str, Any]) -> dict[str, Any]:
+    """A law without its replicates."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: one(item) for name, item in value.items() if name != "replicates"}
+        return value
+
+    return dict(one(law))
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _number(name: str, text: str | None) -> float | None:
+    """The number of an option, which may carry a suffix."""
+    from bigtrain.config import UserError
+    from bigtrain.scaling.runs.numbers import parse_number
+
+    if text is None:
+        return None
+    value = parse_number(text)
+    if value is None or not (math.isfinite(value) and value > 0):
+        raise UserError(
+            f"--{name} must be a positive number, not {text}", "command line", "write for example 7B or 1e21"
+        )
+    return value
+
+
+def _unit(name: str, text: str | None) -> float | None:
+    return _number(name, f"1{text}" if text is not None and not text[:1].isdigit() else text)
 
 
 @app.command("predict")
 def scaling_predict(
     law: Annotated[Path, typer.Argument(help="A law.json, or the directory that holds it.")],
-    flops: Annotated[float, typer.Option(help="The budget.")],
-    params: Annotated[float | None, typer.Option(help="N, where it is not the optimal one.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="D, where it is not the optimal one.")] = None,
+    flops: Annotated[str | None, typer.Option(metavar="NUMBER", help="The budget; the target where not given.")] = None,
+    params: Annotated[str | None, typer.Option(metavar="NUMBER", help="N, where it is not the optimal one.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="D, where it is not the optimal one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what to train with a budget, and what loss it will reach."""
+    """Print what to train with a budget, and the loss to expect."""
     with errors(as_json):
         from bigtrain.scaling.document import read_law
         from bigtrain.scaling.predict import predict
 
-        show(predict(read_law(law), flops, params, tokens), as_json, _predict_text)
+        result = predict(
+            read_law(law), _number("flops", flops), _number("params", params), _number("tokens", tokens)
+        )  # fmt: skip
+        show(result, as_json, _predict_text)
 
 
 def _fit_text(result: dict[str, Any]) -> str:
     text = [*result["source"]["notes"], f"{result['source']['rows_used']} of {result['source']['rows_read']} rows"]
     for name, one in result["approaches"].items():
         if "refused" in one:
-            text.append(f"{name:10}  refused: {one['refused']}")
+            text.append(f"{name:10}  not fitted: {one['refused']}")
             continue
         law = "  ".join(f"{key} {one[key]:.5g}" for key in ("A", "B", "E", "alpha", "beta") if key in one)
         text.append(f"{name:10}  {law}  N* ~ C^{one['a']:.4f}  D* ~ C^{one['b']:.4f}".replace("    ", "  "))
-    held = result["held_out"] or {}
-    if "error" in held:
-        text.append(
-            f"held out    {held['held_out']} runs, the largest {held['factor']:.1f} times the fitted FLOPs: predicted "
-            f"{held['predicted']:.4f} [{held['prediction_interval'][0]:.4f}, {held['prediction_interval'][1]:.4f}], "
-            f"measured {held['measured']:.4f}, error {held['error']:+.2%}"
-        )
+        if "window_sensitivity" in one:
+            moved = ", ".join(
+                f"{row['window']} {row['a']:.4f}" for row in one["window_sensitivity"] if row["a"] is not None
+            )
+            text += [f"            windows: {one['window_rule']}", f"            a by other windows: {moved}"]
+    for name, one in result["frontier"].items():
+        if one:
+            text.append(
+                f"frontier    {name}: {one['E']:.4f} + {one['A']:.4g} (C / {one['unit_flops']:.3g})^-{one['a']:.4f}, "
+                f"{one['target']['loss']:.5f} [{one['target']['interval'][0]:.5f}, {one['target']['interval'][1]:.5f}] "
+                f"at {one['target']['flops']:.3g} FLOPs"
+            )
+    text += _back_tests(result)
     target = result["approaches"][result["primary"]]["target"]
     text.append(f"at {result['target_flops']:.3g} FLOPs ({result['primary']})")
     text += [f"  {line}" for line in _quantities(target)]
@@ -106,17 +166,33 @@ def _fit_text(result: dict[str, Any]) -> str:
     return "\n".join([*text, *result["files"]])
 
 
+def _back_tests(result: dict[str, Any]) -> list[str]:
+    tests = [(result["primary"], one) for one in result["back_tests"]]
+    tests += [(f"frontier {name}", one) for name, law in result["frontier"].items() if law for one in law["back_tests"]]
+    return [
+        f"back-test   {name}, {one['factor']:.1f} times the fitted FLOPs: predicted {one['predicted']:.5f} "
+        f"[{one['prediction_interval'][0]:.5f}, {one['prediction_interval'][1]:.5f}], measured {one['measured']:.5f}, "
+        f"error {one['error']:+.2%}"
+        for name, one in tests
+    ]
+
+
 def _quantities(values: dict[str, Any]) -> list[str]:
+    from bigtrain.scaling.runs.numbers import count, nats
+
     names = {"params": "N*", "tokens": "D*", "tokens_per_param": "D/N", "loss": "loss"}
     out = []
     for name, label in names.items():
         if name in values:
             low, high = values[name]["interval"]
-            out.append(f"{label:5} {values[name]['value']:.4g}  95 % [{low:.4g}, {high:.4g}]")
+            shown = nats if name == "loss" else count
+            out.append(f"{label:5} {shown(values[name]['value'])}  95 % [{shown(low)}, {shown(high)}]")
     return out
 
 
 def _predict_text(result: dict[str, Any]) -> str:
+    from bigtrain.scaling.runs.numbers import count, nats
+
     text = [
         f"{result['flops']:.4g} FLOPs, {result['times_largest_run']:.3g} times the largest run ({result['approach']})"
     ]
@@ -124,14 +200,14 @@ def _predict_text(result: dict[str, Any]) -> str:
     if chosen := result.get("chosen"):
         price = chosen["flops_price"]
         text += [
-            f"at N {chosen['params']:.4g}, D {chosen['tokens']:.4g} (D/N {chosen['tokens_per_param']:.3g}):",
+            f"at N {count(chosen['params'])}, D {count(chosen['tokens'])} (D/N {chosen['tokens_per_param']:.3g}):",
             *(f"  {line}" for line in _quantities({"loss": chosen["loss"]})),
-            f"  {chosen['excess_loss']['value']:+.4f} above the optimum: a compute-optimal run reaches it with "
+            f"  {chosen['excess_loss']['value']:+.5f} above the optimum: a compute-optimal run reaches it with "
             f"1/{price['value']:.3g} of the FLOPs",
         ]
     if run := result.get("next_run"):
         text.append(
-            f"next run: N {run['params']:.3g}, D {run['tokens']:.3g} ({run['flops']:.3g} FLOPs) narrows the loss's "
-            f"interval to {run['interval_width_factor']:.0%}"
+            f"next run: N {count(run['params'])}, D {count(run['tokens'])} ({run['flops']:.3g} FLOPs, expected loss "
+            f"{nats(run['expected_loss'])}) narrows the loss's interval to {run['interval_width_factor']:.0%}"
         )
     return "\n".join([*text, *(f"warning: {warning}" for warning in result["warnings"])])

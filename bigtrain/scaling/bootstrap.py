@@ -18,11 +18,13 @@ REPLICATES = 1000
 CHUNK = 125
 """Replicates that are refitted together, whatever the number of processes: sums then round the same."""
 MIN_CLUSTERS = 8
-"""Below it, intervals are too narrow: said with them."""
+"""Below it, intervals are too narrow: a warning says so."""
+LEAST_CLUSTERS = 5
+"""Below it clusters cannot be resampled: single runs are, with a warning."""
 MIN_DISTINCT = 3
-"""Clusters that a replicate must hold, since two sizes have no exponent; one with fewer is drawn again."""
-ALONE = 300
-"""Replicates below which further processes cost more than they save."""
+"""Clusters that a replicate must hold, since two sizes have no exponent; one with fewer is sampled again."""
+ALONE = 600_000
+"""Runs times replicates below which further processes cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Replicates:
 
 
 def draw_weights(clusters: npt.NDArray[np.int64], seed: int, replicates: npt.ArrayLike) -> FloatArray:
-    """How often each run counts in each replicate, shape (R, n): clusters are drawn with replacement.
+    """How often each run counts in each replicate, shape (R, n): clusters are sampled with replacement.
 
     Args:
         clusters: The cluster of each run, shape (n,), numbered from 0.
@@ -75,7 +77,7 @@ def bootstrap(
     chunks = [np.arange(low, min(low + CHUNK, replicates)) for low in range(0, replicates, CHUNK)]
     jobs = [(problem, theta, clusters, seed, chunk) for chunk in chunks]
     if processes is None:
-        processes = len(os.sched_getaffinity(0)) if replicates > ALONE else 1
+        processes = len(os.sched_getaffinity(0)) if replicates * len(problem.ln_n) > ALONE else 1
     if processes == 1:
         parts = [_refit(*job) for job in jobs]
     else:
@@ -97,7 +99,7 @@ def _refit(
 
 
 def interval(values: FloatArray, level: float = 0.95) -> list[float]:
-    """The percentile interval of replicates, those that are not finite left out."""
+    """The percentile interval of replicates, without those that are not finite."""
     known = values[np.isfinite(values)]
     if not len(known):
         return [float("nan"), float("nan")]

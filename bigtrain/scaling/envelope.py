@@ -11,7 +11,7 @@ from bigtrain.config import UserError
 from bigtrain.scaling.bootstrap import draw_weights
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.lines import Lines, line
-from bigtrain.scaling.table import RunTable
+from bigtrain.scaling.runs.table import RunTable
 
 MIN_POINTS = 4
 MIN_SPAN = 3.0
@@ -33,8 +33,13 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
     """The frontier of all curves and its intervals.
 
     Raises:
-        UserError: A hull of too few points, or of one model.
+        UserError: Finished runs without curves, a hull of too few points, or of one model.
     """
+    if not table.has_curves():
+        raise UserError(
+            "The rows are finished runs: without points along their training, the hull follows the grid of N and D",
+            table.source, "approach 1 needs several rows of each run, with the run's name in a column such as 'run'",
+        )  # fmt: skip
     rows = hull(np.log(table.flops), np.log(table.loss))
     if len(rows) < MIN_POINTS or table.flops[rows[-1]] < MIN_SPAN * table.flops[rows[0]]:
         raise UserError(

@@ -17,7 +17,7 @@ from bigtrain.scaling import law as formula
 from bigtrain.scaling.document import unpack
 from bigtrain.scaling.fit import Fitted
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
-from bigtrain.scaling.table import RunTable
+from bigtrain.scaling.runs.table import RunTable
 from bigtrain.tracking.numbers import short
 
 WIDTH, HEIGHT = 760, 430

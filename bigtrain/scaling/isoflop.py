@@ -1,4 +1,9 @@
-"""Approach 2: at each budget a parabola of the loss in ln D, and in ln N; then a line through the minima."""
+"""Approach 2: at each budget a parabola of the loss near its minimum, in ln D and in ln N; a line through the minima.
+
+An IsoFLOP curve is a parabola near its minimum alone. The window of a budget is therefore the points around the lowest
+one whose loss is at most 10 % above it, with no higher point between, and at least two on each side where there are
+any. `sensitivity` shows how the exponent moves with that rule.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +16,29 @@ from bigtrain.config import UserError
 from bigtrain.scaling.bootstrap import draw_weights
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.lines import Lines, line
-from bigtrain.scaling.table import RunTable
+from bigtrain.scaling.runs.table import RunTable
 
 SAME_BUDGET = 1.1
 """Runs are of one budget where their FLOPs differ by less."""
 MIN_POINTS, MIN_BUDGETS = 4, 3
+WINDOW = 0.10
+"""Height of a window over its lowest point, relative."""
+WINDOWS = (0.03, 0.05, WINDOW, 0.20, float("inf"))
+"""Heights that `sensitivity` tries; the last takes all points of a budget."""
+MIN_SIDE = 2
+"""Points that a window has on each side of the lowest, where the budget has them."""
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The runs of one budget, and the parabolas through them."""
+    """The runs of one budget, and the parabolas through its window."""
 
     flops: float
     """Geometric mean of its runs."""
     rows: npt.NDArray[np.int64]
+    window: npt.NDArray[np.int64]
+    """Those of the rows that the parabolas are fitted to."""
     params: float
     """N at the minimum."""
     tokens: float
@@ -46,6 +59,10 @@ class IsoFlop:
     lines: Lines
     replicates: FloatArray
     """Shape (R, 4): slope and intercept of ln N, then of ln D; NaN where fewer than three budgets had a minimum."""
+    minima: FloatArray
+    """Shape (R, budgets that are not refused): the loss at each minimum."""
+    sensitivity: tuple[tuple[str, Lines | None], ...]
+    """The lines by other windows, and by interpolation; None where fewer than three budgets had a minimum."""
 
 
 def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates: int) -> IsoFlop:
@@ -54,7 +71,8 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
     Raises:
         UserError: Fewer than three budgets whose minimum lies inside its points.
     """
-    budgets = tuple(_budget(table, rows) for rows in budgets_of(table.flops))
+    found = budgets_of(table.flops)
+    budgets = tuple(_budget(table, rows, WINDOW) for rows in found)
     good = [budget for budget in budgets if not budget.refused]
     if len(good) < max(MIN_BUDGETS, len(budgets) / 2):
         bad = [f"{budget.flops:.3g} FLOPs: {budget.refused}" for budget in budgets if budget.refused]
@@ -64,16 +82,49 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
             f"{MIN_BUDGETS} and half of them" + (f" ({reasons})" if reasons else ""),
             table.source, f"train at least {MIN_POINTS} sizes at each of {MIN_BUDGETS} equal budgets of FLOPs",
         )  # fmt: skip
+    weights = draw_weights(clusters, seed, np.arange(replicates))
+    ends, minima = _replicates(table, good, weights)
+    return IsoFlop(budgets, _lines(good), ends, minima, tuple(_sensitivity(table, found)))
+
+
+def _lines(good: list[Budget]) -> Lines:
     ln_c = np.log([budget.flops for budget in good])
-    lines = Lines(
+    return Lines(
         *line(ln_c, np.log([budget.params for budget in good])), *line(ln_c, np.log([budget.tokens for budget in good]))
     )
-    weights = draw_weights(clusters, seed, np.arange(replicates))
-    return IsoFlop(budgets, lines, _replicates(table, good, weights))
+
+
+def _sensitivity(table: RunTable, found: list[npt.NDArray[np.int64]]) -> list[tuple[str, Lines | None]]:
+    out: list[tuple[str, Lines | None]] = []
+    for height in WINDOWS:
+        good = [budget for budget in (_budget(table, rows, height) for rows in found) if not budget.refused]
+        name = f"within {height:.0%}" if np.isfinite(height) else "all points"
+        out.append((name, _lines(good) if len(good) >= MIN_BUDGETS else None))
+    points = [_interpolated(table, rows) for rows in found]
+    known = np.array([point for point in points if point is not None])
+    if len(known) >= MIN_BUDGETS:
+        out.append(("interpolation", Lines(*line(known[:, 0], known[:, 1]), *line(known[:, 0], known[:, 2]))))
+    return out
+
+
+def _interpolated(table: RunTable, rows: npt.NDArray[np.int64]) -> tuple[float, float, float] | None:
+    """ln C, ln N and ln D of the lowest point of Akima's curve through all points (Porian et al. 2024)."""
+    from scipy.interpolate import Akima1DInterpolator
+
+    minima = []
+    for column in (table.params, table.tokens):
+        x, first = np.unique(np.log(column[rows]), return_index=True)
+        y = np.log(table.loss[rows][first])
+        lowest = int(np.argmin(y))
+        if len(x) < MIN_POINTS or lowest in (0, len(x) - 1):
+            return None
+        at = np.linspace(x[lowest - 1], x[lowest + 1], 512)
+        minima.append(float(at[int(np.argmin(Akima1DInterpolator(x, y)(at)))]))
+    return float(np.log(table.flops[rows]).mean()), minima[0], minima[1]
 
 
 def budgets_of(flops: FloatArray) -> list[npt.NDArray[np.int64]]:
-    """Rows of each budget, by rising FLOPs; a budget of fewer than four runs is no parabola and is left out."""
+    """Rows of each budget, by rising FLOPs; a budget of fewer than four runs has no parabola."""
     order = np.argsort(flops, kind="stable")
     found: list[list[int]] = []
     for i in order.tolist():
@@ -83,16 +134,36 @@ def budgets_of(flops: FloatArray) -> list[npt.NDArray[np.int64]]:
     return [np.array(rows) for rows in found if len(rows) >= MIN_POINTS]
 
 
-def _budget(table: RunTable, rows: npt.NDArray[np.int64]) -> Budget:
-    ln_n, ln_d, losses = np.log(table.params[rows]), np.log(table.tokens[rows]), table.loss[rows]
+def window_of(x: FloatArray, y: FloatArray, height: float) -> npt.NDArray[np.int64]:
+    """Indices, by rising x, of the points around the lowest y that lie at most `height` above it."""
+    order = np.argsort(x, kind="stable")
+    low = y[order]
+    middle = int(np.argmin(low))
+    inside = low <= low[middle] * (1 + height)
+    first, last = middle, middle
+    while first > 0 and (inside[first - 1] or middle - first < MIN_SIDE):
+        first -= 1
+    while last < len(order) - 1 and (inside[last + 1] or last - middle < MIN_SIDE):
+        last += 1
+    return np.asarray(order[first : last + 1], dtype=np.int64)
+
+
+def _budget(table: RunTable, rows: npt.NDArray[np.int64], height: float) -> Budget:
+    window = rows[window_of(np.log(table.tokens[rows]), table.loss[rows], height)]
+    ln_n, ln_d, losses = np.log(table.params[window]), np.log(table.tokens[window]), table.loss[window]
     flops = float(np.exp(np.log(table.flops[rows]).mean()))
-    ones = np.ones((1, len(rows)))
+    ones = np.ones((1, len(window)))
     (tokens,), (refused_d,), (coefficients,) = _minima(ln_d, losses, ones)
     (params,), (refused_n,), _ = _minima(ln_n, losses, ones)
     refused = _REASONS[max(int(refused_d), int(refused_n))]
     at = float(np.polyval(coefficients, tokens)) if np.isfinite(tokens) else float("nan")
     a, b, c = (float(value) for value in coefficients)
-    return Budget(flops, rows, float(np.exp(params)), float(np.exp(tokens)), at, (a, b, c), refused)
+    return Budget(flops, rows, window, _exp(params), _exp(tokens), at, (a, b, c), refused)
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 _REASONS = ("", "its minimum lies at the edge of its points", "its parabola opens downward", "too few different runs")
@@ -126,18 +197,21 @@ def _minima(x: FloatArray, y: FloatArray, weights: FloatArray) -> tuple[FloatArr
     return minimum, reason, plain
 
 
-def _replicates(table: RunTable, budgets: list[Budget], weights: FloatArray) -> FloatArray:
-    """Lines of R resamples; a budget without a minimum in one is left out of its line."""
+def _replicates(table: RunTable, budgets: list[Budget], weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Lines (R, 4) of R resamples, and losses at the minima (R, budgets); a budget without a minimum is skipped."""
     ln_c = np.log([budget.flops for budget in budgets])
-    minima = {}
+    minima, losses = {}, np.empty((0, 0))
     for name, column in (("params", np.log(table.params)), ("tokens", np.log(table.tokens))):
-        found = [_minima(column[b.rows], table.loss[b.rows], weights[:, b.rows]) for b in budgets]
+        found = [_minima(column[b.window], table.loss[b.window], weights[:, b.window]) for b in budgets]
         at = np.stack([one[0] for one in found], axis=1)
         minima[name] = np.where(np.stack([one[1] for one in found], axis=1) == 0, at, np.nan)
+        curves = np.stack([one[2] for one in found], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            losses = curves[..., 0] * minima[name] ** 2 + curves[..., 1] * minima[name] + curves[..., 2]
     known = np.isfinite(minima["params"]) & np.isfinite(minima["tokens"])
     out = np.full((len(weights), 4), np.nan)
     for k in np.flatnonzero(known.sum(axis=1) >= MIN_BUDGETS):
         rows = known[k]
         x = ln_c[rows]
         out[k] = Lines(*line(x, minima["params"][k, rows]), *line(x, minima["tokens"][k, rows])).as_array()
-    return out
+    return out, np.where(known, losses, np.nan)

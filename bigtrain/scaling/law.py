@@ -26,23 +26,27 @@ def loss(theta: FloatArray, params: npt.ArrayLike, tokens: npt.ArrayLike) -> Flo
     """
     ln_n, ln_d = np.log(np.asarray(params, dtype=np.float64)), np.log(np.asarray(tokens, dtype=np.float64))
     terms = (theta[..., 0] - theta[..., 3] * ln_n, theta[..., 1] - theta[..., 4] * ln_d, theta[..., 2])
-    return np.asarray(sum(np.exp(term) for term in terms), dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(sum(np.exp(term) for term in terms), dtype=np.float64)
 
 
 def optimal_params(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
     """N* at C FLOPs: (alpha A / (beta B))^(1/(alpha+beta)) (C/6)^(beta/(alpha+beta)) (Hoffmann et al. 2022, eq. 4)."""
-    return np.asarray(np.exp(_ln_optimal_params(theta, flops)), dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(_ln_optimal_params(theta, flops)), dtype=np.float64)
 
 
 def optimal_tokens(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
     """D* at C FLOPs, by C = 6 N* D*."""
     ln_nd = np.log(np.asarray(flops, dtype=np.float64) / FLOPS_PER_PARAMETER_TOKEN)
-    return np.asarray(np.exp(ln_nd - _ln_optimal_params(theta, flops)), dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(ln_nd - _ln_optimal_params(theta, flops)), dtype=np.float64)
 
 
 def optimal_loss(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
     """The loss at (N*, D*)."""
-    return loss(theta, optimal_params(theta, flops), optimal_tokens(theta, flops))
+    with np.errstate(divide="ignore"):
+        return loss(theta, optimal_params(theta, flops), optimal_tokens(theta, flops))
 
 
 def exponent(theta: FloatArray) -> FloatArray:

@@ -1,7 +1,11 @@
-"""`bigtrain scaling predict`: what a law says of a budget, with intervals, and what would tell more. NumPy alone."""
+"""`bigtrain scaling predict`: a law's loss and allocation at a budget, with intervals, and the most useful next run.
+
+NumPy alone, so that a law can be used where nothing else is installed.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,21 +14,29 @@ from bigtrain.config import UserError
 from bigtrain.scaling import law, lines
 from bigtrain.scaling.document import finite, unpack
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.misfit import widened
 
 LEVELS = {"interval": 0.95, "interval_80": 0.8}
 MISMATCH = 0.05
 """How far C may lie from 6 N D where all three are given."""
+NORMAL = {"interval": 1.96, "interval_80": 1.2816}
 _CANDIDATES = 40
+_LARGEST_SHARE = 0.05
+"""Of the largest run's FLOPs: a proposed run costs at least this, since cheaper ones lie where laws bend."""
+_RATIO = 8.0
+"""Factor around the optimal D/N at the target within which a proposed run lies, where the runs reach it."""
+_LONGEST = 2.0
+"""Times the largest N and D of the runs that a proposed run may reach."""
 
 
 def predict(
-    document: dict[str, Any], flops: float, params: float | None = None, tokens: float | None = None
+    document: dict[str, Any], flops: float | None = None, params: float | None = None, tokens: float | None = None
 ) -> dict[str, Any]:
-    """What to train with C FLOPs, and what it will reach.
+    """What to train with C FLOPs, and the loss to expect.
 
     Args:
         document: law.json as `document.read_law` gives it.
-        flops: C.
+        flops: C; None: 6 N D of `params` and `tokens`, or the law's target.
         params: N, where it is not the optimal one; D follows by C = 6 N D.
         tokens: D, likewise.
 
@@ -34,11 +46,15 @@ def predict(
     for name, value in (("flops", flops), ("params", params), ("tokens", tokens)):
         if value is not None and not (np.isfinite(value) and value > 0):
             raise UserError(f"--{name} must be a positive number, not {value}", "command line")
+    if flops is None:
+        both = params is not None and tokens is not None
+        flops = FLOPS_PER_PARAMETER_TOKEN * params * tokens if both else document["target_flops"]  # type: ignore[operator]
     approach = document["approaches"][document["primary"]]
     replicates = unpack(approach["replicates"])
     result: dict[str, Any] = {
         "flops": flops, "approach": document["primary"], "inside_the_data": flops <= document["data"]["flops"][1],
         "times_largest_run": flops / document["data"]["flops"][1], "warnings": document["warnings"],
+        "misfit": document.get("misfit"),
     }  # fmt: skip
     if not document["primary"].startswith("a3"):
         if params is not None or tokens is not None:
@@ -59,7 +75,19 @@ def predict(
     if params is not None or tokens is not None:
         result["chosen"] = _chosen(theta, replicates, flops, params, tokens)
     result["next_run"] = next_run(document, theta, replicates, flops)
+    _add_misfit(document, result)
     return dict(finite(result))
+
+
+def _add_misfit(document: dict[str, Any], result: dict[str, Any]) -> None:
+    """Widen the intervals of losses by what back-tests saw beyond theirs."""
+    misfit = document.get("misfit") or {"rate": 0.0, "largest_flops": document["data"]["flops"][1]}
+    efolds = math.log(result["flops"] / misfit["largest_flops"])
+    for part in ("optimal", "chosen"):
+        if loss := result.get(part, {}).get("loss"):
+            loss["interval_of_parameters"] = loss["interval"]
+            for name, normal in NORMAL.items():
+                loss[name] = widened(loss["value"], loss[name], misfit["rate"], efolds, normal)
 
 
 def _optimal(theta: FloatArray, replicates: FloatArray, flops: float) -> dict[str, Any]:
@@ -108,19 +136,28 @@ def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray
     """The run, no dearer than the dearest so far, after which the interval of the loss at C would be narrowest.
 
     The replicates' covariance of ln L at a candidate with ln L* at C gives what observing the candidate, with the noise
-    of one run, would leave of the variance (a linear update, as in Bayesian experimental design).
+    of one run, would leave of the variance (a linear update, as in Bayesian experimental design). Candidates have an N
+    and a D that the runs cover, or up to twice the largest, a D/N that they cover, and a twentieth of the largest
+    run's FLOPs at least. Replicates far out count no more than the 2.5 % quantiles.
     """
     data = document["data"]
     noise = float(document["approaches"][document["primary"]]["noise"])
-    n = np.exp(np.linspace(np.log(data["params"][0] / 2), np.log(data["params"][1] * 2), _CANDIDATES))
-    low, high = data["tokens_per_param"]
-    ratio = np.exp(np.linspace(np.log(low / 2), np.log(high * 2), _CANDIDATES))
+    n = np.geomspace(data["params"][0], data["params"][1] * _LONGEST, _CANDIDATES)
+    best = float(law.optimal_tokens(theta, flops) / law.optimal_params(theta, flops))
+    low, high = (float(end) for end in data["tokens_per_param"])
+    low, high = max(low, min(best / _RATIO, high)), min(high, max(best * _RATIO, low))
+    ratio = np.geomspace(low, high, _CANDIDATES)
     grid_n = np.repeat(n, len(ratio))
     grid_d = grid_n * np.tile(ratio, len(n))
-    affordable = FLOPS_PER_PARAMETER_TOKEN * grid_n * grid_d <= data["flops"][1]
-    grid_n, grid_d = grid_n[affordable], grid_d[affordable]
-    seen = np.log(law.loss(replicates[:, None], grid_n, grid_d))
-    target = np.log(law.optimal_loss(replicates, flops))
+    cost = FLOPS_PER_PARAMETER_TOKEN * grid_n * grid_d
+    largest = min(data["flops"][1], FLOPS_PER_PARAMETER_TOKEN * data["params"][1] * data["tokens"][1])
+    allowed = (cost <= largest * (1 + 1e-9)) & (cost >= _LARGEST_SHARE * largest)
+    allowed &= (grid_d >= data["tokens"][0]) & (grid_d <= data["tokens"][1] * _LONGEST)
+    if not allowed.any():
+        allowed = cost <= max(largest, float(cost.min()))
+    grid_n, grid_d = grid_n[allowed], grid_d[allowed]
+    seen = _clipped(np.log(law.loss(replicates[:, None], grid_n, grid_d)))
+    target = _clipped(np.log(law.optimal_loss(replicates, flops)))
     centred, wanted = seen - seen.mean(axis=0), target - target.mean()
     covariance = wanted @ centred / len(wanted)
     gain = covariance**2 / ((centred**2).mean(axis=0) + noise**2)
@@ -133,6 +170,13 @@ def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray
         "expected_loss": float(law.loss(theta, grid_n[best], grid_d[best])),
         "interval_width_factor": after / before if before > 0 else 1.0,
     }  # fmt: skip
+
+
+def _clipped(values: FloatArray) -> FloatArray:
+    """Replicates within their 95 %, shape (R, ...)."""
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile(np.where(np.isfinite(values), values, np.nan), [0.025, 0.975], axis=0)
+    return np.asarray(np.clip(values, low, high), dtype=np.float64)
 
 
 def _with_intervals(value: Any, many: FloatArray) -> dict[str, Any]:

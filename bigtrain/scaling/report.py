@@ -213,13 +213,14 @@ def _approach_charts(fitted: Fitted) -> list[Chart]:
         series, minima_x, minima_y = [], [], []
         for i, budget in enumerate(budgets):
             rows = np.abs(np.log(table.flops / budget["flops"])) < 0.1
+            ends = budget["window_tokens"]
             shade = i / max(len(budgets) - 1, 1)
             named = i in (0, len(budgets) // 2, len(budgets) - 1)
             series.append(
                 Series(f"{budget['flops']:.2g} FLOPs", table.tokens[rows], table.loss[rows], points=True, ramp=shade,
                        unnamed=not named)
             )  # fmt: skip
-            x = np.geomspace(table.tokens[rows].min(), table.tokens[rows].max(), 40)
+            x = np.geomspace(ends[0], ends[1], 40)
             fit = np.polyval(budget["parabola_in_ln_tokens"], np.log(x))
             series.append(Series("parabola", x, fit, ramp=shade, unnamed=True))
             minima_x.append(budget["tokens"])

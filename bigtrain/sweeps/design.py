@@ -19,7 +19,7 @@ from bigtrain.scaling import law, parametric
 from bigtrain.scaling.bootstrap import MIN_CLUSTERS
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.objective import Problem
-from bigtrain.scaling.table import RunTable
+from bigtrain.scaling.runs.table import RunTable
 from bigtrain.sweeps.config import ExpectedConfig
 
 DRAWS = 60

@@ -18,7 +18,7 @@ from bigtrain.hardware.devices import Device, known_devices
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.scaling.bootstrap import MIN_CLUSTERS
 from bigtrain.scaling.document import finite
-from bigtrain.scaling.table import refuse_collinear
+from bigtrain.scaling.runs.table import refuse_collinear
 from bigtrain.sweeps import design
 from bigtrain.sweeps.bench import Speed, measure
 from bigtrain.sweeps.config import SizeConfig

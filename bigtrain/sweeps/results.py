@@ -65,7 +65,8 @@ def fit_law(directory: SweepDirectory, target_flops: float | None, tracking: Tra
     count = sum(1 for _ in storage.read_lines(directory.runs))
     if count < MIN_RUNS:
         return f"{count} finished runs have no law: {MIN_RUNS} are needed"
-    from bigtrain.scaling.fit import FitOptions, fit
+    from bigtrain.scaling.fit import fit
+    from bigtrain.scaling.options import FitOptions
     from bigtrain.scaling.report import write_outputs
 
     try:

@@ -19,12 +19,13 @@ from bigtrain.config import UserError
 from bigtrain.scaling import law, parametric
 from bigtrain.scaling.batched import descend, refit
 from bigtrain.scaling.bootstrap import bootstrap, draw_weights
-from bigtrain.scaling.columns import ColumnNames
 from bigtrain.scaling.document import read_law
-from bigtrain.scaling.fit import FitOptions, fit
+from bigtrain.scaling.fit import fit
 from bigtrain.scaling.objective import LOSS_FUNCTIONS, Problem, value, value_and_gradient
+from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.predict import predict
 from bigtrain.scaling.report import write_outputs
+from bigtrain.scaling.runs.columns import ColumnNames
 from bigtrain.testing.coverage import Design, measure
 
 WriteRuns = Callable[..., Path]
@@ -174,7 +175,7 @@ BAD: dict[str, tuple[Callable[[Rows], None], str]] = {
     "N in millions": (set_column("N", lambda n: n / 1e6), "units"),
     "perplexity": (set_column("loss", lambda x: 100 * x), "nats"),
     "NaN": (first(loss="nan"), "line 2: nothing"),
-    "text": (first(N="7B"), "'7B'"),
+    "text": (first(N="seven"), "'seven'"),
     "duplicate": (lambda rows: rows.append(dict(rows[3])), "Two rows are one run"),
     "too few": (lambda rows: rows.__delitem__(slice(4, None)), "parameters"),
     "mixed phases": (phases, "phase"),
@@ -222,7 +223,7 @@ def test_isoflop_minima_are_found_and_bad_parabolas_refused(tmp_path: Path) -> N
 
 
 def test_outliers_and_few_clusters_are_warned_of(write_runs: WriteRuns) -> None:
-    options = FitOptions(approach="a3", replicates=100, processes=1)
+    options = FitOptions(approach="a3", cluster="model", replicates=100, processes=1)
     warnings = " ".join(fit(str(write_runs(sizes=6, change=first(loss=9.0))), options).law["warnings"])
     assert "1 outliers" in warnings
     assert "6 clusters" in warnings

@@ -80,3 +80,18 @@ def test_llama_3_isoflop(bigtrain: Command, real_data: Path) -> None:
     one = fitted(bigtrain, real_data, ISOFLOP, "--approach", "a2", "--replicates", 100)["a2"]
     assert one["b"] == pytest.approx(0.5368, abs=EXPONENT)
     assert one["tokens_coefficient"] == pytest.approx(0.2994, rel=FACTOR)
+
+
+PORIAN = {0: 0.8353, 1: 0.7065, 2: 0.6020, 3: 0.5715, 4: 0.4969}
+"""Exponents of approach 2 by Porian et al. 2024, whose minima are those of an interpolation."""
+WINDOW = 0.035
+
+
+@pytest.mark.parametrize("number", PORIAN)
+def test_porian_isoflops(bigtrain: Command, real_data: Path, number: int) -> None:
+    (path,) = (real_data / "scaling" / "porian").glob(f"porian_{number}_*.csv")
+    one = fitted(bigtrain, real_data, f"porian/{path.name}", "--approach", "a2", "--replicates", 100)["a2"]
+    assert one["a"] == pytest.approx(PORIAN[number], abs=WINDOW)
+    by_window = {row["window"]: row["a"] for row in one["window_sensitivity"]}
+    assert by_window["within 10%"] == one["a"]
+    assert by_window["interpolation"] == pytest.approx(PORIAN[number], abs=0.01)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.scaling.columns import ColumnNames
-from bigtrain.scaling.readers import read_source
-from bigtrain.scaling.wandb_offline import find_files, read_runs
-from bigtrain.scaling.where import where
+from bigtrain.scaling.runs.columns import ColumnNames
+from bigtrain.scaling.runs.readers import read_source
+from bigtrain.scaling.runs.wandb_offline import find_files, read_runs
+from bigtrain.scaling.runs.where import where
 from bigtrain.tracking.wandb import WandbTracker
 
 

@@ -19,8 +19,9 @@ import yaml
 
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.run import ExitCode, Lease, RunDirectory
-from bigtrain.scaling.fit import FitOptions, fit
-from bigtrain.scaling.wandb_offline import read_runs
+from bigtrain.scaling.fit import fit
+from bigtrain.scaling.options import FitOptions
+from bigtrain.scaling.runs.wandb_offline import read_runs
 from bigtrain.storage import read_lines
 from bigtrain.sweeps.journal import SweepDirectory
 from bigtrain.sweeps.status import sweep_status

@@ -1,7 +1,7 @@
 """W&B's offline files, read by their record framing and wandb.proto: W&B has no public reader of them.
 
 A .wandb file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, each record cut into pieces that a
-block holds (CRC, length, kind: whole, first, middle, last). A kill leaves a torn tail, which is passed over.
+block holds (CRC, length, kind: whole, first, middle, last). A kill leaves a torn tail, which is ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import CorruptionError
-from bigtrain.scaling.columns import flatten
+from bigtrain.scaling.runs.columns import flatten
 
 _MAGIC, _HEADER_BYTES = b":W&B", 7
 _BLOCK_BYTES, _PIECE = 32768, struct.Struct("<IHB")
@@ -25,13 +25,15 @@ _PATTERNS = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb", "*/wandb/*run-
 
 @dataclass
 class WandbRun:
-    """One run by its id, whatever directories its legs have left."""
+    """One run by its id, whatever directories its segments have left."""
 
     id: str
     name: str = ""
     group: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    """Of its last segment; None where it was killed, or still runs."""
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What was logged at each step; a step done again replaces the first."""
 
@@ -47,7 +49,7 @@ class WandbRun:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The .wandb files under a run's, a sweep's or W&B's own directory, oldest leg first."""
+    """The .wandb files under a run's, a sweep's or W&B's own directory, oldest segment first."""
     return sorted({file for pattern in _PATTERNS for file in path.glob(pattern)}, key=lambda file: file.parent.name)
 
 
@@ -73,6 +75,9 @@ def read_runs(path: Path) -> list[WandbRun]:
                 run.name = record.run.display_name or run.name
                 run.group = record.run.run_group or run.group
                 run.config.update(_items(record.run.config.update))
+                run.exit_code = None
+            elif run is not None and kind == "exit":
+                run.exit_code = int(record.exit.exit_code)
             elif run is not None and kind == "config":
                 run.config.update(_items(record.config.update))
             elif run is not None and kind == "summary":
@@ -80,7 +85,7 @@ def read_runs(path: Path) -> list[WandbRun]:
             elif run is not None and kind == "history":
                 row = _items(record.history.item)
                 step = int(row.get("_step", record.history.step.num))
-                # A leg that goes back does its steps again: what came after them no longer holds.
+                # A segment that resumes repeats steps: what came after them no longer holds.
                 for later in [done for done in run.steps if done > step]:
                     del run.steps[later]
                 run.steps[step] = {**run.steps.get(step, {}), **row}
@@ -88,7 +93,7 @@ def read_runs(path: Path) -> list[WandbRun]:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The whole records of a .wandb file; a torn tail is passed over.
+    """The whole records of a .wandb file; a torn tail is ignored.
 
     Raises:
         CorruptionError: A file that is no W&B file, or whose checksums fail before its last block.

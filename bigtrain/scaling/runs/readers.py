@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
-from bigtrain.scaling.columns import ColumnNames, Columns, rows_to_columns, to_table
-from bigtrain.scaling.table import RunTable
+from bigtrain.scaling.runs.columns import ColumnNames, Columns, rows_to_columns, to_table
+from bigtrain.scaling.runs.table import RunTable
 from bigtrain.storage import read_lines
 
 SWEEP_RUNS = "runs.jsonl"
@@ -30,13 +31,15 @@ def read_source(source: str, named: ColumnNames | None = None) -> RunTable:
     """
     named = named or ColumnNames()
     if source.startswith(WANDB_PREFIX):
-        from bigtrain.scaling.wandb_api import read_project
+        from bigtrain.scaling.runs.wandb_api import read_project
 
         columns, place = read_project(source.removeprefix(WANDB_PREFIX))
         return to_table(columns, place, source, named)
     path = Path(source)
     if path.is_dir():
-        return to_table(*_directory(path), source, named)
+        columns, place, notes = _directory(path)
+        table = to_table(columns, place, source, named)
+        return replace(table, native=True, notes=(*notes, *table.notes))
     if not path.exists():
         raise UserError(
             f"'{source}' is not there", source,
@@ -46,16 +49,23 @@ def read_source(source: str, named: ColumnNames | None = None) -> RunTable:
     return to_table(columns, place, source, named)
 
 
-def _directory(path: Path) -> tuple[Columns, list[str]]:
-    if (runs := path / SWEEP_RUNS).exists():
-        return rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(runs), 1)])
-    from bigtrain.scaling.wandb_offline import find_files, read_runs
+def _directory(path: Path) -> tuple[Columns, list[str], list[str]]:
+    """Columns, places and notes of a sweep's directory or of W&B's offline files."""
+    if (file := path / SWEEP_RUNS).exists():
+        return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
+    from bigtrain.scaling.runs.wandb_offline import find_files, read_runs
 
     if not find_files(path):
         raise UserError(
             f"There are no runs in '{path}': neither a sweep's {SWEEP_RUNS} nor W&B's offline files", str(path)
         )
-    return rows_to_columns([(run.id, run.row()) for run in read_runs(path)])
+    runs = read_runs(path)
+    failed = [run.name or run.id for run in runs if run.exit_code]
+    notes = []
+    if failed:
+        names = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
+        notes.append(f"{len(failed)} runs that failed are not read: {names}")
+    return (*rows_to_columns([(run.id, run.row()) for run in runs if not run.exit_code]), notes)
 
 
 def _read_csv(path: Path) -> tuple[Columns, list[str]]:

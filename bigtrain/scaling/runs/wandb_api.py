@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bigtrain.config import UserError
-from bigtrain.scaling.columns import Columns, flatten, rows_to_columns
+from bigtrain.scaling.runs.columns import Columns, flatten, rows_to_columns
 
 
 def read_project(path: str) -> tuple[Columns, list[str]]:

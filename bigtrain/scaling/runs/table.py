@@ -1,4 +1,4 @@
-"""The one table of runs that every fit reads, and what it refuses."""
+"""The one table of runs that every fit reads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bigtrain.config import UserError
-from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.law import FloatArray
 from bigtrain.storage import hash_text
 
-RATIO_RANGE = (1e-2, 1e6)
-"""Tokens a parameter that a run can have had; beyond it a unit is wrong (D in billions beside N in units)."""
-FLOPS_RANGE = (0.05, 30.0)
-"""FLOPs over 6 N D that can be: small models with a large head have many, N with embeddings makes it less."""
-MIN_PARAMS, MAX_LOSS = 100.0, 50.0
 SAME_SIZE = 1.01
 """Models are one where their sizes differ by less, if nothing names them."""
-_SHOWN = 5
+SHOWN = 5
+"""Rows that a message names."""
+MIN_CURVE = 4
+"""Points of a run that make a training curve."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,16 @@ class RunTable:
     loss: FloatArray
     """Nats a token."""
     phase: tuple[str, ...] = ()
-    """What the learning rate had come to ("decayed", "stable"); empty where not known."""
+    """Phase of the schedule ("decayed", "stable"); empty where not known."""
     seed: tuple[str, ...] = ()
+    lr: FloatArray | None = None
+    """Peak learning rate; NaN where a row has none."""
+    batch: FloatArray | None = None
+    """Batch size, in the source's own unit."""
+    unique_tokens: FloatArray | None = None
+    """Tokens of the data set, where runs repeat it."""
+    bad: tuple[str, ...] = ()
+    """Of each row, its first cell that is not a number ("'NA' in column 'loss'"), or nothing."""
     params_without_embeddings: FloatArray | None = None
     place: tuple[str, ...] = ()
     """Where each row stands in the source ("line 7"), for messages."""
@@ -49,6 +55,12 @@ class RunTable:
     """What was guessed or computed on reading."""
     params_derived: bool = False
     flops_exact: bool = False
+    native: bool = False
+    """Whether bigtrain wrote the source: its units are then known."""
+    units_confirmed: bool = False
+    """Whether the caller gave the units of N or D."""
+    identity: tuple[str, ...] = ()
+    """Columns of `raw` that only name a run."""
     raw: dict[str, tuple[object, ...]] = field(default_factory=dict)
     """The source's own columns, for `--where`."""
 
@@ -62,13 +74,11 @@ class RunTable:
         def pick(column: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(column[i] for i in index) if column else ()
 
-        without = self.params_without_embeddings
-        return replace(
-            self, run=pick(self.run), group=pick(self.group), phase=pick(self.phase), seed=pick(self.seed),
-            place=pick(self.place), params=self.params[index], tokens=self.tokens[index], flops=self.flops[index],
-            loss=self.loss[index], params_without_embeddings=None if without is None else without[index],
-            raw={name: pick(column) for name, column in self.raw.items()},
-        )  # fmt: skip
+        columns: dict[str, Any] = {name: pick(getattr(self, name)) for name in _TEXT_COLUMNS}
+        for name in _NUMBER_COLUMNS:
+            column = getattr(self, name)
+            columns[name] = None if column is None else column[index]
+        return replace(self, raw={name: pick(column) for name, column in self.raw.items()}, **columns)
 
     def ordered(self) -> RunTable:
         """The rows in an order of their own, so that a fit does not depend on how its source orders them."""
@@ -80,6 +90,18 @@ class RunTable:
         if kind == "none":
             return np.arange(len(self))
         return np.unique(np.array(self.group), return_inverse=True)[1].astype(np.int64)
+
+    def has_curves(self) -> bool:
+        """Whether rows are points of training curves: most belong to runs of one N with several token counts each."""
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(self.run):
+            rows.setdefault(name, []).append(i)
+        curves = [
+            one for one in rows.values()
+            if len(np.unique(self.tokens[one])) >= MIN_CURVE
+            and self.params[one].max() < SAME_SIZE * self.params[one].min()
+        ]  # fmt: skip
+        return len(curves) >= 2 and sum(len(one) for one in curves) > len(self) / 2
 
     def digest(self) -> str:
         """The hash of what is fitted: names, models, N, D, FLOPs, losses, in order."""
@@ -93,6 +115,23 @@ class RunTable:
         return self.take(np.sort(np.argsort(self.loss, kind="stable")[: len(self) - count]))
 
 
+_TEXT_COLUMNS = ("run", "group", "phase", "seed", "bad", "place")
+_NUMBER_COLUMNS = (
+    "params", "tokens", "flops", "loss", "params_without_embeddings", "lr", "batch", "unique_tokens",
+)  # fmt: skip
+
+
+def named_rows(table: RunTable, rows: npt.NDArray[np.int64], *values: FloatArray) -> str:
+    """The first few of those rows by their places and values, for messages."""
+    found = [f"{table.place[i]}: {', '.join(_number(column[i]) for column in values)}" for i in rows[:SHOWN].tolist()]
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return "; ".join(found) + more
+
+
+def _number(value: float) -> str:
+    return "nothing" if math.isnan(value) else f"{value:.6g}"
+
+
 def groups_by_size(params: FloatArray) -> tuple[str, ...]:
     """Names for models that only their size tells apart: those within 1 % of each other are one."""
     names = [""] * len(params)
@@ -104,86 +143,8 @@ def groups_by_size(params: FloatArray) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check(table: RunTable) -> None:
-    """Refuse what no law can be fitted to.
-
-    Raises:
-        UserError: Values that are missing, not finite or in impossible units; duplicates; phases that are mixed.
-    """
-    if not len(table):
-        raise UserError("There are no runs to fit", table.source, "check the file, and --where")
-    for name in ("loss", "params", "tokens", "flops"):
-        values = getattr(table, name)
-        bad = ~(np.isfinite(values) & (values > 0))
-        if bad.any():
-            raise UserError(
-                f"{name} must be a positive number in every row; {_rows(table, bad, values)}", table.source,
-                f'leave those rows out, for example with --where "{name} > 0"',
-            )  # fmt: skip
-    _check_units(table)
-    _check_duplicates(table)
-    phases = sorted({phase for phase in table.phase if phase})
-    if len(phases) > 1 or (phases and "" in table.phase):
-        raise UserError(
-            f"Runs of several phases are mixed ({', '.join(phases)}{', none' if '' in table.phase else ''}): decayed "
-            "and undecayed losses follow different laws", table.source,
-            f'choose one, for example with --where "phase == {phases[0]}"',
-        )  # fmt: skip
-
-
-def _check_units(table: RunTable) -> None:
-    large = table.loss > MAX_LOSS
-    if large.any():
-        raise UserError(
-            f"A loss above {MAX_LOSS:g} nats a token cannot be; {_rows(table, large, table.loss)}", table.source,
-            "give the loss in nats a token, not a perplexity",
-        )  # fmt: skip
-    ratio = table.tokens / table.params
-    small = table.params < MIN_PARAMS
-    wrong = (ratio < RATIO_RANGE[0]) | (ratio > RATIO_RANGE[1])
-    if small.any() or wrong.any():
-        shown = small if small.any() else wrong
-        raise UserError(
-            f"N and D cannot be in these units; {_rows(table, shown, table.params, table.tokens)} as N, D "
-            f"({float(ratio[shown][0]):.3g} tokens a parameter)", table.source,
-            "give both in units: 400000000 parameters, 8e9 tokens, not millions or billions",
-        )  # fmt: skip
-    share = table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)
-    wrong = (share < FLOPS_RANGE[0]) | (share > FLOPS_RANGE[1])
-    if wrong.any():
-        raise UserError(
-            f"FLOPs do not fit N and D: {float(share[wrong][0]):.3g} times 6 N D; {_rows(table, wrong, table.flops)}",
-            table.source, "give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days)",
-        )  # fmt: skip
-
-
-def _check_duplicates(table: RunTable) -> None:
-    seen: dict[tuple[object, ...], int] = {}
-    seeds = table.seed or ("",) * len(table)
-    for i in range(len(table)):
-        key = (table.group[i], table.params[i], table.tokens[i], seeds[i], table.loss[i])
-        if key in seen:
-            raise UserError(
-                f"Two rows are one run: {table.place[seen[key]]} and {table.place[i]} (N {table.params[i]:.6g}, "
-                f"D {table.tokens[i]:.6g}, loss {table.loss[i]:.6g})", table.source,
-                "leave one of them out; a run that counts twice narrows every interval",
-            )  # fmt: skip
-        seen[key] = i
-
-
-def _rows(table: RunTable, bad: npt.NDArray[np.bool_], *values: FloatArray) -> str:
-    found = np.flatnonzero(bad)
-    texts = [f"{table.place[i]}: {', '.join(_number(column[i]) for column in values)}" for i in found[:_SHOWN]]
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "; ".join(texts) + more
-
-
-def _number(value: float) -> str:
-    return "nothing" if math.isnan(value) else f"{value:.6g}"
-
-
 def refuse_collinear(table: RunTable, parameters: int) -> None:
-    """Refuse designs from which the parametric fit cannot be told.
+    """Refuse designs that do not determine the parametric fit.
 
     Raises:
         UserError: Fewer runs than parameters; fewer than three N or D; one D for each N by one rule.

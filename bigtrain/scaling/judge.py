@@ -1,0 +1,202 @@
+"""What a law is judged by before it is believed: held-out runs, back-tests, diagnostics, and the warnings from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.scaling import backtest, bias, diagnostics, law, parametric
+from bigtrain.scaling.approaches import Result
+from bigtrain.scaling.bootstrap import MIN_CLUSTERS
+from bigtrain.scaling.document import unpack
+from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.misfit import misfit_rate, widened
+from bigtrain.scaling.objective import Problem
+from bigtrain.scaling.options import FitOptions
+from bigtrain.scaling.runs.numbers import count
+from bigtrain.scaling.runs.table import RunTable
+
+FLOPS_DRIFT = 1.15
+"""Factor over which C / 6 N D may vary without a warning."""
+CONDITION, CONVERGED = 1e3, 0.25
+"""Beyond which a parametric fit is warned of: condition number, and the share of starts that reached the minimum."""
+ZERO_FLOOR = 0.02
+"""Of the lowest loss: an E below it is not determined by the runs."""
+NO_FLOOR_SHARE = 0.05
+"""Share of replicates without a floor beyond which a warning says so."""
+NEAR = 0.01
+"""Relative height over the lowest loss of a budget within which runs count as near the frontier."""
+LEAVES = 0.005
+"""Relative distance of law and runs near the frontier beyond which a warning may name them."""
+MANY_EPOCHS = 4.0
+"""Beyond it repeated data teach less than fresh (Muennighoff et al. 2023)."""
+NORMAL = {"interval": 1.96, "interval_80": 1.2816}
+
+
+def judge(
+    document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], fitted: parametric.ParametricFit,
+    options: FitOptions,
+) -> None:  # fmt: skip
+    """Add held-out errors, misfit and diagnostics of the primary fit, with their warnings."""
+    _hold_out(document, table, clusters, fitted, options)
+    target, warnings = document["target_flops"], document["warnings"]
+    changes = diagnostics.influence(fitted, clusters, target)
+    order = np.argsort(-np.abs(changes))
+    members = [np.flatnonzero(clusters == c)[0] for c in range(len(changes))]
+    far = diagnostics.outliers(table, fitted, target)
+    slopes = diagnostics.trends(table, fitted.residuals)
+    biases = bias.suspected(fitted, table.params, table.tokens, clusters, target)
+    document["diagnostics"] = {
+        "delta_sensitivity": diagnostics.delta_sensitivity(fitted, target),
+        "influence": [
+            {"name": table.group[members[c]] if options.cluster == "model" else table.run[members[c]],
+             "target_loss_change": changes[c]}
+            for c in order
+        ],
+        "outliers": far, "residual_trends": slopes, "bias": [asdict(one) for one in biases],
+        "equal_exponents": _equal_exponents(fitted, options.seed, target),
+    }  # fmt: skip
+    if far["runs"]:
+        moved = far["without"]["target_loss"] - float(law.optimal_loss(fitted.theta, target))
+        names = ", ".join(f"{one['run']} ({one['residual']:+.2%})" for one in far["runs"][:5])
+        warnings.append(
+            f"{len(far['runs'])} outliers ({far['rule']}): {names}; without them the loss at the target changes by "
+            f"{moved:+.5f}"
+        )
+    for one in biases[:1]:
+        own = float(law.optimal_params(fitted.theta, target))
+        warnings.append(
+            f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors, up to {one.loss_bias:+.2%}), as "
+            f"a warm-up or a batch that is too long for them does: without the {one.runs_left_out} nearest to it N* at "
+            f"the target is {count(one.target_params)} in place of {count(own)}; leave them out, or train them anew"
+        )
+    for name, slope in slopes.items():
+        if abs(slope["standard_errors"]) > diagnostics.TREND and not biases:
+            warnings.append(
+                f"residuals go with {name}: {slope['slope']:+.2e} of the loss per e-fold "
+                f"({abs(slope['standard_errors']):.1f} standard errors): the law's form misses something"
+            )
+    warnings += _floor(document, table)
+    warnings += _near_frontier(table, fitted.residuals)
+
+
+def _hold_out(
+    document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], fitted: parametric.ParametricFit,
+    options: FitOptions,
+) -> None:  # fmt: skip
+    """Back-tests of the primary fit, and their misfit in the intervals of the loss at the target."""
+    warnings = document["warnings"]
+    tests = []
+    for factor in backtest.FACTORS:
+        one = backtest.held_out(table, fitted.problem, clusters, options.seed, factor)
+        if isinstance(one, str):
+            if factor == backtest.HELD_OUT_FACTOR:
+                document["held_out"] = {"refused": one}
+                warnings.append(f"nothing could be held out: {one}")
+            continue
+        tests.append(one)
+        plain = {
+            **asdict(one), "run": table.run[one.row], "params": table.params[one.row],
+            "tokens": table.tokens[one.row], "flops": table.flops[one.row], "left_interval": one.left_interval,
+        }  # fmt: skip
+        document["back_tests"].append(plain)
+        if factor == backtest.HELD_OUT_FACTOR:
+            document["held_out"] = plain
+        if one.left_interval:
+            low, high = one.prediction_interval
+            warnings.append(
+                f"the largest run ({table.run[one.row]}) leaves the interval that runs below 1/{one.factor:.3g} of its "
+                f"FLOPs predict: {one.measured:.5f} measured, {one.predicted:.5f} [{low:.5f}, {high:.5f}] predicted, "
+                f"error {one.error:+.2%}; intervals are widened by this misfit"
+            )
+    rate = misfit_rate([(one.misfit, one.factor) for one in tests])
+    largest = float(table.flops.max())
+    document["misfit"] = {"rate": rate, "largest_flops": largest, "tests": len(tests)}
+    loss = document["approaches"][document["primary"]]["target"]["loss"]
+    efolds = math.log(document["target_flops"] / largest)
+    loss["interval_of_parameters"] = loss["interval"]
+    for name, normal in NORMAL.items():
+        loss[name] = widened(loss["value"], loss[name], rate, efolds, normal)
+
+
+def _floor(document: dict[str, Any], table: RunTable) -> list[str]:
+    one = document["approaches"][document["primary"]]
+    floors = np.exp(unpack(one["replicates"])[:, 2])
+    least = ZERO_FLOOR * float(table.loss.min())
+    share = float((floors < least).mean())
+    if one["E"] < least:
+        return [f"E is at zero ({one['E']:.2g}): the runs show no floor of the loss; far predictions are too low"]
+    if share > NO_FLOOR_SHARE:
+        return [f"E is at zero in {share:.0%} of the replicates: the runs hardly show a floor of the loss"]
+    return []
+
+
+def _near_frontier(table: RunTable, residuals: FloatArray) -> list[str]:
+    """Where the law leaves the runs that lie near the frontier, by factors of four in FLOPs."""
+    bins = np.floor(np.log(table.flops / table.flops.max() * 1.0000001) / math.log(4.0))
+    noise = diagnostics.noise(residuals)
+    found = []
+    for number in np.unique(bins):
+        rows = np.flatnonzero(bins == number)
+        near = rows[table.loss[rows] <= table.loss[rows].min() * (1 + NEAR)]
+        mean = float(residuals[near].mean())
+        if abs(mean) > max(LEAVES, 3 * noise / math.sqrt(len(near))):
+            found.append(f"{mean:+.2%} around {table.flops[near].mean():.2g} FLOPs")
+    if not found:
+        return []
+    return [f"the law leaves the runs near the frontier: predicted over measured is {'; '.join(found)}"]
+
+
+def _equal_exponents(fitted: parametric.ParametricFit, seed: int, target: float) -> dict[str, Any]:
+    problem = fitted.problem
+    joined = Problem(
+        problem.ln_n, problem.ln_d, problem.ln_loss, problem.center, problem.function, problem.delta, True
+    )  # fmt: skip
+    other = parametric.fit(joined, seed, starts=4)
+    return {
+        **dict(zip(law.NAMES, law.natural(other.theta).tolist(), strict=True)), "objective": other.objective,
+        "target_loss": float(law.optimal_loss(other.theta, target)),
+    }  # fmt: skip
+
+
+def warnings_of(
+    table: RunTable, clusters: npt.NDArray[np.int64], found: dict[str, Result], options: FitOptions
+) -> list[str]:
+    """What the table and the approaches themselves call for."""
+    warnings = []
+    groups = int(clusters.max()) + 1
+    if groups < MIN_CLUSTERS:
+        warnings.append(
+            f"{groups} clusters ({options.cluster}): with fewer than {MIN_CLUSTERS} the intervals are too narrow"
+        )
+    share = table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)
+    if table.flops_exact and share.max() > FLOPS_DRIFT * share.min():
+        warnings.append(
+            f"exact FLOPs are {share.min():.2f} to {share.max():.2f} times 6 N D: N* and D* of approach 3 take 6 N D, "
+            "approaches 1 and 2 the exact ones"
+        )
+    if table.unique_tokens is not None:
+        epochs = float(np.nanmax(table.tokens / table.unique_tokens))
+        if epochs > MANY_EPOCHS:
+            warnings.append(
+                f"runs read their data up to {epochs:.1f} times, and the form takes all tokens as fresh: the form "
+                "'repeats' (--form) does not (Muennighoff et al. 2023)"
+            )
+    for name, one in found.items():
+        if "refused" in one.result and (name != "a1" or options.approach != "all"):
+            warnings.append(f"{name} is refused: {one.result['refused']}")
+        for budget in one.result.get("budgets", ()):
+            if budget["refused"]:
+                warnings.append(f"{name}: the budget of {budget['flops']:.3g} FLOPs is not used: {budget['refused']}")
+        search = one.result.get("search")
+        if search and search["condition_number"] > CONDITION:
+            warnings.append(
+                f"{name}: condition number {search['condition_number']:.3g}: vary D/N more, or the largest N"
+            )
+        if search and search["converged_starts"] < CONVERGED:
+            warnings.append(f"{name}: only {search['converged_starts']:.0%} of the starts reached the minimum")
+    return warnings

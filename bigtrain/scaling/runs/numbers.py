@@ -1,0 +1,49 @@
+"""Numbers as people write them in tables and on command lines (125M, 7B, 1e21), and one notation to print them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_NUMBER = re.compile(r"\s*([+-]?(?:[0-9][0-9_,]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([kKmMbBgGtT]?)\s*")
+_FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_LARGEST = 999.5e12
+
+
+def parse_number(value: object) -> float | None:
+    """The number that a cell or an option holds, NaN where it is empty, None where it is no number.
+
+    k, M, B (or G) and T are powers of a thousand, in either case, as in the names of models ("125m", "7B").
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    if isinstance(value, (int, float)):
+        return float(value)
+    text = str(value)
+    try:
+        return float(text)
+    except ValueError:
+        match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    digits = match.group(1).replace("_", "").replace(",", "")
+    return float(digits) * _FACTORS[match.group(2).lower()]
+
+
+def count(value: float, digits: int = 3) -> str:
+    """A count of parameters, tokens or FLOPs: "16.2B"; from a quadrillion on, and below one, "1.3e+20"."""
+    size = abs(value)
+    if not math.isfinite(value):
+        return "n/a"
+    if size >= _LARGEST or 0 < size < 1e-3:
+        return f"{value:.{digits}g}"
+    for factor, suffix in _SUFFIXES:
+        if size >= factor * 0.9995:
+            return f"{value / factor:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def nats(value: float) -> str:
+    """A loss, to 5 digits after the point."""
+    return f"{value:.5f}" if math.isfinite(value) else "n/a"

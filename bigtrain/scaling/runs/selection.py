@@ -1,0 +1,134 @@
+"""Which rows of a table a fit takes: copies of a run, and the best of each swept learning rate and batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import UserError
+from bigtrain.scaling.law import FloatArray
+from bigtrain.scaling.runs.numbers import count
+from bigtrain.scaling.runs.table import SHOWN, RunTable, groups_by_size
+
+Duplicates = Literal["refuse", "drop", "keep"]
+Swept = Literal["best", "all"]
+Edges = Literal["refuse", "drop", "keep"]
+
+
+def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[str]]:
+    """The table without rows that are one run, and what was done.
+
+    Two rows are one run where all columns of the source agree except those that name a run: a learning rate, a batch,
+    a seed or a loss that differs makes two runs.
+
+    Raises:
+        UserError: There are copies, and the choice is "refuse".
+    """
+    if choice == "keep":
+        return table, []
+    named = [name for name in table.raw if name not in table.identity]
+    first: dict[tuple[object, ...], int] = {}
+    pairs = []
+    for i in range(len(table)):
+        own = (table.group[i], table.params[i], table.tokens[i], table.flops[i], table.loss[i])
+        key = (*own, *(str(table.raw[name][i]) for name in named))
+        if key in first:
+            pairs.append((first[key], i))
+        else:
+            first[key] = i
+    if not pairs:
+        return table, []
+    shown = "; ".join(
+        f"{table.place[a]} and {table.place[b]} (N {table.params[a]:.6g}, D {table.tokens[a]:.6g}, loss "
+        f"{table.loss[a]:.6g})"
+        for a, b in pairs[:SHOWN]
+    )
+    more = f" and {len(pairs) - SHOWN} more pairs" if len(pairs) > SHOWN else ""
+    if choice == "refuse":
+        raise UserError(
+            f"Two rows are one run: {shown}{more}", table.source,
+            "give --duplicates drop to fit each run once; a run that counts twice narrows every interval",
+        )  # fmt: skip
+    keep = np.ones(len(table), dtype=bool)
+    keep[[b for _, b in pairs]] = False
+    return table.take(keep), [f"{len(pairs)} copies of runs are dropped: {shown}{more}"]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """The runs of one (N, D)."""
+
+    rows: npt.NDArray[np.int64]
+    best: npt.NDArray[np.int64]
+    """Rows (one a seed) of the best setting."""
+    edge: str
+    """Which setting's best lies at the edge of its grid, or nothing."""
+
+
+def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable, list[str]]:
+    """The best learning rate and batch of each (N, D), where a table sweeps them; and what was done.
+
+    Raises:
+        UserError: A best value lies at the edge of its grid, and `edges` is "refuse".
+    """
+    settings = {
+        name: column for name, column in (("learning rate", table.lr), ("batch", table.batch)) if column is not None
+    }
+    if not settings or swept == "all":
+        return table, []
+    sizes, lengths = groups_by_size(table.params), groups_by_size(table.tokens)
+    cells: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(table)):
+        cells.setdefault((sizes[i], lengths[i], table.phase[i] if table.phase else ""), []).append(i)
+    found = [_cell(table, np.array(rows), settings) for rows in cells.values()]
+    several = [cell for cell in found if len(cell.best) < len(cell.rows)]
+    if not several:
+        return table, []
+    at_edge = [cell for cell in several if cell.edge]
+    notes = [
+        f"the best of each (N, D) is fitted: {' and '.join(settings)} are swept in {len(several)} of {len(found)} "
+        f"pairs ({sum(len(cell.best) for cell in found)} of {len(table)} rows)"
+    ]
+    if at_edge and edges != "keep":
+        shown = "; ".join(_described(table, cell) for cell in at_edge[:SHOWN])
+        more = f" and {len(at_edge) - SHOWN} more" if len(at_edge) > SHOWN else ""
+        if edges == "refuse":
+            raise UserError(
+                f"The best value lies at the edge of its grid in {len(at_edge)} of {len(several)} pairs (N, D): "
+                f"{shown}{more}", table.source,
+                "train beyond the edge there, or give --edges drop (leave these pairs out) or --edges keep",
+            )  # fmt: skip
+        notes.append(f"{len(at_edge)} pairs (N, D) are dropped, their best lies at the edge of its grid: {shown}{more}")
+        found = [cell for cell in found if not cell.edge]
+    elif at_edge:
+        notes.append(f"in {len(at_edge)} pairs (N, D) the best value lies at the edge of its grid")
+    if not found:
+        raise UserError("No pair (N, D) is left", table.source, "train wider grids of learning rates and batches")
+    return table.take(np.sort(np.concatenate([cell.best for cell in found]))), notes
+
+
+def _cell(table: RunTable, rows: npt.NDArray[np.int64], settings: dict[str, FloatArray]) -> _Cell:
+    """The rows whose setting has the lowest mean loss over its seeds."""
+    keys = [tuple(float(column[i]) for column in settings.values()) for i in rows.tolist()]
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) < 2 or np.isnan(np.array(distinct)).any():
+        return _Cell(rows, rows, "")
+    means = [float(table.loss[rows[[k == key for k in keys]]].mean()) for key in distinct]
+    best = distinct[int(np.argmin(means))]
+    edge = ""
+    for axis, name in enumerate(settings):
+        beside = {key[axis] for key in distinct if all(key[j] == best[j] for j in range(len(best)) if j != axis)}
+        values = sorted(beside if len(beside) > 1 else {key[axis] for key in distinct})
+        if len(values) > 1 and best[axis] in (values[0], values[-1]):
+            edge = edge or name
+    return _Cell(rows, rows[[key == best for key in keys]], edge)
+
+
+def _described(table: RunTable, cell: _Cell) -> str:
+    i = int(cell.best[0])
+    column = table.lr if cell.edge == "learning rate" else table.batch
+    assert column is not None
+    return f"N {count(table.params[i])}, D {count(table.tokens[i])}: {cell.edge} {column[i]:.3g} ({table.place[i]})"

@@ -1,0 +1,112 @@
+"""Whether the values of a table can be what they are taken for: refused by column, named by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from bigtrain.config import UserError
+from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN
+from bigtrain.scaling.runs.numbers import count
+from bigtrain.scaling.runs.table import RunTable, named_rows
+
+RATIO_RANGE = (1e-2, 1e5)
+"""Tokens a parameter of ordinary runs; a median beyond it means that a column's unit is wrong."""
+FLOPS_RANGE = (0.05, 30.0)
+"""FLOPs over 6 N D of ordinary runs: a large output head makes it more, N with embeddings less."""
+LEAST_LARGEST_PARAMS, LEAST_LARGEST_TOKENS = 2e4, 1e6
+"""A table whose largest model or longest run is smaller is taken to be in thousands, millions or billions."""
+SMALL_LARGEST_PARAMS = 1e6
+"""A table whose largest model is smaller is warned of."""
+MAX_LOSS = 50.0
+"""Nats a token; a higher one is a perplexity, or of a run that diverged."""
+_UNITS_FIX = (
+    "say the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
+    "units: 400000000 parameters, 8e9 tokens"
+)
+
+
+def check_values(table: RunTable) -> list[str]:
+    """Refuse what no law can be fitted to; returns warnings that name odd rows.
+
+    Raises:
+        UserError: Values that are missing or not finite, a whole column in an impossible unit, mixed phases.
+    """
+    if not len(table):
+        raise UserError("There are no runs to fit", table.source, "check the file, and --where")
+    if table.bad:
+        rows = [i for i, cell in enumerate(table.bad) if cell]
+        if rows:
+            shown = "; ".join(f"{table.place[i]}: {table.bad[i]}" for i in rows[:3])
+            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+            raise UserError(
+                f"A cell is not a number ({shown}{more})", table.source,
+                'leave those rows out, for example with --where "loss > 0"',
+            )  # fmt: skip
+    for name in ("loss", "params", "tokens", "flops"):
+        values = getattr(table, name)
+        bad = ~(np.isfinite(values) & (values > 0))
+        if bad.any():
+            raise UserError(
+                f"{name} must be a positive number in every row; {named_rows(table, np.flatnonzero(bad), values)}",
+                table.source, f'leave those rows out, for example with --where "{name} > 0"',
+            )  # fmt: skip
+    _check_phases(table)
+    return [*_check_columns(table), *_odd_rows(table)]
+
+
+def _check_phases(table: RunTable) -> None:
+    phases = sorted({phase for phase in table.phase if phase})
+    if len(phases) > 1 or (phases and "" in table.phase):
+        raise UserError(
+            f"Runs of several phases are mixed ({', '.join(phases)}{', none' if '' in table.phase else ''}): decayed "
+            "and undecayed losses follow different laws", table.source,
+            f'choose one, for example with --where "phase == {phases[0]}"',
+        )  # fmt: skip
+
+
+def _check_columns(table: RunTable) -> list[str]:
+    """Refuse a column that is off by a power of ten in all rows."""
+    if np.median(table.loss) > MAX_LOSS:
+        raise UserError(
+            f"Losses above {MAX_LOSS:g} nats a token cannot be; {named_rows(table, np.arange(len(table)), table.loss)}",
+            table.source, "give the loss in nats a token, not a perplexity",
+        )  # fmt: skip
+    if table.native:
+        return []
+    ratio = np.median(table.tokens / table.params)
+    n, d = float(table.params.max()), float(table.tokens.max())
+    confirmed = table.units_confirmed
+    small = n < LEAST_LARGEST_PARAMS or d < LEAST_LARGEST_TOKENS
+    if (small or not RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]) and not confirmed:
+        raise UserError(
+            f"N and D cannot be in these units: the largest N is {n:.6g}, the largest D {d:.6g}, the median of D/N "
+            f"{ratio:.3g}; {named_rows(table, np.arange(len(table)), table.params, table.tokens)} as N, D",
+            table.source, _UNITS_FIX,
+        )  # fmt: skip
+    share = float(np.median(table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)))
+    if not FLOPS_RANGE[0] <= share <= FLOPS_RANGE[1]:
+        raise UserError(
+            f"FLOPs do not fit N and D: the median is {share:.3g} times 6 N D; "
+            f"{named_rows(table, np.arange(len(table)), table.flops)}",
+            table.source, "give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days)",
+        )  # fmt: skip
+    if n < SMALL_LARGEST_PARAMS and not confirmed:
+        return [f"the largest model has {count(n)} parameters: if N is in thousands or millions, give --params-unit"]
+    return []
+
+
+def _odd_rows(table: RunTable) -> list[str]:
+    """Rows whose values are unusual beside a column that is right."""
+    ratio = table.tokens / table.params
+    share = table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)
+    found = []
+    checks: tuple[tuple[str, npt.NDArray[np.float64], tuple[float, float]], ...] = (
+        ("tokens a parameter", ratio, RATIO_RANGE), ("FLOPs over 6 N D", share, FLOPS_RANGE),
+        ("a loss in nats", table.loss, (0.0, MAX_LOSS)),
+    )  # fmt: skip
+    for name, values, (low, high) in checks:
+        rows = np.flatnonzero((values < low) | (values > high))
+        if len(rows):
+            found.append(f"{len(rows)} odd rows are fitted: {named_rows(table, rows, values)} as {name}")
+    return found

@@ -1,0 +1,250 @@
+"""`--where`: comparisons of columns joined by "and", "or" and "not". Parsed here, never evaluated as code.
+
+    expression := term ("or" term)*            term := factor ("and" factor)*
+    factor     := "not" factor | "(" expression ")" | comparison
+    comparison := sum SIGN sum (SIGN sum)*     sum, product: + - * / of columns, numbers and parentheses
+
+A word that is no column stands for itself on the right-hand side: `phase == decayed`. Columns whose names hold other
+characters are recognised by their whole name, or quoted.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bigtrain.config import UserError, nearest
+from bigtrain.scaling.runs.numbers import parse_number
+from bigtrain.scaling.runs.table import RunTable, texts
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<sign><=|>=|==|!=|=|<|>)|(?P<join>&&|\|\|)|(?P<mark>[-+*/()])|"(?P<double>[^"]*)"|'(?P<single>[^']*)'
+        |(?P<number>[0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?[kKmMbBgGtT]?(?![\w.]))|(?P<word>[^\s<>=!()"'&|+*/]+))""",
+    re.VERBOSE,
+)
+_SIGNS: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "=": operator.eq,
+    "!=": operator.ne,
+}  # fmt: skip
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+}  # fmt: skip
+_JOINS = {"&&": "and", "||": "or"}
+_OWN = ("params", "tokens", "flops", "loss", "run", "group", "phase", "seed")
+_EXAMPLE = 'write comparisons joined by "and" and "or", such as --where "flops < 1e21 and phase == decayed"'
+_WORD = re.compile(r"\w")
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: Literal["sign", "join", "mark", "text", "number", "column", "end"]
+    text: str
+
+
+@dataclass(frozen=True)
+class _Value:
+    """One side of a comparison: numbers of all rows, or texts, or both for a column."""
+
+    numbers: np.ndarray | None
+    """Shape (n,) or (); None where it has none."""
+    text: str | None = None
+    """A text that stands for itself."""
+    column: str | None = None
+
+
+def where(table: RunTable, expression: str) -> RunTable:
+    """The rows for which the expression holds.
+
+    Args:
+        expression: Such as `(tokens / params > 20 or phase == decayed) and flops < 1e21`; names are params, tokens,
+            flops, loss, run, group, phase, seed, or the source's own columns.
+
+    Raises:
+        UserError: An expression that cannot be parsed, a column that is missing, a text that no row has.
+    """
+    parser = _Parser(table, expression)
+    keep = parser.expression()
+    parser.expect("end")
+    return table.take(np.broadcast_to(keep, (len(table),)))
+
+
+class _Parser:
+    def __init__(self, table: RunTable, expression: str) -> None:
+        self._table, self._text = table, expression
+        own = [name for name in _OWN if len(getattr(table, name)) == len(table)]
+        self._columns = list(dict.fromkeys([*own, *table.raw]))
+        self._own = set(own)
+        self._tokens = self._split(expression)
+        self._at = 0
+
+    def expression(self) -> np.ndarray:
+        """`or` of terms."""
+        found = self._term()
+        while self._is("join", "or"):
+            self._at += 1
+            found = found | self._term()
+        return found
+
+    def expect(self, kind: str, text: str | None = None) -> None:
+        """Consume a token of that kind."""
+        token = self._tokens[self._at]
+        if token.kind != kind or (text is not None and token.text != text):
+            raise self._error(token.text)
+        self._at += 1
+
+    def _term(self) -> np.ndarray:
+        found = self._factor()
+        while self._is("join", "and"):
+            self._at += 1
+            found = found & self._factor()
+        return found
+
+    def _factor(self) -> np.ndarray:
+        if self._is("join", "not"):
+            self._at += 1
+            return ~self._factor()
+        if self._is("mark", "("):
+            begin = self._at
+            try:
+                return self._comparison()
+            except UserError:
+                # Not the parenthesis of a sum but that of a condition.
+                self._at = begin + 1
+            found = self.expression()
+            self.expect("mark", ")")
+            return found
+        return self._comparison()
+
+    def _comparison(self) -> np.ndarray:
+        left = self._sum(first=True)
+        if self._tokens[self._at].kind != "sign":
+            raise self._error(self._tokens[self._at].text)
+        found = np.ones(len(self._table), dtype=bool)
+        while self._tokens[self._at].kind == "sign":
+            sign = self._tokens[self._at].text
+            self._at += 1
+            right = self._sum(first=False)
+            found &= self._holds(left, sign, right)
+            left = right
+        return found
+
+    def _sum(self, first: bool) -> _Value:
+        return self._chain(lambda: self._chain(lambda: self._atom(first), ("*", "/")), ("+", "-"))
+
+    def _chain(self, part: Callable[[], _Value], marks: tuple[str, ...]) -> _Value:
+        found = part()
+        while self._tokens[self._at].kind == "mark" and self._tokens[self._at].text in marks:
+            mark = self._tokens[self._at].text
+            self._at += 1
+            other = part()
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found = _Value(np.asarray(_ARITHMETIC[mark](self._numeric(found), self._numeric(other))))
+        return found
+
+    def _atom(self, first: bool) -> _Value:
+        token = self._tokens[self._at]
+        self._at += 1
+        if token.kind == "number":
+            number = parse_number(token.text)
+            assert number is not None
+            return _Value(np.asarray(number), token.text)
+        if token.kind == "column":
+            return _Value(self._column(token.text), None, token.text)
+        if token.kind == "mark" and token.text in "(-":
+            inner = self._sum(first) if token.text == "(" else self._atom(first)
+            if token.text == "-":
+                return _Value(-self._numeric(inner))
+            self.expect("mark", ")")
+            return inner
+        if token.kind == "text" and not first:
+            return _Value(None, token.text)
+        raise self._unknown(token.text) if token.kind == "text" else self._error(token.text)
+
+    def _column(self, name: str) -> np.ndarray | None:
+        column: Any = getattr(self._table, name) if name in self._own else self._table.raw[name]
+        values = [parse_number(value) for value in column]
+        if all(value is None for value in values):
+            return None
+        return np.array([np.nan if value is None else value for value in values])
+
+    def _numeric(self, value: _Value) -> np.ndarray:
+        if value.numbers is None:
+            raise UserError(f"--where cannot calculate with {value.text or value.column!r}", "command line", _EXAMPLE)
+        return value.numbers
+
+    def _holds(self, left: _Value, sign: str, right: _Value) -> np.ndarray:
+        if left.numbers is not None and right.numbers is not None:
+            return np.asarray(_SIGNS[sign](left.numbers, right.numbers))
+        if sign not in ("==", "=", "!="):
+            raise UserError(f"--where compares texts by {sign} in {self._text!r}", "command line", _EXAMPLE)
+        one, other = self._texts(left), self._texts(right)
+        found = np.asarray(one == other)
+        if right.text is not None and left.column is not None and not found.any():
+            known = list(dict.fromkeys(str(value) for value in one if value))
+            raise UserError(
+                f"No row has {left.column} == {right.text}", self._table.source,
+                f"there are: {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
+            )  # fmt: skip
+        return ~found if sign == "!=" else found
+
+    def _texts(self, value: _Value) -> np.ndarray:
+        if value.column is None:
+            return np.array(value.text)
+        column: Any = getattr(self._table, value.column) if value.column in self._own else self._table.raw[value.column]
+        return np.array(texts(column))
+
+    def _is(self, kind: str, text: str) -> bool:
+        token = self._tokens[self._at]
+        return token.kind == kind and token.text == text
+
+    def _split(self, expression: str) -> list[_Token]:
+        odd = sorted((name for name in self._columns if not re.fullmatch(r"\w+", name)), key=len, reverse=True)
+        tokens: list[_Token] = []
+        at = 0
+        while at < len(expression.rstrip()):
+            at += len(expression[at:]) - len(expression[at:].lstrip())
+            whole = next(
+                (
+                    name
+                    for name in odd
+                    if expression.startswith(name, at) and not _WORD.match(expression, at + len(name))
+                ),
+                None,
+            )
+            if whole is not None:
+                tokens.append(_Token("column", whole))
+                at += len(whole)
+                continue
+            match = _TOKEN.match(expression, at)
+            if match is None:
+                raise self._error(expression[at:])
+            tokens.append(self._token(match))
+            at = match.end()
+        return [*tokens, _Token("end", "the end")]
+
+    def _token(self, match: re.Match[str]) -> _Token:
+        kind = match.lastgroup or ""
+        text = match.group(kind)
+        if kind == "join":
+            return _Token("join", _JOINS[text])
+        if kind == "word" and text.lower() in ("and", "or", "not"):
+            return _Token("join", text.lower())
+        if kind in ("word", "double", "single"):
+            return _Token("column" if text in self._columns else "text", text)
+        return _Token(kind, text)  # type: ignore[arg-type]
+
+    def _error(self, at: str) -> UserError:
+        return UserError(f"--where cannot parse {self._text!r} at {at!r}", "command line", _EXAMPLE)
+
+    def _unknown(self, name: str) -> UserError:
+        close = nearest(name, self._columns)
+        return UserError(
+            f"--where names a column '{name}' that is not there", self._table.source,
+            f"Did you mean '{close}'?" if close else f"there are: {', '.join(self._columns)}",
+        )  # fmt: skip
