@@ -73,7 +73,8 @@ def scaling_fit(
         )
         options = FitOptions(
             columns, drop_highest, where, approach, loss_function, delta, cluster,
-            _number("target-flops", target_flops), equal_exponents, replicates, seed, duplicates=duplicates, swept=swept, edges=edges,
+            _number("target-flops", target_flops), equal_exponents, replicates, seed,
+            duplicates=duplicates, swept=swept, edges=edges,
         )  # fmt: skip
         fitted = fit(source, options, _progress)
         from bigtrain.tracking.config import TrackingConfig
