@@ -8,7 +8,7 @@ from annotated_types import Ge
 from pydantic import field_validator
 
 from bigtrain.config import Duration, Section
-from bigtrain.config.urls import STORES, check_url
+from bigtrain.storage.scheme import check_url
 
 
 class CheckpointConfig(Section):
@@ -38,8 +38,8 @@ class CheckpointConfig(Section):
     run goes on from the checkpoint before."""
 
     storage: str | None = None
-    """URL of a bucket's prefix (s3://, gs://) to which each checkpoint is uploaded in the background, under the run's
-    name, once it is saved here; credentials come from the environment. null: nowhere."""
+    """URL of a bucket's prefix (s3://, gs://, or a scheme of your own) to which each checkpoint is uploaded in the
+    background, under the run's name, once it is saved here; credentials come from the environment. null: nowhere."""
 
     max_failed_saves: Annotated[int, Ge(1)] = 3
     """Failed saves, or uploads, in a row after which the run warns loudly (and ends, if `stop_unsaved`)."""
@@ -58,7 +58,7 @@ class CheckpointConfig(Section):
     @field_validator("storage")
     @classmethod
     def _is_an_object_store(cls, value: str | None) -> str | None:
-        return None if value is None else check_url(value, STORES)
+        return None if value is None else check_url(value, stores=True)
 
     @field_validator("every")
     @classmethod

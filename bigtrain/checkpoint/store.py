@@ -24,19 +24,19 @@ from typing import TypeVar
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
-from bigtrain.config import CorruptionError, UserError
-from bigtrain.config.urls import STORES, check_url
+from bigtrain.config import CorruptionError
 from bigtrain.run import RunDirectory
 from bigtrain.run.names import CHECKPOINTS
 from bigtrain.storage import fsync_directory, hash_file
 from bigtrain.storage.hashes import named, new_digest
-from bigtrain.storage.objects import Patience, Transient, fetch, open_objects, patiently
+from bigtrain.storage.objects import Patience, Transient, fetch, patiently
+from bigtrain.storage.scheme import open_store
 
 ARRIVALS = 3
 """Times that a file is fetched whole before other bytes than the manifest's are an error."""
 FETCHERS = 8
 HASTE = Patience(timeout_s=10.0, retries=2)
-"""How long a store is borne with while a person waits for the answer."""
+"""Retries while a person waits for the answer."""
 
 T = TypeVar("T")
 
@@ -54,13 +54,10 @@ class RunStore:
     """
 
     def __init__(self, url: str, patience: Patience | None = None) -> None:
-        try:
-            self.url = check_url(url, STORES)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self._patience = patience or Patience()
         self._cancelled = threading.Event()
-        self._place = open_objects(self.url, self._patience)
+        self._place = open_store(url, self._patience)
+        self.url = self._place.url
 
     def cancel(self) -> None:
         """End the waiting between two tries, now and from now on, with Cancelled; from any thread."""

@@ -21,13 +21,16 @@ app = typer.Typer(help="List, inspect, verify, prune, export and convert checkpo
 
 
 @app.command("list")
-def checkpoint_list(run: RunArgument, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
+def checkpoint_list(
+    run: RunArgument, plugin: PluginOption = None, runs_dir: RunsDir = RUNS, as_json: Json = False
+) -> None:
     """List a run's checkpoints and whether they verify; those of a store are compared by size alone."""
     with errors(as_json):
         from bigtrain.checkpoint.survey import survey, survey_store
         from bigtrain.config.urls import is_url
         from bigtrain.run import find_run
 
+        load_plugins(plugin)
         states = survey_store(run, hashes=False) if is_url(run) else survey(find_run(run, runs_dir).checkpoints)
         rows = [{"step": state.step, "verified": state.verified, "bytes": state.bytes} for state in states]
         show({"checkpoints": rows}, as_json, lambda _: "\n".join(map(_checkpoint_line, rows)) or "No checkpoints yet")
@@ -41,6 +44,7 @@ def _checkpoint_line(row: dict[str, Any]) -> str:
 @app.command("verify")
 def checkpoint_verify(
     run: RunArgument,
+    plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +54,7 @@ def checkpoint_verify(
         from bigtrain.config.urls import is_url
         from bigtrain.run import find_run, split_run_step
 
+        load_plugins(plugin)
         name, step = split_run_step(run)
         if is_url(name):
             steps = verify_all(survey_store(name, step), name)
@@ -66,6 +71,7 @@ def checkpoint_verify(
 @app.command("inspect")
 def checkpoint_inspect(
     run: RunArgument,
+    plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -73,6 +79,7 @@ def checkpoint_inspect(
     with errors(as_json):
         from bigtrain.checkpoint.survey import inspect
 
+        load_plugins(plugin)
         found, step = _checkpoint_of(run, runs_dir)
         show(inspect(found.checkpoints, step), as_json, _inspected)
 
@@ -102,11 +109,8 @@ def checkpoint_prune(
     with errors(as_json):
         from bigtrain.config.urls import is_url
 
-        if is_url(run):
-            steps = _pruned_store(run, keep_last, dry_run)
-        else:
-            load_plugins(plugin)
-            steps = _pruned(run, runs_dir, keep_last, dry_run)
+        load_plugins(plugin)
+        steps = _pruned_store(run, keep_last, dry_run) if is_url(run) else _pruned(run, runs_dir, keep_last, dry_run)
         said = "would be removed" if dry_run else "removed"
         show({"steps": steps, "dry_run": dry_run}, as_json, lambda _: f"{said}: {', '.join(map(str, steps)) or 'none'}")
 
@@ -149,11 +153,11 @@ def checkpoint_export(
 ) -> None:
     """Write a checkpoint's weights as safetensors."""
     with errors(as_json):
+        load_plugins(plugin)
         found, step = _checkpoint_of(run, runs_dir)
         if form == "hf":
             from bigtrain.training.export import export_run
 
-            load_plugins(plugin)
             files = export_run(found, step, out)
         else:
             from bigtrain.checkpoint.export import export
@@ -171,6 +175,7 @@ def checkpoint_convert(
     run: RunArgument,
     to: Annotated[Literal["deepspeed"], typer.Option("--to", help="Whose format.")],
     out: Annotated[Path, typer.Option(help="A new directory.")],
+    plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -178,6 +183,7 @@ def checkpoint_convert(
     with errors(as_json):
         from bigtrain.checkpoint.deepspeed_format import to_deepspeed
 
+        load_plugins(plugin)
         found, step = _checkpoint_of(run, runs_dir)
         place = to_deepspeed(found.checkpoints, step, out)
         show(

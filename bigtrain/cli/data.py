@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import Json, counting, errors, lines, show, stages
+from bigtrain.cli.common import Json, PluginOption, counting, errors, lines, load_plugins, show, stages
 
 INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
 
@@ -100,6 +100,7 @@ def data_index(
     out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
     skip_bad: Annotated[int, typer.Option(min=0, help="Samples that may be bad, and are passed over.")] = 0,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """Index tars made elsewhere, so that runs can read them."""
@@ -110,6 +111,7 @@ def data_index(
         from bigtrain.data.indexing import index_directory, index_urls
         from bigtrain.data.tokenizers import Tokenizer
 
+        load_plugins(plugin)
         bad = BadSamples(skip_bad)
         opened = None if tokenizer is None else Tokenizer.open(tokenizer)
         with counting("indexing") as count:

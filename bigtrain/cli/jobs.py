@@ -14,7 +14,18 @@ import typer
 
 from bigtrain import variables
 from bigtrain.cli.arguments import ScriptCommand, after_dashes, script_words
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, bring_back_here, errors, load, show
+from bigtrain.cli.common import (
+    RUNS,
+    Json,
+    Overrides,
+    PluginOption,
+    RunsDir,
+    bring_back_here,
+    errors,
+    load,
+    load_plugins,
+    show,
+)
 
 if TYPE_CHECKING:
     from bigtrain.jobs.cluster.dashboard import Dashboard
@@ -443,6 +454,7 @@ def resume(
             from bigtrain.jobs.train import train as start
             from bigtrain.run import find_run
 
+            load_plugins(plugin)
             run = _brought_here(name, runs_dir or RUNS) if is_url(name) else find_run(name, runs_dir or RUNS)
             config = load(run.config, None, plugin=plugin)
             bring_back_here(config, run.path.parent)

@@ -68,10 +68,10 @@ def sample(
     with errors(as_json):
         from bigtrain.checkpoint.restore import run_at
 
+        load_plugins(plugin)
         directory, step = run_at(run, runs_dir)
         from bigtrain.training.sample import sample as draw  # torch, which takes seconds
 
-        load_plugins(plugin)
         text = draw(
             directory,
             prompt,

@@ -1,13 +1,12 @@
-"""URLs in configs: of schemes that are allowed by name, and free of secrets."""
+"""URLs in configs: of schemes that are allowed by name, and free of secrets.
+
+The schemes are registered in `bigtrain.storage.scheme`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 from urllib.parse import urlsplit
-
-STORES: Final = ("s3", "gs")
-"""Schemes of object stores."""
 
 
 def is_url(place: str) -> bool:
@@ -23,11 +22,13 @@ def check_url(url: str, schemes: Sequence[str]) -> str:
     """
     scheme, _, rest = url.partition(":")
     if scheme not in schemes or not rest.startswith("//"):
-        raise ValueError(f"the scheme {scheme[:20]!r} is not one of {', '.join(schemes)}; a local directory is a path")
+        raise ValueError(
+            f"the scheme {scheme[:20]!r} is not one of {', '.join(schemes)}; a local directory is a path, and a scheme of your own comes with --plugin"
+        )
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
-            f"the {scheme} URL carries credentials, a query or a fragment: those of s3 and gs come from the environment"
+            f"the {scheme} URL carries credentials, a query or a fragment: credentials come from the environment"
         )
     if not parts.netloc or any(ord(letter) <= 32 for letter in url):
         raise ValueError(f"the {scheme} URL names no host or bucket, or holds a space")

@@ -8,16 +8,9 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section, urls
+from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section
 from bigtrain.config.urls import is_url
-
-SCHEMES = ("http", "https", "s3", "gs")
-"""Where shards may be streamed from; everything else is refused, above all `pipe:`, which is a shell."""
-
-
-def check_url(url: str) -> str:
-    """A URL from which shards may be streamed; see `bigtrain.config.urls.check_url`."""
-    return urls.check_url(url, SCHEMES)
+from bigtrain.storage.scheme import check_url
 
 
 def _name_of(place: str) -> str:
@@ -99,8 +92,8 @@ class DataConfig(Section):
     """What is trained on: part of a run's identity, by the data's fingerprint and not by its place."""
 
     train: Train
-    """A directory of shards, as `bigtrain data pack` or `data index` leaves it, or its http, https, s3 or gs URL; or a
-    mixture: a list of {path, weight, from_step, name}."""
+    """A directory of shards, as `bigtrain data pack` or `data index` leaves it, or its URL (http, https, s3, gs, or a
+    scheme of your own); or a mixture: a list of {path, weight, from_step, name}."""
 
     validation: HeldOut | None = None
     """A directory or URL of held-out shards, or a list of {path, name}; null where the run is not evaluated."""

@@ -27,12 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.config import check_url
 from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo
 from bigtrain.data.formats.text import MAX_CAPTION_BYTES
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file, hash_text, write_atomic, write_json
+from bigtrain.storage.scheme import check_url
 
 FORMAT_VERSION = 3
 """Written for captions and arrays; for shards of text or with a `base_url` 2 is enough, for others 1."""

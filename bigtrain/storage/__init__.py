@@ -7,6 +7,8 @@
 | hashes.py | hashes with the name of their algorithm |
 | locks.py | flock |
 | objects.py | files on servers and object stores, with retries |
+| scheme.py | the schemes of URLs: an extension point |
+| schemes/ | one file for each of bigtrain's own schemes |
 """
 
 from bigtrain.storage.files import fsync_directory, fsync_file, write_atomic, write_json

@@ -1,12 +1,11 @@
 """Files on servers and object stores: read from any byte on, and tried again where it breaks.
 
-S3 and GCS go through fsspec, whose s3fs and gcsfs are extras of this package and take credentials from the environment.
+A place is opened by its URL's scheme, see `bigtrain.storage.scheme`; object stores are filesystems of fsspec.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
 import threading
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from bigtrain import variables
 from bigtrain.config import UserError
@@ -22,8 +21,6 @@ from bigtrain.config import UserError
 OBJECT_CHUNK_BYTES = 1 << 23
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 30.0
-
-_EXTRAS: Final = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs")}
 
 T = TypeVar("T")
 
@@ -54,7 +51,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is borne with."""
+    """How long a call to a server is waited for, and how often it is tried again."""
 
     timeout_s: float = 20.0
     retries: int = 8
@@ -91,32 +88,16 @@ class Place(Protocol):
         ...
 
 
-def open_objects(url: str, patience: Patience) -> ObjectPlace:
-    """The prefix of a bucket that a URL of one of STORES names.
-
-    Raises:
-        UserError: The library of that store is not installed.
-    """
-    scheme = url.partition(":")[0]
-    module, extra = _EXTRAS[scheme]
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{scheme}:// needs {module}", url, f"pip install -e '.[{extra}]', in the checkout")
-    return ObjectPlace(url, patience.timeout_s)
-
-
 class ObjectPlace:
-    """A prefix of a bucket, through fsspec."""
+    """A prefix of a bucket.
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        import fsspec
+    Args:
+        files: A filesystem of fsspec.
+        root: Path of the prefix in it.
+    """
 
-        options: dict[str, Any] = {}
-        if url.startswith("s3:"):
-            # Trying again is done here, once for all kinds of places.
-            limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"total_max_attempts": 1}}
-            options["config_kwargs"] = limits
-        self.url = url
-        self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    def __init__(self, url: str, files: Any, root: str) -> None:
+        self.url, self._files, self._root = url, files, root
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
@@ -173,7 +154,7 @@ class ObjectPlace:
         try:
             yield
         except FileNotFoundError:
-            raise RemoteError(missing, url, "mend the URL, or put there what it names") from None
+            raise RemoteError(missing, url, "Correct the URL, or put the object there.") from None
         except PermissionError as error:
             raise RemoteError(f"access is refused: {error}", url, "see the credentials in the environment") from None
         except Exception as error:  # noqa: BLE001 - each store's library raises kinds of its own

@@ -13,9 +13,10 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.indexing import index_urls
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
-from bigtrain.data.streaming import remote
 from bigtrain.data.streaming.store import open_index
 from bigtrain.storage import objects
+from bigtrain.storage import scheme as scheme_module
+from bigtrain.storage.scheme import open_url
 
 
 @pytest.fixture
@@ -52,8 +53,8 @@ def test_s3_gives_the_samples_of_the_disk(bucket: str, packed: ShardIndex, tmp_p
 
 
 def test_a_store_whose_library_is_not_installed_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(scheme_module.importlib.util, "find_spec", lambda name: None)
     for scheme in ("s3", "gs"):
         with pytest.raises(UserError, match="needs") as caught:
-            remote.open_place(f"{scheme}://bucket/x", objects.Patience())
+            open_url(f"{scheme}://bucket/x", objects.Patience())
         assert f"pip install -e '.[{scheme}]'" in str(caught.value.fix)

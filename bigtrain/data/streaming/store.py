@@ -29,11 +29,12 @@ from bigtrain.data.index import (
     sidecar_rows,
 )
 from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
-from bigtrain.data.streaming.remote import exists, open_place
+from bigtrain.data.streaming.remote import exists
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import write_atomic
 from bigtrain.storage.objects import Cancelled, Patience, Place, cache_home, fetch
+from bigtrain.storage.scheme import open_url
 
 FETCHERS = 8
 MAX_TOKENIZER_BYTES = 1 << 28
@@ -123,7 +124,7 @@ class CachedStore:
         self._directory = self._cache.directory(index.place, index.fingerprint)
         self._place: Place | None = None
         if index.shards_url is not None:
-            self._place = open_place(index.shards_url, self._patience)
+            self._place = open_url(index.shards_url, self._patience)
         self._tokenizer = index.load_tokenizer() if index.text else None
         self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="bigtrain-fetch")
         self._wanted: dict[int, _Wanted] = {}
@@ -292,7 +293,7 @@ def open_index(
     if not is_url(str(place)):
         return load_index(place)
     streaming = streaming or StreamingConfig()
-    server = open_place(str(place), patience(streaming))
+    server = open_url(str(place), patience(streaming))
     cache = Cache(cache_root(streaming), streaming.cache)
     for fingerprint in pinned or ():
         directory = cache.directory(server.url, fingerprint)
@@ -364,7 +365,7 @@ def check_remote(held: Sequence[tuple[ShardIndex, int]], streaming: StreamingCon
     hurried = Patience(streaming.timeout, min(2, streaming.retries))
     for index, _ in streamed:
         if index.shards_url is not None:
-            exists(open_place(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
+            exists(open_url(index.shards_url, hurried), index.shards[0].url, index.shards[0].filesize, hurried)
 
 
 def shards_at_once(counts: Sequence[int], window: int, batch_sequences: int) -> int:
