@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bigtrain.data.config import SCHEMES, DataConfig, StreamingConfig
+from bigtrain.data.config import DataConfig, StreamingConfig
+from bigtrain.storage.scheme import SCHEMES
 
 
 @pytest.mark.parametrize("train", [["a", "b"], [{"path": " "}], {"path": "a"}, " "])
