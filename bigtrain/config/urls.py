@@ -23,8 +23,8 @@ def check_url(url: str, schemes: Sequence[str]) -> str:
     scheme, _, rest = url.partition(":")
     if scheme not in schemes or not rest.startswith("//"):
         raise ValueError(
-            f"the scheme {scheme[:20]!r} is not one of {', '.join(schemes)}; a local directory is a path, and a scheme of "
-            "your own comes with --plugin"
+            f"the scheme {scheme[:20]!r} is not one of {', '.join(schemes)}; a local directory is a path, and a scheme "
+            "of your own comes with --plugin"
         )
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
