@@ -16,17 +16,3 @@ app = typer.Typer(help="Measure this machine and this build.", no_args_is_help=T
 def bench_train(context: typer.Context) -> None:
     """Compare a training step with a plain PyTorch loop's, paired in one run; --help shows its options."""
     os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *context.args])
-
-
-@app.command(
-    "layouts", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def bench_layouts(context: typer.Context) -> None:
-    """Compare each layout of four processes with the same one in plain torch; --help shows its options."""
-    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_layouts", *context.args])
-
-
-@app.command("data", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench_data(context: typer.Context) -> None:
-    """Compare reading with webdataset and mosaicml-streaming, packing with the tokenizer; --help shows its options."""
-    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_data", *context.args])

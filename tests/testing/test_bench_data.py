@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.testing.bench_data import _to_the_faster, bench
-from bigtrain.testing.bench_data_report import table, targets
+from tests.bench.bench_data import _to_the_faster, bench
+from tests.bench.bench_data_report import table, targets
 
 
 def test_the_ratio_is_to_the_faster_of_the_others_in_each_round() -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from bigtrain.planning.communication import Collective
-from bigtrain.testing.bench_layouts import LAYOUTS, Measured, Size, _judged, bench, table
 from bigtrain.testing.ranks import RankPool
+from tests.bench.bench_layouts import LAYOUTS, Measured, Size, _judged, bench, table
 
 TINY = Size(layers=4, width=32, heads=4, vocabulary=64, context=16, batch=8)
 EXCHANGE = Counter({Collective("all_reduce", ("tp",), 32): 1})

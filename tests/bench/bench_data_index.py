@@ -1,4 +1,4 @@
-"""What an index takes in a fresh process, for `bench data`: python -m bigtrain.testing.bench_data_index DIR CONTEXT."""
+"""What an index takes in a fresh process, for `bench data`: python -m tests.bench.bench_data_index DIR CONTEXT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 from bigtrain.data.index import load_index
 from bigtrain.data.order.sample_order import SampleOrder
-from bigtrain.testing.bench_data_http import anonymous_bytes
+from tests.bench.bench_data_http import anonymous_bytes
 
 
 def main() -> None:

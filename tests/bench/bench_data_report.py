@@ -1,4 +1,4 @@
-"""What `bigtrain bench data` must reach, and its result as people read it."""
+"""What `python -m tests.bench.bench_data` must reach, and its result as people read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layout costs beside the same layout written plainly with torch's own APIs: `bigtrain bench layouts`.
+"""What a layout costs beside the same one written with torch's own APIs: `python -m tests.bench.bench_layouts`.
 
 Four processes hold bigtrain's engine and two runs of `plain_layouts`, all of the same Llama from the same weights. They
 first take the same steps: losses and gradient norms must agree, and so must the collectives of a step (kind, group,
@@ -36,8 +36,8 @@ from bigtrain.parallel.mesh import Ranks
 from bigtrain.planning.communication import Collective
 from bigtrain.testing.bench_train import summary
 from bigtrain.testing.collectives import RecordedCollectives
-from bigtrain.testing.plain_layouts import Layout, Run, Shape
 from bigtrain.testing.ranks import RankPool
+from tests.bench.plain_layouts import Layout, Run, Shape
 
 RANKS = 4
 OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
@@ -116,7 +116,7 @@ class Measured:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="bigtrain bench layouts", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench_layouts", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs that are timed at each layout")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="which ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -322,6 +322,6 @@ def table(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     # Under its own name, by which the ranks find its functions.
-    from bigtrain.testing import bench_layouts
+    from tests.bench import bench_layouts
 
     bench_layouts.main()

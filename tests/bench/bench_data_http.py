@@ -1,4 +1,4 @@
-"""A server that answers late, and a loader that reads from it: the part `http` of `bigtrain bench data`."""
+"""A server that answers late, and a loader that reads from it: the part `http` of bench_data.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import open_index
-from bigtrain.testing.bench_data_readers import BATCH, CONTEXT
+from tests.bench.bench_data_readers import BATCH, CONTEXT
 
 CONSUMER_TOKENS_PER_S = 1_000_000
 WINDOW = 4

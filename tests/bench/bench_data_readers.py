@@ -1,4 +1,4 @@
-"""One reader of `bigtrain bench data`, timed in a process of its own on one core; prints one JSON object.
+"""One reader of `python -m tests.bench.bench_data`, timed in a process of its own on one core; prints one JSON object.
 
     python bench_data_readers.py READER DIR --batch B --context C --batches N
 

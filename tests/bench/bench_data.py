@@ -1,4 +1,4 @@
-"""What reading and packing cost: `bigtrain bench data`.
+"""What reading and packing cost: `python -m tests.bench.bench_data`.
 
 disk: tokens a second of shuffled, packed batches on one core, beside plain webdataset and, where --mosaic names a
     Python that has it, mosaicml-streaming. Each in a process of its own; a round has one of each, in turning order.
@@ -38,10 +38,10 @@ from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer, train_bpe
-from bigtrain.testing import bench_data_readers
-from bigtrain.testing.bench_data_http import over_http
-from bigtrain.testing.bench_data_readers import BATCH, CONTEXT
-from bigtrain.testing.bench_data_report import table, targets
+from tests.bench import bench_data_readers
+from tests.bench.bench_data_http import over_http
+from tests.bench.bench_data_readers import BATCH, CONTEXT
+from tests.bench.bench_data_report import table, targets
 
 DOCUMENT_TOKENS = 2000
 """On average, of the generated documents."""
@@ -53,7 +53,9 @@ READERS = Path(bench_data_readers.__file__)
 def main() -> None:
     """Measure, print, and exit 0: whether a target is met is for people to judge."""
     parser = argparse.ArgumentParser(
-        prog="bigtrain bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench.bench_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", action="append", choices=PARTS, help="measure this part; may be given again")
     parser.add_argument("--tokens", type=float, default=1e8, help="generated tokens")
@@ -240,7 +242,7 @@ def _measure_index(directory: str, shards: int, pipe: Any) -> None:
     write_index(place, "tokens", "<u2", tokenizer, None, None, entries)
     del entries
     process = subprocess.run(
-        [sys.executable, "-m", "bigtrain.testing.bench_data_index", directory, str(CONTEXT)],
+        [sys.executable, "-m", "tests.bench.bench_data_index", directory, str(CONTEXT)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     pipe.send({"shards": shards, **json.loads(process.stdout)})
