@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bigtrain.cli.common import Json, PluginOption, counting, errors, lines, load_plugins, show, stages
+
+if TYPE_CHECKING:
+    from bigtrain.data.accounting import PassedOver
+    from bigtrain.data.index import ShardIndex
+    from bigtrain.data.kind import SampleKind
 
 INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
 
@@ -22,59 +28,75 @@ def data_pack(
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")
     ] = None,
-    images: Annotated[bool, typer.Option("--images", help="Pack images from FOLDER/CLASS/NAME.png or .jpg.")] = False,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="What samples are: tokens, images, captions, arrays, or a plugin's.")
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg.")] = False,
     captions: Annotated[
-        bool, typer.Option("--captions", help="Pack images with captions: folders, tars, .jsonl; see the README.")
+        bool, typer.Option("--captions", help="--kind captions: folders, tars, .jsonl; see the README.")
     ] = False,
     arrays: Annotated[
-        bool, typer.Option("--arrays", help="Pack arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
+        bool, typer.Option("--arrays", help="--kind arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
     ] = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Documents that may be bad, and are passed over.")] = 0,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")] = 0,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """Pack text, images or arrays into WebDataset shards; after a kill the same command goes on."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
-        from bigtrain.data.packing.arrays import pack_arrays
-        from bigtrain.data.packing.documents import pack
-        from bigtrain.data.packing.images import pack_captions, pack_images
+        from bigtrain.data.kind import kind_named
+        from bigtrain.data.packing.options import PackOptions
         from bigtrain.data.tokenizers import Tokenizer
 
+        load_plugins(plugin)
+        flags = {"images": images, "captions": captions, "arrays": arrays}
+        named = [*([kind] if kind else []), *(name for name, given in flags.items() if given and name != kind)]
+        if len(named) > 1:
+            raise UserError(f"{' and '.join(named)} are different sample kinds", fix="give one of them")
+        chosen = kind_named(named[0] if named else "tokens")
+        _refuse_options(chosen, {"tokenizer": tokenizer, "image_size": image_size})
         try:
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
             raise UserError(str(error), "--shard-size") from None
-        common: dict[str, Any] = {
-            "validation": validation,
-            "shard_bytes": shard_bytes,
-            "skip_bad": skip_bad,
-            "workers": workers or len(os.sched_getaffinity(0)),
-        }
-        if images + captions + arrays > 1:
-            raise UserError("--images, --captions and --arrays are three kinds of data", fix="give one of them")
-        if (images or arrays) and tokenizer is not None:
-            raise UserError("images and arrays are packed without a tokenizer", fix="leave out --tokenizer")
-        if images and len(inputs) != 1:
-            raise UserError("images are packed from one folder")
         with stages() as progress:
-            if images:
-                summary = pack_images(inputs[0], out, size=image_size, progress=progress, **common)
-            elif arrays:
-                summary = pack_arrays(inputs, out, progress=progress, **common)
-            elif tokenizer is None:
-                raise UserError("text needs a tokenizer", fix="name one with --tokenizer, for example bytes")
-            elif captions:
-                opened = Tokenizer.open(tokenizer)
-                summary = pack_captions(inputs, out, opened, key=key, size=image_size, progress=progress, **common)
-            else:
-                summary = pack(inputs, out, Tokenizer.open(tokenizer), key=key, progress=progress, **common)
+            options = PackOptions(
+                tokenizer=None if tokenizer is None else Tokenizer.open(tokenizer),
+                image_size=image_size,
+                key=key,
+                validation=validation,
+                shard_bytes=shard_bytes,
+                skip_bad=skip_bad,
+                workers=workers or len(os.sched_getaffinity(0)),
+                progress=progress,
+            )
+            summary = chosen.pack(inputs, out, options)
+        _show_passed(summary.passed)
         show(summary.as_json(), as_json, lines)
+
+
+def _show_passed(passed: PassedOver) -> None:
+    """Print to stderr what was not used."""
+    for line in passed.lines():
+        print(line, file=sys.stderr)
+
+
+def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
+    from bigtrain.config import UserError
+
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and name not in kind.options:
+            raise UserError(f"{kind.name} are packed without {option}", fix=f"omit {option}")
+    if kind.needs_tokenizer and given["tokenizer"] is None:
+        raise UserError(f"packing {kind.name} needs a tokenizer", fix="name one with --tokenizer, for example bytes")
 
 
 @app.command("tokenizer")
@@ -99,7 +121,10 @@ def data_index(
     places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
     out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Samples that may be bad, and are passed over.")] = 0,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
+    ] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")] = 0,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
@@ -107,22 +132,22 @@ def data_index(
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.urls import is_url
-        from bigtrain.data.formats.text import BadSamples
+        from bigtrain.data.accounting import PassedOver
         from bigtrain.data.indexing import index_directory, index_urls
         from bigtrain.data.tokenizers import Tokenizer
 
         load_plugins(plugin)
-        bad = BadSamples(skip_bad)
+        passed = PassedOver(skip_bad)
         opened = None if tokenizer is None else Tokenizer.open(tokenizer)
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:
                     raise UserError("the index of URLs needs a directory", fix="name one with --out")
-                index = index_urls(places, out, opened, count, bad)
+                index = index_urls(places, out, opened, count, passed, kind=kind)
             elif len(places) > 1 or out is not None:
                 raise UserError("one local directory is indexed, and its index lies in it", fix="leave out --out")
             else:
-                index = index_directory(places[0], opened, progress=count, bad=bad)
+                index = index_directory(places[0], opened, progress=count, passed=passed, kind=kind)
         result = {
             "path": str(out or places[0]),
             "kind": index.kind,
@@ -130,13 +155,21 @@ def data_index(
             "samples": index.samples,
             "tokens": index.tokens,
             "fingerprint": index.fingerprint,
-            "skipped": bad.seen,
+            **passed.as_json(),
         }
+        _show_passed(passed)
         show(
             result,
             as_json,
-            lambda value: f"{value['path']}: {value['samples']} {value['kind']} in {value['shards']} shards",
+            lambda value: f"{value['path']}: {_counted(index)} in {value['shards']} shards",
         )
+
+
+def _counted(index: ShardIndex) -> str:
+    """How much an index holds: "10 documents (2,906 tokens)"."""
+    kind = index.sample_kind
+    noun = "documents" if kind.unit == "tokens" else kind.unit
+    return f"{index.samples:,} {noun}" + (f" ({index.tokens:,} tokens)" if index.of_tokens else "")
 
 
 @app.command("inspect")
@@ -146,10 +179,12 @@ def data_inspect(
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Measure the order against a full permutation.")] = False,
     window: Annotated[int, typer.Option(min=1, help="data.shuffle_window, for --shuffle.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, for --shuffle.")] = 512,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """Show what a shard directory holds, or how well its order is shuffled."""
     with errors(as_json):
+        load_plugins(plugin)
         if shuffle:
             _show_shuffle(path, context, window, batch, as_json)
             return
@@ -182,9 +217,14 @@ def _show_shuffle(path: Path, context: int, window: int, batch: int, as_json: bo
 
 
 @app.command("verify")
-def data_verify(path: Annotated[Path, typer.Argument(help="A shard directory.")], as_json: Json = False) -> None:
+def data_verify(
+    path: Annotated[Path, typer.Argument(help="A shard directory.")],
+    plugin: PluginOption = None,
+    as_json: Json = False,
+) -> None:
     """Compare every byte of a shard directory with its index."""
     with errors(as_json):
+        load_plugins(plugin)
         from bigtrain.data.inspect import verify
 
         found = verify(path)

@@ -1,12 +1,7 @@
 """The index of a shard directory: index.json (a superset of wids-shard-index-v1) and one sidecar a shard.
 
-A sidecar is an int64 .npy array with a row for each sample. With it any sample is read without walking the tar:
-
-    tokens      byte offset in the tar, tokens
-    text        byte offset, bytes, tokens, 1 where the member is gzip
-    images      byte offset, bytes, class
-    captions    byte offset and bytes of the image; byte offset, bytes, tokens and `CaptionForm` of the caption
-    arrays      byte offset of each array's values, in the order of their names; the class where there are classes
+A sidecar is an int64 .npy array with a row for each sample. With it any sample is read without walking the tar; what
+its columns are, is the sample kind's (`data.kind`).
 
 The shards lie beside index.json, on this machine or on the server that it came from; or, where it names a `base_url`,
 on a server while the index is here.
@@ -16,8 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from enum import IntEnum
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,37 +23,25 @@ from pydantic.dataclasses import dataclass
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo
-from bigtrain.data.formats.text import MAX_CAPTION_BYTES
+from bigtrain.data.kind import SampleKind, kind_named
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
+from bigtrain.models.batches import KINDS
 from bigtrain.storage import hash_file, hash_text, write_atomic, write_json
 from bigtrain.storage.scheme import check_url
 
 FORMAT_VERSION = 3
-"""Written for captions and arrays; for shards of text or with a `base_url` 2 is enough, for others 1."""
+"""Written for kinds that came later; for shards of text or with a `base_url` 2 is enough, for others 1."""
+FIRST_KINDS = ("tokens", "images")
+"""The kinds that a reader of format 1 knows."""
 MAX_INDEX_BYTES = 1 << 31
 INDEX_NAME = "index.json"
+CLASSES_NAME = "classes.json"
+"""Names of the classes of images, in the order of their numbers."""
 AUTO_VERIFY_BYTES = 4 * 10**9
-Kind = Literal["tokens", "images", "captions", "arrays"]
 Verify = Literal["auto", "always", "never"]
 Rows = npt.NDArray[np.int64]
 
-_COLUMNS = {"tokens": 2, "images": 3, "text": 4, "captions": 6}
-_TOKEN_COLUMNS = {"tokens": 1, "text": 2, "captions": 4}
 _SIDECAR_HEADER_BYTES = 128
-
-
-class CaptionForm(IntEnum):
-    """How a caption is stored."""
-
-    TEXT = 0
-    GZIP = 1
-    TOKENS = 2
-    """Little-endian, of the index's `dtype`."""
-
-
-def token_column(kind: Kind, text: bool) -> int | None:
-    """The column of a sidecar that counts a sample's tokens; None for what has none."""
-    return _TOKEN_COLUMNS.get("text" if text else kind)
 
 
 class _Record(BaseModel):
@@ -108,9 +90,10 @@ class Shard:
 class ShardIndex(_Record):
     """What is known of a shard directory without opening its shards."""
 
-    kind: Kind
+    kind: str
+    """The name of the sample kind."""
     dtype: Literal["<u2", "<u4", "<i4", "<i8"] | None
-    """Of the tokens; None for images and arrays."""
+    """Of the tokens; None for kinds without tokens."""
     tokenizer: TokenizerInfo | None
     image: ImageInfo | None
     text_bytes: int | None
@@ -127,7 +110,11 @@ class ShardIndex(_Record):
     arrays: tuple[ArrayInfo, ...] | None = None
     """What each sample holds by name; None for other kinds."""
     classes: Annotated[int, Field(ge=1)] | None = None
-    """One more than the largest class beside arrays; None where there are none."""
+    """One more than the largest class; None where there are none, and for images, which have them in `image`."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in the order of their numbers; None where they are not known."""
+    facts: dict[str, Any] | None = None
+    """Whatever else all samples have alike, of a kind of the user's own."""
     origin: str | None = Field(default=None, exclude=True)
     """The URL that the index came from; None where it is this machine's own."""
 
@@ -147,15 +134,14 @@ class ShardIndex(_Record):
         return self.shards_url is not None or self.text
 
     @property
+    def sample_kind(self) -> SampleKind:
+        """What knows how such samples are read."""
+        return kind_named(self.kind)
+
+    @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, or number of classes, 0 where there are none."""
-        if self.kind == "images":
-            assert self.image is not None
-            return self.image.classes
-        if self.kind == "arrays":
-            return self.classes or 0
-        assert self.tokenizer is not None
-        return self.tokenizer.vocab_size
+        return self.sample_kind.outputs(self)
 
     @property
     def tokens(self) -> int:
@@ -178,17 +164,13 @@ class ShardIndex(_Record):
         return None if self.text_bytes is None or not self.tokens else self.text_bytes / self.tokens
 
     def sequence_counts(self, context: int) -> list[int]:
-        """Sequences of `context` tokens in each shard (ceil((tokens - 1) / context)); of other kinds: samples."""
-        if self.kind != "tokens":
-            return [shard.nsamples for shard in self.shards]
-        return [-(-max(0, shard.tokens - 1) // context) for shard in self.shards]
+        """What a step can consume of each shard: sequences of `context` tokens, or samples of other kinds."""
+        return self.sample_kind.sequence_counts(self, context)
 
     @property
     def columns(self) -> int:
         """Columns of a sidecar."""
-        if self.arrays is not None:
-            return len(self.arrays) + (self.classes is not None)
-        return _COLUMNS["text" if self.text else self.kind]
+        return self.sample_kind.columns(self)
 
     def sidecar_bytes(self, shard: int) -> int:
         """Size of a shard's sidecar."""
@@ -221,56 +203,32 @@ class ShardIndex(_Record):
             rows.dtype != np.dtype("<i8")
             or rows.shape != (entry.nsamples, self.columns)
             or (rows < 0).any()
-            or not self._rows_fit(entry, rows)
+            or (len(rows) and not self.sample_kind.rows_fit(self, entry, rows))
         ):
             raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
         return rows
 
     def token_counts(self, rows: Rows) -> Rows:
         """Tokens of each document or caption of a sidecar."""
-        column = token_column(self.kind, self.text)
+        column = self.sample_kind.token_column(self.text)
         assert column is not None
         return rows[:, column]
+
+    def all_token_counts(self) -> Iterator[Rows]:
+        """Tokens of each sample, shard by shard; nothing for kinds without tokens."""
+        if self.of_tokens:
+            for number in range(len(self.shards)):
+                yield self.token_counts(self.rows(number))
 
     @property
     def of_tokens(self) -> bool:
         """Whether a sample is `model.context` tokens, with or without an image."""
-        return self.kind in ("tokens", "captions")
+        return self.sample_kind.of_tokens
 
     @property
-    def captions_are_text(self) -> bool:
-        """Whether captions are tokenised when they are read."""
-        return self.kind == "captions" and any(shard.tokens_hash for shard in self.shards)
-
-    def _rows_fit(self, entry: Shard, rows: Rows) -> bool:
-        if not len(rows):
-            return True
-        if self.arrays is not None:
-            inside = all(
-                _inside(rows[:, column], np.asarray(info.bytes), entry.filesize)
-                for column, info in enumerate(self.arrays)
-            )
-            return inside and (self.classes is None or int(rows[:, -1].max()) < self.classes)
-        stored_tokens = self.kind == "tokens" and not self.text
-        width = np.dtype(self.dtype).itemsize if stored_tokens else 1
-        if not _inside(rows[:, 0], rows[:, 1], entry.filesize, width):
-            return False
-        if self.kind == "images":
-            return int(rows[:, 2].max()) < self.vocab_size
-        if self.kind == "captions" and not self._captions_fit(entry, rows):
-            return False
-        counts = self.token_counts(rows)
-        return bool((counts <= entry.tokens).all()) and int(counts.sum()) == entry.tokens
-
-    def _captions_fit(self, entry: Shard, rows: Rows) -> bool:
-        stored = rows[:, 5] == CaptionForm.TOKENS
-        width = np.dtype(self.dtype).itemsize
-        return bool(
-            _inside(rows[:, 2], rows[:, 3], entry.filesize)
-            and int(rows[:, 5].max()) <= max(CaptionForm)
-            and (rows[:, 3] <= MAX_CAPTION_BYTES).all()
-            and (rows[stored, 3] == rows[stored, 4] * width).all()
-        )
+    def is_tokenised_on_reading(self) -> bool:
+        """Whether its texts become tokens when they are read."""
+        return self.of_tokens and any(shard.tokens_hash for shard in self.shards)
 
     def check(self, verify: Verify = "auto", progress: Callable[[str], None] | None = None) -> None:
         """Compare the files with the index: their sizes, and where `verify` says so their hashes.
@@ -315,35 +273,17 @@ class ShardIndex(_Record):
             UserError: Another kind of data, tokenizer, or image shape; more classes.
         """
         mine, theirs = self.tokenizer, other.tokenizer
-        if self.kind != other.kind or (mine and theirs and mine.hash != theirs.hash):
+        if self.kind != other.kind:
             raise UserError(
-                "the tokenizers of the shards differ"
-                if self.kind == other.kind
-                else f"one directory holds {self.kind}, the other {other.kind}",
+                f"one directory holds {self.kind}, the other {other.kind}", where=f"{self.place} and {other.place}"
+            )
+        if mine and theirs and mine.hash != theirs.hash:
+            raise UserError(
+                "the tokenizers of the shards differ",
                 where=f"{self.place} and {other.place}",
                 fix="pack all data of a run with one tokenizer",
             )
-        if (self.arrays, self.classes is None) != (other.arrays, other.classes is None) or (
-            (other.classes or 0) > (self.classes or 0)
-        ):
-            raise UserError(
-                f"the arrays ({other.contents}) are not like the others ({self.contents})",
-                where=f"{other.place} and {self.place}",
-            )
-        if self.image and other.image:
-            shapes = [(image.height, image.width, image.channels) for image in (self.image, other.image)]
-            if shapes[0] != shapes[1] or other.image.classes > self.image.classes:
-                raise UserError(
-                    f"the images ({shapes[1]}, {other.image.classes} classes) are not like the others"
-                    f" ({shapes[0]}, {self.image.classes} classes)",
-                    where=f"{other.place} and {self.place}",
-                )
-
-    @property
-    def contents(self) -> str:
-        """Names, types and shapes of the arrays, in words."""
-        classes = [] if self.classes is None else [f"labels of {self.classes} classes"]
-        return ", ".join([*map(str, self.arrays or ()), *classes])
+        self.sample_kind.require_same(self, other)
 
     def as_json(self) -> dict[str, Any]:
         """The object that `data index --json` prints."""
@@ -362,7 +302,7 @@ class ShardIndex(_Record):
         """The tokenizer that made the tokens.
 
         Raises:
-            UserError: Images, arrays, or tokens made elsewhere.
+            UserError: A kind without tokens, or tokens made elsewhere.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.kind} have no tokenizer", where=str(self.directory))
@@ -373,8 +313,8 @@ REINDEX = "run `bigtrain data index` on the directory"
 _CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
 
 
-def _inside(offsets: Rows, sizes: Rows, total: int, width: int = 1) -> bool:
-    """Whether stretches of so many values of a width lie inside a file."""
+def spans_fit(offsets: Rows, sizes: Rows, total: int, width: int = 1) -> bool:
+    """Whether spans of so many values of a width lie inside a file of `total` bytes."""
     # Compared without adding: a hostile sum would wrap around.
     return not bool((offsets > total).any() or (sizes > (total - offsets) // width).any())
 
@@ -394,9 +334,10 @@ def write_sidecar(path: Path, rows: Rows) -> str:
 
 
 def write_index(
-    directory: Path, kind: Kind, dtype: str | None, tokenizer: TokenizerInfo | None, image: ImageInfo | None,
+    directory: Path, kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, image: ImageInfo | None,
     text_bytes: int | None, shards: list[Shard], text: bool = False, base_url: str | None = None,
-    arrays: tuple[ArrayInfo, ...] | None = None, classes: int | None = None,
+    arrays: tuple[ArrayInfo, ...] | None = None, classes: int | None = None, facts: dict[str, Any] | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> ShardIndex:  # fmt: skip
     """Write index.json, atomically and last, and return what it says."""
     content: dict[str, Any] = {
@@ -413,8 +354,14 @@ def write_index(
         content["base_url"] = base_url
     if arrays is not None:
         content |= {"arrays": [info.as_json() for info in arrays], "classes": classes}
+    elif classes is not None:
+        content["classes"] = classes
+    if class_names is not None:
+        content["class_names"] = list(class_names)
+    if facts is not None:
+        content["facts"] = facts
     shardlist = [shard.as_json() for shard in shards]
-    version = FORMAT_VERSION if kind in ("captions", "arrays") else 2 if text or base_url is not None else 1
+    version = FORMAT_VERSION if kind not in FIRST_KINDS else 2 if text or base_url is not None else 1
     header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
     return load_index(directory)
@@ -436,10 +383,24 @@ def load_index(directory: str | Path) -> ShardIndex:
     root = Path(directory)
     path = root / INDEX_NAME
     if not root.is_dir():
-        raise UserError(f"no data at {str(directory)!r}", fix="make it with `bigtrain data pack`, or mend the path")
+        raise UserError(f"no data at {str(directory)!r}", fix="make it with `bigtrain data pack`, or correct the path")
     if not path.is_file():
         raise UserError(f"the directory holds no {INDEX_NAME}", where=str(directory), fix=_how_to_index(root))
-    return parse_index(path.read_bytes(), root, str(path))
+    index = parse_index(path.read_bytes(), root, str(path))
+    # Packing wrote the names of classes into a file of their own before the index had a place for them.
+    return index if index.class_names else index.model_copy(update={"class_names": read_class_names(root)})
+
+
+def read_class_names(root: Path) -> tuple[str, ...] | None:
+    """The names of the classes that packing has written beside the shards; None where there are none."""
+    path = root / CLASSES_NAME
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptionError(f"the names of the classes are damaged: {error}", str(path)) from None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
@@ -481,22 +442,22 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
             parts["arrays"] = tuple(ArrayInfo.from_json(entry) for entry in parts["arrays"])
             if len({info.name for info in parts["arrays"]}) != len(parts["arrays"]):
                 raise ValueError("two arrays have one name")
+        if parts["class_names"] is not None:
+            parts["class_names"] = tuple(parts["class_names"])
         if parts["base_url"] is not None:
             parts["base_url"] = check_url(parts["base_url"])
         index = ShardIndex(shards=shards, directory=root.resolve(), **parts)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise CorruptionError(f"the index is damaged: {error}", where=where, fix=REINDEX) from None
-    needed = {
-        "tokens": (index.dtype, index.tokenizer),
-        "images": (index.image,),
-        "captions": (index.dtype, index.tokenizer, index.image),
-        "arrays": (index.arrays,),
-    }
-    complete = all(needed[index.kind]) and (index.kind == "arrays") == (index.arrays is not None)
-    if index.text and not all(shard.tokens_hash for shard in shards):
-        complete = False
-    expected = fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards])
-    if not complete or expected != index.fingerprint:
+    if fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards]) != index.fingerprint:
+        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
+    if index.kind not in KINDS:
+        raise UserError(
+            f"the shards hold samples of the kind '{index.kind}', which is not known",
+            where=where,
+            fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
+        )
+    if not index.sample_kind.is_complete(index):
         raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
     return index
 
@@ -509,7 +470,10 @@ def _shard_or_object(value: dict[str, Any]) -> Any:
     return Shard(**value) if value.keys() >= _SHARD_FIELDS else value
 
 
-_OPTIONAL: dict[str, Any] = {"text_bytes": None, "text": False, "base_url": None, "arrays": None, "classes": None}
+_OPTIONAL: dict[str, Any] = {
+    "text_bytes": None, "text": False, "base_url": None, "arrays": None, "classes": None,
+    "class_names": None, "facts": None,
+}  # fmt: skip
 
 
 def _how_to_index(root: Path) -> str:

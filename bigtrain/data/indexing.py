@@ -9,22 +9,21 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.formats.images import ImageInfo
-from bigtrain.data.formats.text import BadSamples
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.index import (
     INDEX_NAME,
     Shard,
     ShardIndex,
     load_index,
-    token_column,
+    read_class_names,
     write_index,
     write_sidecar,
 )
-from bigtrain.data.scanning import Scan, listed, other_size, scan_shard
+from bigtrain.data.kind import kind_named
+from bigtrain.data.scanning import Scan, scan_shard
 from bigtrain.data.streaming.remote import tars_at
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file
@@ -39,12 +38,12 @@ def index_directory(
     tokenizer: Tokenizer | None = None,
     text_bytes: int | None = None,
     progress: Callable[[str], None] | None = None,
-    bad: BadSamples | None = None,
+    passed: PassedOver | None = None,
+    kind: str | None = None,
 ) -> ShardIndex:
     """Index a directory's local, uncompressed tars.
 
-    They hold tokens (KEY.npy), text (KEY.txt, KEY.txt.gz), images (KEY.png|jpg) with classes (KEY.cls|json) or captions
-    (KEY.txt, or their tokens in KEY.npy), or arrays (KEY.npy that is no list of whole numbers, KEY.NAME.npy, KEY.cls).
+    Each sample kind says which members make a sample (`SampleKind.layout`).
 
     Sidecars and index.json are written beside the tars, which are only read. A directory indexed before keeps
     its tokenizer unless another is given.
@@ -54,7 +53,8 @@ def index_directory(
         tokenizer: What made their tokens, where that is known; for text and captions what makes them.
         text_bytes: UTF-8 bytes of the text that the tokens stand for, where known.
         progress: Called with each tar's name.
-        bad: What to do with samples that cannot be read; None: raise.
+        passed: What to do with samples that cannot be read; None: raise.
+        kind: The name of the sample kind; None: what the first sample of each tar looks like.
 
     Raises:
         UserError: No tars, members that are refused, samples of another kind, images of different sizes.
@@ -71,11 +71,11 @@ def index_directory(
     if not os.access(root, os.W_OK):
         raise UserError("the directory cannot be written to; its index lies there", where=str(directory))
     former = _former_index(root, tokenizer)
-    if tokenizer is None and former is not None and (former.text or former.captions_are_text):
+    if tokenizer is None and former is not None and former.is_tokenised_on_reading:
         tokenizer = former.load_tokenizer()
     scans = []
     for path in paths:
-        scans.append((path, scan_shard(path, tokenizer, bad)))
+        scans.append((path, scan_shard(path, tokenizer, passed, kind)))
         if progress is not None:
             progress(path.name)
     check_common(scans)
@@ -90,8 +90,9 @@ def index_urls(
     out: str | Path,
     tokenizer: Tokenizer | None = None,
     progress: Callable[[str], None] | None = None,
-    bad: BadSamples | None = None,
+    passed: PassedOver | None = None,
     patience: Patience | None = None,
+    kind: str | None = None,
 ) -> ShardIndex:
     """Index tars on a server into a local directory that runs can name; each tar is read once.
 
@@ -101,8 +102,9 @@ def index_urls(
         out: A directory that does not exist yet, or is empty.
         tokenizer: See `index_directory`.
         progress: Called with each tar's name, in any order.
-        bad: What to do with samples that cannot be read; None: raise.
-        patience: How long the server is borne with.
+        passed: What to do with samples that cannot be read; None: raise.
+        kind: The name of the sample kind; None: what the first sample of each tar looks like.
+        patience: How long a silent or failing server is retried.
 
     Raises:
         UserError: URLs that are refused or lie in several directories; see `index_directory`.
@@ -121,7 +123,7 @@ def index_urls(
             with open(path, "w+b") as file:
                 fetch(place, name, file, size=None, limit=MAX_TAR_BYTES, patience=patience)
             try:
-                scan = scan_shard(path, tokenizer, bad)
+                scan = scan_shard(path, tokenizer, passed, kind)
             except UserError as error:
                 error.where = (error.where or "").replace(str(path), f"{place.url}/{name}")
                 raise
@@ -156,7 +158,7 @@ def write_common(
 ) -> ShardIndex:
     """Write the index of shards that were scanned and whose sidecars are written."""
     first = scans[0][1]
-    image = _common_image(scans) if first.image is not None else None
+    image = kind_named(first.kind).common_image(scans)
     largest = max(scan.largest_id for _, scan in scans)
     info = None if first.dtype is None else _tokenizer_info(root, tokenizer, former, largest)
     if tokenizer is not None:
@@ -164,15 +166,17 @@ def write_common(
     if first.text_bytes is not None:
         text_bytes = sum(scan.text_bytes or 0 for _, scan in scans)
     classes = None if first.classes is None else max(scan.classes or 0 for _, scan in scans)
+    names = read_class_names(root)
     return write_index(
-        root, first.kind, first.dtype, info, image, text_bytes, shards, first.text, base_url, first.arrays, classes
-    )
+        root, first.kind, first.dtype, info, image, text_bytes, shards, first.text, base_url, first.arrays, classes,
+        first.facts, names,
+    )  # fmt: skip
 
 
 def write_shard(path: Path, scan: Scan, root: Path) -> Shard:
     """Write a tar's sidecar into `root`; what an index says of the tar."""
     sidecar = root / f"{path.name.removesuffix('.tar')}.idx.npy"
-    column = token_column(scan.kind, scan.text)
+    column = kind_named(scan.kind).token_column(scan.text)
     return Shard(
         url=path.name,
         nsamples=len(scan.rows),
@@ -222,38 +226,11 @@ def check_common(scans: list[tuple[Path, Scan]]) -> None:
         UserError: Names the first that differs.
     """
     first_path, first = scans[0]
+    kind = kind_named(first.kind)
     for path, scan in scans:
-        if _common(scan) != _common(first):
+        if scan.kind != first.kind or kind.common(scan) != kind.common(first):
             raise UserError(
-                f"the shard holds {_named(scan)}; {first_path.name} holds {_named(first)}",
+                f"the shard holds {kind_named(scan.kind).named(scan)}; {first_path.name} holds {kind.named(first)}",
                 where=str(path),
                 fix="keep one kind and type in a directory",
             )
-
-
-def _common(scan: Scan) -> tuple[object, ...]:
-    """What all shards of a directory must have alike."""
-    return scan.kind, scan.dtype, scan.text_bytes is None, scan.arrays, scan.classes is None
-
-
-def _named(scan: Scan) -> str:
-    if scan.text:
-        return "text"
-    if scan.arrays is not None:
-        return "arrays: " + listed(scan.arrays, scan.classes is not None)
-    if scan.kind == "captions" and scan.text_bytes is not None:
-        return "captions as text"
-    return scan.kind if scan.dtype is None else f"{scan.kind} of type {scan.dtype}"
-
-
-def _common_image(scans: list[tuple[Path, Scan]]) -> ImageInfo:
-    infos = [(path, scan.image) for path, scan in scans if scan.image is not None]
-    first = infos[0][1]
-    for path, info in infos:
-        if (info.height, info.width) != (first.height, first.width):
-            raise other_size(str(path), (info.height, info.width), (first.height, first.width))
-    return replace(
-        first,
-        channels=max(info.channels for _, info in infos),
-        classes=max(info.classes for _, info in infos),
-    )

@@ -12,13 +12,9 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.formats.text import BadSamples
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
-from bigtrain.data.kinds.samples import CaptionReader
-from bigtrain.data.kinds.tokens import TokenReader
 from bigtrain.data.scanning import scan_shard
-
-_PREVIEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -105,15 +101,13 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         CorruptionError: The index or a sidecar is damaged.
     """
     index = load_index(path)
-    counts = (index.token_counts(index.rows(number)) for number in range(len(index.shards) if index.of_tokens else 0))
-    lengths = [part for part in counts if len(part)]
-    captions = np.concatenate([np.zeros(0, np.int64), *lengths]) if index.kind == "captions" else np.zeros(0, np.int64)
-    targets = sum(max(0, shard.tokens - 1) for shard in index.shards)
-    if index.kind == "captions":
-        targets = int(np.minimum(captions, context).sum())
+    kind = index.sample_kind
+    lengths = [part for part in index.all_token_counts() if len(part)]
     sequences = sum(index.sequence_counts(context))
-    padding = sequences * context - targets if index.of_tokens else 0
+    padding = sequences * context - kind.targets(index, context) if index.of_tokens else 0
     image = index.image
+    is_readable = index.tokenizer is None or index.tokenizer.kind != "unknown"
+    first_lines = kind.preview(index, lines) if is_readable and any(index.sequence_counts(1)) else []
     return Inspection(
         path=str(index.directory),
         kind=index.kind,
@@ -125,7 +119,7 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         dtype=index.dtype,
         tokenizer=None if index.tokenizer is None else index.tokenizer.kind,
         image=None if image is None else f"{image.height} x {image.width} x {image.channels}",
-        arrays=index.contents or None,
+        arrays=kind.describe(index) if index.arrays is not None else None,
         tokens=index.tokens,
         bytes_per_token=index.bytes_per_token,
         shortest=min((int(part.min()) for part in lengths), default=0),
@@ -134,8 +128,8 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         sequences=sequences,
         padding=padding,
         padding_share=padding / (sequences * context) if padding else 0.0,
-        cut=int((captions > context).sum()),
-        first_lines=_first_lines(index, lines),
+        cut=kind.cut(index, context),
+        first_lines=first_lines,
     )
 
 
@@ -171,9 +165,8 @@ def _structure(index: ShardIndex, number: int, shard: Shard) -> list[UserError]:
             index.rows(number)
             return
         # A directory may have been indexed without its bad samples.
-        bad = BadSamples(sys.maxsize)
-        tokenised = index.text or index.captions_are_text
-        scan = scan_shard(path, index.load_tokenizer() if tokenised else None, bad, index.kind)
+        passed = PassedOver(sys.maxsize)
+        scan = scan_shard(path, index.load_tokenizer() if index.is_tokenised_on_reading else None, passed, index.kind)
         found = (scan.kind, scan.dtype, scan.tokens_hash, scan.arrays)
         same = found == (index.kind, index.dtype, shard.tokens_hash, index.arrays)
         same = same and np.array_equal(scan.rows, index.rows(number))
@@ -191,29 +184,3 @@ def _collected(check: Callable[[], object]) -> list[UserError]:
     except UserError as error:
         return [error]
     return []
-
-
-def _first_lines(index: ShardIndex, lines: int) -> list[str]:
-    if index.tokenizer is None or index.tokenizer.kind == "unknown" or not any(index.sequence_counts(1)):
-        return []
-    shard = int(np.flatnonzero(index.sequence_counts(1))[0])
-    if index.kind == "captions":
-        return _first_captions(index, shard, lines)
-    count = min(_PREVIEW_TOKENS, index.shards[shard].tokens - 1)
-    reader = TokenReader(index, count)
-    tokens = reader.read(np.asarray([shard]), np.asarray([0]))["tokens"][0]
-    reader.close()
-    return index.load_tokenizer().decode(tokens).splitlines()[:lines]
-
-
-def _first_captions(index: ShardIndex, shard: int, lines: int) -> list[str]:
-    count = min(lines, index.shards[shard].nsamples)
-    reader = CaptionReader(index, _PREVIEW_TOKENS)
-    batch = reader.read(np.full(count, shard), np.arange(count))
-    reader.close()
-    tokenizer = index.load_tokenizer()
-    found = []
-    for tokens, weights in zip(batch["tokens"], batch["weights"], strict=True):
-        kept = tokens[(weights > 0) & (tokens != tokenizer.eot)]
-        found.append(" ".join(tokenizer.decode(kept).split()))
-    return found

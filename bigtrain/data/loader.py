@@ -18,9 +18,9 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
-from bigtrain.data.kinds.tokens import Arrays
 from bigtrain.data.order.mixture import Sources
 from bigtrain.data.order.sample_order import FixedOrder, Order, sequence_keys
+from bigtrain.models.batches import Arrays
 
 
 @dataclass(frozen=True)

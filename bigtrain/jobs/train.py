@@ -212,8 +212,8 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     prepared = run.prepared
     config = prepared.config
     newest = run.newest
-    unit = "samples" if prepared.train.kind == "arrays" else prepared.train.kind
-    per_step = prepared.batch_sequences * (prepared.context if unit == "tokens" else 1)
+    kind = prepared.train.sample_kind
+    per_step = prepared.batch_sequences * kind.units(prepared.context)
     init = config.init
     begins = "from step 0" if init.source is None else f"from {init.source} ({init.state})"
     where = f"resuming after step {newest}" if newest is not None else begins
@@ -224,7 +224,7 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
         epochs = f"{count_of_all:.2f}"
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
-        f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {unit} "
+        f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {kind.unit} "
         f"({epochs} epochs), "
         f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.config import UserError, nearest
+from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.contract import Batch, Model
 
@@ -150,21 +152,9 @@ def _check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str
 
 
 def example_batch(config: ModelConfig) -> Batch:
-    """Two samples without values, by the names and shapes of the loader's."""
-    with torch.device("meta"):
-        keys = torch.zeros(2, dtype=torch.int64)
-        images = torch.zeros(2, *(config.sample_shape or (32, 32, 3)), dtype=torch.uint8)
-        if config.data_kind == "images":
-            return {"images": images, "labels": keys, "weights": torch.ones(2), "keys": keys}
-        if config.data_kind == "arrays":
-            arrays = {name: torch.zeros(2, *shape) for name, shape in config.sample_arrays.items()}
-            if "labels" in arrays:
-                arrays["labels"] = keys
-            return {**arrays, "weights": torch.ones(2), "keys": keys}
-        tokens = torch.zeros(2, config.context, dtype=torch.int64)
-        if config.data_kind == "captions":
-            return {"images": images, "tokens": tokens, "weights": torch.ones(2, config.context), "keys": keys}
-        return {"tokens": tokens, "targets": tokens, "weights": torch.ones(2, config.context), "keys": keys}
+    """Two samples without values, by the names, shapes and types of the loader's."""
+    arrays = batch_kind(config).example_batch(config, 1, 2, np.random.default_rng(0))
+    return {name: torch.from_numpy(values).to("meta") for name, values in arrays.items()}
 
 
 def _check_result(result: object, where: str) -> None:

@@ -11,13 +11,15 @@ from annotated_types import Ge
 from pydantic import model_validator
 
 from bigtrain.config import Registry, Section, UserError, nearest
+from bigtrain.models.batches import batch_kind
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bigtrain.models.huggingface import HfTensor
 
-DataKind = Literal["tokens", "images", "captions", "arrays"]
+DataKind = str
+"""The name of a sample kind (`batches.KINDS`)."""
 
 TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
 """How a parameter lies on the ranks that share each matrix.
@@ -70,7 +72,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _context_is_for_tokens(self) -> ModelConfig:
-        of_tokens = self.data_kind in ("tokens", "captions")
+        of_tokens = batch_kind(self).of_tokens
         if not of_tokens and "context" in self.model_fields_set and self.context != 1:
             raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
         if of_tokens and "context" not in self.model_fields_set:

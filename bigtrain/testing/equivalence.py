@@ -31,6 +31,7 @@ from bigtrain.engines.config import ENGINES, Precision
 from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
 from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.engines.support import check_support
+from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
@@ -156,53 +157,17 @@ def section(what: What) -> ModelConfig:
     if what.plugin:
         load_plugin(what.plugin)
     found = FAMILIES[arch]
-    of_tokens = found.data_kind in ("tokens", "captions")
+    of_tokens = batch_kind(found).of_tokens
     return found(**what.model, **({"context": what.context} if of_tokens else {}))
 
 
 def global_batch(what: What, step: int) -> MicroBatch:
     """The batch of a step: ragged padding and, where asked for, several documents in each sequence."""
     rng = np.random.default_rng([what.seed, step])
-    model = section(what) if what.model else None
-    if model is None or model.data_kind == "tokens":
-        return _tokens(what, rng)
-    batch: MicroBatch = {"keys": rng.integers(0, 2**62, what.batch)}
-    if model.data_kind == "arrays":
-        batch["weights"] = np.ones(what.batch, np.float32)
-        for name, shape in model.sample_arrays.items():
-            batch[name] = rng.normal(size=(what.batch, *shape)).astype(np.float32)
-    else:
-        batch["images"] = rng.integers(0, 256, (what.batch, *(model.sample_shape or ())), dtype=np.uint8)
-    if model.data_kind == "images":
-        batch["weights"] = np.ones(what.batch, np.float32)
-    if model.data_kind == "captions":
-        lengths = rng.integers(1, what.context + 1, (what.batch, 1))
-        batch["tokens"] = rng.integers(0, what.vocabulary, (what.batch, what.context))
-        batch["weights"] = (np.arange(what.context) < lengths).astype(np.float32)
-    elif model.data_kind == "images" or "labels" in batch:
-        batch["labels"] = rng.integers(0, what.vocabulary, what.batch)
-    return batch
-
-
-def _tokens(what: What, rng: np.random.Generator) -> MicroBatch:
-    shape = (what.batch, what.context)
-    batch: MicroBatch = {
-        "tokens": rng.integers(0, what.vocabulary, shape),
-        "targets": rng.integers(0, what.vocabulary, shape),
-        "weights": np.ones(shape, np.float32),
-        "keys": rng.integers(0, 2**62, what.batch),
-    }
-    batch["weights"][-1, what.context // 3 :] = 0
-    batch["weights"][0, what.context - 3 :] = 0
+    model = section(what) if what.model else ModelConfig(arch="any", context=what.context)
+    batch = batch_kind(model).example_batch(model, what.vocabulary, what.batch, rng, what.documents)
     if what.sources:
         batch["sources"] = np.eye(what.sources, dtype=np.float32)[np.arange(what.batch) % what.sources]
-    if what.documents:
-        begins = rng.random(shape) < 0.2
-        begins[:, 0] = True
-        places = np.broadcast_to(np.arange(what.context), shape)
-        batch["documents"] = begins.cumsum(axis=1).astype(np.int32) - 1
-        batch["positions"] = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-        batch["weights"][:, :-1][begins[:, 1:]] = 0
     return batch
 
 

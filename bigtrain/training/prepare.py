@@ -13,14 +13,12 @@ from typing import Any
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.data.config import StreamingConfig
-from bigtrain.data.formats.arrays import LABELS
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.mixture import MixedOrder, Sources
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
-from bigtrain.models.config import ModelConfig
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, recipe_of
 from bigtrain.storage.objects import RemoteError
@@ -233,14 +231,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
             f"data.document_mask is on, and a model of arch '{model.arch}' does not heed it",
             fix="Turn it off, or choose an arch that does, such as llama.",
         )
-    shape = train.image and (train.image.height, train.image.width, train.image.channels)
-    if shape and model.sample_shape and shape != model.sample_shape:
-        raise UserError(
-            f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(model.sample_shape)}",
-            train.place,
-            "Change the sizes under 'model'.",
-        )
-    _check_arrays(model, train)
+    train.sample_kind.check_model(train, model)
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
     check_support(
@@ -255,25 +246,3 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
         config.layout.check(model, train.vocab_size)
     except ValueError as error:
         raise UserError(str(error), fix="Change 'layout'.") from None
-
-
-def _check_arrays(model: ModelConfig, train: ShardIndex) -> None:
-    found = {info.name: info.shape for info in train.arrays or ()}
-    if train.classes is not None:
-        found[LABELS] = ()
-    for name, shape in model.sample_arrays.items():
-        if name not in found:
-            raise UserError(
-                f"A model of arch '{model.arch}' takes the array '{name}', and data.train holds {train.contents}",
-                train.place,
-            )
-        if shape != found[name]:
-            raise UserError(
-                f"The array '{name}' is {_by(found[name])}, and the model takes {_by(shape)}",
-                train.place,
-                "Change the sizes under 'model'.",
-            )
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "one number"

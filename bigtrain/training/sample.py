@@ -13,6 +13,7 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
+from bigtrain.models.batches import batch_kind
 from bigtrain.models.sampling import generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.run import RunConfig, RunDirectory, load_config
@@ -82,12 +83,12 @@ def sample(
 
 def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
     model = config.model
-    if model.data_kind not in ("tokens", "captions") or not model.keeps_contract:
+    kind = batch_kind(model)
+    if not kind.of_tokens or not model.keeps_contract:
         raise UserError(f"bigtrain cannot sample from a model of arch '{model.arch}'", where)
-    captions = model.data_kind == "captions"
-    if captions != has_image:
-        fix = "name one with --image" if captions else "leave out --image"
-        raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
+    if kind.takes_image != has_image:
+        fix = "name one with --image" if kind.takes_image else "leave out --image"
+        raise UserError(f"a model of arch '{model.arch}' takes {'an' if kind.takes_image else 'no'} image", fix=fix)
 
 
 def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:

@@ -16,11 +16,17 @@ from bigtrain.data.formats.arrays import ARRAY_TYPES
 from bigtrain.data.index import ShardIndex, load_index, write_sidecar
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
+from bigtrain.data.kind import kind_named
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
-from bigtrain.data.packing.arrays import pack_arrays
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.summary import PackSummary
 
 WriteTar = Callable[..., Path]
+
+
+def pack_arrays(inputs: list[Path], out: Path, **options: Any) -> PackSummary:
+    return kind_named("arrays").pack(inputs, out, PackOptions(**options))
 
 
 def npy(values: Any) -> bytes:

@@ -19,12 +19,19 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index, write_sidecar
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
+from bigtrain.data.kind import kind_named
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
-from bigtrain.data.packing.images import pack_captions
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.summary import PackSummary
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import hash_file
+
+
+def pack_captions(inputs: list[Path], out: Path, tokenizer: Tokenizer, **options: Any) -> PackSummary:
+    return kind_named("captions").pack(inputs, out, PackOptions(tokenizer=tokenizer, **options))
+
 
 CAPTIONS = ["a red square", "blue", "\u00e9t\u00e9 at the sea", "night, of several words and more"]
 TOKENS = 16

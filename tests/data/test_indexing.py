@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.formats.documents import documents as documents_in
-from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory, index_urls
 from bigtrain.data.inspect import verify
@@ -128,7 +128,7 @@ def test_a_damaged_header_in_the_middle_is_found(write_tar: WriteTar) -> None:
         ([("a.npy", npy([-1], "<i4"))], "-1 is not a token"),
         ([("a.npy", npy([1])), ("b.npy", npy([1], "<i8"))], "<i8"),
         ([("a.npy", npy([]))], "no token"),
-        ([("a", b"x")], "no suffix"),
+        ([("a", b"x")], "no sample"),
         ([("a.txt", b"text")], "text inside tars"),
         ([("a.txt.gz", b"text")], "text inside tars"),
         ([("a.mp", b"text")], "samples of mp"),
@@ -285,13 +285,13 @@ def test_text_that_is_bad_is_named_or_passed_over_and_counted(
         index_directory(directory, Tokenizer())
     assert "a.tar" in str(caught.value.where)
     assert "'b'" in str(caught.value.where)
-    bad = BadSamples(1)
-    index = index_directory(directory, Tokenizer(), bad=bad)
+    bad = PassedOver(1)
+    index = index_directory(directory, Tokenizer(), passed=bad)
     assert index.samples == 2
-    assert len(bad.seen) == 1
+    assert len(bad.bad) == 1
     write_tar((f"a.{suffix}", data), (f"b.{suffix}", data), ("c.txt", b"x"))
     with pytest.raises(UserError, match="more than 1"):
-        index_directory(directory, Tokenizer(), bad=BadSamples(1))
+        index_directory(directory, Tokenizer(), passed=PassedOver(1))
 
 
 @pytest.mark.parametrize(("name", "documents"), [("compressed.tar", 3), ("testgz.tar", 1000)])

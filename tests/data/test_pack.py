@@ -223,7 +223,7 @@ def test_bad_documents_are_passed_over_up_to_a_number_and_named(tmp_path: Path) 
         with pytest.raises(UserError, match="more than 2"):
             pack(inputs, tmp_path / "no", Tokenizer(), skip_bad=2, validation=validation)
         summary = pack(inputs, tmp_path / f"out{validation}", Tokenizer(), skip_bad=3, validation=validation)
-        assert [text.split(":")[0].rsplit("/")[-1] for text in summary.skipped] == [
+        assert [text.split(":")[0].rsplit("/")[-1] for text in summary.passed.bad] == [
             "a.jsonl, line 2", "a.jsonl, line 4", "b.txt, byte 7",
         ]  # fmt: skip
         assert sum(split.documents for split in summary.splits.values()) == 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,15 @@ from PIL import Image
 
 from bigtrain.config import UserError
 from bigtrain.data.index import load_index
+from bigtrain.data.kind import kind_named
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
-from bigtrain.data.packing.images import pack_images
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.summary import PackSummary
+
+
+def pack_images(folder: Path, out: Path, **options: Any) -> PackSummary:
+    return kind_named("images").pack([folder], out, PackOptions(**options))
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_of_classes_becomes_images_with_labels(folder: Path, tmp_path: Path) -> None:
-    summary = pack_images(folder, tmp_path / "out", size=4, validation="25%", shard_bytes=20_000)
+    summary = pack_images(folder, tmp_path / "out", image_size=4, validation="25%", shard_bytes=20_000)
     assert {name: split.documents for name, split in summary.splits.items()} == {"train": 27, "validation": 9}
     found = []
     for split in ("train", "validation"):
@@ -70,7 +77,7 @@ def test_images_of_two_sizes_and_files_that_are_no_images_are_named(folder: Path
         pack_images(folder, tmp_path / "out")
     assert "bad.png" in str(caught.value.where)
     summary = pack_images(folder, tmp_path / "out", skip_bad=1)
-    assert [text.split(":")[0].rsplit("/")[-1] for text in summary.skipped] == ["bad.png"]
+    assert [text.split(":")[0].rsplit("/")[-1] for text in summary.passed.bad] == ["bad.png"]
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "bee" / "bad.png")
     with pytest.raises(UserError, match="9 x 9"):
         pack_images(folder, tmp_path / "other", shard_bytes=20_000)

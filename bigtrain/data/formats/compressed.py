@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from bigtrain.config import UserError
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 """Suffixes of compressed files."""
+MAGIC = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"))
+"""How compressed files begin."""
+ZSTD_WINDOW_BYTES = 1 << 27
+"""What pyarrow decompresses; `zstd --long` writes up to 2 GiB."""
 MAX_RATIO = 250
 """Bytes of text that a compressed byte may stand for; real text stays far below."""
 FREE_BYTES = 1 << 28
@@ -34,11 +40,13 @@ def open_bytes(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
             yield plain
         return
     limit = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
-    errors: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError)
+    openers: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
     with contextlib.ExitStack() as stack:
-        if codec == "gzip":
-            stream: Any = stack.enter_context(gzip.open(path, "rb"))
+        if codec in openers:
+            stream: Any = stack.enter_context(openers[codec](path, "rb"))
         else:
+            _check_window(path)
             try:
                 import pyarrow
             except ImportError:
@@ -46,6 +54,22 @@ def open_bytes(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
             stream = stack.enter_context(pyarrow.CompressedInputStream(str(path), codec))
             errors = (OSError, pyarrow.ArrowException)
         yield io.BufferedReader(_Bounded(stream, limit, path, errors), 1 << 20)
+
+
+def _check_window(path: Path) -> None:
+    """Refuse a zstd file that cannot be decompressed in reasonable memory, by what its frame header says (RFC 8878)."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    if len(head) < 6 or not head.startswith(b"\x28\xb5\x2f\xfd") or head[4] & 0x20:
+        return
+    base = 1 << (10 + (head[5] >> 3))
+    window = base + (base >> 3) * (head[5] & 7)
+    if window > ZSTD_WINDOW_BYTES:
+        raise UserError(
+            f"the zstd file was written with a window of {window >> 20} MiB; up to {ZSTD_WINDOW_BYTES >> 20} are read",
+            str(path),
+            f"compress it again: zstd -dc --long=31 {path.name} | zstd -o NEW.zst",
+        )
 
 
 def parquet_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:

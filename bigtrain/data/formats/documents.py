@@ -9,17 +9,18 @@ from __future__ import annotations
 import codecs
 import contextlib
 import glob
-import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from bigtrain.config import UserError
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.compressed import CODECS, open_bytes, parquet_module
-from bigtrain.data.formats.tar import members, read_at
+from bigtrain.data.formats.detect import NOT_TEXT, Content, Kind, detect
+from bigtrain.data.formats.tar import samples
 from bigtrain.data.formats.text import TEXT_MEMBERS, read_text
 
 TEXT_SUFFIXES = frozenset({
@@ -28,12 +29,11 @@ TEXT_SUFFIXES = frozenset({
     ".js", ".ts", ".rb", ".sh", ".sql", ".pl", ".lua", ".scala", ".kt", ".swift", ".jl", ".r", ".hs", ".ml",
     ".lean",
 })  # fmt: skip
-JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 READ_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
+MAX_ARRAY_BYTES = 1 << 30
+"""Of a JSON array, which is parsed as a whole."""
 PARQUET_ROWS = 256
-
-Kind = Literal["text", "lines", "parquet", "tar"]
 
 
 @dataclass(frozen=True)
@@ -88,60 +88,63 @@ def documents(inputs: Sequence[str | Path], key: str = "text") -> Iterator[Docum
     Raises:
         UserError: See `sources`; something that is not text, or a line without text under `key`.
     """
-    for source in sources(inputs):
+    for source in sources(inputs, key=key):
         yield from documents_of(source, key)
 
 
-def sources(inputs: Sequence[str | Path]) -> Iterator[Source]:
+def sources(inputs: Sequence[str | Path], passed: PassedOver | None = None, key: str = "text") -> Iterator[Source]:
     """The files that some inputs name.
 
-    Text, JSON lines (.jsonl), Parquet, and tars of text members, each of them also as .gz or .zst; a directory stands
-    for such files under it, sorted; "*", "?", "**" for those that match. A text file is one document, and so is a line,
-    a row or a sample. Inside a directory, hidden files, empty ones and those of other suffixes are passed over.
+    Text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each of them also compressed with gzip,
+    zstd, bzip2 or xz, told apart by their content. A directory stands for such files under it, sorted; "*", "?", "**"
+    for those that match. A text file is one document, and so is a line, an object, a row or a sample.
+
+    Args:
+        passed: Counts the files in directories that are not read.
+        key: See `documents`.
 
     Raises:
-        UserError: A path is not there, or a named file is empty.
+        UserError: A path is not there, or a named file is empty or no text.
     """
+    passed = passed or PassedOver()
     if not inputs:
         raise UserError("no input given", fix="name at least one text file, directory, .jsonl or .parquet file")
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            for found in _files_under(path):
-                yield _source(found, str(found.relative_to(path)))
+            yield from _files_under(path, passed, key)
         elif path.is_file():
             if path.stat().st_size == 0:
                 raise UserError("the input is empty", where=str(path))
-            yield _source(path, path.name)
+            yield _named(path, path.name, key)
         else:
             matches = sorted(glob.glob(str(given), recursive=True)) if glob.has_magic(str(given)) else []
             files = [Path(match) for match in matches if Path(match).is_file() and Path(match).stat().st_size]
             if not files:
                 raise UserError(f"no such file or directory: {str(given)!r}")
             for found in files:
-                yield _source(found, str(found))
+                yield _named(found, str(found), key)
 
 
-def documents_of(
-    source: Source, key: str = "text", bad: Callable[[UserError], None] | None = None
-) -> Iterator[Document]:
+def documents_of(source: Source, key: str = "text", passed: PassedOver | None = None) -> Iterator[Document]:
     """The documents of one source.
 
     Args:
-        bad: Called with what is wrong with a line, row or sample, which is then passed over; None: raise it.
+        passed: Counts what is empty, and says whether a bad line, object, row or sample is skipped; None: raise it.
 
     Raises:
         UserError: See `documents`.
     """
-    bad = bad or _raise
-    if source.kind == "lines":
-        yield from _json_lines(source, key, bad)
-    elif source.kind == "parquet":
-        yield from _parquet(source, key, bad)
-    elif source.kind == "tar":
-        yield from _tar(source, key, bad)
-    else:
+    passed = passed or PassedOver()
+    read = {"lines": _json_lines, "records": _records, "parquet": _parquet, "tar": _tar}.get(source.kind)
+    if read is None:
         yield Document(source.name, source.path, codec=source.codec)
+        return
+    for document in read(source, key, passed):
+        if document.text:
+            yield document
+        else:
+            passed.empty += 1
 
 
 def parts(source: Source, part_bytes: int) -> Iterator[Source]:
@@ -163,54 +166,61 @@ def parts(source: Source, part_bytes: int) -> Iterator[Source]:
         yield source
 
 
-def _source(path: Path, name: str) -> Source:
-    kind, codec = _kind(path)
-    return Source(path, name, kind, codec, bytes=path.stat().st_size)
+def _source(path: Path, name: str, content: Content) -> Source:
+    return Source(path, name, content.kind, content.codec, bytes=path.stat().st_size)
 
 
-def _kind(path: Path) -> tuple[Kind, str | None]:
-    name = path.name.lower()
-    if name.endswith(".tgz"):
-        return "tar", "gzip"
-    suffixes = [f".{part}" for part in name.split(".")[1:]]
-    codec = CODECS.get(suffixes[-1]) if suffixes else None
-    inner = (suffixes[-2] if len(suffixes) > 1 else "") if codec else (suffixes[-1] if suffixes else "")
-    if inner in JSON_LINES_SUFFIXES:
-        return "lines", codec
-    if inner == ".parquet" and codec is None:
-        return "parquet", None
-    return ("tar" if inner == ".tar" else "text"), codec
+def _named(path: Path, name: str, key: str) -> Source:
+    """A file that the user has named: what is no text is an error."""
+    content = detect(path, key)
+    if content.kind == "binary" and content.what != NOT_TEXT:
+        raise UserError(f"the input is {content.what}, not text", str(path), "unpack it, or name files of text")
+    return _source(path, name, content if content.kind != "binary" else Content("text", content.codec))
 
 
-def _is_text(path: Path) -> bool:
-    name = path.name.lower()
-    for suffix in CODECS:
-        name = name.removesuffix(suffix)
-    inner = Path(name).suffix
-    return inner in TEXT_SUFFIXES | JSON_LINES_SUFFIXES or name.endswith((".parquet", ".tar", ".tgz"))
-
-
-def _files_under(directory: Path) -> Iterable[Path]:
+def _files_under(directory: Path, passed: PassedOver, key: str) -> Iterator[Source]:
     """Files of text below a directory, by path. Links to directories are not followed: they may form a cycle."""
-    found = [
-        path
-        for path in directory.rglob("*")
-        if _is_text(path)
-        and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts)
-        and path.is_file()
-        and path.stat().st_size > 0
-    ]
+    found = 0
+    for path in sorted(directory.rglob("*"), key=lambda path: path.relative_to(directory).parts):
+        name = str(path.relative_to(directory))
+        if path.is_symlink() and not path.is_file():
+            passed.ignore(name, "a link to a directory, or to nothing")
+        elif path.is_dir():
+            continue
+        elif any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts):
+            passed.ignore(name, "hidden")
+        elif not path.is_file():
+            passed.ignore(name, "not a regular file")
+        elif not path.stat().st_size:
+            passed.empty += 1
+        else:
+            content = detect(path, key)
+            reason = _reason_to_skip(path, content)
+            if reason is not None:
+                passed.ignore(name, reason)
+                continue
+            found += 1
+            yield _source(path, name, Content("text", content.codec) if content.kind == "binary" else content)
     if not found:
         raise UserError(
             "the directory holds no text",
             where=str(directory),
             fix="files with suffixes such as .txt, .md, .py, .jsonl, .parquet are read; name others one by one",
         )
-    return sorted(found, key=lambda path: path.relative_to(directory).parts)
 
 
-def _raise(error: UserError) -> None:
-    raise error
+def _reason_to_skip(path: Path, content: Content) -> str | None:
+    """Why a file of a directory is not read; None: it is."""
+    name = path.name.lower()
+    for suffix in CODECS:
+        name = name.removesuffix(suffix)
+    suffix = Path(name).suffix
+    if content.kind == "binary":
+        # A file that is named like text and holds something else is a mistake, which reading it reports.
+        return None if suffix in TEXT_SUFFIXES and content.what == NOT_TEXT else content.what
+    if content.kind == "text" and suffix not in TEXT_SUFFIXES and suffix:
+        return "text of another suffix: name it to read it"
+    return None
 
 
 def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
@@ -244,7 +254,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         chunk = file.read(READ_BYTES)
 
 
-def _json_lines(source: Source, key: str, bad: Callable[[UserError], None]) -> Iterator[Document]:
+def _json_lines(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
     with open_bytes(source.path, source.codec) as file:
         if source.start:
             # A line belongs to the part that its first byte lies in.
@@ -256,13 +266,34 @@ def _json_lines(source: Source, key: str, bad: Callable[[UserError], None]) -> I
         while (source.stop is None or position < source.stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
             position += len(line)
             number += 1
+            if not line.strip():
+                continue
             try:
                 text = _line_text(line, key, source, begin, number)
             except UserError as error:
-                bad(error)
+                passed(error)
                 continue
-            if text:
-                yield Document(f"{source.name}:{number if not begin else f'{begin}+{number}'}", source.path, text)
+            yield Document(f"{source.name}:{number if not begin else f'{begin}+{number}'}", source.path, text)
+
+
+def _records(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+    """The objects of one JSON array, which is read as a whole."""
+    with open_bytes(source.path, source.codec) as file:
+        data = file.read(MAX_ARRAY_BYTES + 1)
+    fix = f"write it as JSON lines: jq -c '.[]' {source.path.name} > {source.path.stem}.jsonl"
+    if len(data) > MAX_ARRAY_BYTES:
+        raise UserError(f"the JSON array has more than {MAX_ARRAY_BYTES} bytes", str(source.path), fix)
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the JSON array cannot be read: {error}", str(source.path), fix) from None
+    for number, value in enumerate(values, 1):
+        try:
+            text = _text_under(value, key, f"{source.path}, object {number}")
+        except UserError as error:
+            passed(error)
+            continue
+        yield Document(f"{source.name}:{number}", source.path, text)
 
 
 def _line_text(line: bytes, key: str, source: Source, begin: int, number: int) -> str:
@@ -272,7 +303,7 @@ def _line_text(line: bytes, key: str, source: Source, begin: int, number: int) -
             raise UserError(f"the line is longer than {MAX_LINE_BYTES} bytes", where=where)
         if number == 1 and not begin:
             line = line.removeprefix(codecs.BOM_UTF8)
-        return _text_of(line, key, where) if line.strip() else ""
+        return _text_of(line, key, where)
     except UserError as error:
         if begin:
             absolute = number + _lines_before(source.path, begin)
@@ -298,16 +329,33 @@ def _text_of(line: bytes, key: str, where: str) -> str:
         raise UserError("the line is nested too deeply", where=where) from None
     except ValueError as error:
         raise UserError(f"the line is not JSON: {error}", where=where) from None
+    return _text_under(value, key, where)
+
+
+def _text_under(value: Any, key: str, where: str) -> str:
+    """The text of an object under a key, or under the keys that dots join: "data.text"."""
     if not isinstance(value, dict):
         raise UserError("the line is not a JSON object", where=where, fix=f'write {{"{key}": "..."}} on each line')
-    text = value.get(key)
+    text: Any = value.get(key)
+    if key not in value:
+        text = value
+        for part in key.split("."):
+            text = text.get(part) if isinstance(text, dict) else None
     if not isinstance(text, str):
         raise UserError(
             f"the line has no text under {key!r}",
             where=where,
-            fix=f"its keys are {', '.join(list(value)[:20]) or 'none'}: --key",
+            fix=f"name the key with --key; its keys are {', '.join(_keys(value)[:20]) or 'none'}",
         )
     return _whole(text, where)
+
+
+def _keys(value: dict[str, Any]) -> list[str]:
+    """The keys of an object, those of objects in it joined by dots."""
+    found = []
+    for name, inner in value.items():
+        found += [f"{name}.{one}" for one in inner] if isinstance(inner, dict) else [name]
+    return found
 
 
 def _whole(text: str, where: str) -> str:
@@ -328,27 +376,33 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         raise UserError(f"the Parquet file cannot be read: {error}", where=str(path)) from None
 
 
-def _parquet(source: Source, key: str, bad: Callable[[UserError], None]) -> Iterator[Document]:
+def _parquet(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+    if source.codec is not None:
+        raise UserError(f"the Parquet file is compressed with {source.codec}", str(source.path), "decompress it")
     with _parquet_file(source.path) as file:
         names = file.schema_arrow.names
-        if key not in names:
+        column = key if key in names else key.split(".")[0]
+        if column not in names:
             raise UserError(
-                f"the file has no column {key!r}", str(source.path), f"it has {', '.join(names[:20])}: --key"
+                f"the file has no column {key!r}",
+                str(source.path),
+                f"name the column with --key; it has {', '.join(names[:20])}",
             )
         stop = file.metadata.num_row_groups if source.stop is None else source.stop
         row = sum(file.metadata.row_group(group).num_rows for group in range(source.start))
         groups = list(range(source.start, stop))
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[key]):
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[column]):
             for value in batch.column(0).to_pylist():
                 row += 1
-                where = f"{source.path}, row {row}"
-                if not isinstance(value, str):
-                    bad(UserError(f"the row has no text under {key!r}", where))
-                elif value:
+                for part in key.split(".")[1:] if column != key else ():
+                    value = value.get(part) if isinstance(value, dict) else None
+                if isinstance(value, str):
                     yield Document(f"{source.name}:{row}", source.path, value)
+                else:
+                    passed(UserError(f"the row has no text under {key!r}", f"{source.path}, row {row}"))
 
 
-def _tar(source: Source, key: str, bad: Callable[[UserError], None]) -> Iterator[Document]:
+def _tar(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
     with contextlib.ExitStack() as stack:
         path = source.path
         if source.codec is not None:
@@ -356,21 +410,18 @@ def _tar(source: Source, key: str, bad: Callable[[UserError], None]) -> Iterator
             with open_bytes(source.path, source.codec) as file, open(path, "wb") as plain:
                 while chunk := file.read(READ_BYTES):
                     plain.write(chunk)
-        for sample, group in itertools.groupby(members(path), key=lambda member: member.key):
-            where = f"{source.path}, sample {sample!r}"
-            found = [member for member in group if member.suffix in TEXT_MEMBERS or member.suffix == "json"]
+        for sample in samples(path, passed):
+            where = f"{source.path}, sample {sample.key!r}"
+            found = [member for member in sample.members if member.suffix in TEXT_MEMBERS or member.suffix == "json"]
             try:
                 if not found:
                     raise UserError("the sample has no member .txt, .txt.gz or .json", where)
                 member = min(found, key=lambda member: member.suffix == "json")
                 if member.suffix == "json":
-                    if member.size > MAX_LINE_BYTES:
-                        raise UserError(f"the member has more than {MAX_LINE_BYTES} bytes", where)
-                    text = _text_of(read_at(path, member.offset, member.size), key, where)
+                    text = _text_of(sample.read(member, MAX_LINE_BYTES), key, where)
                 else:
                     text = read_text(path, member.offset, member.size, TEXT_MEMBERS[member.suffix], where)
             except UserError as error:
-                bad(error)
+                passed(error)
                 continue
-            if text:
-                yield Document(f"{source.name}:{sample}", source.path, text)
+            yield Document(f"{source.name}:{sample.key}", source.path, text)

@@ -22,6 +22,9 @@ MAX_LABEL_BYTES = 1 << 16
 MAX_PIXELS = 1 << 26
 MAX_CLASSES = 1 << 24
 
+_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""Values of EXIF's orientation that exchange height and width."""
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "RGBA": 3, "LA": 3, "CMYK": 3, "YCbCr": 3}
 
 
@@ -36,13 +39,13 @@ class ImageInfo:
 
 
 def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
-    """Height, width and channels (1 for grey, else 3) from an image's header.
+    """Height, width and channels (1 for grey, else 3) from an image's header, as it is seen: turned by its EXIF.
 
     Raises:
         UserError: Not a PNG or JPEG, too many pixels, or a mode such as 16-bit grey.
     """
     with _open(data, where) as image:
-        return image.height, image.width, _CHANNELS[image.mode]
+        return *_seen_size(image), _CHANNELS[image.mode]
 
 
 def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uint8]:
@@ -52,16 +55,22 @@ def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uin
         UserError: Not an image, or not of the shape that the index names.
     """
     with _open(data, where) as image:
-        if (image.height, image.width) != (info.height, info.width):
+        height, width = _seen_size(image)
+        if (height, width) != (info.height, info.width):
             raise UserError(
-                f"the image is {image.width} x {image.height}; the index says {info.width} x {info.height}",
-                where=where,
+                f"the image is {width} x {height}; the index says {info.width} x {info.height}", where=where
             )
         try:
-            pixels = np.asarray(image.convert("L" if info.channels == 1 else "RGB"), dtype=np.uint8)
+            colour = _turned(image).convert("L" if info.channels == 1 else "RGB")
+            pixels = np.asarray(colour, dtype=np.uint8)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"the image cannot be decoded: {error}", where=where) from None
     return pixels.reshape(info.height, info.width, info.channels)
+
+
+def image_suffix(data: bytes) -> str:
+    """The suffix of an image that is stored as it is: png or jpg."""
+    return "png" if data.startswith(b"\x89PNG") else "jpg"
 
 
 def squared(data: bytes, size: int, where: str) -> bytes:
@@ -72,7 +81,7 @@ def squared(data: bytes, size: int, where: str) -> bytes:
     """
     with _open(data, where) as image:
         try:
-            colour = image.convert("L" if _CHANNELS[image.mode] == 1 else "RGB")
+            colour = _turned(image).convert("L" if _CHANNELS[image.mode] == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"the image cannot be decoded: {error}", where=where) from None
     side = min(colour.size)
@@ -80,6 +89,28 @@ def squared(data: bytes, size: int, where: str) -> bytes:
     buffer = io.BytesIO()
     colour.resize((size, size), box=(left, top, left + side, top + side), reducing_gap=3.0).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _seen_size(image: Image) -> tuple[int, int]:
+    """Height and width after the turn that the image's EXIF data asks for."""
+    return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
+
+
+def _turned(image: Image) -> Image:
+    """The image as it is seen: cameras store the pixels as the sensor lay and note the turn in the EXIF data."""
+    if _orientation(image) == 1:
+        return image
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image) -> int:
+    # Asking a PNG for EXIF data that its header does not have would decode all of it.
+    if image.format != "JPEG" and "exif" not in image.info:
+        return 1
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def decode_label(data: bytes, suffix: str, where: str) -> int:

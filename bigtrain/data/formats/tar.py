@@ -6,14 +6,17 @@ devices, absolute names, "..") is refused, and so is a tar that was cut short, a
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.accounting import PassedOver
 
 BLOCK_BYTES = 512
 MAX_MEMBERS = 20_000_000
@@ -38,8 +41,68 @@ class Member(NamedTuple):
     size: int
 
 
-def members(path: str | os.PathLike[str]) -> Iterator[Member]:
-    """The regular files of a tar in their order, checked as they come.
+@dataclass(frozen=True)
+class TarSample:
+    """The members of a tar that share a key."""
+
+    path: Path
+    """The tar."""
+    key: str
+    members: tuple[Member, ...]
+
+    @property
+    def where(self) -> str:
+        """The sample's place, for errors."""
+        return f"{self.path}, sample {self.key!r}"
+
+    @property
+    def suffixes(self) -> set[str]:
+        """The suffixes of its members."""
+        return {member.suffix for member in self.members}
+
+    def one(self, *suffixes: str) -> Member:
+        """The one member that has one of these suffixes.
+
+        Raises:
+            UserError: There is none, or several.
+        """
+        found = [member for member in self.members if member.suffix in suffixes]
+        if len(found) != 1:
+            wanted = " or ".join("." + suffix for suffix in suffixes)
+            raise UserError(f"the sample has {'no' if not found else 'more than one'} member {wanted}", self.where)
+        return found[0]
+
+    def read(self, member: Member, limit: int | None = None) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            UserError: It has more than `limit` bytes.
+        """
+        if limit is not None and member.size > limit:
+            raise UserError(f"the member .{member.suffix} has more than {limit} bytes", self.where)
+        return read_at(self.path, member.offset, member.size)
+
+
+def samples(path: Path, passed: PassedOver | None = None) -> Iterator[TarSample]:
+    """The samples of a tar in their order: consecutive members of one key.
+
+    Raises:
+        UserError: See `members`; a tar without a sample.
+    """
+    found = False
+    for key, group in itertools.groupby(members(path, passed), key=lambda member: member.key):
+        found = True
+        yield TarSample(path, key, tuple(group))
+    if not found:
+        raise UserError("the tar holds no sample", str(path), "its members need names such as 000123.txt")
+
+
+def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> Iterator[Member]:
+    """The regular files of a tar in their order, checked as they come; of joined tars (`cat a.tar b.tar`) all.
+
+    Args:
+        passed: Counts the members that WebDataset skips too: hidden ones, such as the ._NAME of a Mac, and those
+            without a suffix.
 
     Raises:
         UserError: Not an uncompressed tar; a member that is refused.
@@ -48,20 +111,39 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
     name = os.fspath(path)
     total = os.path.getsize(name)
     _refuse_compressed(name)
-    end, count = 0, 0
-    try:
-        with tarfile.open(name, "r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
-                count += 1
-                end = tar.offset
-                member = _checked(info, name, count, end, total)
-                if member is not None:
-                    yield member
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        # The last two are of extended headers: lengths that no file has, bytes that are no text.
-        raise CorruptionError(f"the tar is damaged or cut short: {error}", where=name, fix=_FETCH_AGAIN) from None
-    _check_end(name, end, total, count)
+    begin: int | None = 0
+    count = 0
+    with open(name, "rb") as file:
+        while begin is not None:
+            end = begin
+            file.seek(begin)
+            try:
+                # The library begins where the file stands, and counts offsets from the file's beginning.
+                with tarfile.open(name, "r:", fileobj=file) as tar:
+                    while (info := tar.next()) is not None:
+                        tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
+                        count += 1
+                        end = tar.offset
+                        member = _checked(info, name, count, end, total, passed)
+                        if member is not None:
+                            yield member
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                # The last two are of extended headers: lengths that no file has, bytes that are no text.
+                raise CorruptionError(f"the tar is damaged or cut short: {error}", name, _FETCH_AGAIN) from None
+            _check_end(name, end, total, count)
+            begin = _next_part(file, end + 2 * BLOCK_BYTES)
+
+
+def _next_part(file: BinaryIO, start: int) -> int | None:
+    """Where the next of several joined tars begins; None where only zeros follow."""
+    file.seek(start)
+    position = start
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            inside = len(block) - len(block.lstrip(b"\0"))
+            return position + inside // BLOCK_BYTES * BLOCK_BYTES
+        position += len(block)
+    return None
 
 
 def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
@@ -101,7 +183,9 @@ def _refuse_compressed(name: str) -> None:
             raise UserError(f"the tar is compressed with {kind}", where=name, fix="decompress it")
 
 
-def _checked(info: tarfile.TarInfo, name: str, count: int, end: int, total: int) -> Member | None:
+def _checked(
+    info: tarfile.TarInfo, name: str, count: int, end: int, total: int, passed: PassedOver | None
+) -> Member | None:
     where = f"{name}, member {info.name!r}"
     if info.name.startswith("/") or ".." in Path(info.name).parts or "\0" in info.name:
         raise UserError("the member's name leads out of the tar", where=where, fix="do not use this tar")
@@ -117,8 +201,11 @@ def _checked(info: tarfile.TarInfo, name: str, count: int, end: int, total: int)
             where=where,
         )
     match = _KEY.match(info.name)
-    if match is None:
-        raise UserError("the member's name has no suffix", where=where, fix="name it as in 000123.png")
+    hidden = info.name.rpartition("/")[2].startswith(".")
+    if match is None or hidden:
+        if passed is not None:
+            passed.ignore(f"{name}:{info.name}", "a hidden member" if hidden else "a member without a suffix")
+        return None
     return Member(match.group(1), match.group(2).lower(), info.offset_data, info.size)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -105,29 +104,3 @@ def tokenise_shard(path: Path, rows: np.ndarray, tokenizer: Tokenizer, file: Bin
                 "index the shards anew with this version of the tokenizers library: they become other data",
             )
         file.write(ids.astype(tokenizer.dtype).tobytes())
-
-
-BadSample = Callable[[UserError], None]
-"""Called with what is wrong with a sample; raises, or lets it be passed over."""
-
-
-class BadSamples:
-    """The policy for samples that cannot be read: up to `limit` are passed over and counted, more are an error."""
-
-    def __init__(self, limit: int = 0) -> None:
-        self.limit = limit
-        self.seen: list[str] = []
-
-    def __call__(self, error: UserError) -> None:
-        """Count one.
-
-        Raises:
-            UserError: It is one too many; CorruptionError is never passed over.
-        """
-        if isinstance(error, CorruptionError) or not self.limit:
-            raise error
-        self.seen.append(f"{error.where}: {error.what}")
-        if len(self.seen) > self.limit:
-            raise UserError(
-                f"more than {self.limit} samples are bad; the last: {error.what}", error.where, error.fix
-            ) from None

@@ -1,112 +1,166 @@
-"""Forming sequences of tokens on reading: from a shard, its sidecar and the context to arrays."""
+"""Text: documents as tokens (`KEY.npy`), or as text that is tokenised when it is read (`KEY.txt`, `KEY.txt.gz`).
+
+A row of the sidecar is byte offset and tokens; of text byte offset, bytes, tokens, and 1 where the member is gzip.
+Sequences are formed when they are read, from a shard, its sidecar and the context.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bigtrain.config import CorruptionError
-from bigtrain.data.index import REINDEX, ShardIndex
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.formats.images import IMAGE_SUFFIXES
+from bigtrain.data.formats.npy import HEADER_BYTES, npy_layout
+from bigtrain.data.formats.tar import TarSample, read_at
+from bigtrain.data.formats.text import TEXT_MEMBERS, encode_document, read_text
+from bigtrain.data.index import REINDEX, Shard, ShardIndex, spans_fit
+from bigtrain.data.kind import Rows, SampleKind, Scanner
 from bigtrain.data.order.sample_order import IntArray
-from bigtrain.data.streaming.store import ShardStore, open_store
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.summary import PackSummary
+from bigtrain.data.reading import Reader, ShardReader
+from bigtrain.data.scanning import Scan
+from bigtrain.data.streaming.store import ShardStore
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.batches import KINDS, Arrays
+from bigtrain.storage import hashes
+
+if TYPE_CHECKING:
+    from bigtrain.models.config import ModelConfig
 
 LONG_DOCUMENT = 64
 """Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""
-
-Arrays = dict[str, npt.NDArray[Any]]
-T = TypeVar("T")
-
-
-class Reader(Protocol):
-    """Turns places in the data into named arrays whose first axis is the sequence."""
-
-    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """The sequences number `indices[i]` of shard `shards[i]`."""
-        ...
-
-    def blank(self, count: int) -> Arrays:
-        """Valid content of weight zero."""
-        ...
-
-    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/DOCUMENT:OFFSET of the first token of each sequence."""
-        ...
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """Get these shards ready and let go of all others."""
-        ...
-
-    def interrupt(self) -> None:
-        """End a `read` that waits for a shard; from any thread."""
-        ...
-
-    def close(self) -> None:
-        """Let go of open shards."""
-        ...
+TOKEN_TYPES = ("<u2", "<u4", "<i4", "<i8")
+MAX_ID = 2**31 - 1
+PREVIEW_TOKENS = 256
 
 
-class Opened(Generic[T]):
-    """The few most recently used shards."""
+@KINDS.register
+class TokenSequences(SampleKind):
+    """Sequences of tokens."""
 
-    def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
-        self._open_one, self._close_one, self._limit = open_one, close_one, max(1, limit)
-        self._opened: OrderedDict[int, T] = OrderedDict()
+    name = "tokens"
+    unit = "tokens"
+    layout = "tokens in KEY.npy, or text in KEY.txt or KEY.txt.gz"
+    of_tokens = needs_tokenizer = True
+    options = frozenset({"tokenizer", "key"})
 
-    def __getitem__(self, shard: int) -> T:
-        if shard not in self._opened:
-            self._opened[shard] = self._open_one(shard)
-            if len(self._opened) > self._limit:
-                self._close_one(self._opened.popitem(last=False)[1])
-        self._opened.move_to_end(shard)
-        return self._opened[shard]
+    def columns(self, index: ShardIndex) -> int:
+        """See the module's docstring."""
+        return 4 if index.text else 2
 
-    def keep(self, shards: Iterable[int]) -> None:
-        """Close all others."""
-        for shard in self._opened.keys() - set(shards):
-            self._close_one(self._opened.pop(shard))
+    def is_complete(self, index: ShardIndex) -> bool:
+        """See `SampleKind`."""
+        hashed = not index.text or all(shard.tokens_hash for shard in index.shards)
+        return hashed and all((index.dtype, index.tokenizer))
 
-    def close(self) -> None:
-        """Close all."""
-        while self._opened:
-            self._close_one(self._opened.popitem()[1])
+    def outputs(self, index: ShardIndex) -> int:
+        """Entries of the vocabulary."""
+        assert index.tokenizer is not None
+        return index.tokenizer.vocab_size
 
+    def sequence_counts(self, index: ShardIndex, context: int) -> list[int]:
+        """Sequences of `context` tokens in each shard: ceil((tokens - 1) / context)."""
+        return [-(-max(0, shard.tokens - 1) // context) for shard in index.shards]
 
-class ShardReader(ABC, Generic[T]):
-    """What readers have in common: a store's shards, opened as they are asked for; the most recent stay open."""
+    def token_column(self, text: bool) -> int | None:
+        """See `SampleKind`."""
+        return 2 if text else 1
 
-    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
-        self._index = index
-        self._store = store or open_store(index)
-        self._shards = Opened(self._open, self._close, open_shards)
+    def rows_fit(self, index: ShardIndex, shard: Shard, rows: Rows) -> bool:
+        """See `SampleKind`."""
+        width = 1 if index.text else np.dtype(index.dtype).itemsize
+        counts = index.token_counts(rows)
+        return bool(
+            spans_fit(rows[:, 0], rows[:, 1], shard.filesize, width)
+            and (counts <= shard.tokens).all()
+            and int(counts.sum()) == shard.tokens
+        )
 
-    @abstractmethod
-    def _open(self, shard: int) -> T:
-        """A shard, ready to be read."""
+    def targets(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`: every token but the first of each shard."""
+        return sum(max(0, shard.tokens - 1) for shard in index.shards)
 
-    @abstractmethod
-    def _close(self, opened: T) -> None:
-        """Let go of one."""
+    def preview(self, index: ShardIndex, lines: int) -> list[str]:
+        """The first lines of the first document."""
+        shard = next(number for number, entry in enumerate(index.shards) if entry.tokens > 1)
+        count = min(PREVIEW_TOKENS, index.shards[shard].tokens - 1)
+        reader = TokenReader(index, count)
+        tokens = reader.read(np.asarray([shard]), np.asarray([0]))["tokens"][0]
+        reader.close()
+        return index.load_tokenizer().decode(tokens).splitlines()[:lines]
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """See `Reader`."""
-        wanted = list(shards)
-        self._shards.keep(wanted)
-        self._store.expect(wanted)
+    def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
+        """Tokens mean the same where the tokenizers are equal, which is compared for all kinds."""
 
-    def interrupt(self) -> None:
-        """See `Reader`."""
-        self._store.interrupt()
+    def recognises(self, sample: TarSample) -> bool:
+        """A list of whole numbers in .npy, or a text, and neither image nor class."""
+        if sample.suffixes & {*IMAGE_SUFFIXES, "cls"}:
+            return False
+        if "npy" in sample.suffixes:
+            member = sample.one("npy")
+            head = read_at(sample.path, member.offset, min(member.size, HEADER_BYTES))
+            layout = npy_layout(head, sample.where)
+            return layout.dtype in TOKEN_TYPES and len(layout.shape) == 1
+        return bool(sample.suffixes & set(TEXT_MEMBERS))
 
-    def close(self) -> None:
-        """See `Reader`."""
-        self._shards.close()
-        self._store.close()
+    def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
+        """See `SampleKind`."""
+        if "npy" in first.suffixes:
+            return _TokenScanner(first.path)
+        if tokenizer is None:
+            raise needs_tokenizer(first)
+        return _TextScanner(tokenizer)
+
+    def named(self, scan: Scan) -> str:
+        """See `SampleKind`."""
+        return "text" if scan.text else super().named(scan)
+
+    def pack(self, inputs: Sequence[str | Path], out: str | Path, options: PackOptions) -> PackSummary:
+        """Tokenise documents; see `packing.documents.pack`."""
+        from bigtrain.data.packing.documents import pack
+
+        assert options.tokenizer is not None
+        common = {name: getattr(options, name) for name in ("validation", "shard_bytes", "seed", "key", "skip_bad")}
+        return pack(inputs, out, options.tokenizer, workers=options.workers, progress=options.progress, **common)
+
+    def open_reader(
+        self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
+    ) -> Reader:
+        """See `SampleKind`."""
+        return TokenReader(index, context, document_mask, open_shards, store)
+
+    def example_batch(
+        self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
+    ) -> Arrays:
+        """tokens, targets int64, weights float32 (B, C), keys (B,); with documents also documents, positions (B, C)."""
+        shape = (count, config.context)
+        batch: Arrays = {
+            "tokens": random.integers(0, max(1, vocabulary), shape),
+            "targets": random.integers(0, max(1, vocabulary), shape),
+            "weights": np.ones(shape, np.float32),
+            "keys": random.integers(0, 2**62, count),
+        }
+        batch["weights"][-1, config.context // 3 :] = 0
+        batch["weights"][0, max(0, config.context - 3) :] = 0
+        if documents:
+            begins = random.random(shape) < 0.2
+            begins[:, 0] = True
+            places = np.broadcast_to(np.arange(config.context), shape)
+            batch["documents"] = begins.cumsum(axis=1).astype(np.int32) - 1
+            batch["positions"] = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+            batch["weights"][:, :-1][begins[:, 1:]] = 0
+        return batch
+
+    def units(self, context: int) -> int:
+        """Tokens of a sequence."""
+        return context
 
 
 @dataclass(frozen=True)
@@ -293,3 +347,104 @@ def _scatter(
         part = target[rows]
         part[inside] = values
         target[rows] = part
+
+
+class StoredTokens:
+    """Lists of tokens in .npy members, all of one type."""
+
+    def __init__(self) -> None:
+        self.dtype: str | None = None
+        self.largest = -1
+        self._next: tuple[str, int] = ("", -1)
+
+    def place(self, sample: TarSample) -> tuple[int, int, int]:
+        """Byte offset in the tar, number and width of a sample's tokens; counted once `keep` is called.
+
+        Raises:
+            UserError: Not a list of tokens, or of another type than those before.
+        """
+        member, where = sample.one("npy"), sample.where
+        layout = npy_layout(read_at(sample.path, member.offset, min(member.size, HEADER_BYTES)), where)
+        if layout.dtype not in TOKEN_TYPES or len(layout.shape) != 1:
+            raise UserError(
+                f"the array is not a list of tokens (type {layout.dtype}, {len(layout.shape)} dimensions)",
+                where=where,
+                fix=f"store one dimension of {', '.join(TOKEN_TYPES)}",
+            )
+        width, offset, count = np.dtype(layout.dtype).itemsize, member.offset + layout.begin, layout.shape[0]
+        if layout.begin + count * width != member.size or offset % width:
+            raise UserError("the array's header does not fit its bytes", where=where)
+        if self.dtype not in (None, layout.dtype):
+            raise UserError(f"the tokens are stored as {layout.dtype}, those before as {self.dtype}", where=where)
+        tokens = np.frombuffer(read_at(sample.path, offset, count * width), layout.dtype)
+        self._next = layout.dtype, _largest_id(tokens, where)
+        return offset, count, width
+
+    def keep(self) -> None:
+        """Count the tokens that `place` was last called for."""
+        self.dtype, self.largest = self._next[0], max(self.largest, self._next[1])
+
+
+def needs_tokenizer(sample: TarSample) -> UserError:
+    """The error of text in a tar for which no tokenizer was named."""
+    return UserError("text inside tars needs a tokenizer", sample.where, "name one with --tokenizer")
+
+
+def _largest_id(tokens: np.ndarray, where: str) -> int:
+    """The largest of some tokens, -1 for none."""
+    if not len(tokens):
+        return -1
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high > MAX_ID:
+        raise UserError(
+            f"{low if low < 0 else high} is not a token",
+            where=where,
+            fix="an array that is no tokens needs a name: KEY.x.npy",
+        )
+    return high
+
+
+class _TokenScanner(Scanner):
+    noun = "token"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokens = StoredTokens()
+
+    def add(self, sample: TarSample) -> tuple[int, ...]:
+        offset, count, _ = self._tokens.place(sample)
+        self._tokens.keep()
+        return offset, count
+
+    def result(self, rows: Rows) -> Scan:
+        if self._tokens.largest < 0:
+            raise UserError("the shard holds no token", where=str(self._path))
+        return Scan("tokens", rows, dtype=self._tokens.dtype, largest_id=self._tokens.largest)
+
+
+class _TextScanner(Scanner):
+    noun = "text"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._digest, self._text_bytes = hashes.new_digest(), 0
+
+    def add(self, sample: TarSample) -> tuple[int, ...] | None:
+        member = sample.one(*TEXT_MEMBERS)
+        compressed = TEXT_MEMBERS[member.suffix]
+        text = read_text(sample.path, member.offset, member.size, compressed, sample.where)
+        if not text:
+            return None
+        ids = encode_document(text, self._tokenizer)
+        self._digest.update(ids.astype(self._tokenizer.dtype).tobytes())
+        self._text_bytes += len(text.encode("utf-8"))
+        return member.offset, member.size, len(ids), int(compressed)
+
+    def result(self, rows: Rows) -> Scan:
+        return Scan(
+            "tokens",
+            rows,
+            dtype=self._tokenizer.dtype.str,
+            text_bytes=self._text_bytes,
+            tokens_hash=hashes.named(self._digest),
+        )

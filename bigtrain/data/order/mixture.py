@@ -20,9 +20,9 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
-from bigtrain.data.kinds.samples import open_reader
-from bigtrain.data.kinds.tokens import Arrays, Reader
 from bigtrain.data.order.sample_order import Draw, IntArray, SampleOrder
+from bigtrain.data.reading import Reader, open_reader
+from bigtrain.models.batches import Arrays
 
 MAX_PERIOD = 1 << 16
 """Sequences after which a pattern repeats, at most: shares that need more are rounded to whole parts of so many."""

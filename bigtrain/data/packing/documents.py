@@ -12,15 +12,13 @@ finished has its last file in place, and a start after a kill goes on from there
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,67 +26,24 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.documents import Source, parts, sources
 from bigtrain.data.indexing import write_common
+from bigtrain.data.packing.options import SHARD_BYTES, Progress
 from bigtrain.data.packing.plan import PlannedShard, SplitPlan, Survey
+from bigtrain.data.packing.summary import PackSummary, SplitSummary
 from bigtrain.data.packing.work import Job, Scratch, finished_shards, text_worker
 from bigtrain.data.packing.workers import PackError, Pool, open_pool
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_directory, locks, write_json
 
 FORMAT_VERSION = 1
-SHARD_BYTES = 64 << 20
 MIN_SHARD_BYTES = 1 << 10
 PART_BYTES = 8 << 20
 SMALLEST_PART_BYTES = 1 << 20
 PARTS_OF_SMALL_INPUT = 64
 """Parts that an input is divided into at least, so that all workers end at about the same time."""
 SMALL_INPUT_BYTES = 4 << 20
-
-Progress = Callable[[str, int, int], None]
-"""Called after each piece of work with the stage, and how many of how many are done."""
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """What one split holds."""
-
-    directory: str
-    documents: int
-    """Or samples of another kind."""
-    tokens: int
-    """Ends of text included."""
-    characters: int
-    shards: int
-    bytes: int
-    fingerprint: str
-
-    @property
-    def characters_per_token(self) -> float | None:
-        """How far the tokenizer compresses the text; ends of text are no characters. None where there is no text."""
-        return self.characters / self.tokens if self.tokens else None
-
-
-@dataclass(frozen=True)
-class PackSummary:
-    """What `pack` wrote."""
-
-    out: str
-    vocab_size: int
-    held_out: str | None
-    """How the validation data was chosen: "documents", "tail" of the only document, the kind of samples, or None."""
-    empty_documents: int
-    """Documents without text, which were passed over."""
-    splits: dict[str, SplitSummary]
-    skipped: list[str] = dataclasses.field(default_factory=list)
-    """What was bad and passed over: place and reason."""
-
-    def as_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        value = dataclasses.asdict(self)
-        for name, split in self.splits.items():
-            value["splits"][name]["characters_per_token"] = split.characters_per_token
-        return value
 
 
 def pack(
@@ -132,17 +87,18 @@ def pack(
     target = Path(out)
     if shard_bytes < MIN_SHARD_BYTES:
         raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
-    found = list(sources(inputs))
+    passed = PassedOver(skip_bad)
+    found = list(sources(inputs, passed, key))
     total = sum(source.bytes for source in found)
     if part_bytes is None:
         part_bytes = min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS_OF_SMALL_INPUT))
-    job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes)))
+    job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes, passed)))
     identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
     with workplace(target, identity) as scratch:
         if total <= SMALL_INPUT_BYTES:
             workers = 1
         with open_pool(workers, partial(text_worker, job, scratch, tokenizer.definition())) as pool:
-            return _Packing(pool, job, scratch, tokenizer, shard_bytes, progress).run(share, target)
+            return _Packing(pool, job, scratch, tokenizer, shard_bytes, progress, passed).run(share, target)
 
 
 class _Packing:
@@ -156,14 +112,15 @@ class _Packing:
         tokenizer: Tokenizer,
         shard_bytes: int,
         progress: Progress | None,
+        passed: PassedOver,
     ) -> None:
+        self._passed = passed
         self._pool, self._job, self._scratch, self._tokenizer = pool, job, scratch, tokenizer
         self._shard_bytes = shard_bytes
         self._progress = progress or (lambda stage, done, total: None)
         self._writing: deque[tuple[PlannedShard, Future[None]]] = deque()
         self._plans: dict[str, SplitPlan] = {}
-        self._number = self._empty = self._kept_from = 0
-        self._skipped: list[str] = []
+        self._number = self._kept_from = 0
 
     def run(self, share: float, target: Path) -> PackSummary:
         survey = self._survey() if share else None
@@ -183,7 +140,7 @@ class _Packing:
         splits = {name: self._finish(name, target) for name in self._plans}
         publish(self._scratch.root, target)
         how = None if survey is None else "documents" if boundary is None else "tail"
-        return PackSummary(str(target), self._tokenizer.vocab_size, how, self._empty, splits, self._skipped)
+        return PackSummary(str(target), self._tokenizer.vocab_size, how, splits, self._passed)
 
     def _parts(self, method: str, stage: str, *arguments: Any) -> Iterator[int]:
         """Have a method done on all parts, a few at a time; yields the parts in their order, each when it is done."""
@@ -214,10 +171,8 @@ class _Packing:
     def _plan(self, part: int, held_out: set[int], divided: bool) -> None:
         """Give the documents of a part their places, and have the shards written that are full."""
         note = json.loads(self._scratch.part(part, ".json").read_bytes())
-        self._empty += note["empty"]
-        self._skipped += note["bad"]
-        if len(self._skipped) > self._job.skip_bad:
-            raise UserError(f"more than {self._job.skip_bad} documents are bad; the last is {self._skipped[-1]}")
+        self._passed.empty += note["empty"]
+        self._passed.skip(note["bad"])
         start = 0
         for tokens, characters, text_bytes in np.load(self._scratch.part(part, ".npy"), allow_pickle=False).tolist():
             wanted = self._number == 1 if divided else self._number in held_out
@@ -284,12 +239,12 @@ def _no_text() -> UserError:
     return UserError("the input is empty: it holds no text", fix="give files with text in them")
 
 
-def _grouped(found: Sequence[Source], part_bytes: int) -> Iterator[tuple[Source, ...]]:
+def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> Iterator[tuple[Source, ...]]:
     """The input in parts of about one size: small files together, large ones divided where that can be."""
     group: list[Source] = []
     size = 0
     for source in found:
-        for part in parts(source, part_bytes):
+        for part in _parts(source, part_bytes, passed):
             if group and size + part.bytes > part_bytes:
                 yield tuple(group)
                 group, size = [], 0
@@ -297,6 +252,15 @@ def _grouped(found: Sequence[Source], part_bytes: int) -> Iterator[tuple[Source,
             size += part.bytes
     if group:
         yield tuple(group)
+
+
+def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
+    """The parts of a source; none where it cannot be opened and is skipped."""
+    try:
+        return list(parts(source, part_bytes))
+    except UserError as error:
+        passed(error)
+        return []
 
 
 def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
@@ -334,7 +298,7 @@ def workplace(target: Path, identity: str) -> Iterator[Scratch]:
         except PackError:
             raise
         except UserError:
-            # What is mended is other input.
+            # The user repairs the input, which makes it another packing.
             shutil.rmtree(root, ignore_errors=True)
             raise
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
+from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.documents import Document, Source, documents_of
-from bigtrain.data.formats.text import BadSamples
 from bigtrain.data.index import Rows, Shard
 from bigtrain.data.indexing import write_shard
 from bigtrain.data.packing.plan import NPY_HEADER_BYTES, PlannedShard
@@ -70,7 +70,7 @@ class Worker:
         if done.exists():
             return
         found = []
-        for document, pieces in self._documents(number, BadSamples(self.job.skip_bad)):
+        for document, pieces in self._documents(number, PassedOver(self.job.skip_bad)):
             digest = hashlib.blake2b(digest_size=8, key=self.job.seed.to_bytes(8, "little", signed=True))
             count = 0
             for piece in pieces:
@@ -87,23 +87,23 @@ class Worker:
         if done.exists():
             return
         lengths: list[tuple[int, int, int]] = []
-        bad, empty = BadSamples(self.job.skip_bad), 0
+        passed = PassedOver(self.job.skip_bad)
         with open(self.scratch.part(number, ".tokens"), "wb") as file:
-            for document, pieces in self._documents(number, bad):
+            for document, pieces in self._documents(number, passed):
                 for text in [pieces] if boundary is None else _divided(document, boundary):
                     begin = file.tell()
                     try:
                         length = self._encode_one(text, file)
                     except UserError as error:
-                        bad(error)
+                        passed(error)
                         file.seek(begin)
                         file.truncate()
                         continue
-                    empty += length is None
+                    passed.empty += length is None
                     if length is not None:
                         lengths.append(length)
         _save(self.scratch.part(number, ".npy"), np.asarray(lengths, dtype=np.int64).reshape(-1, 3))
-        write_json(done, {"empty": empty, "bad": bad.seen})
+        write_json(done, {"empty": passed.empty, "bad": passed.bad})
 
     def write(self, shard: PlannedShard) -> None:
         """Write one shard and its sidecar."""
@@ -114,7 +114,8 @@ class Worker:
         stored: dict[int, Any] = {}
         rows: list[tuple[int, int]] = []
         largest, position = -1, 0
-        # The bytes of WebDataset's TarWriter, whose import brings in torch: seconds and 300 MB for each worker.
+        # Written here: importing WebDataset's TarWriter loads torch, seconds and 300 MB for each worker, and it writes
+        # the members of a sample in another order than shards that exist already.
         with open(path, "wb") as file:
             for member, piece in enumerate(shard.pieces, shard.first_member):
                 if piece.part not in stored:
@@ -139,10 +140,15 @@ class Worker:
         recorded = write_shard(path, scan, path.parent)
         write_json(entry, {"shard": recorded.as_json(), "largest_id": scan.largest_id})
 
-    def _documents(self, number: int, bad: BadSamples) -> Iterator[tuple[Document, Iterator[str]]]:
+    def _documents(self, number: int, passed: PassedOver) -> Iterator[tuple[Document, Iterator[str]]]:
         for source in self.job.parts[number]:
-            for document in documents_of(source, self.job.key, bad):
-                yield document, _sound(document, bad) if self.job.skip_bad else document.pieces()
+            try:
+                for document in documents_of(source, self.job.key, passed):
+                    if not self.job.skip_bad or _is_sound(document, passed):
+                        yield document, document.pieces()
+            except UserError as error:
+                # The file itself cannot be read, or not to its end.
+                passed(error)
 
     def _encode_one(self, pieces: Iterable[str], file: Any) -> tuple[int, int, int] | None:
         """Write a document's tokens and its end of text; tokens, characters, bytes, or None where it is empty."""
@@ -170,16 +176,16 @@ def text_worker(job: Job, scratch: Scratch, tokenizer: tuple[str, str | None] | 
     return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
 
 
-def _sound(document: Document, bad: BadSamples) -> Iterator[str]:
-    """A document's pieces, all of them or, where one is bad, none."""
+def _is_sound(document: Document, passed: PassedOver) -> bool:
+    """Whether a document can be read to its end: one that cannot is skipped as a whole."""
     if document.text is None:
         try:
             for _ in document.pieces():
                 pass
         except UserError as error:
-            bad(error)
-            return
-    yield from document.pieces()
+            passed(error)
+            return False
+    return True
 
 
 def _divided(document: Document, boundary: int) -> tuple[Iterator[str], Iterator[str]]:

@@ -1,0 +1,356 @@
+"""Images with a class: `KEY.png` or `.jpg` beside `KEY.cls` (or a class number in `KEY.json`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.data.formats.arrays import LABELS
+from bigtrain.data.formats.images import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    MAX_LABEL_BYTES,
+    ImageInfo,
+    decode_image,
+    decode_label,
+    image_shape,
+    image_suffix,
+    squared,
+)
+from bigtrain.data.formats.tar import Member, TarSample
+from bigtrain.data.formats.text import TEXT_MEMBERS
+from bigtrain.data.index import CLASSES_NAME, Shard, ShardIndex, spans_fit
+from bigtrain.data.kind import Rows, SampleKind, Scanner
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
+from bigtrain.data.reading import Reader, SampleReader, read_bytes
+from bigtrain.data.scanning import Scan
+from bigtrain.data.streaming.store import ShardStore
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.batches import KINDS, Arrays
+
+if TYPE_CHECKING:
+    from bigtrain.models.config import ModelConfig
+
+
+@KINDS.register
+class Images(SampleKind):
+    """Images of one size and their classes."""
+
+    name = "images"
+    unit = "images"
+    layout = "KEY.png or .jpg with KEY.cls or KEY.json"
+    options = frozenset({"image_size"})
+
+    def columns(self, index: ShardIndex) -> int:
+        """Byte offset, bytes, class."""
+        return 3
+
+    def is_complete(self, index: ShardIndex) -> bool:
+        """See `SampleKind`."""
+        return index.image is not None
+
+    def outputs(self, index: ShardIndex) -> int:
+        """The number of classes."""
+        assert index.image is not None
+        return index.image.classes
+
+    def rows_fit(self, index: ShardIndex, shard: Shard, rows: Rows) -> bool:
+        """See `SampleKind`."""
+        return spans_fit(rows[:, 0], rows[:, 1], shard.filesize) and int(rows[:, 2].max()) < self.outputs(index)
+
+    def describe(self, index: ShardIndex) -> str | None:
+        """HEIGHT x WIDTH x CHANNELS."""
+        return image_text(index)
+
+    def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
+        """Equal shapes, no more classes, and the same classes by name where both name them."""
+        require_same_images(index, other)
+        mine, theirs = index.class_names, other.class_names
+        if mine and theirs and theirs != mine[: len(theirs)]:
+            number = next(n for n, name in enumerate(theirs) if n >= len(mine) or name != mine[n])
+            missing = sorted({*theirs} - {*mine})
+            fix = "pack both with the same class folders: an empty folder counts as a class"
+            if missing:
+                fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
+            expected = mine[number] if number < len(mine) else "none"
+            raise UserError(
+                f"class {number} is '{theirs[number]}' in one directory and '{expected}' in the other",
+                where=f"{other.place} and {index.place}",
+                fix=fix,
+            )
+
+    def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
+        """The images have the size that the model takes."""
+        check_image_size(index, config)
+
+    def recognises(self, sample: TarSample) -> bool:
+        """An image, and no caption; a class number goes before a caption: it is there for no other purpose."""
+        return bool(sample.suffixes & set(IMAGE_SUFFIXES)) and not has_caption(sample)
+
+    def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
+        """See `SampleKind`."""
+        return _ImageScanner()
+
+    def common_image(self, scans: Sequence[tuple[Path, Scan]]) -> ImageInfo | None:
+        """See `SampleKind`."""
+        return common_size(scans)
+
+    def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
+        """FOLDER/CLASS/IMAGE.png|jpg; classes are numbered by their sorted names."""
+        if len(inputs) != 1:
+            raise UserError("images are packed from one folder")
+        root = Path(inputs[0])
+        images = [
+            LabelledImage(Span.whole(path), label)
+            for label, name in enumerate(_classes(root))
+            for path in images_under(root / name, options)
+        ]
+        if len(images) < 2:
+            raise UserError("there are no images", str(root), "they are read from FOLDER/CLASS/NAME.png or .jpg")
+        return images
+
+    def notes(self, inputs: Sequence[str | Path]) -> dict[str, Any]:
+        """The names of the classes."""
+        return {CLASSES_NAME: _classes(Path(inputs[0]))}
+
+    def open_reader(
+        self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
+    ) -> Reader:
+        """See `SampleKind`."""
+        return ImageReader(index, open_shards, store)
+
+    def example_batch(
+        self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
+    ) -> Arrays:
+        """images uint8 (B, height, width, channels), labels, keys int64 (B,), weights float32 (B,)."""
+        return {
+            "keys": random.integers(0, 2**62, count),
+            "images": example_images(config, count, random),
+            "weights": np.ones(count, np.float32),
+            LABELS: random.integers(0, max(1, vocabulary), count),
+        }
+
+
+class ImageReader(SampleReader):
+    """Images with their class."""
+
+    def blank(self, count: int) -> Arrays:
+        """images uint8 (n, height, width, channels), black; labels int64 (n,), weights float32 (n,)."""
+        return {
+            "images": black(self._index, count),
+            LABELS: np.zeros(count, np.int64),
+            "weights": np.zeros(count, np.float32),
+        }
+
+    def fill(self, arrays: Arrays, place: int, descriptor: int, row: list[int], where: str) -> None:
+        """See `SampleReader`."""
+        offset, size, label = row
+        arrays["images"][place] = read_image(self._index, descriptor, offset, size, where)
+        arrays[LABELS][place] = label
+
+
+class _ImageScanner(Scanner):
+    noun = "image"
+
+    def __init__(self) -> None:
+        self._sizes = ImageSizes()
+        self._classes = 0
+
+    def add(self, sample: TarSample) -> tuple[int, ...]:
+        # Before the image is opened: a sample without its label is reported by what it lacks.
+        image, label = sample.one(*IMAGE_SUFFIXES), label_member(sample)
+        number = decode_label(sample.read(label, MAX_LABEL_BYTES), label.suffix, sample.where)
+        self._sizes.add(sample, image)
+        self._classes = max(self._classes, number + 1)
+        return image.offset, image.size, number
+
+    def result(self, rows: Rows) -> Scan:
+        return Scan("images", rows, image=self._sizes.info(self._classes))
+
+
+class ImageSizes:
+    """The size that all images of a tar have: that of the first."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, int] | None = None
+        self._channels = 1
+
+    def add(self, sample: TarSample, image: Member) -> None:
+        """Look at one more image.
+
+        Raises:
+            UserError: Not an image, or of another size.
+        """
+        height, width, channels = image_shape(sample.read(image, MAX_IMAGE_BYTES), sample.where)
+        if self._first not in (None, (height, width)):
+            assert self._first is not None
+            raise _other_size(sample.where, (height, width), self._first)
+        self._first, self._channels = (height, width), max(self._channels, channels)
+
+    def info(self, classes: int) -> ImageInfo:
+        """What an index says of them."""
+        assert self._first is not None
+        return ImageInfo(*self._first, self._channels, classes=classes)
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image file and its class."""
+
+    image: Span
+    label: int
+
+    @property
+    def bytes(self) -> int:
+        """See `Sample`."""
+        return self.image.size
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `Sample`."""
+        return (self.image.path,)
+
+    def members(self, means: Means) -> list[PackedMember]:
+        """See `Sample`."""
+        data = packed_image(self.image, means, str(self.image.path))
+        return [data, PackedMember("cls", str(self.label).encode())]
+
+
+def common_size(scans: Sequence[tuple[Path, Scan]]) -> ImageInfo:
+    """The one shape of the images of several tars, and how many classes they have together.
+
+    Raises:
+        UserError: One has another size.
+    """
+    infos = [(path, scan.image) for path, scan in scans if scan.image is not None]
+    first = infos[0][1]
+    for path, info in infos:
+        if (info.height, info.width) != (first.height, first.width):
+            raise _other_size(str(path), (info.height, info.width), (first.height, first.width))
+    return replace(
+        first,
+        channels=max(info.channels for _, info in infos),
+        classes=max(info.classes for _, info in infos),
+    )
+
+
+def has_caption(sample: TarSample) -> bool:
+    """Whether an image has a caption beside it, and no class."""
+    return "cls" not in sample.suffixes and bool(sample.suffixes & {*TEXT_MEMBERS, "npy"})
+
+
+def label_member(sample: TarSample) -> Member:
+    """The member that holds the class: `.cls`, whatever lies beside it, else `.json`.
+
+    Raises:
+        UserError: There is none, or several.
+    """
+    return sample.one("cls") if "cls" in sample.suffixes else sample.one(*LABEL_SUFFIXES)
+
+
+def packed_image(image: Span, means: Means, where: str) -> PackedMember:
+    """An image as it is stored in a shard: as its file is, or a PNG of the size that was chosen.
+
+    Raises:
+        UserError: Not an image, or too large.
+    """
+    if image.size > MAX_IMAGE_BYTES:
+        raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", where)
+    data = image.read()
+    if means.image_size is not None:
+        return PackedMember("png", squared(data, means.image_size, where))
+    image_shape(data, where)
+    return PackedMember(image_suffix(data), data)
+
+
+def images_under(folder: Path, options: PackOptions) -> list[Path]:
+    """The PNG and JPEG files below a folder, hidden ones aside; other files are counted in `options.passed`."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.suffix.lower()[1:] in IMAGE_SUFFIXES:
+            found.append(path)
+        elif path.suffix.lower()[1:] not in (*TEXT_MEMBERS, "gz"):
+            options.passed.ignore(str(path), "neither PNG nor JPEG")
+    return found
+
+
+def black(index: ShardIndex, count: int) -> np.ndarray:
+    """Images of zeros, uint8 (count, height, width, channels)."""
+    assert index.image is not None
+    return np.zeros((count, index.image.height, index.image.width, index.image.channels), np.uint8)
+
+
+def read_image(index: ShardIndex, descriptor: int, offset: int, size: int, where: str) -> np.ndarray:
+    """An image of an open shard, uint8 (height, width, channels)."""
+    assert index.image is not None
+    return decode_image(read_bytes(descriptor, offset, size, where), index.image, where)
+
+
+def example_images(config: ModelConfig, count: int, random: np.random.Generator) -> np.ndarray:
+    """Random pixels of the size that a model takes."""
+    return random.integers(0, 256, (count, *(config.sample_shape or (32, 32, 3))), dtype=np.uint8)
+
+
+def image_text(index: ShardIndex) -> str | None:
+    """HEIGHT x WIDTH x CHANNELS."""
+    image = index.image
+    return None if image is None else f"{image.height} x {image.width} x {image.channels}"
+
+
+def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
+    """Refuse images of another shape, or of more classes.
+
+    Raises:
+        UserError: Names both.
+    """
+    assert index.image is not None
+    assert other.image is not None
+    if image_text(index) != image_text(other) or other.image.classes > index.image.classes:
+        raise UserError(
+            f"the images ({image_text(other)}, {other.image.classes} classes) are not like the others "
+            f"({image_text(index)}, {index.image.classes} classes)",
+            where=f"{other.place} and {index.place}",
+        )
+
+
+def check_image_size(index: ShardIndex, config: ModelConfig) -> None:
+    """Refuse a model that takes images of another size.
+
+    Raises:
+        UserError: Names both.
+    """
+    assert index.image is not None
+    shape = (index.image.height, index.image.width, index.image.channels)
+    if config.sample_shape and shape != config.sample_shape:
+        raise UserError(
+            f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(config.sample_shape)}",
+            index.place,
+            "Change the sizes under 'model'.",
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"no directory at {str(root)!r}")
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _other_size(where: str, found: tuple[int, int], first: tuple[int, int]) -> UserError:
+    return UserError(
+        f"the image has {found[1]} x {found[0]} pixels; the first has {first[1]} x {first[0]}",
+        where=where,
+        fix="scale all images of a directory to one size",
+    )

@@ -1,0 +1,177 @@
+"""What readers of all kinds share: shards are opened when they are needed, and samples are read from their place."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
+
+from bigtrain.config import CorruptionError
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.order.sample_order import IntArray
+from bigtrain.data.streaming.store import ShardStore, open_store
+from bigtrain.models.batches import Arrays
+
+T = TypeVar("T")
+
+
+class Reader(Protocol):
+    """Turns places in the data into named arrays whose first axis is the sequence."""
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """The sequences number `indices[i]` of shard `shards[i]`."""
+        ...
+
+    def blank(self, count: int) -> Arrays:
+        """Valid content of weight zero."""
+        ...
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """SOURCE/SHARD/DOCUMENT:OFFSET of the first token of each sequence."""
+        ...
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Get these shards ready and let go of all others."""
+        ...
+
+    def interrupt(self) -> None:
+        """End a `read` that waits for a shard; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open shards."""
+        ...
+
+
+class Opened(Generic[T]):
+    """The few most recently used shards."""
+
+    def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
+        self._open_one, self._close_one, self._limit = open_one, close_one, max(1, limit)
+        self._opened: OrderedDict[int, T] = OrderedDict()
+
+    def __getitem__(self, shard: int) -> T:
+        if shard not in self._opened:
+            self._opened[shard] = self._open_one(shard)
+            if len(self._opened) > self._limit:
+                self._close_one(self._opened.popitem(last=False)[1])
+        self._opened.move_to_end(shard)
+        return self._opened[shard]
+
+    def keep(self, shards: Iterable[int]) -> None:
+        """Close all others."""
+        for shard in self._opened.keys() - set(shards):
+            self._close_one(self._opened.pop(shard))
+
+    def close(self) -> None:
+        """Close all."""
+        while self._opened:
+            self._close_one(self._opened.popitem()[1])
+
+
+class ShardReader(ABC, Generic[T]):
+    """What readers have in common: a store's shards, opened as they are asked for; the most recent stay open."""
+
+    def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
+        self._index = index
+        self._store = store or open_store(index)
+        self._shards = Opened(self._open, self._close, open_shards)
+
+    @abstractmethod
+    def _open(self, shard: int) -> T:
+        """A shard, ready to be read."""
+
+    @abstractmethod
+    def _close(self, opened: T) -> None:
+        """Let go of one."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """See `Reader`."""
+        wanted = list(shards)
+        self._shards.keep(wanted)
+        self._store.expect(wanted)
+
+    def interrupt(self) -> None:
+        """See `Reader`."""
+        self._store.interrupt()
+
+    def close(self) -> None:
+        """See `Reader`."""
+        self._shards.close()
+        self._store.close()
+
+
+def open_reader(
+    index: ShardIndex,
+    context: int,
+    document_mask: bool = False,
+    open_shards: int = 16,
+    streaming: StreamingConfig | None = None,
+) -> Reader:
+    """The reader for a shard directory; see `SampleKind.open_reader`.
+
+    Args:
+        streaming: How shards are fetched that are not on this machine.
+    """
+    return index.sample_kind.open_reader(index, context, document_mask, open_shards, open_store(index, streaming))
+
+
+class SampleReader(ShardReader[tuple[int, IntArray]]):
+    """What the readers of samples have in common: a sample is read from its place in the tar."""
+
+    @abstractmethod
+    def blank(self, count: int) -> Arrays:
+        """Valid content of weight zero."""
+
+    @abstractmethod
+    def fill(self, arrays: Arrays, place: int, descriptor: int, row: list[int], where: str) -> None:
+        """Write the sample of a sidecar's row, but not its weight, into a place of what `blank` has made."""
+
+    def weigh(self, arrays: Arrays, rows: list[list[int]]) -> None:
+        """Set the weights of samples, by their rows."""
+        arrays["weights"][:] = 1
+
+    def read(self, shards: IntArray, indices: IntArray) -> Arrays:
+        """The samples number `indices[i]` of shard `shards[i]`, as `blank` names them."""
+        arrays = self.blank(len(shards))
+        rows = []
+        for place, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
+            descriptor, table = self._shards[shard]
+            row = table[index].tolist()
+            where = f"{self._index.directory / self._index.shards[shard].url}, sample {index}"
+            self.fill(arrays, place, descriptor, row, where)
+            rows.append(row)
+        self.weigh(arrays, rows)
+        return arrays
+
+    def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
+        """SOURCE/SHARD/SAMPLE:0."""
+        stems = [self._index.shards[shard].stem for shard in shards.tolist()]
+        return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
+
+    def _open(self, shard: int) -> tuple[int, IntArray]:
+        found = self._store.open(shard)
+        return os.open(found.path, os.O_RDONLY), found.rows
+
+    def _close(self, opened: tuple[int, IntArray]) -> None:
+        os.close(opened[0])
+
+
+def read_bytes(descriptor: int, offset: int, size: int, where: str) -> bytes:
+    """Some bytes of an open shard.
+
+    Raises:
+        CorruptionError: The shard ends before.
+    """
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise too_short(where)
+    return data
+
+
+def too_short(where: str) -> CorruptionError:
+    """The error of a shard that is shorter than its index says."""
+    return CorruptionError("the shard ends before its index says", where=where)
