@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from bigtrain.metrics import Metric, Value
+
+if TYPE_CHECKING:
+    from bigtrain.engines.step import StepReducer
 
 MicroBatch = dict[str, np.ndarray]
 """The named arrays of one pass on one rank, as the loader yields them."""
@@ -40,18 +45,68 @@ class StepNumbers:
     sources: tuple[tuple[float, float], ...] = ()
     """Loss and weight of each source of a mixture; weights of 0 where the model does not tell sequences apart."""
 
+    metrics: Mapping[str, Value] = field(default_factory=dict)
+    """What was recorded by name (`bigtrain.metrics`)."""
+
+    unknown: float = 0.0
+    """How many ranks have recorded metrics that the others do not know yet: `StepReducer.agree` exchanges them."""
+
     @property
     def overflowed(self) -> bool:
         """Whether it was skipped for no other reason than a loss scale that was too large, and is now smaller."""
-        return bool(self.skipped) and math.isfinite(self.loss) and (self.loss_scale or 0.0) > 1.0
+        return bool(self.skipped and self.weight) and math.isfinite(self.loss) and (self.loss_scale or 0.0) > 1.0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an evaluation sums over its batches and all ranks; equal on each of them."""
+
+    loss: float = 0.0
+    """Sum of losses."""
+
+    weight: float = 0.0
+    """Sum of weights."""
+
+    metrics: Mapping[str, Value] = field(default_factory=dict)
+    """What the model and the evaluators recorded by name."""
+
+    @property
+    def sums(self) -> tuple[float, float]:
+        """Loss and weight."""
+        return self.loss, self.weight
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Loss over weight; None where no token counts."""
+        return self.loss / self.weight if self.weight else None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What evaluators want of an evaluation beside its losses."""
+
+    wanted: frozenset[str] = frozenset()
+    """Metrics that the model records only where they are requested (`metrics.wants_metric`)."""
+
+    passes: tuple[Callable[[Any, dict[str, Tensor]], None], ...] = ()
+    """Called with the model and each micro-batch on the device; they record metrics. Not with pipeline stages."""
+
+
+ONLY_LOSSES: Final = Measuring()
 
 
 class StepResult:
     """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        """Take float64 (loss, weight, gradient norm, votes, skipped, loss scale or 0, then loss and weight of each
-        source) and start its copy to the host."""
+    def __init__(self, numbers: Tensor, metrics: Sequence[Metric] = ()) -> None:
+        """Start the copy of a step's numbers to the host; `engines.step.Reduced.result` puts them together.
+
+        Args:
+            numbers: float64: loss, weight, gradient norm, votes, unknown, skipped, loss scale or 0; loss and weight of
+                each source; value and weight of each metric.
+            metrics: Those, in order.
+        """
+        self._metrics = tuple(metrics)
         self._event = None
         if numbers.is_cuda:
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -65,9 +120,12 @@ class StepResult:
         """Wait for the step where needed, and return its numbers."""
         if self._event is not None:
             self._event.synchronize()
-        loss, weight, norm, votes, skipped, scale, *rest = self._host.tolist()
-        sources = tuple(zip(rest[::2], rest[1::2], strict=True))
-        return StepNumbers(loss, weight, norm, votes, skipped, scale or None, sources)
+        loss, weight, norm, votes, unknown, skipped, scale, *rest = self._host.tolist()
+        pairs = list(zip(rest[::2], rest[1::2], strict=True))
+        split = len(pairs) - len(self._metrics)
+        named = zip(self._metrics, pairs[split:], strict=True)
+        metrics = {metric.name: Value(metric, *pair) for metric, pair in named}
+        return StepNumbers(loss, weight, norm, votes, skipped, scale or None, tuple(pairs[:split]), metrics, unknown)
 
 
 class Engine(Protocol):
@@ -77,19 +135,25 @@ class Engine(Protocol):
     """Where this rank computes."""
     data_parallel_rank: int
     data_parallel_size: int
+    reducer: StepReducer
+    """What it sums its steps and evaluations with; its recorder takes metrics for the next step."""
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """One optimizer step on this rank's part of the global batch.
 
         The gradient is that of the sum of losses over the global sum of weights, whatever the number of passes and
-        ranks; it is clipped by its global norm. Where it or the loss is not finite on any rank, no rank updates
-        anything: that rides on the reduction of the norm, and the host is not asked. `vote` rides on the reduction that
-        the step does anyway: its sum lets all ranks act on one step, without a message of its own.
+        ranks; it is clipped by its global norm. Where it or the loss is not finite on any rank, or no token of the
+        global batch counts, no rank updates anything: the step's one all-reduce decides it, without the host. `vote`
+        and recorded metrics travel in the same all-reduce, so all ranks act on a vote at the same step.
         """
         ...
 
-    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
-        """Sum of losses and sum of weights over the batches, over all ranks, without gradients."""
+    def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
+        """Sums over the batches and all ranks, without gradients.
+
+        Args:
+            measuring: What evaluators want beside the losses.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bigtrain.config import UserError
+from bigtrain.metrics import record_metric, wants_metric
 from bigtrain.models.config import Flops
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.random import keep_mask
@@ -94,6 +95,9 @@ def loss_sum(model: nn.Module, example: Example) -> LossSum:
     logits = model(**example.arguments, use_cache=False).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), example.targets.flatten(), reduction="none")
     losses = losses.view_as(example.weights) * example.weights
+    if wants_metric("accuracy"):
+        right = logits.argmax(dim=-1).view_as(example.targets) == example.targets
+        record_metric("accuracy", right.float(), weight=example.weights)
     return LossSum(losses.sum(), example.weights.sum(), by_sequence(losses, example.weights))
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigtrain.metrics import TensorParallel, record_metric, wants_metric
+
 CPU_CHUNK_LOGITS = 1 << 24
 """Logits of a chunk on a CPU: 64 MB in FP32. Measured: smaller chunks gain nothing from the cache."""
 GPU_CHUNK_LOGITS = 1 << 28
@@ -23,7 +25,7 @@ class VocabularyPart:
     group: dist.ProcessGroup
     first_row: int
 
-    def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The softmax over the rows of all ranks.
 
         Args:
@@ -32,7 +34,8 @@ class VocabularyPart:
 
         Returns:
             The log probabilities of this rank's rows (T, V); then, each (T, 1): that of the target, log Z, the target's
-            row on this rank (any, where it lies elsewhere), and 1 where it lies here, 0 elsewhere.
+            row on this rank (any, where it lies elsewhere), 1 where it lies here, 0 elsewhere, and the largest log
+            probability over the rows of all ranks.
         """
         highest = logits.amax(dim=1, keepdim=True)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
@@ -45,7 +48,7 @@ class VocabularyPart:
         dist.all_reduce(sums, group=self.group)
         log_total = sums[:, :1].log()
         logits -= log_total
-        return logits, sums[:, 1:] - log_total, log_total + highest, own, hits
+        return logits, sums[:, 1:] - log_total, log_total + highest, own, hits, -log_total
 
 
 def chunked_cross_entropy(
@@ -56,6 +59,7 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     part: VocabularyPart | None = None,
+    tp: TensorParallel = "copy",
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of cross-entropies of `targets` under the logits `hidden @ weight.T`, in nats.
 
@@ -72,6 +76,9 @@ def chunked_cross_entropy(
         chunk_tokens: Tokens of one chunk; None chooses by device and V.
         z_loss: Factor of log(Z)^2, added to each token's loss (Chowdhery et al. 2022, section 5).
         part: Which rows of a larger matrix `weight` is, where ranks share it; `targets` count in the larger one.
+        tp: Whether the ranks of a tensor-parallel group are given the same tokens or each its part of them.
+
+    Where the metric `accuracy` is requested, it is recorded: the share of tokens whose target has the largest logit.
 
     Returns:
         The sum, a scalar in FP32 (FP64 for FP64), equal on all ranks, and what it sums (...), which has no gradient.
@@ -83,10 +90,13 @@ def chunked_cross_entropy(
         logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
         chunk_tokens = max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = chunk_tokens, z_loss, part, needs_gradient
+    right = torch.empty(targets.numel(), device=hidden.device) if wants_metric("accuracy") else None
+    options = chunk_tokens, z_loss, part, needs_gradient, right
     # Views, since autograd does not say of a leaf whether a backward pass asks for its gradient.
     views = hidden.view_as(hidden), weight.view_as(weight)
     loss, losses = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
+    if right is not None:
+        record_metric("accuracy", right.view(targets.shape), weight=weights, tp=tp)
     return loss, losses
 
 
@@ -102,6 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         part: VocabularyPart | None,
         needs_gradient: bool,
+        right: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         matrix = weight.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -121,7 +132,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     # log Z = (any one logit) - (its log probability)
                     log_z = (rows * matrix[index[:, 0]]).sum(1, keepdim=True, dtype=exact) - picked
             else:
-                log_probs, picked, log_z, index, hits = part.log_softmax((rows @ matrix.t()).to(exact), index)
+                log_probs, picked, log_z, index, hits, top = part.log_softmax((rows @ matrix.t()).to(exact), index)
+            if right is not None:
+                best = log_probs.amax(dim=1, keepdim=True) if part is None else top
+                right[chunk] = (picked >= best)[:, 0]
             losses = -picked
             if z_loss:
                 losses = losses + z_loss * log_z.square()
@@ -160,7 +174,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.view(shape)
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
 def _handed_over(ctx: Any, place: int, grad: Tensor) -> Tensor | None:

@@ -20,14 +20,41 @@ def by_sequence(losses: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([part.reshape(part.shape[0], -1).sum(dim=1, dtype=torch.float32) for part in parts], dim=1)
 
 
-def zero_sums(micro_batches: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
-    """float64 (2 + 2 S,): (loss, weight), and the same of each source, of no micro-batch yet."""
-    sources = micro_batches[0].get(SOURCES) if micro_batches else None
-    return torch.zeros(2 if sources is None else 2 + 2 * sources.shape[1], dtype=torch.float64, device=device)
+class Sums:
+    """Loss and weight of micro-batches, in all and by source; float64, without gradient."""
 
+    def __init__(self, device: torch.device, sources: int = 0) -> None:
+        """Of no micro-batch yet."""
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+        self._by_source = torch.zeros(sources, 2, dtype=torch.float64, device=device)
 
-def add_sums(sums: Tensor, result: LossSum, batch: Batch) -> None:
-    """Add a micro-batch to `zero_sums`, in place."""
-    sums[:2] += torch.stack([result.loss.detach(), result.weight]).double()
-    if result.by_sequence is not None and SOURCES in batch and len(sums) > 2:
-        sums[2:] += (batch[SOURCES].double().t() @ result.by_sequence.double()).flatten()
+    @classmethod
+    def of(cls, micro_batches: Sequence[Mapping[str, Any]], device: torch.device) -> Sums:
+        """Zeros with as many sources as these micro-batches tell apart."""
+        sources = micro_batches[0].get(SOURCES) if micro_batches else None
+        return cls(device, 0 if sources is None else sources.shape[1])
+
+    @property
+    def loss(self) -> Tensor:
+        """Scalar: the sum of losses."""
+        return self._total[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Scalar: the sum of weights."""
+        return self._total[1]
+
+    @property
+    def sources(self) -> Tensor:
+        """(2 S,): loss and weight of each source."""
+        return self._by_source.flatten()
+
+    def zeros(self) -> Sums:
+        """As many sums, of nothing."""
+        return Sums(self._total.device, len(self._by_source))
+
+    def add(self, result: LossSum, batch: Batch) -> None:
+        """Add a micro-batch."""
+        self._total += torch.stack([result.loss.detach(), result.weight]).double()
+        if result.by_sequence is not None and SOURCES in batch and len(self._by_source):
+            self._by_source += batch[SOURCES].double().t() @ result.by_sequence.double()

@@ -26,7 +26,7 @@ from torch.distributed.pipelining import (
 )
 
 from bigtrain.models.contract import Batch, LossSum, Stage
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 from bigtrain.parallel.config import PipelineSchedule
 from bigtrain.parallel.context import ContextGroup
 
@@ -102,31 +102,31 @@ class Pipeline:
         self._group, self._ranks = pp.get_group(), pp.size()
         self._count, self._schedule_name, self._device = count, schedule, device
         self._stages: dict[int, Any] = dict(enumerate_from(stages, pp.get_local_rank(), pp.size()))
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sums = Sums(device)
         self._schedules: dict[tuple[int, tuple[int, ...]], Any] = {}
         for stage in self._stages.values():
             self._take_part(stage)
 
-    def backward(self, micro_batches: list[Batch]) -> Tensor:
+    def backward(self, micro_batches: list[Batch]) -> Sums:
         """Add to each parameter's `grad` the gradient of the sum of losses, reduced over the shards once.
 
         Args:
             micro_batches: Of one shape, equal on all stages.
 
         Returns:
-            The sums over the micro-batches, as `sums.zero_sums` has them; zeros where the last stage is not.
+            The sums over the micro-batches; zeros on ranks without the last stage.
         """
         batch = {name: torch.cat([part[name] for part in micro_batches]) for name in micro_batches[0]}
-        self._sums = zero_sums(micro_batches, self._device)
+        self._sums = Sums.of(micro_batches, self._device)
         schedule = self.schedule(len(micro_batches), micro_batches[0])
         schedule.step(target=batch["weights"], losses=[], return_outputs=False, **batch)
         return self._sums
 
     @torch.no_grad()
-    def forward(self, micro_batches: Iterable[Batch]) -> Tensor:
+    def forward(self, micro_batches: Iterable[Batch]) -> Sums:
         """The sums of `backward` without gradients, for any number of micro-batches of any shape."""
         sending: dict[int, tuple[dist.Work | None, Tensor]] = {}
-        self._sums = zero_sums((), self._device)
+        self._sums = Sums(self._device)
         for batch in micro_batches:
             for index, stage in self._stages.items():
                 received = []
@@ -184,7 +184,7 @@ class Pipeline:
                 # Where all so far is frozen, torch's schedules want a tensor to run backward from all the same.
                 frozen = torch.is_grad_enabled() and not cast(Tensor, result).requires_grad
                 return cast(Tensor, result).requires_grad_() if frozen else cast(Tensor, result)
-            add_sums(self._sums, result, batch)
+            self._sums.add(result, batch)
             return result.loss
 
         stage.forward = forward

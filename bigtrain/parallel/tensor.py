@@ -94,7 +94,7 @@ class TensorGroup:
         if not self.sequence_parallel:
             return chunked_cross_entropy(hidden, whole, targets, weights)
         mine = self.positions(targets.shape[1])
-        loss, losses = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine])
+        loss, losses = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine], tp="part")
         # One message for both.
         summed = cast(Tensor, _Sum.apply(torch.cat((loss.view(1), losses.sum(dim=1))), self.group))
         # Schedules of pipelines detach the loss in place, which a view does not allow.

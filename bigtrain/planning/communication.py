@@ -34,6 +34,8 @@ ENDS = ("ends of pp",)
 """The group of the first and the last stage, where there are others between them."""
 
 FP64 = 8
+STEP_NUMBERS = 5
+"""What the ranks sum once a step (`engines.step`): square norm, votes, unknown metrics, loss, weight."""
 
 
 @dataclass(frozen=True, order=True)
@@ -305,7 +307,7 @@ class _Step:
             )
         if self.sizes.world_size > 1:
             # Of a mixture, loss and weight of each source besides.
-            yield _term("all_reduce", axes_of(self.sizes, *ALL), 4 * FP64, 1, "loss, weight, square norm, votes")
+            yield _term("all_reduce", axes_of(self.sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums")
 
 
 def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str) -> Term:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.config import Precision
-from bigtrain.planning.communication import FP64, Collective, Kind, Term
+from bigtrain.planning.communication import FP64, STEP_NUMBERS, Collective, Kind, Term
 from bigtrain.planning.parts import BYTES, FP32
 from bigtrain.planning.zero import BUCKET, stages_to_2
 
@@ -66,7 +66,7 @@ def strategy(
     """
     if ranks == 1:
         return []
-    terms = [_term("all_reduce", 4 * FP64, 1, "loss, weight, square norm, votes")]
+    terms = [_term("all_reduce", STEP_NUMBERS * FP64, 1, "what a step sums")]
     if engine.strategy == "fsdp2":
         return [*terms, *_fsdp2(shapes, units, ranks, BYTES[precision], passes)]
     everything = sum(map(math.prod, shapes.values()))

@@ -20,6 +20,7 @@ from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import (
     ALL,
     FP64,
+    STEP_NUMBERS,
     Activations,
     Collective,
     Kind,
@@ -90,7 +91,10 @@ def zero(
         terms += _stage_3(stage, sizes.data_parallel, engine, number, passes.count)
     else:
         terms += stages_to_2(shapes, engine.zero, ranks=sizes.data_parallel, number=number, passes=passes.count)
-    terms += [*_norm(engine, precision, sizes), _term("all_reduce", axes_of(sizes, *ALL), 4 * FP64, 1, "loss, votes")]
+    terms += [
+        *_norm(engine, precision, sizes),
+        _term("all_reduce", axes_of(sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums"),
+    ]
     return [term for term in terms if term.count and term.collective.axes and _is_held(term, sizes)]
 
 

@@ -42,12 +42,15 @@ from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory
 from bigtrain.testing import plain_loop
+from bigtrain.training.agent_link import AgentLink
 from bigtrain.training.bad_steps import Policy
 from bigtrain.training.boundaries import Boundaries
-from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.callback import Callback, Step
 from bigtrain.training.config import BadStepsConfig
-from bigtrain.training.loop import Callback, Progress, Step, Trainer
-from bigtrain.training.session import AgentLink
+from bigtrain.training.evaluation import Evaluated
+from bigtrain.training.logs import MetricsLog
+from bigtrain.training.loop import Trainer
+from bigtrain.training.progress import Progress
 
 VOCABULARY, CONTEXT = 1024, 256
 MODEL = Llama(layers=6, width=384, heads=6, context=CONTEXT, tied=True)
@@ -218,7 +221,7 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
             Boundaries(total_steps=rounds, evaluate_every=None, save_every=None),
             progress=Progress(),
             control=AgentLink(Heartbeat.from_environment({}), StopRequest(), None),
-            evaluate=dict,
+            evaluate=Evaluated,
             save=lambda progress: True,
             finish=lambda: True,
             policy=Policy(BadStepsConfig()),

@@ -28,7 +28,7 @@ from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.config.plugin import load_plugin
 from bigtrain.data.loader import distribute
 from bigtrain.engines.config import ENGINES, Precision
-from bigtrain.engines.contract import MicroBatch, Reloaded, StepNumbers, StepResult
+from bigtrain.engines.contract import Measuring, MicroBatch, Reloaded, StepNumbers, Totals
 from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.engines.support import check_support
 from bigtrain.models.batches import batch_kind
@@ -44,6 +44,7 @@ rounding of those, not its own."""
 OF_NUMBERS = 1e-5
 """Relative, for losses and norms in FP32."""
 LR = 1e-3
+ACCURACY = Measuring(frozenset({"accuracy"}))
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ class Deviations:
     losses: list[float]
     source_losses: list[float]
     """The worst of a mixture's sources."""
+    metrics: list[float]
+    """The worst of those that were recorded by name, or infinite where names differ."""
     norms: list[float]
     weights: list[float]
     """Relative, of each compared step."""
     free_losses: list[float]
     """Relative, of each step of a run of its own."""
     evaluation: float
-    """Relative, of the held-out loss at the start."""
+    """Relative, of the held-out loss and accuracy at the start: the larger one."""
 
     def faults(self) -> list[str]:
         """What is further away than allowed in FP32, in words."""
@@ -116,7 +119,7 @@ class Deviations:
         found += [
             f"gradient of {name}: {by:.3g} times what is allowed" for name, by in self.gradients.items() if not by <= 1
         ]
-        for kind in ("losses", "source_losses", "norms", "weights", "free_losses"):
+        for kind in ("losses", "source_losses", "metrics", "norms", "weights", "free_losses"):
             values = getattr(self, kind)
             if not max(values) <= OF_NUMBERS:
                 found.append(f"{kind}: {max(values):.3g} at step {values.index(max(values))}")
@@ -194,7 +197,7 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
     """Run one process, the whole batch in one pass, and write the state before each step and its gradients."""
     how = How(micro_size=None)
     engine = build(what, how)
-    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]))
+    numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]), ACCURACY)
     for step in range(what.steps):
         save_file(gather(engine.state()), directory / f"state-{step}.safetensors")
         found, gradients = compute(engine, what, how, step)
@@ -203,7 +206,10 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
         update(engine)
     rows = [[n.loss, n.weight, n.gradient_norm, *(value for pair in n.sources for value in pair)] for n in numbers]
     facts = {"numbers": torch.tensor(rows, dtype=torch.float64)}
-    facts["evaluation"] = torch.tensor(evaluation, dtype=torch.float64)
+    facts["evaluation"] = torch.tensor([evaluation.mean_loss, _accuracy(evaluation)], dtype=torch.float64)
+    for name in numbers[0].metrics:
+        values = [n.metrics[name].result for n in numbers]
+        facts[f"metric {name}"] = torch.tensor(values, dtype=torch.float64)
     save_file(facts, directory / "numbers.safetensors")
     return numbers
 
@@ -221,8 +227,9 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
     start = load_file(directory / "state-0.safetensors")
     same_start = all(torch.equal(value, start[name]) for name, value in gather(engine.state()).items())
     batch = micro_batches(what, how, 0, engine.data_parallel_rank, engine.data_parallel_size)
-    loss, weight = engine.evaluate(iter([batch]))
-    evaluation = _off(loss / weight, float(facts["evaluation"][0] / facts["evaluation"][1]))
+    held_out = engine.evaluate(iter([batch]), ACCURACY)
+    loss, accuracy = facts["evaluation"].tolist()
+    evaluation = max(_off(held_out.mean_loss or 0.0, loss), _off(1 + _accuracy(held_out), 1 + accuracy))
     free = []
     for step in range(what.steps):
         batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
@@ -251,10 +258,10 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             *(one for pair in numbers.sources for one in pair),
         )
         away = [_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True)]
-        off.append((*away[:3], max(away[3:], default=0.0)))
+        off.append((*away[:3], max(away[3:], default=0.0), _off_by_name(numbers, facts, step)))
     engine.close()
-    losses, weights, norms, source_losses = (list(column) for column in zip(*off, strict=True))
-    return Deviations(same_start, allowed, relative, losses, source_losses, norms, weights, free, evaluation)
+    losses, weights, norms, source_losses, metrics = (list(column) for column in zip(*off, strict=True))
+    return Deviations(same_start, allowed, relative, losses, source_losses, metrics, norms, weights, free, evaluation)
 
 
 def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
@@ -265,7 +272,7 @@ def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, 
     sums = engine.backward(step, batch)
     gradients = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
     whole = gather({name: gradient for name, gradient in gradients.items() if gradient is not None})
-    numbers = StepResult(engine.reduce_and_scale(sums, vote=0.0)).read()
+    numbers = engine.reduce_and_scale(sums, vote=0.0).read()
     return numbers, whole
 
 
@@ -362,6 +369,22 @@ def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
 
 def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
+
+
+def _off_by_name(numbers: StepNumbers, facts: dict[str, Tensor], step: int) -> float:
+    """The worst of a step's named metrics."""
+    known = {name.removeprefix("metric ") for name in facts if name.startswith("metric ")}
+    if numbers.metrics.keys() != known:
+        return math.inf
+    results = {name: value.result for name, value in numbers.metrics.items()}
+    pairs = [(value, float(facts[f"metric {name}"][step])) for name, value in results.items()]
+    return max((math.inf if value is None else _off(value, expected) for value, expected in pairs), default=0.0)
+
+
+def _accuracy(totals: Totals) -> float:
+    """Of an evaluation; 0 of a model that records none."""
+    found = totals.metrics.get("accuracy")
+    return 0.0 if found is None or found.result is None else found.result
 
 
 def _off(value: float, expected: float) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.storage import LineLog, cut_lines, read_lines
+from bigtrain.storage import LineLog, cut_lines, read_lines, write_atomic
+
+_log = logging.getLogger(__name__)
 
 NAMES = (
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s",
@@ -28,6 +32,7 @@ class MetricsFile:
         self.path = Path(path)
         self._log = LineLog(self.path)
         self._last_step: int | None = None
+        self._units: dict[str, str] = {}
         if _torn(self.path):
             cut_lines(self.path, keep=lambda value: True)
 
@@ -44,6 +49,18 @@ class MetricsFile:
             raise ValueError(f"step {step} comes after step {self._last_step} in {self.path.name}; cut it first")
         self._log.append({key: plain(value) for key, value in metrics.items()})
         self._last_step = step
+
+    def add_units(self, units: Mapping[str, str]) -> None:
+        """Keep the units of metrics that were recorded by name, beside the file; written only where one is new."""
+        if units.items() <= self._units.items():
+            return
+        self._units = {**read_units(self.path), **self._units, **units}
+        text = json.dumps({"format_version": 1, "units": self._units}, indent=1, sort_keys=True)
+        try:
+            write_atomic(_units_file(self.path), text + "\n")
+        except OSError as error:
+            # A full disk must not end the training.
+            _log.warning("the units of metrics could not be written: %s", error)
 
     def cut(self, step: int) -> None:
         """Drop what was logged after `step`: a resume from its checkpoint will log those steps again."""
@@ -85,6 +102,19 @@ def step_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     for row in read_lines(path):
         if isinstance(row.get("step"), int):
             yield row
+
+
+def read_units(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The units of the metrics in a metrics.jsonl that were recorded by name; none where nothing is known."""
+    try:
+        units = json.loads(_units_file(Path(path)).read_text())["units"]
+        return {str(name): str(unit) for name, unit in units.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _units_file(path: Path) -> Path:
+    return path.with_name("metrics.units.json")
 
 
 def _torn(path: Path) -> bool:

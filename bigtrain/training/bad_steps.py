@@ -100,7 +100,8 @@ class Policy:
         record.in_a_row += 1
         if record.in_a_row < self.config.limit:
             return None
-        cause = f"{record.in_a_row} steps in a row had no finite gradient, the last one step {step}"
+        lacked = "finite gradient" if numbers.weight else "token that counts"
+        cause = f"{record.in_a_row} steps in a row had no {lacked}, the last one step {step}"
         if self.config.then == "stop":
             raise BadStepsError(f"{cause}. {_ADVICE}")
         return self._ask(step, step - record.in_a_row + 1, cause)

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 from pydantic import field_validator, model_validator
 
 from bigtrain.config import Count, Duration, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigtrain.engines.contract import Totals
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result of an evaluator."""
+
+    value: float | None
+    """None where nothing counts."""
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluator sees of one held-out set, or of all together; sums over all ranks."""
+
+    totals: Totals
+    """Loss, weight, and what was recorded by name."""
+    text_bytes: float = 0.0
+    """Bytes of the text whose tokens count; NaN for other data."""
+
+
+class EvaluatorConfig(Section):
+    """Base of the evaluators. A subclass has a `name`, and overrides what it needs of the following."""
+
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that the model records only where they are requested (`bigtrain.metrics.wants_metric`)."""
+
+    name: str
+
+    def measure(self, model: Any, batch: dict[str, Tensor]) -> None:
+        """Call `record_metric` for one micro-batch; only where overridden, and not with pipeline stages.
+
+        Args:
+            model: The whole model as the engine holds it, without gradients.
+            batch: Its arrays on the device.
+        """
+
+    def results(self, held_out: HeldOut) -> dict[str, Result]:
+        """Results by name, without the prefix `val_`; recorded metrics are reported without it."""
+        return {}
 
 
 class EvaluationConfig(Section):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from bigtrain.training.loop import Callback, Progress, Step
+from bigtrain.training.callback import Callback, Step
+from bigtrain.training.progress import Progress
 
 Part = Literal["steps_s", "data_s", "saves_s", "evaluation_s"]
 

@@ -5,8 +5,8 @@
         finish the step before this one        # read its numbers: loss, norm, votes; bad_steps: go back?
         at a boundary (evaluation, save, end):
             finish this step too
-            evaluate
-        log                                    # callbacks: metrics.jsonl, samples.jsonl, W&B
+            evaluate                           # evaluation.py
+        log                                    # callbacks: metrics.jsonl, samples.jsonl, trackers
         save                                   # checkpoint/
         stop where a rank has voted for it
 
@@ -19,19 +19,25 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from bigtrain.data.loader import StepBatch
-from bigtrain.engines.contract import Engine, StepResult
+from bigtrain.engines.contract import Engine, StepNumbers, StepResult
 from bigtrain.heartbeat import Phase
+from bigtrain.metrics import Value, merge
 from bigtrain.optim.schedule import Schedule
-from bigtrain.training.bad_steps import BadStepsError, Policy, Record, RollBack
+from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.boundaries import Boundaries
+from bigtrain.training.callback import Callback, Step
+from bigtrain.training.evaluation import Evaluated
+from bigtrain.training.progress import Progress, source_loss
 
 VOTE_STOP = 1.0
 VOTE_SAVE = float(1 << 20)
-"""Weight of a vote to save: above any number of ranks, so that one sum carries both kinds of vote."""
+"""Weight of a vote to save: above any number of ranks, so that one sum carries all kinds of votes."""
+VOTE_END = 1.0 / (1 << 20)
+"""Weight of a callback's vote to end the run as finished: all of them together are less than one vote to stop."""
 
 
 class Outcome(enum.Enum):
@@ -45,54 +51,6 @@ class UnsavedError(RuntimeError):
     """The run has ended and its last state is not on the disk."""
 
 
-@dataclass
-class Progress:
-    """How far a run is: with the weights and the optimizer, all that a resume needs."""
-
-    step: int = 0
-    """Optimizer steps done."""
-
-    tokens: float = 0.0
-    """Sum of the weights of all samples consumed: tokens for text, images for images."""
-
-    drawn: dict[str, int] = field(default_factory=dict)
-    """Sequences drawn from each source of the training data."""
-
-    interval_loss: float = 0.0
-    """Sum of the losses since the last logged step, on the rank that logs: a resume may fall between two of them."""
-
-    interval_weight: float = 0.0
-    """Sum of the weights since the last logged step, without those of steps that were skipped."""
-
-    bad_steps: Record = field(default_factory=Record)
-    """What the policy for bad steps remembers."""
-
-    interval_sources: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """The same two sums of each source of a mixture."""
-
-
-@dataclass
-class Step:
-    """One finished step, as callbacks see it."""
-
-    number: int
-    """Steps done, this one included."""
-
-    batch: StepBatch
-    lr: float
-    loss_sum: float
-    weight: float
-    gradient_norm: float
-    seconds: float
-    data_wait_s: float
-    skipped: bool = False
-    """Whether loss or gradient were not finite, so that nothing was updated."""
-    loss_scale: float | None = None
-    """FP16's."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics, where this step was followed by an evaluation."""
-
-
 @dataclass(frozen=True)
 class _Launched:
     """A step whose numbers have not been read yet."""
@@ -104,24 +62,6 @@ class _Launched:
     result: StepResult
     data_wait_s: float
     seconds: float
-
-
-class Callback:
-    """Something that hangs on the loop; callbacks run in the order of `order`, on every rank."""
-
-    order = 50
-
-    def on_start(self, progress: Progress) -> None:
-        """Before the first step of this process."""
-
-    def on_step(self, step: Step, progress: Progress) -> None:
-        """After each step, in order, none left out."""
-
-    def on_roll_back(self, progress: Progress) -> None:
-        """After a roll-back: the steps after `progress.step` will come again, on other batches."""
-
-    def on_end(self, outcome: Outcome, progress: Progress) -> None:
-        """After the last step, when everything is saved."""
 
 
 class Loader(Protocol):
@@ -138,10 +78,10 @@ class Loader(Protocol):
 
 
 class Control(Protocol):
-    """How the loop tells its agent where it is, and hears what it should do."""
+    """How the loop reports its place to the agent, and receives the agent's requests."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Say that this rank lives, and in which phase of which step."""
+        """Report that this rank is alive, and in which phase of which step."""
         ...
 
     def vote(self) -> float:
@@ -161,7 +101,7 @@ class Trainer:
         *,
         progress: Progress,
         control: Control,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[], Evaluated],
         save: Callable[[Progress], bool],
         finish: Callable[[], bool],
         policy: Policy,
@@ -171,12 +111,12 @@ class Trainer:
         sources: Sequence[str] = (),
     ) -> None:
         """Args:
-        drawn: Sequences that so many steps have drawn from each source.
+        drawn: Sequences that so many steps have consumed of each source.
         sources: The names of those whose losses the engine tells apart.
         save: Saves the state at `progress`; False where the run must end because it cannot be saved.
         finish: Waits for saves under way; False where the last one failed.
         policy: For bad steps.
-        roll_back: Brings an older checkpoint back, and returns where it stands; None where there is none.
+        roll_back: Restores an older checkpoint, and returns where it stands; None where there is none.
         """
         self.engine = engine
         self.loader = loader
@@ -197,35 +137,34 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end, or to the step at which the ranks agree to stop."""
-        for callback in self.callbacks:
-            callback.on_start(self.progress)
+        self._restore_callbacks()
+        self._call(lambda callback: callback.on_start(self.progress))
         outcome = self._steps()
         self.control.beat(self.progress.step, "stopping")
         if not self.finish():
             raise UnsavedError(f"step {self.progress.step}, the last one, could not be saved: see events.jsonl")
-        for callback in self.callbacks:
-            callback.on_end(outcome, self.progress)
+        self._call(lambda callback: callback.on_end(outcome, self.progress))
         return outcome
 
     def _steps(self) -> Outcome:
         if self.progress.step >= self.boundaries.total_steps:
             return Outcome.FINISHED
-        while isinstance(outcome := self._leg(), RollBack):
+        while isinstance(outcome := self._segment(), RollBack):
             self._go_back(outcome)
         return outcome
 
-    def _leg(self) -> Outcome | RollBack:
+    def _segment(self) -> Outcome | RollBack:
         """Steps to the end, or to a bad one."""
-        total, left_out = self.boundaries.total_steps, self.progress.bad_steps.left_out
+        skipped_batches = self.progress.bad_steps.left_out
         pending: _Launched | None = None
         self._mark = time.perf_counter()
-        for batch in self._batches(self.progress.step, left_out):
-            done = batch.step - left_out + 1
+        for batch in self._batches(self.progress.step, skipped_batches):
+            done = batch.step - skipped_batches + 1
             lr = self.schedule.lr(done - 1)
-            result = self.engine.train_step(done - 1, batch.micro_batches, lr, self.control.vote())
+            result = self.engine.train_step(done - 1, batch.micro_batches, lr, self._vote())
             self.control.beat(done, "step")
             if pending is not None and (asked := self._finish(pending)) is not None:
-                # The step after the bad one is under way: what the ranks said in it still counts.
+                # The step after the bad one is under way: what the ranks voted in it still counts.
                 self._votes += result.read().votes
                 return asked
             pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
@@ -235,20 +174,38 @@ class Trainer:
                 pending = None
                 if asked is not None:
                     return asked
-                stops = self._votes % VOTE_SAVE > 0
-                if saves or self._votes:
-                    self._votes = 0.0
-                    stops = not self._save() or stops
-                self._lap()
-                if done >= total:
-                    return Outcome.FINISHED
-                if stops:
-                    return Outcome.STOPPED
-        raise RuntimeError(f"the loader ended at step {self.progress.step} of {total}")
+                if (outcome := self._boundary(saves)) is not None:
+                    return outcome
+        raise RuntimeError(f"the loader ended at step {self.progress.step} of {self.boundaries.total_steps}")
 
-    def _batches(self, done: int, left_out: int) -> Iterator[StepBatch]:
-        """The batches of the steps after `done`; a rank that waits for one shows it."""
-        batches = self.loader.batches(done + left_out)
+    def _boundary(self, saves: bool) -> Outcome | None:
+        """Save where it is due or voted for; how the run ends, where it does."""
+        of_stops = self._votes % VOTE_SAVE
+        stops, ends = of_stops >= VOTE_STOP, of_stops % VOTE_STOP > 0
+        if saves or self._votes:
+            self._votes = 0.0
+            stops = not self._save() or stops
+        self._lap()
+        if self.progress.step >= self.boundaries.total_steps:
+            return Outcome.FINISHED
+        if stops:
+            return Outcome.STOPPED
+        return Outcome.FINISHED if ends else None
+
+    def _vote(self) -> float:
+        """What this rank votes for, the agent's requests and the callbacks' together; each vote is cast once."""
+        vote = self.control.vote()
+        if any(callback.wants_save for callback in self.callbacks) and vote < VOTE_SAVE:
+            vote += VOTE_SAVE
+        if any(callback.stop_cause is not None for callback in self.callbacks):
+            vote += VOTE_END
+        for callback in self.callbacks:
+            callback.wants_save = False
+        return vote
+
+    def _batches(self, done: int, skipped_batches: int) -> Iterator[StepBatch]:
+        """The batches of the steps after `done`; the heartbeat shows a rank that waits for one."""
+        batches = self.loader.batches(done + skipped_batches)
         while True:
             self.control.beat(done, "data")
             batch = next(batches, None)
@@ -267,8 +224,8 @@ class Trainer:
             raise BadStepsError(f"{asked.cause}, and there is no checkpoint before it to go back to")
         restored.bad_steps = self.policy.after(before, asked, restored.bad_steps, restored.step)
         self.progress = restored
-        for callback in self.callbacks:
-            callback.on_roll_back(restored)
+        self._restore_callbacks()
+        self._call(lambda callback: callback.on_roll_back(restored))
 
     def _lap(self) -> float:
         """Seconds since the last call. A step that waits for the one before it lasts as long as that on the device."""
@@ -277,31 +234,24 @@ class Trainer:
         return seconds
 
     def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> RollBack | None:
-        """Read a step's numbers, move the progress on, and let the callbacks see it.
+        """Read a step's numbers, move the progress on, and call the callbacks.
 
         At a boundary no step runs meanwhile: waiting for the device belongs to this one.
 
         Returns:
-            What the policy for bad steps asks for, if anything; nothing else has happened then.
+            The roll-back that the policy for bad steps requests, if any; nothing else has happened then.
         """
         numbers = launched.result.read()
         seconds = launched.seconds + (self._lap() if boundary else 0.0)
-        done, record = launched.number, self.progress.bad_steps
+        if numbers.unknown:
+            self.engine.reducer.agree()
         self._votes += numbers.votes
-        asked = self.policy.judge(record, done, numbers)
+        asked = self.policy.judge(self.progress.bad_steps, launched.number, numbers)
         if asked is not None:
             return asked
-        self.progress.step = done
-        self.progress.tokens += numbers.weight
-        if not numbers.skipped:
-            self.progress.interval_loss += numbers.loss
-            self.progress.interval_weight += numbers.weight
-            for name, (loss, weight) in zip(self.sources, numbers.sources, strict=False):
-                before = self.progress.interval_sources.get(name, (0.0, 0.0))
-                self.progress.interval_sources[name] = before[0] + loss, before[1] + weight
-        self.progress.drawn = self.drawn(done + record.left_out)
+        self._advance(launched.number, numbers)
         step = Step(
-            number=done,
+            number=launched.number,
             batch=launched.batch,
             lr=launched.lr,
             loss_sum=numbers.loss,
@@ -311,48 +261,49 @@ class Trainer:
             data_wait_s=launched.data_wait_s,
             skipped=bool(numbers.skipped),
             loss_scale=numbers.loss_scale,
+            metrics=numbers.metrics,
         )
         if evaluates:
-            self.control.beat(done, "evaluation")
-            step.evaluation = self.evaluate()
-            self.control.beat(done, "step")
-        for callback in self.callbacks:
-            callback.on_step(step, self.progress)
+            self.control.beat(step.number, "evaluation")
+            evaluated = self.evaluate()
+            step.evaluation, step.units = evaluated.values, evaluated.units
+            self.control.beat(step.number, "step")
+        self._call(lambda callback: callback.on_step(step, self.progress))
         return None
+
+    def _advance(self, done: int, numbers: StepNumbers) -> None:
+        """Add a step's numbers to the progress; a step that was skipped adds no losses and metrics."""
+        progress = self.progress
+        progress.step = done
+        progress.tokens += numbers.weight
+        progress.drawn = self.drawn(done + progress.bad_steps.left_out)
+        sources = list(zip(self.sources, numbers.sources, strict=False))
+        if progress.source_tokens is not None:
+            for name, (_, weight) in sources:
+                progress.source_tokens[name] = progress.source_tokens.get(name, 0.0) + weight
+        if numbers.skipped:
+            return
+        progress.interval_loss += numbers.loss
+        progress.interval_weight += numbers.weight
+        losses = {(metric := source_loss(name)).name: Value(metric, *sums) for name, sums in sources}
+        merge(progress.interval_metrics, {**losses, **numbers.metrics})
 
     def _save(self) -> bool:
         self.control.beat(self.progress.step, "save")
+        states = {callback.key: callback.state() for callback in self.callbacks if callback.key}
+        self.progress.callbacks = {key: state for key, state in states.items() if state}
         saved = self.save(self.progress)
+        self._call(lambda callback: callback.on_save(self.progress))
         self.control.beat(self.progress.step, "step")
         return saved
 
+    def _call(self, event: Callable[[Callback], None]) -> None:
+        """Let each callback see an event; what it records travels with the next step."""
+        with self.engine.reducer.recorder.active(of_ranks=True):
+            for callback in self.callbacks:
+                event(callback)
 
-def as_plain(progress: Progress) -> dict[str, Any]:
-    """The progress as a checkpoint's manifest holds it."""
-    return {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "drawn": dict(progress.drawn),
-        "interval": {
-            "loss": progress.interval_loss,
-            "weight": progress.interval_weight,
-            "sources": {name: list(sums) for name, sums in progress.interval_sources.items()},
-        },
-        "bad_steps": progress.bad_steps.as_plain(),
-    }
-
-
-def from_plain(plain: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest holds."""
-    interval = plain.get("interval", {"loss": 0.0, "weight": 0.0})
-    return Progress(
-        step=int(plain["step"]),
-        tokens=float(plain["tokens"]),
-        drawn={str(name): int(count) for name, count in plain["drawn"].items()},
-        interval_loss=float(interval["loss"]),
-        interval_weight=float(interval["weight"]),
-        bad_steps=Record(**plain.get("bad_steps", {})),
-        interval_sources={
-            str(name): (float(loss), float(weight)) for name, (loss, weight) in interval.get("sources", {}).items()
-        },
-    )
+    def _restore_callbacks(self) -> None:
+        for callback in self.callbacks:
+            if callback.key in self.progress.callbacks:
+                callback.load_state(self.progress.callbacks[callback.key])

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bigtrain import storage, variables
-from bigtrain.checkpoint.huggingface import load_hf, verify_hf
-from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
-from bigtrain.checkpoint.ranks import Ranks as Together
-from bigtrain.checkpoint.ranks import world_group
-from bigtrain.checkpoint.restore import refuse_unrestored, store_of
+from bigtrain.checkpoint.restore import store_of
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.upload import Uploader
 from bigtrain.config import UserError, yaml_file
 from bigtrain.config.plugin import plugin_of_launcher
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.loader import EvaluationLoader, Loader
-from bigtrain.engines.contract import Reloaded
 from bigtrain.hardware import lookup, mfu
 from bigtrain.hardware.this_machine import this_machine
-from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
+from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, lease_check, load_config
 from bigtrain.run.plugins import plugin_hashes
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
+from bigtrain.training.agent_link import AgentLink
 from bigtrain.training.bad_steps import Policy, RollBack
-from bigtrain.training.callbacks import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.callback import Callback
+from bigtrain.training.evaluation import Evaluated, Evaluation, HeldOutSet
+from bigtrain.training.evaluators.loss import LossConfig
 from bigtrain.training.ledger import Ledger, process_age_s
-from bigtrain.training.loop import (
-    VOTE_SAVE,
-    VOTE_STOP,
-    Callback,
-    Outcome,
-    Progress,
-    Trainer,
-    as_plain,
-    from_plain,
-)
+from bigtrain.training.logs import Announcements, MetricsLog, SampleLog, Utilisation
+from bigtrain.training.loop import Outcome, Trainer
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import HfSource, is_fresh, resolve_source
+from bigtrain.training.progress import Progress, as_plain
+from bigtrain.training.restoring import Restoring
 from bigtrain.training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
@@ -77,32 +68,6 @@ def _check_unchanged(config: RunConfig, directory: RunDirectory) -> None:
             )
 
 
-class AgentLink:
-    """The loop's line to its agent: heartbeats up, requests to stop or save down."""
-
-    def __init__(self, heartbeat: Heartbeat, stop: StopRequest, save_every_s: float | None) -> None:
-        self._heartbeat = heartbeat
-        self._stop = stop
-        self._save_every_s = save_every_s
-        self._next_save = time.monotonic() + save_every_s if save_every_s else None
-        self._answered = Control.RUN
-
-    def beat(self, step: int, phase: Phase) -> None:
-        """Pass a sign of life on."""
-        self._heartbeat.beat(step, phase)
-
-    def vote(self) -> float:
-        """What this rank asks of all: a save that was asked for, or is due by the clock, is voted for once."""
-        control = self._heartbeat.control()
-        saves = control is Control.SAVE and self._answered is not Control.SAVE
-        self._answered = control
-        if self._next_save is not None and time.monotonic() >= self._next_save:
-            saves = True
-            self._next_save = time.monotonic() + (self._save_every_s or 0.0)
-        stops = control is Control.STOP or self._stop.requested
-        return VOTE_STOP * stops + VOTE_SAVE * saves
-
-
 class Session:
     """What one rank holds while it trains; leaving it gives everything back."""
 
@@ -131,6 +96,7 @@ class Session:
         # The clock of one rank decides for all.
         by_clock = every.seconds if every.is_time and self.ranks.rank == 0 else None
         self.link = AgentLink(heartbeat, stop, by_clock)
+        self._restoring = Restoring(self.engine, config, directory, self._event)
         self._uploader = self._start_uploader()
         self.saver = Saver(
             directory.checkpoints,
@@ -154,8 +120,11 @@ class Session:
 
     def train(self) -> Outcome:
         """Restore, then run the loop."""
-        progress = self._restore()
+        progress = self._restoring.start()
+        if progress.step and self._uploader is not None:
+            self._uploader.wake()
         self._compare_memory()
+        evaluation = self._evaluation()
         config, prepared = self.config, self.prepared
         log_samples = config.streaming.log_samples and self.ranks.rank == 0
         with Loader(prepared.sources, prepared.order, log_samples=log_samples, **self._reading()) as loader:
@@ -166,7 +135,7 @@ class Session:
                 prepared.boundaries(),
                 progress=progress,
                 control=self.link,
-                evaluate=self._evaluate,
+                evaluate=Evaluated if evaluation is None else partial(self._evaluate, evaluation),
                 save=self._save,
                 finish=self._finish_saving,
                 policy=Policy(config.bad_steps),
@@ -177,82 +146,15 @@ class Session:
             )
             return trainer.fit()
 
-    def _restore(self) -> Progress:
-        """Load the newest sound checkpoint, else what `init` names, else start from the seed."""
-        found = find(self.directory.checkpoints)
-        if found is not None:
-            for warning in found.warnings:
-                self._event("fallback", step=found.step, cause=warning)
-            self._load(found, self.engine.state())
-            if self._uploader is not None:
-                self._uploader.wake()
-            return from_plain(found.manifest.progress)
-        Together(world_group()).once(lambda: refuse_unrestored(self.config))
-        init = self.config.init
-        if init.source is None:
-            return Progress()
-        source = resolve_source(init.source, self.directory.path.parent)
-        if isinstance(source, HfSource):
-            return self._take_weights(source)
-        if init.hash not in (None, source.hash):
-            raise UserError(
-                "init.source is not the checkpoint that this run began with",
-                f"{source.run}@{source.step}",
-                "Restore it, or choose another --name.",
-            )
-        found = find(source.checkpoints, source.step)
-        assert found is not None  # find raises where the step is not there
-        return self._take(found)
-
     def _roll_back(self, asked: RollBack) -> Progress | None:
-        """Bring back the newest sound checkpoint that is old enough, or any before, and remove those after it."""
+        """Restore the newest sound checkpoint that is old enough, or any before, and remove those after it."""
         self.saver.wait()
         self._refuse_if_fenced()
-        checkpoints = self.directory.checkpoints
-        found = find(checkpoints, before=asked.wanted) or find(checkpoints, before=asked.first - 1)
-        if found is None:
-            return None
-        self._load(found, self.engine.state())
-        self.saver.rewind(found.step)
-        progress = from_plain(found.manifest.progress)
-        self._event("rolled_back", step=asked.step, to=found.step, cause=asked.cause)
+        progress = self._restoring.older(asked.wanted, asked.first)
+        if progress is not None:
+            self.saver.rewind(progress.step)
+            self._event("rolled_back", step=asked.step, to=progress.step, cause=asked.cause)
         return progress
-
-    def _take(self, found: Found) -> Progress:
-        """Take the part of another run's checkpoint that `init.state` names."""
-        state = self.engine.state()
-        if self.config.init.state == "weights":
-            weights = {f"model.{name}": tensor for name, tensor in self._wanted(state).items()}
-            fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
-            self._load(found, weights, prefix="model.", leave=fresh)
-            return Progress()
-        # The other run may have been in another precision.
-        saved = saved_names(found)
-        state = {name: state[name] for name in state if name in saved or not name.startswith("loss_scale.")}
-        self._load(found, state, leave=["loss_scale.*"])
-        return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
-
-    def _take_weights(self, source: HfSource) -> Progress:
-        """Take Hugging Face weights, compared with the hash that the launcher found."""
-        init = self.config.init
-        if init.hash is not None:
-            verify_hf(source.files, init.hash)
-        weights = self._wanted(self.engine.state())
-        names = source.files.check_fit(self.config.model, {name: tuple(weights[name].shape) for name in weights})
-        load_hf(source.files, names, weights)
-        if isinstance(self.engine, Reloaded):
-            self.engine.state_loaded()
-        return Progress()
-
-    def _wanted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The weights that a source gives, by qualified names."""
-        weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
-        return {name: tensor for name, tensor in weights.items() if not is_fresh(name, self.config.init)}
-
-    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "", leave: Sequence[str] = ()) -> None:
-        load_found(found, state, prefix=prefix, leave=leave)
-        if isinstance(self.engine, Reloaded):
-            self.engine.state_loaded()
 
     def _save(self, progress: Progress) -> bool:
         config = self.config
@@ -297,31 +199,30 @@ class Session:
                 "See `bigtrain status`; one launcher at a time may train a run.",
             )
 
-    def _evaluate(self) -> dict[str, float]:
-        with self._ledger.measure("evaluation_s"):
-            return self._evaluated()
+    def _evaluation(self) -> Evaluation | None:
+        """The run's evaluation; None without validation data."""
+        held_out, config = self.prepared.held_out, self.config.evaluation
+        if held_out is None:
+            return None
 
-    def _evaluated(self) -> dict[str, float]:
-        held_out = self.prepared.held_out
-        assert held_out is not None  # there are no evaluations without validation data
-        evaluation = self.config.evaluation
-        losses, weights, text_bytes = 0.0, 0.0, 0.0
-        metrics: dict[str, float] = {}
-        for name, index in zip(held_out.names, held_out.indexes, strict=True):
-            with EvaluationLoader(
-                index, batches=evaluation.batches, sequences=evaluation.sequences, **self._reading()
-            ) as loader:
-                loss, weight = self.engine.evaluate(batch.micro_batches for batch in loader)
-            losses, weights = losses + loss, weights + weight
-            text_bytes += weight * (index.bytes_per_token or math.nan)
-            if len(held_out.names) > 1:
-                metrics[f"val_loss/{name}"] = loss / weight
-        self._compare_memory()
-        metrics["val_loss"] = losses / weights
-        if text_bytes > 0:
-            # Nats over the bytes of the text, in bits.
-            metrics["val_bits_per_byte"] = losses / text_bytes / math.log(2)
-        return metrics
+        def loader_of(index: ShardIndex) -> EvaluationLoader:
+            return EvaluationLoader(index, batches=config.batches, sequences=config.sequences, **self._reading())
+
+        sets = {
+            name: HeldOutSet(partial(loader_of, index), index.bytes_per_token)
+            for name, index in zip(held_out.names, held_out.indexes, strict=True)
+        }
+        return Evaluation(self.engine, [LossConfig()], sets, self._warn_of_evaluation)
+
+    def _warn_of_evaluation(self, line: str) -> None:
+        logger.warning(line)
+        self._event("warning", cause=line)
+
+    def _evaluate(self, evaluation: Evaluation) -> Evaluated:
+        with self._ledger.measure("evaluation_s"):
+            evaluated = evaluation.run()
+            self._compare_memory()
+        return evaluated
 
     def _reading(self) -> dict[str, Any]:
         """How this rank reads its part of a global batch."""

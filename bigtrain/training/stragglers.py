@@ -16,8 +16,9 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from bigtrain.training.callback import Callback, Step
 from bigtrain.training.flight import collectives, group_of
-from bigtrain.training.loop import Callback, Progress, Step
+from bigtrain.training.progress import Progress
 
 EVERY: Final = 100
 """Steps between two looks."""

@@ -140,7 +140,7 @@ def measure(case: Case, fault: str = "") -> Measured:
     engine.strategy.step = keep_and_step
     for step in range(case.steps):
         batch = micro_batches(case, step, rank, ranks)
-        evaluation = engine.evaluate(iter([batch, batch]))
+        evaluation = engine.evaluate(iter([batch, batch])).sums
         result = engine.train_step(step, batch, lr=1e-2, vote=2.0**rank).read()
         numbers.append((result.loss, result.weight, result.gradient_norm))
         votes.append(result.votes)
@@ -308,7 +308,7 @@ def follow(case: Case, befores: list[dict[str, Tensor]] | None) -> list[Step]:
             put(engine.state(), befores[step])
             engine.state_loaded()
         before, batch = whole_state(engine), micro_batches(case, step, rank, ranks)
-        evaluation = engine.evaluate(iter([batch]))
+        evaluation = engine.evaluate(iter([batch])).sums
         numbers = engine.train_step(step, batch, lr=1e-3).read()
         found.append(Step(before, evaluation, (numbers.loss, numbers.weight, numbers.gradient_norm), dict(gradients)))
     engine.close()

@@ -31,6 +31,8 @@ from bigtrain.engines.deepspeed.start import import_deepspeed
 from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.config import FAMILIES
+from bigtrain.models.contract import LossSum
+from bigtrain.models.sums import Sums
 from bigtrain.optim.config import ParameterGroup
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
@@ -132,7 +134,10 @@ def first_gradients(engine: Any, batch: list[MicroBatch]) -> dict[str, Tensor]:
     gradients = {name: safe_get_full_grad(parameter).float() * dist.get_world_size() for name, parameter in named}
     before = {name: tensor.clone() for name, tensor in whole_state(engine).items()}
     # DeepSpeed gives gradients up only in a step: one without effect, undone to the bit.
-    engine.update(torch.ones(2, dtype=torch.float64), lr=0.0)
+    one = torch.ones(())
+    sums = Sums(one.device)
+    sums.add(LossSum(one, one), {})
+    engine.update(sums, lr=0.0)
     for name, tensor in engine.state().items():
         part(tensor).copy_(matching(before[name], tensor))
     engine.state_loaded()
@@ -173,7 +178,7 @@ def measure(case: Case, undo_averaging: bool = True) -> Measured:
     for step in range(case.steps):
         batch = micro_batches(case, step)
         if step == case.steps - 1:
-            evaluation = engine.evaluate(iter([batch, batch]))
+            evaluation = engine.evaluate(iter([batch, batch])).sums
         if step == 0:
             gradients = first_gradients(engine, batch)
         result = engine.train_step(step, batch, LR, vote=2.0 ** dist.get_rank()).read()

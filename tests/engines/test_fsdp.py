@@ -158,7 +158,7 @@ def measure(case: Case, fault: str = "") -> Measured:
     engine.optimizer.zero_grad()
     numbers, votes, evaluation = [], [], (0.0, 0.0)
     for step, batch in enumerate(batches):
-        evaluation = engine.evaluate(iter([batch, batch]))
+        evaluation = engine.evaluate(iter([batch, batch])).sums
         result = engine.train_step(step, batch, lr=case.optimizer.lr, vote=2.0**rank).read()
         numbers.append((result.loss, result.weight, result.gradient_norm))
         votes.append(result.votes)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from bigtrain.engines.contract import MicroBatch
+from bigtrain.models.sums import Sums
 from bigtrain.testing.equivalence import MODELS, Deviations, How, What, deviations
 from bigtrain.testing.ranks import RankPool
 
@@ -114,10 +114,10 @@ def mean_of_each_rank(engine: Any) -> None:
     """Losses divided by the rank's own tokens, as trainers do that average over ranks."""
     backward, pass_back = engine.backward, engine.engine.backward
 
-    def averaged(step: int, micro_batches: list[MicroBatch]) -> Tensor:
+    def averaged(step: int, micro_batches: list[MicroBatch]) -> Sums:
         weight = sum(float(batch["weights"].sum()) for batch in micro_batches)
         engine.engine.backward = lambda loss, **keys: pass_back(loss * (TOKENS_OF_A_RANK / weight), **keys)
-        sums: Tensor = backward(step, micro_batches)
+        sums: Sums = backward(step, micro_batches)
         return sums
 
     engine.backward = averaged

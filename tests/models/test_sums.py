@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from bigtrain.models.contract import LossSum
 from bigtrain.models.hf_tasks import Example, loss_sum
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 
 
 def test_each_sources_loss_is_the_cross_entropy_of_its_own_sequences(make_decoder) -> None:  # type: ignore[no-untyped-def]
@@ -20,23 +20,24 @@ def test_each_sources_loss_is_the_cross_entropy_of_its_own_sequences(make_decode
     of = torch.tensor([0, 2, 0, 1, 2, 0])
     batch = {"tokens": tokens, "targets": targets, "weights": weights, "sources": F.one_hot(of, 3).float()}
     halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 4), slice(4, 6))]
-    sums = zero_sums(halves, torch.device("cpu"))
+    sums = Sums.of(halves, torch.device("cpu"))
     for half in halves:
-        add_sums(sums, LossSum(*model(half)), half)
+        sums.add(LossSum(*model(half)), half)
     with torch.no_grad():
         losses = F.cross_entropy(model.logits(batch).flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(weights) * weights
     expected = [losses.sum(), weights.sum()]
     for source in range(3):
         expected += [losses[of == source].sum(), weights[of == source].sum()]
-    torch.testing.assert_close(sums, torch.stack(expected).double(), rtol=1e-6, atol=0)
+    found = torch.cat([torch.stack([sums.loss, sums.weight]), sums.sources])
+    torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=0)
 
 
 def test_a_model_that_does_not_tell_sequences_apart_leaves_the_sources_empty() -> None:
     batch = {"sources": torch.eye(2)}
-    sums = zero_sums([batch], torch.device("cpu"))
-    add_sums(sums, LossSum(torch.tensor(3.0), torch.tensor(2.0)), batch)
-    assert sums.tolist() == [3, 2, 0, 0, 0, 0]
+    sums = Sums.of([batch], torch.device("cpu"))
+    sums.add(LossSum(torch.tensor(3.0), torch.tensor(2.0)), batch)
+    assert (sums.loss, sums.weight, sums.sources.tolist()) == (3, 2, [0, 0, 0, 0])
 
 
 def test_a_hugging_face_models_sequences_add_up_to_its_loss() -> None:

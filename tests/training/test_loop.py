@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import StepNumbers
+from bigtrain.engines.step import StepReducer
 from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.run import RunDirectory
 from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.boundaries import Boundaries
-from bigtrain.training.callbacks import MetricsLog
+from bigtrain.training.callback import Callback, Step
 from bigtrain.training.config import BadStepsConfig
+from bigtrain.training.evaluation import Evaluated
+from bigtrain.training.logs import MetricsLog
 from bigtrain.training.loop import (
     VOTE_SAVE,
     VOTE_STOP,
-    Callback,
     Outcome,
-    Progress,
-    Step,
     Trainer,
     UnsavedError,
-    as_plain,
-    from_plain,
 )
+from bigtrain.training.progress import Progress, as_plain, from_plain
 
 SEQUENCES = 4
 LR = 0.5
@@ -69,6 +69,7 @@ class World:
     first: int = 0
     log: list[str] = field(default_factory=list)
     data_wait_s: float = 0.25
+    reducer: StepReducer = field(default_factory=lambda: StepReducer(torch.device("cpu")))
 
     def train_step(self, step: int, micro_batches: list[Any], lr: float, vote: float = 0.0) -> Result:
         done = step + 1
@@ -95,9 +96,9 @@ class World:
         done = max([self.first] + [int(line.split()[1]) for line in self.log if line.startswith("step")]) + 1
         return self.votes.get(done, 0.0)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluated:
         self.log.append("evaluate")
-        return {"val_loss": 3.0}
+        return Evaluated({"val_loss": 3.0})
 
     def save(self, progress: Progress) -> bool:
         self.log.append(f"save {progress.step}")

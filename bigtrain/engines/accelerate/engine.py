@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigtrain.config import UserError
 from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.accelerate.strategies import Plain, prepare, release
 from bigtrain.engines.config import Precision
-from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
+from bigtrain.engines.step import StepReducer
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.families.hf import Config
 from bigtrain.models.hf_tasks import examples, loss_sum
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
@@ -40,6 +40,7 @@ class AccelerateEngine:
         self.device = device
         self.data_parallel_rank = ranks.rank
         self.data_parallel_size = ranks.world_size
+        self.reducer = StepReducer(device, ranks.rank, ranks.world_size)
         self._clip = clip
         self._seed = seed
         self._guard = Guard(strategy.inner_optimizer)
@@ -81,67 +82,61 @@ class AccelerateEngine:
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
-        numbers = self._reduce_and_scale(self.backward(step, micro_batches), vote)
+        result = self._reduce_and_scale(self.backward(step, micro_batches), vote)
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.strategy.step()
-        return StepResult(numbers)
+        return result
 
-    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Tensor:
+    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
         """Leave with the strategy the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
-            The sums over this rank's micro-batches, as `sums.zero_sums` has them.
+            The sums over this rank's micro-batches.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.strategy.model.train()
-        sums = zero_sums(micro_batches, self.device)
+        sums = Sums.of(micro_batches, self.device)
         for number, arrays in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            with self.strategy.accumulating(last):
+            with self.strategy.accumulating(last), self.reducer.recorder.active():
                 batch = to_device(arrays, self.device)
                 result = loss_sum(self.strategy.model, examples(self.config, batch))
                 self.strategy.backward(result.loss, last)
-            add_sums(sums, result, batch)
+            sums.add(result, batch)
         return sums
 
-    def _reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
-        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
-
-        Returns:
-            What `StepResult` takes, equal on all ranks.
-        """
+    def _reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
+        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
         gradients = self.strategy.gradients()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         # What all ranks have counts once.
         if gradients and (self.strategy.sharded or self.data_parallel_rank == 0):
             square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
-        self._sum(vector)
-        square, votes, loss, weight = vector[:4].unbind()
-        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        total = self.reducer.reduce(square, vote, sums)
+        bad = total.bad(total.square)
         self._guard.arm(bad)
-        scale = self.data_parallel_size / weight
-        norm = square.sqrt() * scale
+        scale = self.data_parallel_size / total.safe_weight
+        norm = total.square.sqrt() * scale
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), torch.zeros_like(loss)]), vector[4:]])
+        return total.result(norm, bad)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.strategy.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro_batches in batches:
-            for arrays in micro_batches:
+        sums = Sums(self.device)
+        with self.reducer.evaluating(measuring.wanted).active():
+            for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 batch = to_device(arrays, self.device)
-                add_sums(sums, loss_sum(self.strategy.model, examples(self.config, batch)), batch)
+                sums.add(loss_sum(self.strategy.model, examples(self.config, batch)), batch)
+                for measure in measuring.passes:
+                    measure(self.strategy.model, batch)
         self.strategy.after_evaluation()
-        self._sum(sums)
-        loss, weight = sums.tolist()
-        return loss, weight
+        return self.reducer.totals(sums)
 
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`."""
@@ -160,10 +155,6 @@ class AccelerateEngine:
         if self.data_parallel_size > 1:
             release()
             self.strategy.close()
-
-    def _sum(self, tensor: Tensor) -> None:
-        if self.data_parallel_size > 1:
-            dist.all_reduce(tensor)
 
 
 def _compute_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

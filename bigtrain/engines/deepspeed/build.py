@@ -80,7 +80,8 @@ def build_deepspeed_engine(
     _check_got(started, engine, dtype, sizes)
     if mesh is not None and plan.partial:
         sum_gradients_as_they_come(built, plan.partial, mesh["tp"].get_group())
-    parts = Started(deepspeed, started, built, inner, plan, sizes)
+    stream_is_part = layout.sequence_parallel and sizes.tp > 1
+    parts = Started(deepspeed, started, built, inner, plan, sizes, stream_is_part)
     return made(parts, clip=optimizer.clip, seed=seed, device=device)
 
 

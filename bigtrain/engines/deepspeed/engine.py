@@ -20,15 +20,16 @@ from torch import Tensor
 
 from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.deepspeed.partitions import Partitions
 from bigtrain.engines.deepspeed.start import leave_process_group
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import peak_memory_bytes, reseed, to_device
+from bigtrain.engines.step import Reduced, StepReducer
 from bigtrain.models.contract import LossSum
 from bigtrain.models.init import fill
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 from bigtrain.parallel.config import Mesh
 
 
@@ -46,6 +47,8 @@ class Started:
     plan: Plan
     sizes: Mesh
     """Of the axes over all ranks."""
+    stream_is_part: bool
+    """Whether tensor-parallel ranks share the residual stream."""
 
 
 class DeepSpeedEngine:
@@ -68,7 +71,7 @@ class DeepSpeedEngine:
         self.data_parallel_size = started.sizes.data_parallel
         self._deepspeed = started.deepspeed
         self._plan = plan = started.plan
-        self._counts_loss = started.sizes.counts_loss(rank)
+        self.reducer = StepReducer(device, rank, dist.get_world_size(), started.sizes, started.stream_is_part)
         self._clip = clip
         self._seed = seed
         self._stage = int(self.engine.zero_optimization_stage())
@@ -82,9 +85,8 @@ class DeepSpeedEngine:
                 self.data_parallel_rank,
                 plan.copies,
             )
-        self._weight = torch.ones((), dtype=torch.float64, device=device)
-        self._norm = torch.zeros_like(self._weight)
-        self._loss_sum = torch.zeros_like(self._weight)
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._total: Reduced
         self._guard = Guard(self.optimizer)
         self.optimizer.register_step_pre_hook(self._scale_gradients)
         self._fill()
@@ -93,61 +95,48 @@ class DeepSpeedEngine:
         """See `contract.Engine.train_step`."""
         return self.update(self.backward(step, micro_batches), lr, vote)
 
-    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Tensor:
+    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
         """Leave with DeepSpeed the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
-            The sums over this rank's micro-batches, as `sums.zero_sums` has them.
+            The sums over this rank's micro-batches.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.engine.train()
-        sums = zero_sums(micro_batches, self.device)
+        sums = Sums.of(micro_batches, self.device)
         last = len(micro_batches) - 1
-        for index, arrays in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == last)
-            batch = to_device(arrays, self.device)
-            result = LossSum(*self.engine(batch))
-            self.engine.backward(result.loss, scale_wrt_gas=False)
-            add_sums(sums, result, batch)
+        with self.reducer.recorder.active():
+            for index, arrays in enumerate(micro_batches):
+                self.engine.set_gradient_accumulation_boundary(index == last)
+                batch = to_device(arrays, self.device)
+                result = LossSum(*self.engine(batch))
+                self.engine.backward(result.loss, scale_wrt_gas=False)
+                sums.add(result, batch)
         return sums
 
-    def update(self, sums: Tensor, lr: float, vote: float = 0.0) -> StepResult:
+    def update(self, sums: Sums, lr: float, vote: float = 0.0) -> StepResult:
         """Sum what `backward` returned over the ranks, and let DeepSpeed take the step."""
-        loss, votes, sources = self._reduce(sums, vote)
+        self._reduce(sums, vote)
         self._set_lr(lr)
         self.engine.step()
-        return self._result(loss, votes, sources)
+        return self._result()
 
-    def _reduce(self, sums: Tensor, vote: float) -> tuple[Tensor, Tensor, Tensor]:
-        """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself.
-
-        Returns:
-            float64 loss, votes, and the sums of each source; weight and norm are kept for the optimizer.
-        """
-        if not self._counts_loss:
-            sums = torch.zeros_like(sums)
-        square = self._square_of_gradients()
-        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
-        dist.all_reduce(vector)
-        square, votes, self._loss_sum, self._weight = vector[:4].unbind()
-        self._norm = square.sqrt()
-        return self._loss_sum, votes, vector[4:]
+    def _reduce(self, sums: Sums, vote: float) -> None:
+        """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself."""
+        self._total = self.reducer.reduce(self._square_of_gradients(), vote, sums)
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def _result(self, loss: Tensor, votes: Tensor, sources: Tensor) -> StepResult:
-        norm = self._mean_norm() * self.data_parallel_size / self._weight
-        bad = self._bad().double()
-        return StepResult(
-            torch.cat([torch.stack([loss, self._weight, norm, votes, bad, torch.zeros_like(bad)]), sources])
-        )
+    def _result(self) -> StepResult:
+        norm = self._mean_norm() * self.data_parallel_size / self._total.safe_weight
+        return self._total.result(norm, self._bad())
 
     def _bad(self) -> Tensor:
         """Whether the step is to be skipped, on all ranks alike; DeepSpeed's own norm is then -1 or infinite."""
         norm = self._mean_norm()
-        return ~(torch.isfinite(self._loss_sum) & torch.isfinite(norm) & (norm >= 0))
+        return self._total.bad(norm) | (norm < 0)
 
     @property
     def _norm_is_ours(self) -> bool:
@@ -158,20 +147,20 @@ class DeepSpeedEngine:
         """This rank's part of the square of the norm, float64; 0 where DeepSpeed computes it."""
         # Reduced already, and the same on all data-parallel ranks.
         if not self._norm_is_ours or self.data_parallel_rank > 0:
-            return torch.zeros_like(self._norm)
+            return torch.zeros_like(self._zero)
         copies = self._plan.copies
         return self._square([p.grad for name, p in self.model.named_parameters() if name not in copies])
 
     def _square(self, gradients: list[Tensor | None]) -> Tensor:
         found = [gradient for gradient in gradients if gradient is not None]
         if not found:
-            return torch.zeros_like(self._norm)
+            return torch.zeros_like(self._zero)
         return torch.stack(torch._foreach_norm(found)).double().square().sum()
 
     def _mean_norm(self) -> Tensor:
         """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
         if self._norm_is_ours:
-            return self._norm
+            return self._total.square.sqrt()
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
@@ -181,7 +170,7 @@ class DeepSpeedEngine:
         DeepSpeed steps its optimizer part by part, each time with the part's gradients; the norm is known before.
         """
         self._guard.arm(self._bad())
-        scale = self.data_parallel_size / self._weight
+        scale = self.data_parallel_size / self._total.safe_weight
         if self._clip is not None:
             scale = scale * (self._clip / (self._mean_norm() * scale)).clamp(max=1.0)
         gradients = [
@@ -194,17 +183,17 @@ class DeepSpeedEngine:
             torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.engine.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro_batches in batches:
-            for arrays in micro_batches:
+        sums = Sums(self.device)
+        with self.reducer.evaluating(measuring.wanted).active():
+            for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 batch = to_device(arrays, self.device)
-                add_sums(sums, LossSum(*self.engine(batch)), batch)
-        dist.all_reduce(sums if self._counts_loss else sums.zero_())
-        loss_sum, weight_sum = sums.tolist()
-        return loss_sum, weight_sum
+                sums.add(LossSum(*self.engine(batch)), batch)
+                for measure in measuring.passes:
+                    measure(self.engine, batch)
+        return self.reducer.totals(sums)
 
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`: FP32 weights, as `FlatPart`s where ranks share them."""

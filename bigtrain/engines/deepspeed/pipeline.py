@@ -13,19 +13,18 @@ from itertools import repeat
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.deepspeed.engine import DeepSpeedEngine, Started
 from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch, LossSum
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 from bigtrain.parallel.config import Mesh
 from bigtrain.parallel.pipeline import ends_group
 
@@ -38,12 +37,12 @@ class StageLayer(nn.Module):
         self.stage = stage
         self._first = first
         self._batches: Iterator[Batch] = iter(())
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = Sums(torch.device("cpu"))
 
-    def read(self, batches: list[Batch], device: torch.device) -> None:
-        """Take these micro-batches in the passes that follow, and sum anew."""
+    def read(self, batches: list[Batch], sums: Sums) -> None:
+        """Take these micro-batches in the passes that follow, and add their losses to `sums`."""
         self._batches = iter(batches)
-        self.sums = zero_sums(batches, device)
+        self.sums = sums
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream for the next stage, or the sum of losses; `x` means nothing on the first."""
@@ -52,7 +51,7 @@ class StageLayer(nn.Module):
         if not isinstance(result, LossSum):
             stream: Tensor = result
             return stream
-        add_sums(self.sums, result, batch)
+        self.sums.add(result, batch)
         return result.loss
 
 
@@ -83,12 +82,10 @@ class PipelinedEngine(DeepSpeedEngine):
         (self._layer,) = (layer for layer in self.engine.module.children() if isinstance(layer, StageLayer))
         self._shape: tuple[int, ...] = ()
         self._vote = 0.0
-        self._loss = self._votes = torch.zeros_like(self._weight)
-        self._sources = self._weight.new_zeros(0)
         step = self.engine._INSTRUCTION_MAP[OptimizerStep]
 
         def reduce_and_step(engine: Any, **arguments: Any) -> None:
-            self._loss, self._votes, self._sources = self._reduce(self._layer.sums, self._vote)
+            self._reduce(self._layer.sums, self._vote)
             step(engine, **arguments)
 
         self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: reduce_and_step}
@@ -100,35 +97,34 @@ class PipelinedEngine(DeepSpeedEngine):
         self._vote = vote
         # Not through its gradient_accumulation_steps, by which it would divide the loss.
         self.engine.micro_batches = len(micro_batches)
-        self.engine.train_batch(self._read(micro_batches))
-        return self._result(self._loss, self._votes, self._sources)
+        with self.reducer.recorder.active():
+            self.engine.train_batch(self._read(micro_batches, Sums.of(micro_batches, self.device)))
+        return self._result()
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
-        sums = zero_sums((), self.device)
-        for micro_batches in batches:
-            nothing = self._read(micro_batches)
-            self.engine.eval_batch(nothing, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
-            sums += self._layer.sums[:2]
-        dist.all_reduce(sums if self._counts_loss else sums.zero_())
-        loss_sum, weight_sum = sums.tolist()
-        return loss_sum, weight_sum
+        sums = Sums(self.device)
+        with self.reducer.evaluating(measuring.wanted).active():
+            for micro_batches in batches:
+                nothing, count = self._read(micro_batches, sums), len(micro_batches)
+                self.engine.eval_batch(nothing, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        return self.reducer.totals(sums)
 
-    def _read(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand the stage its micro-batches.
+    def _read(self, micro_batches: list[MicroBatch], sums: Sums) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand the stage its micro-batches; it adds their losses to `sums`.
 
         Returns:
             What DeepSpeed takes for inputs and labels.
         """
         tensors = [to_device(arrays, self.device) for arrays in micro_batches]
-        self._layer.read(tensors, self.device)
+        self._layer.read(tensors, sums)
         shape = tuple(next(iter(tensors[0].values())).shape)
         if shape != self._shape:
             # Stages tell each other the shape of the stream once, with the first message.
             self.engine.reset_activation_shape()
             self._shape = shape
-        return repeat((self._weight, self._weight))
+        return repeat((self._zero, self._zero))
 
     @property
     def _norm_is_ours(self) -> bool:

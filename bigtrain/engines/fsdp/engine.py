@@ -13,14 +13,15 @@ from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
 from bigtrain.engines.config import Precision
-from bigtrain.engines.contract import MicroBatch, StepResult
+from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
+from bigtrain.engines.step import StepReducer
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.contract import Batch, LossSum
-from bigtrain.models.sums import add_sums, zero_sums
+from bigtrain.models.sums import Sums
 from bigtrain.optim.build import is_frozen
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
@@ -45,10 +46,12 @@ class FSDPEngine:
         sizes: Mesh | None = None,
         mesh: DeviceMesh | None = None,
         loss_scale: LossScale | None = None,
+        stream_is_part: bool = False,
     ) -> None:
         """Args:
         loss_scale: FP16's.
         sizes, mesh: The axes over all ranks; neither where this process is alone.
+        stream_is_part: Whether tensor-parallel ranks share the residual stream.
         """
         sizes = sizes or Mesh()
         self.model: Any = model.module
@@ -63,7 +66,10 @@ class FSDPEngine:
         rank = dist.get_rank() if mesh is not None else 0
         self.data_parallel_rank = sizes.data_parallel_rank(rank)
         self.data_parallel_size = sizes.data_parallel
-        self._counts_loss = sizes.counts_loss(rank)
+        world_size = 1 if mesh is None else dist.get_world_size()
+        self.reducer = StepReducer(device, rank, world_size, sizes, stream_is_part)
+        if loss_scale is not None:
+            self.reducer.recorder.weight_scale = loss_scale.scale
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
@@ -116,93 +122,88 @@ class FSDPEngine:
             sizes=sizes,
             mesh=mesh,
             loss_scale=LossScale(device) if precision == "fp16" else None,
+            stream_is_part=layout.sequence_parallel and sizes.tp > 1,
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
         sums = self.backward(step, micro_batches)
-        numbers = self.reduce_and_scale(sums, vote)
+        result = self.reduce_and_scale(sums, vote)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(numbers)
+        return result
 
-    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Tensor:
+    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
         """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
 
         Returns:
-            The sums over this rank's micro-batches, as `sums.zero_sums` has them; in FP16 scaled, as the gradients are.
+            The sums over this rank's micro-batches; in FP16 scaled, as the gradients are.
         """
         reseed(self._seed, step, self.data_parallel_rank)
         self.model.train()
-        sums = zero_sums(micro_batches, self.device)
-        if self.pipeline is not None:
-            sums += self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
-        else:
-            for number, arrays in enumerate(micro_batches, 1):
-                begin_pass(self.model, last=number == len(micro_batches))
-                batch = self._scaled(self._batch(arrays))
-                result = LossSum(*self.model(batch))
-                result.loss.backward()
-                add_sums(sums, result, batch)
+        with self.reducer.recorder.active():
+            sums = self._passes(micro_batches)
         if self._shared_by_ends and self._ends is not None:
             sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
             sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
         return sums
 
-    def reduce_and_scale(self, sums: Tensor, vote: float) -> Tensor:
-        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
+    def _passes(self, micro_batches: list[MicroBatch]) -> Sums:
+        """Forward and backward of each micro-batch."""
+        if self.pipeline is not None:
+            return self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
+        sums = Sums.of(micro_batches, self.device)
+        for number, arrays in enumerate(micro_batches, 1):
+            begin_pass(self.model, last=number == len(micro_batches))
+            batch = self._scaled(self._batch(arrays))
+            result = LossSum(*self.model(batch))
+            result.loss.backward()
+            sums.add(result, batch)
+        return sums
 
-        Returns:
-            What `StepResult` takes, equal on all ranks.
-        """
+    def reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
+        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
         gradients = _gradients(self._parameters)
         counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if counted:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
-        if not self._counts_loss:
-            sums = torch.zeros_like(sums)
-        vector = torch.cat([torch.stack([square, torch.full_like(square, vote)]), sums])
-        if self._mesh is not None:
-            dist.all_reduce(vector)
-        square, votes, loss, weight = vector[:4].unbind()
+        total = self.reducer.reduce(square, vote, sums)
         # One rank's bad gradient has made the sum over all of them bad.
-        bad = ~(torch.isfinite(square) & torch.isfinite(loss))
+        bad = total.bad(total.square)
         self._guard.arm(bad)
-        norm = square.sqrt() / weight
-        scale = 1.0 / weight
+        scale = 1.0 / total.safe_weight
+        norm = total.square.sqrt() * scale
         if self._clip is not None:
             scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.float())
-        by = torch.zeros_like(loss)
+        loss_scale = None
         if self._loss_scale is not None:
-            by = self._loss_scale.scale.double()
-            self._loss_scale.update(bad)
-            loss, weight, vector = loss / by, weight / by, vector / by
-        return torch.cat([torch.stack([loss, weight, norm, votes, bad.double(), by]), vector[4:]])
+            loss_scale = self._loss_scale.scale.double()
+            # A step without a token is skipped, and says nothing about the scale.
+            self._loss_scale.update(bad & (total.weight != 0))
+        return total.result(norm, bad, loss_scale)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[list[MicroBatch]]) -> tuple[float, float]:
+    def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for micro_batches in batches:
+        sums = Sums(self.device)
+        with self.reducer.evaluating(measuring.wanted).active():
             if self.pipeline is not None:
-                sums += self.pipeline.forward(to_device(arrays, self.device) for arrays in micro_batches)
-                continue
-            for arrays in micro_batches:
+                sums = self.pipeline.forward(to_device(arrays, self.device) for batch in batches for arrays in batch)
+            for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 batch = self._batch(arrays)
-                add_sums(sums, LossSum(*self.model(batch)), batch)
+                sums.add(LossSum(*self.model(batch)), batch)
+                for measure in measuring.passes:
+                    measure(self.model, batch)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
-        if self._mesh is not None:
-            dist.all_reduce(sums if self._counts_loss else sums.zero_())
-        loss_sum, weight_sum = sums.tolist()
-        return loss_sum, weight_sum
+        return self.reducer.totals(sums)
 
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""

@@ -1,4 +1,4 @@
-"""What hangs on the loop: the log of metrics, the log of samples, the tracker."""
+"""The callbacks that write the record of a run: metrics, consumed samples, events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Final
 from bigtrain import storage
 from bigtrain.run import RunDirectory
 from bigtrain.tracking.metrics import MetricsFile, step_rows
-from bigtrain.training.loop import Callback, Progress, Step
+from bigtrain.training.callback import Callback, Step
+from bigtrain.training.progress import Progress
 
 Utilisation = Callable[[float], float | None]
 """MFU at a number of tokens (or images) per second; None where the device's peak is not known."""
@@ -90,7 +91,7 @@ class MetricsLog(Callback):
         self._reset()
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """Add the step to the interval, and log it where one ends."""
+        """Add the step to the interval, and log the interval where it ends."""
         self._weight += step.weight
         self._seconds += step.seconds
         self._data_wait_s += step.data_wait_s
@@ -111,16 +112,26 @@ class MetricsLog(Callback):
             "data_wait_s": round(self._data_wait_s, 6),
             "skipped_steps": progress.bad_steps.skipped,
             **({} if step.loss_scale is None else {"loss_scale": step.loss_scale}),
-            **{f"loss/{name}": loss / weight for name, (loss, weight) in progress.interval_sources.items() if weight},
-            **{f"epochs/{name}": round(count, 6) for name, count in self._epochs(step.batch.step + 1).items()},
+            **{name: value.result for name, value in progress.interval_metrics.items() if value.weight},
+            **self._of_sources(step, progress),
             **step.evaluation,
         }
         self._file.append(row)
+        units = {name: value.metric.unit for name, value in progress.interval_metrics.items() if value.metric.unit}
+        self._file.add_units({**units, **step.units})
         if self._tracker is not None:
             self._tracker(row)
-        progress.interval_loss = progress.interval_weight = 0.0
-        progress.interval_sources = {}
+        progress.end_interval()
         self._reset()
+
+    def _of_sources(self, step: Step, progress: Progress) -> dict[str, float]:
+        """How often each source of a mixture has been gone through, and how many of its tokens have counted."""
+        epochs = self._epochs(step.batch.step + 1)
+        tokens = progress.source_tokens or {}
+        return {
+            **{f"epochs/{name}": round(count, 6) for name, count in epochs.items()},
+            **{f"tokens/{name}": int(count) for name, count in tokens.items()},
+        }
 
     def _reset(self) -> None:
         self._weight = self._seconds = self._data_wait_s = 0.0
@@ -147,7 +158,7 @@ class Announcements(Callback):
     def on_step(self, step: Step, progress: Progress) -> None:
         """`skipped`, where a step updated nothing."""
         if step.skipped:
-            cause = "loss or gradient are not finite"
-            if step.loss_scale is not None:
+            cause = "loss or gradient are not finite" if step.weight else "no token of the batch counts"
+            if step.weight and step.loss_scale is not None:
                 cause += f" at a loss scale of {step.loss_scale:g}"
             self._event("skipped", step=step.number, cause=cause, skipped_steps=progress.bad_steps.skipped)

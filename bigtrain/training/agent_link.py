@@ -1,0 +1,34 @@
+"""How a rank's loop and its agent talk: through the heartbeat page and SIGTERM."""
+
+from __future__ import annotations
+
+import time
+
+from bigtrain.heartbeat import Control, Heartbeat, Phase, StopRequest
+from bigtrain.training.loop import VOTE_SAVE, VOTE_STOP
+
+
+class AgentLink:
+    """The loop's connection to its agent: heartbeats to it, requests to stop or save from it."""
+
+    def __init__(self, heartbeat: Heartbeat, stop: StopRequest, save_every_s: float | None) -> None:
+        self._heartbeat = heartbeat
+        self._stop = stop
+        self._save_every_s = save_every_s
+        self._next_save = time.monotonic() + save_every_s if save_every_s else None
+        self._answered = Control.RUN
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """Pass a heartbeat on."""
+        self._heartbeat.beat(step, phase)
+
+    def vote(self) -> float:
+        """This rank's vote: a save that was requested, or is due by the clock, is voted for once."""
+        control = self._heartbeat.control()
+        saves = control is Control.SAVE and self._answered is not Control.SAVE
+        self._answered = control
+        if self._next_save is not None and time.monotonic() >= self._next_save:
+            saves = True
+            self._next_save = time.monotonic() + (self._save_every_s or 0.0)
+        stops = control is Control.STOP or self._stop.requested
+        return VOTE_STOP * stops + VOTE_SAVE * saves

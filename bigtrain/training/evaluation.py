@@ -1,0 +1,127 @@
+"""Evaluation on held-out data: several evaluators on several sets, named metrics out of one pass each.
+
+Each set is read once, in global batches that are the same at every evaluation. The engine sums losses, weights and what
+is recorded by name over all ranks; evaluators turn the sums into results, for each set and for all together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.config import UserError
+from bigtrain.engines.contract import Engine, Measuring, Totals
+from bigtrain.metrics import merge
+from bigtrain.training.config import EvaluatorConfig, HeldOut, Result
+
+if TYPE_CHECKING:
+    pass
+
+PREFIX = "val_"
+"""How the names of held-out metrics begin; `/SET` ends those of one set among several."""
+
+
+@dataclass
+class Evaluated:
+    """What one evaluation found, by name as metrics.jsonl has it; None where nothing counts."""
+
+    values: dict[str, float | None] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+
+
+class Evaluation:
+    """The evaluators of a run, and the sets that they are run on.
+
+    Args:
+        engine: Runs the passes.
+        evaluators: From the config.
+        sets: By name: the batches of an evaluation, as a context that yields them, and the bytes of text of a token.
+        warn: Takes one line, at most once for each cause.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        evaluators: Sequence[EvaluatorConfig],
+        sets: Mapping[str, HeldOutSet],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._engine = engine
+        self._evaluators = evaluators
+        self._sets = sets
+        self._warn = warn
+        self._warned: set[str] = set()
+        own = [one.measure for one in evaluators if type(one).measure is not EvaluatorConfig.measure]
+        wanted: frozenset[str] = frozenset().union(*(one.wants for one in evaluators))
+        self._measuring = Measuring(wanted, tuple(own))
+
+    def run(self) -> Evaluated:
+        """Evaluate on all sets. Collective."""
+        found = {name: self._of_set(held_out) for name, held_out in self._sets.items()}
+        evaluated = Evaluated()
+        if len(found) > 1:
+            for name, totals in found.items():
+                self._add(evaluated, totals, f"/{name}")
+        self._add(evaluated, together(found.values()), "")
+        return evaluated
+
+    def _of_set(self, held_out: HeldOutSet) -> HeldOut:
+        with held_out.open() as loader:
+            totals = self._engine.evaluate((batch.micro_batches for batch in loader), self._measuring)
+        per_token = held_out.bytes_per_token
+        return HeldOut(totals, totals.weight * (math.nan if per_token is None else per_token))
+
+    def _add(self, evaluated: Evaluated, held_out: HeldOut, suffix: str) -> None:
+        """Add the evaluators' results, and what the model recorded that no evaluator has taken."""
+        recorded = held_out.totals.metrics
+        results = {name: Result(value.result, value.metric.unit) for name, value in recorded.items()}
+        for evaluator in self._evaluators:
+            for name in sorted(evaluator.wants - recorded.keys() - self._warned):
+                self._warned.add(name)
+                self._warn(
+                    f"the evaluator '{evaluator.name}' needs the metric '{name}', which this model does not record"
+                )
+            results |= evaluator.results(held_out)
+        for name, result in results.items():
+            key = f"{PREFIX}{name}{suffix}"
+            evaluated.values[key] = result.value
+            if result.unit:
+                evaluated.units[key] = result.unit
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """One set of held-out data."""
+
+    open: Callable[[], Any]
+    """A context that yields an evaluation's global batches, each with this rank's `micro_batches`."""
+    bytes_per_token: float | None = None
+    """Of its text; None for other data."""
+
+
+def together(sets: Iterable[HeldOut]) -> HeldOut:
+    """The sums over several sets."""
+    loss = weight = text_bytes = 0.0
+    metrics: dict[str, Any] = {}
+    for held_out in sets:
+        loss, weight = loss + held_out.totals.loss, weight + held_out.totals.weight
+        text_bytes += held_out.text_bytes
+        merge(metrics, held_out.totals.metrics)
+    return HeldOut(Totals(loss, weight, metrics), text_bytes)
+
+
+def check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int) -> None:
+    """Refuse what cannot be evaluated at a layout.
+
+    Raises:
+        UserError: An evaluator calls the whole model, of which a pipeline's rank holds some stages only.
+    """
+    for evaluator in evaluators:
+        if stages > 1 and type(evaluator).measure is not EvaluatorConfig.measure:
+            raise UserError(
+                f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",
+                "evaluation.evaluators",
+                "Leave it out, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
+            )

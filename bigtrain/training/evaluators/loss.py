@@ -1,0 +1,23 @@
+"""The held-out loss, and for text the bits per byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from bigtrain.training.config import EvaluatorConfig, HeldOut, Result
+
+
+class LossConfig(EvaluatorConfig):
+    """The held-out loss; for text also in bits per byte, which tokenizers do not change."""
+
+    name: Literal["loss"] = "loss"
+
+    def results(self, held_out: HeldOut) -> dict[str, Result]:
+        """`loss` in nats per token (or image), `bits_per_byte` of text."""
+        totals = held_out.totals
+        found = {"loss": Result(totals.mean_loss, "nats per token")}
+        if held_out.text_bytes > 0:
+            # Nats over the bytes of the text, in bits.
+            found["bits_per_byte"] = Result(totals.loss / held_out.text_bytes / math.log(2), "bits per byte")
+        return found

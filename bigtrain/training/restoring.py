@@ -1,0 +1,101 @@
+"""Where a run begins: its newest sound checkpoint, else what `init` names, else the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bigtrain.checkpoint.huggingface import load_hf, verify_hf
+from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
+from bigtrain.checkpoint.ranks import Ranks as Together
+from bigtrain.checkpoint.ranks import world_group
+from bigtrain.checkpoint.restore import refuse_unrestored
+from bigtrain.config import UserError
+from bigtrain.engines.contract import Reloaded
+from bigtrain.run import RunConfig, RunDirectory
+from bigtrain.training.progress import Progress, from_plain
+from bigtrain.training.source import HfSource, is_fresh, resolve_source
+
+
+class Restoring:
+    """Fills the state of a run's engine from checkpoints and sources.
+
+    Args:
+        on_event: Writes `fallback`, with step and cause, where a newer checkpoint is not sound.
+    """
+
+    def __init__(self, engine: Any, config: RunConfig, directory: RunDirectory, on_event: Callable[..., None]) -> None:
+        self.engine, self.config, self.directory = engine, config, directory
+        self._event = on_event
+
+    def start(self) -> Progress:
+        """Load the newest sound checkpoint, else what `init` names, else start from the seed."""
+        found = find(self.directory.checkpoints)
+        if found is not None:
+            for warning in found.warnings:
+                self._event("fallback", step=found.step, cause=warning)
+            self._load(found, self.engine.state())
+            return from_plain(found.manifest.progress)
+        Together(world_group()).once(lambda: refuse_unrestored(self.config))
+        init = self.config.init
+        if init.source is None:
+            return Progress()
+        source = resolve_source(init.source, self.directory.path.parent)
+        if isinstance(source, HfSource):
+            return self._take_weights(source)
+        if init.hash not in (None, source.hash):
+            raise UserError(
+                "init.source is not the checkpoint that this run began with",
+                f"{source.run}@{source.step}",
+                "Restore it, or choose another --name.",
+            )
+        found = find(source.checkpoints, source.step)
+        assert found is not None  # find raises where the step is not there
+        return self._take(found)
+
+    def older(self, wanted: int, first: int) -> Progress | None:
+        """Load the newest sound checkpoint of at most step `wanted`, else any before step `first`; None without one."""
+        checkpoints = self.directory.checkpoints
+        found = find(checkpoints, before=wanted) or find(checkpoints, before=first - 1)
+        if found is None:
+            return None
+        self._load(found, self.engine.state())
+        return from_plain(found.manifest.progress)
+
+    def _take(self, found: Found) -> Progress:
+        """Take the part of another run's checkpoint that `init.state` names."""
+        state = self.engine.state()
+        if self.config.init.state == "weights":
+            weights = {f"model.{name}": tensor for name, tensor in self._wanted(state).items()}
+            fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
+            self._load(found, weights, prefix="model.", leave=fresh)
+            return Progress()
+        # The other run may have been in another precision.
+        saved = saved_names(found)
+        state = {name: state[name] for name in state if name in saved or not name.startswith("loss_scale.")}
+        self._load(found, state, leave=["loss_scale.*"])
+        return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
+
+    def _take_weights(self, source: HfSource) -> Progress:
+        """Take Hugging Face weights, compared with the hash that the launcher found."""
+        init = self.config.init
+        if init.hash is not None:
+            verify_hf(source.files, init.hash)
+        weights = self._wanted(self.engine.state())
+        names = source.files.check_fit(self.config.model, {name: tuple(weights[name].shape) for name in weights})
+        load_hf(source.files, names, weights)
+        if isinstance(self.engine, Reloaded):
+            self.engine.state_loaded()
+        return Progress()
+
+    def _wanted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights that a source provides, by qualified name."""
+        weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
+        return {name: tensor for name, tensor in weights.items() if not is_fresh(name, self.config.init)}
+
+    def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "", leave: Sequence[str] = ()) -> None:
+        load_found(found, state, prefix=prefix, leave=leave)
+        if isinstance(self.engine, Reloaded):
+            self.engine.state_loaded()
