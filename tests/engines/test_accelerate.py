@@ -237,7 +237,10 @@ def assert_same(measured: Measured, expected: Measured) -> None:
     assert measured.evaluation == pytest.approx(expected.evaluation, rel=OF_NUMBERS)
 
 
-IN_ONE_PROCESS = [pytest.param(kind, marks=[] if kind == "bert" else pytest.mark.slow) for kind in TASKS]
+IN_ONE_PROCESS = [pytest.param(kind, marks=[] if kind == "bert" else pytest.mark.exhaustive) for kind in TASKS]
+OVER_RANKS = [
+    pytest.param(kind, marks=pytest.mark.slow if kind == "llama" else pytest.mark.exhaustive) for kind in TASKS
+]
 
 
 @pytest.mark.parametrize("kind", IN_ONE_PROCESS)
@@ -329,8 +332,7 @@ def followed_alone(ranks: RankPool) -> Callable[[Case], list[Step]]:
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", OVER_RANKS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_eight_steps_from_the_same_weights_and_eight_of_its_own_are_those_of_one_process(
     ranks: RankPool,
@@ -385,7 +387,7 @@ def save_and_go_on(case: Case, directory: Path, load_into: Case | None) -> list[
 RESUMED = [
     ("gpt2", "fp32"),
     pytest.param("bert", "fp32", marks=pytest.mark.slow),
-    pytest.param("t5", "bf16", marks=pytest.mark.slow),
+    pytest.param("t5", "bf16", marks=pytest.mark.exhaustive),
 ]
 """Each task, each precision; of all that a checkpoint holds, an architecture changes the names alone."""
 
@@ -473,7 +475,7 @@ BF16_BANDS = {"ddp": (3e-2, 5e-7, 6e-4), "zero2": (3e-2, 5e-7, 6e-4), "fsdp2": (
 norms and embeddings in BF16 too, so that the residual stream is rounded, most of all T5's."""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["bert", "t5"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_stays_in_its_band(

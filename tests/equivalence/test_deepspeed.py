@@ -86,6 +86,14 @@ EACH_TECHNIQUE_ONCE = [
 """The fast tier; for dp2 that is tests/engines/test_deepspeed.py."""
 
 
+def tier(pair: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    """The mark of a row: the slow tier has the model with most, at each layout that is not three techniques at once."""
+    if pair in EACH_TECHNIQUE_ONCE:
+        return []
+    each_change = pair[0] == WITH_MOST and pair[1] not in TOGETHER
+    return [pytest.mark.slow if each_change else pytest.mark.exhaustive]
+
+
 def of_layout(model: str, layout: str) -> What:
     """What is trained: the model, with as many layers as the layout's stages want."""
     what = MODELS[model]
@@ -94,7 +102,7 @@ def of_layout(model: str, layout: str) -> What:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [pytest.param(*pair, marks=[] if pair in EACH_TECHNIQUE_ONCE else pytest.mark.slow) for pair in ALL],
+    [pytest.param(*pair, marks=tier(pair)) for pair in ALL],
 )
 def test_a_layout_computes_what_one_process_computes(
     ranks: RankPool, recorded: Callable[[str, What], Path], model: str, layout: str

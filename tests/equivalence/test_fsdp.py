@@ -151,6 +151,20 @@ ALL = dict.fromkeys(
 )
 
 
+EACH_CHANGE = {
+    *((WITH_MOST, layout) for layout in LAYOUTS if layout not in {*TOGETHER, *(of for _, of in COMPILED)}),
+    COMPILED[1],
+}
+"""The slow tier: the model with most at each layout. Other models, and three techniques at once, are run by hand."""
+
+
+def tier(pair: tuple[str, str]) -> list[pytest.MarkDecorator]:
+    """The mark of a row."""
+    if pair in EACH_TECHNIQUE_ONCE:
+        return []
+    return [pytest.mark.slow if pair in EACH_CHANGE else pytest.mark.exhaustive]
+
+
 def of_layout(model: str, layout: str) -> What:
     """What is trained: the model, with as many layers as the layout's stages want."""
     keys = LAYOUTS[layout].layout
@@ -163,7 +177,7 @@ def of_layout(model: str, layout: str) -> What:
 @pytest.mark.timeout(2 * COMPILER_LIMIT_S)
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [pytest.param(*pair, marks=[] if pair in EACH_TECHNIQUE_ONCE else pytest.mark.slow) for pair in ALL],
+    [pytest.param(*pair, marks=tier(pair)) for pair in ALL],
 )
 def test_a_layout_computes_what_one_process_computes(
     ranks: RankPool, recorded: Callable[[str, What], Path], model: str, layout: str

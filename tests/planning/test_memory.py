@@ -98,20 +98,20 @@ ALL_GATHER = {"cp": 2, "cp_kind": "all_gather"}
 INTERLEAVED = {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
 FSDP = [
     pytest.param(UNEVEN, 2, {}, id="dp2, uneven"),
-    pytest.param(UNEVEN, 4, {}, id="dp4, uneven", marks=pytest.mark.slow),
+    pytest.param(UNEVEN, 4, {}, id="dp4, uneven", marks=pytest.mark.exhaustive),
     pytest.param(UNEVEN, 4, {"dp_replicate": 2}, id="hsdp2x2, uneven", marks=pytest.mark.slow),
     pytest.param(TIED, 2, {"tp": 2}, id="tp2, tied", marks=pytest.mark.slow),
-    pytest.param(GPT2, 2, {"tp": 2, "sequence_parallel": False}, id="tp2, biases", marks=pytest.mark.slow),
+    pytest.param(GPT2, 2, {"tp": 2, "sequence_parallel": False}, id="tp2, biases", marks=pytest.mark.exhaustive),
     pytest.param(EVEN, 4, {"tp": 2}, id="tp2 x dp2"),
     pytest.param(UNEVEN, 2, {"cp": 2}, id="cp2 ulysses", marks=pytest.mark.slow),
     pytest.param(UNEVEN, 2, ALL_GATHER, id="cp2 all_gather", marks=pytest.mark.slow),
-    pytest.param(UNEVEN, 4, {"cp": 2}, id="cp2 x dp2", marks=pytest.mark.slow),
-    pytest.param(EVEN, 4, {"cp": 2, "tp": 2}, id="cp2 x tp2", marks=pytest.mark.slow),
+    pytest.param(UNEVEN, 4, {"cp": 2}, id="cp2 x dp2", marks=pytest.mark.exhaustive),
+    pytest.param(EVEN, 4, {"cp": 2, "tp": 2}, id="cp2 x tp2", marks=pytest.mark.exhaustive),
     pytest.param(TIED | FOUR, 2, {"pp": 2}, id="pp2, tied"),
-    pytest.param(GPT2 | FOUR, 2, {"pp": 2, "pp_split": (1, 3)}, id="pp2, explicit split", marks=pytest.mark.slow),
+    pytest.param(GPT2 | FOUR, 2, {"pp": 2, "pp_split": (1, 3)}, id="pp2, explicit split", marks=pytest.mark.exhaustive),
     pytest.param(UNEVEN | FOUR, 2, INTERLEAVED, id="pp2 interleaved", marks=pytest.mark.slow),
     pytest.param(TIED | FOUR, 4, {"pp": 2, "tp": 2}, id="pp2 x tp2, tied", marks=pytest.mark.slow),
-    pytest.param(UNEVEN | FOUR, 4, {"pp": 2}, id="pp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(UNEVEN | FOUR, 4, {"pp": 2}, id="pp2 x dp2", marks=pytest.mark.exhaustive),
 ]
 
 
@@ -164,20 +164,22 @@ def allocated_by_zero(what: What, how: How) -> Held:
 
 NOTHING_WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ZERO = [
-    pytest.param(What(UNEVEN), 0, 2, {}, {}, id="0", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN), 1, 2, {}, {}, id="1", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 0, 2, {}, {}, id="0", marks=pytest.mark.exhaustive),
+    pytest.param(What(UNEVEN), 1, 2, {}, {}, id="1", marks=pytest.mark.exhaustive),
     pytest.param(What(UNEVEN), 2, 2, {}, {}, id="2"),
     pytest.param(What(UNEVEN), 3, 2, {}, {}, id="3", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN), 3, 2, {}, NOTHING_WHOLE, id="3, nothing whole", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN, precision="bf16"), 1, 2, {}, {}, id="1, bf16", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN, precision="bf16"), 2, 2, {}, {}, id="2, bf16", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 3, 2, {}, NOTHING_WHOLE, id="3, nothing whole", marks=pytest.mark.exhaustive),
+    pytest.param(What(UNEVEN, precision="bf16"), 1, 2, {}, {}, id="1, bf16", marks=pytest.mark.exhaustive),
+    pytest.param(What(UNEVEN, precision="bf16"), 2, 2, {}, {}, id="2, bf16", marks=pytest.mark.exhaustive),
     pytest.param(What(UNEVEN, precision="bf16"), 3, 2, {}, {}, id="3, bf16", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN), 1, 4, {"tp": 2}, {}, id="1, tp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(What(UNEVEN), 1, 4, {"tp": 2}, {}, id="1, tp2 x dp2", marks=pytest.mark.exhaustive),
     pytest.param(What(TIED), 2, 4, {"tp": 2}, {}, id="2, tp2 x dp2, tied", marks=pytest.mark.slow),
     pytest.param(What(UNEVEN), 3, 4, {"tp": 2}, {}, id="3, tp2 x dp2", marks=pytest.mark.slow),
-    pytest.param(What(UNEVEN), 3, 4, {"tp": 2}, NOTHING_WHOLE, id="3, tp2, nothing whole", marks=pytest.mark.slow),
+    pytest.param(
+        What(UNEVEN), 3, 4, {"tp": 2}, NOTHING_WHOLE, id="3, tp2, nothing whole", marks=pytest.mark.exhaustive
+    ),
     pytest.param(What(TIED), 1, 2, {"pp": 2}, {}, id="1, pp2, tied", marks=pytest.mark.slow),
-    pytest.param(What(GPT2), 1, 4, {"pp": 2}, {}, id="1, pp2 x dp2", marks=pytest.mark.slow),
+    pytest.param(What(GPT2), 1, 4, {"pp": 2}, {}, id="1, pp2 x dp2", marks=pytest.mark.exhaustive),
 ]
 
 
@@ -241,23 +243,23 @@ MASK = {"documents": True}
 BF16 = {"precision": "bf16"}
 ACTIVATIONS = [
     pytest.param(EVEN, 1, {}, {}, id="llama"),
-    pytest.param(EVEN, 1, {}, BF16, id="llama, bf16", marks=pytest.mark.slow),
-    pytest.param(GPT2, 1, {}, {}, id="gpt2", marks=pytest.mark.slow),
-    pytest.param(GPT2, 1, {}, BF16, id="gpt2, bf16", marks=pytest.mark.slow),
-    pytest.param({**GPT2, "mlp": "relu"}, 1, {}, {}, id="relu", marks=pytest.mark.slow),
-    pytest.param(EVEN, 1, {}, MASK | BF16, id="documents, bf16", marks=pytest.mark.slow),
+    pytest.param(EVEN, 1, {}, BF16, id="llama, bf16", marks=pytest.mark.exhaustive),
+    pytest.param(GPT2, 1, {}, {}, id="gpt2", marks=pytest.mark.exhaustive),
+    pytest.param(GPT2, 1, {}, BF16, id="gpt2, bf16", marks=pytest.mark.exhaustive),
+    pytest.param({**GPT2, "mlp": "relu"}, 1, {}, {}, id="relu", marks=pytest.mark.exhaustive),
+    pytest.param(EVEN, 1, {}, MASK | BF16, id="documents, bf16", marks=pytest.mark.exhaustive),
     pytest.param(EVEN, 2, {"tp": 2}, {}, id="llama, tp2"),
-    pytest.param(EVEN, 2, {"tp": 2}, MASK, id="llama, tp2, documents", marks=pytest.mark.slow),
-    pytest.param(GPT2, 2, {"tp": 2}, BF16, id="gpt2, tp2, bf16", marks=pytest.mark.slow),
+    pytest.param(EVEN, 2, {"tp": 2}, MASK, id="llama, tp2, documents", marks=pytest.mark.exhaustive),
+    pytest.param(GPT2, 2, {"tp": 2}, BF16, id="gpt2, tp2, bf16", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 2, {"tp": 2, "sequence_parallel": False}, {}, id="gpt2, tp2 alone", marks=pytest.mark.slow),
-    pytest.param(EVEN, 4, {"tp": 4}, BF16, id="llama, tp4, bf16", marks=pytest.mark.slow),
+    pytest.param(EVEN, 4, {"tp": 4}, BF16, id="llama, tp4, bf16", marks=pytest.mark.exhaustive),
     pytest.param(EVEN, 2, {"cp": 2}, {}, id="cp2 ulysses"),
-    pytest.param(EVEN, 2, {"cp": 2}, MASK | BF16, id="cp2 ulysses, documents, bf16", marks=pytest.mark.slow),
+    pytest.param(EVEN, 2, {"cp": 2}, MASK | BF16, id="cp2 ulysses, documents, bf16", marks=pytest.mark.exhaustive),
     pytest.param(EVEN | {"kv_heads": 2}, 4, {"cp": 4}, {}, id="cp4 ulysses, copied heads", marks=pytest.mark.slow),
     pytest.param(EVEN, 2, ALL_GATHER, {}, id="cp2 all_gather", marks=pytest.mark.slow),
     pytest.param(EVEN, 2, ALL_GATHER, MASK | BF16, id="cp2 all_gather, documents, bf16", marks=pytest.mark.slow),
-    pytest.param(GPT2, 2, ALL_GATHER, BF16, id="gpt2, cp2 all_gather, bf16", marks=pytest.mark.slow),
-    pytest.param(EVEN, 4, {"tp": 2, "cp": 2}, {}, id="tp2 x cp2 ulysses", marks=pytest.mark.slow),
+    pytest.param(GPT2, 2, ALL_GATHER, BF16, id="gpt2, cp2 all_gather, bf16", marks=pytest.mark.exhaustive),
+    pytest.param(EVEN, 4, {"tp": 2, "cp": 2}, {}, id="tp2 x cp2 ulysses", marks=pytest.mark.exhaustive),
     pytest.param(EVEN, 4, {"tp": 2} | ALL_GATHER, BF16, id="tp2 x cp2 all_gather, bf16", marks=pytest.mark.slow),
 ]
 
@@ -350,10 +352,10 @@ def kept_by_pipeline(what: What, how: How) -> tuple[int, int]:
 
 PIPELINES = [
     pytest.param(4, {"pp": 2}, id="1f1b", marks=pytest.mark.slow),
-    pytest.param(4, {"pp": 4}, id="1f1b, pp4", marks=pytest.mark.slow),
-    pytest.param(6, INTERLEAVED, id="interleaved", marks=pytest.mark.slow),
+    pytest.param(4, {"pp": 4}, id="1f1b, pp4", marks=pytest.mark.exhaustive),
+    pytest.param(6, INTERLEAVED, id="interleaved", marks=pytest.mark.exhaustive),
     pytest.param(6, {"pp": 2, "pp_schedule": "zero_bubble"}, id="zero_bubble", marks=pytest.mark.slow),
-    pytest.param(8, {"pp": 4, "pp_schedule": "zero_bubble"}, id="zero_bubble, pp4", marks=pytest.mark.slow),
+    pytest.param(8, {"pp": 4, "pp_schedule": "zero_bubble"}, id="zero_bubble, pp4", marks=pytest.mark.exhaustive),
     pytest.param(6, INTERLEAVED | {"pp_schedule": "zero_bubble"}, id="zero_bubble, 2 stages", marks=pytest.mark.slow),
 ]
 
