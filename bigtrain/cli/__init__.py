@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import bench, checkpoint, cluster, configs, data, doctor, jobs, runs, scaling, sweep
+from bigtrain.cli import bench, checkpoint, cluster, configs, data, doctor, jobs, runs, scaling, submit, sweep
 
 app = typer.Typer(
     name="bigtrain",
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(runs.app)
+app.add_typer(submit.app)
 app.add_typer(jobs.app)
 app.add_typer(doctor.app)
 app.add_typer(data.app, name="data")

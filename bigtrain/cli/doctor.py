@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bigtrain.cli.common import RUNS, Json, RunsDir, errors, show
-from bigtrain.cli.jobs import Address, TokenFile, open_dashboard, reached
+from bigtrain.cli.remote import Address, TokenFile, open_dashboard, reached
 
 app = typer.Typer()
 

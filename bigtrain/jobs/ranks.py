@@ -60,7 +60,11 @@ class Placement:
         # torchrun's default of 1 leaves cores idle; PyTorch's own, all cores in every rank, makes them fight.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.procs)))
         environment.setdefault("PYTHONUNBUFFERED", "1")
+        paths = [known["PYTHONPATH"] for known in (environment, self.environment) if known.get("PYTHONPATH")]
         environment |= self.environment
+        if paths:
+            # The agent's comes first: it holds bigtrain itself.
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
         environment |= {
             "RANK": str(self.first_rank + local_rank),
             "LOCAL_RANK": str(local_rank),

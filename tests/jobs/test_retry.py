@@ -89,7 +89,7 @@ def test_causes_name_rank_host_phase_and_step() -> None:
     assert fault_of_exit(exited, "x").cause == "rank 1 on host x raised ValueError: no at step 41, in phase save"
     exited |= {"traceback": None, "tail": "loading\nerror: shard-000000.tar is cut short\n  where: x\n"}
     fault = fault_of_exit(exited, "x")
-    assert fault.cause == "rank 1 on host x said: shard-000000.tar is cut short at step 41, in phase save"
+    assert fault.cause == "rank 1 on host x reported: shard-000000.tar is cut short at step 41, in phase save"
     assert fault.signature() == fault_of_exit(exited, "y").signature() is not None, "not tried a third time"
     hung = {"rank": 0, "step": 3, "phase": "data", "age_s": 301.2, "limit_s": 300.0, "stopped": False, "stacks": ""}
     assert (

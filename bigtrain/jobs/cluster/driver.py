@@ -23,11 +23,11 @@ from bigtrain.config.plugin import load_plugin, source_hash
 from bigtrain.jobs.cluster import doctor
 from bigtrain.jobs.cluster.board import Board, board_path
 from bigtrain.jobs.cluster.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
+from bigtrain.jobs.cluster.workplace import place
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
-from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launch import check_directory, held, refuse_resume, script_environment, script_launch
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
@@ -112,7 +112,7 @@ def _train(request: Request, board: Board) -> int:
     _check_keys(run.prepared.config.tracking.wandb, request, board)
     with run.held() as lease:
         run.say_start(job.nodes * procs, sys.stderr)
-        environment = {variables.LEASE: str(lease.number), **run.environment}
+        environment = {variables.LEASE: str(lease.number), **request.environment, **run.environment}
         config = run.prepared.config
         launch = Launch("bigtrain.training.rank", [], procs, job.limits.by_phase())
         code = _control(
@@ -218,15 +218,19 @@ def _needed(config: RunConfig, request: Request) -> list[Path]:
 def _script(request: Request, script: Script, board: Board) -> int:
     """Run a user's own script on the same agents."""
     directory = RunDirectory(Path(request.runs_dir) / request.name)
-    check_directory(directory, script.file)
+    check_directory(directory, script.name)
     job = JobConfig.model_validate(request.job)
     procs = _procs(job)
-    call = ScriptCall(str(Path.cwd() / script.file), script.arguments)
     outlast(directory, _waiting(board))
     board.phase("checked")
     _check_keys("auto", request, board)
-    with held(directory, script.file):
-        paths = [Path(request.secrets_file)] if request.secrets_file else []
+    with held(directory, script.name):
+        call, seen = place(script, directory)
+        say(
+            f"the script works in {call.directory}"
+            + ("" if seen else ": not every node sees it where it was submitted")
+        )
+        paths = [Path(path) for path in (request.secrets_file, call.directory) if path]
         launch = script_launch(call, job, procs)
         environment = script_environment(call, directory, job)
         code = _control(request, board, directory, job, launch, environment, paths=paths)

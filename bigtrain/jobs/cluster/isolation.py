@@ -92,6 +92,7 @@ class Network:
             "address": f"{self.ip(number)}/24",
             "hostname": f"node{number}",
             "visible": [str(path.resolve()) for path in visible],
+            "python_path": environment.get("PYTHONPATH"),
         }
         with open(log, "ab") as output:
             outer = subprocess.Popen(
@@ -172,12 +173,15 @@ def _connect(address: str) -> None:
 
 
 def main() -> int:
-    """Furnish the namespaces, run the node's command, and take in the orphans until it ends."""
+    """Set the namespaces up, run the node's command, and adopt its orphans until it ends."""
     node = json.loads(sys.argv[1])
     socket.sethostname(node["hostname"])
     _hide(node["visible"])
     _connect(node["address"])
+    # The source of this process is not for the node.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if node["python_path"]:
+        environment["PYTHONPATH"] = node["python_path"]
     child = subprocess.Popen(node["command"], env=environment, cwd="/")
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     while True:

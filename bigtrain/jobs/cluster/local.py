@@ -224,8 +224,10 @@ def _write_token(path: Path) -> None:
 
 def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "BIGTRAIN_"))}
-    # The nodes run the source that is submitted, not that of the shell which raised them.
-    environment.pop("PYTHONPATH", None)
+    # The nodes run the source that is submitted, not the checkout of the shell which raised them.
+    entries = [entry for entry in environment.pop("PYTHONPATH", "").split(os.pathsep) if entry]
+    if kept := [entry for entry in entries if not (Path(entry) / "bigtrain" / "__init__.py").exists()]:
+        environment["PYTHONPATH"] = os.pathsep.join(kept)
     environment |= {
         variables.CLUSTER: record.mark,
         "RAY_AUTH_MODE": "token",

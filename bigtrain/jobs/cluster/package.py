@@ -12,20 +12,24 @@ import io
 import json
 import os
 import platform
+import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import bigtrain
 from bigtrain.config import UserError
+from bigtrain.jobs.scripts.call import ScriptCall
 
 MAX_BYTES: Final = 50_000_000
 """Of a working directory that the user ships with a script."""
 REQUEST_NAME: Final = "bigtrain_request.json"
 CONFIG_NAME: Final = "bigtrain_config.yaml"
 PLUGIN_DIRECTORY: Final = "bigtrain_plugin"
+WORK_NAME: Final = "bigtrain_work.tar"
+"""The user's files, in a tar of their own: Ray drops links and empty directories."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _SKIPPED = ("__pycache__", ".git", ".venv", "node_modules")
@@ -33,12 +37,14 @@ _SKIPPED = ("__pycache__", ".git", ".venv", "node_modules")
 
 @dataclass(frozen=True)
 class Script:
-    """A user's own script and how many ranks of it there are."""
+    """A user's own script and what was shipped of it."""
 
-    file: str
-    """Its path within the shipped working directory."""
-    arguments: list[str]
-    sha256: str
+    name: str
+    """What the run's record calls it: its path in the shipped directory, or the name of its module."""
+    call: ScriptCall
+    """How to call it from the client's directory."""
+    sha256: str | None = None
+    """Of its file, by which a node knows whether it sees the same; None for a module."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Request:
     script: Script | None = None
     job: dict[str, Any] = field(default_factory=dict)
     """The `job` section, for a script."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that the user sets for the ranks of a run."""
 
     def dump(self) -> bytes:
         """As REQUEST_NAME holds it."""
@@ -77,7 +85,9 @@ class Request:
         """Read it back."""
         value = json.loads(path.read_text())
         script = value.pop("script")
-        return cls(**value, script=None if script is None else Script(**script))
+        if script is not None:
+            script = Script(**{**script, "call": ScriptCall(**script["call"])})
+        return cls(**value, script=script)
 
 
 @dataclass(frozen=True)
@@ -112,22 +122,51 @@ def source_package() -> Package:
     return make_package(_files(root, root.parent))
 
 
-def directory_files(directory: Path) -> list[tuple[str, bytes]]:
-    """The files of a directory that a user ships with a script, by their paths in it.
+def work_archive(base: Path, paths: Iterable[Path]) -> bytes:
+    """A tar of a user's files and directories with their modes and links; equal files make equal archives.
+
+    A link to a file outside of `base` becomes that file; any other link stays one.
+
+    Args:
+        base: Names in the archive are relative to it.
 
     Raises:
         UserError: They are more than MAX_BYTES.
     """
+    buffer = io.BytesIO()
     total = 0
-    for path in _walk(directory):
-        total += path.stat().st_size
-        if total > MAX_BYTES:
-            raise UserError(
-                f"{directory} holds more than {MAX_BYTES / 1e6:.0f} MB",
-                str(path),
-                "Ship source alone; data belongs on storage that the nodes share.",
-            )
-    return list(_files(directory, directory))
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in paths:
+            outside = path.is_symlink() and path.is_file() and not path.resolve().is_relative_to(base.resolve())
+            entry = archive.gettarinfo(path.resolve() if outside else path, str(path.relative_to(base)))
+            if entry is None:  # A socket.
+                continue
+            entry.mtime = entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            if entry.islnk():  # The second name of one file: a file of its own here.
+                entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", path.stat().st_size
+            total += entry.size
+            if total > MAX_BYTES:
+                raise UserError(
+                    f"{base} holds more than {MAX_BYTES / 1e6:.0f} MB",
+                    str(path),
+                    "Ship source alone; data belongs on storage that the nodes share.",
+                )
+            if entry.isreg():
+                with open(path, "rb") as file:
+                    archive.addfile(entry, file)
+            else:
+                archive.addfile(entry)
+    return buffer.getvalue()
+
+
+def directory_archive(directory: Path) -> bytes:
+    """`work_archive` of a directory that a user ships with a script.
+
+    Raises:
+        UserError: See `work_archive`.
+    """
+    return work_archive(directory, _walk(directory, lambda path: True))
 
 
 def plugin_files(place: str) -> tuple[str, list[tuple[str, bytes]]]:
@@ -164,12 +203,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _walk(directory: Path) -> Iterable[Path]:
+def _walk(directory: Path, wanted: Callable[[Path], bool]) -> Iterable[Path]:
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and not any(part in _SKIPPED for part in path.relative_to(directory).parts):
+        if wanted(path) and not any(part in _SKIPPED for part in path.relative_to(directory).parts):
             yield path
 
 
 def _files(directory: Path, base: Path) -> Iterable[tuple[str, bytes]]:
-    for path in _walk(directory):
+    for path in _walk(directory, Path.is_file):
         yield str(path.relative_to(base)), path.read_bytes()

@@ -17,18 +17,22 @@ from bigtrain.jobs.cluster.dashboard import GONE_S, Dashboard, DashboardGone
 from bigtrain.jobs.cluster.package import (
     CONFIG_NAME,
     REQUEST_NAME,
+    WORK_NAME,
     Package,
     Request,
     Script,
-    directory_files,
+    directory_archive,
     make_package,
     plugin_files,
     source_package,
     versions,
+    work_archive,
 )
 from bigtrain.jobs.cluster.views import NAME_KEY, ClusterView, cluster_view, cluster_views, exit_code
 from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launch import refuse_resume
+from bigtrain.jobs.scripts.launcher import adapt
 from bigtrain.run import RunConfig
 
 SAVE_MARGIN_S: Final = 120
@@ -63,7 +67,7 @@ class Submission:
         runtime_env = {"working_dir": directory.uri, "py_modules": [self.source.uri], "env_vars": environment}
         metadata = {NAME_KEY: self.request.name, RUNS_DIR_KEY: self.request.runs_dir}
         if self.request.script is not None:
-            metadata[SCRIPT_KEY] = self.request.script.file
+            metadata[SCRIPT_KEY] = self.request.script.name
         if self.request.doctor:
             metadata = {}  # It is no run.
         dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.cluster.driver", runtime_env, metadata)
@@ -89,27 +93,38 @@ def of_config(config: RunConfig, runs_dir: Path, request: Callable[..., Request]
 
 
 def of_script(
-    script: Path, arguments: list[str], directory: Path | None, job: JobConfig, make: Callable[[], Request]
+    call: ScriptCall, directory: Path | None, job: JobConfig, launcher: str, make: Callable[[], Request]
 ) -> Submission:
     """The submission of a user's own script.
 
     Args:
-        directory: What is shipped with it; None: the script alone.
+        call: How it is called from here.
+        directory: What is shipped with it, and its working directory; None: the script alone, called from here.
+        launcher: What it is written for; see `bigtrain.jobs.scripts.launcher`.
 
     Raises:
-        UserError: The script is not there, or not in the directory.
+        UserError: The script is not there, or not in the directory; the launcher does not know an option.
     """
-    if not script.is_file():
-        raise UserError(f"There is no script {script}", "--script")
-    files = [(script.name, script.read_bytes())] if directory is None else directory_files(directory)
-    place = Path(script.name)
-    if directory is not None:
-        if not script.resolve().is_relative_to(directory.resolve()):
-            raise UserError(f"{script} is not in {directory}", "--working-dir")
-        place = script.resolve().relative_to(directory.resolve())
-    shipped = Script(str(place), arguments, hashlib.sha256(script.read_bytes()).hexdigest())
-    request = replace(make(), script=shipped, job=job.plain())
-    return Submission(request, job, source_package(), files)
+    here = Path.cwd() if directory is None else directory.resolve()
+    digest = None
+    if call.module:
+        name, archive = call.file, None if directory is None else directory_archive(directory)
+    else:
+        path = Path(call.file)
+        if not path.is_file():
+            raise UserError(f"There is no script {path}", "--script")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if directory is None:
+            name, archive = path.name, work_archive(path.parent, [path])
+        elif path.resolve().is_relative_to(here):
+            name, archive = str(path.resolve().relative_to(here)), directory_archive(directory)
+            call = replace(call, file=name)
+        else:
+            raise UserError(f"{path} is not in {directory}", "--working-dir")
+    procs = 0 if job.procs_per_node == "auto" else job.procs_per_node
+    call = adapt(replace(call, directory=str(here)), launcher, job.nodes, procs or 2)
+    request = replace(make(), script=Script(name, call, digest), job=job.plain())
+    return Submission(request, job, source_package(), [] if archive is None else [(WORK_NAME, archive)])
 
 
 def of_resume(

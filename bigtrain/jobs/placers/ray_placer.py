@@ -445,9 +445,9 @@ def _hold_node(order: _Order) -> None:
     _check_paths(order, host)
     mark = f"{context.get_node_id()}.{order.placement}"
     inherited = dict(os.environ)
-    if _ray_set_threads(inherited):
-        # Ray's own choice, the CPUs of the worker, is that of all ranks together.
-        del inherited["OMP_NUM_THREADS"]
+    # Ray sets both in its workers: as many threads as all ranks together may have, and a debugger of its own.
+    for name in ("OMP_NUM_THREADS", "PYTHONBREAKPOINT"):
+        _restore(name, inherited)
     environment = agent_environment(inherited, order.address, order.secret.text, mark)
     # The agent ends itself with this process: a `preexec_fn` is not safe among Ray's threads.
     environment[variables.AGENT_PARENT] = str(os.getpid())
@@ -499,13 +499,17 @@ def _check_paths(order: _Order, host: str) -> None:
             time.sleep(LOOK_S)
 
 
-def _ray_set_threads(environment: dict[str, str]) -> bool:
-    """Whether OMP_NUM_THREADS is not the node's own but what Ray gave this worker."""
+def _restore(name: str, environment: dict[str, str]) -> None:
+    """Give a variable that Ray has set in this worker the value that it has on the node."""
     try:
         of_node = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return "OMP_NUM_THREADS" in environment and not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in of_node)
+        return
+    environment.pop(name, None)
+    for entry in of_node:
+        key, _, value = entry.partition(b"=")
+        if key == name.encode():
+            environment[name] = os.fsdecode(value)
 
 
 def cluster_procs(job: JobConfig) -> int:

@@ -64,6 +64,7 @@ class ScriptCall:
             "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
             # True would have rank 0 look for a store that torchrun's agent serves; here rank 0 serves it itself.
             "TORCHELASTIC_USE_AGENT_STORE": "False",
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": rank.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
         if "RANK" in rank:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster import package
-from bigtrain.jobs.cluster.package import Request, Script, directory_files, make_package, source_package
+from bigtrain.jobs.cluster.package import Request, Script, directory_archive, make_package, source_package
+from bigtrain.jobs.cluster.workplace import sees
+from bigtrain.jobs.scripts.call import ScriptCall
 
 
 def test_the_source_package_is_the_package_alone_and_always_the_same() -> None:
@@ -24,18 +29,61 @@ def test_the_source_package_is_the_package_alone_and_always_the_same() -> None:
 
 
 def test_a_request_survives_the_way(tmp_path: Path) -> None:
-    request = Request("a-0", "a", "/runs", 1.5, {"ray": "2"}, script=Script("t.py", ["--x", "1"], "0" * 64))
+    request = Request(
+        "a-0", "a", "/runs", 1.5, {"ray": "2"}, script=Script("t.py", ScriptCall("t.py", ["--x"]), "0" * 64)
+    )
     path = tmp_path / "request.json"
     path.write_bytes(request.dump())
     assert Request.load(path) == request
+
+
+def names_of(archive: bytes) -> list[str]:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        return opened.getnames()
+
+
+def test_modes_links_and_empty_directories_are_shipped(tmp_path: Path) -> None:
+    source, shared = tmp_path / "source", tmp_path / "shared"
+    (source / "bin").mkdir(parents=True)
+    (source / "out").mkdir()
+    shared.mkdir()
+    (tmp_path / "common.py").write_text("outside")
+    tool = source / "bin" / "tool.sh"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    (source / "latest").symlink_to("bin/tool.sh")
+    (source / "common.py").symlink_to("../common.py")
+    (source / "data").symlink_to(shared)
+    os.link(tool, source / "second_name")
+    archive = directory_archive(source)
+    assert archive == directory_archive(source)
+    there = tmp_path / "there"
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        opened.extractall(there, filter="tar")
+    assert os.access(there / "bin" / "tool.sh", os.X_OK)
+    assert os.readlink(there / "latest") == "bin/tool.sh"
+    assert not (there / "common.py").is_symlink()
+    assert (there / "common.py").read_text() == "outside"
+    assert os.readlink(there / "data") == str(shared)
+    assert (there / "out").is_dir()
+    assert (there / "second_name").read_text() == "#!/bin/sh\n"
+
+
+def test_a_node_knows_the_script_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "t.py").write_text("pass")
+    digest = hashlib.sha256(b"pass").hexdigest()
+    assert sees(str(tmp_path), "t.py", digest)
+    assert not sees(str(tmp_path), "t.py", "0" * 64)
+    assert not sees(str(tmp_path / "elsewhere"), "t.py", digest)
+    assert sees(str(tmp_path), "a.module", None)
 
 
 def test_a_directory_of_data_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.py").write_text("pass")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "object").write_bytes(bytes(100))
-    assert [name for name, _ in directory_files(tmp_path)] == ["train.py"]
+    assert names_of(directory_archive(tmp_path)) == ["train.py"]
     monkeypatch.setattr(package, "MAX_BYTES", 100)
     (tmp_path / "data.bin").write_bytes(bytes(101))
     with pytest.raises(UserError, match="holds more than"):
-        directory_files(tmp_path)
+        directory_archive(tmp_path)

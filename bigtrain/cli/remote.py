@@ -1,0 +1,112 @@
+"""What the commands on runs of a cluster share: how it is reached, and how a run on it is shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bigtrain import variables
+
+if TYPE_CHECKING:
+    from bigtrain.jobs.cluster.dashboard import Dashboard
+    from bigtrain.jobs.cluster.views import View
+
+Address = Annotated[
+    str | None,
+    typer.Option(envvar=variables.ADDRESS, help="A Ray cluster's dashboard: http://HOST:8265. Without it: here."),
+]
+TokenFile = Annotated[
+    Path | None, typer.Option(help="The cluster's token, mode 0600; else as Ray finds it: RAY_AUTH_TOKEN_PATH.")
+]
+DETACHED = 130
+
+
+@contextmanager
+def reached(dashboard: Dashboard) -> Iterator[None]:
+    """Say it in one line where the dashboard does not answer any more."""
+    from bigtrain.jobs.cluster.dashboard import DashboardGone
+
+    try:
+        yield
+    except DashboardGone as error:
+        raise dashboard.unreachable(error) from None
+
+
+def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
+    from bigtrain.jobs.cluster.dashboard import Dashboard
+
+    dashboard = Dashboard(address, token_file)
+    if dashboard.is_exposed:
+        say("warning: the token travels in the clear to a public address: use TLS or a private network")
+    return dashboard
+
+
+@contextmanager
+def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: Path) -> Iterator[View]:
+    """A run on a cluster, or on this machine where no address is given."""
+    if address is None:
+        from bigtrain.jobs.cluster.views import LocalView
+        from bigtrain.run import find_run
+
+        yield LocalView(find_run(name, runs_dir))
+        return
+    from bigtrain.jobs.cluster.views import cluster_view
+
+    dashboard = open_dashboard(address, token_file)
+    with reached(dashboard):
+        yield cluster_view(dashboard, name)
+
+
+def say(line: str) -> None:
+    """Print a line where it does not mix with results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def required_address(address: str | None) -> str:
+    from bigtrain.config import UserError
+
+    if address is None:
+        raise UserError(
+            "No cluster is named",
+            "--address",
+            "Give --address http://HOST:8265 or set BIGTRAIN_ADDRESS. On this machine: `bigtrain train`, and `bigtrain "
+            "run` for a script of your own.",
+        )
+    return address
+
+
+def status_line(row: dict[str, Any]) -> str:
+    parts = [f"{row['name']}: {row['state']}"]
+    for key, form in (
+        ("step", "step {}"),
+        ("loss", "loss {:.4f}"),
+        ("tokens_per_s", "{:.0f} tokens/s"),
+        ("goodput", "goodput {:.0%}"),
+        ("nodes", "{} nodes"),
+        ("restarts", "{} restarts"),
+        ("eta_s", "{:.0f} s left"),
+        ("wandb_url", "{}"),
+    ):
+        if row.get(key) is not None:
+            parts.append(form.format(row[key]))
+    if row.get("epochs"):
+        parts.append("epochs " + ", ".join(f"{name} {count:.2f}" for name, count in row["epochs"].items()))
+    return "  ".join(parts)
+
+
+def driver_lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """What the driver says, without what Ray Jobs says before it."""
+    rest, begun = "", False
+    for chunk in chunks:
+        *lines, rest = (rest + chunk.decode(errors="replace")).split("\n")
+        for line in lines:
+            if begun:
+                yield line
+            begun = begun or line.startswith("Running entrypoint for job ")
+    if rest and begun:
+        yield rest

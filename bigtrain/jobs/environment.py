@@ -1,0 +1,44 @@
+"""Variables that a user sets for the ranks on the command line: `--env NAME=VALUE`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from bigtrain.config import UserError
+
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET: Final = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_PLACES: Final = frozenset({
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+})  # fmt: skip
+
+
+def parse_environment(words: Iterable[str] | None, here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `--env` options: NAME=VALUE, or NAME for the value that it has in `here`.
+
+    Raises:
+        UserError: A word that is no such thing, a variable that the launcher sets, or one that seems to be a secret:
+            these variables travel and are recorded in the clear.
+    """
+    found = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not _NAME.fullmatch(name):
+            raise UserError(f"'{word}' is no variable", "--env", "Write --env NAME=VALUE.")
+        if name in _PLACES or name.startswith(("BIGTRAIN_", "TORCHELASTIC_")):
+            raise UserError(f"{name} is set by the launcher", "--env", "Leave it out.")
+        if _SECRET.search(name):
+            raise UserError(
+                f"{name} seems to be a secret, and --env travels and is recorded in the clear",
+                "--env",
+                "Set it on the nodes, or put it into the file of --secrets-file.",
+            )
+        if not equals:
+            if name not in here:
+                raise UserError(f"{name} is not set here", "--env", f"Write --env {name}=VALUE.")
+            value = here[name]
+        found[name] = value
+    return found
