@@ -13,9 +13,17 @@ import pytest
 
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster import package
-from bigtrain.jobs.cluster.package import Request, Script, directory_archive, make_package, source_package
-from bigtrain.jobs.cluster.workplace import sees
+from bigtrain.jobs.cluster.package import (
+    WORK_NAME,
+    Request,
+    Script,
+    directory_archive,
+    make_package,
+    source_package,
+)
+from bigtrain.jobs.cluster.workplace import place, sees
 from bigtrain.jobs.scripts.call import ScriptCall
+from bigtrain.run import RunDirectory
 
 
 def test_the_source_package_is_the_package_alone_and_always_the_same() -> None:
@@ -76,6 +84,28 @@ def test_a_node_knows_the_script_by_its_content(tmp_path: Path) -> None:
     assert not sees(str(tmp_path), "t.py", "0" * 64)
     assert not sees(str(tmp_path / "elsewhere"), "t.py", digest)
     assert sees(str(tmp_path), "a.module", None)
+
+
+def test_what_no_node_sees_is_copied_into_the_run_and_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, received = tmp_path / "source", tmp_path / "received"
+    (source / "sub").mkdir(parents=True)
+    received.mkdir()
+    (source / "sub" / "t.py").write_text("pass")
+    (received / WORK_NAME).write_bytes(directory_archive(source))
+    monkeypatch.chdir(received)
+    call = ScriptCall("sub/t.py", ["--x"], "/nowhere")
+    run = RunDirectory(tmp_path / "run")
+    placed, seen = place(Script("sub/t.py", call, "0" * 64), run)
+    assert not seen
+    assert placed.directory == str(run.path / "work")
+    assert Path(placed.file).read_text() == "pass"
+    assert placed.arguments == ["--x"]
+    # A later submission finds what an earlier one has written.
+    Path(placed.directory, "snapshot").touch()
+    place(Script("sub/t.py", call, "0" * 64), run)
+    assert Path(placed.directory, "snapshot").exists()
 
 
 def test_a_directory_of_data_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
