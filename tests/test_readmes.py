@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,9 @@ def test_every_command_that_is_shown_is_one(path: Path, root: TyperGroup) -> Non
         while isinstance(command, TyperGroup):
             command = command.commands[words.pop(0)]
         if not command.context_settings.get("ignore_unknown_options"):
+            if not command.context_settings.get("allow_interspersed_args", True):
+                # What follows the script is the script's.
+                words = list(itertools.takewhile(lambda word: not word.endswith(".py"), words))
             known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
             assert {word for word in words if word.startswith("--")} <= known, (command.name, words)
 

@@ -46,9 +46,9 @@ LOOK_S: Final = 0.1
 CONFIRM_S: Final = 1.0
 """How long a rank must stay silent past its limit: after a pause of the whole machine, ranks get this long to beat."""
 STACKS_S: Final = 0.5
-"""Time given to the ranks to write their stacks."""
+"""Time that ranks get to write their stacks."""
 LATE_STACKS_S: Final = 2.0
-"""The same where none has, though it could."""
+"""More time if no rank has answered, though one could."""
 TAIL_CHARACTERS: Final = 4000
 
 _LEFT_CLEANLY: Final = (ExitCode.FINISHED, ExitCode.STOPPED)
@@ -65,6 +65,7 @@ class Gang:
         self.ranks: list[RankProcess] = []
         self._channel = channel
         self._overdue_since: float | None = None
+        self._examined = False
         self._limits = LearnedLimits(placement.limits)
         try:
             for local_rank in range(placement.procs):
@@ -84,7 +85,7 @@ class Gang:
             rank.page.set_control(control)
 
     def look(self) -> bool:
-        """Report exits and hangs; a death or a hang ends all ranks.
+        """Report exits and hangs. A death ends all ranks; a hang does not, for the controller waits for all reports.
 
         Returns:
             Whether any rank is left.
@@ -97,9 +98,10 @@ class Gang:
             failed |= self._collect(rank, ended=False) not in _LEFT_CLEANLY
         if failed:
             self.end()
-        elif self._hangs():
-            self._report_hang()
-            self.end()
+        elif not self._examined and self._hangs():
+            # First: the agents of other nodes examine their ranks at the same time.
+            self._channel.send("overdue", generation=self.generation)
+            self.examine()
         return bool(self.ranks)
 
     def end(self) -> None:
@@ -144,22 +146,26 @@ class Gang:
             self._overdue_since = now
         return now - self._overdue_since >= CONFIRM_S
 
-    def _report_hang(self) -> None:
-        """Tell the controller of the likeliest culprit: one silent rank silences all that wait for it.
+    def examine(self) -> None:
+        """Report the rank of this node that most likely keeps the others waiting, once.
 
         It is stopped, or behind, or cannot answer since it holds the GIL, or silent for longest.
         """
+        if self._examined or not self.ranks:
+            return
+        self._examined = True
         states = [(rank.stopped, rank.page.read(), rank.log_size()) for rank in self.ranks]
         for rank in self.ranks:
             rank.dump_stacks()
-        # On a busy machine those that could answer may not come to it at once. Who is stopped is known without.
-        patience = LATE_STACKS_S if len(states) > 1 and not any(stopped for stopped, _, _ in states) else 0.0
+        # On a busy machine those that can answer may need some time. Whether one is stopped is known without an answer.
+        several = self.placement.world_size > 1
+        patience = LATE_STACKS_S if several and not any(stopped for stopped, _, _ in states) else 0.0
         deadline = time.monotonic() + patience
         time.sleep(STACKS_S)
-        words = self._said_since(states)
+        words = self._written_since(states)
         while not any(ANSWERED in said for said in words) and time.monotonic() < deadline:
             time.sleep(LOOK_S)
-            words = self._said_since(states)
+            words = self._written_since(states)
 
         def order(index: int) -> tuple[bool, int, bool, float]:
             stopped, beat, _ = states[index]
@@ -176,10 +182,11 @@ class Gang:
             age_s=beat.age_s,
             limit_s=self._limits.limit_s(beat.phase),
             stopped=stopped,
+            answered=ANSWERED in words[culprit],
             stacks=words[culprit][-TAIL_CHARACTERS:],
         )
 
-    def _said_since(self, states: list[tuple[bool, Beat, int]]) -> list[str]:
+    def _written_since(self, states: list[tuple[bool, Beat, int]]) -> list[str]:
         """What each rank has added to its log."""
         return [rank.log_tail(written) for rank, (_, _, written) in zip(self.ranks, states, strict=True)]
 
@@ -249,6 +256,8 @@ class Agent:
                 self._control = Control(message["word"])
                 if self._gang is not None:
                     self._gang.set_control(self._control)
+            case "examine" if self._gang is not None and self._gang.generation == message["generation"]:
+                self._gang.examine()
             case "kill" if self._gang is not None and self._gang.generation == message["generation"]:
                 self._gang.end()
                 self._finish_generation()

@@ -11,6 +11,7 @@ from typing import Any, Final
 from bigtrain.heartbeat import Control
 from bigtrain.jobs.causes import (
     Fault,
+    Kind,
     fault_of_early_exit,
     fault_of_exit,
     fault_of_hang,
@@ -24,6 +25,9 @@ KILL_TIMEOUT_S: Final = 10.0
 """How long an agent may take to end its ranks before it counts as lost."""
 EXIT_GRACE_S: Final = 10.0
 """How long ranks may go on after the first one left, unless they are saving or stopping."""
+
+EXAMINE_S: Final = 3.5
+"""How long the agents may take to report on their ranks once one rank hangs; an examination takes at most 2.5 s."""
 
 _MAY_OUTLAST_OTHERS: Final = ("save", "stopping", "evaluation")
 
@@ -101,6 +105,9 @@ class Generation:
         """Nodes whose ranks have all ended; their agents are kept for the next generation."""
         self._phases: dict[int, tuple[str, float]] = {}
         self._first_exit: tuple[float, Message, int] | None = None
+        self._hangs: dict[int, Message] = {}
+        """What each node reports of its ranks, once one of them hangs."""
+        self._overdue_at: float | None = None
         self._killed_at: float | None = None
         self._stop_sent_at: float | None = None
         self._placed = False
@@ -126,6 +133,7 @@ class Generation:
                 known = self._alive | self._ended
                 for key in [key for key in selector.get_map().values() if key.data not in known]:
                     selector.unregister(key.fileobj)
+                self._check_hang()
                 self._check_stop()
                 self._check_early_exit()
                 self._check_kill()
@@ -167,7 +175,7 @@ class Generation:
             self._lose(node, str(error))
 
     def _handle(self, node: int, message: Message) -> None:
-        kind, host = message["type"], self._agents[node].host
+        kind = message["type"]
         if kind == "port":
             self._place(int(message["port"]))
         elif kind == "notice":
@@ -178,13 +186,41 @@ class Generation:
             for rank, (step, phase, _) in message["ranks"].items():
                 self._phases[int(rank)] = (phase, time.monotonic())
                 self._outcome.step = max(self._outcome.step, step)
+        elif kind == "overdue":
+            self._examine(node)
         elif kind == "hung":
-            self._fail(node, fault_of_hang(message, host))
+            self._hangs[node] = message
+            self._examine(node)
+            self._check_hang()
         elif kind == "exited":
             self._on_exit(node, message)
         elif kind == "ended":
             self._alive.discard(node)
             self._ended.add(node)
+
+    def _examine(self, first: int) -> None:
+        """Have the other nodes examine their ranks: those that wait for the one that hangs are as silent as it is."""
+        if self._overdue_at is not None:
+            return
+        self._overdue_at = time.monotonic()
+        for node in sorted(self._alive - {first}):
+            self._send(node, "examine", generation=self._number)
+
+    def _check_hang(self) -> None:
+        """Name the rank that hangs, once all nodes have reported or had their time."""
+        if self._overdue_at is None or not self._hangs:
+            return
+        over = time.monotonic() - self._overdue_at > EXAMINE_S
+        if not over and self._killed_at is None and not self._alive <= set(self._hangs):
+            return
+        node = min(self._hangs, key=lambda node: _blame(self._hangs[node]))
+        fault = fault_of_hang(self._hangs[node], self._agents[node].host)
+        earlier = self._outcome.fault
+        if earlier is not None and earlier.kind is Kind.HANG and not self._outcome.killed:
+            # A report that came after the decision may name the cause.
+            self._outcome.fault = replace(fault, agent=self._agents[node].agent)
+            return
+        self._fail(node, fault)
 
     def _place(self, master_port: int) -> None:
         master = "127.0.0.1" if len(self._agents) == 1 else self._agents[0].channel.peer_address
@@ -278,3 +314,8 @@ class Generation:
             # Whatever they were to be ended for remains the cause.
             for node in sorted(self._alive):
                 self._drop(node)
+
+
+def _blame(hung: Message) -> tuple[bool, int, bool, float]:
+    """The order of ranks that may have caused a hang: stopped, behind, unable to answer, silent for longest."""
+    return not hung["stopped"], int(hung["step"]), bool(hung["answered"]), -float(hung["age_s"])

@@ -30,8 +30,10 @@ theirs from the agent's environment.
     controller -> agent   kill     {generation}          end all ranks now
     agent -> controller   exited   {generation, rank, code, signal, step, phase, ended, traceback, tail}
                                     code is null where a signal ended it; ended: the agent itself killed it
-    agent -> controller   hung     {generation, rank, step, phase, age_s, limit_s, stopped, stacks}
-                                    the likeliest culprit; the agent then ends its ranks
+    agent -> controller   overdue  {generation}          a rank is silent beyond its limit; `hung` follows
+    controller -> agent   examine  {generation}          a rank of another node is: report on yours
+    agent -> controller   hung     {generation, rank, step, phase, age_s, limit_s, stopped, answered, stacks}
+                                    the likeliest culprit of this node; answered: it wrote its state when asked
     agent -> controller   ended    {generation}          none of its processes is left on this machine
     agent -> controller   notice   {signal}              the agent was asked to stop: the run should save itself
     controller -> agent   done     {}                    end all ranks and exit

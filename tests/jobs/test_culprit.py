@@ -9,7 +9,9 @@ import pytest
 
 from bigtrain.heartbeat import ANSWERED, Beat
 from bigtrain.jobs import agent
+from bigtrain.jobs import generation as generation_module
 from bigtrain.jobs.agent import Gang
+from bigtrain.jobs.generation import Generation, Launch
 
 
 class Rank:
@@ -39,7 +41,10 @@ def named(monkeypatch: pytest.MonkeyPatch, *ranks: Rank) -> int:
     gang.ranks, gang.generation = list(ranks), 0  # type: ignore[arg-type]
     gang._limits = SimpleNamespace(limit_s=lambda phase: 5.0)  # type: ignore[assignment]
     gang._channel = SimpleNamespace(send=lambda kind, **fields: sent.append(fields))  # type: ignore[assignment]
-    gang._report_hang()
+    gang._examined, gang.placement = False, SimpleNamespace(world_size=len(ranks))  # type: ignore[assignment]
+    gang.examine()
+    gang.examine()
+    assert len(sent) == 1
     return int(sent[0]["rank"])
 
 
@@ -59,3 +64,61 @@ def test_a_stopped_one_is_named_without_waiting(monkeypatch: pytest.MonkeyPatch)
     ranks = Rank(0, age_s=9.0, answers_at=None), Rank(1, age_s=8.0, answers_at=None, stopped=True)
     assert named(monkeypatch, *ranks) == 1
     assert ranks[0].looks == 1
+
+
+class Connection:
+    """A connection to an agent that takes what is sent."""
+
+    peer_address = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.sent.append(kind)
+
+
+def generation_of() -> tuple[Generation, list[Any]]:
+    """A generation of one rank a node, and its agents."""
+    agents = [SimpleNamespace(channel=Connection(), host=f"host{node}", agent=str(node)) for node in range(2)]
+    launch = Launch("module", [], 1, {})
+    generation = Generation(1, agents, launch, {}, "logs", lambda: 0, lambda agent: None)  # type: ignore[arg-type]
+    return generation, agents
+
+
+def report(rank: int, **changed: Any) -> dict[str, Any]:
+    known = {"type": "hung", "generation": 1, "rank": rank, "step": 7, "phase": "step", "age_s": 60.0, "limit_s": 60.0}
+    return known | {"stopped": False, "answered": True, "stacks": ""} | changed
+
+
+CULPRITS = [{"stopped": True, "answered": False}, {"step": 6}, {"answered": False}, {"age_s": 61.0}]
+
+
+@pytest.mark.parametrize("sign", CULPRITS, ids=str)
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_nodes_the_one_that_hangs_is_named_whoever_reports_first(
+    sign: dict[str, Any], culprit: int, first: int
+) -> None:
+    generation, agents = generation_of()
+    for node in (first, 1 - first):
+        assert generation._outcome.fault is None
+        generation._handle(node, {"type": "overdue", "generation": 1})
+        generation._handle(node, report(node, **(sign if node == culprit else {})))
+    assert "examine" in agents[1 - first].channel.sent
+    assert "examine" not in agents[first].channel.sent
+    fault = generation._outcome.fault
+    assert fault is not None
+    assert (fault.rank, fault.host, fault.agent) == (culprit, f"host{culprit}", str(culprit))
+    assert all("kill" in agent.channel.sent for agent in agents)
+
+
+def test_a_node_that_does_not_report_is_waited_for_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_module, "EXAMINE_S", 0.0)
+    generation, _ = generation_of()
+    generation._handle(1, {"type": "overdue", "generation": 1})
+    generation._handle(1, report(1))
+    assert generation._outcome.fault is not None
+    # The late report is of a rank that is stopped: it is the cause after all.
+    generation._handle(0, report(0, stopped=True))
+    assert generation._outcome.fault.rank == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,27 @@ train(20, at=hang)
     # Where each rank stood is in its log.
     assert "in hang" in job.log(0, 0)
     assert "in hang" in job.log(0, 1)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_of_two_nodes_the_stopped_rank_is_named_and_not_the_one_that_waits(
+    job: Any, machines: Callable[..., Any], culprit: int
+) -> None:
+    job.write_rank(f"""
+def hang(step):
+    if attempt == 0 and step == 4:
+        if rank == {culprit}:
+            time.sleep(0.2)  # The other node is silent for longer, and reports first.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)
+train(20, at=hang)
+""")
+    placer = machines("ab", (2,))
+    assert job.launch(nproc=1, job=short_limits(nodes=2), placer=placer) == 0
+    [fault] = job.named("fault")
+    assert fault["rank"] == culprit
+    assert "its process is stopped" in fault["cause"]
+    assert all("in hang" in job.log(0, rank) for rank in (0, 1))
 
 
 def test_a_rank_that_holds_the_gil_is_seen(job: Any) -> None:
