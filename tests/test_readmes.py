@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def commands(path: Path) -> Iterator[list[str]]:
     for shown in re.findall(r"^ {4}bigtrain ([a-z][^#|\n]*)", text, re.MULTILINE) + re.findall(
         r"`bigtrain ([a-z][^`]*)`", text
     ):
-        yield shown.partition(" -- ")[0].replace("[", " ").replace("]", " ").split()
+        yield shlex.split(shown.partition(" -- ")[0].replace("[", " ").replace("]", " "))
 
 
 def blocks(path: Path) -> list[str]:
