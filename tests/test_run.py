@@ -304,9 +304,10 @@ def test_a_run_records_its_config_and_once_what_it_trains(directory: RunDirector
     directory.write(longer, what_of(longer))
     assert load_config(directory.config) == longer
     assert directory.recipe() == what_of(first)
-    directory.check_identity(what_of(longer))
+    directory.check_identity(longer, what_of(longer))
+    other = load_config(file, ["seed=2"])
     with pytest.raises(UserError, match=r"seed: 1337 -> 2") as caught:
-        directory.check_identity(what_of(load_config(file, ["seed=2"])))
+        directory.check_identity(other, what_of(other))
     assert "--fork" in (caught.value.fix or "")
 
 

@@ -151,7 +151,8 @@ def choose(
     Raises:
         CorruptionError: None is sound, though some are there or LATEST says that there was one.
     """
-    warnings: list[str] = []
+    missing = missing_latest(directory)
+    warnings = [] if missing is None else [missing]
     for candidate in reversed(candidates):
         problems = check(candidate)
         if not problems:
@@ -165,6 +166,24 @@ def choose(
             "restore a checkpoint's directory, or move this one away to start again from step 0",
         )
     return None, warnings
+
+
+def missing_latest(directory: Path) -> str | None:
+    """A sentence if LATEST names a step that is newer than all checkpoints that are there; otherwise None."""
+    try:
+        step = read_object(directory / LATEST, _MAX_LATEST_BYTES).get("step")
+    except CorruptionError:
+        return None
+    found = list_checkpoints(directory)
+    if not isinstance(step, int) or (found and found[-1].step >= step):
+        return None
+    path = directory / step_name(step)
+    why = "is not there"
+    if path.is_symlink():
+        why = "is a link, and links are not followed: move it here, or mount it"
+    elif path.exists():
+        why = "is not a directory"
+    return f"LATEST names step {step}, and {path.name} {why}"
 
 
 def publish(

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from bigtrain import variables
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
 from bigtrain.jobs.ending import RunRecord, tell_end
@@ -146,7 +147,7 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
     newest, finished = None, False
     if directory.exists():
         called = {found: name for name, found in prepared.fingerprints.items()} if prepared.is_mixture else {}
-        directory.check_identity(prepared.what, called)
+        directory.check_identity(config, prepared.what, called)
         _check_duration(directory, prepared)
         newest = _newest_step(directory)
         finished = newest is not None and newest >= prepared.total_steps and _is_over(directory, newest)
@@ -155,6 +156,8 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
     if step is not None:
         _check_step(directory, step)
         newest, finished = step, finished and step == newest
+    if newest is not None:
+        _check_checkpoint(directory, newest)
     if not finished and directory.is_foreign():
         raise UserError(
             f"{directory.path} holds files and is not a run",
@@ -235,7 +238,17 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
             f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "
             f"{prepared.batch_sequences}"
         )
-    print("\n".join(lines), file=stream, flush=True)
+    print("\n".join([*lines, *_surprises(run)]), file=stream, flush=True)
+
+
+def _surprises(run: CheckedRun) -> Iterator[str]:
+    """Sentences on a run directory that is not what its own files say."""
+    directory = run.directory
+    if directory.exists() and (started := directory.read_record().get("name", directory.name)) != directory.name:
+        yield f"{directory.path} is a copy of the run '{started}', or it was renamed; it goes on as '{directory.name}'"
+    missing = commit.missing_latest(directory.checkpoints)
+    if missing is not None:
+        yield f"warning: {missing}" + ("" if run.newest is None else f"; the run goes on from step {run.newest}")
 
 
 def _divisor(prepared: Prepared, count: int) -> str:
@@ -341,6 +354,13 @@ def _newest_step(directory: RunDirectory) -> int | None:
     return None
 
 
+def _check_checkpoint(directory: RunDirectory, step: int) -> None:
+    """Refuse to go on from a checkpoint that another run saved."""
+    found = commit.find_checkpoint(directory.checkpoints, step)
+    assert found is not None
+    directory.check_checkpoint(step, read_manifest(found.path).identity)
+
+
 def _check_step(directory: RunDirectory, step: int) -> None:
     """Refuse to go back to a step that has no sound checkpoint."""
     steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
@@ -361,6 +381,7 @@ def _set_aside(directory: RunDirectory, step: int) -> None:
     # From the newest on: a kill in between leaves a run that goes back less far.
     for checkpoint in reversed(later):
         checkpoint.path.rename(aside / checkpoint.path.name)
+    commit.rewind(directory.checkpoints, step)
     directory.event("resumed", step=step, cause=f"asked to go back; later checkpoints are in {aside}")
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
     from bigtrain.run.load import config_of, load_config
     from bigtrain.run.names import NAME_PATTERN
-    from bigtrain.run.recipe import RECIPE, differences, identity, recipe_of
+    from bigtrain.run.recipe import RECIPE, differences, identity, recipe_of, with_defaults
     from bigtrain.run.schema import config_schema
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "load_config",
     "recipe_of",
     "split_run_step",
+    "with_defaults",
 ]
 
 _FILES: Final = {
@@ -76,7 +77,7 @@ _FILES: Final = {
     "lease": ("LEASE_LIFE_S", "LEASE_RENEWAL_S", "Lease", "LeaseHolder", "Leased", "in_use", "lease_check"),
     "load": ("config_of", "load_config"),
     "names": ("NAME_PATTERN",),
-    "recipe": ("RECIPE", "differences", "identity", "recipe_of"),
+    "recipe": ("RECIPE", "differences", "identity", "recipe_of", "with_defaults"),
     "schema": ("config_schema",),
 }
 _HOMES: Final = {name: file for file, names in _FILES.items() for name in names}

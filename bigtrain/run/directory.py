@@ -14,7 +14,7 @@ from bigtrain.config.errors import UserError, nearest
 from bigtrain.run import names
 from bigtrain.run.events import append_event
 from bigtrain.run.plugins import used_plugins
-from bigtrain.run.recipe import differences, identity
+from bigtrain.run.recipe import differences, identity, with_defaults
 
 if TYPE_CHECKING:
     from bigtrain.run.config import RunConfig
@@ -92,16 +92,19 @@ class RunDirectory:
             )
         return record
 
-    def check_identity(self, recipe: dict[str, Any], called: Mapping[str, str] | None = None) -> None:
-        """Refuse to continue this run as another one.
+    def check_identity(
+        self, config: RunConfig, recipe: dict[str, Any], called: Mapping[str, str] | None = None
+    ) -> None:
+        """Refuse to continue this run as another one. A key that its record lacks equals its default.
 
         Args:
+            recipe: That of `config`.
             called: Names of data for people, by fingerprint.
 
         Raises:
             UserError: With the keys that differ.
         """
-        changed = list(differences(self.recipe(), recipe))
+        changed = list(differences(with_defaults(self.recipe(), recipe, config), recipe))
         for fingerprint, name in (called or {}).items():
             changed = [line.replace(fingerprint, name) for line in changed]
         if changed:
@@ -109,6 +112,24 @@ class RunDirectory:
                 f"The run '{self.name}' trains something else:\n    " + "\n    ".join(changed),
                 str(self.path),
                 "Undo the change, give the run another --name, or start a new run from this one with --fork NEW.",
+            )
+
+    def check_checkpoint(self, step: int, found: str) -> None:
+        """Refuse a checkpoint of another run.
+
+        Args:
+            found: The identity in its manifest; "" in one that was converted from another format.
+
+        Raises:
+            UserError: It was saved by a run that trains something else.
+        """
+        expected = self.read_record()["identity"]
+        if found and expected is not None and found != expected:
+            raise UserError(
+                f"The checkpoint of step {step} was saved by a run that trains something else: its identity is "
+                f"{found[:12]}, that of '{self.name}' {expected[:12]}",
+                str(self.checkpoints),
+                "Move it away, or begin a new run from it with init.source.",
             )
 
     def write(self, config: RunConfig, recipe: dict[str, Any]) -> None:
@@ -135,7 +156,8 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
     """
     for path in (runs_dir / run, Path(run)):
         if (path / names.RECORD).exists():
-            return RunDirectory(path)
+            # "." has no name.
+            return RunDirectory(path if path.name not in ("", "..") else os.path.abspath(path))
     known_names = [path.parent.name for path in runs_dir.glob(f"*/{names.RECORD}")]
     close = nearest(run, known_names)
     known = f"There are: {', '.join(sorted(known_names)[:MAX_NAMED])}."

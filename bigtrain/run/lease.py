@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -33,6 +33,8 @@ class LeaseHolder:
     pid: int
     started: int
     renewed: float
+    directory: int = 0
+    """Inode of the directory, which a rename keeps and a copy does not; 0 where an earlier version took the lease."""
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> LeaseHolder:
@@ -83,7 +85,11 @@ class Lease:
     def holder(directory: Leased) -> LeaseHolder | None:
         """Who holds, or last held, the lease."""
         try:
-            return LeaseHolder.parse(json.loads(directory.lease.read_text()))
+            found = LeaseHolder.parse(json.loads(directory.lease.read_text()))
+            if found.directory in (0, directory.path.stat().st_ino):
+                return found
+            # Copied with its directory: the process holds the original.
+            return replace(found, pid=0)
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
@@ -135,7 +141,9 @@ class Lease:
 
     def _write(self, pid: int) -> None:
         started = _process_start(pid) or 0 if pid else 0
-        holder = LeaseHolder(self.number, socket.gethostname(), boot_id(), pid, started, time.time())
+        holder = LeaseHolder(
+            self.number, socket.gethostname(), boot_id(), pid, started, time.time(), self.directory.path.stat().st_ino
+        )
         storage.write_json(self.directory.lease, holder.__dict__)
 
 

@@ -16,12 +16,17 @@ from bigtrain.run.directory import RunDirectory
 def load_config(path: Path, overrides: list[str] | None = None, name: str | None = None) -> RunConfig:
     """Read, complete and check a run's YAML; paths in it become absolute.
 
+    The config in a run directory gets the directory's name, whatever name it holds.
+
     What a plugin registers is known once it is loaded (`bigtrain.config.plugin.load_plugin`).
 
     Raises:
         UserError: Anything wrong in the file, with its line; a run that uses a plugin which is not loaded.
     """
     document = load.read_document(path, overrides or [])
+    if name is None and _is_of_a_run(path) and not any(one.startswith("name=") for one in overrides or []):
+        # A copied or renamed directory is a run of its own: its config still has the name of the original.
+        name = Path(os.path.abspath(path)).parent.name
     if name is not None:
         document.override(("name",), name)
     _require_plugin(document, path)
@@ -34,11 +39,17 @@ def config_of(document: yaml_file.Document) -> RunConfig:
     return _absolute(load.build(RunConfig, document))
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Whether this is the config that a run recorded in its directory."""
+    directory = RunDirectory(path.parent)
+    return path.name == directory.config.name and directory.exists()
+
+
 def _require_plugin(document: yaml_file.Document, path: Path) -> None:
     """Refuse the config of a run that uses a plugin, if it is not loaded."""
-    directory = RunDirectory(path.parent)
-    if path.name != directory.config.name or not directory.exists():
+    if not _is_of_a_run(path):
         return
+    directory = RunDirectory(path.parent)
     source = directory.read_record().get("plugin")
     model = document.value.get("model")
     if source is None or not isinstance(model, dict):

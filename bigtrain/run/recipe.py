@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from bigtrain.config.section import Section
 from bigtrain.run.plugins import plugin_hashes
 
 if TYPE_CHECKING:
@@ -35,6 +36,31 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
     if not config.schedule.ends_at_duration:
         del recipe["duration"]
     return recipe
+
+
+def with_defaults(recorded: dict[str, Any], recipe: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A recipe that an earlier version recorded; keys that it did not know have their defaults.
+
+    Args:
+        recipe: Today's, of `config`: only its keys are added.
+    """
+    completed: dict[str, Any] = _with_defaults(recorded, recipe, config)
+    return completed
+
+
+def _with_defaults(recorded: Any, recipe: Any, section: Any) -> Any:
+    if isinstance(section, (list, tuple)) and isinstance(recorded, list) and len(recorded) == len(section):
+        return [_with_defaults(*parts) for parts in zip(recorded, recipe, section, strict=True)]
+    if not isinstance(section, Section) or not isinstance(recorded, dict) or not isinstance(recipe, dict):
+        return recorded
+    fields = type(section).model_fields
+    absent = [name for name in recipe if name not in recorded and name in fields and not fields[name].is_required()]
+    defaults = {name: fields[name].get_default(call_default_factory=True, validated_data={}) for name in absent}
+    plain = section.model_copy(update=defaults).plain()
+    known = {name: recorded[name] for name in recorded}
+    for name in recorded.keys() & recipe.keys() & fields.keys():
+        known[name] = _with_defaults(recorded[name], recipe[name], getattr(section, name))
+    return known | {name: plain[name] for name in absent}
 
 
 def identity(recipe: dict[str, Any]) -> str:

@@ -69,12 +69,15 @@ def run_id(run_dir: Path, name: str) -> str:
     The suffix keeps two people's runs of one name apart inside a project.
     """
     file = run_dir / "wandb" / "id"
-    if file.exists() and (kept := file.read_text().strip()):
-        return kept
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[: _MAX_ID_LENGTH - 9]
+    inode = str(run_dir.stat().st_ino) if run_dir.exists() else ""
+    kept, _, drawn_in = file.read_text().strip().partition("\n") if file.exists() else ("", "", "")
+    # A renamed directory keeps its inode. A copy under another name is a run of its own.
+    if kept and (drawn_in == inode or kept.rpartition("-")[0] == stem):
+        return kept
     fresh = f"{stem}-{secrets.token_hex(4)}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, fresh + "\n")
+    write_atomic(file, f"{fresh}\n{run_dir.stat().st_ino}\n")
     return fresh
 
 

@@ -8,7 +8,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import UserError
 from bigtrain.data.config import ConsumedConfig
-from bigtrain.run import RunDirectory
+from bigtrain.run import RunDirectory, with_defaults
 from bigtrain.training.prepare import Prepared
 from bigtrain.training.source import Source
 
@@ -25,7 +25,8 @@ def consumed(prepared: Prepared, source: Source) -> ConsumedConfig | None:
     run = RunDirectory(source.run)
     if not run.exists():
         return None
-    before, now = run.recipe(), prepared.what
+    now = prepared.what
+    before = with_defaults(run.recipe(), now, prepared.config)
     known = before["data"].get("consumed")
     if all(_order(before, key) == _order(now, key) for key in ("data", "batch", "seed")):
         return None if known is None else ConsumedConfig(**known)

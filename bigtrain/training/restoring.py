@@ -36,6 +36,7 @@ class Restoring:
         if found is not None:
             for warning in found.warnings:
                 self._event("fallback", step=found.step, cause=warning)
+            self.directory.check_checkpoint(found.step, found.manifest.identity)
             self._load(found, self.engine.state())
             return from_plain(found.manifest.progress)
         Together(world_group()).once(lambda: refuse_unrestored(self.config))
