@@ -64,6 +64,9 @@ class ModelConfig(Section):
     takes_documents: ClassVar[bool] = False
     """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
 
+    later_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
+
     arch: str
     """The family: the name of a file in bigtrain/models/families, or of a plugin's class."""
 

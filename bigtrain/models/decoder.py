@@ -1,4 +1,4 @@
-"""The decoder-only transformer behind gpt2 and llama: embedding, pre-norm blocks, norm, head.
+"""The decoder-only transformer behind gpt2, llama and their kin: embedding, blocks, norm, head.
 
 Shapes: B sequences, C tokens, W width.
 """
@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Stage, TensorRole, Zeros
-from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.decoder_config import GATED, DecoderConfig, RopeScaling
 from bigtrain.models.flex import mask_of_documents
 from bigtrain.models.layers import (
     MLP,
     Attention,
     Embedding,
+    GatedMLP,
     LayerNorm,
     Linear,
     Mask,
     RMSNorm,
-    SwiGLU,
     local,
     rotary_frequencies,
     rotary_table,
@@ -36,50 +37,73 @@ from bigtrain.models.sums import by_sequence
 
 def _norm(config: DecoderConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.width, config.norm_eps)
+        return RMSNorm(config.width, config.norm_eps, float(config.norm_offset))
     return LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
 def _mlp(config: DecoderConfig) -> nn.Module:
-    if config.mlp == "swiglu":
-        return SwiGLU(config.width, config.hidden_width, bias=config.bias)
+    if config.mlp in GATED:
+        return GatedMLP(config.width, config.hidden_width, config.mlp, bias=config.bias)
     return MLP(config.width, config.hidden_width, config.mlp, bias=config.bias)
+
+
+def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
+    normalised: Tensor = x if norm is None else norm(x)
+    return normalised
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all blocks of one forward pass read; the rotary table stays in FP32."""
+    """What all blocks of one forward pass read; rotary tables stay in FP32."""
 
     rotary: tuple[Tensor, Tensor] | None
     mask: Mask | None
+    local_rotary: tuple[Tensor, Tensor] | None
+    """For layers with a sliding window, likewise `local_mask`."""
+    local_mask: Mask | None
     keys: Tensor | None
     sequence_positions: Tensor
     """int64 (C,): where the tokens lie in their sequences that the residual stream holds."""
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `norm_at` the norm stands behind the branch, or before and behind it. A parallel block adds both branches of
+    one normalised x.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
-        self.attention_norm = _norm(config)
+        self.parallel = config.parallel_block
+        self.windowed, self.rotary = layer in config.windowed_layers, layer in config.rotary_layers
+        before, after = config.norm_at != "after", config.norm_at != "before"
+        self.attention_norm = _norm(config) if before else None
         self.attention = Attention(
             config.width,
             config.heads,
             config.key_value_heads,
             config.width_of_head,
             bias=config.bias,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
+            qkv_bias=config.qkv_bias,
+            qk_norm=partial(RMSNorm, eps=config.norm_eps, offset=float(config.norm_offset)) if config.qk_norm else None,
+            qk_norm_over_heads=config.qk_norm_over == "heads",
+            score_width=config.score_width,
         )
-        self.mlp_norm = _norm(config)
+        self.attention_output_norm = _norm(config) if after else None
+        self.mlp_norm = _norm(config) if before and not self.parallel else None
         self.mlp = _mlp(config)
+        self.mlp_output_norm = _norm(config) if after else None
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """One block; x (B, C, W)."""
-        branch = self.attention(self.attention_norm(x), shared.rotary, shared.mask)
+        rotary, mask = (shared.local_rotary, shared.local_mask) if self.windowed else (shared.rotary, shared.mask)
+        normalised = _apply(self.attention_norm, x)
+        branch = _apply(self.attention_output_norm, self.attention(normalised, rotary if self.rotary else None, mask))
         x = x + self._drop(branch, shared, 2 * self.layer + 1)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), shared, 2 * self.layer + 2)
+        branch = self.mlp(normalised if self.parallel else _apply(self.mlp_norm, x))
+        return x + self._drop(_apply(self.mlp_output_norm, branch), shared, 2 * self.layer + 2)
 
     def _drop(self, branch: Tensor, shared: Shared, site: int) -> Tensor:
         positions = shared.sequence_positions
@@ -121,7 +145,7 @@ class DecoderModel(nn.Module):
         # By their numbers, so that a stage's layers keep theirs.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
         self.norm: nn.Module | None = _norm(config)
-        self.head = None if config.tied else Linear(config.width, rows, bias=False)
+        self.head = None if config.tied else Linear(config.width, rows, bias=config.head_bias)
 
     def keep(self, stage: Stage) -> None:
         """Drop what the stage does not hold; a tied embedding stays on the first and on the last."""
@@ -158,7 +182,7 @@ class DecoderModel(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
-        hidden, head = self.hidden(batch), local(self.output_weight)
+        hidden, head = self._read_by_head(self.hidden(batch))
         if self.tensor is None:
             logits = F.linear(hidden, head.to(hidden.dtype))
         else:
@@ -180,11 +204,7 @@ class DecoderModel(nn.Module):
         if x is None:
             x = self._embedded(tokens, positions[..., mine])
             x = dropout(x, self.config.dropout, keys, 0, self.training, positions=places[mine])
-        mask: Mask | None = batch.get("mask")
-        if "documents" in batch:
-            head_width = self.config.width_of_head
-            mask = mask_of_documents(batch["documents"], head_width=head_width, dtype=self.compute_dtype)
-        shared = Shared(self._rotary(positions), mask, keys, places[mine])
+        shared = Shared(*self._for_attention(batch, positions), keys, places[mine])
         for layer in self.layers.values():
             x = layer(x, shared)
         return x
@@ -192,6 +212,8 @@ class DecoderModel(nn.Module):
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         assert self.embedding is not None  # the first stage has it
         x: Tensor = self.embedding(tokens, self.compute_dtype)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.width)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions, self.compute_dtype)
         return x
@@ -202,12 +224,22 @@ class DecoderModel(nn.Module):
         return hidden
 
     def _sums(self, hidden: Tensor, batch: Batch) -> LossSum:
-        head, targets, weights = local(self.output_weight), batch["targets"], batch["weights"]
+        hidden, head = self._read_by_head(hidden)
+        targets, weights = batch["targets"], batch["weights"]
         if self.tensor is None:
             loss, losses = chunked_cross_entropy(hidden, head, targets, weights)
         else:
             loss, losses = self.tensor.loss(hidden, head, self.rows, targets, weights)
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
+
+    def _read_by_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream and the head's matrix on this rank; a bias is one more column, which one more channel reads."""
+        head = local(self.output_weight)
+        bias = None if self.head is None else self.head.bias
+        if bias is None:
+            return hidden, head
+        ones = torch.ones_like(hidden[..., :1])
+        return torch.cat((hidden, ones), dim=-1), torch.cat((head, local(bias)[:, None].to(head.dtype)), dim=-1)
 
     @property
     def output_weight(self) -> Tensor:
@@ -238,16 +270,32 @@ class DecoderModel(nn.Module):
             if name.endswith(".bias"):
                 rules[name] = Zeros()
             elif parameter.ndim == 1:
-                rules[name] = Ones()
+                rules[name] = Zeros() if self.config.norm_offset else Ones()
             elif name.endswith(("attention.output.weight", "mlp.down.weight")):
                 rules[name] = branch_end
             else:
                 rules[name] = Normal(std)
         return rules
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _for_attention(
+        self, batch: Batch, positions: Tensor
+    ) -> tuple[tuple[Tensor, Tensor] | None, Mask | None, tuple[Tensor, Tensor] | None, Mask | None]:
+        """Rotary table and mask of layers that see all tokens before them, then of those with a sliding window."""
         config = self.config
-        if config.positions != "rotary":
-            return None
-        frequencies = rotary_frequencies(config.width_of_head, config.rope_theta, config.rope_scaling, positions.device)
-        return rotary_table(positions, frequencies)
+        options: dict[str, Any] = {"head_width": config.width_of_head, "dtype": self.compute_dtype}
+        mask: Mask | None = batch.get("mask")
+        if "documents" in batch:
+            mask = mask_of_documents(batch["documents"], **options)
+        local_mask: Mask | None = batch.get("local_mask", mask)
+        if config.window is not None and config.windowed_layers and "local_mask" not in batch:
+            documents = batch.get("documents", torch.zeros_like(batch["tokens"]))
+            local_mask = mask_of_documents(documents, window=config.window, **options)
+        rotary = local_rotary = None
+        if config.positions == "rotary":
+            rotary = local_rotary = self._rotary(positions, config.rope_theta, config.rope_scaling)
+            if config.rope_local_theta is not None:
+                local_rotary = self._rotary(positions, config.rope_local_theta, None)
+        return rotary, mask, local_rotary, local_mask
+
+    def _rotary(self, positions: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+        return rotary_table(positions, rotary_frequencies(self.config.rotary_width, theta, scaling, positions.device))

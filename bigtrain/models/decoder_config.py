@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from bigtrain.models.decoder import DecoderModel
 
 Positive = Annotated[int, Ge(1)]
+Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"]
+GATED: frozenset[str] = frozenset(("swiglu", "geglu"))
+"""Activations of which the MLP has a gate."""
 
 TENSOR_PLAN: dict[str, TensorRole] = {
     "embedding.weight": "vocab",
-    "head.weight": "vocab",
+    "head.*": "vocab",
     "layers.*.attention.query.*": "column",
     "layers.*.attention.key.*": "column",
     "layers.*.attention.value.*": "column",
@@ -52,9 +56,16 @@ class RopeScaling(Section):
 
 
 class DecoderConfig(ModelConfig):
-    """A pre-norm decoder-only transformer; a family gives the defaults of its shape."""
+    """A decoder-only transformer; a family gives the defaults of its shape."""
 
     takes_documents: ClassVar[bool] = True
+    later_keys: ClassVar[frozenset[str]] = frozenset(
+        [
+            *("qkv_bias", "head_bias", "norm_at", "norm_offset", "qk_norm_over", "parallel_block", "sliding_window"),
+            *("full_attention_every", "rope_local_theta", "rotary_part", "no_rotary_every", "score_width"),
+            "scale_embedding",
+        ]
+    )
 
     layers: Positive
     """Transformer blocks."""
@@ -70,26 +81,53 @@ class DecoderConfig(ModelConfig):
     """Width of one head; null: width / heads."""
     max_positions: Positive | None = None
     """Positions that the model has; null: as many as `context`."""
-    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"
-    """Activation of the MLP; swiglu has a gate (Shazeer 2020)."""
+    mlp: Activation = "gelu"
+    """Activation of the MLP; swiglu (SiLU) and geglu (tanh's GELU) have a gate (Shazeer 2020)."""
     mlp_width: Positive | None = None
-    """Hidden width of the MLP; null: 4 * width, or for swiglu 8/3 * width rounded up to a multiple of 256."""
+    """Hidden width of the MLP; null: 4 * width, or with a gate 8/3 * width rounded up to a multiple of 256."""
+    parallel_block: bool = False
+    """Whether attention and MLP read the same normalised stream, and both are added to it (Wang and Komatsuzaki
+    2021)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before each branch and before the head."""
+    """Normalisation of each branch and before the head."""
     norm_eps: Annotated[float, Gt(0)] = 1e-5
     """Added to the variance."""
+    norm_at: Literal["before", "after", "both"] = "before"
+    """Whether a branch's input is normalised, its output (OLMo 2), or both (Gemma 3)."""
+    norm_offset: bool = False
+    """Whether an RMSNorm multiplies by 1 + weight (Gemma), with weights of zero at first."""
     positions: Literal["rotary", "learned"] = "rotary"
     """Rotary (Su et al. 2021) or a learned table."""
     rope_theta: Annotated[float, Gt(1)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
     """Stretching of the rotary wavelengths."""
+    rope_local_theta: Annotated[float, Gt(1)] | None = None
+    """Base of the rotary wavelengths of layers with a sliding window, which are then not stretched; null: as others."""
+    rotary_part: Annotated[float, Gt(0), Le(1)] = 1.0
+    """The part of a head's channels that is rotated, the first ones."""
+    no_rotary_every: Positive | None = None
+    """Every layer of this number and its multiples, from 1, has no positions at all (SmolLM 3); null: none."""
+    sliding_window: Positive | None = None
+    """Tokens that a query sees, itself included (Beltagy et al. 2020); null: all before it."""
+    full_attention_every: Positive | None = None
+    """Every layer of this number and its multiples, from 1, has no sliding window (Gemma 3); null: all have it."""
+    score_width: Positive | None = None
+    """Attention scores are divided by the square root of this; null: by that of the head's width."""
+    scale_embedding: bool = False
+    """Whether token embeddings are multiplied by the square root of the width (Gemma)."""
     tied: bool = False
     """Whether the output head is the token embedding."""
     bias: bool = False
-    """Whether linear layers and LayerNorms have a bias."""
+    """Whether linear layers and LayerNorms have a bias, but not the head."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have a bias, whatever `bias` is (Qwen 2)."""
+    head_bias: bool = False
+    """Whether the output head has a bias."""
     qk_norm: bool = False
-    """Whether queries and keys are normalised per head (RMSNorm)."""
+    """Whether queries and keys are normalised (RMSNorm)."""
+    qk_norm_over: Literal["head", "heads"] = "head"
+    """What `qk_norm` normalises: each head by itself, or all heads together (OLMo 2)."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Rate of dropout after the embedding and on each branch's output (not on attention weights)."""
     init_std: Annotated[float, Gt(0), Le(1)] = 0.02
@@ -109,9 +147,48 @@ class DecoderConfig(ModelConfig):
             raise ValueError(
                 f"sequence longer than positions: context {self.context} > max_positions {self.max_positions}"
             )
-        if self.rope_scaling is not None and self.positions != "rotary":
-            raise ValueError("rope_scaling needs positions: rotary")
+        needs = {
+            "rope_scaling needs positions: rotary": self.rope_scaling is not None and self.positions != "rotary",
+            "rotary_part needs positions: rotary": self.rotary_part != 1 and self.positions != "rotary",
+            "no_rotary_every needs positions: rotary": bool(self.no_rotary_every) and self.positions != "rotary",
+            "full_attention_every needs a sliding_window": bool(self.full_attention_every) and not self.sliding_window,
+            "rope_local_theta needs a sliding_window": bool(self.rope_local_theta) and not self.sliding_window,
+            "norm_offset needs norm: rmsnorm": self.norm_offset and self.norm != "rmsnorm",
+            "parallel_block needs norm_at: before": self.parallel_block and self.norm_at != "before",
+            "head_bias needs tied: false": self.head_bias and self.tied,
+            f"rotary_part {self.rotary_part} of a head's {self.width_of_head} channels is no even number of them": (
+                self.rotary_width % 2 == 1 or self.rotary_width == 0
+            ),
+        }
+        for message, broken in needs.items():
+            if broken:
+                raise ValueError(message)
         return self
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.width_of_head * self.rotary_part)
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window; None where no sequence is long enough to notice it."""
+        return None if self.sliding_window is None or self.sliding_window >= self.context else self.sliding_window
+
+    @property
+    def windowed_layers(self) -> frozenset[int]:
+        """Numbers of the layers that have the sliding window, from 0."""
+        if self.sliding_window is None:
+            return frozenset()
+        every = self.full_attention_every
+        return frozenset(layer for layer in range(self.layers) if every is None or (layer + 1) % every)
+
+    @property
+    def rotary_layers(self) -> frozenset[int]:
+        """Numbers of the layers that rotate queries and keys, from 0."""
+        every = self.no_rotary_every
+        layers = range(self.layers) if self.positions == "rotary" else ()
+        return frozenset(layer for layer in layers if every is None or (layer + 1) % every)
 
     @property
     def key_value_heads(self) -> int:
@@ -133,18 +210,33 @@ class DecoderConfig(ModelConfig):
         """Hidden width of the MLP."""
         if self.mlp_width is not None:
             return self.mlp_width
-        return -(-8 * self.width // 768) * 256 if self.mlp == "swiglu" else 4 * self.width
+        return -(-8 * self.width // 768) * 256 if self.mlp in GATED else 4 * self.width
 
     def padded_vocab(self, vocab_size: int) -> int:
         """Rows of the token embedding."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """Heads stay whole, and all queries of a key's group with it."""
+        """Heads stay whole, and all queries of a key's group with it.
+
+        Raises:
+            ValueError: All heads are normalised together.
+        """
+        if self.qk_norm and self.qk_norm_over == "heads":
+            raise ValueError("layout.tp: model.qk_norm_over 'heads' normalises over the heads of all ranks: use tp 1")
         return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
 
     def context_parallel_heads(self) -> tuple[int, int]:
-        """All layers alike."""
+        """All layers alike.
+
+        Raises:
+            ValueError: Sequences are longer than the sliding window.
+        """
+        if self.window is not None:
+            raise ValueError(
+                f"layout.cp: ranks that share a sequence have no sliding window (model.sliding_window {self.window}): "
+                "use cp 1, or a model.context that is not longer"
+            )
         return self.heads, self.key_value_heads
 
     def block_costs(self, vocab_size: int) -> BlockCosts:
@@ -175,6 +267,7 @@ class DecoderConfig(ModelConfig):
         shapes |= self._norm_shapes("norm", width)
         if not self.tied:
             shapes["head.weight"] = (rows, width)
+            shapes |= {"head.bias": (rows,)} if self.head_bias else {}
         return shapes
 
     def tensor_plan(self) -> dict[str, TensorRole]:
@@ -187,15 +280,9 @@ class DecoderConfig(ModelConfig):
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
         """Parameters without the token and position embeddings; an untied head is counted."""
-        norm = self.width * (2 if self.norm == "layernorm" and self.bias else 1)
-        query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
-        per_layer = self._layer_matmul_parameters() + 2 * norm
-        if self.bias:
-            gate = self.hidden_width if self.mlp == "swiglu" else 0
-            per_layer += query + 2 * key_value + self.width + self.hidden_width + gate + self.width
-        if self.qk_norm:
-            per_layer += 2 * self.width_of_head
-        head = 0 if self.tied else self.padded_vocab(vocab_size) * self.width
+        per_layer = sum(math.prod(shape) for shape in self._layer_shapes().values())
+        norm = sum(math.prod(shape) for shape in self._norm_shapes("norm", self.width).values())
+        head = 0 if self.tied else self.padded_vocab(vocab_size) * (self.width + self.head_bias)
         return self.layers * per_layer + norm + head
 
     def flops_per_token(self, vocab_size: int) -> Flops:
@@ -203,31 +290,44 @@ class DecoderConfig(ModelConfig):
 
         6 for each parameter that multiplies (2 forward, 4 backward; the head counted, embedding look-ups
         not), plus 12 * layers * (heads * head_width) * context for attention: Chowdhery et al. 2022 (PaLM),
-        appendix B; Narayanan et al. 2021, appendix. Recomputation is not counted.
+        appendix B; Narayanan et al. 2021, appendix. Recomputation is not counted. A sliding window of w tokens leaves
+        w * context - w^2 / 2 of the pairs of a query and a key, which the causal figure counts.
         """
         head = self.padded_vocab(vocab_size) * self.width
         dense = 6 * (self.layers * self._layer_matmul_parameters() + head)
-        attention = 12 * self.layers * self.heads * self.width_of_head * self.context
-        return Flops(dense + attention, dense + attention // 2)
+        pair = 12 * self.heads * self.width_of_head
+        windowed = 0 if self.window is None else len(self.windowed_layers)
+        causal = pair * (self.layers - windowed) * self.context // 2
+        if self.window is not None:
+            causal += pair * windowed * self.window * (2 * self.context - self.window) // (2 * self.context)
+        return Flops(dense + self.layers * pair * self.context, dense + causal)
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         query, key_value = self.heads * self.width_of_head, self.key_value_heads * self.width_of_head
-        linear = {"attention.query": (query, self.width), "attention.key": (key_value, self.width)}
-        linear |= {"attention.value": (key_value, self.width), "attention.output": (self.width, query)}
-        channels = {"mlp.gate": (self.hidden_width, self.width)} if self.mlp == "swiglu" else {}
-        channels |= {"mlp.up": (self.hidden_width, self.width), "mlp.down": (self.width, self.hidden_width)}
-        shapes = self._norm_shapes("attention_norm", self.width)
-        shapes |= self._linear_shapes(linear)
+        shapes = self._branch_norms("attention")
+        asking = {"query": (query, self.width), "key": (key_value, self.width), "value": (key_value, self.width)}
+        shapes |= self._linear_shapes("attention", asking, self.bias or self.qkv_bias)
+        shapes |= self._linear_shapes("attention", {"output": (self.width, query)}, self.bias)
         if self.qk_norm:
-            shapes |= {f"attention.{which}_norm.weight": (self.width_of_head,) for which in ("query", "key")}
-        return shapes | self._norm_shapes("mlp_norm", self.width) | self._linear_shapes(channels)
+            sizes = (query, key_value) if self.qk_norm_over == "heads" else (self.width_of_head,) * 2
+            norms = zip(("query", "key"), sizes, strict=True)
+            shapes |= {f"attention.{which}_norm.weight": (size,) for which, size in norms}
+        if not self.parallel_block:
+            shapes |= self._branch_norms("mlp")
+        channels = {"gate": (self.hidden_width, self.width)} if self.mlp in GATED else {}
+        channels |= {"up": (self.hidden_width, self.width), "down": (self.width, self.hidden_width)}
+        return shapes | self._linear_shapes("mlp", channels, self.bias)
 
-    def _linear_shapes(self, sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def _branch_norms(self, branch: str) -> dict[str, tuple[int, ...]]:
+        before = self._norm_shapes(f"{branch}_norm", self.width) if self.norm_at != "after" else {}
+        return before | (self._norm_shapes(f"{branch}_output_norm", self.width) if self.norm_at != "before" else {})
+
+    def _linear_shapes(self, module: str, sizes: dict[str, tuple[int, int]], bias: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, size in sizes.items():
-            shapes[f"{name}.weight"] = size
-            if self.bias:
-                shapes[f"{name}.bias"] = size[:1]
+            shapes[f"{module}.{name}.weight"] = size
+            if bias:
+                shapes[f"{module}.{name}.bias"] = size[:1]
         return shapes
 
     def _norm_shapes(self, name: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -240,4 +340,4 @@ class DecoderConfig(ModelConfig):
 
     def _layer_matmul_parameters(self) -> int:
         attention = self.width * self.width_of_head * (2 * self.heads + 2 * self.key_value_heads)
-        return attention + self.width * self.hidden_width * (3 if self.mlp == "swiglu" else 2)
+        return attention + self.width * self.hidden_width * (3 if self.mlp in GATED else 2)

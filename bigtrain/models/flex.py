@@ -27,18 +27,25 @@ HEAD_WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def mask_of_documents(documents: Tensor, queries: Tensor | None = None, *, head_width: int, dtype: torch.dtype) -> Mask:
+def mask_of_documents(
+    documents: Tensor,
+    queries: Tensor | None = None,
+    *,
+    head_width: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> Mask:
     """What `layers.attend` takes to keep attention causal and inside documents: the one place that chooses its form.
 
     Args:
-        documents, queries: As `layers.document_mask` takes them.
+        documents, queries, window: As `layers.document_mask` takes them.
         head_width: Of the attention that the mask is for.
         dtype: Of its queries.
     """
     count = documents.shape[1] if queries is None else len(queries)
     if serves(documents.device, dtype, head_width, count, documents.shape[1]):
-        return block_mask(documents, queries)
-    return document_mask(documents, queries)
+        return block_mask(documents, queries, window)
+    return document_mask(documents, queries, window)
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_width: int, queries: int, keys: int) -> bool:
@@ -57,7 +64,7 @@ def serves(device: torch.device, dtype: torch.dtype, head_width: int, queries: i
     )
 
 
-def block_mask(documents: Tensor, queries: Tensor | None = None) -> BlockMask:
+def block_mask(documents: Tensor, queries: Tensor | None = None, window: int | None = None) -> BlockMask:
     """The mask that `layers.document_mask` gives for the same arguments, as blocks; lengths are multiples of BLOCK.
 
     It is right for documents in any order, and visits the fewest blocks where they ascend, as those of the loader do.
@@ -66,17 +73,24 @@ def block_mask(documents: Tensor, queries: Tensor | None = None) -> BlockMask:
 
     places = torch.arange(documents.shape[1], device=documents.device)
     asked_from = places if queries is None else queries
+    reach = documents.shape[1] if window is None else window
     asking = documents[:, asked_from]
 
     def visible(sequence: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (asking[sequence, query] == documents[sequence, key]) & (asked_from[query] >= key)
+        return (
+            (asking[sequence, query] == documents[sequence, key])
+            & (asked_from[query] >= key)
+            & (asked_from[query] < key + reach)
+        )
 
     low_query, high_query = (edge[:, :, None] for edge in _edges(asking))
     low_key, high_key = (edge[:, None] for edge in _edges(documents))
     first_query, last_query = (edge[:, :, None] for edge in _edges(asked_from[None]))
     first_key, last_key = (edge[:, None] for edge in _edges(places[None]))
     meet = (low_query <= high_key) & (low_key <= high_query) & (last_query >= first_key)
+    meet &= first_query < last_key + reach
     whole = (low_query == high_query) & (low_key == high_key) & (low_query == low_key) & (first_query >= last_key)
+    whole &= last_query < first_key + reach
     return BlockMask.from_kv_blocks(*_listed(meet & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 

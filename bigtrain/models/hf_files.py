@@ -21,6 +21,7 @@ ONE_FILE = "model.safetensors"
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_CONSTANTS = ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied")
 _NO_PARAMETERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
 """Constants that older files hold as tensors."""
 
@@ -133,7 +134,7 @@ class HfFiles:
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """What no shape shows: constants that change what the same weights compute."""
         theirs = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
-        for key in ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied"):
+        for key in (*_CONSTANTS, *sorted(config.later_keys)):
             ours = config.plain().get(key)
             if key == "tied" and not ours and own_head:
                 continue

@@ -99,16 +99,22 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation over the last dimension (Zhang and Sennrich 2019); statistics in FP32."""
+    """RMS normalisation over the last dimension (Zhang and Sennrich 2019); statistics in FP32.
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    Args:
+        offset: What is added to the weight: 1 in Gemma, whose weights begin at zero.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; the result has its dtype."""
-        return F.rms_norm(x, self.weight.shape, cast(self.weight, x), self.eps)
+        weight = local(self.weight)
+        weight = weight + self.offset if self.offset else weight
+        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -147,24 +153,30 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, C, H, D), in FP32: the channel order of Hugging Face's Llama."""
+    """Rotate the pairs (i, i + R/2) of x (B, C, H, D), in FP32: the channel order of Hugging Face's Llama.
+
+    R is twice the width of the table; channels from R on stay as they are.
+    """
     cos, sin = table
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    rest = x[..., 2 * cos.shape[-1] :]
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).split(cos.shape[-1], dim=-1)[:2]
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
-def document_mask(documents: Tensor, queries: Tensor | None = None) -> Tensor:
+def document_mask(documents: Tensor, queries: Tensor | None = None, window: int | None = None) -> Tensor:
     """Boolean (B, 1, Q, C), true where a query may see a key: not later, and in the same document.
 
     Args:
         documents: (B, C), the number of each token's document inside its sequence.
-        queries: int64 (Q,), the positions that ask; None: all of them.
+        queries: int64 (Q,), the positions of the queries; None: all positions.
+        window: Tokens that a query sees at the most, itself included.
     """
     places = torch.arange(documents.shape[1], device=documents.device)
     queries = places if queries is None else queries
     same = documents[:, queries, None] == documents[:, None, :]
-    return same.logical_and_(queries[:, None] >= places)[:, None]
+    same = same.logical_and_(queries[:, None] >= places)
+    return (same if window is None else same.logical_and_(queries[:, None] < places + window))[:, None]
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask | None, bool], Tensor]
@@ -209,18 +221,33 @@ class Attention(Branch):
         *,
         bias: bool = False,
         causal: bool = True,
-        qk_norm_eps: float | None = None,
+        qkv_bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        qk_norm_over_heads: bool = False,
+        score_width: float | None = None,
     ) -> None:
+        """Make the layers.
+
+        Args:
+            qkv_bias: Whether query, key and value have a bias where the output has none.
+            qk_norm: Makes the norm of queries or keys of a width.
+            qk_norm_over_heads: Whether all heads are normalised together.
+            score_width: Scores are divided by its square root; None: by that of `head_width`.
+        """
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_width = head_width or width // heads
         self.causal = causal
-        self.query = Linear(width, self.heads * self.head_width, bias=bias)
-        self.key = Linear(width, self.kv_heads * self.head_width, bias=bias)
-        self.value = Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.query_scale = 1.0 if score_width is None else math.sqrt(self.head_width / score_width)
+        self.query = Linear(width, self.heads * self.head_width, bias=bias or qkv_bias)
+        self.key = Linear(width, self.kv_heads * self.head_width, bias=bias or qkv_bias)
+        self.value = Linear(width, self.kv_heads * self.head_width, bias=bias or qkv_bias)
         self.output = Linear(self.heads * self.head_width, width, bias=bias)
-        self.query_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
-        self.key_norm = None if qk_norm_eps is None else RMSNorm(self.head_width, qk_norm_eps)
+        self.norm_joined = qk_norm_over_heads
+        widths = [
+            count * self.head_width if qk_norm_over_heads else self.head_width for count in (heads, self.kv_heads)
+        ]
+        self.query_norm, self.key_norm = (None if qk_norm is None else qk_norm(one) for one in widths)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Mask | None = None) -> Tensor:
         """Attend within x (B, C, W).
@@ -231,14 +258,22 @@ class Attention(Branch):
         """
         if self.enter is not None:
             x = self.enter(x)
-        split = (-1, self.head_width)
-        query, key, value = (layer(x).unflatten(-1, split) for layer in (self.query, self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self._normalised(self.query(x), self.query_norm), self._normalised(self.key(x), self.key_norm)
+        value = self.value(x).unflatten(-1, (-1, self.head_width))
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+        if self.query_scale != 1:
+            query = query * self.query_scale
         output: Tensor = self.output(self.attend(query, key, value, mask, self.causal).flatten(2))
         return output
+
+    def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Heads (B, C, H, D) of joined heads (B, C, H * D), normalised."""
+        split = (-1, self.head_width)
+        if norm is None:
+            return x.unflatten(-1, split)
+        heads: Tensor = norm(x).unflatten(-1, split) if self.norm_joined else norm(x.unflatten(-1, split))
+        return heads
 
 
 class MLP(Branch):
@@ -263,11 +298,16 @@ class MLP(Branch):
         return output
 
 
-class SwiGLU(Branch):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020); x (..., W) -> (..., W)."""
+class GatedMLP(Branch):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020); x (..., W) -> (..., W).
 
-    def __init__(self, width: int, hidden_width: int, *, bias: bool = False) -> None:
+    Args:
+        activation: "swiglu" for SiLU, "geglu" for tanh's GELU.
+    """
+
+    def __init__(self, width: int, hidden_width: int, activation: str = "swiglu", *, bias: bool = False) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = Linear(width, hidden_width, bias=bias)
         self.up = Linear(width, hidden_width, bias=bias)
         self.down = Linear(hidden_width, width, bias=bias)
@@ -276,5 +316,7 @@ class SwiGLU(Branch):
         """Apply the layers."""
         if self.enter is not None:
             x = self.enter(x)
-        output: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        gate = F.silu(gate) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh")
+        output: Tensor = self.down(gate * self.up(x))
         return output

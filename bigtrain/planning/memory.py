@@ -47,7 +47,7 @@ from typing import Literal, NamedTuple
 from bigtrain.engines.config import EngineConfig, Precision
 from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.engines.fsdp.config import FSDPConfig
-from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.decoder_config import GATED, DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
 from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, filled
 from bigtrain.planning.zero import ALIGNED, PERSISTENT
@@ -191,18 +191,18 @@ def block_activation_bytes(
         return tokens * element * width // stream
     hidden = element * model.hidden_width // tp
     if recompute == "selective":
-        matrices = 2 if model.mlp == "swiglu" else 1
+        matrices = 2 if model.mlp in GATED else 1
         gathered = 2 * element * width if stream > 1 else 0
         placeholders = 2 * element if tp > 1 else 0
         kept = gathered + _attention_bytes(model, element, layout, selective=True) + hidden * matrices
         return tokens * kept + tokens * 3 * element * width // stream + placeholders
-    activation = {"swiglu": 4, "relu": 1}.get(model.mlp, 2) * hidden
+    activation = {"swiglu": 4, "geglu": 4, "relu": 1}.get(model.mlp, 2) * hidden
     kept = 2 * element * width + _attention_bytes(model, element, layout) + activation
     if model.qk_norm:
         for heads in (model.heads // tp, model.key_value_heads // tp):
             kept += _norm_bytes("rmsnorm", model.width_of_head, element, device) * heads
     per_position = 2 * _norm_bytes(model.norm, width, element, device) + (2 * width if model.dropout else 0)
-    pairs = _masked_pairs(model.context, sequences, layout, documents, place, device)
+    pairs = _masked_pairs(model.context, sequences, layout, documents or model.window is not None, place, device)
     return tokens * kept + tokens // stream * per_position + element * pairs
 
 

@@ -25,7 +25,10 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
     """
     plain = config.plain()
     recipe = {key: plain[key] for key in RECIPE}
-    recipe["model"] = {**recipe["model"], **config.model.fingerprint()}
+    fields = type(config.model).model_fields
+    unchanged = {key for key in config.model.later_keys if getattr(config.model, key) == fields[key].default}
+    recipe["model"] = {key: value for key, value in recipe["model"].items() if key not in unchanged}
+    recipe["model"] |= config.model.fingerprint()
     for key, sha256 in plugin_hashes(config, RECIPE).items():
         recipe[key]["plugin"] = sha256
     recipe["data"] = {**recipe["data"], **data}

@@ -8,6 +8,7 @@ from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.models.config import ModelConfig
+from bigtrain.models.decoder_config import GATED
 from bigtrain.sweeps.config import LadderConfig, SizeConfig
 from bigtrain.sweeps.load import Sweep
 from bigtrain.training.prepare import prepare
@@ -190,6 +191,6 @@ def _is_gated(sweep: Sweep) -> bool:
     model = sweep.document.value.get("model")
     chosen = model.get("mlp") if isinstance(model, dict) else None
     if chosen is not None:
-        return bool(chosen == "swiglu")
+        return chosen in GATED
     probe = sweep.trial({**_PROBE, "model": {"layers": 1, "width": sweep.config.ladder.width_multiple, "heads": 1}})
-    return getattr(probe.model, "mlp", None) == "swiglu"
+    return getattr(probe.model, "mlp", None) in GATED

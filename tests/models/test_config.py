@@ -28,6 +28,10 @@ SHAPE = {"layers": 2, "width": 32, "heads": 4, "context": 16}
         ({"context": 17, "max_positions": 16}, "sequence longer than positions"),
         ({"positions": "rotary", "head_width": 7}, "even head width"),
         ({"rope_scaling": {}}, "rope_scaling needs positions: rotary"),
+        ({"full_attention_every": 2}, "full_attention_every needs a sliding_window"),
+        ({"norm_offset": True}, "norm_offset needs norm: rmsnorm"),
+        ({"positions": "rotary", "rotary_part": 0.4}, "rotary_part 0.4 of a head's 8 channels"),
+        ({"parallel_block": True, "norm_at": "both"}, "parallel_block needs norm_at: before"),
         ({"contxt": 3}, "contxt"),
     ],
 )
@@ -43,7 +47,10 @@ def test_a_preset_with_a_longer_context_than_its_positions_is_refused() -> None:
 
 
 def test_families_are_the_files_that_define_a_config() -> None:
-    assert FAMILIES.names() == ["captioner", "gpt2", "hf", "llama", "qwen3", "vit"]
+    assert FAMILIES.names() == [
+        *("captioner", "gemma3_text", "gpt2", "hf", "llama", "mistral", "olmo2", "olmo3", "phi", "qwen2", "qwen3"),
+        *("smollm3", "vit"),
+    ]
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
@@ -84,6 +91,17 @@ PUBLISHED = {
     "llama3-405b": (128256, 405_853_388_800),
     "qwen3-0.6b": (151936, 596_049_920),
     "qwen3-8b": (151936, 8_190_735_360),
+    "qwen2.5-0.5b": (151936, 494_032_768),
+    "qwen2.5-7b": (152064, 7_615_616_512),
+    "mistral-7b": (32000, 7_241_732_096),
+    "gemma3-270m": (262144, 268_098_176),
+    "gemma3-1b": (262144, 999_885_952),
+    "olmo2-1b": (100352, 1_484_916_736),
+    "olmo2-7b": (100352, 7_298_617_344),
+    "olmo3-7b": (100278, 7_298_011_136),
+    "smollm3-3b": (128256, 3_075_098_624),
+    "phi-1.5": (51200, 1_418_270_720),
+    "phi-2": (51200, 2_779_683_840),
     "smollm-135m": (49152, 134_515_008),
     "smollm-360m": (49152, 361_821_120),
 }
@@ -133,6 +151,8 @@ def test_parameters_without_embeddings_leave_out_the_tables() -> None:
         ("gpt2", {}),
         ("llama", {"kv_heads": 2}),
         ("llama", {"head_width": 6, "tied": True, "vocab_multiple": 64}),
+        ("phi", {}),
+        ("gemma3_text", {"sliding_window": 6}),
     ],
 )
 def test_flops_equal_torchs_counter_on_the_run_model(arch: str, keys: dict[str, Any]) -> None:
@@ -144,6 +164,8 @@ def test_flops_equal_torchs_counter_on_the_run_model(arch: str, keys: dict[str, 
     with sdpa_kernel(SDPBackend.MATH), counter:
         model(batch).loss.backward()
     flops = config.flops_per_token(97)
-    assert counter.get_total_flops() == flops.full * tokens.numel()
+    head = 6 * config.head_bias * 97  # a column of ones for the bias
+    assert counter.get_total_flops() == (flops.full + head) * tokens.numel()
     attention = 12 * 2 * config.heads * config.width_of_head * 16
-    assert flops.full - flops.causal == attention // 2
+    seen = 16**2 / 2 if config.window is None else 6 * 16 - 6**2 / 2
+    assert flops.full - flops.causal == attention * (1 - seen / 16**2)

@@ -52,16 +52,18 @@ def dense(mask, tokens: int) -> Tensor:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 5), st.booleans(), st.booleans())
-def test_blocks_let_through_what_the_dense_mask_does(seed: int, blocks: int, ascending: bool, some: bool) -> None:
+@given(st.integers(0, 2**31), st.integers(1, 5), st.booleans(), st.booleans(), st.sampled_from([None, 40, 128, 300]))
+def test_blocks_let_through_what_the_dense_mask_does(
+    seed: int, blocks: int, ascending: bool, some: bool, window: int | None
+) -> None:
     tokens = blocks * BLOCK
     documents = documents_of(2, tokens, seed, ascending)
     queries = None
     if some:
         first = seed % blocks
         queries = torch.arange(first * BLOCK, tokens)[: BLOCK * (1 + seed % 2)]
-    expected = document_mask(documents, queries)[:, 0]
-    assert torch.equal(dense(block_mask(documents, queries), tokens), expected)
+    expected = document_mask(documents, queries, window)[:, 0]
+    assert torch.equal(dense(block_mask(documents, queries, window), tokens), expected)
 
 
 def test_no_block_is_visited_in_vain_and_whole_ones_ask_no_rule() -> None:

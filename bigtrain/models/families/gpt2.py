@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from bigtrain.models.config import FAMILIES
-from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.decoder_config import Activation, DecoderConfig
+from bigtrain.models.families.llama import check_shape
 from bigtrain.models.huggingface import HfTensor, require
 
 
@@ -14,7 +15,7 @@ class Config(DecoderConfig):
     """A decoder of GPT-2's shape; every key can be overridden."""
 
     arch: Literal["gpt2"] = "gpt2"
-    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu_tanh"
+    mlp: Activation = "gelu_tanh"
     norm: Literal["rmsnorm", "layernorm"] = "layernorm"
     positions: Literal["rotary", "learned"] = "learned"
     tied: bool = True
@@ -26,10 +27,9 @@ class Config(DecoderConfig):
         Raises:
             ValueError: The shape was overridden into one that GPT-2 does not have.
         """
-        kinds = (self.mlp, self.norm, self.positions) == ("gelu_tanh", "layernorm", "learned")
-        heads = self.key_value_heads == self.heads and self.heads * self.width_of_head == self.width
-        if not (kinds and heads and self.tied and self.bias and not self.qk_norm):
-            raise ValueError("transformers' GPT-2 has gelu_tanh, layernorm, learned positions, bias, a tied head")
+        check_shape(self, "GPT-2", mlp="gelu_tanh", norm="layernorm", positions="learned", bias=True, tied=True)
+        if self.key_value_heads != self.heads or self.heads * self.width_of_head != self.width:
+            raise ValueError("transformers' GPT-2 has as many key heads as query heads, which make up the width")
         names = {
             "embedding.weight": HfTensor("transformer.wte.weight"),
             "position_embedding.weight": HfTensor("transformer.wpe.weight"),

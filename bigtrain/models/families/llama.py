@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from bigtrain.models.config import FAMILIES
-from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.decoder_config import Activation, DecoderConfig
 from bigtrain.models.huggingface import HfTensor, require
 
 PARTS = {
@@ -27,7 +28,7 @@ class Config(DecoderConfig):
     """A decoder of Llama's shape; every key can be overridden."""
 
     arch: Literal["llama"] = "llama"
-    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "swiglu"
+    mlp: Activation = "swiglu"
 
     def hf_names(self) -> dict[str, HfTensor]:
         """Qualified names and their places in the state dict of transformers' LlamaForCausalLM.
@@ -35,8 +36,7 @@ class Config(DecoderConfig):
         Raises:
             ValueError: The shape was overridden into one that Llama does not have.
         """
-        if not has_parts_of_llama(self) or self.qk_norm:
-            raise ValueError("transformers' Llama has swiglu, rmsnorm, rotary positions and no bias")
+        check_shape(self, "Llama")
         return names_in_llama(self, PARTS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
@@ -51,9 +51,23 @@ class Config(DecoderConfig):
         return {"arch": "llama", **keys_of_llama(theirs)}
 
 
-def has_parts_of_llama(config: DecoderConfig) -> bool:
-    """Whether a shape has SwiGLU, RMSNorm and rotary positions, and no bias."""
-    return (config.mlp, config.norm, config.positions, config.bias) == ("swiglu", "rmsnorm", "rotary", False)
+def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **parts: Any) -> None:
+    """Refuse a shape that was overridden into one that a model of transformers does not have.
+
+    Args:
+        name: The model's, for the message.
+        free: Keys that transformers has too, at any value.
+        parts: The values of keys that differ from Llama's.
+
+    Raises:
+        ValueError: Names the key.
+    """
+    defaults = {key: DecoderConfig.model_fields[key].default for key in DecoderConfig.later_keys}
+    llama = {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False, "qk_norm": False}
+    for key, value in {**defaults, **llama, **parts}.items():
+        own = getattr(config, key)
+        if key not in free and own != value:
+            raise ValueError(f"transformers' {name} has model.{key} {value!r} alone, not {own!r}")
 
 
 def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, HfTensor]:
@@ -70,16 +84,7 @@ def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, Hf
 
 def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
     """What the config.json of Llama and its descendants have in common; rotary keys as all versions read them."""
-    rotary: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rotary = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
+    rotary = rotary_of(config)
     return {
         "vocab_size": rows,
         "hidden_size": config.width,
@@ -95,20 +100,41 @@ def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "attention_dropout": 0.0,
+        # Some classes of transformers have numbers of their own vocabulary where nothing is said.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rotary,
         "rope_parameters": {**rotary, "rope_theta": config.rope_theta},
     }
 
 
-def keys_of_llama(theirs: dict[str, Any]) -> dict[str, Any]:
+def rotary_of(config: DecoderConfig) -> dict[str, Any]:
+    """The stretching of rotary wavelengths as config.json has it."""
+    rotary: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rotary = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return rotary
+
+
+def keys_of_llama(theirs: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
     """The keys of `model` that such a config.json stands for.
+
+    Args:
+        theta: The rotary base where config.json has none.
 
     Raises:
         ValueError: A bias, another activation, rotary wavelengths stretched by another rule.
     """
     require(theirs, {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False})
     rotary = theirs.get("rope_parameters") or {}
+    rotary = rotary.get("full_attention", rotary)
     scaling = theirs.get("rope_scaling") or {key: rotary[key] for key in rotary if key != "rope_theta"}
     heads = theirs.get("num_attention_heads", 32)
     positions = theirs.get("max_position_embeddings", 2048)
@@ -121,7 +147,7 @@ def keys_of_llama(theirs: dict[str, Any]) -> dict[str, Any]:
         "context": positions,
         "max_positions": positions,
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(theirs.get("rope_theta") or rotary.get("rope_theta") or 10000.0),
+        "rope_theta": float(theirs.get("rope_theta") or rotary.get("rope_theta") or theta),
         "tied": theirs.get("tie_word_embeddings", False),
     }
     if theirs.get("head_dim") is not None:
@@ -135,5 +161,32 @@ def keys_of_llama(theirs: dict[str, Any]) -> dict[str, Any]:
             "original_context": scaling["original_max_position_embeddings"],
         }
     elif kind != "default":
-        raise ValueError(f"its rotary wavelengths are stretched by the rule {kind!r}, and bigtrain has llama3's alone")
+        raise ValueError(
+            f"its rotary wavelengths (rope_parameters, rope_scaling) are stretched by the rule {kind!r}, and bigtrain "
+            "has llama3's alone"
+        )
     return keys
+
+
+def full_attention_every(types: list[str]) -> int | None:
+    """`full_attention_every` for the `layer_types` of a config.json.
+
+    Raises:
+        ValueError: Layers without a sliding window do not come in a fixed interval.
+    """
+    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+    every = full[0] + 1 if full else None
+    expected = [
+        "full_attention" if every and (layer + 1) % every == 0 else "sliding_attention" for layer in range(len(types))
+    ]
+    if types != expected:
+        raise ValueError(
+            f"its config.json says layer_types: {types}, and full attention comes here in every n-th layer alone"
+        )
+    return every
+
+
+def layer_types(config: DecoderConfig) -> list[str]:
+    """The inverse of `full_attention_every`."""
+    windowed = config.windowed_layers
+    return ["sliding_attention" if layer in windowed else "full_attention" for layer in range(config.layers)]

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt
 
 from bigtrain.models.config import FAMILIES
-from bigtrain.models.decoder_config import DecoderConfig
-from bigtrain.models.families.llama import PARTS, config_of_llama, has_parts_of_llama, keys_of_llama, names_in_llama
+from bigtrain.models.decoder_config import Activation, DecoderConfig
+from bigtrain.models.families.llama import PARTS, check_shape, config_of_llama, keys_of_llama, names_in_llama
 from bigtrain.models.huggingface import HfTensor
 
 NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
@@ -19,7 +19,7 @@ class Config(DecoderConfig):
     """A decoder of Qwen 3's shape; every key can be overridden."""
 
     arch: Literal["qwen3"] = "qwen3"
-    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "swiglu"
+    mlp: Activation = "swiglu"
     norm_eps: Annotated[float, Gt(0)] = 1e-6
     rope_theta: Annotated[float, Gt(1)] = 1e6
     qk_norm: bool = True
@@ -30,8 +30,7 @@ class Config(DecoderConfig):
         Raises:
             ValueError: The shape was overridden into one that Qwen 3 does not have.
         """
-        if not has_parts_of_llama(self) or not self.qk_norm:
-            raise ValueError("transformers' Qwen 3 has swiglu, rmsnorm, rotary positions, qk_norm and no bias")
+        check_shape(self, "Qwen 3", qk_norm=True)
         return names_in_llama(self, PARTS | NORMS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
