@@ -208,36 +208,94 @@ def test_a_plugin_that_is_not_there_is_told(place: str) -> None:
 
 
 HEAD = "        self.head ="
-LAST_OF_INIT = {
-    "dropout in attention": ("self.layers[0].self_attn.dropout = 0.1", "draws random bits"),
-    "a buffer": ('self.register_buffer("scale", torch.ones(1))', "has a buffer"),
-    "batch norm": ("self.norm = nn.BatchNorm1d(3)", "has a buffer"),
-    "a parameter without a rule": ("self.scale = nn.Parameter(torch.ones(1))", "no rule for the parameter 'scale'"),
-    "a renormalised table": ("self.embedding.max_norm = 1.0", "max_norm"),
-}
+EMBED = "        x = self.embedding"
 SUMS = "LossSum((losses * weights).sum(), weights.sum())"
 BROKEN = {
-    **{what: (HEAD, f"        {line}\n{HEAD}", said) for what, (line, said) in LAST_OF_INIT.items()},
-    "dropout of a module": ('"dropout": 0.0', '"dropout": 0.1', "'layers.0.dropout' is Dropout"),
-    "dropout of a function": ("self.head(x)", "self.head(F.dropout(x, 0.1))", "draws random bits by aten::"),
+    "a renormalised table": (HEAD, f"        self.embedding.max_norm = 1.0\n{HEAD}", "max_norm"),
     "a mean": (SUMS, "losses.mean()", "a sum of losses and"),
     "a loss in BF16": ("(losses * weights).sum()", "(losses * weights).sum().bfloat16()", "loss in bfloat16"),
-    "a look at values": ("x = self.embedding", "tokens.sum().item()\n        x = self.embedding", r"forward\(\) fails"),
     "a mistake": ("self.embedding(tokens)", "self.embeding(tokens)", "no attribute 'embeding'"),
-    "a block called twice": ("x = layer(x", "layer(x, mask, is_causal=True)\n            x = layer(x", "2 times"),
+    "a mean over the batch": (
+        "self.positions.weight",
+        "self.embedding(tokens).mean(0)",
+        "sum of the losses of its parts",
+    ),
+    "weights changed in forward": (
+        EMBED,
+        f"        with torch.no_grad():\n            self.head.weight.mul_(0.99)\n{EMBED}",
+        "changes the parameter 'head.weight'",
+    ),
+    "weights changed by data": (
+        EMBED,
+        f"        self.head.weight.data = self.head.weight.data * 0.99\n{EMBED}",
+        "head.weight",
+    ),
+    "a counter": (EMBED, f"        self.calls = getattr(self, 'calls', 0) + 1\n{EMBED}", "changes 'calls'"),
+    "hidden state": (
+        "        losses =",
+        "        x = x + getattr(self, 'last', 0)\n        self.last = x.detach()\n        losses =",
+        "changes 'last'",
+    ),
+    "noise of NumPy": (
+        EMBED,
+        f"        weights = weights * torch.from_numpy(np.random.rand(*weights.shape))\n{EMBED}",
+        "loss",
+    ),
+    "a clock": (EMBED, f"        weights = weights + time.time() % 1e-2\n{EMBED}", "looks at a clock"),
+    "a generator of its own": (
+        EMBED,
+        f"        weights = weights + torch.rand(1, generator=torch.Generator().manual_seed(1))\n{EMBED}",
+        "a generator of its own",
+    ),
+    "a codebook": (
+        HEAD,
+        f"        self.register_buffer('seen', torch.zeros(()))\n{HEAD}",
+        "changes the buffer 'seen'",
+    ),
+    "values that nothing seeds": (
+        HEAD,
+        f"        self.positions.weight.data.mul_(time.time() % 1)\n{HEAD}",
+        "other values each",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_module_whose_losses_would_depend_on_the_layout_is_told(plugin: Callable[..., Path], what: str) -> None:
+def test_a_module_whose_losses_would_depend_on_the_layout_is_refused(plugin: Callable[..., Path], what: str) -> None:
     old, new, said = BROKEN[what]
     path = plugin(old, new)
-    path.write_text("import torch\n" + path.read_text())
+    text = path.read_text()
+    if what == "a codebook":
+        text = text.replace(EMBED, f"        self.seen += tokens.float().sum()\n{EMBED}")
+    path.write_text("import time\nimport numpy as np\nimport torch\n" + text)
     load_plugin(str(path))
     config = FAMILIES["my-model"](width=16, context=8)
     with pytest.raises(UserError, match=said) as caught:
         check_model(config, 19)
     assert path.name in (caught.value.where or "")
+
+
+LEGAL = {
+    "dropout": ('"dropout": 0.0', '"dropout": 0.1'),
+    "a buffer": (HEAD, f"        self.register_buffer('scale', torch.ones(1))\n{HEAD}"),
+    "a parameter of its own values": (HEAD, f"        self.scale = nn.Parameter(torch.ones(()))\n{HEAD}"),
+    "a look at values": (EMBED, f"        assert tokens.sum().item() >= 0\n{EMBED}"),
+    "a block called twice": ("x = layer(x", "x = layer(x, mask, is_causal=True)\n            x = layer(x"),
+    "a second loss": (
+        "            x = layer(x",
+        "            layer.second = x.square().mean()\n            x = layer(x",
+    ),
+    "a cache": (EMBED, f"        self.cache = getattr(self, 'cache', torch.ones(1))\n{EMBED}"),
+    "losses without weights": (SUMS, "LossSum(losses.sum(), torch.tensor(float(losses.numel())))"),
+}
+
+
+@pytest.mark.parametrize("what", LEGAL)
+def test_what_is_the_same_at_every_layout_is_legal(plugin: Callable[..., Path], what: str) -> None:
+    path = plugin(*LEGAL[what])
+    path.write_text("import torch\n" + path.read_text())
+    load_plugin(str(path))
+    check_model(FAMILIES["my-model"](width=16, context=8), 19)
 
 
 def test_the_schema_for_editors_knows_a_plugin(bigtrain: Callable) -> None:

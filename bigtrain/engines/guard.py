@@ -27,10 +27,16 @@ class Guard:
             optimizer.register_step_post_hook(self._put_back)
 
     def arm(self, bad: Tensor) -> None:
-        """Give the flag that the next update, and all until the next flag, heed: boolean, without dimensions."""
+        """Give the flag that the next update, and all until the next flag, follow: boolean, without dimensions."""
         self._bad = bad
         if self._optimizer.defaults.get("fused"):
             self._optimizer.found_inf = bad.to(torch.float32)
+
+    @property
+    def bad(self) -> Tensor:
+        """The flag of the newest update."""
+        assert self._bad is not None
+        return self._bad
 
     def _keep(self, *_: Any) -> None:
         self._before = {

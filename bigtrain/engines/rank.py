@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import resource
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +32,17 @@ def set_determinism(engine: EngineConfig, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def reseed(seed: int, step: int, data_parallel_rank: int) -> None:
-    """Make torch's own generator a function of the step, for models that draw from it: nothing to save."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{data_parallel_rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+def reseed(seed: int, place: object) -> None:
+    """Make the generators of torch, NumPy and `random` a function of the seed and a step, alike on all ranks.
+
+    Args:
+        place: The step, or what else is to draw apart; nothing of it needs to be saved.
+    """
+    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
 
 
 def to_device(arrays: MicroBatch, device: torch.device) -> dict[str, Tensor]:

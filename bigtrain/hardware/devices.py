@@ -80,17 +80,18 @@ def mfu(
     Formula: Chowdhery et al. 2022 (PaLM), appendix B. Recomputed activations do not count.
 
     Args:
-        flops_per_token: Forward and backward FLOPs of one token.
+        flops_per_token: Forward and backward FLOPs of one token; 0 where they cannot be counted.
         tokens_per_s: Tokens a second of the whole job.
         device: One of the job's devices, all alike; None where it is not known.
         precision: Precision of the matrix multiplications.
         n_devices: Devices of the whole job.
 
     Returns:
-        A share between 0 and 1, or None where the device or its peak at `precision` is not known.
+        A share between 0 and 1, or None where the device, its peak at `precision` or the model's FLOPs are not
+        known.
     """
     peak = device.peak(precision) if device else None
-    if peak is None or n_devices < 1:
+    if peak is None or n_devices < 1 or flops_per_token <= 0:
         return None
     share = flops_per_token * tokens_per_s / (peak * n_devices)
     return share if math.isfinite(share) else None

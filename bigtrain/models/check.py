@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,12 @@ from bigtrain.models.config import ModelConfig
 from bigtrain.models.contract import Batch, Model
 
 
-def check_model(config: ModelConfig, vocab_size: int) -> None:
+def check_model(config: ModelConfig, vocab_size: int, across_layouts: bool = False) -> None:
+    """Refuse a model that would compute something else than its author means; see `ModelConfig.check`."""
+    config.check(vocab_size, across_layouts)
+
+
+def check_contract(config: ModelConfig, vocab_size: int) -> None:
     """Build a model on the meta device, which takes no memory, and hold it against `contract.Model`.
 
     Raises:
@@ -30,15 +35,15 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
     if not config.keeps_contract:
         return
     where = config.plugin.place if config.plugin is not None else f"bigtrain/models/{config.arch}.py"
-    with _told(config, where, "build()"), torch.device("meta"):
+    with users_code(config, where, "build()"), torch.device("meta"):
         module = config.build(vocab_size)
     check_module(module, where)
     calls: Counter[str] = Counter()
     for name, block in cast(Model, module).blocks():
         block.register_forward_pre_hook(partial(_count, calls, name))
-    # Our own families are read, and looking at each operation takes the larger of them seconds.
-    watched = nullcontext() if config.plugin is None else _NoRandomBits(where)
-    with _told(config, where, "forward()"), watched:
+    # The families of this package are known, and looking at each operation takes the larger of them seconds.
+    watched: AbstractContextManager[Any] = nullcontext() if config.plugin is None else _NoRandomBits(where)
+    with users_code(config, where, "forward()"), watched:
         result = module(example_batch(config))
     _check_result(result, where)
     for name, count in calls.items():
@@ -49,9 +54,9 @@ def check_model(config: ModelConfig, vocab_size: int) -> None:
                 "Leave it out of what blocks() returns.",
             )
     count = sum(parameter.numel() for parameter in module.parameters())
-    told = config.parameter_count(vocab_size)
-    if count != told:
-        raise UserError(f"parameter_count() says {told}, and the model has {count} parameters", where)
+    counted = config.parameter_count(vocab_size)
+    if count != counted:
+        raise UserError(f"parameter_count() says {counted}, and the model has {count} parameters", where)
 
 
 def _count(calls: Counter[str], name: str, *_: object) -> None:
@@ -59,7 +64,7 @@ def _count(calls: Counter[str], name: str, *_: object) -> None:
 
 
 @contextmanager
-def _told(config: ModelConfig, where: str, what: str) -> Iterator[None]:
+def users_code(config: ModelConfig, where: str, what: str) -> Iterator[None]:
     """Show what the user's code raises as the user's mistake, with the line of it."""
     try:
         yield
@@ -78,7 +83,7 @@ def _told(config: ModelConfig, where: str, what: str) -> Iterator[None]:
             f"{what} fails: {type(error).__name__}: {error}",
             lines[-1] if lines else where,
             "The module is built and run without values here (torch.device('meta')): it may not look at any."
-            if "meta" in str(error)
+            if "meta" in str(error) and not config.is_plain
             else None,
         ) from error
 
@@ -128,8 +133,8 @@ def check_module(module: nn.Module, where: str) -> None:
                 "Use dropout() of bigtrain/models/random.py with the batch's keys.",
             )
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            _check_embedding(name, part, where)
-    _check_names(model.initialisers(), dict(module.named_parameters()), "initialisers()", "parameter", where)
+            check_embedding(name, part, where)
+    check_names(model.initialisers(), dict(module.named_parameters()), "initialisers()", "parameter", where)
     modules = dict(module.named_modules())
     for name, block in model.blocks():
         if modules.get(name) is not block:
@@ -141,7 +146,7 @@ def check_module(module: nn.Module, where: str) -> None:
             )
 
 
-def _check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str) -> None:
+def check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str) -> None:
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(part, option):
             raise UserError(
@@ -169,7 +174,7 @@ def _check_result(result: object, where: str) -> None:
         )
 
 
-def _check_names(
+def check_names(
     given: Mapping[str, object], real: Mapping[str, nn.Parameter], what: str, kind: str, where: str
 ) -> None:
     for name in sorted(real.keys() - given.keys()):

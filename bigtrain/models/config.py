@@ -37,6 +37,11 @@ class Flops(NamedTuple):
     causal: int
     """Attention counted over the causal half alone: what must be computed."""
 
+    @classmethod
+    def unknown(cls) -> Flops:
+        """Of a model that cannot be counted: utilisation is not available."""
+        return cls(0, 0)
+
 
 class BlockCosts(NamedTuple):
     """What a pipeline shares out, in units of the cost of one block."""
@@ -143,6 +148,34 @@ class ModelConfig(Section):
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")
+
+    def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
+        """The module as engines take it: on the meta device, its values to be filled in by `init.materialise`.
+
+        Raises:
+            UserError: It does not keep the contract (`contract.Model`).
+        """
+        import torch
+
+        from bigtrain.models.check import check_module
+
+        with torch.device("meta"):
+            module = self.build(vocab_size)
+        check_module(module, f"the model of arch '{self.arch}'")
+        return module
+
+    def check(self, vocab_size: int, across_layouts: bool = False) -> None:
+        """Refuse a model that would compute something else than its author means, before any rank starts.
+
+        Args:
+            across_layouts: Whether every draw must be the same at all layouts, as those of the families here are.
+
+        Raises:
+            UserError: The first thing that is wrong, by its qualified name.
+        """
+        from bigtrain.models.check import check_contract
+
+        check_contract(self, vocab_size)
 
     def parameter_count(self, vocab_size: int) -> int:
         """Parameters of the module that `build` returns, a tied weight counted once."""

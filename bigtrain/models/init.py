@@ -59,6 +59,25 @@ def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = N
             fill(local, offset, shape, rules[name], seed, name)
 
 
+def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a module its first values on `device`, in place: its own where it has them, else those of its rules.
+
+    Holders of one parameter keep sharing it.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.to(device)
+        return
+    holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, own_name), *others in holders.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[own_name]
+    initialise(model, seed)
+
+
 def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str) -> None:
     """Give one part of a parameter its first values, in place.
 

@@ -7,6 +7,9 @@ on every device: the hash is integer arithmetic modulo 2^32 and 2^64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,13 @@ def keep_mask(
     shape: torch.Size, p: float, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
 ) -> Tensor:
     """Boolean (B, C, W), true with probability 1 - p (to 2^-32)."""
+    return random_bits(shape, keys, layer, positions, first_channel) >= round(p * 2**32) - 2**31
+
+
+def random_bits(
+    shape: torch.Size, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
+) -> Tensor:
+    """Int32 (B, C, W), each of the 2^32 values with equal probability; the arguments are those of `dropout`."""
     _, tokens, channels = shape
     device = keys.device
     if positions is None:
@@ -58,7 +68,39 @@ def keep_mask(
     bits = _round32(bits, 16, 0x21F0AAAD).add_(high)
     bits = _round32(bits, 15, 0xD35A2D97)
     bits ^= (bits >> 15).bitwise_and_((1 << 17) - 1)
-    return bits >= round(p * 2**32) - 2**31
+    return bits
+
+
+def uniform(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
+    """Float64 of `shape`, uniform in (0, 1), 32 random bits each.
+
+    Args:
+        shape: (B * G, ...): G consecutive rows for each of the B sequences.
+        keys: int64 (B,), one a sequence.
+        layer: The number of the draw in the model; draws with other numbers are independent.
+
+    Raises:
+        ValueError: The first dimension is no multiple of B.
+    """
+    return _bits_of(shape, keys, layer).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
+
+
+def normal(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
+    """FP32 of `shape` from the standard normal distribution; the arguments are those of `uniform`."""
+    return torch.special.ndtri(uniform(shape, keys, layer)).float()
+
+
+def integers(low: int, high: int, shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
+    """Int64 of `shape`, low <= value < high, uniform to (high - low) / 2^32; the arguments are those of `uniform`."""
+    return uniform(shape, keys, layer).mul_(high - low).floor_().to(torch.int64).clamp_(max=high - low - 1).add_(low)
+
+
+def _bits_of(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
+    count = len(keys)
+    if not shape or shape[0] % count:
+        raise ValueError(f"a draw of shape {tuple(shape)} is not for a batch of {count}")
+    row = math.prod(shape) // count
+    return random_bits(torch.Size((count, 1, row)), keys, layer).view(tuple(shape))
 
 
 def _wrap32(value: int) -> int:

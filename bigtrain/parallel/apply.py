@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bigtrain.models.check import check_module
 from bigtrain.models.config import BlockCosts, ModelConfig
-from bigtrain.models.init import initialise
+from bigtrain.models.init import materialise
 from bigtrain.parallel.config import LayoutConfig, Recompute
 from bigtrain.parallel.context import ContextGroup, share_sequences
 from bigtrain.parallel.mesh import gradient_mesh
@@ -57,13 +56,12 @@ def build_parallel_model(
     recompute: Recompute = "none",
     compile_blocks: bool = False,
 ) -> ParallelModel:
-    """Build on meta, cut into stages, split, share sequences, recompute, compile, shard, materialise, initialise.
+    """Build, cut into stages, split, share sequences, recompute, compile, shard, materialise.
 
-    No rank ever holds more than its part of the model, and the initial weights are equal at every layout.
+    The initial weights are equal at every layout. No rank ever holds more than its part of a model that is built on
+    meta; a plain module that initialises itself is built on the CPU of each rank.
     """
-    with torch.device("meta"):
-        whole = cast(Any, config.build(vocab_size))
-    check_module(whole, f"the model of arch '{config.arch}'")
+    whole = cast(Any, config.build_for_engine(vocab_size, seed))
     whole.compute_dtype = compute_dtype
     costs = cast(BlockCosts, config.block_costs(vocab_size))
     pp = mesh["pp"] if mesh is not None and mesh["pp"].size() > 1 else None
@@ -86,8 +84,7 @@ def build_parallel_model(
                 block.compile()
         if mesh is not None and (over := gradient_mesh(mesh)) is not None:
             shard(model, blocks, over, compute_dtype, reshard_after_forward=pp is None)
-        model.to_empty(device=device)
-        initialise(model, seed)
+        materialise(model, device, seed)
     if pp is None:
         return ParallelModel(whole, frozenset(partial), context)
     return ParallelModel(

@@ -23,7 +23,8 @@ def shard(
 ) -> None:
     """Shard every block, then what is left, in place, over a mesh of one axis, or of replicas and shards.
 
-    Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
+    Parameters that FSDP cannot shard (without dimensions, or not FP32) stay whole on each rank; the engine sums their
+    gradients. Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
 
     Args:
         reshard_after_forward: False keeps what is gathered until the last backward pass of a step: the stages of a
@@ -35,6 +36,7 @@ def shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return _placement(parameter, ranks)
 
+    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0 or parameter.dtype != torch.float32}
     for module in (*blocks, model):
         # The backward pass begins with the last block: given back, it would be gathered again at once.
         fully_shard(
@@ -43,6 +45,7 @@ def shard(
             mp_policy=policy,
             shard_placement_fn=placement,
             reshard_after_forward=reshard_after_forward and module is not model and module is not blocks[-1],
+            ignored_params=whole or None,
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):

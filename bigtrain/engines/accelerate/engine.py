@@ -94,7 +94,7 @@ class AccelerateEngine:
         Returns:
             The sums over this rank's micro-batches.
         """
-        reseed(self._seed, step, self.data_parallel_rank)
+        reseed(self._seed, step)
         self.strategy.model.train()
         sums = Sums.of(micro_batches, self.device)
         for number, arrays in enumerate(micro_batches, start=1):

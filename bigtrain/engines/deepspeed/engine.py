@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         Returns:
             The sums over this rank's micro-batches.
         """
-        reseed(self._seed, step, self.data_parallel_rank)
+        reseed(self._seed, step)
         self.engine.train()
         sums = Sums.of(micro_batches, self.device)
         last = len(micro_batches) - 1

@@ -92,7 +92,7 @@ class PipelinedEngine(DeepSpeedEngine):
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
-        reseed(self._seed, step, self.data_parallel_rank)
+        reseed(self._seed, step)
         self._set_lr(lr)
         self._vote = vote
         # Not through its gradient_accumulation_steps, by which it would divide the loss.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,18 +16,20 @@ from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_
 from bigtrain.engines.config import Precision
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.engines.fsdp.plain import PlainSteps
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
 from bigtrain.engines.step import StepReducer
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.plain.network import Network
 from bigtrain.models.sums import Sums
 from bigtrain.optim.build import is_frozen
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.mesh import Ranks, build_mesh, gradient_mesh, pick_device
 from bigtrain.parallel.pipeline import ends_group
 from bigtrain.parallel.shard import begin_pass, reshard
 from bigtrain.parallel.tensor import sum_gradients
@@ -81,6 +84,12 @@ class FSDPEngine:
             if mesh["pp"].get_local_rank() > 0:
                 self._counted.difference_update(self._shared_by_ends)
         self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
+        self.plain: PlainSteps | None = None
+        if isinstance(self.model, Network):
+            over = None if mesh is None else gradient_mesh(mesh)
+            self.plain = PlainSteps(self.model, over, seed, device)
+            if self.data_parallel_rank > 0:
+                self._counted.difference_update(self.plain.whole)
 
     @classmethod
     def build(
@@ -132,6 +141,8 @@ class FSDPEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
+        if self.plain is not None:
+            self.plain.after_update(self._guard.bad)
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
@@ -141,26 +152,29 @@ class FSDPEngine:
         Returns:
             The sums over this rank's micro-batches; in FP16 scaled, as the gradients are.
         """
-        reseed(self._seed, step, self.data_parallel_rank)
+        reseed(self._seed, step)
         self.model.train()
         with self.reducer.recorder.active():
-            sums = self._passes(micro_batches)
+            sums = self._passes(step, micro_batches)
         if self._shared_by_ends and self._ends is not None:
             sum_gradients(_gradients(self._shared_by_ends), self._ends)
         if self._tensor_partial and self._mesh is not None:
             sum_gradients(_gradients(self._tensor_partial), self._mesh["tp"].get_group())
+        if self.plain is not None:
+            self.plain.after_backward(sums.weight)
         return sums
 
-    def _passes(self, micro_batches: list[MicroBatch]) -> Sums:
+    def _passes(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
         """Forward and backward of each micro-batch."""
         if self.pipeline is not None:
             return self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
         sums = Sums.of(micro_batches, self.device)
         for number, arrays in enumerate(micro_batches, 1):
             begin_pass(self.model, last=number == len(micro_batches))
-            batch = self._scaled(self._batch(arrays))
-            result = LossSum(*self.model(batch))
-            result.loss.backward()
+            with self._passing(step, arrays, number - 1, len(micro_batches)) as batch:
+                batch = self._scaled(batch)
+                result = LossSum(*self.model(batch))
+                result.loss.backward()
             sums.add(result, batch)
         return sums
 
@@ -196,11 +210,11 @@ class FSDPEngine:
         with self.reducer.evaluating(measuring.wanted).active():
             if self.pipeline is not None:
                 sums = self.pipeline.forward(to_device(arrays, self.device) for batch in batches for arrays in batch)
-            for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
-                batch = self._batch(arrays)
-                sums.add(LossSum(*self.model(batch)), batch)
-                for measure in measuring.passes:
-                    measure(self.model, batch)
+            for number, arrays in enumerate(arrays for micro_batches in batches for arrays in micro_batches):
+                with self._evaluating(arrays, number) as batch:
+                    sums.add(LossSum(*self.model(batch)), batch)
+                    for measure in measuring.passes:
+                        measure(self.model, batch)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
         return self.reducer.totals(sums)
@@ -208,10 +222,24 @@ class FSDPEngine:
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
         materialise_optimizer(self.optimizer)
-        return flatten(self.model, self.optimizer) | (self._loss_scale.state() if self._loss_scale else {})
+        extra = self.plain.network.extra_state() if self.plain is not None else {}
+        return flatten(self.model, self.optimizer) | (self._loss_scale.state() if self._loss_scale else {}) | extra
+
+    def state_loaded(self) -> None:
+        """See `contract.Reloaded.state_loaded`: modules take what they keep besides tensors."""
+        if self.plain is not None:
+            self.plain.network.take_extra_state()
 
     def _scaled(self, batch: Batch) -> Batch:
         return batch if self._loss_scale is None else self._loss_scale.scaled(batch)
+
+    def _passing(self, step: int, arrays: MicroBatch, number: int, passes: int) -> AbstractContextManager[Batch]:
+        if self.plain is not None:
+            return self.plain.passing(step, arrays, number, passes)
+        return nullcontext(self._batch(arrays))
+
+    def _evaluating(self, arrays: MicroBatch, number: int) -> AbstractContextManager[Batch]:
+        return nullcontext(self._batch(arrays)) if self.plain is None else self.plain.evaluating(arrays, number)
 
     def _batch(self, arrays: MicroBatch) -> Batch:
         """A micro-batch on the device; where ranks share sequences, this one's part of each."""

@@ -1,0 +1,205 @@
+"""What couples the sequences of a batch, computed over the global batch: sums and gathers over ranks, batch statistics.
+
+    from bigtrain.models.plain import gather_batch
+
+    images, _ = gather_batch(F.normalize(image_features))             # (all rows of the global batch, W), with gradient
+    texts, first = gather_batch(F.normalize(text_features))
+    own = first + torch.arange(len(text_features), device=texts.device)
+    losses = F.cross_entropy(scale * text_features @ images.T, own, reduction="none")     # of this rank's rows
+
+One process gets what it gives. A module that uses one of these, or BatchNorm, needs each rank's part of a global batch
+in one pass; the engine refuses more than one micro-batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bigtrain.config import UserError
+
+
+class Ranks(Protocol):
+    """The ranks that share a global batch, in one pass."""
+
+    rank: int
+    rows: list[int]
+    """Sequences of each rank that are no fillers."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, with gradient. Collective."""
+        ...
+
+
+class OneProcess:
+    """A process that has the whole batch."""
+
+    rank = 0
+
+    def __init__(self, rows: int) -> None:
+        self.rows = [rows]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """What it was given."""
+        return x
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; the gradient of a sum that all ranks use is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class AllRanks:
+    """All ranks of the process group: a plain module is laid out over data-parallel ranks alone."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        """Exchange the numbers of rows. Collective."""
+        self.rank = dist.get_rank()
+        counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+        counts[self.rank] = rows
+        dist.all_reduce(counts)
+        self.rows = counts.tolist()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See `Ranks.sum`."""
+        return _Sum.apply(x)
+
+
+class _Local(threading.local):
+    ranks: Ranks | None = None
+    own: int = 0
+    """Rows of the batch of this pass, fillers included."""
+    passes: int = 1
+    used = False
+    """Whether the pass has coupled sequences."""
+
+
+_here = _Local()
+
+
+@contextmanager
+def across(ranks: Ranks, batch: int, passes: int = 1) -> Iterator[None]:
+    """Let the block's pass over a batch of `batch` rows, one of `passes` of a step, sum over `ranks`."""
+    _here.ranks, _here.own, _here.passes, _here.used = ranks, batch, passes, False
+    try:
+        with _BatchNorm():
+            yield
+    finally:
+        _here.ranks = None
+
+
+def couples() -> bool:
+    """Whether the last pass of this thread has coupled the sequences of its batch by this module."""
+    return _here.used
+
+
+def _use(what: str) -> None:
+    """Note that the pass couples sequences.
+
+    Raises:
+        UserError: A step has several passes, none of which sees the global batch.
+    """
+    _here.used = True
+    if _here.passes > 1:
+        raise UserError(
+            f"{what} needs each rank's part of a batch in one pass, and a step has {_here.passes} passes",
+            "layout.micro_size",
+            f"Set layout.micro_size to {_here.passes * _here.own} or more, or leave it out; or use more ranks.",
+        )
+
+
+def sum_over_batch(x: Tensor) -> Tensor:
+    """The sum over all ranks of what each has summed over its own part of the batch, with gradient. Collective."""
+    _use("sum_over_batch()")
+    return x if _here.ranks is None else _here.ranks.sum(x)
+
+
+def gather_batch(x: Tensor) -> tuple[Tensor, int]:
+    """The rows of all ranks, with gradient, and the number of this rank's first row among them. Collective.
+
+    Args:
+        x: (B, ...), a row for each sequence of this rank's batch. Rows of fillers are left behind.
+    """
+    _use("gather_batch()")
+    ranks = _here.ranks
+    if ranks is None or len(ranks.rows) == 1:
+        return x, 0
+    first, own = sum(ranks.rows[: ranks.rank]), ranks.rows[ranks.rank]
+    everything = x.new_zeros((sum(ranks.rows), *x.shape[1:]))
+    everything = torch.cat([everything[:first], x[:own], everything[first + own :]])
+    return ranks.sum(everything), first
+
+
+class _BatchNorm(TorchFunctionMode):
+    """Batch statistics over the global batch, wherever a module takes them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.batch_norm:
+            return function(*args, **kwargs)
+        return _batch_norm(*args, **kwargs)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`; in training with the mean and the variance over the rows of all ranks, fillers left out."""
+    ranks = _here.ranks
+    # Activations that are computed again in the backward pass must not count twice.
+    if torch._C._current_graph_task_id() != -1:
+        running_mean = running_var = None
+    if training:
+        _use("BatchNorm")
+    if not training or ranks is None or (len(ranks.rows) == 1 and ranks.rows[0] == _here.own):
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    per_sequence = x.numel() // x.shape[1] // _here.own
+    count = per_sequence * sum(ranks.rows)
+    if count < 2:
+        raise UserError(
+            "BatchNorm has one value for each channel in the global batch: there is no variance",
+            "batch.size",
+            "Set batch.size to 2 or more.",
+        )
+    own = x.shape[0] // _here.own * ranks.rows[ranks.rank]
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    values = x.float()
+    mean = ranks.sum(values[:own].sum(dims)) / count
+    centred = values - mean.view(shape)
+    var = ranks.sum(centred[:own].square().sum(dims)) / count
+    result = centred * torch.rsqrt(var + eps).view(shape)
+    if weight is not None:
+        result = result * weight.view(shape)
+    if bias is not None:
+        result = result + bias.view(shape)
+    with torch.no_grad():
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    return result.to(x.dtype)

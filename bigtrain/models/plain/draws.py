@@ -1,0 +1,228 @@
+"""The random draws of a module's own forward pass, so that no layout changes them.
+
+`Draws` watches every operator of a pass. A draw whose first dimension counts sequences (the batch, or B * G rows with
+the G rows of a sequence next to each other, as attention's heads lie) is made from the keys of the batch, as
+`models.random` does: each sequence gets the same values in any micro-batch on any rank. In a recurrent layer of torch
+the batch is the second dimension. A draw of a fixed shape (noise on a weight, one number for the whole batch) comes
+from torch's generator, which every pass of a step finds in the same state on all ranks.
+Any other draw comes from that generator too: it repeats at one layout and differs at others, and `varying` names it.
+
+The number of a draw in the pass is itself taken from torch's CPU generator: where torch restores that generator to
+compute activations again, the second pass meets the draws of the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigtrain.models.random import uniform
+
+Shape = tuple[int, ...]
+Drawn = tuple[str, Shape]
+"""The operator of a draw, and the shape that it fills."""
+
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+class Draws(TorchDispatchMode):
+    """Makes the draws of one pass; see the module's docstring."""
+
+    def __init__(self, keys: Tensor | None, fixed: frozenset[Drawn] = frozenset()) -> None:
+        """Args:
+        keys: int64 (B,), of the pass's sequences; None leaves every draw to torch's generator.
+        fixed: Draws whose shape does not follow the batch.
+        """
+        super().__init__()
+        self._keys = keys
+        self._fixed = fixed
+        self.batch_dim = 0
+        self.seen: list[Drawn] = []
+        self.varying: list[Drawn] = []
+        """Those made by no key, and not in `fixed`."""
+        self.own_generator: str | None = None
+        """An operator that was given a generator of the module's own."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in function.tags or _drops_nothing(function, args, kwargs):
+            return function(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            self.own_generator = self.own_generator or str(function)
+            return function(*args, **kwargs)
+        name = function._schema.name.removeprefix("aten::")
+        shape = _shape(args)
+        drawn = (name, shape)
+        self.seen.append(drawn)
+        if self._keys is not None and drawn not in self._fixed and name in _MAKERS and self._fits(shape):
+            return _MAKERS[name](self._uniform, function, list(args), kwargs)
+        if drawn not in self._fixed:
+            self.varying.append(drawn)
+        return function(*args, **kwargs)
+
+    def _fits(self, shape: Shape) -> bool:
+        assert self._keys is not None
+        count = len(self._keys)
+        if self.batch_dim:
+            return len(shape) == 3 and shape[1] == count
+        return bool(shape) and shape[0] > 0 and shape[0] % count == 0
+
+    def _uniform(self, shape: Sequence[int], device: Any = None) -> Tensor:
+        """Float64 of `shape`, uniform in (0, 1), by the keys."""
+        assert self._keys is not None
+        number = int(torch.randint(1 << 62, ()))
+        if self.batch_dim:
+            shape = (shape[1], shape[0], *shape[2:])
+        values = uniform(shape, self._keys, number)
+        values = values.transpose(0, 1) if self.batch_dim else values
+        return values if device is None else values.to(device)
+
+
+class _Recurrent(TorchFunctionMode):
+    """Tells `Draws` that a recurrent layer of torch runs: inside it time comes first."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") not in _RECURRENT:
+            return function(*args, **(kwargs or {}))
+        self._draws.batch_dim = 1
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            self._draws.batch_dim = 0
+
+
+@contextmanager
+def drawing(draws: Draws) -> Iterator[Draws]:
+    """Make every draw of the block by `draws`; both a forward pass and its backward pass belong into it."""
+    with _Recurrent(draws), draws:
+        yield draws
+
+
+def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator that may draw does not: attention and recurrent kernels with a dropout of zero."""
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.name in ("dropout_p", "dropout"):
+            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+            return not given
+    return False
+
+
+def _shape(args: Any) -> Shape:
+    """The shape that an operator fills: of its first tensor, or the list of sizes that it is given."""
+    for argument in args:
+        if isinstance(argument, Tensor) and argument.ndim:
+            return tuple(argument.shape)
+        if isinstance(argument, (list, tuple, torch.Size)) and all(isinstance(size, int) for size in argument):
+            return tuple(argument)
+    return ()
+
+
+_Uniform = Callable[..., Tensor]
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    return torch.special.ndtri(uniform)
+
+
+def _in_place(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Callable[..., Tensor]:
+    """A maker of an operator that fills its first argument."""
+
+    def make(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        target: Tensor = args[0]
+        return target.copy_(values(draw(target.shape, target.device), args[1:], _named(function, args, kwargs)))
+
+    return make
+
+
+def _new(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Callable[..., Tensor]:
+    """A maker of an operator that returns a new tensor, of the dtype and on the device that it is asked for."""
+
+    def make(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        like = next((argument for argument in args if isinstance(argument, Tensor)), None)
+        device = kwargs.get("device") or (like.device if like is not None else torch.get_default_device())
+        found = values(draw(_shape(args), device), args, _named(function, args, kwargs))
+        integral = function._schema.name.startswith("aten::randint")
+        default = torch.int64 if integral else torch.get_default_dtype()
+        dtype = kwargs.get("dtype") or (like.dtype if like is not None else default)
+        return found.to(dtype)
+
+    return make
+
+
+def _named(function: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults of its schema."""
+    found = {}
+    for position, argument in enumerate(function._schema.arguments):
+        given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
+        found[argument.name] = given
+    return found
+
+
+def _whole_numbers(u: Tensor, args: list[Any], named: dict[str, Any]) -> Tensor:
+    low = named.get("low", named.get("from")) or 0
+    high = named.get("high", named.get("to"))
+    if high is None:
+        high = 1 << 24
+    return low + (u * (high - low)).floor().clamp(max=high - low - 1)
+
+
+def _bernoulli(u: Tensor, args: list[Any], named: dict[str, Any]) -> Tensor:
+    probability = named.get("p")
+    return (u < (named["self"] if probability is None else probability)).double()
+
+
+def _affine_normal(u: Tensor, args: list[Any], named: dict[str, Any]) -> Tensor:
+    return _normal(u) * named.get("std", 1.0) + named.get("mean", 0.0)
+
+
+def _dropout(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    x, p = args[0], args[1]
+    keep = draw(x.shape, x.device) >= p
+    return torch.where(keep, x * (1.0 / (1.0 - p) if p < 1 else 0.0), 0.0), keep
+
+
+def _multinomial(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Rows of categories: by the inverse of the distribution with replacement, by an exponential race without."""
+    named = _named(function, args, kwargs)
+    weights, count = named["self"].double(), named["num_samples"]
+    if named["replacement"] or count == 1:
+        levels = draw((*weights.shape[:-1], count), weights.device)
+        cumulative = weights.cumsum(-1)
+        return torch.searchsorted(cumulative, levels * cumulative[..., -1:], right=True).clamp(
+            max=weights.shape[-1] - 1
+        )
+    return (weights / -draw(weights.shape, weights.device).log()).topk(count, dim=-1).indices
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "bernoulli_": _in_place(_bernoulli),
+    "bernoulli": _new(_bernoulli),
+    "uniform_": _in_place(lambda u, _, n: n["from"] + u * (n["to"] - n["from"])),
+    "normal_": _in_place(_affine_normal),
+    "exponential_": _in_place(lambda u, _, n: -u.log() / n["lambd"]),
+    "geometric_": _in_place(lambda u, _, n: (u.log() / math.log1p(-n["p"])).ceil().clamp(min=1)),
+    "cauchy_": _in_place(lambda u, _, n: n["median"] + n["sigma"] * (math.pi * (u - 0.5)).tan()),
+    "log_normal_": _in_place(lambda u, _, n: (_normal(u) * n["std"] + n["mean"]).exp()),
+    "random_": _in_place(_whole_numbers),
+    "rand": _new(lambda u, _, n: u),
+    "rand_like": _new(lambda u, _, n: u),
+    "randn": _new(lambda u, _, n: _normal(u)),
+    "randn_like": _new(lambda u, _, n: _normal(u)),
+    "randint": _new(_whole_numbers),
+    "randint_like": _new(_whole_numbers),
+    "normal": _new(_affine_normal),
+    "native_dropout": _dropout,
+    "multinomial": _multinomial,
+}
+"""How an operator's values follow from uniform numbers, by the operator's name."""

@@ -1,0 +1,212 @@
+"""What a pass of a tiny batch shows of a module: which parts may be sharded apart, what it draws, what it couples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bigtrain.models.contract import Batch
+from bigtrain.models.plain.across import OneProcess, across, couples
+from bigtrain.models.plain.draws import Drawn, Draws, drawing
+from bigtrain.models.plain.module import list_entries
+
+if TYPE_CHECKING:
+    from bigtrain.models.plain.network import Network
+
+_LOOKS_AT_VALUES = frozenset((
+    "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "is_nonzero", "equal", "bincount", "_unique",
+    "_unique2", "unique_dim", "unique_consecutive", "argwhere",
+))  # fmt: skip
+"""Operators whose result's shape, or whose reader's next step, depends on values."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What engines need to know of a plain module."""
+
+    blocks: tuple[str, ...] = ()
+    """Modules that run once a pass and whose parameters nothing else reads: gathered and recomputed one by one."""
+    by_data: bool = False
+    """Whether the pass looks at values, so that ranks may run other parts of the module."""
+    needs_grad: bool = False
+    """Whether forward differentiates, in evaluation too."""
+    draws: bool = False
+    fixed: frozenset[Drawn] = frozenset()
+    """Draws whose shape does not follow the batch."""
+    varying: tuple[Drawn, ...] = ()
+    """Draws of a training pass that differ from layout to layout."""
+    own_generator: str | None = None
+    couples: bool = False
+    """Whether the module sums over the ranks of a pass, as BatchNorm does."""
+    moving: tuple[str, ...] = ()
+    """Buffers that a training pass changes."""
+
+
+def unknown(module: nn.Module) -> Facts:
+    """What is assumed of a module that no example batch runs through: right for any, and slower."""
+    moving = tuple(name for name, _ in module.named_buffers())
+    return Facts(by_data=True, needs_grad=True, draws=True, couples=True, moving=moving)
+
+
+def observe(make: Callable[[], Network], batches: Mapping[int, Batch]) -> Facts:
+    """Run a training pass and an evaluation pass of each batch.
+
+    Args:
+        make: A new module for each pass, since passes may leave something behind.
+        batches: By their number of sequences, two or more.
+    """
+    sizes = sorted(batches)
+    found: dict[tuple[bool, int], tuple[Facts, list[Drawn]]] = {}
+    for size in sizes:
+        network = make()
+        network.facts = unknown(network)
+        found[True, size] = _pass(network.train(), batches[size])
+        found[False, size] = _evaluation_pass(make, batches[size])
+    facts = found[True, sizes[-1]][0]
+    for other, _ in found.values():
+        facts = _joined(facts, other)
+    fixed: frozenset[Drawn] = frozenset()
+    for training in (True, False):
+        small, large = (frozenset(found[training, size][1]) for size in (sizes[0], sizes[-1]))
+        fixed |= small & large
+    varying = tuple(drawn for drawn in facts.varying if drawn not in fixed)
+    return replace(facts, fixed=fixed, varying=varying)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a, b))
+
+
+def _joined(a: Facts, b: Facts) -> Facts:
+    return replace(
+        a,
+        blocks=tuple(name for name in a.blocks if name in b.blocks),
+        by_data=a.by_data or b.by_data,
+        needs_grad=a.needs_grad or b.needs_grad,
+        draws=a.draws or b.draws,
+        own_generator=a.own_generator or b.own_generator,
+        couples=a.couples or b.couples,
+        moving=a.moving or b.moving,
+    )
+
+
+def _evaluation_pass(make: Callable[[], Network], batch: Batch) -> tuple[Facts, list[Drawn]]:
+    def run() -> tuple[Facts, list[Drawn]]:
+        network = make()
+        network.facts = unknown(network)
+        return _pass(network.eval(), batch)
+
+    with torch.no_grad():
+        try:
+            return run()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+    facts, seen = run()
+    return replace(facts, needs_grad=True), seen
+
+
+def _pass(network: Network, batch: Batch) -> tuple[Facts, list[Drawn]]:
+    rows = len(batch["keys"])
+    watch = _Watch(network, dict(list_entries(network.network)))
+    draws = Draws(batch["keys"])
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with across(OneProcess(rows), rows), drawing(draws), watch, watch.calls():
+        network(batch)
+        coupled = couples()
+    facts = Facts(
+        blocks=() if watch.by_data or watch.differentiates else watch.apart(),
+        by_data=watch.by_data,
+        needs_grad=watch.differentiates,
+        draws=bool(draws.seen),
+        varying=tuple(draws.varying),
+        own_generator=draws.own_generator,
+        couples=coupled,
+        moving=tuple(name for name, buffer in network.named_buffers() if not _same(buffer, before[name])),
+    )
+    return facts, draws.seen
+
+
+class _Watch(TorchDispatchMode):
+    """Sees which blocks run, how often, and what else reads their parameters."""
+
+    def __init__(self, network: nn.Module, blocks: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.by_data = False
+        self.differentiates = False
+        self._blocks = blocks
+        self._active: list[str] = []
+        self._calls: Counter[str] = Counter()
+        self._mixed: set[str] = set()
+        """Blocks that something else reads, or whose results FSDP could not follow."""
+        self._owner = {
+            parameter.untyped_storage()._cdata: name
+            for name, block in blocks.items()
+            for parameter in block.parameters()
+        }
+
+    def apart(self) -> tuple[str, ...]:
+        """The blocks that may be treated one by one."""
+        return tuple(name for name in self._blocks if self._calls[name] == 1 and name not in self._mixed)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        if name in _LOOKS_AT_VALUES or (name == "index" and _by_mask(args)):
+            self.by_data = True
+        if torch._C._current_graph_task_id() != -1:
+            self.differentiates = True
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                owner = self._owner.get(leaf.untyped_storage()._cdata)
+                if owner is not None and owner not in self._active:
+                    self._mixed.add(owner)
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def calls(self) -> Iterator[None]:
+        """Count the calls of the blocks within."""
+        handles = []
+        for name, block in self._blocks.items():
+            handles.append(block.register_forward_pre_hook(self._enter(name)))
+            handles.append(block.register_forward_hook(self._leave(name), always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Any:
+        def enter(*_: Any) -> None:
+            self._calls[name] += 1
+            self._active.append(name)
+
+        return enter
+
+    def _leave(self, name: str) -> Any:
+        def leave(block: nn.Module, _: Any, result: Any) -> None:
+            self._active.remove(name)
+            kept = [value for part in block.modules() for value in tree_leaves(attributes(part))]
+            if any(isinstance(value, Tensor) and value.grad_fn is not None for value in kept):
+                self._mixed.add(name)  # a second loss, kept on the block
+            if any(not isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in tree_leaves(result)):
+                self._mixed.add(name)
+
+        return leave
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps besides parameters, buffers, submodules and hooks."""
+    own = {*nn.Module().__dict__, "_compute_dtype", "_flat_weights", "_flat_weight_refs"}
+    return {name: value for name, value in vars(module).items() if name not in own and name != "forward"}
+
+
+def _by_mask(args: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

@@ -1,0 +1,272 @@
+"""The config section of a plain module: how it is built, called and counted."""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigtrain.config import UserError
+from bigtrain.models.batches import batch_kind
+from bigtrain.models.config import Flops, ModelConfig
+from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.init import initialise
+from bigtrain.models.plain.facts import Facts, attributes, observe, unknown
+from bigtrain.models.plain.network import Network, has_rules
+from bigtrain.models.sums import by_sequence
+
+logger = logging.getLogger(__name__)
+
+
+class PlainConfig(ModelConfig):
+    """The keys of a plain module; counts are taken from the module that it builds."""
+
+    is_plain: ClassVar[bool] = True
+
+    loss_is: ClassVar[Literal["mean", "sum"] | None] = None
+    """What a single loss is that the module returns: the mean over what counts in its batch (samples, or tokens whose
+    target is not -100), or the sum."""
+
+    def inputs(self, batch: Batch) -> Any:
+        """What `forward` is called with: a tensor, a tuple, or a dict by the names of its arguments.
+
+        None, the default, takes each argument from the batch by its name, with x for the sample and y for its answer.
+        """
+        return None
+
+    def loss(self, output: Any, batch: Batch) -> Tensor | LossSum:
+        """Losses (B,) or (B, C), as `batch["weights"]` is, from what `forward` returned."""
+        if self.loss_is is not None:
+            return _single_loss(output)
+        raise UserError(
+            f"forward() returns {_kind(output)}, and Config says no loss for it",
+            self._place,
+            'Define loss(self, output, batch) in Config: return F.cross_entropy(output, batch["labels"], '
+            'reduction="none"). Where forward() returns the mean loss itself, set loss_is: ClassVar = "mean".',
+        )
+
+    def as_loss_sum(self, output: Any, batch: Batch, where: str) -> LossSum:
+        """What `forward` returned, as sums over the batch by its weights.
+
+        Raises:
+            UserError: `loss` gave something else than one loss for each weight.
+        """
+        loss = self.loss(output, batch)
+        if isinstance(loss, LossSum):
+            return loss
+        weights = batch["weights"]
+        if self.loss_is is not None and loss.shape == ():
+            weight = weights.sum() if self.loss_is == "sum" else (weights > 0).sum().float()
+            return LossSum(loss.float() * (weight if self.loss_is == "mean" else 1.0), weight)
+        if loss.shape != weights.shape:
+            raise UserError(
+                f"loss() gives losses of shape {tuple(loss.shape)}, and the weights are {tuple(weights.shape)}",
+                where,
+                'Give one loss for each weight: reduction="none", then a sum or mean over what is no sample.',
+            )
+        losses = loss.float() * weights
+        return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
+
+    @property
+    def _place(self) -> str:
+        return self.plugin.place if self.plugin is not None else type(self).__module__
+
+    # Building.
+
+    def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
+        """The module with its own first values, as torch seeded with `seed` gives them; with its facts.
+
+        One that has `initialisers()` is on the meta device, where it keeps nothing besides parameters.
+        """
+        network = self.wrapped(vocab_size, seed)
+        network.facts = self.observed_facts(vocab_size, seed)
+        return network
+
+    def wrapped(self, vocab_size: int, seed: int) -> Network:
+        """A new module, wrapped; its facts are not known yet."""
+        if self._on_meta.get(vocab_size, True):
+            without_values = self._without_values(vocab_size)
+            rules = without_values is not None and has_rules(without_values)
+            self._on_meta[vocab_size] = rules and not _holds_values(without_values)
+            if without_values is not None and self._on_meta[vocab_size]:
+                return Network(without_values, self, self._place)
+        with seeded(seed):
+            built = self.build(vocab_size)
+            network = Network(built, self, self._place)
+            _make_lazy_layers(network, self, vocab_size)
+        _make_contiguous(built)
+        if has_rules(built):
+            initialise(network, seed)
+        return network
+
+    def check(self, vocab_size: int, across_layouts: bool = False) -> None:
+        """Run tiny batches through the module and refuse what would be wrong at some layout; see `plain.check`."""
+        from bigtrain.models.plain.check import check_plain
+
+        check_plain(self, vocab_size, across_layouts)
+
+    def observed_facts(self, vocab_size: int, seed: int) -> Facts:
+        """What tiny batches show of the module; what holds for any module where they do not run."""
+        key = vocab_size, seed
+        if key not in self._facts:
+            try:
+                self._facts[key] = self._observed(vocab_size, seed)
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the user's code, on a batch that is none of the data's
+                logger.warning("the module does not run on a made-up batch (%s): it is sharded as one part", error)
+                self._facts[key] = unknown(self.wrapped(vocab_size, seed))
+        return self._facts[key]
+
+    def _observed(self, vocab_size: int, seed: int) -> Facts:
+        batches = {rows: example_batch(self, vocab_size, rows) for rows in (2, 3)}
+        if self._counted(vocab_size).has_no_values():
+            batches = {rows: {name: x.to("meta") for name, x in batch.items()} for rows, batch in batches.items()}
+        return observe(lambda: self.wrapped(vocab_size, seed), batches)
+
+    @cached_property
+    def _facts(self) -> dict[tuple[int, int], Facts]:
+        return {}
+
+    @cached_property
+    def _on_meta(self) -> dict[int, bool]:
+        """Whether the module is built without values."""
+        return {}
+
+    @cached_property
+    def _built(self) -> dict[int, Network]:
+        return {}
+
+    def _without_values(self, vocab_size: int) -> nn.Module | None:
+        try:
+            with seeded(0), torch.device("meta"):
+                return self.build(vocab_size)
+        except Exception:  # noqa: BLE001 - the user's __init__ looks at values, which is no mistake
+            return None
+
+    # Counts.
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Exact number of parameters, a tied weight counted once."""
+        return sum(parameter.numel() for parameter in self._counted(vocab_size).parameters())
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Parameters without the tables of `nn.Embedding`s."""
+        module = self._counted(vocab_size)
+        tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+        return self.parameter_count(vocab_size) - sum(table.numel() for table in tables)
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Three times the matmul FLOPs of a forward pass, for the gradients are two products for one.
+
+        Attention is counted as the module computes it, so the causal count is the full one. `Flops.unknown()` where
+        the module cannot be counted.
+        """
+        network = self.wrapped(vocab_size, 0)
+        network.facts = unknown(network)
+        batch = example_batch(self, vocab_size, 2)
+        if network.has_no_values():
+            batch = {name: x.to("meta") for name, x in batch.items()}
+        try:
+            with _counting() as counter:
+                network(batch)
+        except Exception as error:  # noqa: BLE001 - counting is no reason to end a run
+            logger.warning("the module's FLOPs cannot be counted: %s", error)
+            return Flops.unknown()
+        total = 3 * counter.get_total_flops() // (2 * self.context)
+        return Flops(total, total)
+
+    def _counted(self, vocab_size: int) -> Network:
+        if vocab_size not in self._built:
+            self._built[vocab_size] = self.wrapped(vocab_size, 0)
+        return self._built[vocab_size]
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Counts products. oneDNN runs a recurrent layer as one operator; torch's own kernels are products."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the switch says of TF32
+        with FlopCounterMode(display=False) as counter, torch.backends.mkldnn.flags(enabled=False):
+            yield counter
+
+
+def pixels(batch: Batch) -> Tensor:
+    """The images of a batch as most networks take them: FP32 (B, channels, height, width), from 0 to 1."""
+    return batch["images"].permute(0, 3, 1, 2).float() / 255
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, NumPy and `random` alike, and put their states back afterwards."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def example_batch(config: ModelConfig, vocab_size: int, rows: int, seed: int = 0) -> Batch:
+    """Made-up content by the names, shapes and types of the loader's batches."""
+    arrays = batch_kind(config).example_batch(config, max(1, vocab_size), rows, np.random.default_rng([seed, rows]))
+    for name in config.sample_arrays.keys() & arrays.keys():
+        if arrays[name].dtype.kind == "f":
+            arrays[name] = np.abs(arrays[name]) % 1.0  # a number of an embedding's row as well
+    batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return {**batch, "step": torch.zeros((), dtype=torch.int64)}
+
+
+def _holds_values(module: nn.Module | None) -> bool:
+    """Whether a module keeps tensors or arrays besides its parameters, which the meta device would lose."""
+    if module is None or any(True for _ in module.buffers()):
+        return True
+    kept = [value for part in module.modules() for value in attributes(part).values()]
+    return any(isinstance(value, (Tensor, np.ndarray)) for value in kept)
+
+
+def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) -> None:
+    """Let layers that find their sizes at the first pass find them."""
+    if not any(nn.parameter.is_lazy(x) for x in (*network.parameters(), *network.buffers())):
+        return
+    batch = example_batch(config, vocab_size, 2)
+    network.facts = Facts()
+    network.eval()
+    with torch.no_grad():
+        network(batch)
+    network.train()
+
+
+def _make_contiguous(module: nn.Module) -> None:
+    """FSDP takes contiguous parameters alone; channels-last ones hold the same values."""
+    for parameter in module.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def _single_loss(output: Any) -> Tensor:
+    """The loss in what a module returns: a tensor, `output.loss`, `output["loss"]`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        return output["loss"]
+    if hasattr(output, "loss"):
+        return output.loss
+    return output[0]
+
+
+def _kind(output: Any) -> str:
+    return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -1,0 +1,68 @@
+"""Networks as their authors write them: plain torch's losses, the same at two ranks, resumed to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigtrain.testing.ranks import RankPool
+
+_spec = importlib.util.spec_from_file_location("networks_training", Path(__file__).with_name("training.py"))
+assert _spec is not None
+assert _spec.loader is not None
+training: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(training)
+
+DRAWS = {"lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping"}
+"""Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
+AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
+"""Relative above 1, in FP32: sums are taken in another order."""
+
+
+def away(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / max(1.0, abs(x)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool) -> dict[str, Any]:
+    return ranks.run(training.train, training.families(), ranks=1, timeout_s=300)[0]
+
+
+def test_there_are_twenty_networks() -> None:
+    assert len(training.families()) >= 20
+
+
+def test_one_process_gives_the_losses_of_plain_torch(alone: dict[str, Any]) -> None:
+    off = {arch: away(training.reference(arch), losses) for arch, (losses, _) in alone.items() if arch not in DRAWS}
+    assert {arch: by for arch, by in off.items() if not by <= AGREES} == {}
+
+
+def test_two_ranks_give_the_losses_of_one_process(ranks: RankPool, alone: dict[str, Any]) -> None:
+    found = ranks.run(training.train, training.families(), ranks=2, timeout_s=300)
+    assert _faults(alone, found[0]) == {}
+    assert all(found[0][arch][0] == found[1][arch][0] for arch in alone)
+
+
+def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, alone: dict[str, Any]) -> None:
+    resumed = ranks.run(training.train, training.families(), None, 2, ranks=1, timeout_s=300)[0]
+    for arch, (losses, state) in alone.items():
+        assert resumed[arch][0] == losses, arch
+        assert all(torch.equal(value, resumed[arch][1][name]) for name, value in state.items()), arch
+
+
+def _faults(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    faults = {}
+    for arch, (losses, state) in expected.items():
+        by = away(losses, found[arch][0])
+        wrong = [
+            name
+            for name, value in state.items()
+            if not torch.allclose(value.double(), found[arch][1][name].double(), rtol=1e-3, atol=2e-4)
+        ]
+        if not by <= LAYOUTS_AGREE or wrong:
+            faults[arch] = by, wrong[:3]
+    return faults

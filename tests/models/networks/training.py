@@ -1,0 +1,138 @@
+"""Trains a network of `plugin` on this rank, and in plain torch; run by a pool of ranks."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigtrain.config.plugin import load_plugin
+from bigtrain.data.loader import distribute
+from bigtrain.engines.contract import MicroBatch
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.models.config import FAMILIES
+from bigtrain.models.plain.family import example_batch
+from bigtrain.optim.config import AdamWConfig
+from bigtrain.parallel.config import LayoutConfig
+from bigtrain.parallel.mesh import Ranks
+from bigtrain.testing.equivalence import gather
+
+PLUGIN = Path(__file__).with_name("plugin.py")
+VOCABULARY, CONTEXT, BATCH, STEPS, SEED, LR, CLIP = 11, 8, 5, 4, 3, 3e-3, 1.0
+
+
+def families() -> list[str]:
+    """The networks of the plugin, without the bases of others."""
+    return sorted({one.name for one in load_plugin(str(PLUGIN)).registered} - {"digits", "flat", "text"})
+
+
+def config_of(arch: str, plugin: str = str(PLUGIN)) -> Any:
+    """The section `model` of a network."""
+    load_plugin(plugin)
+    found = FAMILIES[arch]
+    return found(**({"context": CONTEXT} if found.data_kind == "tokens" else {}))
+
+
+def global_batch(config: Any, step: int) -> MicroBatch:
+    """The batch of a step; the same in every process."""
+    batch = example_batch(config, VOCABULARY, BATCH, 1000 + step)
+    return {name: x.numpy() for name, x in batch.items() if name != "step"}
+
+
+def own_part(batch: MicroBatch, rank: int, ranks: int, micro_size: int | None) -> list[MicroBatch]:
+    """A rank's micro-batches of a global batch, with fillers where it does not divide."""
+    shape = distribute(BATCH, ranks, micro_size or BATCH)
+    slots = shape.slots(rank)
+    padded = {}
+    for name, values in batch.items():
+        blank = np.zeros((shape.per_rank * ranks - BATCH, *values.shape[1:]), values.dtype)
+        padded[name] = np.concatenate([values, blank])[slots.start : slots.stop]
+    size = shape.micro_batch
+    return [{name: x[first : first + size] for name, x in padded.items()} for first in range(0, shape.per_rank, size)]
+
+
+def engine_of(config: Any, **how: Any) -> Any:
+    """A new engine of this rank."""
+    return FSDPConfig(**how).build(
+        config,
+        VOCABULARY,
+        AdamWConfig(lr=LR, clip=CLIP, eps=1e-6),
+        layout=LayoutConfig(),
+        precision="fp32",
+        seed=SEED,
+        ranks=Ranks.from_environment(),
+    )
+
+
+def train(
+    archs: list[str], micro_size: int | None = None, resume_at: int | None = None, how: dict[str, Any] | None = None
+) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    """Losses of the steps and of an evaluation at the end, and the final state in full, of each network."""
+    return {arch: _train(config_of(arch), micro_size, resume_at, how or {}) for arch in archs}
+
+
+def _train(config: Any, micro_size: int | None, resume_at: int | None, how: dict[str, Any]) -> Any:
+    engine = engine_of(config, **how)
+    losses = []
+    for step in range(STEPS):
+        if step == resume_at:
+            saved = {name: x.detach().clone() for name, x in engine.state().items()}
+            engine = engine_of(config, **how)
+            with torch.no_grad():
+                for name, x in engine.state().items():
+                    x.copy_(saved[name])
+            engine.state_loaded()
+        part = own_part(global_batch(config, step), engine.data_parallel_rank, engine.data_parallel_size, micro_size)
+        numbers = engine.train_step(step, part, LR).read()
+        losses.append(numbers.loss / numbers.weight)
+    part = own_part(global_batch(config, 99), engine.data_parallel_rank, engine.data_parallel_size, micro_size)
+    loss, weight = engine.evaluate(iter([part])).sums
+    state = gather({name: x for name, x in engine.state().items() if name.startswith(("model.", "extra."))})
+    return [*losses, loss / weight], state
+
+
+def reference(arch: str) -> list[float]:
+    """The same in plain torch: seed, build, forward, backward, clip, AdamW."""
+    config = config_of(arch)
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)
+    random.seed(SEED)
+    network = config.build(VOCABULARY)
+
+    def loss_of(step: int) -> Tensor:
+        batch: dict[str, Any] = {name: torch.from_numpy(x) for name, x in global_batch(config, step).items()}
+        given = config.inputs(batch)
+        if given is None:
+            names = {"tokens", "user", "item", "x"} & batch.keys()
+            output = network(**{name: batch[name] for name in names})
+        else:
+            output = network(given)
+        weights = batch["weights"]
+        loss = config.loss(output, batch)
+        return (loss * weights).sum() / weights.sum() if loss.ndim else loss
+
+    if any(torch.nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        loss_of(0)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-6)
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        if hasattr(network, "after_step"):
+            with torch.no_grad():
+                network.after_step()
+        losses.append(loss.item())
+    network.eval()
+    return [*losses, float(loss_of(99))]
