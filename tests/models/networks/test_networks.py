@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bigtrain.config.plugin import ACTIVE
+from bigtrain.models.config import FAMILIES
 from bigtrain.testing.ranks import RankPool
 
 _spec = importlib.util.spec_from_file_location("networks_training", Path(__file__).with_name("training.py"))
@@ -25,6 +28,15 @@ AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
 
 def away(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / max(1.0, abs(x)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered_here_alone() -> Iterator[None]:
+    """Other tests of this process do not find the networks' families."""
+    found, active = dict(FAMILIES.found), list(ACTIVE)
+    yield
+    FAMILIES.found = found
+    ACTIVE[:] = active
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +59,7 @@ def test_two_ranks_give_the_losses_of_one_process(ranks: RankPool, alone: dict[s
     assert all(found[0][arch][0] == found[1][arch][0] for arch in alone)
 
 
+@pytest.mark.slow
 def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, alone: dict[str, Any]) -> None:
     resumed = ranks.run(training.train, training.families(), None, 2, ranks=1, timeout_s=300)[0]
     for arch, (losses, state) in alone.items():

@@ -16,7 +16,7 @@ from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.plain.family import example_batch
-from bigtrain.optim.config import AdamWConfig
+from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.equivalence import gather
