@@ -55,7 +55,8 @@ class Registry(Generic[T]):
         point: What an implementation is called in messages: "optimizer".
         base: The class that every implementation inherits.
         package: The folder of bigtrain's own implementations, as a dotted name.
-        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file.
+        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file. None:
+            either one, with its class in the file or in the folder itself.
         tag: The field of a section that holds its name; None where implementations are no sections: their class
             attribute `name` holds it.
         default: The name that a section without one gets.
@@ -68,7 +69,7 @@ class Registry(Generic[T]):
         base: type[T],
         package: str | None = None,
         *,
-        folders: bool = False,
+        folders: bool | None = False,
         tag: str | None = "name",
         default: str | None = None,
         where: str | None = None,
@@ -234,7 +235,7 @@ def _dump(value: Any, info: core_schema.SerializationInfo) -> Any:
     return value.model_dump(mode=info.mode)
 
 
-def _modules(package: str, folders: bool) -> Iterator[str]:
+def _modules(package: str, folders: bool | None) -> Iterator[str]:
     """The names of the files, or of the folders, of a package."""
     parent, _, _ = package.rpartition(".")
     if parent and parent not in sys.modules:
@@ -242,5 +243,5 @@ def _modules(package: str, folders: bool) -> Iterator[str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     for module in pkgutil.iter_modules(spec.submodule_search_locations):
-        if module.ispkg is folders and not module.name.startswith("_"):
+        if folders in (None, module.ispkg) and not module.name.startswith("_"):
             yield module.name

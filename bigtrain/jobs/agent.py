@@ -361,6 +361,10 @@ def main() -> int:
     if not address or not token:
         print(f"agent: needs {variables.CONTROLLER} and {variables.JOB_TOKEN} in its environment", file=sys.stderr)
         return 2
+    named_by = environment.pop(variables.NODE_NAME_IN, None)
+    if named_by is not None:
+        name = environment.get(named_by) or socket.gethostname()
+        environment[variables.PLACEMENT] = f"{environment.get(variables.PLACEMENT, '')} {name}"
     try:
         channel = connect(address, token, environment.get(variables.PLACEMENT, ""))
     except (PeerLost, ProtocolError) as error:

@@ -111,6 +111,10 @@ class JobConfig(Section):
     procs_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Processes on each machine; auto: one a GPU, else 1."""
 
+    placer: str = "auto"
+    """Who gives the machines: local, slurm, ray or a plugin's; auto: the Slurm job that it is started in, else this
+    machine. A submission to a cluster is always placed by ray."""
+
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts without a new checkpoint between them before the run counts as failed."""
 

@@ -12,7 +12,7 @@ from bigtrain import variables
 from bigtrain.jobs.causes import Fault, Kind, RetryBudget
 from bigtrain.jobs.generation import Generation, Launch, Outcome
 from bigtrain.jobs.membership import Membership
-from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
+from bigtrain.jobs.placing import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 from bigtrain.run import ExitCode, names
 from bigtrain.signals import STOP_SIGNALS, on_signals

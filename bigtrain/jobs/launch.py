@@ -1,21 +1,18 @@
-"""The controller in the caller's process: with ranks on this machine, in a Slurm job, or where a placer says."""
+"""The controller in the caller's process, with ranks where a placer says."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
-from bigtrain.jobs.placers import slurm
-from bigtrain.jobs.placers.local import LocalPlacer
-from bigtrain.jobs.placers.placer import Placer
-from bigtrain.jobs.placers.slurm import RequeueOnSignal, SlurmPlacer
+from bigtrain.jobs.placing import PlacementRequest, Placer
 from bigtrain.jobs.protocol import SILENCE_S
-from bigtrain.run import ExitCode, names
+from bigtrain.run import names
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -43,6 +40,7 @@ def run_controlled(
     first_attempt: int | None = None,
     exit_grace_s: float = EXIT_GRACE_S,
     around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
+    run: Callable[[Controller], int] = Controller.run,
 ) -> int:
     """Run `nproc` ranks of `rank_module`, or those of `launch`, on each node that `placer` gives, to the run's end.
 
@@ -61,6 +59,7 @@ def run_controlled(
         progress: Step of the newest checkpoint; by default what checkpoints/LATEST names.
         exit_grace_s: How long ranks may go on after the first one has left.
         around: Gives, for the controller, what to enter while it runs.
+        run: Runs the controller; see `Placer.run`.
 
     Returns:
         0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
@@ -79,7 +78,7 @@ def run_controlled(
         first_attempt=first_attempt,
     )
     with around(controller):
-        return controller.run()
+        return run(controller)
 
 
 def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any) -> int:
@@ -91,6 +90,8 @@ def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any)
         options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
+    from bigtrain.jobs.placers.local import LocalPlacer  # pydantic
+
     return run_controlled(run_dir, LocalPlacer(run_dir / names.LOGS / "agent.log", silence_s), **options)
 
 
@@ -98,38 +99,31 @@ def launch_here(
     run_dir: Path,
     *,
     job: JobConfig,
+    event: EventWriter,
+    nproc: int = 1,
     sizes: Sequence[int] | None = None,
     say: Callable[[str], None] = say_on_stderr,
-    around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
     kept: Placer | None = None,
     **options: Any,
 ) -> int:
-    """Run a job's ranks where this command was started: on this machine, or on the nodes of its Slurm job.
-
-    In a Slurm job the signal before its time limit makes the run save itself and the job go back into the queue.
+    """Run a job's ranks on the machines that `job.placer` names: by default where this command was started.
 
     Args:
         run_dir: The run directory.
-        job: Its section; `job.nodes` above one needs a Slurm job.
+        job: Its section.
+        nproc: Ranks on each node.
         sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
-        kept: Gives an agent of this machine that may outlast the run; by default the run has one of its own.
+        kept: Gives agents that may outlast the run; by default the run has its own.
         options: See `run_controlled`.
     """
+    from bigtrain.jobs.placer_kinds import kind_of  # pydantic
+
     run_dir = run_dir.absolute()
-    log_path = run_dir / names.LOGS / "agent.log"
-    placer: Placer = kept or LocalPlacer(log_path)
-    if not slurm.in_allocation():
-        return run_controlled(run_dir, placer, job=job, say=say, around=around, **options)
-    if job.nodes > 1:
-        placer = SlurmPlacer(sizes or range(job.least_nodes, job.nodes + 1), log_path, say=say)
-    requeue = RequeueOnSignal()
+    kind = kind_of(job)
+    legal = sizes or range(job.least_nodes, job.nodes + 1)
+    placer = kept or kind.of(PlacementRequest(job, run_dir / names.LOGS, say, nproc, legal, on_event=event))
 
-    @contextmanager
-    def listening(controller: Controller) -> Iterator[None]:
-        with around(controller), requeue.listening(controller):
-            yield
+    def run(controller: Controller) -> int:
+        return kind.run(controller, run_dir.name, say)
 
-    code = run_controlled(run_dir, placer, job=job, say=say, around=listening, **options)
-    if requeue.asked and code == ExitCode.STOPPED:
-        slurm.requeue_and_say(run_dir.name, say)
-    return code
+    return run_controlled(run_dir, placer, job=job, event=event, nproc=nproc, say=say, run=run, **options)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from bigtrain.jobs.causes import Fault, Kind
-from bigtrain.jobs.placers.placer import ElasticPlacer, Notice, Placer
+from bigtrain.jobs.placing import Notice, Placer
 from bigtrain.jobs.protocol import AgentConnection
 
 LOOK_EVERY_S: Final = 0.5
@@ -34,7 +34,7 @@ class Membership:
     """
 
     def __init__(self, placer: Placer, say: Callable[[str], None], on_event: Callable[..., None]) -> None:
-        self._placer = placer if isinstance(placer, ElasticPlacer) else None
+        self._placer = placer if placer.elastic else None
         self._say = say
         self._event = on_event
         self._strikes: Counter[str] = Counter()
@@ -101,7 +101,7 @@ class Membership:
         self._event("notice", host=notice.host, cause=self._reason)
         self._say(f"{self._reason}: the run saves, and goes on without it")
 
-    def _look_for_more(self, placer: ElasticPlacer, now: float) -> None:
+    def _look_for_more(self, placer: Placer, now: float) -> None:
         larger = placer.larger()
         if larger == 0:
             self._larger_since = None

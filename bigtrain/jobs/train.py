@@ -18,7 +18,7 @@ from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
-from bigtrain.jobs.placers.local import local_procs
+from bigtrain.jobs.placer_kinds import kind_of
 from bigtrain.jobs.takeover import outlast
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.history import read_events, state
@@ -278,7 +278,7 @@ def _filler_share(prepared: Prepared, count: int) -> float:
 
 
 def _processes(config: RunConfig, procs: int | None) -> int:
-    configured = local_procs(config.job)
+    configured = kind_of(config.job).procs(config.job)
     if procs is not None and procs < 1:
         raise UserError(f"--nproc is {procs}: at least one process is needed")
     count = config.job.nodes * (procs if procs is not None else configured)

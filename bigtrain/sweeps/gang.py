@@ -17,7 +17,7 @@ from typing import Final, TextIO
 
 from bigtrain.config import UserError
 from bigtrain.jobs.controller import Controller, EventWriter
-from bigtrain.jobs.placers.placer import ElasticPlacer, Notice, PlacementCancelled, Placer
+from bigtrain.jobs.placing import Notice, PlacementCancelled, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 from bigtrain.run import ExitCode
 
@@ -109,7 +109,7 @@ class Gang:
             self._placer.close()
 
 
-class KeptPlacer:
+class KeptPlacer(Placer):
     """A placer whose agents outlast a run: the next one starts on them at once.
 
     Args:
@@ -122,6 +122,7 @@ class KeptPlacer:
         self._event: EventWriter = lambda event, /, **fields: None
         # Both change with the run that has the agents.
         self._inner = build(lambda line: self._say(line), lambda event, /, **fields: self._event(event, **fields))
+        self.elastic = self._inner.elastic
         self._placing = placing or threading.Lock()
         self._agents: list[AgentConnection] = []
         self._fresh = False
@@ -144,6 +145,8 @@ class KeptPlacer:
 
     def _lost(self, agents: list[AgentConnection]) -> None:
         """One of them does not answer."""
+        for agent in agents:
+            self._inner.distrust(agent.agent)
 
     def drop(self) -> None:
         """Place anew for the next run."""
@@ -175,37 +178,22 @@ class KeptPlacer:
     def release(self) -> None:
         """Nothing: the next placement ends this one, and `close` the last."""
 
-
-class KeptElasticPlacer(KeptPlacer):
-    """A `KeptPlacer` whose machines come and go; an `ElasticPlacer`."""
-
-    def __init__(
-        self, build: Callable[[Say, EventWriter], ElasticPlacer], placing: threading.Lock | None = None
-    ) -> None:
-        super().__init__(build, placing)
-        assert isinstance(self._inner, ElasticPlacer)
-        self._elastic: ElasticPlacer = self._inner
-
-    def _lost(self, agents: list[AgentConnection]) -> None:
-        for agent in agents:
-            self._elastic.distrust(agent.agent)
-
     def distrust(self, agent: str) -> None:
-        """See `ElasticPlacer.distrust`."""
-        self._elastic.distrust(agent)
+        """See `Placer.distrust`."""
+        self._inner.distrust(agent)
 
     def exclude(self, agent: str) -> bool:
-        """See `ElasticPlacer.exclude`."""
-        return self._elastic.exclude(agent)
+        """See `Placer.exclude`."""
+        return self._inner.exclude(agent)
 
     def leave(self, agent: str) -> None:
-        """See `ElasticPlacer.leave`."""
-        self._elastic.leave(agent)
+        """See `Placer.leave`."""
+        self._inner.leave(agent)
 
     def notices(self) -> list[Notice]:
-        """See `ElasticPlacer.notices`."""
-        return self._elastic.notices()
+        """See `Placer.notices`."""
+        return self._inner.notices()
 
     def larger(self) -> int:
-        """See `ElasticPlacer.larger`."""
-        return self._elastic.larger()
+        """See `Placer.larger`."""
+        return self._inner.larger()

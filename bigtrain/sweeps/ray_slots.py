@@ -16,12 +16,12 @@ from bigtrain.hardware import lookup
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.launch import run_controlled
-from bigtrain.jobs.placers.ray_cluster import View, look
-from bigtrain.jobs.placers.ray_placer import RayPlacer
+from bigtrain.jobs.placers.ray import RayPlacer
+from bigtrain.jobs.placers.ray.watch import View, look
 from bigtrain.jobs.train import CheckedRun, check, node_sizes
 from bigtrain.run import ExitCode, RunConfig, load_config
 from bigtrain.sweeps.config import SlotsConfig
-from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptElasticPlacer, KeptPlacer
+from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptPlacer
 from bigtrain.sweeps.slots import RunningTrial
 
 ACCELERATOR_LABEL: Final = "ray.io/accelerator-type"
@@ -210,7 +210,7 @@ class _Slot(threading.Thread):
         paths = [trial.runs_dir, *(Path(place) for place in shards if "://" not in place)]
         sizes = node_sizes(config, self._config.procs)
         logs = trial.log.parent
-        return KeptElasticPlacer(
+        return KeptPlacer(
             lambda say, event: RayPlacer(
                 config.job, logs=logs, say=say, procs=self._config.procs, sizes=sizes, paths=paths, on_event=event
             ),

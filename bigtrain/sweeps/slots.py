@@ -18,7 +18,7 @@ from bigtrain.children import module_command, with_source
 from bigtrain.config.plugin import active_plugin
 from bigtrain.hardware import lookup
 from bigtrain.hardware.this_machine import available_cores, available_memory_bytes, this_machine
-from bigtrain.jobs.placers.local import visible_gpus
+from bigtrain.jobs.devices import visible_gpus
 from bigtrain.jobs.processes import bound_to_parent
 from bigtrain.run import RunConfig
 from bigtrain.sweeps.config import SlotsConfig

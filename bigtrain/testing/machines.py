@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bigtrain.children import module_command
-from bigtrain.jobs.placers.nodes import Need, Node, choose
-from bigtrain.jobs.placers.placer import Notice, PlacementCancelled, agent_environment
+from bigtrain.jobs.nodes import Need, Node, choose
+from bigtrain.jobs.placing import Notice, PlacementCancelled, Placer, agent_environment
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 
 
-class Machines:
+class Machines(Placer):
     """A placer whose nodes are agents of this machine, named by single letters.
 
     Args:
@@ -27,6 +27,9 @@ class Machines:
         logs: Where the agents' own words go.
         silence_s: How long agent and controller wait for a word from each other.
     """
+
+    name = "machines"
+    elastic = True
 
     def __init__(self, names: str, sizes: tuple[int, ...], logs: Path, silence_s: float = SILENCE_S) -> None:
         self.there = list(names)

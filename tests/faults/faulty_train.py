@@ -21,7 +21,7 @@ from bigtrain.testing.machines import Machines
 from bigtrain.tracking.metrics import last_step
 
 if TYPE_CHECKING:
-    from bigtrain.jobs.placers.ray_placer import RayPlacer
+    from bigtrain.jobs.placers.ray import RayPlacer
 
 RANK = "bigtrain.testing.faults"
 
@@ -58,7 +58,7 @@ def on_ray(where: str, job: JobConfig, logs: Path) -> RayPlacer:
     """The placer of a Ray cluster."""
     import ray
 
-    from bigtrain.jobs.placers.ray_placer import RayPlacer
+    from bigtrain.jobs.placers.ray import RayPlacer
     from bigtrain.run import RunDirectory
 
     ray.init(address=where.removeprefix("ray:"), log_to_driver=False, logging_level="ERROR")

@@ -18,7 +18,7 @@ import pytest
 
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import launch_local, run_controlled
-from bigtrain.jobs.placers.placer import Placer
+from bigtrain.jobs.placing import Placer
 from bigtrain.testing.machines import Machines
 
 ROOT = Path(__file__).resolve().parents[2]

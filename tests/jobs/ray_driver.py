@@ -13,7 +13,7 @@ import ray
 
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import run_controlled
-from bigtrain.jobs.placers.ray_placer import RayPlacer
+from bigtrain.jobs.placers.ray import RayPlacer
 from bigtrain.storage import append_line
 
 

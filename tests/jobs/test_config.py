@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from bigtrain.config import UserError
 from bigtrain.heartbeat import PHASES
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.placers.local import local_procs, visible_gpus
+from bigtrain.jobs.devices import visible_gpus
+from bigtrain.jobs.placer_kinds import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_OVER_ASYNCIO = 2.0
@@ -51,19 +52,19 @@ def test_every_phase_has_a_limit() -> None:
 
 def test_several_nodes_are_refused_on_one_machine() -> None:
     with pytest.raises(UserError, match=r"job.nodes is 2") as refused:
-        local_procs(JobConfig(nodes=2))
+        kind_of(JobConfig(nodes=2)).procs(JobConfig(nodes=2))
     assert refused.value.fix
 
 
 def test_auto_is_one_process_a_visible_gpu_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_procs(JobConfig(procs_per_node=5)) == 5
-    assert local_procs(JobConfig()) == max(1, visible_gpus())
+    assert kind_of(JobConfig(procs_per_node=5)).procs(JobConfig(procs_per_node=5)) == 5
+    assert kind_of(JobConfig()).procs(JobConfig()) == max(1, visible_gpus())
     monkeypatch.setattr(os, "listdir", lambda path: ["nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local_procs(JobConfig()) == 3
+    assert kind_of(JobConfig()).procs(JobConfig()) == 3
     for listed, count in (("2,0", 2), ("", 1), ("-1", 1), ("1,-1,0", 1), ("GPU-8932f937", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        assert local_procs(JobConfig()) == count
+        assert kind_of(JobConfig()).procs(JobConfig()) == count
 
 
 @pytest.mark.parametrize("module", ["bigtrain.heartbeat", "bigtrain.jobs.agent", "bigtrain.jobs.launch"])

@@ -8,11 +8,13 @@ import pytest
 
 from bigtrain.jobs.causes import Fault, Kind
 from bigtrain.jobs.membership import Membership
-from bigtrain.jobs.placers.placer import Notice
+from bigtrain.jobs.placing import Notice, Placer
 
 
-class Still:
+class Still(Placer):
     """An elastic placer that is only asked; what it says stands in its attributes."""
+
+    elastic = True
 
     def __init__(self) -> None:
         self.said: list[Notice] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from bigtrain.jobs.placers.nodes import UNLIMITED, Need, Node, NodeKind, choose, missing
+from bigtrain.jobs.nodes import UNLIMITED, Need, Node, NodeKind, choose, missing
 
 NEED = Need((3, 2), {"CPU": 2})
 

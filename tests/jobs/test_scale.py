@@ -17,7 +17,7 @@ import pytest
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.generation import Launch
-from bigtrain.jobs.placers.placer import PlacementFailed, agent_environment
+from bigtrain.jobs.placing import PlacementFailed, Placer, agent_environment
 from bigtrain.jobs.processes import allow_descriptors
 from bigtrain.jobs.protocol import AgentConnection, Listener, keep_alive, new_token
 
@@ -31,7 +31,7 @@ IDLE_SHARE = 0.2
 WATCHED_S = 5.0
 
 
-class Crowd:
+class Crowd(Placer):
     """A placer of agents that live in one process."""
 
     def __init__(self, count: int, log: Path) -> None:

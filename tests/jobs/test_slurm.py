@@ -20,7 +20,7 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import launch_here, run_controlled
-from bigtrain.jobs.placers.local import local_procs
+from bigtrain.jobs.placer_kinds import kind_of
 from bigtrain.jobs.placers.slurm import SlurmPlacer
 from bigtrain.storage import read_lines
 
@@ -72,7 +72,7 @@ train(3)
         assert "secrets []" in log
     [arguments] = read_arguments(slurm)
     assert "--ntasks-per-node=1" in arguments
-    assert arguments[-2:] == ["-m", "bigtrain.jobs.placers.slurm"]
+    assert arguments[-2:] == ["-m", "bigtrain.jobs.agent"]
     assert not any(len(argument) == 64 for argument in arguments), "the token is among the arguments"
 
 
@@ -150,7 +150,7 @@ def test_a_job_without_srun_says_so(job: Any, slurm: Any) -> None:
 
 def test_more_nodes_than_the_job_has_are_refused(slurm: Any) -> None:
     with pytest.raises(UserError, match="this Slurm job has 3"):
-        local_procs(JobConfig(nodes=4))
+        kind_of(JobConfig(nodes=4)).procs(JobConfig(nodes=4))
 
 
 @pytest.mark.parametrize("refused", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -9,9 +9,9 @@ from typing import Any
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.launch import run_controlled
 from bigtrain.jobs.placers.local import LocalPlacer
-from bigtrain.jobs.placers.placer import Notice
+from bigtrain.jobs.placing import Notice
 from bigtrain.run import ExitCode
-from bigtrain.sweeps.gang import KeptElasticPlacer
+from bigtrain.sweeps.gang import KeptPlacer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def test_a_gang_trains_one_run_after_another_and_is_placed_anew_once_dropped(tmp
     (tmp_path / "tiny_rank.py").write_text(
         "import os, pathlib\npathlib.Path(os.environ['BIGTRAIN_RUN'], 'agent').write_text(str(os.getppid()))\n"
     )
-    placer = KeptElasticPlacer(lambda say, event: OneMachine(tmp_path / "agent.log"))
+    placer = KeptPlacer(lambda say, event: OneMachine(tmp_path / "agent.log"))
     placed: list[dict[str, Any]] = []
 
     def record(event: str, /, **fields: Any) -> None:

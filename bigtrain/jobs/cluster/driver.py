@@ -28,6 +28,8 @@ from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import Controller
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.generation import Launch
+from bigtrain.jobs.placer_kinds import PLACERS
+from bigtrain.jobs.placing import PlacementRequest
 from bigtrain.jobs.scripts.launch import check_directory, held, refuse_resume, script_environment, script_launch
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import check_when_free, node_sizes
@@ -36,6 +38,8 @@ from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.status import status as read_status
 
+PLACER: Final = "ray"
+"""This is a job of a Ray cluster."""
 OLDEST_TORCH: Final = (2, 11)
 
 
@@ -104,7 +108,7 @@ def _train(request: Request, board: Board) -> int:
         say(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.")
         return ExitCode.FINISHED
     job = run.prepared.config.job
-    procs = _procs(job)
+    procs = PLACERS[PLACER].procs(job)
     run = run.with_job(procs_per_node=procs)
     job = run.prepared.config.job
     _check_layout(run.prepared.config, job.nodes * procs)
@@ -195,12 +199,6 @@ def _plugin_place(name: str, runs_dir: Path) -> str:
     return str(place)
 
 
-def _procs(job: JobConfig) -> int:
-    from bigtrain.jobs.placers.ray_placer import cluster_procs
-
-    return cluster_procs(job)
-
-
 def _check_layout(config: RunConfig, world_size: int) -> None:
     try:
         config.layout.mesh(world_size)
@@ -220,7 +218,7 @@ def _script(request: Request, script: Script, board: Board) -> int:
     directory = RunDirectory(Path(request.runs_dir) / request.name)
     check_directory(directory, script.name)
     job = JobConfig.model_validate(request.job)
-    procs = _procs(job)
+    procs = PLACERS[PLACER].procs(job)
     outlast(directory, _waiting(board))
     board.phase("checked")
     _check_keys("auto", request, board)
@@ -252,8 +250,6 @@ def _control(
     sizes: list[int] | None = None,
 ) -> int:
     """Run the controller to the end of the run, showing on the way how it goes."""
-    from bigtrain.jobs.placers.ray_placer import RayPlacer
-
     if request.secrets_file is not None:
         environment = environment | {variables.SECRETS_FILE: request.secrets_file}
     board.link(directory.path)
@@ -263,9 +259,9 @@ def _control(
     display.start()
     event = _shown(directory, board)
     try:
-        placer = RayPlacer(
-            job, logs=directory.logs, say=display.say, procs=launch.procs, sizes=sizes, paths=paths, on_event=event
-        )
+        legal = sizes or range(job.least_nodes, job.nodes + 1)
+        request_of_nodes = PlacementRequest(job, directory.logs, display.say, launch.procs, legal, paths, event)
+        placer = PLACERS[PLACER].of(request_of_nodes)
         controller = Controller(
             directory.path, placer, job, directory.name, event, say=display.say, launch=launch, environment=environment
         )

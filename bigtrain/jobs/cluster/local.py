@@ -25,7 +25,7 @@ from bigtrain.children import module_command
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster import isolation
 from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone
-from bigtrain.jobs.placers.local import visible_gpus
+from bigtrain.jobs.devices import visible_gpus
 from bigtrain.jobs.processes import end_marked, free_port
 
 FORMAT_VERSION: Final = 1

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster.package import versions
-from bigtrain.jobs.placers.local import visible_gpus
+from bigtrain.jobs.devices import visible_gpus
 from bigtrain.keys import read_secrets
 from bigtrain.tracking.wandb import has_key
 

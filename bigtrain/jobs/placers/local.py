@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import time
 import uuid
@@ -13,21 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bigtrain.children import module_command
-from bigtrain.jobs.placers import slurm
-from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.config import UserError
+from bigtrain.jobs.devices import visible_gpus
+from bigtrain.jobs.placer_kinds import PLACERS
+from bigtrain.jobs.placing import PlacementCancelled, PlacementFailed, PlacementRequest, Placer, agent_environment
 from bigtrain.jobs.processes import end_marked, is_stopped
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, new_token
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
 
+AGENT_LOG: Final = "agent.log"
+"""In the directory of logs: what agents themselves print."""
 AGENT_START_S: Final = 60.0
 """How long an agent may take to connect; on an idle machine it takes 0.1 s."""
 DONE_S: Final = 2.0
 """How long an agent may take to leave after `done`."""
 
 
-class LocalPlacer:
+@PLACERS.register
+class LocalPlacer(Placer):
     """Places a run on this machine.
 
     Args:
@@ -35,12 +39,26 @@ class LocalPlacer:
         silence_s: How long agent and controller wait for a word from each other.
     """
 
+    name = "local"
+
     def __init__(self, log_path: Path, silence_s: float = SILENCE_S) -> None:
         self._log_path = log_path
         self._silence_s = silence_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: AgentConnection | None = None
         self._mark = ""
+
+    @classmethod
+    def of(cls, request: PlacementRequest) -> LocalPlacer:
+        """See `Placer.of`."""
+        return cls(request.logs / AGENT_LOG)
+
+    @classmethod
+    def procs(cls, job: JobConfig) -> int:
+        """As `job` says, or one a GPU, else 1; see `Placer.procs`."""
+        if job.nodes > 1:
+            raise too_many_nodes(job, 1, "this is one machine")
+        return procs_of_node(job)
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
         """Start the agent and wait for it to connect; see `Placer.place`."""
@@ -103,36 +121,20 @@ class LocalPlacer:
         return self._process
 
 
-def local_procs(job: JobConfig) -> int:
-    """How many ranks `job` puts on this machine, and on each other one: as it says, or one a GPU, else 1.
-
-    Raises:
-        UserError: It asks for more nodes than there are: the nodes of a Slurm job under way, else this machine.
-    """
-    there = slurm.allocated_nodes() if slurm.in_allocation() else 1
-    if job.nodes > there:
-        from bigtrain.config import UserError
-
-        place = f"this Slurm job has {there}" if slurm.in_allocation() else "this is one machine"
-        raise UserError(
-            f"job.nodes is {job.nodes}, but {place}",
-            where="job.nodes",
-            fix=f"Set job.nodes to {there}; or start the run where there are {job.nodes} nodes, in a job of "
-            f"`sbatch --nodes {job.nodes}` (launch/slurm.sbatch) or on a Ray cluster.",
-        )
+def procs_of_node(job: JobConfig) -> int:
+    """Ranks on a node like this one: as `job` says, or one a GPU, else 1."""
     return max(1, visible_gpus()) if job.procs_per_node == "auto" else job.procs_per_node
 
 
-def visible_gpus() -> int:
-    """NVIDIA GPUs that a process started here would see, found without torch: CUDA_VISIBLE_DEVICES, else /dev."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
-    if listed is None or present == 0:
-        return present
-    # As CUDA reads it: what follows an invalid entry is ignored.
-    chosen = 0
-    for entry in listed.split(","):
-        if not entry.strip() or entry.strip().startswith("-"):
-            break
-        chosen += 1
-    return chosen
+def too_many_nodes(job: JobConfig, there: int, place: str) -> UserError:
+    """The refusal of a job with more nodes than there are.
+
+    Args:
+        place: What has them: "this Slurm job has 3".
+    """
+    return UserError(
+        f"job.nodes is {job.nodes}, but {place}",
+        where="job.nodes",
+        fix=f"Set job.nodes to {there}; or start the run where there are {job.nodes} nodes, in a job of "
+        f"`sbatch --nodes {job.nodes}` (launch/slurm.sbatch) or on a Ray cluster.",
+    )

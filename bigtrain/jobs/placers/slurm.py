@@ -1,7 +1,5 @@
 """The placer for a Slurm allocation: one agent a node, as the tasks of one job step.
 
-    python -m bigtrain.jobs.placers.slurm       what srun starts on each node: the agent, under the name of its node
-
 `bigtrain train` runs in the batch script and holds the controller; srun carries the token to the nodes in the
 environment, never in an argument list. Shortly before the time limit, Slurm sends REQUEUE_SIGNAL to the batch script
 (`#SBATCH --signal=B:USR1@120`): the ranks save, and the job goes back into the queue and resumes.
@@ -16,7 +14,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +22,15 @@ from typing import TYPE_CHECKING, Final
 
 from bigtrain import variables
 from bigtrain.children import module_command
-from bigtrain.jobs import agent
-from bigtrain.jobs.placers.placer import PlacementCancelled, PlacementFailed, agent_environment
+from bigtrain.jobs.placer_kinds import PLACERS
+from bigtrain.jobs.placers.local import AGENT_LOG, LocalPlacer, procs_of_node, too_many_nodes
+from bigtrain.jobs.placing import PlacementCancelled, PlacementFailed, PlacementRequest, Placer, agent_environment
 from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLost, ProtocolError, keep_alive, new_token
+from bigtrain.run import ExitCode
 from bigtrain.signals import on_signals
 
 if TYPE_CHECKING:
+    from bigtrain.jobs.config import JobConfig
     from bigtrain.jobs.controller import Controller
 
 REQUEUE_SIGNAL: Final = signal.SIGUSR1
@@ -130,7 +130,8 @@ def reachable_address(others: list[str]) -> str:
     return "127.0.0.1"
 
 
-class SlurmPlacer:
+@PLACERS.register
+class SlurmPlacer(Placer):
     """Places a run on the nodes of the allocation in which this process runs.
 
     A node whose agent does not come back after a fault is left out of later steps; the allocation must have been made
@@ -143,6 +144,8 @@ class SlurmPlacer:
         silence_s: How long agent and controller wait for a word from each other.
         start_s: How long the agents may take to connect.
     """
+
+    name = "slurm"
 
     def __init__(
         self,
@@ -164,6 +167,35 @@ class SlurmPlacer:
         self._connections: list[AgentConnection] = []
         self._lost: set[str] = set()
         self._placed = False
+
+    @classmethod
+    def of(cls, request: PlacementRequest) -> Placer:
+        """See `Placer.of`; one node needs no srun."""
+        log_path = request.logs / AGENT_LOG
+        return LocalPlacer(log_path) if request.job.nodes == 1 else cls(request.sizes, log_path, say=request.say)
+
+    @classmethod
+    def is_here(cls) -> bool:
+        """See `Placer.is_here`."""
+        return in_allocation()
+
+    @classmethod
+    def procs(cls, job: JobConfig) -> int:
+        """See `Placer.procs`."""
+        there = allocated_nodes()
+        if job.nodes > there:
+            raise too_many_nodes(job, there, f"this Slurm job has {there}")
+        return procs_of_node(job)
+
+    @classmethod
+    def run(cls, controller: Controller, run_name: str, say: Callable[[str], None]) -> int:
+        """See `Placer.run`: the signal before the time limit saves the run and puts the job back into the queue."""
+        requeue_on = RequeueOnSignal()
+        with requeue_on.listening(controller):
+            code = controller.run()
+        if requeue_on.asked and code == ExitCode.STOPPED:
+            requeue_and_say(run_name, say)
+        return code
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
         """Start one agent a node and wait until all have connected; see `Placer.place`.
@@ -257,8 +289,9 @@ class SlurmPlacer:
         # an agent that leaves takes no other along, and a lost node not the step: that is for the controller to judge.
         command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
         # A step of a lost node may not have been cleared away yet.
-        command += ["--overlap", *module_command("bigtrain.jobs.placers.slurm")]
+        command += ["--overlap", *module_command("bigtrain.jobs.agent")]
         environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
+        environment[variables.NODE_NAME_IN] = "SLURMD_NODENAME"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(self._log_path, "ab") as log:
@@ -303,7 +336,7 @@ def _node_of(connection: AgentConnection) -> str:
 
 
 def _tend(connections: dict[str, AgentConnection]) -> None:
-    """Keep the agents that have come company until the last one is there; those that are gone are left out."""
+    """Keep the agents that have connected alive until the last one has; those that are gone are dropped."""
     for name, connection in list(connections.items()):
         try:
             keep_alive([connection], 0.0)
@@ -313,7 +346,7 @@ def _tend(connections: dict[str, AgentConnection]) -> None:
 
 
 class RequeueOnSignal:
-    """Turns REQUEUE_SIGNAL into a request to stop; `asked` says afterwards whether it came."""
+    """Turns REQUEUE_SIGNAL into a request to stop; `asked` is True if it came."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -328,14 +361,3 @@ class RequeueOnSignal:
 
         with on_signals(on_signal, REQUEUE_SIGNAL):
             yield
-
-
-def main() -> int:
-    """Run the agent of this node, known to the controller by the node's name; returns its exit code."""
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    os.environ[variables.PLACEMENT] = f"{os.environ.get(variables.PLACEMENT, '')} {name}"
-    return agent.main()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,7 @@ from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.controller import next_attempt
 from bigtrain.jobs.ending import RunRecord
 from bigtrain.jobs.launch import launch_here
-from bigtrain.jobs.placers.local import local_procs
+from bigtrain.jobs.placer_kinds import kind_of
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launch import check_directory, held, script_environment, script_launch
 from bigtrain.jobs.scripts.launcher import adapt
@@ -48,7 +48,7 @@ def run_script(
     """
     name = call.file if call.module else Path(call.file).name
     check_directory(directory, name)
-    procs = local_procs(job)
+    procs = kind_of(job).procs(job)
     call = adapt(call, launcher, job.nodes, procs)
     outlast(directory, say)
     with held(directory, name), RunRecord(directory, machines=job.nodes) as record:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
-from bigtrain.jobs.placers.nodes import UNLIMITED, Node, NodeKind
+from bigtrain.jobs.nodes import UNLIMITED, Node, NodeKind
 
 logger = logging.getLogger(__name__)
 
