@@ -55,8 +55,8 @@ class Registry(Generic[T]):
         point: What an implementation is called in messages: "optimizer".
         base: The class that every implementation inherits.
         package: The folder of bigtrain's own implementations, as a dotted name.
-        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file. None:
-            either one, with its class in the file or in the folder itself.
+        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file.
+            None: either one, with its class in the file or in the folder itself.
         tag: The field of a section that holds its name; None where implementations are no sections: their class
             attribute `name` holds it.
         default: The name that a section without one gets.
