@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import bigtrain
-from bigtrain.cli import bench, checkpoint, cluster, configs, data, doctor, jobs, runs, scaling, submit, sweep
+from bigtrain.cli import (
+    bench,
+    checkpoint,
+    cluster,
+    configs,
+    data,
+    doctor,
+    jobs,
+    runs,
+    scaling,
+    scaling_decide,
+    submit,
+    sweep,
+)
 
 app = typer.Typer(
     name="bigtrain",
@@ -26,6 +39,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(configs.app, name="config")
 app.add_typer(scaling.app, name="scaling")
+scaling_decide.register(scaling.app)
 app.add_typer(sweep.app, name="sweep")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cluster.app, name="cluster")

@@ -73,7 +73,7 @@ def scaling_fit(
         )
         options = FitOptions(
             columns, drop_highest, where, approach, loss_function, delta, cluster,
-            _number("target-flops", target_flops), equal_exponents, replicates, seed,
+            number("target-flops", target_flops), equal_exponents, replicates, seed,
             duplicates=duplicates, swept=swept, edges=edges,
         )  # fmt: skip
         fitted = fit(source, options, _progress)
@@ -99,7 +99,7 @@ def _progress(text: str) -> None:
         print(f"{text} ...", file=sys.stderr, flush=True)
 
 
-def _number(name: str, text: str | None) -> float | None:
+def number(name: str, text: str | None) -> float | None:
     """The number of an option, which may carry a suffix."""
     from bigtrain.config import UserError
     from bigtrain.scaling.runs.numbers import parse_number
@@ -115,7 +115,7 @@ def _number(name: str, text: str | None) -> float | None:
 
 
 def _unit(name: str, text: str | None) -> float | None:
-    return _number(name, f"1{text}" if text is not None and not text[:1].isdigit() else text)
+    return number(name, f"1{text}" if text is not None and not text[:1].isdigit() else text)
 
 
 @app.command("predict")
@@ -132,7 +132,7 @@ def scaling_predict(
         from bigtrain.scaling.predict import predict
 
         result = predict(
-            read_law(law), _number("flops", flops), _number("params", params), _number("tokens", tokens)
+            read_law(law), number("flops", flops), number("params", params), number("tokens", tokens)
         )  # fmt: skip
         show(result, as_json, _predict_text)
 
@@ -160,7 +160,7 @@ def _fit_text(result: dict[str, Any]) -> str:
     text += _back_tests(result)
     target = result["approaches"][result["primary"]]["target"]
     text.append(f"at {result['target_flops']:.3g} FLOPs ({result['primary']})")
-    text += [f"  {line}" for line in _quantities(target)]
+    text += [f"  {line}" for line in quantities(target)]
     if result["agreement"]["agree"] is not None:
         text.append(f"the approaches {'agree' if result['agreement']['agree'] else 'DISAGREE'}")
     text += [f"warning: {warning}" for warning in result["warnings"]]
@@ -178,7 +178,7 @@ def _back_tests(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _quantities(values: dict[str, Any]) -> list[str]:
+def quantities(values: dict[str, Any]) -> list[str]:
     from bigtrain.scaling.runs.numbers import count, nats
 
     names = {"params": "N*", "tokens": "D*", "tokens_per_param": "D/N", "loss": "loss"}
@@ -197,12 +197,12 @@ def _predict_text(result: dict[str, Any]) -> str:
     text = [
         f"{result['flops']:.4g} FLOPs, {result['times_largest_run']:.3g} times the largest run ({result['approach']})"
     ]
-    text += _quantities(result["optimal"])
+    text += quantities(result["optimal"])
     if chosen := result.get("chosen"):
         price = chosen["flops_price"]
         text += [
             f"at N {count(chosen['params'])}, D {count(chosen['tokens'])} (D/N {chosen['tokens_per_param']:.3g}):",
-            *(f"  {line}" for line in _quantities({"loss": chosen["loss"]})),
+            *(f"  {line}" for line in quantities({"loss": chosen["loss"]})),
             f"  {chosen['excess_loss']['value']:+.5f} above the optimum: a compute-optimal run reaches it with "
             f"1/{price['value']:.3g} of the FLOPs",
         ]

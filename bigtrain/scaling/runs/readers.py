@@ -9,48 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
+from bigtrain.run.names import METRICS
 from bigtrain.scaling.runs.columns import ColumnNames, Columns, rows_to_columns, to_table
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.storage import read_lines
+from bigtrain.tracking.metrics import read_metrics
 
+SWEEP_TRIALS = "trials"
+"""In a sweep's directory: the runs themselves, whose metrics.jsonl has every evaluation."""
 SWEEP_RUNS = "runs.jsonl"
 """In a sweep's directory: one object a finished trial, with run, group, params, tokens, flops, loss, phase, seed."""
 WANDB_PREFIX = "wandb:"
 
 
-def read_source(source: str, named: ColumnNames | None = None) -> RunTable:
+def read_source(source: str, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
     """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
 
     Args:
         source: A .csv, .jsonl or .json-lines file; a sweep's directory; a directory under which W&B's offline files
             lie; or wandb:ENTITY/PROJECT.
         named: Columns that the user has named.
+        curves: Whether a sweep gives a row for each evaluation of its runs, and not one for each run.
 
     Raises:
         UserError: What is not there, or cannot be read.
     """
-    named = named or ColumnNames()
+    columns, place, notes, native = _read(source, curves)
+    table = to_table(columns, place, source, named or ColumnNames())
+    return replace(table, native=native, notes=(*notes, *table.notes))
+
+
+def read_columns(source: str) -> list[str]:
+    """Names of the columns of a SOURCE."""
+    return list(_read(source, curves=True)[0])
+
+
+def _read(source: str, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
+    """Columns, places, notes, and whether bigtrain wrote them."""
     if source.startswith(WANDB_PREFIX):
         from bigtrain.scaling.runs.wandb_api import read_project
 
-        columns, place = read_project(source.removeprefix(WANDB_PREFIX))
-        return to_table(columns, place, source, named)
+        return (*read_project(source.removeprefix(WANDB_PREFIX)), [], False)
     path = Path(source)
     if path.is_dir():
-        columns, place, notes = _directory(path)
-        table = to_table(columns, place, source, named)
-        return replace(table, native=True, notes=(*notes, *table.notes))
+        return (*_directory(path, curves), True)
     if not path.exists():
         raise UserError(
             f"'{source}' is not there", source,
             "give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT",
         )  # fmt: skip
-    columns, place = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)
-    return to_table(columns, place, source, named)
+    return (*(_read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)), [], False)
 
 
-def _directory(path: Path) -> tuple[Columns, list[str], list[str]]:
+def _directory(path: Path, curves: bool) -> tuple[Columns, list[str], list[str]]:
     """Columns, places and notes of a sweep's directory or of W&B's offline files."""
+    if (file := path / SWEEP_RUNS).exists() and curves:
+        return (*rows_to_columns(_evaluations(path, list(read_lines(file)))), [])
     if (file := path / SWEEP_RUNS).exists():
         return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
     from bigtrain.scaling.runs.wandb_offline import find_files, read_runs
@@ -66,6 +80,19 @@ def _directory(path: Path) -> tuple[Columns, list[str], list[str]]:
         names = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
         notes.append(f"{len(failed)} runs that failed are not read: {names}")
     return (*rows_to_columns([(run.id, run.row()) for run in runs if not run.exit_code]), notes)
+
+
+def _evaluations(path: Path, runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """A row for each evaluation of a sweep's runs: what the run is, and what was measured at that step."""
+    rows = []
+    for run in runs:
+        name = str(run["run"])
+        share = float(run["flops"]) / float(run["tokens"])
+        for row in read_metrics(path / SWEEP_TRIALS / name / METRICS):
+            if row.get("val_loss") is not None:
+                found = {**run, **row, "flops": share * float(row["tokens"]), "phase": None}
+                rows.append((f"{name}, step {row['step']}", found))
+    return rows
 
 
 def _read_csv(path: Path) -> tuple[Columns, list[str]]:
