@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from bigtrain.cli.scaling import number, quantities
 def register(app: typer.Typer) -> None:
     """Add these commands to `bigtrain scaling`."""
     app.command("tasks")(scaling_tasks)
+    app.command("compare")(scaling_compare)
 
 
 def scaling_tasks(
@@ -47,4 +48,48 @@ def _tasks_text(result: dict[str, Any]) -> str:
             f"{one['task']}: {one['runs']} runs, accuracy {one['accuracy']['value']:.4f}  95 % [{low:.4f}, {high:.4f}]",
             *(f"  {line}" for line in quantities({"loss": one["loss"]})),
         ]
+    return "\n".join([*text, *result["files"]])
+
+
+def scaling_compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="Runs of recipe A: a sweep, or a table.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Runs of recipe B at the same sizes and lengths.")],
+    out: Annotated[Path | None, typer.Option(help="A directory; gets compare.json and compare.html.")] = None,
+    target_flops: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Ten times the largest run's where not given.")
+    ] = None,
+    equal: Annotated[
+        Literal["flops", "tokens", "time"], typer.Option(help="What is equal where the recipes are compared.")
+    ] = "flops",
+    paired: Annotated[
+        bool | None, typer.Option("--paired/--unpaired", help="Whether runs of one seed are pairs; as seeds allow.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="Which rows of both.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How many times recipe B's compute recipe A needs for the same loss, with an interval."""
+    with errors(as_json):
+        from bigtrain.scaling.decide import compare_recipes
+
+        target = number("target-flops", target_flops)
+        show(compare_recipes(first, second, target, equal, paired, where, out), as_json, _compare_text)
+
+
+def _compare_text(result: dict[str, Any]) -> str:
+    from bigtrain.scaling.runs.numbers import count, nats
+
+    first, second = result["names"]
+    runs = f"{result['runs'][0]} and {result['runs'][1]} runs in {result['cells']} cells"
+    how = "paired by seed" if result["paired"] else "not paired"
+    text = [f"{first} (A) and {second} (B): {runs}, {how}, {result['clusters']} clusters"]
+    for point in result["points"]:
+        text.append(
+            f"  N {count(point['params'][0]):>6} {count(point['params'][1]):>6}  D {count(point['tokens']):>6}  loss "
+            f"{nats(point['loss'][0])} {nats(point['loss'][1])}  multiplier {point['multiplier']:.3f}"
+        )
+    for name, one in (("over the ladder", result["ladder"]), (f"at {result['target']['flops']:.3g} FLOPs",
+                                                              result["target"])):  # fmt: skip
+        low, high = one["interval"]
+        text.append(f"multiplier of B over A {name}: {one['value']:.3f}  95 % [{low:.3f}, {high:.3f}]")
+    text.append("resolved" if result["resolved"] else result["advice"])
     return "\n".join([*text, *result["files"]])

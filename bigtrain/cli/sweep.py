@@ -23,6 +23,9 @@ def sweep_plan(
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep, instead of the file's.")] = None,
     measure: Annotated[bool, typer.Option(help="Measure tokens a second here, where not known; else no times.")] = True,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="As one of a pair for two recipes: the width of their multiplier.")
+    ] = False,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -34,7 +37,7 @@ def sweep_plan(
 
         load_plugins(plugin)
         loaded = load_sweep(sweep, overrides, name)
-        show(make_plan(loaded, runs_dir, measure=measure, say=_say), as_json, plan_text)
+        show(make_plan(loaded, runs_dir, measure=measure, say=_say, compare=compare), as_json, plan_text)
 
 
 @app.command("run")

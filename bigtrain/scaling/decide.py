@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
+from bigtrain.scaling.compare import Cost, compare
+from bigtrain.scaling.compare_page import compare_page
 from bigtrain.scaling.document import finite
+from bigtrain.scaling.fit import prepare
+from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.runs.columns import ColumnNames
 from bigtrain.scaling.runs.readers import read_columns, read_source
 from bigtrain.scaling.runs.where import where as select
 from bigtrain.scaling.tasks import Task, fit_task, guess_tasks
-from bigtrain.storage import write_json
+from bigtrain.storage import write_atomic, write_json
 
+COMPARE_KIND = "bigtrain comparison of recipes"
 TASKS_KIND = "bigtrain task laws"
 
 
@@ -61,3 +66,35 @@ def _task(text: str) -> Task:
     if not (mark and colon and name and loss and accuracy):
         raise UserError(f"--task cannot be {text!r}", "command line", "write NAME=LOSS:ACCURACY")
     return Task(name, loss, accuracy)
+
+
+def compare_recipes(
+    first: str, second: str, target: float | None, cost: Cost, pair: bool | None, where: str | None, out: Path | None
+) -> dict[str, Any]:
+    """The compute multiplier of the second source's recipe over the first's, as a table and a page.
+
+    Args:
+        first: Runs of recipe A, as `read_source` takes them.
+        second: Runs of recipe B.
+        target: FLOPs at which the multiplier is wanted; None: ten times the largest run's.
+        cost: What is equal where the recipes are compared.
+        pair: Whether runs are compared in pairs; None: where seeds are shared.
+        where: Which rows of both.
+        out: A directory for compare.json and compare.html.
+
+    Raises:
+        UserError: Bad input, or ladders that have too little in common.
+    """
+    tables = [prepare(source, FitOptions(where=where))[1] for source in (first, second)]
+    names = [Path(source).name or source for source in (first, second)]
+    found = compare(tables[0], tables[1], target, cost, pair)
+    hashes = [table.digest() for table in tables]
+    result = finite({"kind": COMPARE_KIND, "format_version": 1, "sources": [first, second], "names": names,
+                     "data_hashes": hashes, "where": where, **found})  # fmt: skip
+    files = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "compare.json", result)
+        write_atomic(out / "compare.html", compare_page(result))
+        files = [str(out / "compare.json"), str(out / "compare.html")]
+    return {**result, "files": files}

@@ -27,6 +27,7 @@ from bigtrain.sweeps.journal import SweepDirectory, read_state
 from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.memory import least_memory_bytes
+from bigtrain.sweeps.pairs import expect_pair
 from bigtrain.sweeps.slots import TrialStarter, starter_of
 from bigtrain.sweeps.trials import Trial, grid_trials, lengths, trial_config, tuning_trials
 from bigtrain.tracking.numbers import short, span
@@ -67,11 +68,13 @@ def make_plan(
     measure: bool = True,
     say: Callable[[str], None],
     starter: TrialStarter | None = None,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Plan a sweep, and write plan.json and plan.html into its directory.
 
     Args:
         measure: Whether tokens a second that are not known are measured.
+        compare: Whether the grid is one of a pair, for two recipes.
 
     Returns:
         Plain values for JSON: sizes, trials, cost, expected interval, warnings.
@@ -106,6 +109,7 @@ def make_plan(
         "expected": {**asdict(expected), "width": expected.width},
         "slots": starter.slots, "largest_run_flops": float(grid.flops.max()),
         "warnings": _warnings(sweep, grid, rungs, steps, starter),
+        "compare": asdict(expect_pair(grid, sweep.config.expected)) if compare else None,
     }  # fmt: skip
     return _write(directory, document)
 
@@ -405,6 +409,17 @@ def _expected_lines(plan: dict[str, Any]) -> list[str]:
         "largest run",
         f"expected there, 95 % of {one['draws']} simulated sweeps: loss {low:.4f} to {high:.4f} "
         f"({one['width']:.2%} wide), N* {short(few)} to {short(many)}",
+        *_compare_lines(plan),
+    ]
+
+
+def _compare_lines(plan: dict[str, Any]) -> list[str]:
+    pair = plan.get("compare")
+    if not pair:
+        return []
+    return [
+        f"pair    two recipes on this ladder, 95 % interval of the compute multiplier: {pair['paired_width']:.1%} wide "
+        f"with the same seeds, {pair['unpaired_width']:.1%} with other seeds; {pair['flops']:.3g} FLOPs for both"
     ]
 
 

@@ -1,0 +1,155 @@
+"""A forecast frozen before a run, and the run held against it.
+
+    RUN/forecast.json    written by `bigtrain scaling preregister`, before the first step
+    RUN/run.json         its hash, under "forecast", from the first start on; beside the recipe, not in the identity
+    RUN/events.jsonl     its hash once more, with the event "forecast"; "left_forecast" where the run leaves the band
+
+The run's training loss is averaged over equal shares of its tokens. It has left the band where two averages in
+succession lie outside, or where the held-out loss at the end lies outside its interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.run import names
+from bigtrain.storage import hash_file
+from bigtrain.tracking.history import read_events
+from bigtrain.tracking.metrics import read_metrics
+from bigtrain.tracking.numbers import finite
+
+BINS = 40
+"""Shares of a run's tokens over which its loss is averaged."""
+SUCCESSION = 2
+"""Averages outside the band, one after the other, after which the run has left it."""
+KIND = "bigtrain forecast"
+
+
+def read_forecast(run_dir: Path) -> dict[str, Any] | None:
+    """The forecast of a run, or None where it has none, or one that cannot be parsed."""
+    try:
+        found = json.loads((run_dir / names.FORECAST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("kind") == KIND else None
+
+
+def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | None:
+    """The forecast's loss and band after so many tokens, or None where it has none there."""
+    share = tokens / float(forecast["tokens"])
+    inside = [one for one in forecast["curve"] if one["from"] < share <= one["to"] + 1e-9]
+    return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
+
+
+@dataclass
+class Watch:
+    """Averages a run's losses and compares them with its forecast, a logged interval at a time."""
+
+    forecast: Mapping[str, Any]
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """What was averaged so far."""
+    left: dict[str, Any] | None = None
+    """Where the run left the band."""
+    _sum: float = 0.0
+    _weight: float = 0.0
+    _number: int = 0
+    _outside: int = 0
+    _tokens: float = 0.0
+    _first_step: int = 0
+
+    def add(self, step: int, tokens: float, loss: float | None, val_loss: float | None) -> dict[str, Any] | None:
+        """Take one logged interval.
+
+        Args:
+            step: Steps done.
+            tokens: Tokens so far.
+            loss: Mean training loss of the interval; None where no token counted.
+            val_loss: Held-out loss after it, where it was measured.
+
+        Returns:
+            Where the run has left the band, the first time that it has.
+        """
+        weight = max(tokens - self._tokens, 0.0)
+        self._tokens = tokens
+        if loss is not None:
+            self._sum += loss * weight
+            self._weight += weight
+        share = tokens / float(self.forecast["tokens"])
+        before = self.left
+        if share * BINS + 1e-6 >= self._number + 1 and self._weight:
+            self._close(step, tokens)
+            self._number = int(share * BINS + 1e-6)
+        if val_loss is not None and share >= 1 - 1e-6:
+            low, high = self.forecast["loss"]["interval"]
+            if not low <= val_loss <= high and self.left is None:
+                self.left = {"step": step, "tokens": tokens, "measured": val_loss, "low": low, "high": high,
+                             "what": "val_loss"}  # fmt: skip
+        return self.left if before is None else None
+
+    def _close(self, step: int, tokens: float) -> None:
+        mean, self._sum, self._weight = self._sum / self._weight, 0.0, 0.0
+        band = band_at(self.forecast, tokens)
+        if band is None:
+            return
+        outside = not band["low"] <= mean <= band["high"]
+        self.points.append({"step": step, "tokens": tokens, "measured": mean, **band, "outside": outside})
+        if outside and not self._outside:
+            self._first_step = step
+        self._outside = self._outside + 1 if outside else 0
+        if self._outside >= SUCCESSION and self.left is None:
+            self.left = {"step": self._first_step, "tokens": tokens, "measured": mean, "low": band["low"],
+                         "high": band["high"], "what": "loss"}  # fmt: skip
+
+
+def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Watch:
+    """A watch that has taken the objects of metrics.jsonl."""
+    watch = Watch(forecast)
+    for row in rows:
+        tokens = finite(row.get("tokens"))
+        if tokens is not None:
+            watch.add(int(row["step"]), tokens, finite(row.get("loss")), finite(row.get("val_loss")))
+    return watch
+
+
+def changed(run_dir: Path) -> bool:
+    """Whether the forecast is not the one that the run was started with."""
+    now = hash_file(run_dir / names.FORECAST) if (run_dir / names.FORECAST).exists() else None
+    known = [event.get("hash") for event in read_events(run_dir / names.EVENTS) if event["event"] == "forecast"]
+    try:
+        record = json.loads((run_dir / names.RECORD).read_text(encoding="utf-8"))
+        recorded = record.get("forecast") if isinstance(record, dict) else None
+        started = True
+    except (FileNotFoundError, ValueError):
+        recorded, started = None, False
+    return started and any(one != now for one in [recorded, *known])
+
+
+def held_against(run_dir: Path) -> dict[str, Any] | None:
+    """A run beside its forecast, as `status` and `report` show it; None where it never had one.
+
+    Returns:
+        `state` (waiting, inside, left, changed), `left` with step, measured and band, `final` with the held-out loss
+        beside its interval, and `points`, the averages so far.
+    """
+    forecast = read_forecast(run_dir)
+    altered = changed(run_dir)
+    if forecast is None:
+        return {"state": "changed", "left": None, "final": None, "points": []} if altered else None
+    rows = read_metrics(run_dir / names.METRICS)
+    watch = watch_rows(forecast, rows)
+    ends = [row["val_loss"] for row in rows if finite(row.get("val_loss")) is not None
+            and float(row["tokens"]) >= (1 - 1e-6) * float(forecast["tokens"])]  # fmt: skip
+    low, high = forecast["loss"]["interval"]
+    final = None
+    if ends:
+        final = {"measured": ends[-1], "predicted": forecast["loss"]["value"], "interval": [low, high],
+                 "error": forecast["loss"]["value"] / ends[-1] - 1, "inside": low <= ends[-1] <= high}  # fmt: skip
+    state = "waiting" if not watch.points and final is None else "left" if watch.left else "inside"
+    return {
+        "state": "changed" if altered else state, "left": watch.left, "final": final, "points": watch.points,
+        "created": forecast["created"], "law_hash": forecast["law_hash"],
+    }  # fmt: skip
