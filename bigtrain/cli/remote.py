@@ -94,9 +94,21 @@ def status_line(row: dict[str, Any]) -> str:
     ):
         if row.get(key) is not None:
             parts.append(form.format(row[key]))
+    if row.get("forecast"):
+        parts.append(_forecast_text(row["forecast"]))
     if row.get("epochs"):
         parts.append("epochs " + ", ".join(f"{name} {count:.2f}" for name, count in row["epochs"].items()))
     return "  ".join(parts)
+
+
+def _forecast_text(held: dict[str, Any]) -> str:
+    if held["state"] == "changed":
+        return "forecast CHANGED since the start"
+    left = held["left"]
+    if left is None:
+        return f"forecast: {held['state']}"
+    band = f"{left['low']:.4f} to {left['high']:.4f}"
+    return f"forecast: left at step {left['step']}, {left['what']} {left['measured']:.4f} beside {band}"
 
 
 def driver_lines(chunks: Iterator[bytes]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bigtrain.cli.common import Json, errors, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load_plugins, show
 from bigtrain.cli.scaling import number, quantities
 
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to `bigtrain scaling`."""
     app.command("tasks")(scaling_tasks)
     app.command("compare")(scaling_compare)
+    app.command("preregister")(scaling_preregister)
 
 
 def scaling_tasks(
@@ -93,3 +94,39 @@ def _compare_text(result: dict[str, Any]) -> str:
         text.append(f"multiplier of B over A {name}: {one['value']:.3f}  95 % [{low:.3f}, {high:.3f}]")
     text.append("resolved" if result["resolved"] else result["advice"])
     return "\n".join([*text, *result["files"]])
+
+
+def scaling_preregister(
+    law: Annotated[Path, typer.Argument(help="A law.json, or the directory that holds it.")],
+    run: Annotated[Path, typer.Option("--run", metavar="CONFIG", help="The YAML of the run to come.")],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
+    count: Annotated[
+        Literal["without_embeddings", "total"], typer.Option(help="What N counts in the law.")
+    ] = "without_embeddings",
+    tasks: Annotated[str | None, typer.Option(metavar="SOURCE", help="A ladder's checkpoints, for tasks.")] = None,
+    plugin: PluginOption = None,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Freeze what a law predicts of a run, before it starts; status and report hold the run against it."""
+    with errors(as_json):
+        from bigtrain.sweeps.preregister import preregister_run
+
+        load_plugins(plugin)
+        found = preregister_run(law, run, overrides or [], name, runs_dir, count, tasks)
+        show(found, as_json, _forecast_text)
+
+
+def _forecast_text(result: dict[str, Any]) -> str:
+    from bigtrain.scaling.runs.numbers import count
+
+    text = [
+        f"{result['run']}: N {count(result['params'])}, D {count(result['tokens'])}, {result['flops']:.3g} FLOPs, "
+        f"{result['times_largest_run']:.3g} times the law's largest run",
+        *quantities({"loss": result["loss"]}),
+        f"curve: {result['curve_source']}",
+        *(f"{one['task']}: accuracy {one['accuracy']['value']:.4f}" for one in result["tasks"]),
+        f"law {result['law_hash'][:16]}, {result['created']}",
+    ]
+    return "\n".join([*text, *(f"warning: {one}" for one in result["warnings"]), *result["files"]])

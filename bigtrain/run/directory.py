@@ -50,7 +50,7 @@ class RunDirectory:
         """Whether this is not a run and holds more than a killed start leaves behind."""
         if self.exists() or not self.path.exists():
             return False
-        known = (names.CONFIG, names.LEASE, names.EVENTS)
+        known = (names.CONFIG, names.LEASE, names.EVENTS, names.FORECAST)
         return not self.path.is_dir() or any(
             entry.name not in known and not entry.name.startswith(tuple(f".{name}.tmp-" for name in known))
             for entry in self.path.iterdir()
@@ -141,11 +141,19 @@ class RunDirectory:
         record = (
             self.read_record()
             if self.exists()
-            else {"format_version": FORMAT_VERSION, "name": self.name, "identity": identity(recipe), "what": recipe}
-        )
+            else {
+                "format_version": FORMAT_VERSION, "name": self.name, "identity": identity(recipe), "what": recipe,
+                **self._forecast(),
+            }
+        )  # fmt: skip
         known = record | used_plugins(config)
         if not self.exists() or known != record:
             storage.write_json(self.record, known)
+
+    def _forecast(self) -> dict[str, str]:
+        """The hash of the run's forecast, which a run keeps from its first start on: not a part of its identity."""
+        forecast = self.path / names.FORECAST
+        return {"forecast": storage.hash_file(forecast)} if forecast.exists() else {}
 
 
 def find_run(run: str, runs_dir: Path) -> RunDirectory:

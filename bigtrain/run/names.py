@@ -15,6 +15,9 @@ RECORD: Final = "run.json"
 LEASE: Final = "lease.json"
 """Who may write to the directory."""
 
+FORECAST: Final = "forecast.json"
+"""A forecast made before the run, which it is held against."""
+
 METRICS: Final = "metrics.jsonl"
 EVENTS: Final = "events.jsonl"
 

@@ -258,6 +258,11 @@ def _estimate(cells: Cells, scale: _Law, at: list[float]) -> tuple[float, float,
             break
     rest = _within(excess[:, None], groups)[:, 0] - design @ step
     deviation, dof = _robust(design, rest, cells.cluster, np.array(at))
+    if not cells.paired:
+        # The rows of a cell are less their mean, which lies in several clusters: k / (k - 1), and a mean for each size.
+        inside = np.bincount(groups).mean()
+        deviation *= math.sqrt(inside / max(inside - 1, 1))
+        dof = max(dof - len(set(groups_by_size(cells.params[~cells.is_b]))), 1)
     gap = _cost_gap(cells)
     return float(beta @ at) + gap, deviation, float(stats.t.ppf((1 + LEVEL) / 2, dof))
 
@@ -283,7 +288,9 @@ def _robust(
         scores.append(own.T @ np.linalg.pinv(np.eye(int(rows.sum())) - leverage) @ rest[rows])
     table = np.array(scores)
     count_of = len(table)
-    dof = max(count_of - len(at), 1)
+    # Clusters that weigh unequally count as fewer (Satterthwaite 1946).
+    weight = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=(design**2)[:, 0])
+    dof = max(float(weight.sum() ** 2 / (weight**2).sum()) - len(at), 1.0)
     covariance = (count_of - 1) / count_of * inverse @ (table.T @ table) @ inverse
     return math.sqrt(max(float(at @ covariance @ at), 1e-18)), dof
 

@@ -8,7 +8,6 @@ ratio, with the line's own prediction interval; the law's interval is added in q
 
 from __future__ import annotations
 
-import json
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +16,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bigtrain.config import UserError
-from bigtrain.run import RunDirectory, names
 from bigtrain.scaling import law as formula
 from bigtrain.scaling.document import finite, read_law
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.predict import predict
 from bigtrain.scaling.runs.readers import SWEEP_RUNS, SWEEP_TRIALS
-from bigtrain.storage import hash_file, read_lines, write_json
+from bigtrain.storage import hash_file, read_lines
 from bigtrain.tracking.forecast import BINS, KIND
-from bigtrain.tracking.metrics import read_metrics
+from bigtrain.tracking.metrics import read_run_metrics
 
 FORMAT_VERSION = 1
 LEVEL = 0.99
@@ -34,8 +31,10 @@ LEVEL = 0.99
 MIN_CURVES = 6
 
 
-def make_forecast(law_path: Path, params: float, tokens: float, tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a law predicts of a run of N parameters on D tokens.
+def make_forecast(
+    law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a law predicts of a run of N parameters on D tokens in so many steps.
 
     Raises:
         UserError: A law without a loss away from the optimum.
@@ -45,34 +44,13 @@ def make_forecast(law_path: Path, params: float, tokens: float, tasks: list[dict
     said = predict(law, None, params, tokens)
     loss = said["chosen"]["loss"]
     curve, note = _curve(law, params, tokens, loss)
-    return finite({
+    return dict(finite({
         "kind": KIND, "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "law": str(file), "law_hash": hash_file(file), "params": params, "tokens": tokens, "flops": said["flops"],
+        "law": str(file), "law_hash": hash_file(file), "params": params, "tokens": tokens, "steps": steps,
+        "flops": said["flops"],
         "times_largest_run": said["times_largest_run"], "loss": loss, "curve": curve, "curve_source": note,
         "tasks": tasks, "warnings": law["warnings"],
-    })  # type: ignore[no-any-return]  # fmt: skip
-
-
-def preregister(directory: RunDirectory, forecast: dict[str, Any]) -> Path:
-    """Write a forecast into the directory of a run that has not started.
-
-    Raises:
-        UserError: The run has started, or has another forecast.
-    """
-    path = directory.path / names.FORECAST
-    if directory.exists():
-        raise UserError(
-            f"The run '{directory.name}' has started: a forecast is made before it", str(directory.path),
-            "give the run another --name",
-        )  # fmt: skip
-    if path.exists():
-        raise UserError(
-            f"The run '{directory.name}' has a forecast of {json.loads(path.read_text())['created']}", str(path),
-            "remove the file to make another, or give the run another --name",
-        )  # fmt: skip
-    directory.path.mkdir(parents=True, exist_ok=True)
-    write_json(path, forecast)
-    return path
+    }))  # fmt: skip
 
 
 def _curve(
@@ -139,10 +117,10 @@ def _ratios(sweep: Path, row: dict[str, Any], rows: list[dict[str, Any]], theta:
 
 def _whole_curve(sweep: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     """The logged objects of a run: its trunk's up to where it leaves, then its own."""
-    own = read_metrics(sweep / SWEEP_TRIALS / str(row["run"]) / names.METRICS)
+    own = read_run_metrics(sweep / SWEEP_TRIALS / str(row["run"]))
     if not row.get("parent"):
         return own
-    trunk = read_metrics(sweep / SWEEP_TRIALS / str(row["parent"]) / names.METRICS)
+    trunk = read_run_metrics(sweep / SWEEP_TRIALS / str(row["parent"]))
     return [one for one in trunk if one["step"] <= int(row["parent_step"])] + [
         one for one in own if one["step"] > int(row["parent_step"])
     ]

@@ -38,9 +38,15 @@ def read_forecast(run_dir: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("kind") == KIND else None
 
 
+def forecast_hash(run_dir: Path) -> str | None:
+    """The hash of a run's forecast; None where it has none."""
+    path = run_dir / names.FORECAST
+    return hash_file(path) if path.exists() else None
+
+
 def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | None:
     """The forecast's loss and band after so many tokens, or None where it has none there."""
-    share = tokens / float(forecast["tokens"])
+    share = min(tokens / float(forecast["tokens"]), 1.0)
     inside = [one for one in forecast["curve"] if one["from"] < share <= one["to"] + 1e-9]
     return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
 
@@ -78,12 +84,13 @@ class Watch:
         if loss is not None:
             self._sum += loss * weight
             self._weight += weight
-        share = tokens / float(self.forecast["tokens"])
+        ended = step >= int(self.forecast["steps"])
+        share = 1.0 if ended else tokens / float(self.forecast["tokens"])
         before = self.left
         if share * BINS + 1e-6 >= self._number + 1 and self._weight:
             self._close(step, tokens)
             self._number = int(share * BINS + 1e-6)
-        if val_loss is not None and share >= 1 - 1e-6:
+        if val_loss is not None and ended:
             low, high = self.forecast["loss"]["interval"]
             if not low <= val_loss <= high and self.left is None:
                 self.left = {"step": step, "tokens": tokens, "measured": val_loss, "low": low, "high": high,
@@ -117,7 +124,7 @@ def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -
 
 def changed(run_dir: Path) -> bool:
     """Whether the forecast is not the one that the run was started with."""
-    now = hash_file(run_dir / names.FORECAST) if (run_dir / names.FORECAST).exists() else None
+    now = forecast_hash(run_dir)
     known = [event.get("hash") for event in read_events(run_dir / names.EVENTS) if event["event"] == "forecast"]
     try:
         record = json.loads((run_dir / names.RECORD).read_text(encoding="utf-8"))
@@ -142,7 +149,7 @@ def held_against(run_dir: Path) -> dict[str, Any] | None:
     rows = read_metrics(run_dir / names.METRICS)
     watch = watch_rows(forecast, rows)
     ends = [row["val_loss"] for row in rows if finite(row.get("val_loss")) is not None
-            and float(row["tokens"]) >= (1 - 1e-6) * float(forecast["tokens"])]  # fmt: skip
+            and row["step"] >= int(forecast["steps"])]  # fmt: skip
     low, high = forecast["loss"]["interval"]
     final = None
     if ends:

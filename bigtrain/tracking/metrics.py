@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigtrain.run import names
 from bigtrain.storage import LineLog, cut_lines, read_lines, write_atomic
 
 _log = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             rows.pop()
         rows.append(row)
     return rows
+
+
+def read_run_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl; a directory without one has none."""
+    return read_metrics(run_dir / names.METRICS)
 
 
 def last_step(path: str | os.PathLike[str]) -> int | None:

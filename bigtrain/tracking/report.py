@@ -11,6 +11,8 @@ import numpy as np
 
 from bigtrain.run import names
 from bigtrain.storage import write_atomic
+from bigtrain.tracking.forecast import held_against
+from bigtrain.tracking.forecast_page import show_forecast
 from bigtrain.tracking.goodput import PARTS, Goodput
 from bigtrain.tracking.history import (
     Columns,
@@ -53,6 +55,8 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     if len(columns):
         page.heading("Training")
         page.charts(_charts(columns, _marks(events)))
+    if held := held_against(run_dir):
+        show_forecast(page, held)
     if events:
         page.heading("Events")
         _events_table(page, events)

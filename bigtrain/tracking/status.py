@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.run import names
+from bigtrain.tracking.forecast import held_against
 from bigtrain.tracking.goodput import Goodput, goodput
 from bigtrain.tracking.history import Columns, eta_s, newest, read_columns, read_events, record_s, whole
 from bigtrain.tracking.history import state as state_of
@@ -25,7 +26,8 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         Plain values for JSON. `goodput` is the share of wall time since the first start that went into steps
         that were kept, `time` where all of it went (`bigtrain.tracking.goodput`); `energy_j` the joules that the
         machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
-        the run runs; `epochs` how often each source of a mixture has been gone through; what is not known is None.
+        the run runs; `forecast` the run beside its preregistered forecast (`held_against`);
+        `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
     columns = read_columns(run_dir / names.METRICS)
     events = read_events(run_dir / names.EVENTS)
@@ -43,6 +45,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "restarts": sum(event["event"] == "restarted" for event in events),
         "last_event": events[-1]["event"] if events else None,
         "eta_s": eta_s(columns, whole(newest(events, "total_steps"))) if state == "running" else None,
+        "forecast": held_against(run_dir),
         "wandb_url": read_url(run_dir),
         "time": good.plain(),
         "energy_j": good.energy_j,

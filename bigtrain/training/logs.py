@@ -8,7 +8,9 @@ from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.run import RunDirectory
+from bigtrain.tracking.forecast import Watch, band_at, watch_rows
 from bigtrain.tracking.metrics import MetricsFile, step_rows
+from bigtrain.tracking.numbers import finite
 from bigtrain.training.callback import Callback, Step
 from bigtrain.training.progress import Progress
 
@@ -58,6 +60,8 @@ class MetricsLog(Callback):
         memory_bytes: Callable[[], int],
         tracker: Callable[[dict[str, Any]], None] | None = None,
         epochs: Callable[[int], dict[str, float]] | None = None,
+        forecast: dict[str, Any] | None = None,
+        event: Callable[..., None] | None = None,
     ) -> None:
         """Args:
         every: Steps between logged objects.
@@ -65,6 +69,8 @@ class MetricsLog(Callback):
             and by its causal half.
         memory_bytes: Peak memory so far of the worst rank, at the last time that the ranks compared it.
         tracker: Takes each object as well.
+        forecast: That the run is held against.
+        event: Takes the event of a run that leaves its forecast.
         epochs: How often each source of a mixture has been gone through after so many steps.
         """
         self._file = MetricsFile(directory.metrics)
@@ -73,6 +79,8 @@ class MetricsLog(Callback):
         self._memory_bytes = memory_bytes
         self._tracker = tracker
         self._epochs = epochs or (lambda step: {})
+        self._watch = Watch(forecast) if forecast is not None else None
+        self._event = event
         self._reset()
 
     def on_start(self, progress: Progress) -> None:
@@ -81,6 +89,7 @@ class MetricsLog(Callback):
         A kill may have cost it those: it writes with a delay.
         """
         self._file.cut(progress.step)
+        self._watch_again()
         if self._tracker is not None:
             for row in deque(step_rows(self._file.path), maxlen=TRACKED_AGAIN):
                 self._tracker(row)
@@ -88,6 +97,7 @@ class MetricsLog(Callback):
     def on_roll_back(self, progress: Progress) -> None:
         """Cut back what is taken back; the tracker keeps it."""
         self._file.cut(progress.step)
+        self._watch_again()
         self._reset()
 
     def on_step(self, step: Step, progress: Progress) -> None:
@@ -115,8 +125,10 @@ class MetricsLog(Callback):
             **{name: value.result for name, value in progress.interval_metrics.items() if value.weight},
             **self._of_sources(step, progress),
             **step.evaluation,
+            **self._forecast(progress.tokens),
         }
         self._file.append(row)
+        self._hold(row)
         units = {name: value.metric.unit for name, value in progress.interval_metrics.items() if value.metric.unit}
         self._file.add_units({**units, **step.units})
         if self._tracker is not None:
@@ -132,6 +144,22 @@ class MetricsLog(Callback):
             **{f"epochs/{name}": round(count, 6) for name, count in epochs.items()},
             **{f"tokens/{name}": int(count) for name, count in tokens.items()},
         }
+
+    def _forecast(self, tokens: float) -> dict[str, float]:
+        """The forecast's loss and band, for the tracker to draw beside the run's."""
+        band = band_at(self._watch.forecast, tokens) if self._watch is not None else None
+        return {f"forecast/{name}": value for name, value in (band or {}).items()}
+
+    def _watch_again(self) -> None:
+        """Watch from what is logged, after a resume or a roll-back; what that shows is reported already."""
+        if self._watch is not None:
+            self._watch = watch_rows(self._watch.forecast, step_rows(self._file.path))
+
+    def _hold(self, row: dict[str, Any]) -> None:
+        if self._watch is not None and self._event is not None:
+            left = self._watch.add(row["step"], row["tokens"], finite(row["loss"]), finite(row.get("val_loss")))
+            if left is not None:
+                self._event("left_forecast", **left)
 
     def _reset(self) -> None:
         self._weight = self._seconds = self._data_wait_s = 0.0

@@ -26,6 +26,7 @@ from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, lease_check, load_config
 from bigtrain.run.plugins import plugin_hashes
+from bigtrain.tracking.forecast import forecast_hash, read_forecast
 from bigtrain.tracking.wandb import WandbTracker, start_tracker
 from bigtrain.training.agent_link import AgentLink
 from bigtrain.training.bad_steps import Policy, RollBack
@@ -259,6 +260,9 @@ class Session:
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
         self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
+        forecast = read_forecast(self.directory.path)
+        if forecast is not None:
+            self._event("forecast", hash=forecast_hash(self.directory.path), law_hash=forecast["law_hash"])
         flops = config.model.flops_per_token(prepared.outputs)
         device = lookup(this_machine(use_torch=True).device_name)
 
@@ -274,6 +278,8 @@ class Session:
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._tracker.put if self._tracker else None,
                 epochs=prepared.epochs if prepared.is_mixture else None,
+                forecast=forecast,
+                event=self._event,
             )
         )
         return callbacks

@@ -50,7 +50,7 @@ def test_dearer_flops_count_against_a_recipe_at_equal_flops_and_not_at_equal_tok
     dear = replace(second, flops=1.1 * second.flops)
     flops, tokens = (compare(first, dear, None, cost, None)["ladder"]["value"] for cost in ("flops", "tokens"))  # type: ignore[arg-type]
     assert flops == pytest.approx(1.0, abs=0.02)
-    assert tokens > 1.1
+    assert tokens > 1.05
     with pytest.raises(UserError, match="measured times"):
         compare(first, second, None, "time", None)
 

@@ -12,7 +12,7 @@ from bigtrain.tracking.status import status
 START_S = 1_790_000_000.0
 KEYS = [
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "wandb_url", "time", "energy_j",
+    "forecast", "wandb_url", "time", "energy_j",
 ]  # fmt: skip
 
 Event = Callable[..., dict[str, Any]]
@@ -61,7 +61,7 @@ def test_a_running_run_tells_its_numbers(
     assert found == {
         "name": "tiny", "state": "running", "step": 10, "loss": pytest.approx(4.0), "tokens_per_s": 100.0,
         "goodput": pytest.approx(0.5), "nodes": 2, "epochs": None, "restarts": 0, "last_event": "saved",
-        "eta_s": pytest.approx(20.0), "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
+        "eta_s": pytest.approx(20.0), "forecast": None, "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
         "time": found["time"], "energy_j": None,
     }  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found

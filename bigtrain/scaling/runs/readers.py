@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
-from bigtrain.run.names import METRICS
 from bigtrain.scaling.runs.columns import ColumnNames, Columns, rows_to_columns, to_table
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.storage import read_lines
-from bigtrain.tracking.metrics import read_metrics
+from bigtrain.tracking.metrics import read_run_metrics
 
 SWEEP_TRIALS = "trials"
 """In a sweep's directory: the runs themselves, whose metrics.jsonl has every evaluation."""
@@ -88,7 +87,7 @@ def _evaluations(path: Path, runs: list[dict[str, Any]]) -> list[tuple[str, dict
     for run in runs:
         name = str(run["run"])
         share = float(run["flops"]) / float(run["tokens"])
-        for row in read_metrics(path / SWEEP_TRIALS / name / METRICS):
+        for row in read_run_metrics(path / SWEEP_TRIALS / name):
             if row.get("val_loss") is not None:
                 found = {**run, **row, "flops": share * float(row["tokens"]), "phase": None}
                 rows.append((f"{name}, step {row['step']}", found))

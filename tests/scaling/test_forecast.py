@@ -1,0 +1,132 @@
+"""A forecast that is frozen before a run, and the run that is held against it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigtrain.config import UserError
+from bigtrain.run import RunDirectory, names
+from bigtrain.scaling import law
+from bigtrain.scaling.fit import fit
+from bigtrain.scaling.forecast import make_forecast
+from bigtrain.scaling.options import FitOptions
+from bigtrain.scaling.report import write_outputs
+from bigtrain.storage import append_line
+from bigtrain.sweeps.preregister import preregister
+from bigtrain.tracking.forecast import BINS, Watch, forecast_hash, held_against, read_forecast
+from bigtrain.tracking.report import write_report
+
+TRUTH = np.array([np.log(482.0), np.log(2085.0), np.log(1.82), 0.348, 0.366])
+STEPS = 200
+PARAMS, TOKENS = 3e8, 6e9
+
+
+def curve(params: float, tokens: float, generator: np.random.Generator, worse: float = 0.0) -> list[dict[str, Any]]:
+    """Logged objects of a run whose training loss falls to the law's at its end."""
+    end = float(law.loss(TRUTH, params, tokens))
+    rows = []
+    for step in range(1, STEPS + 1):
+        share = step / STEPS
+        loss = end * (1 + 0.3 * (1 - share) + 0.5 * np.exp(-12 * share)) * np.exp(0.004 * generator.normal())
+        rows.append({"step": step, "tokens": tokens * share, "loss": float(loss) * (1 + worse)})
+    rows[-1]["val_loss"] = end * (1 + worse) * float(np.exp(0.001 * generator.normal()))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def law_of_a_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The law of a sweep whose runs have curves."""
+    sweep = tmp_path_factory.mktemp("sweep")
+    generator = np.random.default_rng(0)
+    for size in np.geomspace(1e7, 1e8, 5).tolist():
+        for ratio in (10.0, 20.0, 40.0):
+            name, tokens = f"n{size:.3g}-{ratio:g}", size * ratio
+            rows = curve(size, tokens, generator)
+            for row in rows:
+                append_line(_made(sweep / "trials" / name) / names.METRICS, row)
+            append_line(sweep / "runs.jsonl", {
+                "run": name, "group": f"{size:.3g}", "phase": "decayed", "params": size, "tokens": tokens,
+                "flops": 6 * size * tokens, "val_loss": rows[-1]["val_loss"],
+            })  # fmt: skip
+    fitted = fit(str(sweep), FitOptions(approach="a3", loss_function="huber", replicates=100, processes=1, starts=2))
+    write_outputs(fitted, sweep / "law")
+    return sweep / "law"
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def started(path: Path, forecast: dict[str, Any], rows: list[dict[str, Any]]) -> RunDirectory:
+    """A run that was preregistered, has started, and has logged those objects."""
+    directory = RunDirectory(path)
+    preregister(directory, forecast)
+    record = {"format_version": 1, "name": path.name, "what": {}, "forecast": forecast_hash(path)}
+    directory.record.write_text(json.dumps(record))
+    directory.event("started", step=0, total_steps=STEPS)
+    directory.event("forecast", hash=forecast_hash(path))
+    for row in rows:
+        append_line(directory.metrics, row)
+    return directory
+
+
+def test_a_run_that_follows_the_law_stays_inside(law_of_a_sweep: Path, tmp_path: Path) -> None:
+    forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
+    assert len(forecast["curve"]) == BINS
+    assert forecast["loss"]["interval"][0] < law.loss(TRUTH, PARAMS, TOKENS) < forecast["loss"]["interval"][1]
+    directory = started(tmp_path / "run", forecast, curve(PARAMS, TOKENS, np.random.default_rng(5)))
+    held = held_against(directory.path)
+    assert held is not None
+    assert (held["state"], held["final"]["inside"]) == ("inside", True)
+    assert len(held["points"]) == BINS
+    text = write_report(directory.path).read_text()
+    assert "The run is inside its forecast" in text
+    assert f"{held['final']['measured']:.5f}" in text
+
+
+def test_a_worse_run_leaves_the_band_and_is_told_when(law_of_a_sweep: Path, tmp_path: Path) -> None:
+    forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
+    rows = curve(PARAMS, TOKENS, np.random.default_rng(5))
+    for row in rows[STEPS // 2 :]:
+        row["loss"] *= 1.1
+    watch = Watch(forecast)
+    said = [left for row in rows if (left := watch.add(row["step"], row["tokens"], row["loss"], row.get("val_loss")))]
+    assert len(said) == 1
+    assert STEPS // 2 < said[0]["step"] <= STEPS // 2 + 2 * STEPS // BINS
+    held = held_against(started(tmp_path / "run", forecast, rows).path)
+    assert held is not None
+    assert (held["state"], held["left"]) == ("left", said[0])
+
+
+def test_a_forecast_cannot_be_changed_after_the_start_without_being_seen(law_of_a_sweep: Path, tmp_path: Path) -> None:
+    forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
+    rows = curve(PARAMS, TOKENS, np.random.default_rng(5))
+    directory = started(tmp_path / "run", forecast, rows)
+    path = directory.path / names.FORECAST
+    path.write_text(path.read_text().replace(forecast["created"], "2020-01-01T00:00:00+00:00"))
+    assert (held_against(directory.path) or {})["state"] == "changed"
+    # Not even where run.json is made to agree: the event has the hash too.
+    record = json.loads(directory.record.read_text())
+    directory.record.write_text(json.dumps({**record, "forecast": forecast_hash(directory.path)}))
+    assert (held_against(directory.path) or {})["state"] == "changed"
+    path.unlink()
+    assert (held_against(directory.path) or {})["state"] == "changed"
+    with pytest.raises(UserError, match="has started"):
+        preregister(directory, forecast)
+
+
+def test_a_forecast_is_made_once_and_before_the_run(law_of_a_sweep: Path, tmp_path: Path) -> None:
+    forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
+    directory = RunDirectory(tmp_path / "run")
+    preregister(directory, forecast)
+    assert not directory.is_foreign()
+    assert read_forecast(directory.path) == json.loads(json.dumps(forecast))
+    assert (held_against(directory.path) or {})["state"] == "waiting"
+    with pytest.raises(UserError, match="has a forecast"):
+        preregister(directory, forecast)
