@@ -33,7 +33,7 @@ from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.engines.support import check_support
 from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import FAMILIES, ModelConfig
-from bigtrain.optim.optimizers.adamw import AdamWConfig
+from bigtrain.optim.config import OPTIMIZERS
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 
@@ -60,9 +60,12 @@ class What:
     seed: int = 5
     clip: float | None = 1.0
     frozen: tuple[str, ...] = ()
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "adamw", "eps": 1e-6})
+    """The section `optimizer`. A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps
+    of its sign."""
     precision: Precision = "fp32"
     plugin: str | None = None
-    """The file of the user's own model families."""
+    """The user's own code, as `--plugin` names it."""
     sources: int = 0
     """Sources of a mixture that the sequences come from in turn; 0: batches do not say."""
 
@@ -134,19 +137,19 @@ def build(what: What, how: How) -> Any:
     model = section(what)
     layout.check(model, what.vocabulary)
     engine = ENGINES.read(how.engine)
+    optimizer = OPTIMIZERS.read({"lr": LR, "clip": what.clip, "frozen": what.frozen, **what.optimizer})
     check_support(
         engine,
         model.arch,
         layout,
         document_mask=what.documents,
-        optimizer=AdamWConfig(frozen=what.frozen),
+        optimizer=optimizer,
         precision=what.precision,
     )
     return engine.build(
         model,
         what.vocabulary,
-        # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
-        AdamWConfig(lr=LR, clip=what.clip, eps=1e-6, frozen=what.frozen),
+        optimizer,
         layout=layout,
         precision=what.precision,
         seed=what.seed,

@@ -57,18 +57,18 @@ class Continued:
     """Tensors that are not equal to what was saved."""
 
 
-def steps(engine: Engine, how: How, first: int, count: int) -> list[float]:
+def steps(engine: Engine, what: What, how: How, first: int, count: int) -> list[float]:
     losses = []
     for step in range(first, first + count):
-        batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
+        batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         losses.append(engine.train_step(step, batch, LR).read().loss)
     return losses
 
 
-def save(how: How, directory: Path) -> list[float]:
+def save(what: What, how: How, directory: Path) -> list[float]:
     """Train, save, train on; the losses after the checkpoint."""
-    engine = build(WHAT, how)
-    steps(engine, how, 0, STEP)
+    engine = build(what, how)
+    steps(engine, what, how, 0, STEP)
     state = engine.state()
     expected = gather(state)
     if dist.get_rank() == 0:
@@ -76,14 +76,14 @@ def save(how: How, directory: Path) -> list[float]:
     saver = Saver(directory / "checkpoints", CheckpointConfig(asynchronous=False), timeout_s=60)
     saver.save(STEP, state, progress={}, config_hash="c", identity="i")
     saver.close()
-    losses = steps(engine, how, STEP, MORE)
+    losses = steps(engine, what, how, STEP, MORE)
     engine.close()
     return losses
 
 
-def resume(how: How, directory: Path) -> Continued:
+def resume(what: What, how: How, directory: Path) -> Continued:
     """Load what another layout saved, compare it, train on."""
-    engine = build(WHAT, how)
+    engine = build(what, how)
     state = engine.state()
     loader.load(directory / "checkpoints", STEP, state)
     if isinstance(engine, Reloaded):
@@ -92,7 +92,7 @@ def resume(how: How, directory: Path) -> Continued:
     found = gather(engine.state())
     assert found.keys() == expected.keys()
     different = [name for name, tensor in expected.items() if not found[name].equal(tensor)]
-    losses = steps(engine, how, STEP, MORE)
+    losses = steps(engine, what, how, STEP, MORE)
     engine.close()
     return Continued(losses, different)
 
@@ -118,9 +118,9 @@ def resume(how: How, directory: Path) -> Continued:
     ],
 )
 def test_a_checkpoint_moves(ranks: RankPool, tmp_path: Path, origin: str, destinations: tuple[str, ...]) -> None:
-    losses = ranks.run(save, HOWS[origin], tmp_path, ranks=HOWS[origin].ranks)[0]
+    losses = ranks.run(save, WHAT, HOWS[origin], tmp_path, ranks=HOWS[origin].ranks)[0]
     for destination in destinations:
         how = HOWS[destination]
-        for continued in ranks.run(resume, how, tmp_path, ranks=how.ranks):
+        for continued in ranks.run(resume, WHAT, how, tmp_path, ranks=how.ranks):
             assert not continued.different, destination
             assert continued.losses == pytest.approx(losses, rel=OF_NUMBERS), destination
