@@ -16,6 +16,7 @@ from bigtrain.cli import (
     data,
     doctor,
     jobs,
+    plan,
     runs,
     scaling,
     scaling_decide,
@@ -35,6 +36,7 @@ app.add_typer(runs.app)
 app.add_typer(submit.app)
 app.add_typer(jobs.app)
 app.add_typer(doctor.app)
+app.add_typer(plan.app)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(configs.app, name="config")

@@ -6,9 +6,11 @@ import math
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
+from typing import Annotated
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt
+from annotated_types import Ge, Le
+from pydantic import Field, PositiveFloat
 
 from bigtrain.config import Section
 
@@ -24,13 +26,13 @@ class Device(Section):
     reported_as: list[str] = Field(min_length=1)
     """The names under which drivers report exactly this device."""
 
-    memory_bytes: PositiveInt
+    memory_bytes: Annotated[int, Ge(10**8), Le(10**13)]
     """Marketed capacity of the device's memory, in bytes; what a process can use is a few per cent less."""
 
-    bandwidth_bytes_per_s: PositiveFloat
+    bandwidth_bytes_per_s: Annotated[float, Ge(1e8), Le(1e14)]
     """Peak bandwidth of the device's memory."""
 
-    peak_flops: dict[str, PositiveFloat]
+    peak_flops: dict[str, Annotated[float, Ge(1e8), Le(1e17)]]
     """Dense floating-point operations a second by precision: fp8, bf16, fp16, tf32, fp32."""
 
     usd_per_hour: PositiveFloat | None = None

@@ -10,12 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigtrain.metrics import TensorParallel, record_metric, wants_metric
-
-CPU_CHUNK_LOGITS = 1 << 24
-"""Logits of a chunk on a CPU: 64 MB in FP32. Measured: smaller chunks gain nothing from the cache."""
-GPU_CHUNK_LOGITS = 1 << 28
-"""Logits of a chunk elsewhere: 1 GB in FP32, large enough that matmuls run at full speed."""
-MIN_CHUNK_TOKENS = 256
+from bigtrain.models import chunks
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,7 @@ def chunked_cross_entropy(
         gradient.
     """
     if chunk_tokens is None:
-        logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
-        chunk_tokens = max(MIN_CHUNK_TOKENS, logits // weight.shape[0])
+        chunk_tokens = chunks.chunk_tokens(weight.shape[0], hidden.device.type == "cpu")
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     right = torch.empty(targets.numel(), device=hidden.device) if wants_metric("accuracy") else None
     options = chunk_tokens, z_loss, part, needs_gradient, right

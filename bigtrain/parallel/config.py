@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
@@ -276,6 +277,7 @@ def _shares_heads(query: int, key: int, ranks: int) -> bool:
     return query % ranks == 0 and (key % ranks == 0 or ranks % key == 0)
 
 
+@lru_cache(maxsize=1024)
 def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:
     """Blocks of each stage so that the dearest stage is as cheap as can be, and then the next; each has at least one.
 

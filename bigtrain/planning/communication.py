@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bigtrain.engines.config import Precision
@@ -28,6 +28,10 @@ Kind = Literal[
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "reduce", "gather", "scatter",
     "send", "recv", "barrier",
 ]  # fmt: skip
+
+Phase = Literal["activations", "messages", "gathers", "reductions", "once"]
+"""Which part of a step issues a collective: exchanges inside a stage, messages between stages, parameters, gradients of
+each pass, or what comes once after all passes."""
 
 ALL = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 ENDS = ("ends of pp",)
@@ -56,6 +60,7 @@ class Term:
     collective: Collective
     count: int
     why: str
+    phase: Phase = "activations"
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,9 @@ class Activations:
         slices = self.sizes.tp if self.layout.sequence_parallel else 1
         for is_end, which in ((stage.is_first, "before"), (stage.is_last, "after")):
             if not is_end:
-                yield _term("send", axes, self.stream // slices, m, f"to the stage {which}")
-                yield _term("recv", axes, self.stream // slices, m, f"from the stage {which}")
+                size = self.stream // slices
+                yield _term("send", axes, size, m, f"to the stage {which}", "messages")
+                yield _term("recv", axes, size, m, f"from the stage {which}", "messages")
 
     def _loss(self, axes: tuple[str, ...]) -> Iterator[Term]:
         m, tokens = self.passes.count, self.own_tokens
@@ -259,7 +265,7 @@ class _Step:
             yield from self.activations.of(stage)
             if self.sizes.pp > 1:
                 yield from self.activations.neighbours(stage, ("pp",))
-        yield from self._once()
+        yield from (replace(term, phase="once") for term in self._once())
 
     def _sharding(self, stage: StageParts) -> Iterator[Term]:
         """ZeRO-3 (Rajbhandari et al. 2020), as FSDP2 does it, with what needs no second gather left as it is.
@@ -278,13 +284,14 @@ class _Step:
             gathers = 1 if once else self._gathers(place - 1, len(stage.blocks))
             if shards:
                 why = f"parameters of {name}, {'once' if once else 'for forward and backward passes'}"
-                yield _term("all_gather", shards, padded * self.number, gathers, why)
+                yield _term("all_gather", shards, padded * self.number, gathers, why, "gathers")
                 reductions = 1 if piped else self.passes.count
-                yield _term("reduce_scatter", shards, padded * FP32, reductions, f"gradients of {name}")
+                reduced = f"gradients of {name}"
+                yield _term("reduce_scatter", shards, padded * FP32, reductions, reduced, "reductions")
             if replicas:
                 # What the shards have summed, over the replicas, once (HSDP: Zhao et al. 2023).
                 part = padded // self.parts.shards * FP32
-                yield _term("all_reduce", replicas, part, 1, f"gradients of {name}, after the last pass")
+                yield _term("all_reduce", replicas, part, 1, f"gradients of {name}, after the last pass", "reductions")
 
     def _gathers(self, block: int, blocks: int) -> int:
         m = self.passes.count
@@ -310,5 +317,5 @@ class _Step:
             yield _term("all_reduce", axes_of(self.sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums")
 
 
-def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str) -> Term:
-    return Term(Collective(kind, axes, size), count, why)
+def _term(kind: Kind, axes: tuple[str, ...], size: int, count: int, why: str, phase: Phase = "activations") -> Term:
+    return Term(Collective(kind, axes, size), count, why, phase)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import accumulate
 
 from bigtrain.engines.config import Precision
@@ -72,33 +73,56 @@ class Parts:
 
     @classmethod
     def of(cls, model: DecoderConfig, vocab_size: int, sizes: Mesh, layout: LayoutConfig, rank: int) -> Parts:
-        """The parts of a rank."""
-        place = sizes.coordinates(rank)
-        shards, own = sizes.dp_shard * sizes.cp, place["dp_shard"] * sizes.cp + place["cp"]
-        names = {f"layers.{block}": block for block in range(model.layers)}
-        by_block: dict[int | None, list[Parameter]] = {None: []}
-        for name, shape in model.parameter_shapes(vocab_size).items():
-            role = _role(name)
-            dim = SPLIT_DIM.get(role)
-            shard_dim = 1 if dim == 0 and shape[0] % sizes.tp else 0
-            if dim is not None:
-                shape = (*shape[:dim], chunk(shape[dim], sizes.tp, place["tp"]), *shape[dim + 1 :])
-            share = chunk(shape[shard_dim], shards, own)
-            parameter = Parameter(name, role, shape, shard_dim, share)
-            by_block.setdefault(names.get(".".join(name.split(".")[:2])), []).append(parameter)
-        ends = [0, *accumulate(layout.split(model.block_costs(vocab_size)))]
-        stages = []
-        for number in range(place["pp"], len(ends) - 1, sizes.pp):
-            blocks = [(f"layers.{block}", by_block[block]) for block in range(ends[number], ends[number + 1])]
-            first, last = number == 0, number == len(ends) - 2
-            root = [one for one in by_block[None] if _is_held(one.name, model.tied, first=first, last=last)]
-            stages.append(StageParts(first, last, root, blocks))
-        return cls(stages, shards)
+        """The parts of a rank; they are remembered, since a search asks for few of them many times."""
+        return _parts_of(model, vocab_size, sizes, layout.split(model.block_costs(vocab_size)), rank)
 
     @property
     def all(self) -> list[Parameter]:
         """Of all stages."""
         return [parameter for stage in self.stages for _, group in stage.groups for parameter in group]
+
+
+@lru_cache(maxsize=4096)
+def _parts_of(model: DecoderConfig, vocab_size: int, sizes: Mesh, split: tuple[int, ...], rank: int) -> Parts:
+    place = sizes.coordinates(rank)
+    shards, own = sizes.dp_shard * sizes.cp, place["dp_shard"] * sizes.cp + place["cp"]
+    tp_place = place["tp"]
+    of_block: list[tuple[str, Parameter]] = []
+    outside: list[Parameter] = []
+    for name, shape in _shapes_of_one_block(model, vocab_size):
+        parameter = _parameter(name, shape, sizes.tp, tp_place, shards, own)
+        if name.startswith(FIRST_BLOCK):
+            of_block.append((name.removeprefix(FIRST_BLOCK), parameter))
+        else:
+            outside.append(parameter)
+    ends = [0, *accumulate(split)]
+    stages = []
+    for number in range(place["pp"], len(ends) - 1, sizes.pp):
+        blocks = [
+            (f"layers.{block}", [replace(one, name=f"layers.{block}.{name}") for name, one in of_block])
+            for block in range(ends[number], ends[number + 1])
+        ]
+        first, last = number == 0, number == len(ends) - 2
+        root = [one for one in outside if _is_held(one.name, model.tied, first=first, last=last)]
+        stages.append(StageParts(first, last, root, blocks))
+    return Parts(stages, shards)
+
+
+FIRST_BLOCK = "layers.0."
+
+
+def _shapes_of_one_block(model: DecoderConfig, vocab_size: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the first block's parameters, which all blocks have, and of those in no block."""
+    return list(model.model_copy(update={"layers": 1}).parameter_shapes(vocab_size).items())
+
+
+def _parameter(name: str, shape: tuple[int, ...], tp: int, tp_place: int, shards: int, own: int) -> Parameter:
+    role = _role(name)
+    dim = SPLIT_DIM.get(role)
+    shard_dim = 1 if dim == 0 and shape[0] % tp else 0
+    if dim is not None:
+        shape = (*shape[:dim], chunk(shape[dim], tp, tp_place), *shape[dim + 1 :])
+    return Parameter(name, role, shape, shard_dim, chunk(shape[shard_dim], shards, own))
 
 
 SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}

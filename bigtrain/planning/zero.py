@@ -11,7 +11,8 @@ steps are others: it learns the order of the parameters, and a pipeline's stages
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from bigtrain.engines.config import Precision
 from bigtrain.engines.deepspeed.config import DeepSpeedConfig
@@ -25,6 +26,7 @@ from bigtrain.planning.communication import (
     Collective,
     Kind,
     Passes,
+    Phase,
     Term,
     axes_of,
     ends_of,
@@ -49,6 +51,7 @@ def zero(
     precision: Precision,
     passes: Passes,
     rank: int = 0,
+    one_bucket: bool = True,
 ) -> list[Term]:
     """The collectives of one training step of the deepspeed engine on a rank.
 
@@ -61,6 +64,7 @@ def zero(
         precision: Of the matmuls.
         passes: The micro-batches.
         rank: Which one.
+        one_bucket: Refuse a model of several buckets; else they count as one: the bytes are right, the counts too few.
 
     Raises:
         ValueError: The model does not fit one of DeepSpeed's buckets: how it cuts larger ones is not stated here.
@@ -68,7 +72,7 @@ def zero(
     (stage,) = Parts.of(model, vocab_size, sizes, layout, rank).stages
     parameters = [parameter for _, group in stage.groups for parameter in group]
     everything = sum(parameter.elements for parameter in parameters)
-    if everything > BUCKET:
+    if one_bucket and everything > BUCKET:
         raise ValueError(f"{everything} parameters do not fit one of DeepSpeed's buckets of {BUCKET}")
     # Its ZeRO 0 computes with the FP32 weights, cast where they are used.
     number = BYTES[precision] if engine.zero else FP32
@@ -82,19 +86,19 @@ def zero(
         passes=passes,
         head_number=number,
     )
-    terms = [*activations.of(stage), *_partial(parameters, layout, number, passes)]
+    terms = [*activations.of(stage), *_in("reductions", _partial(parameters, layout, number, passes))]
     if sizes.pp > 1:
         everyone = axes_of(sizes, *ALL)
-        terms += [*activations.neighbours(stage, everyone), *_pipelined(model, stage, sizes)]
+        terms += [*activations.neighbours(stage, everyone), *_in("once", _pipelined(model, stage, sizes))]
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     if engine.zero == 3:
-        terms += _stage_3(stage, sizes.data_parallel, engine, number, passes.count)
+        sharding = list(_stage_3(stage, sizes.data_parallel, engine, number, passes.count))
     else:
-        terms += stages_to_2(shapes, engine.zero, ranks=sizes.data_parallel, number=number, passes=passes.count)
-    terms += [
-        *_norm(engine, precision, sizes),
-        _term("all_reduce", axes_of(sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums"),
-    ]
+        sharding = stages_to_2(shapes, engine.zero, ranks=sizes.data_parallel, number=number, passes=passes.count)
+    gathers = [term for term in sharding if term.collective.kind == "all_gather"]
+    terms += [*_in("gathers", gathers), *_in("reductions", [term for term in sharding if term not in gathers])]
+    votes = _term("all_reduce", axes_of(sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums")
+    terms += _in("once", [*_norm(engine, precision, sizes), votes])
     return [term for term in terms if term.count and term.collective.axes and _is_held(term, sizes)]
 
 
@@ -173,6 +177,10 @@ def _pipelined(model: DecoderConfig, stage: StageParts, sizes: Mesh) -> Iterator
     if stage.is_last:
         yield _term("all_reduce", ("dp_shard",), FP32, 1, "the loss that DeepSpeed reports")
     yield _term("broadcast", ("pp",), 2 * FP32, 1, "the loss that DeepSpeed reports, to the other stages")
+
+
+def _in(phase: Phase, terms: Iterable[Term]) -> Iterator[Term]:
+    return (replace(term, phase=phase) for term in terms)
 
 
 def _is_held(term: Term, sizes: Mesh) -> bool:

@@ -1,0 +1,105 @@
+"""`bigtrain plan`: memory, time, cost and layout of a run before a GPU is taken."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bigtrain.cli.common import Json, Overrides, PluginOption, errors, load, show
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A run's YAML.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; else as many as the file's job has.")] = None,
+    hardware: Annotated[
+        str, typer.Option(help="An entry (a100, h100, h200, b200, mi300x, cpu) or a YAML file.")
+    ] = "h100",
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Entries of the vocabulary, if the data is not here.")
+    ] = None,
+    sweep_gpus: Annotated[str | None, typer.Option(metavar="A..B", help="Also each doubling from A to B.")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for one GPU and hour.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the best execution here, as YAML.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the plan as an HTML page.")] = None,
+    plugin: PluginOption = None,
+    as_json: Json = False,
+) -> None:
+    """Find the best legal layout on some GPUs: does it fit, how fast is it, what does it cost, and why."""
+    with errors(as_json):
+        from bigtrain.config import UserError
+        from bigtrain.hardware.cluster import cluster
+        from bigtrain.planning.estimate import Job
+        from bigtrain.planning.page import plan_page
+        from bigtrain.planning.report import execution_yaml, plan_document, plan_text
+
+        loaded = load(config, overrides, plugin=plugin)
+        on = cluster(hardware)
+        if price is not None:
+            on = type(on).model_validate({**on.plain(), "usd_per_hour": price})
+        job = Job.of(loaded, vocab_size or vocabulary(loaded))
+        count = gpus or loaded.job.nodes * _procs(loaded)
+        document = plan_document(job, on, count, tokens_of(loaded, job), _doublings(sweep_gpus))
+        if out is not None:
+            if not document["fits"]:
+                raise UserError("Nothing fits, so no execution is written", str(out), document["would_have_to_give"][0])
+            out.write_text(execution_yaml(document, on.per_node), encoding="utf-8")
+            print(f"wrote {out}", file=sys.stderr)
+        if page is not None:
+            page.write_text(plan_page(document, loaded.name), encoding="utf-8")
+            print(f"wrote {page}", file=sys.stderr)
+        show(document, as_json, plan_text)
+    if not document["fits"]:
+        raise typer.Exit(1)
+
+
+def vocabulary(config: Any) -> int:
+    """Entries of the vocabulary, from the run's data.
+
+    Raises:
+        UserError: The data is not here.
+    """
+    from bigtrain.config import UserError
+    from bigtrain.training.prepare import prepare
+
+    try:
+        return prepare(config, verify=False).outputs
+    except (UserError, OSError) as error:
+        what = error.what if isinstance(error, UserError) else str(error)
+        raise UserError(
+            f"The size of the vocabulary is not known without the data: {what}", "data.train", "Give --vocab-size N."
+        ) from None
+
+
+def tokens_of(config: Any, job: Any) -> float | None:
+    """Tokens of the whole run; None where it lasts some epochs of data that is not read here."""
+    step = job.batch * job.model.context
+    try:
+        return float(config.duration.in_steps(step, job.batch, None) * step)
+    except ValueError:
+        return None
+
+
+def _procs(config: Any) -> int:
+    procs = config.job.procs_per_node
+    return procs if isinstance(procs, int) else 1
+
+
+def _doublings(text: str | None) -> list[int]:
+    from bigtrain.config import UserError
+
+    if text is None:
+        return []
+    first, dots, last = text.partition("..")
+    if not dots or not first.isdigit() or not last.isdigit() or not 0 < int(first) <= int(last):
+        raise UserError(f"{text!r} is no range of GPUs", "--sweep-gpus", "Write for example 8..16384.")
+    sizes = [int(first)]
+    while sizes[-1] * 2 <= int(last):
+        sizes.append(sizes[-1] * 2)
+    return sizes

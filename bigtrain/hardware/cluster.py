@@ -1,0 +1,208 @@
+"""Machines to plan for: an accelerator, how many a node has, the links between them, and what of it real kernels reach.
+
+    cluster("h100")                     # a built-in entry, by its short name or its accelerator's name
+    cluster("my-cluster.yaml")          # a file of one's own
+    register(Cluster(...))              # from a plugin
+
+A user's file holds the keys of `Cluster`; `extends: h100` starts from a known entry, so that a file may give a price
+alone. `bigtrain bench hardware` measures the machine it runs on and writes such a file.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import ValidationError
+
+from bigtrain.config import Section, UserError, nearest
+from bigtrain.hardware.devices import Device, known_devices, lookup
+
+Share = Annotated[float, Gt(0), Le(1)]
+SUFFIXES = (".yaml", ".yml")
+
+
+class Link(Section):
+    """What moves bytes between accelerators."""
+
+    bytes_per_s: Annotated[float, Ge(1e6), Le(1e14)]
+    """Bandwidth of one accelerator in one direction, as the vendor states it."""
+
+    latency_s: Annotated[float, Ge(0), Le(1)] = 5e-6
+    """Time of one step of a collective, however few its bytes."""
+
+
+class Rates(Section):
+    """What real kernels reach of the data sheet; calibrated on measured runs (tests/bench/plan_tables.py)."""
+
+    matmul: Share = 0.75
+    """Of the peak of matrix units, by large matrix products."""
+
+    attention: Share = 0.5
+    """Of the same peak, by fused attention."""
+
+    memory: Share = 0.8
+    """Of the memory's bandwidth, by kernels that it bounds."""
+
+    link: Share = 0.75
+    """Of the bandwidth inside a node, by collectives."""
+
+    network: Share = 0.75
+    """Of the bandwidth between nodes, by collectives."""
+
+    launch_s: Annotated[float, Ge(0), Le(0.01)] = 6e-6
+    """Time in which the host starts one kernel."""
+
+    pass_s: Annotated[float, Ge(0), Le(1)] = 0.0
+    """What the host adds to each pass of a micro-batch: data, loss, schedule."""
+
+    step_s: Annotated[float, Ge(0), Le(10)] = 0.0
+    """What the host adds to each step."""
+
+    interference: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of an overlapped collective's time by which it slows what computes meanwhile."""
+
+
+class Cluster(Section):
+    """Like nodes of like accelerators."""
+
+    name: str
+    """The name to plan with, such as "h100"."""
+
+    device: Device
+    """The accelerator; in a file also the name of a known one."""
+
+    per_node: Annotated[int, Ge(1), Le(1024)] = 8
+    """Accelerators of one node, which the faster links connect."""
+
+    processors: Annotated[int, Ge(1), Le(100_000)] = 132
+    """Units of an accelerator that compute tiles of a matrix product side by side (streaming multiprocessors)."""
+
+    inside: Link
+    """Between accelerators of one node."""
+
+    between: Link
+    """Between nodes, for each accelerator."""
+
+    rates: Rates = Rates()
+    """What kernels and collectives reach."""
+
+    usable_memory: Share = 0.94
+    """Of the device's memory: the rest is the driver's, the libraries' and lost between allocations."""
+
+    usd_per_hour: Annotated[float, Gt(0), Le(10_000)] | None = None
+    """Price of one accelerator for an hour; None: the device's."""
+
+    storage_bytes_per_s: Annotated[float, Ge(1e6), Le(1e15)] = 2e9
+    """What one node writes of a checkpoint in a second."""
+
+    failures_per_device_hour: Annotated[float, Ge(0), Le(1)] = 2.0e-5
+    """Unexpected interruptions. Llama 3 on 16,384 H100s: one in 3.1 h (Dubey et al. 2024, section 3.3.4)."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a process can use of one accelerator."""
+        return int(self.device.memory_bytes * self.usable_memory)
+
+    @property
+    def price(self) -> float | None:
+        """US dollars for one accelerator and hour, where it is known."""
+        return self.usd_per_hour if self.usd_per_hour is not None else self.device.usd_per_hour
+
+
+_registered: dict[str, Cluster] = {}
+
+
+def register(entry: Cluster) -> Cluster:
+    """Add an entry, or replace the one of its name; for plugins."""
+    _registered[_key(entry.name)] = entry
+    return entry
+
+
+def known_clusters() -> list[Cluster]:
+    """All entries, those of plugins last."""
+    return list({**_built_in(), **_registered}.values())
+
+
+def cluster(name: str) -> Cluster:
+    """The entry of a name, of an accelerator's name, or in a YAML file.
+
+    Raises:
+        UserError: No such entry or file (nearest names), or values that no machine has.
+    """
+    if name.endswith(SUFFIXES):
+        return read_cluster(Path(name))
+    entries = {**_built_in(), **_registered}
+    found = entries.get(_key(name)) or _of_device(name, entries)
+    if found is None:
+        names = [one.name for one in entries.values()]
+        near = nearest(_key(name), names)
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise UserError(f"Unknown hardware {name!r}", "--hardware", f"{hint}Known: {', '.join(names)}, or a YAML file.")
+    return found
+
+
+def read_cluster(path: Path) -> Cluster:
+    """The entry in a user's file.
+
+    Raises:
+        UserError: The file cannot be read, or its values are refused, by key.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"The file is not YAML: {error}", str(path)) from None
+    if not isinstance(found, dict):
+        raise UserError("The file is not a mapping of keys", str(path), "Give extends: h100, or the keys of an entry.")
+    values: dict[str, Any] = {"name": path.stem, **found}
+    if "extends" in values:
+        values = _laid_over(cluster(str(values.pop("extends"))).plain(), values)
+    return _validated(values, str(path))
+
+
+def _laid_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _validated(values: dict[str, Any], where: str) -> Cluster:
+    name = values.get("device")
+    if isinstance(name, str):
+        by_name = {device.name: device for device in known_devices()}
+        device = by_name.get(name) or lookup(name)
+        if device is None:
+            near = nearest(name, by_name)
+            hint = f"Did you mean {near!r}? " if near else ""
+            raise UserError(f"Unknown device {name!r}", where, f"{hint}Known: {', '.join(by_name)}.")
+        values = {**values, "device": device}
+    try:
+        return Cluster.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        raise UserError(
+            f"{key}: {first['msg']}{given}", where, "See `Cluster` in bigtrain/hardware/cluster.py."
+        ) from None
+
+
+def _of_device(name: str, entries: dict[str, Cluster]) -> Cluster | None:
+    found = lookup(name)
+    return next((one for one in entries.values() if found is not None and one.device.name == found.name), None)
+
+
+def _key(name: str) -> str:
+    return name.casefold().replace(" ", "-").replace("_", "-")
+
+
+@cache
+def _built_in() -> dict[str, Cluster]:
+    text = resources.files("bigtrain.hardware").joinpath("clusters.yaml").read_text(encoding="utf-8")
+    return {entry["name"]: _validated(entry, "clusters.yaml") for entry in yaml.safe_load(text)}

@@ -1,0 +1,401 @@
+"""Memory and time of one training step of a run's config, by term, before anything is started.
+
+    job = Job.of(config, vocab_size)
+    estimate = job.estimate(cluster("h100"), gpus=512)
+    estimate.memory.total, estimate.seconds.total, estimate.mfu
+
+Which part of the model and of the batch a rank gets comes from the code that cuts them: `LayoutConfig.split` and
+`mesh`, `data.loader.distribute`, the tensor plan. States and exchanges are those of memory.py, communication.py and
+zero.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, get_args
+
+from bigtrain.config import UserError
+from bigtrain.data.loader import distribute
+from bigtrain.engines.config import EngineConfig, Precision
+from bigtrain.engines.deepspeed.config import DeepSpeedConfig
+from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.hardware.cluster import Cluster
+from bigtrain.models.chunks import chunk_tokens
+from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.parallel.config import LayoutConfig, Mesh
+from bigtrain.planning.communication import Passes, Phase, Term, communication
+from bigtrain.planning.memory import ADAM, Moments, block_activation_bytes, held_bytes, passes_in_flight
+from bigtrain.planning.parts import BYTES, FP32, Parts
+from bigtrain.planning.step import StageWork, Step, StepSeconds
+from bigtrain.planning.work import RankWork, Software, rank_works
+from bigtrain.planning.zero import zero
+
+REDUCE_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once (`reduce_bucket_size`)."""
+RUNTIME_BYTES = 1_500_000_000
+"""CUDA's context, the communication library's buffers and the products' workspaces."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak, by term."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    gathered: int = 0
+    """Parameters in the computing precision: root, the block at work and the next; in a pipeline the whole stage."""
+    gradient_buffers: int = 0
+    """Whole gradients before they are reduced; in a pipeline those of the stage."""
+    activations: int = 0
+    """What blocks keep for their backward pass, of all passes in flight."""
+    working: int = 0
+    """What one block computes again and its backward pass holds."""
+    logits: int = 0
+    """A chunk of logits, and the gradients that the loss makes."""
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """All."""
+        return sum(getattr(self, one.name) for one in fields(self))
+
+    @property
+    def largest(self) -> str:
+        """The term that takes most."""
+        return max((one.name for one in fields(self)), key=lambda name: getattr(self, name))
+
+    def plain(self) -> dict[str, int]:
+        """By name, for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one execution of a run needs."""
+
+    layout: LayoutConfig
+    engine: EngineConfig
+    sizes: Mesh
+    passes: Passes
+    memory: Memory
+    """Of the place of the pipeline that needs most."""
+    place: int
+    """Which one, on the pp axis."""
+    limit_bytes: int
+    seconds: StepSeconds
+    tokens: int
+    """Of the global batch."""
+    mfu: float
+    """Attention counted over the whole square (Chowdhery et al. 2022, appendix B)."""
+    mfu_causal: float
+    """Attention counted over the causal half."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory suffices."""
+        return self.memory.total <= self.limit_bytes
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.seconds.total
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned: the recipe's sizes, and the engine and layout to begin with."""
+
+    model: DecoderConfig
+    vocab_size: int
+    batch: int
+    """Sequences of a step."""
+    engine: EngineConfig
+    layout: LayoutConfig
+    precision: Precision = "bf16"
+    documents: bool = False
+    moments: Moments = ADAM
+    frozen: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Any, vocab_size: int) -> Job:
+        """The job of a run's config.
+
+        Raises:
+            UserError: A model or an engine that the formulas do not cover.
+        """
+        model, engine = config.model, config.engine
+        _check_covered(model)
+        if not isinstance(engine, FSDPConfig | DeepSpeedConfig):
+            raise UserError(
+                f"The formulas do not cover the engine '{engine.name}'", "engine.name", "Plan with fsdp or deepspeed."
+            )
+        if isinstance(engine, DeepSpeedConfig) and engine.offload != "none":
+            raise UserError(
+                "The time of an optimizer on the host is not covered",
+                "engine.offload",
+                "Plan with engine.offload: none.",
+            )
+        batch = config.batch.size.sequences(model.context)
+        documents = bool(config.data.document_mask)
+        return cls(
+            model,
+            vocab_size,
+            batch,
+            engine,
+            config.layout,
+            config.precision,
+            documents,
+            moments_of(config.optimizer),
+            tuple(config.optimizer.frozen),
+        )
+
+    def check(self, gpus: int) -> Mesh:
+        """The mesh on a number of GPUs.
+
+        Raises:
+            ValueError: The layout is not possible there.
+        """
+        sizes = self.layout.mesh(gpus)
+        self.layout.check(self.model, self.vocab_size)
+        if sizes.data_parallel > self.batch:
+            raise ValueError(f"{sizes.data_parallel} data-parallel ranks share {self.batch} sequences of a batch")
+        return sizes
+
+    def passes(self, sizes: Mesh) -> Passes:
+        """The micro-batches of one rank."""
+        shared = distribute(
+            self.batch,
+            sizes.data_parallel,
+            self.layout.micro_size or self.batch,
+            least=self.layout.least_micro_batches,
+            multiple=self.layout.micro_batch_multiple,
+        )
+        return Passes(shared.n_micro, shared.micro_batch, self.model.context)
+
+    def estimate(self, on: Cluster, gpus: int) -> Estimate:
+        """Memory and time on some GPUs.
+
+        Raises:
+            ValueError: The layout is not possible there, or the device does not multiply in this precision.
+        """
+        sizes = self.check(gpus)
+        passes = self.passes(sizes)
+        memory, place = self.peak(sizes, passes, on)
+        seconds = self.step(sizes, passes).seconds(on)
+        tokens = self.batch * self.model.context
+        flops = self.model.flops_per_token(self.vocab_size)
+        peak = (on.device.peak(self.precision) or math.inf) * gpus
+        rate = tokens / seconds.total / peak
+        return Estimate(
+            self.layout,
+            self.engine,
+            sizes,
+            passes,
+            memory,
+            place,
+            on.memory_bytes,
+            seconds,
+            tokens,
+            flops.full * rate,
+            flops.causal * rate,
+        )
+
+    def peak(self, sizes: Mesh, passes: Passes, on: Cluster) -> tuple[Memory, int]:
+        """The memory of the place of the pipeline that needs most, and which it is."""
+        found = [(self.memory(sizes, passes, place, on), place) for place in _telling_places(sizes.pp)]
+        return max(found, key=lambda one: one[0].total)
+
+    @cached_property
+    def number(self) -> int:
+        """Bytes of a number in the matmuls."""
+        return BYTES[self.precision]
+
+    def memory(self, sizes: Mesh, passes: Passes, place: int, on: Cluster) -> Memory:
+        """Bytes of the rank at a place of the pipeline, its others coordinates 0."""
+        rank = place * (sizes.world_size // sizes.pp)
+        on_cpu = "fp32" in on.device.peak_flops and on.processors == 1
+        held = held_bytes(
+            self.model,
+            self.vocab_size,
+            engine=self.engine,
+            sizes=sizes,
+            layout=self.layout,
+            rank=rank,
+            precision=self.precision,
+            moments=self.moments,
+            frozen=self.frozen,
+        )
+        parts = _parts(self, sizes, rank)
+        stages = parts.stages
+        blocks = sum(len(stage.blocks) for stage in stages)
+        flight = passes_in_flight(self.layout, place, passes.count)
+        recompute = getattr(self.engine, "recompute", "none")
+        kept = self._block_bytes(passes, recompute, on_cpu)
+        whole = self._block_bytes(passes, "none", on_cpu) if recompute != "none" else 0
+        gathered, buffers = self._buffers(parts, sizes)
+        tokens = passes.tokens // sizes.cp
+        stream = tokens * self.model.width * self.number
+        working = whole + self.number * tokens * (3 * self.model.hidden_width // sizes.tp) + 4 * stream
+        logits = self._logits(tokens, sizes, on_cpu) if any(stage.is_last for stage in stages) else 0
+        return Memory(
+            held.parameters,
+            held.gradients,
+            held.optimizer,
+            gathered,
+            buffers,
+            kept * blocks * flight // self.layout.pp_stages_per_rank + stream * flight,
+            working,
+            logits,
+            0 if on_cpu else RUNTIME_BYTES,
+        )
+
+    def _block_bytes(self, passes: Passes, recompute: Any, on_cpu: bool) -> int:
+        return block_activation_bytes(
+            self.model,
+            passes.sequences,
+            precision=self.precision,
+            recompute=recompute,
+            layout=self.layout,
+            documents=self.documents,
+            device="cpu" if on_cpu else "cuda",
+        )
+
+    def _buffers(self, parts: Parts, sizes: Mesh) -> tuple[int, int]:
+        """Gathered parameters, and whole gradients."""
+        groups = [
+            sum(one.elements for one in group)
+            for stage in parts.stages
+            for name, group in stage.groups
+            if name != "root"
+        ]
+        roots = sum(one.elements for stage in parts.stages for one in stage.root)
+        block, everything = max(groups, default=0), sum(groups) + roots
+        if isinstance(self.engine, DeepSpeedConfig):
+            bucket = FP32 * min(everything, REDUCE_BUCKET)
+            gathered = self.number * (2 * block + roots) if self.engine.zero == 3 else 0
+            return gathered, bucket + (self.number * everything if self.engine.zero < 2 else self.number * block)
+        if sizes.gradient_parallel == 1:
+            # Cast where they are used.
+            return self.number * (block + roots) if self.number < FP32 else 0, 0
+        if sizes.pp > 1:
+            return self.number * everything, FP32 * everything
+        return self.number * (2 * block + roots), (FP32 + self.number) * (block + roots)
+
+    def _logits(self, tokens: int, sizes: Mesh, on_cpu: bool) -> int:
+        rows = self.model.padded_vocab(self.vocab_size)
+        own = -(-rows // sizes.tp) if self.layout.loss_parallel else rows
+        chunk = min(tokens, chunk_tokens(own, on_cpu))
+        return (
+            chunk * own * (2 * FP32 + self.number)
+            + tokens * self.model.width * self.number
+            + own * self.model.width * FP32
+        )
+
+    def step(self, sizes: Mesh, passes: Passes) -> Step:
+        """What one step computes and exchanges."""
+        software = Software(
+            recomputes=getattr(self.engine, "recompute", "none"), compiled=getattr(self.engine, "compile", False)
+        )
+        works = rank_works(self.model, self.vocab_size, passes.sequences, self.layout, software, self.number)
+        stages = tuple(self._stage(work, sizes, passes) for work in works)
+        zero_once = isinstance(self.engine, DeepSpeedConfig) and self.engine.zero < 2
+        return Step(
+            stages,
+            sizes,
+            passes.count,
+            self.precision,
+            self.number,
+            self.layout.pp_schedule,
+            self.layout.pp_stages_per_rank,
+            once_a_step=sizes.pp > 1 or zero_once,
+        )
+
+    def _stage(self, work: RankWork, sizes: Mesh, passes: Passes) -> StageWork:
+        rank = work.places[0] * (sizes.world_size // sizes.pp)
+        terms = self.terms(sizes, passes, rank)
+        parts = _parts(self, sizes, rank)
+        shards = parts.shards if isinstance(self.engine, FSDPConfig) else sizes.data_parallel
+        whole = isinstance(self.engine, DeepSpeedConfig) and self.engine.zero == 0
+        trained = sum(one.elements for one in parts.all) / (1 if whole else shards)
+        found = {phase: tuple(term for term in terms if term.phase == phase) for phase in PHASES}
+        return StageWork(
+            work.block,
+            work.ends,
+            critical=found["activations"],
+            messages=found["messages"],
+            gathers=found["gathers"],
+            reductions=found["reductions"],
+            once=found["once"],
+            blocks=work.blocks,
+            trained=trained,
+            ranks=len(work.places),
+        )
+
+    def terms(self, sizes: Mesh, passes: Passes, rank: int) -> list[Term]:
+        """The collectives of a step on a rank."""
+        if isinstance(self.engine, DeepSpeedConfig):
+            return zero(
+                self.model,
+                self.vocab_size,
+                sizes=sizes,
+                layout=self.layout,
+                engine=self.engine,
+                precision=self.precision,
+                passes=passes,
+                rank=rank,
+                one_bucket=False,
+            )
+        assert isinstance(self.engine, FSDPConfig)
+        return communication(
+            self.model,
+            self.vocab_size,
+            sizes=sizes,
+            layout=self.layout,
+            engine=self.engine,
+            precision=self.precision,
+            passes=passes,
+            rank=rank,
+        )
+
+
+PHASES = get_args(Phase)
+
+
+def _check_covered(model: Any) -> None:
+    """Refuse a model that the formulas do not describe."""
+    if not isinstance(model, DecoderConfig):
+        raise UserError(
+            f"The formulas do not cover a model of arch '{model.arch}'",
+            "model.arch",
+            "Plan a decoder (llama, gpt2, qwen3, or your own that inherits DecoderConfig), or measure this one.",
+        )
+    if model.parallel_block or model.norm_at != "before" or model.window is not None:
+        keys = {"parallel_block": model.parallel_block, "norm_at": model.norm_at != "before"}
+        keys["sliding_window"] = model.window is not None
+        key = next(name for name, is_set in keys.items() if is_set)
+        raise UserError(
+            f"The formulas do not cover model.{key} {getattr(model, key)}",
+            f"model.{key}",
+            "Measure this model instead.",
+        )
+
+
+def moments_of(optimizer: Any) -> Moments:
+    """What an optimizer keeps, as it says itself."""
+    if optimizer.name == "adamw":
+        return ADAM
+    matrix = optimizer.state_bytes((32, 32))
+    size = FP32 * 32 * 32
+    return Moments(matrix // size, matrix % size > 0)
+
+
+def _telling_places(pp: int) -> tuple[int, ...]:
+    """The first, a middle and the last place of a pipeline: they differ in what they hold and keep."""
+    return tuple(sorted({0, min(1, pp - 1), pp // 2, pp - 1}))
+
+
+def _parts(job: Job, sizes: Mesh, rank: int) -> Parts:
+    return Parts.of(job.model, job.vocab_size, sizes, job.layout, rank)
