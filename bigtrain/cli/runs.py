@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from bigtrain.cli.common import (
     load_plugins,
     show,
 )
+from bigtrain.config import UserError
 from bigtrain.run.names import RECORD
 
 app = typer.Typer()
@@ -53,36 +54,57 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    run: Annotated[
+        str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL; or a directory of a Hugging Face model.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What the text begins with; with --chat, a user's message.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines, all in one batch: {"prompt": ...} or {"messages": [...]}.')
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer by the chat template of the model's tokenizer.")] = False,
     image: Annotated[Path | None, typer.Option(help="The image to be captioned, for a model of captions.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest only.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest, together of this share.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Choose among those of this share of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1: what was written becomes less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     seed: Annotated[int, typer.Option(help="Another text for another number.")] = 0,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, or write an image's caption, with the weights of a run."""
+    """Continue prompts, or write an image's caption, with the weights of a run."""
     with errors(as_json):
         from bigtrain.checkpoint.restore import run_at
+        from bigtrain.models.hf_files import HfFiles
 
         load_plugins(plugin)
-        directory, step = run_at(run, runs_dir)
-        from bigtrain.training.sample import sample as draw  # torch, which takes seconds
+        from bigtrain.models.sampling import Choice  # torch, which takes seconds
+        from bigtrain.training.sample import Prompt, caption, read_prompts, writer_of_directory, writer_of_run
 
-        text = draw(
-            directory,
-            prompt,
-            step=step,
-            tokens=tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            image=image,
-        )
-        show({"text": text}, as_json, lambda result: result["text"])
+        try:
+            choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        options: dict[str, Any] = {"tokens": tokens, "choice": choice, "seed": seed, "stop": stop or []}
+        if image is not None:
+            directory, step = run_at(run, runs_dir)
+            text = prompt + caption(directory, prompt, image, step=step, **options)
+            show({"text": text}, as_json, lambda result: result["text"])
+            return
+        writer = writer_of_directory(Path(run)) if HfFiles.is_one(Path(run)) else writer_of_run(*run_at(run, runs_dir))
+        first: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+        given = [first] if prompts is None else read_prompts(prompts)
+        found = [
+            {"prompt": begun, "text": (begun if isinstance(begun, str) else "") + text}
+            for begun, text in zip(given, writer.write(given, **options), strict=True)
+        ]
+        if prompts is None:
+            show({"text": found[0]["text"]}, as_json, lambda result: result["text"])
+            return
+        show({"texts": found}, as_json, lambda result: "\n\n".join(one["text"] for one in result["texts"]))
 
 
 @app.command()

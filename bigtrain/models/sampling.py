@@ -1,13 +1,71 @@
-"""Continuing a text, token by token."""
+"""Continuing texts, token by token."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from bigtrain.models.contract import Batch, Decoder
+from bigtrain.models.decoder import DecoderModel
+from bigtrain.models.layers import Attention, Mask, attend
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+
+class Reader(Protocol):
+    """Reads texts and says what may follow."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token after `tokens` (B, T): those of the call before, and new ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen; transformers' rules, in its order."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int | None = None
+    """Choose among the k most probable tokens only."""
+    top_p: float | None = None
+    """Choose among the most probable tokens that have this probability together (Holtzman et al. 2020)."""
+    min_p: float | None = None
+    """Choose among tokens of at least this share of the greatest probability (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the text are divided by this, negative ones multiplied (Keskar et al. 2019)."""
+
+    def __post_init__(self) -> None:
+        shares = [share for share in (self.top_p, self.min_p) if share is not None]
+        possible = self.temperature >= 0 and (self.top_k is None or self.top_k >= 1) and self.repetition_penalty > 0
+        if not possible or not all(0 < share <= 1 for share in shares):
+            raise ValueError(
+                "temperature must be at least 0, top_k at least 1, top_p and min_p over 0 and at most 1, and "
+                "repetition_penalty over 0"
+            )
+
+    def processors(self, padding: Tensor | None) -> LogitsProcessorList | None:
+        """What changes logits given the text; None for nothing."""
+        if self in (Choice(), Choice(0.0)):
+            return None
+        from transformers.generation import logits_process as hf
+
+        found: list[Any] = []
+        if self.repetition_penalty != 1:
+            found.append(hf.RepetitionPenaltyLogitsProcessor(self.repetition_penalty, padding))
+        if self.temperature > 0:
+            found.append(hf.TemperatureLogitsWarper(float(self.temperature)))
+            found += [] if self.top_k is None else [hf.TopKLogitsWarper(self.top_k)]
+            found += [] if self.top_p is None else [hf.TopPLogitsWarper(self.top_p)]
+            found += [] if self.min_p is None else [hf.MinPLogitsWarper(self.min_p)]
+        return hf.LogitsProcessorList(found)
 
 
 @torch.no_grad()
@@ -15,54 +73,153 @@ def generate(
     model: nn.Module,
     tokens: Tensor,
     n: int,
+    choice: Choice | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
+    padding: Tensor | None = None,
+    ended: Callable[[Tensor], bool] | None = None,
     seed: int = 0,
     given: Batch | None = None,
+    cache: bool = True,
 ) -> Tensor:
-    """Append n tokens to each sequence, drawn from the model's distribution.
+    """Append up to n tokens to each sequence.
 
-    The whole text, or its last `model.context` tokens, is read again for each new token. Random numbers come
-    from a CPU generator of the call's own, so a seed gives one text and nothing else is disturbed.
+    Keys and values of tokens are kept while a text fits into the model's context; of a longer text the last
+    `model.context` tokens are read again for each new one. Random numbers come from a CPU generator of the call's
+    own, so a seed gives one text and nothing else is disturbed.
 
     Args:
-        model: A `contract.Decoder`; its training mode is put back afterwards.
+        model: A `contract.Decoder`, or a causal model of transformers; its training mode is put back afterwards.
         tokens: int64 (B, T), T >= 1, or 0 where something else is given.
-        temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Draw from the k most probable tokens only.
+        padding: int64 (B,), how many tokens at the beginning of each sequence are none; None: 0.
+        ended: Is given the new tokens (B, t) after each, and says whether that is enough.
         given: What the model is to look at besides, such as `images` (B, H, W, channels).
+        cache: Whether keys and values are kept where the model can.
 
     Returns:
-        int64 (B, T + n): the given tokens and the new ones.
+        int64 (B, T + n): the given tokens and the new ones, fewer where `ended` said so.
 
     Raises:
-        ValueError: An empty prompt, a negative temperature or a top_k below 1.
+        ValueError: An empty prompt; padding that the model cannot skip.
     """
     if tokens.ndim != 2 or (tokens.shape[1] == 0 and not given):
         raise ValueError("generate needs tokens of shape (B, T) with T of at least 1")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError("temperature must be at least 0 and top_k at least 1")
-    decoder = cast(Decoder, model)
+    choice = choice or Choice()
+    processors = choice.processors(None if padding is None else padding.cpu())
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
+    was_training, length = model.training, tokens.shape[1]
     model.eval()
     try:
-        for _ in range(n):
-            logits = decoder.logits({**(given or {}), "tokens": tokens[:, -decoder.context :]})[:, -1].cpu()
-            drawn = _draw(logits, temperature, top_k, generator).to(tokens.device)
-            tokens = torch.cat((tokens, drawn), dim=1)
+        with _reader(model, padding, given, cache) as read:
+            for _ in range(n):
+                logits = read(tokens).float().cpu()
+                if processors is not None:
+                    logits = processors(tokens.cpu(), logits)
+                if choice.temperature == 0:
+                    chosen = logits.argmax(dim=-1, keepdim=True)
+                else:
+                    chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+                tokens = torch.cat((tokens, chosen.to(tokens.device)), dim=1)
+                if ended is not None and ended(tokens[:, length:]):
+                    break
     finally:
         model.train(was_training)
     return tokens
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One token for each row of logits (B, V): int64 (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+def _reader(
+    model: nn.Module, padding: Tensor | None, given: Batch | None, cache: bool
+) -> AbstractContextManager[Reader]:
+    if not hasattr(model, "logits"):
+        return _of_transformers(model, padding)
+    if isinstance(model, DecoderModel) and cache:
+        return _cached(model, padding)
+    return _again(cast(Decoder, model), padding, given or {})
+
+
+@contextmanager
+def _again(model: Decoder, padding: Tensor | None, given: Batch) -> Iterator[Reader]:
+    """Reads the last `context` tokens for each new one."""
+    if padding is not None and not isinstance(model, DecoderModel):
+        raise ValueError("this model reads no texts of several lengths together: give them one by one")
+
+    def read(tokens: Tensor) -> Tensor:
+        dropped = max(0, tokens.shape[1] - model.context)
+        left = None if padding is None else (padding - dropped).clamp(min=0)
+        batch = {**given, "tokens": tokens[:, dropped:]}
+        if isinstance(model, DecoderModel) and left is not None:
+            batch |= _around_padding(model, left, 0, tokens.shape[1] - dropped)
+        return model.logits(batch)[:, -1]
+
+    yield read
+
+
+@contextmanager
+def _cached(model: DecoderModel, padding: Tensor | None) -> Iterator[Reader]:
+    """Keeps keys and values of the tokens read, while there is room in the model's context."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend_to_all(layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, causal: bool) -> Tensor:
+        if layer in kept:
+            key, value = (torch.cat(pair, dim=1) for pair in zip(kept[layer], (key, value), strict=True))
+        kept[layer] = key, value
+        return attend(query, key, value, mask, causal)
+
+    def use(own: bool) -> None:
+        for number, layer in enumerate(layers):
+            if own:
+                layer.attend = partial(attend_to_all, number)
+            else:
+                layer.__dict__.pop("attend", None)
+
+    with _again(model, padding, {}) as read_again:
+
+        def read(tokens: Tensor) -> Tensor:
+            if tokens.shape[1] > model.context:
+                use(False)
+                return read_again(tokens)
+            known = kept[0][0].shape[1] if kept else 0
+            left = torch.zeros_like(tokens[:, 0]) if padding is None else padding
+            around = _around_padding(model, left, known, tokens.shape[1])
+            return model.logits({"tokens": tokens[:, known:], **around})[:, -1]
+
+        use(True)
+        try:
+            yield read
+        finally:
+            use(False)
+
+
+def _around_padding(model: DecoderModel, padding: Tensor, first: int, end: int) -> Batch:
+    """Positions and masks of the tokens from `first` to `end`, which see those from the end of the padding on."""
+    places = torch.arange(end, device=padding.device)
+    queries, padding = places[first:], padding[:, None]
+    seen = (queries[:, None] >= places) & (places >= padding[:, None])
+    # Padding sees itself: attention to nothing is not a number, and would be passed on by a weight of zero.
+    seen = seen | (queries[:, None] == places)
+    local = seen if model.config.window is None else seen & (queries[:, None] - places < model.config.window)
+    positions = (queries - padding).clamp(min=0)
+    return {"positions": positions, "mask": seen[:, None], "local_mask": local[:, None]}
+
+
+@contextmanager
+def _of_transformers(model: nn.Module, padding: Tensor | None) -> Iterator[Reader]:
+    """A causal model of transformers, with its own cache."""
+    known, cache = 0, None
+
+    def read(tokens: Tensor) -> Tensor:
+        nonlocal known, cache
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        left = torch.zeros_like(tokens[:, :1]) if padding is None else padding[:, None]
+        output = model(
+            input_ids=tokens[:, known:],
+            attention_mask=(places >= left).to(torch.int64),
+            position_ids=(places[known:] - left).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        known, cache = tokens.shape[1], output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    yield read

@@ -1,11 +1,15 @@
-"""Text from a trained run."""
+"""Texts from a trained run, or from a directory of a Hugging Face model."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
@@ -13,82 +17,258 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
-from bigtrain.models.batches import batch_kind
-from bigtrain.models.sampling import generate
+from bigtrain.models.sampling import Choice, generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.training.prepare import pins
 
+if TYPE_CHECKING:
+    from bigtrain.data.tokenizers import Tokenizer
 
-def sample(
-    run: RunDirectory,
-    prompt: str,
-    *,
-    step: int | None,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    image: str | Path | None = None,
-) -> str:
-    """Continue a prompt with the weights of a run's checkpoint.
+Message = dict[str, str]
+"""A turn of a conversation: role and content."""
+Prompt = str | list[Message]
+
+
+class Vocabulary(Protocol):
+    """What turns prompts into tokens and tokens into text."""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a text, or of a conversation by the template of the model's tokenizer."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, without special ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that continues texts."""
+
+    model: nn.Module
+    vocabulary: Vocabulary
+    ends: frozenset[int]
+    """Tokens that end a text."""
+    start: int | None
+    """The token that an empty prompt becomes."""
+    device: torch.device
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tokens: int,
+        choice: Choice,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        images: torch.Tensor | None = None,
+    ) -> list[str]:
+        """What follows each prompt, without the prompt.
+
+        Args:
+            prompts: All in one batch.
+            tokens: New tokens; a text ends earlier where the model ends it, or before the first of `stop` in it.
+            images: uint8 (B, height, width, channels), for a model of captions.
+        """
+        begun = [self.vocabulary.encode(prompt) for prompt in prompts]
+        if self.start is not None:
+            begun = [ids or [self.start] for ids in begun]
+        longest = max(len(ids) for ids in begun)
+        padding = [longest - len(ids) for ids in begun]
+        rows = [[0] * count + ids for count, ids in zip(padding, begun, strict=True)]
+        generated = generate(
+            self.model,
+            torch.tensor(rows, dtype=torch.int64, device=self.device).view(len(rows), longest),
+            tokens,
+            choice,
+            padding=torch.tensor(padding, device=self.device) if any(padding) else None,
+            ended=lambda new: all(self._text(row, stop)[1] for row in new.tolist()),
+            seed=seed,
+            given=None if images is None else {"images": images.to(self.device)},
+        )
+        return [self._text(row, stop)[0] for row in generated[:, longest:].tolist()]
+
+    def _text(self, new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
+        """The text of new tokens up to its end, and whether it has ended."""
+        ends = [place for place, token in enumerate(new) if token in self.ends]
+        text = self.vocabulary.decode(new[: ends[0]] if ends else new)
+        cuts = [place for place in map(text.find, stop) if place >= 0]
+        return (text[: min(cuts)], True) if cuts else (text, bool(ends))
+
+
+def writer_of_run(run: RunDirectory, step: int | None, image: bool = False) -> Writer:
+    """The weights of a run's checkpoint, with the tokenizer of its data.
 
     Args:
-        image: The file of the image whose caption is to be written; scaled and cropped to the model's size.
         step: Of the checkpoint; None: the newest sound one.
-        tokens: New tokens; the text ends earlier where the model ends it.
-
-    Returns:
-        The prompt and its continuation.
+        image: Whether captions are to be written.
 
     Raises:
         UserError: No checkpoint, a model that writes no text, an image where there should be none, or none where one
             should be.
     """
     config = load_config(run.config)
-    _refuse_other_kinds(config, image is not None, str(run.path))
+    _refuse_other_kinds(config, image, str(run.path))
     if step is None:
         step, _ = commit.newest_verified(run.checkpoints)
     if step is None:
         raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
-    place = next(iter(config.data.places("train").values()))
-    index = open_index(place, config.streaming)
-    if index.fingerprint not in pins(run.recipe()["data"], "train"):
-        raise UserError("The shards are not those that the run was trained on", place)
+    index = index_of_run(run, config)
     tokenizer = index.load_tokenizer()
-    ids = [int(id) for id in tokenizer.encode(prompt)]
-    if image is not None:
-        tokens = max(0, min(tokens, config.model.context - len(ids)))
-    elif not ids:
-        ids = [tokenizer.eot]
-    device = pick_device(0)
     model = config.model.build(index.vocab_size)
-    if not callable(getattr(model, "logits", None)):
+    if config.model.keeps_contract and not callable(getattr(model, "logits", None)):
         raise UserError(
             f"A model of arch '{config.model.arch}' has no logits(batch), from which a text could be continued",
             str(run.path),
             "Give the module one: FP32 logits (B, C, vocabulary) for a batch of tokens alone.",
         )
     model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
-    model.to(device)
-    prompt_ids = torch.tensor([ids], device=device, dtype=torch.int64)
-    given = None if image is None else {"images": _pixels(Path(image), index).to(device)}
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed}
-    generated = generate(model, prompt_ids, tokens, given=given, **options)[0].tolist()
-    continuation = generated[len(ids) :]
-    if tokenizer.eot in continuation:
-        continuation = continuation[: continuation.index(tokenizer.eot)]
-    return prompt + tokenizer.decode(continuation)
+    device = pick_device(0)
+    template = next((place for place in _sources(config) if (place / "tokenizer_config.json").is_file()), None)
+    return Writer(
+        model.to(device),
+        _OfData(tokenizer, template, str(run.path)),
+        frozenset((tokenizer.eot,)),
+        None if image else tokenizer.eot,
+        device,
+    )
+
+
+def writer_of_directory(directory: Path) -> Writer:
+    """A causal model of transformers with its own tokenizer.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, **options)
+        tokenizer = _tokenizer_in(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers cannot read the model: {error}", str(directory)) from None
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    device = pick_device(0)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    found = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    return Writer(model.eval().to(device), _OfTransformers(tokenizer, str(directory)), found, start, device)
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Prompts of a file of JSON lines, each with the key `prompt` (a text) or `messages` (roles and contents).
+
+    Raises:
+        UserError: A line holds neither.
+    """
+    prompts: list[Prompt] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompts cannot be read: {error}", str(file)) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        found = value.get("prompt", value.get("messages")) if isinstance(value, dict) else None
+        if not isinstance(found, (str, list)) or not found:
+            fix = 'Write a line like {"prompt": "It was"} or {"messages": [{"role": "user", "content": "Hello"}]}.'
+            raise UserError("The line is no object with a prompt or messages", f"{file}:{number}", fix)
+        prompts.append(found)
+    if not prompts:
+        raise UserError("The file holds no prompt", str(file))
+    return prompts
+
+
+def index_of_run(run: RunDirectory, config: RunConfig) -> ShardIndex:
+    """The index of a run's training data; of a mixture the first source's, whose tokenizer they all have.
+
+    Raises:
+        UserError: The shards have become others.
+    """
+    place = next(iter(config.data.places("train").values()))
+    index = open_index(place, config.streaming)
+    if index.fingerprint not in pins(run.recipe()["data"], "train"):
+        raise UserError("The shards are not those that the run was trained on", place)
+    return index
+
+
+@dataclass(frozen=True)
+class _OfData:
+    """The tokenizer of a run's data; conversations by that of the weights that the run began from."""
+
+    tokenizer: Tokenizer
+    template: Path | None
+    where: str
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return [int(id) for id in self.tokenizer.encode(prompt)]
+        if self.template is None:
+            fix = "Give a prompt with the marks of its turns in it, or train from a directory that has a template."
+            raise UserError("The run began from no tokenizer with a chat template", self.where, fix)
+        return _OfTransformers(_tokenizer_in(self.template), str(self.template)).encode(prompt)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+
+@dataclass(frozen=True)
+class _OfTransformers:
+    tokenizer: Any
+    where: str
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # noqa: BLE001 - a template is a program of its own, which may raise anything
+            raise UserError(f"The messages do not fit the chat template: {error}", self.where) from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _tokenizer_in(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _sources(config: RunConfig) -> list[Path]:
+    """Directories that the weights came from."""
+    own = getattr(config.model, "directory", None)
+    return [Path(place) for place in (own, config.init.source) if place is not None]
 
 
 def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
     model = config.model
-    kind = batch_kind(model)
-    if not kind.of_tokens or not model.keeps_contract:
-        raise UserError(f"bigtrain cannot sample from a model of arch '{model.arch}'", where)
-    if kind.takes_image != has_image:
-        fix = "name one with --image" if kind.takes_image else "leave out --image"
-        raise UserError(f"a model of arch '{model.arch}' takes {'an' if kind.takes_image else 'no'} image", fix=fix)
+    if model.data_kind not in ("tokens", "captions") or getattr(model, "task", "causal") != "causal":
+        raise UserError(f"bigtrain cannot sample from this model of arch '{model.arch}'", where)
+    captions = model.data_kind == "captions"
+    if captions != has_image:
+        fix = "name one with --image" if captions else "leave out --image"
+        raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
+
+
+def caption(run: RunDirectory, prompt: str, image: Path, *, step: int | None, tokens: int, **options: Any) -> str:
+    """What a model of captions writes about an image after a prompt; `options` are those of `Writer.write`.
+
+    Raises:
+        UserError: As `writer_of_run`; there is no such image, or it is too large.
+    """
+    writer, config = writer_of_run(run, step, image=True), load_config(run.config)
+    room = config.model.context - len(writer.vocabulary.encode(prompt))
+    shown = _pixels(image, index_of_run(run, config))
+    (text,) = writer.write([prompt], tokens=max(0, min(tokens, room)), images=shown, **options)
+    return text
 
 
 def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:

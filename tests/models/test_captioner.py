@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.families.captioner import Captioner
 from bigtrain.models.init import initialise
-from bigtrain.models.sampling import generate
+from bigtrain.models.sampling import Choice, generate
 
 SHAPE = {"image_size": 8, "channels": 3, "patch": 4, "layers": 2, "width": 32, "heads": 4, "context": 6}
 
@@ -51,7 +51,7 @@ def test_it_learns_to_caption_and_writes_what_it_has_learned(dtype: torch.dtype)
         losses.append(float((loss / weight).detach()))
     assert losses[-1] < 0.1 * losses[0]
     nothing = torch.zeros((3, 0), dtype=torch.int64)
-    written = generate(model, nothing, 6, temperature=0, given={"images": batch["images"][:3]})
+    written = generate(model, nothing, 6, Choice(0), given={"images": batch["images"][:3]})
     kept = batch["weights"][:3] > 0
     assert torch.equal(written[kept], batch["tokens"][:3][kept])
 
