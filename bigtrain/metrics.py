@@ -119,7 +119,12 @@ class Recorder:
 
     @contextmanager
     def active(self, of_ranks: bool = False) -> Iterator[Recorder]:
-        """Let `record_metric` record here; `of_ranks`: values of the rank itself, which count on every rank."""
+        """Let `record_metric` record here.
+
+        Args:
+            of_ranks: Values of the rank itself, as callbacks record them: they count on every rank, and one that is
+                recorded again before the next reduction replaces the earlier one.
+        """
         before, self._of_ranks = self._of_ranks, of_ranks
         _ACTIVE.append(self)
         try:
@@ -144,7 +149,7 @@ class Recorder:
             )
         found = self._reduced(metric, self._tensor(value), weight)
         before = self._values.get(metric.name)
-        if before is None:
+        if before is None or self._of_ranks:
             self._values[metric.name] = found
         elif metric.is_extremum:
             self._values[metric.name] = (torch.maximum if metric.reduction == "max" else torch.minimum)(before, found)

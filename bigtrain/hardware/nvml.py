@@ -41,3 +41,48 @@ def _energy_counter(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Callable[[
         return millijoules.value / 1e3
 
     return read
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class NvmlDevice:
+    """One GPU.
+
+    Args:
+        uuid: As `torch.cuda.get_device_properties(device).uuid` prints it.
+
+    Raises:
+        OSError: There is no driver, or it does not know the GPU.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self._library = ctypes.CDLL("libnvidia-ml.so.1")
+        self._handle = ctypes.c_void_p()
+        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        self._check(self._library.nvmlInit_v2())
+        self._check(self._library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(self._handle)))
+
+    def power_w(self) -> float:
+        """Watts that it draws."""
+        milliwatts = ctypes.c_uint()
+        self._check(self._library.nvmlDeviceGetPowerUsage(self._handle, ctypes.byref(milliwatts)))
+        return milliwatts.value / 1e3
+
+    def temperature_c(self) -> float:
+        """Degrees Celsius of its core."""
+        degrees = ctypes.c_uint()
+        self._check(self._library.nvmlDeviceGetTemperature(self._handle, 0, ctypes.byref(degrees)))
+        return float(degrees.value)
+
+    def memory_bytes(self) -> float:
+        """Bytes in use, by all processes."""
+        memory = _Memory()
+        self._check(self._library.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(memory)))
+        return float(memory.used)
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code:
+            raise OSError(f"NVML error {code}")

@@ -207,7 +207,7 @@ def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
 def _alert(order: dict[str, Any], limit_s: float) -> list[str]:
     """An alert on the run's page of W&B, which sends it by mail or to Slack as its user has set."""
     from bigtrain.tracking.config import TrackingConfig
-    from bigtrain.tracking.wandb import choose_mode, send_alert
+    from bigtrain.tracking.trackers.wandb import choose_mode, send_alert
 
     config, body = order["config"], order["body"]
     tracking = TrackingConfig.model_validate(config["tracking"])

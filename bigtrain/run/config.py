@@ -19,7 +19,7 @@ from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.run.names import NAME_PATTERN
 from bigtrain.tracking.config import TrackingConfig
-from bigtrain.training.config import BadStepsConfig, EvaluationConfig, InitConfig
+from bigtrain.training.config import CALLBACKS, BadStepsConfig, CallbackConfig, EvaluationConfig, InitConfig
 
 
 class BatchConfig(Section):
@@ -75,10 +75,13 @@ class RunConfig(Section):
     """When the run saves itself, and what it keeps."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """When the held-out loss is measured."""
+    """When the run is evaluated on held-out data, and by what."""
 
     bad_steps: BadStepsConfig = BadStepsConfig()
     """The reaction to steps whose loss or gradient is not finite, or whose loss jumps."""
+
+    callbacks: tuple[Annotated[CallbackConfig, CALLBACKS], ...] = ()
+    """What sees the events of the training loop beside bigtrain's own: [{name: early_stop, patience: 5}]."""
 
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""

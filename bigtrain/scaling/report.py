@@ -330,7 +330,7 @@ def _source_rows(law: dict[str, Any]) -> list[list[str]]:
 
 def _to_wandb(fitted: Fitted, out: Path, tracking: TrackingConfig) -> None:
     """One W&B run: the options as its config, each approach's numbers, the runs as a table and the page of plots."""
-    from bigtrain.tracking.wandb import start_tracker
+    from bigtrain.tracking.process import Trackers
 
     law, table = fitted.law, fitted.table
     config = {
@@ -338,9 +338,7 @@ def _to_wandb(fitted: Fitted, out: Path, tracking: TrackingConfig) -> None:
         "phase": "scaling-law",
     }  # fmt: skip
     own = tracking.model_copy(update={"tags": [*tracking.tags, "scaling-law"]})
-    tracker = start_tracker(out, "scaling-law", config, own)
-    if tracker is None:
-        return
+    tracker = Trackers(out, "scaling-law", config, own)
     row: dict[str, Any] = {"step": 0, "target_flops": law["target_flops"]}
     for key, one in law["approaches"].items():
         for name in ("A", "B", "E", "alpha", "beta", "a", "b", "objective"):

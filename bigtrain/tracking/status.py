@@ -11,7 +11,7 @@ from bigtrain.tracking.goodput import Goodput, goodput
 from bigtrain.tracking.history import Columns, eta_s, newest, read_columns, read_events, record_s, whole
 from bigtrain.tracking.history import state as state_of
 from bigtrain.tracking.numbers import timestamp
-from bigtrain.tracking.wandb import read_url
+from bigtrain.tracking.trackers.wandb import read_url
 
 
 def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class CallbackContext:
 class Callback:
     """Sees the events of the loop, on every rank; callbacks run in the order of `order`.
 
-    `bigtrain.metrics.record_metric` may be called in every event: the next step reduces the value over all ranks.
+    `bigtrain.metrics.record_metric` may be called in every event: the next step reduces the value over all ranks. The
+    newest value of a rank counts. Of two steps after an evaluation or a save, the second one has no value.
     """
 
     order: int = 50

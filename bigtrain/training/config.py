@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from bigtrain.config import Count, Duration, Section
+from bigtrain.config import Count, Duration, Registry, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bigtrain.engines.contract import Totals
+    from bigtrain.training.callback import Callback, CallbackContext
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class EvaluatorConfig(Section):
     """Metrics that the model records only where they are requested (`bigtrain.metrics.wants_metric`)."""
 
     name: str
+    """Which evaluator: a file of bigtrain/training/evaluators, or the name of a plugin's class."""
 
     def measure(self, model: Any, batch: dict[str, Tensor]) -> None:
         """Call `record_metric` for one micro-batch; only where overridden, and not with pipeline stages.
@@ -56,8 +58,32 @@ class EvaluatorConfig(Section):
         return {}
 
 
+EVALUATORS = Registry(
+    "evaluator", EvaluatorConfig, package="bigtrain.training.evaluators", where="evaluation.evaluators"
+)
+
+
+class CallbackConfig(Section):
+    """What all callbacks share; a callback adds its keys and `build`."""
+
+    name: str
+    """Which callback: a file of bigtrain/training/callbacks, or the name of a plugin's class."""
+
+    def build(self, context: CallbackContext) -> Callback:
+        """The callback of this rank; every rank builds it."""
+        raise NotImplementedError
+
+
+CALLBACKS = Registry("callback", CallbackConfig, package="bigtrain.training.callbacks", where="callbacks")
+
+
 class EvaluationConfig(Section):
-    """When the held-out loss is measured, and on how much."""
+    """When the run is evaluated on held-out data, by what, and on how much."""
+
+    evaluators: tuple[Annotated[EvaluatorConfig, EVALUATORS], ...] = Field(
+        default_factory=lambda: (EVALUATORS["loss"].model_validate({"name": "loss"}),)
+    )
+    """What is measured, in one pass over the data: [{name: loss}, {name: accuracy}]."""
 
     every: Duration = Duration.steps(250)
     """Training between evaluations, in steps, tokens or epochs; the last step is always evaluated."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.config import UserError
 from bigtrain.engines.contract import Engine, Measuring, Totals
 from bigtrain.metrics import merge
 from bigtrain.training.config import EvaluatorConfig, HeldOut, Result
@@ -110,18 +109,3 @@ def together(sets: Iterable[HeldOut]) -> HeldOut:
         text_bytes += held_out.text_bytes
         merge(metrics, held_out.totals.metrics)
     return HeldOut(Totals(loss, weight, metrics), text_bytes)
-
-
-def check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int) -> None:
-    """Refuse what cannot be evaluated at a layout.
-
-    Raises:
-        UserError: An evaluator calls the whole model, of which a pipeline's rank holds some stages only.
-    """
-    for evaluator in evaluators:
-        if stages > 1 and type(evaluator).measure is not EvaluatorConfig.measure:
-            raise UserError(
-                f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",
-                "evaluation.evaluators",
-                "Leave it out, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
-            )

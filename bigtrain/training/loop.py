@@ -109,6 +109,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         drawn: Callable[[int], dict[str, int]],
         sources: Sequence[str] = (),
+        on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
         """Args:
         drawn: Sequences that so many steps have consumed of each source.
@@ -116,6 +117,7 @@ class Trainer:
         save: Saves the state at `progress`; False where the run must end because it cannot be saved.
         finish: Waits for saves under way; False where the last one failed.
         policy: For bad steps.
+        on_event: Writes `ended_early`, with step and cause, where a callback ends the run.
         roll_back: Restores an older checkpoint, and returns where it stands; None where there is none.
         """
         self.engine = engine
@@ -132,6 +134,7 @@ class Trainer:
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self.drawn = drawn
         self.sources = tuple(sources)
+        self._event = on_event
         self._votes = 0.0
         self._mark = 0.0
 
@@ -190,7 +193,11 @@ class Trainer:
             return Outcome.FINISHED
         if stops:
             return Outcome.STOPPED
-        return Outcome.FINISHED if ends else None
+        if not ends:
+            return None
+        causes = [callback.stop_cause for callback in self.callbacks if callback.stop_cause]
+        self._event("ended_early", step=self.progress.step, cause="; ".join(causes) or "a callback of another rank")
+        return Outcome.FINISHED
 
     def _vote(self) -> float:
         """What this rank votes for, the agent's requests and the callbacks' together; each vote is cast once."""

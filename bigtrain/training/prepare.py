@@ -5,7 +5,7 @@ Free of torch, so that the command that starts a run refuses a mistake before an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, recipe_of
 from bigtrain.storage.objects import RemoteError
 from bigtrain.training.boundaries import Boundaries
+from bigtrain.training.config import EvaluatorConfig
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,19 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
         optimizer=config.optimizer,
         precision=config.precision,
     )
+    if held_out is not None:
+        _check_evaluators(config.evaluation.evaluators, config.layout.pp)
     try:
         config.layout.check(model, train.vocab_size)
     except ValueError as error:
         raise UserError(str(error), fix="Change 'layout'.") from None
+
+
+def _check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int) -> None:
+    for evaluator in evaluators:
+        if stages > 1 and type(evaluator).measure is not EvaluatorConfig.measure:
+            raise UserError(
+                f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",
+                "evaluation.evaluators",
+                "Leave it out, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
+            )

@@ -27,12 +27,11 @@ from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, lease_check, load_config
 from bigtrain.run.plugins import plugin_hashes
 from bigtrain.tracking.forecast import forecast_hash, read_forecast
-from bigtrain.tracking.wandb import WandbTracker, start_tracker
+from bigtrain.tracking.process import Trackers
 from bigtrain.training.agent_link import AgentLink
 from bigtrain.training.bad_steps import Policy, RollBack
-from bigtrain.training.callback import Callback
+from bigtrain.training.callback import Callback, CallbackContext
 from bigtrain.training.evaluation import Evaluated, Evaluation, HeldOutSet
-from bigtrain.training.evaluators.loss import LossConfig
 from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.logs import Announcements, MetricsLog, SampleLog, Utilisation
 from bigtrain.training.loop import Outcome, Trainer
@@ -81,7 +80,7 @@ class Session:
         self._heartbeat = heartbeat
         self._identity = directory.read_record()["identity"]
         self._memory_bytes = 0
-        self._tracker: WandbTracker | None = None
+        self._trackers: Trackers | None = None
         self._ledger = Ledger()
         config = self.config
         self.engine = config.engine.build(
@@ -116,8 +115,8 @@ class Session:
             if self._uploader is not None:
                 self._uploader.close()
             self.engine.close()
-        if self._tracker is not None:
-            self._tracker.close(TRACKER_CLOSE_S)
+        if self._trackers is not None:
+            self._trackers.close(TRACKER_CLOSE_S)
 
     def train(self) -> Outcome:
         """Restore, then run the loop."""
@@ -140,6 +139,7 @@ class Session:
                 save=self._save,
                 finish=self._finish_saving,
                 policy=Policy(config.bad_steps),
+                on_event=self._event,
                 roll_back=self._roll_back,
                 callbacks=self._callbacks(),
                 drawn=lambda step: loader.position(step)["drawn"],
@@ -213,11 +213,15 @@ class Session:
             name: HeldOutSet(partial(loader_of, index), index.bytes_per_token)
             for name, index in zip(held_out.names, held_out.indexes, strict=True)
         }
-        return Evaluation(self.engine, [LossConfig()], sets, self._warn_of_evaluation)
+        return Evaluation(self.engine, config.evaluators, sets, self._warn_of_evaluation)
 
     def _warn_of_evaluation(self, line: str) -> None:
         logger.warning(line)
         self._event("warning", cause=line)
+
+    def _warn_of_tracker(self, tracker: str, line: str) -> None:
+        logger.warning(line)
+        self._event("warning", tracker=tracker, cause=line)
 
     def _evaluate(self, evaluation: Evaluation) -> Evaluated:
         with self._ledger.measure("evaluation_s"):
@@ -250,7 +254,7 @@ class Session:
         self._memory_bytes = int(peak)
 
     def _callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = []
+        callbacks = self._chosen_callbacks()
         if self.ranks.world_size > 1:
             callbacks.append(Stragglers(self._event, self.engine.device, socket.gethostname()))
         if self.ranks.rank != 0:
@@ -259,7 +263,9 @@ class Session:
         callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
-        self._tracker = start_tracker(self.directory.path, config.name, config.plain(), config.tracking)
+        self._trackers = Trackers(
+            self.directory.path, config.name, config.plain(), config.tracking, self._warn_of_tracker
+        )
         forecast = read_forecast(self.directory.path)
         if forecast is not None:
             self._event("forecast", hash=forecast_hash(self.directory.path), law_hash=forecast["law_hash"])
@@ -276,12 +282,26 @@ class Session:
                 mfu=utilisation(flops.full),
                 mfu_causal=utilisation(flops.causal),
                 memory_bytes=lambda: self._memory_bytes,
-                tracker=self._tracker.put if self._tracker else None,
+                tracker=self._trackers.put,
                 epochs=prepared.epochs if prepared.is_mixture else None,
                 forecast=forecast,
                 event=self._event,
             )
         )
+        return callbacks
+
+    def _chosen_callbacks(self) -> list[Callback]:
+        """Those of the config, on every rank, with the keys under which their state is saved."""
+        ranks = self.ranks
+        context = CallbackContext(
+            self.engine, self.directory.path, self.prepared.total_steps, ranks.rank, ranks.world_size,
+            self.engine.device,
+        )  # fmt: skip
+        callbacks = []
+        for number, config in enumerate(self.config.callbacks):
+            callback = config.build(context)
+            callback.key = f"{number} {config.name}"
+            callbacks.append(callback)
         return callbacks
 
     def _how(self) -> dict[str, Any]:

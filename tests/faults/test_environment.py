@@ -195,7 +195,7 @@ def test_a_wandb_that_dies_in_mid_run_costs_the_run_nothing(config: Path, clean:
 
 def children_of_ranks(run: Run) -> list[int]:
     deadline = time.monotonic() + DEADLINE_S
-    while not (found := processes_of(run, "wandb_process")):
+    while not (found := processes_of(run, "tracker_process")):
         assert time.monotonic() < deadline
         assert run.process.poll() is None
         time.sleep(0.005)

@@ -13,7 +13,8 @@ from bigtrain.scaling.runs.columns import ColumnNames
 from bigtrain.scaling.runs.readers import read_source
 from bigtrain.scaling.runs.wandb_offline import find_files, read_runs
 from bigtrain.scaling.runs.where import where
-from bigtrain.tracking.wandb import WandbTracker
+from bigtrain.tracking.config import TrackingConfig
+from bigtrain.tracking.process import Trackers
 
 
 def test_csv_and_json_lines_give_one_table(write_runs: Callable[..., Path], tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_wandb_offline_files_are_read_by_id_with_steps_counted_once_and_a_torn_t
     run.mkdir(parents=True)
     config: dict[str, Any] = {"params": 2e7, "model": {"width": 64}}
     for steps in ((1, 2, 3), (2, 3, 4)):
-        tracker = WandbTracker(run, "trial", config)
+        tracker = Trackers(run, "trial", config, TrackingConfig(wandb="offline"))
         for step in steps:
             tracker.put({"step": step, "loss": 5.0 - step - len(steps) * (steps[0] == 2) * 0.1, "tokens": 1e8 * step})
         tracker.close(60)

@@ -21,6 +21,7 @@ def test_defaults_reload_to_the_same_section() -> None:
     assert TrackingConfig.model_validate(config.plain()) == config
     assert config.plain() == {
         "every": "1 step",
+        "trackers": [],
         "wandb": "auto",
         "project": "bigtrain",
         "entity": None,
@@ -31,7 +32,19 @@ def test_defaults_reload_to_the_same_section() -> None:
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    modules = ["config", "metrics", "redact", "wandb", "live", "status", "report", "page", "history"]
+    modules = [
+        "config",
+        "metrics",
+        "redact",
+        "process",
+        "trackers.wandb",
+        "trackers.tensorboard",
+        "live",
+        "status",
+        "report",
+        "page",
+        "history",
+    ]
     imports = "; ".join(f"import bigtrain.tracking.{name}" for name in modules)
     check = "; import sys; print([m for m in ('torch', 'wandb', 'plotly', 'ray', 'webdataset') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", imports + check], capture_output=True, text=True, check=True)

@@ -9,15 +9,16 @@ from typing import Any
 import psutil
 import pytest
 
-from bigtrain.tracking.config import TrackingConfig
-from bigtrain.tracking.wandb import (
-    WandbTracker,
+from bigtrain.tracking.config import TrackedRun, TrackingConfig
+from bigtrain.tracking.process import QUEUE_SIZE, TrackerProcess, Trackers
+from bigtrain.tracking.trackers.wandb import (
+    INIT_TIMEOUT_S,
+    WandbConfig,
     choose_mode,
     has_key,
     read_url,
     run_id,
     send_alert,
-    start_tracker,
 )
 
 PUT_LIMIT_S = 1e-3
@@ -39,7 +40,20 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def put_all_at_no_cost(tracker: WandbTracker, count: int) -> None:
+def wandb_tracker(
+    run_dir: Path,
+    config: dict[str, Any],
+    *,
+    mode: str = "offline",
+    warn: Callable[[str], None] = print,
+    queue_size: int = QUEUE_SIZE,
+    init_timeout_s: float = INIT_TIMEOUT_S,
+) -> TrackerProcess:
+    keys = WandbConfig.model_validate({"mode": mode, "init_timeout_s": init_timeout_s})
+    return TrackerProcess(keys, TrackedRun(run_dir, "tiny", config), warn=warn, queue_size=queue_size)
+
+
+def put_all_at_no_cost(tracker: TrackerProcess, count: int) -> None:
     """Put so many steps; the median of their times is held to the limits."""
     spent, passed = [], []
     for step in range(1, count + 1):
@@ -59,13 +73,11 @@ def test_offline_files_hold_the_logged_values_and_resume_under_the_same_id(
     """... and git, code and the console are not captured."""
     ids = []
     for steps in ((1, 2, 3), (4,)):
-        tracker = start_tracker(run_dir, "tiny", {"seed": 1337}, TrackingConfig(tags=["first"]))
-        assert tracker is not None
+        tracker = Trackers(run_dir, "tiny", {"seed": 1337}, TrackingConfig(tags=["first"]))
         for step in steps:
             tracker.put({"step": step, "loss": 1.0 / step, "mfu": None, "grad_norm": float("nan")})
         tracker.close(30)
-        assert tracker.dropped == 0
-        ids.append(tracker.id)
+        ids.append(run_id(run_dir, "tiny"))
     rows = wandb_history(run_dir)
     assert [(row["_step"], row["loss"]) for row in rows] == [(step, 1.0 / step) for step in (1, 2, 3, 4)]
     assert all("mfu" not in row and "grad_norm" not in row for row in rows)
@@ -88,7 +100,7 @@ def test_a_server_that_hangs_costs_no_step_and_the_run_goes_on_offline(
 ) -> None:  # fmt: skip
     warnings: list[str] = []
     with wandb_server("hang") as asked:
-        tracker = WandbTracker(run_dir, "tiny", {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
+        tracker = wandb_tracker(run_dir, {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
         eventually(lambda: bool(asked))
         put_all_at_no_cost(tracker, 500)
         tracker.close(30)
@@ -103,7 +115,7 @@ def test_a_server_that_answers_500_leaves_the_run_offline_with_one_warning(
 ) -> None:
     warnings: list[str] = []
     with wandb_server("500"):
-        tracker = WandbTracker(run_dir, "tiny", {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
+        tracker = wandb_tracker(run_dir, {}, mode="online", warn=warnings.append, init_timeout_s=0.5)
         put_all_at_no_cost(tracker, 5)
         tracker.close(30)
     assert len(warnings) == 1
@@ -117,7 +129,7 @@ def test_closing_while_the_server_hangs_ends_within_its_limit_and_leaves_no_proc
     warnings: list[str] = []
     others = set(psutil.Process().children(recursive=True))
     with wandb_server("hang") as asked:
-        tracker = WandbTracker(run_dir, "tiny", {}, mode="online", warn=warnings.append, queue_size=8)
+        tracker = wandb_tracker(run_dir, {}, mode="online", warn=warnings.append, queue_size=8)
         eventually(lambda: bool(asked))
         started = set(psutil.Process().children(recursive=True)) - others
         assert started
@@ -137,10 +149,10 @@ def test_the_tracking_process_dying_in_mid_run_becomes_one_warning(
     run_dir: Path, eventually: Callable[[Callable[[], bool]], None]
 ) -> None:
     warnings: list[str] = []
-    tracker = WandbTracker(run_dir, "tiny", {}, warn=warnings.append)
+    tracker = wandb_tracker(run_dir, {}, warn=warnings.append)
     tracker.put({"step": 1, "loss": 1.0})
     eventually(lambda: bool(list(run_dir.glob("wandb/offline-run-*/*.wandb"))))
-    child = next(c for c in psutil.Process().children() if "bigtrain.tracking.wandb_process" in c.cmdline())
+    child = next(c for c in psutil.Process().children() if "bigtrain.tracking.tracker_process" in c.cmdline())
     child.kill()
     child.wait(5)
     for step in range(2, 200):
@@ -163,7 +175,7 @@ def test_no_secret_reaches_a_file_or_an_argument_list(
         "job": {"HF_TOKEN": CANARY, "passthrough": [{"db_password": CANARY}]},
         "seed": 1337,
     }
-    tracker = WandbTracker(run_dir, "tiny", config)
+    tracker = wandb_tracker(run_dir, config)
     tracker.put({"step": 1, "loss": 1.0})
     eventually(lambda: bool(list(run_dir.glob("wandb/offline-run-*/*.wandb"))))
     for child in psutil.Process().children(recursive=True):
@@ -187,7 +199,9 @@ def test_mode_is_online_only_with_a_key(tmp_path: Path) -> None:
 
 
 def test_disabled_tracking_writes_nothing(run_dir: Path) -> None:
-    assert start_tracker(run_dir, "tiny", {}, TrackingConfig(wandb="disabled")) is None
+    tracker = Trackers(run_dir, "tiny", {}, TrackingConfig(wandb="disabled"))
+    tracker.put({"step": 1, "loss": 1.0})
+    tracker.close(1)
     assert list(run_dir.iterdir()) == []
 
 

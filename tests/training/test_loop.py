@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bigtrain.config import UserError
 from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import StepNumbers
 from bigtrain.engines.step import StepReducer
@@ -20,7 +21,8 @@ from bigtrain.run import RunDirectory
 from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.boundaries import Boundaries
 from bigtrain.training.callback import Callback, Step
-from bigtrain.training.config import BadStepsConfig
+from bigtrain.training.callbacks.device import DeviceMetrics
+from bigtrain.training.config import CALLBACKS, BadStepsConfig
 from bigtrain.training.evaluation import Evaluated
 from bigtrain.training.logs import MetricsLog
 from bigtrain.training.loop import (
@@ -65,6 +67,8 @@ class World:
     loader_ends_at: int | None = None
     saves_succeed: bool = True
     last_save_is_safe: bool = True
+    held_out: list[float | None] = field(default_factory=list)
+    """Losses of the evaluations in turn; 3 afterwards."""
     bad_steps: BadStepsConfig = BadStepsConfig(limit=2, then="stop")  # noqa: RUF009 - frozen
     first: int = 0
     log: list[str] = field(default_factory=list)
@@ -98,7 +102,7 @@ class World:
 
     def evaluate(self) -> Evaluated:
         self.log.append("evaluate")
-        return Evaluated({"val_loss": 3.0})
+        return Evaluated({"val_loss": self.held_out.pop(0) if self.held_out else 3.0})
 
     def save(self, progress: Progress) -> bool:
         self.log.append(f"save {progress.step}")
@@ -130,6 +134,7 @@ class World:
             roll_back=self.roll_back,
             callbacks=[Logging(self.log), *callbacks],
             drawn=lambda step: {"train": step * SEQUENCES},
+            on_event=lambda event, **fields: self.log.append(f"{event} at {fields['step']}: {fields['cause']}"),
         )
 
     def events(self) -> list[str]:
@@ -405,3 +410,101 @@ def test_a_resume_between_two_logged_steps_changes_no_row(tmp_path: Path) -> Non
         return [json.loads(line)["loss"] for line in directory.metrics.read_text().splitlines()]
 
     assert run("resumed", 3, 6, 8) == run("undisturbed", 8) == pytest.approx([30 / 10, 174 / 26])
+
+
+class Voting(Callback):
+    """Votes after given steps."""
+
+    def __init__(self, save: int = 0, stop: int = 0) -> None:
+        self.save, self.stop = save, stop
+
+    def on_step(self, step: Step, progress: Progress) -> None:
+        if step.number == self.save:
+            self.vote_to_save()
+        if step.number == self.stop:
+            self.vote_to_stop("enough")
+
+
+def test_a_callbacks_votes_save_once_and_end_the_run_as_finished() -> None:
+    world = World(total=20)
+    assert world.trainer(Voting(save=3, stop=9)).fit() is Outcome.FINISHED
+    saves = [line for line in world.log if line.startswith("save ") and "phase" not in line]
+    # Step 4 is under way when step 3 is seen: step 5 carries the vote, and is read when step 6 is under way.
+    assert saves == ["save 6", "save 12"]
+    assert "ended_early at 12: enough" in world.log
+
+
+def test_a_stop_of_the_agent_outranks_a_callbacks_end() -> None:
+    world = World(total=20, votes={11: VOTE_STOP})
+    assert world.trainer(Voting(stop=9)).fit() is Outcome.STOPPED
+
+
+def early_stop(**keys: Any) -> Callback:
+    config = CALLBACKS["early_stop"].model_validate({"name": "early_stop", **keys})
+    callback = config.build(None)  # type: ignore[arg-type]
+    callback.key = "0 early_stop"
+    return callback
+
+
+def test_early_stop_waits_for_its_patience_and_a_resume_remembers_it() -> None:
+    losses = [3.0, 2.0, 2.5, 1.995, 1.0]
+    whole = World(total=40, evaluate_every=2, held_out=[*losses])
+    whole.trainer(early_stop(patience=2, min_delta=0.01)).fit()
+    [ended] = [line for line in whole.log if line.startswith("ended_early")]
+    assert "has not improved on 2 at step 4 in 2 evaluations" in ended
+    resumed = World(total=6, evaluate_every=2, held_out=losses[:3])
+    trainer = resumed.trainer(early_stop(patience=2, min_delta=0.01))
+    trainer.fit()
+    progress = from_plain(json.loads(json.dumps(as_plain(trainer.progress))))
+    later = World(total=40, evaluate_every=2, first=6, held_out=losses[3:])
+    trainer = later.trainer(early_stop(patience=2, min_delta=0.01))
+    trainer.progress = progress
+    trainer.fit()
+    assert ended in later.log
+
+
+def test_early_stop_takes_the_larger_for_better_where_told_and_never_a_missing_value() -> None:
+    world = World(total=12, evaluate_every=2, held_out=[0.1, 0.2, None, 0.3, 0.25, 0.4])
+    world.trainer(early_stop(mode="max", patience=2)).fit()
+    assert not [line for line in world.log if line.startswith("ended_early")]
+    with pytest.raises(UserError, match=r"'val_accuracy'"):
+        World(evaluate_every=2).trainer(early_stop(metric="val_accuracy")).fit()
+
+
+def test_device_metrics_travel_with_the_next_step() -> None:
+    world, seen = World(total=5), []
+
+    class Watching(Callback):
+        order = 90
+
+        def on_step(self, step: Step, progress: Progress) -> None:
+            power = world.reducer.recorder.get("device_power")
+            seen.append(None if power is None else float(power[0]))
+
+    readings = iter([300.0])
+    device = DeviceMetrics(lambda: {"device_power": next(readings)}, every_s=1000)
+    world.trainer(device, Watching()).fit()
+    assert seen == [300.0] * 5, "the newest reading replaces what no step has taken yet"
+    assert world.reducer.recorder.metrics["device_power"].unit == "W"
+
+
+def test_a_step_without_a_token_is_counted_as_skipped_and_never_as_a_spike() -> None:
+    world = World(total=4, losses={2: 0.0})
+    train_step = world.train_step
+
+    def without_tokens(step: int, *arguments: Any) -> Result:
+        result = train_step(step, *arguments)
+        if step == 1:
+            return Result(replace(result.numbers, weight=0.0, skipped=1.0), result.note)
+        return result
+
+    world.train_step = without_tokens  # type: ignore[method-assign]
+    trainer = world.trainer()
+    assert trainer.fit() is Outcome.FINISHED
+    assert (trainer.progress.tokens, trainer.progress.bad_steps.skipped) == (1 + 3 + 4, 1)
+    config = BadStepsConfig(limit=1, then="stop", spike=2.0, window=2)
+    world = World(total=4, bad_steps=config)
+    train_step = world.train_step
+    world.train_step = without_tokens  # type: ignore[method-assign]
+    with pytest.raises(BadStepsError, match="no token that counts"):
+        world.trainer().fit()

@@ -20,7 +20,7 @@ from bigtrain.config import UserError
 from bigtrain.jobs.cluster.package import versions
 from bigtrain.jobs.devices import visible_gpus
 from bigtrain.keys import read_secrets
-from bigtrain.tracking.wandb import has_key
+from bigtrain.tracking.trackers.wandb import has_key
 
 DISK_BYTES: Final = 32 << 20
 NETWORK_BYTES: Final = 64 << 20

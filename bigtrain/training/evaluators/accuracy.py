@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from bigtrain.training.config import EvaluatorConfig
+from bigtrain.training.config import EVALUATORS, EvaluatorConfig
 
 
+@EVALUATORS.register
 class AccuracyConfig(EvaluatorConfig):
     """Accuracy of tokens, or of classes; the families' loss records it at every layout."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from bigtrain.training.config import EvaluatorConfig, HeldOut, Result
+from bigtrain.training.config import EVALUATORS, EvaluatorConfig, HeldOut, Result
 
 
+@EVALUATORS.register
 class LossConfig(EvaluatorConfig):
     """The held-out loss; for text also in bits per byte, which tokenizers do not change."""
 

@@ -1,0 +1,57 @@
+"""TensorBoard's event files, in RUN/tensorboard: `tensorboard --logdir RUNS` shows them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, Literal
+
+from bigtrain.config import UserError
+from bigtrain.tracking.config import TRACKERS, TrackedRun, Tracker, TrackerConfig
+
+FLUSH_S = 5
+"""How much of the run a kill may cost the files."""
+
+
+@TRACKERS.register
+class TensorBoardConfig(TrackerConfig):
+    """Writes each number as a scalar under its name; needs the extra `tensorboard`."""
+
+    label: ClassVar[str] = "TensorBoard"
+
+    name: Literal["tensorboard"] = "tensorboard"
+
+    def open(self, run: TrackedRun, start: dict[str, Any]) -> Tracker:
+        """Begin a new event file; steps that a resume logs again replace those of earlier files."""
+        return _TensorBoard(run)
+
+
+class _TensorBoard(Tracker):
+    def __init__(self, run: TrackedRun) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise UserError(
+                f"TensorBoard cannot be imported: {error}", "tracking.trackers", "pip install 'bigtrain[tensorboard]'"
+            ) from None
+        self._events, self._summaries = event_pb2, summary_pb2
+        self._writer: Any = EventFileWriter(str(run.directory / "tensorboard"), flush_secs=FLUSH_S)
+        self._has_begun = False
+
+    def log(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        if not self._has_begun:
+            # What earlier files hold from this step on is shown no more.
+            begin = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, session_log=begin))
+            self._has_begun = True
+        values = [
+            self._summaries.Summary.Value(tag=name, simple_value=float(value))
+            for name, value in row.items()
+            if name != "step" and isinstance(value, (int, float))
+        ]
+        summary = self._summaries.Summary(value=values)
+        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()

@@ -1,0 +1,198 @@
+"""Weights & Biases: the only file that imports wandb, and only in the tracker's own process."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from bigtrain.storage import write_atomic
+from bigtrain.tracking.config import TRACKERS, TrackedRun, Tracker, TrackerConfig, TrackingConfig
+from bigtrain.tracking.process import TrackerProcess
+
+INIT_TIMEOUT_S = 60.0
+MAX_TEMPORARY_PATH = 56
+LOG_FLUSH_INTERVAL_S = 2.0
+"""How much of the run a kill may cost RUN/wandb."""
+_DEFAULT_BASE_URL = "https://api.wandb.ai"
+_MAX_ID_LENGTH = 64
+
+
+@TRACKERS.register
+class WandbConfig(TrackerConfig):
+    """One W&B run a run name, resumed under its id. Online that cannot be reached at the start goes on offline."""
+
+    label: ClassVar[str] = "W&B"
+    advice: ClassVar[str] = "`wandb sync` sends the run later"
+
+    name: Literal["wandb"] = "wandb"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is online with a key in WANDB_API_KEY or the netrc file, else offline."""
+    project: str = "bigtrain"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    group: str | None = None
+    init_timeout_s: float = INIT_TIMEOUT_S
+    """How long W&B's start may take before the run goes on offline."""
+
+    def starts(self, run: TrackedRun) -> list[dict[str, Any]]:
+        """Online, then offline, as the mode says."""
+        mode = choose_mode(self.mode, os.environ)
+        modes = {"online": ["online", "offline"], "offline": ["offline"]}.get(mode, [])
+        start = {"id": run_id(run.directory, run.name), "trainer_pid": os.getpid()} if modes else {}
+        return [{**start, "mode": mode} for mode in modes]
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """Sockets and scratch files go to the run's directory, so that a kill leaves nothing elsewhere.
+
+        A socket's path may have 107 characters; below a longer directory the system's own place is used.
+        """
+        # The client's own telemetry and crash reports stay here.
+        variables = {"WANDB_ERROR_REPORTING": os.environ.get("WANDB_ERROR_REPORTING", "false")}
+        place = folder.resolve() / "tmp"
+        shutil.rmtree(place, ignore_errors=True)
+        if len(str(place)) > MAX_TEMPORARY_PATH:
+            return variables
+        place.mkdir(parents=True, exist_ok=True)
+        return {**variables, "TMPDIR": str(place)}
+
+    def open(self, run: TrackedRun, start: dict[str, Any]) -> Tracker:
+        """Start or resume the W&B run."""
+        return _Wandb(self, run, start)
+
+
+class _Wandb(Tracker):
+    def __init__(self, keys: WandbConfig, run: TrackedRun, start: dict[str, Any]) -> None:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            init_timeout=keys.init_timeout_s,
+            login_timeout=keys.init_timeout_s,
+            save_code=False,
+            silent=True,
+            x_stats_pid=start["trainer_pid"],
+            x_transaction_log_flush_interval=LOG_FLUSH_INTERVAL_S,
+        )
+        self._run: Any = wandb.init(
+            dir=str(run.directory), id=start["id"], name=run.name, mode=start["mode"], project=keys.project,
+            entity=keys.entity, tags=list(keys.tags), group=keys.group, config=dict(run.config), resume="allow",
+            settings=settings,
+        )  # fmt: skip
+        if start["mode"] == "online" and self._run.url:
+            write_atomic(run.directory / "wandb" / "url", self._run.url + "\n")
+        self._first_free = int(self._run.step)
+
+    def log(self, row: dict[str, Any]) -> None:
+        values = {key: _media(value) for key, value in row.items() if value is not None and key != "step"}
+        # After a resume from an older checkpoint W&B already holds these steps and refuses to go back.
+        if row["step"] >= self._first_free:
+            self._run.log(values, step=row["step"])
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self._run.alert(title=title, text=text, level=level)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _media(value: Any) -> Any:
+    """W&B's own object for {"_wandb_table": columns, "rows": ...} and {"_wandb_html": path}; others as they are."""
+    if isinstance(value, dict) and "_wandb_table" in value:
+        import wandb
+
+        return wandb.Table(columns=value["_wandb_table"], data=value["rows"])
+    if isinstance(value, dict) and "_wandb_html" in value:
+        import wandb
+
+        return wandb.Html(Path(value["_wandb_html"]).read_text(encoding="utf-8"), inject=False)
+    return value
+
+
+def has_key(environment: Mapping[str, str]) -> bool:
+    """Whether W&B would find a key: in WANDB_API_KEY, or in the netrc file under its server's name."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL", _DEFAULT_BASE_URL)).hostname or ""
+    path = environment.get("NETRC") or os.path.join(environment.get("HOME", ""), ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def choose_mode(wanted: str, environment: Mapping[str, str]) -> str:
+    """online, offline or disabled; `auto` follows WANDB_MODE, then whether there is a key."""
+    if wanted != "auto":
+        return wanted
+    if environment.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return environment["WANDB_MODE"]
+    return "online" if has_key(environment) else "offline"
+
+
+def run_id(run_dir: Path, name: str) -> str:
+    """The W&B id of a run: its name with a random suffix, made once and kept in RUN/wandb/id.
+
+    The suffix keeps two people's runs of one name apart inside a project.
+    """
+    file = run_dir / "wandb" / "id"
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[: _MAX_ID_LENGTH - 9]
+    inode = str(run_dir.stat().st_ino) if run_dir.exists() else ""
+    kept, _, made_in = file.read_text().strip().partition("\n") if file.exists() else ("", "", "")
+    # A renamed directory keeps its inode. A copy under another name is a run of its own.
+    if kept and (made_in == inode or kept.rpartition("-")[0] == stem):
+        return kept
+    fresh = f"{stem}-{secrets.token_hex(4)}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, f"{fresh}\n{run_dir.stat().st_ino}\n")
+    return fresh
+
+
+def read_url(run_dir: Path) -> str | None:
+    """Where the run can be seen on W&B, or None where it was never online."""
+    try:
+        return (run_dir / "wandb" / "url").read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def send_alert(
+    run_dir: Path,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    *,
+    title: str,
+    text: str,
+    failed: bool,
+    timeout_s: float,
+    init_timeout_s: float | None = None,
+) -> str | None:
+    """Have W&B alert the user about a run that has ended; waits for it.
+
+    Args:
+        init_timeout_s: How long W&B's start may take; by default half of `timeout_s`.
+
+    Returns:
+        None where W&B has it, else why not; what it has not got is in the run's W&B file, for `wandb sync`.
+    """
+    warnings: list[str] = []
+    keys = WandbConfig(
+        mode="online",
+        project=tracking.project,
+        entity=tracking.entity,
+        tags=tuple(tracking.tags),
+        init_timeout_s=timeout_s / 2 if init_timeout_s is None else init_timeout_s,
+    )
+    tracker = TrackerProcess(keys, TrackedRun(run_dir, str(config["name"]), config), warn=warnings.append)
+    tracker.put({"alert": {"title": title, "text": text, "level": "ERROR" if failed else "INFO"}, "failed": failed})
+    tracker.close(timeout_s)
+    return warnings[0] if warnings else None

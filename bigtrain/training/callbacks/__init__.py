@@ -1,0 +1,1 @@
+"""Callbacks, one file each: `callbacks` in the config chooses them by name."""
