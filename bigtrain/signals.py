@@ -32,3 +32,13 @@ def on_signals(action: Callable[[], object], *numbers: signal.Signals) -> Iterat
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextlib.contextmanager
+def on_hangup(action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` when the terminal is closed; under nohup, which has the signal ignored, nothing is done."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    with on_signals(action, signal.SIGHUP):
+        yield

@@ -328,6 +328,18 @@ HELP = ("-m", "bigtrain.cli", "--help")
 TYPER = ("-c", "import typer")
 
 
+def test_a_dry_run_checks_and_writes_nothing(origin: Path, tmp_path: Path) -> None:
+    config = origin / "runs" / "tiny" / "config.yaml"
+    command = [sys.executable, "-m", "bigtrain", "train", str(config), "--name", "other", "--runs-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "other: " in done.stderr
+    assert " parameters, " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    wrong = subprocess.run([*command, "layout.tp=3", "--dry-run"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+
+
 def test_help_imports_typer_and_nothing_else() -> None:
     assert imported(*HELP) - imported(*TYPER) == {"bigtrain"}
     assert imported("-c", "import bigtrain") - imported("-c", "pass") == {"bigtrain"}

@@ -28,7 +28,7 @@ app = typer.Typer(
     name="bigtrain",
     help="Train transformer models with one YAML file, from a laptop's CPU to a cluster of GPUs.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

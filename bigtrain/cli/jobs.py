@@ -88,14 +88,23 @@ def logs(
         int | None, typer.Option(min=0, help="A rank's own output; else the driver's on a cluster, rank 0's here.")
     ] = None,
     attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest where left out.")] = None,
+    submission: Annotated[
+        str | None, typer.Option(metavar="N", help="On a cluster: of an earlier submission, by its number or id.")
+    ] = None,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Print what a run or one of its ranks says."""
+    """Print what a run or one of its ranks has written."""
     with errors(), view_of(name, address, token_file, runs_dir) as view:
+        from bigtrain.config import UserError
         from bigtrain.jobs.cluster.views import ClusterView, read_log
 
+        if submission is not None:
+            if not isinstance(view, ClusterView):
+                fix = "Name the cluster with --address; here --attempt chooses among a run's starts."
+                raise UserError("Only a cluster has submissions", "--submission", fix)
+            view = view.submission(submission)
         try:
             if isinstance(view, ClusterView) and rank is None and attempt is None:
                 for line in driver_lines(view.follow_driver() if follow else iter([view.driver_log()])):
@@ -110,25 +119,27 @@ def logs(
 
 @app.command()
 def stop(
-    name: Annotated[str, typer.Argument(help="A run.")],
+    runs: Annotated[list[str], typer.Argument(metavar="NAME...", help="Runs.")],
     now: Annotated[bool, typer.Option("--now", help="At once, without a save.")] = False,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Let a run save itself and end; it can be resumed."""
+    """Let runs save themselves and end; they can be resumed."""
     with errors():
+        from bigtrain.jobs.stop import each
+
         if address is None:
             from bigtrain.jobs.stop import stop as end
             from bigtrain.run import find_run
 
-            print(end(find_run(name, runs_dir), now))
+            each(runs, lambda name: end(find_run(name, runs_dir), now), print)
             return
         from bigtrain.jobs.cluster.submission import stop as end_job
 
         dashboard = open_dashboard(address, token_file)
         with reached(dashboard):
-            print(end_job(dashboard, name, now))
+            each(runs, lambda name: end_job(dashboard, name, now), print)
 
 
 def _brought_here(url: str, runs_dir: Path) -> RunDirectory:

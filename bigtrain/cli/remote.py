@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bigtrain import variables
+from bigtrain.streams import enduring
 
 if TYPE_CHECKING:
     from bigtrain.jobs.cluster.dashboard import Dashboard
@@ -64,7 +65,7 @@ def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: P
 
 def say(line: str) -> None:
     """Print a line where it does not mix with results."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=enduring(sys.stderr), flush=True)
 
 
 def required_address(address: str | None) -> str:
@@ -96,6 +97,9 @@ def status_line(row: dict[str, Any]) -> str:
             parts.append(form.format(row[key]))
     if row.get("forecast"):
         parts.append(_forecast_text(row["forecast"]))
+    if row.get("refused"):
+        why = row["refused"]["error"] or "it had nothing to do"
+        parts.append(f"({row['refused']['submission']} did not start: {why})")
     if row.get("epochs"):
         parts.append("epochs " + ", ".join(f"{name} {count:.2f}" for name, count in row["epochs"].items()))
     return "  ".join(parts)

@@ -39,6 +39,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
     fork: Annotated[str | None, typer.Option(help="Start a new run from the newest checkpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would run, and stop.")] = False,
     plugin: PluginOption = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
 ) -> None:
@@ -47,8 +48,9 @@ def train(
         from bigtrain.jobs.train import train as start
 
         loaded, place = load(config, overrides, name, plugin), runs_dir_of(config, runs_dir)
-        bring_back_here(loaded, place)
-        code = start(loaded, place, procs=nproc, fork=fork)
+        if not dry_run:
+            bring_back_here(loaded, place)
+        code = start(loaded, place, procs=nproc, fork=fork, dry_run=dry_run)
     raise typer.Exit(int(code))
 
 

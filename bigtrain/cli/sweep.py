@@ -137,6 +137,9 @@ def _status_text(status: dict[str, Any]) -> str:
         f"{status['name']}: {status['state']}, {status['finished']} of {len(status['trials'])} trials finished, "
         f"{status['flops_done']:.3g} of {status['flops']:.3g} FLOPs, {status['flops_saved']:.3g} saved by trunks"
     ]
+    if status["undecided"] and status["state"] != "running":
+        sizes = ", ".join(map(str, status["undecided"]))
+        lines.append(f"no learning rate chosen, and no grid: size {sizes}")
     width = max((len(row["trial"]) for row in status["trials"]), default=0)
     for row in status["trials"]:
         shown = row["val_loss"] if row["val_loss"] is not None else row["loss"]

@@ -15,7 +15,7 @@ from bigtrain.jobs.membership import Membership
 from bigtrain.jobs.placing import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
 from bigtrain.run import ExitCode, names
-from bigtrain.signals import STOP_SIGNALS, on_signals
+from bigtrain.signals import STOP_SIGNALS, on_hangup, on_signals
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -47,6 +47,11 @@ class StopSwitch:
         self._asked_at = now
         return True
 
+    def press_first(self) -> None:
+        """Ask for a stop, unless that was done before."""
+        if self.level == 0:
+            self.press()
+
 
 def saved_step(run_directory: Path) -> int:
     """The step that checkpoints/LATEST names, 0 where nothing is published."""
@@ -72,7 +77,8 @@ class Controller:
     while the budget lasts (`RetryBudget`). Agents are placed again only if one was lost, or where other nodes are to be
     taken (`Membership`): then the ranks save and exit first, so that no step is lost.
 
-    SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once.
+    SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once. SIGHUP, the end of the terminal,
+    asks them to save and exit, too, but under nohup.
 
     Args:
         run_directory_path: Where logs and checkpoints are.
@@ -123,12 +129,12 @@ class Controller:
 
     def request_save_and_stop(self) -> None:
         """Ask the run to save and stop, unless it is stopping already. Any thread or handler may call it."""
-        if self._switch.level == 0:
-            self._switch.press()
+        self._switch.press_first()
 
     def run(self) -> int:
         """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
-        with on_signals(self.request_stop, *STOP_SIGNALS):
+        # A shell may pass the end of its terminal on twice: that is no second request.
+        with on_signals(self.request_stop, *STOP_SIGNALS), on_hangup(self.request_save_and_stop):
             try:
                 return self._run()
             finally:

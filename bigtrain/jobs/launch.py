@@ -13,6 +13,7 @@ from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.placing import PlacementRequest, Placer
 from bigtrain.jobs.protocol import SILENCE_S
 from bigtrain.run import names
+from bigtrain.streams import enduring
 
 if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def say_on_stderr(line: str) -> None:
     """Print a line where it does not mix with results."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=enduring(sys.stderr), flush=True)
 
 
 def run_controlled(

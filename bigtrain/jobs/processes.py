@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -67,21 +67,37 @@ def follow_parent(parent: int) -> bool:
 
 
 def end_marked(placement: str, spare: Collection[int] = (), variable: str = variables.PLACEMENT) -> int:
-    """Kill every process of this user whose environment carries the mark `placement`, but for `spare`.
+    """Kill every process of this user whose environment carries the mark `placement`, and its descendants.
 
-    Process groups miss a child that took a session of its own; its inherited environment tells where it came from.
+    Process groups miss a child that took a session of its own; its inherited environment tells where it came from. A
+    process that overwrites its environment, as setproctitle does, is found by its parent.
+
+    Args:
+        spare: Processes that are left alone.
 
     Returns:
         How many were killed.
     """
     mark = f"{variable}={placement}".encode()
+    spare = {*spare, os.getpid()}
     killed = 0
     # Again until none is left: one may have forked while the list was read.
     for _ in range(5):
-        found = [pid for pid in _processes() if pid not in spare and _kill_if_marked(pid, mark)]
-        if not found:
+        marked = [pid for pid in _processes() if pid not in spare and _is_marked(pid, mark)]
+        if not marked:
             break
-        killed += len(found)
+        # A parent's children are adopted by others once it is dead, so the tree is read first.
+        parents = {pid: _parent(pid) for pid in _processes()}
+        victims = [pid for pid in parents if pid not in spare and _descends(pid, set(marked), parents, spare)]
+        opened = {pid: descriptor for pid in victims if (descriptor := _open(pid)) is not None}
+        # A descriptor pins its process: a number that was used again meanwhile has another parent.
+        same = {pid for pid in opened if _parent(pid) == parents[pid]}
+        for pid, descriptor in opened.items():
+            if pid in same:
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    killed += 1
+            os.close(descriptor)
     return killed
 
 
@@ -89,17 +105,35 @@ def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _kill_if_marked(pid: int, mark: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        # The descriptor pins the process: a number used again between look and kill is harmless.
-        descriptor = os.pidfd_open(pid)
-        try:
-            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                return True
-        finally:
-            os.close(descriptor)
+def _is_marked(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process, 0 where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
+
+
+def _descends(pid: int, marked: Collection[int], parents: Mapping[int, int], spare: Collection[int]) -> bool:
+    """Whether a process is one of the marked or comes from one, with none that is spared between."""
+    while pid > 1 and pid not in spare:
+        if pid in marked:
+            return True
+        pid = parents.get(pid, 0)
     return False
+
+
+def _open(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
 
 
 def is_stopped(pid: int) -> bool:

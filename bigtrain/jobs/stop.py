@@ -6,13 +6,38 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from bigtrain.config import UserError
-from bigtrain.run import Lease, Leased
+from bigtrain.run import Lease, Leased, RunDirectory
 
 WAIT_S = 600.0
 BETWEEN_SIGNALS_S = 0.15
 """Long enough for the launcher to take them for two requests."""
+
+
+def each(names: Sequence[str], end: Callable[[str], str], say: Callable[[str], None]) -> None:
+    """Stop several runs at the same time; one that cannot be stopped does not keep the others running.
+
+    Args:
+        end: Stops one and returns a line on how it went.
+        say: Takes those lines.
+
+    Raises:
+        UserError: One could not be stopped; of several, all are named.
+    """
+    failed: list[UserError] = []
+    with ThreadPoolExecutor(len(names)) as pool:
+        for future in [pool.submit(end, name) for name in names]:
+            try:
+                say(future.result())
+            except UserError as error:
+                failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise UserError("\n    ".join(str(error.what) for error in failed))
 
 
 def stop(run: Leased, now: bool, noun: str = "run") -> str:
@@ -43,4 +68,14 @@ def stop(run: Leased, now: bool, noun: str = "run") -> str:
         if time.monotonic() > deadline:
             raise UserError(f"The {noun} '{run.name}' has not ended within {WAIT_S:.0f} s", fix="Try --now.")
         time.sleep(0.1)
-    return f"{run.name}: stopped; `bigtrain {'train' if noun == 'run' else f'{noun} resume'}` resumes it"
+    return f"{run.name}: stopped; {_again(run, noun)}"
+
+
+def _again(run: Leased, noun: str) -> str:
+    """How to go on with what was stopped."""
+    if noun != "run":
+        return f"`bigtrain {noun} resume {run.name}` resumes it"
+    directory = RunDirectory(run.path)
+    if directory.exists() and "script" in directory.recipe():
+        return "the command that started it starts it again"
+    return f"`bigtrain resume {run.name}` resumes it"

@@ -21,6 +21,7 @@ from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placer_kinds import kind_of
 from bigtrain.jobs.takeover import outlast
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
+from bigtrain.streams import enduring
 from bigtrain.tracking.history import read_events, state
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.metrics import last_step
@@ -39,6 +40,7 @@ def train(
     step: int | None = None,
     stream: TextIO | None = None,
     launch: Callable[..., int] | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
 
@@ -48,6 +50,7 @@ def train(
         step: Go back to the checkpoint of this step.
         stream: Where progress is shown; stderr where None.
         launch: In place of `launch_here`, which it is called like.
+        dry_run: Check everything, print what would be trained, and start nothing.
 
     Returns:
         A code of ExitCode.
@@ -55,7 +58,7 @@ def train(
     Raises:
         UserError: Anything that is wrong before the first process is started.
     """
-    stream = stream or sys.stderr
+    stream = enduring(stream or sys.stderr)
     run = check_when_free(config, runs_dir, fork=fork, step=step, say=lambda line: print(line, file=stream, flush=True))
     if run.finished:
         print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
@@ -64,8 +67,11 @@ def train(
     if procs is not None:
         # So that `bigtrain train RUN/config.yaml` takes as many.
         run = run.with_job(procs_per_node=procs)
+    if dry_run:
+        _say_start(run, count, stream)
+        return ExitCode.FINISHED
     with run.held() as lease:
-        run.say_start(count, stream)
+        _say_start(run, count, stream)
         code = _launch(run, lease, count, stream, launch or launch_here)
     tell_end(run.directory, run.prepared.config, code, stream)
     return code
@@ -228,12 +234,10 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     parameters = config.model.parameter_count(prepared.outputs)
     lines = [
         f"{config.name}: {parameters / 1e6:.2f}M parameters, {prepared.total_steps} steps of {per_step} {kind.unit} "
-        f"({epochs} epochs), "
-        f"{count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
+        f"({epochs} epochs), {count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",
     ]
-    waste = _filler_share(prepared, count)
-    if waste:
+    if waste := _filler_share(prepared, count):
         lines.append(
             f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "
             f"{prepared.batch_sequences}"

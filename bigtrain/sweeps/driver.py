@@ -7,29 +7,32 @@ on where it was. The sweep's lease keeps a second driver out, the run's own leas
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from bigtrain import storage
 from bigtrain.checkpoint import commit
-from bigtrain.config import UserError, yaml_file
+from bigtrain.config import UserError
 from bigtrain.jobs.causes import BACKOFF_FIRST_S, BACKOFF_MOST_S
 from bigtrain.jobs.controller import StopSwitch, saved_step
 from bigtrain.jobs.processes import signal_name
-from bigtrain.run import RECIPE, ExitCode, Lease, differences, names
-from bigtrain.signals import STOP_SIGNALS, on_signals
+from bigtrain.run import ExitCode, Lease
+from bigtrain.signals import STOP_SIGNALS, on_hangup, on_signals
+from bigtrain.streams import enduring
 from bigtrain.sweeps.config import SizeConfig
+from bigtrain.sweeps.cost import require_budget
 from bigtrain.sweeps.display import SweepDisplay
 from bigtrain.sweeps.journal import FORMAT_VERSION, Journal, SweepDirectory, TrialRecord
 from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.memory import least_memory_bytes
-from bigtrain.sweeps.results import between_trials_s, fit_law, row_of, saved_flops, write_runs
+from bigtrain.sweeps.record import check_same, sizes_of, write_record
+from bigtrain.sweeps.results import between_trials_s, diverged, fit_law, row_of, saved_flops, write_runs
 from bigtrain.sweeps.slots import RunningTrial, TrialStarter, starter_of
 from bigtrain.sweeps.trials import Trial, config_text, grid_trials, lengths, trial_config, tuning_trials
 from bigtrain.tracking.history import newest, read_events
@@ -48,7 +51,7 @@ def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarte
         A code of ExitCode: 0 where every trial has finished, 1 where one failed or was refused, 75 stopped.
 
     Raises:
-        UserError: Anything that is wrong before the first trial is started.
+        UserError: Anything that is wrong before the first trial is started, a budget that is exceeded among it.
     """
     directory = SweepDirectory(runs_dir / sweep.config.name)
     check_same(sweep, directory)
@@ -57,88 +60,16 @@ def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarte
         lengths(sweep, size, one)
     starter = starter or starter_of(sweep)
     starter.check()
+    display = SweepDisplay(directory, enduring(stream))
+    ladder = {target: one for target, (_, one) in rungs.items()}
+    require_budget(sweep, sizes_of(sweep), ladder, directory, starter, display.say)
     lease = Lease.acquire(directory, noun="sweep")
     try:
         lease.keep()
-        driver = Driver(sweep, directory, rungs, starter, SweepDisplay(directory, stream))
+        driver = Driver(sweep, directory, rungs, starter, display)
         return driver.run()
     finally:
         lease.release()
-
-
-def sizes_of(sweep: Sweep) -> list[SizeConfig]:
-    """The sizes of a sweep, the largest first.
-
-    Raises:
-        UserError: They are left to a plan.
-    """
-    sizes = sweep.config.ladder_sizes()
-    if not sizes:
-        raise UserError(
-            "sizes: auto is for `bigtrain sweep plan`, which prints the sizes that fill the budget", sweep.where,
-            "Write those sizes into the file, then run it.",
-        )  # fmt: skip
-    return sizes
-
-
-def identity_of(sweep: Sweep) -> dict[str, Any]:
-    """What all trials of a sweep share; points, seeds, slots and target may change."""
-    base = {key: value for key, value in sweep.document.value.items() if key in RECIPE}
-    config = sweep.config.plain()
-    return {"base": base, "ladder": config["ladder"], "learning_rates": config["learning_rates"]}
-
-
-def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
-    """Refuse to go on with a sweep as another one, or in a directory that is none.
-
-    Raises:
-        UserError: With the keys that differ.
-    """
-    if (directory.path / names.RECORD).exists():
-        raise UserError(f"{directory.path} is a run, not a sweep", fix="Choose another name for the sweep.")
-    if not directory.record.exists():
-        return
-    record = read_record(directory.record)
-    changed = list(differences(record["what"], identity_of(sweep)))
-    if changed:
-        raise UserError(
-            f"The sweep '{directory.name}' trains something else:\n    " + "\n    ".join(changed), str(directory.path),
-            "Undo the change, or give the sweep another name. Sizes, lengths, seeds and slots may change.",
-        )  # fmt: skip
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A sweep's record.
-
-    Raises:
-        UserError: It is damaged, or a newer bigtrain wrote it.
-    """
-    try:
-        record = json.loads(path.read_text())
-        version = int(record["format_version"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path.name} is damaged", str(path), "Restore it, or give the sweep another name.") from None
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path.name} has format version {version}; this bigtrain reads up to {FORMAT_VERSION}", str(path),
-            "Upgrade bigtrain.",
-        )  # fmt: skip
-    return dict(record)
-
-
-def write_record(sweep: Sweep, directory: SweepDirectory) -> None:
-    """Write what the sweep is, so that `bigtrain sweep resume` needs no other file."""
-    directory.path.mkdir(parents=True, exist_ok=True)
-    if not directory.record.exists():
-        record = {"format_version": FORMAT_VERSION, "name": sweep.config.name, "what": identity_of(sweep)}
-        storage.write_json(directory.record, record)
-    base = dict(sweep.document.value)
-    data = dict(base["data"])
-    for key in ("train", "validation"):
-        if isinstance(data.get(key), str) and "://" not in data[key]:
-            data[key] = os.path.abspath(data[key])
-    base["data"] = data
-    storage.write_atomic(directory.config, yaml_file.dump({**sweep.config.plain(), "base": base}))
 
 
 @dataclass
@@ -193,10 +124,15 @@ class Driver:
         self._plan()
         self._say_start()
         shown = self._display.shown(self._journal.state, self._starter.slots)
-        with contextlib.closing(self._starter), on_signals(self._switch.press, *STOP_SIGNALS), shown:
+        with (
+            contextlib.closing(self._starter),
+            on_signals(self._switch.press, *STOP_SIGNALS),
+            on_hangup(self._switch.press_first),
+            shown,
+        ):
             while True:
                 self._reap()
-                level = self._heed()
+                level = self._pass_on_stop()
                 if level == 0:
                     if self._changed:
                         self._plan()
@@ -207,6 +143,11 @@ class Driver:
                 time.sleep(LOOK_S)
         write_runs(self._directory, self._journal.state)
         return self._conclude()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        with on_signals(self._switch.press, *STOP_SIGNALS), on_hangup(self._switch.press_first):
+            yield
 
     def _again(self) -> None:
         """What the last driver left under way, or was stopped, waits again."""
@@ -235,21 +176,48 @@ class Driver:
         wanted = tuning_trials(self._sweep, one)
         self._add([trial for trial in wanted if trial.name not in self._records], one)
         records = [self._records[trial.name] for trial in wanted]
-        if any(record.result is None for record in records):
+        if not all(record.settled for record in records):
             return None
-        losses = [float(record.result["val_loss"]) for record in records if record.result is not None]
-        best = min(range(len(losses)), key=losses.__getitem__)
-        if best in (0, len(losses) - 1):
-            edge = "smallest" if best == 0 else "largest"
+        losses = [self._tuning_loss(record) for record in records]
+        obstacle = self._obstacle(target, wanted, records, losses)
+        if obstacle is not None:
             self._undecided.add(target)
-            self._display.say(
-                f"size {target}: the best learning rate, {wanted[best].lr:g}, is the {edge} tried: no grid; "
-                "widen learning_rates.factors"
-            )
+            self._display.say(f"size {target}: no grid: {obstacle}")
             return None
-        self._journal.append("chose", size=target, lr=wanted[best].lr, losses=losses)
+        best = min(range(len(losses)), key=lambda index: losses[index] or 0.0)
+        known = [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
+        self._journal.append("chose", size=target, lr=wanted[best].lr, losses=known)
         self._display.say(f"size {target}: learning rate {wanted[best].lr:g}")
         return wanted[best].lr
+
+    def _tuning_loss(self, record: TrialRecord) -> float | None:
+        """The held-out loss of a trial of one learning rate: infinite if it diverged, None if it failed otherwise."""
+        if record.result is not None:
+            return float(record.result["val_loss"])
+        return math.inf if diverged(self._directory, record) else None
+
+    def _obstacle(
+        self, target: int, trials: list[Trial], records: list[TrialRecord], losses: list[float | None]
+    ) -> str | None:
+        """Why no learning rate can be chosen from these losses, with what to do; None where one can."""
+        for trial, record, loss in zip(trials, records, losses, strict=True):
+            if loss is None:
+                return (
+                    f"the learning rate {trial.lr:g} was not tried: {record.cause}; "
+                    f"`bigtrain sweep retry {self._directory.name} {trial.name}` tries it again"
+                )
+            if math.isinf(loss):
+                self._display.say(f"size {target}: the learning rate {trial.lr:g} diverged")
+        best = min(range(len(losses)), key=lambda index: losses[index] or 0.0)
+        if math.isinf(losses[best] or 0.0):
+            return "all learning rates diverged; add smaller ones to learning_rates.factors"
+        if best in (0, len(losses) - 1):
+            edge, way = ("smallest", "smaller") if best == 0 else ("largest", "larger")
+            return (
+                f"the best learning rate, {trials[best].lr:g}, is the {edge} tried; add {way} ones to "
+                "learning_rates.factors and run the sweep again"
+            )
+        return None
 
     def _add(self, trials: list[Trial], one: Rung) -> None:
         """Journal new trials, refusing those that can never fit and those that need them."""
@@ -362,7 +330,7 @@ class Driver:
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return str(said) if said else errors[-1] if errors else lines[-1] if lines else "it ended without a word"
 
-    def _heed(self) -> int:
+    def _pass_on_stop(self) -> int:
         """Pass a request to stop on to the trials, once each level; a signal handler may not."""
         level = self._switch.level
         while self._announced < level:
@@ -389,7 +357,6 @@ class Driver:
 
     def _conclude(self) -> int:
         """Say how it went, and fit the law where the sweep is over."""
-        states = [record.state for record in self._records.values()]
         if self._switch.level:
             self._display.say(
                 f"{self._directory.name}: stopped; `bigtrain sweep resume {self._directory.name}` goes on"
@@ -404,19 +371,21 @@ class Driver:
         own, separate = saved_flops([one.trial for one in self._records.values() if one.state == "finished"])
         if separate:
             self._display.say(f"FLOPs: {own:.3g}, {1 - own / separate:.0%} less than separate runs' {separate:.3g}")
-        target = self._sweep.config.target
+        wanted = self._sweep.config.target
         trial = next(iter(self._records.values())).trial
         tracking = trial_config(self._sweep, self._rungs[trial.size][1], trial).tracking
         began = time.monotonic()
         fitted = fit_law(
-            self._directory, target.flops if target else None, tracking.model_copy(update={"facts": {}})
+            self._directory, wanted.flops if wanted else None, tracking.model_copy(update={"facts": {}})
         )  # fmt: skip
         if isinstance(fitted, str):
             self._display.say(f"no law: {fitted}")
         else:
             self._display.say(f"the law is in {self._directory.law}, fitted in {span(time.monotonic() - began)}")
-        if self._undecided or any(state != "finished" for state in states):
-            left = [record for record in self._records.values() if record.state != "finished"]
+        left = [record for record in self._records.values() if not self._journal.state.complete(record)]
+        if self._undecided or left:
+            for target in sorted(self._undecided):
+                self._display.say(f"  size {target}: no learning rate was chosen, so its grid is missing")
             for record in left:
                 self._display.say(f"  {record.trial.name}: {record.state}: {record.cause or 'its trunk is not there'}")
             return ExitCode.FAILED

@@ -104,6 +104,12 @@ class SweepState:
     chosen: dict[int, float] = field(default_factory=dict)
     """The learning rate of each size that was tuned."""
 
+    def complete(self, record: TrialRecord) -> bool:
+        """Whether a trial has done its part: a learning rate that failed has, once its size has another one."""
+        return record.state == "finished" or (
+            record.state == "failed" and record.trial.kind == "tuning" and record.trial.size in self.chosen
+        )
+
     def planned(self) -> list[Trial]:
         """All trials."""
         return [record.trial for record in self.trials.values()]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain import storage
 from bigtrain.config import UserError
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN
-from bigtrain.sweeps.journal import SweepDirectory, SweepState, results
+from bigtrain.sweeps.journal import SweepDirectory, SweepState, TrialRecord, results
 from bigtrain.sweeps.ladder import Rung
 from bigtrain.sweeps.trials import PHASES, Trial
 from bigtrain.tracking.config import TrackingConfig
 from bigtrain.tracking.history import read_events
 from bigtrain.tracking.metrics import read_metrics
+from bigtrain.tracking.numbers import finite
 
 if TYPE_CHECKING:
     from bigtrain.scaling.fit import Fitted
 
+_NOT_A_NUMBER = re.compile(r"BadStepsError|\bnan\b|\binf\b|not finite|no held-out loss", re.IGNORECASE)
+"""In the causes of runs whose loss diverged."""
 MIN_RUNS = 6
 """Fewer finished runs than that have no law."""
 
@@ -46,6 +50,16 @@ def row_of(directory: SweepDirectory, trial: Trial, rung: Rung) -> dict[str, Any
         "steps": trial.steps, "val_loss": last["val_loss"], "train_loss": last.get("loss"),
         "parent": trial.parent, "parent_step": trial.parent_step, "own_flops": trial.own_flops,
     }  # fmt: skip
+
+
+def diverged(directory: SweepDirectory, record: TrialRecord) -> bool:
+    """Whether a trial failed because its loss grew beyond all numbers, and not for a reason outside of it."""
+    if record.state != "failed":
+        return False
+    rows = read_metrics(directory.run(record.trial.name).metrics)
+    last = rows[-1] if rows else {}
+    losses = [last.get(key) for key in ("loss", "val_loss") if key in last]
+    return any(finite(loss) is None for loss in losses) or _NOT_A_NUMBER.search(record.cause or "") is not None
 
 
 def write_runs(directory: SweepDirectory, state: SweepState) -> None:

@@ -15,7 +15,7 @@ def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
 
     Returns:
         Plain values for JSON. `state` is running, waiting (a driver has left trials to do), finished, or failed (none
-        is left to do and not all have finished).
+        is left to do, and not all have finished or a size has no learning rate). `undecided` are those sizes.
     """
     state = read_state(directory.journal)
     holder = Lease.holder(directory)
@@ -25,14 +25,16 @@ def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
     own, separate = saved_flops([record.trial for record in records])
     done = sum(record.trial.own_flops for record in records if record.state == "finished")
     states = [row["state"] for row in rows]
+    tuned = {record.trial.size for record in records if record.trial.kind == "tuning"}
+    undecided = sorted(tuned - set(state.chosen))
     overall = "running" if alive else "waiting"
     if not alive and rows and not any(_goes_on(record, state) for record in records):
-        overall = "finished" if all(one == "finished" for one in states) else "failed"
+        overall = "finished" if all(map(state.complete, records)) and not undecided else "failed"
     return {
         "name": directory.name, "state": overall, "trials": rows,
         "finished": states.count("finished"), "failed": states.count("failed"), "refused": states.count("refused"),
         "flops": sum(record.trial.own_flops for record in records), "flops_done": done,
-        "flops_saved": max(0.0, separate - own), "law": (directory.law / "law.json").exists(),
+        "flops_saved": max(0.0, separate - own), "undecided": undecided, "law": (directory.law / "law.json").exists(),
     }  # fmt: skip
 
 

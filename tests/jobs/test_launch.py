@@ -272,7 +272,7 @@ train(10**6, at=die)
     assert "max_failures: 1" in job.named("failed")[0]["cause"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_makes_the_ranks_save_and_exit(job: Any, number: signal.Signals) -> None:
     job.write_rank(f"""
 def ask(step):
@@ -284,6 +284,36 @@ train(10**6, at=ask)
     assert job.launch(nproc=2) == 75
     assert [entry["event"] for entry in job.events] == ["stopped"]
     assert signal.getsignal(number) is before
+
+
+def test_the_end_of_the_terminal_twice_is_one_request(job: Any) -> None:
+    job.write_rank(f"""
+def ask(step):
+    if rank == 0 and step in (5, 15):
+        time.sleep(0.2)
+        os.kill({os.getpid()}, signal.SIGHUP)
+for step in range(1, 20):
+    page.beat(step, "step")
+    ask(step)
+    time.sleep(0.02)
+page.beat(20, "stopping")
+sys.exit(75)
+""")
+    assert job.launch(nproc=1) == 75
+    [stopped] = job.named("stopped")
+    assert stopped["step"] == 20
+
+
+def test_under_nohup_the_run_outlives_its_terminal(job: Any) -> None:
+    job.write_rank("note('ready')\ntrain(100)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        controller = job.start(nproc=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    job.noted("ready", 0, 0)
+    controller.send_signal(signal.SIGHUP)
+    assert controller.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(("saved", "code"), [(True, 75), (False, 1)])

@@ -182,20 +182,74 @@ def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers
     assert "trains something else" in said
 
 
-@pytest.mark.slow
-def test_the_best_learning_rate_is_taken_and_one_at_the_edge_refused(drivers: Drivers, write_sweep: WriteSweep) -> None:
-    """All rates of the tiny trials give one loss, so the first, at the edge, is the best."""
-    rates = {"factors": [0.5, 1, 2], "tokens_per_param": 2}
-    drivers.sweep = write_sweep(sizes=[1300], learning_rates=rates)
+def test_a_budget_that_is_exceeded_starts_nothing(drivers: Drivers, write_sweep: WriteSweep) -> None:
+    sizes = [{"params": 1300, "tokens_per_param": [8]}]
+    drivers.sweep = write_sweep(sizes=sizes, budget={"flops": 1e6})
     code, said = drivers.finish(drivers.start())
-    assert code == ExitCode.FAILED
-    assert "is the smallest tried" in said
-    journal = Journal(drivers.directory.journal)
-    assert {record.trial.kind for record in journal.state.trials.values()} == {"tuning"}
-    journal.append("chose", size=1300, lr=0.006)
+    assert code == ExitCode.USER
+    assert "and the budget is 1e+06" in said
+    assert not drivers.directory.journal.exists()
+
+
+@pytest.mark.slow
+def test_what_has_finished_counts_against_the_budget(drivers: Drivers, write_sweep: WriteSweep) -> None:
+    sizes = [{"params": 1300, "tokens_per_param": [8]}]
+    drivers.sweep = write_sweep(sizes=sizes)
     code, said = drivers.finish(drivers.start())
     assert code == ExitCode.FINISHED, said
-    assert {trial.lr for trial in read_state(drivers.directory.journal).planned() if trial.kind == "branch"} == {0.006}
+    (done,) = [one.trial.own_flops for one in read_state(drivers.directory.journal).trials.values()]
+    more = [*sizes, {"params": 3000, "tokens_per_param": [4]}]
+    drivers.sweep = write_sweep(sizes=more, budget={"flops": 1.01 * done})
+    code, said = drivers.finish(drivers.start())
+    assert code == ExitCode.USER
+    assert "1 finished trials included" in said
+
+
+@pytest.mark.slow
+def test_a_rate_at_the_edge_is_refused_until_the_factors_are_widened_as_advised(
+    drivers: Drivers, write_sweep: WriteSweep
+) -> None:
+    drivers.sweep = write_sweep(sizes=[1300], learning_rates={"factors": [2, 4, 8], "tokens_per_param": 2})
+    code, said = drivers.finish(drivers.start())
+    assert code == ExitCode.FAILED
+    assert "is the smallest tried; add smaller ones to learning_rates.factors" in said
+    assert "size 1300: no learning rate was chosen" in said
+    status = sweep_status(drivers.directory)
+    assert (status["state"], status["undecided"]) == ("failed", [1300])
+    journal = Journal(drivers.directory.journal)
+    assert {record.trial.kind for record in journal.state.trials.values()} == {"tuning"}
+    drivers.sweep = write_sweep(sizes=[1300], learning_rates={"factors": [0.5, 1, 2, 4, 8], "tokens_per_param": 2})
+    code, said = drivers.finish(drivers.start())
+    assert code == ExitCode.FINISHED, said
+    assert {trial.lr for trial in read_state(drivers.directory.journal).planned() if trial.kind == "branch"} == {0.003}
+    assert sweep_status(drivers.directory)["undecided"] == []
+    # Of those tried before, none is tried again.
+    assert len(drivers.lines("started")) == len({line["trial"] for line in drivers.lines("started")})
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_reported_and_the_best_of_the_others_taken(
+    drivers: Drivers, write_sweep: WriteSweep
+) -> None:
+    drivers.sweep = write_sweep(sizes=[1300], learning_rates={"factors": [0.5, 1, 1000], "tokens_per_param": 2})
+    code, said = drivers.finish(drivers.start())
+    assert "size 1300: the learning rate 3 diverged" in said
+    assert "size 1300: learning rate 0.003" in said
+    assert code == ExitCode.FINISHED, said
+    assert sweep_status(drivers.directory)["state"] == "finished"
+    branches = [one for one in read_state(drivers.directory.journal).trials.values() if one.trial.kind == "branch"]
+    assert {one.state for one in branches} == {"finished"}
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_when_the_reader_of_its_output_has_left(drivers: Drivers, write_sweep: WriteSweep) -> None:
+    drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8]}])
+    process = drivers.start()
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(DEADLINE_S) == ExitCode.FINISHED
+    assert sweep_status(drivers.directory)["state"] == "finished"
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ from bigtrain.run import config_schema
 from bigtrain.scaling.bootstrap import MIN_CLUSTERS
 from bigtrain.sweeps import design
 from bigtrain.sweeps.config import ExpectedConfig
-from bigtrain.sweeps.driver import sizes_of
+from bigtrain.sweeps.cost import makespan
 from bigtrain.sweeps.ladder import rung
 from bigtrain.sweeps.load import load_sweep, sweep_schema
-from bigtrain.sweeps.plan import make_plan, makespan, plan_text
+from bigtrain.sweeps.plan import make_plan, plan_text
+from bigtrain.sweeps.record import sizes_of
 from bigtrain.sweeps.results import saved_flops
 from bigtrain.sweeps.trials import Trial, decay_start, grid_trials, lengths, trial_config
 

@@ -30,6 +30,7 @@ from bigtrain.jobs.processes import end_marked, free_port
 
 FORMAT_VERSION: Final = 1
 OBJECT_STORE_BYTES: Final = 100_000_000
+REMOVE_S: Final = 5.0
 START_S: Final = 120.0
 """How long one node may take to come up; on an idle machine it takes 3 to 7 s."""
 
@@ -153,12 +154,20 @@ def take_down(directory: Path) -> int:
     end_marked(record.mark, variable=variables.CLUSTER)
     if record.bridge is not None:
         isolation.remove_network(record.bridge, [node.link for node in record.nodes if node.link])
-    shutil.rmtree(record.temporary, ignore_errors=True)
+    _remove(Path(record.temporary))
     for name in ("token", "cluster.json"):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # It may hold what is not ours.
         directory.rmdir()
     return len(record.nodes)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory that processes may still write to, whose end is under way."""
+    deadline = time.monotonic() + REMOVE_S
+    while directory.exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _start_nodes(

@@ -105,7 +105,30 @@ class ClusterView:
     def __init__(self, dashboard: Dashboard, job: Job, name: str) -> None:
         self.name = name
         self.job = job
+        self.refused: ClusterView | None = None
+        """A later submission of the name that ended before its ranks were placed."""
+        self.submissions = [job.id]
+        """All that the cluster remembers, the newest last."""
         self._dashboard = dashboard
+
+    def began(self) -> bool:
+        """Whether this submission is under way, or has come as far as to ask for nodes."""
+        return self.job.active or "placing" in (self.board() or {}).get("times", {})
+
+    def submission(self, which: str) -> ClusterView:
+        """The same run as another submission shows it.
+
+        Args:
+            which: Its id, or its number: "mine-2" or "2".
+
+        Raises:
+            UserError: The cluster remembers none such.
+        """
+        wanted = f"{self.name}-{which}" if which.isdigit() else which
+        if wanted not in self.submissions:
+            known = ", ".join(self.submissions)
+            raise UserError(f"There is no submission {wanted}", "--submission", f"There are: {known}.")
+        return ClusterView(self._dashboard, self._dashboard.job(wanted), self.name)
 
     def refresh(self) -> Job:
         """Ask again how the job stands."""
@@ -135,7 +158,11 @@ class ClusterView:
             status |= {"state": "running"}
         else:
             status |= {"state": "pending"}
-        return {**status, "submission": job.id}
+        refused = None
+        if self.refused is not None:
+            error = (self.refused.board() or {}).get("error") or {}
+            refused = {"submission": self.refused.job.id, "error": error.get("error")}
+        return {**status, "submission": job.id, "refused": refused}
 
     def events(self) -> list[dict[str, Any]]:
         """See `View`."""
@@ -197,9 +224,29 @@ def exit_code(job: Job, board: dict[str, Any] | None) -> int:
 
 
 def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
-    """The newest submission of each run that the cluster remembers, by name."""
-    newest = {job.metadata[NAME_KEY]: job for job in dashboard.jobs() if NAME_KEY in job.metadata}
-    return [ClusterView(dashboard, newest[name], name) for name in sorted(newest)]
+    """Each run that the cluster remembers, by name, as its newest submission shows it that did not end before it began.
+
+    A submission that was refused, or had nothing to do, hides no run: it is the view's `refused`.
+    """
+    submissions: dict[str, list[Job]] = {}
+    for job in dashboard.jobs():
+        if NAME_KEY in job.metadata:
+            submissions.setdefault(job.metadata[NAME_KEY], []).append(job)
+    return [_of_submissions(dashboard, name, submissions[name]) for name in sorted(submissions)]
+
+
+def _of_submissions(dashboard: Dashboard, name: str, jobs: list[Job]) -> ClusterView:
+    """The view of a run with these submissions, the newest last."""
+    newest = ClusterView(dashboard, jobs[-1], name)
+    view, earlier = newest, jobs[:-1]
+    while earlier and not view.began():
+        view = ClusterView(dashboard, earlier.pop(), name)
+    if not view.began():
+        view = newest
+    if view is not newest:
+        view.refused = newest
+    view.submissions = [job.id for job in jobs]
+    return view
 
 
 def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:

@@ -18,6 +18,7 @@ from bigtrain.jobs.scripts.launch import check_directory, held, script_environme
 from bigtrain.jobs.scripts.launcher import adapt
 from bigtrain.jobs.takeover import outlast
 from bigtrain.run import ExitCode, RunDirectory
+from bigtrain.streams import enduring
 
 LOOK_S: Final = 0.1
 
@@ -52,7 +53,7 @@ def run_script(
     call = adapt(call, launcher, job.nodes, procs)
     outlast(directory, say)
     with held(directory, name), RunRecord(directory, machines=job.nodes) as record:
-        output = _Output(directory, job.nodes * procs, stream or sys.stdout)
+        output = _Output(directory, job.nodes * procs, enduring(stream or sys.stdout))
         output.start()
         try:
             code = launch_here(
@@ -111,10 +112,6 @@ class _Output(threading.Thread):
             return
         self._offsets[path] = self._offsets.get(path, 0) + len(data)
         prefix = f"[rank {rank}] " if self._world_size > 1 else ""
-        try:
-            for line in data.decode(errors="replace").splitlines():
-                self._stream.write(f"{prefix}{line}\n")
-            self._stream.flush()
-        except (OSError, ValueError):
-            # Its reader has left. The script goes on, and its logs hold everything.
-            self._world_size = 0
+        for line in data.decode(errors="replace").splitlines():
+            self._stream.write(f"{prefix}{line}\n")
+        self._stream.flush()

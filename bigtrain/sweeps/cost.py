@@ -1,0 +1,194 @@
+"""What a sweep costs in FLOPs, time and money, and whether its budget allows that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.config import UserError
+from bigtrain.hardware import lookup
+from bigtrain.hardware.devices import Device, known_devices
+from bigtrain.hardware.this_machine import this_machine
+from bigtrain.sweeps.bench import Speed, measure
+from bigtrain.sweeps.config import SizeConfig
+from bigtrain.sweeps.journal import SweepDirectory, read_state
+from bigtrain.sweeps.ladder import Rung
+from bigtrain.sweeps.load import Sweep
+from bigtrain.sweeps.slots import TrialStarter
+from bigtrain.sweeps.trials import Trial, grid_trials, lengths, trial_config, tuning_trials
+
+EVALUATION_COST = 1 / 3
+"""Of a training token, for a held-out one: the forward pass alone."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long trials take."""
+
+    speeds: dict[int, Speed]
+    """By target N; empty where nothing is known."""
+    source: str
+    evaluated_tokens: dict[int, int]
+
+    def seconds(self, trial: Trial) -> float | None:
+        """Of one trial, from its start to its end."""
+        speed = self.speeds.get(trial.size)
+        if speed is None:
+            return None
+        tokens = trial.tokens * trial.own_steps / trial.steps
+        return speed.start_s + (tokens + EVALUATION_COST * self.evaluated_tokens[trial.size]) / speed.tokens_per_s
+
+
+def trials_to_run(
+    sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], steps: dict[int, list[int]],
+    directory: SweepDirectory,
+) -> list[Trial]:  # fmt: skip
+    """The trials that are still to run, in order."""
+    state = read_state(directory.journal)
+    found: list[Trial] = [record.trial for record in state.trials.values() if record.state != "finished"]
+    planned = state.planned()
+    for size in sizes:
+        one = rungs[size.params]
+        if sweep.config.learning_rates is not None and size.params not in state.chosen:
+            found += [trial for trial in tuning_trials(sweep, one) if trial.name not in state.trials]
+        seeds = size.seeds or sweep.config.seeds
+        found += grid_trials(sweep, one, one.lr, seeds, steps[size.params], planned)
+    for trial in found:
+        trial_config(sweep, rungs[trial.size], trial)
+    return found
+
+
+def clock_of(
+    sweep: Sweep, rungs: dict[int, Rung], trials: Sequence[Trial], directory: SweepDirectory, starter: TrialStarter,
+    wanted: bool, say: Callable[[str], None],
+) -> Clock:  # fmt: skip
+    hardware = sweep.config.hardware
+    evaluated = {}
+    for target, one in rungs.items():
+        config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
+        assert config.evaluation.sequences is not None  # load_sweep sees to it
+        evaluated[target] = config.evaluation.sequences * one.context
+    if hardware.mfu is not None:
+        device = _device(sweep)
+        if device is None:
+            raise UserError(
+                "hardware.mfu is a share of a device's peak, and no device is named", f"{sweep.where}, hardware",
+                f"Give hardware.device: {', '.join(known.name for known in known_devices())}.",
+            )  # fmt: skip
+        precision = str(sweep.document.value.get("precision", "bf16"))
+        peak = device.peak(precision)
+        if peak is None:
+            raise UserError(f"{device.name} has no peak in {precision}", f"{sweep.where}, hardware.device")
+        rate = peak * hardware.mfu * sweep.ranks
+        speeds = {target: Speed(rate / one.flops_per_token, hardware.start_s) for target, one in rungs.items()}
+        return Clock(speeds, f"{hardware.mfu:.0%} of {device.name}'s peak", evaluated)
+    if not wanted:
+        return Clock({}, "not measured", evaluated)
+    return Clock(measure(sweep, list(rungs.values()), directory, starter, say), "measured here", evaluated)
+
+
+def _device(sweep: Sweep) -> Device | None:
+    name = sweep.config.hardware.device
+    if name is None:
+        return lookup(this_machine().device_name)
+    device = lookup(name)
+    if device is None:
+        raise UserError(
+            f"The device '{name}' is not known", f"{sweep.where}, hardware.device",
+            f"Known: {', '.join(known.name for known in known_devices())}.",
+        )  # fmt: skip
+    return device
+
+
+def cost_of(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> dict[str, Any]:
+    """FLOPs, time and money of the trials; null where not known."""
+    own = sum(trial.own_flops for trial in trials)
+    shared = sum(trial.own_flops for trial in trials if trial.kind != "tuning")
+    separate = sum(trial.flops for trial in trials if trial.kind == "branch")
+    lasting = [clock.seconds(trial) for trial in trials]
+    seconds = None
+    busy = None
+    if trials and all(one is not None for one in lasting):
+        seconds = makespan(trials, [one or 0.0 for one in lasting], slots)
+        busy = float(sum(one or 0.0 for one in lasting))
+    device = _device(sweep)
+    price = sweep.config.hardware.usd_per_hour or (device.usd_per_hour if device else None)
+    money = None if busy is None or price is None else busy / 3600 * sweep.ranks * price
+    return {
+        "flops": own, "separate_flops": separate, "saved": 1 - shared / separate if separate else 0.0,
+        "seconds": seconds, "slot_seconds": busy, "usd": money, "usd_per_hour": price, "time_by": clock.source,
+    }  # fmt: skip
+
+
+def makespan(trials: Sequence[Trial], seconds: Sequence[float], slots: int) -> float:
+    """Seconds from the first start to the last end, first in, first out.
+
+    A branch may start when its trunk has passed the step at which it leaves.
+    """
+    free = [0.0] * slots
+    begun: dict[str, tuple[float, float]] = {}
+    by_name = {trial.name: trial for trial in trials}
+    waiting = list(zip(trials, seconds, strict=True))
+
+    def ready_at(trial: Trial) -> float:
+        parent = by_name.get(trial.parent or "")
+        if parent is None:
+            return 0.0
+        if parent.name not in begun:
+            return math.inf
+        start, length = begun[parent.name]
+        return start + length * (trial.parent_step - parent.parent_step) / parent.own_steps
+
+    while waiting:
+        slot = free.index(min(free))
+        # What is ready first; of those, what stands first.
+        at = [max(free[slot], ready_at(trial)) for trial, _ in waiting]
+        chosen = at.index(min(at))
+        trial, length = waiting.pop(chosen)
+        begun[trial.name] = (at[chosen], length)
+        free[slot] = at[chosen] + length
+    return max(free)
+
+
+def check_budget(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int, directory: SweepDirectory) -> None:
+    """Refuse trials that, together with those that have finished, exceed the sweep's budget.
+
+    Raises:
+        UserError: They do.
+    """
+    budget = sweep.config.budget
+    if budget is None:
+        return
+    finished = [one.trial for one in read_state(directory.journal).trials.values() if one.state == "finished"]
+    cost = cost_of(sweep, [*finished, *trials], clock, slots)
+    hours = None if cost["seconds"] is None else cost["seconds"] / 3600
+    spent = f", {len(finished)} finished trials included" if finished else ""
+    for name, limit, planned in (
+        ("flops", budget.flops, cost["flops"]), ("hours", budget.hours, hours), ("usd", budget.usd, cost["usd"])
+    ):  # fmt: skip
+        if limit is not None and planned is not None and planned > limit:
+            raise UserError(
+                f"The sweep would cost {planned:.4g} {name}{spent}, and the budget is {limit:.4g}",
+                f"{sweep.where}, budget.{name}", "Drop the largest size or the longest runs, or raise the budget.",
+            )  # fmt: skip
+
+
+def require_budget(
+    sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], directory: SweepDirectory,
+    starter: TrialStarter, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """`check_budget` of all that is left of a sweep; tokens a second are measured only if hours or money need them.
+
+    Raises:
+        UserError: The budget is exceeded.
+    """
+    budget = sweep.config.budget
+    if budget is None:
+        return
+    steps = {size.params: lengths(sweep, size, rungs[size.params]) for size in sizes}
+    trials = trials_to_run(sweep, sizes, rungs, steps, directory)
+    timed = budget.hours is not None or budget.usd is not None
+    clock = clock_of(sweep, rungs, trials, directory, starter, timed, say)
+    check_budget(sweep, trials, clock, starter.slots, directory)
