@@ -192,7 +192,8 @@ def export_hf(
         ours = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
         return to_hf({name: names[name] for name in part}, ours)
 
-    rows = cast(TensorStorageMetadata, reader.read_metadata().state_dict_metadata[f"{PREFIX}embedding.weight"]).size[0]
+    embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")
+    rows = 0 if embedding is None else cast(TensorStorageMetadata, embedding).size[0]
     with appears_whole(out) as temporary:
         notes = {"format": "pt", "bigtrain": bigtrain.__version__, "step": str(step)}
         written = write_files((tensors(part) for part in parts), len(parts), temporary, notes)

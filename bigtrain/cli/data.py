@@ -26,8 +26,9 @@ def data_pack(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with GPT-2's files.")
+        str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with one or with GPT-2's files.")
     ] = None,
+    eot: Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are: tokens, images, captions, arrays, or a plugin's.")
     ] = None,
@@ -68,7 +69,7 @@ def data_pack(
             raise UserError(str(error), "--shard-size") from None
         with stages() as progress:
             options = PackOptions(
-                tokenizer=None if tokenizer is None else Tokenizer.open(tokenizer),
+                tokenizer=None if tokenizer is None else Tokenizer.open(tokenizer, eot),
                 image_size=image_size,
                 key=key,
                 validation=validation,
@@ -78,14 +79,14 @@ def data_pack(
                 progress=progress,
             )
             summary = chosen.pack(inputs, out, options)
-        _show_passed(summary.passed)
+        _show_passed(summary.passed, as_json)
         show(summary.as_json(), as_json, lines)
 
 
-def _show_passed(passed: PassedOver) -> None:
-    """Print to stderr what was not used."""
+def _show_passed(passed: PassedOver, as_json: bool) -> None:
+    """Print what was not used."""
     for line in passed.lines():
-        print(line, file=sys.stderr)
+        print(line, file=sys.stderr if as_json else sys.stdout)
 
 
 def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
@@ -121,6 +122,7 @@ def data_index(
     places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
     out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
+    eot: Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
     ] = None,
@@ -138,7 +140,7 @@ def data_index(
 
         load_plugins(plugin)
         passed = PassedOver(skip_bad)
-        opened = None if tokenizer is None else Tokenizer.open(tokenizer)
+        opened = None if tokenizer is None else Tokenizer.open(tokenizer, eot)
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:
@@ -157,7 +159,7 @@ def data_index(
             "fingerprint": index.fingerprint,
             **passed.as_json(),
         }
-        _show_passed(passed)
+        _show_passed(passed, as_json)
         show(
             result,
             as_json,

@@ -66,6 +66,9 @@ class SampleKind(BatchKind):
     layout: ClassVar[str] = ""
     """The members of a sample, for messages: "KEY.png + KEY.cls"."""
 
+    gives: ClassVar[str | None] = None
+    """The kind whose batches it gives, so that models of that kind take it; None: its own."""
+
     options: ClassVar[frozenset[str]] = frozenset()
     """The options of packing that the kind takes, of `tokenizer`, `image_size` and `key`."""
 

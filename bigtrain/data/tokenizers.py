@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a tokenizer.json, and GPT-2's pair of files, behind one small class.
+"""Tokenizers: bytes, a tokenizer.json with what lies beside it, and GPT-2's pair of files, behind one small class.
 
 Encoding is of ordinary text: the characters of a special token inside a document (say "<|endoftext|>") are
 encoded as text, so that no document can forge the end of another.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.documents import Document
-from bigtrain.storage import hash_text, write_atomic
+from bigtrain.storage import hash_text, write_atomic, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -29,7 +29,16 @@ BYTES_VOCAB_SIZE = 257
 BYTES_END_OF_TEXT = 256
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FILE_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
+COMPANIONS = (CONFIG_NAME, TEMPLATE_NAME)
+"""Files that lie beside a tokenizer.json and belong to it: names of special tokens, the chat template."""
+MAX_COMPANION_BYTES = 1 << 24
+GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
+"""Classes of transformers whose vocab.json and merges.txt mean what GPT-2's do."""
 CHUNK_CHARACTERS = 1 << 20
+
+_CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 _GPT2_PAIRS = (
     ("gpt2_bpe_encoder.json", "gpt2_bpe_vocab.bpe"),
@@ -64,12 +73,18 @@ class Tokenizer:
         backend: A tokenizer of the `tokenizers` library; None for bytes.
         eot: Name of the end-of-text token; found among the usual names where None.
         where: The file, for errors.
+        companions: The contents of `COMPANIONS`, by name, as far as they are there.
     """
 
     def __init__(
-        self, backend: HuggingFaceTokenizer | None = None, eot: str | None = None, where: str | None = None
+        self,
+        backend: HuggingFaceTokenizer | None = None,
+        eot: str | None = None,
+        where: str | None = None,
+        companions: dict[str, str] | None = None,
     ) -> None:
         self._backend = backend
+        self.companions = companions or {}
         self._chunked = True
         if backend is None:
             self.info = TokenizerInfo("bytes", BYTES_VOCAB_SIZE, BYTES_END_OF_TEXT, "bytes:257")
@@ -88,30 +103,42 @@ class Tokenizer:
 
     @classmethod
     def open(cls, source: str, eot: str | None = None) -> Tokenizer:
-        """The tokenizer that a user names: "bytes", a tokenizer.json, or GPT-2's files (their directory too).
+        """The tokenizer that a user names: "bytes", a tokenizer.json, or a directory of one or of GPT-2's files.
+
+        A tokenizer.json goes before other files of its directory. The end of text is `eot`, else the `eos_token` of the
+        tokenizer_config.json beside it, else found among the usual names.
 
         Raises:
-            UserError: Nothing there, or not a tokenizer.
+            UserError: Nothing there, not a tokenizer, or one that is not read.
         """
         if source == "bytes":
+            if eot is not None:
+                raise UserError("the end of text of bytes is fixed", fix="omit --eot")
             return cls()
         path = Path(source)
         if not path.exists():
             raise UserError(
                 f"no tokenizer at {source!r}",
-                fix="give 'bytes', a tokenizer.json, or the directory of GPT-2's files",
+                fix="give 'bytes', a tokenizer.json, or a directory with one or with GPT-2's files",
             )
-        if path.is_dir():
-            pair = _gpt2_pair(path)
-            if pair is None and not (path / FILE_NAME).is_file():
-                raise UserError(
-                    "the directory holds no tokenizer",
-                    where=source,
-                    fix=f"it needs {FILE_NAME}, or one of " + ", ".join(" + ".join(names) for names in _GPT2_PAIRS),
-                )
-            return cls(_read_json(path / FILE_NAME) if pair is None else _read_gpt2(*pair), eot, source)
-        pair = _gpt2_pair(path.parent, path.name)
-        return cls(_read_json(path) if pair is None else _read_gpt2(*pair), eot, source)
+        directory = path if path.is_dir() else path.parent
+        pair = _gpt2_pair(directory, None if path.is_dir() else path.name)
+        definition = path if path.is_file() and pair is None else directory / FILE_NAME
+        companions = _read_companions(directory)
+        eot = eot or _named_end_of_text(companions)
+        if definition.is_file():
+            return cls(_read_json(definition), eot, source, companions)
+        if pair is None:
+            raise UserError(
+                "the directory holds no tokenizer that is read",
+                where=source,
+                fix=f"it needs {FILE_NAME} ({_CONVERT}), or one of "
+                + ", ".join(" + ".join(names) for names in _GPT2_PAIRS),
+            )
+        kind = _config_of(companions).get("tokenizer_class")
+        if kind not in GPT2_CLASSES:
+            raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, _CONVERT)
+        return cls(_read_gpt2(*pair), eot, source, companions)
 
     @classmethod
     def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
@@ -129,7 +156,8 @@ class Tokenizer:
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
         backend = _read_json(path)
-        tokenizer = cls(backend, None if info.eot is None else backend.id_to_token(info.eot), str(path))
+        eot = None if info.eot is None else backend.id_to_token(info.eot)
+        tokenizer = cls(backend, eot, str(path), _read_companions(path.parent))
         tokenizer.info = info
         return tokenizer
 
@@ -153,9 +181,40 @@ class Tokenizer:
         return None if self._backend is None else self._backend.id_to_token(id)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json into a shard directory; nothing for bytes."""
+        """Write tokenizer.json and what belongs to it into a shard directory; nothing for bytes."""
         if self._backend is not None:
             write_atomic(Path(directory) / FILE_NAME, self._definition)
+            for name, content in self.companions.items():
+                write_atomic(Path(directory) / name, content)
+
+    def export(self, directory: str | Path, context: int) -> dict[str, int]:
+        """Write the tokenizer as `from_pretrained` of transformers reads it, so that it gives what was trained on.
+
+        Documents are stored without a begin of text: where the tokenizer's own rule adds one, the written one does not.
+        Special tokens and chat template stay as they lay beside the tokenizer.
+
+        Args:
+            context: Tokens of a sequence, for `model_max_length`.
+
+        Returns:
+            The ids of end and begin of text, for config.json.
+        """
+        place, config = Path(directory), _config_of(self.companions)
+        definition = json.loads(self._definition)
+        definition["post_processor"] = _without_special_tokens(definition.get("post_processor"))
+        write_atomic(place / FILE_NAME, json.dumps(definition, ensure_ascii=False))
+        name = self.token_of(self.eot)
+        begin = _content(config.get("bos_token")) or name
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": begin}
+        config |= {key: False for key in ("add_bos_token", "add_eos_token") if key in config}
+        config.setdefault("model_max_length", context)
+        config.pop("auto_map", None)
+        write_json(place / CONFIG_NAME, config)
+        if TEMPLATE_NAME in self.companions:
+            write_atomic(place / TEMPLATE_NAME, self.companions[TEMPLATE_NAME])
+        assert self._backend is not None
+        id = self._backend.token_to_id(begin) if begin is not None else None
+        return {"eos_token_id": self.eot, "bos_token_id": self.eot if id is None else id}
 
     @property
     def vocab_size(self) -> int:
@@ -220,6 +279,19 @@ class Tokenizer:
             return bytes(value for value in values if 0 <= value < 256).decode("utf-8", errors="replace")
         known = [value for value in values if 0 <= value < self.vocab_size]
         return str(self._backend.decode(known, skip_special_tokens=True))
+
+
+def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
+    """Whether a tokenizer gives the ids that the one in a tokenizer.json gives, as far as their definitions say it.
+
+    Raises:
+        UserError: The file is not a tokenizer.json.
+    """
+    definition = tokenizer.definition()
+    if definition is None:
+        return False
+    mine, theirs = json.loads(definition[0]), json.loads(_read_json(file).to_str(pretty=False))
+    return all(mine.get(key) == theirs.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
 def train_bpe(
@@ -300,7 +372,54 @@ def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | N
         if found is not None:
             return int(found)
     wanted = repr(name) if name is not None else " or ".join(END_OF_TEXT_NAMES)
-    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it")
+    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it with --eot TOKEN")
+
+
+def _read_companions(directory: Path) -> dict[str, str]:
+    """What lies beside a tokenizer.json and belongs to it."""
+    found = {}
+    for name in COMPANIONS:
+        path = directory / name
+        if path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"the file is not UTF-8: {error.reason}", str(path)) from None
+    _config_of(found)
+    return found
+
+
+def _config_of(companions: dict[str, str]) -> dict[str, Any]:
+    """The object in tokenizer_config.json.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        value = json.loads(companions.get(CONFIG_NAME, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{CONFIG_NAME} is not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _named_end_of_text(companions: dict[str, str]) -> str | None:
+    return _content(_config_of(companions).get("eos_token"))
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which transformers writes as a string or as an object."""
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _without_special_tokens(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A tokenizer's post-processor without the parts that add special tokens to a text."""
+    if step is None or step.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
+        return None
+    if step.get("type") == "Sequence":
+        kept = [one for one in map(_without_special_tokens, step.get("processors", [])) if one is not None]
+        return {**step, "processors": kept} if kept else None
+    return step
 
 
 def _gpt2_pair(directory: Path, member: str | None = None) -> tuple[Path, Path] | None:

@@ -237,6 +237,7 @@ def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
         f"({epochs} epochs), {count} process{'es' if count > 1 else ''}, {config.engine.name}{_axes(prepared, count)}, "
         f"{config.precision}, {where}",
     ]
+    lines += [f"warning: {line}" for line in prepared.warnings()]
     if waste := _filler_share(prepared, count):
         lines.append(
             f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 ONE_FILE = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
 _CONSTANTS = ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied")
+HEAD_NAME = "lm_head.weight"
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
 _NO_PARAMETERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
 """Constants that older files hold as tensors."""
 
@@ -61,7 +64,18 @@ class HfFiles:
     def place(self, name: str) -> str | None:
         """The name under which a tensor is stored: a base model's files leave out the first part of it."""
         short = name.partition(".")[2]
-        return name if name in self.files else short if short in self.files else None
+        if name in self.files or short in self.files:
+            return name if name in self.files else short
+        # One matrix may serve as embedding and head; a file holds it under either name.
+        is_embedding = _EMBEDDING.fullmatch(name) is not None
+        return HEAD_NAME if is_embedding and HEAD_NAME in self.files and self._is_tied else None
+
+    @property
+    def _is_tied(self) -> bool:
+        try:
+            return bool(self.keys().get("tied"))
+        except UserError:
+            return bool(self.config.get("tie_word_embeddings"))
 
     def file_hashes(self, names: list[str]) -> dict[str, str]:
         """The hash of each of these files; reads all of their bytes."""
@@ -80,7 +94,7 @@ class HfFiles:
         """
         kind = str(self.config.get("model_type"))
         try:
-            return FAMILIES[kind].from_hf_config(self.config)
+            return {**FAMILIES[kind].from_hf_config(self.config), **self._padding()}
         except (ValueError, KeyError) as error:
             raise UserError(f"bigtrain cannot build this model: {error}", str(self.directory)) from None
         except UserError:
@@ -89,6 +103,22 @@ class HfFiles:
                 str(self.directory / CONFIG_NAME),
                 "Train it as it is: model: {arch: hf, hf: DIR, context: N}, engine: {name: accelerate}.",
             ) from None
+
+    def _padding(self) -> dict[str, int]:
+        """`vocab_multiple`, where the embedding has more rows than the tokenizer beside the weights has tokens."""
+        rows = next((shape[0] for name, shape in self.shapes.items() if _EMBEDDING.fullmatch(name)), 0)
+        rows = rows or self.shapes.get(HEAD_NAME, (0,))[0]
+        path = self.directory / TOKENIZER_NAME
+        tokens = 0
+        if path.is_file():
+            value = _read_object(path)
+            vocabulary = value.get("model", {}).get("vocab", {})
+            ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+            tokens = max([-1, *ids, *(token["id"] for token in value.get("added_tokens", []))]) + 1
+        if not tokens or tokens >= rows:
+            return {}
+        usual = (multiple for multiple in (64, 128, 256, 512) if -(-tokens // multiple) * multiple == rows)
+        return {"vocab_multiple": next(usual, rows)}
 
     def check_fit(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HfTensor]:
         """The places of the parameters named in `shapes`, which must be here in these shapes.
@@ -118,7 +148,7 @@ class HfFiles:
                 raise UserError(
                     f"{name} is {theirs} in the weights and {tuple(shapes[name])} here",
                     str(self.directory),
-                    "Change 'model' (for rows of the vocabulary model.vocab_multiple), or add the name to init.fresh.",
+                    _fix_shape(theirs, tuple(shapes[name])),
                 )
         known = {self.place(place.name) for place in names.values()}
         spare = sorted(self.files.keys() - known - {"lm_head.weight"})
@@ -185,3 +215,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("It is not a JSON object", str(path))
     return value
+
+
+def _fix_shape(stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about a parameter whose stored shape is another one."""
+    if stored[1:] == wanted[1:] and stored[0] > wanted[0]:
+        return f"If these are rows of the vocabulary, set model.vocab_multiple to {stored[0]}; else change 'model'."
+    if stored[1:] == wanted[1:]:
+        return (
+            "If these are rows of the vocabulary, pack the data with the tokenizer of the weights; "
+            "else change 'model', or add the name to init.fresh."
+        )
+    return "Change 'model', or add the name to init.fresh."

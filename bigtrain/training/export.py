@@ -11,7 +11,6 @@ from bigtrain.config import UserError
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import RunConfig, RunDirectory, load_config
-from bigtrain.storage import write_json
 from bigtrain.training.prepare import pins
 
 logger = logging.getLogger(__name__)
@@ -33,11 +32,7 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
         tokenizer = _tokenizer(run, config)
         if tokenizer is None:
             return {}
-        tokenizer.save(place)
-        name = tokenizer.token_of(tokenizer.eot)
-        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name}
-        write_json(place / "tokenizer_config.json", {**facts, "model_max_length": config.model.context})
-        return {"eos_token_id": tokenizer.eot, "bos_token_id": tokenizer.eot}
+        return tokenizer.export(place, config.model.context)
 
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)
 

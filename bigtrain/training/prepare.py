@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
+from bigtrain.config.urls import is_url
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.mixture import MixedOrder, Sources
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
+from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
+from bigtrain.data.tokenizers import same_encoding
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
 from bigtrain.optim.schedule import Schedule
@@ -120,6 +124,31 @@ class Prepared:
         sizes = [sum(index.sequence_counts(self.context)) for index in self.sources.indexes]
         return {name: one / size for name, one, size in zip(self.sources.names, drawn, sizes, strict=True)}
 
+    def warnings(self) -> list[str]:
+        """What is legal and probably not meant: samples that lose their end, weights of another tokenizer."""
+        found = []
+        for name, index in zip(self.sources.names, self.sources.indexes, strict=True):
+            # The sidecars of a remote directory are not here yet.
+            cut = index.sample_kind.cut(index, self.context) if index.origin is None else 0
+            if cut:
+                found.append(
+                    f"{cut} of {index.samples} {index.sample_kind.unit} of '{name}' are longer than model.context "
+                    f"{self.context} and are cut"
+                )
+        return found + self._other_tokenizer()
+
+    def _other_tokenizer(self) -> list[str]:
+        """Whether Hugging Face weights that the model begins with lie beside another tokenizer than the data's."""
+        places = (self.config.init.source, getattr(self.config.model, "hf", None))
+        info = self.train.tokenizer
+        for place in places:
+            path = Path(place) / TOKENIZER_NAME if place and not is_url(place) else None
+            if path is None or not path.is_file() or info is None or info.kind == "unknown":
+                continue
+            if not same_encoding(self.train.load_tokenizer(), path):
+                return [f"the data has another tokenizer than the {TOKENIZER_NAME} that lies beside the weights"]
+        return []
+
     def boundaries(self) -> Boundaries:
         """When to evaluate and when to save."""
         save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
@@ -221,7 +250,7 @@ def _check_bytes(sources: Sources, streaming: StreamingConfig, context: int, win
 
 def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -> None:
     model = config.model
-    if train.kind != model.data_kind:
+    if model.data_kind not in (train.kind, train.sample_kind.gives):
         raise UserError(
             f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
             train.place,

@@ -83,16 +83,19 @@ class Writer:
             tokens,
             choice,
             padding=torch.tensor(padding, device=self.device) if any(padding) else None,
-            ended=lambda new: all(self._text(row, stop)[1] for row in new.tolist()),
+            ended=lambda new: all(self._text(ids, row, stop)[1] for ids, row in zip(begun, new.tolist(), strict=True)),
             seed=seed,
             given=None if images is None else {"images": images.to(self.device)},
         )
-        return [self._text(row, stop)[0] for row in generated[:, longest:].tolist()]
+        return [self._text(ids, row, stop)[0] for ids, row in zip(begun, generated[:, longest:].tolist(), strict=True)]
 
-    def _text(self, new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
-        """The text of new tokens up to its end, and whether it has ended."""
+    def _text(self, begun: list[int], new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
+        """What new tokens add to the text of those before, up to its end, and whether it has ended."""
         ends = [place for place, token in enumerate(new) if token in self.ends]
-        text = self.vocabulary.decode(new[: ends[0]] if ends else new)
+        new = new[: ends[0]] if ends else new
+        # Decoded together: some tokenizers drop the space before the first token of a text.
+        before, whole = self.vocabulary.decode(begun), self.vocabulary.decode([*begun, *new])
+        text = whole[len(before) :] if whole.startswith(before) else self.vocabulary.decode(new)
         cuts = [place for place in map(text.find, stop) if place >= 0]
         return (text[: min(cuts)], True) if cuts else (text, bool(ends))
 

@@ -1,8 +1,9 @@
-"""Images with captions, and arrays for a module of one's own, through the same commands as text."""
+"""Images with captions, arrays, and a kind of a plugin's own, through the same commands as text."""
 
 from __future__ import annotations
 
 import json
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,24 @@ def write_arrays(folder: Path) -> list[Any]:
     return [folder / "x.npy", folder / "y.npy", "--arrays"]
 
 
+def write_sounds(folder: Path) -> list[Any]:
+    """Tones of three heights with noise, a folder each."""
+    rng = np.random.default_rng(0)
+    for number in range(SAMPLES):
+        tone = number % 3
+        path = folder / f"tone{tone}" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.sin(np.arange(40) * (tone + 1) / 3) + rng.normal(size=40) / 10
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes((8000 * values).astype("<i2").tobytes())
+    return [folder, "--kind", "sounds", "--plugin", SOUNDS]
+
+
+SOUNDS = ROOT / "configs" / "plugin" / "sounds.py"
+
 KINDS: dict[str, tuple[Any, str, dict[str, int], list[str]]] = {
     "captions": (
         write_captions,
@@ -59,6 +78,7 @@ KINDS: dict[str, tuple[Any, str, dict[str, int], list[str]]] = {
         {"length": 6, "features": 1, "targets": 2, "width": 32},
         ["--plugin", str(ROOT / "configs" / "plugin" / "series_model.py")],
     ),
+    "sounds": (write_sounds, "plugin/sounds_run.yaml", {"frames": 40}, ["--plugin", str(SOUNDS)]),
 }
 
 

@@ -66,5 +66,6 @@ def npy_layout(head: bytes, where: str) -> NpyLayout:
 def npy_bytes(values: np.ndarray) -> bytes:
     """An array as the bytes of a .npy file."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(values), allow_pickle=False)
+    # Not ascontiguousarray, which makes one number an array of one axis.
+    np.lib.format.write_array(buffer, np.asarray(values, order="C"), allow_pickle=False)
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -30,10 +31,10 @@ from bigtrain.data.index import (
 )
 from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
 from bigtrain.data.streaming.remote import exists
+from bigtrain.data.tokenizers import COMPANIONS, MAX_COMPANION_BYTES, Tokenizer
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
-from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import write_atomic
-from bigtrain.storage.objects import Cancelled, Patience, Place, cache_home, fetch
+from bigtrain.storage.objects import Cancelled, Patience, Place, RemoteError, cache_home, fetch
 from bigtrain.storage.scheme import open_url
 
 FETCHERS = 8
@@ -314,6 +315,10 @@ def open_index(
         tokenizer = directory / TOKENIZER_NAME
         if not tokenizer.is_file():
             write_atomic(tokenizer, read_small(server, TOKENIZER_NAME, MAX_TOKENIZER_BYTES, patience(streaming)))
+            for name in COMPANIONS:
+                with contextlib.suppress(RemoteError):
+                    companion = read_small(server, name, MAX_COMPANION_BYTES, patience(streaming))
+                    write_atomic(directory / name, companion)
         try:
             Tokenizer.load(directory, index.tokenizer)
         except UserError:

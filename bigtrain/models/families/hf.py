@@ -23,6 +23,8 @@ from bigtrain.storage import hash_file
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from bigtrain.models.huggingface import HfTensor
+
 Task = Literal["causal", "masked", "seq2seq"]
 
 
@@ -142,7 +144,7 @@ class Config(ModelConfig):
                 str(self.directory),
                 "Pack the data with the tokenizer of the model.",
             )
-        positions = getattr(text, "max_position_embeddings", None)
+        positions = self._positions(getattr(text, "max_position_embeddings", None))
         if positions is not None and self.context > positions:
             raise UserError(
                 f"model.context {self.context} is longer than the model's {positions} positions",
@@ -156,6 +158,28 @@ class Config(ModelConfig):
         from bigtrain.models.hf_tasks import check_task
 
         check_task(self, config)
+
+    def _positions(self, said: int | None) -> int | None:
+        """Positions that a sequence may have; a table with a padding row, as RoBERTa's, begins behind that row."""
+        from torch import nn
+
+        tables = [
+            module.num_embeddings - module.padding_idx - 1
+            for name, module in self.meta_model.named_modules()
+            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+        ]
+        return min([*tables, *([said] if said is not None else [])], default=None)
+
+    def hf_names(self) -> dict[str, HfTensor]:
+        """Every parameter under its own name."""
+        from bigtrain.models.huggingface import HfTensor
+
+        return {name: HfTensor(name) for name, _ in self.meta_model.named_parameters()}
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """The config.json of the directory that the model began with."""
+        config: dict[str, Any] = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        return config
 
     def build(self, vocab_size: int) -> PreTrainedModel:
         """The model with the weights of its directory, FP32, on the CPU.

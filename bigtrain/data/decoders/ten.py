@@ -1,0 +1,20 @@
+"""WebDataset's tensor format, tenbin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bigtrain.data.decoding import DECODERS, MemberDecoder
+
+
+@DECODERS.register
+class Ten(MemberDecoder):
+    """`KEY.ten`: a list of arrays, `ten_0`, `ten_1`, ..."""
+
+    name = "ten"
+
+    def decode(self, data: bytes) -> Any:
+        """See `MemberDecoder`."""
+        from webdataset.autodecode import tenbin_loads
+
+        return tenbin_loads(data)
