@@ -7,7 +7,7 @@ from pathlib import Path
 if not sys.flags.safe_path and sys.path and Path(sys.path[0]).resolve() == Path.cwd():
     del sys.path[0]
 
-from bigtrain.cli import main
+from bigtrain.cli import main as main
 
 if __name__ == "__main__":
     main()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bigtrain.data.formats.tar import TarSample
     from bigtrain.data.index import Shard, ShardIndex
     from bigtrain.data.packing.options import PackOptions
-    from bigtrain.data.packing.samples import Sample
+    from bigtrain.data.packing.sample import Sample
     from bigtrain.data.packing.summary import PackSummary
     from bigtrain.data.reading import Reader
     from bigtrain.data.scanning import Scan

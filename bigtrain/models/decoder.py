@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Stage, TensorRole, Zeros
+from bigtrain.models.config import TensorRole
+from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Stage, Zeros
 from bigtrain.models.decoder_config import GATED, DecoderConfig, RopeScaling
 from bigtrain.models.flex import mask_of_documents
 from bigtrain.models.layers import (

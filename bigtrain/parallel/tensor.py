@@ -1,6 +1,6 @@
 """Tensor parallelism: each rank holds a part of every large matrix, and all of them work on the same sequences.
 
-A family's plan says for each parameter how it lies (`contract.TensorRole`). Columns enter a pair of products, rows
+A family's plan says for each parameter how it lies (`config.TensorRole`). Columns enter a pair of products, rows
 leave it (Shoeybi et al. 2019), and between the pairs, under sequence parallelism, each rank holds a slice of the
 sequence (Korthikanti et al. 2022):
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from bigtrain.models.contract import TensorRole
+from bigtrain.models.config import TensorRole
 from bigtrain.models.init import Part
 from bigtrain.models.layers import Branch, Embedding, Linear
 from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
