@@ -1,6 +1,58 @@
 """bigtrain: one YAML file trains a transformer, from a laptop's CPU to a cluster of GPUs.
 
-Importing the package is cheap: torch, ray and deepspeed are imported where they are first needed.
+    import bigtrain
+
+    run = bigtrain.train("my.yaml", {"optimizer.lr": 3e-4}, nproc=2)
+    model = bigtrain.load("my-run@1000")
+
+api/README.md shows each name. Importing the package is cheap: each is imported at its first use, and with it torch,
+ray or deepspeed if it needs them.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from bigtrain.api.cluster import ClusterRun, submit
+    from bigtrain.api.config import read_config
+    from bigtrain.api.data import DataSet, open_data
+    from bigtrain.api.loop import build
+    from bigtrain.api.models import LoadedModel, load
+    from bigtrain.api.runs import Run, RunFailedError, train
+    from bigtrain.run import RunConfig
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClusterRun",
+    "DataSet",
+    "LoadedModel",
+    "Run",
+    "RunConfig",
+    "RunFailedError",
+    "build",
+    "load",
+    "open_data",
+    "read_config",
+    "submit",
+    "train",
+]
+
+_FILES: Final = {
+    "api.cluster": ("ClusterRun", "submit"),
+    "api.config": ("read_config",),
+    "api.data": ("DataSet", "open_data"),
+    "api.loop": ("build",),
+    "api.models": ("LoadedModel", "load"),
+    "api.runs": ("Run", "RunFailedError", "train"),
+    "run": ("RunConfig",),
+}
+_HOMES: Final = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -29,18 +29,19 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.Docume
         raise UserError(f"There is no file {path}", fix="Give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}") from None
-    document = yaml_file.parse(text, str(path))
-    for override in overrides:
-        _apply_override(document, override)
+    return override(yaml_file.parse(text, str(path)), overrides)
+
+
+def override(document: yaml_file.Document, overrides: Iterable[str]) -> yaml_file.Document:
+    """Lay `key.sub=value` words over a document, in place; returns it."""
+    for word in overrides:
+        _apply_override(document, word)
     return document
 
 
 def from_overrides(overrides: Iterable[str]) -> yaml_file.Document:
     """A document of `key.sub=value` words of the command line alone."""
-    document = yaml_file.Document({}, "command line")
-    for override in overrides:
-        _apply_override(document, override)
-    return document
+    return override(yaml_file.Document({}, "command line"), overrides)
 
 
 def _apply_override(document: yaml_file.Document, override: str) -> None:

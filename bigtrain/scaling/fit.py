@@ -23,7 +23,7 @@ from bigtrain.scaling.frontier import frontier_document
 from bigtrain.scaling.judge import judge, warnings_of
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.options import FitOptions
-from bigtrain.scaling.runs.readers import read_source
+from bigtrain.scaling.runs.readers import IN_MEMORY, Source, read_source
 from bigtrain.scaling.runs.selection import best_settings, without_copies
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.scaling.runs.units import check_values
@@ -43,11 +43,11 @@ class Fitted:
     table: RunTable
 
 
-def fit(source: str, options: FitOptions | None = None, say: Callable[[str], None] = lambda text: None) -> Fitted:
+def fit(source: Source, options: FitOptions | None = None, say: Callable[[str], None] = lambda text: None) -> Fitted:
     """Read runs, refuse what cannot be fitted, fit the law by each approach that the options name.
 
     Args:
-        source: As `readers.read_source` takes it.
+        source: As `readers.read_source` takes it: a file, a directory, or a table such as a pandas DataFrame.
         options: What to fit, and how.
         say: Called with what is being done.
 
@@ -56,7 +56,7 @@ def fit(source: str, options: FitOptions | None = None, say: Callable[[str], Non
             approach is reported as refused; it is an error only where none is left.
     """
     options = options or FitOptions()
-    say(f"reading {source}")
+    say(f"reading {source if isinstance(source, str) else IN_MEMORY}")
     read, table, odd = prepare(source, options)
     target = _target(table, options)
     clusters, kind, warnings = choose_clusters(table, options)
@@ -90,7 +90,7 @@ def fit(source: str, options: FitOptions | None = None, say: Callable[[str], Non
     return Fitted(finite(document), table)
 
 
-def prepare(source: str, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:
+def prepare(source: Source, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:
     """The table as it was read, the rows that are fitted, and warnings about them.
 
     Raises:

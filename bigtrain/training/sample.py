@@ -100,8 +100,28 @@ class Writer:
         return (text[: min(cuts)], True) if cuts else (text, bool(ends))
 
 
+def model_of_run(run: RunDirectory, step: int | None) -> tuple[RunConfig, ShardIndex, nn.Module]:
+    """A run's config, the index of its data, and its model with the weights of a checkpoint, on the CPU.
+
+    Args:
+        step: Of the checkpoint; None: the newest sound one.
+
+    Raises:
+        UserError: No checkpoint, or the data is not there any more.
+    """
+    config = load_config(run.config)
+    if step is None:
+        step, _ = commit.newest_verified(run.checkpoints)
+    if step is None:
+        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
+    index = index_of_run(run, config)
+    model = config.model.build(index.vocab_size)
+    model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
+    return config, index, model
+
+
 def writer_of_run(run: RunDirectory, step: int | None, image: bool = False) -> Writer:
-    """The weights of a run's checkpoint, with the tokenizer of its data.
+    """The weights of a run's checkpoint, with the tokenizer of its data, on this machine's device.
 
     Args:
         step: Of the checkpoint; None: the newest sound one.
@@ -111,30 +131,33 @@ def writer_of_run(run: RunDirectory, step: int | None, image: bool = False) -> W
         UserError: No checkpoint, a model that writes no text, an image where there should be none, or none where one
             should be.
     """
+    _refuse_other_kinds(load_config(run.config), image, str(run.path))
+    _, _, model = model_of_run(run, step)
+    return writer_of_model(run, model.to(pick_device(0)), image)
+
+
+def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) -> Writer:
+    """A run's model with the tokenizer of its data, where the model is.
+
+    Raises:
+        UserError: As `writer_of_run`.
+    """
     config = load_config(run.config)
     _refuse_other_kinds(config, image, str(run.path))
-    if step is None:
-        step, _ = commit.newest_verified(run.checkpoints)
-    if step is None:
-        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
-    index = index_of_run(run, config)
-    tokenizer = index.load_tokenizer()
-    model = config.model.build(index.vocab_size)
     if config.model.keeps_contract and not callable(getattr(model, "logits", None)):
         raise UserError(
             f"A model of arch '{config.model.arch}' has no logits(batch), from which a text could be continued",
             str(run.path),
             "Give the module one: FP32 logits (B, C, vocabulary) for a batch of tokens alone.",
         )
-    model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
-    device = pick_device(0)
+    tokenizer = index_of_run(run, config).load_tokenizer()
     template = next((place for place in _sources(config) if (place / "tokenizer_config.json").is_file()), None)
     return Writer(
-        model.to(device),
+        model,
         _OfData(tokenizer, template, str(run.path)),
         frozenset((tokenizer.eot,)),
         None if image else tokenizer.eot,
-        device,
+        next(model.parameters()).device,
     )
 
 

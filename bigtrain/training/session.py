@@ -35,6 +35,7 @@ from bigtrain.training.evaluation import Evaluated, Evaluation, HeldOutSet
 from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.logs import Announcements, MetricsLog, SampleLog, Utilisation
 from bigtrain.training.loop import Outcome, Trainer
+from bigtrain.training.parts import reading
 from bigtrain.training.prepare import Prepared, prepare
 from bigtrain.training.progress import Progress, as_plain
 from bigtrain.training.restoring import Restoring
@@ -127,7 +128,8 @@ class Session:
         evaluation = self._evaluation()
         config, prepared = self.config, self.prepared
         log_samples = config.streaming.log_samples and self.ranks.rank == 0
-        with Loader(prepared.sources, prepared.order, log_samples=log_samples, **self._reading()) as loader:
+        options = reading(prepared, self.engine)
+        with Loader(prepared.sources, prepared.order, log_samples=log_samples, **options) as loader:
             trainer = Trainer(
                 self.engine,
                 loader,
@@ -206,8 +208,10 @@ class Session:
         if held_out is None:
             return None
 
+        options = reading(self.prepared, self.engine)
+
         def loader_of(index: ShardIndex) -> EvaluationLoader:
-            return EvaluationLoader(index, batches=config.batches, sequences=config.sequences, **self._reading())
+            return EvaluationLoader(index, batches=config.batches, sequences=config.sequences, **options)
 
         sets = {
             name: HeldOutSet(partial(loader_of, index), index.bytes_per_token)
@@ -228,23 +232,6 @@ class Session:
             evaluated = evaluation.run()
             self._compare_memory()
         return evaluated
-
-    def _reading(self) -> dict[str, Any]:
-        """How this rank reads its part of a global batch."""
-        config = self.config
-        return {
-            "batch_size": self.prepared.batch_sequences,
-            "context": self.prepared.context,
-            "dp_rank": self.engine.data_parallel_rank,
-            "dp_size": self.engine.data_parallel_size,
-            "micro_size": config.layout.micro_size,
-            "least_micro_batches": config.layout.least_micro_batches,
-            "micro_batch_multiple": config.layout.micro_batch_multiple,
-            "seed": config.seed,
-            "document_mask": config.data.document_mask,
-            "prefetch": config.streaming.prefetch,
-            "streaming": config.streaming,
-        }
 
     def _compare_memory(self) -> None:
         """Let all ranks know the peak of the worst."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from bigtrain.config import UserError
 from bigtrain.scaling.runs.columns import ColumnNames, Columns, rows_to_columns, to_table
@@ -19,14 +20,27 @@ SWEEP_TRIALS = "trials"
 SWEEP_RUNS = "runs.jsonl"
 """In a sweep's directory: one object a finished trial, with run, group, params, tokens, flops, loss, phase, seed."""
 WANDB_PREFIX = "wandb:"
+IN_MEMORY = "a table in memory"
+"""The source of runs that came from no file."""
 
 
-def read_source(source: str, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
+class Frame(Protocol):
+    """A table in memory, such as a pandas DataFrame."""
+
+    def to_dict(self, orient: Literal["list"], /) -> Mapping[Any, Sequence[Any]]:
+        """Its columns by their names."""
+        ...
+
+
+Source = str | Mapping[str, Sequence[object]] | Frame
+
+
+def read_source(source: Source, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
     """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
 
     Args:
         source: A .csv, .jsonl or .json-lines file; a sweep's directory; a directory under which W&B's offline files
-            lie; or wandb:ENTITY/PROJECT.
+            lie; or wandb:ENTITY/PROJECT. Or a table in memory: a DataFrame, or columns by their names.
         named: Columns that the user has named.
         curves: Whether a sweep gives a row for each evaluation of its runs, and not one for each run.
 
@@ -34,7 +48,7 @@ def read_source(source: str, named: ColumnNames | None = None, curves: bool = Fa
         UserError: What is not there, or cannot be read.
     """
     columns, place, notes, native = _read(source, curves)
-    table = to_table(columns, place, source, named or ColumnNames())
+    table = to_table(columns, place, source if isinstance(source, str) else IN_MEMORY, named or ColumnNames())
     return replace(table, native=native, notes=(*notes, *table.notes))
 
 
@@ -43,8 +57,13 @@ def read_columns(source: str) -> list[str]:
     return list(_read(source, curves=True)[0])
 
 
-def _read(source: str, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
+def _read(source: Source, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
     """Columns, places, notes, and whether bigtrain wrote them."""
+    if not isinstance(source, str):
+        found = source if isinstance(source, Mapping) else source.to_dict("list")
+        in_memory: Columns = {str(name): list(values) for name, values in found.items()}
+        rows = max(map(len, in_memory.values()), default=0)
+        return in_memory, [f"row {number}" for number in range(1, rows + 1)], [], False
     if source.startswith(WANDB_PREFIX):
         from bigtrain.scaling.runs.wandb_api import read_project
 

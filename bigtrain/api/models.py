@@ -1,0 +1,85 @@
+"""A run's weights as a module on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from bigtrain.api.config import load_plugins
+from bigtrain.api.runs import RUNS_DIR
+from bigtrain.checkpoint.restore import run_at
+from bigtrain.models.sampling import Choice
+from bigtrain.run import RunDirectory
+from bigtrain.training.sample import model_of_run, writer_of_model
+
+if TYPE_CHECKING:
+    from bigtrain.data.tokenizers import Tokenizer
+
+
+class TextGenerator:
+    """Continues texts with a model that `load` returned."""
+
+    def __init__(self, run: RunDirectory, model: nn.Module) -> None:
+        self._run, self._model = run, model
+
+    def __call__(
+        self, prompt: str = "", tokens: int = 100, *, temperature: float = 0.8, top_k: int | None = None,
+        seed: int = 0, stop: Sequence[str] = (),
+    ) -> str:  # fmt: skip
+        """A text and its continuation, with the weights that the model has now, where it is now.
+
+        Args:
+            tokens: New tokens at most; the text ends earlier where the model ends it, or before the first of `stop`.
+            temperature: Divides the logits; 0 takes the most probable token.
+            top_k: Choose among the k most probable tokens only.
+
+        Raises:
+            UserError: A model that writes no text.
+        """
+        writer = writer_of_model(self._run, self._model)
+        choice = Choice(temperature=temperature, top_k=top_k)
+        return prompt + writer.write([prompt], tokens=tokens, choice=choice, seed=seed, stop=stop)[0]
+
+
+class LoadedModel(nn.Module):
+    """What `load` returns: the model's own class, with these attributes beside its own."""
+
+    tokenizer: Tokenizer | None
+    """What made its tokens; None for images and arrays."""
+
+    generate: TextGenerator
+    """Continues a text: `model.generate("Once", tokens=20)`."""
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    runs_dir: str | os.PathLike[str] = RUNS_DIR,
+    plugin: str | os.PathLike[str] | Iterable[str] | None = None,
+) -> LoadedModel:
+    """The model of a run's checkpoint, on the CPU and in evaluation mode, with FP32 weights.
+
+    Args:
+        run: RUN or RUN@STEP, by name, by path, or by URL on a store; without a step the newest sound checkpoint.
+        runs_dir: The directory in which runs live.
+        plugin: The code of a model of your own, as `--plugin` takes it.
+
+    Returns:
+        The module that the config describes, its parameters under their qualified names. `model.tokenizer` is the
+        data's, and `model.generate(text)` continues a text.
+
+    Raises:
+        UserError: There is no such run or checkpoint; its data has moved away.
+        CorruptionError: The checkpoint is damaged.
+    """
+    load_plugins(plugin)
+    directory, step = run_at(os.fspath(run), Path(runs_dir))
+    _, index, module = model_of_run(directory, step)
+    model = cast(LoadedModel, module.eval())
+    model.tokenizer = None if index.tokenizer is None else index.load_tokenizer()
+    model.generate = TextGenerator(directory, module)
+    return model

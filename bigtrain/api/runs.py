@@ -1,0 +1,210 @@
+"""Training a run on this machine, and reading it while it runs and afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bigtrain.api.config import Overrides, read_config
+from bigtrain.children import module_command, with_source
+from bigtrain.config import UserError
+from bigtrain.run import ExitCode, RunDirectory, find_run
+
+if TYPE_CHECKING:
+    from bigtrain.run import RunConfig
+
+RUNS_DIR: Final = "runs"
+LOOK_S: Final = 0.2
+
+
+class RunFailedError(RuntimeError):
+    """A run ended with an error; the message has its cause."""
+
+
+class Run:
+    """A run on this machine: under way, stopped or finished.
+
+    Args:
+        run: Its name under `runs_dir`, or the path of its directory.
+
+    Raises:
+        UserError: There is no such run; names the nearest.
+    """
+
+    def __init__(self, run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = RUNS_DIR) -> None:
+        self._directory = find_run(os.fspath(run), Path(runs_dir))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._directory.name
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self._directory.path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def config(self) -> RunConfig:
+        """Its resolved config."""
+        return read_config(self._directory.config)
+
+    def status(self) -> dict[str, Any]:
+        """State, step, loss, speed, goodput and more: what `bigtrain status --json` prints."""
+        from bigtrain.jobs.cluster.views import LocalView
+
+        return LocalView(self._directory).status()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """A row for each logged step, by the names of the metrics: `pandas.DataFrame(run.metrics())` is its table."""
+        from bigtrain.tracking.metrics import step_rows
+
+        return list(step_rows(self._directory.metrics))
+
+    def events(self) -> list[dict[str, Any]]:
+        """Starts, saves, faults, stops and the end, oldest first."""
+        from bigtrain.storage import read_lines
+
+        return list(read_lines(self._directory.events))
+
+    def checkpoints(self) -> list[int]:
+        """The steps that have a published checkpoint, oldest first; none of them is verified by this call."""
+        from bigtrain.checkpoint.commit import list_checkpoints
+
+        return [found.step for found in list_checkpoints(self._directory.checkpoints)]
+
+    def wait(self, timeout_s: float | None = None) -> Run:
+        """Wait until no process trains the run.
+
+        Args:
+            timeout_s: At most this long.
+
+        Returns:
+            The run itself.
+
+        Raises:
+            TimeoutError: It is still under way.
+            RunFailedError: It was started by `train` in this process, and failed.
+        """
+        from bigtrain.run import Lease
+
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._is_active(Lease.holder(self._directory)):
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"The run '{self.name}' is still under way after {timeout_s:g} s")
+            time.sleep(LOOK_S)
+        if self._process is not None and self._process.returncode not in (ExitCode.FINISHED, ExitCode.STOPPED):
+            raise RunFailedError(f"The run '{self.name}' failed: {self._cause()}")
+        return self
+
+    def stop(self, now: bool = False) -> None:
+        """Let the run save itself and end; it can be resumed. Returns when it has ended.
+
+        Args:
+            now: End it at once; it resumes from its last checkpoint.
+
+        Raises:
+            UserError: It is not under way on this machine.
+        """
+        from bigtrain.jobs.stop import stop
+
+        stop(self._directory, now)
+        if self._process is not None:
+            self._process.wait()
+
+    def _is_active(self, holder: Any) -> bool:
+        if self._process is not None:
+            return self._process.poll() is None
+        return holder is not None and holder.alive()
+
+    def _cause(self) -> str:
+        causes = [str(event["cause"]) for event in self.events() if event.get("event") in ("fault", "failed")]
+        return causes[-1] if causes else "see its logs"
+
+
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig,
+    overrides: Overrides = None,
+    nproc: int | None = None,
+    *,
+    name: str | None = None,
+    runs_dir: str | os.PathLike[str] = RUNS_DIR,
+    plugin: str | os.PathLike[str] | Iterable[str] | None = None,
+    wait: bool = True,
+) -> Run:
+    """Train a run on this machine, as `bigtrain train` does. A run that exists resumes where it is.
+
+    Args:
+        config: The path of a YAML file, the same keys as a mapping, or a `RunConfig`.
+        overrides: Values for keys of it: {"optimizer.lr": 3e-4}.
+        nproc: Processes; by default as the config's `job` section says.
+        name: Name of the run, instead of the config's.
+        runs_dir: The directory in which runs live.
+        plugin: Your own code, as `--plugin` takes it.
+        wait: Return at the run's end; an interrupt (Ctrl-C) lets it save itself first. False: return once it runs.
+
+    Returns:
+        The run, finished, or stopped by someone.
+
+    Raises:
+        UserError: Anything that is wrong before a process is started.
+        RunFailedError: The run failed.
+    """
+    from bigtrain.config import yaml_file
+    from bigtrain.config.plugin import active_plugin
+    from bigtrain.jobs.train import check
+
+    resolved = read_config(config, overrides, name=name, plugin=plugin)
+    place = Path(runs_dir).absolute()
+    check(resolved, place)
+    active = active_plugin()
+    arguments = ["train", "", "--runs-dir", str(place)]
+    if nproc is not None:
+        arguments += ["--nproc", str(nproc)]
+    for source in active.place.split(os.pathsep) if active is not None else ():
+        arguments += ["--plugin", source]
+    with tempfile.NamedTemporaryFile("w", prefix="bigtrain-", suffix=".yaml") as file:
+        file.write(yaml_file.dump(resolved.plain()))
+        file.flush()
+        arguments[1] = file.name
+        process = subprocess.Popen(module_command("bigtrain", *arguments), env=with_source(os.environ))
+        run = _started(process, RunDirectory(place / resolved.name))
+    if not wait:
+        return run
+    try:
+        return run.wait()
+    except KeyboardInterrupt:
+        if process.poll() is None:
+            print(f"{run.name}: stopping; it saves itself first", file=sys.stderr)
+            process.terminate()
+            process.wait()
+        raise
+
+
+def _started(process: subprocess.Popen[bytes], directory: RunDirectory) -> Run:
+    """The run, once its launcher has read the config and taken the lease, or has ended.
+
+    Raises:
+        UserError: It was refused; its message is on stderr.
+    """
+    from bigtrain.run import Lease
+
+    while process.poll() is None:
+        holder = Lease.holder(directory)
+        if holder is not None and holder.pid == process.pid and directory.exists():
+            break
+        time.sleep(LOOK_S)
+    if process.poll() == ExitCode.USER:
+        raise UserError(f"The run '{directory.name}' was refused: see above")
+    run = Run(directory.path)
+    run._process = process
+    return run
