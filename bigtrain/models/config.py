@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 DataKind = str
 """The name of a sample kind (`batches.KINDS`)."""
 
-TensorRole = Literal["column", "row", "vocab", "sequence", "heads"]
+TensorRole = Literal["column", "row", "vocab", "whole", "heads"]
 """How a parameter lies on the ranks that share each matrix.
 
 column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
-vocab: the rows of an embedding or head are. sequence: whole on each rank, and applied to the residual stream, of which
-each rank may hold a slice. heads: whole on each rank, and applied to the rank's own heads."""
+vocab: the rows of an embedding or head are. whole: not split, and applied to the residual stream, of which
+each rank may hold a slice. heads: not split, and applied to the rank's own heads."""
 
 
 class Flops(NamedTuple):

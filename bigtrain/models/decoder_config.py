@@ -31,7 +31,7 @@ TENSOR_PLAN: dict[str, TensorRole] = {
     "layers.*.mlp.gate.*": "column",
     "layers.*.mlp.up.*": "column",
     "layers.*.mlp.down.weight": "row",
-    "*": "sequence",
+    "*": "whole",
 }
 """Heads, the MLP's channels and the vocabulary are split; all else is whole. The first pattern that matches counts."""
 

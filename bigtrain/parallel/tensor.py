@@ -14,9 +14,11 @@ or as a plain tensor, for engines that take no DTensor.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,8 @@ from bigtrain.models.init import Part
 from bigtrain.models.layers import Branch, Embedding, Linear
 from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
 from bigtrain.parallel.collectives import all_gather, reduce_scatter
+
+logger = logging.getLogger(__name__)
 
 SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
 """The dimension of a parameter that is split; those of the other roles are whole on each rank."""
@@ -138,7 +142,7 @@ def split(model: nn.Module, tensor: TensorGroup, mesh: DeviceMesh | None) -> Spl
                 setattr(module, own_name, replaced[parameter])
                 continue
             role = _role(plan, name)
-            if role == "heads" or (role == "sequence" and tensor.sequence_parallel):
+            if role == "heads" or (role == "whole" and tensor.sequence_parallel):
                 partial.add(name)
             dim = SPLIT_DIM.get(role)
             if dim is not None:
@@ -188,8 +192,17 @@ def chunk(count: int, ranks: int, rank: int) -> slice:
 def _role(plan: dict[str, TensorRole], name: str) -> TensorRole:
     for pattern, role in plan.items():
         if fnmatchcase(name, pattern):
-            return role
+            return _today(role)
     raise ValueError(f"the tensor plan has no pattern that matches {name}")
+
+
+@cache
+def _today(role: str) -> TensorRole:
+    """A role by its present name; models of earlier versions say "sequence" for "whole"."""
+    if role == "sequence":
+        logger.warning('the tensor plan has the role "sequence", which is now called "whole"')
+        return "whole"
+    return cast(TensorRole, role)
 
 
 def _part(parameter: Tensor, dim: int, tensor: TensorGroup, name: str) -> Part:

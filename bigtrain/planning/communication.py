@@ -301,7 +301,7 @@ class _Step:
 
     def _once(self) -> Iterator[Term]:
         """What a step exchanges once, after all passes."""
-        met_a_part = {"heads", "sequence"} if self.layout.sequence_parallel else {"heads"}
+        met_a_part = {"heads", "whole"} if self.layout.sequence_parallel else {"heads"}
         partial = sum(one.own_elements for one in self.parts.all if one.role in met_a_part)
         if partial and self.sizes.tp > 1:
             yield _term("all_reduce", ("tp",), partial * FP32, 1, "gradients of what met a part of the activations")

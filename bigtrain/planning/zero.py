@@ -147,7 +147,7 @@ def _stage_3(stage: StageParts, ranks: int, engine: DeepSpeedConfig, number: int
 
 
 def _partial(parameters: list[Parameter], layout: LayoutConfig, number: int, passes: Passes) -> Iterator[Term]:
-    met_a_part = {"heads", "sequence"} if layout.sequence_parallel else {"heads"}
+    met_a_part = {"heads", "whole"} if layout.sequence_parallel else {"heads"}
     for one in parameters:
         if one.role in met_a_part:
             yield _term("all_reduce", ("tp",), one.elements * number, passes.count, f"gradients of {one.name}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.init import initialise
 from bigtrain.models.loss import VocabularyPart, chunked_cross_entropy
+from bigtrain.parallel import tensor as tensor_file
 from bigtrain.parallel.apply import build_parallel_model
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks, build_mesh
@@ -127,13 +128,20 @@ def test_a_parameter_that_the_plan_leaves_out_is_refused(ranks: RankPool) -> Non
 def refusal() -> str:
     with torch.device("meta"):
         model: Any = FAMILIES["llama"](**MODEL).build(VOCABULARY)
-    plan = {pattern: role for pattern, role in model.tensor_plan().items() if pattern != "*"} | {"layers.*": "sequence"}
+    plan = {pattern: role for pattern, role in model.tensor_plan().items() if pattern != "*"} | {"layers.*": "whole"}
     model.tensor_plan = lambda: plan
     try:
         split(model, TensorGroup(cast(dist.ProcessGroup, dist.group.WORLD), True, True), mesh=None)
     except ValueError as error:
         return str(error)
     return "not refused"
+
+
+def test_the_former_name_of_a_role_is_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    former: Any = {"*": "sequence"}
+    assert tensor_file._role(former, "norm.weight") == "whole"
+    assert tensor_file._role({"*": "heads"}, "norm.weight") == "heads"
+    assert "is now called" in caplog.text
 
 
 def places_that_differ(vocabulary: int) -> tuple[str, list[str]]:
