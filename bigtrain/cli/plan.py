@@ -1,7 +1,8 @@
-"""`bigtrain plan`: memory, time, cost and layout of a run before a GPU is taken."""
+"""`bigtrain plan` and `bigtrain prove`: a run's memory, time, cost and layout before a GPU is taken, and its result."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,12 @@ def plan(
         show(document, as_json, plan_text)
     if not document["fits"]:
         raise typer.Exit(1)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def prove(context: typer.Context) -> None:
+    """Compare a run's model, shrunk, at its layout on CPU processes with one process; --help shows its options."""
+    os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.prove", *context.args])
 
 
 def vocabulary(config: Any) -> int:

@@ -16,10 +16,12 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
+from bigtrain.hardware.this_machine import this_machine
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placer_kinds import kind_of
 from bigtrain.jobs.takeover import outlast
+from bigtrain.planning.check import check_memory
 from bigtrain.run import NAME_PATTERN, ExitCode, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.streams import enduring
 from bigtrain.tracking.history import read_events, state
@@ -64,6 +66,7 @@ def train(
         print(f"The run '{run.directory.name}' is finished: {run.newest} steps. Nothing to do.", file=stream)
         return ExitCode.FINISHED
     count = _processes(run.prepared.config, procs)
+    check_memory(run.prepared.config, run.prepared.outputs, count, this_machine().device_name)
     if procs is not None:
         # So that `bigtrain train RUN/config.yaml` takes as many.
         run = run.with_job(procs_per_node=procs)

@@ -18,6 +18,7 @@ from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.hardware.cluster import cluster
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.parallel.config import LayoutConfig
+from bigtrain.planning.check import check_memory
 from bigtrain.planning.estimate import Job
 from bigtrain.planning.page import plan_page
 from bigtrain.planning.report import execution_yaml, numbers_text, plan_document, plan_text
@@ -168,3 +169,26 @@ def test_what_the_formulas_do_not_cover_is_said(tmp_path: Path, model: str | Non
     done = CliRunner().invoke(app, ["plan", str(file), "--gpus", "8", *extra])
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_term_to_cut(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("layers: 8", "layers: 400").replace("size: 32", "size: 64"))
+    large = load_config(file)
+    with pytest.raises(UserError, match=r"needs about \d+ GiB .* H100 SXM has 75 GiB; most is \w+") as caught:
+        check_memory(large, 32_000, 2, "NVIDIA H100 80GB HBM3")
+    assert "bigtrain plan" in str(caught.value)
+    check_memory(large, 32_000, 2, "a device that is not known")
+    check_memory(load_config(file, ["model.layers=2", "layout.micro_size=1"]), 32_000, 2, "NVIDIA H100 80GB HBM3")
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "large"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_large_configs_are_legal_and_fit(file: Path) -> None:
+    loaded = load_config(file)
+    gpus = loaded.job.nodes * int(loaded.job.procs_per_node)
+    one = Job.of(loaded, 128_256).estimate(H100, gpus)
+    assert file.stem.endswith(f"-{gpus}")
+    assert one.fits

@@ -1,0 +1,184 @@
+"""`bigtrain prove CONFIG [layout.x=...]`: a run's own model, shrunk, at its own layout against one process.
+
+The model keeps what layouts get wrong (grouped heads, ties, norms, biases, dropout, masks) and loses size. A few steps
+in FP32 on CPU processes are compared with one process that takes the whole batch in one pass: initial weights, the
+gradient of every parameter, its norm, the loss, updated weights, and a state that is put into the layout and read back.
+
+Rules: degrees above 2 are halved until the ranks fit; layers become as few as stages (at least 2, and a full period of
+layers that differ); key heads as many as tp and cp share, query heads in the same ratio up to 4; heads are 8 wide;
+context, MLP and vocabulary become small. Models that are no decoders keep their sizes. `compile` is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bigtrain.config import UserError
+from bigtrain.config.plugin import load_plugin
+from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.parallel.config import LayoutConfig
+from bigtrain.run import RunConfig, load_config
+from bigtrain.testing.equivalence import How, What, build, deviations, gather, put, record
+from bigtrain.testing.ranks import RankPool
+
+MOST_RANKS = 16
+HEAD_WIDTH = 8
+MOST_HEADS_PER_KEY = 4
+CONTEXT, VOCABULARY, BATCH, STEPS = 24, 61, 7, 3
+LEAST_EPS = 1e-6
+"""Of Adam: where a gradient is nothing but rounding, a smaller one would make steps of its sign."""
+AXES = ("dp_replicate", "dp_shard", "cp", "pp", "tp")
+
+
+def shrunk_layout(layout: LayoutConfig, ranks: int) -> tuple[dict[str, int], list[str]]:
+    """Sizes of the axes on at most `ranks` ranks, and what was changed, in words."""
+    given = {axis: getattr(layout, axis) for axis in AXES}
+    sizes = {axis: 2 if size == -1 else size for axis, size in given.items()}
+    while math.prod(sizes.values()) > ranks:
+        axis = max(AXES, key=lambda name: sizes[name])
+        if sizes[axis] <= 2:
+            axis = next(name for name in AXES if sizes[name] > 1)
+        sizes[axis] = max(1, sizes[axis] // 2)
+    changed = [
+        f"layout.{axis}: {given[axis]} -> {sizes[axis]}" for axis in AXES if given[axis] not in (sizes[axis], -1)
+    ]
+    return sizes, changed
+
+
+def shrunk_model(model: Any, layout: LayoutConfig) -> tuple[dict[str, Any], list[str]]:
+    """The section `model` without its context, and what was changed, in words."""
+    plain = {key: value for key, value in model.plain().items() if key != "context"}
+    if not isinstance(model, DecoderConfig):
+        return plain, [f"a model of arch '{model.arch}' keeps its sizes"]
+    keys = 1 if model.key_value_heads == 1 else layout.tp * layout.cp
+    heads = keys * min(model.heads // model.key_value_heads, MOST_HEADS_PER_KEY)
+    heads = math.lcm(heads, layout.tp * layout.cp)
+    width = heads * HEAD_WIDTH
+    periods = [every for every in (model.full_attention_every, model.no_rotary_every) if every]
+    small: dict[str, Any] = {
+        "layers": max(2, layout.stages, *periods),
+        "width": width,
+        "heads": heads,
+        "mlp_width": layout.tp * (width // layout.tp + 3),
+        "max_positions": None,
+    }
+    small["kv_heads"] = None if model.kv_heads is None else keys
+    if model.head_width is not None:
+        small["head_width"] = HEAD_WIDTH if model.head_width * model.heads == model.width else 2 * HEAD_WIDTH
+    if model.sliding_window is not None:
+        small["sliding_window"] = min(model.sliding_window, CONTEXT // 3)
+    changed = [f"model.{key}: {plain[key]} -> {value}" for key, value in small.items() if plain[key] != value]
+    return {**plain, **small}, changed
+
+
+def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tuple[What, How, list[str]]:
+    """What is compared, how, and what was changed.
+
+    Raises:
+        UserError: A model of transformers, or a layout that the model cannot have.
+    """
+    if config.engine.runs_transformers:
+        raise UserError(
+            "A model of transformers is not proven: it does not run in native layouts",
+            "engine.name",
+            "Prove a run of the engine fsdp or deepspeed.",
+        )
+    sizes, changed = shrunk_layout(config.layout, ranks)
+    kept = {key: value for key, value in config.layout.plain().items() if key not in ("micro_size", "pp_split")}
+    layout = LayoutConfig.model_validate({**kept, **sizes})
+    model, smaller = shrunk_model(config.model, layout)
+    multiple = layout.cp * math.lcm(2, layout.tp)
+    context = -(-CONTEXT // multiple) * multiple
+    optimizer = {key: value for key, value in config.optimizer.plain().items() if key not in ("lr", "clip", "frozen")}
+    if "eps" in optimizer:
+        optimizer["eps"] = max(optimizer["eps"], LEAST_EPS)
+    engine = {**config.engine.plain(), **({"compile": False} if "compile" in config.engine.plain() else {})}
+    what = What(
+        model,
+        documents=config.data.document_mask,
+        context=context,
+        vocabulary=VOCABULARY,
+        batch=BATCH,
+        steps=STEPS,
+        clip=config.optimizer.clip,
+        frozen=tuple(config.optimizer.frozen),
+        optimizer=optimizer,
+        plugin=plugin,
+    )
+    changed += smaller
+    changed.append(f"context {context}, vocabulary {VOCABULARY}, batch {BATCH}, {STEPS} steps, fp32")
+    plain = layout.plain()
+    plain.pop("micro_size")
+    return what, How(math.prod(sizes.values()), plain, engine, micro_size=1), changed
+
+
+def resumed(what: What, how: How, directory: Path) -> list[str]:
+    """Put one process's newest state into this layout and read it back: names whose values differ. Collective."""
+    engine = build(what, how)
+    expected = load_file(directory / f"state-{what.steps - 1}.safetensors")
+    put(engine.state(), expected)
+    found = gather(engine.state())
+    engine.close()
+    missing = [f"{name} is missing after a resume" for name in expected.keys() - found.keys()]
+    differ = [name for name, value in found.items() if name in expected and not torch.equal(value, expected[name])]
+    return sorted(missing) + [f"{name} differs after a resume" for name in sorted(differ)]
+
+
+def prove(what: What, how: How, pool: RankPool, directory: Path) -> list[str]:
+    """What differs between a layout and one process, by name; nothing where they agree."""
+    pool.run(record, what, directory, ranks=1)
+    found = pool.run(deviations, what, how, directory, ranks=how.ranks)[0].faults()
+    return found + pool.run(resumed, what, how, directory, ranks=how.ranks)[0]
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring; the exit code."""
+    parser = argparse.ArgumentParser(prog="bigtrain prove", description="Compare a run's layout with one process.")
+    parser.add_argument("config", type=Path, help="A run's YAML.")
+    parser.add_argument("overrides", nargs="*", help="key=value pairs laid over the file.")
+    parser.add_argument("--ranks", type=int, default=8, help="CPU processes, at most (default: 8).")
+    parser.add_argument("--plugin", help="Your own model: a .py file, a package or a module.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        if not 1 <= options.ranks <= MOST_RANKS:
+            raise UserError(f"{options.ranks} is no number of ranks", "--ranks", f"Give 1 to {MOST_RANKS}.")
+        if options.plugin:
+            load_plugin(options.plugin)
+        config = load_config(options.config, options.overrides)
+        what, how, changed = plan_proof(config, options.ranks, options.plugin)
+        with tempfile.TemporaryDirectory(prefix="bigtrain-prove-") as place:
+            pool = RankPool(max(how.ranks, 1))
+            try:
+                faults = prove(what, how, pool, Path(place))
+            finally:
+                pool.close()
+    except UserError as error:
+        if options.json:
+            print(json.dumps(error.as_json()))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps({"ranks": how.ranks, "changed": changed, "layout": how.layout, "faults": faults}))
+    else:
+        print("\n".join(f"shrunk: {line}" for line in changed))
+        print(f"{how.ranks} processes against one, {what.steps} steps: {'they agree' if not faults else 'they differ'}")
+        print("\n".join(faults))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    # Ranks find functions by their module's name, which this one has only when it is imported.
+    from bigtrain.testing.prove import main as main_of_the_module
+
+    sys.exit(main_of_the_module(sys.argv[1:]))
