@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -232,3 +232,36 @@ def data_verify(
         found = verify(path)
         found.raise_for_problems()
         show(found.as_json(), as_json, lines)
+
+
+@app.command("overlap")
+def data_overlap(
+    train: Annotated[Path, typer.Argument(help="Shards of text, or files of it.")],
+    validation: Annotated[Path, typer.Argument(help="Held-out shards or files; shards get the finding beside them.")],
+    as_json: Json = False,
+) -> None:
+    """Find passages of held-out text that the training text has too: exact, near and shifted copies."""
+    with errors(as_json):
+        from bigtrain.data.overlap import overlap, record
+
+        with counting("documents of the training text") as count:
+            found = overlap(train, validation, count)
+        file = record(found, validation)
+        show({**found, "file": str(file) if file else None}, as_json, _overlap_text)
+
+
+def _overlap_text(found: dict[str, Any]) -> str:
+    text = [
+        f"{found['share']:.2%} of {found['passages']:,} passages of {found['validation']} are in {found['train']} too: "
+        f"{found['exact']} exact copies, {found['near']} near ones ({found['rule']})"
+    ]
+    for one in found["found"][:10]:
+        text.append(
+            f"  {one['document']}, word {one['word']}: {one['share']:.0%} of it at {one['train_document']}, about word "
+            f"{one['train_word']}"
+        )
+    if len(found["found"]) > 10:
+        text.append(f"  and {found['exact'] + found['near'] - 10} more; --json lists up to {len(found['found'])}")
+    if found["share"] > 0:
+        text.append("warning: a held-out loss on these passages is too low; pack the held-out text anew without them")
+    return "\n".join([*text, *([found["file"]] if found["file"] else [])])

@@ -274,10 +274,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of some ids; the end of text becomes nothing, bytes that are no UTF-8 become U+FFFD."""
-        values = [int(value) for value in np.asarray(ids, dtype=np.int64).reshape(-1)]
+        values = np.asarray(ids, dtype=np.int64).reshape(-1)
         if self._backend is None:
-            return bytes(value for value in values if 0 <= value < 256).decode("utf-8", errors="replace")
-        known = [value for value in values if 0 <= value < self.vocab_size]
+            of_bytes = values[(values >= 0) & (values < 256)]
+            return of_bytes.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        known = values[(values >= 0) & (values < self.vocab_size)].tolist()
         return str(self._backend.decode(known, skip_special_tokens=True))
 
 
