@@ -28,8 +28,10 @@ from bigtrain.scaling.runs.numbers import count, parse_number
 from bigtrain.scaling.runs.table import RunTable, groups_by_size, refuse_collinear
 
 Cost = Literal["flops", "tokens", "time"]
-SAME_LENGTH, NEAR_SIZE = 0.02, 0.5
-"""Relative: tokens and N within which two runs are of one cell of the ladder."""
+SAME_LENGTH = 0.02
+"""Relative: token counts of one recipe that are one length."""
+NEAR_SIZE, NEAR_LENGTH = 0.5, 0.35
+"""ln of N and of tokens within which sizes and lengths of two recipes are one cell of the ladder, the nearest first."""
 LEVEL = 0.95
 MIN_CELLS = 3
 _TIME = ("seconds", "train_s", "wall_s", "train_seconds", "time_s", "runtime", "_runtime")
@@ -102,7 +104,7 @@ def match(first: RunTable, second: RunTable, cost: Cost, pair: bool | None) -> C
         UserError: Too few common cells, or what `pair` or `cost` needs is missing.
     """
     sizes = _sizes(first, second)
-    lengths = _lengths(first, second)
+    lengths = _lengths(first, second, sizes)
     seeds = (_seeds(first), _seeds(second))
     rows: list[tuple[int, int, str, int, int]] = []
     for recipe, table in enumerate((first, second)):
@@ -166,17 +168,29 @@ def _sizes(first: RunTable, second: RunTable) -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
-def _lengths(first: RunTable, second: RunTable) -> tuple[list[int], list[int]]:
-    """The length of each run, as a number of its logarithm's bin."""
-    tokens = np.concatenate([first.tokens, second.tokens])
-    order = np.argsort(tokens, kind="stable")
-    bins = np.empty(len(tokens), dtype=np.int64)
-    current, begin = -1, 0.0
-    for i in order.tolist():
-        if current < 0 or tokens[i] > begin * (1 + SAME_LENGTH):
-            current, begin = current + 1, float(tokens[i])
-        bins[i] = current
-    return bins[: len(first)].tolist(), bins[len(first) :].tolist()
+def _lengths(first: RunTable, second: RunTable, sizes: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+    """The length of each run, numbered within its size: a recipe with a little more N trains a little longer."""
+    found: list[list[int]] = [[0] * len(first), [0] * len(second)]
+    for size in set(sizes[0]) | set(sizes[1]):
+        rows = [np.flatnonzero(np.array(one) == size) for one in sizes]
+        known = _distinct(first.tokens[rows[0]])
+        for recipe, (table, own) in enumerate(zip((first, second), rows, strict=True)):
+            others = _distinct(table.tokens[own])
+            for i in own.tolist():
+                length = min(others, key=lambda other: abs(math.log(other / float(table.tokens[i]))))
+                near = min(known, key=lambda other: abs(math.log(other / length)), default=None)
+                close = near is not None and abs(math.log(near / length)) < NEAR_LENGTH
+                found[recipe][i] = known.index(near) if close and near is not None else -1 - others.index(length)
+    return found[0], found[1]
+
+
+def _distinct(tokens: FloatArray) -> list[float]:
+    """Token counts, those within 2 % of each other once."""
+    kept: list[float] = []
+    for value in np.sort(tokens).tolist():
+        if not kept or value > kept[-1] * (1 + SAME_LENGTH):
+            kept.append(value)
+    return kept
 
 
 def _seeds(table: RunTable) -> tuple[str, ...]:

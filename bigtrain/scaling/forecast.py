@@ -102,16 +102,15 @@ def _ratios(sweep: Path, row: dict[str, Any], rows: list[dict[str, Any]], theta:
     end = float(row["tokens"])
     if not logged:
         return None
-    sums, weights, before = np.zeros(BINS), np.zeros(BINS), 0.0
+    tokens, sums = [0.0], [0.0]
     for one in logged:
-        weight = float(one["tokens"]) - before
-        before = float(one["tokens"])
-        number = min(int(float(one["tokens"]) / end * BINS - 1e-6), BINS - 1)
-        if one.get("loss") is not None and weight > 0:
-            sums[number] += float(one["loss"]) * weight
-            weights[number] += weight
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.where(weights > 0, sums / weights, np.nan)
+        if one.get("loss") is not None and float(one["tokens"]) > tokens[-1]:
+            sums.append(sums[-1] + float(one["loss"]) * (float(one["tokens"]) - tokens[-1]))
+            tokens.append(float(one["tokens"]))
+    # Logged intervals and shares have other ends: the sum up to each share's end is interpolated.
+    ends = np.interp(np.linspace(0, end, BINS + 1), tokens, sums)
+    means = np.diff(ends) / (end / BINS)
+    means[np.linspace(0, end, BINS + 1)[1:] > tokens[-1] * 1.01] = np.nan
     return np.asarray(np.log(means / formula.loss(theta, row["params"], end)), dtype=np.float64)
 
 

@@ -70,8 +70,8 @@ def judge(
     for one in biases[:1]:
         own = float(law.optimal_params(fitted.theta, target))
         warnings.append(
-            f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors, up to {one.loss_bias:+.2%}), as "
-            f"a warm-up or a batch that is too long for them does: without the {one.runs_left_out} nearest to it N* at "
+            f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors), as a "
+            f"warm-up or a batch that is too long for them does: without the {one.runs_left_out} nearest to it N* at "
             f"the target is {count(one.target_params)} in place of {count(own)}; leave them out, or train them anew"
         )
     for name, slope in slopes.items():
