@@ -19,7 +19,9 @@ COPIES = 40
 
 def words_of(folder: Path) -> list[list[str]]:
     """The words of each novel, from its first chapter on."""
-    return [re.findall("[A-Za-z0-9]+", path.read_text(encoding="utf-8-sig"))[2000:] for path in sorted(folder.glob("*.txt"))]
+    return [
+        re.findall("[A-Za-z0-9]+", path.read_text(encoding="utf-8-sig"))[2000:] for path in sorted(folder.glob("*.txt"))
+    ]
 
 
 def changed(words: list[str], share: float, chosen: random.Random) -> list[str]:
