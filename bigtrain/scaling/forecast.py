@@ -29,6 +29,8 @@ FORMAT_VERSION = 1
 LEVEL = 0.99
 """Of the band at one share: two averages in succession outside it are the alarm."""
 MIN_CURVES = 6
+MAX_SPARSE = 2.0
+"""Shares that one logged interval of a sweep's run may cover."""
 
 
 def make_forecast(
@@ -83,6 +85,8 @@ def _curve(
             "from": number / BINS, "to": (number + 1) / BINS, "loss": value,
             "low": value * math.exp(-math.hypot(half, below)), "high": value * math.exp(math.hypot(half, above)),
         })  # fmt: skip
+    if not curve:
+        return [], f"no curve: the runs of {sweep.name} are logged too rarely: see tracking.every"
     return curve, f"curves of {len(known)} runs of {sweep.name}"
 
 
@@ -110,7 +114,11 @@ def _ratios(sweep: Path, row: dict[str, Any], rows: list[dict[str, Any]], theta:
     # Logged intervals and shares have other ends: the sum up to each share's end is interpolated.
     ends = np.interp(np.linspace(0, end, BINS + 1), tokens, sums)
     means = np.diff(ends) / (end / BINS)
-    means[np.linspace(0, end, BINS + 1)[1:] > tokens[-1] * 1.01] = np.nan
+    shares = (np.arange(BINS) + 0.5) * end / BINS
+    after = np.minimum(np.searchsorted(tokens, shares), len(tokens) - 1)
+    wide = np.array(tokens)[after] - np.array(tokens)[np.maximum(after - 1, 0)]
+    # An interval that is longer than a few shares hides how the loss falls inside it.
+    means[(wide > MAX_SPARSE * end / BINS) | (shares > tokens[-1])] = np.nan
     return np.asarray(np.log(means / formula.loss(theta, row["params"], end)), dtype=np.float64)
 
 
