@@ -30,7 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(help="A run; all of them where left out.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A run; all of them without it.")] = None,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
@@ -87,7 +87,7 @@ def logs(
     rank: Annotated[
         int | None, typer.Option(min=0, help="A rank's own output; else the driver's on a cluster, rank 0's here.")
     ] = None,
-    attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest where left out.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest without it.")] = None,
     submission: Annotated[
         str | None, typer.Option(metavar="N", help="On a cluster: of an earlier submission, by its number or id.")
     ] = None,

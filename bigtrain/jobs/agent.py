@@ -2,7 +2,7 @@
 
     python -m bigtrain.jobs.agent        with BIGTRAIN_CONTROLLER and BIGTRAIN_JOB_TOKEN set
 
-It holds no policy: it reports to the controller and does as it is told. Whatever ends it, a message, the loss of the
+It holds no policy: it reports to the controller and follows its orders. Whatever ends it, a message, the loss of the
 controller or SIGKILL, its ranks end too. It has one thread, because a rank lives as long as the thread that started it.
 Where BIGTRAIN_AGENT_PARENT names the process that started it, it ends with that one, too.
 """
@@ -202,7 +202,7 @@ class Agent:
         self._gang: Gang | None = None
         self._templates = Templates()
         self._waiting: tuple[Placement, float] | None = None
-        """What is to be started once the template is ready, and when it was asked for."""
+        """What is to be started once the template is ready, and when the order came."""
         self._control = Control.RUN
         self._selector = selectors.DefaultSelector()
         self._selector.register(channel, selectors.EVENT_READ)
@@ -338,7 +338,7 @@ class Agent:
         self._exit_descriptors.clear()
 
     def _abandon(self) -> None:
-        """End everything without a word: the controller is gone, or has asked for it."""
+        """End everything without a report: the controller is gone, or has sent `done`."""
         if self._gang is not None:
             for rank in self._gang.ranks:
                 rank.kill()

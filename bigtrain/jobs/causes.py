@@ -37,7 +37,7 @@ class Kind(enum.Enum):
     EARLY_EXIT = "early exit"
     AGENT_LOST = "agent lost"
     PREEMPTED = "preempted"
-    """A node was lost that had been announced to go: nobody's failure."""
+    """A node was lost after a notice that it would go; this is no failure of the run."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Fault:
     def signature(self) -> tuple[int | None, str] | None:
         """What is equal when the same exception strikes at the same step again; None without a traceback.
 
-        Numbers and addresses inside the text are left out: ports, times and pointers differ each time. Out of memory is
+        Numbers and addresses inside the text are ignored: ports, times and pointers differ each time. Out of memory is
         the same wherever it strikes. That a peer is gone says nothing about what this rank does, nor does a port that
         another process took: the next attempt has another one.
         """

@@ -62,7 +62,7 @@ class ScriptConfig(Section):
 
 
 class NotifyConfig(Section):
-    """Who is told when the run has ended, finished or failed; bigtrain/jobs/notify.py says in which words."""
+    """Where a message goes when the run has finished or failed; bigtrain/jobs/notify.py describes the message."""
 
     command: Annotated[list[str], Field(min_length=1)] | None = None
     """A program and its arguments; the message is its standard input."""
@@ -132,7 +132,7 @@ class JobConfig(Section):
     """How the ranks of a script of your own end."""
 
     notify: NotifyConfig | None = None
-    """Who is told when the run has ended."""
+    """Where a message goes when the run has ended."""
 
     @model_validator(mode="after")
     def _least_is_at_most_all(self) -> JobConfig:

@@ -32,7 +32,7 @@ class EventWriter(Protocol):
 
 
 class StopSwitch:
-    """How far the run was asked to stop: 0 not, 1 save and exit, 2 at once."""
+    """The requests to stop a run: 0 none, 1 save and exit, 2 end at once."""
 
     def __init__(self) -> None:
         self.level = 0
@@ -162,7 +162,7 @@ class Controller:
             self._say(f"{self._run_name}: starting again, attempt {self._attempt}{place}")
 
     def _place(self) -> int | None:
-        """Get agents; the exit code where there are none to be had."""
+        """Get agents. Returns the exit code if there are none, else None."""
         try:
             self._agents = self._placer.place(lambda: self._stop_level() > 0)
         except PlacementCancelled:
@@ -180,14 +180,14 @@ class Controller:
         self._agents = []
 
     def _ask(self) -> int:
-        """What the ranks are asked for: 0 to go on, 1 to save and exit, 2 to end at once."""
+        """What the ranks are to do: 0 go on, 1 save and exit, 2 end at once."""
         level = self._stop_level()
         if level == 0 and self._membership.reason_to_leave() is not None:
             return 1
         return level
 
     def _moves(self, outcome: Outcome) -> str | None:
-        """Why the run goes on elsewhere, where its ranks have saved themselves for that."""
+        """Why the run goes on elsewhere; None unless its ranks have saved themselves for that."""
         reason = self._membership.reason_to_leave()
         if reason is None or outcome.fault is not None or ExitCode.STOPPED not in outcome.codes.values():
             return None
@@ -214,7 +214,7 @@ class Controller:
         ).live()
 
     def _stop_level(self) -> int:
-        """How far the run was asked to stop, said once; a signal handler may not print."""
+        """The level of the requests to stop; a new one is printed once, which a signal handler may not do."""
         level = self._switch.level
         if level > self._announced:
             self._announced = level
@@ -240,7 +240,7 @@ class Controller:
         self.request_save_and_stop()
 
     def _conclude(self, outcome: Outcome) -> int | None:
-        """The exit code of a run that is over, or None where it is to be started again."""
+        """The exit code of a run that is over; None if it is to be started again."""
         if outcome.fault is not None:
             fault, anew = self._membership.judge(outcome.fault, outcome.lost)
             outcome.fault = fault

@@ -1,4 +1,4 @@
-"""How a run's end is told: its summary, and a notification to whom `job.notify` names."""
+"""How a run's end is reported: a summary, and the notification that `job.notify` asks for."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ LOOK_EVERY_S: Final = 0.5
 GROW_AFTER_S: Final = 5.0
 """How long more nodes must have been there before the run stops to take them."""
 STRIKES: Final = 2
-"""Failures of one node after which it is left out."""
+"""Failures of one node after which it is not used any more."""
 
 _NODE_MAY_BE_AT_FAULT: Final = (Kind.SIGNAL, Kind.HANG, Kind.AGENT_LOST)
 
@@ -112,7 +112,7 @@ class Membership:
             self._say(f"{self._reason}: the run saves, and goes on with them")
 
     def _strike(self, fault: Fault) -> bool:
-        """Count a failure against its node; whether that node is now left out."""
+        """Count a failure against its node; returns whether that node is now excluded."""
         if self._placer is None or not fault.agent or fault.kind not in _NODE_MAY_BE_AT_FAULT:
             return False
         self._strikes[fault.agent] += 1
@@ -122,5 +122,5 @@ class Membership:
             self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times; the run cannot do without it")
             return False
         self._event("excluded", host=fault.host, cause=f"{STRIKES} failures: {fault.cause}")
-        self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times: it is left out from now on")
+        self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times: it is not used any more")
         return True

@@ -23,7 +23,7 @@ class Node:
     """What it has."""
 
     free: Mapping[str, float]
-    """What of it nobody uses."""
+    """What of it is free."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Telling someone that a run has ended: by a command, a webhook, an alert of W&B.
+"""A message when a run has ended: by a command, a webhook, an alert of W&B.
 
     python -m bigtrain.jobs.notify      the process that does it, apart from the run; it reads one JSON object
 
@@ -53,7 +53,7 @@ _STATES: Final = {0: "finished", 75: "stopped"}
 
 
 def message(directory: RunDirectory, status: Mapping[str, Any], code: int) -> dict[str, Any]:
-    """What is told of a run's end, without secrets; see the module's docstring.
+    """The message on a run's end, without secrets; see the module's docstring.
 
     Args:
         status: What `bigtrain status --json` says.
@@ -175,7 +175,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
-    """POST the body, again where the server fails; the address may be a secret and is told by its host alone."""
+    """POST the body, again where the server fails; the address may be a secret, so only its host is printed."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return ["the webhook's address is no http or https URL"]

@@ -16,7 +16,7 @@ are fresh, so that neither can be replayed. Another version is refused by both s
 code of zeros. Each later frame carries HMAC-SHA256 under the session's key, H("session", both nonces), of the
 sender's role, the frame's number in its direction and its bytes: it cannot be altered, repeated, dropped or
 reordered. Nothing is encrypted: on other than a private network, use a tunnel. So no secret is sent; ranks inherit
-theirs from the agent's environment.
+secrets from the agent's environment.
 
 **Messages** after the greeting. A generation is one life of all ranks; messages about an older one are ignored.
 
@@ -94,7 +94,7 @@ def _keyed(token: str, purpose: str, controller_nonce: str, agent_nonce: str) ->
 
 
 class Channel:
-    """One end of a connection: sends and receives whole messages.
+    """One end of a connection: sends and receives complete messages.
 
     Used by one thread. Sending blocks for at most SEND_TIMEOUT_S; receiving takes what has arrived.
     """
@@ -198,7 +198,7 @@ class Channel:
                     return message
 
     def hear(self, type: str) -> Message | None:
-        """Read what there is of one message of the greeting; None while it is not whole.
+        """Read what there is of one message of the greeting; None while it is incomplete.
 
         Raises:
             TimeoutError: Nothing came in the socket's time.
@@ -341,7 +341,7 @@ class Listener:
     def accept(self, timeout_s: float, refused: Callable[[str], None] | None = None) -> AgentConnection | None:
         """The next agent that proves itself within `timeout_s`, or None.
 
-        Strangers are turned away, and `refused` is told why.
+        Strangers are turned away, and `refused` is called with the reason.
         """
         deadline = time.monotonic() + timeout_s
         while (now := time.monotonic()) < deadline:

@@ -14,16 +14,16 @@ OVERDUE_S: Final = 1.5 * LEASE_RENEWAL_S
 
 
 def outlast(directory: Leased, say: Callable[[str], None]) -> bool:
-    """Wait until a holder of the lease on another machine, of whom nobody can say whether it lives, counts as dead.
+    """Wait until a holder of the lease on another machine, which may be dead, counts as dead.
 
     A cluster that lost its head, or a Slurm job that is requeued, starts a run anew within the life of the lease that
-    its dead launcher held. Who lives renews it: that is known after OVERDUE_S at the latest.
+    its dead launcher held. A living holder renews it: that is known after OVERDUE_S at the latest.
 
     Args:
         say: Called once, with what is waited for, when a renewal is overdue.
 
     Returns:
-        Whether there was anyone to wait for: the directory may have changed meanwhile.
+        Whether it has waited; then the directory may have changed.
 
     Raises:
         UserError: The holder lives.

@@ -2,8 +2,8 @@
 
     python -m bigtrain.jobs.template MODULE      started by the agent (`Template`), with a socket as its standard input
 
-Nothing is initialised in it: no device, no process group, no pool of threads, no random number drawn. That it has one
-thread is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
+Nothing is initialised in it: no device, no process group, no pool of threads, no random state. That it has one thread
+is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
 own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
 its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine ask
 for it (BIGTRAIN_TEMPLATE); other runs start fresh processes unless they do.
@@ -47,7 +47,7 @@ class TemplateFailed(Exception):
 
 
 def can_fork(module: str, environment: Mapping[str, str]) -> bool:
-    """Whether ranks of this module are to be forked: ours, not a user's script, and where no GPU's driver is."""
+    """Whether ranks of this module are to be forked: native ones, on a machine without a GPU driver."""
     devices = any(name.startswith("nvidia") or name == "kfd" for name in os.listdir("/dev"))
     return module.startswith(_RANK_MODULES) and not devices and environment.get(variables.TEMPLATE) == "1"
 
@@ -63,14 +63,14 @@ class Template:
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         self._module = module
         self._environment = _shared(environment)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(FORK_S)
         self.ready = self.over = False
         """Whether it can fork, and whether it never will again."""
-        with theirs:
+        with child_end:
             self._process = subprocess.Popen(
                 module_command("bigtrain.jobs.template", module),
-                stdin=theirs.fileno(),
+                stdin=child_end.fileno(),
                 # What it prints is the agent's: a rank has a log of its own.
                 stdout=2,
                 env=self._environment | {variables.TEMPLATE_ROOM: "-" * ROOM_BYTES},
@@ -109,19 +109,19 @@ class Template:
         """
         own = {name: environment[name] for name in sorted(OWN_VARIABLES) if name in environment}
         order = json.dumps({"environment": own, "arguments": list(arguments), "agent": os.getpid()}).encode()
-        ours, theirs = socket.socketpair()
-        ours.settimeout(FORK_S)
+        here, child_end = socket.socketpair()
+        here.settimeout(FORK_S)
         try:
-            with ours:
+            with here:
                 adopt_orphans(True)
                 try:
-                    with theirs:
-                        socket.send_fds(self._control, [order], [log, page, theirs.fileno()])
-                    pid = int(ours.recv(CONTROL_BYTES))
+                    with child_end:
+                        socket.send_fds(self._control, [order], [log, page, child_end.fileno()])
+                    pid = int(here.recv(CONTROL_BYTES))
                 finally:
                     adopt_orphans(False)
                 # Until it hears this it does nothing, and where it hears nothing it ends.
-                ours.sendall(b"go")
+                here.sendall(b"go")
             return pid
         except (OSError, ValueError) as error:
             self.ready, self.over = False, True
@@ -240,7 +240,7 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     os.environ.update(own)
     _show(module, order["arguments"], own)
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
-    # As in a process of its own: no two ranks draw the same where nobody has seeded.
+    # As in a process of its own: unseeded generators differ from rank to rank.
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()
     sys.modules["torch"].random.default_generator.seed()

@@ -6,7 +6,7 @@
 Rank 0 checks everything and holds the run's lease; the others wait for its word. The run directory, its identity and
 its checkpoints are those of `bigtrain train`, which may resume the run, and the other way round. Restarts, logs and
 hung ranks are the launcher's (torchrun --max-restarts, --log-dir): there is no agent here, so no `job.limits`, and
-nobody to tell of the end where all ranks die at once. SIGTERM to torchrun lets the run save itself.
+no notification of the end if all ranks die at once. SIGTERM to torchrun lets the run save itself.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
 
 
 def _newest_step(directory: RunDirectory) -> int | None:
-    """Step of the newest checkpoint that looks whole, by its manifest and its files' sizes."""
+    """Step of the newest checkpoint that looks complete, by its manifest and its files' sizes."""
     for checkpoint in reversed(commit.list_checkpoints(directory.checkpoints)):
         if not commit.verify(checkpoint.path, hashes=False):
             return checkpoint.step

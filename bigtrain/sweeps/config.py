@@ -60,7 +60,7 @@ class LadderConfig(Section):
     count: Literal["without_embeddings", "total"] = "without_embeddings"
     """What N counts, in the rules, in D/N and in the law."""
     batch: PowerRule = PowerRule(value=2048 * 160, exponent=2 / 3)
-    """Tokens of a batch; rounded to whole sequences."""
+    """Tokens of a batch; rounded to full sequences."""
     lr: PowerRule = PowerRule(value=0.0047 / 2, exponent=-1 / 3)
     """The learning rate at the peak."""
     beta2: Beta2Rule = Beta2Rule()
@@ -249,7 +249,7 @@ class SweepConfig(Section):
         return self
 
     def ladder_sizes(self) -> list[SizeConfig]:
-        """The sizes as mappings, the largest first: its trunk is what the whole sweep waits for. Empty where auto."""
+        """The sizes as mappings, the largest first: its trunk is what the sweep waits for. Empty where auto."""
         if isinstance(self.sizes, str):
             return []
         found = [size if isinstance(size, SizeConfig) else SizeConfig(params=size) for size in self.sizes]

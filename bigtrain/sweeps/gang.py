@@ -126,7 +126,7 @@ class KeptPlacer(Placer):
         self._placing = placing or threading.Lock()
         self._agents: list[AgentConnection] = []
         self._fresh = False
-        """Whether a run has begun that has not asked for agents yet."""
+        """Whether a run has begun that has no agents yet."""
 
     def begin(self, say: Say, event: EventWriter) -> None:
         """Another run has the agents from now on."""

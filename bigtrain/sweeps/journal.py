@@ -98,7 +98,7 @@ class TrialRecord:
 
 @dataclass
 class SweepState:
-    """What the whole journal says, in the order in which trials were planned."""
+    """The state after all lines of the journal, in the order in which trials were planned."""
 
     trials: dict[str, TrialRecord] = field(default_factory=dict)
     chosen: dict[int, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ class Rung:
     params_without_embeddings: int
     params_total: int
     flops_per_token: int
-    """Matmul FLOPs of forward and backward, exact, attention over the whole square."""
+    """Matmul FLOPs of forward and backward, exact, attention over the full square."""
     context: int
     batch_sequences: int
     lr: float

@@ -155,7 +155,7 @@ class _Slot(threading.Thread):
         self.waiting.put(None)
 
     def run(self) -> None:
-        """Train what comes until the end is asked for; then give the nodes back."""
+        """Train what comes until the end is requested; then give the nodes back."""
         while (trial := self._next()) is not None:
             self._running = trial
             with open(trial.log, "a", encoding="utf-8", buffering=1) as stream:

@@ -1,8 +1,8 @@
 """The trials of a sweep: one trunk for each size and seed, a decay branch for each D, runs that tune the learning rate.
 
-A trunk trains at a constant rate and saves itself where each branch leaves it; a branch takes that state whole and
+A trunk trains at a constant rate and saves itself where each branch leaves it; a branch takes all of that state and
 decays to the end of its D. Together they are a run of the warm-up-stable-decay schedule, step for step and bit for
-bit. Points added later get what is missing: a further leg of the trunk, from its nearest saved step.
+bit. Points added later get what is missing: a further segment of the trunk, from its nearest saved step.
 """
 
 from __future__ import annotations
@@ -142,21 +142,21 @@ def grid_trials(
     found: list[Trial] = []
     for seed in seeds:
         group = group_name(rung.target, seed)
-        legs = [one for one in known if one.group == group and one.kind == "trunk"]
+        segments = [one for one in known if one.group == group and one.kind == "trunk"]
         have = {one.steps for one in known if one.group == group and one.kind == "branch"}
         missing = [length for length in sorted(steps) if length not in have]
-        saved = {step: leg.name for leg in legs for step in leg.save_at}
+        saved = {step: segment.name for segment in segments for step in segment.save_at}
         starts = {decay_start(sweep, length) for length in missing}
         needed = sorted(starts - set(saved))
-        if needed and (len(missing) > 1 or legs):
+        if needed and (len(missing) > 1 or segments):
             before = [step for step in saved if step < needed[0]]
             parent_step = max(before, default=0)
-            name = f"{group}-trunk" + (f"-{len(legs) + 1}" if legs else "")
-            leg = _trial(
+            name = f"{group}-trunk" + (f"-{len(segments) + 1}" if segments else "")
+            segment = _trial(
                 rung, name, "trunk", seed, lr, group, needed[-1],
                 parent=saved.get(parent_step), parent_step=parent_step, save_at=tuple(needed),
             )  # fmt: skip
-            found.append(leg)
+            found.append(segment)
             saved.update(dict.fromkeys(needed, name))
         for length in missing:
             start = decay_start(sweep, length)
@@ -193,7 +193,7 @@ def _trial(rung: Rung, name: str, kind: Kind, seed: int, lr: float, group: str, 
 
 
 def trial_config(sweep: Sweep, rung: Rung, trial: Trial) -> RunConfig:
-    """The whole config of a trial.
+    """The config of a trial.
 
     Raises:
         UserError: The base run's keys do not go together with it.

@@ -120,7 +120,7 @@ def cluster_checks(runs_dir: Path, secrets_file: str | None, say: Callable[[str]
 
 
 def missing_keys(secrets_file: str | None) -> dict[str, list[str]]:
-    """Keys that ranks would not find, by node; a node that does not answer is left out.
+    """Keys that ranks would not find, by node; a node that does not answer is skipped.
 
     Raises:
         UserError: The secrets cannot be read on a node.

@@ -58,7 +58,7 @@ def main() -> int:
             board.end(ExitCode.FINISHED, result=found)
             return ExitCode.FINISHED
         if request.secrets_file is not None:
-            # Also for whom the end of the run is told to.
+            # The notification of the run's end needs them as well.
             os.environ[variables.SECRETS_FILE] = request.secrets_file
             load_secrets(os.environ)
         code = _script(request, request.script, board) if request.script is not None else _train(request, board)
@@ -80,15 +80,15 @@ def _connect(request: Request) -> Board:
 
 
 def _check_versions(request: Request) -> None:
-    theirs, ours = request.versions, versions()
-    torch = ours.get("torch")
+    client, here = request.versions, versions()
+    torch = here.get("torch")
     if torch is None or tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
         raise UserError(
             f"bigtrain needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and the cluster has {torch or 'none'}",
             "the cluster's image",
         )
-    if "torch" in theirs and _release(theirs["torch"]) != _release(torch):
-        say(f"note: torch is {torch} on the cluster and {theirs['torch']} where the job was submitted")
+    if "torch" in client and _release(client["torch"]) != _release(torch):
+        say(f"note: torch is {torch} on the cluster and {client['torch']} where the job was submitted")
 
 
 def _release(version: str) -> str:

@@ -173,7 +173,7 @@ def _connect(address: str) -> None:
 
 
 def main() -> int:
-    """Set the namespaces up, run the node's command, and adopt its orphans until it ends."""
+    """Set the namespaces up, run the node's command, and reap the processes that it leaves, until it ends."""
     node = json.loads(sys.argv[1])
     socket.sethostname(node["hostname"])
     _hide(node["visible"])

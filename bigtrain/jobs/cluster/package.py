@@ -49,7 +49,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Request:
-    """What the driver is told; the config travels beside it as a file."""
+    """What the driver gets; the config travels beside it as a file."""
 
     id: str
     """NAME-ATTEMPT."""

@@ -106,7 +106,7 @@ def _reaches(url: str) -> bool:
 
 
 class NetworkProbe:
-    """One end of bandwidth measurements: takes in bytes from whoever knows its token, or sends them."""
+    """One end of bandwidth measurements: receives bytes from a peer that knows its token, or sends them."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -129,7 +129,7 @@ class NetworkProbe:
                 for _ in range(NETWORK_BYTES // len(_CHUNK)):
                     connection.sendall(_CHUNK)
                 connection.shutdown(socket.SHUT_WR)
-                # The last bytes have arrived when the other side says so.
+                # The last bytes have arrived when the other side confirms it.
                 if connection.recv(1) != b"k":
                     return "the other side gave up"
                 return NETWORK_BYTES / (time.perf_counter() - began)

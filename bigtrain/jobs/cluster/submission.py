@@ -168,7 +168,7 @@ def next_id(dashboard: Dashboard, name: str) -> str:
     return f"{name}-{max(attempts) + 1}"
 
 
-def check_versions(dashboard: Dashboard, ours: dict[str, str]) -> None:
+def check_versions(dashboard: Dashboard, client: dict[str, str]) -> None:
     """Refuse a cluster whose Ray or Python is another.
 
     Raises:
@@ -176,7 +176,7 @@ def check_versions(dashboard: Dashboard, ours: dict[str, str]) -> None:
     """
     ray, python = dashboard.versions()
     # Who submits needs no Ray; where it is installed, another one says that the environments differ.
-    for name, here, there in (("Ray", ours.get("ray", ray), ray), ("Python", ours["python"], python)):
+    for name, here, there in (("Ray", client.get("ray", ray), ray), ("Python", client["python"], python)):
         if here.split(".")[:2] != there.split(".")[:2]:
             raise UserError(
                 f"{name} is {there} on the cluster and {here} here",
@@ -278,11 +278,11 @@ def examine(
     Raises:
         UserError: The job that makes them fails.
     """
-    ours = versions()
-    check_versions(dashboard, ours)
+    known = versions()
+    check_versions(dashboard, known)
     dashboard.require_authentication()
     id = f"bigtrain-doctor-{time.time_ns() // 1_000_000}"
-    request = Request(id, id, runs_dir, time.time(), ours, secrets_file, doctor=True)
+    request = Request(id, id, runs_dir, time.time(), known, secrets_file, doctor=True)
     view = Submission(request, JobConfig(), source_package(), []).send(dashboard)
     say("the nodes are being asked")
     while view.active():

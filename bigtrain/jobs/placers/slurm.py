@@ -134,7 +134,7 @@ def reachable_address(others: list[str]) -> str:
 class SlurmPlacer(Placer):
     """Places a run on the nodes of the allocation in which this process runs.
 
-    A node whose agent does not come back after a fault is left out of later steps; the allocation must have been made
+    A node whose agent does not come back after a fault is not used in later steps; the allocation must have been made
     with --no-kill, else Slurm ends the whole job (and, with --requeue, starts it again).
 
     Args:
@@ -211,7 +211,7 @@ class SlurmPlacer(Placer):
     def _place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
         allocated = hostnames()
         if self._placed:
-            # A step that names a node which is down is refused as a whole.
+            # A step that names a node which is down is refused.
             down = out_of_order(allocated) - self._lost
             if down:
                 self._leave_out(sorted(down), "Slurm does not count on {}")

@@ -51,7 +51,7 @@ NEVER_S: Final = 20.0
 FIT_S: Final = 180.0
 """How long a `fit()` may take until its agents have connected; on two cores, idle and busy, it took 6 to 50 s."""
 SAY_AFTER_S: Final = 1.0
-"""How long something must be missing before it is said: the last placement's nodes are free only after a moment."""
+"""How long something must be missing before it is printed: the last placement's nodes take a moment to become free."""
 FIT_TRIES: Final = 3
 SPARE_DESCRIPTORS: Final = 1024
 """Open files of a driver besides one connection to each agent: Ray's."""

@@ -44,7 +44,7 @@ _TRAIN_SETTINGS: Final = {
 
 @dataclass(frozen=True)
 class Order:
-    """What each worker of a placement is told; `repr` shows no token, because Ray prints what fails."""
+    """What each worker of a placement gets; `repr` shows no token, because Ray prints what fails."""
 
     address: str
     secret: Secret
@@ -116,7 +116,7 @@ class Fit(threading.Thread):
 
 
 def ended(fit: Fit, nodes: list[Node], lost: Exception, cancelled: Callable[[], bool]) -> PlacementFailed:
-    """Why an agent was lost that had just connected: where one node refuses, Ray Train ends all, and then says so."""
+    """Why an agent was lost that had just connected: if one node refuses, Ray Train ends all before it reports that."""
     deadline = time.monotonic() + END_S
     while fit.is_alive() and time.monotonic() < deadline:
         if cancelled():
@@ -177,7 +177,7 @@ def hold_node(order: Order) -> None:
         process.wait()
         end_marked(mark)
     if os.getppid() != raylet:
-        # Ray leaves the workers of a killed raylet behind, with nobody to speak to.
+        # Ray leaves the workers of a killed raylet behind, with no raylet to serve.
         os._exit(1)
     if process.returncode != 0:
         raise RuntimeError(f"the agent on {host} ended with {process.returncode}")

@@ -108,7 +108,7 @@ class ClusterWatch:
                 self._view = view = look()
                 self._prove({node.name for node in view.nodes})
             except (RayError, RuntimeError, OSError) as error:
-                # The view grows stale, which is said where someone waits for it.
+                # The view grows stale; a placer that waits reports it.
                 logger.debug("the cluster's head does not answer: %s", error)
             # On a large cluster a look takes time: spend a twentieth of a core on it at most.
             ended.wait(max(LOOK_EVERY_S, 20 * (time.monotonic() - before)))
