@@ -17,8 +17,8 @@ from bigtrain.scaling import law as formula
 from bigtrain.scaling.document import unpack
 from bigtrain.scaling.fit import Fitted
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.runs.numbers import count
 from bigtrain.scaling.runs.table import RunTable
-from bigtrain.tracking.numbers import short
 
 WIDTH, HEIGHT = 760, 430
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 58, 52
@@ -132,7 +132,7 @@ def _legend(fitted: Fitted, has_curve: bool) -> list[str]:
     for params in sizes if len(sizes) <= 8 else (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
         y += 18
         parts.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="3.5" fill="{_shade(fitted, params)}"/>')
-        parts.append(_text(x + 16, y, short(params)))
+        parts.append(_text(x + 16, y, count(params)))
     if has_curve:
         y += 28
         parts += [_line([(x - 2, y - 4), (x + 10, y - 4)], _LAW, 2), _text(x + 16, y, "law at the best N")]

@@ -14,9 +14,9 @@ from bigtrain.scaling.document import unpack, write_law
 from bigtrain.scaling.figure import figure
 from bigtrain.scaling.fit import Fitted
 from bigtrain.scaling.law import FloatArray
+from bigtrain.scaling.runs.numbers import count
 from bigtrain.storage import write_atomic
 from bigtrain.tracking.config import TrackingConfig
-from bigtrain.tracking.numbers import short
 from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
 
 TITLES = {
@@ -92,7 +92,7 @@ def _facts(law: dict[str, Any]) -> list[Fact]:
         facts.append(Fact("Loss at the target", f"{target['loss']['value']:.4f}", _span(target["loss"]["interval"])))
     for name, label in (("params", "Parameters N*"), ("tokens", "Tokens D*")):
         low, high = target[name]["interval"]
-        facts.append(Fact(label, short(target[name]["value"]), f"{short(low)} to {short(high)}"))
+        facts.append(Fact(label, count(target[name]["value"]), f"{count(low)} to {count(high)}"))
     ratio = target["tokens_per_param"]
     facts.append(Fact("Tokens a parameter", f"{ratio['value']:.3g}", _span(ratio["interval"], 3)))
     facts.append(Fact("Target", f"{law['target_flops']:.3g}", "FLOPs"))
@@ -141,7 +141,7 @@ def _by_model(fitted: Fitted) -> list[Series]:
         rows = np.flatnonzero(group == name)
         # The least, the middle and the largest name the whole family.
         unnamed = i not in (0, len(names) // 2, len(names) - 1)
-        size = f"{short(float(table.params[rows[0]]))} parameters"
+        size = f"{count(float(table.params[rows[0]]))} parameters"
         out.append(
             Series(size, table.flops[rows], table.loss[rows], points=True, ramp=i / max(len(names) - 1, 1),
                    unnamed=unnamed)
@@ -192,8 +192,8 @@ def _approach_table(made: Page, law: dict[str, Any]) -> None:
         loss = target.get("loss")
         rows.append([
             TITLES[key], f"{one['a']:.4f} [{_span(one['interval']['a'], 3)}]",
-            f"{short(target['params']['value'])} [{short(target['params']['interval'][0])} to "
-            f"{short(target['params']['interval'][1])}]",
+            f"{count(target['params']['value'])} [{count(target['params']['interval'][0])} to "
+            f"{count(target['params']['interval'][1])}]",
             f"{target['tokens_per_param']['value']:.3g} [{_span(target['tokens_per_param']['interval'], 3)}]",
             f"{loss['value']:.4f} [{_span(loss['interval'])}]" if loss else "", *cells,
         ])  # fmt: skip
