@@ -183,8 +183,8 @@ def warnings_of(
         epochs = float(np.nanmax(table.tokens / table.unique_tokens))
         if epochs > MANY_EPOCHS:
             warnings.append(
-                f"runs read their data up to {epochs:.1f} times, and the law takes all tokens as fresh (Muennighoff et al. "
-                f'2023): leave those runs out with --where, such as "tokens / unique_tokens < {MANY_EPOCHS:g}"'
+                f"runs read their data up to {epochs:.1f} times, and the law takes all tokens as fresh (Muennighoff "
+                f'et al. 2023): leave those runs out with --where, such as "tokens / unique_tokens < {MANY_EPOCHS:g}"'
             )
     for name, one in found.items():
         if "refused" in one.result and (name != "a1" or options.approach != "all"):
