@@ -1,4 +1,4 @@
-"""Commands on runs on this machine: train, sample, report."""
+"""Commands on runs on this machine: train, sample, evaluate, report."""
 
 from __future__ import annotations
 
@@ -107,6 +107,61 @@ def sample(
             show({"text": found[0]["text"]}, as_json, lambda result: result["text"])
             return
         show({"texts": found}, as_json, lambda result: "\n\n".join(one["text"] for one in result["texts"]))
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            help="RUN, RUN@STEP or directories of Hugging Face weights; and key=value pairs, such as layout.tp=2."
+        ),
+    ],
+    data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be given again.")],
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    batches: Annotated[int | None, typer.Option(min=1, help="Global batches of each set, at most.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences of each set, at most.")] = None,
+    plugin: PluginOption = None,
+    runs_dir: RunsDir = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte of checkpoints on held-out shards, at any layout that they load at."""
+    with errors(as_json):
+        from bigtrain.jobs.evaluate import evaluate as measure
+
+        load_plugins(plugin)
+        overrides = [one for one in what if "=" in one]
+        checkpoints = [one for one in what if "=" not in one]
+        if not checkpoints:
+            raise UserError("No checkpoint is named", fix="Name a run, RUN@STEP or a directory of weights.")
+        rows = measure(
+            checkpoints,
+            data,
+            overrides=overrides,
+            runs_dir=runs_dir,
+            procs=nproc,
+            batches=batches,
+            sequences=sequences,
+        )
+        show({"checkpoints": rows}, as_json, lambda result: _table(result["checkpoints"]))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A line for each checkpoint and set."""
+    lines = [f"{'checkpoint':<32} {'set':<16} {'loss':>10} {'perplexity':>12} {'bits/byte':>10}"]
+    for row in rows:
+        name = (
+            row["checkpoint"]
+            if row["step"] is None or "@" in row["checkpoint"]
+            else f"{row['checkpoint']}@{row['step']}"
+        )
+        for of, found in row["sets"].items():
+            if of == "all" and len(row["sets"]) == 2:
+                continue  # one set is all there is
+            numbers = [found["loss"], found["perplexity"], found.get("bits_per_byte")]
+            loss, perplexity, bits = ("-" if number is None else f"{number:.5g}" for number in numbers)
+            lines.append(f"{name:<32} {of:<16} {loss:>10} {perplexity:>12} {bits:>10}")
+    return "\n".join(lines)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from bigtrain.data.loader import Loader, StepBatch
 from bigtrain.engines.contract import Engine, StepNumbers, StepResult
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import Lease, RunConfig, RunDirectory
-from bigtrain.training.prepare import Prepared, prepare
+from bigtrain.training.prepare import Prepared, loader_options, prepare
 from bigtrain.training.progress import Progress, as_plain
 from bigtrain.training.restoring import Restoring
 
@@ -128,17 +128,4 @@ class TrainingParts:
 
 def reading(prepared: Prepared, engine: Engine) -> dict[str, Any]:
     """How a rank reads its part of a global batch: arguments of `Loader`."""
-    config = prepared.config
-    return {
-        "batch_size": prepared.batch_sequences,
-        "context": prepared.context,
-        "dp_rank": engine.data_parallel_rank,
-        "dp_size": engine.data_parallel_size,
-        "micro_size": config.layout.micro_size,
-        "least_micro_batches": config.layout.least_micro_batches,
-        "micro_batch_multiple": config.layout.micro_batch_multiple,
-        "seed": config.seed,
-        "document_mask": config.data.document_mask,
-        "prefetch": config.streaming.prefetch,
-        "streaming": config.streaming,
-    }
+    return loader_options(prepared.config, engine, prepared.batch_sequences, prepared.context)

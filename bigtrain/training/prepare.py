@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
@@ -27,6 +27,9 @@ from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, recipe_of
 from bigtrain.storage.objects import RemoteError
 from bigtrain.training.boundaries import Boundaries
+
+if TYPE_CHECKING:
+    from bigtrain.engines.contract import Engine
 from bigtrain.training.config import EvaluatorConfig
 
 
@@ -205,6 +208,27 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
 
     schedule = config.schedule.build(config.optimizer.lr, total, to_steps)
     return Prepared(config, sources, held_out, batch, total, per_epoch, schedule)
+
+
+def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, context: int) -> dict[str, Any]:
+    """How a rank reads its part of a global batch: arguments of the loaders.
+
+    Args:
+        context: Positions of one sample.
+    """
+    return {
+        "batch_size": batch_sequences,
+        "context": context,
+        "dp_rank": engine.data_parallel_rank,
+        "dp_size": engine.data_parallel_size,
+        "micro_size": config.layout.micro_size,
+        "least_micro_batches": config.layout.least_micro_batches,
+        "micro_batch_multiple": config.layout.micro_batch_multiple,
+        "seed": config.seed,
+        "document_mask": config.data.document_mask,
+        "prefetch": config.streaming.prefetch,
+        "streaming": config.streaming,
+    }
 
 
 def pins(data: Mapping[str, Any], key: str) -> list[str]:

@@ -1,0 +1,105 @@
+"""`bigtrain evaluate`: held-out losses of several checkpoints, each by ranks on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.restore import run_at
+from bigtrain.children import module_command, with_source
+from bigtrain.config import UserError
+from bigtrain.config.plugin import plugin_environment
+from bigtrain.data.config import StreamingConfig
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.streaming.store import open_index
+from bigtrain.models.hf_files import HfFiles
+from bigtrain.run import RunConfig, RunDirectory
+from bigtrain.training.evaluate import ALL, Request, check, of_run, of_weights, result_of, write_request
+
+RANK = "bigtrain.training.evaluate"
+
+
+def evaluate(
+    checkpoints: Sequence[str],
+    data: Sequence[str],
+    *,
+    overrides: Sequence[str] = (),
+    runs_dir: Path = Path("runs"),
+    procs: int = 1,
+    batches: int | None = None,
+    sequences: int | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate each checkpoint on each set; results are appended to the record of their runs.
+
+    Args:
+        checkpoints: RUN, RUN@STEP (a name, path or URL), or a directory of Hugging Face weights.
+        data: Shard directories, or NAME=DIRECTORY.
+        overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
+        procs: Ranks of each evaluation.
+        batches, sequences: Of each set, at most; None: all of it.
+
+    Returns:
+        For each its `checkpoint`, its `step` (None for weights), and `sets`: what `training.evaluate.measure` returns.
+
+    Raises:
+        UserError: A checkpoint or set is not there, or they do not go together; nothing is started then.
+    """
+    indexes = _open(data)
+    prepared = [_prepare(text, overrides, indexes, runs_dir) for text in checkpoints]
+    for _, _, config, outputs in prepared:
+        check(config, indexes, outputs, procs)
+    rows = []
+    for text, (run, step, config, outputs) in zip(checkpoints, prepared, strict=True):
+        places = {name: index.place for name, index in indexes.items()}
+        request = Request("config.yaml", places, outputs, batches or ALL, sequences)
+        found = _run(config, request, procs)
+        rows.append({"checkpoint": text, "step": step, "sets": found})
+        if run is not None:
+            run.event("evaluated", step=step, sets=found)
+    return rows
+
+
+def _open(data: Sequence[str]) -> dict[str, ShardIndex]:
+    found: dict[str, ShardIndex] = {}
+    for text in data:
+        name, equals, place = text.partition("=")
+        if not equals:
+            name, place = text.rstrip("/").rsplit("/", 1)[-1], text
+        if name in found or name == "all":
+            raise UserError(f"Two sets have the name '{name}'", text, "Give it another: --data NAME=DIRECTORY.")
+        found[name] = open_index(place if "://" in place else str(Path(place).absolute()), StreamingConfig())
+    return found
+
+
+def _prepare(
+    text: str, overrides: Sequence[str], data: dict[str, ShardIndex], runs_dir: Path
+) -> tuple[RunDirectory | None, int | None, RunConfig, int]:
+    if HfFiles.is_one(Path(text)):
+        return None, None, *of_weights(Path(text), overrides, data)
+    run, step = run_at(text, runs_dir)
+    if step is None:
+        step, _ = commit.newest_verified(run.checkpoints)
+    if step is None:
+        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
+    return run, step, *of_run(run, step, overrides, data)
+
+
+def _run(config: RunConfig, request: Request, procs: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bigtrain-evaluate-") as place:
+        path = write_request(Path(place), config, request)
+        command = module_command(RANK, str(path))
+        if procs > 1:
+            ranks = ("--standalone", "--nproc-per-node", str(procs), "-m", RANK, str(path))
+            command = module_command("torch.distributed.run", *ranks)
+        environment = with_source({"OMP_NUM_THREADS": "1", **os.environ, **plugin_environment()})
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code or not result_of(path).exists():
+            raise UserError("The evaluation failed; its ranks say why above", fix="Try again with --nproc 1.")
+        found: dict[str, Any] = json.loads(result_of(path).read_text())
+        return found

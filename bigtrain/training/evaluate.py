@@ -1,0 +1,228 @@
+"""Held-out losses of a checkpoint or of Hugging Face weights, at any layout and engine that they load at.
+
+A rank is `python -m bigtrain.training.evaluate REQUEST`, with torchrun's variables where there are several. REQUEST is
+a file of JSON (`Request`); rank 0 writes the result beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, cast
+
+from bigtrain.config import UserError, yaml_file
+from bigtrain.config.plugin import plugin_of_launcher
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.streaming.store import open_index
+from bigtrain.engines.support import check_support
+from bigtrain.models.config import FAMILIES
+from bigtrain.models.hf_files import HfFiles
+from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, load_config
+from bigtrain.storage import write_json
+from bigtrain.training.config import InitConfig
+from bigtrain.training.prepare import loader_options
+
+logger = logging.getLogger(__name__)
+
+ALL: Final = 1 << 40
+"""More batches than any set has."""
+MAY_CHANGE: Final = ("batch", "precision", "data.document_mask")
+"""Keys of the recipe that an evaluation may change."""
+LONGEST: Final = 1024
+"""Tokens of a sequence of Hugging Face weights at the most, where model.context is not given."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated, on what."""
+
+    config: str
+    """File of the config, whose `init.source` names the weights."""
+    data: dict[str, str]
+    """Shard directories by name."""
+    outputs: int
+    """Entries of the vocabulary, or classes."""
+    batches: int = ALL
+    sequences: int | None = None
+
+
+def of_run(
+    run: RunDirectory, step: int, overrides: Sequence[str], data: Mapping[str, ShardIndex]
+) -> tuple[RunConfig, int]:
+    """The config that evaluates a run's checkpoint, and the entries of its vocabulary.
+
+    Raises:
+        UserError: An override changes what was trained; the data is of another tokenizer.
+    """
+    _refuse_recipe_keys(overrides)
+    config = load_config(run.config, list(overrides))
+    first = next(iter(data.values()))
+    outputs = first.vocab_size
+    try:
+        train = open_index(next(iter(config.data.places("train").values())), config.streaming)
+    except UserError as error:
+        logger.warning("the tokenizer of the data is not compared with that of the training: %s", error.what)
+    else:
+        outputs = train.vocab_size
+        for index in data.values():
+            train.require_same_tokens(index)
+    init = InitConfig(source=f"{run.path.absolute()}@{step}")
+    alone = config.checkpoint.model_copy(update={"storage": None})
+    return config.model_copy(update={"init": init, "checkpoint": alone}), outputs
+
+
+def of_weights(directory: Path, overrides: Sequence[str], data: Mapping[str, ShardIndex]) -> tuple[RunConfig, int]:
+    """The config that evaluates Hugging Face weights, and the rows of their vocabulary.
+
+    The family of bigtrain's that has the shape is used, at any layout; else transformers' own model.
+
+    Raises:
+        UserError: The data has more tokens than the model.
+    """
+    files, first = HfFiles.open(directory), next(iter(data.values()))
+    is_native = str(files.config.get("model_type")) in FAMILIES
+    model: dict[str, Any] = files.keys() if is_native else {"arch": "hf", "hf": str(files.directory)}
+    positions = model.get("context") or files.config.get("max_position_embeddings") or LONGEST
+    model["context"] = min(LONGEST, positions)
+    document: dict[str, Any] = {
+        "name": "evaluation",
+        "model": model,
+        "data": {"train": first.place},
+        "batch": {"size": 8},
+        "duration": "1 steps",
+        "precision": "fp32",
+    }
+    document |= {"init": {"source": str(files.directory)}} if is_native else {"engine": {"name": "accelerate"}}
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "config.yaml"
+        path.write_text(yaml_file.dump(document))
+        config = load_config(path, list(overrides))
+    outputs = first.vocab_size
+    if is_native:
+        stored = files.place(config.model.hf_names()["embedding.weight"].name)
+        outputs = files.shapes[cast(str, stored)][0]
+    for index in data.values():
+        if index.vocab_size > outputs:
+            raise UserError(
+                f"The data has {index.vocab_size} different tokens, and the model {outputs}",
+                index.place,
+                "Pack the data with the tokenizer of the model.",
+            )
+    return config, outputs
+
+
+def _refuse_recipe_keys(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.split(".")[0] in RECIPE and not key.startswith(MAY_CHANGE):
+            raise UserError(
+                f"'{key}' says what was trained, and an evaluation does not change it",
+                fix="Override layout, engine, precision, batch or data.document_mask.",
+            )
+
+
+def measure(request: Request) -> dict[str, dict[str, float | None]]:
+    """Evaluate as one of the ranks. Collective.
+
+    Returns:
+        `loss` in nats a token (or sample), `perplexity`, and of text `bits_per_byte`: of each set by its name, and of
+        all together under "all".
+    """
+    from bigtrain.data.loader import EvaluationLoader
+    from bigtrain.parallel.mesh import Ranks
+    from bigtrain.training.evaluation import Evaluation, HeldOutSet
+    from bigtrain.training.evaluators.loss import LossConfig
+    from bigtrain.training.restoring import Restoring
+
+    config = load_config(Path(request.config))
+    indexes = {name: open_index(place, config.streaming) for name, place in request.data.items()}
+    of_tokens = all(index.of_tokens for index in indexes.values())
+    context = config.model.context if of_tokens else 1
+    engine = config.engine.build(
+        config.model, request.outputs, config.optimizer, layout=config.layout, precision=config.precision,
+        seed=config.seed, ranks=Ranks.from_environment(),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as nothing:
+        Restoring(engine, config, RunDirectory(nothing), lambda event, **fields: None).start()
+    options = loader_options(config, engine, config.batch.size.sequences(context), context)
+
+    def opened(index: ShardIndex) -> EvaluationLoader:
+        return EvaluationLoader(index, batches=request.batches, sequences=request.sequences, **options)
+
+    sets = {name: HeldOutSet(partial(opened, index), index.bytes_per_token) for name, index in indexes.items()}
+    values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
+    engine.close()
+    found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets}
+    return found | {"all": _of_set(values, "")}
+
+
+def _of_set(values: Mapping[str, float | None], suffix: str) -> dict[str, float | None]:
+    loss = values[f"val_loss{suffix}"]
+    found = {"loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700.0))}
+    bits = values.get(f"val_bits_per_byte{suffix}")
+    return found if bits is None else {**found, "bits_per_byte": bits}
+
+
+def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks: int) -> None:
+    """Refuse what cannot be evaluated, before a process is started.
+
+    Raises:
+        UserError: The data is of another kind; the engine, the layout or the ranks do not fit.
+    """
+    model = config.model
+    for index in data.values():
+        if index.kind != model.data_kind:
+            raise UserError(f"The shards hold {index.kind}, and the model takes {model.data_kind}", index.place)
+    check_support(
+        config.engine,
+        model.arch,
+        config.layout,
+        document_mask=config.data.document_mask,
+        optimizer=config.optimizer,
+        precision=config.precision,
+    )
+    try:
+        config.layout.check(model, outputs)
+        config.layout.mesh(ranks)
+    except ValueError as error:
+        raise UserError(str(error), fix="Change --nproc, or the layout, such as layout.tp=1.") from None
+
+
+def write_request(place: Path, config: RunConfig, request: Request) -> Path:
+    """Write a request and its config into a directory; returns the request's file."""
+    path = place / "request.json"
+    (place / request.config).write_text(yaml_file.dump(config.plain()))
+    write_json(path, {**asdict(request), "config": str(place / request.config)})
+    return path
+
+
+def result_of(request: Path) -> Path:
+    """Where rank 0 writes the result."""
+    return request.with_name("result.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank to its end; returns a code of ExitCode."""
+    import os
+
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    plugin_of_launcher()
+    try:
+        found = measure(Request(**json.loads(Path(path).read_text())))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if os.environ.get("RANK", "0") == "0":
+        write_json(result_of(Path(path)), found)
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
