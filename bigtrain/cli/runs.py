@@ -119,6 +119,10 @@ def evaluate(
     ],
     data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be given again.")],
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON lines of requests: context, continuations, gold; and task; may be given again."),
+    ] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Global batches of each set, at most.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Sequences of each set, at most.")] = None,
     plugin: PluginOption = None,
@@ -142,6 +146,7 @@ def evaluate(
             procs=nproc,
             batches=batches,
             sequences=sequences,
+            tasks=tasks or [],
         )
         show({"checkpoints": rows}, as_json, lambda result: _table(result["checkpoints"]))
 
@@ -156,8 +161,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
             else f"{row['checkpoint']}@{row['step']}"
         )
         for of, found in row["sets"].items():
-            if of == "all" and len(row["sets"]) == 2:
+            if of == "all" and sum("loss" in one for one in row["sets"].values()) == 2:
                 continue  # one set is all there is
+            if "loss" not in found:
+                lines.append(f"{name:<32} {of:<16} " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
+                continue
             numbers = [found["loss"], found["perplexity"], found.get("bits_per_byte")]
             loss, perplexity, bits = ("-" if number is None else f"{number:.5g}" for number in numbers)
             lines.append(f"{name:<32} {of:<16} {loss:>10} {perplexity:>12} {bits:>10}")

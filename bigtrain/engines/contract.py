@@ -70,6 +70,9 @@ class Totals:
     metrics: Mapping[str, Value] = field(default_factory=dict)
     """What the model and the evaluators recorded by name."""
 
+    sources: tuple[tuple[float, float], ...] = ()
+    """Loss and weight of each of `Measuring.sources`."""
+
     @property
     def sums(self) -> tuple[float, float]:
         """Loss and weight."""
@@ -90,6 +93,9 @@ class Measuring:
 
     passes: tuple[Callable[[Any, dict[str, Tensor]], None], ...] = ()
     """Called with the model and each micro-batch on the device; they record metrics. Not with pipeline stages."""
+
+    sources: int = 0
+    """How many sources the batches' array `sources` tells apart, of each of which the sums are wanted."""
 
 
 ONLY_LOSSES: Final = Measuring()

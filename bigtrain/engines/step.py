@@ -149,7 +149,7 @@ class StepReducer:
         found = self._complete(found, base, sums, self._evaluating, self._evaluated)
         self._evaluating.forget(self._evaluated)
         numbers = found.result(torch.zeros_like(found.loss), found.bad()).read()
-        return Totals(numbers.loss, numbers.weight, numbers.metrics)
+        return Totals(numbers.loss, numbers.weight, numbers.metrics, numbers.sources)
 
     def _complete(
         self, found: Reduced, base: dict[str, Tensor], sums: Sums, recorder: Recorder, metrics: dict[str, Metric]

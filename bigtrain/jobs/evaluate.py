@@ -21,6 +21,7 @@ from bigtrain.data.streaming.store import open_index
 from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RunConfig, RunDirectory
 from bigtrain.training.evaluate import ALL, Request, check, of_run, of_weights, result_of, write_request
+from bigtrain.training.tasks import read_requests
 
 RANK = "bigtrain.training.evaluate"
 
@@ -34,6 +35,7 @@ def evaluate(
     procs: int = 1,
     batches: int | None = None,
     sequences: int | None = None,
+    tasks: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
     """Evaluate each checkpoint on each set; results are appended to the record of their runs.
 
@@ -43,6 +45,7 @@ def evaluate(
         overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
         procs: Ranks of each evaluation.
         batches, sequences: Of each set, at most; None: all of it.
+        tasks: Files of requests that are scored besides (`training.tasks`), with the tokenizer of the sets.
 
     Returns:
         For each its `checkpoint`, its `step` (None for weights), and `sets`: what `training.evaluate.measure` returns.
@@ -51,13 +54,17 @@ def evaluate(
         UserError: A checkpoint or set is not there, or they do not go together; nothing is started then.
     """
     indexes = _open(data)
+    for file in tasks:
+        read_requests(file)
     prepared = [_prepare(text, overrides, indexes, runs_dir) for text in checkpoints]
     for _, _, config, outputs in prepared:
         check(config, indexes, outputs, procs)
     rows = []
     for text, (run, step, config, outputs) in zip(checkpoints, prepared, strict=True):
         places = {name: index.place for name, index in indexes.items()}
-        request = Request("config.yaml", places, outputs, batches or ALL, sequences)
+        request = Request(
+            "config.yaml", places, outputs, batches or ALL, sequences, tuple(str(file.absolute()) for file in tasks)
+        )
         found = _run(config, request, procs)
         rows.append({"checkpoint": text, "step": step, "sets": found})
         if run is not None:

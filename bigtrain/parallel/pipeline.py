@@ -123,10 +123,10 @@ class Pipeline:
         return self._sums
 
     @torch.no_grad()
-    def forward(self, micro_batches: Iterable[Batch]) -> Sums:
+    def forward(self, micro_batches: Iterable[Batch], sources: int = 0) -> Sums:
         """The sums of `backward` without gradients, for any number of micro-batches of any shape."""
         sending: dict[int, tuple[dist.Work | None, Tensor]] = {}
-        self._sums = Sums(self._device)
+        self._sums = Sums(self._device, sources)
         for batch in micro_batches:
             for index, stage in self._stages.items():
                 received = []

@@ -51,6 +51,8 @@ class Request:
     """Entries of the vocabulary, or classes."""
     batches: int = ALL
     sequences: int | None = None
+    tasks: tuple[str, ...] = ()
+    """Files of requests (`training.tasks`)."""
 
 
 def of_run(
@@ -133,7 +135,7 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
 
     Returns:
         `loss` in nats a token (or sample), `perplexity`, and of text `bits_per_byte`: of each set by its name, and of
-        all together under "all".
+        all together under "all"; and of each task under its name what `tasks.score` returns.
     """
     from bigtrain.data.loader import EvaluationLoader
     from bigtrain.parallel.mesh import Ranks
@@ -158,9 +160,18 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
 
     sets = {name: HeldOutSet(partial(opened, index), index.bytes_per_token) for name, index in indexes.items()}
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
+    found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
+    if request.tasks:
+        from bigtrain.training.tasks import read_requests, score
+
+        requests = [one for file in request.tasks for one in read_requests(Path(file))]
+        tokenizer = next(iter(indexes.values())).load_tokenizer()
+        micro_size = config.layout.micro_size or config.batch.size.sequences(context)
+        multiple = math.lcm(config.layout.least_micro_batches, config.layout.micro_batch_multiple)
+        scored = score(engine, requests, tokenizer, context=context, batch_size=micro_size, multiple=multiple)
+        found |= {f"task {name}": dict(results) for name, results in scored.items()}
     engine.close()
-    found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets}
-    return found | {"all": _of_set(values, "")}
+    return found
 
 
 def _of_set(values: Mapping[str, float | None], suffix: str) -> dict[str, float | None]:

@@ -128,7 +128,7 @@ class AccelerateEngine:
     def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.strategy.model.eval()
-        sums = Sums(self.device)
+        sums = Sums(self.device, measuring.sources)
         with self.reducer.evaluating(measuring.wanted).active():
             for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 batch = to_device(arrays, self.device)

@@ -186,7 +186,7 @@ class DeepSpeedEngine:
     def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.engine.eval()
-        sums = Sums(self.device)
+        sums = Sums(self.device, measuring.sources)
         with self.reducer.evaluating(measuring.wanted).active():
             for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 batch = to_device(arrays, self.device)

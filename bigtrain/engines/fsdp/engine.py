@@ -206,10 +206,11 @@ class FSDPEngine:
     def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
         """See `contract.Engine.evaluate`."""
         self.model.eval()
-        sums = Sums(self.device)
+        sums = Sums(self.device, measuring.sources)
         with self.reducer.evaluating(measuring.wanted).active():
             if self.pipeline is not None:
-                sums = self.pipeline.forward(to_device(arrays, self.device) for batch in batches for arrays in batch)
+                arrived = (to_device(arrays, self.device) for batch in batches for arrays in batch)
+                sums = self.pipeline.forward(arrived, measuring.sources)
             for number, arrays in enumerate(arrays for micro_batches in batches for arrays in micro_batches):
                 with self._evaluating(arrays, number) as batch:
                     sums.add(LossSum(*self.model(batch)), batch)

@@ -1,0 +1,162 @@
+"""Requests of a context and continuations, scored by the log-likelihood of each continuation.
+
+A file holds a request a line, as JSON:
+
+    {"context": "The capital of France is", "continuations": [" Paris", " Rome"], "gold": 0, "task": "capitals"}
+
+Tokens are those of lm-evaluation-harness: context and continuation are encoded together, spaces at the end of the
+context go to the continuation, and a context that is too long loses its beginning. Every sequence is one source of the
+engine's sums, so that each is scored once, whatever the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.engines.contract import Engine, Measuring, MicroBatch
+
+if TYPE_CHECKING:
+    from bigtrain.data.tokenizers import Tokenizer
+
+AT_ONCE: Final = 2048
+"""Sequences of one evaluation: a batch's array `sources` has a column for each."""
+DEFAULT_TASK: Final = "requests"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question."""
+
+    context: str
+    continuations: tuple[str, ...]
+    gold: int
+    """The number of the right continuation."""
+    task: str = DEFAULT_TASK
+    """What it is counted under."""
+
+
+def read_requests(file: Path) -> list[Task]:
+    """The requests of a file.
+
+    Raises:
+        UserError: Names the line that is no request.
+    """
+    fix = 'Write a line like {"context": "1 + 1 =", "continuations": [" 2", " 3"], "gold": 0}.'
+    found = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The requests cannot be read: {error}", str(file)) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            texts, gold = tuple(value["continuations"]), value["gold"]
+            request = Task(value["context"], texts, gold, value.get("task", DEFAULT_TASK))
+        except (ValueError, TypeError, KeyError):
+            raise UserError("The line is no request", f"{file}:{number}", fix) from None
+        strings = (request.context, request.task, *texts)
+        if not texts or not all(isinstance(text, str) for text in strings) or not all(texts):
+            raise UserError("context and continuations must be texts, the latter not empty", f"{file}:{number}", fix)
+        if not isinstance(gold, int) or not 0 <= gold < len(texts):
+            raise UserError(f"gold is {gold!r}, the number of no continuation", f"{file}:{number}", fix)
+        found.append(request)
+    if not found:
+        raise UserError("The file holds no request", str(file), fix)
+    return found
+
+
+def score(
+    engine: Engine, requests: Sequence[Task], tokenizer: Tokenizer, *, context: int, batch_size: int, multiple: int = 1
+) -> dict[str, dict[str, float]]:
+    """Results of each task by its name. Collective; equal on all ranks.
+
+    Args:
+        context: Positions of a sequence.
+        batch_size: Sequences of a rank's pass.
+        multiple: What the number of passes of a rank is a multiple of.
+
+    Returns:
+        `accuracy` by log-likelihood, `accuracy_per_character` and `accuracy_per_byte` by that over the continuation's
+        length, `bits_per_byte` of the right continuations, and how many `requests` there are.
+    """
+    pairs = [(request.context, text) for request in requests for text in request.continuations]
+    likelihoods = iter(log_likelihoods(engine, pairs, tokenizer, context, batch_size, multiple))
+    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for request in requests:
+        values = np.array([next(likelihoods) for _ in request.continuations])
+        characters = np.array([len(text) for text in request.continuations])
+        sizes = np.array([len(text.encode()) for text in request.continuations])
+        rows[request.task].append(
+            {
+                "accuracy": float(np.argmax(values) == request.gold),
+                "accuracy_per_character": float(np.argmax(values / characters) == request.gold),
+                "accuracy_per_byte": float(np.argmax(values / sizes) == request.gold),
+                "bits_per_byte": -float(values[request.gold]) / float(sizes[request.gold]) / math.log(2),
+            }
+        )
+    means = {
+        task: {key: float(np.mean([one[key] for one in found])) for key in found[0]} for task, found in rows.items()
+    }
+    return {task: {**found, "requests": float(len(rows[task]))} for task, found in means.items()}
+
+
+def log_likelihoods(
+    engine: Engine, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: int, batch_size: int, multiple: int
+) -> list[float]:
+    """The log-likelihood, in nats, of each continuation after its context. Collective."""
+    found: list[float] = []
+    for first in range(0, len(pairs), AT_ONCE):
+        rows = [encode_pair(tokenizer, *pair) for pair in pairs[first : first + AT_ONCE]]
+        batches = _passes(engine, rows, context, batch_size, multiple)
+        totals = engine.evaluate(iter([list(batches)]), Measuring(sources=len(rows)))
+        found += [-loss for loss, _ in totals.sources]
+    return found
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
+    """The tokens of both, and how many belong to the continuation."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    whole = [int(token) for token in tokenizer.encode(context + continuation)]
+    if not context:
+        return [tokenizer.eot, *whole], len(whole)
+    return whole, len(whole) - len(tokenizer.encode(context))
+
+
+def _passes(
+    engine: Engine, rows: list[tuple[list[int], int]], context: int, batch_size: int, multiple: int
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches: as many and of one shape on all ranks, filled up with rows that count nothing."""
+    ranks = engine.data_parallel_size
+    count = -(-len(rows) // (batch_size * ranks))
+    count = -(-count // multiple) * multiple
+    for number in range(count):
+        first = (number * ranks + engine.data_parallel_rank) * batch_size
+        batch: dict[str, Any] = {
+            "tokens": np.zeros((batch_size, context), np.int64),
+            "targets": np.zeros((batch_size, context), np.int64),
+            "weights": np.zeros((batch_size, context), np.float32),
+            "keys": np.zeros(batch_size, np.int64),
+            "sources": np.zeros((batch_size, len(rows)), np.float32),
+        }
+        for place, row in enumerate(range(first, min(first + batch_size, len(rows)))):
+            tokens, counted = rows[row]
+            counted = min(counted, context)
+            tokens = tokens[-context - 1 :]
+            end = len(tokens) - 1
+            batch["tokens"][place, :end], batch["targets"][place, :end] = tokens[:-1], tokens[1:]
+            batch["weights"][place, end - counted : end] = 1
+            batch["sources"][place, row] = 1
+        yield batch
