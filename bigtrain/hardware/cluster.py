@@ -5,7 +5,7 @@
     register(Cluster(...))              # from a plugin
 
 A user's file holds the keys of `Cluster`; `extends: h100` starts from a known entry, so that a file may give a price
-alone. `bigtrain bench hardware` measures the machine it runs on and writes such a file.
+alone.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from bigtrain.models.decoder_config import TENSOR_PLAN, DecoderConfig
 class Wrong(DecoderModel):
     def tensor_plan(self):
         # The keys' norm meets the rank's own heads alone, so its gradient is to be summed.
-        return {"*.key_norm.*": "sequence", **TENSOR_PLAN}
+        return {"*.key_norm.*": "whole", **TENSOR_PLAN}
 
 
 @FAMILIES.register
