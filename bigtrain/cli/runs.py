@@ -173,12 +173,21 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(help="A run.")], runs_dir: RunsDir = RUNS) -> None:
-    """Write a run's report: one HTML file that opens offline."""
+def report(
+    run: Annotated[str, typer.Argument(help="A run.")],
+    beside: Annotated[str | None, typer.Argument(help="A second run, to show both side by side.")] = None,
+    runs_dir: RunsDir = RUNS,
+) -> None:
+    """Write a run's report, or one page of two runs: one HTML file that opens offline."""
     with errors():
         from bigtrain.run import Lease, find_run
-        from bigtrain.tracking.report import write_report
+        from bigtrain.tracking.report import write_comparison, write_report
 
         directory = find_run(run, runs_dir)
+        if beside is not None:
+            other = find_run(beside, runs_dir)
+            target = directory.path / f"report-{directory.path.name}-{other.path.name}.html"
+            print(write_comparison(directory.path, other.path, target))
+            return
         holder = Lease.holder(directory)
         print(write_report(directory.path, alive=holder is not None and holder.alive()))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bigtrain.run import names
 from bigtrain.storage import read_lines
-from bigtrain.tracking.metrics import step_rows
+from bigtrain.tracking.metrics import is_recorded, step_rows
 from bigtrain.tracking.numbers import finite, timestamp
 
 FloatArray = npt.NDArray[np.float64]
@@ -49,6 +49,11 @@ class Columns:
     def sources(self) -> list[str]:
         """The names of a mixture's sources, sorted; none where there is one source."""
         return sorted(name.removeprefix("epochs/") for name in self.values if name.startswith("epochs/"))
+
+    @property
+    def recorded(self) -> list[str]:
+        """The metrics that were recorded by name, and those of evaluators besides the loss; sorted."""
+        return sorted(filter(is_recorded, self.values))
 
     @property
     def seconds(self) -> FloatArray:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bigtrain.run import names
 from bigtrain.tracking.follow import Follower
+from bigtrain.tracking.metrics import is_recorded, read_units
 from bigtrain.tracking.numbers import finite, short, span
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 LINE_EVERY_S = 5.0
 _RECENT = 60
+_SHOWN = 8
+"""Metrics that were recorded by name, as many as a line has room for."""
 _BARS = "▁▂▃▄▅▆▇█"
 _LOUD = {"fault": "red", "failed": "red", "restarted": "yellow", "stopped": "yellow", "finished": "green"}
 _SAID = ("fault", "restarted", "stopped", "failed", "finished")
@@ -92,7 +96,19 @@ def metrics_line(progress: Progress, row: dict[str, Any]) -> str:
         parts.append(f"{short(rate)} tokens/s")
     if (eta := progress.eta_s) is not None:
         parts.append(f"eta {span(eta)}")
+    parts += [f"{name} {text}" for name, text in recorded(row)[:_SHOWN]]
     return "  ".join(parts)
+
+
+def recorded(row: dict[str, Any], units: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Name and value, with its unit, of each metric that was recorded by name."""
+    found = []
+    for name, item in row.items():
+        value = finite(item)
+        if value is not None and is_recorded(name):
+            unit = (units or {}).get(name, "")
+            found.append((name, f"{short(value)} {unit}".rstrip()))
+    return found
 
 
 def event_line(event: dict[str, Any]) -> str:
@@ -125,6 +141,7 @@ class LiveDisplay:
         line_every_s: float = LINE_EVERY_S,
         poll_s: float = POLL_S,
     ) -> None:
+        self._run_dir = run_dir
         self._name = run_dir.resolve().name
         self._stream = stream
         self._line_every_s, self._poll_s = line_every_s, poll_s
@@ -216,10 +233,10 @@ class LiveDisplay:
             self._console = None
 
     def _panel(self) -> RenderableType:
-        return panel(self._name, self._progress)
+        return panel(self._name, self._progress, read_units(self._run_dir / "metrics.jsonl"))
 
 
-def panel(name: str, progress: Progress) -> RenderableType:
+def panel(name: str, progress: Progress, units: Mapping[str, str] | None = None) -> RenderableType:
     """The panel of one run."""
     from rich.console import Group
     from rich.panel import Panel
@@ -253,6 +270,8 @@ def panel(name: str, progress: Progress) -> RenderableType:
     line = Table.grid(padding=(0, 2))
     line.add_row(*[Text.assemble((f"{label} ", "dim"), text) for label, text in facts])
     parts: list[RenderableType] = [head, body, line]
+    if own := recorded(row, units)[:_SHOWN]:
+        parts.append(Text.assemble(*(part for label, text in own for part in ((f"{label} ", "dim"), f"{text}  "))))
     if progress.event is not None:
         style = _LOUD.get(progress.event["event"], "dim")
         parts.append(Text(event_line(progress.event), style=style, no_wrap=True, overflow="ellipsis"))

@@ -22,6 +22,17 @@ NAMES = (
 to its step's object, a mixture `loss/SOURCE`."""
 
 
+_OWN = {
+    *NAMES, "mfu_causal", "skipped_steps", "loss_scale", "val_loss", "val_bits_per_byte",
+}  # fmt: skip
+_FAMILIES = ("loss/", "epochs/", "tokens/", "forecast/", "val_loss/", "val_bits_per_byte/")
+
+
+def is_recorded(name: str) -> bool:
+    """Whether a key of an object is a metric that a model, a callback or an evaluator recorded under its own name."""
+    return name not in _OWN and not name.startswith(_FAMILIES)
+
+
 class MetricsFile:
     """The writer of a run's metrics.jsonl; one process at a time owns it.
 

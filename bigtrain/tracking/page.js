@@ -1,11 +1,37 @@
 "use strict";
-(() => {
+(async () => {
+  const packed = document.getElementById("plotly").textContent;
+  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+  const library = document.createElement("script");
+  library.textContent = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  document.head.append(library);
+
+  const tables = JSON.parse(document.getElementById("axes")?.textContent ?? "{}");
+  const chosen = { axis: "step", smoothing: "medium" };
+  // The value of another axis at a step, by linear interpolation.
+  const onAxis = (spec, step) => {
+    const table = tables[chosen.axis];
+    if (!table || spec.x_title !== "step") return step;
+    const [steps, values] = table;
+    let high = steps.findIndex((one) => one >= step);
+    if (high === -1) high = steps.length - 1;
+    if (high === 0 || steps[high] === step) return values[high];
+    const share = (step - steps[high - 1]) / (steps[high] - steps[high - 1]);
+    return values[high - 1] + share * (values[high] - values[high - 1]);
+  };
+  const shown = (spec) => spec.series
+    .filter((series) => !series.smoothing || series.smoothing === chosen.smoothing)
+    .map((series) => ({
+      ...series, x: series.x.map((step) => onAxis(spec, step)),
+      // Without a mean before them the values of each step are not faint.
+      faint: series.faint && chosen.smoothing !== "off",
+    }));
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const charts = [...document.querySelectorAll(".plot")].map((element) => ({
     element, spec: JSON.parse(element.nextElementSibling.textContent), log: false, height: element.clientHeight,
   }));
 
-  const named = (spec) => spec.series.filter((series) => !series.faint).length > 1;
+  const named = (spec) => shown(spec).filter((series) => !series.faint).length > 1;
   const scattered = (spec) => spec.series.some((series) => series.points);
 
   const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -27,7 +53,7 @@
   };
 
   const traces = (spec) => {
-    const drawn = spec.series.flatMap((series) => [...band(series), {
+    const drawn = shown(spec).flatMap((series) => [...band(series), {
       x: series.x, y: series.y, name: series.name, type: "scatter",
       mode: series.points ? "markers" : series.markers ? "lines+markers" : "lines",
       line: { color: shade(series), width: series.faint ? 1 : 2, dash: series.dashed ? "dash" : "solid" },
@@ -37,7 +63,7 @@
       showlegend: named(spec) && !series.unnamed,
     }]);
     if (spec.marks.length) drawn.push({
-      x: spec.marks.map((mark) => mark.x), y: spec.marks.map(() => 1), yaxis: "y2", type: "scatter", mode: "markers",
+      x: spec.marks.map((mark) => onAxis(spec, mark.x)), y: spec.marks.map(() => 1), yaxis: "y2", type: "scatter", mode: "markers",
       marker: { symbol: "triangle-down", size: 9, color: spec.marks.map((mark) => color(mark.color)) },
       text: spec.marks.map((mark) => mark.text), hovertemplate: "%{text}<extra></extra>", showlegend: false,
       cliponaxis: false,
@@ -47,8 +73,9 @@
 
   // Plotly would pad the range of x for markers, and so shift the charts against each other.
   const extent = (spec) => {
-    const low = Math.min(...spec.series.map((series) => series.x[0]));
-    const high = Math.max(...spec.series.map((series) => series.x[series.x.length - 1]));
+    const series = shown(spec);
+    const low = Math.min(...series.map((one) => one.x[0]));
+    const high = Math.max(...series.map((one) => one.x[one.x.length - 1]));
     if (low === high) return undefined;
     const ends = spec.log_x ? [Math.log10(low), Math.log10(high)] : [low, high];
     // Points at the ends want room; curves begin at the axis.
@@ -56,7 +83,7 @@
     return [ends[0] - room, ends[1] + room];
   };
 
-  const NARROW = 480;  // Pixels of a chart below which a legend over the curves would hide them.
+  const NARROW = 560;  // Pixels of a chart below which a legend over the curves would hide them.
 
   const layout = (spec, log, width) => {
     const wide = width > 640;
@@ -71,13 +98,13 @@
       showlegend: named(spec),
       legend: { orientation: "h", ...place, bgcolor: "rgba(0,0,0,0)", font: { color: color("text") } },
       xaxis: {
-        ...axis, showgrid: false, title: { text: spec.x_title, font: { size: 11.5 }, standoff: 6 },
+        ...axis, showgrid: false, title: { text: spec.x_title === "step" ? chosen.axis : spec.x_title, font: { size: 11.5 }, standoff: 6 },
         type: spec.log_x ? "log" : "linear", range: extent(spec), nticks: wide ? 9 : 5,
       },
       yaxis: { ...axis, type: log ? "log" : "linear", nticks: wide ? 7 : 5, tickformat: spec.tick_format, rangemode: spec.from_zero ? "tozero" : "normal" },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       shapes: spec.marks.map((mark) => ({
-        type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1,
+        type: "line", x0: onAxis(spec, mark.x), x1: onAxis(spec, mark.x), yref: "paper", y0: 0, y1: 1,
         line: { color: color(mark.color), width: 1, dash: "dot" },
       })),
     };
@@ -85,7 +112,7 @@
 
   const draw = (chart) => {
     const { element, spec } = chart;
-    const entries = named(spec) ? spec.series.filter((series) => !series.unnamed).length : 0;
+    const entries = named(spec) ? shown(spec).filter((series) => !series.unnamed).length : 0;
     // A legend above takes its room from the curves, a line for each entry at worst.
     if (element.clientWidth < NARROW && entries > 2) element.style.height = `${chart.height + 18 * entries}px`;
     return Plotly.react(
@@ -101,6 +128,14 @@
       chart.log = button.value === "log";
       for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
       draw(chart);
+    });
+  }
+  for (const switched of ["axis", "smoothing"]) {
+    const buttons = [...document.querySelectorAll(`.controls .${switched} button`)];
+    for (const button of buttons) button.addEventListener("click", () => {
+      chosen[switched] = button.value;
+      for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+      charts.forEach(draw);
     });
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(draw));

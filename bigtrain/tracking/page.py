@@ -6,19 +6,23 @@ anything.
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-MAX_POINTS = 3000
+MAX_POINTS = 1500
+PARTS_OF_A_WHOLE = 9
+"""Colours of a divided bar: as many as the parts of a run's wall time."""
+Smoothing = Literal["off", "light", "medium", "strong"]
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -63,6 +67,8 @@ class Series:
     """Place between 0 and 1 on a scale of colours, for series that have an order, instead of `color`."""
     unnamed: bool = False
     """Left out of the legend, as the others of a family of which some are named."""
+    smoothing: Smoothing | Literal[""] = ""
+    """Shown only at that setting of the page's switch; empty: always."""
     band: tuple[npt.ArrayLike, npt.ArrayLike] | None = None
     """Lower and upper ends of an interval around each y, shaded."""
 
@@ -115,6 +121,22 @@ class Page:
     subtitle: str = ""
     _parts: list[str] = field(default_factory=list)
     _has_charts: bool = False
+    _axes: str = ""
+
+    def controls(self, axes: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> None:
+        """Switches for all charts over steps: what x shows, and how much curves are smoothed.
+
+        Args:
+            axes: By title ("tokens", "hours"): rising steps, and the value at each.
+        """
+        tables = {}
+        for title, (steps, values) in axes.items():
+            x, y = downsample(steps, values, 400)
+            if len(x):
+                tables[title] = [_numbers(x), _numbers(y)]
+        self._axes = f'<script type="application/json" id="axes">{_json(tables)}</script>'
+        switches = _switch("axis", ["step", *tables], "step"), _switch("smoothing", get_args(Smoothing), "medium")
+        self._parts.append(f'<div class="controls">x {switches[0]} smoothing {switches[1]}</div>')
 
     def heading(self, text: str) -> None:
         """A section begins."""
@@ -133,12 +155,15 @@ class Page:
         self._parts.append(f'<dl class="headline">{"".join(cells)}</dl>')
 
     def shares(self, parts: Sequence[tuple[str, float, str]]) -> None:
-        """A whole divided: (label, amount, amount as text), drawn as one bar; at most four parts."""
+        """A whole divided: (label, amount, amount as text), drawn as one bar of at most PARTS_OF_A_WHOLE parts."""
+        if len(parts) > PARTS_OF_A_WHOLE:
+            raise ValueError(f"a bar has colours for {PARTS_OF_A_WHOLE} parts, not for {len(parts)}")
         total = sum(amount for _, amount, _ in parts) or 1.0
         bar, legend = [], []
         for i, (label, amount, text) in enumerate(parts):
-            if amount > 0:
-                bar.append(f'<i class="s{i}" style="width:{100 * amount / total:.3f}%"></i>')
+            if amount <= 0:
+                continue
+            bar.append(f'<i class="s{i}" style="width:{100 * amount / total:.3f}%"></i>')
             legend.append(f'<li><i class="s{i}"></i>{_text(label)} <span>{_text(text)}</span></li>')
         drawn = f'<div class="shares">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>'
         self._parts.append(f'<div class="card">{drawn}</div>')
@@ -172,9 +197,10 @@ class Page:
         subtitle = f'<p class="subtitle">{_text(self.subtitle)}</p>' if self.subtitle else ""
         scripts = ""
         if self._has_charts:
-            from plotly.offline import get_plotlyjs
-
-            scripts = f"<script>{get_plotlyjs()}</script>\n<script>{_asset('page.js')}</script>\n"
+            scripts = (
+                f'{self._axes}<script type="application/octet-stream" id="plotly">{_library()}</script>\n'
+                f"<script>{_asset('page.js')}</script>\n"
+            )
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -192,6 +218,17 @@ def _text(value: Any) -> str:
 
 def _asset(name: str) -> str:
     return resources.files("bigtrain.tracking").joinpath(name).read_text(encoding="utf-8")
+
+
+def _library() -> str:
+    """plotly.js's basic bundle, compressed; the page decompresses it. In full it would be 1.2 MB."""
+    packed = resources.files("bigtrain.tracking").joinpath("plotly-basic.min.js.gz").read_bytes()
+    return base64.b64encode(packed).decode()
+
+
+def _json(value: Any) -> str:
+    # "<" cannot stand inside a script element, where "</script>" would end it.
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _has_points(series: Series) -> bool:
@@ -212,7 +249,7 @@ def _chart(chart: Chart) -> str:
             spec_of_one: dict[str, Any] = {
                 "name": _text(one.name), "x": _numbers(x), "y": _numbers(y), "color": one.color,
                 "faint": one.faint, "markers": one.markers, "points": one.points, "dashed": one.dashed,
-                "ramp": one.ramp, "unnamed": one.unnamed,
+                "ramp": one.ramp, "unnamed": one.unnamed, "smoothing": one.smoothing,
             }  # fmt: skip
             if one.band is not None:
                 low, high = (downsample(one.x, end) for end in one.band)
@@ -224,8 +261,7 @@ def _chart(chart: Chart) -> str:
         "log_y": chart.log_y, "format": chart.value_format, "tick_format": chart.tick_format,
         "from_zero": chart.from_zero,
     }  # fmt: skip
-    # "<" cannot stand inside a script element, where "</script>" would end it.
-    data = json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = _json(spec)
     unit = f" <span>{_text(chart.unit)}</span>" if chart.unit else ""
     return (
         f'<section class="card{" wide" if chart.wide else ""}">'
@@ -236,8 +272,13 @@ def _chart(chart: Chart) -> str:
 
 
 def _scale_switch(chart: Chart) -> str:
+    return _switch("scale of y", ["linear", "log"], "log" if chart.log_y else "linear", name="scale")
+
+
+def _switch(label: str, values: Iterable[str], chosen: str, name: str = "") -> str:
     buttons = []
-    for value in ("linear", "log"):
-        pressed = "true" if chart.log_y == (value == "log") else "false"
-        buttons.append(f'<button type="button" value="{value}" aria-pressed="{pressed}">{value}</button>')
-    return f'<div class="scale" role="group" aria-label="scale of y">{"".join(buttons)}</div>'
+    for value in values:
+        pressed = "true" if value == chosen else "false"
+        buttons.append(f'<button type="button" value="{_text(value)}" aria-pressed="{pressed}">{_text(value)}</button>')
+    kind = name or f"scale {label}"
+    return f'<div class="{kind}" role="group" aria-label="{label}">{"".join(buttons)}</div>'

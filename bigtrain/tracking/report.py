@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from bigtrain.run import names
 from bigtrain.storage import write_atomic
 from bigtrain.tracking.forecast import held_against
 from bigtrain.tracking.forecast_page import show_forecast
 from bigtrain.tracking.goodput import PARTS, Goodput
-from bigtrain.tracking.history import (
-    Columns,
-    FloatArray,
-    newest,
-    read_columns,
-    read_events,
-    state,
-    whole,
-)
+from bigtrain.tracking.history import Columns, FloatArray, newest, read_columns, read_events, state, whole
+from bigtrain.tracking.metrics import read_units
 from bigtrain.tracking.numbers import short, span, timestamp
-from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
+from bigtrain.tracking.page import Fact, Mark, Page
 from bigtrain.tracking.redact import redact, redact_text, redact_yaml
+from bigtrain.tracking.report_charts import axes, charts
 from bigtrain.tracking.status import run_goodput
 
 MAX_EVENTS = 300
 MAX_MARKS = 100
-SMOOTH_FROM = 200
 _FAULTS = ("fault", "failed")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run's files say."""
+
+    directory: Path
+    alive: bool
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+    @cached_property
+    def columns(self) -> Columns:
+        return read_columns(self.directory / names.METRICS)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        return read_events(self.directory / names.EVENTS)
+
+    @cached_property
+    def goodput(self) -> Goodput:
+        return run_goodput(self.directory, self.alive)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config; empty where there is none that can be read."""
+        try:
+            found = yaml.safe_load((self.directory / names.CONFIG).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 def write_report(run_dir: Path, alive: bool = False) -> Path:
@@ -44,22 +73,18 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     Returns:
         The file's path.
     """
-    columns = read_columns(run_dir / names.METRICS)
-    events = read_events(run_dir / names.EVENTS)
-    good = run_goodput(run_dir, alive)
-    page = Page(title=run_dir.resolve().name, subtitle=_subtitle(events, alive))
-    page.headline(_facts(columns, events, good))
-    if good.wall_s > 0:
-        page.heading("Where the time went")
-        page.shares(_shares(good))
-    if len(columns):
-        page.heading("Training")
-        page.charts(_charts(columns, _marks(events)))
+    run = _Run(run_dir, alive)
+    page = Page(title=run.name, subtitle=_subtitle(run.events, alive))
+    if summary := _summary(run.config):
+        page.note(summary)
+    page.headline(_facts(run))
     if held := held_against(run_dir):
         show_forecast(page, held)
-    if events:
+    _time_bars(page, [run])
+    _curves(page, [run])
+    if run.events:
         page.heading("Events")
-        _events_table(page, events)
+        _events_table(page, run.events)
     if (sample := run_dir / "sample.txt").exists():
         page.heading("A sample of its text")
         page.preformatted(redact_text(sample.read_text(encoding="utf-8", errors="replace")), prose=True)
@@ -69,6 +94,71 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
     target = run_dir / "report.html"
     write_atomic(target, page.render())
     return target
+
+
+def write_comparison(first: Path, second: Path, target: Path) -> Path:
+    """Write one page of two runs side by side: facts, differences of their configs, and curves in the same plots."""
+    runs = [_Run(directory, alive=False) for directory in (first, second)]
+    page = Page(title=" and ".join(run.name for run in runs), subtitle="two bigtrain runs side by side")
+    facts = [{fact.label: fact for fact in _facts(run)} for run in runs]
+    labels = [*facts[0], *(label for label in facts[1] if label not in facts[0])]
+    rows = [[label, *(one[label].value if label in one else "" for one in facts)] for label in labels]
+    page.table(["", *(run.name for run in runs)], rows)
+    flat = [dict(_flat(redact(run.config))) for run in runs]
+    differing = [key for key in {**flat[0], **flat[1]} if key != "name" and flat[0].get(key) != flat[1].get(key)]
+    if differing:
+        page.heading("What differs in their configs")
+        page.table(["key", *(run.name for run in runs)], [[key, *(one.get(key) for one in flat)] for key in differing])
+    _time_bars(page, runs)
+    _curves(page, runs)
+    write_atomic(target, page.render())
+    return target
+
+
+def _time_bars(page: Page, runs: Sequence[_Run]) -> None:
+    known = [run for run in runs if run.goodput.wall_s > 0]
+    if known:
+        page.heading("Where the time went")
+    for run in known:
+        if len(runs) > 1:
+            page.note(run.name)
+        page.shares(_shares(run.goodput))
+
+
+def _curves(page: Page, runs: Sequence[_Run]) -> None:
+    known = {run.name: run.columns for run in runs if len(run.columns)}
+    if not known:
+        return
+    page.heading("Training")
+    page.controls(axes(max(known.values(), key=len)))
+    units = {name: unit for run in runs for name, unit in read_units(run.directory / names.METRICS).items()}
+    page.charts(charts(known, _marks(runs[0].events) if len(runs) == 1 else (), units))
+
+
+def _summary(config: dict[str, Any]) -> str:
+    """The facts of a config in one line: model, batch, length, optimizer, precision, engine."""
+
+    def of(section: str, *keys: str) -> list[str]:
+        found = config.get(section)
+        values = found if isinstance(found, dict) else {}
+        return [f"{key} {values[key]}" for key in keys if values.get(key) not in (None, False)]
+
+    model, optimizer = of("model", "arch", "layers", "width", "context"), of("optimizer", "name", "lr", "weight_decay")
+    parts = [", ".join(part) for part in (model, of("batch", "size"), optimizer, of("schedule", "name")) if part]
+    if isinstance(config.get("duration"), str):
+        parts.insert(2, config["duration"])
+    layout = of("layout", "dp_replicate", "dp_shard", "cp", "tp", "pp")
+    layout = [one for one in layout if not one.endswith((" 1", "auto"))]
+    parts += [", ".join([str(config.get("precision", "")), *of("engine", "name"), *layout]).strip(", ")]
+    return redact_text(" · ".join(part.replace("name ", "").replace("size ", "batch ") for part in parts if part))
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
 
 
 def _subtitle(events: Sequence[dict[str, Any]], alive: bool) -> str:
@@ -81,43 +171,38 @@ def _clock(time_s: float | None) -> str:
     return "" if time_s is None else datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    return format(value, form) if value is not None else "n/a"
-
-
-def _facts(columns: Columns, events: Sequence[dict[str, Any]], good: Goodput) -> list[Fact]:
+def _facts(run: _Run) -> list[Fact]:
+    """The numbers that matter; those that are not known are left out."""
+    columns, events, good = run.columns, run.events, run.goodput
     total = whole(newest(events, "total_steps"))
     step = int(columns.step[-1]) if len(columns) else 0
-    tokens, rate = columns.last("tokens"), _median(columns.get("tokens_per_s"))
-    share, bits = _median(columns.get("mfu")), columns.last("val_bits_per_byte")
+    bits = columns.last("val_bits_per_byte")
     restarts = sum(event["event"] == "restarted" for event in events)
     faults = sum(event["event"] == "fault" for event in events)
+
+    def fact(label: str, value: float | None, form: Callable[[float], str], note: str = "") -> list[Fact]:
+        return [] if value is None else [Fact(label, form(value), note)]
+
     return [
         Fact("Steps", f"{step:,}", f"of {total:,}" if total is not None else ""),
-        Fact("Tokens", short(tokens) if tokens is not None else "n/a"),
-        Fact("Final loss", _number(columns.last("loss")), "training, nats per token"),
-        Fact(
-            "Validation loss",
-            _number(columns.last("val_loss")),
+        *fact("Tokens", columns.last("tokens"), short),
+        *fact("Final loss", columns.last("loss"), "{:.4f}".format, "training, nats per token"),
+        *fact(
+            "Validation loss", columns.last("val_loss"), "{:.4f}".format,
             f"{bits:.4f} bits per byte" if bits is not None else "",
         ),
-        Fact("Tokens per second", short(rate) if rate is not None else "n/a", "median"),
-        Fact(
-            "MFU",
-            f"{share:.1%}" if share is not None else "n/a",
-            "median" if share is not None else "unknown peak",
-        ),
-        Fact(
-            "Wall time",
-            span(good.wall_s) if good.wall_s else "n/a",
-            _counted(faults, "fault", restarts, "restart"),
-        ),
+        *fact("Tokens per second", _median(columns.get("tokens_per_s")), short, "median"),
+        *fact("MFU", _median(columns.get("mfu")), "{:.1%}".format, "median"),
+        *fact("Wall time", good.wall_s or None, span, _counted(faults, "fault", restarts, "restart")),
         *(
-            Fact(f"Epochs of {name}", _number(columns.last(f"epochs/{name}"), ".2f"), "times through this source")
+            one
             for name in columns.sources
+            for one in fact(
+                f"Epochs of {name}", columns.last(f"epochs/{name}"), "{:.2f}".format, "times through this source"
+            )
         ),
-        Fact("Goodput", f"{good.share:.1%}" if good.share is not None else "n/a", "of wall time, in kept steps"),
-    ]
+        *fact("Goodput", good.share, "{:.1%}".format, "of wall time, in kept steps"),
+    ]  # fmt: skip
 
 
 def _counted(faults: int, fault: str, restarts: int, restart: str) -> str:
@@ -144,68 +229,8 @@ def _marks(events: Sequence[dict[str, Any]]) -> list[Mark]:
     return marks[-MAX_MARKS:]
 
 
-def smooth(values: FloatArray, window: int) -> FloatArray:
-    """Mean over `window` values around each one, so without lag; what is not finite is left out.
-
-    Args:
-        values: Shape (n,).
-        window: How many values; at the ends those that there are. NaN where there is none.
-    """
-    known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    low = np.maximum(np.arange(len(values)) - window // 2, 0)
-    high = np.minimum(np.arange(len(values)) + window // 2 + 1, len(values))
-    with np.errstate(invalid="ignore"):
-        return np.asarray((sums[high] - sums[low]) / (counts[high] - counts[low]), dtype=np.float64)
-
-
-def _with_mean(
-    columns: Columns, name: str, label: str, color: Literal[1, 2, 3, 4], factor: float = 1.0
-) -> list[Series]:
-    """A column's curve; a long one is faint, with its running mean before it."""
-    values = columns.get(name) * factor
-    if len(columns) < SMOOTH_FROM:
-        return [Series(label, columns.step, values, color)]
-    mean = smooth(values, len(columns) // 60)
-    return [
-        Series(f"{label}, each step", columns.step, values, color, faint=True),
-        Series(f"{label}, mean", columns.step, mean, color),
-    ]
-
-
-def _loss_series(columns: Columns) -> list[Series]:
-    validation = Series("validation", columns.step, columns.get("val_loss"), 2, markers=True)
-    return [*_with_mean(columns, "loss", "training", 1), validation]
-
-
-def _charts(columns: Columns, marks: Sequence[Mark]) -> list[Chart]:
-    step = columns.step
-    sources = sorted(name for name in columns.values if name.startswith("loss/"))
-    colors: tuple[Literal[1, 2, 3, 4], ...] = (1, 2, 3, 4)
-    by_source = [
-        Series(name.removeprefix("loss/"), step, smooth(columns.get(name), len(columns) // 60), color)
-        for name, color in zip(sources, colors, strict=False)
-    ]
-    rate = _with_mean(columns, "tokens_per_s", "tokens/s", 1)
-    memory = [Series("memory", step, columns.get("memory_bytes") / 2**30, 2)]
-    return [
-        Chart("Loss", _loss_series(columns), "nats per token", marks=marks, wide=True, log_switch=True),
-        Chart("Loss by source", by_source, "nats per token", marks=marks, wide=True, log_switch=True),
-        Chart("Learning rate", [Series("learning rate", step, columns.get("lr"), 3)], value_format=".3~e"),
-        Chart("Gradient norm", _with_mean(columns, "grad_norm", "gradient norm", 4), marks=marks),
-        Chart("Throughput", rate, "tokens/s", marks=marks, value_format=".3~s", from_zero=True),
-        Chart(
-            "MFU", _with_mean(columns, "mfu", "MFU", 1), "share of dense peak", marks=marks,
-            value_format=".1%", tick_format=".0%", from_zero=True,
-        ),
-        Chart("Memory", memory, "GiB, peak of the worst rank", marks=marks, from_zero=True),
-        Chart("Wait for data", _with_mean(columns, "data_wait_s", "wait", 3, 1e3), "ms a step", marks=marks),
-    ]  # fmt: skip
-
-
 def _events_table(page: Page, events: Sequence[dict[str, Any]]) -> None:
-    shown = list(events)
+    shown = _folded(events)
     if len(shown) > MAX_EVENTS:
         shown = [event for event in shown if event["event"] != "saved"][-MAX_EVENTS:]
         page.note(f"{len(shown)} of {len(events)} events; events.jsonl has all of them.")
@@ -214,4 +239,28 @@ def _events_table(page: Page, events: Sequence[dict[str, Any]]) -> None:
     for event in shown:
         fields = redact({name.lower(): event.get(name.lower()) for name in header[1:]})
         rows.append([_clock(timestamp(event.get("time"))), *fields.values()])
-    page.table(header, rows, long=("Cause",))
+    # A column in which nothing stands says nothing.
+    kept = [number for number in range(len(header)) if any(row[number] is not None for row in rows)]
+    page.table([header[n] for n in kept], [[row[n] for n in kept] for row in rows], long=("Cause",))
+
+
+def _folded(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events, with those of one straggler in one row: the first, with how many followed."""
+    counts: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    shown = []
+    for event in events:
+        key = event.get("rank"), event.get("host")
+        if event["event"] == "straggler":
+            counts.setdefault(key, []).append(event)
+            if len(counts[key]) > 1:
+                continue
+        shown.append(event)
+    folded = []
+    for event in shown:
+        same = counts.get((event.get("rank"), event.get("host")), []) if event["event"] == "straggler" else []
+        if len(same) > 1:
+            cause = f"{event.get('cause', '')}; reported {len(same)} times, up to step {same[-1].get('step')}"
+            folded.append({**event, "event": f"straggler \u00d7 {len(same)}", "cause": cause.lstrip("; ")})
+        else:
+            folded.append(event)
+    return folded

@@ -10,6 +10,7 @@ from bigtrain.tracking.forecast import held_against
 from bigtrain.tracking.goodput import Goodput, goodput
 from bigtrain.tracking.history import Columns, eta_s, newest, read_columns, read_events, record_s, whole
 from bigtrain.tracking.history import state as state_of
+from bigtrain.tracking.metrics import read_units
 from bigtrain.tracking.numbers import timestamp
 from bigtrain.tracking.trackers.wandb import read_url
 
@@ -27,6 +28,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         that were kept, `time` where all of it went (`bigtrain.tracking.goodput`); `energy_j` the joules that the
         machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
         the run runs; `forecast` the run beside its preregistered forecast (`held_against`);
+        `metrics` the newest value and the unit of each metric that was recorded by name;
         `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
     columns = read_columns(run_dir / names.METRICS)
@@ -41,6 +43,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "tokens_per_s": columns.last("tokens_per_s"),
         "goodput": good.share,
         "nodes": whole(newest(events, "nodes")),
+        "metrics": _recorded(run_dir, columns) or None,
         "epochs": {name: columns.last(f"epochs/{name}") for name in columns.sources} or None,
         "restarts": sum(event["event"] == "restarted" for event in events),
         "last_event": events[-1]["event"] if events else None,
@@ -50,6 +53,11 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "time": good.plain(),
         "energy_j": good.energy_j,
     }
+
+
+def _recorded(run_dir: Path, columns: Columns) -> dict[str, dict[str, Any]]:
+    units = read_units(run_dir / names.METRICS)
+    return {name: {"value": columns.last(name), "unit": units.get(name, "")} for name in columns.recorded}
 
 
 def run_goodput(run_dir: Path, alive: bool = False) -> Goodput:

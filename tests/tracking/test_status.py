@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from bigtrain.tracking.live import Progress, metrics_line
+from bigtrain.tracking.metrics import MetricsFile
 from bigtrain.tracking.status import status
 
 START_S = 1_790_000_000.0
 KEYS = [
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "forecast", "wandb_url", "time", "energy_j",
+    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "metrics", "epochs", "restarts", "last_event",
+    "eta_s", "forecast", "wandb_url", "time", "energy_j",
 ]  # fmt: skip
 
 Event = Callable[..., dict[str, Any]]
@@ -60,7 +62,7 @@ def test_a_running_run_tells_its_numbers(
     found = status(run_dir, alive=True, now=START_S + 20)
     assert found == {
         "name": "tiny", "state": "running", "step": 10, "loss": pytest.approx(4.0), "tokens_per_s": 100.0,
-        "goodput": pytest.approx(0.5), "nodes": 2, "epochs": None, "restarts": 0, "last_event": "saved",
+        "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0, "last_event": "saved",
         "eta_s": pytest.approx(20.0), "forecast": None, "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
         "time": found["time"], "energy_j": None,
     }  # fmt: skip
@@ -90,3 +92,15 @@ def test_times_as_iso_texts_are_understood(run_dir: Path, row: Callable[..., dic
     )
     write_lines(run_dir / "metrics.jsonl", *(row(step) for step in range(1, 11)))
     assert status(run_dir, alive=False)["goodput"] == pytest.approx(0.25)
+
+
+def test_recorded_metrics_have_their_newest_value_and_unit(
+    run_dir: Path, row: Callable[..., dict[str, Any]], write_lines: Callable[..., None]
+) -> None:
+    write_lines(run_dir / "metrics.jsonl", row(1, fan_speed=900, val_accuracy=0.25), row(2, fan_speed=950))
+    MetricsFile(run_dir / "metrics.jsonl").add_units({"fan_speed": "rpm"})
+    assert status(run_dir, alive=False)["metrics"] == {
+        "fan_speed": {"value": 950, "unit": "rpm"},
+        "val_accuracy": {"value": 0.25, "unit": ""},
+    }
+    assert metrics_line(Progress(2), row(2, fan_speed=950)).endswith("fan_speed 950")
