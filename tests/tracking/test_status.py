@@ -62,7 +62,8 @@ def test_a_running_run_tells_its_numbers(
     found = status(run_dir, alive=True, now=START_S + 20)
     assert found == {
         "name": "tiny", "state": "running", "step": 10, "loss": pytest.approx(4.0), "tokens_per_s": 100.0,
-        "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0, "last_event": "saved",
+        "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0,
+        "last_event": "saved",
         "eta_s": pytest.approx(20.0), "forecast": None, "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
         "time": found["time"], "energy_j": None,
     }  # fmt: skip
