@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bigtrain.data.index import ShardIndex
     from bigtrain.data.kind import SampleKind
 
-INPUTS = "Text, .jsonl, .parquet, tars of text, each also .gz or .zst; directories; patterns."
+INPUTS = "Text, JSON lines, Parquet, tars of text, also compressed (gzip, zstd, bzip2, xz); directories; patterns."
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 

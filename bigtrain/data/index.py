@@ -9,24 +9,23 @@ on a server while the index is here.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.arrays import ArrayInfo
-from bigtrain.data.formats.images import ImageInfo
+from bigtrain.data.formats.images import ImageInfo, read_class_names
 from bigtrain.data.kind import SampleKind, kind_named
+from bigtrain.data.sidecar import Rows
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.models.batches import KINDS
-from bigtrain.storage import hash_file, hash_text, write_atomic, write_json
+from bigtrain.storage import hash_file, hash_text, write_json
 from bigtrain.storage.scheme import check_url
 
 FORMAT_VERSION = 3
@@ -35,11 +34,8 @@ FIRST_KINDS = ("tokens", "images")
 """The kinds that a reader of format 1 knows."""
 MAX_INDEX_BYTES = 1 << 31
 INDEX_NAME = "index.json"
-CLASSES_NAME = "classes.json"
-"""Names of the classes of images, in the order of their numbers."""
 AUTO_VERIFY_BYTES = 4 * 10**9
 Verify = Literal["auto", "always", "never"]
-Rows = npt.NDArray[np.int64]
 
 _SIDECAR_HEADER_BYTES = 128
 
@@ -313,26 +309,6 @@ REINDEX = "run `bigtrain data index` on the directory"
 _CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
 
 
-def spans_fit(offsets: Rows, sizes: Rows, total: int, width: int = 1) -> bool:
-    """Whether spans of so many values of a width lie inside a file of `total` bytes."""
-    # Compared without adding: a hostile sum would wrap around.
-    return not bool((offsets > total).any() or (sizes > (total - offsets) // width).any())
-
-
-def sidecar_rows(counts: Rows, width: int) -> Rows:
-    """The sidecar of a file that holds nothing but the tokens of documents of these lengths."""
-    ends = np.cumsum(counts)
-    return np.stack([(ends - counts) * width, counts], axis=1)
-
-
-def write_sidecar(path: Path, rows: Rows) -> str:
-    """Write a sidecar atomically and return its hash."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(rows, dtype="<i8"), allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
-    return hash_file(path)
-
-
 def write_index(
     directory: Path, kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, image: ImageInfo | None,
     text_bytes: int | None, shards: list[Shard], text: bool = False, base_url: str | None = None,
@@ -389,18 +365,6 @@ def load_index(directory: str | Path) -> ShardIndex:
     index = parse_index(path.read_bytes(), root, str(path))
     # Packing wrote the names of classes into a file of their own before the index had a place for them.
     return index if index.class_names else index.model_copy(update={"class_names": read_class_names(root)})
-
-
-def read_class_names(root: Path) -> tuple[str, ...] | None:
-    """The names of the classes that packing has written beside the shards; None where there are none."""
-    path = root / CLASSES_NAME
-    if not path.is_file():
-        return None
-    try:
-        names = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptionError(f"the names of the classes are damaged: {error}", str(path)) from None
-    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:

@@ -13,17 +13,11 @@ from pathlib import Path
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.index import (
-    INDEX_NAME,
-    Shard,
-    ShardIndex,
-    load_index,
-    read_class_names,
-    write_index,
-    write_sidecar,
-)
+from bigtrain.data.formats.images import read_class_names
+from bigtrain.data.index import INDEX_NAME, Shard, ShardIndex, load_index, write_index
 from bigtrain.data.kind import kind_named
 from bigtrain.data.scanning import Scan, scan_shard
+from bigtrain.data.sidecar import write_sidecar
 from bigtrain.data.streaming.remote import tars_at
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.storage import hash_file

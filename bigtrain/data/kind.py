@@ -8,7 +8,7 @@ stand alone, such as images or sounds, needs little more than a scanner, a reade
     class Sounds(SampleKind):
         name = "sounds"
 
-tests/data/audio_kind.py is a complete one.
+configs/plugin/sounds.py is a complete one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from bigtrain.config import UserError
+from bigtrain.data.sidecar import Rows
 from bigtrain.models.batches import KINDS, BatchKind
 
 if TYPE_CHECKING:
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from bigtrain.data.streaming.store import ShardStore
     from bigtrain.data.tokenizers import Tokenizer
     from bigtrain.models.config import ModelConfig
-
-Rows = npt.NDArray[np.int64]
 
 
 class Scanner(ABC):

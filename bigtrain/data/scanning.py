@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
@@ -15,10 +14,9 @@ from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo
 from bigtrain.data.formats.tar import TarSample, samples
 from bigtrain.data.kind import Scanner, kind_named
+from bigtrain.data.sidecar import Rows
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

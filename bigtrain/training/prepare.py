@@ -60,7 +60,7 @@ class Prepared:
     @property
     def outputs(self) -> int:
         """Entries of the vocabulary, or classes of the labels, 0 where there are none."""
-        return self.train.vocab_size
+        return self.sources.vocab_size
 
     @property
     def what(self) -> dict[str, Any]:
@@ -179,9 +179,9 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     sources = _open("train", config, verify, pinned)
     held_out = _open("validation", config, verify, pinned) if config.data.validation else None
     train = sources.first
-    _check_fit(config, train, held_out)
+    _check_fit(config, sources, held_out)
     if verify:
-        config.model.check_source(train.vocab_size)
+        config.model.check_source(sources.vocab_size)
         check_passthrough_apart(config.engine, config.precision, pipelined=config.layout.pp > 1)
         check_store(config)
     context = config.model.context if train.of_tokens else 1
@@ -272,8 +272,8 @@ def _check_bytes(sources: Sources, streaming: StreamingConfig, context: int, win
         raise UserError(error.what, error.where, error.fix) from None
 
 
-def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -> None:
-    model = config.model
+def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) -> None:
+    model, train = config.model, sources.first
     if model.data_kind not in (train.kind, train.sample_kind.gives):
         raise UserError(
             f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
@@ -282,12 +282,20 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
         )
     if config.data.document_mask and not model.takes_documents:
         raise UserError(
-            f"data.document_mask is on, and a model of arch '{model.arch}' does not heed it",
+            f"data.document_mask is on, and a model of arch '{model.arch}' does not support it",
             fix="Turn it off, or choose an arch that does, such as llama.",
         )
     train.sample_kind.check_model(train, model)
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
+        if index.vocab_size > sources.vocab_size:
+            # Only tokens that were made elsewhere: their vocabulary is known by their largest id alone.
+            raise UserError(
+                f"the held-out data holds ids up to {index.vocab_size - 1}, the training data up to "
+                f"{sources.vocab_size - 1}",
+                index.place,
+                "index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
+            )
     check_support(
         config.engine,
         model.arch,
@@ -299,7 +307,7 @@ def _check_fit(config: RunConfig, train: ShardIndex, held_out: Sources | None) -
     if held_out is not None:
         _check_evaluators(config.evaluation.evaluators, config.layout.pp)
     try:
-        config.layout.check(model, train.vocab_size)
+        config.layout.check(model, sources.vocab_size)
     except ValueError as error:
         raise UserError(str(error), fix="Change 'layout'.") from None
 

@@ -13,7 +13,7 @@ import pytest
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.arrays import ARRAY_TYPES
-from bigtrain.data.index import ShardIndex, load_index, write_sidecar
+from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
 from bigtrain.data.kind import kind_named
@@ -21,6 +21,7 @@ from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.summary import PackSummary
+from bigtrain.data.sidecar import write_sidecar
 
 WriteTar = Callable[..., Path]
 

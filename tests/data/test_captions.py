@@ -16,7 +16,7 @@ from PIL import Image
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.config import StreamingConfig
-from bigtrain.data.index import ShardIndex, load_index, write_sidecar
+from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.inspect import inspect, verify
 from bigtrain.data.kind import kind_named
@@ -24,6 +24,7 @@ from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.summary import PackSummary
+from bigtrain.data.sidecar import write_sidecar
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import hash_file

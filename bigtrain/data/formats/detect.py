@@ -73,7 +73,7 @@ def detect(path: Path, key: str = "text") -> Content:
 def is_text(head: bytes) -> bool:
     """Whether the first bytes of a file are UTF-8 text."""
     try:
-        codecs.getincrementaldecoder("utf-8")("strict").decode(head)
+        codecs.getincrementaldecoder("utf-8")("strict").decode(head, final=len(head) < HEAD_BYTES)
     except UnicodeDecodeError:
         return False
     return b"\0" not in head

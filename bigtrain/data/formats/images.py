@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from bigtrain.config import UserError
+from bigtrain.config import CorruptionError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +22,8 @@ MAX_IMAGE_BYTES = 1 << 26
 MAX_LABEL_BYTES = 1 << 16
 MAX_PIXELS = 1 << 26
 MAX_CLASSES = 1 << 24
+CLASSES_NAME = "classes.json"
+"""Names of the classes of images, in the order of their numbers."""
 
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
@@ -133,6 +136,18 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
         raise UserError(f"the label {str(value)[:40]!r} is not a class number", where=where, fix=fix)
     return value
+
+
+def read_class_names(root: Path) -> tuple[str, ...] | None:
+    """The names of the classes that packing has written beside the shards; None where there are none."""
+    path = root / CLASSES_NAME
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptionError(f"the names of the classes are damaged: {error}", str(path)) from None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _open(data: bytes, where: str) -> Image:

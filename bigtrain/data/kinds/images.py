@@ -12,6 +12,7 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.formats.arrays import LABELS
 from bigtrain.data.formats.images import (
+    CLASSES_NAME,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -25,12 +26,13 @@ from bigtrain.data.formats.images import (
 )
 from bigtrain.data.formats.tar import Member, TarSample
 from bigtrain.data.formats.text import TEXT_MEMBERS
-from bigtrain.data.index import CLASSES_NAME, Shard, ShardIndex, spans_fit
+from bigtrain.data.index import Shard, ShardIndex
 from bigtrain.data.kind import Rows, SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, read_bytes
 from bigtrain.data.scanning import Scan
+from bigtrain.data.sidecar import spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS, Arrays

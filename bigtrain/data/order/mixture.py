@@ -198,6 +198,11 @@ class Sources:
         return self.indexes[0]
 
     @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary or classes, of all together; sources with one tokenizer have the same."""
+        return max(index.vocab_size for index in self.indexes)
+
+    @property
     def streams(self) -> bool:
         """Whether shards of one of them go through the cache."""
         return any(index.streams for index in self.indexes)

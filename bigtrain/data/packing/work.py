@@ -18,10 +18,11 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.documents import Document, Source, documents_of
-from bigtrain.data.index import Rows, Shard
+from bigtrain.data.index import Shard
 from bigtrain.data.indexing import write_shard
 from bigtrain.data.packing.plan import NPY_HEADER_BYTES, PlannedShard
 from bigtrain.data.scanning import Scan
+from bigtrain.data.sidecar import Rows
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_file, write_json
 

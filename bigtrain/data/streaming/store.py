@@ -19,16 +19,8 @@ from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import is_url
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.formats.text import tokenise_shard
-from bigtrain.data.index import (
-    INDEX_NAME,
-    MAX_INDEX_BYTES,
-    REINDEX,
-    Rows,
-    ShardIndex,
-    load_index,
-    parse_index,
-    sidecar_rows,
-)
+from bigtrain.data.index import INDEX_NAME, MAX_INDEX_BYTES, REINDEX, ShardIndex, load_index, parse_index
+from bigtrain.data.sidecar import Rows, sidecar_rows
 from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
 from bigtrain.data.streaming.remote import exists
 from bigtrain.data.tokenizers import COMPANIONS, MAX_COMPANION_BYTES, Tokenizer

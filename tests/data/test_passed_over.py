@@ -1,0 +1,176 @@
+"""What is not used is counted and named; formats are told by content, not by a name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.config import UserError
+from bigtrain.data.accounting import PassedOver
+from bigtrain.data.formats.detect import detect
+from bigtrain.data.formats.documents import documents
+from bigtrain.data.index import load_index
+from bigtrain.data.indexing import index_directory
+from bigtrain.data.kind import kind_named
+from bigtrain.data.packing.documents import pack
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.reading import open_reader
+from bigtrain.data.tokenizers import Tokenizer
+
+LINES = [{"text": f"line {number}", "meta": {"body": f"inner {number}"}} for number in range(5)]
+JSON_LINES = "\n".join(map(json.dumps, LINES)).encode()
+
+
+def png(colour: tuple[int, int, int] = (9, 9, 9)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind", "codec"),
+    [
+        ("part-0.json", JSON_LINES, "lines", None),
+        ("part-0.txt", JSON_LINES, "lines", None),
+        ("part-0.json.gz", gzip.compress(JSON_LINES), "lines", "gzip"),
+        ("part-0.bz2", bz2.compress(JSON_LINES), "lines", "bzip2"),
+        ("part-0", lzma.compress(JSON_LINES), "lines", "xz"),
+        ("one.json", json.dumps(LINES[0]).encode(), "lines", None),
+        ("all.json", json.dumps(LINES, indent=1).encode(), "records", None),
+        ("package.json", json.dumps({"name": "x", "files": LINES}, indent=2).encode(), "text", None),
+        ("numbers.json", b"[1, 2, 3]", "text", None),
+        ("README", b"# read me", "text", None),
+        ("a.txt", "é".encode("latin-1"), "binary", None),
+        ("a.zip", b"PK\x03\x04 etc", "binary", None),
+    ],
+)
+def test_a_format_is_told_by_content(tmp_path: Path, name: str, data: bytes, kind: str, codec: str | None) -> None:
+    (tmp_path / name).write_bytes(data)
+    found = detect(tmp_path / name)
+    assert (found.kind, found.codec) == (kind, codec)
+
+
+@pytest.mark.parametrize("key", ["text", "meta.body"])
+def test_documents_under_any_name_are_the_same(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.json").write_bytes(JSON_LINES)
+    (tmp_path / "b.json").write_text(json.dumps(LINES))
+    (tmp_path / "c.xz").write_bytes(lzma.compress(JSON_LINES))
+    expected = [line["text"] if key == "text" else line["meta"]["body"] for line in LINES]  # type: ignore[index]
+    for name in ("a.json", "b.json", "c.xz"):
+        assert ["".join(one.pieces()) for one in documents([tmp_path / name], key)] == expected
+    with pytest.raises(UserError, match="no text under 'words'") as caught:
+        list(documents([tmp_path / "b.json"], "words"))
+    assert "text, meta.body" in str(caught.value.fix)
+
+
+def test_what_a_directory_holds_besides_is_counted_by_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("words")
+    (folder / "LICENSE").write_text("more words")
+    (folder / "empty.txt").touch()
+    (folder / "picture.png").write_bytes(png())
+    (folder / "b.txt.bz2").write_bytes(bz2.compress(b"packed words"))
+    (folder / "notes.log").write_text("a log")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "link").symlink_to(folder / "sub")
+    summary = pack([folder], tmp_path / "out", Tokenizer())
+    assert summary.splits["train"].documents == 3
+    assert summary.passed.empty == 1
+    assert summary.passed.files == {
+        "a PNG image": ["picture.png"],
+        "hidden": [".hidden.txt"],
+        "a link to a directory, or to nothing": ["link"],
+        "text of another suffix: name it to read it": ["notes.log"],
+    }
+    lines = "\n".join(summary.passed.lines())
+    assert "picture.png" in lines
+    assert "skipped 1 empty samples" in lines
+
+
+def test_empty_and_bad_documents_are_counted_apart(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(
+        '{"text": ""}\n{"text": "x"}\n{"text": ""}\n\n{"text": ""}\n{"text": "yes"}\n'
+    )
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xe9")
+    (tmp_path / "in" / "c.jsonl.gz").write_bytes(gzip.compress(JSON_LINES * 50)[:-9])
+    for validation in (0.0, "30%"):
+        summary = pack([tmp_path / "in"], tmp_path / f"o{validation}", Tokenizer(), skip_bad=9, validation=validation)
+        assert summary.passed.empty == 3
+        named = [text.partition(":")[0].rpartition("/")[2] for text in summary.passed.bad]
+        assert named == ["b.txt, byte 0", "c.jsonl.gz"]
+    with pytest.raises(UserError, match="more than 1 samples are bad"):
+        pack([tmp_path / "in"], tmp_path / "other", Tokenizer(), skip_bad=1)
+
+
+def test_joined_tars_are_read_to_their_end(write_tar: Callable[..., Path], tmp_path: Path) -> None:
+    first = write_tar(*((f"{number}.txt", b"a" * (number + 1)) for number in range(3)))
+    data = (first / "a.tar").read_bytes()
+    joined = tmp_path / "joined"
+    joined.mkdir()
+    (joined / "a.tar").write_bytes(data * 3)
+    assert index_directory(joined, Tokenizer()).samples == 9
+    (joined / "a.tar").write_bytes(data + data[:700])
+    with pytest.raises(UserError, match="cut short"):
+        index_directory(joined, Tokenizer())
+
+
+def test_members_that_webdataset_skips_are_skipped_and_named(write_tar: Callable[..., Path]) -> None:
+    directory = write_tar(
+        ("LICENSE", b"free"), ("./._0.txt", b"\x00\x05\x16\x07"), ("./0.txt", b"one"), ("d/._1.txt", b"\0"),
+        ("d/1.txt", b"two"),
+    )  # fmt: skip
+    passed = PassedOver()
+    assert index_directory(directory, Tokenizer(), passed=passed).samples == 2
+    assert {reason: len(names) for reason, names in passed.files.items()} == {
+        "a member without a suffix": 1,
+        "a hidden member": 2,
+    }
+    with tarfile.open(directory / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("__meta__/info.json")
+        tar.addfile(info)
+    with pytest.raises(UserError, match="no sample"):
+        index_directory(directory, Tokenizer())
+
+
+def test_a_class_number_goes_before_json(write_tar: Callable[..., Path]) -> None:
+    members = [
+        (f"{number}.{suffix}", data)
+        for number in range(4)
+        for suffix, data in (("json", b'{"label": 9}'), ("png", png()), ("cls", b"%d" % (number % 2)))
+    ]
+    index = index_directory(write_tar(*members))
+    assert (index.kind, index.vocab_size) == ("images", 2)
+
+
+def test_images_are_turned_as_their_exif_data_says(tmp_path: Path) -> None:
+    pixels = np.zeros((6, 8, 3), np.uint8)
+    pixels[:, :4] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # turned a quarter to the left: the left half of the pixels is the lower one
+    for name in ("x/0.jpg", "y/1.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "in" / name, exif=exif, quality=100, subsampling=0)
+    (tmp_path / "in" / "x" / ".thumbs").mkdir()
+    (tmp_path / "in" / "x" / ".thumbs" / "0.jpg").write_bytes(b"no")
+    for size, shape in ((None, (8, 6, 3)), (4, (4, 4, 3))):
+        out = tmp_path / f"out{size}"
+        kind_named("images").pack([tmp_path / "in"], out, PackOptions(image_size=size))
+        index = load_index(out / "train")
+        assert index.image is not None
+        assert (index.image.height, index.image.width, index.image.channels) == shape
+        assert index.class_names == ("x", "y")
+        image = open_reader(index, 1).read(np.asarray([0]), np.asarray([0]))["images"][0]
+        assert image[0, 0, 0] < 60
+        assert image[-1, 0, 0] > 200
