@@ -21,13 +21,13 @@ from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_CLASSES, MAX_LABEL_
 from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
 from bigtrain.data.formats.tar import Member, TarSample, read_at
 from bigtrain.data.index import Shard, ShardIndex
-from bigtrain.data.kind import Rows, SampleKind, Scanner
+from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.kinds.tokens import TOKEN_TYPES
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, too_short
 from bigtrain.data.scanning import Scan
-from bigtrain.data.sidecar import spans_fit
+from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS, Arrays

@@ -20,13 +20,13 @@ from bigtrain.data.formats.npy import HEADER_BYTES, npy_layout
 from bigtrain.data.formats.tar import TarSample, read_at
 from bigtrain.data.formats.text import TEXT_MEMBERS, encode_document, read_text
 from bigtrain.data.index import REINDEX, Shard, ShardIndex
-from bigtrain.data.kind import Rows, SampleKind, Scanner
+from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.order.sample_order import IntArray
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.summary import PackSummary
 from bigtrain.data.reading import Reader, ShardReader
 from bigtrain.data.scanning import Scan
-from bigtrain.data.sidecar import spans_fit
+from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS, Arrays
