@@ -17,6 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.metrics import record_metric, wants_metric
 from bigtrain.models.config import Flops
 from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.plain.across import real_rows, sum_over_batch
 from bigtrain.models.random import keep_mask
 from bigtrain.models.sums import by_sequence
 
@@ -90,15 +91,59 @@ def examples(config: Config, batch: Batch) -> Example:
     )
 
 
-def loss_sum(model: nn.Module, example: Example) -> LossSum:
-    """Sums of losses, in nats, and of weights; transformers' own losses are means and not used."""
-    logits = model(**example.arguments, use_cache=False).logits.float()
+def loss_sum(model: nn.Module, example: Example, router: RouterLoss | None = None) -> LossSum:
+    """Sums of losses, in nats, and of weights; transformers' own losses are means and not used.
+
+    Args:
+        router: What is added in training to keep experts in balance; an evaluation has the cross-entropy alone.
+    """
+    balance = router is not None and model.training
+    more = {"output_router_logits": True} if balance else {}
+    output = model(**example.arguments, use_cache=False, **more)
+    logits = output.logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), example.targets.flatten(), reduction="none")
     losses = losses.view_as(example.weights) * example.weights
     if wants_metric("accuracy"):
         right = logits.argmax(dim=-1).view_as(example.targets) == example.targets
         record_metric("accuracy", right.float(), weight=example.weights)
-    return LossSum(losses.sum(), example.weights.sum(), by_sequence(losses, example.weights))
+    loss, weight = losses.sum(), example.weights.sum()
+    if balance and router is not None:
+        loss = loss + router.share(output.router_logits, len(example.weights), weight)
+    return LossSum(loss, weight, by_sequence(losses, example.weights))
+
+
+class RouterLoss(NamedTuple):
+    """The loss that balances experts (Fedus et al. 2021, eq. 4), as transformers computes it over a whole batch."""
+
+    coefficient: float
+    experts_per_token: int
+
+    @classmethod
+    def of(cls, shape: PretrainedConfig) -> RouterLoss | None:
+        """What a config asks for: `output_router_logits` and a coefficient."""
+        coefficient = getattr(shape, "router_aux_loss_coef", None)
+        chosen = getattr(shape, "num_experts_per_tok", None)
+        if not coefficient or chosen is None or not getattr(shape, "output_router_logits", False):
+            return None
+        return cls(float(coefficient), int(chosen))
+
+    def share(self, logits: tuple[Tensor, ...], sequences: int, weight: Tensor) -> Tensor:
+        """What this rank's tokens add to the sum of losses.
+
+        The shares of all ranks add up to coefficient * loss * (sum of all weights): how often an expert is chosen is
+        counted over the global batch.
+
+        Args:
+            logits: Of each layer's router, (sequences * C, experts).
+        """
+        own = real_rows(sequences)
+        of_tokens = torch.cat([layer[: len(layer) // sequences * own] for layer in logits]).float().softmax(-1)
+        experts = of_tokens.shape[-1]
+        chosen = F.one_hot(of_tokens.topk(self.experts_per_token).indices, experts).sum((0, 1)).float()
+        counts = torch.cat([chosen, weight.detach()[None], chosen.new_tensor([float(len(of_tokens))])])
+        counts = sum_over_batch(counts, "The loss of the router (router_aux_loss_coef)")
+        shares, total, tokens = counts[:-2] / counts[-1], counts[-2], counts[-1]
+        return self.coefficient * total * experts * (shares * of_tokens.sum(0)).sum() / tokens
 
 
 def auto_class(task: Task) -> Any:
@@ -164,10 +209,13 @@ def flops(config: Config, model: PreTrainedModel) -> Flops:
 
     6 a matmul parameter and token that it multiplies, 12 a channel of attention and pair of tokens. Of a
     sequence-to-sequence model a token is either source or target; cross-attention's keys and values are counted once a
-    target.
+    target. `Flops.unknown()` of other models.
     """
     shape = model.config.get_text_config()
-    heads = shape.num_attention_heads
+    heads = getattr(shape, "num_attention_heads", None)
+    if heads is None or any(parameter.ndim > 2 for parameter in model.parameters()):
+        # No attention, convolutions, or experts of which a token meets a few: the formula below is not theirs.
+        return Flops.unknown()
     width = heads * (getattr(shape, "d_kv", None) or getattr(shape, "head_dim", None) or shape.hidden_size // heads)
     context, layers = config.context, shape.num_hidden_layers
     if config.task != "seq2seq":

@@ -7,6 +7,7 @@ parameters in BF16.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set
 from bigtrain.engines.step import StepReducer
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.families.hf import Config
-from bigtrain.models.hf_tasks import examples, loss_sum
+from bigtrain.models.hf_tasks import RouterLoss, examples, loss_sum
+from bigtrain.models.plain.across import AllRanks, OneProcess, across
+from bigtrain.models.plain.across import Ranks as BatchRanks
+from bigtrain.models.plain.network import without_fillers
 from bigtrain.models.sums import Sums
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.config import LayoutConfig
@@ -44,6 +48,7 @@ class AccelerateEngine:
         self._clip = clip
         self._seed = seed
         self._guard = Guard(strategy.inner_optimizer)
+        self._router = RouterLoss.of(config.shape)
 
     @classmethod
     def build(
@@ -101,10 +106,20 @@ class AccelerateEngine:
             last = number == len(micro_batches)
             with self.strategy.accumulating(last), self.reducer.recorder.active():
                 batch = to_device(arrays, self.device)
-                result = loss_sum(self.strategy.model, examples(self.config, batch))
-                self.strategy.backward(result.loss, last)
+                with self._counting_over_ranks(arrays, len(micro_batches)):
+                    result = loss_sum(self.strategy.model, examples(self.config, batch), self._router)
+                    self.strategy.backward(result.loss, last)
             sums.add(result, batch)
         return sums
+
+    def _counting_over_ranks(self, arrays: MicroBatch, passes: int) -> AbstractContextManager[None]:
+        """Inside it, a loss of the router counts over the global batch."""
+        if self._router is None:
+            return nullcontext()
+        _, rows = without_fillers(arrays)
+        many = self.data_parallel_size > 1
+        ranks: BatchRanks = AllRanks(rows, self.device) if many else OneProcess(rows)
+        return across(ranks, len(arrays["keys"]), passes)
 
     def _reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""

@@ -127,9 +127,18 @@ def _use(what: str) -> None:
         )
 
 
-def sum_over_batch(x: Tensor) -> Tensor:
-    """The sum over all ranks of what each has summed over its own part of the batch, with gradient. Collective."""
-    _use("sum_over_batch()")
+def real_rows(batch: int) -> int:
+    """Of `batch` sequences of this pass, how many are no fillers; those come last."""
+    return batch if _here.ranks is None else _here.ranks.rows[_here.ranks.rank]
+
+
+def sum_over_batch(x: Tensor, what: str = "sum_over_batch()") -> Tensor:
+    """The sum over all ranks of what each has summed over its own part of the batch, with gradient. Collective.
+
+    Args:
+        what: Who asks, for messages.
+    """
+    _use(what)
     return x if _here.ranks is None else _here.ranks.sum(x)
 
 
