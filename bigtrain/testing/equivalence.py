@@ -43,8 +43,16 @@ round otherwise, and what is a small difference of large numbers (a key's bias, 
 rounding of those, not its own."""
 OF_NUMBERS = 1e-5
 """Relative, for losses and norms in FP32."""
+UPDATES = 3
+OF_UPDATE = 5e-3
+"""Of the change of a weight in `UPDATES` real steps; without its weight decay of 1.0 one is off by 2e-2."""
+OF_ROUNDING = 0.1
+"""Of the change that Adam makes at most, added to it: a key's bias has a gradient of nothing but rounding."""
 LR = 1e-3
 ACCURACY = Measuring(frozenset({"accuracy"}))
+
+
+_ADAMW = {"name": "adamw", "eps": 1e-6, "weight_decay": 1.0, "groups": [{"pattern": "*weight", "lr_scale": 0.5}]}
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,9 @@ class What:
     seed: int = 5
     clip: float | None = 1.0
     frozen: tuple[str, ...] = ()
-    optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "adamw", "eps": 1e-6})
+    optimizer: dict[str, Any] = field(default_factory=lambda: dict(_ADAMW))
     """The section `optimizer`. A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps
-    of its sign."""
+    of its sign. A large weight decay and two learning rates: a layout that ignores one shows in the updated weights."""
     precision: Precision = "fp32"
     plugin: str | None = None
     """The user's own code, as `--plugin` names it."""
@@ -115,6 +123,8 @@ class Deviations:
     """Relative, of each step of a run of its own."""
     evaluation: float
     """Relative, of the held-out loss and accuracy at the start: the larger one."""
+    updates: dict[str, float] = field(default_factory=dict)
+    """By parameter, after `UPDATES` steps of the run of its own: norm of the difference over that of the change."""
 
     def faults(self) -> list[str]:
         """What is further away than allowed in FP32, in words."""
@@ -128,7 +138,8 @@ class Deviations:
                 found.append(f"{kind}: {max(values):.3g} at step {values.index(max(values))}")
         if not self.evaluation <= OF_NUMBERS:
             found.append(f"evaluation: {self.evaluation:.3g}")
-        return found
+        wrong = {name: by for name, by in self.updates.items() if not by <= OF_UPDATE}
+        return found + [f"update of {name}: off by {by:.3g} of the change" for name, by in wrong.items()]
 
 
 def build(what: What, how: How) -> Any:
@@ -234,9 +245,12 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
     loss, accuracy = facts["evaluation"].tolist()
     evaluation = max(_off(held_out.mean_loss or 0.0, loss), _off(1 + _accuracy(held_out), 1 + accuracy))
     free = []
+    updates: dict[str, float] = {}
     for step in range(what.steps):
         batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         free.append(_off(engine.train_step(step, batch, LR).read().loss, float(facts["numbers"][step, 0])))
+        if step == UPDATES - 1:
+            updates = _updates(gather(engine.state()), start, load_file(directory / f"state-{UPDATES}.safetensors"))
     allowed: dict[str, float] = {}
     relative: dict[str, float] = {}
     off: list[tuple[float, ...]] = []
@@ -264,7 +278,8 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
         off.append((*away[:3], max(away[3:], default=0.0), _off_by_name(numbers, facts, step)))
     engine.close()
     losses, weights, norms, source_losses, metrics = (list(column) for column in zip(*off, strict=True))
-    return Deviations(same_start, allowed, relative, losses, source_losses, metrics, norms, weights, free, evaluation)
+    numbers_off = losses, source_losses, metrics, norms, weights
+    return Deviations(same_start, allowed, relative, *numbers_off, free, evaluation, updates)
 
 
 def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
@@ -372,6 +387,17 @@ def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
 
 def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
+
+
+def _updates(state: dict[str, Tensor], start: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """How far each updated weight is from the expected one, over how far that has moved."""
+    found = {}
+    for name in (name for name in expected if name.startswith("model.")):
+        change = float((expected[name].double() - start[name].double()).norm())
+        away = float((state[name].double() - expected[name].double()).norm())
+        most = UPDATES * LR * math.sqrt(expected[name].numel())
+        found[name.removeprefix("model.")] = away / (change + OF_ROUNDING * most) if away == away else math.inf
+    return found
 
 
 def _off_by_name(numbers: StepNumbers, facts: dict[str, Tensor], step: int) -> float:

@@ -17,7 +17,7 @@ from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.layers import Attention, attend
-from bigtrain.testing.equivalence import MODELS, Deviations, How, What, deviations, record
+from bigtrain.testing.equivalence import MODELS, UPDATES, Deviations, How, What, deviations, record
 from bigtrain.testing.ranks import RankPool
 
 FOUR_LAYERS = {name: replace(what, model=what.model | {"layers": 4}) for name, what in MODELS.items()}
@@ -287,7 +287,33 @@ def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
     engine._ends = None
 
 
+def undecayed(engine: FSDPEngine, parameters: set[int]) -> None:
+    """Leave weight decay out of some parameters, by their ids."""
+    for group in list(engine.optimizer.param_groups):
+        chosen = [p for p in group["params"] if id(p) in parameters]
+        if chosen:
+            group["params"] = [p for p in group["params"] if id(p) not in parameters]
+            engine.optimizer.param_groups.append({**group, "params": chosen, "weight_decay": 0.0})
+
+
+def row_parallel_matrices_undecayed(engine: FSDPEngine) -> None:
+    undecayed(engine, {id(p) for name, p in engine.model.named_parameters() if "attention.output.weight" in name})
+
+
+def tied_last_stage_undecayed(engine: FSDPEngine) -> None:
+    if dist.get_rank() > 0:
+        undecayed(engine, {id(p) for p in engine._shared_by_ends})
+
+
+def lr_scale_ignored(engine: FSDPEngine) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr_scale"] = 1.0
+
+
 FAULTS = {
+    "decay left out of row-parallel matrices": (row_parallel_matrices_undecayed, "tp2", 1, "update of layers"),
+    "decay left out of a tied last stage": (tied_last_stage_undecayed, "pp2", 0, "update of embedding.weight"),
+    "scales of the learning rate ignored": (lr_scale_ignored, "dp2", 1, "update of"),
     "pp averaging what it should sum": (averaged_over_micro_batches, "pp2", 1, "gradient of"),
     "pp averaging what it should sum, interleaved": (averaged_over_micro_batches, "pp2 interleaved", 1, "gradient of"),
     "a tied embedding's gradient not summed over stages": (
@@ -321,7 +347,7 @@ def deviations_with(fault: str, what: What, how: How, directory: Path) -> Deviat
 def test_the_comparison_finds(ranks: RankPool, recorded: Callable[[str, What], Path], fault: str) -> None:
     _, layout, model, expected = FAULTS[fault]
     how, name = LAYOUTS[layout], list(MODELS)[model]
-    what = replace(of_layout(name, layout), steps=2)
+    what = replace(of_layout(name, layout), steps=UPDATES if expected.startswith("update") else 2)
     found = ranks.run(deviations_with, fault, what, how, recorded(name, what), ranks=how.ranks)[0]
     assert any(line.startswith(expected) for line in found.faults()), found.faults()
 

@@ -144,6 +144,9 @@ class Config(ModelConfig):
                 str(self.directory),
                 "Pack the data with the tokenizer of the model.",
             )
+        from bigtrain.models.hf_tasks import check_task
+
+        check_task(self, config)
         positions = self._positions(getattr(text, "max_position_embeddings", None))
         if positions is not None and self.context > positions:
             raise UserError(
@@ -155,9 +158,6 @@ class Config(ModelConfig):
             raise UserError(
                 f"mask_token {self.hidden_token} is not in the vocabulary of {text.vocab_size}", "model.mask_token"
             )
-        from bigtrain.models.hf_tasks import check_task
-
-        check_task(self, config)
 
     def _positions(self, said: int | None) -> int | None:
         """Positions that a sequence may have; a table with a padding row, as RoBERTa's, begins behind that row."""
