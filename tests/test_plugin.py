@@ -54,6 +54,15 @@ def test_the_readme_shows_the_example_as_it_runs() -> None:
     assert ("yaml", (EXAMPLE.parent / "my_run.yaml").read_text()) in blocks
 
 
+def test_the_page_of_networks_shows_one_that_passes_its_check() -> None:
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (README.parent / "plain" / "README.md").read_text(), re.DOTALL)
+    package = EXAMPLE.parent / "digits"
+    for file in ("network.py", "__init__.py"):
+        assert ("python", (package / file).read_text()) in blocks
+    load_plugin(str(package))
+    FAMILIES["digits-net"](width=4).check(10)
+
+
 def test_the_example_is_as_short_as_is_said() -> None:
     code = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
     assert len(code) <= LINES

@@ -40,7 +40,7 @@ def config_validate(
         from bigtrain.training.prepare import prepare
 
         prepared = prepare(load(config, overrides, plugin=plugin))
-        check_model(prepared.config.model, prepared.outputs)
+        check_model(prepared.config.model, prepared.outputs, prepared.config.engine.deterministic == "across_layouts")
         result = {
             "name": prepared.config.name,
             "identity": prepared.identity,

@@ -40,8 +40,9 @@ class EngineConfig(Section):
     name: str
     """Which engine: a folder of bigtrain/engines, or the name of a plugin's class."""
 
-    deterministic: bool | Literal["auto"] = "auto"
-    """Only kernels that give the same bits every time. auto: on a CPU, where it costs nothing; not on a GPU."""
+    deterministic: bool | Literal["auto", "across_layouts"] = "auto"
+    """Only kernels that give the same bits every time. auto: on a CPU, where it costs nothing; not on a GPU.
+    across_layouts: as true, and a module whose random draws differ from layout to layout is refused."""
 
     @property
     def flattens(self) -> bool:

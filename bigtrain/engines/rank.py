@@ -24,7 +24,7 @@ COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
 
 def set_determinism(engine: EngineConfig, device: torch.device) -> None:
     """Choose kernels that repeat to the bit where the config asks for it."""
-    wanted = device.type == "cpu" if engine.deterministic == "auto" else engine.deterministic
+    wanted = device.type == "cpu" if engine.deterministic == "auto" else bool(engine.deterministic)
     if wanted and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)

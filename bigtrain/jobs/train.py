@@ -217,7 +217,8 @@ def _check_plugin(prepared: Prepared) -> None:
     """What `bigtrain config validate` checks: the user's code is new, and loads torch in any case."""
     from bigtrain.models.check import check_model
 
-    check_model(prepared.config.model, prepared.outputs)
+    config = prepared.config
+    check_model(config.model, prepared.outputs, config.engine.deterministic == "across_layouts")
 
 
 def _say_start(run: CheckedRun, count: int, stream: TextIO) -> None:

@@ -16,7 +16,7 @@ from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_
 from bigtrain.engines.config import Precision
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
-from bigtrain.engines.fsdp.plain import PlainSteps
+from bigtrain.engines.fsdp.plain import PlainSteps, check_recompute
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
@@ -119,6 +119,8 @@ class FSDPEngine:
             recompute=engine.recompute,
             compile_blocks=engine.compile,
         )
+        if isinstance(built.module, Network):
+            check_recompute(built.module, engine.recompute)
         for name, parameter in built.module.named_parameters():
             if is_frozen(optimizer, qualified_name(name)):
                 parameter.requires_grad_(False)
@@ -211,8 +213,8 @@ class FSDPEngine:
             if self.pipeline is not None:
                 arrived = (to_device(arrays, self.device) for batch in batches for arrays in batch)
                 sums = self.pipeline.forward(arrived, measuring.sources)
-            for number, arrays in enumerate(arrays for micro_batches in batches for arrays in micro_batches):
-                with self._evaluating(arrays, number) as batch:
+            for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
+                with self._evaluating(arrays) as batch:
                     sums.add(LossSum(*self.model(batch)), batch)
                     for measure in measuring.passes:
                         measure(self.model, batch)
@@ -239,8 +241,8 @@ class FSDPEngine:
             return self.plain.passing(step, arrays, number, passes)
         return nullcontext(self._batch(arrays))
 
-    def _evaluating(self, arrays: MicroBatch, number: int) -> AbstractContextManager[Batch]:
-        return nullcontext(self._batch(arrays)) if self.plain is None else self.plain.evaluating(arrays, number)
+    def _evaluating(self, arrays: MicroBatch) -> AbstractContextManager[Batch]:
+        return nullcontext(self._batch(arrays)) if self.plain is None else self.plain.evaluating(arrays)
 
     def _batch(self, arrays: MicroBatch) -> Batch:
         """A micro-batch on the device; where ranks share sequences, this one's part of each."""

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from bigtrain.config import UserError
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch
@@ -50,10 +51,10 @@ class PlainSteps:
             yield batch
 
     @contextmanager
-    def evaluating(self, arrays: MicroBatch, number: int) -> Iterator[Batch]:
+    def evaluating(self, arrays: MicroBatch) -> Iterator[Batch]:
         """The batch of one evaluation pass; with gradients where forward itself differentiates."""
         grad: AbstractContextManager[Any] = torch.set_grad_enabled(self.network.facts.needs_grad)
-        with grad, self._passing(f"evaluation/{number}", arrays, 0, 1) as batch:
+        with grad, self._passing("evaluation", arrays, 0, 1) as batch:
             yield batch
 
     @contextmanager
@@ -113,6 +114,20 @@ class PlainSteps:
             with torch.no_grad(), whole_parameters(self.network):
                 for module in self._updates:
                     module.after_step()
+
+
+def check_recompute(network: Network, recompute: str) -> None:
+    """Refuse to compute again what sums over ranks.
+
+    Raises:
+        UserError: The module couples the sequences of a batch, as BatchNorm does.
+    """
+    if recompute != "none" and network.facts.couples:
+        raise UserError(
+            "A module with BatchNorm, or that gathers a batch, is not computed again in the backward pass",
+            "engine.recompute",
+            "Set engine.recompute to none.",
+        )
 
 
 @contextmanager

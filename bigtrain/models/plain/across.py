@@ -180,9 +180,6 @@ def _batch_norm(
 ) -> Tensor:
     """`F.batch_norm`; in training with the mean and the variance over the rows of all ranks, fillers left out."""
     ranks = _here.ranks
-    # Activations that are computed again in the backward pass must not count twice.
-    if torch._C._current_graph_task_id() != -1:
-        running_mean = running_var = None
     if training:
         _use("BatchNorm")
     if not training or ranks is None or (len(ranks.rows) == 1 and ranks.rows[0] == _here.own):

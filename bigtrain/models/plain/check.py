@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bigtrain.config import UserError
+from bigtrain.models.batches import batch_kind
 from bigtrain.models.check import check_embedding, check_names, users_code
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.plain.across import OneProcess, Ranks, across
@@ -56,8 +57,14 @@ def check_plain(config: PlainConfig, vocab_size: int, across_layouts: bool = Fal
         check_names(network.initialisers(), dict(network.named_parameters()), "initialisers()", "parameter", where)
     else:
         _check_repeats(network, config.wrapped(vocab_size, SEED), where)
-    with users_code(config, where, "forward()"):
-        facts = config._observed(vocab_size, SEED)
+    try:
+        with users_code(config, where, "forward()"):
+            facts = config._observed(vocab_size, SEED)
+    except UserError as error:
+        if batch_kind(config).takes_image or config.data_kind == "images":
+            fix = "Say the images' size in Config: a property sample_shape that returns (height, width, channels)."
+            raise UserError(error.what, error.where, error.fix if config.sample_shape else error.fix or fix) from error
+        raise
     network.facts = facts
     if facts.varying and across_layouts:
         raise UserError(

@@ -43,6 +43,7 @@ class Network(nn.Module):
         """Whether other ranks take part in a step; set by the engine."""
         self._empty = False
         self._before: dict[str, Tensor] = {}
+        self._after: dict[str, Tensor] = {}
         self._extra_before: dict[str, Any] = {}
         self.gradient_hooks = _taken_hooks(network)
         """Of parameters, by name; each takes and returns the gradient of the mean loss over the global batch."""
@@ -107,6 +108,9 @@ class Network(nn.Module):
         if self._empty:
             # A rank without a sequence of its own: its filler counts for nothing, whatever the loss does with weights.
             sums = LossSum(sums.loss * 0, sums.weight * 0)
+        if self.training and self.facts.moving:
+            named = dict(self.named_buffers())
+            self._after = {name: named[name].clone() for name in self.facts.moving}
         if self.facts.by_data and self.is_shared and torch.is_grad_enabled():
             sums = LossSum(self._with_all_parameters(sums.loss), *sums[1:])
         return sums
@@ -152,18 +156,25 @@ class Network(nn.Module):
             if facts.draws:
                 stack.enter_context(drawing(Draws(batch["keys"], facts.fixed)))
             yield
+        # A block that is computed again in the backward pass changes its buffers again.
+        self._put_back(self._after)
+        self._after = {}
+
+    @torch.no_grad()
+    def _put_back(self, buffers: Mapping[str, Tensor]) -> None:
+        named = dict(self.named_buffers()) if buffers else {}
+        for name, value in buffers.items():
+            named[name].copy_(value)
 
     def _keep_state(self, number: int) -> None:
         if not self.training:
             return
-        named = dict(self.named_buffers())
         if number == 0:
+            named = dict(self.named_buffers())
             self._before = {name: named[name].clone() for name in self.facts.moving if name in named}
             self._extra_before = {name: module.get_extra_state() for name, module in self._with_extra_state()}
             return
-        with torch.no_grad():
-            for name, value in self._before.items():
-                named[name].copy_(value)
+        self._put_back(self._before)
         for name, module in self._with_extra_state():
             module.set_extra_state(self._extra_before[name])
 

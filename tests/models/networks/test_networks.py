@@ -12,7 +12,7 @@ import torch
 
 from bigtrain.config.plugin import ACTIVE
 from bigtrain.models.config import FAMILIES
-from bigtrain.testing.ranks import RankPool
+from bigtrain.testing.ranks import RankError, RankPool
 
 _spec = importlib.util.spec_from_file_location("networks_training", Path(__file__).with_name("training.py"))
 assert _spec is not None
@@ -22,6 +22,8 @@ _spec.loader.exec_module(training)
 
 DRAWS = {"lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping"}
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
+COUPLED = {"resnet", "clip"}
+"""That need a rank's part of a batch in one pass."""
 AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
 """Relative above 1, in FP32: sums are taken in another order."""
 
@@ -57,6 +59,28 @@ def test_two_ranks_give_the_losses_of_one_process(ranks: RankPool, alone: dict[s
     found = ranks.run(training.train, training.families(), ranks=2, timeout_s=300)
     assert _faults(alone, found[0]) == {}
     assert all(found[0][arch][0] == found[1][arch][0] for arch in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_micro_batches_change_nothing(ranks: RankPool, alone: dict[str, Any], count: int) -> None:
+    archs = [arch for arch in training.families() if arch not in COUPLED]
+    found = ranks.run(training.train, archs, 2, ranks=count, timeout_s=300)
+    assert _faults({arch: alone[arch] for arch in archs}, found[0]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_recompute_meets_the_draws_of_the_first_pass(ranks: RankPool, alone: dict[str, Any], count: int) -> None:
+    archs = ["tied", "convnext", "fourier"]
+    found = ranks.run(training.train, archs, None, None, {"recompute": "full"}, ranks=count, timeout_s=300)
+    assert _faults({arch: alone[arch] for arch in archs}, found[0]) == {}
+
+
+@pytest.mark.parametrize("arch", ["resnet", "clip"])
+def test_what_couples_a_batch_is_refused_in_several_passes_with_a_size_that_works(ranks: RankPool, arch: str) -> None:
+    with pytest.raises(RankError, match=r"one pass, and a step has 3 passes[\s\S]*micro_size to 6 or more"):
+        ranks.run(training.train, [arch], 2, ranks=1)
 
 
 @pytest.mark.slow
