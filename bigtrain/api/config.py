@@ -43,7 +43,7 @@ def read_config(
     value = config.plain() if isinstance(config, RunConfig) else json.loads(json.dumps(config))
     if name is not None:
         words.append(f"name={json.dumps(name)}")
-    return config_of(load.override(yaml_file.Document(value, "config"), words))
+    return config_of(load.override(yaml_file.YamlDocument(value, "config"), words))
 
 
 def load_plugins(plugin: str | os.PathLike[str] | Iterable[str] | None) -> None:

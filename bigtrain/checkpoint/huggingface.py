@@ -20,7 +20,7 @@ from bigtrain.checkpoint import commit, loader
 from bigtrain.checkpoint.export import MAX_FILE_BYTES, PREFIX, appears_whole, write_files
 from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import Manifest
-from bigtrain.checkpoint.ranks import Ranks, world_group
+from bigtrain.checkpoint.ranks import RankGroup, world_group
 from bigtrain.checkpoint.reader import SafeReader
 from bigtrain.checkpoint.shards import plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
@@ -39,7 +39,7 @@ def verify_hf(files: HfFiles, expected: str, process_group: dist.ProcessGroup | 
     Raises:
         UserError: It holds something else.
     """
-    ranks = Ranks(process_group or world_group())
+    ranks = RankGroup(process_group or world_group())
     parts = ranks.together(lambda: files.file_hashes(files.all_files[ranks.rank :: ranks.size]))
     found = ranks.share(digest({name: value for part in parts for name, value in part.items()}) if parts else None)
     if found != expected:
@@ -64,7 +64,7 @@ def load_hf(
     Raises:
         CorruptionError: On all ranks, where one cannot read a tensor.
     """
-    Ranks(process_group or world_group()).together(lambda: _read(files, names, state))
+    RankGroup(process_group or world_group()).together(lambda: _read(files, names, state))
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def import_hf(source: Path, out: Path) -> tuple[int, dict[str, Any]]:
         place = temporary / "checkpoints" / commit.temporary_name(0)
         place.mkdir(parents=True)
         lazy = _Lazy(files, names, state)
-        records, _ = write_shards(Ranks(None), place, plan_items(state), lazy, lambda phase: None)
+        records, _ = write_shards(RankGroup(None), place, plan_items(state), lazy, lambda phase: None)
         commit.publish(place, Manifest(step=0, files=records, config_hash="", identity=""))
     return 0, keys
 

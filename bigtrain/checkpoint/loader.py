@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.commit import Checkpoint
 from bigtrain.checkpoint.manifest import Manifest, read_manifest
-from bigtrain.checkpoint.ranks import Ranks, world_group
+from bigtrain.checkpoint.ranks import RankGroup, world_group
 from bigtrain.checkpoint.reader import SafeReader, read_metadata
 from bigtrain.config import CorruptionError, UserError, nearest
 
@@ -58,7 +58,7 @@ def find(
         CorruptionError: The checkpoint asked for, or each there is, is damaged.
         UserError: There is none of `step`; or a newer bigtrain wrote it.
     """
-    ranks = Ranks(process_group or world_group())
+    ranks = RankGroup(process_group or world_group())
     candidates = ranks.once(lambda: _candidates(directory, step))
     if before is not None:
         candidates = [found for found in candidates if found.step <= before]
@@ -122,7 +122,7 @@ def load_found(
         UserError: A name is missing in the checkpoint or in `state`, or a shape or dtype differs.
         CorruptionError: Bytes that verify, yet are no tensors.
     """
-    ranks = Ranks(process_group or world_group())
+    ranks = RankGroup(process_group or world_group())
     reader = SafeReader(found.path, found.manifest.files)
 
     def check() -> list[str]:
@@ -156,7 +156,7 @@ def verified_reader(directory: Path, step: int) -> SafeReader:
         UserError, CorruptionError: As `find`.
     """
     candidate = _candidates(directory, step)[0]
-    problems = _verify_share(candidate, Ranks(None))
+    problems = _verify_share(candidate, RankGroup(None))
     if problems:
         raise CorruptionError(
             f"the checkpoint of step {step} is damaged: {problems[0]}",
@@ -189,7 +189,7 @@ def _candidates(directory: Path, step: int | None) -> list[Checkpoint]:
     return wanted
 
 
-def _verify_share(candidate: Checkpoint, ranks: Ranks) -> list[str]:
+def _verify_share(candidate: Checkpoint, ranks: RankGroup) -> list[str]:
     """Verify every size-th file; the manifest and the metadata on each rank, since each reads them."""
     try:
         manifest = read_manifest(candidate.path)

@@ -56,7 +56,7 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-class Ranks:
+class RankGroup:
     """The processes of a group; one process alone where the group is None.
 
     Args:

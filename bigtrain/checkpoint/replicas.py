@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.flat import FlatPart
-from bigtrain.checkpoint.ranks import Ranks
+from bigtrain.checkpoint.ranks import RankGroup
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Piece = tuple[str, tuple[int, ...]]
@@ -25,7 +25,7 @@ class ReplicasDifferError(RuntimeError):
     """Two ranks hold other bits of the same piece: one of them computes with a damaged copy."""
 
 
-def check_replicas(ranks: Ranks, state: Mapping[str, Tensor]) -> None:
+def check_replicas(ranks: RankGroup, state: Mapping[str, Tensor]) -> None:
     """Compare the pieces that several ranks hold. Collective.
 
     Raises:

@@ -21,7 +21,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest
-from bigtrain.checkpoint.ranks import Ranks, WorkFailedError, own_group
+from bigtrain.checkpoint.ranks import RankGroup, WorkFailedError, own_group
 from bigtrain.checkpoint.replicas import ReplicasDifferError, check_replicas
 from bigtrain.checkpoint.shards import local_tensors, plan_items, write_shards
 from bigtrain.checkpoint.upload import OnEvent, Uploader
@@ -34,7 +34,7 @@ PHASES = ("begin", "plan", "shards", "sync", "manifest", "rename", "publish", "v
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save ended; the same on every rank, but for the seconds."""
 
     step: int
@@ -60,7 +60,7 @@ class _Job:
     facts: dict[str, Any]
     started: float
     staging_s: float = 0.0
-    outcome: Outcome | None = None
+    outcome: SaveOutcome | None = None
     error: BaseException | None = None
     thread: threading.Thread | None = field(default=None, repr=False)
 
@@ -109,10 +109,10 @@ class Saver:
         """Failed saves in a row."""
         self.fenced = False
         """Whether another attempt has taken the run over: nothing can be saved any more."""
-        self.last: Outcome | None = None
+        self.last: SaveOutcome | None = None
         """How the last joined save ended."""
         self._owns_group = process_group is None
-        self._ranks = Ranks(process_group if process_group is not None else own_group(timeout_s))
+        self._ranks = RankGroup(process_group if process_group is not None else own_group(timeout_s))
         self._may_publish = may_publish
         self._on_event = on_event
         self._uploader = uploader
@@ -188,7 +188,7 @@ class Saver:
             self._run(job)
             self._join()
 
-    def wait(self) -> Outcome | None:
+    def wait(self) -> SaveOutcome | None:
         """Wait for the save under way, if any, and say how the last one ended. Call it on all ranks."""
         self._join()
         return self.last
@@ -217,7 +217,7 @@ class Saver:
             self._staged.clear()
             if self._owns_group and self._ranks.group is not None:
                 dist.destroy_process_group(self._ranks.group)
-                self._ranks = Ranks(None)
+                self._ranks = RankGroup(None)
 
     def _check_replicas(self, step: int, state: Mapping[str, Tensor]) -> None:
         try:
@@ -287,7 +287,7 @@ class Saver:
         else:
             self._emit("save_refused", step=job.step, cause=outcome.cause)
 
-    def _attempt(self, job: _Job) -> Outcome:
+    def _attempt(self, job: _Job) -> SaveOutcome:
         ranks = self._ranks
         temporary = self.directory / ranks.share(commit.temporary_name(job.step) if ranks.first else None)
         total = 0
@@ -303,7 +303,7 @@ class Saver:
         if status != "saved" and ranks.first:
             commit.discard(temporary)
         seconds = time.perf_counter() - job.started
-        return Outcome(job.step, status, cause, total, job.staging_s, seconds, pruned, self._failed_uploads())
+        return SaveOutcome(job.step, status, cause, total, job.staging_s, seconds, pruned, self._failed_uploads())
 
     def _failed_uploads(self) -> int:
         """As the first rank counts them, so that all ranks end or go on together."""

@@ -30,7 +30,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from bigtrain.checkpoint.commit import PhaseHook
 from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import FileRecord
-from bigtrain.checkpoint.ranks import Ranks
+from bigtrain.checkpoint.ranks import RankGroup
 from bigtrain.storage import fsync_directory, fsync_file
 from bigtrain.storage.hashes import named, new_digest
 
@@ -201,7 +201,7 @@ class _Writer(FileSystemWriter):
 
 
 def write_shards(
-    ranks: Ranks, path: Path, items: list[WriteItem], local: Mapping[str, Tensor], hook: PhaseHook
+    ranks: RankGroup, path: Path, items: list[WriteItem], local: Mapping[str, Tensor], hook: PhaseHook
 ) -> tuple[dict[str, FileRecord], list[str]]:
     """Write and sync this rank's part of a checkpoint into `path`, which exists. Collective.
 

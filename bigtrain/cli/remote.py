@@ -15,7 +15,7 @@ from bigtrain.streams import enduring
 
 if TYPE_CHECKING:
     from bigtrain.jobs.cluster.dashboard import Dashboard
-    from bigtrain.jobs.cluster.views import View
+    from bigtrain.jobs.cluster.views import RunView
 
 Address = Annotated[
     str | None,
@@ -48,7 +48,7 @@ def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
 
 
 @contextmanager
-def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: Path) -> Iterator[View]:
+def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: Path) -> Iterator[RunView]:
     """A run on a cluster, or on this machine where no address is given."""
     if address is None:
         from bigtrain.jobs.cluster.views import LocalView

@@ -21,7 +21,7 @@ from bigtrain.config.section import Section
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.Document:
+def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.YamlDocument:
     """Parse a YAML file and lay `key.sub=value` overrides over it."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,19 +32,19 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.Docume
     return override(yaml_file.parse(text, str(path)), overrides)
 
 
-def override(document: yaml_file.Document, overrides: Iterable[str]) -> yaml_file.Document:
+def override(document: yaml_file.YamlDocument, overrides: Iterable[str]) -> yaml_file.YamlDocument:
     """Lay `key.sub=value` words over a document, in place; returns it."""
     for word in overrides:
         _apply_override(document, word)
     return document
 
 
-def from_overrides(overrides: Iterable[str]) -> yaml_file.Document:
+def from_overrides(overrides: Iterable[str]) -> yaml_file.YamlDocument:
     """A document of `key.sub=value` words of the command line alone."""
-    return override(yaml_file.Document({}, "command line"), overrides)
+    return override(yaml_file.YamlDocument({}, "command line"), overrides)
 
 
-def _apply_override(document: yaml_file.Document, override: str) -> None:
+def _apply_override(document: yaml_file.YamlDocument, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UserError(
@@ -55,7 +55,7 @@ def _apply_override(document: yaml_file.Document, override: str) -> None:
     document.override(tuple(key.split(".")), yaml_file.parse_value(text))
 
 
-def build(kind: type[SectionT], document: yaml_file.Document) -> SectionT:
+def build(kind: type[SectionT], document: yaml_file.YamlDocument) -> SectionT:
     """Validate a parsed document as a section.
 
     It is validated as the JSON that it is, strictly: a text is not taken for a number, `off` not for false, and
@@ -81,7 +81,7 @@ Problem = tuple[str, str, str | None]
 """What, where and fix of a UserError."""
 
 
-def _problems(kind: type[Section], document: yaml_file.Document, error: ValidationError) -> list[Problem]:
+def _problems(kind: type[Section], document: yaml_file.YamlDocument, error: ValidationError) -> list[Problem]:
     """One problem for each value: the choices of a union that it fails are one problem together."""
     problems: dict[tuple[str | int, ...], Problem] = {}
     for item in error.errors(include_url=False):
@@ -98,7 +98,7 @@ def _key(path: tuple[str | int, ...]) -> str:
 
 
 def _describe(
-    document: yaml_file.Document, path: tuple[str | int, ...], owner: type[BaseModel] | None, error: dict[str, Any]
+    document: yaml_file.YamlDocument, path: tuple[str | int, ...], owner: type[BaseModel] | None, error: dict[str, Any]
 ) -> Problem:
     key, where = _key(path), document.where(path)
     if error["type"] == "extra_forbidden":

@@ -61,7 +61,7 @@ for _core in (_CoreLoader, _CoreDumper):
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """A parsed YAML mapping and where each of its values stands."""
 
     value: dict[str, Any]
@@ -99,7 +99,7 @@ class Document:
         self.lines[path] = COMMAND_LINE
 
 
-def parse(text: str, source: str) -> Document:
+def parse(text: str, source: str) -> YamlDocument:
     """Parse a YAML document whose top is a mapping.
 
     Raises:
@@ -122,7 +122,7 @@ def parse(text: str, source: str) -> Document:
         raise UserError("The top of the file must be a mapping of keys", f"{source}, line 1")
     reader = _Reader(source)
     value = reader.read(node, ())
-    return Document(value, source, {(): 0, **reader.lines})
+    return YamlDocument(value, source, {(): 0, **reader.lines})
 
 
 _KINDS: dict[type[yaml.Node], set[str]] = {

@@ -34,7 +34,7 @@ def _place(value: str) -> str:
     return check_url(value) if is_url(value) else value
 
 
-Place = Annotated[str, AfterValidator(_place)]
+DataPlace = Annotated[str, AfterValidator(_place)]
 """A directory of shards, or its URL."""
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -43,7 +43,7 @@ SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._
 class HeldOutConfig(Section):
     """One of several sets of held-out shards."""
 
-    path: Place
+    path: DataPlace
     """A directory of shards, or its URL."""
 
     name: SourceName | None = None
@@ -71,10 +71,10 @@ def _form(value: Any) -> str:
 
 # So that an error speaks of the form that was meant.
 Train = Annotated[
-    Annotated[Place, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")], Discriminator(_form)
+    Annotated[DataPlace, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")], Discriminator(_form)
 ]
 HeldOut = Annotated[
-    Annotated[Place, Tag("place")] | Annotated[tuple[HeldOutConfig, ...], Tag("list")], Discriminator(_form)
+    Annotated[DataPlace, Tag("place")] | Annotated[tuple[HeldOutConfig, ...], Tag("list")], Discriminator(_form)
 ]
 
 

@@ -54,7 +54,7 @@ TAIL_CHARACTERS: Final = 4000
 _LEFT_CLEANLY: Final = (ExitCode.FINISHED, ExitCode.STOPPED)
 
 
-class Gang:
+class LocalRanks:
     """The ranks of one generation on this machine."""
 
     def __init__(
@@ -199,7 +199,7 @@ class Agent:
         self._environment = dict(environment)
         self._parent = parent
         self._placement_mark = self._environment.setdefault(variables.PLACEMENT, uuid.uuid4().hex)
-        self._gang: Gang | None = None
+        self._gang: LocalRanks | None = None
         self._templates = Templates()
         self._waiting: tuple[Placement, float] | None = None
         """What is to be started once the template is ready, and when the order came."""
@@ -294,7 +294,7 @@ class Agent:
     def _start(self, placement: Placement, template: Template | None) -> None:
         try:
             Path(placement.logs).mkdir(parents=True, exist_ok=True)
-            gang = self._gang = Gang(placement, self._channel, self._environment, template)
+            gang = self._gang = LocalRanks(placement, self._channel, self._environment, template)
         except OSError as error:
             self._channel.send(
                 "exited",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bigtrain import variables
 from bigtrain.jobs.causes import Fault, Kind, RetryBudget
-from bigtrain.jobs.generation import Generation, Launch, Outcome
+from bigtrain.jobs.generation import Generation, GenerationOutcome, Launch
 from bigtrain.jobs.membership import Membership
 from bigtrain.jobs.placing import PlacementCancelled, PlacementFailed, PlacementRefused, Placer
 from bigtrain.jobs.protocol import AgentConnection, PeerLost, ProtocolError, keep_alive
@@ -186,7 +186,7 @@ class Controller:
             return 1
         return level
 
-    def _moves(self, outcome: Outcome) -> str | None:
+    def _moves(self, outcome: GenerationOutcome) -> str | None:
         """Why the run goes on elsewhere; None unless its ranks have saved themselves for that."""
         reason = self._membership.reason_to_leave()
         if reason is None or outcome.fault is not None or ExitCode.STOPPED not in outcome.codes.values():
@@ -196,7 +196,7 @@ class Controller:
             return reason
         return None
 
-    def _live(self, agents: list[AgentConnection]) -> Outcome:
+    def _live(self, agents: list[AgentConnection]) -> GenerationOutcome:
         self._generation += 1
         environment = self._environment | {
             variables.RUN: str(self._path),
@@ -239,7 +239,7 @@ class Controller:
         self._say(f"{self._run_name}: host {agent.host} was asked to stop")
         self.request_save_and_stop()
 
-    def _conclude(self, outcome: Outcome) -> int | None:
+    def _conclude(self, outcome: GenerationOutcome) -> int | None:
         """The exit code of a run that is over; None if it is to be started again."""
         if outcome.fault is not None:
             fault, anew = self._membership.judge(outcome.fault, outcome.lost)
@@ -275,7 +275,7 @@ class Controller:
             return self._stopped(outcome.step)
         return self._failed("it was ended before its first checkpoint")
 
-    def _kill_cause(self, outcome: Outcome) -> str | None:
+    def _kill_cause(self, outcome: GenerationOutcome) -> str | None:
         """What ended the ranks of a script that was to stop, where it did not end by itself."""
         if outcome.overdue:
             return f"ranks did not end within {self._launch.stop_grace_s:g} s of SIGTERM and were killed"

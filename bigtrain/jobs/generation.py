@@ -53,7 +53,7 @@ class Launch:
 
 
 @dataclass
-class Outcome:
+class GenerationOutcome:
     """How a generation ended: by a fault, or with the exit codes of its ranks."""
 
     fault: Fault | None = None
@@ -99,7 +99,7 @@ class Generation:
         self._logs = logs
         self._stop_level = stop_level
         self._on_notice = on_notice
-        self._outcome = Outcome()
+        self._outcome = GenerationOutcome()
         self._alive = set(range(len(agents)))
         self._ended: set[int] = set()
         """Nodes whose ranks have all ended; their agents are kept for the next generation."""
@@ -112,7 +112,7 @@ class Generation:
         self._stop_sent_at: float | None = None
         self._placed = False
 
-    def live(self) -> Outcome:
+    def live(self) -> GenerationOutcome:
         """Run until every agent has said `ended` or is lost."""
         with selectors.DefaultSelector() as selector:
             for node, agent in enumerate(self._agents):

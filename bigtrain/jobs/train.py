@@ -30,7 +30,7 @@ from bigtrain.tracking.metrics import last_step
 from bigtrain.training.branch import consumed
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import Prepared, prepare
-from bigtrain.training.source import HfSource, Source, check_fresh, check_hf_source, resolve_source
+from bigtrain.training.source import CheckpointSource, HfSource, check_fresh, check_hf_source, resolve_source
 
 
 def train(
@@ -431,7 +431,7 @@ def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
         found = load_config(directory.config).data.consumed
     else:
         source = resolve_source(config.init.source, directory.path.parent)
-        found = consumed(prepared, source) if isinstance(source, Source) else None
+        found = consumed(prepared, source) if isinstance(source, CheckpointSource) else None
     data = config.data.model_copy(update={"consumed": found})
     return replace(prepared, config=config.model_copy(update={"data": data}))
 

@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: list[str] | None = None, name: str | None
     return config_of(document)
 
 
-def config_of(document: yaml_file.Document) -> RunConfig:
+def config_of(document: yaml_file.YamlDocument) -> RunConfig:
     """The config that a parsed document holds; see `load_config`. The document's preset is written out in place."""
     _complete_model(document)
     return _absolute(load.build(RunConfig, document))
@@ -45,7 +45,7 @@ def _is_of_a_run(path: Path) -> bool:
     return path.name == directory.config.name and directory.exists()
 
 
-def _require_plugin(document: yaml_file.Document, path: Path) -> None:
+def _require_plugin(document: yaml_file.YamlDocument, path: Path) -> None:
     """Refuse the config of a run that uses a plugin, if it is not loaded."""
     if not _is_of_a_run(path):
         return
@@ -65,7 +65,7 @@ def _require_plugin(document: yaml_file.Document, path: Path) -> None:
         )
 
 
-def _all_known(document: yaml_file.Document) -> bool:
+def _all_known(document: yaml_file.YamlDocument) -> bool:
     """Whether a config can be read with what is registered now."""
     try:
         load.build(RunConfig, document)
@@ -74,7 +74,7 @@ def _all_known(document: yaml_file.Document) -> bool:
     return True
 
 
-def _complete_model(document: yaml_file.Document) -> None:
+def _complete_model(document: yaml_file.YamlDocument) -> None:
     """Lay the preset under the model's own keys, in place."""
     model = document.value.get("model")
     if not isinstance(model, dict):

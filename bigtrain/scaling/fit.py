@@ -23,7 +23,7 @@ from bigtrain.scaling.frontier import frontier_document
 from bigtrain.scaling.judge import judge, warnings_of
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.options import FitOptions
-from bigtrain.scaling.runs.readers import IN_MEMORY, Source, read_source
+from bigtrain.scaling.runs.readers import IN_MEMORY, RunSource, read_source
 from bigtrain.scaling.runs.selection import best_settings, without_copies
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.scaling.runs.units import check_values
@@ -43,7 +43,7 @@ class Fitted:
     table: RunTable
 
 
-def fit(source: Source, options: FitOptions | None = None, say: Callable[[str], None] = lambda text: None) -> Fitted:
+def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str], None] = lambda text: None) -> Fitted:
     """Read runs, refuse what cannot be fitted, fit the law by each approach that the options name.
 
     Args:
@@ -90,7 +90,7 @@ def fit(source: Source, options: FitOptions | None = None, say: Callable[[str], 
     return Fitted(finite(document), table)
 
 
-def prepare(source: Source, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:
+def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:
     """The table as it was read, the rows that are fitted, and warnings about them.
 
     Raises:

@@ -37,7 +37,7 @@ class Sweep:
     """A sweep's config, and its base run as it stands in the file."""
 
     config: SweepConfig
-    document: yaml_file.Document
+    document: yaml_file.YamlDocument
     """Of the base run, with the lines of the sweep's file."""
 
     @property
@@ -51,7 +51,7 @@ class Sweep:
         Raises:
             UserError: The base run is wrong, with its line; or the whole does not go together.
         """
-        document = yaml_file.Document(copy.deepcopy(self.document.value), self.document.source, self.document.lines)
+        document = yaml_file.YamlDocument(copy.deepcopy(self.document.value), self.document.source, self.document.lines)
         for name, value in sections.items():
             below = document.value.get(name)
             document.value[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
@@ -70,7 +70,7 @@ class Sweep:
             UserError: It is wrong, with its line.
         """
         lines = {key[1:]: line for key, line in self.document.lines.items() if key[:1] == ("job",)}
-        document = yaml_file.Document(dict(self.document.value.get("job") or {}), self.document.source, lines)
+        document = yaml_file.YamlDocument(dict(self.document.value.get("job") or {}), self.document.source, lines)
         return load.build(JobConfig, document)
 
 
@@ -85,7 +85,7 @@ def load_sweep(path: Path, overrides: list[str] | None = None, name: str | None 
         document.override(("name",), name)
     config = load.build(SweepConfig, document)
     lines = {key[1:]: line for key, line in document.lines.items() if key[:1] == ("base",)}
-    base = yaml_file.Document(dict(config.base), document.source, lines)
+    base = yaml_file.YamlDocument(dict(config.base), document.source, lines)
     for key, instead in _SET.items():
         value: Any = base.value
         for part in key:

@@ -38,7 +38,7 @@ def sparkline(values: list[float], width: int = 24) -> str:
     return "".join(_BARS[round((value - low) * scale)] for value in shown)
 
 
-class Progress:
+class LiveProgress:
     """The part of a run's record that the display shows."""
 
     def __init__(self, total_steps: int | None) -> None:
@@ -83,7 +83,7 @@ class Progress:
         return float(max(0, self.total_steps - self.row["step"]) * pace)
 
 
-def metrics_line(progress: Progress, row: dict[str, Any]) -> str:
+def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
     """`step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m10s`; val where evaluated."""
     total = f"/{progress.total_steps}" if progress.total_steps is not None else ""
     loss = finite(row.get("loss"))
@@ -145,7 +145,7 @@ class LiveDisplay:
         self._name = run_dir.resolve().name
         self._stream = stream
         self._line_every_s, self._poll_s = line_every_s, poll_s
-        self._progress = Progress(total_steps)
+        self._progress = LiveProgress(total_steps)
         self._metrics = Follower(run_dir / names.METRICS)
         self._events = Follower(run_dir / names.EVENTS)
         self._stop = threading.Event()
@@ -236,7 +236,7 @@ class LiveDisplay:
         return panel(self._name, self._progress, read_units(self._run_dir / "metrics.jsonl"))
 
 
-def panel(name: str, progress: Progress, units: Mapping[str, str] | None = None) -> RenderableType:
+def panel(name: str, progress: LiveProgress, units: Mapping[str, str] | None = None) -> RenderableType:
     """The panel of one run."""
     from rich.console import Group
     from rich.panel import Panel

@@ -10,13 +10,13 @@ from bigtrain.config import UserError
 from bigtrain.data.config import ConsumedConfig
 from bigtrain.run import RunDirectory, with_defaults
 from bigtrain.training.prepare import Prepared
-from bigtrain.training.source import Source
+from bigtrain.training.source import CheckpointSource
 
 ORDER_KEYS = ("train", "shuffle_window")
 """The keys of `data` on which the order of samples depends."""
 
 
-def consumed(prepared: Prepared, source: Source) -> ConsumedConfig | None:
+def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | None:
     """What a branch of `source` must not read again; None where its order goes on by itself.
 
     Where data, batch and seed are those of the run before, the order is a function of the step as it was. Otherwise

@@ -64,7 +64,7 @@ class _Launched:
     seconds: float
 
 
-class Loader(Protocol):
+class BatchLoader(Protocol):
     """Yields the batches of consecutive steps."""
 
     @property
@@ -77,7 +77,7 @@ class Loader(Protocol):
         ...
 
 
-class Control(Protocol):
+class LoopControl(Protocol):
     """How the loop reports its place to the agent, and receives the agent's requests."""
 
     def beat(self, step: int, phase: Phase) -> None:
@@ -95,12 +95,12 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        loader: Loader,
+        loader: BatchLoader,
         schedule: Schedule,
         boundaries: Boundaries,
         *,
         progress: Progress,
-        control: Control,
+        control: LoopControl,
         evaluate: Callable[[], Evaluated],
         save: Callable[[Progress], bool],
         finish: Callable[[], bool],

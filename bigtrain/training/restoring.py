@@ -9,7 +9,7 @@ import torch
 
 from bigtrain.checkpoint.huggingface import load_hf, verify_hf
 from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
-from bigtrain.checkpoint.ranks import Ranks as Together
+from bigtrain.checkpoint.ranks import RankGroup as Together
 from bigtrain.checkpoint.ranks import world_group
 from bigtrain.checkpoint.restore import refuse_unrestored
 from bigtrain.config import UserError

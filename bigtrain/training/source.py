@@ -21,7 +21,7 @@ from bigtrain.training.config import InitConfig
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """One checkpoint of one run."""
 
     run: Path
@@ -62,7 +62,7 @@ class HfSource:
         return digest(self.files.file_hashes(self.files.all_files))
 
 
-def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
+def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
     """The checkpoint that RUN@STEP or RUN names, DIRECTORY@STEP, or URL@STEP; or a directory of Hugging Face weights.
 
     What a URL names is fetched.
@@ -89,15 +89,15 @@ def resolve_source(text: str, runs_dir: Path) -> Source | HfSource:
             f"It has {', '.join(map(str, steps))}.",
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
-    return Source(run.path.absolute(), step, storage.hash_file(path / MANIFEST_NAME))
+    return CheckpointSource(run.path.absolute(), step, storage.hash_file(path / MANIFEST_NAME))
 
 
-def _fetched(text: str) -> Source:
+def _fetched(text: str) -> CheckpointSource:
     fetched, step = run_at(text, Path())
     assert step is not None  # what is fetched is one step
     manifest = fetched.checkpoints / commit.step_name(step) / MANIFEST_NAME
     url = split_run_step(text)[0].rstrip("/")
-    return Source(fetched.path.absolute(), step, storage.hash_file(manifest), url)
+    return CheckpointSource(fetched.path.absolute(), step, storage.hash_file(manifest), url)
 
 
 def _run(name: str, runs_dir: Path) -> RunDirectory:

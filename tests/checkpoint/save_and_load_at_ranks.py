@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint import commit, loader
 from bigtrain.checkpoint.config import CheckpointConfig
-from bigtrain.checkpoint.ranks import Ranks, RanksLostError, WorkFailedError
+from bigtrain.checkpoint.ranks import RankGroup, RanksLostError, WorkFailedError
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
 from bigtrain.config import CorruptionError, UserError
@@ -203,7 +203,7 @@ def errors_that_cannot_be_pickled() -> None:
             error.handle = sys.stdout  # type: ignore[attr-defined]
             raise error
 
-    error = raised(WorkFailedError, lambda: Ranks(dist.group.WORLD).together(work))
+    error = raised(WorkFailedError, lambda: RankGroup(dist.group.WORLD).together(work))
     assert "rank 1: ValueError: boom" in str(error)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigtrain.config import UserError
-from bigtrain.config.yaml_file import Document, dump, parse, parse_value
+from bigtrain.config.yaml_file import YamlDocument, dump, parse, parse_value
 
 
 def value_of(text: str) -> Any:
@@ -150,4 +150,4 @@ def test_an_override_takes_the_place_of_everything_below_it() -> None:
 
 
 def test_a_document_starts_with_no_lines() -> None:
-    assert Document({}, "run.yaml").where(("a",)) == "run.yaml"
+    assert YamlDocument({}, "run.yaml").where(("a",)) == "run.yaml"

@@ -10,7 +10,7 @@ import pytest
 from bigtrain.heartbeat import ANSWERED, Beat
 from bigtrain.jobs import agent
 from bigtrain.jobs import generation as generation_module
-from bigtrain.jobs.agent import Gang
+from bigtrain.jobs.agent import LocalRanks
 from bigtrain.jobs.generation import Generation, Launch
 
 
@@ -37,7 +37,7 @@ def named(monkeypatch: pytest.MonkeyPatch, *ranks: Rank) -> int:
     monkeypatch.setattr(agent, "STACKS_S", 0.0)
     monkeypatch.setattr(agent, "LOOK_S", 0.01)
     sent: list[dict[str, Any]] = []
-    gang = Gang.__new__(Gang)
+    gang = LocalRanks.__new__(LocalRanks)
     gang.ranks, gang.generation = list(ranks), 0  # type: ignore[arg-type]
     gang._limits = SimpleNamespace(limit_s=lambda phase: 5.0)  # type: ignore[assignment]
     gang._channel = SimpleNamespace(send=lambda kind, **fields: sent.append(fields))  # type: ignore[assignment]

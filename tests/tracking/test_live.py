@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bigtrain.tracking.follow import Follower
-from bigtrain.tracking.live import LiveDisplay, Progress, event_line, metrics_line, sparkline
+from bigtrain.tracking.live import LiveDisplay, LiveProgress, event_line, metrics_line, sparkline
 from bigtrain.tracking.metrics import MetricsFile
 
 LINE = re.compile(
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_line_has_its_stated_form() -> None:
-    progress = Progress(2000)
+    progress = LiveProgress(2000)
     progress.add({"step": 119, "tokens": 119 * 4120, "loss": 2.4, "tokens_per_s": 41200.0})
     row = {
         "step": 120,
@@ -38,7 +38,7 @@ def test_the_line_has_its_stated_form() -> None:
     }
     progress.add(row)
     assert metrics_line(progress, row) == "step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m08s"
-    assert metrics_line(Progress(None), {"step": 1, "loss": None}) == "step 1  loss nan"
+    assert metrics_line(LiveProgress(None), {"step": 1, "loss": None}) == "step 1  loss nan"
 
 
 def test_plain_lines_follow_a_growing_file(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.tracking.live import Progress, metrics_line
+from bigtrain.tracking.live import LiveProgress, metrics_line
 from bigtrain.tracking.metrics import MetricsFile
 from bigtrain.tracking.status import status
 
@@ -104,4 +104,4 @@ def test_recorded_metrics_have_their_newest_value_and_unit(
         "fan_speed": {"value": 950, "unit": "rpm"},
         "val_accuracy": {"value": 0.25, "unit": ""},
     }
-    assert metrics_line(Progress(2), row(2, fan_speed=950)).endswith("fan_speed 950")
+    assert metrics_line(LiveProgress(2), row(2, fan_speed=950)).endswith("fan_speed 950")

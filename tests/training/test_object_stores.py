@@ -20,7 +20,7 @@ from bigtrain.cli import app
 from bigtrain.config import UserError
 from bigtrain.run import ExitCode, load_config
 from bigtrain.storage import read_lines
-from bigtrain.training.source import Source, resolve_source
+from bigtrain.training.source import CheckpointSource, resolve_source
 
 URL = "s3://bucket/runs/tiny"
 STEPS = 8
@@ -87,7 +87,7 @@ def _use_from_elsewhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said("inspect", f"{URL}@4")["step"] == 4
     assert said("export", URL, "--out", str(place / "out"))["step"] == STEPS
     source = resolve_source(f"{URL}@4", place)
-    assert isinstance(source, Source)
+    assert isinstance(source, CheckpointSource)
     assert source.name == f"{URL}@4"
     assert said("prune", URL, "--keep-last", "1", "--dry-run")["steps"] == [4]
     assert said("prune", URL, "--keep-last", "1")["steps"] == [4]

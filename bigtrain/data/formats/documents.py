@@ -37,7 +37,7 @@ PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A file of documents, or a part of one: always the same parts for the same file."""
 
     path: Path
@@ -92,7 +92,7 @@ def documents(inputs: Sequence[str | Path], key: str = "text") -> Iterator[Docum
         yield from documents_of(source, key)
 
 
-def sources(inputs: Sequence[str | Path], passed: PassedOver | None = None, key: str = "text") -> Iterator[Source]:
+def sources(inputs: Sequence[str | Path], passed: PassedOver | None = None, key: str = "text") -> Iterator[TextSource]:
     """The files that some inputs name.
 
     Text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each of them also compressed with gzip,
@@ -126,7 +126,7 @@ def sources(inputs: Sequence[str | Path], passed: PassedOver | None = None, key:
                 yield _named(found, str(found), key)
 
 
-def documents_of(source: Source, key: str = "text", passed: PassedOver | None = None) -> Iterator[Document]:
+def documents_of(source: TextSource, key: str = "text", passed: PassedOver | None = None) -> Iterator[Document]:
     """The documents of one source.
 
     Args:
@@ -147,11 +147,11 @@ def documents_of(source: Source, key: str = "text", passed: PassedOver | None = 
             passed.empty += 1
 
 
-def parts(source: Source, part_bytes: int) -> Iterator[Source]:
+def parts(source: TextSource, part_bytes: int) -> Iterator[TextSource]:
     """A source in parts of about `part_bytes` where it can be read from the middle: JSON lines and Parquet."""
 
-    def part(start: int, stop: int, size: int) -> Source:
-        return Source(source.path, source.name, source.kind, source.codec, start, stop, size)
+    def part(start: int, stop: int, size: int) -> TextSource:
+        return TextSource(source.path, source.name, source.kind, source.codec, start, stop, size)
 
     if source.kind == "lines" and source.codec is None and source.bytes > part_bytes:
         for start in range(0, source.bytes, part_bytes):
@@ -166,11 +166,11 @@ def parts(source: Source, part_bytes: int) -> Iterator[Source]:
         yield source
 
 
-def _source(path: Path, name: str, content: Content) -> Source:
-    return Source(path, name, content.kind, content.codec, bytes=path.stat().st_size)
+def _source(path: Path, name: str, content: Content) -> TextSource:
+    return TextSource(path, name, content.kind, content.codec, bytes=path.stat().st_size)
 
 
-def _named(path: Path, name: str, key: str) -> Source:
+def _named(path: Path, name: str, key: str) -> TextSource:
     """A file that the user has named: what is no text is an error."""
     content = detect(path, key)
     if content.kind == "binary" and content.what != NOT_TEXT:
@@ -178,7 +178,7 @@ def _named(path: Path, name: str, key: str) -> Source:
     return _source(path, name, content if content.kind != "binary" else Content("text", content.codec))
 
 
-def _files_under(directory: Path, passed: PassedOver, key: str) -> Iterator[Source]:
+def _files_under(directory: Path, passed: PassedOver, key: str) -> Iterator[TextSource]:
     """Files of text below a directory, by path. Links to directories are not followed: they may form a cycle."""
     found = 0
     for path in sorted(directory.rglob("*"), key=lambda path: path.relative_to(directory).parts):
@@ -254,7 +254,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         chunk = file.read(READ_BYTES)
 
 
-def _json_lines(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+def _json_lines(source: TextSource, key: str, passed: PassedOver) -> Iterator[Document]:
     with open_bytes(source.path, source.codec) as file:
         if source.start:
             # A line belongs to the part that its first byte lies in.
@@ -276,7 +276,7 @@ def _json_lines(source: Source, key: str, passed: PassedOver) -> Iterator[Docume
             yield Document(f"{source.name}:{number if not begin else f'{begin}+{number}'}", source.path, text)
 
 
-def _records(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+def _records(source: TextSource, key: str, passed: PassedOver) -> Iterator[Document]:
     """The objects of one JSON array, which is read as a whole."""
     with open_bytes(source.path, source.codec) as file:
         data = file.read(MAX_ARRAY_BYTES + 1)
@@ -296,7 +296,7 @@ def _records(source: Source, key: str, passed: PassedOver) -> Iterator[Document]
         yield Document(f"{source.name}:{number}", source.path, text)
 
 
-def _line_text(line: bytes, key: str, source: Source, begin: int, number: int) -> str:
+def _line_text(line: bytes, key: str, source: TextSource, begin: int, number: int) -> str:
     where = f"{source.path}, line {number}"
     try:
         if len(line) > MAX_LINE_BYTES:
@@ -376,7 +376,7 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         raise UserError(f"the Parquet file cannot be read: {error}", where=str(path)) from None
 
 
-def _parquet(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+def _parquet(source: TextSource, key: str, passed: PassedOver) -> Iterator[Document]:
     if source.codec is not None:
         raise UserError(f"the Parquet file is compressed with {source.codec}", str(source.path), "decompress it")
     with _parquet_file(source.path) as file:
@@ -402,7 +402,7 @@ def _parquet(source: Source, key: str, passed: PassedOver) -> Iterator[Document]
                     passed(UserError(f"the row has no text under {key!r}", f"{source.path}, row {row}"))
 
 
-def _tar(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
+def _tar(source: TextSource, key: str, passed: PassedOver) -> Iterator[Document]:
     with contextlib.ExitStack() as stack:
         path = source.path
         if source.codec is not None:

@@ -27,12 +27,12 @@ import numpy as np
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.documents import Source, parts, sources
+from bigtrain.data.formats.documents import TextSource, parts, sources
 from bigtrain.data.indexing import write_common
-from bigtrain.data.packing.options import SHARD_BYTES, Progress
+from bigtrain.data.packing.options import SHARD_BYTES, ReportProgress
 from bigtrain.data.packing.plan import PlannedShard, SplitPlan, Survey
 from bigtrain.data.packing.summary import PackSummary, SplitSummary
-from bigtrain.data.packing.work import Job, Scratch, finished_shards, text_worker
+from bigtrain.data.packing.work import PackJob, Scratch, finished_shards, text_worker
 from bigtrain.data.packing.workers import PackError, Pool, open_pool
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import fsync_directory, locks, write_json
@@ -58,7 +58,7 @@ def pack(
     skip_bad: int = 0,
     workers: int = 1,
     part_bytes: int | None = None,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> PackSummary:
     """Tokenise documents into OUT/train, and OUT/validation where `validation` is above zero.
 
@@ -92,7 +92,7 @@ def pack(
     total = sum(source.bytes for source in found)
     if part_bytes is None:
         part_bytes = min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS_OF_SMALL_INPUT))
-    job = Job(key, skip_bad, seed, tuple(_grouped(found, part_bytes, passed)))
+    job = PackJob(key, skip_bad, seed, tuple(_grouped(found, part_bytes, passed)))
     identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
     with workplace(target, identity) as scratch:
         if total <= SMALL_INPUT_BYTES:
@@ -107,11 +107,11 @@ class _Packing:
     def __init__(
         self,
         pool: Pool,
-        job: Job,
+        job: PackJob,
         scratch: Scratch,
         tokenizer: Tokenizer,
         shard_bytes: int,
-        progress: Progress | None,
+        progress: ReportProgress | None,
         passed: PassedOver,
     ) -> None:
         self._passed = passed
@@ -239,9 +239,9 @@ def _no_text() -> UserError:
     return UserError("the input is empty: it holds no text", fix="give files with text in them")
 
 
-def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> Iterator[tuple[Source, ...]]:
+def _grouped(found: Sequence[TextSource], part_bytes: int, passed: PassedOver) -> Iterator[tuple[TextSource, ...]]:
     """The input in parts of about one size: small files together, large ones divided where that can be."""
-    group: list[Source] = []
+    group: list[TextSource] = []
     size = 0
     for source in found:
         for part in _parts(source, part_bytes, passed):
@@ -254,7 +254,7 @@ def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> It
         yield tuple(group)
 
 
-def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
+def _parts(source: TextSource, part_bytes: int, passed: PassedOver) -> list[TextSource]:
     """The parts of a source; none where it cannot be opened and is skipped."""
     try:
         return list(parts(source, part_bytes))
@@ -263,7 +263,7 @@ def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
         return []
 
 
-def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
+def _identity(found: Sequence[TextSource], arguments: list[Any]) -> str:
     """Identifies a packing: its files as they are now, and its arguments."""
     files = []
     for source in found:

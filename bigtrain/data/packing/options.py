@@ -10,7 +10,7 @@ from bigtrain.data.tokenizers import Tokenizer
 
 SHARD_BYTES = 64 << 20
 
-Progress = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 """Called after each piece of work with the stage, and how many of how many are done."""
 
 
@@ -34,7 +34,7 @@ class PackOptions:
     """Bad samples that are skipped and counted; one more is an error."""
     workers: int = 1
     """Processes; the bytes written do not depend on it."""
-    progress: Progress | None = None
+    progress: ReportProgress | None = None
     passed: PassedOver = field(default_factory=PassedOver)
     """The account of what is not used; `limit` is `skip_bad`."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.documents import Document, Source, documents_of
+from bigtrain.data.formats.documents import Document, TextSource, documents_of
 from bigtrain.data.index import Shard
 from bigtrain.data.indexing import write_shard
 from bigtrain.data.packing.plan import NPY_HEADER_BYTES, PlannedShard
@@ -30,13 +30,13 @@ SHARD_NAME = "shard-{:06d}.tar"
 
 
 @dataclass(frozen=True)
-class Job:
+class PackJob:
     """What every worker knows."""
 
     key: str
     skip_bad: int
     seed: int
-    parts: tuple[tuple[Source, ...], ...]
+    parts: tuple[tuple[TextSource, ...], ...]
     """Pieces of the input that one worker takes at a time."""
 
 
@@ -62,7 +62,7 @@ class Scratch:
 class Worker:
     """Does pieces of work, in this process or another."""
 
-    def __init__(self, job: Job, scratch: Scratch, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: PackJob, scratch: Scratch, tokenizer: Tokenizer) -> None:
         self.job, self.scratch, self.tokenizer = job, scratch, tokenizer
 
     def survey(self, number: int) -> None:
@@ -172,7 +172,7 @@ class Worker:
         return tokens + 1, characters, text_bytes
 
 
-def text_worker(job: Job, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> Worker:
+def text_worker(job: PackJob, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> Worker:
     """A worker from what can be sent to a process; see `Tokenizer.definition`."""
     return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
 

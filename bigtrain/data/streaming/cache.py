@@ -39,7 +39,7 @@ class NoRoom(Exception):
     """All that is in the cache is in use; worth another try when some of it is let go."""
 
 
-class Lease:
+class HeldShard:
     """A file of the cache that is not evicted until `release`."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -103,7 +103,7 @@ class Cache:
         urgent: bool,
         check: bool = True,
         cancelled: threading.Event | None = None,
-    ) -> Lease:
+    ) -> HeldShard:
         """The file at `path`, made by `fill` where it is not there.
 
         Args:
@@ -134,7 +134,7 @@ class Cache:
         urgent: bool,
         check: bool,
         cancelled: threading.Event | None,
-    ) -> Lease:
+    ) -> HeldShard:
         while True:
             lease = self._lease(path)
             if lease is None:
@@ -148,7 +148,7 @@ class Cache:
             if lease is not None:
                 return lease
 
-    def _lease(self, path: Path) -> Lease | None:
+    def _lease(self, path: Path) -> HeldShard | None:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -159,7 +159,7 @@ class Cache:
             os.close(descriptor)
             return None
         os.utime(descriptor)
-        return Lease(path, descriptor)
+        return HeldShard(path, descriptor)
 
     @contextlib.contextmanager
     def _alone(self, path: Path, cancelled: threading.Event | None) -> Iterator[None]:
@@ -184,7 +184,7 @@ class Cache:
 
     def _make(
         self, path: Path, size: int, hash: str | None, fill: Callable[[BinaryIO], None], urgent: bool
-    ) -> Lease | None:
+    ) -> HeldShard | None:
         part = path.with_name(f".{path.name}{_PART}{size}")
         self._reserve(part, size, urgent)
         with open(part, "r+b") as file:

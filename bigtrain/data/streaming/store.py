@@ -21,7 +21,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.formats.text import tokenise_shard
 from bigtrain.data.index import INDEX_NAME, MAX_INDEX_BYTES, REINDEX, ShardIndex, load_index, parse_index
 from bigtrain.data.sidecar import Rows, sidecar_rows
-from bigtrain.data.streaming.cache import Cache, Lease, NoRoom
+from bigtrain.data.streaming.cache import Cache, HeldShard, NoRoom
 from bigtrain.data.streaming.remote import exists
 from bigtrain.data.tokenizers import COMPANIONS, MAX_COMPANION_BYTES, Tokenizer
 from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
@@ -103,7 +103,7 @@ class _Wanted:
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
-        self.result: Future[tuple[StoredShard, Lease] | None] | None = None
+        self.result: Future[tuple[StoredShard, HeldShard] | None] | None = None
 
 
 class CachedStore:
@@ -166,7 +166,7 @@ class CachedStore:
                 _let_go(self._wanted.popitem()[1])
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _get(self, shard: int, cancelled: threading.Event, urgent: bool) -> tuple[StoredShard, Lease] | None:
+    def _get(self, shard: int, cancelled: threading.Event, urgent: bool) -> tuple[StoredShard, HeldShard] | None:
         """The shard and the lease on it; None where there is no room and it is not urgent."""
         entry = self._index.shards[shard]
         get = partial(self._cache.get, urgent=urgent, check=self._check, cancelled=cancelled)
@@ -213,7 +213,7 @@ class CachedStore:
             finally:
                 lease.release()
 
-    def _tokens(self, shard: int, rows: Rows, get: Any, cancelled: threading.Event) -> tuple[StoredShard, Lease]:
+    def _tokens(self, shard: int, rows: Rows, get: Any, cancelled: threading.Event) -> tuple[StoredShard, HeldShard]:
         """The tokens of a shard of text, from the cache or made now."""
         entry, index = self._index.shards[shard], self._index
         assert self._tokenizer is not None
@@ -223,7 +223,7 @@ class CachedStore:
             file.truncate(0)
             file.seek(0)
             tar = index.directory / entry.url
-            lease: Lease | None = None
+            lease: HeldShard | None = None
             if self._place is not None:
                 tar = self._directory / entry.url
                 fill = partial(self._fetch, entry.url, entry.filesize, cancelled)
@@ -242,14 +242,16 @@ class CachedStore:
         return StoredShard(tokens, sidecar_rows(rows[:, 2], width)), lease
 
 
-def _value(result: Future[tuple[StoredShard, Lease] | None]) -> tuple[StoredShard, Lease] | BaseException | None:
+def _value(
+    result: Future[tuple[StoredShard, HeldShard] | None],
+) -> tuple[StoredShard, HeldShard] | BaseException | None:
     return result.exception() or result.result()
 
 
 def _let_go(wanted: _Wanted) -> None:
     wanted.cancelled.set()
 
-    def release(result: Future[tuple[StoredShard, Lease] | None]) -> None:
+    def release(result: Future[tuple[StoredShard, HeldShard] | None]) -> None:
         if not result.cancelled() and result.exception() is None and (found := result.result()) is not None:
             found[1].release()
 

@@ -124,7 +124,7 @@ def is_private(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """A submission as Ray Jobs knows it."""
 
     id: str
@@ -143,7 +143,7 @@ class Job:
         return self.status in ACTIVE
 
     @classmethod
-    def parse(cls, value: dict[str, Any]) -> Job:
+    def parse(cls, value: dict[str, Any]) -> RayJob:
         """A job of the dashboard's answer."""
         return cls(
             str(value.get("submission_id")),
@@ -245,18 +245,18 @@ class Dashboard:
         body = {"entrypoint": entrypoint, "submission_id": id, "runtime_env": runtime_env, "metadata": metadata}
         self._request("POST", "/api/jobs/", json.dumps(body).encode(), "application/json")
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[RayJob]:
         """All submissions that the cluster remembers, oldest first."""
-        found = [Job.parse(value) for value in self._json("GET", "/api/jobs/") if value.get("submission_id")]
+        found = [RayJob.parse(value) for value in self._json("GET", "/api/jobs/") if value.get("submission_id")]
         return sorted(found, key=lambda job: job.started)
 
-    def job(self, id: str) -> Job:
+    def job(self, id: str) -> RayJob:
         """One submission.
 
         Raises:
             NotThere: There is none of that id.
         """
-        return Job.parse(self._json("GET", f"/api/jobs/{quote(id)}"))
+        return RayJob.parse(self._json("GET", f"/api/jobs/{quote(id)}"))
 
     def stop(self, id: str) -> None:
         """Send SIGTERM to a job's processes."""

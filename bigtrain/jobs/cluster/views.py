@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from bigtrain.config import UserError, nearest
 from bigtrain.jobs.cluster.board import board_path
-from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone, Job, NotThere
+from bigtrain.jobs.cluster.dashboard import Dashboard, DashboardGone, NotThere, RayJob
 from bigtrain.run import ExitCode, Lease, RunDirectory
 from bigtrain.run.names import EVENTS, LOGS
 from bigtrain.storage import read_lines
@@ -26,7 +26,7 @@ _LOG = re.compile(r"attempt_(\d+)/rank_(\d+)\.log$")
 _STATES: Final = {0: "finished", 75: "stopped"}
 
 
-class View(Protocol):
+class RunView(Protocol):
     """A run, seen from outside."""
 
     name: str
@@ -102,7 +102,7 @@ class LocalView:
 class ClusterView:
     """A run that was submitted to a cluster, as its dashboard shows it."""
 
-    def __init__(self, dashboard: Dashboard, job: Job, name: str) -> None:
+    def __init__(self, dashboard: Dashboard, job: RayJob, name: str) -> None:
         self.name = name
         self.job = job
         self.refused: ClusterView | None = None
@@ -130,7 +130,7 @@ class ClusterView:
             raise UserError(f"There is no submission {wanted}", "--submission", f"There are: {known}.")
         return ClusterView(self._dashboard, self._dashboard.job(wanted), self.name)
 
-    def refresh(self) -> Job:
+    def refresh(self) -> RayJob:
         """Ask again how the job stands."""
         self.job = self._dashboard.job(self.job.id)
         return self.job
@@ -213,7 +213,7 @@ class ClusterView:
         return self._dashboard.file(self.job.node or "", self._name(name))
 
 
-def exit_code(job: Job, board: dict[str, Any] | None) -> int:
+def exit_code(job: RayJob, board: dict[str, Any] | None) -> int:
     """The run's own exit code, of a job that is over: by its record, else by what Ray saw of the driver."""
     recorded = (board or {}).get("exit_code")
     if isinstance(recorded, int):
@@ -228,14 +228,14 @@ def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
 
     A submission that was refused, or had nothing to do, hides no run: it is the view's `refused`.
     """
-    submissions: dict[str, list[Job]] = {}
+    submissions: dict[str, list[RayJob]] = {}
     for job in dashboard.jobs():
         if NAME_KEY in job.metadata:
             submissions.setdefault(job.metadata[NAME_KEY], []).append(job)
     return [_of_submissions(dashboard, name, submissions[name]) for name in sorted(submissions)]
 
 
-def _of_submissions(dashboard: Dashboard, name: str, jobs: list[Job]) -> ClusterView:
+def _of_submissions(dashboard: Dashboard, name: str, jobs: list[RayJob]) -> ClusterView:
     """The view of a run with these submissions, the newest last."""
     newest = ClusterView(dashboard, jobs[-1], name)
     view, earlier = newest, jobs[:-1]
@@ -266,7 +266,7 @@ def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
     raise UserError(f"The cluster knows no run '{name}'", dashboard.url, fix)
 
 
-def read_log(view: View, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
+def read_log(view: RunView, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
     """A rank's log: of one attempt, or with `follow` of the newest and all that come after it, to the run's end.
 
     Raises:
@@ -296,7 +296,7 @@ def read_log(view: View, rank: int, attempt: int | None, follow: bool) -> Iterat
         current = later[0]
 
 
-def _superseded(view: View, attempt: int, rank: int) -> Callable[[], bool]:
+def _superseded(view: RunView, attempt: int, rank: int) -> Callable[[], bool]:
     return lambda: any(number > attempt for number in view.attempts(rank)) or not view.active()
 
 

@@ -32,10 +32,10 @@ class Frame(Protocol):
         ...
 
 
-Source = str | Mapping[str, Sequence[object]] | Frame
+RunSource = str | Mapping[str, Sequence[object]] | Frame
 
 
-def read_source(source: Source, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
+def read_source(source: RunSource, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
     """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
 
     Args:
@@ -57,7 +57,7 @@ def read_columns(source: str) -> list[str]:
     return list(_read(source, curves=True)[0])
 
 
-def _read(source: Source, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
+def _read(source: RunSource, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
     """Columns, places, notes, and whether bigtrain wrote them."""
     if not isinstance(source, str):
         found = source if isinstance(source, Mapping) else source.to_dict("list")

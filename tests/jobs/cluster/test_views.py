@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigtrain.config import UserError
-from bigtrain.jobs.cluster.dashboard import Job
+from bigtrain.jobs.cluster.dashboard import RayJob
 from bigtrain.jobs.cluster.views import NAME_KEY, cluster_view
 
 
@@ -20,13 +20,13 @@ class Answers:
     def __init__(self, **boards: dict[str, Any]) -> None:
         self._boards = {name.replace("_", "-"): board for name, board in boards.items()}
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[RayJob]:
         return [self.job(id) for id in self._boards]
 
-    def job(self, id: str) -> Job:
+    def job(self, id: str) -> RayJob:
         status = self._boards[id].get("job", "SUCCEEDED")
         value = {"submission_id": id, "status": status, "message": "", "driver_node_id": "n"}
-        return Job.parse({**value, "metadata": {NAME_KEY: id.rpartition("-")[0]}, "driver_exit_code": 0})
+        return RayJob.parse({**value, "metadata": {NAME_KEY: id.rpartition("-")[0]}, "driver_exit_code": 0})
 
     def file(self, node: str, name: str) -> bytes:
         return json.dumps(self._boards[name.split("/")[1]]).encode()
