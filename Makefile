@@ -26,7 +26,7 @@ test-slow: .venv ## the rest: every layout, more kills, larger sizes
 test-all: .venv ## the rows that CI does not need at each change, by hand: about an hour
 	$(BIN)/python -m pytest -m "exhaustive and not cluster and not gpu"
 
-bench-faults: .venv ## ten faults of each kind: how soon they are seen and mended, and what they cost
+bench-faults: .venv ## ten faults of each kind: how soon they are seen and repaired, and what they cost
 	$(BIN)/python -m tests.bench.bench_faults
 
 soak: .venv ## half an hour of random kills, then an hour of all faults, each held against an undisturbed run
@@ -42,6 +42,6 @@ check: .venv ## lint, format, types, and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv ## let ruff mend what it can
+format: .venv ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

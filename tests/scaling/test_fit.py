@@ -26,7 +26,7 @@ from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.predict import predict
 from bigtrain.scaling.report import write_outputs
 from bigtrain.scaling.runs.columns import ColumnNames
-from bigtrain.testing.coverage import Design, measure
+from tests.bench.scaling_coverage import Design, measure
 
 WriteRuns = Callable[..., Path]
 Rows = list[dict[str, object]]
@@ -231,7 +231,7 @@ def test_outliers_and_few_clusters_are_warned_of(write_runs: WriteRuns) -> None:
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_and_single_points_fail_under_trunk_noise() -> None:
-    """The study in small: `python -m bigtrain.testing.coverage` has 200 draws of four designs."""
+    """The study in small: `python -m tests.bench.scaling_coverage` has 200 draws of four designs."""
     model, none = measure(Design(12, "trunk"), draws=30, replicates=100)
     assert (model.held >= 0.8).all(), model.held
     assert none.held[2] < 0.8, none.held

@@ -1,4 +1,4 @@
-"""Whether the intervals of `bigtrain scaling fit` hold what they say: `python -m bigtrain.testing.coverage`.
+"""Whether the intervals of `bigtrain scaling fit` hold what they say: `python -m tests.bench.scaling_coverage`.
 
 Four synthetic designs of a law whose parameters are known: 6 or 12 sizes (log-spaced over a factor of 64, from 20M
 parameters) times 6 token counts (5 to 160 tokens a parameter, doubling), with Gaussian noise of 0.2 % on the loss that
