@@ -64,7 +64,7 @@ def test_recipes_of_slightly_other_sizes_are_compared() -> None:
 def test_ladders_without_common_runs_are_refused() -> None:
     first, second = two(1.0)
     with pytest.raises(UserError, match="in common"):
-        compare(first, replace(second, tokens=3.3 * second.tokens), None, "flops", None)
+        compare(first, replace(second, tokens=8 * second.tokens), None, "flops", None)
     with pytest.raises(UserError, match="share size, length and seed"):
         compare(*two(1.0, paired=False), None, "flops", True)
 
