@@ -266,10 +266,10 @@ class Run:
         counts = self.mesh["tp"].get_local_rank() == 0 and self.mesh["pp"].get_local_rank() == self.layout.pp - 1
         tokens_here = targets[:, self.mine].numel()
         mine = [loss.double(), torch.tensor(float(tokens_here)).double()] if counts else [torch.zeros(()).double()] * 2
-        # Loss, tokens, square norm, and whether a rank was asked to stop: one message.
-        numbers = torch.stack([*mine, square, torch.zeros(()).double()])
+        # Loss, tokens, square norm, whether a rank must stop, and whether it records something new: one message.
+        numbers = torch.stack([*mine, square, *torch.zeros(2).double()])
         dist.all_reduce(numbers)
-        total, count, square, _ = numbers.unbind()
+        total, count, square, *_ = numbers.unbind()
         norm = square.sqrt() / count
         torch._foreach_mul_(gradients, ((clip / norm).clamp(max=1.0) / count).float())
         self.optimizer.step()
