@@ -35,9 +35,13 @@ class WandbConfig(TrackerConfig):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto is online with a key in WANDB_API_KEY or the netrc file, else offline."""
     project: str = "bigtrain"
+    """The project that the run belongs to."""
     entity: str | None = None
+    """The user or team that owns the project; null: the key's own."""
     tags: tuple[str, ...] = ()
+    """Tags of the run."""
     group: str | None = None
+    """The group that holds the runs of a sweep together."""
     init_timeout_s: float = INIT_TIMEOUT_S
     """How long W&B's start may take before the run goes on offline."""
 

@@ -22,6 +22,7 @@ class EarlyStopConfig(CallbackConfig):
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger values are better."""
     patience: Annotated[Count, Ge(1)] = 3
+    """Evaluations in a row without an improvement after which the run ends."""
     min_delta: Annotated[float, Ge(0)] = 0.0
     """Smallest change that is an improvement."""
 
