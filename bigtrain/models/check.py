@@ -51,7 +51,7 @@ def check_contract(config: ModelConfig, vocab_size: int) -> None:
             raise UserError(
                 f"forward() calls the block '{name}' {count} times, and it is gathered and recomputed once a pass",
                 where,
-                "Leave it out of what blocks() returns.",
+                "Remove it from what blocks() returns.",
             )
     count = sum(parameter.numel() for parameter in module.parameters())
     counted = config.parameter_count(vocab_size)

@@ -67,7 +67,7 @@ class ModelConfig(Section):
     """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
 
     takes_documents: ClassVar[bool] = False
-    """Whether `forward` heeds the batch's `documents` and `positions` (`data.document_mask`)."""
+    """Whether `forward` supports the batch's `documents` and `positions` (`data.document_mask`)."""
 
     later_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
@@ -115,7 +115,7 @@ class ModelConfig(Section):
     def context_parallel_heads(self) -> tuple[int, int] | None:
         """Query heads and key heads of a layer, which ranks that share a sequence share too.
 
-        None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must heed the
+        None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must use the
         batch's `sequence_positions` and `mask`.
         """
         return None
@@ -137,16 +137,16 @@ class ModelConfig(Section):
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """The keys of `model` that a config.json of this family stands for.
 
         Raises:
-            ValueError: It asks for what the family does not have.
+            ValueError: It needs a feature that the family does not have.
         """
-        raise ValueError(f"no arch of bigtrain's is transformers' '{theirs.get('model_type')}'")
+        raise ValueError(f"no arch of bigtrain's is transformers' '{hf.get('model_type')}'")
 
     def build(self, vocab_size: int) -> nn.Module:
-        """The module (`contract.Model`) on torch's current default device; its values are not yet drawn."""
+        """The module (`contract.Model`) on torch's current default device; its parameters are not yet initialized."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")
 
     def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:

@@ -23,13 +23,13 @@ class LossSum(NamedTuple):
     weight: Tensor
     """FP32 scalar: the sum of weights."""
     by_sequence: Tensor | None = None
-    """FP32 (B, 2): what each sequence adds to both, without gradient. A model may leave it out: then the losses of a
+    """FP32 (B, 2): what each sequence adds to both, without gradient. A model may omit it: then the losses of a
     mixture's sources are not known."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Drawn from a normal distribution with mean 0."""
+    """Sampled from a normal distribution with mean 0."""
 
     std: float
 
@@ -45,7 +45,7 @@ class Ones:
 
 
 Init = Normal | Zeros | Ones
-"""How a parameter's first values are drawn."""
+"""How a parameter is initialized."""
 
 
 class Model(Protocol):
@@ -88,7 +88,7 @@ class Stage:
     last: int
     """One past its last."""
     blocks: int
-    """Of the whole model."""
+    """Blocks of the full model, over all stages."""
 
     @property
     def is_first(self) -> bool:

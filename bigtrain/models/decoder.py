@@ -112,19 +112,19 @@ class Block(nn.Module):
 
 
 class SharedMatrices(Protocol):
-    """What the model asks of the ranks that share its matrices: `parallel.tensor.TensorGroup`."""
+    """What the model needs from the ranks that share its matrices: `parallel.tensor.TensorGroup`."""
 
     def positions(self, count: int) -> slice:
         """The positions of a sequence of `count` that this rank's residual stream holds."""
         ...
 
     def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of cross-entropies of the whole sequence, from this rank's slice and its part of the head's rows; and
+        """The sum of cross-entropies of the full sequence, from this rank's slice and its part of the head's rows; and
         what each sequence adds, (B, ...)."""
         ...
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
-        """The logits of the whole sequence, likewise."""
+        """The logits of the full sequence, computed likewise."""
         ...
 
 
@@ -143,7 +143,7 @@ class DecoderModel(nn.Module):
         self.embedding: Embedding | None = Embedding(rows, config.width)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.position_count, config.width) if learned else None
-        # By their numbers, so that a stage's layers keep theirs.
+        # Keyed by number, so that the layers of a stage keep their numbers.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
         self.norm: nn.Module | None = _norm(config)
         self.head = None if config.tied else Linear(config.width, rows, bias=config.head_bias)

@@ -37,16 +37,16 @@ TENSOR_PLAN: dict[str, TensorRole] = {
 
 
 class RopeScaling(Section):
-    """Llama 3.1's stretching of rotary wavelengths to a longer context (after its reference code)."""
+    """Llama 3.1's scaling of rotary wavelengths to a longer context (after its reference code)."""
 
     factor: Annotated[float, Ge(1)] = 8.0
-    """By how much wavelengths longer than the original context are stretched."""
+    """Factor by which wavelengths longer than the original context are scaled."""
     low_freq_factor: Annotated[float, Gt(0)] = 1.0
-    """Wavelengths over original_context / low_freq_factor are stretched in full."""
+    """Wavelengths over original_context / low_freq_factor are scaled by the full factor."""
     high_freq_factor: Annotated[float, Gt(0)] = 4.0
     """Wavelengths under original_context / high_freq_factor are kept; between the two, interpolated."""
     original_context: Positive = 8192
-    """Context before the stretching, in tokens."""
+    """Context before the scaling, in tokens."""
 
     @model_validator(mode="after")
     def _bands_are_ordered(self) -> RopeScaling:
@@ -101,9 +101,9 @@ class DecoderConfig(ModelConfig):
     rope_theta: Annotated[float, Gt(1)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
-    """Stretching of the rotary wavelengths."""
+    """Scaling of the rotary wavelengths."""
     rope_local_theta: Annotated[float, Gt(1)] | None = None
-    """Base of the rotary wavelengths of layers with a sliding window, which are then not stretched; null: as others."""
+    """Base of the rotary wavelengths of layers with a sliding window, which are then not scaled; null: as others."""
     rotary_part: Annotated[float, Gt(0), Le(1)] = 1.0
     """The part of a head's channels that is rotated, the first ones."""
     no_rotary_every: Positive | None = None
@@ -251,7 +251,7 @@ class DecoderConfig(ModelConfig):
         return BlockCosts(self.layers, min(1.0, self._embedding_parameters(vocab_size) / parameters), head / block)
 
     def build(self, vocab_size: int) -> DecoderModel:
-        """The decoder on torch's current default device; its values are not yet drawn."""
+        """The decoder on torch's current default device; its parameters are not yet initialized."""
         from bigtrain.models.decoder import DecoderModel
 
         return DecoderModel(self, vocab_size)

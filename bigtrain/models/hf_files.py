@@ -62,7 +62,7 @@ class HfFiles:
         return cls(directory.resolve(), config, files, shapes)
 
     def place(self, name: str) -> str | None:
-        """The name under which a tensor is stored: a base model's files leave out the first part of it."""
+        """The name under which a tensor is stored: a base model's files omit the first part of it."""
         short = name.partition(".")[2]
         if name in self.files or short in self.files:
             return name if name in self.files else short
@@ -128,7 +128,7 @@ class HfFiles:
             shapes: Of the parameters that are to be read, by qualified names.
 
         Raises:
-            UserError: A tensor is missing, of another shape, or not asked for.
+            UserError: A tensor is missing, has another shape, or is not a parameter of the model.
         """
         try:
             names = config.hf_names()
@@ -143,12 +143,12 @@ class HfFiles:
                     str(self.directory),
                     "Change 'model', or add the name to init.fresh to draw it from the seed.",
                 )
-            theirs = names[name].shape_of(self.shapes[place])
-            if theirs != tuple(shapes[name]):
+            stored = names[name].shape_of(self.shapes[place])
+            if stored != tuple(shapes[name]):
                 raise UserError(
-                    f"{name} is {theirs} in the weights and {tuple(shapes[name])} here",
+                    f"{name} is {stored} in the weights and {tuple(shapes[name])} here",
                     str(self.directory),
-                    _fix_shape(theirs, tuple(shapes[name])),
+                    _fix_shape(stored, tuple(shapes[name])),
                 )
         known = {self.place(place.name) for place in names.values()}
         spare = sorted(self.files.keys() - known - {"lm_head.weight"})
@@ -162,14 +162,14 @@ class HfFiles:
         return names
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
-        """What no shape shows: constants that change what the same weights compute."""
-        theirs = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
+        """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
+        hf = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
         for key in (*_CONSTANTS, *sorted(config.later_keys)):
-            ours = config.plain().get(key)
-            if key == "tied" and not ours and own_head:
+            native = config.plain().get(key)
+            if key == "tied" and not native and own_head:
                 continue
-            if key in theirs and theirs[key] != ours:
-                raise ValueError(f"model.{key} is {ours}, and the weights were trained with {theirs[key]}")
+            if key in hf and hf[key] != native:
+                raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}")
 
 
 def digest(hashes: Mapping[str, str]) -> str:

@@ -49,9 +49,9 @@ def examples(config: Config, batch: Batch) -> Example:
 
     causal: position i names token i + 1, as the batch says.
 
-    masked: each token is hidden with probability `masked`, drawn from its sequence's key, so by no layout; all that
-    are hidden become the mask token, and they alone count (Devlin et al. 2019; that none of them need stay or turn
-    into others: Wettig et al. 2023). The batch's last target, which is no input, is not seen.
+    masked: each token is hidden with probability `masked`, sampled from its sequence's key, so alike in every layout.
+    All hidden tokens become the mask token, and only they count in the loss (Devlin et al. 2019; Wettig et al. 2023 show
+    that none of them need stay or become other tokens). The batch's last target is not an input and is not used.
 
     seq2seq: the encoder reads the first S tokens, the decoder names those that follow, the last target too: the
     prefix language modelling of Raffel et al. 2020, section 3.2.3.
@@ -70,7 +70,7 @@ def examples(config: Config, batch: Batch) -> Example:
     # Token i is the target of position i - 1 and counts as it does; the first one counts where anything does.
     of_tokens = torch.cat([weights[:, :1], weights[:, :-1]], dim=1)
     seen = of_tokens > 0
-    # A sequence of padding alone (a filler) looks at its first token: attention to nothing would be no number.
+    # A sequence of padding alone (a filler) looks at its first token: attention to nothing would be NaN.
     seen[:, 0] = True
     if config.task == "masked":
         hidden = ~keep_mask(torch.Size([*tokens.shape, 1]), config.masked, batch["keys"], _HIDING)[..., 0]
@@ -214,7 +214,7 @@ def flops(config: Config, model: PreTrainedModel) -> Flops:
     shape = model.config.get_text_config()
     heads = getattr(shape, "num_attention_heads", None)
     if heads is None or any(parameter.ndim > 2 for parameter in model.parameters()):
-        # No attention, convolutions, or experts of which a token meets a few: the formula below is not theirs.
+        # No attention, convolutions, or experts of which a token meets a few: the formula below does not hold for them.
         return Flops.unknown()
     width = heads * (getattr(shape, "d_kv", None) or getattr(shape, "head_dim", None) or shape.hidden_size // heads)
     context, layers = config.context, shape.num_hidden_layers

@@ -1,4 +1,4 @@
-"""The way between our state and a Hugging Face model's: names, and how a tensor lies."""
+"""Conversion between bigtrain's state dict and a Hugging Face model's: names and tensor layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Where a parameter of ours is found in a Hugging Face state dict."""
+    """Where a parameter of bigtrain lies in a Hugging Face state dict."""
 
     name: str
     transposed: bool = False
@@ -35,43 +35,43 @@ class HfTensor:
         return cut[::-1] if self.transposed else cut
 
 
-def require(theirs: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a config.json that says something else than what is the only choice here.
+def require(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a config.json whose value for a key is not the one that this family supports.
 
     Raises:
-        ValueError: Names the key, what it says, and what it should.
+        ValueError: Names the key, its value, and the supported value.
     """
     for key, value in expected.items():
-        found = theirs.get(key, value)
+        found = hf.get(key, value)
         if found not in (value, None):
             raise ValueError(f"its config.json says {key}: {found!r}, and this family has {value!r} alone")
 
 
 def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state out of a Hugging Face state dict. Tensors may share memory with `state`.
+    """Convert a Hugging Face state dict to bigtrain's names. Tensors may share memory with `state`.
 
     Raises:
         KeyError: `state` lacks a tensor.
     """
-    ours = {}
+    native = {}
     for name, source in names.items():
         tensor = state[source.name]
         tensor = tensor.t() if source.transposed else tensor
         index, count = source.part
-        ours[name] = tensor.chunk(count)[index].contiguous()
-    return ours
+        native[name] = tensor.chunk(count)[index].contiguous()
+    return native
 
 
 def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Hugging Face state dict out of ours: the inverse of `from_hf`."""
+    """Convert a bigtrain state dict to Hugging Face's names: the inverse of `from_hf`."""
     import torch
 
     parts: dict[HfTensor, dict[int, Tensor]] = {}
     for name, target in names.items():
         whole = HfTensor(target.name, target.transposed)
         parts.setdefault(whole, {})[target.part[0]] = state[name]
-    theirs = {}
+    hf = {}
     for target, pieces in parts.items():
         tensor = torch.cat([pieces[index] for index in sorted(pieces)])
-        theirs[target.name] = (tensor.t() if target.transposed else tensor).contiguous()
-    return theirs
+        hf[target.name] = (tensor.t() if target.transposed else tensor).contiguous()
+    return hf

@@ -1,7 +1,7 @@
-"""Initial weights that no layout changes: drawn in blocks of rows, each from a generator of its own.
+"""Initial weights that do not depend on the layout: sampled in blocks of rows, each by a generator of its own.
 
 Block b of a parameter comes from a CPU generator seeded by a hash of (seed, qualified name, b), so a rank
-draws only the blocks that its shard overlaps, and any sharding yields the same numbers.
+samples only the blocks that its shard overlaps, and any sharding yields the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Part:
     """Which part of a parameter a plain tensor is, where the rest lies on other ranks."""
 
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the full (unsharded) parameter."""
     offset: tuple[int, ...]
     """Where the part begins in it."""
     local_shape: tuple[int, ...]
@@ -83,7 +83,7 @@ def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: In
 
     Args:
         part: A plain tensor, the values of the parameter that begin at `offset`.
-        shape: Of the whole parameter.
+        shape: Shape of the full (unsharded) parameter.
         name: Its qualified name.
     """
     if isinstance(rule, Normal):

@@ -134,7 +134,7 @@ class LayerNorm(nn.Module):
 def rotary_frequencies(head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians a position for each pair of channels: FP32 (head_width / 2,).
 
-    Su et al. 2021, section 3.2.2; the stretching of long wavelengths as in Llama 3.1's reference code.
+    Su et al. 2021, section 3.2.2; the scaling of long wavelengths as in Llama 3.1's reference code.
     """
     exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
     frequencies = 1.0 / theta**exponents

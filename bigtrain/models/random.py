@@ -1,7 +1,7 @@
 """Random bits of a forward pass that no layout changes: a hash of where a number lies, no generator's state.
 
 A bit is a function of (key of the sequence, place in the model, position, channel), and the key one of (seed,
-step, index in the global batch). So a recomputed, split or sliced activation meets the bits of the whole one,
+step, index in the global batch). So a recomputed, split or sliced activation has the same bits as the full one,
 on every device: the hash is integer arithmetic modulo 2^32 and 2^64.
 """
 

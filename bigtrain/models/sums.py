@@ -30,7 +30,7 @@ class Sums:
 
     @classmethod
     def of(cls, micro_batches: Sequence[Mapping[str, Any]], device: torch.device) -> Sums:
-        """Zeros with as many sources as these micro-batches tell apart."""
+        """Zeros for as many sources as these micro-batches distinguish."""
         sources = micro_batches[0].get(SOURCES) if micro_batches else None
         return cls(device, 0 if sources is None else sources.shape[1])
 

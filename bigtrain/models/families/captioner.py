@@ -39,7 +39,7 @@ class Config(ImageConfig):
         return self.patches + self.context - 1
 
     def build(self, vocab_size: int) -> Captioner:
-        """The module; its values are not yet drawn."""
+        """The module; its parameters are not yet initialized."""
         return Captioner(self, vocab_size)
 
     def parameter_count(self, vocab_size: int) -> int:

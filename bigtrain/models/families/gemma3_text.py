@@ -82,19 +82,19 @@ class Config(DecoderConfig):
         }
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
         off = ("attn_logit_softcapping", "final_logit_softcapping")
-        require(theirs, {"hidden_activation": ACTIVATION, "use_bidirectional_attention": False} | dict.fromkeys(off))
-        keys = keys_of_llama({"tie_word_embeddings": True, "head_dim": 256, **theirs, "hidden_act": "silu"}, 1e6)
-        every = theirs.get("sliding_window_pattern", PATTERN)
-        types = theirs.get("layer_types")
-        local = ((theirs.get("rope_parameters") or {}).get("sliding_attention") or {}).get("rope_theta")
+        require(hf, {"hidden_activation": ACTIVATION, "use_bidirectional_attention": False} | dict.fromkeys(off))
+        keys = keys_of_llama({"tie_word_embeddings": True, "head_dim": 256, **hf, "hidden_act": "silu"}, 1e6)
+        every = hf.get("sliding_window_pattern", PATTERN)
+        types = hf.get("layer_types")
+        local = ((hf.get("rope_parameters") or {}).get("sliding_attention") or {}).get("rope_theta")
         return {
             "arch": "gemma3_text",
             **keys,
-            "sliding_window": theirs.get("sliding_window", 4096),
+            "sliding_window": hf.get("sliding_window", 4096),
             "full_attention_every": every if types is None else full_attention_every(types),
-            "rope_local_theta": float(theirs.get("rope_local_base_freq") or local or 1e4),
-            "score_width": int(theirs.get("query_pre_attn_scalar", 256)),
+            "rope_local_theta": float(hf.get("rope_local_base_freq") or local or 1e4),
+            "score_width": int(hf.get("query_pre_attn_scalar", 256)),
         }

@@ -35,17 +35,17 @@ class Config(DecoderConfig):
             "position_embedding.weight": HfTensor("transformer.wpe.weight"),
         }
         for layer in range(self.layers):
-            ours, theirs = f"layers.{layer}.", f"transformer.h.{layer}."
+            native, hf = f"layers.{layer}.", f"transformer.h.{layer}."
             for kind in ("weight", "bias"):
                 matrix = kind == "weight"
-                names[f"{ours}attention_norm.{kind}"] = HfTensor(f"{theirs}ln_1.{kind}")
+                names[f"{native}attention_norm.{kind}"] = HfTensor(f"{hf}ln_1.{kind}")
                 for index, name in enumerate(("query", "key", "value")):
-                    place = HfTensor(f"{theirs}attn.c_attn.{kind}", matrix, (index, 3))
-                    names[f"{ours}attention.{name}.{kind}"] = place
-                names[f"{ours}attention.output.{kind}"] = HfTensor(f"{theirs}attn.c_proj.{kind}", matrix)
-                names[f"{ours}mlp_norm.{kind}"] = HfTensor(f"{theirs}ln_2.{kind}")
-                names[f"{ours}mlp.up.{kind}"] = HfTensor(f"{theirs}mlp.c_fc.{kind}", matrix)
-                names[f"{ours}mlp.down.{kind}"] = HfTensor(f"{theirs}mlp.c_proj.{kind}", matrix)
+                    place = HfTensor(f"{hf}attn.c_attn.{kind}", matrix, (index, 3))
+                    names[f"{native}attention.{name}.{kind}"] = place
+                names[f"{native}attention.output.{kind}"] = HfTensor(f"{hf}attn.c_proj.{kind}", matrix)
+                names[f"{native}mlp_norm.{kind}"] = HfTensor(f"{hf}ln_2.{kind}")
+                names[f"{native}mlp.up.{kind}"] = HfTensor(f"{hf}mlp.c_fc.{kind}", matrix)
+                names[f"{native}mlp.down.{kind}"] = HfTensor(f"{hf}mlp.c_proj.{kind}", matrix)
         for kind in ("weight", "bias"):
             names[f"norm.{kind}"] = HfTensor(f"transformer.ln_f.{kind}")
         return names
@@ -71,21 +71,21 @@ class Config(DecoderConfig):
         }
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
         only = {"activation_function": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True}
         off = dict.fromkeys(
             ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False
         )
-        require(theirs, {**only, **off})
-        positions = theirs.get("n_positions", 1024)
+        require(hf, {**only, **off})
+        positions = hf.get("n_positions", 1024)
         keys = {
             "arch": "gpt2",
-            "layers": theirs.get("n_layer", 12),
-            "width": theirs.get("n_embd", 768),
-            "heads": theirs.get("n_head", 12),
+            "layers": hf.get("n_layer", 12),
+            "width": hf.get("n_embd", 768),
+            "heads": hf.get("n_head", 12),
             "context": positions,
             "max_positions": positions,
-            "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
+            "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
         }
-        return keys if theirs.get("n_inner") is None else {**keys, "mlp_width": theirs["n_inner"]}
+        return keys if hf.get("n_inner") is None else {**keys, "mlp_width": hf["n_inner"]}

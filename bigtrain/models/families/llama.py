@@ -45,10 +45,10 @@ class Config(DecoderConfig):
         return facts | config_of_llama(self, rows)
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        require(theirs, {"mlp_bias": False})
-        return {"arch": "llama", **keys_of_llama(theirs)}
+        require(hf, {"mlp_bias": False})
+        return {"arch": "llama", **keys_of_llama(hf)}
 
 
 def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **parts: Any) -> None:
@@ -74,8 +74,8 @@ def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, Hf
     """Qualified names and their places, where a layer consists of `parts`."""
     names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
     for layer in range(config.layers):
-        for ours, theirs in parts.items():
-            names[f"layers.{layer}.{ours}.weight"] = HfTensor(f"model.layers.{layer}.{theirs}.weight")
+        for native, hf in parts.items():
+            names[f"layers.{layer}.{native}.weight"] = HfTensor(f"model.layers.{layer}.{hf}.weight")
     names["norm.weight"] = HfTensor("model.norm.weight")
     if not config.tied:
         names["head.weight"] = HfTensor("lm_head.weight")
@@ -100,7 +100,7 @@ def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        # Some classes of transformers have numbers of their own vocabulary where nothing is said.
+        # Some classes of transformers set token ids of their own vocabulary where these keys are absent.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rotary,
@@ -109,7 +109,7 @@ def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
 
 
 def rotary_of(config: DecoderConfig) -> dict[str, Any]:
-    """The stretching of rotary wavelengths as config.json has it."""
+    """The scaling of rotary wavelengths, in config.json's keys."""
     rotary: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
@@ -123,35 +123,35 @@ def rotary_of(config: DecoderConfig) -> dict[str, Any]:
     return rotary
 
 
-def keys_of_llama(theirs: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+def keys_of_llama(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
     """The keys of `model` that such a config.json stands for.
 
     Args:
         theta: The rotary base where config.json has none.
 
     Raises:
-        ValueError: A bias, another activation, rotary wavelengths stretched by another rule.
+        ValueError: A bias, another activation, rotary wavelengths scaled by another rule.
     """
-    require(theirs, {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False})
-    rotary = theirs.get("rope_parameters") or {}
+    require(hf, {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False})
+    rotary = hf.get("rope_parameters") or {}
     rotary = rotary.get("full_attention", rotary)
-    scaling = theirs.get("rope_scaling") or {key: rotary[key] for key in rotary if key != "rope_theta"}
-    heads = theirs.get("num_attention_heads", 32)
-    positions = theirs.get("max_position_embeddings", 2048)
+    scaling = hf.get("rope_scaling") or {key: rotary[key] for key in rotary if key != "rope_theta"}
+    heads = hf.get("num_attention_heads", 32)
+    positions = hf.get("max_position_embeddings", 2048)
     keys = {
-        "layers": theirs.get("num_hidden_layers", 32),
-        "width": theirs.get("hidden_size", 4096),
+        "layers": hf.get("num_hidden_layers", 32),
+        "width": hf.get("hidden_size", 4096),
         "heads": heads,
-        "kv_heads": theirs.get("num_key_value_heads") or heads,
-        "mlp_width": theirs.get("intermediate_size", 11008),
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "mlp_width": hf.get("intermediate_size", 11008),
         "context": positions,
         "max_positions": positions,
-        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(theirs.get("rope_theta") or rotary.get("rope_theta") or theta),
-        "tied": theirs.get("tie_word_embeddings", False),
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(hf.get("rope_theta") or rotary.get("rope_theta") or theta),
+        "tied": hf.get("tie_word_embeddings", False),
     }
-    if theirs.get("head_dim") is not None:
-        keys["head_width"] = theirs["head_dim"]
+    if hf.get("head_dim") is not None:
+        keys["head_width"] = hf["head_dim"]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "llama3":
         keys["rope_scaling"] = {
@@ -162,7 +162,7 @@ def keys_of_llama(theirs: dict[str, Any], theta: float = 10000.0) -> dict[str, A
         }
     elif kind != "default":
         raise ValueError(
-            f"its rotary wavelengths (rope_parameters, rope_scaling) are stretched by the rule {kind!r}, and bigtrain "
+            f"its rotary wavelengths (rope_parameters, rope_scaling) are scaled by the rule {kind!r}, and bigtrain "
             "has llama3's alone"
         )
     return keys

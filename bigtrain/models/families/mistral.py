@@ -32,6 +32,6 @@ class Config(DecoderConfig):
         return facts | config_of_llama(self, rows) | {"sliding_window": self.sliding_window}
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        return {"arch": "mistral", **keys_of_llama(theirs), "sliding_window": theirs.get("sliding_window", 4096)}
+        return {"arch": "mistral", **keys_of_llama(hf), "sliding_window": hf.get("sliding_window", 4096)}

@@ -46,12 +46,12 @@ class Config(DecoderConfig):
         return config_of_llama(self, rows) | facts
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        return {"arch": "olmo2", **keys_of_llama({"rms_norm_eps": 1e-5, **theirs})}
+        return {"arch": "olmo2", **keys_of_llama({"rms_norm_eps": 1e-5, **hf})}
 
 
 def names_in_olmo(config: DecoderConfig) -> dict[str, HfTensor]:
     """Qualified names and their places in OLMo 2 and 3."""
-    parts = {ours: theirs for ours, theirs in PARTS.items() if not ours.endswith("_norm")}
+    parts = {native: hf for native, hf in PARTS.items() if not native.endswith("_norm")}
     return names_in_llama(config, parts | NORMS | OUTPUT_NORMS)

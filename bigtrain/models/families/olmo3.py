@@ -62,15 +62,15 @@ class Config(DecoderConfig):
         }
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        keys = keys_of_llama({"rms_norm_eps": 1e-5, **theirs}, 5e5)
-        types = theirs.get("layer_types")
-        local = ((theirs.get("rope_parameters") or {}).get("sliding_attention") or {}).get("rope_theta")
+        keys = keys_of_llama({"rms_norm_eps": 1e-5, **hf}, 5e5)
+        types = hf.get("layer_types")
+        local = ((hf.get("rope_parameters") or {}).get("sliding_attention") or {}).get("rope_theta")
         return {
             "arch": "olmo3",
             **keys,
-            "sliding_window": theirs.get("sliding_window", 4096),
+            "sliding_window": hf.get("sliding_window", 4096),
             "full_attention_every": EVERY if types is None else full_attention_every(types),
             "rope_local_theta": float(local or keys["rope_theta"]),
         }

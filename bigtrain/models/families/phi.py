@@ -49,8 +49,8 @@ class Config(DecoderConfig):
         names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
         for kind in ("weight", "bias"):
             for layer in range(self.layers):
-                for ours, theirs in PARTS.items():
-                    names[f"layers.{layer}.{ours}.{kind}"] = HfTensor(f"model.layers.{layer}.{theirs}.{kind}")
+                for native, hf in PARTS.items():
+                    names[f"layers.{layer}.{native}.{kind}"] = HfTensor(f"model.layers.{layer}.{hf}.{kind}")
             names[f"norm.{kind}"] = HfTensor(f"model.final_layernorm.{kind}")
             names[f"head.{kind}"] = HfTensor(f"lm_head.{kind}")
         return names
@@ -73,11 +73,11 @@ class Config(DecoderConfig):
         }
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        require(theirs, {"hidden_act": "gelu_new", "qk_layernorm": False, "tie_word_embeddings": False})
-        eps = theirs.get("layer_norm_eps", 1e-5)
-        rotary = theirs.get("rope_parameters") or {}
-        part = rotary.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 0.5))
-        keys = keys_of_llama({**theirs, "hidden_act": "silu", "rms_norm_eps": eps})
+        require(hf, {"hidden_act": "gelu_new", "qk_layernorm": False, "tie_word_embeddings": False})
+        eps = hf.get("layer_norm_eps", 1e-5)
+        rotary = hf.get("rope_parameters") or {}
+        part = rotary.get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5))
+        keys = keys_of_llama({**hf, "hidden_act": "silu", "rms_norm_eps": eps})
         return {"arch": "phi", **keys, "rotary_part": float(part)}

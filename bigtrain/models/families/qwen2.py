@@ -45,6 +45,6 @@ class Config(DecoderConfig):
         return facts | {key: value for key, value in common.items() if key != "attention_bias"}
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        return {"arch": "qwen2", **keys_of_llama(theirs), "qkv_bias": True}
+        return {"arch": "qwen2", **keys_of_llama(hf), "qkv_bias": True}

@@ -39,6 +39,6 @@ class Config(DecoderConfig):
         return facts | config_of_llama(self, rows)
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        return {"arch": "qwen3", **keys_of_llama(theirs)}
+        return {"arch": "qwen3", **keys_of_llama(hf)}

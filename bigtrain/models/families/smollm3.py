@@ -41,12 +41,12 @@ class Config(DecoderConfig):
         return facts | config_of_llama(self, rows) | {"no_rope_layers": rotated, "mlp_bias": False}
 
     @classmethod
-    def from_hf_config(cls, theirs: dict[str, Any]) -> dict[str, Any]:
+    def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
         """See `ModelConfig.from_hf_config`."""
-        require(theirs, {"mlp_bias": False})
-        keys = keys_of_llama({"tie_word_embeddings": True, **theirs}, 2e6)
-        rotated = theirs.get("no_rope_layers")
-        every = theirs.get("no_rope_layer_interval", EVERY)
+        require(hf, {"mlp_bias": False})
+        keys = keys_of_llama({"tie_word_embeddings": True, **hf}, 2e6)
+        rotated = hf.get("no_rope_layers")
+        every = hf.get("no_rope_layer_interval", EVERY)
         if rotated is not None:
             every = rotated.index(0) + 1 if 0 in rotated else None
             if rotated != [int(every is None or (layer + 1) % every != 0) for layer in range(len(rotated))]:

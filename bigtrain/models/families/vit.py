@@ -34,7 +34,7 @@ class Config(ImageConfig):
     arch: Literal["vit"] = "vit"
 
     def build(self, vocab_size: int) -> VisionTransformer:
-        """The classifier for `vocab_size` classes; its values are not yet drawn."""
+        """The classifier for `vocab_size` classes; its parameters are not yet initialized."""
         return VisionTransformer(self, vocab_size)
 
     def parameter_count(self, vocab_size: int) -> int:

@@ -123,7 +123,7 @@ def _use(what: str) -> None:
         raise UserError(
             f"{what} needs each rank's part of a batch in one pass, and a step has {_here.passes} passes",
             "layout.micro_size",
-            f"Set layout.micro_size to {_here.passes * _here.own} or more, or leave it out; or use more ranks.",
+            f"Set layout.micro_size to {_here.passes * _here.own} or more, or remove it; or use more ranks.",
         )
 
 
@@ -136,7 +136,7 @@ def sum_over_batch(x: Tensor, what: str = "sum_over_batch()") -> Tensor:
     """The sum over all ranks of what each has summed over its own part of the batch, with gradient. Collective.
 
     Args:
-        what: Who asks, for messages.
+        what: Name of the caller, for messages.
     """
     _use(what)
     return x if _here.ranks is None else _here.ranks.sum(x)
@@ -146,7 +146,7 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     """The rows of all ranks, with gradient, and the number of this rank's first row among them. Collective.
 
     Args:
-        x: (B, ...), a row for each sequence of this rank's batch. Rows of fillers are left behind.
+        x: (B, ...), a row for each sequence of this rank's batch. Rows of fillers are dropped.
     """
     _use("gather_batch()")
     ranks = _here.ranks
@@ -178,7 +178,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`; in training with the mean and the variance over the rows of all ranks, fillers left out."""
+    """`F.batch_norm`; in training with the mean and the variance over the rows of all ranks, without fillers."""
     ranks = _here.ranks
     if training:
         _use("BatchNorm")

@@ -146,7 +146,7 @@ def _in_place(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> 
 
 
 def _new(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Callable[..., Tensor]:
-    """A maker of an operator that returns a new tensor, of the dtype and on the device that it is asked for."""
+    """A maker of an operator that returns a new tensor, of the requested dtype and on the requested device."""
 
     def make(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         like = next((argument for argument in args if isinstance(argument, Tensor)), None)

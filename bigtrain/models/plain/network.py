@@ -321,7 +321,7 @@ def _parameters_in_lists(network: nn.Module) -> list[tuple[tuple[Any, Any], tupl
 
 
 def _with_ignored_targets(batch: Batch) -> Batch:
-    """Targets of weight zero become -100, which torch's losses leave out of a mean; all of them would make it NaN."""
+    """Targets of weight zero become -100, which torch's losses exclude from a mean; all of them would make it NaN."""
     if "targets" not in batch:
         return batch
     counts = batch["weights"] > 0
