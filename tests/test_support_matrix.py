@@ -224,7 +224,7 @@ def tables(data: Path) -> str:
         lines.append(f"| {first} | " + " | ".join(cells + [""] * (len(taken) - row - 1)) + " |")
     lines += ["", "On the other engines any two of a column go together, but for those below.", ""]
     lines += ["<details><summary>Why each is refused, as the command says it</summary>", ""]
-    lines += ["| | on | what is said |", "|---|---|---|"]
+    lines += ["| | on | message |", "|---|---|---|"]
     lines += [f"| {techniques} | {engines} | {said} |" for techniques, engines, said in refused(data)]
     return "\n".join([*lines, "", "</details>"])
 

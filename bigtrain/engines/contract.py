@@ -43,7 +43,7 @@ class StepNumbers:
     """What the step was scaled by (FP16); None elsewhere."""
 
     sources: tuple[tuple[float, float], ...] = ()
-    """Loss and weight of each source of a mixture; weights of 0 where the model does not tell sequences apart."""
+    """Loss and weight of each source of a mixture; weights of 0 where the model does not report losses by sequence."""
 
     metrics: Mapping[str, Value] = field(default_factory=dict)
     """What was recorded by name (`bigtrain.metrics`)."""
@@ -95,7 +95,7 @@ class Measuring:
     """Called with the model and each micro-batch on the device; they record metrics. Not with pipeline stages."""
 
     sources: int = 0
-    """How many sources the batches' array `sources` tells apart, of each of which the sums are wanted."""
+    """Number of sources in the batches' array `sources`; the engine returns the sums of each."""
 
 
 ONLY_LOSSES: Final = Measuring()

@@ -95,9 +95,9 @@ class StepReducer:
     """What one rank's engine needs to reduce its steps and evaluations.
 
     Args:
-        device: Of the sums.
+        device: Device of the sums.
         rank, world_size: This rank among all.
-        sizes: The axes over all ranks, by which copies are told from parts.
+        sizes: The axes over all ranks, which distinguish replicas from shards.
         stream_is_part: Whether tensor-parallel ranks share the residual stream.
     """
 

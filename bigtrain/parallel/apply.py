@@ -41,7 +41,7 @@ class ParallelModel:
     """Parameters that the first and the last stage both hold."""
 
     all_names: Collection[str] | None = None
-    """Of the whole model's parameters, where this rank holds those of its stages alone."""
+    """Names of the full model's parameters, where this rank holds only those of its stages."""
 
 
 def build_parallel_model(

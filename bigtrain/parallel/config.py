@@ -99,7 +99,7 @@ class LayoutConfig(Section):
     """Stages of each rank; above 1 with interleaved and zero_bubble: rank r holds stages r, r + pp, ..."""
 
     pp_split: Literal["auto"] | tuple[Size, ...] = "auto"
-    """Blocks of each stage, in order; auto: so that the dearest stage, embedding and head counted, is cheapest."""
+    """Blocks of each stage, in order; auto: minimizes the cost of the most expensive stage, with embedding and head."""
 
     tp: Size = 1
     """Ranks that share each matrix (Shoeybi et al. 2019); they exchange activations, so keep them inside a node."""
@@ -217,7 +217,7 @@ class LayoutConfig(Section):
                 )
             self.split(costs)
         elif self.pp_split != "auto":
-            raise ValueError("layout.pp_split has no meaning with pp 1: leave it out")
+            raise ValueError("layout.pp_split has no meaning with pp 1: remove it")
 
     def _check_tensor_parallel(self, model: ModelConfig, outputs: int) -> None:
         if self.tp == 1:
@@ -279,9 +279,9 @@ def _shares_heads(query: int, key: int, ranks: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:
-    """Blocks of each stage so that the dearest stage is as cheap as can be, and then the next; each has at least one.
+    """Blocks of each stage: minimizes the cost of the most expensive stage, then of the next. Each has at least one.
 
-    Where it makes no difference, later stages take more: earlier ones keep more micro-batches' activations.
+    In a tie, later stages take more: earlier ones keep more micro-batches' activations.
     """
     counts = [1] * stages
     extra = [0.0] * stages

@@ -54,7 +54,7 @@ class Cut:
     """Parameters that the first and the last stage both hold."""
 
     names: tuple[str, ...]
-    """All parameters of the whole model."""
+    """All parameters of the full model, over all stages."""
 
     @classmethod
     def nothing(cls, whole: nn.Module) -> Cut:

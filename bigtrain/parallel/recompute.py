@@ -79,7 +79,7 @@ def _compiled_contexts() -> Any:
 
 
 def _compiled_policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What the compiler is told; in its graph, collectives are functions."""
+    """The policy for the compiler; in its graph, collectives are functions."""
     keep = _is(operator, PRODUCTS | ATTENTION) or operator.namespace == "_c10d_functional"
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

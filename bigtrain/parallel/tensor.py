@@ -83,13 +83,13 @@ class TensorGroup:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """`loss.chunked_cross_entropy` of the whole sequence, equal on all ranks.
+        """`loss.chunked_cross_entropy` of the full sequence, equal on all ranks.
 
         Args:
             hidden: The residual stream as it lies between two pairs of products.
             head: This rank's part of the head's rows.
             rows: All of its rows.
-            targets, weights: (B, C), of the whole sequence.
+            targets, weights: (B, C), of the full sequence.
         """
         if self.loss_parallel:
             part = VocabularyPart(self.group, chunk(rows, self.size, self.rank).start)
@@ -105,7 +105,7 @@ class TensorGroup:
         return summed[0].clone(), summed[1:].detach()
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
-        """hidden @ head.T (B, C, rows) of the whole sequence, equal on all ranks; for inference."""
+        """hidden @ head.T (B, C, rows) of the full sequence, equal on all ranks; for inference."""
         part = self.enter(hidden) @ head.to(hidden.dtype).t()
         return _gather_rows(part.movedim(-1, 0), rows, self.group).movedim(0, -1)
 
@@ -129,7 +129,7 @@ def split(model: nn.Module, tensor: TensorGroup, mesh: DeviceMesh | None) -> Spl
         mesh: The tp axis: parameters become DTensors on it. None: plain tensors, of the part's shape.
 
     Raises:
-        ValueError: The plan leaves out a parameter, or a dimension has fewer entries than there are ranks.
+        ValueError: The plan lacks a parameter, or a dimension has fewer entries than there are ranks.
     """
     plan = cast(Any, model).tensor_plan()
     parts: dict[str, Part] = {}
@@ -215,7 +215,7 @@ def _part(parameter: Tensor, dim: int, tensor: TensorGroup, name: str) -> Part:
 
 
 def _store(parameter: nn.Parameter, dim: int | None, part: Part | None, mesh: DeviceMesh | None) -> nn.Parameter:
-    """A rank's part of a parameter, its values not yet drawn."""
+    """A rank's shard of a parameter, not yet initialized."""
     values = parameter.detach() if part is None else parameter.new_empty(part.local_shape)
     if mesh is not None:
         placement: Placement = Replicate() if dim is None else Shard(dim)

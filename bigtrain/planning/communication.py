@@ -1,12 +1,11 @@
-"""What the ranks of a run say to each other in one step: every collective, by kind, axes and bytes.
+"""What the ranks of a run exchange in one step: every collective, by kind, axes and bytes.
 
     terms = communication(model, vocabulary, sizes=sizes, layout=layout, engine=engine, precision="bf16", passes=4, ...)
     total(terms)[Collective("all_gather", ("dp_shard",), 1 << 20)]         # how often in a step
 
-The list is exact, not an estimate: tests hold it against what real steps issue. Bytes are those of the whole that a
-collective forms or divides, on one rank: an all-gather's output, a reduce-scatter's input, what an all-reduce sums, all
-that an all-to-all takes in, a message. (A ring sends (n - 1) / n of an all-gather, a reduce-scatter or an all-to-all,
-and twice that of an all-reduce.)
+The list is exact, not an estimate: tests hold it against what real steps issue. Bytes are those of the full buffer on
+one rank: an all-gather's output, a reduce-scatter's input, what an all-reduce sums, an all-to-all's input, a message.
+(A ring sends (n - 1) / n of an all-gather, a reduce-scatter or an all-to-all, and twice that of an all-reduce.)
 
 Names: B sequences of a pass, C tokens of each, W width, L blocks, m passes (micro-batches) of a step.
 """
@@ -50,7 +49,7 @@ class Collective:
     axes: tuple[str, ...]
     """The axes of the mesh that its group spans, outermost first, without those of one rank."""
     bytes: int
-    """Of the whole, as in the module's docstring."""
+    """Bytes of the full buffer, as in the module's docstring."""
 
 
 @dataclass(frozen=True)

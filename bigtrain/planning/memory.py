@@ -22,7 +22,7 @@ Under cp all of this falls by cp, but for what attention keeps (`parallel.contex
 
 - ulysses: keys are repeated to cp heads where tp leaves fewer, max(K/t, cp) in place of K/t; and the output matrix
   reads what comes back from the other ranks, not attention's result: e H D/t more.
-- all_gather: keys and values of the whole sequence, cp times as many; and the output matrix reads the two chunks
+- all_gather: keys and values of the full sequence, cp times as many; and the output matrix reads the two chunks
   joined, e H D/t more. Without documents CUDA's kernel makes the causal mask itself, the CPU's keeps one, of e
   bytes a pair.
 

@@ -29,7 +29,7 @@ LEAST_TOKENS_OF_A_PART = 2048
 MOST_FILLERS = 0.1
 """Of a batch: micro-batches that do not divide it compute nothing useful in the rest."""
 SAME = 0.01
-"""Times that differ by less are told apart by memory."""
+"""Layouts whose times differ by less than this share are ranked by memory."""
 TIMED = 1.5
 """What could at best take this many times the best is not timed."""
 NEAR = 64

@@ -1,7 +1,7 @@
 """What the accelerate engine's strategies exchange in one step, by `communication`'s conventions.
 
-A model of transformers has no shape of ours: the formula is of its parameters' names and shapes. Read off Accelerate
-1.15 with torch 2.13 and DeepSpeed 0.19, and held against them.
+A model of transformers has no bigtrain config: the formula uses its parameters' names and shapes. It was derived from
+Accelerate 1.15 with torch 2.13 and DeepSpeed 0.19, and is tested against them.
 
 ddp sums gradients after the last pass, in buckets that it fills in the order in which gradients come: one message where
 a bucket holds all of them. fsdp2 gathers each unit for forward and backward of each pass, and reduces its gradients in

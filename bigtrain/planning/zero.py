@@ -36,7 +36,7 @@ from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, StageParts, f
 BUCKET = 50_000_000
 """Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
 PERSISTENT = 100_000
-"""Parameters of no more elements ZeRO 3 keeps whole, and gathers after the step, unless it is told otherwise."""
+"""ZeRO 3 keeps parameters of at most so many elements whole and gathers them after the step; default value."""
 ALIGNED = 2
 """Flat groups are filled up to a multiple of this times the ranks."""
 

@@ -428,9 +428,9 @@ def test_a_run_moves_between_strategies(
 @pytest.mark.parametrize(
     ("strategy", "fault", "says"),
     [
-        ("fsdp2", "ddp", "asked for fsdp2 and made a model that is DistributedDataParallel"),
-        pytest.param("ddp", "unwrapped", "asked for ddp", marks=pytest.mark.slow),
-        pytest.param("zero2", "unwrapped", "asked for zero2", marks=pytest.mark.slow),
+        ("fsdp2", "ddp", "configured for fsdp2 and built a model that is DistributedDataParallel"),
+        pytest.param("ddp", "unwrapped", "configured for ddp", marks=pytest.mark.slow),
+        pytest.param("zero2", "unwrapped", "configured for zero2", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_silently_replaced_is_refused(

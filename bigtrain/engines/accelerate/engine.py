@@ -66,8 +66,8 @@ class AccelerateEngine:
         """Everything from the config's sections: device, process group, model with its weights, optimizer.
 
         Raises:
-            UserError: The model cannot take the data, its file lacks weights, or Accelerate made something else than
-                was asked for.
+            UserError: The model cannot take the data, its file lacks weights, or Accelerate built something else than
+                was requested.
         """
         if not isinstance(model, Config):
             raise UserError(f"The engine 'accelerate' runs models of arch 'hf', not '{model.arch}'", "engine.name")

@@ -34,7 +34,7 @@ class Plain:
     """One process: the model and the optimizer as they are."""
 
     sharded = False
-    """Whether this rank's gradients are a part of the whole."""
+    """Whether this rank holds only a shard of the gradients."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
@@ -47,10 +47,10 @@ class Plain:
         """torch's, which updates."""
 
     def check(self) -> None:
-        """Compare what was made with what was asked for.
+        """Compare what Accelerate built with what the config requests.
 
         Raises:
-            UserError: Accelerate made something else.
+            UserError: Accelerate built something else.
         """
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -221,10 +221,10 @@ def prepare(
     given = plugins(engine, device, compute_dtype)
     if engine.strategy == "fsdp2" and given["fsdp_plugin"].transformer_cls_names_to_wrap is None:
         given["fsdp_plugin"].transformer_cls_names_to_wrap = _blocks(model)
-    # Asked for a CPU, Accelerate forgets DeepSpeed; not asked, it forgets the ranks (but for their group's backend).
+    # With cpu=True Accelerate ignores DeepSpeed; without, it ignores the ranks (except for their group's backend).
     accelerator = Accelerator(cpu=device.type == "cpu" and engine.strategy != "zero2", **given)
     if engine.strategy == "fsdp2" and accelerator.state.distributed_type is not DistributedType.FSDP:
-        # Accelerate shards on accelerators alone; on a CPU it would make DDP of it without a word.
+        # Accelerate shards on accelerators only; on a CPU it would silently use DDP instead.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = given["fsdp_plugin"]
     with _tied_weights_together(model) if engine.strategy == "fsdp2" else nullcontext():
@@ -242,10 +242,10 @@ def prepare(
 
 
 def plugins(engine: AccelerateConfig, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """What Accelerate is told.
+    """The arguments for Accelerator.
 
     Raises:
-        UserError: `passthrough` has a setting that the strategy has not.
+        UserError: `passthrough` has a setting that the strategy does not have.
     """
     arguments = {"ddp": _ddp_arguments, "fsdp2": _fsdp2_arguments, "zero2": _zero2_arguments}
     if engine.strategy == "zero2":
@@ -254,7 +254,7 @@ def plugins(engine: AccelerateConfig, device: torch.device, compute_dtype: torch
 
 
 def release() -> None:
-    """Let go of what Accelerate keeps for the whole process: the next engine is made as it asks."""
+    """Reset Accelerate's process-wide state, so that the next engine gets the settings that it requests."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -339,7 +339,7 @@ def _zero2_arguments(passthrough: Mapping[str, Any], _: torch.dtype) -> dict[str
 
     _check_passthrough(passthrough, DeepSpeedZeroConfig.model_fields, ("stage",))
     config = {
-        # Passes, ranks and clipping are the engine's: DeepSpeed is told of steps of one pass, which it does not scale.
+        # The engine does passes, ranks and clipping: DeepSpeed gets steps of one pass, which it does not scale.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -367,7 +367,7 @@ def _check_passthrough(given: Mapping[str, Any], known: Collection[str], taken: 
 
 def _replaced(strategy: str, what: str) -> UserError:
     return UserError(
-        f"Accelerate was asked for {strategy} and made {what}",
+        f"Accelerate was configured for {strategy} and built {what}",
         "engine.strategy",
         "This version of accelerate is not one that bigtrain knows: install the one in constraints.txt.",
     )

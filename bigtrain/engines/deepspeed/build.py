@@ -86,11 +86,11 @@ def build_deepspeed_engine(
 
 
 def _check_got(started: Any, engine: DeepSpeedConfig, dtype: torch.dtype, sizes: Mesh) -> None:
-    """Nothing may be replaced without a word: DeepSpeed must run the stage, weights and groups that were asked for."""
+    """Check that DeepSpeed runs the requested stage, weights and groups: it may replace them silently."""
     got = {parameter.dtype for parameter in started.module.parameters()}
     stage = int(started.zero_optimization_stage())
     if stage != engine.zero or got != {dtype}:
         found = ", ".join(map(str, got))
-        raise RuntimeError(f"DeepSpeed was asked for ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
+        raise RuntimeError(f"DeepSpeed was set to ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
     if started.dp_world_size != sizes.data_parallel:
         raise RuntimeError(f"DeepSpeed reduces over {started.dp_world_size} ranks, not over {sizes.data_parallel}")

@@ -48,7 +48,7 @@ SET_BY_THE_ENGINE = {
     "zero_optimization.compute_grad_norm": "nothing: the norm is always logged",
     "zero_optimization.memory_efficient_linear": "nothing: it replaces torch's linear for all that follows",
 }
-"""Keys of DeepSpeed's config that `passthrough` may not hold, and the key of ours that says it instead."""
+"""Keys of DeepSpeed's config that `passthrough` may not hold, and the bigtrain key to use instead."""
 
 
 @ENGINES.register
@@ -74,7 +74,7 @@ class DeepSpeedConfig(Passthrough):
     """optimizer: its state, the FP32 weights and their update lie on the CPU; with zero 1, 2 or 3."""
 
     passthrough: dict[str, Any] = Field(default_factory=dict)
-    """Keys of DeepSpeed's own config that are not ours, such as {zero_optimization: {reduce_bucket_size: 5e8}}."""
+    """DeepSpeed's own keys that bigtrain does not set, such as {zero_optimization: {reduce_bucket_size: 5e8}}."""
 
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:

@@ -41,7 +41,7 @@ class Started:
     engine: Any
     """DeepSpeed's."""
     model: Any
-    """Ours, inside it; its parameters have their qualified names."""
+    """bigtrain's module inside it; its parameters have their qualified names."""
     optimizer: torch.optim.Optimizer
     """torch's, inside it."""
     plan: Plan
@@ -215,7 +215,7 @@ class DeepSpeedEngine:
         return {name: self._shown(name, parameter.grad) for name, parameter in named if parameter.grad is not None}
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's part of a parameter, or of what belongs to it, as a part of the whole."""
+        """This rank's shard of a parameter or its gradient, as a part of the full tensor."""
         part = self._plan.parts.get(name)
         if part is None:
             return tensor.detach()

@@ -25,7 +25,7 @@ class Plan:
     """What this rank's model is made of; under ZeRO 3 the built one has tensors without a shape."""
 
     shapes: dict[str, torch.Size]
-    """Of the whole parameters of this rank's stage, by qualified names, in the model's order."""
+    """Full (unsharded) shapes of the parameters of this rank's stage, by qualified name, in the model's order."""
     initialisers: dict[str, Init]
     all_names: tuple[str, ...]
     """Parameters of all stages."""

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: our settings, and the user's passthrough checked against DeepSpeed's own reading of it."""
+"""DeepSpeed's config: bigtrain's settings, and the user's passthrough, checked by DeepSpeed's own parser."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def deepspeed_config(
 
     Gradients accumulate and travel in FP32. DeepSpeed neither clips nor divides by the number of passes: the engine
     marks the last pass of a step by hand. (With any other number of passes than 1 here, ZeRO 0 would divide by it even
-    when told not to: its hooks on the loss run in the wrong order.)
+    with that switched off: its hooks on the loss run in the wrong order.)
     """
-    ours: dict[str, Any] = {
+    native: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -46,17 +46,17 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if pipelined:
         # It would cut the stream between two stages once more over tp, where the parts are not equal.
-        ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
+        native["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         if engine.zero and not low_precision_weights(engine, precision):
             # It would sum over the stages by groups of parameters, of which stages may have different numbers.
             zero["compute_grad_norm"] = False
     extra = dict(engine.passthrough)
     zero |= extra.pop("zero_optimization", {})
-    return {**ours, **extra, "zero_optimization": zero}
+    return {**native, **extra, "zero_optimization": zero}
 
 
 class _Recorded(dict[str, Any]):
-    """A dictionary that remembers which keys were asked for: DeepSpeed's config names its keys nowhere else."""
+    """A dictionary that records which keys were read: DeepSpeed's config lists its keys nowhere else."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -76,16 +76,16 @@ class _Recorded(dict[str, Any]):
 
 
 def check_passthrough(config: dict[str, Any], passthrough: dict[str, Any]) -> None:
-    """Let DeepSpeed read its config, and refuse what it does not know or take.
+    """Have DeepSpeed parse its config, and refuse the keys and values that it does not accept.
 
     Raises:
-        UserError: A key that DeepSpeed never asks for, or a value that it refuses.
+        UserError: A key that DeepSpeed never reads, or a value that it refuses.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+    from deepspeed.runtime.config import DeepSpeedConfig as LibraryConfig
 
     recorded = _Recorded(config)
     try:
-        Theirs(recorded)
+        LibraryConfig(recorded)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
