@@ -81,10 +81,10 @@ def to_deepspeed(directory: Path, step: int, out: Path) -> Path:
 
 
 def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
-    """Write a universal checkpoint as one of ours, under `out/checkpoints`, for `init.source`.
+    """Convert a universal checkpoint to a bigtrain checkpoint, under `out/checkpoints`, for `init.source`.
 
     Args:
-        source: What DeepSpeed was told to load, or the directory of one step in it.
+        source: The directory that DeepSpeed would load, or the directory of one step in it.
         out: A directory that does not exist yet, or is empty.
         trusted: Whether the user vouches for its files, which are pickles. They are read as tensors and plain values
             alone all the same; what needs more is refused.
@@ -149,8 +149,8 @@ def _check_adam(entries: dict[str, TensorStorageMetadata], names: list[str], pat
 def _optimizer_facts(parameters: int, count: Tensor) -> dict[str, Any]:
     """What DeepSpeed looks for beside the tensors.
 
-    ZeRO 1 and 2 load no more groups of parameters than are listed here, without a word, and overwrite the settings of
-    those groups by what is listed: so there are as many as there can be, with nothing to overwrite.
+    ZeRO 1 and 2 silently load no more parameter groups than are listed here, and overwrite those groups' settings with
+    the listed ones. So the list has as many groups as there can be, each without settings.
     """
     group = {"params": list[int]()}
     return {
@@ -198,7 +198,7 @@ def _parameters(place: Path) -> list[str]:
 
 
 def _shapes(place: Path) -> Iterator[tuple[str, torch.Size]]:
-    """Of the whole parameters, as far as the files beside them say: ZeRO 3's tensors are flat."""
+    """Full (unsharded) shapes of the parameters, as far as the files beside them say: ZeRO 3's tensors are flat."""
     for path in sorted(place.glob("*model_states.pt")):
         facts = _load(path)
         for group in facts.get("param_shapes") or [] if isinstance(facts, dict) else []:

@@ -89,7 +89,7 @@ def write_files(parts: Iterable[Mapping[str, Tensor]], count: int, out: Path, no
     """Write each part of a model's tensors to a file of safetensors, and an index where there are several.
 
     Args:
-        parts: `count` of them, each asked for when the one before is on the disk.
+        parts: `count` of them, each requested when the one before is on the disk.
         notes: What each file says of itself.
     """
     names = []

@@ -3,7 +3,8 @@
 ZeRO lays parameters end to end and cuts the line into equal parts, so a rank's share of a matrix is no rectangle.
 Checkpoints are made of rectangles: a run is cut into as few of them as cover it (for a matrix: the end of a row, whole
 rows, the beginning of a row), each a view of the memory that DeepSpeed itself works on. Nothing is copied or gathered.
-Under tensor parallelism the line is made of this rank's parts of the matrices: the run lies in a `Box` of the whole.
+Under tensor parallelism the line consists of this rank's shards of the matrices: the run lies in a `Box` of the full
+tensor.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class FlatPart(Tensor):
         Args:
             local: 1-D; shares its memory with what is saved or loaded.
             begin: Place of its first element in the box, in row-major order.
-            shape: Of the whole tensor.
+            shape: Shape of the full tensor.
             box: What the line is made of; None: the whole tensor.
             written: Whether a save takes it from here; False for a further copy, which is loaded alone.
         """
@@ -99,7 +100,7 @@ class FlatPart(Tensor):
         return f"FlatPart({tuple(self.shape)}, {self.begin}:{self.begin + self.local.numel()})"
 
     def pieces(self) -> list[tuple[Rectangle, Tensor]]:
-        """Each rectangle of the whole that this rank holds, in the run's order, and the view of `local` on it."""
+        """Each rectangle of the full tensor that this rank holds, in the run's order, and the view of `local` on it."""
         cut, start = [], 0
         for inside, sizes in rectangles(self.box.shape, self.begin, self.begin + self.local.numel()):
             offset = tuple(first + at for first, at in zip(self.box.offset, inside, strict=True))

@@ -136,7 +136,7 @@ def import_hf(source: Path, out: Path) -> tuple[int, dict[str, Any]]:
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The FP32 tensors of a state, each read when it is asked for."""
+    """The FP32 tensors of a state, each read on access."""
 
     def __init__(self, files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
         self._files, self._names, self._state = files, names, state
@@ -189,8 +189,8 @@ def export_hf(
     parts = _split(reader, names, max_file_bytes)
 
     def tensors(part: list[str]) -> dict[str, Tensor]:
-        ours = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
-        return to_hf({name: names[name] for name in part}, ours)
+        native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
+        return to_hf({name: names[name] for name in part}, native)
 
     embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")
     rows = 0 if embedding is None else cast(TensorStorageMetadata, embedding).size[0]

@@ -55,7 +55,7 @@ def find(
         None where `step` is None and nothing has ever been saved, or nothing before `before`.
 
     Raises:
-        CorruptionError: The checkpoint asked for, or each there is, is damaged.
+        CorruptionError: The requested checkpoint, or every one there is, is damaged.
         UserError: There is none of `step`; or a newer bigtrain wrote it.
     """
     ranks = RankGroup(process_group or world_group())

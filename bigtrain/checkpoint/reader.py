@@ -2,7 +2,7 @@
 
 `.metadata` is a pickle. It is read by an unpickler that knows the names of DCP's own types alone and makes
 inert records of them; these are checked and turned into DCP's types. Shards are read with
-`weights_only=True`, and entries of bytes, which DCP would unpickle, are refused: ours hold tensors only.
+`weights_only=True`. Entries of bytes, which DCP would unpickle, are refused: bigtrain's checkpoints hold only tensors.
 """
 
 from __future__ import annotations

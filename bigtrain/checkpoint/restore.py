@@ -155,7 +155,7 @@ def _require_committed(store: RunStore, step: int | None) -> int:
 
 @contextlib.contextmanager
 def _as_mistake(where: str) -> Iterator[None]:
-    """What a store answers before anything is spent is for the user to mend."""
+    """Turn a store's errors before the first step into a `UserError`: the user can fix them."""
     try:
         yield
     except RemoteError as error:

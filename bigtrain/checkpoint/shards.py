@@ -1,6 +1,6 @@
 """Writing tensors shard by shard through DCP's own planner and writer interfaces.
 
-The collectives between the two are ours (`ranks`), so that a failure on one rank becomes the same failure on
+bigtrain's own collectives (`ranks`) run between the two, so that a failure on one rank becomes the same failure on
 all.
 """
 
@@ -59,7 +59,7 @@ def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_items(state: Mapping[str, Tensor]) -> list[WriteItem]:
     """What this rank could write: one item for the part of each tensor it holds, replicas included.
 
-    Looks at shapes and placements alone. Parts of zero elements are left out where others have some.
+    Looks at shapes and placements alone. Parts of zero elements are skipped where other ranks have some.
     """
     items = []
     for name, tensor in state.items():
@@ -178,7 +178,7 @@ class _HashingFiles(FileSystem):
 
 @contextlib.contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Have torch.save leave out the CRC of each tensor, which nobody reads and which costs more than the hash."""
+    """Have torch.save skip the CRC of each tensor: nobody reads it, and it costs more than the hash."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -120,7 +120,7 @@ class Uploader:
             except FencedError as error:
                 self._on_event("upload_refused", step=self._under_way, cause=str(error))
                 self._closed = True
-            except Exception as error:  # noqa: BLE001 - a thread that ends without a word would leave the run unsaved
+            except Exception as error:  # noqa: BLE001 - a thread that ends silently would leave the run unsaved
                 self._count(error)
             finally:
                 self._under_way = None

@@ -140,7 +140,7 @@ class DataConfig(Section):
         """First step of each phase, and the weight of each source in it; ascending.
 
         Raises:
-            ValueError: Nothing is drawn in one of them, or a source has two weights from one step on.
+            ValueError: No source has a weight in one of them, or a source has two weights from one step on.
         """
         if isinstance(self.train, str):
             return [(0, {"train": 1.0})]

@@ -268,12 +268,12 @@ class ShardIndex(_Record):
         Raises:
             UserError: Another kind of data, tokenizer, or image shape; more classes.
         """
-        mine, theirs = self.tokenizer, other.tokenizer
+        own, others = self.tokenizer, other.tokenizer
         if self.kind != other.kind:
             raise UserError(
                 f"one directory holds {self.kind}, the other {other.kind}", where=f"{self.place} and {other.place}"
             )
-        if mine and theirs and mine.hash != theirs.hash:
+        if own and others and own.hash != others.hash:
             raise UserError(
                 "the tokenizers of the shards differ",
                 where=f"{self.place} and {other.place}",

@@ -79,7 +79,7 @@ class StepBatch:
     Arrays: each by its name (B, ...), labels (B,) where there are classes, weights, keys (B,).
     Of a mixture also sources (B, S): a one for the source of each sequence."""
     sample_ids: list[str] = field(default_factory=list)
-    """Of the whole global batch in its order; only when asked for."""
+    """Of the full global batch, in its order; only when requested."""
 
 
 class Loader:
@@ -93,7 +93,7 @@ class Loader:
         dp_rank: This rank among those that read different data.
         dp_size: Their number.
         micro_size: Sequences that a rank takes in one pass, at most; None: all of its own.
-        least_micro_batches, micro_batch_multiple: What `distribute` is to heed.
+        least_micro_batches, micro_batch_multiple: Constraints for `distribute`.
         seed: The run's seed, for the keys of dropout.
         document_mask: Whether batches say where documents begin.
         log_samples: Whether batches carry the ids of the global batch.
@@ -186,9 +186,9 @@ class Loader:
         return self._active
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where the data stands after `step` steps: the step, and the sequences drawn from each source."""
-        drawn = self._order.drawn(step * self.distribution.batch_size).tolist()
-        return {"step": step, "drawn": dict(zip(self.sources.names, drawn, strict=True))}
+        """Position in the data after `step` steps: the step, and the sequences consumed of each source."""
+        consumed = self._order.drawn(step * self.distribution.batch_size).tolist()
+        return {"step": step, "drawn": dict(zip(self.sources.names, consumed, strict=True))}
 
     def close(self) -> None:
         """End the reading thread and let go of open shards."""

@@ -2,11 +2,11 @@
 
 Texts are compared by hashes of four words in succession ("shingles"), lower case, whatever stands between words. The
 held-out text is cut into passages of 50 words, and its shingles are kept in memory; the training text streams by, and
-each of its shingles that the held-out text has is a match. A passage is found again where one stretch of training text
+each of its shingles that the held-out text has is a match. A passage is found again where one window of training text
 has a share of its shingles: a tenth of the words changed leaves .9^4 = .66 of them, unrelated English some percent.
 
 MinHash (Broder 1997) estimates the same share from sketches, which pays where both sides are too large to be kept.
-Here the held-out side is small: an exact count of its shingles is faster than sketches of every stretch of the
+Here the held-out side is small: an exact count of its shingles is faster than sketches of every window of the
 training text, and needs no training text in memory. All is NumPy over whole pieces of text.
 """
 
@@ -34,7 +34,7 @@ SHORTEST = 20
 """Words of a document's last passage, below which it joins the one before, or is not compared."""
 SHINGLE = 4
 NEAR, EXACT = 0.3, 0.97
-"""Shares of a passage's shingles in one stretch from which on it is a near copy, and an exact one."""
+"""Shares of a passage's shingles in one window from which on it is a near copy, and an exact one."""
 COMMON = 16
 """Passages that share a shingle, beyond which it tells nothing."""
 PIECE = 4 << 20
@@ -200,7 +200,7 @@ class _HeldOut:
         return cls(names, np.array(begins), np.array(words), np.array(sizes), hashes, owner, known)
 
     def look_up(self, name: str, first: int, hashes: Words, found: dict[int, Passage]) -> None:
-        """Add the passages that this stretch of training text has, where it has more of them than was found."""
+        """Add the passages that this window of training text has, where it has more of their shingles than before."""
         place = np.flatnonzero(self.filter[hashes >> np.uint64(64 - _FILTER_BITS)])
         low = np.searchsorted(self.hashes, hashes[place], side="left")
         count = np.searchsorted(self.hashes, hashes[place], side="right") - low
@@ -211,7 +211,7 @@ class _HeldOut:
         ends = np.cumsum(count)
         entries = np.arange(ends[-1]) - np.repeat(ends - count, count) + np.repeat(low, count)
         owner, at = self.passages[entries], np.repeat(place + first, count)
-        # A shingle counts once in a stretch; two stretches in succession hold a passage wherever it begins.
+        # A shingle counts once in a window; two windows in succession hold a passage wherever it begins.
         triples = np.unique(np.column_stack([owner, at // PASSAGE, entries]), axis=0)
         keys, shares = np.unique(triples[:, :2], axis=0, return_counts=True)
         following = np.zeros(len(keys), dtype=np.int64)

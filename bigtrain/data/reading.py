@@ -73,7 +73,7 @@ class Opened(Generic[T]):
 
 
 class ShardReader(ABC, Generic[T]):
-    """What readers have in common: a store's shards, opened as they are asked for; the most recent stay open."""
+    """What readers have in common: shards are opened on demand, and the most recently used stay open."""
 
     def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
         self._index = index

@@ -268,7 +268,7 @@ class Tokenizer:
 
     def _encode_piece(self, text: str) -> Tokens:
         assert self._backend is not None
-        # A batch of one, since only for batches the library can leave out where each token lies in the text.
+        # A batch of one, since only for batches the library can skip the offsets of tokens in the text.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
@@ -291,8 +291,8 @@ def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
     definition = tokenizer.definition()
     if definition is None:
         return False
-    mine, theirs = json.loads(definition[0]), json.loads(_read_json(file).to_str(pretty=False))
-    return all(mine.get(key) == theirs.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
+    own, other = json.loads(definition[0]), json.loads(_read_json(file).to_str(pretty=False))
+    return all(own.get(key) == other.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
 def train_bpe(

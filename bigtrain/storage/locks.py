@@ -13,7 +13,7 @@ def lock(descriptor: int, *, shared: bool = False, wait: bool = True) -> bool:
     """Lock an open file or directory until its descriptor is closed.
 
     Args:
-        shared: Others may hold it too, if theirs is shared as well.
+        shared: Others may hold it too, if their lock is shared as well.
         wait: Wait for another holder to end; otherwise return False at once.
     """
     try:

@@ -67,7 +67,7 @@ class Body:
     """What a server answers with."""
 
     start: int
-    """Byte of the file at which the chunks begin: that asked for, or 0 where the server knows no ranges."""
+    """Byte of the file at which the chunks begin: the requested one, or 0 where the server supports no ranges."""
     total: int | None
     """Bytes of the whole file; None where the server does not say."""
     chunks: Iterator[bytes]

@@ -32,7 +32,7 @@ def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | N
         return None if known is None else ConsumedConfig(**known)
     if before["model"].get("context") != now["model"].get("context"):
         raise UserError(
-            "the sequences of the run before had another length, so that what it has consumed cannot be left out",
+            "the earlier run had sequences of another length, so the sequences that it consumed cannot be skipped",
             "model.context",
             "Take init: {state: weights+optimizer}, which begins the data anew.",
         )
@@ -40,9 +40,9 @@ def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | N
     assert found is not None  # `resolve_source` has seen it
     progress = read_manifest(found.path).progress
     names = progress.get("sources") or {"train": before["data"]["train"]}
-    drawn = {names[name]: int(count) for name, count in progress.get("drawn", {}).items()}
+    consumed = {names[name]: int(count) for name, count in progress.get("drawn", {}).items()}
     earlier = {} if known is None else known["drawn"]
-    return ConsumedConfig(step=source.step, drawn={**earlier, **drawn})
+    return ConsumedConfig(step=source.step, drawn={**earlier, **consumed})
 
 
 def _order(what: dict[str, Any], key: str) -> Any:

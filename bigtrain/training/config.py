@@ -107,8 +107,8 @@ class InitConfig(Section):
 
     source: str | None = None
     """RUN@STEP, or RUN for its newest checkpoint, by name, path or URL of a store (s3://bucket/prefix/NAME@STEP), also
-    of what `checkpoint import` wrote; or a directory of Hugging Face weights (config.json and safetensors); null: drawn
-    from the seed."""
+    of what `checkpoint import` wrote; or a directory of Hugging Face weights (config.json and safetensors); null:
+    initialized from the seed."""
 
     hash: str | None = None
     """Hash of that checkpoint's manifest, or of the weights; a run writes it into its resolved config, and holds to
@@ -118,31 +118,31 @@ class InitConfig(Section):
     """What is taken: all means the step and the position in the data too, so that the run is a branch of the other."""
 
     fresh: tuple[str, ...] = ()
-    """Shell patterns over qualified names ("head.*"): parameters that are drawn from the seed all the same; with
-    state: weights."""
+    """Shell patterns over qualified names ("head.*"): parameters that are initialized from the seed all the same;
+    with state: weights."""
 
     @model_validator(mode="after")
     def _fresh_goes_with_weights(self) -> InitConfig:
         if self.fresh and self.state != "weights":
             raise ValueError("fresh parameters have no optimizer state to take: set state to weights")
         if self.fresh and self.source is None:
-            raise ValueError("without a source all parameters are drawn from the seed: leave fresh out")
+            raise ValueError("without a source all parameters are initialized from the seed: remove fresh")
         return self
 
 
 class BadStepsConfig(Section):
-    """What is done about steps that are no numbers, or whose loss jumps.
+    """What a run does about steps whose loss or gradient is not finite, or whose loss jumps.
 
     A step whose loss or gradient is not finite on any rank updates nothing and is counted; the run goes on with the
-    next batch. To roll back is to go on from an older checkpoint with the batches that led here left out (Chowdhery et
-    al. 2022, section 5.1).
+    next batch. A roll-back resumes from an older checkpoint and skips the batches that led to the bad step (Chowdhery
+    et al. 2022, section 5.1).
     """
 
     limit: Annotated[Count, Ge(1)] = 10
-    """Such steps in a row that are too many. FP16's overflows do not count while the loss scale can still be halved."""
+    """Bad steps in a row that are too many. FP16's overflows do not count while the loss scale can still be halved."""
 
     then: Literal["roll_back", "stop"] = "roll_back"
-    """What too many lead to."""
+    """What the run does after too many."""
 
     spike: Annotated[float, Gt(0)] | None = None
     """Roll back from a step whose loss lies by more than this many standard deviations above the mean of those before
@@ -156,7 +156,7 @@ class BadStepsConfig(Section):
     there is none, to the newest before the bad steps."""
 
     skip: Annotated[Count, Ge(0)] = 100
-    """Batches that are left out after those up to the bad step."""
+    """Batches that are skipped after those up to the bad step."""
 
     max_roll_backs: Annotated[Count, Ge(0)] = 3
     """Roll-backs of a run; the next one ends it."""

@@ -46,6 +46,6 @@ def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:
             raise UserError("the shards are not those that the run was trained on", place)
         tokenizer = index.load_tokenizer()
     except UserError as error:
-        logger.warning("the tokenizer is left out: %s", error.what)
+        logger.warning("the tokenizer is not exported: %s", error.what)
         return None
     return None if tokenizer.definition() is None else tokenizer

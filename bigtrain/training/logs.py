@@ -111,7 +111,7 @@ class MetricsLog(Callback):
         row = {
             "step": step.number,
             "tokens": int(progress.tokens),
-            # No number where all steps since the last object were skipped.
+            # None where all steps since the last object were skipped.
             "loss": progress.interval_loss / progress.interval_weight if progress.interval_weight else None,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,

@@ -113,7 +113,7 @@ class Trainer:
     ) -> None:
         """Args:
         drawn: Sequences that so many steps have consumed of each source.
-        sources: The names of those whose losses the engine tells apart.
+        sources: Names of the sources whose losses the engine reports separately.
         save: Saves the state at `progress`; False where the run must end because it cannot be saved.
         finish: Waits for saves under way; False where the last one failed.
         policy: For bad steps.

@@ -118,14 +118,14 @@ class Prepared:
         for step, weights in config.data.phases():
             by_step[max(step, first)] = [weights[name] for name in self.sources.names]
         phases = [(step * self.batch_sequences, weights) for step, weights in by_step.items()]
-        drawn = {} if consumed is None else consumed.drawn
-        return MixedOrder(orders, phases, [drawn.get(index.fingerprint, 0) for index in self.sources.indexes])
+        before = {} if consumed is None else consumed.drawn
+        return MixedOrder(orders, phases, [before.get(index.fingerprint, 0) for index in self.sources.indexes])
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been gone through after `step` steps."""
-        drawn = self.order.drawn(step * self.batch_sequences).tolist()
+        consumed = self.order.drawn(step * self.batch_sequences).tolist()
         sizes = [sum(index.sequence_counts(self.context)) for index in self.sources.indexes]
-        return {name: one / size for name, one, size in zip(self.sources.names, drawn, sizes, strict=True)}
+        return {name: one / size for name, one, size in zip(self.sources.names, consumed, sizes, strict=True)}
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant: samples that lose their end, weights of another tokenizer."""
@@ -268,7 +268,7 @@ def _check_bytes(sources: Sources, streaming: StreamingConfig, context: int, win
             held.append((index, shards_at_once(index.sequence_counts(context), window, batch)))
         check_remote(held, streaming)
     except (RemoteError, CorruptionError) as error:
-        # Nothing has been spent yet, and it is the user who can mend it.
+        # Nothing has run yet, and the user can fix it.
         raise UserError(error.what, error.where, error.fix) from None
 
 
@@ -318,5 +318,5 @@ def _check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int) -> Non
             raise UserError(
                 f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",
                 "evaluation.evaluators",
-                "Leave it out, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
+                "Remove it, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
             )

@@ -280,7 +280,7 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
         raise UserError(f"bigtrain cannot sample from this model of arch '{model.arch}'", where)
     captions = model.data_kind == "captions"
     if captions != has_image:
-        fix = "name one with --image" if captions else "leave out --image"
+        fix = "name one with --image" if captions else "remove --image"
         raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
 
 

@@ -107,7 +107,7 @@ def _run(name: str, runs_dir: Path) -> RunDirectory:
 
 
 def is_fresh(name: str, init: InitConfig) -> bool:
-    """Whether a parameter, by its qualified name, is drawn from the seed although there is a source."""
+    """Whether a parameter, by its qualified name, is initialized from the seed although there is a source."""
     return any(fnmatchcase(name, pattern) for pattern in init.fresh)
 
 
@@ -135,7 +135,7 @@ def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, t
         shapes: Of the model's parameters; None where only the built model knows them.
 
     Raises:
-        UserError: More than weights is asked for, or they do not fit.
+        UserError: More than weights is requested, or they do not fit.
     """
     if init.state != "weights":
         raise UserError(

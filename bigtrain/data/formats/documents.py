@@ -58,7 +58,7 @@ class TextSource:
 class Document:
     """One text with a name: a file's path under its input, or FILE:LINE of a JSON-lines file.
 
-    Either `text` holds it, or it is read from `path` when asked for.
+    Either `text` holds it, or it is read from `path` when needed.
     """
 
     name: str
@@ -96,7 +96,7 @@ def sources(inputs: Sequence[str | Path], passed: PassedOver | None = None, key:
     """The files that some inputs name.
 
     Text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each of them also compressed with gzip,
-    zstd, bzip2 or xz, told apart by their content. A directory stands for such files under it, sorted; "*", "?", "**"
+    zstd, bzip2 or xz, recognized by their content. A directory stands for such files under it, sorted; "*", "?", "**"
     for those that match. A text file is one document, and so is a line, an object, a row or a sample.
 
     Args:

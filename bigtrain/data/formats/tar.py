@@ -25,7 +25,7 @@ MAX_MEMBER_BYTES = 1 << 34
 # WebDataset's own rule: the key ends at the first dot of the last path component.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
-# Metadata of the whole tar, which WebDataset passes over too.
+# Metadata of the tar as a whole, which WebDataset skips too.
 _META = re.compile(r"__[^/]*__($|/)")
 
 

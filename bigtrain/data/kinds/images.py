@@ -74,16 +74,16 @@ class Images(SampleKind):
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
         """Equal shapes, no more classes, and the same classes by name where both name them."""
         require_same_images(index, other)
-        mine, theirs = index.class_names, other.class_names
-        if mine and theirs and theirs != mine[: len(theirs)]:
-            number = next(n for n, name in enumerate(theirs) if n >= len(mine) or name != mine[n])
-            missing = sorted({*theirs} - {*mine})
+        names, other_names = index.class_names, other.class_names
+        if names and other_names and other_names != names[: len(other_names)]:
+            number = next(n for n, name in enumerate(other_names) if n >= len(names) or name != names[n])
+            missing = sorted({*other_names} - {*names})
             fix = "pack both with the same class folders: an empty folder counts as a class"
             if missing:
                 fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
-            expected = mine[number] if number < len(mine) else "none"
+            expected = names[number] if number < len(names) else "none"
             raise UserError(
-                f"class {number} is '{theirs[number]}' in one directory and '{expected}' in the other",
+                f"class {number} is '{other_names[number]}' in one directory and '{expected}' in the other",
                 where=f"{other.place} and {index.place}",
                 fix=fix,
             )

@@ -306,7 +306,7 @@ class TokenReader(ShardReader[_TokenShard]):
     ) -> None:
         """Fill the given rows from one shard, all at once.
 
-        A sequence is a run of pieces, each a stretch of one document. A token's place is its piece's
+        A sequence is a run of pieces, each a range of one document. A token's place is its piece's
         shift plus its position in the stream, so that one gather reads them all.
         """
         length = self._context + 1

@@ -79,12 +79,12 @@ def pattern(shares: tuple[int, ...]) -> IntArray:
 
 
 class _Phase:
-    """A stretch of the run in which the weights stay as they are."""
+    """A range of steps with constant weights."""
 
     def __init__(self, start: int, base: IntArray, shares: tuple[int, ...]) -> None:
         """Args:
         start: Its first position, in sequences since the run began.
-        base: Sequences drawn from each source before it.
+        base: Sequences consumed of each source before it.
         shares: See `parts`.
         """
         self.start, self.base = start, base
@@ -93,7 +93,7 @@ class _Phase:
         self._places = [np.flatnonzero(self.pattern == source) for source in range(len(shares))]
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences drawn from each source before a position, int64 (S,)."""
+        """Sequences consumed of each source before a position, int64 (S,)."""
         periods, rest = divmod(position - self.start, len(self.pattern))
         begun = [int(np.searchsorted(places, rest)) for places in self._places]
         return self.base + periods * self.shares + np.asarray(begun, dtype=np.int64)
@@ -109,7 +109,7 @@ class MixedOrder:
     Args:
         orders: The order of each source.
         phases: First position of each phase, in sequences, and the weights of the sources in it; ascending.
-        drawn: Sequences drawn from each source before the first phase, by an earlier run.
+        drawn: Sequences consumed of each source before the first phase, by an earlier run.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class MixedOrder:
             self._phases.append(_Phase(start, base, parts(weights)))
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences drawn from each source before a position, int64 (S,)."""
+        """Sequences consumed of each source before a position, int64 (S,)."""
         return self._phase(position)[0].drawn(position)
 
     def take(self, start: int, count: int) -> Draw:
@@ -142,10 +142,10 @@ class MixedOrder:
         while done < count:
             phase, end = self._phase(start + done)
             taken = count - done if end is None else min(count - done, end - start - done)
-            sources, drawn = phase.sources(start + done, taken), phase.drawn(start + done)
+            sources, consumed = phase.sources(start + done, taken), phase.drawn(start + done)
             for source in np.unique(sources).tolist():
                 places = done + np.flatnonzero(sources == source)
-                found = self._orders[source].take(int(drawn[source]), len(places))
+                found = self._orders[source].take(int(consumed[source]), len(places))
                 shard[places] = found.shard + self._first_shards[source]
                 sequence[places], epoch[places] = found.sequence, found.epoch
             done += taken

@@ -58,7 +58,7 @@ class Order(Protocol):
         ...
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences drawn from each source before a position."""
+        """Sequences consumed of each source before a position."""
         ...
 
 
@@ -170,8 +170,8 @@ class SampleOrder:
             ends = np.cumsum(counts)
             chosen = permutation(int(ends[-1]), self._key, _SEQUENCES, epoch, number)
             place = np.searchsorted(ends, chosen, side="right")
-            drawn = (shards[place], chosen - (ends - counts)[place])
-            _remember(self._windows, key, drawn, limit=_CACHED_WINDOWS)
+            taken = (shards[place], chosen - (ends - counts)[place])
+            _remember(self._windows, key, taken, limit=_CACHED_WINDOWS)
         self._windows.move_to_end(key)
         return self._windows[key]
 

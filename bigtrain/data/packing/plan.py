@@ -33,7 +33,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that become one member: a stretch of one part."""
+    """Tokens that become one member: a range of one part."""
 
     part: int
     start: int

@@ -32,7 +32,7 @@ class Pool(Protocol):
 
 
 class _Here:
-    """Does each piece of work when its result is asked for, in this process."""
+    """Does each piece of work when its result is requested, in this process."""
 
     ahead = 1
 

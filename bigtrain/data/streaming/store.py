@@ -267,7 +267,7 @@ def cache_root(streaming: StreamingConfig) -> Path:
 
 
 def patience(streaming: StreamingConfig) -> Patience:
-    """How long servers are borne with in training."""
+    """How long reads from a failing server are retried in training."""
     return Patience(streaming.timeout, streaming.retries)
 
 

@@ -78,7 +78,7 @@ class HttpPlace:
         if answer.status == http.client.PARTIAL_CONTENT:
             match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
-                raise Transient("the server answered with another range than the one asked for", start_again=True)
+                raise Transient("the server answered with another range than the requested one", start_again=True)
             begin, total = start, None if match[2] == "*" else int(match[2])
         return Body(begin, total, iter(lambda: answer.read1(CHUNK_BYTES), b""))
 
