@@ -33,8 +33,8 @@ from typing import Literal, NamedTuple
 from bigtrain import variables
 
 PAGE_BYTES = 16
-ANSWERED = "asked for what it does, and able to answer: nobody in this rank holds the GIL"
-"""The line in the log of a rank that is asked to describe itself; one that holds the GIL cannot write it."""
+ANSWERED = "state written on request: no thread of this rank holds the GIL"
+"""The line that a rank logs when the agent requests its state; a rank that holds the GIL cannot write it."""
 
 Phase = Literal["start", "step", "save", "evaluation", "data", "stopping"]
 PHASES: tuple[Phase, ...] = ("start", "step", "save", "evaluation", "data", "stopping")

@@ -235,7 +235,7 @@ def record_metric(
 
 
 def wants_metric(name: str) -> bool:
-    """Whether a metric that costs something to compute is requested, as evaluators do with theirs."""
+    """Whether a metric that is expensive to compute is requested; evaluators use it for their metrics."""
     return bool(_ACTIVE) and name in _ACTIVE[-1].wanted
 
 

@@ -98,7 +98,7 @@ def _inspected(found: dict[str, Any]) -> str:
 def checkpoint_prune(
     run: Annotated[str, typer.Argument(help="A run that is not under way, or its URL on a store.")],
     keep_last: Annotated[
-        int | None, typer.Option(min=1, help="Sound checkpoints to keep; as the run's config says where left out.")
+        int | None, typer.Option(min=1, help="Sound checkpoints to keep; by default as the run's config says.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     plugin: PluginOption = None,

@@ -147,7 +147,7 @@ def data_index(
                     raise UserError("the index of URLs needs a directory", fix="name one with --out")
                 index = index_urls(places, out, opened, count, passed, kind=kind)
             elif len(places) > 1 or out is not None:
-                raise UserError("one local directory is indexed, and its index lies in it", fix="leave out --out")
+                raise UserError("one local directory is indexed, and its index lies in it", fix="remove --out")
             else:
                 index = index_directory(places[0], opened, progress=count, passed=passed, kind=kind)
         result = {

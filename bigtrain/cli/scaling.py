@@ -29,7 +29,7 @@ def scaling_fit(
     group: Annotated[str | None, Column] = None,
     params_unit: Annotated[str | None, Unit] = None,
     tokens_unit: Annotated[str | None, Unit] = None,
-    drop_highest: Annotated[int, typer.Option(min=0, help="Leave out the K highest losses.")] = 0,
+    drop_highest: Annotated[int, typer.Option(min=0, help="Exclude the K highest losses.")] = 0,
     where: Annotated[
         str | None, typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
     ] = None,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown without a traceback, exit code 2.
+    """A mistake that the user can fix: shown without a traceback, exit code 2.
 
     Args:
         what: One sentence that says what is wrong, with the offending value.

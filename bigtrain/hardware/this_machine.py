@@ -24,9 +24,9 @@ class Machine:
     n_devices: int
     """Accelerators that can be seen; 0 on a machine that has only its processor."""
     cores: int
-    """Processor cores that this process may use: affinity and the container's quota are heeded."""
+    """Processor cores that this process may use: affinity and the container's quota are taken into account."""
     memory_bytes: int
-    """Main memory that this process may use: the container's limit is heeded."""
+    """Main memory that this process may use: the container's limit is taken into account."""
 
 
 def this_machine(use_torch: bool = False) -> Machine:
@@ -34,7 +34,7 @@ def this_machine(use_torch: bool = False) -> Machine:
 
     Args:
         use_torch: Ask torch for the devices; exact where devices are hidden from this process or are not
-            NVIDIA's, but the import costs seconds. Otherwise the driver is asked.
+            NVIDIA's, but the import costs seconds. Otherwise the driver is queried.
     """
     devices = _devices_by_torch() if use_torch else _devices_by_driver()
     return Machine(

@@ -44,7 +44,7 @@ from bigtrain.run import ExitCode
 LOOK_S: Final = 0.1
 """Time between two looks at the pages; exits are seen at once."""
 CONFIRM_S: Final = 1.0
-"""How long a rank must stay silent past its limit: after a pause of the whole machine, ranks get this long to beat."""
+"""How long a rank must stay silent past its limit: after the machine was suspended, ranks get this long to beat."""
 STACKS_S: Final = 0.5
 """Time that ranks get to write their stacks."""
 LATE_STACKS_S: Final = 2.0

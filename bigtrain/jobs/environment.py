@@ -29,7 +29,7 @@ def parse_environment(words: Iterable[str] | None, here: Mapping[str, str]) -> d
         if not _NAME.fullmatch(name):
             raise UserError(f"'{word}' is no variable", "--env", "Write --env NAME=VALUE.")
         if name in _PLACES or name.startswith(("BIGTRAIN_", "TORCHELASTIC_")):
-            raise UserError(f"{name} is set by the launcher", "--env", "Leave it out.")
+            raise UserError(f"{name} is set by the launcher", "--env", "Remove it.")
         if _SECRET.search(name):
             raise UserError(
                 f"{name} seems to be a secret, and --env travels and is recorded in the clear",

@@ -138,11 +138,11 @@ def missing(nodes: Sequence[Node], need: Need, kinds: Sequence[NodeKind] | None,
             f"{scaler}",
             never=True,
         )
-    left_out = [f"{node.host} {avoid[node.name]}" for node in able if node.name in avoid]
+    excluded = [f"{node.host} {avoid[node.name]}" for node in able if node.name in avoid]
     busy = [node.host for node in able if node.name not in avoid and not need.fits(node.free, node.labels)]
-    free = len(able) - len(left_out) - len(busy)
+    free = len(able) - len(excluded) - len(busy)
     reasons = [f"{', '.join(busy)} in use"] if busy else []
-    reasons += left_out
+    reasons += excluded
     if len(able) < least:
         reasons.append(
             f"{least - len(able)} not there" if kinds is None else f"{least - len(able)} asked of the autoscaler"

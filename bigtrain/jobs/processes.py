@@ -46,14 +46,14 @@ def bind_to_parent(parent: int, libc: ctypes.CDLL | None = None) -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def adopt_orphans(wanted: bool) -> None:
-    """Whether a descendant of this process whose parent ends becomes its child, or that of init as usual.
+def adopt_descendants(wanted: bool) -> None:
+    """Set whether this process adopts descendants whose parent ends; otherwise init does, as usual.
 
     Raises:
-        OSError: The system does not offer it.
+        OSError: The system does not support it.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "orphans cannot be adopted")
+        raise OSError(ctypes.get_errno(), "descendants cannot be adopted")
 
 
 def follow_parent(parent: int) -> bool:

@@ -389,11 +389,11 @@ class Listener:
         hello = channel.hear("hello")
         if hello is None:
             return None
-        theirs = _check_version(hello)
-        _check_proof(hello, _keyed(self._token, "agent", nonce, theirs))
-        proof = _keyed(self._token, "controller", nonce, theirs).hex()
+        peer_nonce = _check_version(hello)
+        _check_proof(hello, _keyed(self._token, "agent", nonce, peer_nonce))
+        proof = _keyed(self._token, "controller", nonce, peer_nonce).hex()
         channel.send("welcome", proof=proof, silence_s=self._silence_s)
-        channel.secure(_keyed(self._token, "session", nonce, theirs), self._silence_s)
+        channel.secure(_keyed(self._token, "session", nonce, peer_nonce), self._silence_s)
         return AgentConnection(
             channel, str(hello.get("host", "?")), int(hello.get("pid", 0)), str(hello.get("agent", ""))
         )
@@ -418,21 +418,21 @@ def connect(address: str, token: str, agent: str = "") -> Channel:
         raise PeerLost(f"no controller answers at {address}: {error}") from error
     channel = Channel(connection, "agent")
     try:
-        theirs = _check_version(channel.greeting("challenge"))
+        peer_nonce = _check_version(channel.greeting("challenge"))
         nonce = secrets.token_hex(32)
         channel.send(
             "hello",
             version=VERSION,
             nonce=nonce,
-            proof=_keyed(token, "agent", theirs, nonce).hex(),
+            proof=_keyed(token, "agent", peer_nonce, nonce).hex(),
             agent=agent,
             host=socket.gethostname(),
             pid=os.getpid(),
             cores=len(os.sched_getaffinity(0)),
         )
         welcome = channel.greeting("welcome")
-        _check_proof(welcome, _keyed(token, "controller", theirs, nonce))
-        channel.secure(_keyed(token, "session", theirs, nonce), float(welcome.get("silence_s", SILENCE_S)))
+        _check_proof(welcome, _keyed(token, "controller", peer_nonce, nonce))
+        channel.secure(_keyed(token, "session", peer_nonce, nonce), float(welcome.get("silence_s", SILENCE_S)))
     except BaseException:
         with contextlib.suppress(OSError):
             channel.close()

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from bigtrain import variables
 from bigtrain.children import module_command
-from bigtrain.jobs.processes import adopt_orphans, bind_to_parent, bound_to_parent
+from bigtrain.jobs.processes import adopt_descendants, bind_to_parent, bound_to_parent
 
 OWN_VARIABLES: Final = frozenset({
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -113,13 +113,13 @@ class Template:
         here.settimeout(FORK_S)
         try:
             with here:
-                adopt_orphans(True)
+                adopt_descendants(True)
                 try:
                     with child_end:
                         socket.send_fds(self._control, [order], [log, page, child_end.fileno()])
                     pid = int(here.recv(CONTROL_BYTES))
                 finally:
-                    adopt_orphans(False)
+                    adopt_descendants(False)
                 # Until it hears this it does nothing, and where it hears nothing it ends.
                 here.sendall(b"go")
             return pid

@@ -117,7 +117,7 @@ class CheckedRun:
             lease.keep()
             if lease.predecessor is not None:
                 dead = lease.predecessor
-                cause = f"the launcher, process {dead.pid} on {dead.host}, ended without a word"
+                cause = f"the launcher, process {dead.pid} on {dead.host}, ended without releasing its lease"
                 silent_s = round(max(0.0, time.time() - dead.renewed), 3)
                 directory.event(
                     "fault", step=last_step(directory.metrics), cause=cause, host=dead.host, silent_s=silent_s

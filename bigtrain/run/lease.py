@@ -42,7 +42,7 @@ class LeaseHolder:
         holder = cls(**value)
         numbers = (holder.number, holder.pid, holder.started, holder.renewed)
         if not all(isinstance(number, (int, float)) for number in numbers):
-            raise TypeError("a field of the lease is no number")
+            raise TypeError("a field of the lease is not a number")
         return holder
 
     def is_here(self) -> bool:

@@ -23,7 +23,7 @@ LN_RANGE = 35.0
 """How far a logarithm of a centred term may lie from 0: beyond it the term is nothing, or all."""
 MAX_STEPS = 200
 ROUNDING = 5 * np.finfo(np.float64).eps
-"""Of the largest eigenvalue of a 5 x 5 matrix: a smaller one cannot be told from zero."""
+"""Of the largest eigenvalue of a 5 x 5 matrix: a smaller one cannot be distinguished from zero."""
 TOLERANCE = 1e-11
 """Of the objective: a step that would gain less is the last."""
 SAME = 1e-6

@@ -22,7 +22,7 @@ from bigtrain.scaling.parametric import ParametricFit, log_jacobian
 LEVEL = 0.01
 """Chance of a false alarm of each form."""
 SHORTEST = 0.25
-"""Share of the runs, the shortest or smallest, that the refit leaves out."""
+"""Share of the runs, the shortest or smallest, that the refit excludes."""
 MIN_LEFT = 8
 _CLIP = 4.0
 

@@ -44,17 +44,17 @@ def draw_weights(clusters: npt.NDArray[np.int64], seed: int, replicates: npt.Arr
 
     Args:
         clusters: The cluster of each run, shape (n,), numbered from 0.
-        seed: Of the whole bootstrap; each replicate has a generator of its own, from (seed, its number).
+        seed: Seed of the bootstrap; each replicate has a generator of its own, from (seed, its number).
         replicates: Their numbers, shape (R,).
     """
     count = int(clusters.max()) + 1
     out = []
     for number in np.asarray(replicates).tolist():
         generator = np.random.default_rng((seed, number))
-        drawn = np.bincount(generator.integers(0, count, count), minlength=count)
-        while np.count_nonzero(drawn) < min(MIN_DISTINCT, count):
-            drawn = np.bincount(generator.integers(0, count, count), minlength=count)
-        out.append(drawn[clusters])
+        sampled = np.bincount(generator.integers(0, count, count), minlength=count)
+        while np.count_nonzero(sampled) < min(MIN_DISTINCT, count):
+            sampled = np.bincount(generator.integers(0, count, count), minlength=count)
+        out.append(sampled[clusters])
     return np.array(out, dtype=np.float64)
 
 

@@ -44,7 +44,7 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
     if len(rows) < MIN_POINTS or table.flops[rows[-1]] < MIN_SPAN * table.flops[rows[0]]:
         raise UserError(
             f"The lower hull of the curves has {len(rows)} points over a factor of "
-            f"{table.flops[rows[-1]] / table.flops[rows[0]]:.3g} of FLOPs: no line can be drawn", table.source,
+            f"{table.flops[rows[-1]] / table.flops[rows[0]]:.3g} of FLOPs: no line can be fitted", table.source,
             f"approach 1 needs {MIN_POINTS} points over a factor of {MIN_SPAN:g}: several points of each run's curve",
         )  # fmt: skip
     if len({table.group[i] for i in rows}) < 2:

@@ -23,7 +23,7 @@ from bigtrain.scaling.runs.table import RunTable
 WIDTH, HEIGHT = 760, 430
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 58, 52
 MAX_POINTS = 400
-"""Runs beyond which only some are drawn."""
+"""Most runs of which each has a point; of more, only some are plotted."""
 _PATH = 60
 _LOW, _HIGH = (158, 195, 238), (18, 63, 128)
 _LAW, _HELD, _TEXT, _QUIET, _GRID = "#c2580a", "#b3261e", "#1c1d1f", "#63666d", "#e3e3e0"
@@ -98,8 +98,8 @@ def _law(axes: _Axes, flops: FloatArray, curve: FloatArray, ends: FloatArray) ->
     there = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[0], strict=True)]
     back = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[1], strict=True)][::-1]
     shade = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*there, *back])
-    drawn = [axes.at(float(x), float(y)) for x, y in zip(flops, curve, strict=True)]
-    return [f'<polygon points="{shade}" fill="{_LAW}" fill-opacity="0.16"/>', _line(drawn, _LAW, 2)]
+    points = [axes.at(float(x), float(y)) for x, y in zip(flops, curve, strict=True)]
+    return [f'<polygon points="{shade}" fill="{_LAW}" fill-opacity="0.16"/>', _line(points, _LAW, 2)]
 
 
 def _runs(axes: _Axes, fitted: Fitted) -> list[str]:

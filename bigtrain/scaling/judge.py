@@ -72,7 +72,7 @@ def judge(
         warnings.append(
             f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors), as a "
             f"warm-up or a batch that is too long for them does: without the {one.runs_left_out} nearest to it N* at "
-            f"the target is {count(one.target_params)} in place of {count(own)}; leave them out, or train them anew"
+            f"the target is {count(one.target_params)} in place of {count(own)}; exclude them, or train them again"
         )
     for name, slope in slopes.items():
         if abs(slope["standard_errors"]) > diagnostics.TREND and not biases:

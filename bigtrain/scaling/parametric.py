@@ -32,7 +32,7 @@ class ParametricFit:
     projection_objective: float
     """What variable projection reached, without a start."""
     condition_number: float
-    """Of the Jacobian at the minimum, its columns scaled to one length: large where parameters cannot be told apart."""
+    """Of the Jacobian at the minimum, with columns of unit length: large where the parameters are not identifiable."""
     residuals: FloatArray
     """Shape (n,): ln predicted - ln measured."""
 

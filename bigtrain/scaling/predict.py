@@ -80,7 +80,7 @@ def predict(
 
 
 def _add_misfit(document: dict[str, Any], result: dict[str, Any]) -> None:
-    """Widen the intervals of losses by what back-tests saw beyond theirs."""
+    """Widen the intervals of losses by the back-tests' errors beyond their intervals."""
     misfit = document.get("misfit") or {"rate": 0.0, "largest_flops": document["data"]["flops"][1]}
     efolds = math.log(result["flops"] / misfit["largest_flops"])
     for part in ("optimal", "chosen"):
@@ -133,7 +133,7 @@ def _equal_budget(theta: FloatArray, losses: FloatArray, flops: float) -> FloatA
 
 
 def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray, flops: float) -> dict[str, Any]:
-    """The run, no dearer than the dearest so far, after which the interval of the loss at C would be narrowest.
+    """The run, no more expensive than the largest so far, after which the interval of the loss at C would be narrowest.
 
     The replicates' covariance of ln L at a candidate with ln L* at C gives what observing the candidate, with the noise
     of one run, would leave of the variance (a linear update, as in Bayesian experimental design). Candidates have an N

@@ -311,7 +311,7 @@ def _diagnostic_tables(made: Page, law: dict[str, Any]) -> None:
     )  # fmt: skip
     top = law["diagnostics"]["influence"][:_MAX_INFLUENCE]
     made.note("Without a model, or a run, the loss at the target changes by this much; the most influential first.")
-    made.table(["Left out", "Change"], [[row["name"], f"{row['target_loss_change']:+.5f}"] for row in top])
+    made.table(["Excluded", "Change"], [[row["name"], f"{row['target_loss_change']:+.5f}"] for row in top])
 
 
 def _source_rows(law: dict[str, Any]) -> list[list[str]]:
@@ -321,7 +321,7 @@ def _source_rows(law: dict[str, Any]) -> list[list[str]]:
     if source["where"]:
         rows.append(["where", source["where"]])
     if source["drop_highest"]:
-        rows.append(["highest losses left out", str(source["drop_highest"])])
+        rows.append(["highest losses excluded", str(source["drop_highest"])])
     rows += [["read", note] for note in source["notes"]]
     rows.append(["seed", str(law["seed"])])
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in law["versions"].items())])

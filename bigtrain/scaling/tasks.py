@@ -31,7 +31,7 @@ from bigtrain.scaling.runs.table import RunTable, refuse_collinear
 AVERAGE = 5
 """Checkpoints of a moving average."""
 SKIPPED = 0.1
-"""Share of a run's first checkpoints that the second step leaves out."""
+"""Share of a run's first checkpoints that the second step excludes."""
 REPLICATES = 200
 _START = (-0.6, 0.9, 3.0, 1.0)
 _BOUNDS = ([-1.0, 0.0, 0.0, 0.0], [0.0, np.inf, np.inf, 1.0])

@@ -328,7 +328,7 @@ class Driver:
         said = newest(events, "cause")
         lines = self._directory.log(trial.name).read_text(errors="replace").splitlines()
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return str(said) if said else errors[-1] if errors else lines[-1] if lines else "it ended without a word"
+        return str(said) if said else errors[-1] if errors else lines[-1] if lines else "it ended without a message"
 
     def _pass_on_stop(self) -> int:
         """Pass a request to stop on to the trials, once each level; a signal handler may not."""

@@ -168,11 +168,11 @@ class Launcher:
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._orders, theirs = socket.socketpair()
+        self._orders, child = socket.socketpair()
         self._orders.setblocking(False)
-        with open(log, "ab") as output, theirs:
+        with open(log, "ab") as output, child:
             self.process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=output, stderr=output, env=environment, start_new_session=True,
+                command, stdin=child.fileno(), stdout=output, stderr=output, env=environment, start_new_session=True,
                 preexec_fn=bound_to_parent(),
             )  # fmt: skip
         self._heard = b""

@@ -76,7 +76,7 @@ PlainStep = Callable[[plain_loop.Batch], float]
 class Timings:
     """Seconds of each round's four steps."""
 
-    ours: list[float] = field(default_factory=list)
+    native: list[float] = field(default_factory=list)
     plain: tuple[list[float], list[float], list[float]] = field(default_factory=lambda: ([], [], []))
     """Of the bare loop that is compared, and of the two that are compared with each other."""
 
@@ -113,7 +113,7 @@ class Interleaved:
                 self._plain(0, batch)
             began = self.clock()
             yield next(ahead)
-            self.timings.ours.append(self.clock() - began)
+            self.timings.native.append(self.clock() - began)
             for which in (2, 1) if swapped else (0, 1, 2):
                 self._plain(which, batch)
 
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=15, help="pairs that are timed")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice where left out")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; torch's default if not given")
     parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a busy machine, with --threads 1"
     )
@@ -165,10 +165,10 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
         timings = _measure(Path(place), WARMUP_ROUNDS + pairs + 1, precision, batch, CLOCKS[clock])
     # The trainer does not come back from its last step, so that one has no time.
     counted = slice(WARMUP_ROUNDS, WARMUP_ROUNDS + pairs)
-    ours, plain, one, other = (seconds[counted] for seconds in (timings.ours, *timings.plain))
+    native, plain, one, other = (seconds[counted] for seconds in (timings.native, *timings.plain))
     ratios = {
-        "bigtrain": [mine / theirs for mine, theirs in zip(ours, plain, strict=True)],
-        "a_a": [mine / theirs for mine, theirs in zip(one, other, strict=True)],
+        "bigtrain": [own / bare for own, bare in zip(native, plain, strict=True)],
+        "a_a": [first / second for first, second in zip(one, other, strict=True)],
     }
     summaries = {name: summary(values) for name, values in ratios.items()}
     noise = max(abs(end - 1) for end in summaries["a_a"]["interval"])
@@ -185,7 +185,7 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
         "pairs": pairs,
         "clock": clock,
         "step_s": {
-            "bigtrain": round(statistics.median(ours), 5),
+            "bigtrain": round(statistics.median(native), 5),
             "plain": round(statistics.median(plain), 5),
         },
         **summaries,
@@ -253,10 +253,10 @@ def _plain_step(weights: dict[str, torch.Tensor], precision: Precision) -> Plain
     return step
 
 
-def _check_same(ours: list[float], plain: list[float], precision: Precision) -> None:
-    for step, (mine, theirs) in enumerate(zip(ours, plain, strict=False)):
-        if abs(mine / theirs - 1) > SAME_LOSS[precision]:
-            raise RuntimeError(f"step {step}: bigtrain's loss is {mine}, the bare loop's {theirs}: not the same work")
+def _check_same(native: list[float], plain: list[float], precision: Precision) -> None:
+    for step, (own, expected) in enumerate(zip(native, plain, strict=False)):
+        if abs(own / expected - 1) > SAME_LOSS[precision]:
+            raise RuntimeError(f"step {step}: bigtrain's loss is {own}, the bare loop's {expected}: not the same work")
 
 
 def summary(ratios: list[float]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def section(what: What) -> ModelConfig:
 
 
 def global_batch(what: What, step: int) -> MicroBatch:
-    """The batch of a step: ragged padding and, where asked for, several documents in each sequence."""
+    """The batch of a step: ragged padding and, where requested, several documents in each sequence."""
     rng = np.random.default_rng([what.seed, step])
     model = section(what) if what.model else ModelConfig(arch="any", context=what.context)
     batch = batch_kind(model).example_batch(model, what.vocabulary, what.batch, rng, what.documents)
@@ -274,7 +274,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             numbers.gradient_norm,
             *(one for pair in numbers.sources for one in pair),
         )
-        away = [_off(mine, theirs) for mine, theirs in zip(found, facts["numbers"][step].tolist(), strict=True)]
+        away = [_off(own, other) for own, other in zip(found, facts["numbers"][step].tolist(), strict=True)]
         off.append((*away[:3], max(away[3:], default=0.0), _off_by_name(numbers, facts, step)))
     engine.close()
     losses, weights, norms, source_losses, metrics = (list(column) for column in zip(*off, strict=True))
@@ -357,7 +357,7 @@ def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pieces(value: Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
-    """The shape of the whole tensor, and what this rank knows of it, each piece with its offset."""
+    """The shape of the full tensor, and the pieces that this rank holds, each with its offset."""
     shape = tuple(value.shape)
     if isinstance(value, FlatPart):
         return shape, [(offset, piece) for (offset, _), piece in value.pieces()]

@@ -30,7 +30,7 @@ class Tracker:
     """An open tracker, in its own process. It may raise, block and print: the training does not notice."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Take one object of metrics.jsonl: `step`, and values by name, of which those that are no number are null."""
+        """Take one object of metrics.jsonl: `step`, and values by name, where a value that is not finite is null."""
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Tell the user that the run has ended."""

@@ -29,11 +29,11 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 def downsample(
     x: npt.ArrayLike, y: npt.ArrayLike, max_points: int = MAX_POINTS
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `max_points` of a curve, every spike among them: the least and greatest y of each stretch.
+    """At most `max_points` of a curve, every spike among them: the least and greatest y of each range.
 
     Args:
         x: Shape (n,), rising.
-        y: Shape (n,); points that are not finite are left out.
+        y: Shape (n,); points that are not finite are skipped.
     """
     all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     known = np.isfinite(all_y) & np.isfinite(all_x)
@@ -51,14 +51,14 @@ def downsample(
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of a chart; points that are not finite are left out, long curves are thinned."""
+    """One curve of a chart; points that are not finite are skipped, long curves are thinned."""
 
     name: str
     x: npt.ArrayLike
     y: npt.ArrayLike
     color: Literal[1, 2, 3, 4] = 1
     faint: bool = False
-    """Drawn thin behind the others, as the raw values behind their mean."""
+    """Plotted thin behind the others, as the raw values behind their mean."""
     markers: bool = False
     points: bool = False
     """Points alone, in any order of x; what is under the pointer is then shown for itself, not for all series."""
@@ -66,7 +66,7 @@ class Series:
     ramp: float | None = None
     """Place between 0 and 1 on a scale of colours, for series that have an order, instead of `color`."""
     unnamed: bool = False
-    """Left out of the legend, as the others of a family of which some are named."""
+    """Not in the legend, as the others of a family of which some are named."""
     smoothing: Smoothing | Literal[""] = ""
     """Shown only at that setting of the page's switch; empty: always."""
     band: tuple[npt.ArrayLike, npt.ArrayLike] | None = None
@@ -165,15 +165,15 @@ class Page:
                 continue
             bar.append(f'<i class="s{i}" style="width:{100 * amount / total:.3f}%"></i>')
             legend.append(f'<li><i class="s{i}"></i>{_text(label)} <span>{_text(text)}</span></li>')
-        drawn = f'<div class="shares">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>'
-        self._parts.append(f'<div class="card">{drawn}</div>')
+        bar_html = f'<div class="shares">{"".join(bar)}</div><ul class="legend">{"".join(legend)}</ul>'
+        self._parts.append(f'<div class="card">{bar_html}</div>')
 
     def charts(self, charts: Iterable[Chart]) -> None:
         """Charts side by side where there is room; wide ones take a row of their own."""
-        drawn = [_chart(chart) for chart in charts if any(_has_points(series) for series in chart.series)]
-        if drawn:
+        rendered = [_chart(chart) for chart in charts if any(_has_points(series) for series in chart.series)]
+        if rendered:
             self._has_charts = True
-            self._parts.append(f'<div class="charts">{"".join(drawn)}</div>')
+            self._parts.append(f'<div class="charts">{"".join(rendered)}</div>')
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], long: Iterable[str] = ()) -> None:
         """A table; columns named in `long` may break their lines."""

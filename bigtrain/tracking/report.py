@@ -172,7 +172,7 @@ def _clock(time_s: float | None) -> str:
 
 
 def _facts(run: _Run) -> list[Fact]:
-    """The numbers that matter; those that are not known are left out."""
+    """The main numbers; those that are not known are omitted."""
     columns, events, good = run.columns, run.events, run.goodput
     total = whole(newest(events, "total_steps"))
     step = int(columns.step[-1]) if len(columns) else 0

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 READY = "ready"
 """The first line of the answer where the tracker has started; anything else says why it has not."""
 
-ORPHAN_LIMIT_S = 60.0
+OUTLIVE_TRAINER_S = 60.0
 """How long it may go on sending once the pipe has closed; a trainer that is alive kills it sooner."""
 
 
@@ -82,7 +82,7 @@ def _serve(tracker: Any, lines: BinaryIO) -> bool:
             failed = bool(row["failed"])
         else:
             tracker.log(row)
-    limit = threading.Timer(ORPHAN_LIMIT_S, os._exit, [1])
+    limit = threading.Timer(OUTLIVE_TRAINER_S, os._exit, [1])
     limit.daemon = True
     limit.start()
     return failed

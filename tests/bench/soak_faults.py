@@ -29,7 +29,7 @@ HOUR_S: Final = 3600
 SHARD_OF_CHECKPOINT_BYTES: Final = 500_000
 """Less than a rank writes of a checkpoint, more than any other file that it writes."""
 
-LAUNCHER_ENDED: Final = "the launcher, process {} on .* ended without a word"
+LAUNCHER_ENDED: Final = "the launcher, process {} on .* ended without releasing its lease"
 
 Struck = tuple[str, str, str]
 """What was done; the event that tells it, and a pattern of its cause ("", "" where none has to)."""

@@ -157,7 +157,7 @@ def take_down(directory: Path) -> int:
     _remove(Path(record.temporary))
     for name in ("token", "cluster.json"):
         (directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # It may hold what is not ours.
+    with contextlib.suppress(OSError):  # It may hold files that bigtrain did not write.
         directory.rmdir()
     return len(record.nodes)
 

@@ -223,7 +223,7 @@ def _offer(node: dict[str, Any]) -> str:
 
 
 def see_off(view: ClusterView) -> int | None:
-    """Wait until the driver has checked the job and asked for its nodes.
+    """Wait until the driver has checked the job and requested its nodes.
 
     Returns:
         The exit code, where it has ended by then; None where it runs.

@@ -70,7 +70,7 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
         named: Columns that the user has named.
 
     Raises:
-        UserError: A column that is missing, or that holds no numbers.
+        UserError: A column is missing, or its values do not parse as numbers.
     """
     if not place:
         raise UserError("There are no runs in the source", source)
@@ -110,13 +110,13 @@ def _groups(
     if "group" in found:
         group = texts(raw[found["group"]])
         if named.group is not None or params_derived or _one_size_each(group, numbers["params"]):
-            notes.append(f"models are told apart by column '{found['group']}'")
+            notes.append(f"models are distinguished by column '{found['group']}'")
             return group
-        notes.append(f"column '{found['group']}' does not tell models apart: several N to a value, or one row")
+        notes.append(f"column '{found['group']}' does not distinguish models: several N to a value, or one row")
     if params_derived:
         notes.append("every run is its own model: N follows from FLOPs and tokens")
         return tuple(str(i) for i in range(len(place)))
-    notes.append("models are told apart by their size, to 1 %")
+    notes.append("models are distinguished by their size, to 1 %")
     return groups_by_size(numbers["params"])
 
 

@@ -12,7 +12,7 @@ _LARGEST = 999.5e12
 
 
 def parse_number(value: object) -> float | None:
-    """The number that a cell or an option holds, NaN where it is empty, None where it is no number.
+    """The number that a cell or an option holds, NaN where it is empty, None where it does not parse.
 
     k, M, B (or G) and T are powers of a thousand, in either case, as in the names of models ("125m", "7B").
     """

@@ -133,7 +133,7 @@ def _number(value: float) -> str:
 
 
 def groups_by_size(params: FloatArray) -> tuple[str, ...]:
-    """Names for models that only their size tells apart: those within 1 % of each other are one."""
+    """Names for models that differ only in size: those within 1 % of each other are one."""
     names = [""] * len(params)
     first = 0.0
     for i in np.argsort(params, kind="stable"):
@@ -166,7 +166,7 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
         ratio = table.tokens / table.params
         raise UserError(
             f"D follows from N in all runs (tokens a parameter {ratio.min():.3g} to {ratio.max():.3g}): A and B "
-            "cannot be told apart", table.source, "train some sizes at other D/N, over a factor of 4 at least",
+            "cannot be fitted separately", table.source, "train some sizes at other D/N, over a factor of 4 at least",
         )  # fmt: skip
 
 

@@ -122,7 +122,8 @@ def test_a_killed_driver_is_seen_and_the_same_name_resumes(
     done = client("submit", config, "--runs-dir", tmp_path / "shared", "--wait")
     assert done.returncode == 0, done.stderr
     events = client.json("events", "orphan")["events"]
-    assert any("ended without a word" in event.get("cause", "") for event in events if event["event"] == "fault")
+    causes = [event.get("cause", "") for event in events if event["event"] == "fault"]
+    assert any("ended without releasing its lease" in cause for cause in causes)
     assert result(tmp_path / "shared" / "orphan") == on_one_machine(2, **sections)
 
 

@@ -213,7 +213,7 @@ class RayPlacer(Placer):
         """Nodes that are not to be taken now, each with the reason."""
         reasons = dict.fromkeys((*view.draining, *self._leaving), "is being taken away")
         reasons |= dict.fromkeys(self._watch.unproven(), "does not answer")
-        return reasons | dict.fromkeys(self._excluded, "was left out after two failures")
+        return reasons | dict.fromkeys(self._excluded, "is excluded after two failures")
 
     def _wait_for_nodes(self, cancelled: Callable[[], bool]) -> list[Node]:
         """Wait until a placement is possible; a smaller one than could be only after some patience."""
