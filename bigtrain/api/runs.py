@@ -1,4 +1,4 @@
-"""Training a run on this machine, and reading it while it runs and afterwards."""
+"""Train a run on this machine, and read its status, metrics and events during and after training."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class RunFailedError(RuntimeError):
 
 
 class Run:
-    """A run on this machine: under way, stopped or finished.
+    """A run on this machine: active, stopped or finished.
 
     Args:
         run: Its name under `runs_dir`, or the path of its directory.
 
     Raises:
-        UserError: There is no such run; names the nearest.
+        UserError: There is no such run; the message names the nearest.
     """
 
     def __init__(self, run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = RUNS_DIR) -> None:
@@ -43,19 +43,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the run."""
         return self._directory.name
 
     @property
     def path(self) -> Path:
-        """Its directory."""
+        """Directory of the run."""
         return self._directory.path
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     def config(self) -> RunConfig:
-        """Its resolved config."""
+        """The resolved config of the run."""
         return read_config(self._directory.config)
 
     def status(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Run:
         return LocalView(self._directory).status()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """A row for each logged step, by the names of the metrics: `pandas.DataFrame(run.metrics())` is its table."""
+        """One row for each logged step, keyed by metric name; `pandas.DataFrame(run.metrics())` is the table."""
         from bigtrain.tracking.metrics import step_rows
 
         return list(step_rows(self._directory.metrics))
@@ -77,7 +77,7 @@ class Run:
         return list(read_lines(self._directory.events))
 
     def checkpoints(self) -> list[int]:
-        """The steps that have a published checkpoint, oldest first; none of them is verified by this call."""
+        """The steps that have a published checkpoint, oldest first; this call does not verify them."""
         from bigtrain.checkpoint.commit import list_checkpoints
 
         return [found.step for found in list_checkpoints(self._directory.checkpoints)]
@@ -86,14 +86,14 @@ class Run:
         """Wait until no process trains the run.
 
         Args:
-            timeout_s: At most this long.
+            timeout_s: Longest wait in seconds; None: no limit.
 
         Returns:
             The run itself.
 
         Raises:
-            TimeoutError: It is still under way.
-            RunFailedError: It was started by `train` in this process, and failed.
+            TimeoutError: The run is still active.
+            RunFailedError: The run was started by `train` in this process, and failed.
         """
         from bigtrain.run import Lease
 
@@ -107,13 +107,13 @@ class Run:
         return self
 
     def stop(self, now: bool = False) -> None:
-        """Let the run save itself and end; it can be resumed. Returns when it has ended.
+        """Make the run save a checkpoint and end; it can be resumed. Returns when it has ended.
 
         Args:
-            now: End it at once; it resumes from its last checkpoint.
+            now: End the run at once, without saving; it resumes from its last checkpoint.
 
         Raises:
-            UserError: It is not under way on this machine.
+            UserError: The run is not active on this machine.
         """
         from bigtrain.jobs.stop import stop
 
@@ -141,22 +141,22 @@ def train(
     plugin: str | os.PathLike[str] | Iterable[str] | None = None,
     wait: bool = True,
 ) -> Run:
-    """Train a run on this machine, as `bigtrain train` does. A run that exists resumes where it is.
+    """Train a run on this machine, as `bigtrain train` does. An existing run resumes from its newest checkpoint.
 
     Args:
         config: The path of a YAML file, the same keys as a mapping, or a `RunConfig`.
-        overrides: Values for keys of it: {"optimizer.lr": 3e-4}.
-        nproc: Processes; by default as the config's `job` section says.
+        overrides: Values that replace keys of the config: {"optimizer.lr": 3e-4}.
+        nproc: Processes; the default comes from the config's `job` section.
         name: Name of the run, instead of the config's.
-        runs_dir: The directory in which runs live.
+        runs_dir: The directory that holds the runs.
         plugin: Your own code, as `--plugin` takes it.
-        wait: Return at the run's end; an interrupt (Ctrl-C) lets it save itself first. False: return once it runs.
+        wait: Return when the run has ended; Ctrl-C stops it after a save. False: return once it has started.
 
     Returns:
-        The run, finished, or stopped by someone.
+        The run: finished, stopped, or (with wait=False) started.
 
     Raises:
-        UserError: Anything that is wrong before a process is started.
+        UserError: The config or the machine has an error that is found before the run starts.
         RunFailedError: The run failed.
     """
     from bigtrain.config import yaml_file
@@ -191,10 +191,10 @@ def train(
 
 
 def _started(process: subprocess.Popen[bytes], directory: RunDirectory) -> Run:
-    """The run, once its launcher has read the config and taken the lease, or has ended.
+    """Wait until the launcher has read the config and taken the lease, or has ended; return the run.
 
     Raises:
-        UserError: It was refused; its message is on stderr.
+        UserError: The launcher refused the run; its message is on stderr.
     """
     from bigtrain.run import Lease
 

@@ -50,7 +50,7 @@ def examples(config: Config, batch: Batch) -> Example:
     causal: position i names token i + 1, as the batch says.
 
     masked: each token is hidden with probability `masked`, sampled from its sequence's key, so alike in every layout.
-    All hidden tokens become the mask token, and only they count in the loss (Devlin et al. 2019; Wettig et al. 2023 show
+    All hidden tokens become the mask token, and only they have a loss (Devlin et al. 2019; Wettig et al. 2023 show
     that none of them need stay or become other tokens). The batch's last target is not an input and is not used.
 
     seq2seq: the encoder reads the first S tokens, the decoder names those that follow, the last target too: the

@@ -1,6 +1,6 @@
-"""The sections `optimizer` and `schedule` of a run's YAML, as all optimizers and all schedules share them.
+"""Base classes of the sections `optimizer` and `schedule` of a run's YAML.
 
-An optimizer is one file in optimizers/, a schedule one file in schedules/; a user's own come with `--plugin`.
+An optimizer is one file in optimizers/, a schedule one file in schedules/; `--plugin` adds the user's own.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class ParameterGroup(Section):
     """Other settings for the parameters whose qualified names match a pattern."""
 
     pattern: str
-    """A shell pattern over the full qualified name ("embedding.*", "*.bias"); the first match counts."""
+    """A shell pattern over the full qualified name ("embedding.*", "*.bias"); the first group that matches applies."""
     lr_scale: NonNegative = 1.0
-    """Factor of the schedule's learning rate."""
+    """Factor on the schedule's learning rate."""
     weight_decay: NonNegative | None = None
-    """Weight decay, whatever the parameter's shape; null: the optimizer's, for matrices alone."""
+    """Weight decay, for parameters of any shape; null: the optimizer's, for matrices only."""
 
 
 class OptimizerConfig(Section):
-    """What all optimizers share; an optimizer adds its keys, `make` and `zero_state`.
+    """Base of all optimizers; a subclass adds its keys, `make` and `zero_state`.
 
     An optimizer must update each parameter from its own gradient and state by tensor operations. Then fsdp shards it
-    without a line of code: parameters, gradients and state are DTensors there.
+    without extra code: parameters, gradients and state are DTensors there.
     """
 
     elementwise: ClassVar[bool] = True
-    """Whether each element's update depends on that element's gradient and state alone. The engine deepspeed, which
-    lays parameters end to end, takes no other optimizer."""
+    """Whether each element's update depends only on that element's gradient and state. The engine deepspeed, which
+    flattens parameters, supports only such optimizers."""
 
     name: str
     """Which optimizer: a file of bigtrain/optim/optimizers, or the name of a plugin's class."""
@@ -54,29 +54,30 @@ class OptimizerConfig(Section):
     clip: Annotated[float, Gt(0)] | None = 1.0
     """Largest global norm of the gradient, enforced by the engine; null: no limit."""
     groups: tuple[ParameterGroup, ...] = ()
-    """Exceptions by pattern."""
+    """Settings for parameters by pattern; see `ParameterGroup`."""
     frozen: tuple[str, ...] = ()
-    """Shell patterns over qualified names ("embedding.*"): parameters that stay as they are, to the bit, without a
-    gradient or optimizer state; on the engine fsdp."""
+    """Shell patterns over qualified names ("embedding.*"): parameters that are not trained. They have no gradient and
+    no optimizer state. Supported by the engine fsdp."""
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups.
+        """Build the optimizer over parameter groups.
 
         Args:
-            groups: Each with "params", "lr", "weight_decay", and "lr_scale" and "names", which it must keep.
+            groups: Each has "params", "lr", "weight_decay", "lr_scale" and "names". The optimizer must keep the last
+                two.
         """
         raise TypeError(f"{type(self).__name__} does not build its optimizer: define make()")
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state of one parameter before the first step, by the optimizer's own keys.
 
-        A checkpoint is read into it, so it must have the keys, shapes and dtypes that a step leaves. A step from it
-        must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps the sharding of a DTensor.
+        A checkpoint is read into it, so it must have the keys, shapes and dtypes of the state after a step. A
+        step from it must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps a DTensor's sharding.
         """
         raise TypeError(f"{type(self).__name__} does not describe its state: define zero_state()")
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of the state of one FP32 parameter of a shape, step counts included."""
+        """Bytes of optimizer state of one FP32 parameter of this shape, with step counts."""
         import torch
 
         state = self.zero_state(torch.empty(shape, dtype=torch.float32, device="meta"))
@@ -85,15 +86,15 @@ class OptimizerConfig(Section):
     def build(
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
     ) -> torch.optim.Optimizer:
-        """The optimizer over the given parameters, plain or DTensors.
+        """Build the optimizer over the given parameters, plain tensors or DTensors.
 
         Each of its param_groups carries "lr_scale", and "names" in the order of "params".
 
         Args:
-            all_names: Of the full model's parameters, if those given are a part of them.
+            all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
 
         Raises:
-            UserError: A group's pattern, or a frozen one, matches no parameter of the full model; or nothing is left.
+            UserError: A pattern of a group or of `frozen` matches no parameter of the full model, or all are frozen.
         """
         from bigtrain.optim.build import build_optimizer
 
@@ -106,7 +107,7 @@ OPTIMIZERS = Registry("optimizer", OptimizerConfig, package="bigtrain.optim.opti
 
 @dataclass(frozen=True)
 class Percentage:
-    """A part of the full duration: "20%"."""
+    """A share of the full duration: "20%"."""
 
     value: float
 
@@ -122,7 +123,7 @@ class Percentage:
         return cls(value)
 
     def of(self, steps: int) -> int:
-        """This part of a number of steps, rounded."""
+        """This share of a number of steps, rounded."""
         return round(self.value / 100 * steps)
 
     def __str__(self) -> str:
@@ -143,14 +144,14 @@ Portion = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "description": 'A part of the duration ("20%"), or "500 steps".'}),
 ]
-"""A part of the full duration ("20%"), or a length of its own ("500 steps")."""
+"""A share of the full duration ("20%"), or an absolute length ("500 steps")."""
 
 
 def in_training(value: Duration) -> Duration:
     """Refuse a duration that is a time: a schedule is a function of the step.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The duration is a time.
     """
     if value.is_time:
         raise ValueError(f"'{value}' is a time: give steps, tokens or epochs")
@@ -158,15 +159,15 @@ def in_training(value: Duration) -> Duration:
 
 
 class ScheduleConfig(Section):
-    """What all schedules share; a schedule adds its keys and `build`."""
+    """Base of all schedules; a subclass adds its keys and `build`."""
 
     ends_at_duration: ClassVar[bool] = False
-    """Whether a longer duration changes steps that are already done, from the first one after the warm-up."""
+    """Whether a longer duration changes the learning rate of earlier steps, from the first one after the warm-up."""
 
     name: str
     """Which schedule: a file of bigtrain/optim/schedules, or the name of a plugin's class."""
     warmup: Duration = Field(default=Duration.steps(0))
-    """Linear rise at the start: step s has lr * (s + 1) / warmup."""
+    """Length of the linear warm-up: step s has lr * (s + 1) / warmup."""
 
     @field_validator("warmup")
     @classmethod
@@ -177,12 +178,12 @@ class ScheduleConfig(Section):
         """The learning rate as a function of the step.
 
         Args:
-            base_lr: The optimizer's learning rate: the peak.
+            base_lr: The optimizer's learning rate, which is the peak.
             total_steps: The run's duration in steps.
             to_steps: Converts a duration of the config to steps.
 
         Raises:
-            UserError: Its parts are longer than the run.
+            UserError: The schedule's parts are longer than the run.
         """
         raise TypeError(f"{type(self).__name__} does not build its schedule: define build()")
 
@@ -194,7 +195,7 @@ class ScheduleConfig(Section):
             what: The keys, for the message: "warmup and decay".
 
         Raises:
-            UserError: They are.
+            UserError: They are longer.
         """
         if parts > total_steps:
             raise UserError(

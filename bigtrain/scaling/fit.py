@@ -1,4 +1,4 @@
-"""`bigtrain scaling fit`: one table of runs, three approaches, one law with intervals, diagnostics and warnings."""
+"""`bigtrain scaling fit`: fit a scaling law to a table of runs by three approaches, with intervals and diagnostics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from bigtrain.scaling.runs.where import where as select
 from bigtrain.storage import hash_file
 
 DEFAULT_TARGET = 10.0
-"""Times the largest run's FLOPs."""
+"""The default target, as a multiple of the largest run's FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Fitted:
 
 
 def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str], None] = lambda text: None) -> Fitted:
-    """Read runs, refuse what cannot be fitted, fit the law by each approach that the options name.
+    """Read and check a table of runs, and fit the law by each approach that the options name.
 
     Args:
         source: As `readers.read_source` takes it: a file, a directory, or a table such as a pandas DataFrame.
-        options: What to fit, and how.
-        say: Called with what is being done.
+        options: Approaches, selection of runs, target and bootstrap.
+        say: Called with a line of progress at each stage.
 
     Raises:
-        UserError: Bad input, or a single approach was chosen that these runs do not allow. With approach "all" such an
-            approach is reported as refused; it is an error only where none is left.
+        UserError: The input is bad, or these runs do not allow the chosen approach. With approach "all" that approach
+            is reported as refused; it is an error only where every approach is refused.
     """
     options = options or FitOptions()
     say(f"reading {source if isinstance(source, str) else IN_MEMORY}")
@@ -94,7 +94,7 @@ def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable,
     """The table as it was read, the rows that are fitted, and warnings about them.
 
     Raises:
-        UserError: What cannot be read or fitted.
+        UserError: The table cannot be read or fitted.
     """
     read = read_source(source, options.columns)
     table = select(read, options.where) if options.where else read

@@ -1,4 +1,4 @@
-"""The charts of a report: one run's curves, or those of several in the same plots."""
+"""The charts of a report: the curves of one run, or of several runs in the same plots."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bigtrain.tracking.page import Chart, Mark, Series, Smoothing
 Color = Literal[1, 2, 3, 4]
 
 SMOOTH_FROM = 200
-"""Logged steps from which a curve is shown with its running mean."""
+"""Fewest logged steps for which a curve is shown with its running mean."""
 _WINDOWS: Final[dict[Smoothing, int]] = {"light": 200, "medium": 60, "strong": 15}
-"""A running mean covers the run's logged steps over this."""
+"""A running mean covers the number of logged steps divided by this."""
 _SMOOTH_POINTS = 400
 
 
 def smooth(values: FloatArray, window: int) -> FloatArray:
-    """Mean over `window` values around each one, so without lag; what is not finite is skipped.
+    """Centred mean over `window` values, which has no lag; values that are not finite are skipped.
 
     Args:
         values: Shape (n,).
-        window: How many values; at the ends those that there are. NaN where there is none.
+        window: Number of values; fewer at the ends of the array. The mean of no finite value is NaN.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
@@ -38,10 +38,10 @@ def smooth(values: FloatArray, window: int) -> FloatArray:
 def charts(
     runs: Mapping[str, Columns], marks: Sequence[Mark] = (), units: Mapping[str, str] | None = None
 ) -> list[Chart]:
-    """The charts of a run; of several runs, by name, with a colour for each.
+    """The charts of one run, or of several runs with a colour for each.
 
     Args:
-        units: Of the metrics that were recorded by name.
+        units: Units of the metrics that were recorded by name.
     """
 
     def curves(name: str, label: str, color: Color, factor: float = 1.0) -> list[Series]:

@@ -1,7 +1,7 @@
-"""The policy for bad steps: which are too many or too high, and where a run goes on after them.
+"""The policy for bad steps: when a run rolls back or stops, and from which step it continues.
 
-It looks at numbers that are equal on all ranks, and all that it remembers is in the checkpoint: ranks decide alike, and
-a run that is killed decides again what it had decided.
+Its inputs are equal on all ranks, and its state is in the checkpoint. So all ranks take the same decision, and a run
+that was killed takes it again.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from bigtrain.training.config import BadStepsConfig
 
 
 class BadStepsError(RuntimeError):
-    """The run has met more bad steps than it may."""
+    """The run had more bad steps than the config allows."""
 
 
 @dataclass
 class Record:
-    """What the policy remembers."""
+    """The state of the policy, saved in every checkpoint."""
 
     skipped: int = 0
     """Steps that updated nothing."""
 
     in_a_row: int = 0
-    """Of the last steps, those that updated nothing and count towards the limit."""
+    """The last steps in a row that updated nothing and count towards the limit."""
 
     roll_backs: int = 0
 
     left_out: int = 0
-    """Batches of the data that no step consumes: step s, from 0, consumes batch s + left_out."""
+    """Batches of the data that were skipped by roll-backs: step s, from 0, consumes batch s + left_out."""
 
     seen: int = 0
-    """Steps that mean and variance have seen."""
+    """Steps that mean and variance cover."""
 
     mean: float = 0.0
     """Running mean of the loss."""
@@ -43,20 +43,20 @@ class Record:
     """Running variance of the loss."""
 
     def as_plain(self) -> dict[str, Any]:
-        """For a checkpoint's manifest."""
+        """Plain values for a checkpoint's manifest."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class RollBack:
-    """A request to go on from an older checkpoint."""
+    """A request to resume from an older checkpoint."""
 
     step: int
     """The bad step, from 1."""
     first: int
-    """The first of the bad steps in a row: a checkpoint must be older."""
+    """The first of the bad steps in a row; the checkpoint must be older."""
     wanted: int
-    """Step of the newest checkpoint that is old enough, where there is one."""
+    """The newest step whose checkpoint is old enough (`bad_steps.rewind`)."""
     cause: str
 
 
@@ -67,28 +67,29 @@ class Policy:
         self.config = config
 
     def judge(self, record: Record, step: int, numbers: StepNumbers) -> RollBack | None:
-        """Take a step into the record, and say whether to roll back from it.
+        """Add a step to the record, and return a request where the run should roll back.
 
         Args:
-            step: Steps done, this one included.
+            step: The number of the step, from 1.
 
         Raises:
             BadStepsError: Too many bad steps, or too many roll-backs.
         """
-        asked = self._skipped(record, step, numbers) if numbers.skipped else self._spiked(record, step, numbers)
-        if asked is not None and record.roll_backs >= self.config.max_roll_backs:
-            raise BadStepsError(f"{asked.cause}; the run has rolled back {record.roll_backs} times already. {_ADVICE}")
-        return asked
+        request = self._skipped(record, step, numbers) if numbers.skipped else self._spiked(record, step, numbers)
+        if request is not None and record.roll_backs >= self.config.max_roll_backs:
+            count = record.roll_backs
+            raise BadStepsError(f"{request.cause}; the run has rolled back {count} times already. {_ADVICE}")
+        return request
 
-    def after(self, record: Record, asked: RollBack, restored: Record, step: int) -> Record:
-        """The record with which the run goes on.
+    def after(self, record: Record, request: RollBack, restored: Record, step: int) -> Record:
+        """The record after a roll-back.
 
         Args:
-            record: Before the roll-back.
-            restored: That of the checkpoint.
-            step: Of the checkpoint.
+            record: The record before the roll-back.
+            restored: The record in the checkpoint.
+            step: The checkpoint's step.
         """
-        consumed = asked.step + record.left_out
+        consumed = request.step + record.left_out
         restored.left_out = consumed + self.config.skip - step
         restored.roll_backs = record.roll_backs + 1
         return restored
@@ -104,7 +105,7 @@ class Policy:
         cause = f"{record.in_a_row} steps in a row had no {lacked}, the last one step {step}"
         if self.config.then == "stop":
             raise BadStepsError(f"{cause}. {_ADVICE}")
-        return self._ask(step, step - record.in_a_row + 1, cause)
+        return self._request(step, step - record.in_a_row + 1, cause)
 
     def _spiked(self, record: Record, step: int, numbers: StepNumbers) -> RollBack | None:
         record.in_a_row = 0
@@ -116,16 +117,16 @@ class Policy:
                 f"the loss of step {step} is {loss:.4g}, where the {self.config.window} steps before had a mean of "
                 f"{record.mean:.4g} and a deviation of {deviation:.2g}"
             )
-            return self._ask(step, step, cause)
+            return self._request(step, step, cause)
         record.seen += 1
-        # The mean of all steps so far at first, and then one whose weights fade (West 1979).
+        # First the mean over all steps, then an exponential moving average (West 1979).
         share = 1.0 / min(record.seen, self.config.window)
         difference = loss - record.mean
         record.mean += share * difference
         record.variance = (1.0 - share) * (record.variance + share * difference**2)
         return None
 
-    def _ask(self, step: int, first: int, cause: str) -> RollBack:
+    def _request(self, step: int, first: int, cause: str) -> RollBack:
         return RollBack(step, first, min(first - 1, step - self.config.rewind), cause)
 
 

@@ -118,8 +118,8 @@ class InitConfig(Section):
     """What is taken: all means the step and the position in the data too, so that the run is a branch of the other."""
 
     fresh: tuple[str, ...] = ()
-    """Shell patterns over qualified names ("head.*"): parameters that are initialized from the seed all the same;
-    with state: weights."""
+    """Shell patterns over qualified names ("head.*"): parameters that are initialized from the seed instead; with
+    state: weights."""
 
     @model_validator(mode="after")
     def _fresh_goes_with_weights(self) -> InitConfig:

@@ -166,17 +166,17 @@ class Trainer:
             lr = self.schedule.lr(done - 1)
             result = self.engine.train_step(done - 1, batch.micro_batches, lr, self._vote())
             self.control.beat(done, "step")
-            if pending is not None and (asked := self._finish(pending)) is not None:
+            if pending is not None and (request := self._finish(pending)) is not None:
                 # The step after the bad one is under way: what the ranks voted in it still counts.
                 self._votes += result.read().votes
-                return asked
+                return request
             pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
             evaluates, saves = self.boundaries.evaluates(done), self.boundaries.saves(done)
             if evaluates or saves or self._votes:
-                asked = self._finish(pending, boundary=True, evaluates=evaluates)
+                request = self._finish(pending, boundary=True, evaluates=evaluates)
                 pending = None
-                if asked is not None:
-                    return asked
+                if request is not None:
+                    return request
                 if (outcome := self._boundary(saves)) is not None:
                     return outcome
         raise RuntimeError(f"the loader ended at step {self.progress.step} of {self.boundaries.total_steps}")
@@ -222,14 +222,14 @@ class Trainer:
             yield batch
             done += 1
 
-    def _go_back(self, asked: RollBack) -> None:
-        """Go on from an older checkpoint, past the batches that led to a bad step."""
+    def _go_back(self, request: RollBack) -> None:
+        """Restore an older checkpoint, and skip the batches that led to the bad step."""
         self.control.beat(self.progress.step, "start")
         before = self.progress.bad_steps
-        restored = self.roll_back(asked)
+        restored = self.roll_back(request)
         if restored is None:
-            raise BadStepsError(f"{asked.cause}, and there is no checkpoint before it to go back to")
-        restored.bad_steps = self.policy.after(before, asked, restored.bad_steps, restored.step)
+            raise BadStepsError(f"{request.cause}, and there is no checkpoint before it to go back to")
+        restored.bad_steps = self.policy.after(before, request, restored.bad_steps, restored.step)
         self.progress = restored
         self._restore_callbacks()
         self._call(lambda callback: callback.on_roll_back(restored))
@@ -253,9 +253,9 @@ class Trainer:
         if numbers.unknown:
             self.engine.reducer.agree()
         self._votes += numbers.votes
-        asked = self.policy.judge(self.progress.bad_steps, launched.number, numbers)
-        if asked is not None:
-            return asked
+        request = self.policy.judge(self.progress.bad_steps, launched.number, numbers)
+        if request is not None:
+            return request
         self._advance(launched.number, numbers)
         step = Step(
             number=launched.number,

@@ -149,14 +149,14 @@ class Session:
             )
             return trainer.fit()
 
-    def _roll_back(self, asked: RollBack) -> Progress | None:
+    def _roll_back(self, request: RollBack) -> Progress | None:
         """Restore the newest sound checkpoint that is old enough, or any before, and remove those after it."""
         self.saver.wait()
         self._refuse_if_fenced()
-        progress = self._restoring.older(asked.wanted, asked.first)
+        progress = self._restoring.older(request.wanted, request.first)
         if progress is not None:
             self.saver.rewind(progress.step)
-            self._event("rolled_back", step=asked.step, to=progress.step, cause=asked.cause)
+            self._event("rolled_back", step=request.step, to=progress.step, cause=request.cause)
         return progress
 
     def _save(self, progress: Progress) -> bool:

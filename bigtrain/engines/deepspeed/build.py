@@ -1,4 +1,4 @@
-"""From the config's sections to a started DeepSpeed engine."""
+"""Build a DeepSpeed engine from the config's sections."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def build_deepspeed_engine(
     seed: int,
     ranks: Ranks,
 ) -> DeepSpeedEngine:
-    """Everything from the config's sections, as `FSDPEngine.build`.
+    """Build process group, model, optimizer and engine from the config's sections, as `FSDPEngine.build` does.
 
     Raises:
-        UserError: A passthrough that DeepSpeed does not take.
+        UserError: `passthrough` has a key or a value that DeepSpeed does not accept.
     """
     device = pick_device(ranks.local_rank)
     set_determinism(engine, device)
@@ -51,7 +51,7 @@ def build_deepspeed_engine(
     check_passthrough(config, engine.passthrough)
     built, plan = plan_model(model, vocab_size, layout, mesh)
     unit = ModelParallelUnit(mesh) if mesh is not None and sizes.tp > 1 and sizes.pp == 1 else None
-    # On the whole shapes, which the parameters that are built now have not all got.
+    # On the full (unsharded) shapes: some of the parameters built so far have only their shard's.
     with torch.device("meta"):
         shapes = ((name, nn.Parameter(torch.empty(shape))) for name, shape in plan.shapes.items())
         inner = optimizer.build(shapes, plan.all_names)
@@ -75,7 +75,7 @@ def build_deepspeed_engine(
 
         module, made = pipeline_module(built, plan, sizes, mesh), PipelinedEngine
     count_once_in_norm(parameters, plan.parts, plan.shared_by_ends & plan.copies)
-    with redirect_stdout(io.StringIO()):  # it prints its use of memory
+    with redirect_stdout(io.StringIO()):  # It prints its use of memory.
         started, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config, mpu=unit)
     _check_got(started, engine, dtype, sizes)
     if mesh is not None and plan.partial:
