@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
         """The state of one parameter before the first step, by the optimizer's own keys.
 
         A checkpoint is read into it, so it must have the keys, shapes and dtypes of the state after a step. A
-        step from it must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps a DTensor's sharding.
+        step from it must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps the sharding.
         """
         raise TypeError(f"{type(self).__name__} does not describe its state: define zero_state()")
 
