@@ -59,6 +59,7 @@ def batch(index: ShardIndex, size: int, streaming: StreamingConfig | None = None
     return found
 
 
+@pytest.mark.slow
 def test_a_kind_of_a_plugin_is_packed_read_and_streamed(folder: Path, tmp_path: Path, serve: Any) -> None:
     load_plugin(str(SOUNDS))
     options = {"validation": "25%", "shard_bytes": 6000}
@@ -94,6 +95,7 @@ def test_tars_of_a_plugins_kind_are_recognised(tmp_path: Path) -> None:
     assert (index.samples, index.vocab_size, len(passed.bad)) == (3, 3, 1)
 
 
+@pytest.mark.slow
 def test_shards_of_an_unknown_kind_are_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
     arguments = ["data", "pack", folder, "--kind", "sounds", "--plugin", SOUNDS, "--out", tmp_path / "out"]
     subprocess.run([sys.executable, "-m", "bigtrain", *map(str, arguments)], check=True, cwd=tmp_path)

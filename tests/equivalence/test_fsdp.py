@@ -226,7 +226,7 @@ def replicas_count_in_the_norm(engine: FSDPEngine) -> None:
 
 
 def losses_of_a_tensor_group_all_count(engine: FSDPEngine) -> None:
-    engine._counts_loss = True
+    engine.reducer._counts_loss = True
 
 
 def qk_norms_not_reduced(engine: FSDPEngine) -> None:

@@ -102,7 +102,7 @@ def resume(what: What, how: How, directory: Path) -> Continued:
     [
         ("tp2 x dp2", ("dp1", "tp4")),
         ("pp2 interleaved", ("dp1", "tp2 x pp2")),
-        ("ZeRO 1 tp2 x dp2", ("tp2 x pp2",)),
+        pytest.param("ZeRO 1 tp2 x dp2", ("tp2 x pp2",), marks=pytest.mark.slow),
         pytest.param("ZeRO 3 dp4", ("tp2 x pp2", "ZeRO 1 tp2 x pp2 x dp2"), marks=pytest.mark.slow),
         pytest.param("tp4", ("ZeRO 2 dp2", "ZeRO 3 tp2 x dp2", "ZeRO 0 tp2"), marks=pytest.mark.exhaustive),
         pytest.param("ZeRO 3 tp2 x dp2", ("dp3", "ZeRO 1 pp2"), marks=pytest.mark.slow),

@@ -78,6 +78,7 @@ def test_a_user_s_family_and_optimizer_move_between_layouts(ranks: RankPool, tmp
     assert continued.losses == pytest.approx(losses, rel=OF_NUMBERS)
 
 
+@pytest.mark.slow
 def test_a_user_s_optimizer_schedule_and_family_train_and_resume_at_another_layout(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:
