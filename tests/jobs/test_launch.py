@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,15 @@ train(10**6, at=die)
     assert "max_failures: 1" in job.named("failed")[0]["cause"]
 
 
+@pytest.fixture
+def _terminal() -> Iterator[None]:
+    """A process with a terminal: one that was started by nohup ignores its end."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_makes_the_ranks_save_and_exit(job: Any, number: signal.Signals) -> None:
     job.write_rank(f"""
@@ -286,6 +295,7 @@ train(10**6, at=ask)
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("_terminal")
 def test_the_end_of_the_terminal_twice_is_one_request(job: Any) -> None:
     job.write_rank(f"""
 def ask(step):
