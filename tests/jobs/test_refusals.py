@@ -33,10 +33,10 @@ IMPOSSIBLE: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "compilation under deepspeed": (2, ("engine={name: deepspeed, compile: true}",), ("use name: fsdp",)),
     "a ZeRO stage that is none": (2, ("engine={name: deepspeed, zero: 4}",), ("0, 1, 2 or 3",)),
-    "our model under accelerate": (2, ("engine.name=accelerate",), ("{name: fsdp} or {name: deepspeed}",)),
-    "a plain module under deepspeed": (2, (PLAIN, "engine.name=deepspeed"), ("{name: fsdp}", "whole contract")),
+    "a native model under accelerate": (2, ("engine.name=accelerate",), ("{name: deepspeed} or {name: fsdp}",)),
+    "a plain module under deepspeed": (2, (PLAIN, "engine.name=deepspeed"), ("{name: fsdp}", "full contract")),
     "a plain module under tp": (2, (PLAIN, "layout.tp=2"), ("no tensor plan", "use tp 1")),
-    "document masks for a plain module": (1, (PLAIN, "data.document_mask=true"), ("does not heed it", "llama")),
+    "document masks for a plain module": (1, (PLAIN, "data.document_mask=true"), ("does not support it", "llama")),
 }  # fmt: skip
 
 
