@@ -30,7 +30,7 @@ HELP_OVER_TYPER = 1.4
 config, 2.1 with numpy."""
 STATUS_KEYS = {
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "forecast", "wandb_url", "time", "energy_j",
+    "forecast", "wandb_url", "time", "energy_j", "metrics",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",
