@@ -345,7 +345,7 @@ def test_help_imports_typer_and_nothing_else() -> None:
     assert imported("-c", "import bigtrain") - imported("-c", "pass") == {"bigtrain"}
 
 
-COMMANDS = 39
+COMMANDS = 45
 BARE = f'''
 from __future__ import annotations
 from typing import Annotated

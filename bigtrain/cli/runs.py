@@ -19,7 +19,6 @@ from bigtrain.cli.common import (
     load_plugins,
     show,
 )
-from bigtrain.config import UserError
 from bigtrain.run.names import RECORD
 
 app = typer.Typer()
@@ -89,6 +88,8 @@ def sample(
         try:
             choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
         except ValueError as error:
+            from bigtrain.config import UserError
+
             raise UserError(str(error)) from None
         options: dict[str, Any] = {"tokens": tokens, "choice": choice, "seed": seed, "stop": stop or []}
         if image is not None:
@@ -137,6 +138,8 @@ def evaluate(
         overrides = [one for one in what if "=" in one]
         checkpoints = [one for one in what if "=" not in one]
         if not checkpoints:
+            from bigtrain.config import UserError
+
             raise UserError("No checkpoint is named", fix="Name a run, RUN@STEP or a directory of weights.")
         rows = measure(
             checkpoints,
