@@ -35,7 +35,7 @@ def main() -> int:
     return run_controlled(
         run,
         placer,
-        nproc=placer.procs,
+        nproc=placer.procs(job),
         job=job,
         event=event,
         rank_module="tiny_rank",
