@@ -23,7 +23,8 @@ LLAMA: dict[str, Any] = {"arch": "llama", **SHAPE}
 PLAIN, BF16 = What(LLAMA), What(LLAMA, precision="bf16")
 TIED = What({**LLAMA, "tied": True, "qk_norm": True, "dropout": 0.1})
 TIED_BF16 = What({**LLAMA, "tied": True, "qk_norm": True}, precision="bf16")
-GPT2 = What({"arch": "gpt2", "layers": 3, "width": 32, "heads": 4})
+GPT2 = What({"arch": "gpt2", "layers": 3, "width": 32, "heads": 4}, optimizer={"name": "adamw", "eps": 1e-6})
+"""With one learning rate: the formula knows the groups of weight decay alone, and DeepSpeed gathers group by group."""
 
 
 def how(ranks: int, stage: int, layout: dict[str, Any] | None = None, **engine: Any) -> How:
