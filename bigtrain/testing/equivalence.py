@@ -392,8 +392,8 @@ def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
 def _updates(state: dict[str, Tensor], start: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """How far each updated weight is from the expected one, over how far that has moved.
 
-    Left aside are weights whose gradient may differ by more than `OF_UPDATE` of itself (`OF_ALL`): Adam makes full steps
-    of what is rounding.
+    Weights are skipped if their gradient may differ by more than `OF_UPDATE` of itself (`OF_ALL`): Adam makes full
+    steps of what is rounding.
     """
     squares = {name: float(value.double().sum()) for name, value in expected.items() if name.endswith(".exp_avg_sq")}
     rounding = (OF_ALL / OF_UPDATE) ** 2 * sum(squares.values())
