@@ -62,12 +62,6 @@ class Reduced:
             good = good & torch.isfinite(value)
         return ~good
 
-    def scale_gradient_norms(self, factor: Tensor) -> None:
-        """Multiply the norms of parts of the gradient, which were recorded undivided."""
-        for metric in self._metrics:
-            if metric.name.startswith(GRADIENT_NORMS):
-                self._parts[_key(metric)][0] *= factor.square()
-
     def result(self, norm: Tensor, bad: Tensor, loss_scale: Tensor | None = None) -> StepResult:
         """The numbers of the step; `loss_scale`: what loss and weight are to be divided by."""
         loss, weight, sources = self.loss, self.weight, self._parts["sources"]
@@ -85,10 +79,6 @@ class Reduced:
             return part
         best = part.amax() if metric.reduction == "max" else part.amin()
         return torch.stack([best, (best != metric.neutral).double()])
-
-
-GRADIENT_NORMS = "grad_norm/"
-"""How the names of norms of parts of the gradient begin; an engine records them before it divides by the weight."""
 
 
 class StepReducer:
