@@ -80,7 +80,7 @@ def test_a_plugins_placer_runs_a_job_on_its_hosts(job: Any, ssh: Path) -> None:
         environment=job.environment(), say=job.said.append,
     )  # fmt: skip
     assert code == 0, job.said
-    assert [line.split()[0] for line in ssh.read_text().splitlines()] == ["left", "right"]
+    assert sorted(line.split()[0] for line in ssh.read_text().splitlines()) == ["left", "right"]
     assert "BIGTRAIN_JOB_TOKEN" not in ssh.read_text()
     assert "node 1 of 2" in job.log(0, 1)
     with pytest.raises(UserError, match="SSH_HOSTS names 3"):
