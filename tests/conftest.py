@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+
+from tests.in_process import run_here
 
 if TYPE_CHECKING:
     from bigtrain.testing.ranks import RankPool
@@ -109,6 +112,12 @@ def bigtrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def bigtrain_here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `bigtrain` command in this process, in tmp_path."""
+    return partial(run_here, cwd=tmp_path)
 
 
 @dataclass(frozen=True)

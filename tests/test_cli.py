@@ -21,6 +21,7 @@ from bigtrain.data.tokenizers import Tokenizer, train_bpe
 from bigtrain.run import ExitCode, Lease, RunDirectory, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.prepare import prepare
+from tests.in_process import run_here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -47,6 +48,8 @@ CONFIG = {
 
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    if arguments[0] in ("status", "checkpoint", "config", "fork"):
+        return run_here(*arguments, cwd=cwd)
     return subprocess.run(
         [sys.executable, "-m", "bigtrain.cli", *map(str, arguments)],
         cwd=cwd, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False,
@@ -186,7 +189,7 @@ def test_bad_input_is_refused_clearly_before_anything_is_spent(
     if spoil is not None:
         spoil(place)
     before = files_under(place)
-    result = command(*arguments, cwd=place)
+    result = run_here(*arguments, cwd=place)
     assert result.returncode == ExitCode.USER, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
@@ -212,7 +215,7 @@ def test_bad_input_is_refused_clearly_before_anything_is_spent(
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_an_error_for_a_program_is_one_object(origin: Path, arguments: tuple[str, ...], says: str) -> None:
-    result = command(*arguments, "--json", cwd=origin)
+    result = run_here(*arguments, "--json", cwd=origin)
     error = json.loads(result.stdout)
     assert result.returncode == ExitCode.USER
     assert error.keys() == {"error", "where", "fix"}

@@ -72,6 +72,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_lines(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_train_it_to_the_same_losses(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:

@@ -92,6 +92,20 @@ def processor_name() -> str:
         return "cpu"
 
 
+def multiplies_bf16() -> bool:
+    """Whether torch multiplies BF16 matrices at speed on this machine's processor.
+
+    oneDNN, which torch uses on x86, has BF16 products from AVX-512 (BW, VL, DQ) or AVX-NE-CONVERT on
+    (`dnnl::cpu_isa` avx512_core and avx2_vnni_2). Below that torch falls back to a plain loop. True where the kernel
+    lists no x86 flags.
+    """
+    try:
+        flags = set(_field(Path("/proc/cpuinfo").read_text(), "flags").split())
+    except OSError:
+        return True
+    return not flags or {"avx512bw", "avx512vl", "avx512dq"} <= flags or {"avx_vnni_int8", "avx_ne_convert"} <= flags
+
+
 def _cgroup_number(path: str, field: int = 0) -> int | None:
     try:
         words = Path(path).read_text().split()

@@ -16,7 +16,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
-from bigtrain.hardware.this_machine import this_machine
+from bigtrain.hardware.this_machine import multiplies_bf16, this_machine
 from bigtrain.jobs.ending import RunRecord, tell_end
 from bigtrain.jobs.launch import launch_here
 from bigtrain.jobs.placer_kinds import kind_of
@@ -255,6 +255,13 @@ def _surprises(run: CheckedRun) -> Iterator[str]:
     directory = run.directory
     if directory.exists() and (started := directory.read_record().get("name", directory.name)) != directory.name:
         yield f"{directory.path} is a copy of the run '{started}', or it was renamed; it goes on as '{directory.name}'"
+    config = run.prepared.config
+    by_bf16 = config.precision == "bf16" and kind_of(config.job).name == "local"
+    if by_bf16 and not multiplies_bf16() and this_machine().n_devices == 0:
+        yield (
+            "warning: this processor has no instructions for BF16, so its matrix products are many times slower "
+            "than in FP32; precision=fp32 is faster here"
+        )
     missing = commit.missing_latest(directory.checkpoints)
     if missing is not None:
         yield f"warning: {missing}" + ("" if run.newest is None else f"; the run goes on from step {run.newest}")

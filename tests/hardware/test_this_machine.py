@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.hardware.this_machine import this_machine
+from bigtrain.hardware.this_machine import multiplies_bf16, this_machine
 
 
 def test_this_machine_is_described_without_torch() -> None:
@@ -51,3 +52,10 @@ def test_the_driver_is_asked_for_devices_and_hidden_ones_do_not_count(
     assert this_machine().n_devices == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert this_machine().n_devices == 0
+
+
+def test_whether_bf16_is_fast_is_what_torch_says() -> None:
+    torch = pytest.importorskip("torch")
+    if platform.machine() != "x86_64" or not torch.backends.mkldnn.is_available():
+        pytest.skip("torch answers for x86 with oneDNN alone")
+    assert multiplies_bf16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()

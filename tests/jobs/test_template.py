@@ -188,6 +188,7 @@ def test_ranks_start_without_a_template_that_has_died(job: Any, monkeypatch: pyt
     assert "config.yaml" in job.log(0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_forked_ranks_and_fresh_ones_end_in_the_same_bits(
     bigtrain: Callable[..., Any], write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

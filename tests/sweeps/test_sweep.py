@@ -37,6 +37,7 @@ def metrics(run: Path) -> dict[int, tuple[float, float | None]]:
     return {row["step"]: (row["loss"], row.get("val_loss")) for row in read_lines(run / "metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_trunk_and_branch_are_the_separate_run_to_the_bit(
     bigtrain: Command, write_sweep: WriteSweep, tmp_path: Path
 ) -> None:

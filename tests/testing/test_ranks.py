@@ -136,6 +136,7 @@ def test_functions_that_ranks_cannot_find_and_sizes_there_are_not_are_refused(po
         pool.run(own_pid, ranks=5)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_pool_that_is_closed() -> None:
     with RankPool(2) as pool:
         pool.run(own_pid)
@@ -147,6 +148,7 @@ def test_nothing_is_left_of_a_pool_that_is_closed() -> None:
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_process_that_is_killed_with_its_pool(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("import os\n\n\ndef pid():\n    return os.getpid()\n")
     script = tmp_path / "user.py"

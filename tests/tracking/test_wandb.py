@@ -110,6 +110,7 @@ def test_a_server_that_hangs_costs_no_step_and_the_run_goes_on_offline(
     assert len(wandb_history(run_dir)) == 500
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_500_leaves_the_run_offline_with_one_warning(
     run_dir: Path, wandb_server: Callable[[str], Any], wandb_history: Callable[[Path], list[dict[str, Any]]]
 ) -> None:

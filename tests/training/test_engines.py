@@ -135,9 +135,9 @@ def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
     ],
 )
 def test_what_cannot_work_is_refused_before_any_process_starts(
-    bigtrain: Callable, write_config: Callable, tmp_path: Path, how: tuple[str, ...], said: str
+    bigtrain_here: Callable, write_config: Callable, tmp_path: Path, how: tuple[str, ...], said: str
 ) -> None:
-    result = bigtrain("train", write_config(), *how, "--nproc", 2)
+    result = bigtrain_here("train", write_config(), *how, "--nproc", 2)
     assert result.returncode == 2
     assert said in result.stderr
     assert not (tmp_path / "runs").exists()

@@ -84,6 +84,7 @@ def assert_same_numbers(run: Path, expected: Path) -> None:
                 assert mine[name] == pytest.approx(theirs[name], rel=OF_LOSSES), (name, mine["step"])
 
 
+@pytest.mark.slow
 def test_a_mixture_killed_and_resumed_on_two_ranks_consumes_the_same_and_another_one_is_refused(
     configured: Callable[..., Path], tmp_path: Path, bigtrain: Callable
 ) -> None:

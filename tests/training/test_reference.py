@@ -65,9 +65,9 @@ def short_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("nproc", "micro_size", "tolerance"),
     [
-        pytest.param(1, None, SAME_PROCESS, id="one process", marks=pytest.mark.slow),
+        pytest.param(1, None, SAME_PROCESS, id="one process"),
         pytest.param(1, 3, SAME_PROCESS, id="one process, accumulation with a ragged batch", marks=pytest.mark.slow),
-        pytest.param(2, 2, MORE_PROCESSES, id="two processes, accumulation"),
+        pytest.param(2, 2, MORE_PROCESSES, id="two processes, accumulation", marks=pytest.mark.slow),
         pytest.param(4, None, MORE_PROCESSES, id="four processes, filled up", marks=pytest.mark.slow),
     ],
 )
