@@ -14,6 +14,7 @@ As an annotation of a section's field, a registry validates the field by the nam
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -109,6 +110,12 @@ class Registry(Generic[T]):
     def replace(self, name: str, value: type[T]) -> None:
         """Let a name stand for a plugin's implementation that was registered under it before."""
         self.found[name] = value
+
+    def with_default(self, name: str) -> Registry[T]:
+        """The same implementations, for a field whose section may leave out another name."""
+        registry = copy.copy(self)
+        registry.default = name
+        return registry
 
     def has_name(self, value: type) -> bool:
         """Whether a class carries the name that it would be registered under."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
-from bigtrain.config import BatchSize, Count, Section
+from bigtrain.config import BatchSize, Count, Registry, Section
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Positive = Annotated[float, Gt(0)]
@@ -19,36 +21,42 @@ TokenCounts = Annotated[tuple[Annotated[Count, Ge(1)], ...], MinLen(1)]
 Target = Annotated[Count, Ge(1000)]
 
 
-class PowerRule(Section):
-    """A quantity that follows from N: value * (N / at)^exponent, kept between least and most."""
+@dataclass(frozen=True)
+class SizeFacts:
+    """What a rule may follow: one size of the ladder."""
 
-    value: Positive
-    """The quantity at N = at."""
-    at: Annotated[Count, Ge(1)] = 108_000_000
-    """N at which `value` holds."""
-    exponent: float = 0.0
-    """How it grows with N; 0: it does not."""
-    least: Positive | None = None
-    """Lower end; null: none."""
-    most: Positive | None = None
-    """Upper end; null: none."""
-
-    def of(self, params: float) -> float:
-        """The quantity for a model of N parameters."""
-        found = self.value * (params / self.at) ** self.exponent
-        found = found if self.least is None else max(found, self.least)
-        return found if self.most is None else min(found, self.most)
+    params: int
+    """N, as `ladder.count` counts it."""
+    model: Mapping[str, Any]
+    """The keys of `model` that give its shape: layers, width, heads and others."""
+    batch_tokens: int
+    """Tokens of a batch; 0 for the rule that gives the batch."""
 
 
-class Beta2Rule(Section):
-    """AdamW's beta2 by the tokens of a batch: small batches want a longer memory."""
+class SweepRule(Section):
+    """Base of the rules by which a quantity of a trial follows from its size; a subclass adds its keys and `of`."""
 
-    small: Annotated[float, Gt(0), Lt(1)] = 0.99
-    """For batches of fewer than `from_tokens` tokens."""
-    large: Annotated[float, Gt(0), Lt(1)] = 0.95
-    """For larger ones."""
-    from_tokens: Annotated[Count, Ge(1)] = 524_288
-    """Where the large batches begin."""
+    name: str
+    """Which rule: a file of bigtrain/sweeps/rules, or the name of a plugin's class."""
+
+    def of(self, size: SizeFacts) -> float:
+        """The quantity for the trials of one size, in the unit of the key that the rule stands under.
+
+        Raises:
+            ValueError: The rule gives none for this size, and why.
+        """
+        raise TypeError(f"{type(self).__name__} gives no quantity: define of()")
+
+
+RULES = Registry("sweep rule", SweepRule, package="bigtrain.sweeps.rules", default="power", where="ladder")
+"""All rules by their names; a rule without a name is a power of N."""
+
+Rule = Annotated[SweepRule, RULES]
+
+
+def _rule(name: str, **keys: float) -> Any:
+    """A field's default; rules are imported when a ladder is read."""
+    return Field(default_factory=lambda: RULES.read({"name": name, **keys}))
 
 
 class LadderConfig(Section):
@@ -59,14 +67,16 @@ class LadderConfig(Section):
 
     count: Literal["without_embeddings", "total"] = "without_embeddings"
     """What N counts, in the rules, in D/N and in the law."""
-    batch: PowerRule = PowerRule(value=2048 * 160, exponent=2 / 3)
+    batch: Rule = _rule("power", value=2048 * 160, exponent=2 / 3)
     """Tokens of a batch; rounded to full sequences."""
-    lr: PowerRule = PowerRule(value=0.0047 / 2, exponent=-1 / 3)
+    lr: Rule = _rule("power", value=0.0047 / 2, exponent=-1 / 3)
     """The learning rate at the peak."""
-    beta2: Beta2Rule = Beta2Rule()
+    beta2: Annotated[SweepRule, RULES.with_default("by_batch")] = _rule("by_batch")
     """AdamW's second beta."""
-    warmup: PowerRule = PowerRule(value=1.0, at=1, exponent=1.0)
+    warmup: Rule = _rule("power", value=1.0, at=1, exponent=1.0)
     """Tokens of warm-up: N of them."""
+    keys: dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.[a-z0-9_]+$")], Rule] = Field(default={})
+    """Rules of further keys of the base run that take a number: {model.init_std: {name: width, value: 0.02}}."""
     decay: Annotated[float, Gt(0), Lt(1)] = 0.1
     """The last part of every D, in which the learning rate decays; what comes before it is the shared trunk."""
     decay_shape: Literal["linear", "1-sqrt", "cosine"] = "linear"
@@ -214,7 +224,7 @@ class SweepConfig(Section):
     learning_rates: LearningRates | None = None
     """A sweep of the learning rate at each size, before its trunk."""
 
-    ladder: LadderConfig = LadderConfig()
+    ladder: LadderConfig = Field(default_factory=LadderConfig)
     """The rules that follow from N."""
 
     target: TargetConfig | None = None

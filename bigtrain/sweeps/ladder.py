@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.decoder_config import GATED
-from bigtrain.sweeps.config import LadderConfig, SizeConfig
+from bigtrain.sweeps.config import LadderConfig, SizeConfig, SizeFacts, SweepRule
 from bigtrain.sweeps.load import Sweep
 from bigtrain.training.prepare import prepare
 
@@ -42,6 +43,8 @@ class Rung:
     sequences_per_epoch: int
     deviations: tuple[str, ...] = ()
     """Where it is not what the rules say, and by how much."""
+    keys: Mapping[str, float] = field(default_factory=dict)
+    """Values of `ladder.keys`, by dotted name."""
 
     @property
     def batch_tokens(self) -> int:
@@ -81,7 +84,8 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
         )  # fmt: skip
     if abs(off) > 0.005:
         deviations.append(f"N {off:+.1%} from its target")
-    wanted = ladder.batch.of(params)
+    facts = SizeFacts(params, shape, 0)
+    wanted = _apply(sweep, "batch", ladder.batch, facts)
     if size.batch is not None:
         batch = size.batch.sequences(context)
         deviations.append("batch given in the file")
@@ -92,12 +96,35 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
     if size.lr is not None:
         deviations.append("lr given in the file")
     tokens = batch * context
-    beta2 = ladder.beta2.large if tokens >= ladder.beta2.from_tokens else ladder.beta2.small
-    warmup = max(1, round(ladder.warmup.of(params) / tokens))
+    facts = replace(facts, batch_tokens=tokens)
+    lr = size.lr or _apply(sweep, "lr", ladder.lr, facts)
+    beta2 = _apply(sweep, "beta2", ladder.beta2, facts)
+    warmup = max(1, round(_apply(sweep, "warmup", ladder.warmup, facts) / tokens))
+    keys = {key: _rounded(_apply(sweep, f"keys.{key}", rule, facts)) for key, rule in ladder.keys.items()}
     return Rung(
         size.params, shape, params, model.parameter_count_without_embeddings(vocab_size),
         model.parameter_count(vocab_size), model.flops_per_token(vocab_size).full, context, batch,
-        _rounded(size.lr or ladder.lr.of(params)), beta2, warmup, vocab_size, per_epoch, tuple(deviations),
+        _rounded(lr), beta2, warmup, vocab_size, per_epoch, tuple(deviations), keys,
+    )  # fmt: skip
+
+
+def _apply(sweep: Sweep, key: str, rule: SweepRule, facts: SizeFacts) -> float:
+    """What a rule gives for a size.
+
+    Raises:
+        UserError: Nothing, or no positive number.
+    """
+    try:
+        found = rule.of(facts)
+    except ValueError as error:
+        message = str(error)
+    else:
+        if math.isfinite(found) and found > 0:
+            return found
+        message = f"it gives {found!r}"
+    raise UserError(
+        f"The rule '{rule.name}' of ladder.{key} gives no value for the size of {facts.params:,} parameters: {message}",
+        sweep.where, "Change the rule.",
     )  # fmt: skip
 
 

@@ -92,6 +92,10 @@ def load_sweep(path: Path, overrides: list[str] | None = None, name: str | None 
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             raise UserError(f"'base.{'.'.join(key)}' is set by the sweep", base.where(key), f"Remove it: {instead}.")
+    for name in config.ladder.keys:
+        if tuple(name.split(".")) in _SET or (name.partition(".")[0],) in _SET:
+            fix = f"Remove it: {_SET.get(tuple(name.split('.'))) or _SET[(name.partition('.')[0],)]}."
+            raise UserError(f"'{name}' is set by the sweep", document.where(("ladder", "keys")), fix)
     if not isinstance(base.value.get("data"), dict) or not base.value["data"].get("validation"):
         raise UserError(
             "A sweep compares held-out losses, and 'base.data.validation' is missing", base.where(("data",)),

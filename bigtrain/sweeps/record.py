@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bigtrain import storage
 from bigtrain.config import UserError, yaml_file
 from bigtrain.run import RECIPE, differences, names
-from bigtrain.sweeps.config import SizeConfig
+from bigtrain.sweeps.config import LadderConfig, SizeConfig
 from bigtrain.sweeps.journal import FORMAT_VERSION, SweepDirectory
 from bigtrain.sweeps.load import Sweep
 
@@ -42,6 +44,15 @@ def _without_factors(rates: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if rates is None else {key: value for key, value in rates.items() if key != "factors"}
 
 
+def _read_ladder(what: dict[str, Any]) -> Any:
+    """The section `ladder` of a record, with the keys that a newer bigtrain has added at their defaults."""
+    try:
+        return LadderConfig.model_validate(what["ladder"]).plain()
+    except ValidationError:
+        # A rule that is not registered now: the difference says which.
+        return what["ladder"]
+
+
 def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
     """Refuse to go on with a sweep as another one, or in a directory that is none.
 
@@ -53,7 +64,8 @@ def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
     if not directory.record.exists():
         return
     record = read_record(directory.record)
-    known = {**record["what"], "learning_rates": _without_factors(record["what"].get("learning_rates"))}
+    what = record["what"]
+    known = {**what, "ladder": _read_ladder(what), "learning_rates": _without_factors(what.get("learning_rates"))}
     changed = list(differences(known, identity_of(sweep)))
     if changed:
         raise UserError(

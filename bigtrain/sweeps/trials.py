@@ -212,6 +212,9 @@ def trial_config(sweep: Sweep, rung: Rung, trial: Trial) -> RunConfig:
         "duration": f"{trial.steps} steps", "schedule": schedule, "optimizer": _optimizer(sweep, rung, trial),
         "tracking": {"group": sweep.config.name, "facts": facts(trial)},
     }  # fmt: skip
+    for key, value in rung.keys.items():
+        section, _, name = key.partition(".")
+        sections[section] = {**sections.get(section, {}), name: value}
     if trial.save_at:
         sections["checkpoint"] = {"at": [f"{step} steps" for step in trial.save_at]}
     if trial.parent is not None:
