@@ -11,7 +11,7 @@ import pytest
 
 from bigtrain.checkpoint import commit
 from bigtrain.config import UserError
-from bigtrain.jobs.train import check
+from bigtrain.jobs.check import check
 from bigtrain.run import Lease, RunDirectory, find_run, load_config, with_defaults
 from bigtrain.storage import read_lines
 from bigtrain.training.prepare import prepare

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bigtrain.checkpoint.loader import read_tensors
-from bigtrain.jobs.train import check
+from bigtrain.jobs.check import check
 from bigtrain.run import load_config
 from bigtrain.storage import hash_bytes, read_lines
 

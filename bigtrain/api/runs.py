@@ -161,7 +161,7 @@ def train(
     """
     from bigtrain.config import yaml_file
     from bigtrain.config.plugin import active_plugin
-    from bigtrain.jobs.train import check
+    from bigtrain.jobs.check import check
 
     resolved = read_config(config, overrides, name=name, plugin=plugin)
     place = Path(runs_dir).absolute()

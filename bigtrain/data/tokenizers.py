@@ -18,6 +18,21 @@ import numpy.typing as npt
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.documents import Document
+from bigtrain.data.tokenizer_files import (
+    CONFIG_NAME,
+    END_OF_TEXT_NAMES,
+    FILE_NAME,
+    GPT2_CLASSES,
+    GPT2_PAIRS,
+    TEMPLATE_NAME,
+    config_of,
+    content_of,
+    gpt2_pair,
+    named_end_of_text,
+    read_companions,
+    read_gpt2,
+    read_json,
+)
 from bigtrain.storage import hash_text, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -27,24 +42,10 @@ Tokens = npt.NDArray[np.int64]
 
 BYTES_VOCAB_SIZE = 257
 BYTES_END_OF_TEXT = 256
-END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-FILE_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
-TEMPLATE_NAME = "chat_template.jinja"
-COMPANIONS = (CONFIG_NAME, TEMPLATE_NAME)
-"""Files that lie beside a tokenizer.json and belong to it: names of special tokens, the chat template."""
-MAX_COMPANION_BYTES = 1 << 24
-GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
-"""Classes of transformers whose vocab.json and merges.txt mean what GPT-2's do."""
 CHUNK_CHARACTERS = 1 << 20
 
 _CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
-_GPT2_PAIRS = (
-    ("gpt2_bpe_encoder.json", "gpt2_bpe_vocab.bpe"),
-    ("encoder.json", "vocab.bpe"),
-    ("vocab.json", "merges.txt"),
-)
 # A letter, a space or line end, a letter: no byte-level pre-tokenizer in use joins the first letter and what
 # follows into one word, so cutting between them changes no token.
 _SAFE_CUT = re.compile(r"[^\W\d_](?=[ \n][^\W\d_])")
@@ -122,23 +123,23 @@ class Tokenizer:
                 fix="give 'bytes', a tokenizer.json, or a directory with one or with GPT-2's files",
             )
         directory = path if path.is_dir() else path.parent
-        pair = _gpt2_pair(directory, None if path.is_dir() else path.name)
+        pair = gpt2_pair(directory, None if path.is_dir() else path.name)
         definition = path if path.is_file() and pair is None else directory / FILE_NAME
-        companions = _read_companions(directory)
-        eot = eot or _named_end_of_text(companions)
+        companions = read_companions(directory)
+        eot = eot or named_end_of_text(companions)
         if definition.is_file():
-            return cls(_read_json(definition), eot, source, companions)
+            return cls(read_json(definition), eot, source, companions)
         if pair is None:
             raise UserError(
                 "the directory holds no tokenizer that is read",
                 where=source,
                 fix=f"it needs {FILE_NAME} ({_CONVERT}), or one of "
-                + ", ".join(" + ".join(names) for names in _GPT2_PAIRS),
+                + ", ".join(" + ".join(names) for names in GPT2_PAIRS),
             )
-        kind = _config_of(companions).get("tokenizer_class")
+        kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
             raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, _CONVERT)
-        return cls(_read_gpt2(*pair), eot, source, companions)
+        return cls(read_gpt2(*pair), eot, source, companions)
 
     @classmethod
     def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
@@ -155,9 +156,9 @@ class Tokenizer:
         # The file's own bytes are hashed: another version of the library may write the same tokenizer otherwise.
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
-        backend = _read_json(path)
+        backend = read_json(path)
         eot = None if info.eot is None else backend.id_to_token(info.eot)
-        tokenizer = cls(backend, eot, str(path), _read_companions(path.parent))
+        tokenizer = cls(backend, eot, str(path), read_companions(path.parent))
         tokenizer.info = info
         return tokenizer
 
@@ -199,12 +200,12 @@ class Tokenizer:
         Returns:
             The ids of end and begin of text, for config.json.
         """
-        place, config = Path(directory), _config_of(self.companions)
+        place, config = Path(directory), config_of(self.companions)
         definition = json.loads(self._definition)
         definition["post_processor"] = _without_special_tokens(definition.get("post_processor"))
         write_atomic(place / FILE_NAME, json.dumps(definition, ensure_ascii=False))
         name = self.token_of(self.eot)
-        begin = _content(config.get("bos_token")) or name
+        begin = content_of(config.get("bos_token")) or name
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": begin}
         config |= {key: False for key in ("add_bos_token", "add_eos_token") if key in config}
         config.setdefault("model_max_length", context)
@@ -291,7 +292,7 @@ def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
     definition = tokenizer.definition()
     if definition is None:
         return False
-    own, other = json.loads(definition[0]), json.loads(_read_json(file).to_str(pretty=False))
+    own, other = json.loads(definition[0]), json.loads(read_json(file).to_str(pretty=False))
     return all(own.get(key) == other.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
@@ -376,43 +377,6 @@ def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | N
     raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it with --eot TOKEN")
 
 
-def _read_companions(directory: Path) -> dict[str, str]:
-    """What lies beside a tokenizer.json and belongs to it."""
-    found = {}
-    for name in COMPANIONS:
-        path = directory / name
-        if path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
-            try:
-                found[name] = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"the file is not UTF-8: {error.reason}", str(path)) from None
-    _config_of(found)
-    return found
-
-
-def _config_of(companions: dict[str, str]) -> dict[str, Any]:
-    """The object in tokenizer_config.json.
-
-    Raises:
-        UserError: It is damaged.
-    """
-    try:
-        value = json.loads(companions.get(CONFIG_NAME, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{CONFIG_NAME} is not JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _named_end_of_text(companions: dict[str, str]) -> str | None:
-    return _content(_config_of(companions).get("eos_token"))
-
-
-def _content(token: Any) -> str | None:
-    """The text of a special token, which transformers writes as a string or as an object."""
-    value = token.get("content") if isinstance(token, dict) else token
-    return value if isinstance(value, str) else None
-
-
 def _without_special_tokens(step: dict[str, Any] | None) -> dict[str, Any] | None:
     """A tokenizer's post-processor without the parts that add special tokens to a text."""
     if step is None or step.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
@@ -421,38 +385,3 @@ def _without_special_tokens(step: dict[str, Any] | None) -> dict[str, Any] | Non
         kept = [one for one in map(_without_special_tokens, step.get("processors", [])) if one is not None]
         return {**step, "processors": kept} if kept else None
     return step
-
-
-def _gpt2_pair(directory: Path, member: str | None = None) -> tuple[Path, Path] | None:
-    for names in _GPT2_PAIRS:
-        if (member is None or member in names) and all((directory / name).is_file() for name in names):
-            return directory / names[0], directory / names[1]
-    return None
-
-
-def _read_json(path: Path) -> HuggingFaceTokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a malformed file
-        raise UserError(f"not a tokenizer.json: {error}", where=str(path)) from None
-
-
-def _read_gpt2(encoder: Path, merges: Path) -> HuggingFaceTokenizer:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-
-    try:
-        vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [
-            (left, right) for left, right in map(str.split, lines[1:] if lines[0].startswith("#version") else lines)
-        ]
-        backend = Backend(models.BPE(vocab=vocabulary, merges=pairs))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise UserError(f"not GPT-2's tokenizer files: {error}", where=f"{encoder}, {merges}") from None
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT_NAMES[0]])
-    return backend

@@ -81,8 +81,9 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
 
 def _lead(config: RunConfig, directory: RunDirectory, store: Store, stop: StopRequest) -> int:
     """Rank 0: check the run, hold its lease, and write how it begins and ends."""
+    from bigtrain.jobs.announce import say_start
+    from bigtrain.jobs.check import check
     from bigtrain.jobs.ending import tell_end
-    from bigtrain.jobs.train import check
     from bigtrain.tracking.metrics import last_step
 
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -101,7 +102,7 @@ def _lead(config: RunConfig, directory: RunDirectory, store: Store, stop: StopRe
         except UserError as error:
             store.set(_WORD, json.dumps({"code": error.exit_code}))
             raise
-        run.say_start(world, sys.stderr)
+        say_start(run, world, sys.stderr)
         store.set(_WORD, json.dumps({"lease": lease.number}))
         attempt = lease.number - 1
         try:

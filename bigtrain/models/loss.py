@@ -147,12 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             factors = factors.to(hidden.dtype)
             torch.mm(logit_grad, matrix, out=hidden_grad[chunk]).mul_(factors)
             scaled = rows * factors
-            if weight_grad is None:
-                weight_grad = (logit_grad.t() @ scaled).to(exact)
-            elif hidden.dtype == exact:
-                weight_grad.addmm_(logit_grad.t(), scaled)
-            else:
-                weight_grad += logit_grad.t() @ scaled
+            weight_grad = _add_product(weight_grad, logit_grad.t(), scaled, exact)
         ctx.gradients = [hidden_grad, weight_grad]
         ctx.shapes = hidden.shape, weight.dtype
         of_tokens = of_tokens.view(targets.shape)
@@ -169,6 +164,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None, None, None
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, in `dtype`; the total may be changed in place."""
+    if total is None:
+        return (left @ right).to(dtype)
+    if left.dtype == dtype:
+        return total.addmm_(left, right)
+    total += left @ right
+    return total
 
 
 def _handed_over(ctx: Any, place: int, grad: Tensor) -> Tensor | None:

@@ -13,12 +13,14 @@ from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.config.plugin import load_plugin
 from bigtrain.hardware import lookup
+from bigtrain.jobs.announce import say_start
+from bigtrain.jobs.check import CheckedRun, check
 from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.ending import tell_end
 from bigtrain.jobs.launch import run_controlled
 from bigtrain.jobs.placers.ray import RayPlacer
 from bigtrain.jobs.placers.ray.watch import View, look
-from bigtrain.jobs.train import CheckedRun, check, node_sizes
+from bigtrain.jobs.train import node_sizes
 from bigtrain.run import ExitCode, RunConfig, load_config
 from bigtrain.sweeps.config import SlotsConfig
 from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptPlacer
@@ -184,7 +186,7 @@ class _Slot(threading.Thread):
         except ValueError as error:
             raise UserError(str(error), fix="Change base.job.nodes, slots.procs or base.layout.") from None
         with run.held() as lease:
-            run.say_start(count, stream)
+            say_start(run, count, stream)
             code = self._control(gang, trial, run, lease.number, stream)
         tell_end(run.directory, config, code, stream)
         return code

@@ -19,7 +19,7 @@ from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.mixture import MixedOrder, Sources
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
-from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
+from bigtrain.data.tokenizer_files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import same_encoding
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
@@ -304,6 +304,8 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         optimizer=config.optimizer,
         precision=config.precision,
     )
+    for callback in config.callbacks:
+        callback.check(config.engine)
     if held_out is not None:
         _check_evaluators(config.evaluation.evaluators, config.layout.pp)
     try:

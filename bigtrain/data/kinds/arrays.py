@@ -19,10 +19,10 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.arrays import LABELS, MAX_ARRAY_BYTES, MAX_ARRAYS, ArrayInfo, array_info, array_name
 from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_CLASSES, MAX_LABEL_BYTES, decode_label
 from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
+from bigtrain.data.formats.stored_tokens import TOKEN_TYPES
 from bigtrain.data.formats.tar import Member, TarSample, read_at
 from bigtrain.data.index import Shard, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
-from bigtrain.data.kinds.tokens import TOKEN_TYPES
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, too_short

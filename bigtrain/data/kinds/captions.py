@@ -19,6 +19,7 @@ from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import BadSample, PassedOver
 from bigtrain.data.formats.images import IMAGE_SUFFIXES, ImageInfo
 from bigtrain.data.formats.npy import npy_bytes
+from bigtrain.data.formats.stored_tokens import StoredTokens, needs_tokenizer
 from bigtrain.data.formats.tar import TarSample, samples
 from bigtrain.data.formats.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
 from bigtrain.data.index import REINDEX, Shard, ShardIndex
@@ -36,7 +37,6 @@ from bigtrain.data.kinds.images import (
     read_image,
     require_same_images,
 )
-from bigtrain.data.kinds.tokens import StoredTokens, needs_tokenizer
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, read_bytes

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.images import IMAGE_SUFFIXES
 from bigtrain.data.formats.npy import HEADER_BYTES, npy_layout
+from bigtrain.data.formats.stored_tokens import TOKEN_TYPES, StoredTokens, needs_tokenizer
 from bigtrain.data.formats.tar import TarSample, read_at
 from bigtrain.data.formats.text import TEXT_MEMBERS, encode_document, read_text
 from bigtrain.data.index import REINDEX, Shard, ShardIndex
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 LONG_DOCUMENT = 64
 """Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""
-TOKEN_TYPES = ("<u2", "<u4", "<i4", "<i8")
-MAX_ID = 2**31 - 1
 PREVIEW_TOKENS = 256
 
 
@@ -348,61 +347,6 @@ def _scatter(
         part = target[rows]
         part[inside] = values
         target[rows] = part
-
-
-class StoredTokens:
-    """Lists of tokens in .npy members, all of one type."""
-
-    def __init__(self) -> None:
-        self.dtype: str | None = None
-        self.largest = -1
-        self._next: tuple[str, int] = ("", -1)
-
-    def place(self, sample: TarSample) -> tuple[int, int, int]:
-        """Byte offset in the tar, number and width of a sample's tokens; counted once `keep` is called.
-
-        Raises:
-            UserError: Not a list of tokens, or of another type than those before.
-        """
-        member, where = sample.one("npy"), sample.where
-        layout = npy_layout(read_at(sample.path, member.offset, min(member.size, HEADER_BYTES)), where)
-        if layout.dtype not in TOKEN_TYPES or len(layout.shape) != 1:
-            raise UserError(
-                f"the array is not a list of tokens (type {layout.dtype}, {len(layout.shape)} dimensions)",
-                where=where,
-                fix=f"store one dimension of {', '.join(TOKEN_TYPES)}",
-            )
-        width, offset, count = np.dtype(layout.dtype).itemsize, member.offset + layout.begin, layout.shape[0]
-        if layout.begin + count * width != member.size or offset % width:
-            raise UserError("the array's header does not fit its bytes", where=where)
-        if self.dtype not in (None, layout.dtype):
-            raise UserError(f"the tokens are stored as {layout.dtype}, those before as {self.dtype}", where=where)
-        tokens = np.frombuffer(read_at(sample.path, offset, count * width), layout.dtype)
-        self._next = layout.dtype, _largest_id(tokens, where)
-        return offset, count, width
-
-    def keep(self) -> None:
-        """Count the tokens that `place` was last called for."""
-        self.dtype, self.largest = self._next[0], max(self.largest, self._next[1])
-
-
-def needs_tokenizer(sample: TarSample) -> UserError:
-    """The error of text in a tar for which no tokenizer was named."""
-    return UserError("text inside tars needs a tokenizer", sample.where, "name one with --tokenizer")
-
-
-def _largest_id(tokens: np.ndarray, where: str) -> int:
-    """The largest of some tokens, -1 for none."""
-    if not len(tokens):
-        return -1
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high > MAX_ID:
-        raise UserError(
-            f"{low if low < 0 else high} is not a token",
-            where=where,
-            fix="an array that is no tokens needs a name: KEY.x.npy",
-        )
-    return high
 
 
 class _TokenScanner(Scanner):

@@ -23,8 +23,9 @@ from bigtrain.data.index import INDEX_NAME, MAX_INDEX_BYTES, REINDEX, ShardIndex
 from bigtrain.data.sidecar import Rows, sidecar_rows
 from bigtrain.data.streaming.cache import Cache, HeldShard, NoRoom
 from bigtrain.data.streaming.remote import exists
-from bigtrain.data.tokenizers import COMPANIONS, MAX_COMPANION_BYTES, Tokenizer
-from bigtrain.data.tokenizers import FILE_NAME as TOKENIZER_NAME
+from bigtrain.data.tokenizer_files import COMPANIONS, MAX_COMPANION_BYTES
+from bigtrain.data.tokenizer_files import FILE_NAME as TOKENIZER_NAME
+from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import write_atomic
 from bigtrain.storage.objects import Cancelled, Patience, Place, RemoteError, cache_home, fetch
 from bigtrain.storage.scheme import open_url

@@ -20,6 +20,8 @@ from typing import Any, Final
 from bigtrain import variables
 from bigtrain.config import UserError
 from bigtrain.config.plugin import load_plugin, source_hash
+from bigtrain.jobs.announce import say_start
+from bigtrain.jobs.check import check_when_free
 from bigtrain.jobs.cluster import doctor
 from bigtrain.jobs.cluster.board import Board, board_path
 from bigtrain.jobs.cluster.package import CONFIG_NAME, PLUGIN_DIRECTORY, REQUEST_NAME, Request, Script, versions
@@ -32,7 +34,7 @@ from bigtrain.jobs.placer_kinds import PLACERS
 from bigtrain.jobs.placing import PlacementRequest
 from bigtrain.jobs.scripts.launch import check_directory, held, refuse_resume, script_environment, script_launch
 from bigtrain.jobs.takeover import outlast
-from bigtrain.jobs.train import check_when_free, node_sizes
+from bigtrain.jobs.train import node_sizes
 from bigtrain.keys import load_secrets
 from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
@@ -115,7 +117,7 @@ def _train(request: Request, board: Board) -> int:
     board.phase("checked")
     _check_keys(run.prepared.config.tracking.wandb, request, board)
     with run.held() as lease:
-        run.say_start(job.nodes * procs, sys.stderr)
+        say_start(run, job.nodes * procs, sys.stderr)
         environment = {variables.LEASE: str(lease.number), **request.environment, **run.environment}
         config = run.prepared.config
         launch = Launch("bigtrain.training.rank", [], procs, job.limits.by_phase())

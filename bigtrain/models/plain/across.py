@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from bigtrain.config import UserError
 
 
-class Ranks(Protocol):
+class BatchRanks(Protocol):
     """The ranks that share a global batch, in one pass."""
 
     rank: int
@@ -80,12 +80,12 @@ class AllRanks:
         self.rows = counts.tolist()
 
     def sum(self, x: Tensor) -> Tensor:
-        """See `Ranks.sum`."""
+        """See `BatchRanks.sum`."""
         return _Sum.apply(x)
 
 
 class _Local(threading.local):
-    ranks: Ranks | None = None
+    ranks: BatchRanks | None = None
     own: int = 0
     """Rows of the batch of this pass, fillers included."""
     passes: int = 1
@@ -97,7 +97,7 @@ _here = _Local()
 
 
 @contextmanager
-def across(ranks: Ranks, batch: int, passes: int = 1) -> Iterator[None]:
+def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
     """Let the block's pass over a batch of `batch` rows, one of `passes` of a step, sum over `ranks`."""
     _here.ranks, _here.own, _here.passes, _here.used = ranks, batch, passes, False
     try:
