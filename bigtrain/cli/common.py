@@ -21,6 +21,10 @@ PluginOption = Annotated[
         "--plugin", metavar="MODULE", help="Your own code (a .py file, a package or a module); may be given again."
     ),
 ]
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run, instead of the file's.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the sweep, instead of the file's.")]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")]
+Now = Annotated[bool, typer.Option("--now", help="At once, without a save.")]
 RUNS = Path("runs")
 
 

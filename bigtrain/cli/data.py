@@ -21,6 +21,10 @@ INPUTS = "Text, JSON lines, Parquet, tars of text, also compressed (gzip, zstd, 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
 
+EndOfText = Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")]
+SkipBad = Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")]
+
+
 @app.command("pack")
 def data_pack(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
@@ -28,7 +32,7 @@ def data_pack(
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with one or with GPT-2's files.")
     ] = None,
-    eot: Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")] = None,
+    eot: EndOfText = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are: tokens, images, captions, arrays, or a plugin's.")
     ] = None,
@@ -44,7 +48,7 @@ def data_pack(
     key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")] = 0,
+    skip_bad: SkipBad = 0,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
@@ -122,11 +126,11 @@ def data_index(
     places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
     out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
-    eot: Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")] = None,
+    eot: EndOfText = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
     ] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")] = 0,
+    skip_bad: SkipBad = 0,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, bring_back_here, errors, load, load_plugins, show
+from bigtrain.cli.common import (
+    RUNS,
+    Json,
+    Now,
+    Nproc,
+    PluginOption,
+    RunsDir,
+    bring_back_here,
+    errors,
+    load,
+    load_plugins,
+    show,
+)
 from bigtrain.cli.remote import (
     DETACHED,
     Address,
@@ -120,7 +132,7 @@ def logs(
 @app.command()
 def stop(
     runs: Annotated[list[str], typer.Argument(metavar="NAME...", help="Runs.")],
-    now: Annotated[bool, typer.Option("--now", help="At once, without a save.")] = False,
+    now: Now = False,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
@@ -154,7 +166,7 @@ def _brought_here(url: str, runs_dir: Path) -> RunDirectory:
 def resume(
     name: Annotated[str, typer.Argument(help="A run, or its URL on a store: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")],
     step: Annotated[int | None, typer.Option(min=0, help="Go back to the checkpoint of this step.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
+    nproc: Nproc = None,
     address: Address = None,
     token_file: TokenFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="On a cluster: show the run until it ends.")] = False,

@@ -85,7 +85,7 @@ def vocabulary(config: Any) -> int:
 
 
 def tokens_of(config: Any, job: Any) -> float | None:
-    """Tokens of the whole run; None where it lasts some epochs of data that is not read here."""
+    """Tokens of the full run; None if its duration is in epochs of data that is not read here."""
     step = job.batch * job.model.context
     try:
         return float(config.duration.in_steps(step, job.batch, None) * step)

@@ -10,8 +10,10 @@ import typer
 from bigtrain.cli.common import (
     RUNS,
     Json,
+    Nproc,
     Overrides,
     PluginOption,
+    RunName,
     RunsDir,
     bring_back_here,
     errors,
@@ -35,8 +37,8 @@ def runs_dir_of(config: Path, runs_dir: Path | None) -> Path:
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML.")],
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine.")] = None,
+    name: RunName = None,
+    nproc: Nproc = None,
     fork: Annotated[str | None, typer.Option(help="Start a new run from the newest checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would run, and stop.")] = False,
     plugin: PluginOption = None,

@@ -15,6 +15,7 @@ app = typer.Typer(help="Fit scaling laws to runs, compare recipes, and predict."
 
 Column = typer.Option(metavar="COL", help="A column's name; guessed and reported where not given.")
 Unit = typer.Option(metavar="UNIT", help="What the column counts in: M, B, ... or 1, which also skips the check.")
+Where = typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
 Number = typer.Option(metavar="NUMBER", help="Such as 7B, 1.4T or 1e21.")
 
 
@@ -30,9 +31,7 @@ def scaling_fit(
     params_unit: Annotated[str | None, Unit] = None,
     tokens_unit: Annotated[str | None, Unit] = None,
     drop_highest: Annotated[int, typer.Option(min=0, help="Exclude the K highest losses.")] = 0,
-    where: Annotated[
-        str | None, typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
-    ] = None,
+    where: Annotated[str | None, Where] = None,
     duplicates: Annotated[
         Literal["refuse", "drop", "keep"], typer.Option(help="What is done with two rows that are one run.")
     ] = "refuse",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load_plugins, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunName, RunsDir, errors, load_plugins, show
 from bigtrain.cli.scaling import number, quantities
 
 
@@ -100,7 +100,7 @@ def scaling_preregister(
     law: Annotated[Path, typer.Argument(help="A law.json, or the directory that holds it.")],
     run: Annotated[Path, typer.Option("--run", metavar="CONFIG", help="The YAML of the run to come.")],
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
+    name: RunName = None,
     count: Annotated[
         Literal["without_embeddings", "total"], typer.Option(help="What N counts in the law.")
     ] = "without_embeddings",

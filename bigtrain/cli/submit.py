@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bigtrain.cli.arguments import ScriptCommand, after_dashes, script_words
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load, show
+from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunName, RunsDir, errors, load, show
 from bigtrain.cli.remote import (
     DETACHED,
     Address,
@@ -51,7 +51,7 @@ def submit(
     context: typer.Context,
     config: Annotated[str | None, typer.Argument(help="A run's YAML.")] = None,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run, instead of the file's.")] = None,
+    name: RunName = None,
     address: Address = None,
     token_file: TokenFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show the run until it ends; Ctrl-C only detaches.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunsDir, errors, load_plugins, show
+from bigtrain.cli.common import RUNS, Json, NewName, Now, Overrides, PluginOption, RunsDir, errors, load_plugins, show
 
 app = typer.Typer(help="Sweeps of small runs that end in a scaling law.", no_args_is_help=True)
 
@@ -21,7 +21,7 @@ TrialName = Annotated[str, typer.Argument(help="A trial, as `sweep status` names
 def sweep_plan(
     sweep: SweepFile,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep, instead of the file's.")] = None,
+    name: NewName = None,
     measure: Annotated[bool, typer.Option(help="Measure tokens a second here, where not known; else no times.")] = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="As one of a pair for two recipes: the width of their multiplier.")
@@ -44,7 +44,7 @@ def sweep_plan(
 def sweep_run(
     sweep: SweepFile,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep, instead of the file's.")] = None,
+    name: NewName = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
@@ -79,7 +79,7 @@ def sweep_status(sweep: SweepName, runs_dir: RunsDir = RUNS, as_json: Json = Fal
 @app.command("stop")
 def sweep_stop(
     sweep: SweepName,
-    now: Annotated[bool, typer.Option("--now", help="At once, without a save.")] = False,
+    now: Now = False,
     runs_dir: RunsDir = RUNS,
 ) -> None:
     """Let the running trials save themselves and end the sweep; it can be resumed."""
