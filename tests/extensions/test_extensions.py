@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,3 +123,14 @@ def test_what_is_registered_is_known_by_its_name_alone() -> None:
     load_plugin(str(PLUGINS / "nadam.py"))
     assert OPTIMIZERS.read({"name": "nadam"}).name == "nadam"
     assert "inverse-sqrt" not in SCHEDULES
+
+
+def test_the_example_of_the_readme_is_a_schedule(tmp_path: Path) -> None:
+    readme = (Path(bigtrain.__file__).parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_schedule.py").write_text(code)
+    load_plugin(str(tmp_path / "my_schedule.py"))
+    schedule = SCHEDULES.read({"name": "straight", "warmup": "2 steps"}).build(
+        1.0, 10, lambda length: int(length.value)
+    )
+    assert [schedule.lr(step) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
