@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,6 +21,20 @@ Precision = Literal["fp32", "bf16", "fp16"]
 with a loss scale that follows what overflows."""
 
 
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is built from: sections of the config, and this rank's place."""
+
+    model: ModelConfig
+    vocab_size: int
+    """Outputs of the model: entries of the vocabulary, or classes."""
+    optimizer: OptimizerConfig
+    layout: LayoutConfig
+    precision: Precision
+    seed: int
+    ranks: Ranks
+
+
 class EngineConfig(Section):
     """What all engines share. An engine adds its keys, says what it runs, and builds itself.
 
@@ -34,6 +49,8 @@ class EngineConfig(Section):
     """Whether it runs plain modules of PyTorch (`models.plain`)."""
     freezes: ClassVar[bool] = False
     """Whether it can leave parameters as they are (`optimizer.frozen`)."""
+    records_norms: ClassVar[bool] = False
+    """Whether it records norms by group of parameters (`contract.RecordsNorms`)."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16")
     """What `precision` may be."""
 
@@ -72,7 +89,11 @@ class EngineConfig(Section):
         Raises:
             UserError: It cannot run the model or the layout.
         """
-        raise TypeError(f"{type(self).__name__} does not build its engine: define build()")
+        return self.make(EngineParts(model, vocab_size, optimizer, layout, precision, seed, ranks))
+
+    def make(self, parts: EngineParts) -> Engine:
+        """What `build` returns; an engine's section defines it."""
+        raise TypeError(f"{type(self).__name__} does not build its engine: define make()")
 
 
 class Passthrough(EngineConfig):

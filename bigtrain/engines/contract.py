@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigtrain.metrics import Metric, Value
+from bigtrain.metrics import Value
 
 if TYPE_CHECKING:
+    from bigtrain.engines.norms import Kind
     from bigtrain.engines.step import StepReducer
 
 MicroBatch = dict[str, np.ndarray]
@@ -102,17 +103,15 @@ ONLY_LOSSES: Final = Measuring()
 
 
 class StepResult:
-    """The numbers of a step, still on the device: reading them is what waits for it, not the step itself."""
+    """The numbers of a step, still on the device: reading them is what waits for it, not the step itself.
 
-    def __init__(self, numbers: Tensor, metrics: Sequence[Metric] = ()) -> None:
-        """Start the copy of a step's numbers to the host; `engines.step.Reduced.result` puts them together.
+    Args:
+        numbers: float64, on the device. Their copy to the host starts at once.
+        decode: What the numbers mean, once they are on the host.
+    """
 
-        Args:
-            numbers: float64: loss, weight, gradient norm, votes, unknown, skipped, loss scale or 0; loss and weight of
-                each source; value and weight of each metric.
-            metrics: Those, in order.
-        """
-        self._metrics = tuple(metrics)
+    def __init__(self, numbers: Tensor, decode: Callable[[list[float]], StepNumbers]) -> None:
+        self._decode = decode
         self._event = None
         if numbers.is_cuda:
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -126,12 +125,7 @@ class StepResult:
         """Wait for the step where needed, and return its numbers."""
         if self._event is not None:
             self._event.synchronize()
-        loss, weight, norm, votes, unknown, skipped, scale, *rest = self._host.tolist()
-        pairs = list(zip(rest[::2], rest[1::2], strict=True))
-        split = len(pairs) - len(self._metrics)
-        named = zip(self._metrics, pairs[split:], strict=True)
-        metrics = {metric.name: Value(metric, *pair) for metric, pair in named}
-        return StepNumbers(loss, weight, norm, votes, skipped, scale or None, tuple(pairs[:split]), metrics, unknown)
+        return self._decode(self._host.tolist())
 
 
 class Engine(Protocol):
@@ -181,4 +175,13 @@ class Reloaded(Protocol):
 
     def state_loaded(self) -> None:
         """Take over what has been loaded into `state`. Collective; to be called after each load."""
+        ...
+
+
+@runtime_checkable
+class RecordsNorms(Protocol):
+    """An engine that records norms of gradients, weights and updates; its section says `records_norms`."""
+
+    def record_norms(self, every: int, depth: int, kinds: Sequence[Kind]) -> None:
+        """Record named metrics from the next step on; see `engines.norms.Norms`."""
         ...

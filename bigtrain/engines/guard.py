@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from bigtrain.models.layers import local
 
 
 class Guard:
     """Lets an optimizer of torch's leave everything as it is where a flag says so.
 
     The fused kernels take such a flag (Adam's, whose step counts then stay too). Of others the parameters and the
-    state are copied before each update and taken back where the flag is set: these need the memory for both.
+    state are copied before each update and restored where the flag is set: this takes the memory of both.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Watch an optimizer; it updates as ever until a flag is given."""
+        """Watch an optimizer; without a flag it updates as usual."""
         self._optimizer: Any = optimizer
         self._bad: Tensor | None = None
         self._before: dict[Tensor, dict[str | None, Tensor]] = {}
@@ -61,4 +62,4 @@ class Guard:
         """The parameter, under no name, and its state; this rank's parts."""
         state = self._optimizer.state.get(parameter, {})
         found = [(None, parameter), *((key, value) for key, value in state.items() if isinstance(value, Tensor))]
-        return [(key, value.to_local() if isinstance(value, DTensor) else value) for key, value in found]
+        return [(key, local(value)) for key, value in found]

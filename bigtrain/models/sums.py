@@ -25,8 +25,9 @@ class Sums:
 
     def __init__(self, device: torch.device, sources: int = 0) -> None:
         """Of no micro-batch yet."""
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)
-        self._by_source = torch.zeros(sources, 2, dtype=torch.float64, device=device)
+        self.vector = torch.zeros(2 + 2 * sources, dtype=torch.float64, device=device)
+        """Loss and weight of all, then of each source."""
+        self._total, self._by_source = self.vector[:2], self.vector[2:].view(sources, 2)
 
     @classmethod
     def of(cls, micro_batches: Sequence[Mapping[str, Any]], device: torch.device) -> Sums:
@@ -43,15 +44,6 @@ class Sums:
     def weight(self) -> Tensor:
         """Scalar: the sum of weights."""
         return self._total[1]
-
-    @property
-    def sources(self) -> Tensor:
-        """(2 S,): loss and weight of each source."""
-        return self._by_source.flatten()
-
-    def zeros(self) -> Sums:
-        """As many sums, of nothing."""
-        return Sums(self._total.device, len(self._by_source))
 
     def add(self, result: LossSum, batch: Batch) -> None:
         """Add a micro-batch."""

@@ -32,7 +32,6 @@ from bigtrain.data.packing.documents import pack
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.engines.config import Precision
 from bigtrain.engines.fsdp.config import FSDPConfig
-from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.models.families.llama import Config as Llama
@@ -197,9 +196,8 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
 
 
 def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: Clock) -> Timings:
-    engine = FSDPEngine.build(
-        MODEL, VOCABULARY, OPTIMIZER,
-        engine=FSDPConfig(), layout=LayoutConfig(), precision=precision, seed=SEED, ranks=Ranks(0, 0, 1),
+    engine: Any = FSDPConfig().build(
+        MODEL, VOCABULARY, OPTIMIZER, layout=LayoutConfig(), precision=precision, seed=SEED, ranks=Ranks(0, 0, 1),
     )  # fmt: skip
     weights = {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     one, two, three = (_plain_step(weights, precision) for _ in range(3))

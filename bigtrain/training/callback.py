@@ -96,7 +96,7 @@ class Callback:
         """After a checkpoint has been taken; it may still be on its way to the disk."""
 
     def on_roll_back(self, progress: Progress) -> None:
-        """After a roll-back: the steps after `progress.step` will come again, on other batches."""
+        """After a roll-back: the steps after `progress.step` will be trained again, on other batches."""
 
     def on_end(self, outcome: enum.Enum, progress: Progress) -> None:
         """After the last step, when everything is saved."""

@@ -13,6 +13,7 @@ from bigtrain.config import Count, Duration, Registry, Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigtrain.engines.config import EngineConfig
     from bigtrain.engines.contract import Totals
     from bigtrain.training.callback import Callback, CallbackContext
 
@@ -68,6 +69,13 @@ class CallbackConfig(Section):
 
     name: str
     """Which callback: a file of bigtrain/training/callbacks, or the name of a plugin's class."""
+
+    def check(self, engine: EngineConfig) -> None:
+        """Refuse an engine that the callback does not work with, before any process is started.
+
+        Raises:
+            UserError: It does not.
+        """
 
     def build(self, context: CallbackContext) -> Callback:
         """The callback of this rank; every rank builds it."""

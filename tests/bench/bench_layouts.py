@@ -26,7 +26,6 @@ from torch import Tensor
 
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.fsdp.config import FSDPConfig
-from bigtrain.engines.fsdp.engine import FSDPEngine
 from bigtrain.hardware.this_machine import this_machine
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.models.init import initialise
@@ -188,9 +187,9 @@ def measure(name: str, pairs: int, size: Size) -> Measured:
 def steps_of(case: Case, sizes: Mesh, size: Size) -> tuple[Step, Step, Step]:
     """bigtrain's step, and those of two plain runs, from the same weights on the same batches."""
     layout = LayoutConfig(**case.ours, micro_size=1 if case.pipelined else None)
-    engine = FSDPEngine.build(
+    engine: Any = FSDPConfig().build(
         size.model, size.vocabulary, OPTIMIZER,
-        engine=FSDPConfig(), layout=layout, precision="fp32", seed=SEED, ranks=Ranks.from_environment(),
+        layout=layout, precision="fp32", seed=SEED, ranks=Ranks.from_environment(),
     )  # fmt: skip
     share = size.batch // sizes.data_parallel
     first = engine.data_parallel_rank * share

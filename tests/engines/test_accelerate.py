@@ -98,12 +98,11 @@ def micro_batches(case: Case, step: int, rank: int, ranks: int) -> list[MicroBat
     return [{name: array[first : first + size] for name, array in filled.items()} for first in firsts]
 
 
-def build(case: Case) -> AccelerateEngine:
-    return AccelerateEngine.build(
+def build(case: Case) -> Any:
+    return AccelerateConfig(strategy=case.strategy).build(
         case.config,
         VOCABULARY,
         AdamWConfig(lr=1e-3, clip=case.clip, eps=1e-6),
-        engine=AccelerateConfig(strategy=case.strategy),
         layout=LayoutConfig(micro_size=case.micro_size),
         precision=case.precision,
         seed=5,

@@ -123,13 +123,12 @@ def micro_batches(case: Case, step: int, rank: int, ranks: int, filler_weight: f
     return [{name: array[first : first + size] for name, array in filled.items()} for first in firsts]
 
 
-def build(case: Case) -> FSDPEngine:
+def build(case: Case) -> Any:
     """The engine on this rank, as a run builds it."""
-    return FSDPEngine.build(
+    return FSDPConfig().build(
         FAMILIES[case.model["arch"]](**case.model, context=case.context),
         VOCABULARY,
         case.optimizer,
-        engine=FSDPConfig(),
         layout=LayoutConfig(
             dp_replicate=case.dp_replicate, cp=case.cp, cp_kind=case.cp_kind, micro_size=case.micro_size
         ),

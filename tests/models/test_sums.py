@@ -29,7 +29,7 @@ def test_each_sources_loss_is_the_cross_entropy_of_its_own_sequences(make_decode
     expected = [losses.sum(), weights.sum()]
     for source in range(3):
         expected += [losses[of == source].sum(), weights[of == source].sum()]
-    found = torch.cat([torch.stack([sums.loss, sums.weight]), sums.sources])
+    found = torch.cat([torch.stack([sums.loss, sums.weight]), sums.vector[2:]])
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=0)
 
 
@@ -37,7 +37,7 @@ def test_a_model_that_does_not_tell_sequences_apart_leaves_the_sources_empty() -
     batch = {"sources": torch.eye(2)}
     sums = Sums.of([batch], torch.device("cpu"))
     sums.add(LossSum(torch.tensor(3.0), torch.tensor(2.0)), batch)
-    assert (sums.loss, sums.weight, sums.sources.tolist()) == (3, 2, [0, 0, 0, 0])
+    assert (sums.loss, sums.weight, sums.vector[2:].tolist()) == (3, 2, [0, 0, 0, 0])
 
 
 def test_a_hugging_face_models_sequences_add_up_to_its_loss() -> None:

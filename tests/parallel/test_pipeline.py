@@ -25,12 +25,11 @@ WHAT = What({"arch": "llama", "layers": LAYERS, "width": 32, "heads": 4, "mlp_wi
 INTERLEAVED = {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
 
 
-def build(layout: dict[str, Any], optimizer: OptimizerConfig | None = None) -> FSDPEngine:
-    return FSDPEngine.build(
+def build(layout: dict[str, Any], optimizer: OptimizerConfig | None = None) -> Any:
+    return FSDPConfig().build(
         FAMILIES["llama"](**WHAT.model, context=WHAT.context),
         WHAT.vocabulary,
         optimizer or AdamWConfig(lr=1e-3),
-        engine=FSDPConfig(),
         layout=LayoutConfig(**layout),
         precision="fp32",
         seed=1,

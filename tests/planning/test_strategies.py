@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from bigtrain.engines.accelerate.config import AccelerateConfig
-from bigtrain.engines.accelerate.engine import AccelerateEngine
 from bigtrain.engines.config import Precision
 from bigtrain.models.families.hf import Config
 from bigtrain.optim.optimizers.adamw import AdamWConfig
@@ -67,9 +66,9 @@ FAST = CASES[1]
 def exchanged(case: Case, path: Path) -> tuple[Counter[Collective], Counter[Collective], dict[Any, int]]:
     """The third step of this rank: measured, by the formula, and what was missed."""
     config = AccelerateConfig(strategy=case.strategy)
-    engine = AccelerateEngine.build(
+    engine: Any = config.build(
         Config(hf=str(path), task="seq2seq" if case.kind == "t5" else "causal", context=WHAT.context),
-        WHAT.vocabulary, AdamWConfig(lr=LR, clip=1.0), engine=config, layout=LayoutConfig(micro_size=2),
+        WHAT.vocabulary, AdamWConfig(lr=LR, clip=1.0), layout=LayoutConfig(micro_size=2),
         precision=case.precision, seed=WHAT.seed, ranks=Ranks.from_environment(),
     )  # fmt: skip
     shapes = {name: tuple(parameter.shape) for name, parameter in engine.strategy.module.named_parameters()}

@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bigtrain.engines.config import ENGINES, Passthrough, Precision
-from bigtrain.parallel.config import LayoutConfig
+from bigtrain.engines.config import ENGINES, EngineParts, Passthrough, Precision
 
 if TYPE_CHECKING:
     from bigtrain.engines.contract import Engine
-    from bigtrain.models.config import ModelConfig
-    from bigtrain.optim.config import OptimizerConfig
-    from bigtrain.parallel.mesh import Ranks
 
 
 @ENGINES.register
@@ -45,21 +41,8 @@ class AccelerateConfig(Passthrough):
 
         plugins(self, torch.device("cpu"), torch.float32)
 
-    def build(
-        self,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> Engine:
-        """See `EngineConfig.build`."""
+    def make(self, parts: EngineParts) -> Engine:
+        """See `EngineConfig.make`."""
         from bigtrain.engines.accelerate.engine import AccelerateEngine
 
-        return AccelerateEngine.build(
-            model, vocab_size, optimizer,
-            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
-        )  # fmt: skip
+        return AccelerateEngine.build(self, parts)

@@ -16,20 +16,17 @@ from torch import Tensor, nn
 from bigtrain.config import UserError
 from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.accelerate.strategies import Plain, prepare, release
-from bigtrain.engines.config import Precision
+from bigtrain.engines.clipping import clipped, square_of
+from bigtrain.engines.config import EngineParts
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.guard import Guard
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.step import StepReducer
-from bigtrain.models.config import ModelConfig
 from bigtrain.models.families.hf import Config
 from bigtrain.models.hf_tasks import RouterLoss, examples, loss_sum
-from bigtrain.models.plain.across import AllRanks, OneProcess, across
-from bigtrain.models.plain.across import Ranks as BatchRanks
+from bigtrain.models.plain.across import AllRanks, BatchRanks, OneProcess, across
 from bigtrain.models.plain.network import without_fillers
 from bigtrain.models.sums import Sums
-from bigtrain.optim.config import OptimizerConfig
-from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 
 
@@ -51,31 +48,21 @@ class AccelerateEngine:
         self._router = RouterLoss.of(config.shape)
 
     @classmethod
-    def build(
-        cls,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        engine: AccelerateConfig,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> AccelerateEngine:
+    def build(cls, engine: AccelerateConfig, parts: EngineParts) -> AccelerateEngine:
         """Everything from the config's sections: device, process group, model with its weights, optimizer.
 
         Raises:
             UserError: The model cannot take the data, its file lacks weights, or Accelerate built something else than
                 was requested.
         """
+        model, optimizer, ranks = parts.model, parts.optimizer, parts.ranks
         if not isinstance(model, Config):
             raise UserError(f"The engine 'accelerate' runs models of arch 'hf', not '{model.arch}'", "engine.name")
         device = pick_device(ranks.local_rank)
         set_determinism(engine, device)
-        _, mesh = build_mesh(layout, ranks, device)
-        built = model.build(vocab_size).to(device)
-        compute_dtype = COMPUTE_DTYPES[precision]
+        _, mesh = build_mesh(parts.layout, ranks, device)
+        built = model.build(parts.vocab_size).to(device)
+        compute_dtype = COMPUTE_DTYPES[parts.precision]
         if compute_dtype is not torch.float32:
             _compute_in(built, device, compute_dtype)
         optimizing = optimizer.build(built.named_parameters())
@@ -83,7 +70,7 @@ class AccelerateEngine:
             strategy = Plain(built, optimizing)
         else:
             strategy = prepare(engine, built, optimizing, device=device, compute_dtype=compute_dtype)
-        return cls(model, strategy, clip=optimizer.clip, seed=seed, device=device, ranks=ranks)
+        return cls(model, strategy, clip=optimizer.clip, seed=parts.seed, device=device, ranks=ranks)
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
@@ -124,19 +111,15 @@ class AccelerateEngine:
     def _reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
         gradients = self.strategy.gradients()
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
         # What all ranks have counts once.
-        if gradients and (self.strategy.sharded or self.data_parallel_rank == 0):
-            square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        total = self.reducer.reduce(square, vote, sums)
+        counted = gradients if self.strategy.sharded or self.data_parallel_rank == 0 else []
+        total = self.reducer.reduce(square_of(counted, self.device), vote, sums)
         bad = total.bad(total.square)
         self._guard.arm(bad)
         scale = self.data_parallel_size / total.safe_weight
         norm = total.square.sqrt() * scale
-        if self._clip is not None:
-            scale = scale * (self._clip / norm).clamp(max=1.0)
         if gradients:
-            torch._foreach_mul_(gradients, scale.float())
+            torch._foreach_mul_(gradients, clipped(scale, norm, self._clip).float())
         return total.result(norm, bad)
 
     @torch.no_grad()

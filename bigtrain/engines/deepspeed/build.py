@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain.engines.config import Precision
+from bigtrain.engines.config import EngineParts
 from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.engines.deepspeed.engine import DeepSpeedEngine, Started
 from bigtrain.engines.deepspeed.groups import ModelParallelUnit, count_once_in_norm
@@ -17,31 +17,20 @@ from bigtrain.engines.deepspeed.model import plan_model, spread
 from bigtrain.engines.deepspeed.settings import check_passthrough, deepspeed_config, low_precision_weights
 from bigtrain.engines.deepspeed.start import import_deepspeed, join_process_group
 from bigtrain.engines.rank import COMPUTE_DTYPES, set_determinism
-from bigtrain.models.config import ModelConfig
 from bigtrain.models.init import initialise
-from bigtrain.optim.config import OptimizerConfig
-from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
+from bigtrain.parallel.config import Mesh
+from bigtrain.parallel.mesh import build_mesh, pick_device
 from bigtrain.parallel.recompute import recompute_blocks
 from bigtrain.parallel.tensor import sum_gradients_as_they_come
 
 
-def build_deepspeed_engine(
-    model: ModelConfig,
-    vocab_size: int,
-    optimizer: OptimizerConfig,
-    *,
-    engine: DeepSpeedConfig,
-    layout: LayoutConfig,
-    precision: Precision,
-    seed: int,
-    ranks: Ranks,
-) -> DeepSpeedEngine:
+def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepSpeedEngine:
     """Build process group, model, optimizer and engine from the config's sections, as `FSDPEngine.build` does.
 
     Raises:
         UserError: `passthrough` has a key or a value that DeepSpeed does not accept.
     """
+    optimizer, layout, precision, ranks = parts.optimizer, parts.layout, parts.precision, parts.ranks
     device = pick_device(ranks.local_rank)
     set_determinism(engine, device)
     deepspeed = import_deepspeed(device)
@@ -49,7 +38,7 @@ def build_deepspeed_engine(
     sizes, mesh = build_mesh(layout, ranks, device)
     config = deepspeed_config(engine, precision, device, pipelined=sizes.pp > 1)
     check_passthrough(config, engine.passthrough)
-    built, plan = plan_model(model, vocab_size, layout, mesh)
+    built, plan = plan_model(parts.model, parts.vocab_size, layout, mesh)
     unit = ModelParallelUnit(mesh) if mesh is not None and sizes.tp > 1 and sizes.pp == 1 else None
     # On the full (unsharded) shapes: some of the parameters built so far have only their shard's.
     with torch.device("meta"):
@@ -61,7 +50,7 @@ def build_deepspeed_engine(
         spread(deepspeed, built, config=config, group=group, device=device, dtype=dtype)
     else:
         built.to_empty(device=device)
-        initialise(built, seed, plan.parts)
+        initialise(built, parts.seed, plan.parts)
     built.compute_dtype = COMPUTE_DTYPES[precision]
     groups = [] if mesh is None or sizes.tp == 1 else [mesh["tp"].get_group()]
     recompute_blocks([block for _, block in built.blocks()], engine.recompute, groups=groups)
@@ -81,8 +70,10 @@ def build_deepspeed_engine(
     if mesh is not None and plan.partial:
         sum_gradients_as_they_come(built, plan.partial, mesh["tp"].get_group())
     stream_is_part = layout.sequence_parallel and sizes.tp > 1
-    parts = Started(deepspeed, started, built, inner, plan, sizes, stream_is_part)
-    return made(parts, clip=optimizer.clip, seed=seed, device=device)
+    return made(
+        Started(deepspeed, started, built, inner, plan, sizes, stream_is_part),
+        clip=optimizer.clip, seed=parts.seed, device=device,
+    )  # fmt: skip
 
 
 def _check_got(started: Any, engine: DeepSpeedConfig, dtype: torch.dtype, sizes: Mesh) -> None:

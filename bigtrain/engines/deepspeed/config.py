@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import ENGINES, Passthrough, Precision
+from bigtrain.engines.config import ENGINES, EngineParts, Passthrough, Precision
 from bigtrain.parallel.config import LayoutConfig, Recompute
 
 if TYPE_CHECKING:
     from bigtrain.engines.contract import Engine
-    from bigtrain.models.config import ModelConfig
-    from bigtrain.optim.config import OptimizerConfig
-    from bigtrain.parallel.mesh import Ranks
 
 SET_BY_THE_ENGINE = {
     "train_batch_size": "batch.size",
@@ -131,21 +128,8 @@ class DeepSpeedConfig(Passthrough):
         import_deepspeed(device)
         check_passthrough(deepspeed_config(self, precision, device, pipelined=pipelined), self.passthrough)
 
-    def build(
-        self,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> Engine:
-        """See `EngineConfig.build`."""
+    def make(self, parts: EngineParts) -> Engine:
+        """See `EngineConfig.make`."""
         from bigtrain.engines.deepspeed.build import build_deepspeed_engine
 
-        return build_deepspeed_engine(
-            model, vocab_size, optimizer,
-            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
-        )  # fmt: skip
+        return build_deepspeed_engine(self, parts)

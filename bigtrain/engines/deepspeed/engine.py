@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: our models under ZeRO 0 to 3, by the same laws as under FSDP.
+"""The DeepSpeed engine: native models under ZeRO 0 to 3, with the same loss and clipping as under FSDP.
 
 DeepSpeed reduces gradients, spreads what its stage spreads, and calls the optimizer, which is torch's own. It averages
 gradients over the data-parallel ranks; that, and nothing else, is undone: a hook on the optimizer multiplies the
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
+from bigtrain.engines.clipping import clipped, square_of
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.deepspeed.partitions import Partitions
@@ -152,10 +153,7 @@ class DeepSpeedEngine:
         return self._square([p.grad for name, p in self.model.named_parameters() if name not in copies])
 
     def _square(self, gradients: list[Tensor | None]) -> Tensor:
-        found = [gradient for gradient in gradients if gradient is not None]
-        if not found:
-            return torch.zeros_like(self._zero)
-        return torch.stack(torch._foreach_norm(found)).double().square().sum()
+        return square_of([gradient for gradient in gradients if gradient is not None], self.device)
 
     def _mean_norm(self) -> Tensor:
         """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
@@ -171,8 +169,7 @@ class DeepSpeedEngine:
         """
         self._guard.arm(self._bad())
         scale = self.data_parallel_size / self._total.safe_weight
-        if self._clip is not None:
-            scale = scale * (self._clip / (self._mean_norm() * scale)).clamp(max=1.0)
+        scale = clipped(scale, self._mean_norm() * scale, self._clip)
         gradients = [
             parameter.grad
             for group in optimizer.param_groups

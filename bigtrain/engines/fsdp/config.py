@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bigtrain.config import UserError
-from bigtrain.engines.config import ENGINES, EngineConfig, Precision
+from bigtrain.engines.config import ENGINES, EngineConfig, EngineParts, Precision
 from bigtrain.parallel.config import LayoutConfig, Recompute
 
 if TYPE_CHECKING:
     from bigtrain.engines.contract import Engine
-    from bigtrain.models.config import ModelConfig
-    from bigtrain.optim.config import OptimizerConfig
-    from bigtrain.parallel.mesh import Ranks
 
 
 @ENGINES.register
@@ -22,6 +19,7 @@ class FSDPConfig(EngineConfig):
     axes: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "cp", "pp", "tp")
     runs_plain_modules: ClassVar[bool] = True
     freezes: ClassVar[bool] = True
+    records_norms: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
 
     name: Literal["fsdp"] = "fsdp"
@@ -47,21 +45,8 @@ class FSDPConfig(EngineConfig):
                 f"Set engine.{key} to {off}, or layout.pp_schedule to 1f1b or interleaved.",
             )
 
-    def build(
-        self,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> Engine:
-        """See `EngineConfig.build`."""
+    def make(self, parts: EngineParts) -> Engine:
+        """See `EngineConfig.make`."""
         from bigtrain.engines.fsdp.engine import FSDPEngine
 
-        return FSDPEngine.build(
-            model, vocab_size, optimizer,
-            engine=self, layout=layout, precision=precision, seed=seed, ranks=ranks,
-        )  # fmt: skip
+        return FSDPEngine.build(self, parts)

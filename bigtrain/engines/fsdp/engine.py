@@ -13,23 +13,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
-from bigtrain.engines.config import Precision
+from bigtrain.engines.clipping import clipped, square_of
+from bigtrain.engines.config import EngineParts
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.engines.fsdp.plain import PlainSteps, check_recompute
 from bigtrain.engines.guard import Guard
+from bigtrain.engines.norms import Kind, Norms
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
 from bigtrain.engines.step import StepReducer
-from bigtrain.models.config import ModelConfig
 from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.layers import local
 from bigtrain.models.plain.network import Network
 from bigtrain.models.sums import Sums
 from bigtrain.optim.build import is_frozen
-from bigtrain.optim.config import OptimizerConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
-from bigtrain.parallel.config import LayoutConfig, Mesh
-from bigtrain.parallel.mesh import Ranks, build_mesh, gradient_mesh, pick_device
+from bigtrain.parallel.config import Mesh
+from bigtrain.parallel.mesh import build_mesh, gradient_mesh, pick_device
 from bigtrain.parallel.pipeline import ends_group
 from bigtrain.parallel.shard import begin_pass, reshard
 from bigtrain.parallel.tensor import sum_gradients
@@ -74,7 +75,8 @@ class FSDPEngine:
         if loss_scale is not None:
             self.reducer.recorder.weight_scale = loss_scale.scale
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        self._parameters = [parameter for _, parameter in named]
+        self._names = {parameter: qualified_name(name) for name, parameter in named}
+        self._parameters = list(self._names)
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
         self.pipeline = model.pipeline
         self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
@@ -84,6 +86,7 @@ class FSDPEngine:
             if mesh["pp"].get_local_rank() > 0:
                 self._counted.difference_update(self._shared_by_ends)
         self._tensor_partial = [parameter for name, parameter in named if name in model.tensor_partial]
+        self._norms: Norms | None = None
         self.plain: PlainSteps | None = None
         if isinstance(self.model, Network):
             over = None if mesh is None else gradient_mesh(mesh)
@@ -92,30 +95,20 @@ class FSDPEngine:
                 self._counted.difference_update(self.plain.whole)
 
     @classmethod
-    def build(
-        cls,
-        model: ModelConfig,
-        vocab_size: int,
-        optimizer: OptimizerConfig,
-        *,
-        engine: FSDPConfig,
-        layout: LayoutConfig,
-        precision: Precision,
-        seed: int,
-        ranks: Ranks,
-    ) -> FSDPEngine:
+    def build(cls, engine: FSDPConfig, parts: EngineParts) -> FSDPEngine:
         """Everything from the config's sections: device, mesh, model with its initial weights, optimizer."""
-        device = pick_device(ranks.local_rank)
+        layout, optimizer = parts.layout, parts.optimizer
+        device = pick_device(parts.ranks.local_rank)
         set_determinism(engine, device)
-        sizes, mesh = build_mesh(layout, ranks, device)
+        sizes, mesh = build_mesh(layout, parts.ranks, device)
         built = build_parallel_model(
-            model,
-            vocab_size,
+            parts.model,
+            parts.vocab_size,
             layout=layout,
             mesh=mesh,
             device=device,
-            compute_dtype=COMPUTE_DTYPES[precision],
-            seed=seed,
+            compute_dtype=COMPUTE_DTYPES[parts.precision],
+            seed=parts.seed,
             recompute=engine.recompute,
             compile_blocks=engine.compile,
         )
@@ -128,21 +121,25 @@ class FSDPEngine:
             built,
             optimizer.build(built.module.named_parameters(), built.all_names),
             clip=optimizer.clip,
-            seed=seed,
+            seed=parts.seed,
             device=device,
             sizes=sizes,
             mesh=mesh,
-            loss_scale=LossScale(device) if precision == "fp16" else None,
+            loss_scale=LossScale(device) if parts.precision == "fp16" else None,
             stream_is_part=layout.sequence_parallel and sizes.tp > 1,
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
         """See `contract.Engine.train_step`."""
+        if self._norms is not None:
+            self._norms.begin(step)
         sums = self.backward(step, micro_batches)
         result = self.reduce_and_scale(sums, vote)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
+        if self._norms is not None:
+            self._norms.after_update()
         if self.plain is not None:
             self.plain.after_update(self._guard.bad)
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,19 +181,16 @@ class FSDPEngine:
         """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
         gradients = _gradients(self._parameters)
         counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if counted:
-            square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
-        total = self.reducer.reduce(square, vote, sums)
+        total = self.reducer.reduce(square_of(counted, self.device), vote, sums)
         # One rank's bad gradient has made the sum over all of them bad.
         bad = total.bad(total.square)
         self._guard.arm(bad)
         scale = 1.0 / total.safe_weight
         norm = total.square.sqrt() * scale
-        if self._clip is not None:
-            scale = scale * (self._clip / norm).clamp(max=1.0)
+        if self._norms is not None:
+            self._norms.before_update(scale)
         if gradients:
-            torch._foreach_mul_(gradients, scale.float())
+            torch._foreach_mul_(gradients, clipped(scale, norm, self._clip).float())
         loss_scale = None
         if self._loss_scale is not None:
             loss_scale = self._loss_scale.scale.double()
@@ -232,6 +226,11 @@ class FSDPEngine:
         """See `contract.Reloaded.state_loaded`: modules take what they keep besides tensors."""
         if self.plain is not None:
             self.plain.network.take_extra_state()
+
+    def record_norms(self, every: int, depth: int, kinds: Sequence[Kind]) -> None:
+        """See `contract.RecordsNorms.record_norms`."""
+        counted = {name: one for one, name in self._names.items() if one in self._counted and local(one).numel()}
+        self._norms = Norms(self.reducer.recorder, counted, every=every, depth=depth, kinds=kinds)
 
     def _scaled(self, batch: Batch) -> Batch:
         return batch if self._loss_scale is None else self._loss_scale.scaled(batch)
@@ -271,5 +270,4 @@ def counts_in_norm(parameter: Tensor) -> bool:
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parts of gradients that lie on this rank, without the empty ones."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    return [gradient for gradient in local if gradient.numel()]
+    return [part for part in map(local, gradients) if part.numel()]

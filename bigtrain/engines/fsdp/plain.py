@@ -17,6 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.engines.contract import MicroBatch
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch
+from bigtrain.models.layers import local
 from bigtrain.models.plain.network import Network, without_fillers
 
 
@@ -93,7 +94,7 @@ class PlainSteps:
     def _forget_unused(self) -> None:
         """Leave no gradient where no rank used a parameter: an optimizer does not touch it, as in one process."""
         flags = torch.tensor(
-            [parameter.grad is not None and (name in self.network.reached or bool(_local(parameter.grad).any()))
+            [parameter.grad is not None and (name in self.network.reached or bool(local(parameter.grad).any()))
              for name, parameter in self._trained.items()],
             dtype=torch.int32, device=self._device,
         )  # fmt: skip
@@ -159,10 +160,6 @@ def _box(shard: DTensor) -> tuple[slice, ...]:
     """Where a shard lies in the full tensor."""
     sizes, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_over(tensor: Tensor, mesh: DeviceMesh) -> None:

@@ -13,7 +13,7 @@ from bigtrain.optim.schedule import Schedule
 
 @SCHEDULES.register
 class ConstantConfig(ScheduleConfig):
-    """Warm-up, then the same learning rate for ever."""
+    """Warm-up, then a constant learning rate."""
 
     name: Literal["constant"] = "constant"
 
@@ -24,7 +24,7 @@ class ConstantConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Warm-up, then the peak for ever."""
+    """Warm-up, then a constant learning rate."""
 
     def after_warmup(self, step: int) -> float:
         """The peak."""
