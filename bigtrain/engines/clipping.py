@@ -6,13 +6,11 @@ and what keeps the norm of that mean below `optimizer.clip`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def square_of(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+def square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
     """The sum of the squares of this rank's gradients, float64; the squares of all ranks add up to the norm's.
 
     Args:

@@ -79,10 +79,11 @@ class Norms:
     def after_update(self) -> None:
         """When the optimizer has stepped."""
         if self._before:
-            self._record("update", torch._foreach_sub([local(one) for one in self._parameters], self._before))
+            weights = [local(parameter) for parameter in self._parameters]
+            self._record("update", list(torch._foreach_sub(weights, self._before)))
             self._before = []
 
-    def _record(self, kind: Kind, tensors: Sequence[Tensor], scale: Tensor | None = None) -> None:
+    def _record(self, kind: Kind, tensors: list[Tensor], scale: Tensor | None = None) -> None:
         """Record the norm of each group, and of all together; the gradient's own is in every step's numbers."""
         norms = torch.stack(torch._foreach_norm(tensors)).double()
         if scale is not None:

@@ -1,15 +1,14 @@
 """A plain PyTorch training loop with its own model: what bigtrain's numbers and speed are held against.
 
-It shares no code with bigtrain: webdataset reads the shards, the samples of a step come from samples.jsonl."""
+It shares no code with bigtrain."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-import webdataset
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets and weights, each (B, C)
@@ -82,18 +81,3 @@ def named_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
              "attention.value": "v", "attention.output": "o", "mlp.": ""}  # fmt: skip
     pattern = re.compile("|".join(map(re.escape, names)))
     return {pattern.sub(lambda found: names[found[0]], name): tensor for name, tensor in state.items()}
-
-
-def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterator[Batch]:
-    """The batches that lists of sample ids SOURCE/SHARD/DOCUMENT:OFFSET name, read from one shard."""
-    samples = webdataset.WebDataset(shard, shardshuffle=False).decode()
-    documents = [torch.tensor(sample["npy"].astype("int64")) for sample in samples]
-    stream = torch.cat(documents)
-    starts = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
-    for ids in steps:
-        rows, weights = torch.zeros(len(ids), context + 1, dtype=torch.int64), torch.zeros(len(ids), context)
-        for row, sample_id in enumerate(ids):
-            document, offset = map(int, sample_id.rsplit("/", 1)[1].split(":"))
-            piece = stream[starts[document] + offset :][: context + 1]
-            rows[row, : len(piece)], weights[row, : len(piece) - 1] = piece, 1
-        yield rows[:, :-1], rows[:, 1:], weights

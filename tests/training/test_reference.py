@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 
 from bigtrain.models.init import initialise
 from bigtrain.run import load_config
@@ -24,6 +25,21 @@ SAME_PROCESS = 1e-6
 """Relative: a few units in the last place of FP32."""
 MORE_PROCESSES = 1e-5
 """Relative: sums over ranks are taken in another order, and Adam carries the difference on."""
+
+
+def read_batches(shard: str, steps: Iterable[list[str]], context: int) -> Iterator[plain_loop.Batch]:
+    """The batches that lists of sample ids SOURCE/SHARD/DOCUMENT:OFFSET name, read from one shard."""
+    samples = webdataset.WebDataset(shard, shardshuffle=False).decode()
+    documents = [torch.tensor(sample["npy"].astype("int64")) for sample in samples]
+    stream = torch.cat(documents)
+    starts = [0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist()]
+    for ids in steps:
+        rows, weights = torch.zeros(len(ids), context + 1, dtype=torch.int64), torch.zeros(len(ids), context)
+        for row, sample_id in enumerate(ids):
+            document, offset = map(int, sample_id.rsplit("/", 1)[1].split(":"))
+            piece = stream[starts[document] + offset :][: context + 1]
+            rows[row, : len(piece)], weights[row, : len(piece) - 1] = piece, 1
+        yield rows[:, :-1], rows[:, 1:], weights
 
 
 def reference_losses(prepared: Prepared, samples: list[list[str]]) -> list[float]:
@@ -44,7 +60,7 @@ def reference_losses(prepared: Prepared, samples: list[list[str]]) -> list[float
     )
     shard = str(Path(config.data.train) / "shard-000000.tar")
     losses = []
-    for step, batch in enumerate(plain_loop.read_batches(shard, samples, config.model.context)):
+    for step, batch in enumerate(read_batches(shard, samples, config.model.context)):
         lr = LR * min(1.0, (step + 1) / WARMUP)
         losses.append(float(plain_loop.train_step(plain, optimizer, batch, lr, clip=1.0)))
     return losses
