@@ -13,7 +13,11 @@ from bigtrain.testing.equivalence import LR, OF_NUMBERS, How, What, build, micro
 from bigtrain.testing.ranks import RankPool
 from bigtrain.training.callbacks.norms import NormsConfig
 
-WHAT = What({"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56, "tied": True})
+WHAT = What(
+    {"arch": "llama", "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56, "tied": True},
+    optimizer={"name": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+)
+"""Momentum and not Adam, whose steps are as large where a gradient is nothing but rounding."""
 STEPS = 4
 
 
