@@ -21,7 +21,7 @@ from bigtrain.config import UserError
 from bigtrain.models.batches import batch_kind
 from bigtrain.models.check import check_embedding, check_names, users_code
 from bigtrain.models.contract import Batch, LossSum
-from bigtrain.models.plain.across import OneProcess, Ranks, across
+from bigtrain.models.plain.across import BatchRanks, OneProcess, across
 from bigtrain.models.plain.draws import Draws, drawing
 from bigtrain.models.plain.facts import Facts, attributes
 from bigtrain.models.plain.network import Network
@@ -185,7 +185,7 @@ class _Passes:
             self._refuse_state(network, before, middle, after, _repeats(whole, again))
             self._check_coupling(whole, training)
 
-    def _pass(self, network: Network, batch: Batch, ranks: Ranks | None = None, constant: bool = False) -> _Result:
+    def _pass(self, network: Network, batch: Batch, ranks: BatchRanks | None = None, constant: bool = False) -> _Result:
         """Forward and backward, from the generators' state at a step's beginning."""
         rows = len(batch["keys"])
         network.zero_grad(set_to_none=True)
