@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Rehearsed:
-    """One of the ranks that `together` runs; see `across.Ranks`."""
+    """One of the ranks that `together` runs; see `across.BatchRanks`."""
 
     def __init__(self, stage: _Stage, rank: int, rows: list[int]) -> None:
         self.rank = rank
