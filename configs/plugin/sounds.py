@@ -14,7 +14,8 @@ from torch import nn
 from bigtrain.config import UserError
 from bigtrain.data.formats.images import MAX_LABEL_BYTES, decode_label
 from bigtrain.data.formats.tar import TarSample
-from bigtrain.data.index import Shard, ShardIndex
+from bigtrain.data.index import ShardIndex
+from bigtrain.data.shard import Shard
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
