@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import documents
 from bigtrain.data.packing.documents import pack
-from bigtrain.data.tokenizers import Tokenizer, train_bpe
+from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import ExitCode, Lease, RunDirectory, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.prepare import prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from bigtrain.data.accounting import PassedOver
     from bigtrain.data.index import ShardIndex
     from bigtrain.data.kind import SampleKind
+    from bigtrain.data.tokenizers import Tokenizer
 
-INPUTS = "Text, JSON lines, Parquet, tars of text, also compressed (gzip, zstd, bzip2, xz); directories; patterns."
+INPUTS = (
+    "Text, JSON lines, Parquet, Arrow, MDS, tars of text, token files; also compressed (gzip, zstd, bzip2, xz); "
+    "directories; patterns."
+)
+TOKENIZER = "bytes, a tokenizer.json, a SentencePiece .model, or a directory with one of them or with GPT-2's files."
+BeginOfTextOption = Annotated[
+    str,
+    typer.Option("--bos", help="Begin documents with a begin of text: no, yes, or as its rule says (rule)."),
+]
 
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
@@ -29,12 +38,11 @@ SkipBad = Annotated[int, typer.Option(min=0, help="Bad samples that are skipped 
 def data_pack(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="bytes, a tokenizer.json, or a directory with one or with GPT-2's files.")
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     eot: EndOfText = None,
     kind: Annotated[
-        str | None, typer.Option("--kind", help="What samples are: tokens, images, captions, arrays, or a plugin's.")
+        str | None,
+        typer.Option("--kind", help="What samples are: tokens, supervised, images, captions, arrays, or a plugin's."),
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg.")] = False,
     captions: Annotated[
@@ -45,7 +53,17 @@ def data_pack(
     ] = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
-    key: Annotated[str, typer.Option(help="The key of a JSON line, or column, that holds the text.")] = "text",
+    key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
+    columns: Annotated[
+        str | None, typer.Option(help="Where columns lie, for --kind supervised: prompt=question,completion=answer.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file in place of the tokenizer's chat template.")
+    ] = None,
+    bos: BeginOfTextOption = "no",
+    token_type: Annotated[
+        str | None, typer.Option(help="Of .bin files of token ids alone: uint16, uint32, and so on.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
     skip_bad: SkipBad = 0,
@@ -56,9 +74,10 @@ def data_pack(
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
+        from bigtrain.data.encoding.forms import parse_columns
+        from bigtrain.data.formats.token_files import TOKEN_TYPES
         from bigtrain.data.kind import kind_named
         from bigtrain.data.packing.options import PackOptions
-        from bigtrain.data.tokenizers import Tokenizer
 
         load_plugins(plugin)
         flags = {"images": images, "captions": captions, "arrays": arrays}
@@ -66,16 +85,21 @@ def data_pack(
         if len(named) > 1:
             raise UserError(f"{' and '.join(named)} are different sample kinds", fix="give one of them")
         chosen = kind_named(named[0] if named else "tokens")
-        _refuse_options(chosen, {"tokenizer": tokenizer, "image_size": image_size})
+        special = {"columns": columns, "chat_template": chat_template, "token_type": token_type}
+        _refuse_options(chosen, {"tokenizer": tokenizer, "image_size": image_size, **special})
+        if token_type is not None and token_type not in TOKEN_TYPES:
+            raise UserError(f"{token_type!r} is no type of tokens", "--token-type", f"use {', '.join(TOKEN_TYPES)}")
         try:
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
             raise UserError(str(error), "--shard-size") from None
         with stages() as progress:
             options = PackOptions(
-                tokenizer=None if tokenizer is None else Tokenizer.open(tokenizer, eot),
+                tokenizer=None if tokenizer is None else _tokenizer(tokenizer, eot, bos, chat_template),
                 image_size=image_size,
                 key=key,
+                columns={} if columns is None else parse_columns(columns),
+                token_type=token_type,
                 validation=validation,
                 shard_bytes=shard_bytes,
                 skip_bad=skip_bad,
@@ -85,6 +109,20 @@ def data_pack(
             summary = chosen.pack(inputs, out, options)
         _show_passed(summary.passed, as_json)
         show(summary.as_json(), as_json, lines)
+
+
+def _tokenizer(source: str, eot: str | None, bos: str, chat_template: Path | None = None) -> Tokenizer:
+    from bigtrain.config import UserError
+    from bigtrain.data.encoding.rules import BeginOfText
+    from bigtrain.data.tokenizers import Tokenizer
+
+    if bos not in get_args(BeginOfText):
+        raise UserError(f"--bos is {bos!r}", fix=f"use {', '.join(get_args(BeginOfText))}")
+    try:
+        template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the chat template cannot be read: {error}", str(chat_template)) from None
+    return Tokenizer.open(source, eot, cast("BeginOfText", bos), template)
 
 
 def _show_passed(passed: PassedOver, as_json: bool) -> None:
@@ -107,16 +145,22 @@ def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
 @app.command("tokenizer")
 def data_tokenizer(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
-    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary, for bpe.")] = None,
+    kind: Annotated[str, typer.Option(help="bpe of bytes, or characters: one token for each.")] = "bpe",
+    key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """Learn a byte-level BPE tokenizer from text."""
+    """Learn a tokenizer from text: a byte-level BPE, or its characters."""
     with errors(as_json):
+        from bigtrain.config import UserError
+        from bigtrain.data.encoding.learned import characters_of, train_bpe
         from bigtrain.data.formats.documents import documents
-        from bigtrain.data.tokenizers import train_bpe
 
-        learned = train_bpe(documents(inputs), vocab, out)
+        if kind not in ("bpe", "characters") or (kind == "bpe") != (vocab is not None):
+            raise UserError("a tokenizer is --kind bpe with --vocab, or --kind characters without")
+        found = documents(inputs, key)
+        learned = characters_of(found, out) if vocab is None else train_bpe(found, vocab, out)
         result = {"out": str(out), "vocab_size": learned.vocab_size}
         show(result, as_json, lambda value: f"{value['out']}: {value['vocab_size']} tokens")
 
@@ -127,6 +171,7 @@ def data_index(
     out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
     eot: EndOfText = None,
+    bos: BeginOfTextOption = "no",
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
     ] = None,
@@ -140,11 +185,10 @@ def data_index(
         from bigtrain.config.urls import is_url
         from bigtrain.data.accounting import PassedOver
         from bigtrain.data.indexing import index_directory, index_urls
-        from bigtrain.data.tokenizers import Tokenizer
 
         load_plugins(plugin)
         passed = PassedOver(skip_bad)
-        opened = None if tokenizer is None else Tokenizer.open(tokenizer, eot)
+        opened = None if tokenizer is None else _tokenizer(tokenizer, eot, bos)
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:

@@ -15,21 +15,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo, read_class_names
 from bigtrain.data.kind import SampleKind, kind_named
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
 from bigtrain.models.batches import KINDS
 from bigtrain.storage import hash_file, hash_text, write_json
 from bigtrain.storage.scheme import check_url
 
-FORMAT_VERSION = 3
-"""Written for kinds that came later; for shards of text or with a `base_url` 2 is enough, for others 1."""
+FORMAT_VERSION = 4
+"""Written for documents with a begin of text and kinds with lengths; 3 is enough for kinds that came after the first,
+2 for shards of text or with a `base_url`, 1 for others."""
 FIRST_KINDS = ("tokens", "images")
 """The kinds that a reader of format 1 knows."""
 MAX_INDEX_BYTES = 1 << 31
@@ -42,45 +43,6 @@ _SIDECAR_HEADER_BYTES = 128
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
-class Shard:
-    """One tar of a shard directory. The names of the first three fields are those of wids.
-
-    With slots, since an index of a million shards holds a million of these.
-    """
-
-    url: str
-    """File name inside the directory."""
-    nsamples: int = Field(ge=0)
-    filesize: int = Field(ge=0)
-    hash: str
-    """Of the tar, as `storage.hash_file` writes it."""
-    tokens: int = Field(ge=0)
-    """Tokens of all its documents or captions; 0 for images and arrays."""
-    index: str
-    """File name of its sidecar."""
-    index_hash: str
-    tokens_hash: str | None = None
-    """Of the tokens that a shard of text, or its captions, become; None for stored tokens, images and arrays."""
-
-    @field_validator("url", "index")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if value != Path(value).name or value in ("", ".", "..") or value[0] == "." or ":" in value or "\0" in value:
-            raise ValueError(f"{value!r} is not a plain file name")
-        return value
-
-    def as_json(self) -> dict[str, Any]:
-        """Its entry in index.json."""
-        named = {field: getattr(self, field) for field in self.__slots__}
-        return {field: value for field, value in named.items() if value is not None}
-
-    @property
-    def stem(self) -> str:
-        """Its name in sample ids."""
-        return self.url.removesuffix(".tar")
 
 
 class ShardIndex(_Record):
@@ -159,9 +121,10 @@ class ShardIndex(_Record):
         """UTF-8 bytes of text that a token stands for, on average; None where not known."""
         return None if self.text_bytes is None or not self.tokens else self.text_bytes / self.tokens
 
-    def sequence_counts(self, context: int) -> list[int]:
+    def sequence_counts(self, context: int, document_mask: bool = False) -> list[int]:
         """What a step can consume of each shard: sequences of `context` tokens, or samples of other kinds."""
-        return self.sample_kind.sequence_counts(self, context)
+        kind = self.sample_kind
+        return kind.packed_counts(self, context) if document_mask else kind.sequence_counts(self, context)
 
     @property
     def columns(self) -> int:
@@ -337,7 +300,9 @@ def write_index(
     if facts is not None:
         content["facts"] = facts
     shardlist = [shard.as_json() for shard in shards]
-    version = FORMAT_VERSION if kind not in FIRST_KINDS else 2 if text or base_url is not None else 1
+    version = 3 if kind not in FIRST_KINDS else 2 if text or base_url is not None else 1
+    if any(shard.lengths is not None for shard in shards) or (tokenizer is not None and tokenizer.bos is not None):
+        version = FORMAT_VERSION
     header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
     return load_index(directory)
@@ -345,7 +310,9 @@ def write_index(
 
 def fingerprint(kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, hashes: list[str]) -> str:
     """Identifies the data: other bytes, shard order or tokenizer give another one; names do not."""
-    value = [kind, dtype, None if tokenizer is None else tokenizer.hash, hashes]
+    value: list[Any] = [kind, dtype, None if tokenizer is None else tokenizer.hash, hashes]
+    if tokenizer is not None and tokenizer.bos is not None:
+        value.append(tokenizer.bos)
     return hash_text(json.dumps(value))
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.images import read_class_names
-from bigtrain.data.index import INDEX_NAME, Shard, ShardIndex, load_index, write_index
+from bigtrain.data.index import INDEX_NAME, ShardIndex, load_index, write_index
 from bigtrain.data.kind import kind_named
 from bigtrain.data.scanning import Scan, scan_shard
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import write_sidecar
 from bigtrain.data.streaming.remote import tars_at
 from bigtrain.data.tokenizers import Tokenizer, TokenizerInfo
@@ -170,7 +171,8 @@ def write_common(
 def write_shard(path: Path, scan: Scan, root: Path) -> Shard:
     """Write a tar's sidecar into `root`; what an index says of the tar."""
     sidecar = root / f"{path.name.removesuffix('.tar')}.idx.npy"
-    column = kind_named(scan.kind).token_column(scan.text)
+    kind = kind_named(scan.kind)
+    column = kind.token_column(scan.text)
     return Shard(
         url=path.name,
         nsamples=len(scan.rows),
@@ -180,6 +182,7 @@ def write_shard(path: Path, scan: Scan, root: Path) -> Shard:
         index=sidecar.name,
         index_hash=write_sidecar(sidecar, scan.rows),
         tokens_hash=scan.tokens_hash,
+        lengths=kind.lengths(scan.rows),
     )
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.index import INDEX_NAME, REINDEX, Shard, ShardIndex, load_index
+from bigtrain.data.index import INDEX_NAME, REINDEX, ShardIndex, load_index
 from bigtrain.data.scanning import scan_shard
+from bigtrain.data.shard import Shard
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from bigtrain.models.batches import KINDS, BatchKind
 if TYPE_CHECKING:
     from bigtrain.data.formats.images import ImageInfo
     from bigtrain.data.formats.tar import TarSample
-    from bigtrain.data.index import Shard, ShardIndex
+    from bigtrain.data.index import ShardIndex
     from bigtrain.data.packing.options import PackOptions
     from bigtrain.data.packing.sample import Sample
     from bigtrain.data.packing.summary import PackSummary
     from bigtrain.data.reading import Reader
     from bigtrain.data.scanning import Scan
+    from bigtrain.data.shard import Shard
     from bigtrain.data.streaming.store import ShardStore
     from bigtrain.data.tokenizers import Tokenizer
     from bigtrain.models.config import ModelConfig
@@ -66,7 +67,7 @@ class SampleKind(BatchKind):
     """The kind whose batches it gives, so that models of that kind take it; None: its own."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """The options of packing that the kind takes, of `tokenizer`, `image_size` and `key`."""
+    """The options of packing that the kind takes, of those that not all kinds take."""
 
     needs_tokenizer: ClassVar[bool] = False
     """Whether packing needs a tokenizer."""
@@ -92,6 +93,14 @@ class SampleKind(BatchKind):
     def sequence_counts(self, index: ShardIndex, context: int) -> list[int]:
         """What a step can consume of each shard: its samples."""
         return [shard.nsamples for shard in index.shards]
+
+    def packed_counts(self, index: ShardIndex, context: int) -> list[int]:
+        """Sequences of each shard where `data.document_mask` is on: as many as without, unless samples share one."""
+        return self.sequence_counts(index, context)
+
+    def lengths(self, rows: Rows) -> dict[str, int] | None:
+        """How many samples of a sidecar have each length, for kinds whose sequences depend on it."""
+        return None
 
     def token_column(self, text: bool) -> int | None:
         """The column of a sidecar that counts a sample's tokens; None where samples have none."""

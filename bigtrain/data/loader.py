@@ -122,7 +122,7 @@ class Loader:
         streaming: StreamingConfig | None = None,
     ) -> None:
         self.sources = Sources.of(data, source)
-        if order.counts.tolist() != self.sources.sequence_counts(context):
+        if order.counts.tolist() != self.sources.sequence_counts(context, document_mask):
             raise ValueError("the order was made for other data or another context")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"rank {dp_rank} is not among {dp_size}")
@@ -224,7 +224,7 @@ class EvaluationLoader:
         self, data: ShardIndex | str | Path, *, batches: int, sequences: int | None = None, context: int, **loader: Any
     ) -> None:
         index = data if isinstance(data, ShardIndex) else load_index(data)
-        order = FixedOrder(index.sequence_counts(context), sequences)
+        order = FixedOrder(index.sequence_counts(context, loader.get("document_mask", False)), sequences)
         self._loader = Loader(index, order, context=context, **{"source": "validation", **loader})
         if not order.sequences_per_epoch:
             raise UserError("the validation data holds no sequence", where=str(index.directory), fix="hold out more")

@@ -1,38 +1,40 @@
-"""Tokenizers: bytes, a tokenizer.json with what lies beside it, and GPT-2's pair of files, behind one small class.
+"""Tokenizers: bytes, a tokenizer.json, a SentencePiece model and GPT-2's pair of files behind one small class.
 
 Encoding is of ordinary text: the characters of a special token inside a document (say "<|endoftext|>") are
-encoded as text, so that no document can forge the end of another.
+encoded as text, so that no document can forge the end of another. `encoding.chat` has the exception.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from bigtrain.config import UserError
-from bigtrain.data.formats.documents import Document
-from bigtrain.data.tokenizer_files import (
+from bigtrain.data.encoding.files import (
     CONFIG_NAME,
+    CONVERT,
     END_OF_TEXT_NAMES,
     FILE_NAME,
     GPT2_CLASSES,
     GPT2_PAIRS,
+    PIECES_NAME,
     TEMPLATE_NAME,
     config_of,
     content_of,
     gpt2_pair,
-    named_end_of_text,
     read_companions,
     read_gpt2,
     read_json,
-)
+)  # fmt: skip
+from bigtrain.data.encoding.rules import BeginOfText, begin_of_text, exported_rule
 from bigtrain.storage import hash_text, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -43,8 +45,6 @@ Tokens = npt.NDArray[np.int64]
 BYTES_VOCAB_SIZE = 257
 BYTES_END_OF_TEXT = 256
 CHUNK_CHARACTERS = 1 << 20
-
-_CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 # A letter, a space or line end, a letter: no byte-level pre-tokenizer in use joins the first letter and what
 # follows into one word, so cutting between them changes no token.
@@ -61,10 +61,22 @@ class TokenizerInfo:
     eot: int | None
     """Id of the end of text; None where it is not known."""
     hash: str
+    bos: int | None = None
+    """Id of the begin of text that each document begins with; None: they begin without."""
 
     def as_json(self) -> dict[str, Any]:
         """The object that an index holds, and `data tokenizer --json` prints."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "bos" or value is not None}
+
+
+class Definition(NamedTuple):
+    """What makes a tokenizer again in another process."""
+
+    content: str
+    """Of the tokenizer.json."""
+    eot: str | None
+    bos: int | None
+    companions: dict[str, str]
 
 
 class Tokenizer:
@@ -75,6 +87,10 @@ class Tokenizer:
         eot: Name of the end-of-text token; found among the usual names where None.
         where: The file, for errors.
         companions: The contents of `COMPANIONS`, by name, as far as they are there.
+        bos: Whether documents begin with a begin of text.
+
+    Raises:
+        UserError: There is no end-of-text token, or no begin-of-text token where one is required.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class Tokenizer:
         eot: str | None = None,
         where: str | None = None,
         companions: dict[str, str] | None = None,
+        bos: BeginOfText = "no",
     ) -> None:
         self._backend = backend
         self.companions = companions or {}
@@ -100,46 +117,64 @@ class Tokenizer:
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
             eot=_end_of_text(backend, eot, where),
             hash=_hash(self._definition.encode()),
+            bos=begin_of_text(backend, self.config, bos, where),
         )
 
     @classmethod
-    def open(cls, source: str, eot: str | None = None) -> Tokenizer:
-        """The tokenizer that a user names: "bytes", a tokenizer.json, or a directory of one or of GPT-2's files.
+    def open(
+        cls, source: str, eot: str | None = None, bos: BeginOfText = "no", chat_template: str | None = None
+    ) -> Tokenizer:
+        """The tokenizer that a user names: "bytes", a tokenizer.json, a SentencePiece model, or a directory.
 
-        A tokenizer.json goes before other files of its directory. The end of text is `eot`, else the `eos_token` of the
-        tokenizer_config.json beside it, else found among the usual names.
+        A tokenizer.json goes before other files of its directory, these are GPT-2's pair, and tokenizer.model. The end
+        of text is `eot`, else the `eos_token` of the tokenizer_config.json beside it, else found among the usual names.
+
+        Args:
+            bos: Whether documents begin with a begin of text.
+            chat_template: A Jinja template to use in place of the one that lies beside the tokenizer.
 
         Raises:
             UserError: Nothing there, not a tokenizer, or one that is not read.
         """
         if source == "bytes":
-            if eot is not None:
-                raise UserError("the end of text of bytes is fixed", fix="omit --eot")
+            if eot is not None or bos == "yes" or chat_template is not None:
+                raise UserError(
+                    "bytes have a fixed end of text, no begin of text and no special tokens for a chat template",
+                    fix="omit --eot, --bos and --chat-template, or name a tokenizer.json",
+                )
             return cls()
         path = Path(source)
         if not path.exists():
             raise UserError(
                 f"no tokenizer at {source!r}",
-                fix="give 'bytes', a tokenizer.json, or a directory with one or with GPT-2's files",
+                fix="give 'bytes', a tokenizer.json, a SentencePiece .model, or a directory with one or GPT-2's files",
             )
         directory = path if path.is_dir() else path.parent
         pair = gpt2_pair(directory, None if path.is_dir() else path.name)
         definition = path if path.is_file() and pair is None else directory / FILE_NAME
         companions = read_companions(directory)
-        eot = eot or named_end_of_text(companions)
-        if definition.is_file():
-            return cls(read_json(definition), eot, source, companions)
+        if chat_template is not None:
+            companions[TEMPLATE_NAME] = chat_template
+        eot = eot or content_of(config_of(companions).get("eos_token"))
+        if definition.is_file() and definition.suffix != ".model":
+            return cls(read_json(definition), eot, source, companions, bos)
+        pieces = path if path.is_file() else directory / PIECES_NAME
+        if pair is None and pieces.is_file():
+            from bigtrain.data.encoding.sentencepiece import read_pieces
+
+            added = config_of(companions).get("added_tokens_decoder")
+            return cls(read_pieces(pieces, added), eot, source, companions, bos)
         if pair is None:
             raise UserError(
                 "the directory holds no tokenizer that is read",
                 where=source,
-                fix=f"it needs {FILE_NAME} ({_CONVERT}), or one of "
+                fix=f"it needs {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
                 + ", ".join(" + ".join(names) for names in GPT2_PAIRS),
             )
         kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
-            raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, _CONVERT)
-        return cls(read_gpt2(*pair), eot, source, companions)
+            raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, CONVERT)
+        return cls(read_gpt2(*pair), eot, source, companions, bos)
 
     @classmethod
     def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
@@ -162,20 +197,22 @@ class Tokenizer:
         tokenizer.info = info
         return tokenizer
 
-    def definition(self) -> tuple[str, str | None] | None:
+    def definition(self) -> Definition | None:
         """What `from_definition` makes the same tokenizer of, in another process; None for bytes."""
         if self._backend is None:
             return None
-        return self._definition, self.token_of(self.eot)
+        return Definition(self._definition, self.token_of(self.eot), self.bos, self.companions)
 
     @classmethod
-    def from_definition(cls, definition: tuple[str, str | None] | None) -> Tokenizer:
+    def from_definition(cls, definition: Definition | None) -> Tokenizer:
         """The tokenizer whose `definition` this is."""
         if definition is None:
             return cls()
         from tokenizers import Tokenizer as Backend
 
-        return cls(Backend.from_str(definition[0]), definition[1])
+        tokenizer = cls(Backend.from_str(definition.content), definition.eot, companions=definition.companions)
+        tokenizer.info = replace(tokenizer.info, bos=definition.bos)
+        return tokenizer
 
     def token_of(self, id: int) -> str | None:
         """The text of a token, special ones too; None for bytes, and where there is no such token."""
@@ -191,7 +228,7 @@ class Tokenizer:
     def export(self, directory: str | Path, context: int) -> dict[str, int]:
         """Write the tokenizer as `from_pretrained` of transformers reads it, so that it gives what was trained on.
 
-        Documents are stored without a begin of text: where the tokenizer's own rule adds one, the written one does not.
+        The written tokenizer adds a begin of text where the stored documents have one, whatever its own rule was.
         Special tokens and chat template stay as they lay beside the tokenizer.
 
         Args:
@@ -200,14 +237,16 @@ class Tokenizer:
         Returns:
             The ids of end and begin of text, for config.json.
         """
-        place, config = Path(directory), config_of(self.companions)
+        place, config = Path(directory), self.config
         definition = json.loads(self._definition)
-        definition["post_processor"] = _without_special_tokens(definition.get("post_processor"))
+        bos = None if self.bos is None else (str(self.token_of(self.bos)), self.bos)
+        definition["post_processor"] = exported_rule(definition.get("post_processor"), bos)
         write_atomic(place / FILE_NAME, json.dumps(definition, ensure_ascii=False))
         name = self.token_of(self.eot)
-        begin = content_of(config.get("bos_token")) or name
+        begin = self.token_of(self.bos) if self.bos is not None else content_of(config.get("bos_token")) or name
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": begin}
-        config |= {key: False for key in ("add_bos_token", "add_eos_token") if key in config}
+        adds = {"add_bos_token": self.bos is not None, "add_eos_token": False}
+        config |= {key: value for key, value in adds.items() if key in config}
         config.setdefault("model_max_length", context)
         config.pop("auto_map", None)
         write_json(place / CONFIG_NAME, config)
@@ -227,6 +266,31 @@ class Tokenizer:
         """Id of the end of text."""
         assert self.info.eot is not None
         return self.info.eot
+
+    @property
+    def bos(self) -> int | None:
+        """Id of the begin of text that each document begins with; None: documents begin without."""
+        return self.info.bos
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The object in the tokenizer_config.json that lies beside the tokenizer."""
+        return config_of(self.companions)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, which plain text never becomes, by their text."""
+        if self._backend is None:
+            return {}
+        found = self._backend.get_added_tokens_decoder()
+        return {token.content: id for id, token in found.items() if token.special}
+
+    @cached_property
+    def special_strips(self) -> dict[str, tuple[str, str]]:
+        """Patterns of the white space before and after each special token that belongs to it."""
+        assert self._backend is not None
+        tokens = [token for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        return {one.content: (r"\s*" if one.lstrip else "", r"\s*" if one.rstrip else "") for one in tokens}
 
     @property
     def hash(self) -> str:
@@ -273,6 +337,28 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
+    def encode_with_places(self, text: str, special: bool = False) -> tuple[Tokens, Tokens, Tokens]:
+        """The ids of a text, and the first character of each and one past its last, all int64.
+
+        Args:
+            special: Whether the text of a special token becomes that token.
+        """
+        if self._backend is None:
+            sizes = [len(character.encode()) for character in text]
+            places = np.repeat(np.arange(len(text), dtype=np.int64), sizes)
+            return self.encode(text), places, places + 1
+        self._untrimmed.encode_special_tokens = not special
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.asarray(encoding.ids, dtype=np.int64), spans[:, 0], spans[:, 1]
+
+    @cached_property
+    def _untrimmed(self) -> HuggingFaceTokenizer:
+        """The same tokenizer, whose places of tokens include the spaces that a post-processor would leave out."""
+        from tokenizers import Tokenizer as Backend
+
+        return Backend.from_str(json.dumps({**json.loads(self._definition), "post_processor": None}))
+
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of some ids; the end of text becomes nothing, bytes that are no UTF-8 become U+FFFD."""
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -292,51 +378,8 @@ def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
     definition = tokenizer.definition()
     if definition is None:
         return False
-    own, other = json.loads(definition[0]), json.loads(read_json(file).to_str(pretty=False))
+    own, other = json.loads(definition.content), json.loads(read_json(file).to_str(pretty=False))
     return all(own.get(key) == other.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
-
-
-def train_bpe(
-    documents: Iterable[Document], vocab: int, out: str | Path, progress: Callable[[str], None] | None = None
-) -> Tokenizer:
-    """Train a byte-level BPE of `vocab` entries (fewer on little text) and write it as tokenizer.json.
-
-    The 256 bytes and <|endoftext|> are always in it. Deterministic: the same documents give the same file.
-
-    Raises:
-        UserError: `vocab` is too small, or `out` exists.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab < BYTES_VOCAB_SIZE:
-        raise UserError(f"a vocabulary of {vocab} cannot hold all bytes and an end of text", fix="use at least 257")
-    target = Path(out)
-    if target.exists():
-        raise UserError(f"{str(out)!r} exists already", fix="choose another file, or delete it")
-    if not target.parent.is_dir():
-        raise UserError("the directory of the output is not there", where=str(target.parent), fix="create it")
-
-    def pieces() -> Iterator[str]:
-        for document in documents:
-            if progress is not None:
-                progress(document.name)
-            for text in document.pieces():
-                yield from text.splitlines(keepends=True)
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_TEXT_NAMES[0]],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(pieces(), trainer)
-    tokenizer = Tokenizer(backend)
-    write_atomic(target, backend.to_str(pretty=True))
-    return tokenizer
 
 
 def _last_safe_cut(text: str) -> int | None:
@@ -375,13 +418,3 @@ def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | N
             return int(found)
     wanted = repr(name) if name is not None else " or ".join(END_OF_TEXT_NAMES)
     raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it with --eot TOKEN")
-
-
-def _without_special_tokens(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A tokenizer's post-processor without the parts that add special tokens to a text."""
-    if step is None or step.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
-        return None
-    if step.get("type") == "Sequence":
-        kept = [one for one in map(_without_special_tokens, step.get("processors", [])) if one is not None]
-        return {**step, "processors": kept} if kept else None
-    return step

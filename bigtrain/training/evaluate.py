@@ -189,7 +189,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
     """
     model = config.model
     for index in data.values():
-        if index.kind != model.data_kind:
+        if model.data_kind not in (index.kind, index.sample_kind.gives):
             raise UserError(f"The shards hold {index.kind}, and the model takes {model.data_kind}", index.place)
     check_support(
         config.engine,

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.config.urls import is_url
-from bigtrain.data.config import StreamingConfig
+from bigtrain.data.encoding.files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.mixture import MixedOrder, Sources
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.streaming.store import check_remote, open_index, shards_at_once
-from bigtrain.data.tokenizer_files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import same_encoding
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
@@ -108,7 +107,7 @@ class Prepared:
         """The global order of the training data."""
         config, consumed = self.config, self.config.data.consumed
         orders = [
-            SampleOrder(config.seed, index.fingerprint, index.sequence_counts(self.context), config.data.shuffle_window)
+            SampleOrder(config.seed, index.fingerprint, self._counts(index), config.data.shuffle_window)
             for index in self.sources.indexes
         ]
         if len(orders) == 1 and consumed is None:
@@ -124,8 +123,12 @@ class Prepared:
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been gone through after `step` steps."""
         consumed = self.order.drawn(step * self.batch_sequences).tolist()
-        sizes = [sum(index.sequence_counts(self.context)) for index in self.sources.indexes]
+        sizes = [sum(self._counts(index)) for index in self.sources.indexes]
         return {name: one / size for name, one, size in zip(self.sources.names, consumed, sizes, strict=True)}
+
+    def _counts(self, index: ShardIndex) -> list[int]:
+        """Sequences of each shard."""
+        return index.sequence_counts(self.context, self.config.data.document_mask)
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant: samples that lose their end, weights of another tokenizer."""
@@ -194,8 +197,8 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     if verify:
         for several, window in ((sources, config.data.shuffle_window), (held_out, 1)):
             if several is not None:
-                _check_bytes(several, config.streaming, context, window, batch)
-    per_epoch = sum(sources.sequence_counts(context))
+                _check_bytes(several, config, context, window, batch)
+    per_epoch = sum(sources.sequence_counts(context, config.data.document_mask))
     try:
         total = config.duration.in_steps(batch * context, batch, per_epoch)
     except ValueError as error:
@@ -259,13 +262,14 @@ def _open(key: str, config: RunConfig, first: bool, pinned: Mapping[str, Any] | 
     return sources
 
 
-def _check_bytes(sources: Sources, streaming: StreamingConfig, context: int, window: int, batch: int) -> None:
+def _check_bytes(sources: Sources, config: RunConfig, context: int, window: int, batch: int) -> None:
+    streaming, mask = config.streaming, config.data.document_mask
     try:
         held = []
         for index in sources.indexes:
             if index.origin is None:
                 index.check(streaming.verify)
-            held.append((index, shards_at_once(index.sequence_counts(context), window, batch)))
+            held.append((index, shards_at_once(index.sequence_counts(context, mask), window, batch)))
         check_remote(held, streaming)
     except (RemoteError, CorruptionError) as error:
         # Nothing has run yet, and the user can fix it.

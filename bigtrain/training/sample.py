@@ -14,6 +14,7 @@ from torch import nn
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
+from bigtrain.data.encoding.chat import ChatTemplate, template_of
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
@@ -152,10 +153,13 @@ def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) ->
         )
     tokenizer = index_of_run(run, config).load_tokenizer()
     template = next((place for place in _sources(config) if (place / "tokenizer_config.json").is_file()), None)
+    ends = {tokenizer.eot}
+    if template_of(tokenizer) is not None:
+        ends |= ChatTemplate.of(tokenizer).ends_of_turns()
     return Writer(
         model,
         _OfData(tokenizer, template, str(run.path)),
-        frozenset((tokenizer.eot,)),
+        frozenset(ends),
         None if image else tokenizer.eot,
         next(model.parameters()).device,
     )
@@ -226,7 +230,7 @@ def index_of_run(run: RunDirectory, config: RunConfig) -> ShardIndex:
 
 @dataclass(frozen=True)
 class _OfData:
-    """The tokenizer of a run's data; conversations by that of the weights that the run began from."""
+    """The tokenizer of a run's data; conversations by its template, else that of the weights the run began from."""
 
     tokenizer: Tokenizer
     template: Path | None
@@ -234,10 +238,13 @@ class _OfData:
 
     def encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return [int(id) for id in self.tokenizer.encode(prompt)]
+            begin = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+            return [*begin, *(int(id) for id in self.tokenizer.encode(prompt))]
+        if template_of(self.tokenizer) is not None:
+            return [int(id) for id in ChatTemplate.of(self.tokenizer).prompt(prompt)]
         if self.template is None:
-            fix = "Give a prompt with the marks of its turns in it, or train from a directory that has a template."
-            raise UserError("The run began from no tokenizer with a chat template", self.where, fix)
+            fix = "Pack the data with a tokenizer that has one, or with --chat-template FILE."
+            raise UserError("Neither the data nor the weights have a tokenizer with a chat template", self.where, fix)
         return _OfTransformers(_tokenizer_in(self.template), str(self.template)).encode(prompt)
 
     def decode(self, tokens: list[int]) -> str:

@@ -15,12 +15,12 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.images import MAX_LABEL_BYTES, decode_label
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import ShardIndex
-from bigtrain.data.shard import Shard
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, read_bytes
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer

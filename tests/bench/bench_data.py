@@ -31,13 +31,14 @@ from typing import Any
 
 import numpy as np
 
+from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import documents as read_documents
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.data.packing.documents import pack
-from bigtrain.data.tokenizers import Tokenizer, train_bpe
+from bigtrain.data.tokenizers import Tokenizer
 from tests.bench import bench_data_readers
 from tests.bench.bench_data_http import over_http
 from tests.bench.bench_data_readers import BATCH, CONTEXT
@@ -227,7 +228,8 @@ def index_memory(place: Path, shards: int) -> dict[str, Any]:
 
 
 def _measure_index(directory: str, shards: int, pipe: Any) -> None:
-    from bigtrain.data.index import Shard, write_index
+    from bigtrain.data.index import write_index
+    from bigtrain.data.shard import Shard
 
     place = Path(directory)
     place.mkdir()

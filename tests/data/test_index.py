@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import documents
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.packing.documents import pack
-from bigtrain.data.tokenizers import Tokenizer, train_bpe
+from bigtrain.data.tokenizers import Tokenizer
 
 
 def flip_bit(path: Path, place: int) -> None:
@@ -92,8 +93,8 @@ def test_a_missing_shard_is_the_users_mistake(packed: ShardIndex) -> None:
 
 
 def test_a_newer_format_is_refused(packed: ShardIndex) -> None:
-    edit(packed, format_version=4)
-    with pytest.raises(UserError, match="format 4"):
+    edit(packed, format_version=5)
+    with pytest.raises(UserError, match="format 5"):
         load_index(packed.directory)
 
 

@@ -13,6 +13,7 @@ import pytest
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import PassedOver
 from bigtrain.data.config import StreamingConfig
+from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import documents as documents_in
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.indexing import index_directory, index_urls
@@ -20,7 +21,7 @@ from bigtrain.data.inspect import verify
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
 from bigtrain.data.streaming.store import open_index
-from bigtrain.data.tokenizers import Tokenizer, train_bpe
+from bigtrain.data.tokenizers import Tokenizer
 
 WriteTar = Callable[..., Path]
 

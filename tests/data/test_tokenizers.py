@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import UserError
+from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import Document
 from bigtrain.data.index import load_index
 from bigtrain.data.packing.documents import pack
-from bigtrain.data.tokenizers import CHUNK_CHARACTERS, Tokenizer, train_bpe
+from bigtrain.data.tokenizers import CHUNK_CHARACTERS, Tokenizer
 
 
 @cache

@@ -86,6 +86,20 @@ def parquet_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
     return parquet, (pyarrow.ArrowException, OSError)
 
 
+def arrow_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
+    """pyarrow.ipc, and what it raises for damaged files.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import ipc
+    except ImportError:
+        raise UserError("reading Arrow files needs pyarrow", str(path), _EXTRA) from None
+    return ipc, (pyarrow.ArrowException, OSError)
+
+
 class _Bounded(io.RawIOBase):
     """A stream that is an error beyond a number of bytes."""
 

@@ -10,20 +10,21 @@ from typing import Literal
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.compressed import CODECS, MAGIC, open_bytes
+from bigtrain.data.formats.token_files import is_token_file
 
 HEAD_BYTES = 1 << 14
 LINE_BYTES = 1 << 26
 """Bytes of a first line that are parsed to see whether it is JSON."""
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 
-Kind = Literal["text", "lines", "records", "parquet", "tar", "binary"]
+Kind = Literal["text", "lines", "records", "parquet", "arrow", "mds", "tar", "ids", "binary"]
 
 NOT_TEXT = "not UTF-8 text"
 
 _BINARY = (
     (b"PK\x03\x04", "a zip archive"), (b"\x93NUMPY", "a NumPy array"), (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"), (b"%PDF", "a PDF"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
-    (b"ARROW1", "an Arrow file"), (b"\xff\xff\xff\xff", "an Arrow stream"), (b"\x04\x22\x4d\x18", "lz4"),
+    (b"\x04\x22\x4d\x18", "lz4"), (b"MMIDIDX\x00", "the index of a Megatron .bin"),
 )  # fmt: skip
 _TAR_MAGIC = slice(257, 262)
 
@@ -44,6 +45,8 @@ def detect(path: Path, key: str = "text") -> Content:
 
     JSON lines are several lines that are objects each, or one that has `key`. A JSON array of objects is records.
     """
+    if is_token_file(path):
+        return Content("ids")
     with open(path, "rb") as file:
         start = file.read(8)
     codec = next((name for magic, name in MAGIC if start.startswith(magic)), None) or CODECS.get(path.suffix.lower())
@@ -90,6 +93,8 @@ def _by_name(name: str) -> Kind | None:
 def _by_magic(head: bytes) -> tuple[Kind, str] | None:
     if head.startswith(b"PAR1"):
         return "parquet", ""
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow", ""
     if head[_TAR_MAGIC] == b"ustar":
         return "tar", ""
     return next((("binary", what) for magic, what in _BINARY if head.startswith(magic)), None)

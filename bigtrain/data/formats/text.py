@@ -81,8 +81,9 @@ def gunzip(data: bytes, limit: int, where: str) -> bytes:
 
 
 def encode_document(text: str, tokenizer: Tokenizer) -> Tokens:
-    """The tokens of a document and the end of text."""
-    return np.concatenate([*tokenizer.encode_stream([text]), np.asarray([tokenizer.eot], dtype=np.int64)])
+    """The tokens of a document and the end of text, after a begin of text where the tokenizer has one."""
+    begin = [] if tokenizer.bos is None else [np.asarray([tokenizer.bos], dtype=np.int64)]
+    return np.concatenate([*begin, *tokenizer.encode_stream([text]), np.asarray([tokenizer.eot], dtype=np.int64)])
 
 
 def tokenise_shard(path: Path, rows: np.ndarray, tokenizer: Tokenizer, file: BinaryIO) -> None:

@@ -21,12 +21,13 @@ from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_CLASSES, MAX_LABEL_
 from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
 from bigtrain.data.formats.stored_tokens import TOKEN_TYPES
 from bigtrain.data.formats.tar import Member, TarSample, read_at
-from bigtrain.data.index import Shard, ShardIndex
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, too_short
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer

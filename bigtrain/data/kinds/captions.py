@@ -22,7 +22,7 @@ from bigtrain.data.formats.npy import npy_bytes
 from bigtrain.data.formats.stored_tokens import StoredTokens, needs_tokenizer
 from bigtrain.data.formats.tar import TarSample, samples
 from bigtrain.data.formats.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
-from bigtrain.data.index import REINDEX, Shard, ShardIndex
+from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.kinds.images import (
     ImageSizes,
@@ -41,6 +41,7 @@ from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, read_bytes
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer

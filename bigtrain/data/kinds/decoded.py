@@ -14,13 +14,14 @@ from bigtrain.data.decoding import DECODERS, decode, decoder_of
 from bigtrain.data.formats.arrays import LABELS, MAX_ARRAY_BYTES, ArrayInfo
 from bigtrain.data.formats.images import MAX_LABEL_BYTES, decode_label
 from bigtrain.data.formats.tar import Member, TarSample
-from bigtrain.data.index import REINDEX, Shard, ShardIndex
+from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import Scanner
 from bigtrain.data.kinds.arrays import ArrayReader, ArraySamples
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Sample
 from bigtrain.data.reading import Reader, read_bytes
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer

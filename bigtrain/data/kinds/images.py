@@ -26,12 +26,13 @@ from bigtrain.data.formats.images import (
 )
 from bigtrain.data.formats.tar import Member, TarSample
 from bigtrain.data.formats.text import TEXT_MEMBERS
-from bigtrain.data.index import Shard, ShardIndex
+from bigtrain.data.index import ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
 from bigtrain.data.reading import Reader, SampleReader, read_bytes
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer

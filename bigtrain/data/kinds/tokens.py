@@ -20,13 +20,14 @@ from bigtrain.data.formats.npy import HEADER_BYTES, npy_layout
 from bigtrain.data.formats.stored_tokens import TOKEN_TYPES, StoredTokens, needs_tokenizer
 from bigtrain.data.formats.tar import TarSample, read_at
 from bigtrain.data.formats.text import TEXT_MEMBERS, encode_document, read_text
-from bigtrain.data.index import REINDEX, Shard, ShardIndex
+from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.order.sample_order import IntArray
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.summary import PackSummary
 from bigtrain.data.reading import Reader, ShardReader
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 LONG_DOCUMENT = 64
 """Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""
 PREVIEW_TOKENS = 256
+PASSED_ON = ("validation", "shard_bytes", "seed", "key", "token_type", "skip_bad")
+"""Options that packing takes as they are."""
 
 
 @KINDS.register
@@ -49,7 +52,7 @@ class TokenSequences(SampleKind):
     unit = "tokens"
     layout = "tokens in KEY.npy, or text in KEY.txt or KEY.txt.gz"
     of_tokens = needs_tokenizer = True
-    options = frozenset({"tokenizer", "key"})
+    options = frozenset({"tokenizer", "key", "token_type"})
 
     def columns(self, index: ShardIndex) -> int:
         """See the module's docstring."""
@@ -127,7 +130,7 @@ class TokenSequences(SampleKind):
         from bigtrain.data.packing.documents import pack
 
         assert options.tokenizer is not None
-        common = {name: getattr(options, name) for name in ("validation", "shard_bytes", "seed", "key", "skip_bad")}
+        common = {name: getattr(options, name) for name in PASSED_ON}
         return pack(inputs, out, options.tokenizer, workers=options.workers, progress=options.progress, **common)
 
     def open_reader(
@@ -230,13 +233,7 @@ class TokenReader(ShardReader[_TokenShard]):
 
     def blank(self, count: int) -> Arrays:
         """Sequences of token 0 and weight zero."""
-        shape = (count, self._context)
-        arrays: Arrays = {"tokens": np.zeros(shape, np.int64), "targets": np.zeros(shape, np.int64)}
-        if self._document_mask:
-            arrays["documents"] = np.zeros(shape, np.int32)
-            arrays["positions"] = np.broadcast_to(np.arange(self._context, dtype=np.int64), shape).copy()
-        arrays["weights"] = np.zeros(shape, np.float32)
-        return arrays
+        return blank_sequences(count, self._context, self._document_mask)
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
         """SOURCE/SHARD/DOCUMENT:OFFSET; DOCUMENT counts the shard's members, OFFSET tokens in it."""
@@ -335,6 +332,17 @@ class TokenReader(ShardReader[_TokenShard]):
             _scatter(documents, rows, inside, np.repeat(within, piece_size))
             rank = np.arange(int(sizes.sum())) - np.repeat(written, piece_size)
             _scatter(positions, rows, inside, rank)
+
+
+def blank_sequences(count: int, context: int, document_mask: bool) -> Arrays:
+    """Sequences of token 0 and weight zero, (count, context)."""
+    shape = (count, context)
+    arrays: Arrays = {"tokens": np.zeros(shape, np.int64), "targets": np.zeros(shape, np.int64)}
+    if document_mask:
+        arrays["documents"] = np.zeros(shape, np.int32)
+        arrays["positions"] = np.broadcast_to(np.arange(context, dtype=np.int64), shape).copy()
+    arrays["weights"] = np.zeros(shape, np.float32)
+    return arrays
 
 
 def _scatter(

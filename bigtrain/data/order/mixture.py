@@ -207,9 +207,9 @@ class Sources:
         """Whether shards of one of them go through the cache."""
         return any(index.streams for index in self.indexes)
 
-    def sequence_counts(self, context: int) -> list[int]:
+    def sequence_counts(self, context: int, document_mask: bool = False) -> list[int]:
         """Sequences of `context` tokens in each shard of each source."""
-        return [count for index in self.indexes for count in index.sequence_counts(context)]
+        return [count for index in self.indexes for count in index.sequence_counts(context, document_mask)]
 
     def sources_of(self, shards: IntArray) -> IntArray:
         """The number of each shard's source."""

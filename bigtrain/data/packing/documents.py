@@ -27,7 +27,8 @@ import numpy as np
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.documents import TextSource, parts, sources
+from bigtrain.data.formats.documents import parts, sources
+from bigtrain.data.formats.records import Source
 from bigtrain.data.indexing import write_common
 from bigtrain.data.packing.options import SHARD_BYTES, ReportProgress
 from bigtrain.data.packing.plan import PlannedShard, SplitPlan, Survey
@@ -55,6 +56,7 @@ def pack(
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     key: str = "text",
+    token_type: str | None = None,
     skip_bad: int = 0,
     workers: int = 1,
     part_bytes: int | None = None,
@@ -73,7 +75,8 @@ def pack(
             its tail.
         shard_bytes: Size that a shard exceeds by its headers at most; a longer document goes on in the next.
         seed: Another choice of held-out documents.
-        key: The key of a JSON line, or the column of a Parquet file, that holds the text.
+        key: The key of an object, or the column of a table, that holds the text; dots join keys (`records.under`).
+        token_type: Of files `.bin` that hold tokens alone; see `token_files`.
         skip_bad: Documents that may be bad, and are passed over and counted; one more is an error.
         workers: Processes; the bytes written do not depend on it.
         part_bytes: Input that one process takes at a time; None: by the size of the input.
@@ -88,12 +91,13 @@ def pack(
     if shard_bytes < MIN_SHARD_BYTES:
         raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
     passed = PassedOver(skip_bad)
-    found = list(sources(inputs, passed, key))
+    found = list(sources(inputs, passed, key, token_type))
     total = sum(source.bytes for source in found)
     if part_bytes is None:
         part_bytes = min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS_OF_SMALL_INPUT))
     job = PackJob(key, skip_bad, seed, tuple(_grouped(found, part_bytes, passed)))
-    identity = _identity(found, [key, skip_bad, seed, share, shard_bytes, part_bytes, tokenizer.hash, tokenizer.eot])
+    arguments = [key, token_type, skip_bad, seed, share, shard_bytes, part_bytes]
+    identity = _identity(found, [*arguments, tokenizer.hash, tokenizer.eot, tokenizer.bos])
     with workplace(target, identity) as scratch:
         if total <= SMALL_INPUT_BYTES:
             workers = 1
@@ -239,9 +243,9 @@ def _no_text() -> UserError:
     return UserError("the input is empty: it holds no text", fix="give files with text in them")
 
 
-def _grouped(found: Sequence[TextSource], part_bytes: int, passed: PassedOver) -> Iterator[tuple[TextSource, ...]]:
+def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> Iterator[tuple[Source, ...]]:
     """The input in parts of about one size: small files together, large ones divided where that can be."""
-    group: list[TextSource] = []
+    group: list[Source] = []
     size = 0
     for source in found:
         for part in _parts(source, part_bytes, passed):
@@ -254,7 +258,7 @@ def _grouped(found: Sequence[TextSource], part_bytes: int, passed: PassedOver) -
         yield tuple(group)
 
 
-def _parts(source: TextSource, part_bytes: int, passed: PassedOver) -> list[TextSource]:
+def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
     """The parts of a source; none where it cannot be opened and is skipped."""
     try:
         return list(parts(source, part_bytes))
@@ -263,7 +267,7 @@ def _parts(source: TextSource, part_bytes: int, passed: PassedOver) -> list[Text
         return []
 
 
-def _identity(found: Sequence[TextSource], arguments: list[Any]) -> str:
+def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
     """Identifies a packing: its files as they are now, and its arguments."""
     files = []
     for source in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bigtrain.data.accounting import PassedOver
@@ -23,7 +23,11 @@ class PackOptions:
     image_size: int | None = None
     """Scale and crop all images to squares of this many pixels; None: they have one size already."""
     key: str = "text"
-    """The key of a JSON line, or the column of a Parquet file, that holds the text."""
+    """The key of an object, or the column of a table, that holds the text; dots join keys (`records.under`)."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Where the columns of `encoding.forms` lie, for samples of which the loss counts a part."""
+    token_type: str | None = None
+    """Of files `.bin` that hold tokens alone; see `formats.token_files`."""
     validation: float | str = 0.0
     """Share of the samples to hold out ("1%" or 0.01), at least one."""
     shard_bytes: int = SHARD_BYTES

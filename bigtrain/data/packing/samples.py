@@ -27,7 +27,6 @@ from bigtrain.config.plugin import active_plugin, load_plugin
 from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.arrays import ArrayInfo
 from bigtrain.data.formats.images import ImageInfo
-from bigtrain.data.index import Shard
 from bigtrain.data.indexing import check_common, write_common, write_shard
 from bigtrain.data.order.sample_order import permutation
 from bigtrain.data.packing.documents import parse_share, publish, workplace
@@ -37,7 +36,8 @@ from bigtrain.data.packing.summary import PackSummary, SplitSummary
 from bigtrain.data.packing.work import Scratch
 from bigtrain.data.packing.workers import open_pool
 from bigtrain.data.scanning import Scan, scan_shard
-from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.data.shard import Shard
+from bigtrain.data.tokenizers import Definition, Tokenizer
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 HEADERS_BYTES = 2048
@@ -62,7 +62,7 @@ class SampleWorker:
         scratch: Scratch,
         kind: str,
         size: int | None,
-        tokenizer: tuple[Any] | None,
+        tokenizer: tuple[Definition | None] | None,
         skip_bad: int,
         plugin: str | None,
     ) -> None:
@@ -123,7 +123,7 @@ def pack_samples(
     mixed = [samples[number] for number in permutation(len(samples), options.seed)]
     parts = {"train": mixed[held_out:], "validation": mixed[:held_out]}
     shards = [shard for split, part in parts.items() for shard in _planned(split, part, options.shard_bytes)]
-    made_with = None if tokenizer is None else [tokenizer.hash, tokenizer.eot]
+    made_with = None if tokenizer is None else [tokenizer.hash, tokenizer.eot, tokenizer.bos, tokenizer.companions]
     arguments = [kind, options.image_size, made_with, share, options.shard_bytes, options.seed, options.skip_bad]
     definition = None if tokenizer is None else (tokenizer.definition(),)
     with workplace(target, _identity(samples, arguments)) as scratch:

@@ -17,15 +17,18 @@ import numpy as np
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.documents import Document, TextSource, documents_of
-from bigtrain.data.index import Shard
+from bigtrain.data.formats.documents import Document, documents_of
+from bigtrain.data.formats.records import Source
 from bigtrain.data.indexing import write_shard
 from bigtrain.data.packing.plan import NPY_HEADER_BYTES, PlannedShard
 from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
 from bigtrain.data.sidecar import Rows
-from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.data.tokenizers import Definition, Tokenizer
 from bigtrain.storage import fsync_file, write_json
 
+ID_CHUNK = 1 << 18
+"""Tokens of a file of tokens that are decoded at once, to count the characters that they stand for."""
 SHARD_NAME = "shard-{:06d}.tar"
 
 
@@ -36,7 +39,7 @@ class PackJob:
     key: str
     skip_bad: int
     seed: int
-    parts: tuple[tuple[TextSource, ...], ...]
+    parts: tuple[tuple[Source, ...], ...]
     """Pieces of the input that one worker takes at a time."""
 
 
@@ -74,7 +77,10 @@ class Worker:
         for document, pieces in self._documents(number, PassedOver(self.job.skip_bad)):
             digest = hashlib.blake2b(digest_size=8, key=self.job.seed.to_bytes(8, "little", signed=True))
             count = 0
-            for piece in pieces:
+            if document.ids is not None:
+                digest.update(document.ids.tobytes())
+                count = len(document.ids)
+            for piece in pieces if document.ids is None else ():
                 digest.update(piece.encode("utf-8"))
                 count += len(piece)
             del document
@@ -91,10 +97,13 @@ class Worker:
         passed = PassedOver(self.job.skip_bad)
         with open(self.scratch.part(number, ".tokens"), "wb") as file:
             for document, pieces in self._documents(number, passed):
-                for text in [pieces] if boundary is None else _divided(document, boundary):
+                for content in _contents(document, pieces, boundary):
                     begin = file.tell()
                     try:
-                        length = self._encode_one(text, file)
+                        if isinstance(content, np.ndarray):
+                            length = self._copy_ids(content, document, file)
+                        else:
+                            length = self._encode_one(content, file)
                     except UserError as error:
                         passed(error)
                         file.seek(begin)
@@ -144,7 +153,7 @@ class Worker:
     def _documents(self, number: int, passed: PassedOver) -> Iterator[tuple[Document, Iterator[str]]]:
         for source in self.job.parts[number]:
             try:
-                for document in documents_of(source, self.job.key, passed):
+                for document in documents_of(source, self.job.key, passed, self.tokenizer.eot):
                     if not self.job.skip_bad or _is_sound(document, passed):
                         yield document, document.pieces()
             except UserError as error:
@@ -163,23 +172,57 @@ class Worker:
                 yield piece
 
         dtype = self.tokenizer.dtype
+        if self.tokenizer.bos is not None:
+            tokens += self._write_ids(np.asarray([self.tokenizer.bos]), file)
         for ids in self.tokenizer.encode_stream(counted()):
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
         if not characters:
+            # What was written is not part of any document's length: it is taken back.
+            file.seek(-tokens * dtype.itemsize, os.SEEK_CUR)
+            file.truncate()
             return None
-        file.write(np.asarray([self.tokenizer.eot], dtype).tobytes())
-        return tokens + 1, characters, text_bytes
+        return tokens + self._write_ids(np.asarray([self.tokenizer.eot]), file), characters, text_bytes
+
+    def _copy_ids(self, ids: np.ndarray, document: Document, file: Any) -> tuple[int, int, int] | None:
+        """Write the tokens of a file of tokens, which end with the end of text in any case."""
+        if not len(ids) or (len(ids) == 1 and int(ids[0]) == self.tokenizer.eot):
+            return None
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"the tokens go from {low} to {high}, and the tokenizer has {self.tokenizer.vocab_size}",
+                f"{document.path}, {document.name}",
+                "name the tokenizer that made them; or, of a file of tokens alone, another --token-type",
+            )
+        characters = text_bytes = 0
+        for first in range(0, len(ids), ID_CHUNK):
+            text = self.tokenizer.decode(ids[first : first + ID_CHUNK])
+            characters, text_bytes = characters + len(text), text_bytes + len(text.encode("utf-8", "replace"))
+            self._write_ids(ids[first : first + ID_CHUNK], file)
+        added = 0 if int(ids[-1]) == self.tokenizer.eot else self._write_ids(np.asarray([self.tokenizer.eot]), file)
+        return len(ids) + added, characters, text_bytes
+
+    def _write_ids(self, ids: np.ndarray, file: Any) -> int:
+        file.write(ids.astype(self.tokenizer.dtype).tobytes())
+        return len(ids)
 
 
-def text_worker(job: PackJob, scratch: Scratch, tokenizer: tuple[str, str | None] | None) -> Worker:
+def text_worker(job: PackJob, scratch: Scratch, tokenizer: Definition | None) -> Worker:
     """A worker from what can be sent to a process; see `Tokenizer.definition`."""
     return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
 
 
+def _contents(document: Document, pieces: Iterator[str], boundary: int | None) -> Iterable[Iterator[str] | np.ndarray]:
+    """What is stored of a document: itself, or two parts of it."""
+    if document.ids is not None:
+        return [document.ids] if boundary is None else [document.ids[:boundary], document.ids[boundary:]]
+    return [pieces] if boundary is None else _divided(document, boundary)
+
+
 def _is_sound(document: Document, passed: PassedOver) -> bool:
     """Whether a document can be read to its end: one that cannot is skipped as a whole."""
-    if document.text is None:
+    if document.text is None and document.ids is None:
         try:
             for _ in document.pieces():
                 pass

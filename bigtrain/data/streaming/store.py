@@ -18,13 +18,13 @@ import numpy as np
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import is_url
 from bigtrain.data.config import StreamingConfig
+from bigtrain.data.encoding.files import COMPANIONS, MAX_COMPANION_BYTES
+from bigtrain.data.encoding.files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.formats.text import tokenise_shard
 from bigtrain.data.index import INDEX_NAME, MAX_INDEX_BYTES, REINDEX, ShardIndex, load_index, parse_index
 from bigtrain.data.sidecar import Rows, sidecar_rows
 from bigtrain.data.streaming.cache import Cache, HeldShard, NoRoom
 from bigtrain.data.streaming.remote import exists
-from bigtrain.data.tokenizer_files import COMPANIONS, MAX_COMPANION_BYTES
-from bigtrain.data.tokenizer_files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.storage import write_atomic
 from bigtrain.storage.objects import Cancelled, Patience, Place, RemoteError, cache_home, fetch

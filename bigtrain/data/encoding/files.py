@@ -1,4 +1,4 @@
-"""The files of a tokenizer: a tokenizer.json with what lies beside it, or GPT-2's pair of files."""
+"""The files of a tokenizer: a tokenizer.json and what lies beside it, and GPT-2's pair."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+PIECES_NAME = "tokenizer.model"
+"""What a SentencePiece model is called in a directory."""
 COMPANIONS = (CONFIG_NAME, TEMPLATE_NAME)
 """Files that lie beside a tokenizer.json and belong to it: names of special tokens, the chat template."""
 MAX_COMPANION_BYTES = 1 << 24
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
 """Classes of transformers whose vocab.json and merges.txt mean what GPT-2's do."""
+
+CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+
 GPT2_PAIRS = (
     ("gpt2_bpe_encoder.json", "gpt2_bpe_vocab.bpe"),
     ("encoder.json", "vocab.bpe"),
@@ -52,10 +57,6 @@ def config_of(companions: dict[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{CONFIG_NAME} is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}
-
-
-def named_end_of_text(companions: dict[str, str]) -> str | None:
-    return content_of(config_of(companions).get("eos_token"))
 
 
 def content_of(token: Any) -> str | None:

@@ -1,0 +1,1 @@
+"""From text, conversations and prompts to tokens and their weights; tokenizers learned from text."""

@@ -1,0 +1,74 @@
+"""Begin of text: which one a tokenizer adds by its own rule, and the rule that an exported tokenizer gets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from bigtrain.config import UserError
+from bigtrain.data.encoding.files import content_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+BeginOfText = Literal["no", "yes", "rule"]
+"""Whether documents begin with a begin of text: never, always, or where the tokenizer's own rule adds one."""
+
+
+def begin_of_text(
+    backend: HuggingFaceTokenizer, config: dict[str, Any], bos: BeginOfText, where: str | None
+) -> int | None:
+    """The id that documents begin with; None: they begin without.
+
+    Args:
+        config: The tokenizer_config.json, which may name a `bos_token`.
+
+    Raises:
+        UserError: One is required, and the tokenizer has none.
+    """
+    if bos == "no":
+        return None
+    plain, ruled = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    if ruled[:1] != plain[:1]:
+        return int(ruled[0])
+    if bos == "rule" and not config.get("add_bos_token"):
+        return None
+    named = content_of(config.get("bos_token"))
+    id = None if named is None else backend.token_to_id(named)
+    if id is None:
+        raise UserError(
+            "the tokenizer names no begin of text", where, "omit --bos, or name bos_token in tokenizer_config.json"
+        )
+    return int(id)
+
+
+def exported_rule(step: dict[str, Any] | None, bos: tuple[str, int] | None) -> dict[str, Any] | None:
+    """The post-processor of a tokenizer that adds `bos`, a token and its id, and no other special token.
+
+    Args:
+        step: The tokenizer's own post-processor, as its JSON.
+    """
+    kept = without_special_tokens(step)
+    if bos is None:
+        return kept
+    token, id = bos
+    single: list[dict[str, Any]] = [
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    adds = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+    return adds if kept is None else {"type": "Sequence", "processors": [kept, adds]}
+
+
+def without_special_tokens(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A tokenizer's post-processor without the parts that add special tokens to a text."""
+    if step is None or step.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
+        return None
+    if step.get("type") == "Sequence":
+        kept = [one for one in map(without_special_tokens, step.get("processors", [])) if one is not None]
+        return {**step, "processors": kept} if kept else None
+    return step

@@ -1,0 +1,111 @@
+"""Rows of an MDS shard, the format of mosaicml-streaming (version 2).
+
+A directory holds an index.json and shards. A shard is, in little-endian uint32: the number of its samples n; n + 1
+offsets of where samples begin and the last ends; and after a description, the samples. A sample is the sizes of its
+columns of variable size, each uint32, then the values of all columns. Columns of pickles are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.config import UserError
+from bigtrain.data.formats.compressed import open_bytes
+
+INDEX_NAME = "index.json"
+MAX_SHARD_BYTES = 1 << 32
+SCALARS = {
+    "int": "<i8", "uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8", "int8": "<i1", "int16": "<i2",
+    "int32": "<i4", "int64": "<i8", "float16": "<f2", "float32": "<f4", "float64": "<f8",
+}  # fmt: skip
+ARRAY_TYPES = {
+    8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 18: "<f2", 32: "<u4", 33: "<i4", 34: "<f4", 64: "<u8", 65: "<i8",
+    66: "<f8",
+}  # fmt: skip
+"""Types of arrays by the number that stands before their values."""
+
+
+def mds_files(directory: Path) -> list[Path]:
+    """The shards of an MDS directory, in the order of its index; none where it is no such directory."""
+    try:
+        value = json.loads((directory / INDEX_NAME).read_bytes())
+        shards = value["shards"]
+        if any(shard["format"] != "mds" for shard in shards):
+            return []
+        names = [(shard["zip_data"] or shard["raw_data"])["basename"] for shard in shards]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if any(name != Path(name).name or name.startswith(".") for name in names):
+        raise UserError("the index of MDS shards names files elsewhere", str(directory / INDEX_NAME))
+    return [directory / name for name in names]
+
+
+def mds_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a shard: texts, numbers, JSON values, and lists of numbers for arrays of one axis.
+
+    Raises:
+        UserError: The shard is damaged, or none of its columns can be read.
+    """
+    codec = {".zstd": "zstd", ".zst": "zstd", ".gz": "gzip", ".bz2": "bzip2"}.get(path.suffix)
+    with open_bytes(path, codec) as file:
+        data = file.read(MAX_SHARD_BYTES)
+    try:
+        (count,) = struct.unpack_from("<I", data)
+        offsets = np.frombuffer(data, "<u4", count + 1, 4)
+        config = json.loads(data[4 * (count + 2) : int(offsets[0])])
+        columns = list(zip(config["column_names"], config["column_encodings"], config["column_sizes"], strict=True))
+        for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            yield _row(data[begin:end], columns)
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise UserError(f"the MDS shard cannot be read: {error}", str(path)) from None
+
+
+def _row(data: bytes, columns: list[tuple[str, str, int | None]]) -> dict[str, Any]:
+    varying = sum(size is None for *_, size in columns)
+    sizes = iter(np.frombuffer(data, "<u4", varying).tolist())
+    place, row = 4 * varying, {}
+    for name, encoding, size in columns:
+        length = next(sizes) if size is None else size
+        if place + length > len(data):
+            raise ValueError("a sample ends before its columns")
+        value = _value(encoding, data[place : place + length])
+        if value is not None:
+            row[name] = value
+        place += length
+    return row
+
+
+def _value(encoding: str, data: bytes) -> Any:
+    """A value of a column; None for encodings that are not read."""
+    kind, *rest = encoding.split(":")
+    if kind == "str":
+        return data.decode("utf-8")
+    if kind == "json":
+        return json.loads(data)
+    if kind in SCALARS:
+        return np.frombuffer(data, SCALARS[kind])[0].item()
+    return _list(data, rest) if kind == "ndarray" else None
+
+
+def _list(data: bytes, rest: list[str]) -> list[Any]:
+    """The values of an array of one axis, whose type and shape stand before them where the column does not fix them."""
+    place = 0
+    if rest:
+        dtype = SCALARS[rest[0]]
+    else:
+        dtype, place = ARRAY_TYPES[data[0]], 1
+    if len(rest) < 2:
+        # The number of axes, and in the last two bits the size of the numbers that are the shape.
+        axes, width = data[place] >> 2, 1 << (data[place] & 3)
+        place += 1 + axes * width
+    else:
+        axes = len(rest[1].split(","))
+    if axes != 1:
+        raise ValueError(f"an array has {axes} axes")
+    return np.frombuffer(data, dtype, offset=place).tolist()

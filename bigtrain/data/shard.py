@@ -1,0 +1,57 @@
+"""What an index says of one tar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
+class Shard:
+    """One tar of a shard directory. The names of the first three fields are those of wids.
+
+    With slots, since an index of a million shards holds a million of these.
+    """
+
+    url: str
+    """File name inside the directory."""
+    nsamples: int = Field(ge=0)
+    filesize: int = Field(ge=0)
+    hash: str
+    """Of the tar, as `storage.hash_file` writes it."""
+    tokens: int = Field(ge=0)
+    """Tokens of all its documents or captions; 0 for images and arrays."""
+    index: str
+    """File name of its sidecar."""
+    index_hash: str
+    tokens_hash: str | None = None
+    """Of the tokens that a shard of text, or its captions, become; None for stored tokens, images and arrays."""
+    lengths: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    """How many samples have each length, for kinds that put several into a sequence."""
+
+    @field_validator("url", "index")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if value != Path(value).name or value in ("", ".", "..") or value[0] == "." or ":" in value or "\0" in value:
+            raise ValueError(f"{value!r} is not a plain file name")
+        return value
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in index.json."""
+        named = {field: getattr(self, field) for field in self.__slots__}
+        return {field: value for field, value in named.items() if value is not None}
+
+    @field_validator("lengths")
+    @classmethod
+    def _whole_lengths(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        if any(not length.isdecimal() or length != str(int(length)) for length in value or ()):
+            raise ValueError("a length is not a whole number")
+        return value
+
+    @property
+    def stem(self) -> str:
+        """Its name in sample ids."""
+        return self.url.removesuffix(".tar")
