@@ -32,6 +32,8 @@ class PassedOver:
         """Samples without content."""
         self.files: dict[str, list[str]] = {}
         """Files that were not read, by the reason."""
+        self.plain: list[str] = []
+        """Files of JSON or CSV that were read as plain text, each as one document with its syntax."""
 
     def __call__(self, error: UserError) -> None:
         """Count a bad sample.
@@ -64,7 +66,12 @@ class PassedOver:
 
     def as_json(self) -> dict[str, Any]:
         """The keys that commands print."""
-        return {"skipped": self.bad, "empty": self.empty, "files_not_read": self.files}
+        return {
+            "skipped": self.bad,
+            "empty": self.empty,
+            "files_not_read": self.files,
+            "read_as_plain_text": self.plain,
+        }
 
     def lines(self) -> list[str]:
         """What a person should know of it; empty where nothing was passed over."""
@@ -75,7 +82,12 @@ class PassedOver:
             found += [f"  and {len(self.bad) - NAMED_FILES} more"] if len(self.bad) > NAMED_FILES else []
         if self.empty:
             found.append(f"skipped {self.empty} empty samples")
-        for reason, files in self.files.items():
-            more = f" and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
-            found.append(f"not read ({reason}): {len(files)} files: {', '.join(files[:NAMED_FILES])}{more}")
+        found += [f"not read ({reason}): {_named(files)}" for reason, files in self.files.items()]
+        if self.plain:
+            found.append(f"read as plain text, with its syntax, one document each: {_named(self.plain)}")
         return found
+
+
+def _named(files: list[str]) -> str:
+    more = f" and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
+    return f"{len(files)} files: {', '.join(files[:NAMED_FILES])}{more}"

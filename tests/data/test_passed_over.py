@@ -19,6 +19,7 @@ from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
 from bigtrain.data.formats.detect import detect
 from bigtrain.data.formats.documents import documents
+from bigtrain.data.formats.images import image_shape
 from bigtrain.data.index import load_index
 from bigtrain.data.indexing import index_directory
 from bigtrain.data.kind import kind_named
@@ -96,6 +97,91 @@ def test_what_a_directory_holds_besides_is_counted_by_reason(tmp_path: Path) -> 
     lines = "\n".join(summary.passed.lines())
     assert "picture.png" in lines
     assert "skipped 1 empty samples" in lines
+
+
+def test_records_that_are_read_as_text_with_their_syntax_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "table.csv").write_text("id,text\n1,words\n")
+    (folder / "strings.json.gz").write_bytes(gzip.compress(b'["some", "words"]'))
+    (folder / "nested.json").write_text(json.dumps({"data": LINES}))
+    (folder / "lines.json").write_bytes(JSON_LINES)
+    (folder / "a.py").write_text("x = 1")
+    summary = pack([folder], tmp_path / "out", Tokenizer())
+    assert summary.passed.plain == ["nested.json", "strings.json.gz", "table.csv"]
+    assert "read as plain text, with its syntax, one document each: 3 files" in "\n".join(summary.passed.lines())
+    assert pack([folder / "table.csv"], tmp_path / "one", Tokenizer()).passed.plain == ["table.csv"]
+
+
+def test_a_file_that_two_inputs_name_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(f"words of {name}")
+    inputs = [tmp_path / "in", tmp_path / "in" / "a.txt", f"{tmp_path}/in/*.txt"]
+    summary = pack(inputs, tmp_path / "out", Tokenizer())
+    assert summary.splits["train"].documents == 2
+    assert {reason: len(files) for reason, files in summary.passed.files.items()} == {"named twice": 3}
+
+
+def test_the_advice_for_utf_16_names_its_conversion(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("words".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16") as caught:
+        pack([tmp_path / "a.txt"], tmp_path / "out", Tokenizer())
+    assert "iconv -f utf-16" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("labels", np.array([0.0, 1.0]), "labels.astype"),
+        ("labels", np.array([[0], [1]]), "labels.astype"),
+        ("x", np.array(["2020-01-01"] * 2, dtype="M8[D]"), "store one of <f2"),
+    ],
+)
+def test_an_array_that_is_not_read_is_refused_by_what_it_is(
+    tmp_path: Path, name: str, values: np.ndarray, said: str
+) -> None:
+    np.save(tmp_path / "y.npy", np.ones(2, np.float32))
+    np.save(tmp_path / f"{name}.npy", values)
+    with pytest.raises(UserError, match=r"not a list|not read") as caught:
+        kind_named("arrays").pack([tmp_path / "y.npy", tmp_path / f"{name}.npy"], tmp_path / "o", PackOptions())
+    assert said in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(("form", "said"), [("WEBP", "but WebP"), ("GIF", "but GIF"), ("", "no PNG or JPEG image")])
+def test_an_image_of_another_format_under_a_name_of_png_is_refused_by_what_it_is(
+    tmp_path: Path, form: str, said: str
+) -> None:
+    path = tmp_path / "x.png"
+    if form:
+        Image.new("RGB", (4, 4)).save(path, format=form)
+    else:
+        path.write_bytes(b"not found")
+    with pytest.raises(UserError) as caught:
+        image_shape(path.read_bytes(), str(path))
+    assert said in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
+
+
+def test_what_no_array_or_image_is_made_of_is_named(tmp_path: Path) -> None:
+    (tmp_path / "arrays").mkdir()
+    for number in range(2):
+        np.save(tmp_path / "arrays" / f"{number}.npy", np.ones(3, np.float32))
+    np.savez(tmp_path / "arrays" / "2.npz", x=np.ones(3))
+    options = PackOptions()
+    kind_named("arrays").pack([tmp_path / "arrays"], tmp_path / "a", options)
+    assert options.passed.files == {"neither .npy nor .cls, or hidden": ["2.npz"]}
+    for name in ("cat/1", "cat/2", "cat/.3", "outside"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_bytes(png())
+    (tmp_path / "images" / "cat" / "more").symlink_to(tmp_path)
+    options = PackOptions()
+    kind_named("images").pack([tmp_path / "images"], tmp_path / "i", options)
+    assert options.passed.files == {
+        "not in a class folder": [str(tmp_path / "images" / "outside.png")],
+        "hidden": [str(tmp_path / "images" / "cat" / ".3.png")],
+        "a link to a directory, or to nothing": [str(tmp_path / "images" / "cat" / "more")],
+    }
 
 
 def test_empty_and_bad_documents_are_counted_apart(tmp_path: Path) -> None:

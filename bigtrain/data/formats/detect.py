@@ -73,6 +73,14 @@ def detect(path: Path, key: str = "text") -> Content:
     return Content("text" if is_text(head) else "binary", codec, "" if is_text(head) else NOT_TEXT)
 
 
+def suffix_of(path: Path) -> str:
+    """A file's suffix in small letters, without that of a compression."""
+    name = path.name.lower()
+    for suffix in CODECS:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
+
+
 def is_text(head: bytes) -> bool:
     """Whether the first bytes of a file are UTF-8 text."""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import IO, Any
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.compressed import CODECS, open_bytes
-from bigtrain.data.formats.detect import NOT_TEXT, Content, detect
+from bigtrain.data.formats.compressed import open_bytes
+from bigtrain.data.formats.detect import NOT_TEXT, Content, detect, suffix_of
 from bigtrain.data.formats.mds import INDEX_NAME as MDS_INDEX
 from bigtrain.data.formats.mds import mds_files
 from bigtrain.data.formats.records import (
@@ -40,6 +41,8 @@ TEXT_SUFFIXES = frozenset({
     ".js", ".ts", ".rb", ".sh", ".sql", ".pl", ".lua", ".scala", ".kt", ".swift", ".jl", ".r", ".hs", ".ml",
     ".lean",
 })  # fmt: skip
+RECORD_SUFFIXES = frozenset({".json", ".csv", ".tsv"})
+"""Names of files that mostly hold records, and not one text."""
 TABLE_NOTES = frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
 """What `datasets` writes beside its Arrow files."""
 
@@ -87,7 +90,7 @@ def documents(inputs: Sequence[str | Path], key: str = "text") -> Iterator[Docum
 def sources(
     inputs: Sequence[str | Path], passed: PassedOver | None = None, key: str = "text", token_type: str | None = None
 ) -> Iterator[Source]:
-    """The files that some inputs name.
+    """The files that some inputs name, each once.
 
     Text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each of them also compressed with gzip,
     zstd, bzip2 or xz; Arrow files, directories of MDS, and files of tokens: recognized by their content. A directory
@@ -95,7 +98,7 @@ def sources(
     a line, an object, a row or a sample.
 
     Args:
-        passed: Counts the files in directories that are not read.
+        passed: Counts the files that are not read, and records that are read as plain text.
         key: See `documents`.
         token_type: Of files `.bin` that hold tokens alone; see `token_files`.
 
@@ -105,6 +108,20 @@ def sources(
     passed = passed or PassedOver()
     if not inputs:
         raise UserError("no input given", fix="name at least one text file, directory, .jsonl or .parquet file")
+    seen: set[str] = set()
+    for source in _given(inputs, passed, key, token_type):
+        place = os.path.abspath(source.path)
+        if place in seen:
+            passed.ignore(str(source.path), "named twice")
+            continue
+        seen.add(place)
+        if source.kind == "text" and suffix_of(source.path) in RECORD_SUFFIXES:
+            passed.plain.append(source.name)
+        yield source
+
+
+def _given(inputs: Sequence[str | Path], passed: PassedOver, key: str, token_type: str | None) -> Iterator[Source]:
+    """The files of all inputs, those that two inputs name too."""
     for given in inputs:
         path = Path(given)
         if path.is_dir():
@@ -232,10 +249,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
 
 def _reason_to_skip(path: Path, content: Content) -> str | None:
     """Why a file of a directory is not read; None: it is."""
-    name = path.name.lower()
-    for suffix in CODECS:
-        name = name.removesuffix(suffix)
-    suffix = Path(name).suffix
+    suffix = suffix_of(path)
     if content.kind == "binary":
         # A file that is named like text and holds something else is a mistake, which reading it reports.
         return None if suffix in TEXT_SUFFIXES and content.what == NOT_TEXT else content.what
@@ -253,10 +267,11 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
     while True:
         zero = chunk.find(b"\0")
         if zero >= 0:
+            wide = not offset and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             raise UserError(
-                "the input is binary, not text",
+                "the input is UTF-16" if wide else "the input is binary, not text",
                 where=f"{path}, byte {offset + zero}",
-                fix="give UTF-8 text",
+                fix="convert it: iconv -f utf-16 -t utf-8" if wide else "give UTF-8 text",
             )
         held = len(decoder.getstate()[0])
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,11 @@ MAX_CLASSES = 1 << 24
 CLASSES_NAME = "classes.json"
 """Names of the classes of images, in the order of their numbers."""
 
+_OTHERS = tuple((re.compile(start, re.DOTALL), what) for start, what in (
+    (rb"RIFF....WEBP", "WebP"), (rb"GIF8", "GIF"), (rb"BM", "BMP"), (rb"II\*\0|MM\0\*", "TIFF"),
+    (rb"....ftyp(heic|heix|mif1|avif)", "HEIF or AVIF"), (rb"\s*<(!DOCTYPE|html|\?xml|svg)", "HTML or XML"),
+))  # fmt: skip
+"""How files of other kinds begin, whatever they are called."""
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 """Values of EXIF's orientation that exchange height and width."""
@@ -155,7 +161,11 @@ def _open(data: bytes, where: str) -> Image:
 
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        # Pillow's own message names a buffer in memory.
+        what = next((f" but {what}" for start, what in _OTHERS if start.match(data)), "")
+        raise UserError(f"no PNG or JPEG image{what}", where, "convert it to PNG or JPEG") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"the member is not a PNG or JPEG image: {error}", where=where) from None
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"the image has more than {MAX_PIXELS} pixels", where=where)

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.data.formats.arrays import LABELS, MAX_ARRAY_BYTES, MAX_ARRAYS, ArrayInfo, array_info, array_name
+from bigtrain.data.formats.arrays import (
+    ARRAY_TYPES,
+    LABELS,
+    MAX_ARRAY_BYTES,
+    MAX_ARRAYS,
+    ArrayInfo,
+    array_info,
+    array_name,
+)
 from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_CLASSES, MAX_LABEL_BYTES, decode_label
 from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
 from bigtrain.data.formats.stored_tokens import TOKEN_TYPES
@@ -317,9 +325,12 @@ def _in_folder(folder: Path, options: PackOptions) -> Iterator[Files]:
     def key(path: Path) -> tuple[Path, str]:
         return path.parent, path.name.split(".", 1)[0]
 
-    found = [
-        path for path in folder.rglob("*.*") if path.name.lower().endswith((".npy", ".cls")) and path.name[0] != "."
-    ]
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.name.lower().endswith((".npy", ".cls")) and path.name[0] != "." and path.is_file():
+            found.append(path)
+        elif not path.is_dir() or path.is_symlink():
+            options.passed.ignore(str(path.relative_to(folder)), "neither .npy nor .cls, or hidden")
     for _, group in groupby(sorted(found, key=lambda path: (key(path), path.name)), key=key):
         yield Files(tuple((path.name.split(".", 1)[1].lower(), Span.whole(path)) for path in group))
 
@@ -348,6 +359,8 @@ def _in_columns(paths: Sequence[Path]) -> list[Row]:
 def _column(path: Path) -> tuple[Column, int]:
     where, size = str(path), path.stat().st_size
     layout = npy_layout(read_at(path, 0, min(size, HEADER_BYTES)), where)
+    if layout.dtype == "unknown":
+        raise UserError("the array is of a type that is not read", where, f"store one of {', '.join(ARRAY_TYPES)}")
     if layout.fortran:
         raise UserError("the array is stored column by column", where, "store np.ascontiguousarray of it")
     if not layout.shape:
@@ -356,7 +369,9 @@ def _column(path: Path) -> tuple[Column, int]:
     one = NpyLayout(layout.dtype, shape, False, layout.begin)
     if path.stem.lower() == LABELS:
         if np.dtype(layout.dtype).kind not in "iu" or shape:
-            raise UserError("the classes are not a list of whole numbers", where)
+            found = f"{layout.dtype} of shape {layout.shape}"
+            fix = "store one whole number a sample: labels.astype(np.int64).reshape(-1)"
+            raise UserError(f"the classes are not a list of whole numbers, but {found}", where, fix)
         name = LABELS
     else:
         name = array_name(path.name.lower(), where) or path.stem

@@ -110,9 +110,13 @@ class Images(SampleKind):
         if len(inputs) != 1:
             raise UserError("images are packed from one folder")
         root = Path(inputs[0])
+        classes = _classes(root)
+        for path in sorted(root.iterdir()):
+            if path.is_file() and path.suffix.lower()[1:] in IMAGE_SUFFIXES:
+                options.passed.ignore(str(path), "not in a class folder")
         images = [
             LabelledImage(Span.whole(path), label)
-            for label, name in enumerate(_classes(root))
+            for label, name in enumerate(classes)
             for path in images_under(root / name, options)
         ]
         if len(images) < 2:
@@ -274,12 +278,16 @@ def packed_image(image: Span, means: Means, where: str) -> PackedMember:
 
 
 def images_under(folder: Path, options: PackOptions) -> list[Path]:
-    """The PNG and JPEG files below a folder, hidden ones aside; other files are counted in `options.passed`."""
+    """The PNG and JPEG files below a folder; other files, and hidden ones, are counted in `options.passed`."""
     found = []
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if path.is_dir() and not path.is_symlink():
             continue
-        if path.suffix.lower()[1:] in IMAGE_SUFFIXES:
+        if not path.is_file():
+            options.passed.ignore(str(path), "a link to a directory, or to nothing")
+        elif any(part.startswith(".") for part in path.relative_to(folder).parts):
+            options.passed.ignore(str(path), "hidden")
+        elif path.suffix.lower()[1:] in IMAGE_SUFFIXES:
             found.append(path)
         elif path.suffix.lower()[1:] not in (*TEXT_MEMBERS, "gz"):
             options.passed.ignore(str(path), "neither PNG nor JPEG")
