@@ -36,6 +36,8 @@ def test_numbers_carry_suffixes(text: str, value: float) -> None:
 
 def test_words_are_no_numbers_and_counts_have_one_notation() -> None:
     assert parse_number("NA") is None
+    # A decimal comma, which is not one of thousands.
+    assert [parse_number(text) for text in ("3,45", "1,3000", "1234,567")] == [None, None, None]
     assert math.isnan(parse_number("") or 0.0)
     assert [count(value) for value in (16.24e9, 7e6, 1e21, 12.0)] == ["16.2B", "7M", "1e+21", "12"]
 
@@ -49,6 +51,7 @@ def test_words_are_no_numbers_and_counts_have_one_notation() -> None:
         ("params < 30M && tokens > 0 || model == m8", lambda n, d: n < 3e7 or n > 9e8),
         ("not (params < 30M)", lambda n, d: n >= 3e7),
         ("20M < params < 1e8", lambda n, d: 2e7 < n < 1e8),
+        (".5 * tokens / params > +15", lambda n, d: d / n > 30),
     ],
 )
 def test_where_has_and_or_not_and_ratios(write_runs: WriteRuns, expression: str, kept: Callable[..., bool]) -> None:
@@ -59,7 +62,9 @@ def test_where_has_and_or_not_and_ratios(write_runs: WriteRuns, expression: str,
     assert 0 < len(found) < len(table)
 
 
-@pytest.mark.parametrize("expression", ["model == m99", "params <", "params < 3 andd tokens > 1", "lss > 3", "(N > 3"])
+@pytest.mark.parametrize(
+    "expression", ["model == m99", "params <", "5 > 3", "params < 3 andd tokens > 1", "lss > 3", "(N > 3"]
+)
 def test_where_refuses_what_it_cannot_mean(write_runs: WriteRuns, expression: str) -> None:
     with pytest.raises(UserError):
         where(read_source(str(write_runs())), expression)
@@ -161,6 +166,39 @@ def test_text_for_a_loss_is_refused_only_where_its_row_is_fitted(write_runs: Wri
         prepare(path, A3)
     for expression in ("state == finished", "loss > 0"):
         assert len(prepare(path, replace(A3, where=expression))[1]) == 44
+
+
+@pytest.mark.parametrize("loss", ["inf", "-1", "0", "NA"])
+def test_the_advice_for_a_loss_that_cannot_be_is_an_expression_that_drops_its_row(
+    write_runs: WriteRuns, loss: str
+) -> None:
+    path = str(write_runs(change=lambda rows: rows[7].update(loss=loss)))
+    with pytest.raises(UserError) as caught:
+        prepare(path, A3)
+    expression = (caught.value.fix or "").partition("--where ")[2].strip('"')
+    assert len(prepare(path, replace(A3, where=expression))[1]) == 44
+
+
+def test_the_advice_for_mixed_phases_holds_for_a_name_of_two_words(write_runs: WriteRuns) -> None:
+    def change(rows: Rows) -> None:
+        for number, row in enumerate(rows):
+            row["phase"] = "after decay" if number % 3 else "stable"
+
+    path = str(write_runs(change=change))
+    with pytest.raises(UserError, match="several phases") as caught:
+        prepare(path, A3)
+    expression = (caught.value.fix or "").partition("--where ")[2].strip("'")
+    assert 0 < len(prepare(path, replace(A3, where=expression))[1]) < 45
+
+
+def test_a_column_with_decimal_commas_is_refused(write_runs: WriteRuns) -> None:
+    def change(rows: Rows) -> None:
+        for row in rows:
+            row["loss"] = f"{float(str(row['loss'])):.2f}".replace(".", ",")
+
+    with pytest.raises(UserError, match="not a number") as caught:
+        prepare(str(write_runs(change=change)), A3)
+    assert "3.45" in (caught.value.fix or "")
 
 
 def test_a_column_that_does_not_tell_models_apart_is_not_the_cluster(write_runs: WriteRuns) -> None:

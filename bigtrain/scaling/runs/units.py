@@ -39,17 +39,18 @@ def check_values(table: RunTable) -> list[str]:
         if rows:
             shown = "; ".join(f"{table.place[i]}: {table.bad[i]}" for i in rows[:3])
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-            raise UserError(
-                f"A cell is not a number ({shown}{more})", table.source,
-                'leave those rows out, for example with --where "loss > 0"',
-            )  # fmt: skip
+            fix = 'leave those rows out, for example with --where "loss > 0"'
+            if len(rows) == len(table):
+                fix = "write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss"
+            raise UserError(f"A cell is not a number ({shown}{more})", table.source, fix)
     for name in ("loss", "params", "tokens", "flops"):
         values = getattr(table, name)
         bad = ~(np.isfinite(values) & (values > 0))
         if bad.any():
+            finite = f" and {name} < 1e40" if np.isinf(values).any() else ""
             raise UserError(
                 f"{name} must be a positive number in every row; {named_rows(table, np.flatnonzero(bad), values)}",
-                table.source, f'leave those rows out, for example with --where "{name} > 0"',
+                table.source, f'leave those rows out, for example with --where "{name} > 0{finite}"',
             )  # fmt: skip
     _check_phases(table)
     return [*_check_columns(table), *_odd_rows(table)]
@@ -61,7 +62,7 @@ def _check_phases(table: RunTable) -> None:
         raise UserError(
             f"Runs of several phases are mixed ({', '.join(phases)}{', none' if '' in table.phase else ''}): decayed "
             "and undecayed losses follow different laws", table.source,
-            f'choose one, for example with --where "phase == {phases[0]}"',
+            f"choose one, for example with --where 'phase == \"{phases[0]}\"'",
         )  # fmt: skip
 
 

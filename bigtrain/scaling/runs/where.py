@@ -24,7 +24,7 @@ from bigtrain.scaling.runs.table import RunTable, texts
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<sign><=|>=|==|!=|=|<|>)|(?P<join>&&|\|\|)|(?P<mark>[-+*/()])|"(?P<double>[^"]*)"|'(?P<single>[^']*)'
-        |(?P<number>[0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?[kKmMbBgGtT]?(?![\w.]))|(?P<word>[^\s<>=!()"'&|+*/]+))""",
+        |(?P<number>(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[kKmMbBgGtT]?(?![\w.]))|(?P<word>[^\s<>=!()"'&|+*/]+))""",
     re.VERBOSE,
 )
 _SIGNS: dict[str, Callable[[Any, Any], Any]] = {
@@ -156,10 +156,10 @@ class _Parser:
             return _Value(np.asarray(number), token.text)
         if token.kind == "column":
             return _Value(self._column(token.text), None, token.text)
-        if token.kind == "mark" and token.text in "(-":
+        if token.kind == "mark" and token.text in ("(", "-", "+"):
             inner = self._sum(first) if token.text == "(" else self._atom(first)
-            if token.text == "-":
-                return _Value(-self._numeric(inner))
+            if token.text != "(":
+                return _Value(-self._numeric(inner) if token.text == "-" else self._numeric(inner))
             self.expect("mark", ")")
             return inner
         if token.kind == "text" and not first:
@@ -180,13 +180,15 @@ class _Parser:
 
     def _holds(self, left: _Value, sign: str, right: _Value) -> np.ndarray:
         if left.numbers is not None and right.numbers is not None:
+            if not left.numbers.ndim and not right.numbers.ndim:
+                raise UserError(f"--where compares no column in {self._text!r}", "command line", _EXAMPLE)
             return np.asarray(_SIGNS[sign](left.numbers, right.numbers))
         if sign not in ("==", "=", "!="):
             raise UserError(f"--where compares texts by {sign} in {self._text!r}", "command line", _EXAMPLE)
         one, other = self._texts(left), self._texts(right)
         found = np.asarray(one == other)
         if right.text is not None and left.column is not None and not found.any():
-            known = list(dict.fromkeys(str(value) for value in one if value))
+            known = list(dict.fromkeys(f'"{value}"' if " " in value else value for value in one.tolist() if value))
             raise UserError(
                 f"No row has {left.column} == {right.text}", self._table.source,
                 f"there are: {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
