@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from annotated_types import Ge, Lt
 from pydantic import StringConstraints, field_validator
 
 from bigtrain.checkpoint.config import CheckpointConfig
@@ -35,7 +36,7 @@ class RunConfig(Section):
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of the run: its directory, and its name in the tracker."""
 
-    seed: int = 1337
+    seed: Annotated[int, Ge(-(2**63)), Lt(2**64)] = 1337
     """The only source of randomness: initial weights, order of the samples, dropout."""
 
     model: Annotated[ModelConfig, FAMILIES]
