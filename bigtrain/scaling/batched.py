@@ -113,21 +113,22 @@ def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
     uu, vv, uv, uc, vc, ut, vt = (gram[name] for name in ("uu", "vv", "uv", "uc", "vc", "ut", "vt"))
     cc, ct = np.broadcast_to(gram["cc"], uv.shape), np.broadcast_to(gram["ct"], uv.shape)
     zero = np.zeros_like(uv)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        m_uu, m_uv, m_uc = vv * cc - vc**2, vc * uc - uv * cc, uv * vc - vv * uc
-        determinant = uu * m_uu + uv * m_uv + uc * m_uc
-        m_vv, m_vc, m_cc = uu * cc - uc**2, uv * uc - uu * vc, uu * vv - uv**2
-        whole = (
-            (m_uu * ut + m_uv * vt + m_uc * ct) / determinant,
-            (m_uv * ut + m_vv * vt + m_vc * ct) / determinant,
-            (m_uc * ut + m_vc * vt + m_cc * ct) / determinant,
-        )
-        candidates = [
-            whole,
-            ((vv * ut - uv * vt) / m_cc, (uu * vt - uv * ut) / m_cc, zero),
-            ((cc * ut - uc * ct) / m_vv, zero, (uu * ct - uc * ut) / m_vv),
-            (zero, (cc * vt - vc * ct) / m_uu, (vv * ct - vc * vt) / m_uu),
-        ]
+    m_uu, m_uv, m_uc = vv * cc - vc**2, vc * uc - uv * cc, uv * vc - vv * uc
+    determinant = uu * m_uu + uv * m_uv + uc * m_uc
+    m_vv, m_vc, m_cc = uu * cc - uc**2, uv * uc - uu * vc, uu * vv - uv**2
+    # Runs of one N (or one D) in a replicate make columns parallel: such a set has no solution of its own.
+    third = _inverse(determinant, uu * vv * cc)
+    by_u, by_v, by_c = _inverse(m_uu, vv * cc), _inverse(m_vv, uu * cc), _inverse(m_cc, uu * vv)
+    candidates = [
+        (
+            (m_uu * ut + m_uv * vt + m_uc * ct) * third,
+            (m_uv * ut + m_vv * vt + m_vc * ct) * third,
+            (m_uc * ut + m_vc * vt + m_cc * ct) * third,
+        ),
+        ((vv * ut - uv * vt) * by_c, (uu * vt - uv * ut) * by_c, zero),
+        ((cc * ut - uc * ct) * by_v, zero, (uu * ct - uc * ut) * by_v),
+        (zero, (cc * vt - vc * ct) * by_u, (vv * ct - vc * vt) * by_u),
+    ]
     best_gain, best = np.full_like(uv, -np.inf), np.stack([zero, zero, ct / cc])
     for one in candidates:
         coefficients = np.stack(one)
@@ -136,6 +137,11 @@ def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
         best_gain = np.where(better, gain, best_gain)
         best = np.where(better, coefficients, best)
     return best_gain, best
+
+
+def _inverse(determinant: FloatArray, scale: FloatArray) -> FloatArray:
+    """1 / determinant; NaN where it is zero but for rounding, in comparison with the product of its diagonal."""
+    return np.divide(1.0, determinant, out=np.full_like(determinant, np.nan), where=determinant > ROUNDING * scale)
 
 
 def descend(problem: Problem, weights: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray, np.ndarray]:

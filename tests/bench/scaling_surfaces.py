@@ -6,7 +6,8 @@ tokens a parameter, doubling), so that budgets of FLOPs coincide and approach 2 
 - clean: 0.2 % noise on each loss;
 - heteroscedastic: noise falls from 0.4 % at the smallest run to 0.1 % at the largest;
 - outlier: clean, and one loss 5 % too high;
-- warm-up: every run loses an eighth of N tokens to its warm-up, which weighs on runs of few tokens a parameter;
+- warm-up: every run loses half of N tokens, as a linear warm-up over N tokens (OLMo's rule) does; other amounts are in
+  tests.bench.scaling_bias;
 - edge: token counts of 40 to 1280 a parameter, all beyond the optimum.
 
 Counted over 100 surfaces of each: how often 95 % intervals of alpha, beta, E and the loss at 10 times the largest FLOPs
@@ -36,7 +37,7 @@ from bigtrain.scaling.runs.table import RunTable, groups_by_size
 TRUTH = np.array([np.log(482.0), np.log(2085.0), np.log(1.82), 0.348, 0.366])
 SIZES, LENGTHS = 12, 6
 KINDS = ("clean", "heteroscedastic", "outlier", "warm-up", "edge")
-NOISE, OUTLIER, LOST = 0.002, 1.05, 0.125
+NOISE, OUTLIER, LOST = 0.002, 1.05, 0.5
 TARGET_FACTOR = 10.0
 QUANTITIES = ("alpha", "beta", "E", "loss")
 
@@ -49,8 +50,14 @@ class Surface:
     outlier: int | None
 
 
-def surface(kind: str, number: int) -> Surface:
-    """One surface of a kind; the same for the same number."""
+def surface(kind: str, number: int, lost: FloatArray | None = None) -> Surface:
+    """One surface of a kind; the same for the same number.
+
+    Args:
+        kind: One of `KINDS`.
+        number: Of its noise.
+        lost: Tokens that each run loses, shape (n,); None: what the kind says.
+    """
     generator = np.random.default_rng((KINDS.index(kind), number))
     params = np.repeat(2e7 * 2.0 ** (np.arange(SIZES) / 2), LENGTHS)
     first = 40.0 if kind == "edge" else 5.0
@@ -59,8 +66,9 @@ def surface(kind: str, number: int) -> Surface:
     noise = np.full(len(params), NOISE)
     if kind == "heteroscedastic":
         noise = 0.004 * (flops / flops.min()) ** (np.log(0.25) / np.log(flops.max() / flops.min()))
-    learned = tokens - LOST * params if kind == "warm-up" else tokens
-    loss = law.loss(TRUTH, params, learned) * np.exp(noise * generator.normal(size=len(params)))
+    if lost is None:
+        lost = LOST * params if kind == "warm-up" else np.zeros(len(params))
+    loss = law.loss(TRUTH, params, tokens - lost) * np.exp(noise * generator.normal(size=len(params)))
     row = int(generator.integers(len(params))) if kind == "outlier" else None
     if row is not None:
         loss[row] *= OUTLIER
