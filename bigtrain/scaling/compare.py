@@ -21,6 +21,7 @@ from scipy import stats
 
 from bigtrain.config import UserError
 from bigtrain.scaling import law, parametric
+from bigtrain.scaling.batched import refit
 from bigtrain.scaling.frontier import fit_frontier
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.objective import Problem
@@ -30,8 +31,10 @@ from bigtrain.scaling.runs.table import RunTable, groups_by_size, refuse_colline
 Cost = Literal["flops", "tokens", "time"]
 SAME_LENGTH = 0.02
 """Relative: token counts of one recipe that are one length."""
-NEAR_SIZE, NEAR_LENGTH = 0.5, 0.35
-"""ln of N and of tokens within which sizes and lengths of two recipes are one cell of the ladder, the nearest first."""
+NEAR_SIZE = 0.3
+"""ln of N within which sizes of two recipes are one rung of the ladder, each the nearest to the other."""
+NEAR_LENGTH = 0.1
+"""ln of D, or of D/N, within which lengths of two recipes at one rung are one cell; whole batches round D."""
 LEVEL = 0.95
 MIN_CELLS = 3
 _TIME = ("seconds", "train_s", "wall_s", "train_seconds", "time_s", "runtime", "_runtime")
@@ -156,31 +159,41 @@ def _cells(tables: Sequence[RunTable], kept: list[tuple[int, int, str, int, int]
 
 
 def _sizes(first: RunTable, second: RunTable) -> tuple[list[int], list[int]]:
-    """The rung of each run: sizes in order, since two recipes rarely have the very same N."""
-    ladders = [sorted({float(name) for name in groups_by_size(table.params)}) for table in (first, second)]
-    rungs: list[dict[float, int]] = [{n: i for i, n in enumerate(ladders[0])}, {}]
-    for n in ladders[1]:
-        near = min(ladders[0], key=lambda other: abs(math.log(other / n)))
-        rungs[1][n] = rungs[0][near] if abs(math.log(near / n)) < NEAR_SIZE else -1 - len(rungs[1])
+    """The rung of each run: sizes that are each other's nearest, since two recipes rarely have the very same N."""
+    ladders = [np.log(sorted({float(name) for name in groups_by_size(table.params)})) for table in (first, second)]
+    gaps = np.abs(ladders[0][:, None] - ladders[1])
+    rungs = [np.arange(len(ladders[0])), -1 - np.arange(len(ladders[1]))]
+    for b in range(len(ladders[1])):
+        a = int(np.argmin(gaps[:, b]))
+        if gaps[a, b] < NEAR_SIZE and int(np.argmin(gaps[a])) == b:
+            rungs[1][b] = a
     found = []
-    for table, rung in zip((first, second), rungs, strict=True):
-        found.append([rung[float(name)] for name in groups_by_size(table.params)])
+    for table, ladder, rung in zip((first, second), ladders, rungs, strict=True):
+        own = np.log([float(name) for name in groups_by_size(table.params)])
+        found.append([int(rung[np.argmin(np.abs(ladder - one))]) for one in own])
     return found[0], found[1]
 
 
 def _lengths(first: RunTable, second: RunTable, sizes: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
-    """The length of each run, numbered within its size: a recipe with a little more N trains a little longer."""
+    """The length of each run, numbered within its size.
+
+    Two lengths are one where D agrees, or where D/N does: a recipe with a little more N trains a little longer.
+    """
     found: list[list[int]] = [[0] * len(first), [0] * len(second)]
     for size in set(sizes[0]) | set(sizes[1]):
         rows = [np.flatnonzero(np.array(one) == size) for one in sizes]
-        known = _distinct(first.tokens[rows[0]])
+        known = np.log(_distinct(first.tokens[rows[0]]))
+        both = len(rows[0]) and len(rows[1])
+        larger = math.log(second.params[rows[1][0]] / first.params[rows[0][0]]) if both else 0.0
         for recipe, (table, own) in enumerate(zip((first, second), rows, strict=True)):
             others = _distinct(table.tokens[own])
             for i in own.tolist():
                 length = min(others, key=lambda other: abs(math.log(other / float(table.tokens[i]))))
-                near = min(known, key=lambda other: abs(math.log(other / length)), default=None)
-                close = near is not None and abs(math.log(near / length)) < NEAR_LENGTH
-                found[recipe][i] = known.index(near) if close and near is not None else -1 - others.index(length)
+                gap = math.log(length) - known
+                distance = np.minimum(np.abs(gap), np.abs(gap - larger * recipe))
+                near = int(np.argmin(distance)) if len(distance) else -1
+                close = near >= 0 and distance[near] < NEAR_LENGTH
+                found[recipe][i] = near if close else -1 - others.index(length)
     return found[0], found[1]
 
 
@@ -223,26 +236,36 @@ class _Law:
             parametric_law = True
         except UserError:
             parametric_law = False
+        self.variants: list[FloatArray] = []
+        """Parameters of the law without each cluster."""
         for _ in range(_ROUNDS):
             n, d = (np.exp(np.log(column) + grow * shift) for column, grow in
                     zip((cells.params, cells.tokens), self._grows, strict=True))  # fmt: skip
             if parametric_law:
-                self._theta = parametric.fit(Problem.of(n, d, table.loss), 0, starts=0).theta
+                fitted = parametric.fit(Problem.of(n, d, table.loss), 0, starts=0)
+                self._theta = fitted.theta
             else:
                 self._frontier = fit_frontier(6 * n * d, table.loss[None], float(np.exp(np.log(6 * n * d).mean())))
             value = _estimate(cells, self, [1.0])[0] - _cost_gap(cells)
             shift = np.where(cells.is_b, value, 0.0)
+        if parametric_law:
+            without = np.array([cells.cluster != c for c in np.unique(cells.cluster)], dtype=np.float64)
+            self.variants = list(fitted.problem.uncentred(refit(fitted.problem, without, fitted.centred).theta))
 
-    def ln_loss(self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray) -> FloatArray:
-        """ln L of runs that count as m times their compute."""
+    def ln_loss(
+        self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray, theta: FloatArray | None = None
+    ) -> FloatArray:
+        """ln L of runs that count as m times their compute; by other parameters where they are given."""
         n, d = params * np.exp(self._grows[0] * ln_m), tokens * np.exp(self._grows[1] * ln_m)
         if self._theta is not None:
-            return np.log(law.loss(self._theta, n, d))
+            return np.log(law.loss(self._theta if theta is None else theta, n, d))
         return np.log(self._frontier.loss(6 * n * d))
 
-    def slope(self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray) -> FloatArray:
+    def slope(
+        self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray, theta: FloatArray | None = None
+    ) -> FloatArray:
         """-d ln L / d ln m, shape (n,)."""
-        ends = [self.ln_loss(params, tokens, ln_m + sign * _STEP) for sign in (-1, 1)]
+        ends = [self.ln_loss(params, tokens, ln_m + sign * _STEP, theta) for sign in (-1, 1)]
         return np.maximum((ends[0] - ends[1]) / (2 * _STEP), 1e-6)
 
 
@@ -260,25 +283,40 @@ def _estimate(cells: Cells, scale: _Law, at: list[float]) -> tuple[float, float,
     labels = np.column_stack([cells.cell, cells.cluster]) if cells.paired else cells.cell[:, None]
     groups = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     beta = np.zeros(len(at))
-    ln_m = np.zeros(len(ln_c))
     for _ in range(8):
-        ln_m = np.where(cells.is_b, terms @ beta, 0.0)
-        slope = scale.slope(cells.params, cells.tokens, ln_m)
-        excess = cells.ln_loss - scale.ln_loss(cells.params, cells.tokens, ln_m)
-        design = _within(np.where(cells.is_b, -slope, 0.0)[:, None] * terms, groups)
-        step = np.linalg.lstsq(design, _within(excess[:, None], groups)[:, 0], rcond=None)[0]
+        design, excess = _linear(cells, scale, terms, groups, beta, None)
+        step = np.linalg.lstsq(design, excess, rcond=None)[0]
         beta = beta + step
         if np.abs(step).max() < 1e-10:
             break
-    rest = _within(excess[:, None], groups)[:, 0] - design @ step
-    deviation, dof = _robust(design, rest, cells.cluster, np.array(at))
+    deviation, dof = _robust(design, excess - design @ step, cells.cluster, np.array(at))
     if not cells.paired:
         # The rows of a cell are less their mean, which lies in several clusters: k / (k - 1), and a mean for each size.
         inside = np.bincount(groups).mean()
         deviation *= math.sqrt(inside / max(inside - 1, 1))
         dof = max(dof - len(set(groups_by_size(cells.params[~cells.is_b]))), 1)
+    moved = []
+    for theta in scale.variants:
+        design, excess = _linear(cells, scale, terms, groups, beta, theta)
+        moved.append(float(np.linalg.lstsq(design, excess, rcond=None)[0] @ at))
+    if moved:
+        # The jackknife over clusters (Quenouille 1956), of the law alone.
+        spread = np.array(moved) - np.mean(moved)
+        deviation = math.hypot(deviation, math.sqrt((len(moved) - 1) / len(moved) * float(spread @ spread)))
     gap = _cost_gap(cells)
     return float(beta @ at) + gap, deviation, float(stats.t.ppf((1 + LEVEL) / 2, dof))
+
+
+def _linear(
+    cells: Cells, scale: _Law, terms: FloatArray, groups: npt.NDArray[np.int64], beta: FloatArray,
+    theta: FloatArray | None,
+) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+    """The linear problem around `beta`: derivatives by its elements, shape (n, k), and the excess of the log loss."""
+    ln_m = np.where(cells.is_b, terms @ beta, 0.0)
+    slope = scale.slope(cells.params, cells.tokens, ln_m, theta)
+    excess = cells.ln_loss - scale.ln_loss(cells.params, cells.tokens, ln_m, theta)
+    design = _within(np.where(cells.is_b, -slope, 0.0)[:, None] * terms, groups)
+    return design, _within(excess[:, None], groups)[:, 0]
 
 
 def _within(columns: FloatArray, groups: npt.NDArray[np.int64]) -> FloatArray:

@@ -55,16 +55,22 @@ def test_dearer_flops_count_against_a_recipe_at_equal_flops_and_not_at_equal_tok
         compare(first, second, None, "time", None)
 
 
-def test_recipes_of_slightly_other_sizes_are_compared() -> None:
+@pytest.mark.parametrize("longer", [1.0, 1.25])
+def test_recipes_of_slightly_other_sizes_are_compared_at_one_length_or_one_ratio(longer: float) -> None:
     first, second = two(1.0)
-    other = replace(second, params=1.1 * second.params, flops=1.1 * second.flops)
-    assert compare(first, other, None, "tokens", None)["cells"] == len(SIZES) * len(RATIOS)
+    other = replace(second, params=1.25 * second.params, tokens=longer * second.tokens)
+    found = compare(first, other, None, "tokens", None)
+    assert found["cells"] == len(SIZES) * len(RATIOS)
+    with pytest.raises(UserError, match="in common"):
+        compare(first, replace(other, tokens=1.12 * other.tokens), None, "tokens", None)
 
 
 def test_ladders_without_common_runs_are_refused() -> None:
     first, second = two(1.0)
     with pytest.raises(UserError, match="in common"):
-        compare(first, replace(second, tokens=8 * second.tokens), None, "flops", None)
+        compare(first, replace(second, tokens=3.3 * second.tokens), None, "flops", None)
+    with pytest.raises(UserError, match="in common"):
+        compare(first, replace(second, params=1.4 * second.params), None, "flops", None)
     with pytest.raises(UserError, match="share size, length and seed"):
         compare(*two(1.0, paired=False), None, "flops", True)
 
