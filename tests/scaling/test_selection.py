@@ -241,6 +241,39 @@ def test_columns_are_guessed_by_what_they_mean(tmp_path: Path, columns: tuple[st
     assert values[0] == (3.0 + column if chosen in losses else 1e6 * (column + 1))
 
 
+@pytest.mark.parametrize(
+    ("names", "values", "tokens"),
+    [
+        (("N (M)", "D (B)"), ("20", "1.5"), 1.5e9), (("params_B", "tokens_T"), ("0.02", "0.0015"), 1.5e9),
+        (("Params [G]", "Tokens [G]"), ("0.02", "1.5"), 1.5e9), (("model size", "tokens_B"), ("20M", "1.5B"), 1.5e9),
+        (("params", "EFLOPs"), ("20M", "0.18"), 1.5e9), (("params", "pf_days"), ("2e7", "0.00208333"), 1.5e9),
+        (("params", "tokens_per_param"), ("2e7", "75"), 1.5e9),
+        (("params_non_embedding", "D"), ("2e7", "1.5e9"), 1.5e9),
+    ],
+)  # fmt: skip
+def test_units_in_the_names_of_columns_are_taken(
+    names: tuple[str, str], values: tuple[str, str], tokens: float
+) -> None:
+    table = read_source({names[0]: [values[0]] * 3, names[1]: [values[1]] * 3, "loss": [3.0, 2.9, 2.8]})
+    assert table.params[0] == pytest.approx(2e7)
+    assert table.tokens[0] == pytest.approx(tokens, rel=1e-4)
+
+
+def test_files_with_semicolons_and_arrays_of_objects_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("N;D;loss\n2e7;1e9;3.1\n4e7;1e9;3.0\n")
+    (tmp_path / "b.json").write_text('[{"N": 2e7, "D": 1e9, "loss": 3.1}, {"N": 4e7, "D": 1e9, "loss": 3.0}]')
+    for name in ("a.csv", "b.json"):
+        assert read_source(str(tmp_path / name)).params.tolist() == [2e7, 4e7]
+    (tmp_path / "c.csv").write_text("N;D;loss\n2e7;1e9;3,1\n")
+    assert "'3,1' in column 'loss'" in read_source(str(tmp_path / "c.csv")).bad[0]
+
+
+@pytest.mark.parametrize(("name", "hint"), [("ppl", "logarithm"), ("val_bpb", "ln 2")])
+def test_a_table_of_perplexities_or_bits_is_told_what_to_do(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        read_source({"N": [1e7], "D": [1e9], name: [20.0]})
+
+
 def grid(tmp_path: Path, run: Callable[[int, int], str]) -> str:
     """Sizes by token counts without noise; `run` names each row."""
     path = tmp_path / "grid.csv"

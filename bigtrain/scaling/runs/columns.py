@@ -32,8 +32,10 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "lr": ("lr", "learning_rate", "peak_lr", "max_lr", "optimizer_lr"),
     "batch": ("batch_tokens", "batch_size", "batch", "bs", "global_batch_size", "global_batch"),
     "unique_tokens": ("unique_tokens", "tokens_unique", "unique_d", "dataset_tokens"),
+    "ratio": ("tokens_per_param", "tokens_per_parameter", "tokens_per_params", "d_n", "d_over_n"),
     "params_without_embeddings": ("params_without_embeddings", "n_without_embeddings", "non_embedding_params",
-                                  "params_non_embedding"),
+                                  "params_non_embedding", "n_params_non_embedding", "non_embedding_parameters",
+                                  "num_params_non_embedding"),
 }  # fmt: skip
 """Names by which each column is guessed, in the order of preference."""
 _LOSS_LIKE = tuple(re.compile(pattern) for pattern in (
@@ -43,6 +45,21 @@ _LOSS_LIKE = tuple(re.compile(pattern) for pattern in (
 ))  # fmt: skip
 """Forms of a column of losses that no list names, such as `eval/c4/loss` and `smooth loss`."""
 _NO_LOSS = re.compile(r"(^|_)(aux|z|balanc\w*|router|std|scale|scaler|var|grad|bound|delta)(_|$)")
+_UNIT = re.compile(r"(?P<base>.+)_(?:in_)?(?P<unit>k|m|b|g|t|thousands?|millions?|billions?|trillions?)")
+_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_FLOP_UNITS = {
+    **dict.fromkeys(("pflops", "pflop", "petaflops", "petaflop"), 1e15),
+    **dict.fromkeys(("eflops", "eflop", "exaflops", "exaflop"), 1e18),
+    **dict.fromkeys(("zflops", "zflop", "zettaflops", "zettaflop"), 1e21),
+    **dict.fromkeys(("pf_days", "pfs_days", "petaflop_days", "petaflops_days", "petaflop_s_days"), 8.64e19),
+}
+"""Columns of FLOPs whose name is their unit; a PF-day is 1e15 FLOP/s for a day."""
+_NO_NATS = {
+    "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
+    "bits a byte are no nats a token: multiply by ln 2 and the bytes a token": re.compile(
+        r"(^|_)(bpb|bits_per_byte)(_|$)"
+    ),
+}
 _NAMES_A_RUN = ("run", "run_id", "id", "name", "run_name", "trial", "uuid", "url", "path", "timestamp", "created_at")
 
 
@@ -58,6 +75,8 @@ class ColumnNames:
     params_unit: float | None = None
     """What one of the column's units is in parameters; None: one, and the values are checked."""
     tokens_unit: float | None = None
+    lr: str | None = None
+    batch: str | None = None
 
 
 def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: str, named: ColumnNames) -> RunTable:
@@ -78,7 +97,29 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
     bad = [""] * len(place)
     numbers = {name: _numbers(raw, column, bad, name) for name, column in found.items() if name in _NUMERIC}
     if "loss" not in numbers:
-        raise UserError("There is no column of losses", source, f"name it with --loss; there are: {_list(raw)}")
+        hint = next(
+            (f"; {text}" for text, form in _NO_NATS.items() if any(form.search(_plain(name)) for name in raw)), ""
+        )
+        raise UserError("There is no column of losses", source, f"name it with --loss; there are: {_list(raw)}{hint}")
+    for name, column in found.items():
+        factor = _factor(name, column)
+        given = {"params": named.params_unit, "tokens": named.tokens_unit}.get(name)
+        if (
+            factor != 1
+            and given is None
+            and not any(
+                isinstance(cell, str) and cell.strip()[-1:].isalpha() and parse_number(cell) is not None
+                for cell in raw[column]
+            )
+        ):
+            numbers[name] = numbers[name] * factor
+            notes.append(f"column '{column}' counts in {factor:g}, by its name")
+    if "params" not in numbers and "params_without_embeddings" in numbers:
+        numbers["params"] = numbers["params_without_embeddings"]
+        notes.append(f"params is column '{found['params_without_embeddings']}', without embeddings")
+    if "tokens" not in numbers and "flops" not in numbers and {"ratio", "params"} <= set(numbers):
+        numbers["tokens"] = numbers["params"] * numbers["ratio"]
+        notes.append(f"tokens are computed: params times column '{found['ratio']}'")
     for name, unit in (("params", named.params_unit), ("tokens", named.tokens_unit)):
         if unit is not None and name in numbers:
             numbers[name] = numbers[name] * unit
@@ -99,7 +140,7 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
 
 
 _OPTIONAL = ("params_without_embeddings", "lr", "batch", "unique_tokens")
-_NUMERIC = ("params", "tokens", "flops", "loss", *_OPTIONAL)
+_NUMERIC = ("params", "tokens", "flops", "loss", "ratio", *_OPTIONAL)
 
 
 def _groups(
@@ -131,6 +172,20 @@ def _one_size_each(group: tuple[str, ...], params: FloatArray) -> bool:
     return several * 2 < len(sizes) and not alone
 
 
+def _factor(wanted: str, column: str) -> float:
+    """What one of a column is in parameters, tokens or FLOPs, by its name: 1e9 of "params_B" and "N (B)"; else 1."""
+    name = _plain(column)
+    if wanted == "flops":
+        return _FLOP_UNITS.get(name, 1.0)
+    match = _UNIT.fullmatch(name)
+    if wanted not in ("params", "tokens", "unique_tokens") or match is None:
+        return 1.0
+    base, unit = match["base"], match["unit"]
+    # A single letter needs a bracket: "d_b" may be anything, "D (B)" is a unit.
+    known = base in _KNOWN[wanted] and (len(base) > 1 or re.search(r"[(\[]", column) is not None)
+    return _UNITS[unit[0]] if known else 1.0
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
@@ -150,6 +205,7 @@ def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) 
             found[wanted] = given
             continue
         matches = [plain[guess] for guess in guesses if guess in plain]
+        matches += [name for name in raw if name not in matches and _factor(wanted, name) != 1]
         if wanted == "loss":
             matches = list(dict.fromkeys([*matches, *_losses(plain)]))
         if matches:
@@ -199,7 +255,7 @@ def _numbers(raw: Mapping[str, Sequence[object]], column: str, bad: list[str], n
     out = np.empty(len(bad))
     for i, value in enumerate(raw[column]):
         number = parse_number(value)
-        if number is None and name not in _OPTIONAL:
+        if number is None and name not in (*_OPTIONAL, "ratio"):
             bad[i] = bad[i] or f"{value!r} in column '{column}'"
         out[i] = np.nan if number is None else number
     return out

@@ -19,6 +19,8 @@ SWEEP_TRIALS = "trials"
 """In a sweep's directory: the runs themselves, whose metrics.jsonl has every evaluation."""
 SWEEP_RUNS = "runs.jsonl"
 """In a sweep's directory: one object a finished trial, with run, group, params, tokens, flops, loss, phase, seed."""
+SWEEP_TUNING = "tuning.jsonl"
+"""In a sweep's directory: one object a run that tuned a learning rate; `val_loss` is null where it diverged."""
 WANDB_PREFIX = "wandb:"
 IN_MEMORY = "a table in memory"
 """The source of runs that came from no file."""
@@ -35,42 +37,46 @@ class Frame(Protocol):
 RunSource = str | Mapping[str, Sequence[object]] | Frame
 
 
-def read_source(source: RunSource, named: ColumnNames | None = None, curves: bool = False) -> RunTable:
+Rows = Literal["runs", "curves", "tuning"]
+
+
+def read_source(source: RunSource, named: ColumnNames | None = None, rows: Rows = "runs") -> RunTable:
     """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
 
     Args:
         source: A .csv, .jsonl or .json-lines file; a sweep's directory; a directory under which W&B's offline files
             lie; or wandb:ENTITY/PROJECT. Or a table in memory: a DataFrame, or columns by their names.
         named: Columns that the user has named.
-        curves: Whether a sweep gives a row for each evaluation of its runs, and not one for each run.
+        rows: What a sweep's directory gives: its finished runs, every evaluation of them, or the runs that tuned its
+            learning rates.
 
     Raises:
         UserError: What is not there, or cannot be read.
     """
-    columns, place, notes, native = _read(source, curves)
+    columns, place, notes, native = _read(source, rows)
     table = to_table(columns, place, source if isinstance(source, str) else IN_MEMORY, named or ColumnNames())
     return replace(table, native=native, notes=(*notes, *table.notes))
 
 
 def read_columns(source: str) -> list[str]:
     """Names of the columns of a SOURCE."""
-    return list(_read(source, curves=True)[0])
+    return list(_read(source, "curves")[0])
 
 
-def _read(source: RunSource, curves: bool) -> tuple[Columns, list[str], list[str], bool]:
+def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str], bool]:
     """Columns, places, notes, and whether bigtrain wrote them."""
     if not isinstance(source, str):
         found = source if isinstance(source, Mapping) else source.to_dict("list")
         in_memory: Columns = {str(name): list(values) for name, values in found.items()}
-        rows = max(map(len, in_memory.values()), default=0)
-        return in_memory, [f"row {number}" for number in range(1, rows + 1)], [], False
+        length = max(map(len, in_memory.values()), default=0)
+        return in_memory, [f"row {number}" for number in range(1, length + 1)], [], False
     if source.startswith(WANDB_PREFIX):
         from bigtrain.scaling.runs.wandb_api import read_project
 
         return (*read_project(source.removeprefix(WANDB_PREFIX)), [], False)
     path = Path(source)
     if path.is_dir():
-        return (*_directory(path, curves), True)
+        return (*_directory(path, rows), True)
     if not path.exists():
         raise UserError(
             f"'{source}' is not there", source,
@@ -79,9 +85,15 @@ def _read(source: RunSource, curves: bool) -> tuple[Columns, list[str], list[str
     return (*(_read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)), [], False)
 
 
-def _directory(path: Path, curves: bool) -> tuple[Columns, list[str], list[str]]:
+def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]:
     """Columns, places and notes of a sweep's directory or of W&B's offline files."""
-    if (file := path / SWEEP_RUNS).exists() and curves:
+    if wanted == "tuning" and (path / SWEEP_RUNS).exists():
+        if not (file := path / SWEEP_TUNING).exists():
+            raise UserError(
+                "The sweep has tuned no learning rate", str(path), "give its YAML a section learning_rates, and run it"
+            )
+        return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
+    if (file := path / SWEEP_RUNS).exists() and wanted == "curves":
         return (*rows_to_columns(_evaluations(path, list(read_lines(file)))), [])
     if (file := path / SWEEP_RUNS).exists():
         return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
@@ -115,8 +127,11 @@ def _evaluations(path: Path, runs: list[dict[str, Any]]) -> list[tuple[str, dict
 
 def _read_csv(path: Path) -> tuple[Columns, list[str]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
+            first = file.readline()
+            file.seek(0)
+            mark = next((one for one in ("\t", ";") if one in first and "," not in first), ",")
+            reader = csv.reader(file, delimiter=mark)
             header = next(reader, None)
             if not header:
                 raise UserError("The file is empty", str(path))
@@ -141,8 +156,15 @@ def _read_csv(path: Path) -> tuple[Columns, list[str]]:
 
 def _read_json_lines(path: Path) -> tuple[Columns, list[str]]:
     rows: list[tuple[str, dict[str, Any]]] = []
+    number = 1
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip()[:1] == "[":
+            found = json.loads(text)
+            if not all(isinstance(value, dict) for value in found):
+                raise UserError("The file is not an array of JSON objects", str(path))
+            return rows_to_columns([(f"object {i}", value) for i, value in enumerate(found, 1)])
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             value = json.loads(line)
