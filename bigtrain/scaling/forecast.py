@@ -3,12 +3,18 @@
 The curve comes from the sweep that the law was fitted to. Each of its runs, as a trunk and its branch, gives the ratio
 of its training loss to the law's loss at its end, averaged over 40 equal shares of its tokens: runs of one schedule
 nearly collapse so, whatever their size (Qiu et al. 2025). For each share a line in ln N and ln D/N predicts the run's
-ratio, with the line's own prediction interval; the law's interval is added in quadrature.
+ratio, with the line's own prediction interval; the law's interval is added in quadrature. The band holds at all shares
+together (Bonferroni), since the errors of one run go together and its shares are watched one after the other.
+
+The held-out loss at the end has the interval of one run, not of the law: it is moved by the systematic part of the
+residuals near there (`discrepancy`), and that part's uncertainty and the noise of a run are added.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,21 +22,23 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bigtrain.scaling import law as formula
+from bigtrain.scaling.discrepancy import Discrepancy, discrepancy
 from bigtrain.scaling.document import finite, read_law
-from bigtrain.scaling.law import FloatArray
-from bigtrain.scaling.predict import predict
+from bigtrain.scaling.law import NAMES, FloatArray
+from bigtrain.scaling.predict import loss_function, predict
 from bigtrain.scaling.runs.readers import SWEEP_RUNS, SWEEP_TRIALS
 from bigtrain.storage import hash_file, read_lines
-from bigtrain.tracking.forecast import BINS, KIND
+from bigtrain.tracking.forecast import BINS, KIND, MAX_SPARSE
 from bigtrain.tracking.metrics import read_run_metrics
 
 FORMAT_VERSION = 1
-LEVEL = 0.99
-"""Of the band at one share: two averages in succession outside it are the alarm."""
+LEVEL = 0.95
+"""Of the band at all shares together; two averages in succession outside it are the alarm."""
+LEVELS = {"interval": 0.95, "interval_80": 0.8}
+
 MIN_CURVES = 6
-MAX_SPARSE = 2.0
-"""Shares that one logged interval of a sweep's run may cover."""
+NOISE_PARTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Of the variance of a run's ratio, the part that falls with the tokens of a share."""
 
 
 def make_forecast(
@@ -43,16 +51,37 @@ def make_forecast(
     """
     file = law_path / "law.json" if law_path.is_dir() else law_path
     law = read_law(law_path)
-    said = predict(law, None, params, tokens)
-    loss = said["chosen"]["loss"]
-    curve, note = _curve(law, params, tokens, loss)
+    predicted = predict(law, None, params, tokens)
+    curve, note = _curve(law, params, tokens, predicted["chosen"]["loss"])
+    loss = _of_one_run(law, params, tokens, predicted["chosen"]["loss"])
     return dict(finite({
         "kind": KIND, "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "law": str(file), "law_hash": hash_file(file), "params": params, "tokens": tokens, "steps": steps,
-        "flops": said["flops"],
-        "times_largest_run": said["times_largest_run"], "loss": loss, "curve": curve, "curve_source": note,
-        "tasks": tasks, "warnings": law["warnings"],
+        "flops": predicted["flops"],
+        "times_largest_run": predicted["times_largest_run"], "loss": loss, "curve": curve, "curve_source": note,
+        "tasks": tasks, "warnings": list(law["warnings"]),
     }))  # fmt: skip
+
+
+def _of_one_run(law: dict[str, Any], params: float, tokens: float, loss: dict[str, Any]) -> dict[str, Any]:
+    """A loss of one run: the law's, moved by what its runs near there say, with their noise in its intervals."""
+    one = law["approaches"][law["primary"]]
+    parameters = len(one.get("constants", NAMES))
+    dof = max(law["data"]["runs"] - parameters, 1)
+    known = law.get("residuals")
+    if known is None:
+        moved = Discrepancy(0.0, 0.0, float(one["noise"]) * math.sqrt(law["data"]["runs"] / dof))
+    else:
+        columns = [np.array(known[name]) for name in ("params", "tokens", "ln_measured_over_law")]
+        moved = discrepancy(columns[0], columns[1], columns[2], (params, tokens), parameters)
+    value = loss["value"] * math.exp(moved.mean)
+    found = {**loss, "value": value, "law": loss["value"], "interval_of_law": loss["interval"],
+             "discrepancy": asdict(moved)}  # fmt: skip
+    for name, level in LEVELS.items():
+        own = float(stats.t.ppf((1 + level) / 2, dof)) * math.hypot(moved.deviation, moved.noise)
+        below, above = (abs(math.log(end / loss["value"])) for end in loss[name])
+        found[name] = [value * math.exp(-math.hypot(below, own)), value * math.exp(math.hypot(above, own))]
+    return found
 
 
 def _curve(
@@ -62,9 +91,9 @@ def _curve(
     sweep = Path(law["source"]["name"])
     if not (sweep / SWEEP_RUNS).exists():
         return [], "no curve: the law was not fitted to a sweep, whose runs have one"
-    theta = np.array(law["approaches"][law["primary"]]["theta"])
+    by_law = loss_function(law)
     rows = list(read_lines(sweep / SWEEP_RUNS))
-    known = [(row, found) for row in rows if (found := _ratios(sweep, row, rows, theta)) is not None]
+    known = [(row, found) for row in rows if (found := _ratios(sweep, row, by_law)) is not None]
     if len(known) < MIN_CURVES:
         return [], f"no curve: {len(known)} runs of the sweep have one, {MIN_CURVES} are needed"
     design = np.array([[1.0, math.log(row["params"]), math.log(row["tokens"] / row["params"])] for row, _ in known])
@@ -73,13 +102,14 @@ def _curve(
     at = np.array([1.0, math.log(params), math.log(tokens / params)]) - middle
     ratios = np.array([found for _, found in known])
     below, above = (abs(math.log(end / loss["value"])) for end in loss["interval"])
+    variances, own = _variances(design, ratios, np.array([float(row["tokens"]) for row, _ in known]), tokens)
     curve = []
     for number in range(BINS):
         column = ratios[:, number]
         used = np.isfinite(column)
         if used.sum() < MIN_CURVES:
             continue
-        centre, half = _predicted(design[used], column[used], at)
+        centre, half = _predicted(design[used], column[used], at, variances[used], own)
         value = loss["value"] * math.exp(centre)
         curve.append({
             "from": number / BINS, "to": (number + 1) / BINS, "loss": value,
@@ -90,17 +120,58 @@ def _curve(
     return curve, f"curves of {len(known)} runs of {sweep.name}"
 
 
-def _predicted(design: FloatArray, column: FloatArray, at: FloatArray) -> tuple[float, float]:
-    """A line's value at a point, and half of its prediction interval."""
-    inverse = np.linalg.pinv(design.T @ design)
-    beta = inverse @ design.T @ column
-    dof = max(len(column) - np.linalg.matrix_rank(design), 1)
+def _predicted(
+    design: FloatArray, column: FloatArray, at: FloatArray, variances: FloatArray, own: float
+) -> tuple[float, float]:
+    """A line's value at a point, and half of its prediction interval, at `LEVEL` for all shares together.
+
+    Args:
+        design: Of the runs, shape (n, 3).
+        column: Their ratios, shape (n,).
+        at: Of the run to come, shape (3,).
+        variances: Relative variances of the ratios, shape (n,).
+        own: That of the run to come.
+    """
+    beta, inverse, variance, dof = _weighted(design, column, variances)
+    half = math.sqrt(variance * (own + float(at @ inverse @ at)))
+    return float(at @ beta), float(stats.t.ppf(1 - (1 - LEVEL) / (2 * BINS), dof)) * half
+
+
+def _weighted(
+    design: FloatArray, column: FloatArray, variances: FloatArray
+) -> tuple[FloatArray, FloatArray, float, int]:
+    """Weighted least squares: the line, its covariance over the variance, the variance, degrees of freedom."""
+    weighted = design / variances[:, None]
+    inverse = np.asarray(np.linalg.pinv(design.T @ weighted), dtype=np.float64)
+    beta = inverse @ weighted.T @ column
+    dof = max(len(column) - int(np.linalg.matrix_rank(design)), 1)
     rest = column - design @ beta
-    variance = float(rest @ rest) / dof * (1 + float(at @ inverse @ at))
-    return float(at @ beta), float(stats.t.ppf((1 + LEVEL) / 2, dof)) * math.sqrt(variance)
+    return beta, inverse, float((rest**2 / variances).sum()) / dof, dof
 
 
-def _ratios(sweep: Path, row: dict[str, Any], rows: list[dict[str, Any]], theta: FloatArray) -> FloatArray | None:
+def _variances(design: FloatArray, ratios: FloatArray, tokens: FloatArray, own: float) -> tuple[FloatArray, float]:
+    """Relative variances of the runs' ratios, shape (n,), and of the run to come's.
+
+    A share's mean over few tokens is noisy as one over their square root; the rest of a run's deviation is not. What
+    part is which follows from the likelihood of all shares together.
+    """
+    middle = float(np.median(tokens))
+    best: tuple[float, FloatArray, float] | None = None
+    for part in NOISE_PARTS:
+        variances = 1 - part + part * middle / tokens
+        total = 0.0
+        for column in ratios.T:
+            used = np.isfinite(column)
+            if used.sum() >= MIN_CURVES:
+                _, _, variance, dof = _weighted(design[used], column[used], variances[used])
+                total -= 0.5 * (dof * math.log(max(variance, 1e-30)) + float(np.log(variances[used]).sum()))
+        if best is None or total > best[0]:
+            best = total, variances, 1 - part + part * middle / own
+    assert best is not None
+    return best[1], best[2]
+
+
+def _ratios(sweep: Path, row: dict[str, Any], by_law: Callable[[float, float], float]) -> FloatArray | None:
     """ln of a run's training loss over the law's loss at its end, by shares of its tokens; NaN where none is logged."""
     logged = _whole_curve(sweep, row)
     end = float(row["tokens"])
@@ -119,7 +190,7 @@ def _ratios(sweep: Path, row: dict[str, Any], rows: list[dict[str, Any]], theta:
     wide = np.array(tokens)[after] - np.array(tokens)[np.maximum(after - 1, 0)]
     # An interval that is longer than a few shares hides how the loss falls inside it.
     means[(wide > MAX_SPARSE * end / BINS) | (shares > tokens[-1])] = np.nan
-    return np.asarray(np.log(means / formula.loss(theta, row["params"], end)), dtype=np.float64)
+    return np.asarray(np.log(means / by_law(float(row["params"]), end)), dtype=np.float64)
 
 
 def _whole_curve(sweep: Path, row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.run import RunDirectory, load_config, names
 from bigtrain.scaling.decide import predict_tasks
+from bigtrain.scaling.document import read_law
 from bigtrain.scaling.forecast import make_forecast
 from bigtrain.storage import write_json
-from bigtrain.training.prepare import prepare
+from bigtrain.sweeps.journal import SweepDirectory
+from bigtrain.sweeps.load import load_sweep
+from bigtrain.training.prepare import Prepared, prepare
+
+SAME_RULE = 0.2
+"""ln of a quantity over its rule, within which whole steps and sequences explain the difference."""
 
 
 def preregister_run(
@@ -39,8 +46,36 @@ def preregister_run(
     tokens = float(prepared.total_steps * prepared.batch_sequences * prepared.context)
     found = predict_tasks(tasks, params, tokens, [], None, None, 0)["tasks"] if tasks else []
     forecast = make_forecast(law, params, tokens, prepared.total_steps, found)
+    forecast["warnings"] += other_recipe(law, prepared, params)
     path = preregister(RunDirectory(runs_dir / loaded.name), forecast)
     return {**forecast, "run": loaded.name, "files": [str(path)]}
+
+
+def other_recipe(law: Path, prepared: Prepared, params: float) -> list[str]:
+    """Where a run's rules differ from those of its law's sweep: the law then forecasts another run.
+
+    Args:
+        law: law.json, or the directory that holds it.
+        prepared: The run on its data.
+        params: N as the law counts it.
+    """
+    file = SweepDirectory(Path(read_law(law)["source"]["name"])).config
+    if not file.exists():
+        return []
+    ladder = load_sweep(file).config.ladder
+    batch = float(prepared.batch_sequences * prepared.context)
+    rates = [prepared.schedule.lr(step) for step in range(prepared.total_steps)]
+    peak = max(rates)
+    decay = sum(1 for rate in rates[prepared.schedule.warmup_steps :] if rate < peak * (1 - 1e-9)) / len(rates)
+    found = []
+    for what, own, rule in (
+        ("learning rate", peak, ladder.lr.of(params)), ("batch in tokens", batch, ladder.batch.of(params)),
+        ("warm-up in tokens", prepared.schedule.warmup_steps * batch, ladder.warmup.of(params)),
+        ("share of steps in the decay", decay, ladder.decay),
+    ):  # fmt: skip
+        if own <= 0 or abs(math.log(own / rule)) > SAME_RULE:
+            found.append(f"the run's {what} is {own:.4g}, by the sweep's rule {rule:.4g}: the forecast is of that rule")
+    return found
 
 
 def preregister(directory: RunDirectory, forecast: dict[str, Any]) -> Path:

@@ -24,6 +24,8 @@ from bigtrain.tracking.numbers import finite
 
 BINS = 40
 """Shares of a run's tokens over which its loss is averaged."""
+MAX_SPARSE = 2.0
+"""Shares that one logged interval may cover: a longer one hides how the loss falls inside it."""
 SUCCESSION = 2
 """Averages outside the band, one after the other, after which the run has left it."""
 KIND = "bigtrain forecast"
@@ -44,6 +46,13 @@ def forecast_hash(run_dir: Path) -> str | None:
     return hash_file(path) if path.exists() else None
 
 
+def band_of(forecast: Mapping[str, Any], number: int) -> dict[str, float] | None:
+    """The forecast's loss and band over one share of the tokens, or None where it has none there."""
+    middle = (number + 0.5) / BINS
+    inside = [one for one in forecast["curve"] if one["from"] < middle < one["to"]]
+    return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
+
+
 def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | None:
     """The forecast's loss and band after so many tokens, or None where it has none there."""
     share = min(tokens / float(forecast["tokens"]), 1.0)
@@ -61,7 +70,9 @@ class Watch:
     left: dict[str, Any] | None = None
     """Where the run left the band."""
     _sum: float = 0.0
-    _weight: float = 0.0
+    """Of loss times tokens, so far."""
+    _begun: float = 0.0
+    """That sum where the open share begins."""
     _number: int = 0
     _outside: int = 0
     _tokens: float = 0.0
@@ -79,17 +90,10 @@ class Watch:
         Returns:
             Where the run has left the band, the first time that it has.
         """
-        weight = max(tokens - self._tokens, 0.0)
-        self._tokens = tokens
-        if loss is not None:
-            self._sum += loss * weight
-            self._weight += weight
-        ended = step >= int(self.forecast["steps"])
-        share = 1.0 if ended else tokens / float(self.forecast["tokens"])
         before = self.left
-        if share * BINS + 1e-6 >= self._number + 1 and self._weight:
-            self._close(step, tokens)
-            self._number = int(share * BINS + 1e-6)
+        ended = step >= int(self.forecast["steps"])
+        if loss is not None and tokens > self._tokens:
+            self._take(step, tokens, loss, ended)
         if val_loss is not None and ended:
             low, high = self.forecast["loss"]["interval"]
             if not low <= val_loss <= high and self.left is None:
@@ -97,9 +101,27 @@ class Watch:
                              "what": "val_loss"}  # fmt: skip
         return self.left if before is None else None
 
-    def _close(self, step: int, tokens: float) -> None:
-        mean, self._sum, self._weight = self._sum / self._weight, 0.0, 0.0
-        band = band_at(self.forecast, tokens)
+    def _take(self, step: int, tokens: float, loss: float, ended: bool) -> None:
+        """Close the shares that end in this logged interval; sums up to each end are interpolated, as in forecasts."""
+        width = float(self.forecast["tokens"]) / BINS
+        sparse = tokens - self._tokens > MAX_SPARSE * width
+        while self._number < BINS:
+            end = (self._number + 1) * width
+            # Whole sequences may leave the last share short of its end.
+            last = ended and self._number == BINS - 1
+            if end > tokens * (1 + 1e-9) and not last:
+                break
+            total = self._sum + loss * (min(end, tokens) - self._tokens)
+            covered = min(end, tokens) - self._number * width
+            if not sparse and covered > width / 2:
+                self._close(step, tokens, (total - self._begun) / covered)
+            self._begun = total
+            self._number += 1
+        self._sum += loss * (tokens - self._tokens)
+        self._tokens = tokens
+
+    def _close(self, step: int, tokens: float, mean: float) -> None:
+        band = band_of(self.forecast, self._number)
         if band is None:
             return
         outside = not band["low"] <= mean <= band["high"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from bigtrain.config import UserError
+from bigtrain.optim.schedules.wsd import WarmupStableDecay
 from bigtrain.run import RunDirectory, names
 from bigtrain.scaling import law
 from bigtrain.scaling.fit import fit
@@ -17,7 +19,7 @@ from bigtrain.scaling.forecast import make_forecast
 from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.report import write_outputs
 from bigtrain.storage import append_line
-from bigtrain.sweeps.preregister import preregister
+from bigtrain.sweeps.preregister import other_recipe, preregister
 from bigtrain.tracking.forecast import BINS, Watch, forecast_hash, held_against, read_forecast
 from bigtrain.tracking.report import write_report
 
@@ -88,6 +90,56 @@ def test_a_run_that_follows_the_law_stays_inside(law_of_a_sweep: Path, tmp_path:
     text = write_report(directory.path).read_text()
     assert "The run is inside its forecast" in text
     assert f"{held['final']['measured']:.5f}" in text
+
+
+def test_sound_runs_rarely_leave(law_of_a_sweep: Path) -> None:
+    """The whole band holds for 95 % of runs, and so does the interval of the held-out loss at the end."""
+    forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
+    law_alone = forecast["loss"]["interval_of_law"]
+    low, high = forecast["loss"]["interval"]
+    assert low < law_alone[0] < law_alone[1] < high
+    left = []
+    for draw in range(60):
+        watch = Watch(forecast)
+        for row in curve(PARAMS, TOKENS, np.random.default_rng(100 + draw)):
+            watch.add(row["step"], row["tokens"], row["loss"], row.get("val_loss"))
+        left.append(watch.left is not None)
+    assert np.mean(left) <= 0.1
+
+
+@dataclass
+class Stub:
+    """What `other_recipe` reads of a prepared run; the real one needs shards and a model."""
+
+    schedule: WarmupStableDecay
+    batch_sequences: int
+    context: int
+    total_steps: int
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({}, []), ({"lr": 2.0}, ["learning rate"]), ({"batch": 2}, ["batch", "warm-up"]), ({"decay": 0.5}, ["decay"])],
+)
+def test_a_run_by_other_rules_than_the_sweeps_is_warned_of(
+    tmp_path: Path, change: dict[str, float], named: list[str]
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        "name: s\nbase: {model: {arch: llama}, data: {train: t, validation: v}}\nsizes: [10k]\n"
+        "ladder:\n  batch: {value: 1000, at: 10k, exponent: 0.5}\n  lr: {value: 0.01, at: 10k, exponent: -0.5}\n"
+        "  decay: 0.2\n"
+    )
+    (tmp_path / "law.json").write_text(
+        json.dumps({"kind": "bigtrain scaling law", "format_version": 1, "source": {"name": str(tmp_path)}})
+    )
+    steps, params = 500, 40_000.0
+    decay = round(steps * 0.2 * change.get("decay", 1.0))
+    lr = 0.005 * change.get("lr", 1.0)
+    schedule = WarmupStableDecay(lr, 20, steps, decay, 0.0, "linear")
+    found = other_recipe(tmp_path, Stub(schedule, 20 * int(change.get("batch", 1)), 100, steps), params)  # type: ignore[arg-type]
+    assert len(found) == len(named)
+    for name, text in zip(named, found, strict=True):
+        assert name in text
 
 
 def test_a_worse_run_leaves_the_band_and_is_told_when(law_of_a_sweep: Path, tmp_path: Path) -> None:
