@@ -51,6 +51,13 @@ def scaling_fit(
     ] = "auto",
     target_flops: Annotated[str | None, Number] = None,
     equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Require alpha = beta.")] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(metavar="EXPR", help='"repeats", or a law of your own in N, D, U and constants: "E + A / N**a".'),
+    ] = None,
+    overlap: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What `data overlap` found; a sweep's own is found by itself.")
+    ] = None,
     replicates: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the starts.")] = 0,
     wandb: Annotated[bool, typer.Option("--wandb", help="Record the law as a W&B run too.")] = False,
@@ -73,7 +80,7 @@ def scaling_fit(
         options = FitOptions(
             columns, drop_highest, where, approach, loss_function, delta, cluster,
             number("target-flops", target_flops), equal_exponents, replicates, seed,
-            duplicates=duplicates, swept=swept, edges=edges,
+            duplicates=duplicates, swept=swept, edges=edges, form=form, overlap=overlap,
         )  # fmt: skip
         fitted = fit(source, options, _progress)
         from bigtrain.tracking.config import TrackingConfig
@@ -142,6 +149,11 @@ def _fit_text(result: dict[str, Any]) -> str:
         if "refused" in one:
             text.append(f"{name:10}  not fitted: {one['refused']}")
             continue
+        if name == "form":
+            law = "  ".join(f"{key} {value:.5g}" for key, value in one["constants"].items())
+            text.append(f"form        {one['expression']}: {law}")
+            text += [f"            {key} 95 % [{low:.5g}, {high:.5g}]" for key, (low, high) in one["interval"].items()]
+            continue
         law = "  ".join(f"{key} {one[key]:.5g}" for key in ("A", "B", "E", "alpha", "beta") if key in one)
         text.append(f"{name:10}  {law}  N* ~ C^{one['a']:.4f}  D* ~ C^{one['b']:.4f}".replace("    ", "  "))
         if "window_sensitivity" in one:
@@ -198,12 +210,15 @@ def _predict_text(result: dict[str, Any]) -> str:
     ]
     text += quantities(result["optimal"])
     if chosen := result.get("chosen"):
-        price = chosen["flops_price"]
         text += [
             f"at N {count(chosen['params'])}, D {count(chosen['tokens'])} (D/N {chosen['tokens_per_param']:.3g}):",
             *(f"  {line}" for line in quantities({"loss": chosen["loss"]})),
-            f"  {chosen['excess_loss']['value']:+.5f} above the optimum: a compute-optimal run reaches it with "
-            f"1/{price['value']:.3g} of the FLOPs",
+            f"  {chosen['excess_loss']['value']:+.5f} above the optimum"
+            + (
+                f": a compute-optimal run reaches it with 1/{price['value']:.3g} of the FLOPs"
+                if (price := chosen["flops_price"])
+                else ""
+            ),
         ]
     if run := result.get("next_run"):
         text.append(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunName, RunsDir, errors, load_plugins, show
-from bigtrain.cli.scaling import number, quantities
+from bigtrain.cli.scaling import Column, number, quantities
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     app.command("tasks")(scaling_tasks)
     app.command("compare")(scaling_compare)
     app.command("preregister")(scaling_preregister)
+    app.command("rates")(scaling_rates)
 
 
 def scaling_tasks(
@@ -130,3 +131,58 @@ def _forecast_text(result: dict[str, Any]) -> str:
         f"law {result['law_hash'][:16]}, {result['created']}",
     ]
     return "\n".join([*text, *(f"warning: {one}" for one in result["warnings"]), *result["files"]])
+
+
+def scaling_rates(
+    source: Annotated[str, typer.Argument(help="Runs that sweep learning rate or batch: a table, or a tuned sweep.")],
+    out: Annotated[Path | None, typer.Option(help="A directory; gets rates.json and rates.html.")] = None,
+    at_params: Annotated[str | None, typer.Option(metavar="NUMBER", help="N to give the best values for.")] = None,
+    at_tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="D of it.")] = None,
+    at_batch: Annotated[str | None, typer.Option(metavar="NUMBER", help="Its batch, in the source's unit.")] = None,
+    params: Annotated[str | None, Column] = None,
+    tokens: Annotated[str | None, Column] = None,
+    flops: Annotated[str | None, Column] = None,
+    loss: Annotated[str | None, Column] = None,
+    lr: Annotated[str | None, Column] = None,
+    batch: Annotated[str | None, Column] = None,
+    where: Annotated[str | None, typer.Option(help="Which rows.")] = None,
+    edges: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="What is done with a best at the edge of its grid.")
+    ] = "refuse",
+    as_json: Json = False,
+) -> None:
+    """Fit laws of the best learning rate and the best batch, with intervals."""
+    with errors(as_json):
+        from bigtrain.scaling.decide import fit_rates
+        from bigtrain.scaling.runs.columns import ColumnNames
+
+        columns = ColumnNames(params=params, tokens=tokens, flops=flops, loss=loss, lr=lr, batch=batch)
+        wanted = {"params": number("at-params", at_params), "tokens": number("at-tokens", at_tokens),
+                  "batch": number("at-batch", at_batch)}  # fmt: skip
+        at = {name: value for name, value in wanted.items() if value is not None}
+        show(fit_rates(source, columns, where, edges, at, out), as_json, _rates_text)
+
+
+def _rates_text(result: dict[str, Any]) -> str:
+    from bigtrain.scaling.rates import NAMES
+    from bigtrain.scaling.rates_page import LETTERS, law_text
+    from bigtrain.scaling.runs.numbers import count
+
+    text = list(result["notes"])
+    for setting, one in result["laws"].items():
+        plain = one["law"]
+        good = sum(not optimum["refused"] for optimum in one["optima"])
+        text.append(f"{good} of {len(one['optima'])} grids of the {NAMES[setting]} have their optimum inside")
+        text.append(f"  {law_text(setting, plain)}, one optimum within {plain['deviation']:.1%}")
+        for name in plain["names"]:
+            low, high = plain["exponents"][name]["interval"]
+            text.append(f"  exponent of {LETTERS[name]}: {plain['exponents'][name]['value']:.4f}  95 % [{low:.4f}, "
+                        f"{high:.4f}]")  # fmt: skip
+        if best := result["best"].get(setting):
+            where = ", ".join(f"{LETTERS[name]} {count(value)}" for name, value in result["at"].items())
+            text.append(
+                f"  at {where}: {best['value']:.4g}  95 % [{best['interval'][0]:.4g}, {best['interval'][1]:.4g}]"
+            )
+            if best["outside"]:
+                text.append(f"  warning: {' and '.join(best['outside'])} lie outside the fitted runs")
+    return "\n".join([*text, *result["files"]])

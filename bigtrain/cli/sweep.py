@@ -26,6 +26,9 @@ def sweep_plan(
     compare: Annotated[
         bool, typer.Option("--compare", help="As one of a pair for two recipes: the width of their multiplier.")
     ] = False,
+    rates: Annotated[
+        Path | None, typer.Option(metavar="LAWS", help="What `scaling rates` wrote: proposes learning rates, batches.")
+    ] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -37,7 +40,8 @@ def sweep_plan(
 
         load_plugins(plugin)
         loaded = load_sweep(sweep, overrides, name)
-        show(make_plan(loaded, runs_dir, measure=measure, say=_say, compare=compare), as_json, plan_text)
+        plan = make_plan(loaded, runs_dir, measure=measure, say=_say, compare=compare, rates=rates)
+        show(plan, as_json, plan_text)
 
 
 @app.command("run")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from bigtrain.scaling import law
-from bigtrain.scaling.bootstrap import Replicates, bootstrap, interval
+from bigtrain.scaling.bootstrap import bootstrap, interval
 from bigtrain.scaling.envelope import hull
+from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.lines import line
 from bigtrain.scaling.objective import Problem
-from bigtrain.scaling.parametric import ParametricFit
 from bigtrain.scaling.parametric import fit as fit_parametric
 from bigtrain.scaling.runs.table import RunTable
 
@@ -22,6 +23,23 @@ HELD_OUT_FACTOR = 3.0
 FACTORS = (HELD_OUT_FACTOR, 10.0, 30.0)
 """Extrapolation factors of the back-tests."""
 REPLICATES = 200
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a fit of some runs says of all n runs of a table."""
+
+    loss: FloatArray
+    """Shape (n,)."""
+    replicates: FloatArray
+    """Shape (R, n)."""
+    residuals: FloatArray
+    """Of the fitted runs: ln predicted - ln measured."""
+    parameters: int
+
+
+Predictor = Callable[[RunTable, npt.NDArray[np.int64]], Prediction]
+"""Fits those runs, of those clusters, and predicts all runs."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +74,44 @@ class HeldOut:
         return not low <= self.measured <= high
 
 
+def parametric_predictor(problem: Problem, table: RunTable, seed: int) -> Predictor:
+    """Approach 3 as the back-tests use it, by the function and delta of a problem."""
+
+    def predict(small: RunTable, clusters: npt.NDArray[np.int64]) -> Prediction:
+        reduced = Problem.of(
+            small.params, small.tokens, small.loss, problem.function, problem.delta, problem.equal_exponents
+        )
+        fitted = fit_parametric(reduced, seed, starts=4)
+        refits = bootstrap(reduced, fitted.centred, clusters, seed, REPLICATES)
+        return Prediction(
+            law.loss(fitted.theta, table.params, table.tokens),
+            law.loss(refits.theta[:, None], table.params, table.tokens), fitted.residuals, problem.basis.shape[1],
+        )  # fmt: skip
+
+    return predict
+
+
 def held_out(
-    table: RunTable, problem: Problem, clusters: npt.NDArray[np.int64], seed: int, factor: float = HELD_OUT_FACTOR
+    table: RunTable, clusters: npt.NDArray[np.int64], seed: int, factor: float, predictor: Predictor, parameters: int
 ) -> HeldOut | str:
-    """Fit the runs up to 1/factor of the largest one's FLOPs and predict the rest; or why that is not possible."""
+    """Fit the runs up to 1/factor of the largest one's FLOPs and predict the rest; or why that is not possible.
+
+    Args:
+        table: All runs.
+        clusters: Of each run.
+        seed: Of the noise in the intervals.
+        factor: Of FLOPs.
+        predictor: The fit.
+        parameters: How many it has.
+    """
     last = int(np.argmax(table.flops))
     few = table.flops <= table.flops[last] / factor
     small = table.take(few)
-    parameters = problem.basis.shape[1]
     sizes = len(set(small.group))
     if len(small) <= parameters or sizes < 3 or len(np.unique(small.tokens)) < 3:
         return f"{len(small)} runs of {sizes} models lie below 1/{factor:g} of the largest run's FLOPs: too few to fit"
-    reduced = Problem.of(
-        small.params, small.tokens, small.loss, problem.function, problem.delta, problem.equal_exponents
-    )
-    fitted = fit_parametric(reduced, seed, starts=4)
-    members = np.unique(clusters[few], return_inverse=True)[1].astype(np.int64)
-    refits = bootstrap(reduced, fitted.centred, members, seed, REPLICATES)
-    predicted = law.loss(fitted.theta, table.params, table.tokens)
+    found = predictor(small, np.unique(clusters[few], return_inverse=True)[1].astype(np.int64))
+    predicted = found.loss
     measured, rest = table.loss, ~few
     x, y = np.log(small.flops), np.log(small.loss)
     rows = hull(x, y)
@@ -82,14 +120,12 @@ def held_out(
     near = np.argmin(np.log(small.params / table.params[last]) ** 2 + np.log(small.tokens / table.tokens[last]) ** 2)
     largest = float(small.flops.max())
     outside = [
-        _beyond(
-            float(measured[row]), float(predicted[row]), _prediction_interval(refits, fitted, table, int(row), seed)
-        )
+        _beyond(float(measured[row]), float(predicted[row]), _prediction_interval(found, int(row), seed))
         for row in np.flatnonzero(rest)
     ]
     return HeldOut(
         fitted=len(small), held_out=int(rest.sum()), row=last, predicted=float(predicted[last]),
-        prediction_interval=_prediction_interval(refits, fitted, table, last, seed), measured=float(measured[last]),
+        prediction_interval=_prediction_interval(found, last, seed), measured=float(measured[last]),
         error=float(predicted[last] / measured[last] - 1), factor=float(table.flops[last] / largest),
         mean_absolute_error=float(np.mean(np.abs(predicted[rest] / measured[rest] - 1))),
         nearest_run_error=float(small.loss[near] / measured[last] - 1), power_law_error=power / measured[last] - 1,
@@ -104,11 +140,9 @@ def _beyond(measured: float, predicted: float, ends: list[float]) -> float:
     return max(0.0, error**2 - half**2)
 
 
-def _prediction_interval(
-    refits: Replicates, fitted: ParametricFit, table: RunTable, row: int, seed: int
-) -> list[float]:
-    sampled = np.random.default_rng((seed, 2)).choice(fitted.residuals, len(refits.theta))
+def _prediction_interval(found: Prediction, row: int, seed: int) -> list[float]:
+    sampled = np.random.default_rng((seed, 2)).choice(found.residuals, len(found.replicates))
     # Small samples fit their own noise: residuals are too short by sqrt((n - p) / n).
-    count, parameters = len(fitted.residuals), fitted.problem.basis.shape[1]
-    scale = np.sqrt(count / max(count - parameters, 1))
-    return interval(law.loss(refits.theta, table.params[row], table.tokens[row]) * np.exp(sampled * scale))
+    count = len(found.residuals)
+    scale = np.sqrt(count / max(count - found.parameters, 1))
+    return interval(found.replicates[:, row] * np.exp(sampled * scale))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bigtrain.config import UserError
 from bigtrain.scaling.compare import Cost, compare
@@ -12,14 +15,19 @@ from bigtrain.scaling.compare_page import compare_page
 from bigtrain.scaling.document import finite
 from bigtrain.scaling.fit import prepare
 from bigtrain.scaling.options import FitOptions
+from bigtrain.scaling.rates import Edges, PowerLaw, rate_laws
+from bigtrain.scaling.rates_page import rates_page
 from bigtrain.scaling.runs.columns import ColumnNames
 from bigtrain.scaling.runs.readers import read_columns, read_source
+from bigtrain.scaling.runs.units import check_values
 from bigtrain.scaling.runs.where import where as select
 from bigtrain.scaling.tasks import Task, fit_task, guess_tasks
 from bigtrain.storage import write_atomic, write_json
 
 COMPARE_KIND = "bigtrain comparison of recipes"
 TASKS_KIND = "bigtrain task laws"
+RATES_KIND = "bigtrain rate laws"
+RATES_FILE = "rates.json"
 
 
 def predict_tasks(
@@ -45,7 +53,7 @@ def predict_tasks(
             "There are no pairs of columns of a task's loss and accuracy", source,
             "name them: --task hellaswag=hellaswag_bpb:hellaswag_accuracy",
         )  # fmt: skip
-    table = read_source(source, ColumnNames(loss=tasks[0].loss), curves=True)
+    table = read_source(source, ColumnNames(loss=tasks[0].loss), "curves")
     if where is not None:
         table = select(table, where)
     found = [fit_task(table, task, params, tokens, seed) for task in tasks]
@@ -98,3 +106,70 @@ def compare_recipes(
         write_atomic(out / "compare.html", compare_page(result))
         files = [str(out / "compare.json"), str(out / "compare.html")]
     return {**result, "files": files}
+
+
+def fit_rates(
+    source: str, columns: ColumnNames, where: str | None, edges: Edges, at: dict[str, float], out: Path | None
+) -> dict[str, Any]:
+    """Laws of the best learning rate and batch, as a table and a page.
+
+    Args:
+        source: Runs that sweep them, as `read_source` takes them; of a sweep's directory, those that tuned its rates.
+        columns: Columns that the user has named.
+        where: Which rows.
+        edges: What is done with a best at the edge of its grid.
+        at: A size, length and batch ("params", "tokens", "batch") at which the laws are wanted.
+        out: A directory for rates.json and rates.html.
+
+    Raises:
+        UserError: Bad input, nothing swept, a best at an edge, or a value that a law needs and `at` lacks.
+    """
+    table = read_source(source, columns, "tuning")
+    if where is not None:
+        table = select(table, where)
+    odd = check_values(table.take(np.isfinite(table.loss) & (table.loss > 0)))
+    found = rate_laws(table, edges)
+    notes = [*table.notes, *odd, *found.pop("notes")]
+    asked = {name: _rate_at(name, one, at) for name, one in found.items()} if at else {}
+    result = finite({"kind": RATES_KIND, "format_version": 1, "source": source, "where": where, "notes": notes,
+                     "laws": found, "at": at, "best": asked})  # fmt: skip
+    files = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RATES_FILE, result)
+        write_atomic(out / "rates.html", rates_page(result))
+        files = [str(out / RATES_FILE), str(out / "rates.html")]
+    return {**result, "files": files}
+
+
+def _rate_at(name: str, found: dict[str, Any], at: dict[str, float]) -> dict[str, Any] | None:
+    law = PowerLaw.parse(found["law"])
+    missing = [one for one in law.names if one not in at]
+    if "loss" in missing and "tokens" in at:
+        law, missing = PowerLaw.parse(found["others"]["tokens"]), []
+    if missing:
+        flags = " and ".join(f"--at-{one}" for one in missing)
+        raise UserError(f"The law of {name} needs {' and '.join(missing)}", "command line", f"give {flags} too")
+    return law.at(**{one: at[one] for one in law.names})
+
+
+def read_rates(path: Path) -> dict[str, PowerLaw]:
+    """The laws of a rates.json: "lr" and, where it has one in D, "batch".
+
+    Args:
+        path: rates.json, or the directory that holds it.
+
+    Raises:
+        UserError: What is not there, or no such file.
+    """
+    file = path / RATES_FILE if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != RATES_KIND:
+        raise UserError(f"There are no rate laws at '{path}'", str(file), "write them: bigtrain scaling rates --out")
+    laws = {name: PowerLaw.parse(one["law"]) for name, one in found["laws"].items()}
+    if "batch" in laws and laws["batch"].names != ("tokens",):
+        laws["batch"] = PowerLaw.parse(found["laws"]["batch"]["others"]["tokens"])
+    return laws

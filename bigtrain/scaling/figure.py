@@ -16,6 +16,7 @@ import numpy as np
 from bigtrain.scaling import law as formula
 from bigtrain.scaling.document import unpack
 from bigtrain.scaling.fit import Fitted
+from bigtrain.scaling.forms import form_path
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.runs.numbers import count
 from bigtrain.scaling.runs.table import RunTable
@@ -68,6 +69,9 @@ def _compute(table: RunTable) -> FloatArray:
 def _curve(fitted: Fitted, flops: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The loss at the optimum, shape (P,), and its 95 % interval, shape (2, P); empty where the law gives no loss."""
     one = fitted.law["approaches"][fitted.law["primary"]]
+    if fitted.law["primary"] == "form":
+        best, low, high = form_path(one, flops)["loss"]
+        return best, np.stack([low, high])
     if not fitted.law["primary"].startswith("a3"):
         return np.empty(0), np.empty((2, 0))
     many = formula.optimal_loss(unpack(one["replicates"])[:, None], flops)

@@ -17,12 +17,16 @@ import bigtrain
 from bigtrain.config import UserError
 from bigtrain.scaling.agreement import agreement
 from bigtrain.scaling.approaches import run_approaches
+from bigtrain.scaling.backtest import REPLICATES, Prediction
 from bigtrain.scaling.clustering import choose_clusters
 from bigtrain.scaling.document import FORMAT_VERSION, KIND, finite
+from bigtrain.scaling.form_fit import form_result, predict_rest
+from bigtrain.scaling.forms import Form
 from bigtrain.scaling.frontier import frontier_document
-from bigtrain.scaling.judge import judge, warnings_of
+from bigtrain.scaling.judge import hold_out, judge, near_frontier, warnings_of
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.options import FitOptions
+from bigtrain.scaling.overlap import overlap_of
 from bigtrain.scaling.runs.readers import IN_MEMORY, RunSource, read_source
 from bigtrain.scaling.runs.selection import best_settings, without_copies
 from bigtrain.scaling.runs.table import RunTable
@@ -56,6 +60,7 @@ def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str
             is reported as refused; it is an error only where every approach is refused.
     """
     options = options or FitOptions()
+    form = Form.parse(options.form) if options.form is not None else None
     say(f"reading {source if isinstance(source, str) else IN_MEMORY}")
     read, table, odd = prepare(source, options)
     target = _target(table, options)
@@ -63,8 +68,13 @@ def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str
     options = replace(options, cluster=kind)  # type: ignore[arg-type]
     say(f"fitting {len(table)} runs")
     found = run_approaches(table, clusters, target, options)
+    residuals: FloatArray | None = None
+    if form is not None:
+        say(f"fitting {form.text}")
+        own, residuals = form_result(form, table, clusters, target, options)
+        found = {"form": own, **found}
     names = [name for name, one in found.items() if "refused" not in one.result]
-    primary = next((name for name in names if name.startswith("a3")), names[0])
+    primary = next((name for name in names if name == "form" or name.startswith("a3")), names[0])
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "kind": KIND, "primary": primary, "target_flops": target,
         "approaches": {name: one.result for name, one in found.items()},
@@ -83,11 +93,30 @@ def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str
             document["frontier"][name] = frontier_document(
                 curve.flops, curve.loss, curve.replicates, target, options.seed
             )
-    main = found[primary]
-    if main.fitted is not None:
-        say("holding out the largest runs")
-        judge(document, table, clusters, main.fitted, options)
+    say("holding out the largest runs")
+    if form is not None and residuals is not None:
+        _judge_form(form, document, table, clusters, residuals, options)
+    elif (fitted := found[primary].fitted) is not None:
+        residuals = fitted.residuals
+        judge(document, table, clusters, fitted, options)
+    if residuals is not None:
+        document["residuals"] = {"params": table.params, "tokens": table.tokens, "ln_measured_over_law": -residuals}
+    document["overlap"], more = overlap_of(source, options.overlap)
+    document["warnings"] += more
     return Fitted(finite(document), table)
+
+
+def _judge_form(
+    form: Form, document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], residuals: FloatArray,
+    options: FitOptions,
+) -> None:  # fmt: skip
+    """Back-tests of an own form, and where it leaves the runs near the frontier."""
+
+    def predict(few: RunTable, members: npt.NDArray[np.int64]) -> Prediction:
+        return predict_rest(form, options.delta, few, members, table, options.seed, REPLICATES)
+
+    hold_out(document, table, clusters, options.seed, predict, len(form.constants))
+    document["warnings"] += near_frontier(table, residuals)
 
 
 def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:

@@ -13,6 +13,7 @@ from bigtrain.scaling import backtest, bias, diagnostics, law, parametric
 from bigtrain.scaling.approaches import Result
 from bigtrain.scaling.bootstrap import MIN_CLUSTERS
 from bigtrain.scaling.document import unpack
+from bigtrain.scaling.forms import Form
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.misfit import misfit_rate, widened
 from bigtrain.scaling.objective import Problem
@@ -42,7 +43,8 @@ def judge(
     options: FitOptions,
 ) -> None:  # fmt: skip
     """Add held-out errors, misfit and diagnostics of the primary fit, with their warnings."""
-    _hold_out(document, table, clusters, fitted, options)
+    predictor = backtest.parametric_predictor(fitted.problem, table, options.seed)
+    hold_out(document, table, clusters, options.seed, predictor, fitted.problem.basis.shape[1])
     target, warnings = document["target_flops"], document["warnings"]
     changes = diagnostics.influence(fitted, clusters, target)
     order = np.argsort(-np.abs(changes))
@@ -81,18 +83,18 @@ def judge(
                 f"({abs(slope['standard_errors']):.1f} standard errors): the law's form misses something"
             )
     warnings += _floor(document, table)
-    warnings += _near_frontier(table, fitted.residuals)
+    warnings += near_frontier(table, fitted.residuals)
 
 
-def _hold_out(
-    document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], fitted: parametric.ParametricFit,
-    options: FitOptions,
+def hold_out(
+    document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], seed: int,
+    predictor: backtest.Predictor, parameters: int,
 ) -> None:  # fmt: skip
     """Back-tests of the primary fit, and their misfit in the intervals of the loss at the target."""
     warnings = document["warnings"]
     tests = []
     for factor in backtest.FACTORS:
-        one = backtest.held_out(table, fitted.problem, clusters, options.seed, factor)
+        one = backtest.held_out(table, clusters, seed, factor, predictor, parameters)
         if isinstance(one, str):
             if factor == backtest.HELD_OUT_FACTOR:
                 document["held_out"] = {"refused": one}
@@ -114,7 +116,8 @@ def _hold_out(
                 f"error {one.error:+.2%}; intervals are widened by this misfit"
             )
     rate = misfit_rate([(one.misfit, one.factor) for one in tests])
-    largest = float(table.flops.max())
+    # By 6 N D, as the law's optimum and forecasts count: exact FLOPs of small models are up to some times more.
+    largest = FLOPS_PER_PARAMETER_TOKEN * float((table.params * table.tokens).max())
     document["misfit"] = {"rate": rate, "largest_flops": largest, "tests": len(tests)}
     loss = document["approaches"][document["primary"]]["target"]["loss"]
     efolds = math.log(document["target_flops"] / largest)
@@ -135,7 +138,7 @@ def _floor(document: dict[str, Any], table: RunTable) -> list[str]:
     return []
 
 
-def _near_frontier(table: RunTable, residuals: FloatArray) -> list[str]:
+def near_frontier(table: RunTable, residuals: FloatArray) -> list[str]:
     """Where the law leaves the runs that lie near the frontier, by factors of four in FLOPs."""
     bins = np.floor(np.log(table.flops / table.flops.max() * 1.0000001) / math.log(4.0))
     noise = diagnostics.noise(residuals)
@@ -179,12 +182,13 @@ def warnings_of(
             f"exact FLOPs are {share.min():.2f} to {share.max():.2f} times 6 N D: N* and D* of approach 3 take 6 N D, "
             "approaches 1 and 2 the exact ones"
         )
-    if table.unique_tokens is not None:
+    if table.unique_tokens is not None and not (options.form and Form.parse(options.form).needs_unique):
         epochs = float(np.nanmax(table.tokens / table.unique_tokens))
         if epochs > MANY_EPOCHS:
             warnings.append(
                 f"runs read their data up to {epochs:.1f} times, and the law takes all tokens as fresh (Muennighoff "
-                f'et al. 2023): leave those runs out with --where, such as "tokens / unique_tokens < {MANY_EPOCHS:g}"'
+                f'et al. 2023): fit with --form repeats, or exclude them: --where "tokens / unique_tokens < '
+                f'{MANY_EPOCHS:g}"'
             )
     for name, one in found.items():
         if "refused" in one.result and (name != "a1" or options.approach != "all"):

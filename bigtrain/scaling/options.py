@@ -41,6 +41,10 @@ class FitOptions:
     """Which rows are fitted where learning rates or batches are swept at one (N, D)."""
     edges: Edges = "refuse"
     """What is done where the best of a swept learning rate or batch lies at the edge of its grid."""
+    form: str | None = None
+    """A law of the user's own, or a name of `forms.NAMED`, fitted beside the approaches and then the first."""
+    overlap: str | None = None
+    """overlap.json of the held-out data, or their shards; None: that of a sweep's own."""
 
     @property
     def functions(self) -> tuple[LossFunction, ...]:

@@ -6,6 +6,7 @@ NumPy alone, so that a law can be used where nothing else is installed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from bigtrain.config import UserError
 from bigtrain.scaling import law, lines
 from bigtrain.scaling.document import finite, unpack
+from bigtrain.scaling.forms import Form
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.misfit import widened
 
@@ -56,6 +58,12 @@ def predict(
         "times_largest_run": flops / document["data"]["flops"][1], "warnings": document["warnings"],
         "misfit": document.get("misfit"),
     }  # fmt: skip
+    if document["primary"] == "form":
+        unique = approach["unique_tokens"] or math.inf
+        form = Form.parse(approach["expression"])
+        return _by_form(
+            document, result, form, np.array([approach["ln_constants"], *replicates]), unique, params, tokens
+        )
     if not document["primary"].startswith("a3"):
         if params is not None or tokens is not None:
             raise UserError(
@@ -77,6 +85,67 @@ def predict(
     result["next_run"] = next_run(document, theta, replicates, flops)
     _add_misfit(document, result)
     return dict(finite(result))
+
+
+def loss_function(document: dict[str, Any]) -> Callable[[float, float], float]:
+    """The primary fit's loss at (N, D); of an own form with U, on the most unique tokens of its runs.
+
+    Raises:
+        UserError: The law gives N* and D* alone.
+    """
+    one = document["approaches"][document["primary"]]
+    if document["primary"] == "form":
+        form, logs, unique = Form.parse(one["expression"]), np.array(one["ln_constants"]), one["unique_tokens"]
+        return lambda n, d: float(form.loss(logs, [n], [d], unique or math.inf)[0, 0])
+    if not document["primary"].startswith("a3"):
+        raise UserError(f"This law ({document['primary']}) has no loss", "law.json", "fit with --approach a3")
+    theta = np.array(one["theta"])
+    return lambda n, d: float(law.loss(theta, n, d))
+
+
+def _by_form(
+    document: dict[str, Any], result: dict[str, Any], form: Form, logs: FloatArray, unique: float,
+    params: float | None, tokens: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What an own form says; its first row of constants is the fit, the others the replicates."""
+    flops = result["flops"]
+    n, d, loss = form.optimum(logs, flops, unique)
+    if not np.isfinite(n[0]):
+        raise UserError(
+            f"By {form.text} no N is best at {flops:.4g} FLOPs", "--flops", "give --params and --tokens: the loss there"
+        )
+    result["optimal"] = {
+        name: _with_intervals(values[0], values[1:])
+        for name, values in (("params", n), ("tokens", d), ("tokens_per_param", d / n), ("loss", loss))
+    }
+    if params is not None or tokens is not None:
+        n_at, d_at = _pair(flops, params, tokens)
+        reached = form.loss(logs, [n_at], [d_at], unique)[:, 0]
+        result["chosen"] = {
+            "params": n_at, "tokens": d_at, "tokens_per_param": d_at / n_at,
+            "loss": _with_intervals(reached[0], reached[1:]),
+            "excess_loss": _with_intervals((reached - loss)[0], (reached - loss)[1:]), "flops_price": None,
+        }  # fmt: skip
+    result["next_run"] = None
+    _add_misfit(document, result)
+    return dict(finite(result))
+
+
+def _pair(flops: float, params: float | None, tokens: float | None) -> tuple[float, float]:
+    """N and D of a budget, of which one is given at least.
+
+    Raises:
+        UserError: Both are given, and do not come to the budget.
+    """
+    k = FLOPS_PER_PARAMETER_TOKEN
+    n = params if params is not None else flops / (k * (tokens or 1.0))
+    d = tokens if tokens is not None else flops / (k * n)
+    if abs(k * n * d / flops - 1) > MISMATCH:
+        raise UserError(
+            f"{n:.4g} parameters on {d:.4g} tokens are {k * n * d:.4g} FLOPs (6 N D), not {flops:.4g}", "command line",
+            "give --params or --tokens alone: the other follows",
+        )  # fmt: skip
+    return n, d
 
 
 def _add_misfit(document: dict[str, Any], result: dict[str, Any]) -> None:
@@ -104,14 +173,7 @@ def _chosen(
     theta: FloatArray, replicates: FloatArray, flops: float, params: float | None, tokens: float | None
 ) -> dict[str, Any]:
     """The loss away from the optimum, and its price: FLOPs over those that reach the same loss at the optimum."""
-    k = FLOPS_PER_PARAMETER_TOKEN
-    n = params if params is not None else flops / (k * (tokens or 1.0))
-    d = tokens if tokens is not None else flops / (k * n)
-    if abs(k * n * d / flops - 1) > MISMATCH:
-        raise UserError(
-            f"{n:.4g} parameters on {d:.4g} tokens are {k * n * d:.4g} FLOPs (6 N D), not {flops:.4g}", "command line",
-            "give --params or --tokens alone: the other follows",
-        )  # fmt: skip
+    n, d = _pair(flops, params, tokens)
     reached, many = law.loss(theta, n, d), law.loss(replicates, n, d)
     excess = reached - law.optimal_loss(theta, flops)
     many_excess = many - law.optimal_loss(replicates, flops)

@@ -13,6 +13,7 @@ from bigtrain.scaling import lines
 from bigtrain.scaling.document import unpack, write_law
 from bigtrain.scaling.figure import figure
 from bigtrain.scaling.fit import Fitted
+from bigtrain.scaling.forms import form_path
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.runs.numbers import count
 from bigtrain.storage import write_atomic
@@ -20,7 +21,8 @@ from bigtrain.tracking.config import TrackingConfig
 from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
 
 TITLES = {
-    "a1": "A1 envelope", "a2": "A2 IsoFLOP", "a3_huber": "A3 Huber", "a3_l1": "A3 L1", "a3_squares": "A3 squares",
+    "form": "Own form", "a1": "A1 envelope", "a2": "A2 IsoFLOP", "a3_huber": "A3 Huber", "a3_l1": "A3 L1",
+    "a3_squares": "A3 squares",
 }  # fmt: skip
 MAX_CURVES = 24
 """Models or budgets that a chart draws one by one."""
@@ -59,9 +61,10 @@ def page(fitted: Fitted) -> str:
     made.charts(_approach_charts(fitted))
     if law["agreement"]["pairs"]:
         _agreement_table(made, law)
-    if law["diagnostics"]:
+    if law["held_out"]:
         made.heading("How far to trust it")
         _trust(made, law)
+    if law["diagnostics"]:
         made.charts(_diagnostic_charts(fitted))
         _diagnostic_tables(made, law)
     made.heading("Source")
@@ -118,6 +121,9 @@ def _law_charts(fitted: Fitted) -> list[Chart]:
         losses = formula.optimal_loss(theta, flops)
         ends = np.quantile(formula.optimal_loss(many[:, None], flops), [0.025, 0.975], axis=0)
         series.append(Series("law at the optimum, 95 %", flops, losses, 2, band=(ends[0], ends[1])))
+    elif law["primary"] == "form":
+        best = form_path(one, flops)["loss"]
+        series.append(Series("law at the optimum, 95 %", flops, best[0], 2, band=(best[1], best[2])))
     if len(series) == 1:
         series = [Series("runs", table.flops, table.loss, 1, points=True)]
     mark = [Mark(law["target_flops"], "target")]
@@ -156,6 +162,10 @@ def _allocation(law: dict[str, Any], name: str, title: str, unit: str) -> Chart:
     for color, key in zip((3, 4, 2), _distinct(shown), strict=False):
         one = law["approaches"][key]
         many = unpack(one["replicates"])
+        if key == "form":
+            y, low, high = form_path(one, flops)[name]
+            series.append(Series(TITLES[key], flops, y, color, band=(low, high)))  # type: ignore[arg-type]
+            continue
         if key.startswith("a3"):
             curve = formula.optimal_params if name == "params" else formula.optimal_tokens
             y, spread = curve(np.array(one["theta"]), flops), curve(many[:, None], flops)
@@ -202,6 +212,11 @@ def _approach_table(made: Page, law: dict[str, Any]) -> None:
               f"{law['data']['clusters']} clusters ({law['options']['cluster']}).")  # fmt: skip
     for text in refused:
         made.note(text)
+    if own := law["approaches"].get("form"):
+        made.note(f"The own form is {own['expression']}.")
+        made.table(["Constant", "Value", "95 %"], [
+            [name, _number(value, 5), _span(own["interval"][name])] for name, value in own["constants"].items()
+        ])  # fmt: skip
 
 
 def _approach_charts(fitted: Fitted) -> list[Chart]:
@@ -323,6 +338,14 @@ def _source_rows(law: dict[str, Any]) -> list[list[str]]:
     if source["drop_highest"]:
         rows.append(["highest losses excluded", str(source["drop_highest"])])
     rows += [["read", note] for note in source["notes"]]
+    if found := law.get("overlap"):
+        rows.append(
+            [
+                "overlap",
+                f"{found['share']:.2%} of {found['passages']} held-out passages are in the training "
+                f"text ({found['exact']} exact, {found['near']} near copies)",
+            ]
+        )
     rows.append(["seed", str(law["seed"])])
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in law["versions"].items())])
     return rows

@@ -43,6 +43,8 @@ class SweepDirectory:
         self.page = path / "plan.html"
         self.runs = path / "runs.jsonl"
         """A row a finished run, as `bigtrain scaling fit` reads it."""
+        self.tuning = path / "tuning.jsonl"
+        """A row a run that tuned a learning rate, as `bigtrain scaling rates` reads it."""
         self.law = path / "law"
 
     @property

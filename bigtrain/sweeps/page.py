@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bigtrain.sweeps.proposals import proposal_lines
 from bigtrain.tracking.numbers import short, span
 from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
 
@@ -25,12 +26,21 @@ def plan_page(plan: dict[str, Any]) -> str:
          "tokens/s", "deviations"],
         [_size(one) for one in plan["sizes"]], long=("shape", "deviations"),
     )  # fmt: skip
+    _proposals(made, plan.get("proposals"))
     made.heading("The trials")
     made.table(
         ["trial", "kind", "N", "D", "steps", "from", "FLOPs of its own", "time"],
         [_trial(one) for one in plan["trials"]],
     )  # fmt: skip
     return made.render()
+
+
+def _proposals(made: Page, found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    made.heading("Proposed learning rates and batches")
+    for line in proposal_lines(found):
+        made.note(line.strip())
 
 
 def _facts(plan: dict[str, Any]) -> list[Fact]:

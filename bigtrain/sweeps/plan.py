@@ -23,6 +23,7 @@ from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
 from bigtrain.sweeps.memory import least_memory_bytes
 from bigtrain.sweeps.pairs import expect_pair
+from bigtrain.sweeps.proposals import proposal_lines, propose
 from bigtrain.sweeps.record import check_same, sizes_of
 from bigtrain.sweeps.slots import TrialStarter, starter_of
 from bigtrain.sweeps.trials import lengths
@@ -45,12 +46,14 @@ def make_plan(
     say: Callable[[str], None],
     starter: TrialStarter | None = None,
     compare: bool = False,
+    rates: Path | None = None,
 ) -> dict[str, Any]:
     """Plan a sweep, and write plan.json and plan.html into its directory.
 
     Args:
         measure: Whether tokens a second that are not known are measured.
         compare: Whether the grid is one of a pair, for two recipes.
+        rates: Laws of the learning rate and the batch; None: those of the sweep's own tuning runs, where it has some.
 
     Returns:
         Plain values for JSON: sizes, trials, cost, expected interval, warnings.
@@ -86,6 +89,8 @@ def make_plan(
         "slots": starter.slots, "largest_run_flops": float(grid.flops.max()),
         "warnings": _warnings(sweep, grid, rungs, steps, starter),
         "compare": asdict(expect_pair(grid, sweep.config.expected)) if compare else None,
+        "proposals": propose([rungs[one.params] for one in sizes], [steps[one.params] for one in sizes], rates,
+                             directory),
     }  # fmt: skip
     return _write(directory, document)
 
@@ -260,6 +265,7 @@ def _expected_lines(plan: dict[str, Any]) -> list[str]:
         f"expected there, 95 % of {one['draws']} simulated sweeps: loss {low:.4f} to {high:.4f} "
         f"({one['width']:.2%} wide), N* {short(few)} to {short(many)}",
         *_compare_lines(plan),
+        *proposal_lines(plan.get("proposals")),
     ]
 
 

@@ -66,6 +66,25 @@ def write_runs(directory: SweepDirectory, state: SweepState) -> None:
     """Write the rows of all finished runs, each once, whatever was there."""
     rows = results(state.trials.values())
     storage.write_atomic(directory.runs, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    tuned = [row for record in state.trials.values() if (row := _tuning_row(directory, record)) is not None]
+    if tuned:
+        storage.write_atomic(directory.tuning, "".join(json.dumps(row, allow_nan=False) + "\n" for row in tuned))
+
+
+def _tuning_row(directory: SweepDirectory, record: TrialRecord) -> dict[str, Any] | None:
+    """The row of a trial that tuned a learning rate: its result, or no loss where it diverged."""
+    trial = record.trial
+    if trial.kind != "tuning":
+        return None
+    if record.result is not None:
+        return record.result
+    if not diverged(directory, record):
+        return None
+    return {
+        "run": trial.name, "group": trial.group, "kind": trial.kind, "seed": trial.seed, "params": trial.params,
+        "tokens": trial.tokens, "flops": trial.flops, "lr": trial.lr, "batch_tokens": trial.tokens // trial.steps,
+        "val_loss": None,
+    }  # fmt: skip
 
 
 def saved_flops(trials: list[Trial]) -> tuple[float, float]:
