@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bigtrain.scaling.decide import predict_tasks
 from bigtrain.scaling.document import read_law
 from bigtrain.scaling.forecast import make_forecast
 from bigtrain.storage import write_json
+from bigtrain.sweeps.config import SizeFacts
 from bigtrain.sweeps.journal import SweepDirectory
 from bigtrain.sweeps.load import load_sweep
 from bigtrain.training.prepare import Prepared, prepare
@@ -46,18 +48,19 @@ def preregister_run(
     tokens = float(prepared.total_steps * prepared.batch_sequences * prepared.context)
     found = predict_tasks(tasks, params, tokens, [], None, None, 0)["tasks"] if tasks else []
     forecast = make_forecast(law, params, tokens, prepared.total_steps, found)
-    forecast["warnings"] += other_recipe(law, prepared, params)
+    forecast["warnings"] += other_recipe(law, prepared, params, loaded.model.plain())
     path = preregister(RunDirectory(runs_dir / loaded.name), forecast)
     return {**forecast, "run": loaded.name, "files": [str(path)]}
 
 
-def other_recipe(law: Path, prepared: Prepared, params: float) -> list[str]:
+def other_recipe(law: Path, prepared: Prepared, params: float, model: Mapping[str, Any]) -> list[str]:
     """Where a run's rules differ from those of its law's sweep: the law then forecasts another run.
 
     Args:
         law: law.json, or the directory that holds it.
         prepared: The run on its data.
         params: N as the law counts it.
+        model: The run's section of that name.
     """
     file = SweepDirectory(Path(read_law(law)["source"]["name"])).config
     if not file.exists():
@@ -67,12 +70,18 @@ def other_recipe(law: Path, prepared: Prepared, params: float) -> list[str]:
     rates = [prepared.schedule.lr(step) for step in range(prepared.total_steps)]
     peak = max(rates)
     decay = sum(1 for rate in rates[prepared.schedule.warmup_steps :] if rate < peak * (1 - 1e-9)) / len(rates)
+    facts = SizeFacts(int(params), model, int(batch))
     found = []
-    for what, own, rule in (
-        ("learning rate", peak, ladder.lr.of(params)), ("batch in tokens", batch, ladder.batch.of(params)),
-        ("warm-up in tokens", prepared.schedule.warmup_steps * batch, ladder.warmup.of(params)),
-        ("share of steps in the decay", decay, ladder.decay),
+    for what, own, of in (
+        ("learning rate", peak, ladder.lr.of), ("batch in tokens", batch, ladder.batch.of),
+        ("warm-up in tokens", prepared.schedule.warmup_steps * batch, ladder.warmup.of),
+        ("share of steps in the decay", decay, lambda size: ladder.decay),
     ):  # fmt: skip
+        try:
+            rule = of(facts)
+        except ValueError as error:
+            found.append(f"the sweep's rule gives this run no {what}: {error}")
+            continue
         if own <= 0 or abs(math.log(own / rule)) > SAME_RULE:
             found.append(f"the run's {what} is {own:.4g}, by the sweep's rule {rule:.4g}: the forecast is of that rule")
     return found

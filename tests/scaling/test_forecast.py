@@ -136,7 +136,7 @@ def test_a_run_by_other_rules_than_the_sweeps_is_warned_of(
     decay = round(steps * 0.2 * change.get("decay", 1.0))
     lr = 0.005 * change.get("lr", 1.0)
     schedule = WarmupStableDecay(lr, 20, steps, decay, 0.0, "linear")
-    found = other_recipe(tmp_path, Stub(schedule, 20 * int(change.get("batch", 1)), 100, steps), params)  # type: ignore[arg-type]
+    found = other_recipe(tmp_path, Stub(schedule, 20 * int(change.get("batch", 1)), 100, steps), params, {})  # type: ignore[arg-type]
     assert len(found) == len(named)
     for name, text in zip(named, found, strict=True):
         assert name in text
