@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
+
+from bigtrain.cli.common import Json, errors, show
 
 app = typer.Typer(help="Measure this machine and this build.", no_args_is_help=True)
 
@@ -16,3 +20,22 @@ app = typer.Typer(help="Measure this machine and this build.", no_args_is_help=T
 def bench_train(context: typer.Context) -> None:
     """Compare a training step with a plain PyTorch loop's, paired in one run; --help shows its options."""
     os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *context.args])
+
+
+@app.command("hardware")
+def bench_hardware(
+    out: Annotated[Path | None, typer.Option(help="Write the entry here, as YAML for `plan --hardware`.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a GPU, else one a core.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the entry; by default the host's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine (products, memory, collectives), to plan for it."""
+    with errors(as_json):
+        from bigtrain.hardware.cluster import Cluster
+        from bigtrain.planning.measure import entry_text, entry_yaml, measure_machine
+
+        found = measure_machine(nproc, name=name)
+        if out is not None:
+            out.write_text(entry_yaml(found), encoding="utf-8")
+            print(f"wrote {out}: bigtrain plan CONFIG --hardware {out}", file=sys.stderr)
+        show(found.plain(), as_json, lambda plain: entry_text(Cluster.model_validate(plain)))

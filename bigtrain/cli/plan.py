@@ -29,6 +29,9 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for one GPU and hour.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the best execution here, as YAML.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write the plan as an HTML page.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Do not search: run the file's own execution there on fake tensors.")
+    ] = False,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
@@ -41,11 +44,14 @@ def plan(
         from bigtrain.planning.report import execution_yaml, plan_document, plan_text
 
         loaded = load(config, overrides, plugin=plugin)
+        count = gpus or loaded.job.nodes * _procs(loaded)
+        if rehearse:
+            _rehearse(loaded, vocab_size or vocabulary(loaded), count, as_json)
+            return
         on = cluster(hardware)
         if price is not None:
             on = type(on).model_validate({**on.plain(), "usd_per_hour": price})
         job = Job.of(loaded, vocab_size or vocabulary(loaded))
-        count = gpus or loaded.job.nodes * _procs(loaded)
         document = plan_document(job, on, count, tokens_of(loaded, job), _doublings(sweep_gpus))
         if out is not None:
             if not document["fits"]:
@@ -57,6 +63,15 @@ def plan(
             print(f"wrote {page}", file=sys.stderr)
         show(document, as_json, plan_text)
     if not document["fits"]:
+        raise typer.Exit(1)
+
+
+def _rehearse(config: Any, outputs: int, count: int, as_json: bool) -> None:
+    from bigtrain.planning.rehearsal import rehearsal_text, rehearse
+
+    document = rehearse(config, outputs, count)
+    show(document, as_json, rehearsal_text)
+    if document["faults"]:
         raise typer.Exit(1)
 
 

@@ -41,6 +41,9 @@ def train(
     nproc: Nproc = None,
     fork: Annotated[str | None, typer.Option(help="Start a new run from the newest checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would run, and stop.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Run the code of some ranks on fake tensors, and stop.")
+    ] = False,
     plugin: PluginOption = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
 ) -> None:
@@ -49,9 +52,9 @@ def train(
         from bigtrain.jobs.train import train as start
 
         loaded, place = load(config, overrides, name, plugin), runs_dir_of(config, runs_dir)
-        if not dry_run:
+        if not dry_run and not rehearse:
             bring_back_here(loaded, place)
-        code = start(loaded, place, procs=nproc, fork=fork, dry_run=dry_run)
+        code = start(loaded, place, procs=nproc, fork=fork, dry_run=dry_run, rehearse=rehearse)
     raise typer.Exit(int(code))
 
 

@@ -165,13 +165,15 @@ def send(dashboard: Dashboard, submission: Submission, dry_run: bool, follow: bo
     """Check a submission against its cluster, send it, and watch it as long as the command line says."""
     from dataclasses import replace
 
-    from bigtrain.jobs.cluster.submission import check_capacity, check_versions, next_id, see_off
+    from bigtrain.jobs.cluster.submission import check_capacity, check_fits, check_versions, next_id, see_off
 
     with reached(dashboard):
         request = submission.request
         check_versions(dashboard, request.versions)
         dashboard.require_authentication()
         lacking = None if request.resume else check_capacity(dashboard, submission.job)
+        if submission.config is not None:
+            check_fits(dashboard, submission.config)
         id = next_id(dashboard, request.name)
         submission = replace(submission, request=replace(request, id=id))
         result: dict[str, Any] = {"submission": id, "name": request.name, "address": dashboard.url}

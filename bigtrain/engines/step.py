@@ -139,6 +139,10 @@ class StepReducer:
         self.recorder.forget(self._metrics)
         return found
 
+    def skip_agreement(self) -> None:
+        """Do not read the first step's number of unknown metrics: for a step on tensors that have no values."""
+        self._is_first = False
+
     def agree(self) -> None:
         """Exchange the names of metrics that are new since the last time. Collective."""
         self._exchange(self.recorder, self._metrics)

@@ -32,6 +32,7 @@ def train(
     stream: TextIO | None = None,
     launch: Callable[..., int] | None = None,
     dry_run: bool = False,
+    rehearse: bool = False,
 ) -> int:
     """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
 
@@ -42,6 +43,7 @@ def train(
         stream: Where progress is shown; stderr where None.
         launch: In place of `launch_here`, which it is called like.
         dry_run: Check everything, print what would be trained, and start nothing.
+        rehearse: Check everything, run the ranks' code on fake tensors (`planning.rehearsal`), and start nothing.
 
     Returns:
         A code of ExitCode.
@@ -56,6 +58,8 @@ def train(
         return ExitCode.FINISHED
     count = _processes(run.prepared.config, procs)
     check_memory(run.prepared.config, run.prepared.outputs, count, this_machine().device_name)
+    if rehearse:
+        return _rehearse(run, count, stream)
     if procs is not None:
         # So that `bigtrain train RUN/config.yaml` takes as many.
         run = run.with_job(procs_per_node=procs)
@@ -67,6 +71,15 @@ def train(
         code = _launch(run, lease, count, stream, launch or launch_here)
     tell_end(run.directory, run.prepared.config, code, stream)
     return code
+
+
+def _rehearse(run: CheckedRun, count: int, stream: TextIO) -> int:
+    """Print a rehearsal; FAILED where it finds a fault."""
+    from bigtrain.planning.rehearsal import rehearsal_text, rehearse  # torch, which takes seconds
+
+    document = rehearse(run.prepared.config, run.prepared.outputs, count)
+    print(rehearsal_text(document), file=stream)
+    return ExitCode.FAILED if document["faults"] else ExitCode.FINISHED
 
 
 def _launch(run: CheckedRun, lease: Lease, count: int, stream: TextIO, launch: Callable[..., int]) -> int:

@@ -59,10 +59,13 @@ def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = N
             fill(local, offset, shape, rules[name], seed, name)
 
 
-def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+def materialise(model: nn.Module, device: torch.device, seed: int, *, values: bool = True) -> None:
     """Give a module its first values on `device`, in place: its own where it has them, else those of its rules.
 
     Holders of one parameter keep sharing it.
+
+    Args:
+        values: Whether parameters get their first values; False leaves fake tensors, which have none, as they are.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(device)
@@ -75,7 +78,8 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     for (first, own_name), *others in holders.values():
         for module, name in others:
             module._parameters[name] = first._parameters[own_name]
-    initialise(model, seed)
+    if values:
+        initialise(model, seed)
 
 
 def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from bigtrain.config import UserError
 from bigtrain.hardware.cluster import Cluster, known_clusters
 from bigtrain.hardware.devices import lookup
 from bigtrain.planning.estimate import Job
 from bigtrain.planning.search import ADVICE
+
+ACCELERATOR: Final = "accelerator_type:"
+FEWEST_OUTPUTS: Final = 256
 
 
 def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None:
@@ -44,6 +48,30 @@ def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None
         "layout",
         f"It takes {ADVICE.get(term, 'a device with more memory')}. `bigtrain plan` finds what fits.",
     )
+
+
+def check_memory_of_nodes(config: Any, outputs: int | None, gpus: int, nodes: Iterable[Mapping[str, Any]]) -> None:
+    """`check_memory` on a Ray cluster's nodes; silent where they have no accelerator, or more than one kind.
+
+    Args:
+        outputs: Entries of the vocabulary; None: not known here, so that the fewest are counted.
+        nodes: The resources of each, as Ray names them ("accelerator_type:H100").
+
+    Raises:
+        UserError: With the largest term and the key that cuts it.
+    """
+    kinds = {name.removeprefix(ACCELERATOR) for node in nodes for name in node if name.startswith(ACCELERATOR)}
+    on = entry_of_accelerator(kinds.pop()) if len(kinds) == 1 else None
+    if on is not None:
+        check_memory(config, outputs or FEWEST_OUTPUTS, gpus, on.device.reported_as[0])
+
+
+def entry_of_accelerator(kind: str) -> Cluster | None:
+    """The entry of an accelerator as Ray names it ("H100", "A100-40G"): of those that may be meant, the largest."""
+    names = kind.casefold().removeprefix("amd-instinct-").split("-")
+    found = [one for one in known_clusters() if one.device.name.casefold().split()[0] == names[0]]
+    exact = [one for one in found if any(part and f"{part}b" in one.device.name.casefold() for part in names[1:])]
+    return max(exact or found, key=lambda one: one.device.memory_bytes, default=None)
 
 
 def entry_of(device_name: str) -> Cluster | None:

@@ -167,14 +167,16 @@ class BudgetConfig(Section):
 
 
 class HardwareConfig(Section):
-    """What the trials will run on, where that is not this machine: time follows from FLOPs, money from time."""
+    """What the trials will run on, where that is not this machine: the planner's times, and money from time."""
 
     device: str | None = None
-    """A name of bigtrain/hardware/devices.yaml, such as "H100 SXM"; null: this machine's."""
+    """What `bigtrain plan --hardware` takes: an entry (h100), a device ("H100 SXM") or a YAML file; null: this
+    machine."""
     mfu: Annotated[float, Gt(0), Le(1)] | None = None
-    """Share of the device's peak that the trials reach; null: tokens a second are measured here."""
+    """Share of the device's peak that the trials reach, in place of the planner's times. Where neither it nor another
+    machine's device is given, tokens a second are measured here."""
     usd_per_hour: Positive | None = None
-    """Price of one device for an hour; null: that of the device's entry, where it has one."""
+    """Price of one device for an hour; null: that of the entry, where it has one."""
     start_s: Annotated[float, Ge(0)] = 60.0
     """Seconds from the start of a trial to its first step, where they are not measured."""
 

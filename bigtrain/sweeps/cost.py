@@ -9,8 +9,10 @@ from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.hardware import lookup
+from bigtrain.hardware.cluster import Cluster, cluster
 from bigtrain.hardware.devices import Device, known_devices
 from bigtrain.hardware.this_machine import this_machine
+from bigtrain.planning.estimate import Job
 from bigtrain.sweeps.bench import Speed, measure
 from bigtrain.sweeps.config import SizeConfig
 from bigtrain.sweeps.journal import SweepDirectory, read_state
@@ -84,22 +86,58 @@ def clock_of(
         rate = peak * hardware.mfu * sweep.ranks
         speeds = {target: Speed(rate / one.flops_per_token, hardware.start_s) for target, one in rungs.items()}
         return Clock(speeds, f"{hardware.mfu:.0%} of {device.name}'s peak", evaluated)
+    elsewhere = planned_machine(sweep)
+    if elsewhere is not None:
+        speeds = {target: _planned_speed(sweep, one, elsewhere) for target, one in rungs.items()}
+        return Clock(speeds, f"the planner, on {elsewhere.name}", evaluated)
     if not wanted:
         return Clock({}, "not measured", evaluated)
     return Clock(measure(sweep, list(rungs.values()), directory, starter, say), "measured here", evaluated)
+
+
+def planned_machine(sweep: Sweep) -> Cluster | None:
+    """The machine whose times the planner gives; None where the file names none, this one, or a share of a peak."""
+    name = sweep.config.hardware.device
+    if name is None or sweep.config.hardware.mfu is not None:
+        return None
+    return None if lookup(this_machine().device_name) == _device(sweep) else _entry(sweep, name)
+
+
+def _planned_speed(sweep: Sweep, one: Rung, on: Cluster) -> Speed:
+    """A size's speed by the planner, at the layout of the base run."""
+    shape = {"name": "probe", "duration": "1 steps", "batch": {"size": one.batch_sequences}, "model": one.model}
+    try:
+        estimate = Job.of(sweep.trial(shape), one.vocab_size).estimate(on, sweep.ranks)
+    except (UserError, ValueError) as error:
+        what = error.what if isinstance(error, UserError) else str(error)
+        raise UserError(
+            f"The planner cannot time the size {one.target:,} on {on.name}: {what}", f"{sweep.where}, hardware",
+            "Give hardware.mfu, or remove hardware.device to measure here.",
+        ) from None  # fmt: skip
+    return Speed(estimate.tokens_per_s, sweep.config.hardware.start_s)
+
+
+def _entry(sweep: Sweep, name: str) -> Cluster:
+    try:
+        return cluster(name)
+    except UserError as error:
+        raise UserError(error.what, f"{sweep.where}, hardware.device", error.fix) from None
 
 
 def _device(sweep: Sweep) -> Device | None:
     name = sweep.config.hardware.device
     if name is None:
         return lookup(this_machine().device_name)
-    device = lookup(name)
-    if device is None:
-        raise UserError(
-            f"The device '{name}' is not known", f"{sweep.where}, hardware.device",
-            f"Known: {', '.join(known.name for known in known_devices())}.",
-        )  # fmt: skip
-    return device
+    return lookup(name) or _entry(sweep, name).device
+
+
+def _price(sweep: Sweep) -> float | None:
+    """US dollars of one device for an hour, by its entry."""
+    name = sweep.config.hardware.device
+    device = _device(sweep) if name is None else lookup(name)
+    if device is not None or name is None:
+        return device.usd_per_hour if device else None
+    return _entry(sweep, name).price
 
 
 def cost_of(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> dict[str, Any]:
@@ -113,8 +151,7 @@ def cost_of(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> 
     if trials and all(one is not None for one in lasting):
         seconds = makespan(trials, [one or 0.0 for one in lasting], slots)
         busy = float(sum(one or 0.0 for one in lasting))
-    device = _device(sweep)
-    price = sweep.config.hardware.usd_per_hour or (device.usd_per_hour if device else None)
+    price = sweep.config.hardware.usd_per_hour or _price(sweep)
     money = None if busy is None or price is None else busy / 3600 * sweep.ranks * price
     return {
         "flops": own, "separate_flops": separate, "saved": 1 - shared / separate if separate else 0.0,

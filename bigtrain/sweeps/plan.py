@@ -17,7 +17,7 @@ from bigtrain.scaling.document import finite
 from bigtrain.scaling.runs.table import refuse_collinear
 from bigtrain.sweeps import design
 from bigtrain.sweeps.config import SizeConfig
-from bigtrain.sweeps.cost import Clock, check_budget, clock_of, cost_of, trials_to_run
+from bigtrain.sweeps.cost import Clock, check_budget, clock_of, cost_of, planned_machine, trials_to_run
 from bigtrain.sweeps.journal import SweepDirectory
 from bigtrain.sweeps.ladder import Rung, rung
 from bigtrain.sweeps.load import Sweep
@@ -168,7 +168,7 @@ def _warnings(
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
         # A plan for other hardware says nothing of this one.
-        if sweep.config.hardware.mfu is None:
+        if sweep.config.hardware.mfu is None and planned_machine(sweep) is None:
             cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
             if cause is not None:
                 found.append(f"size {target} can never run here: {cause}")

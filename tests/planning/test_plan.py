@@ -18,7 +18,7 @@ from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.hardware.cluster import cluster
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.parallel.config import LayoutConfig
-from bigtrain.planning.check import check_memory
+from bigtrain.planning.check import check_memory, check_memory_of_nodes, entry_of_accelerator
 from bigtrain.planning.estimate import Job
 from bigtrain.planning.page import plan_page
 from bigtrain.planning.report import execution_yaml, numbers_text, plan_document, plan_text
@@ -180,6 +180,33 @@ def test_a_run_that_cannot_fit_is_refused_with_the_term_to_cut(tmp_path: Path) -
     assert "bigtrain plan" in str(caught.value)
     check_memory(large, 32_000, 2, "a device that is not known")
     check_memory(load_config(file, ["model.layers=2", "layout.micro_size=1"]), 32_000, 2, "NVIDIA H100 80GB HBM3")
+
+
+def test_a_cluster_of_one_kind_of_accelerator_refuses_what_cannot_fit(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("layers: 8", "layers: 400").replace("size: 32", "size: 64"))
+    large, small = load_config(file), load_config(file, ["model.layers=2", "layout.micro_size=1"])
+    node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    with pytest.raises(UserError, match="H100 SXM has 75 GiB"):
+        check_memory_of_nodes(large, None, 2, [node, node])
+    check_memory_of_nodes(small, None, 2, [node])
+    for unknown in ([{"CPU": 8.0}], [{"accelerator_type:XPU-9": 1.0}], [node, {"accelerator_type:H200": 1.0}]):
+        check_memory_of_nodes(large, None, 2, unknown)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        ("H100", "H100 SXM"),
+        ("A100", "A100 SXM 80GB"),
+        ("A100-40G", "A100 SXM 40GB"),
+        ("AMD-Instinct-MI300X", "MI300X"),
+        ("", None),
+    ],
+)
+def test_an_accelerator_by_the_name_that_ray_gives_it(kind: str, device: str | None) -> None:
+    found = entry_of_accelerator(kind)
+    assert (found and found.device.name) == device
 
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "large"

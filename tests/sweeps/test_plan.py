@@ -131,6 +131,23 @@ def test_a_plan_states_grid_cost_and_interval(write_sweep: WriteSweep, tmp_path:
         assert text in plan_text(plan).replace(f"{plan['cost']['saved']:.0%}", "41%")
 
 
+def test_named_hardware_is_timed_by_the_planner(write_sweep: WriteSweep, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: h100\nusd_per_hour: 7.0\nrates: {matmul: 0.1}\n")
+    costs = []
+    for name, device in (("h100", "h100"), ("mine", str(mine))):
+        path = write_sweep(
+            sizes=[1300, 3000, 8000], hardware={"device": device, "start_s": 0}, base={
+                **yaml.safe_load(write_sweep().read_text())["base"], "precision": "bf16"
+            },
+        )  # fmt: skip
+        costs.append(planned(path, tmp_path / name)["cost"])
+    fast, slow = costs
+    assert fast["time_by"] == "the planner, on h100"
+    assert slow["seconds"] > fast["seconds"] > 0
+    assert slow["usd"] == pytest.approx(slow["slot_seconds"] / 3600 * 7.0)
+
+
 def test_a_budget_chooses_the_grid_with_the_narrowest_interval(
     write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

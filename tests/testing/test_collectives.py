@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigtrain.parallel.config import Mesh
 from bigtrain.planning.communication import Collective
-from bigtrain.testing.collectives import RecordedCollectives, _axes_by_ranks
+from bigtrain.planning.rehearsal.recorded import RecordedCollectives, _axes_by_ranks
 from bigtrain.testing.ranks import RankPool
 
 

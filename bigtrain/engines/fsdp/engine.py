@@ -79,6 +79,7 @@ class FSDPEngine:
         self._parameters = list(self._names)
         self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
         self.pipeline = model.pipeline
+        self.shared_by_ends = model.shared_by_ends
         self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
         self._ends: dist.ProcessGroup | None = None
         if model.shared_by_ends and mesh is not None:

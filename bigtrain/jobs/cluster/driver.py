@@ -36,6 +36,7 @@ from bigtrain.jobs.scripts.launch import check_directory, held, refuse_resume, s
 from bigtrain.jobs.takeover import outlast
 from bigtrain.jobs.train import node_sizes
 from bigtrain.keys import load_secrets
+from bigtrain.planning.check import check_memory_of_nodes
 from bigtrain.run import ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.status import status as read_status
@@ -114,6 +115,7 @@ def _train(request: Request, board: Board) -> int:
     run = run.with_job(procs_per_node=procs)
     job = run.prepared.config.job
     _check_layout(run.prepared.config, job.nodes * procs)
+    check_memory_of_nodes(run.prepared.config, run.prepared.outputs, job.nodes * procs, _resources(job))
     board.phase("checked")
     _check_keys(run.prepared.config.tracking.wandb, request, board)
     with run.held() as lease:
@@ -199,6 +201,17 @@ def _plugin_place(name: str, runs_dir: Path) -> str:
             waiting.rename(place.parent)
         shutil.rmtree(waiting, ignore_errors=True)
     return str(place)
+
+
+def _resources(job: JobConfig) -> list[dict[str, Any]]:
+    """Of each node that the job may be placed on."""
+    import ray
+
+    return [
+        node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node.get("Labels", {}).get(key) == value for key, value in job.labels.items())
+    ]
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

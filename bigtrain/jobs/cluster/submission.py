@@ -33,6 +33,7 @@ from bigtrain.jobs.config import JobConfig
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launch import refuse_resume
 from bigtrain.jobs.scripts.launcher import adapt
+from bigtrain.planning.check import check_memory_of_nodes
 from bigtrain.run import RunConfig
 
 SAVE_MARGIN_S: Final = 120
@@ -52,6 +53,8 @@ class Submission:
     job: JobConfig
     source: Package
     files: list[tuple[str, bytes]]
+    config: RunConfig | None = None
+    """The run's, where it is no script and not resumed by its record."""
 
     def send(self, dashboard: Dashboard) -> ClusterView:
         """Upload what the cluster has not yet, and start the driver."""
@@ -89,7 +92,7 @@ def of_config(config: RunConfig, runs_dir: Path, request: Callable[..., Request]
     plugin = active_plugin()
     name, files = plugin_files(plugin.place) if plugin is not None else (None, [])
     files = [*files, (CONFIG_NAME, yaml_file.dump(config.plain()).encode())]
-    return Submission(request(config.name, runs_dir, plugin=name), job, source_package(), files)
+    return Submission(request(config.name, runs_dir, plugin=name), job, source_package(), files, config)
 
 
 def of_script(
@@ -214,6 +217,23 @@ def check_capacity(dashboard: Dashboard, job: JobConfig) -> str | None:
             f"The job can never run there: {found}", dashboard.url, f"Its nodes: {offered}. Nobody adds any."
         )
     return found
+
+
+def check_fits(dashboard: Dashboard, config: RunConfig) -> None:
+    """Refuse a run that cannot fit the memory of the cluster's accelerators; the driver, which has the data, refuses
+    more closely.
+
+    Raises:
+        UserError: With the term to cut.
+    """
+    job = config.job
+    nodes = [
+        node["resources_total"]
+        for node in dashboard.nodes()
+        if all(node["labels"].get(key) == value for key, value in job.labels.items())
+    ]
+    if job.procs_per_node != "auto":
+        check_memory_of_nodes(config, None, job.nodes * job.procs_per_node, nodes)
 
 
 def _offer(node: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ import pytest
 
 from bigtrain.config import UserError
 from bigtrain.jobs.cluster.dashboard import Dashboard, check_address
-from bigtrain.jobs.cluster.submission import check_capacity, check_versions
+from bigtrain.jobs.cluster.submission import check_capacity, check_fits, check_versions
 from bigtrain.jobs.config import JobConfig
+from bigtrain.run import load_config
 from tests.jobs.cluster.conftest import Client
 
 pytestmark = pytest.mark.timeout(900)
@@ -117,6 +118,24 @@ def test_more_than_the_cluster_can_ever_have_is_refused(dashboard: Any) -> None:
         check_capacity(two, JobConfig(nodes=1, procs_per_node=1, labels={"rack": "b"}))
     waits = check_capacity(two, JobConfig(nodes=3, min_nodes=2, procs_per_node=4))
     assert waits is not None
+
+
+LARGE = """
+name: large
+model: {arch: llama, layers: 400, width: 8192, heads: 64, context: 4096}
+data: {train: shards}
+batch: {size: 8}
+duration: 10 steps
+job: {nodes: 1, procs_per_node: 4}
+"""
+
+
+def test_what_cannot_fit_the_accelerators_is_refused_before_it_is_sent(dashboard: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(LARGE)
+    config = load_config(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="H100 SXM has 75 GiB"):
+        check_fits(dashboard(of_nodes([{"CPU": 8, "GPU": 4, "accelerator_type:H100": 1}])), config)
+    check_fits(dashboard(of_nodes([{"CPU": 8}])), config)
 
 
 def test_what_an_autoscaler_may_add_is_waited_for(dashboard: Any) -> None:

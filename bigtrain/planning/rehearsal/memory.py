@@ -1,0 +1,181 @@
+"""The memory that one rank's tensors take, by kind, while it runs; of real and of fake tensors alike.
+
+    with TrackedMemory() as memory:
+        memory.hold("parameters", model.parameters())
+        engine.train_step(...)
+        memory.begin()
+        engine.train_step(...)
+    memory.peak()                      # {"parameters": ..., "activations": ..., "total": ...}
+
+Each operator's results are counted by their storages, from the moment they are made until they are freed, and what is
+resized in between: FSDP gathers into storages that it resizes. Memory inside a kernel is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MemoryKind = Literal[
+    "parameters", "gradients", "optimizer", "gathered", "gradient_buffers", "activations", "working"
+]  # fmt: skip
+KINDS: tuple[MemoryKind, ...] = (
+    "parameters", "gradients", "optimizer", "gathered", "gradient_buffers", "activations", "working",
+)  # fmt: skip
+"""gathered: parameters that FSDP has gathered. gradient_buffers: gradients that it reduces. activations: made in a
+forward pass and alive when a backward pass begins. working: the rest, such as logits or what a block computes again."""
+
+OF_OPERATOR: dict[str, MemoryKind] = {"fsdp::all_gather_copy_in": "gathered", "fsdp::chunk_cat": "gradient_buffers"}
+"""What FSDP's own operators fill; the second reads gradients that lie whole on a rank."""
+
+
+@dataclass
+class _Storage:
+    """What is known of a storage that was seen."""
+
+    reference: Any
+    size: int
+    in_backward: bool
+    """Whether a backward pass made it."""
+    born: int
+    """How many backward passes had begun."""
+    died: int | None = None
+    kind: MemoryKind | None = None
+    """Where it was said or seen; else it follows from when it lived."""
+
+
+class TrackedMemory(TorchDispatchMode):
+    """The storages that operators make inside the `with` block, and those that `hold` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._all: list[_Storage] = []
+        self._living: dict[int, int] = {}
+        """The number of each living storage, by its address."""
+        self._events: list[tuple[int, int]] = []
+        """Numbers of storages, and how much more memory they take."""
+        self._first = 0
+        """The event at which the peak is looked for."""
+        self._backward_passes, self._in_backward = 0, False
+        self._resize: Any = None
+
+    def __enter__(self) -> Self:
+        self._resize = resize = torch.UntypedStorage.resize_
+        memory = self
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            memory._see(storage, "gathered")
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def hold(self, kind: MemoryKind, tensors: Iterable[Tensor | None]) -> int:
+        """Say what some tensors are, on this rank.
+
+        Returns:
+            Their bytes.
+        """
+        total, seen = 0, set()
+        for storage in _storages(tensors):
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                self._all[self._see(storage, kind)].kind = kind
+                total += storage.nbytes()
+        return total
+
+    def begin(self) -> None:
+        """Look for the peak from here on."""
+        self._first = len(self._events)
+
+    def peak(self) -> dict[str, int]:
+        """Bytes at the peak, by kind and in all."""
+        at, _ = max(enumerate(self._totals()), key=lambda one: one[1])
+        sizes: dict[int, int] = {}
+        for number, change in self._events[: self._first + at]:
+            sizes[number] = sizes.get(number, 0) + change
+        found: dict[str, int] = dict.fromkeys(KINDS, 0)
+        for number, size in sizes.items():
+            found[self._kind(self._all[number])] += size
+        return {**found, "total": sum(found.values())}
+
+    def _totals(self) -> Iterator[int]:
+        """Bytes at the beginning, and after each event since."""
+        total = sum(change for _, change in self._events[: self._first])
+        yield total
+        for _, change in self._events[self._first :]:
+            total += change
+            yield total
+
+    def _kind(self, storage: _Storage) -> MemoryKind:
+        if storage.kind is not None:
+            return storage.kind
+        ended = self._backward_passes if storage.died is None else storage.died
+        return "activations" if not storage.in_backward and ended > storage.born else "working"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._in_backward:
+            self._backward_passes += 1
+        self._in_backward = in_backward
+        result = func(*args, **(kwargs or {}))
+        kind = OF_OPERATOR.get(func._schema.name)
+        for storage in _storages(tree_leaves(result)):
+            self._see(storage, kind)
+        if kind == "gradient_buffers":
+            for storage in _storages(tree_leaves((args, kwargs))):
+                self._see(storage, kind)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, kind: MemoryKind | None) -> int:
+        """Note a storage and its size; returns its number."""
+        size, number = storage.nbytes(), self._living.get(storage._cdata)
+        if number is None:
+            number = self._living[storage._cdata] = len(self._all)
+            ended = partial(_ended, weakref.ref(self), number, storage._cdata)
+            reference = weakref.ref(storage, ended)
+            self._all.append(_Storage(reference, 0, self._in_backward, self._backward_passes))
+        one = self._all[number]
+        if kind is not None and one.kind is None:
+            one.kind = kind
+        if size != one.size:
+            self._events.append((number, size - one.size))
+            one.size = size
+        return number
+
+    def _end(self, number: int, address: int) -> None:
+        one = self._all[number]
+        self._events.append((number, -one.size))
+        one.size, one.died = 0, self._backward_passes
+        if self._living.get(address) == number:
+            del self._living[address]
+
+
+def _ended(memory: weakref.ref[TrackedMemory], number: int, address: int, _: Any) -> None:
+    found = memory()
+    if found is not None:
+        found._end(number, address)
+
+
+def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if isinstance(local, Tensor):
+            yield local.untyped_storage()
