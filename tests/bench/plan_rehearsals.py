@@ -1,7 +1,7 @@
 """Real runs on CPU processes, their rehearsals and the formulas: `python -m tests.bench.plan_rehearsals [NAME...]`.
 
-For each layout: on how many ranks the rehearsed collectives are those of the real run, by kind, axes, bytes and count; on
-how many parameters, gradients and optimizer take what the formulas say; the peak of the second step, and how far the
+For each layout: on how many ranks the rehearsed collectives are those of the real run, by kind, axes, bytes and count;
+on how many parameters, gradients and optimizer take what the formulas say; the peak of the second step, and how far the
 rehearsal and the formula are from it, on the rank where they are furthest.
 """
 

@@ -67,6 +67,23 @@ def test_a_rehearsal_holds_and_exchanges_what_the_formulas_say(tmp_path: Path, n
     assert "no faults" in rehearsal_text(document)
 
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "large").glob("*.yaml"))
+IN_CI = "llama-1b-8"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=pytest.mark.slow if file.stem == IN_CI else pytest.mark.exhaustive)
+        for file in CONFIGS
+    ],
+)
+def test_the_large_configs_start(file: Path) -> None:
+    config = load_config(file)
+    document = rehearse(config, 128_256, config.job.nodes * int(config.job.procs_per_node))
+    assert document["faults"] == []
+
+
 # What it finds
 
 

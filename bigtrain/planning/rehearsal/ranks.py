@@ -165,7 +165,7 @@ class _Yes:
         return 1
 
 
-def _all_static(*_: Any) -> _Yes:
+def _all_static(*_: Any, **__: Any) -> _Yes:
     """What the stages agree on before their first pass, from torch 2.13 on: all know their shapes beforehand."""
     return _Yes()
 
