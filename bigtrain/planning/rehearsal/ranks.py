@@ -35,6 +35,8 @@ from bigtrain.planning.memory import Held
 from bigtrain.planning.rehearsal.memory import TrackedMemory
 from bigtrain.planning.rehearsal.recorded import RecordedCollectives
 
+START_UP_BYTES = 8
+"""Stages of a pipeline greet their neighbours with one number before the first pass of a process."""
 Plant = Callable[[FSDPEngine], None]
 """Breaks an engine, to see that a rehearsal finds it."""
 
@@ -58,7 +60,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank did in a step, the second of its process."""
+    """What one rank did in a step."""
 
     rank: int
     held: Held
@@ -83,7 +85,7 @@ class RehearsalError(Exception):
 
 @contextlib.contextmanager
 def rehearsed(role: Role, rank: int, plant: Plant | None = None) -> Iterator[Seen]:
-    """Build one rank and let it take two steps.
+    """Build one rank and let it take a step.
 
     Yields:
         What it did. The fake group lives as long as the `with` block.
@@ -137,25 +139,27 @@ def _steps(role: Role, rank: int, engine: FSDPEngine, fake: FakeTensorMode) -> S
     # The first step is the one that reads a number on the host, which has no value here.
     engine.reducer.skip_agreement()
     model, optimizer, held = engine.model, engine.optimizer, {}
+    with fake, _phase("state to save"):
+        saved = engine.state()
     with fake, TrackedMemory() as memory:
         held["parameters"] = memory.hold("parameters", model.parameters())
+        state = (value for of_one in optimizer.state.values() for value in of_one.values())
+        held["optimizer"] = memory.hold("optimizer", (one for one in state if isinstance(one, Tensor)))
 
         def before_update(*_: Any) -> None:
             held["gradients"] = memory.hold("gradients", (one.grad for one in model.parameters()))
 
         optimizer.register_step_pre_hook(before_update)
-        with _phase("first step"), patch.object(PipelineStage, "_warmup_backward_result", _all_static, create=True):
+        with (
+            _phase("step"),
+            RecordedCollectives(role.layout.mesh(role.world_size)) as record,
+            patch.object(PipelineStage, "_warmup_backward_result", _all_static, create=True),
+        ):
             engine.train_step(0, batches, 1e-3)
-        state = (value for of_one in optimizer.state.values() for value in of_one.values())
-        held["optimizer"] = memory.hold("optimizer", (one for one in state if isinstance(one, Tensor)))
-        memory.begin()
-        with _phase("second step"), RecordedCollectives(role.layout.mesh(role.world_size)) as record:
-            engine.train_step(1, batches, 1e-3)
-    with _phase("state to save"):
-        saved = engine.state()
+    issued = [one for one in record if one.kind not in ("send", "recv") or one.bytes > START_UP_BYTES]
     stages = model if engine.pipeline is not None else [model]
     blocks = [len(stage.blocks()) for stage in stages]
-    return Seen(rank, Held(**held), memory.peak(), list(record), blocks, saved, engine.shared_by_ends)
+    return Seen(rank, Held(**held), memory.peak(), issued, blocks, saved, engine.shared_by_ends)
 
 
 class _Yes:
