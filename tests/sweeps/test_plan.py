@@ -133,7 +133,7 @@ def test_a_plan_states_grid_cost_and_interval(write_sweep: WriteSweep, tmp_path:
 
 def test_named_hardware_is_timed_by_the_planner(write_sweep: WriteSweep, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("extends: h100\nusd_per_hour: 7.0\nrates: {matmul: 0.1}\n")
+    mine.write_text("extends: h100\nusd_per_hour: 7.0\nrates: {launch_s: 1.0e-3}\n")
     costs = []
     for name, device in (("h100", "h100"), ("mine", str(mine))):
         path = write_sweep(
