@@ -26,7 +26,7 @@ from bigtrain.models.chunks import chunk_tokens
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import Passes, Phase, Term, communication
-from bigtrain.planning.memory import ADAM, Moments, block_activation_bytes, held_bytes, passes_in_flight
+from bigtrain.planning.memory import ADAM, Moments, block_activation_bytes, held_bytes, norm_bytes, passes_in_flight
 from bigtrain.planning.parts import BYTES, FP32, Parts
 from bigtrain.planning.step import StageWork, Step, StepSeconds
 from bigtrain.planning.work import RankWork, Software, rank_works
@@ -48,7 +48,8 @@ class Memory:
     gathered: int = 0
     """Parameters in the computing precision: root, the block at work and the next; in a pipeline the whole stage."""
     gradient_buffers: int = 0
-    """Whole gradients before they are reduced; in a pipeline those of the stage."""
+    """Whole gradients before they are reduced; in a pipeline those of the stage. This term and the next three are those
+    of the moment that takes most: the loss, a block's backward pass, or the end of the backward pass."""
     activations: int = 0
     """What blocks keep for their backward pass, of all passes in flight."""
     working: int = 0
@@ -70,6 +71,35 @@ class Memory:
     def plain(self) -> dict[str, int]:
         """By name, for JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Bytes beside the states that the engine holds."""
+
+    gathered: int
+    whole: int = 0
+    """Gradients that are whole throughout a step."""
+    block: int = 0
+    """Those of the block whose backward pass ends."""
+    root: int = 0
+    """Those of what is in no block, after the last block's."""
+    added: int = 0
+    """Those of a block, when its backward pass has let go of all else, before they are added to the whole ones."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What exists together: in the loss, in a block's backward pass, or at the end of the backward pass."""
+
+    gradient_buffers: int
+    activations: int = 0
+    working: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradient_buffers + self.activations + self.working + self.logits
 
 
 @dataclass(frozen=True)
@@ -235,20 +265,29 @@ class Job:
         recompute = getattr(self.engine, "recompute", "none")
         kept = self._block_bytes(passes, recompute, on_cpu)
         whole = self._block_bytes(passes, "none", on_cpu) if recompute != "none" else 0
-        gathered, buffers = self._buffers(parts, sizes)
+        buffers = self._buffers(parts, sizes)
         tokens = passes.tokens // sizes.cp
         stream = tokens * self.model.width * self.number
+        activations = kept * blocks * flight // self.layout.pp_stages_per_rank + stream * flight
         working = whole + self.number * tokens * (3 * self.model.hidden_width // sizes.tp) + 4 * stream
-        logits = self._logits(tokens, sizes, on_cpu) if any(stage.is_last for stage in stages) else 0
+        moments = [
+            _Moment(buffers.whole + buffers.block, activations, max(working, buffers.added)),
+            _Moment(buffers.whole + buffers.root),
+        ]
+        if any(stage.is_last for stage in stages):
+            norm = tokens * norm_bytes(self.model.norm, self.model.width, self.number, "cpu" if on_cpu else "cuda")
+            at_loss = activations + norm // (sizes.tp if self.layout.sequence_parallel else 1)
+            moments.append(_Moment(buffers.whole, at_loss, logits=self._logits(tokens, sizes, on_cpu)))
+        most = max(moments, key=lambda moment: moment.total)
         return Memory(
             held.parameters,
             held.gradients,
             held.optimizer,
-            gathered,
-            buffers,
-            kept * blocks * flight // self.layout.pp_stages_per_rank + stream * flight,
-            working,
-            logits,
+            buffers.gathered,
+            most.gradient_buffers,
+            most.activations,
+            most.working,
+            most.logits,
             0 if on_cpu else RUNTIME_BYTES,
         )
 
@@ -263,8 +302,8 @@ class Job:
             device="cpu" if on_cpu else "cuda",
         )
 
-    def _buffers(self, parts: Parts, sizes: Mesh) -> tuple[int, int]:
-        """Gathered parameters, and whole gradients."""
+    def _buffers(self, parts: Parts, sizes: Mesh) -> _Buffers:
+        """Gathered parameters, and gradients that are whole for a while."""
         groups = [
             sum(one.elements for one in group)
             for stage in parts.stages
@@ -273,26 +312,35 @@ class Job:
         ]
         roots = sum(one.elements for stage in parts.stages for one in stage.root)
         block, everything = max(groups, default=0), sum(groups) + roots
+        number = self.number
         if isinstance(self.engine, DeepSpeedConfig):
             bucket = FP32 * min(everything, REDUCE_BUCKET)
-            gathered = self.number * (2 * block + roots) if self.engine.zero == 3 else 0
-            return gathered, bucket + (self.number * everything if self.engine.zero < 2 else self.number * block)
+            gathered = number * (2 * block + roots) if self.engine.zero == 3 else 0
+            return _Buffers(gathered, bucket + number * (everything if self.engine.zero < 2 else block))
         if sizes.gradient_parallel == 1:
-            # Cast where they are used.
-            return self.number * (block + roots) if self.number < FP32 else 0, 0
+            # Cast where they are used; autograd keeps the casts of what is not computed again.
+            kept = sum(groups) if getattr(self.engine, "recompute", "none") == "none" else block
+            return _Buffers(number * kept if number < FP32 else 0)
         if sizes.pp > 1:
-            return self.number * everything, FP32 * everything
-        return self.number * (2 * block + roots), (FP32 + self.number) * (block + roots)
+            return _Buffers(number * everything, FP32 * everything, added=number * block)
+        return _Buffers(number * (2 * block + roots), 0, (FP32 + number) * block, (FP32 + number) * roots)
 
     def _logits(self, tokens: int, sizes: Mesh, on_cpu: bool) -> int:
-        rows = self.model.padded_vocab(self.vocab_size)
+        """What `models.loss.chunked_cross_entropy` holds at its peak."""
+        rows, width, number = self.model.padded_vocab(self.vocab_size), self.model.width, self.number
+        shared = self.layout.loss_parallel and sizes.tp > 1
         own = -(-rows // sizes.tp) if self.layout.loss_parallel else rows
         chunk = min(tokens, chunk_tokens(own, on_cpu))
-        return (
-            chunk * own * (2 * FP32 + self.number)
-            + tokens * self.model.width * self.number
-            + own * self.model.width * FP32
-        )
+        # Logits and their softmax in FP32; the product as well, where no kernel reads it as it is.
+        softmax = 2 * FP32 if shared or number == FP32 else FP32 + number + (FP32 if on_cpu else 0)
+        matrix = own * width
+        first = matrix * (FP32 + number * (number < FP32))
+        held = max(chunk * own * softmax, chunk * own * (FP32 + number * (number < FP32)) + first)
+        if chunk < tokens:
+            held = chunk * own * softmax + matrix * FP32
+        entered = tokens * width * number if shared and self.layout.sequence_parallel else 0
+        cast = matrix * number if sizes.gradient_parallel == 1 and number < FP32 else 0
+        return held + tokens * width * number + entered + cast
 
     def step(self, sizes: Mesh, passes: Passes) -> Step:
         """What one step computes and exchanges."""

@@ -200,8 +200,8 @@ def block_activation_bytes(
     kept = 2 * element * width + _attention_bytes(model, element, layout) + activation
     if model.qk_norm:
         for heads in (model.heads // tp, model.key_value_heads // tp):
-            kept += _norm_bytes("rmsnorm", model.width_of_head, element, device) * heads
-    per_position = 2 * _norm_bytes(model.norm, width, element, device) + (2 * width if model.dropout else 0)
+            kept += norm_bytes("rmsnorm", model.width_of_head, element, device) * heads
+    per_position = 2 * norm_bytes(model.norm, width, element, device) + (2 * width if model.dropout else 0)
     pairs = _masked_pairs(model.context, sequences, layout, documents or model.window is not None, place, device)
     return tokens * kept + tokens // stream * per_position + element * pairs
 
@@ -235,7 +235,8 @@ def _masked_pairs(context: int, sequences: int, layout: LayoutConfig, documents:
     return (2 * cp + (place > 0)) * chunk * chunk
 
 
-def _norm_bytes(kind: str, width: int, element: int, device: str) -> int:
+def norm_bytes(kind: str, width: int, element: int, device: str) -> int:
+    """What a norm keeps of a token."""
     if kind == "layernorm":
         return element * width + 2 * (element if device == "cpu" else FP32)
     return (2 * FP32 if device == "cpu" else element) * width + FP32

@@ -157,17 +157,21 @@ def test_a_part_that_a_rank_does_not_hold_is_found(tmp_path: Path) -> None:
 
         def state() -> dict[str, torch.Tensor]:
             state = state_of()
-            mesh = state["model.norm.weight"].device_mesh  # type: ignore[attr-defined]
-            local = state["model.embedding.weight"].to_local()  # type: ignore[attr-defined]
-            placements = [Shard(0), *[Replicate()] * (mesh.ndim - 1)]
-            shape, stride = (VOCABULARY, local.shape[1]), (local.shape[1], 1)
-            wrong = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)  # type: ignore[arg-type]
+            whole: Any = state["model.embedding.weight"]
+            wrong = DTensor.from_local(
+                whole.to_local(),
+                whole.device_mesh,
+                [Shard(0), Replicate()],
+                run_check=False,
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
             return {**state, "model.embedding.weight": wrong}
 
         engine.state = state  # type: ignore[method-assign]
 
     document = rehearse(run(tmp_path, "layout.tp=2"), VOCABULARY, 4, plant=forget_tensor_parallelism)
-    assert any("embedding.weight: this rank holds" in line for line in document["faults"])
+    assert any("embedding.weight: this rank holds" in line for line in document["faults"]), document["faults"]
 
 
 def test_parts_must_cover_a_tensor_once() -> None:

@@ -13,15 +13,18 @@ resized in between: FSDP gathers into storages that it resizes. Memory inside a 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +37,8 @@ KINDS: tuple[MemoryKind, ...] = (
 """gathered: parameters that FSDP has gathered. gradient_buffers: gradients that it reduces. activations: made in a
 forward pass and alive when a backward pass begins. working: the rest, such as logits or what a block computes again."""
 
+SHADOWS = "_propagate_tensor_meta_non_cached"
+"""Where a DTensor learns the shape of a result from full-size tensors without memory, once for each operator."""
 OF_OPERATOR: dict[str, MemoryKind] = {"fsdp::all_gather_copy_in": "gathered", "fsdp::chunk_cat": "gradient_buffers"}
 """What FSDP's own operators fill; the second reads gradients that lie whole on a rank."""
 
@@ -66,24 +71,35 @@ class TrackedMemory(TorchDispatchMode):
         self._first = 0
         """The event at which the peak is looked for."""
         self._backward_passes, self._in_backward = 0, False
-        self._resize: Any = None
+        self._patches = contextlib.ExitStack()
+        self._paused = False
 
     def __enter__(self) -> Self:
-        self._resize = resize = torch.UntypedStorage.resize_
-        memory = self
+        memory, resize = self, torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             memory._see(storage, "gathered")
             return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+        propagate = getattr(ShardingPropagator, SHADOWS, None)
+        if propagate is not None:
+
+            def unseen(*arguments: Any) -> Any:
+                memory._paused = True
+                try:
+                    return propagate(*arguments)
+                finally:
+                    memory._paused = False
+
+            self._patches.enter_context(patch.object(ShardingPropagator, SHADOWS, unseen))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._patches.close()
 
     def hold(self, kind: MemoryKind, tensors: Iterable[Tensor | None]) -> int:
         """Say what some tensors are, on this rank.
@@ -136,6 +152,8 @@ class TrackedMemory(TorchDispatchMode):
             self._backward_passes += 1
         self._in_backward = in_backward
         result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
         kind = OF_OPERATOR.get(func._schema.name)
         for storage in _storages(tree_leaves(result)):
             self._see(storage, kind)
