@@ -234,6 +234,17 @@ def record_metric(
             recorder.record(metric, value, weight)
 
 
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """Record nothing inside: for passes of a model beside the one whose metrics count."""
+    active = _ACTIVE[:]
+    _ACTIVE.clear()
+    try:
+        yield
+    finally:
+        _ACTIVE.extend(active)
+
+
 def wants_metric(name: str) -> bool:
     """Whether a metric that is expensive to compute is requested; evaluators use it for their metrics."""
     return bool(_ACTIVE) and name in _ACTIVE[-1].wanted

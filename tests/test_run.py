@@ -158,6 +158,7 @@ MODELS: list[dict[str, Any]] = [
     {"arch": "vit", "image_size": 28},
     {"arch": "captioner", "image_size": 28, "context": 8},
     {"arch": "hf", "hf": "a-name-on-a-hub", "context": 16},
+    {"arch": "dpo", "policy": {"preset": "gpt2-124m", "adapter": {"name": "lora"}}, "beta": 0.2},
 ]
 
 

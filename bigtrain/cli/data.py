@@ -42,7 +42,9 @@ def data_pack(
     eot: EndOfText = None,
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help="What samples are: tokens, supervised, images, captions, arrays, or a plugin's."),
+        typer.Option(
+            "--kind", help="What samples are: tokens, supervised, images, captions, arrays, preferences, or a plugin's."
+        ),
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg.")] = False,
     captions: Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bigtrain.config import UserError
 from bigtrain.engines.config import ENGINES, EngineConfig, Precision
 from bigtrain.models.config import FAMILIES
@@ -18,6 +20,7 @@ def check_support(
     document_mask: bool = False,
     optimizer: OptimizerConfig | None = None,
     precision: Precision = "bf16",
+    frozen: Collection[str] = (),
 ) -> None:
     """Refuse what an engine cannot do.
 
@@ -27,6 +30,7 @@ def check_support(
         document_mask: `data.document_mask`.
         optimizer: The section `optimizer`; None: AdamW with nothing frozen.
         precision: The key `precision`.
+        frozen: What the model itself freezes (`ModelConfig.frozen`): all but its adapter.
 
     Raises:
         UserError: An engine and a model that do not go together, a layout that the engine does not run, document masks.
@@ -35,10 +39,10 @@ def check_support(
     _check_model(engine, arch, document_mask)
     _check_axes(engine, layout)
     engine.check_layout(layout)
-    if optimizer.frozen and not engine.freezes:
+    if (optimizer.frozen or frozen) and not engine.freezes:
         raise UserError(
             f"The engine '{engine.name}' trains all parameters: it lays them end to end, frozen ones too",
-            "optimizer.frozen",
+            "optimizer.frozen" if optimizer.frozen else "model.adapter",
             f"Use engine: {_names('freezes')}, which freezes parameters at every layout.",
         )
     if not optimizer.elementwise and engine.flattens:

@@ -69,6 +69,9 @@ class ModelConfig(Section):
     takes_documents: ClassVar[bool] = False
     """Whether `forward` supports the batch's `documents` and `positions` (`data.document_mask`)."""
 
+    begins_from_weights: ClassVar[bool] = False
+    """Whether a run must have an `init.source`: its loss compares the model with the weights that it began with."""
+
     later_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
 
@@ -96,6 +99,23 @@ class ModelConfig(Section):
     def sample_arrays(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the arrays of a sample that the model takes (kind `arrays`); a class is `labels`, ()."""
         return {}
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Shell patterns over qualified names: the parameters that stay as they are, whatever `optimizer.frozen`."""
+        return ()
+
+    def has_vocabulary_rows(self, name: str) -> bool:
+        """Whether the rows of a parameter, by its qualified name, are those of the vocabulary."""
+        return False
+
+    def source_name(self, name: str) -> str:
+        """The name in a source of what a parameter begins with, where the source does not have its own name."""
+        return name
+
+    def is_adapter(self, name: str) -> bool:
+        """Whether a parameter, by its qualified name, is one of an adapter's: weights of a base model lack it."""
+        return False
 
     def check_source(self, vocab_size: int) -> None:
         """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.

@@ -31,6 +31,7 @@ from bigtrain.models.layers import (
     rotary_frequencies,
     rotary_table,
 )
+from bigtrain.models.lora import adapt
 from bigtrain.models.loss import chunked_cross_entropy
 from bigtrain.models.random import dropout
 from bigtrain.models.sums import by_sequence
@@ -147,6 +148,8 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
         self.norm: nn.Module | None = _norm(config)
         self.head = None if config.tied else Linear(config.width, rows, bias=config.head_bias)
+        if config.adapter is not None:
+            adapt(self, config.adapter)
 
     def keep(self, stage: Stage) -> None:
         """Drop what the stage does not hold; a tied embedding stays on the first and on the last."""
@@ -264,11 +267,13 @@ class DecoderModel(nn.Module):
         sqrt(2 * layers), since that many branches add up in the residual stream (Radford et al. 2019, section
         2.3); biases 0. GPT-2's own code draws positions at 0.01; transformers and nanoGPT at 0.02, as here.
         """
-        std = self.config.init_std
+        std, adapter = self.config.init_std, self.config.adapter
         branch_end = Normal(std / math.sqrt(2 * self.config.layers))
         rules: dict[str, Init] = {}
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
+            if adapter is not None and adapter.is_own(name):
+                rules[name] = adapter.initialiser(name.rpartition(".")[2], tuple(parameter.shape))
+            elif name.endswith(".bias"):
                 rules[name] = Zeros()
             elif parameter.ndim == 1:
                 rules[name] = Zeros() if self.config.norm_offset else Ones()

@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
 
 from bigtrain.config import Section
+from bigtrain.models.adapter import ADAPTERS, AdapterConfig
 from bigtrain.models.config import BlockCosts, Flops, ModelConfig, TensorRole
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class DecoderConfig(ModelConfig):
         [
             *("qkv_bias", "head_bias", "norm_at", "norm_offset", "qk_norm_over", "parallel_block", "sliding_window"),
             *("full_attention_every", "rope_local_theta", "rotary_part", "no_rotary_every", "score_width"),
-            "scale_embedding",
+            *("scale_embedding", "adapter"),
         ]
     )
 
@@ -134,6 +135,9 @@ class DecoderConfig(ModelConfig):
     """Standard deviation of initial weights; in the branches' last layers divided by sqrt(2 * layers)."""
     vocab_multiple: Positive = 1
     """The vocabulary is padded up to a multiple of this; the padding is in the softmax, never in a sample."""
+    adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
+    """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [query, value]}; null:
+    all weights are trained."""
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> DecoderConfig:
@@ -153,6 +157,9 @@ class DecoderConfig(ModelConfig):
             "no_rotary_every needs positions: rotary": bool(self.no_rotary_every) and self.positions != "rotary",
             "full_attention_every needs a sliding_window": bool(self.full_attention_every) and not self.sliding_window,
             "rope_local_theta needs a sliding_window": bool(self.rope_local_theta) and not self.sliding_window,
+            f"an MLP of {self.mlp} has no gate: remove it from adapter.targets": (
+                self.adapter is not None and "gate" in self.adapter.targets and self.mlp not in GATED
+            ),
             "norm_offset needs norm: rmsnorm": self.norm_offset and self.norm != "rmsnorm",
             "parallel_block needs norm_at: before": self.parallel_block and self.norm_at != "before",
             "head_bias needs tied: false": self.head_bias and self.tied,
@@ -164,6 +171,19 @@ class DecoderConfig(ModelConfig):
             if broken:
                 raise ValueError(message)
         return self
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """See `ModelConfig.frozen`: all but the adapter's parameters are called weight or bias."""
+        return () if self.adapter is None else ("*.weight", "*.bias")
+
+    def has_vocabulary_rows(self, name: str) -> bool:
+        """See `ModelConfig.has_vocabulary_rows`."""
+        return name in ("embedding.weight", "head.weight", "head.bias")
+
+    def is_adapter(self, name: str) -> bool:
+        """See `ModelConfig.is_adapter`."""
+        return self.adapter is not None and self.adapter.is_own(name)
 
     @property
     def rotary_width(self) -> int:
@@ -272,7 +292,7 @@ class DecoderConfig(ModelConfig):
 
     def tensor_plan(self) -> dict[str, TensorRole]:
         """See `TENSOR_PLAN`."""
-        return TENSOR_PLAN
+        return TENSOR_PLAN if self.adapter is None else {**self.adapter.tensor_plan(), **TENSOR_PLAN}
 
     def parameter_count(self, vocab_size: int) -> int:
         """Exact number of parameters, a tied head counted once."""
@@ -290,11 +310,16 @@ class DecoderConfig(ModelConfig):
 
         6 for each parameter that multiplies (2 forward, 4 backward; the head counted, embedding look-ups
         not), plus 12 * layers * (heads * head_width) * context for attention: Chowdhery et al. 2022 (PaLM),
-        appendix B; Narayanan et al. 2021, appendix. Recomputation is not counted. A sliding window of w tokens leaves
+        appendix B; Narayanan et al. 2021, appendix. Recomputation is not counted. Beside an adapter the frozen
+        parameters count 4 (they have no gradient of their own), the adapter's 6. A sliding window of w tokens leaves
         w * context - w^2 / 2 of the pairs of a query and a key, which the causal figure counts.
         """
         head = self.padded_vocab(vocab_size) * self.width
         dense = 6 * (self.layers * self._layer_matmul_parameters() + head)
+        if self.adapter is not None:
+            layer = self._layer_shapes().items()
+            own = sum(math.prod(shape) for name, shape in layer if self.adapter.is_own(name))
+            dense = dense // 6 * 4 + 6 * self.layers * own
         pair = 12 * self.heads * self.width_of_head
         windowed = 0 if self.window is None else len(self.windowed_layers)
         causal = pair * (self.layers - windowed) * self.context // 2
@@ -328,6 +353,8 @@ class DecoderConfig(ModelConfig):
             shapes[f"{module}.{name}.weight"] = size
             if bias:
                 shapes[f"{module}.{name}.bias"] = size[:1]
+            if self.adapter is not None and name in self.adapter.targets:
+                shapes |= {f"{module}.{name}.{own}": shape for own, shape in self.adapter.shapes(size).items()}
         return shapes
 
     def _norm_shapes(self, name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,7 @@ class HfFiles:
         Raises:
             UserError: Something is missing or damaged.
         """
-        config = _read_object(directory / CONFIG_NAME)
+        config = read_object(directory / CONFIG_NAME)
         names = _part_names(directory)
         files: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -69,6 +69,11 @@ class HfFiles:
         # One matrix may serve as embedding and head; a file holds it under either name.
         is_embedding = _EMBEDDING.fullmatch(name) is not None
         return HEAD_NAME if is_embedding and HEAD_NAME in self.files and self._is_tied else None
+
+    def shape_of(self, place: HfTensor) -> tuple[int, ...] | None:
+        """The shape of a parameter as it is stored here; None where it is not."""
+        stored = self.place(place.name)
+        return None if stored is None else place.shape_of(self.shapes[stored])
 
     @property
     def _is_tied(self) -> bool:
@@ -111,7 +116,7 @@ class HfFiles:
         path = self.directory / TOKENIZER_NAME
         tokens = 0
         if path.is_file():
-            value = _read_object(path)
+            value = read_object(path)
             vocabulary = value.get("model", {}).get("vocab", {})
             ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
             tokens = max([-1, *ids, *(token["id"] for token in value.get("added_tokens", []))]) + 1
@@ -181,7 +186,7 @@ def digest(hashes: Mapping[str, str]) -> str:
 def _part_names(directory: Path) -> list[str]:
     if not (directory / INDEX_NAME).is_file():
         return [ONE_FILE]
-    names = _read_object(directory / INDEX_NAME).get("weight_map")
+    names = read_object(directory / INDEX_NAME).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError("It names no file", str(directory / INDEX_NAME))
     files = sorted({str(name) for name in names.values()})
@@ -203,7 +208,12 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"The weights cannot be read: {error}", str(path)) from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The one JSON object of a file.
+
+    Raises:
+        UserError: It is missing, too large, or holds something else.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"It is over {MAX_JSON_BYTES} bytes", str(path))

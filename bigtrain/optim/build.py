@@ -31,7 +31,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
 
-    Frozen parameters are in none of them. Where all of those given are frozen, there is one group of nothing.
+    Parameters that are frozen, or need no gradient, are in none of them. Where none of those given is trained, there is
+    one group of nothing.
 
     Args:
         all_names: Of the full model's parameters, if those given are a part of them.
@@ -43,7 +44,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         names.append(name)
-        if is_frozen(config, name):
+        if is_frozen(config, name) or not parameter.requires_grad:
             continue
         rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
         scale = 1.0 if rule is None else rule.lr_scale

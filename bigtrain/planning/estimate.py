@@ -179,7 +179,7 @@ class Job:
             config.precision,
             documents,
             moments_of(config.optimizer),
-            tuple(config.optimizer.frozen),
+            (*config.optimizer.frozen, *model.frozen),
         )
 
     def check(self, gpus: int) -> Mesh:

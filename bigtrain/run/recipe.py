@@ -36,6 +36,8 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
         del recipe["data"]["consumed"]
     recipe["batch"] = {"sequences": batch_sequences}
     recipe["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
+    if config.init.new_rows is not None:
+        recipe["init"]["new_rows"] = config.init.new_rows
     if not config.schedule.ends_at_duration:
         del recipe["duration"]
     return recipe

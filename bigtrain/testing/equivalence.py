@@ -156,6 +156,7 @@ def build(what: What, how: How) -> Any:
         document_mask=what.documents,
         optimizer=optimizer,
         precision=what.precision,
+        frozen=model.frozen,
     )
     return engine.build(
         model,
@@ -267,7 +268,10 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             difference, own = float((gradients[name] - tensor).norm()), float(tensor.norm())
             by = difference / (OF_OWN * own + OF_ALL * overall)
             allowed[name] = max(allowed.get(name, 0.0), by) if by == by else math.inf
-            relative[name] = max(relative.get(name, 0.0), difference / own)
+            # At the first step a matrix of an adapter has no gradient at all: its other half is zero.
+            relative[name] = max(
+                relative.get(name, 0.0), difference / own if own else (math.inf if difference else 0.0)
+            )
         found = (
             numbers.loss,
             numbers.weight,

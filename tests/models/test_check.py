@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from bigtrain.models.check import check_model, check_module
 from bigtrain.models.config import FAMILIES, preset, presets
 from bigtrain.models.contract import Init, Ones, Zeros
 
-SIZES = {"vit": {"image_size": 8}, "captioner": {"image_size": 8, "context": 5}}
+DECODER = {"layers": 2, "width": 16, "heads": 2, "context": 8}
+SIZES: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 8},
+    "captioner": {"image_size": 8, "context": 5},
+    "dpo": {"policy": {"arch": "llama", **DECODER}},
+}
 
 
 def spoil(change: Callable[[nn.Module], None]) -> nn.Module:
@@ -60,7 +66,7 @@ def test_a_dropout_of_zero_is_no_offence() -> None:
 
 @pytest.mark.parametrize("arch", [arch for arch in FAMILIES.names() if FAMILIES[arch].keeps_contract])
 def test_every_family_keeps_the_contract(arch: str) -> None:
-    sizes = SIZES.get(arch, {"layers": 2, "width": 16, "heads": 2, "context": 8})
+    sizes = SIZES.get(arch, DECODER)
     check_model(FAMILIES[arch](**sizes), 19)
 
 

@@ -1,0 +1,297 @@
+"""Preferences: a prompt with an answer that was chosen and one that was rejected, as token ids in `KEY.json`.
+
+    {"prompt": [5, 17], "chosen": [40, 2], "rejected": [61, 2]}
+
+A row of the sidecar is byte offset and bytes of the JSON; tokens of prompt, chosen and rejected; and tokens of both
+sequences together, each of which is the prompt and an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.data.accounting import BadSample
+from bigtrain.data.formats.tar import TarSample
+from bigtrain.data.index import REINDEX, ShardIndex
+from bigtrain.data.kind import SampleKind, Scanner
+from bigtrain.data.packing.options import PackOptions
+from bigtrain.data.packing.sample import Means, PackedMember, Sample
+from bigtrain.data.reading import Reader, SampleReader, read_bytes
+from bigtrain.data.scanning import Scan
+from bigtrain.data.shard import Shard
+from bigtrain.data.sidecar import Rows, spans_fit
+from bigtrain.data.streaming.store import ShardStore
+from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.batches import KINDS, Arrays
+
+if TYPE_CHECKING:
+    from bigtrain.models.config import ModelConfig
+
+PARTS: Final = ("prompt", "chosen", "rejected")
+MAX_BYTES: Final = 16 << 20
+"""Of the JSON of one sample, and of a line of a file."""
+MAX_ID: Final = 2**31 - 1
+TOTAL: Final = 5
+"""The column of all tokens."""
+
+
+@KINDS.register
+class Preferences(SampleKind):
+    """Pairs of answers to a prompt, of which one was chosen."""
+
+    name = "preferences"
+    unit = "pairs"
+    layout = "token ids of prompt, chosen and rejected in KEY.json"
+    of_tokens = needs_tokenizer = True
+    options = frozenset({"tokenizer"})
+
+    def columns(self, index: ShardIndex) -> int:
+        """See the module's docstring."""
+        return 6
+
+    def is_complete(self, index: ShardIndex) -> bool:
+        """See `SampleKind`."""
+        return index.tokenizer is not None
+
+    def outputs(self, index: ShardIndex) -> int:
+        """Entries of the vocabulary."""
+        assert index.tokenizer is not None
+        return index.tokenizer.vocab_size
+
+    def token_column(self, text: bool) -> int | None:
+        """See `SampleKind`."""
+        return TOTAL
+
+    def rows_fit(self, index: ShardIndex, shard: Shard, rows: Rows) -> bool:
+        """See `SampleKind`."""
+        prompt, chosen, rejected = rows[:, 2:TOTAL].T
+        return bool(
+            spans_fit(rows[:, 0], rows[:, 1], shard.filesize)
+            and (rows[:, 1] <= MAX_BYTES).all()
+            # An id takes a byte at least, so no sum can wrap around.
+            and (rows[:, 2:TOTAL] <= rows[:, 1:2]).all()
+            and (rows[:, TOTAL] == 2 * prompt + chosen + rejected).all()
+            and int(rows[:, TOTAL].sum()) == shard.tokens
+        )
+
+    def targets(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`: the tokens of answers."""
+        rows = (index.rows(number)[:, 3:TOTAL] for number in range(len(index.shards)))
+        return sum(int(np.minimum(one, context).sum()) for one in rows)
+
+    def cut(self, index: ShardIndex, context: int) -> int:
+        """Pairs of which a sequence has more than `context` + 1 tokens."""
+        found = 0
+        for number in range(len(index.shards)):
+            rows = index.rows(number)
+            found += int((rows[:, 2] + rows[:, 3:TOTAL].max(axis=1) > context + 1).sum())
+        return found
+
+    def preview(self, index: ShardIndex, lines: int) -> list[str]:
+        """The first pairs: prompt, chosen and rejected, a line each."""
+        reader = PreferenceReader(index, 1)
+        tokenizer, found = index.load_tokenizer(), []
+        shard = next(number for number, entry in enumerate(index.shards) if entry.nsamples)
+        for sample in range(min(lines, index.shards[shard].nsamples)):
+            found += [f"{part}: {tokenizer.decode(ids)!r}" for part, ids in reader.ids(shard, sample).items()]
+        reader.close()
+        return found[:lines]
+
+    def recognises(self, sample: TarSample) -> bool:
+        """A JSON object with the three keys."""
+        if sample.suffixes != {"json"}:
+            return False
+        try:
+            _parsed(sample.read(sample.one("json"), MAX_BYTES), sample.where)
+        except UserError:
+            return False
+        return True
+
+    def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
+        """See `SampleKind`."""
+        return _Scanner()
+
+    def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
+        """JSON lines with the texts `prompt`, `chosen` and `rejected`."""
+        found: list[Pair] = []
+        for given in inputs:
+            path = Path(given)
+            if not path.is_file() or path.suffix not in (".jsonl", ".ndjson"):
+                raise UserError("preferences are not read from this", str(given), "give a .jsonl file")
+            found += _pairs_in_lines(path, options.passed)
+        if len(found) < 2:
+            raise UserError("there are no preferences", ", ".join(map(str, inputs)), f"write lines with {_keys()}")
+        return found
+
+    def open_reader(
+        self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
+    ) -> Reader:
+        """See `SampleKind`."""
+        return PreferenceReader(index, context, open_shards, store)
+
+    def example_batch(
+        self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
+    ) -> Arrays:
+        """tokens, targets int64, weights float32 (B, 2, C), keys (B,)."""
+        shape = (count, 2, config.context)
+        begins = random.integers(0, config.context, (count, 2, 1))
+        places = np.arange(config.context)
+        return {
+            "tokens": random.integers(0, max(1, vocabulary), shape),
+            "targets": random.integers(0, max(1, vocabulary), shape),
+            "weights": ((places >= begins) & (places < begins + 5)).astype(np.float32),
+            "keys": random.integers(0, 2**62, count),
+        }
+
+
+class PreferenceReader(SampleReader):
+    """Two sequences a sample: the prompt with the chosen answer, then with the rejected one."""
+
+    def __init__(self, index: ShardIndex, context: int, open_shards: int = 16, store: ShardStore | None = None) -> None:
+        super().__init__(index, open_shards, store)
+        self._context = context
+
+    def blank(self, count: int) -> Arrays:
+        """tokens, targets int64, weights float32 (n, 2, C).
+
+        Targets are the tokens one place later; those of the answers have weight one. Where a sequence is longer than
+        C + 1 tokens, the prompt loses its beginning, and an answer that is longer by itself its end.
+        """
+        shape = (count, 2, self._context)
+        return {
+            "tokens": np.zeros(shape, np.int64),
+            "targets": np.zeros(shape, np.int64),
+            "weights": np.zeros(shape, np.float32),
+        }
+
+    def fill(self, arrays: Arrays, place: int, descriptor: int, row: list[int], where: str) -> None:
+        """See `SampleReader`."""
+        found = _parsed(read_bytes(descriptor, row[0], row[1], where), where)
+        if [len(found[part]) for part in PARTS] != row[2:TOTAL]:
+            raise CorruptionError("the sample has other lengths than were indexed", where, REINDEX)
+        for side, part in enumerate(PARTS[1:]):
+            answer = found[part][: self._context]
+            # At least one token stands before the answer: the first is never a target.
+            prompt = found["prompt"][-(self._context + 1 - len(answer)) :]
+            ids = np.asarray(prompt + answer, np.int64)
+            end = len(ids) - 1
+            arrays["tokens"][place, side, :end], arrays["targets"][place, side, :end] = ids[:-1], ids[1:]
+            arrays["weights"][place, side, end - len(answer) : end] = 1
+
+    def weigh(self, arrays: Arrays, rows: list[list[int]]) -> None:
+        """Nothing: `fill` has set the weights."""
+
+    def ids(self, shard: int, sample: int) -> dict[str, list[int]]:
+        """The token ids of one sample."""
+        descriptor, rows = self._shards[shard]
+        offset, size = rows[sample, :2].tolist()
+        where = f"{self._index.shards[shard].url}, sample {sample}"
+        return _parsed(read_bytes(descriptor, offset, size, where), where)
+
+
+class _Scanner(Scanner):
+    noun = "pair"
+
+    def __init__(self) -> None:
+        self._largest = -1
+
+    def add(self, sample: TarSample) -> tuple[int, ...]:
+        member = sample.one("json")
+        found = _parsed(sample.read(member, MAX_BYTES), sample.where)
+        self._largest = max([self._largest, *(id for part in PARTS for id in found[part])])
+        prompt, chosen, rejected = (len(found[part]) for part in PARTS)
+        return member.offset, member.size, prompt, chosen, rejected, 2 * prompt + chosen + rejected
+
+    def result(self, rows: Rows) -> Scan:
+        return Scan("preferences", rows, dtype="<i4", largest_id=self._largest)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and its two answers, as text."""
+
+    texts: tuple[str, str, str]
+    path: Path
+    where: str
+
+    @property
+    def bytes(self) -> int:
+        """See `Sample`."""
+        return sum(map(len, self.texts))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `Sample`."""
+        return (self.path,)
+
+    def members(self, means: Means) -> list[PackedMember]:
+        """See `Sample`: prompt and answers are encoded one by one, and an end of text follows each answer."""
+        tokenizer = means.tokenizer
+        assert tokenizer is not None
+        prompt, chosen, rejected = ([int(id) for id in tokenizer.encode(text)] for text in self.texts)
+        # Without a prompt, an end of text stands before the answer.
+        ids = {
+            "prompt": prompt or [tokenizer.eot],
+            "chosen": [*chosen, tokenizer.eot],
+            "rejected": [*rejected, tokenizer.eot],
+        }
+        text_bytes = sum(len(text.encode("utf-8")) for text in self.texts)
+        return [PackedMember("json", json.dumps(ids).encode(), text_bytes, sum(map(len, self.texts)))]
+
+
+def _pairs_in_lines(file: Path, bad: BadSample) -> Iterator[Pair]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                value = _object(line, where)
+                texts = tuple(value.get(part) for part in PARTS)
+                if not all(isinstance(text, str) for text in texts) or not (texts[1] and texts[2]):
+                    raise UserError("the line is no preference", where, f"write {_keys()}; answers are not empty")
+                "".join(texts).encode("utf-8")
+            except UnicodeEncodeError:
+                bad(UserError("the line holds half a character", where))
+                continue
+            except UserError as error:
+                bad(error)
+                continue
+            yield Pair(texts, file, where)
+
+
+def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
+    """The token ids of a sample.
+
+    Raises:
+        UserError: It is no such object.
+    """
+    value = _object(data, where)
+    for part in PARTS:
+        ids = value.get(part)
+        if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
+            raise UserError(f"the sample has no token ids under '{part}'", where, "make it with bigtrain data pack")
+    return {part: value[part] for part in PARTS}
+
+
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    if len(data) > MAX_BYTES:
+        raise UserError(f"the sample has more than {MAX_BYTES} bytes", where)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON: {error}", where) from None
+    if not isinstance(value, dict):
+        raise UserError("it is not a JSON object", where)
+    return value
+
+
+def _keys() -> str:
+    return ", ".join(f'"{part}"' for part in PARTS) + " as texts"

@@ -1,0 +1,62 @@
+"""LoRA (Hu et al. 2022): to each adapted matrix W is added the product of two narrow ones, scale * B A."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from bigtrain.models.adapter import ADAPTERS, AdapterConfig
+from bigtrain.models.config import TensorRole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigtrain.models.contract import Init
+    from bigtrain.models.layers import Linear
+
+
+@ADAPTERS.register
+class LoRAConfig(AdapterConfig):
+    """Adapters as peft's LoRA has them, without dropout: W x + alpha / rank * B (A x), with B zero at first."""
+
+    own: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+
+    name: Literal["lora"] = "lora"
+    rank: Annotated[int, Ge(1)] = 8
+    """Rows of A, columns of B."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """The product is scaled by alpha / rank."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / self.rank
+
+    def shapes(self, weight: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """A (rank, inputs) and B (outputs, rank)."""
+        outputs, inputs = weight
+        return {"lora_a": (self.rank, inputs), "lora_b": (outputs, self.rank)}
+
+    def roles(self, by_rows: bool) -> dict[str, TensorRole]:
+        """One of the two is split with W; the other one meets a part of the channels on each rank ("heads")."""
+        return {"lora_a": "row", "lora_b": "heads"} if by_rows else {"lora_a": "heads", "lora_b": "column"}
+
+    def initialiser(self, own: str, shape: tuple[int, ...]) -> Init:
+        """A normal with the variance of peft's uniform distribution, 1 / (3 inputs); B zero."""
+        from bigtrain.models.contract import Normal, Zeros
+
+        return Zeros() if own == "lora_b" else Normal(1.0 / math.sqrt(3 * shape[1]))
+
+    def adapted(self, linear: Linear) -> Linear:
+        """See `AdapterConfig.adapted`."""
+        from bigtrain.models.lora import LoRALinear
+
+        return LoRALinear(linear, self.rank, self.scale)
+
+    def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """W + scale * B A; the product in FP64."""
+        product = parameters["lora_b"].double() @ parameters["lora_a"].double()
+        return (weight.double() + self.scale * product).to(weight.dtype)

@@ -1,0 +1,134 @@
+"""Direct preference optimisation (Rafailov et al. 2023): a decoder that learns from pairs of answers.
+
+For a prompt with a chosen and a rejected answer, with the log-likelihoods log p of the policy and log q of the frozen
+reference, the loss of a pair is (eq. 7)
+
+    -log sigmoid(beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected))))
+
+The policy's parameters have the names of the decoder alone, the reference's begin with "reference."; both begin with
+the weights of `init.source`. With an adapter the reference is the policy without it, and there is one copy of weights.
+
+Shapes: B pairs, C tokens; sequences 2 i and 2 i + 1 of 2 B are the chosen and the rejected one of pair i.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Gt
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema, model_validator
+
+from bigtrain.models.adapter import AdapterConfig
+from bigtrain.models.config import FAMILIES, DataKind, Flops, ModelConfig, preset
+from bigtrain.models.decoder_config import DecoderConfig
+
+if TYPE_CHECKING:
+    from bigtrain.models.huggingface import HfTensor
+    from bigtrain.models.preferences import PreferenceModel
+
+REFERENCE = "reference."
+
+
+def _read(value: Any) -> DecoderConfig:
+    if isinstance(value, DecoderConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("a policy is a mapping of keys, as 'model' is")
+    keys = {key: value[key] for key in value if key != "preset"}
+    found = FAMILIES.read({**preset(value["preset"]), **keys} if "preset" in value else keys)
+    if not isinstance(found, DecoderConfig):
+        raise ValueError(f"arch '{found.arch}' is no decoder of bigtrain's")
+    return found
+
+
+Policy = Annotated[
+    DecoderConfig,
+    PlainValidator(_read),
+    PlainSerializer(lambda policy: policy.plain()),
+    WithJsonSchema({"type": "object", "description": "The keys of a decoder, as `model` has them."}),
+]
+"""The section of a decoder, read by its `arch`. (The registry's own annotation would hold this family again.)"""
+
+
+@FAMILIES.register
+class Config(ModelConfig):
+    """A policy that is a decoder, and the strength with which it is held to the reference."""
+
+    data_kind: ClassVar[DataKind] = "preferences"
+    begins_from_weights: ClassVar[bool] = True
+
+    arch: Literal["dpo"] = "dpo"
+    policy: Policy
+    """The decoder that is trained, as `model` names one: {arch: llama, ...}, or {preset: NAME}; its context counts."""
+    beta: Annotated[float, Gt(0)] = 0.1
+    """Factor of the log-likelihood ratios: a larger one keeps the policy nearer to the reference."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _context_of_policy(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("policy") is None:
+            return value
+        policy = _read(value["policy"])
+        return {**value, "policy": policy, "context": policy.context}
+
+    @model_validator(mode="after")
+    def _has_no_dropout(self) -> Config:
+        if self.policy.dropout:
+            raise ValueError("policy.dropout must be 0: policy and reference are compared")
+        return self
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """The policy's adapter."""
+        return self.policy.adapter
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The reference; with an adapter all of the policy but that."""
+        return self.policy.frozen if self.adapter is not None else (f"{REFERENCE}*",)
+
+    def is_adapter(self, name: str) -> bool:
+        """See `ModelConfig.is_adapter`."""
+        return self.policy.is_adapter(name)
+
+    def has_vocabulary_rows(self, name: str) -> bool:
+        """See `ModelConfig.has_vocabulary_rows`."""
+        return self.policy.has_vocabulary_rows(name.removeprefix(REFERENCE))
+
+    def source_name(self, name: str) -> str:
+        """See `ModelConfig.source_name`."""
+        return name.removeprefix(REFERENCE)
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """The policy's."""
+        return self.policy.tensor_parallel_sizes()
+
+    def hf_names(self) -> dict[str, HfTensor]:
+        """The policy's: it is what is exported."""
+        return self.policy.hf_names()
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """The policy's."""
+        return self.policy.hf_config(rows)
+
+    def build(self, vocab_size: int) -> PreferenceModel:
+        """The module; its parameters are not yet initialized."""
+        from bigtrain.models.preferences import PreferenceModel
+
+        return PreferenceModel(self.policy, vocab_size, self.beta)
+
+    def parameter_count(self, vocab_size: int) -> int:
+        """Exact number of parameters, the reference's included."""
+        copies = 1 if self.adapter is not None else 2
+        return copies * self.policy.parameter_count(vocab_size)
+
+    def parameter_count_without_embeddings(self, vocab_size: int) -> int:
+        """Of the policy alone."""
+        return self.policy.parameter_count_without_embeddings(vocab_size)
+
+    def flops_per_token(self, vocab_size: int) -> Flops:
+        """Matmul FLOPs of a pair, which is what a run counts: two sequences through the policy, forward and backward,
+        and through the reference, forward alone, which is a third of that."""
+        policy = self.policy.model_copy(update={"adapter": None}).flops_per_token(vocab_size)
+        full, causal = (2 * self.context * (flops + flops // 3) for flops in policy)
+        return Flops(full, causal)
