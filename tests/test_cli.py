@@ -32,7 +32,7 @@ HELP_OVER_TYPER = 1.4
 config, 2.1 with numpy."""
 STATUS_KEYS = {
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "forecast", "wandb_url", "time", "energy_j", "metrics",
+    "forecast", "wandb_url", "time", "energy_j", "metrics", "best",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",
@@ -241,7 +241,7 @@ def test_status_has_the_keys_that_programs_rely_on(origin: Path, tmp_path: Path)
 def test_checkpoints_are_listed_with_step_state_and_size(place: Path) -> None:
     rows = as_json("checkpoint", "list", "tiny", cwd=place)["checkpoints"]
     assert [(row["step"], row["verified"]) for row in rows] == [(2, True), (4, True)]
-    assert all(row.keys() == {"step", "verified", "bytes"} and row["bytes"] > 0 for row in rows)
+    assert all(row.keys() == {"step", "verified", "bytes", "best"} and row["bytes"] > 0 for row in rows)
     assert as_json("checkpoint", "verify", "tiny@4", cwd=place) == {"verified": [4]}
     shard = max((place / "runs/tiny/checkpoints/step_00000004").iterdir(), key=lambda file: file.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -291,7 +291,7 @@ def prune(
         keep_last: Sound checkpoints to keep.
         known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
             again; those found sound here are added.
-        spare: Steps that stay this time, such as one that is being uploaded.
+        spare: Steps that stay this time: one that is being uploaded, the best ones.
         dry_run: Remove nothing.
 
     Returns:
@@ -306,13 +306,25 @@ def prune(
                 if not dry_run:
                     remove(candidate.path)
             continue
-        mark = good_mark(candidate.path)
-        if not verify(candidate.path, hashes=mark not in known_good):
-            known_good.add(mark)
-            kept += 1
+        kept += is_sound(candidate.path, known_good)
     if not dry_run:
         _remove_replaced(directory)
     return removed
+
+
+def is_sound(path: Path, known_good: set[tuple[str, int]] | None = None) -> bool:
+    """Whether a checkpoint verifies.
+
+    Args:
+        known_good: As `prune` takes it. None: files are compared by size alone.
+    """
+    if known_good is None:
+        return not verify(path, hashes=False)
+    mark = good_mark(path)
+    if verify(path, hashes=mark not in known_good):
+        return False
+    known_good.add(mark)
+    return True
 
 
 def good_mark(path: Path) -> tuple[str, int]:

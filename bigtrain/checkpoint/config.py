@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 from pydantic import field_validator
 
 from bigtrain.config import Duration, Section
 from bigtrain.storage.scheme import check_url
+
+
+class BestConfig(Section):
+    """Which checkpoints are kept for the value of a held-out metric. A step whose evaluation is one of the best is
+    saved, and RUN@best names the best one."""
+
+    metric: str = "val_loss"
+    """A metric of the evaluations, as metrics.jsonl names it."""
+
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger values are better."""
+
+    keep: Annotated[int, Ge(1)] = 1
+    """How many of the best checkpoints survive pruning, beside the newest ones."""
 
 
 class CheckpointConfig(Section):
@@ -26,6 +40,9 @@ class CheckpointConfig(Section):
     permanent: Duration | None = None
     """Steps or tokens between checkpoints that are never pruned; null: none are. They need not be multiples of
     `every`."""
+
+    best: BestConfig | None = None
+    """Keep the best checkpoints by a held-out metric: {metric: val_loss, mode: min, keep: 1}; null: none."""
 
     asynchronous: bool = True
     """Write in the background, from a copy of the state in CPU memory, while training goes on."""

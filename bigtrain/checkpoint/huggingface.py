@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from bigtrain.checkpoint import commit, loader
 from bigtrain.checkpoint.export import MAX_FILE_BYTES, PREFIX, appears_whole, write_files
 from bigtrain.checkpoint.flat import FlatPart
 from bigtrain.checkpoint.manifest import Manifest
+from bigtrain.checkpoint.peft import PeftFiles
 from bigtrain.checkpoint.ranks import RankGroup, world_group
 from bigtrain.checkpoint.reader import SafeReader
 from bigtrain.checkpoint.shards import plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
+from bigtrain.models.adapter import AdapterConfig
 from bigtrain.models.config import FAMILIES, ModelConfig
 from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, digest
 from bigtrain.models.huggingface import HfTensor, to_hf
@@ -64,11 +67,12 @@ def load_hf(
     Raises:
         CorruptionError: On all ranks, where one cannot read a tensor.
     """
-    RankGroup(process_group or world_group()).together(lambda: _read(files, names, state))
+    RankGroup(process_group or world_group()).together(lambda: read_hf(files, names, state))
 
 
 @torch.no_grad()
-def _read(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
+def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
+    """As `load_hf`, of this rank alone."""
     wanted: dict[str, list[str]] = defaultdict(list)
     for name in state:
         wanted[files.files[cast(str, files.place(names[name].name))]].append(name)
@@ -76,7 +80,7 @@ def _read(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Ten
         try:
             with safe_open(files.directory / file, framework="pt") as opened:
                 for name in parameters:
-                    for offset, sizes, target in _pieces(state[name]):
+                    for offset, sizes, target in pieces(state[name]):
                         target.copy_(_cut(opened, files, names[name], offset, sizes))
         except Exception as error:
             # safetensors raises its own, torch others: what they have in common is that the bytes are no such tensors.
@@ -90,7 +94,7 @@ def _cut(opened: Any, files: HfFiles, place: HfTensor, offset: tuple[int, ...], 
     return piece.t() if place.transposed else piece
 
 
-def _pieces(tensor: Tensor) -> Iterator[Piece]:
+def pieces(tensor: Tensor) -> Iterator[Piece]:
     """What this rank holds of a parameter."""
     if isinstance(tensor, FlatPart):
         for (offset, sizes), view in tensor.pieces():
@@ -106,30 +110,39 @@ def _pieces(tensor: Tensor) -> Iterator[Piece]:
     yield (0,) * tensor.ndim, tuple(tensor.shape), tensor.detach()
 
 
-def import_hf(source: Path, out: Path) -> tuple[int, dict[str, Any]]:
+def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tuple[int, dict[str, Any]]:
     """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`, for `init.source`.
 
     One tensor is in memory at a time; all become FP32.
+
+    Args:
+        adapters: Adapters of these weights, which the checkpoint holds beside them.
 
     Returns:
         The step, and the section `model` that builds the shape.
 
     Raises:
-        UserError: `out` is not empty; bigtrain has no such model; weights are missing.
+        UserError: `out` is not empty; bigtrain has no such model; weights are missing; the adapters do not fit.
     """
     files = HfFiles.open(source)
     keys = files.keys()
     config = FAMILIES[keys["arch"]](**keys)
     names = config.hf_names()
+    others: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
+    if adapters is not None:
+        keys = {**keys, "adapter": adapters.keys(names)}
+        for name, stored in adapters.places(names).items():
+            others[name] = adapters.shapes[stored], partial(adapters.read, stored)
     shapes = {name: place.shape_of(files.shapes[stored]) for name, place in names.items()
               if (stored := files.place(place.name)) is not None}  # fmt: skip
     files.check_fit(config, {name: shapes.get(name, ()) for name in names})
     with torch.device("meta"):
         state = {f"{PREFIX}{name}": torch.empty(shape) for name, shape in shapes.items()}
+        state |= {f"{PREFIX}{name}": torch.empty(shape) for name, (shape, _) in others.items()}
     with appears_whole(out) as temporary:
         place = temporary / "checkpoints" / commit.temporary_name(0)
         place.mkdir(parents=True)
-        lazy = _Lazy(files, names, state)
+        lazy = _Lazy(files, names, state, {name: read for name, (_, read) in others.items()})
         records, _ = write_shards(RankGroup(None), place, plan_items(state), lazy, lambda phase: None)
         commit.publish(place, Manifest(step=0, files=records, config_hash="", identity=""))
     return 0, keys
@@ -138,12 +151,23 @@ def import_hf(source: Path, out: Path) -> tuple[int, dict[str, Any]]:
 class _Lazy(Mapping[str, Tensor]):
     """The FP32 tensors of a state, each read on access."""
 
-    def __init__(self, files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
-        self._files, self._names, self._state = files, names, state
+    def __init__(
+        self,
+        files: HfFiles,
+        names: Mapping[str, HfTensor],
+        state: Mapping[str, Tensor],
+        others: Mapping[str, Callable[[], Tensor]],
+    ) -> None:
+        """Args:
+        others: How to read what is not in `files`.
+        """
+        self._files, self._names, self._state, self._others = files, names, state, others
 
     def __getitem__(self, key: str) -> Tensor:
+        if (read := self._others.get(key.removeprefix(PREFIX))) is not None:
+            return read().float()
         tensor = torch.empty(self._state[key].shape, device="cpu")
-        _read(self._files, self._names, {key.removeprefix(PREFIX): tensor})
+        read_hf(self._files, self._names, {key.removeprefix(PREFIX): tensor})
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -187,9 +211,12 @@ def export_hf(
         ) from None
     reader = loader.verified_reader(directory, step)
     parts = _split(reader, names, max_file_bytes)
+    adapter: AdapterConfig | None = getattr(config, "adapter", None)
 
     def tensors(part: list[str]) -> dict[str, Tensor]:
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
+        if adapter is not None:
+            native = {name: _merged(reader, adapter, name, value) for name, value in native.items()}
         return to_hf({name: names[name] for name in part}, native)
 
     embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")
@@ -201,6 +228,15 @@ def export_hf(
         write_json(temporary / CONFIG_NAME, {**config.hf_config(rows), "dtype": "float32", **more})
         written += sorted(path.name for path in temporary.iterdir() if path.name not in written)
     return [out / name for name in written]
+
+
+def _merged(reader: SafeReader, adapter: AdapterConfig, name: str, value: Tensor) -> Tensor:
+    """The value of a parameter, with the adapter of its layer merged into a matrix that has one."""
+    module, _, own = name.rpartition(".")
+    names = [f"{PREFIX}{module}.{part}" for part in adapter.own]
+    if own != "weight" or names[0] not in reader.read_metadata().state_dict_metadata:
+        return value
+    return adapter.merged(value, loader.read_full(reader, names, f"{PREFIX}{module}."))
 
 
 def _split(reader: SafeReader, names: Mapping[str, HfTensor], max_file_bytes: int) -> list[list[str]]:

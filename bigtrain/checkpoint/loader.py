@@ -87,6 +87,17 @@ def find(
     return Found(chosen.step, chosen.path, manifest, tuple(warnings))
 
 
+def saved_shapes(found: Found) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a verified checkpoint, by name."""
+    entries = SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata
+    return {name: tuple(cast(TensorStorageMetadata, entry).size) for name, entry in entries.items()}
+
+
+def read_saved(found: Found, name: str) -> Tensor:
+    """One full tensor of a verified checkpoint, on the CPU."""
+    return read_full(SafeReader(found.path, found.manifest.files), [name])[name]
+
+
 def saved_names(found: Found) -> set[str]:
     """The names of all tensors of a verified checkpoint."""
     return set(SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata)

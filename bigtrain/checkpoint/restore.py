@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.best import best_checkpoints
 from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import HASTE, RunStore
 from bigtrain.config import CorruptionError, UserError
@@ -63,7 +64,7 @@ def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
     Raises:
         UserError: There is such a run already, or no such checkpoint; or as `bring_back`.
     """
-    place, step = split_run_step(url)
+    place, step = split_run_step(resolve_best(url, runs_dir))
     with _as_mistake(place):
         store = RunStore(place, HASTE)
         run = RunDirectory(runs_dir / store.url.rpartition("/")[2])
@@ -73,14 +74,38 @@ def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
         return run, _restore(RunStore(place), run, step)
 
 
+def resolve_best(run: str, runs_dir: Path) -> str:
+    """RUN@best as RUN@STEP, by name, path or URL; any other text as it is.
+
+    Raises:
+        UserError: There is no such run, it keeps no best checkpoint, or the store cannot be read.
+    """
+    name, at, which = run.rpartition("@")
+    if not at or which != "best":
+        return run
+    if is_url(name):
+        with _as_mistake(name):
+            found = RunStore(name, HASTE).best()
+    else:
+        alone = RunDirectory(Path(name))
+        found = best_checkpoints((alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)).checkpoints)
+    if not found:
+        raise UserError(
+            f"The run '{name}' keeps no best checkpoint",
+            run,
+            "Name a step; or set checkpoint.best: {metric: val_loss}, and the run keeps its best one from then on.",
+        )
+    return f"{name}@{found[0].step}"
+
+
 def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
-    """The run that RUN or RUN@STEP names, and the step; of a URL the checkpoint is fetched into a cache first.
+    """The run that RUN, RUN@STEP or RUN@best names, and the step; what a URL names is fetched into a cache first.
 
     Raises:
         UserError: There is no such run or checkpoint, or the store cannot be read.
         CorruptionError: What is stored is damaged.
     """
-    name, step = split_run_step(run)
+    name, step = split_run_step(resolve_best(run, runs_dir))
     if not is_url(name):
         return find_run(name, runs_dir), step
     with _as_mistake(name):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import bigtrain
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.best import Best, best_checkpoints
 from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import FileRecord, Manifest
@@ -73,7 +74,8 @@ class Saver:
     came to is counted when it is joined, at the next `save`, `wait` or `close`, so at the same step on all
     ranks.
 
-    Events: "saved" (step, bytes, seconds, staging_s, pruned), "save_failed" (step, cause, failures),
+    Events: "saved" (step, bytes, seconds, staging_s, pruned, and with `config.best` the best one's step, metric and
+    value), "save_failed" (step, cause, failures),
     "save_refused" (step, cause: the lease was lost), "replicas_differ" (step, cause),
     "save_waited" (step, seconds: training stood still because the save before was still under way), "unsaved"
     (step, failures: the limit is reached).
@@ -119,6 +121,7 @@ class Saver:
         self._hook: PhaseHook = phase_hook or (lambda phase: None)
         self._staged: dict[str, Tensor] = {}
         self._known_good: set[tuple[str, int]] = set()
+        self._best: list[Best] = []
         self._job: _Job | None = None
         if self._ranks.first and may_publish():
             self._clean()
@@ -281,6 +284,7 @@ class Saver:
             self._emit(
                 "saved", step=job.step, bytes=outcome.total_bytes, seconds=round(outcome.seconds, 3),
                 staging_s=round(outcome.staging_s, 4), pruned=list(outcome.pruned),
+                **({"best": self._best[0].plain()} if self._best else {}),
             )  # fmt: skip
         elif outcome.status == "failed":
             self._emit("save_failed", step=job.step, cause=outcome.cause, failures=self.failures + 1)
@@ -354,7 +358,8 @@ class Saver:
         if not self._may_publish():
             return []
         try:
-            spare = () if self._uploader is None else self._uploader.in_use
+            self._best = best_checkpoints(self.directory, self._known_good)
+            spare = {best.step for best in self._best} | (self._uploader.in_use if self._uploader else set())
             return commit.prune(self.directory, self.config.keep_last, self._known_good, spare=spare)
         except OSError as error:
             logger.warning("old checkpoints could not be pruned: %s", error)

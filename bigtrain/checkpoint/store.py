@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.best import Best, has_rule, ranked
 from bigtrain.checkpoint.commit import FencedError, PhaseHook
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, read_manifest
 from bigtrain.config import CorruptionError
@@ -76,6 +77,23 @@ class RunStore:
     def committed(self) -> list[int]:
         """The steps that have a manifest, oldest first."""
         return [step for step, sizes in self.listing().items() if MANIFEST_NAME in sizes]
+
+    def best(self, listing: Mapping[int, Mapping[str, int]] | None = None) -> list[Best]:
+        """The best checkpoints, the best first; as `best.ranked`.
+
+        Args:
+            listing: As `listing` has returned it.
+        """
+        manifests: list[Manifest] = []
+        found = self.listing() if listing is None else listing
+        for step in sorted(found, reverse=True):
+            if MANIFEST_NAME not in found[step]:
+                continue
+            with contextlib.suppress(CorruptionError):
+                manifests.append(self.manifest(step))
+            if len(manifests) == 1 and not has_rule(manifests[0]):
+                return []  # The newest one's rule counts.
+        return ranked(manifests)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
@@ -162,7 +180,8 @@ class RunStore:
                 self._try(functools.partial(self._place.put, log, log.name), log.name)
 
     def prune(self, keep_last: int, *, local: Collection[int] = (), dry_run: bool = False) -> list[int]:
-        """Remove what is older than the `keep_last` newest whole checkpoints and not permanent, and torn uploads.
+        """Remove what is older than the `keep_last` newest whole checkpoints, not permanent and not among the best;
+        and torn uploads.
 
         Args:
             local: The steps that the run has on its own disk: none of them is removed as torn, and what is newer than
@@ -174,6 +193,7 @@ class RunStore:
         newest = max(local, default=None)
         kept, doomed = 0, []
         listing = self.listing()
+        spare = {best.step for best in self.best(listing)}
         for step, sizes in reversed(listing.items()):
             if newest is not None and step > newest:
                 doomed.append(step)
@@ -181,7 +201,7 @@ class RunStore:
                 doomed += [] if step in local else [step]
             elif kept < keep_last:
                 kept += not self.problems(step, sizes, hashes=False)
-            elif not self._is_permanent(step):
+            elif step not in spare and not self._is_permanent(step):
                 doomed.append(step)
         if not dry_run:
             for step in doomed:

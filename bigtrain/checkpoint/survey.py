@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.best import best_checkpoints
 from bigtrain.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.config import CorruptionError, UserError
@@ -25,6 +26,8 @@ class CheckpointState:
     """What is wrong with it; empty where all that was read is as the manifest says."""
     read: bool = True
     """Whether every byte was read, and not sizes alone."""
+    best: bool = False
+    """Whether it is kept as one of the best (`checkpoint.best`)."""
 
     @property
     def verified(self) -> bool | None:
@@ -39,6 +42,7 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
         UserError: There is none of `step`.
     """
     found = commit.list_checkpoints(directory)
+    best = {one.step for one in best_checkpoints(directory)}
     if step is not None:
         steps = [checkpoint.step for checkpoint in found]
         found = [checkpoint for checkpoint in found if checkpoint.step == step]
@@ -50,6 +54,7 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
             checkpoint.step,
             sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file()),
             tuple(commit.verify(checkpoint.path)),
+            best=checkpoint.step in best,
         )
         for checkpoint in found
     ]
@@ -71,8 +76,11 @@ def survey_store(url: str, step: int | None = None, *, hashes: bool = True) -> l
             known = f"There are: {', '.join(map(str, listing))}." if listing else "There is none at all."
             raise UserError(f"There is no checkpoint of step {step}", store.url, known)
         listing = {step: listing[step]}
+    best = {one.step for one in store.best()}
     return [
-        CheckpointState(one, sum(sizes.values()), tuple(store.problems(one, sizes, hashes=hashes)), read=hashes)
+        CheckpointState(
+            one, sum(sizes.values()), tuple(store.problems(one, sizes, hashes=hashes)), read=hashes, best=one in best
+        )
         for one, sizes in listing.items()
     ]
 
@@ -81,8 +89,8 @@ def inspect(directory: Path, step: int) -> dict[str, Any]:
     """All that a checkpoint says of itself, and its tensors; their values are not read.
 
     Returns:
-        The manifest's facts, "bytes", "problems" (by sizes alone), "parameters" (numbers in the model), and "tensors":
-        of each name, shape, dtype, and the pieces it was saved in.
+        The manifest's facts, "bytes", "problems" (by sizes alone), "best" (the run's best checkpoints),
+        "parameters" (numbers in the model), and "tensors": of each name, shape, dtype, and the pieces it was saved in.
 
     Raises:
         UserError: There is none of `step`.
@@ -110,6 +118,7 @@ def inspect(directory: Path, step: int) -> dict[str, Any]:
         **manifest.model_dump(mode="json"),
         "bytes": manifest.total_bytes,
         "problems": commit.verify(found.path, hashes=False),
+        "best": [best.plain() for best in best_checkpoints(directory)],
         "parameters": sum(math.prod(tensor["shape"]) for tensor in model),
         "tensors": tensors,
     }

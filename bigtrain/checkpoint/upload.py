@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain.checkpoint import commit
+from bigtrain.checkpoint.best import best_checkpoints
 from bigtrain.checkpoint.commit import Checkpoint, FencedError, PhaseHook
 from bigtrain.checkpoint.config import CheckpointConfig
 from bigtrain.checkpoint.manifest import Manifest, read_manifest
@@ -164,10 +165,12 @@ class Uploader:
     def _next(self, tried: Collection[int]) -> tuple[Checkpoint, Manifest, dict[str, int]] | None:
         """The newest checkpoint here that retention keeps and the store lacks, its manifest, and what the store has."""
         listing = self._store.listing()
+        spare = {best.step for best in best_checkpoints(self._run.checkpoints)}
         kept = 0
         for checkpoint in reversed(commit.list_checkpoints(self._run.checkpoints)):
             manifest = _sound(checkpoint.path)
-            if manifest is None or (kept >= self._config.keep_last and not manifest.permanent):
+            is_kept = manifest is not None and (manifest.permanent or checkpoint.step in spare)
+            if manifest is None or (kept >= self._config.keep_last and not is_kept):
                 continue
             kept += 1
             present = listing.get(checkpoint.step, {})

@@ -11,10 +11,14 @@ import typer
 from bigtrain.cli.common import RUNS, Json, PluginOption, RunsDir, errors, lines, load_plugins, show
 
 if TYPE_CHECKING:
+    from bigtrain.checkpoint.peft import PeftFiles
     from bigtrain.run import RunDirectory
 
 RunArgument = Annotated[
-    str, typer.Argument(help="A run, or RUN@STEP: by name, by path, or by URL on a store (s3://BUCKET/PREFIX/NAME).")
+    str,
+    typer.Argument(
+        help="A run, RUN@STEP or RUN@best: by name, by path, or by URL on a store (s3://BUCKET/PREFIX/NAME)."
+    ),
 ]
 
 app = typer.Typer(help="List, inspect, verify, prune, export and convert checkpoints.", no_args_is_help=True)
@@ -32,13 +36,16 @@ def checkpoint_list(
 
         load_plugins(plugin)
         states = survey_store(run, hashes=False) if is_url(run) else survey(find_run(run, runs_dir).checkpoints)
-        rows = [{"step": state.step, "verified": state.verified, "bytes": state.bytes} for state in states]
+        rows = [
+            {"step": state.step, "verified": state.verified, "bytes": state.bytes, "best": state.best}
+            for state in states
+        ]
         show({"checkpoints": rows}, as_json, lambda _: "\n".join(map(_checkpoint_line, rows)) or "No checkpoints yet")
 
 
 def _checkpoint_line(row: dict[str, Any]) -> str:
     state = {True: "verified", False: "DAMAGED", None: "not read"}[row["verified"]]
-    return f"step {row['step']:>8}  {row['bytes'] / 1e6:>10.1f} MB  {state}"
+    return f"step {row['step']:>8}  {row['bytes'] / 1e6:>10.1f} MB  {state}{'  best' if row['best'] else ''}"
 
 
 @app.command("verify")
@@ -50,12 +57,13 @@ def checkpoint_verify(
 ) -> None:
     """Compare every byte of a run's checkpoints with their manifests."""
     with errors(as_json):
+        from bigtrain.checkpoint.restore import resolve_best
         from bigtrain.checkpoint.survey import survey, survey_store, verify_all
         from bigtrain.config.urls import is_url
         from bigtrain.run import find_run, split_run_step
 
         load_plugins(plugin)
-        name, step = split_run_step(run)
+        name, step = split_run_step(resolve_best(run, runs_dir))
         if is_url(name):
             steps = verify_all(survey_store(name, step), name)
         else:
@@ -105,7 +113,7 @@ def checkpoint_prune(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Remove checkpoints that retention no longer keeps; permanent ones and the last sound ones stay."""
+    """Remove checkpoints that retention no longer keeps; permanent ones, the best and the last sound ones stay."""
     with errors(as_json):
         from bigtrain.config.urls import is_url
 
@@ -117,16 +125,19 @@ def checkpoint_prune(
 
 def _pruned(run: str, runs_dir: Path, keep_last: int | None, dry_run: bool) -> list[int]:
     from bigtrain.checkpoint import commit
+    from bigtrain.checkpoint.best import best_checkpoints
     from bigtrain.run import Lease, find_run, load_config
 
     found = find_run(run, runs_dir)
     if keep_last is None:
         keep_last = load_config(found.config).checkpoint.keep_last
+    known_good: set[tuple[str, int]] = set()
+    spare = {best.step for best in best_checkpoints(found.checkpoints, known_good)}
     if dry_run:
-        return commit.prune(found.checkpoints, keep_last, set(), dry_run=True)
+        return commit.prune(found.checkpoints, keep_last, known_good, spare=spare, dry_run=True)
     lease = Lease.acquire(found, commit.published_lease(found.checkpoints))
     try:
-        return commit.prune(found.checkpoints, keep_last, set())
+        return commit.prune(found.checkpoints, keep_last, known_good, spare=spare)
     finally:
         lease.release()
 
@@ -145,7 +156,10 @@ def checkpoint_export(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="A new directory.")],
     form: Annotated[
-        Literal["bigtrain", "hf"], typer.Option("--format", help="Qualified names, or what transformers reads.")
+        Literal["bigtrain", "hf", "peft"],
+        typer.Option(
+            "--format", help="Qualified names; what transformers reads, with adapters merged; or adapters for peft."
+        ),
     ] = "bigtrain",
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
@@ -159,6 +173,10 @@ def checkpoint_export(
             from bigtrain.training.export import export_run
 
             files = export_run(found, step, out)
+        elif form == "peft":
+            from bigtrain.training.export import export_adapters
+
+            files = export_adapters(found, step, out)
         else:
             from bigtrain.checkpoint.export import export
 
@@ -195,8 +213,13 @@ def checkpoint_convert(
 
 @app.command("import")
 def checkpoint_import(
-    source: Annotated[Path, typer.Argument(help="Hugging Face weights, or a universal checkpoint of DeepSpeed's.")],
+    source: Annotated[
+        Path, typer.Argument(help="Hugging Face weights, peft's adapters, or a universal checkpoint of DeepSpeed's.")
+    ],
     out: Annotated[Path, typer.Option(help="A new directory.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The weights that peft's adapters belong to; by default those that they name.")
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option(help="You trust whoever wrote the pickles of a DeepSpeed checkpoint.")
     ] = False,
@@ -204,9 +227,12 @@ def checkpoint_import(
 ) -> None:
     """Make a checkpoint of others one that `init.source: OUT` takes."""
     with errors(as_json):
+        from bigtrain.checkpoint.peft import PeftFiles
         from bigtrain.models.hf_files import HfFiles
 
-        if HfFiles.is_one(source):
+        if PeftFiles.is_one(source):
+            step, model = _with_adapters(PeftFiles.open(source), base, out)
+        elif HfFiles.is_one(source):
             from bigtrain.checkpoint.huggingface import import_hf
 
             step, model = import_hf(source, out)
@@ -216,6 +242,18 @@ def checkpoint_import(
             step, model = from_deepspeed(source, out, trusted=trust_checkpoint), None
         result = {"step": step, "directory": str(out), **({} if model is None else {"model": model})}
         show(result, as_json, lambda _: "\n".join(_how_to_begin(out, step, model)))
+
+
+def _with_adapters(adapters: PeftFiles, base: Path | None, out: Path) -> tuple[int, dict[str, Any]]:
+    from bigtrain.checkpoint.huggingface import import_hf
+    from bigtrain.config import UserError
+
+    weights = base or adapters.base
+    if weights is None:
+        raise UserError(
+            "The adapters name no directory of base weights that is here", str(adapters.directory), "Add --base DIR."
+        )
+    return import_hf(weights, out, adapters)
 
 
 def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[str]:

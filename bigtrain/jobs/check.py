@@ -272,7 +272,7 @@ def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
         return config
     if directory.exists():
         begun = load_config(directory.config).init
-        name, step = split_run_step(init.source)
+        name, step = split_run_step(init.source.removesuffix("@best"))
         run, begun_step = split_run_step(begun.source or "")
         if run in (str((runs_dir / name).absolute()), str(Path(name).absolute())) and step in (None, begun_step):
             return config.model_copy(update={"init": begun.model_copy(update={"state": init.state})})

@@ -29,6 +29,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
         the run runs; `forecast` the run beside its preregistered forecast (`held_against`);
         `metrics` the newest value and the unit of each metric that was recorded by name;
+        `best` the step, metric and value of the best checkpoint (`checkpoint.best`);
         `epochs` how often each source of a mixture has been gone through; what is not known is None.
     """
     columns = read_columns(run_dir / names.METRICS)
@@ -52,7 +53,19 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "wandb_url": read_url(run_dir),
         "time": good.plain(),
         "energy_j": good.energy_j,
+        "best": _best(events),
     }
+
+
+def _best(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the newest save that was not taken back named as the best checkpoint."""
+    saves: dict[int, dict[str, Any] | None] = {}
+    for event in events:
+        if event["event"] == "saved" and isinstance(step := event.get("step"), int):
+            saves[step] = event.get("best")
+        elif event["event"] == "rolled_back" and isinstance(to := event.get("to"), int):
+            saves = {step: best for step, best in saves.items() if step <= to}
+    return saves[max(saves)] if saves else None
 
 
 def _recorded(run_dir: Path, columns: Columns) -> dict[str, dict[str, Any]]:

@@ -8,9 +8,12 @@ class StopAtLoss(Callback):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bigtrain.config import UserError
 
 if TYPE_CHECKING:
     import enum
@@ -54,6 +57,21 @@ class Step:
         """The mean loss; None where no token counted."""
         return self.loss_sum / self.weight if self.weight else None
 
+    def held_out(self, metric: str, where: str) -> float | None:
+        """A metric of this step's evaluation; None where nothing counted, or its value is not finite.
+
+        Raises:
+            UserError: The evaluation gives no such metric; `where` is the key that names it.
+        """
+        if metric not in self.evaluation:
+            raise UserError(
+                f"No evaluation gives the metric '{metric}'",
+                where,
+                f"Known: {', '.join(self.evaluation)}. Others come with evaluation.evaluators.",
+            )
+        value = self.evaluation[metric]
+        return value if value is not None and math.isfinite(value) else None
+
 
 @dataclass(frozen=True)
 class CallbackContext:
@@ -86,6 +104,9 @@ class Callback:
     wants_save: bool = False
     """Whether this callback wants a checkpoint."""
 
+    saves_evaluated: bool = False
+    """Whether this callback wants a checkpoint of the step that was evaluated last."""
+
     def on_start(self, progress: Progress) -> None:
         """Before the first step of this process."""
 
@@ -108,6 +129,10 @@ class Callback:
     def vote_to_save(self) -> None:
         """Let the run save itself at the next step that all ranks can agree on, and go on."""
         self.wants_save = True
+
+    def save_evaluated(self) -> None:
+        """Let the run save itself at this step, which was followed by an evaluation; to be called on all ranks."""
+        self.saves_evaluated = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback, plain values for JSON; rank 0's is saved."""

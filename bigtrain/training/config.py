@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -13,8 +14,10 @@ from bigtrain.config import Count, Duration, Registry, Section
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigtrain.data.index import ShardIndex
+    from bigtrain.data.tokenizers import Tokenizer
     from bigtrain.engines.config import EngineConfig
-    from bigtrain.engines.contract import Totals
+    from bigtrain.engines.contract import Engine, Totals
     from bigtrain.training.callback import Callback, CallbackContext
 
 
@@ -37,6 +40,25 @@ class HeldOut:
     """Bytes of the text whose tokens count; NaN for other data."""
 
 
+@dataclass(frozen=True)
+class PassContext:
+    """What an evaluator's own pass may use of the run."""
+
+    engine: Engine
+    context: int
+    """Tokens of a sequence."""
+    batch_size: int
+    """Sequences of one pass on one rank."""
+    multiple: int
+    """The number of a rank's passes must be a multiple of this."""
+    load_tokenizer: Callable[[], Tokenizer]
+    """The tokenizer of the training data."""
+
+
+OwnPass = Callable[[], dict[str, Result]]
+"""Results by name, without the prefix `val_`. Collective; equal on all ranks."""
+
+
 class EvaluatorConfig(Section):
     """Base of the evaluators. A subclass has a `name`, and overrides what it needs of the following."""
 
@@ -57,6 +79,23 @@ class EvaluatorConfig(Section):
     def results(self, held_out: HeldOut) -> dict[str, Result]:
         """Results by name, without the prefix `val_`; recorded metrics are reported without it."""
         return {}
+
+    def own_pass(self, context: PassContext) -> OwnPass | None:
+        """What runs at each evaluation after the held-out sets, on data of the evaluator's own; None: nothing.
+
+        Called once, on every rank. A run whose evaluators have one is evaluated without `data.validation` too.
+        """
+        return None
+
+    def check(self, data: ShardIndex) -> None:
+        """Refuse, before a process is started, what this evaluator cannot run on.
+
+        Args:
+            data: One of the sources of the training data.
+
+        Raises:
+            UserError: What does not fit, and what would.
+        """
 
 
 EVALUATORS = Registry(
@@ -110,6 +149,10 @@ class EvaluationConfig(Section):
         return value
 
 
+NewRows = Literal["mean", "seed"]
+"""How rows of the vocabulary begin that a source lacks."""
+
+
 class InitConfig(Section):
     """Where the state before the first step comes from."""
 
@@ -129,10 +172,16 @@ class InitConfig(Section):
     """Shell patterns over qualified names ("head.*"): parameters that are initialized from the seed instead; with
     state: weights."""
 
+    new_rows: NewRows | None = None
+    """Take weights of a vocabulary of another size: a token keeps the row of its id, rows beyond are dropped, and
+    those that are missing are the mean of the source's (mean) or initialized from the seed (seed); null: refused."""
+
     @model_validator(mode="after")
     def _fresh_goes_with_weights(self) -> InitConfig:
         if self.fresh and self.state != "weights":
             raise ValueError("fresh parameters have no optimizer state to take: set state to weights")
+        if self.new_rows and self.state != "weights":
+            raise ValueError("new rows have no optimizer state to take: set state to weights, or remove new_rows")
         if self.fresh and self.source is None:
             raise ValueError("without a source all parameters are initialized from the seed: remove fresh")
         return self

@@ -27,7 +27,7 @@ from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_json
 from bigtrain.training.config import InitConfig
-from bigtrain.training.prepare import loader_options
+from bigtrain.training.prepare import loader_options, pass_context
 
 logger = logging.getLogger(__name__)
 
@@ -162,13 +162,11 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
     found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
     if request.tasks:
-        from bigtrain.training.tasks import read_requests, score
+        from bigtrain.training.tasks import Scorer, read_requests
 
         requests = [one for file in request.tasks for one in read_requests(Path(file))]
-        tokenizer = next(iter(indexes.values())).load_tokenizer()
-        micro_size = config.layout.micro_size or config.batch.size.sequences(context)
-        multiple = math.lcm(config.layout.least_micro_batches, config.layout.micro_batch_multiple)
-        scored = score(engine, requests, tokenizer, context=context, batch_size=micro_size, multiple=multiple)
+        place = pass_context(config, engine, config.batch.size.sequences(context), next(iter(indexes.values())))
+        scored = Scorer(requests, place.load_tokenizer()).score(place)
         found |= {f"task {name}": dict(results) for name, results in scored.items()}
     engine.close()
     return found
@@ -198,6 +196,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
         document_mask=config.data.document_mask,
         optimizer=config.optimizer,
         precision=config.precision,
+        frozen=model.frozen,
     )
     try:
         config.layout.check(model, outputs)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bigtrain.engines.contract import Engine, Measuring, Totals
 from bigtrain.metrics import merge
-from bigtrain.training.config import EvaluatorConfig, HeldOut, Result
-
-if TYPE_CHECKING:
-    pass
+from bigtrain.training.config import EvaluatorConfig, HeldOut, OwnPass, PassContext, Result
 
 PREFIX = "val_"
 """How the names of held-out metrics begin; `/SET` ends those of one set among several."""
@@ -38,6 +35,7 @@ class Evaluation:
         evaluators: From the config.
         sets: By name: the batches of an evaluation, as a context that yields them, and the bytes of text of a token.
         warn: Takes one line, at most once for each cause.
+        context: What evaluators' own passes use; None: they have none.
     """
 
     def __init__(
@@ -46,6 +44,7 @@ class Evaluation:
         evaluators: Sequence[EvaluatorConfig],
         sets: Mapping[str, HeldOutSet],
         warn: Callable[[str], None],
+        context: PassContext | None = None,
     ) -> None:
         self._engine = engine
         self._evaluators = evaluators
@@ -55,6 +54,8 @@ class Evaluation:
         own = [one.measure for one in evaluators if type(one).measure is not EvaluatorConfig.measure]
         wanted: frozenset[str] = frozenset().union(*(one.wants for one in evaluators))
         self._measuring = Measuring(wanted, tuple(own))
+        opened = [] if context is None else [evaluator.own_pass(context) for evaluator in evaluators]
+        self._own_passes: list[OwnPass] = [one for one in opened if one is not None]
 
     def run(self) -> Evaluated:
         """Evaluate on all sets. Collective."""
@@ -63,7 +64,10 @@ class Evaluation:
         if len(found) > 1:
             for name, totals in found.items():
                 self._add(evaluated, totals, f"/{name}")
-        self._add(evaluated, together(found.values()), "")
+        if found:
+            self._add(evaluated, together(found.values()), "")
+        for own_pass in self._own_passes:
+            self._put(evaluated, own_pass(), "")
         return evaluated
 
     def _of_set(self, held_out: HeldOutSet) -> HeldOut:
@@ -83,6 +87,9 @@ class Evaluation:
                     f"the evaluator '{evaluator.name}' needs the metric '{name}', which this model does not record"
                 )
             results |= evaluator.results(held_out)
+        self._put(evaluated, results, suffix)
+
+    def _put(self, evaluated: Evaluated, results: Mapping[str, Result], suffix: str) -> None:
         for name, result in results.items():
             key = f"{PREFIX}{name}{suffix}"
             evaluated.values[key] = result.value

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.huggingface import export_hf
+from bigtrain.checkpoint.peft import export_peft
 from bigtrain.config import UserError
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RunConfig, RunDirectory, load_config
+from bigtrain.storage import write_atomic
 from bigtrain.training.prepare import pins
 
 logger = logging.getLogger(__name__)
+
+GENERATION_NAME = "generation_config.json"
+"""How transformers samples from a model by default."""
 
 
 def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
@@ -29,12 +35,31 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     config = load_config(run.config)
 
     def companions(place: Path) -> dict[str, Any]:
+        _copy_generation(config, place)
         tokenizer = _tokenizer(run, config)
         if tokenizer is None:
             return {}
         return tokenizer.export(place, config.model.context)
 
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)
+
+
+def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
+    """Write the LoRA adapters of a verified checkpoint of a run as peft reads them; see `export_peft`."""
+    config = load_config(run.config)
+    source = config.init.source
+    base = source if source is not None and HfFiles.is_one(Path(source)) else None
+    return export_peft(run.checkpoints, step, out, config=config.model, base=base)
+
+
+def _copy_generation(config: RunConfig, place: Path) -> None:
+    """Copy the generation_config.json that lies beside the weights with which the run began, unchanged."""
+    begun = getattr(config.model, "hf", None) or config.init.source
+    if begun is None or not HfFiles.is_one(Path(begun)):
+        return
+    file = Path(begun) / GENERATION_NAME
+    if file.is_file():
+        write_atomic(place / GENERATION_NAME, file.read_text(encoding="utf-8"))
 
 
 def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:

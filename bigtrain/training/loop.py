@@ -183,6 +183,9 @@ class Trainer:
 
     def _boundary(self, saves: bool) -> Outcome | None:
         """Save where it is due or voted for; how the run ends, where it does."""
+        saves = saves or any(callback.saves_evaluated for callback in self.callbacks)
+        for callback in self.callbacks:
+            callback.saves_evaluated = False
         of_stops = self._votes % VOTE_SAVE
         stops, ends = of_stops >= VOTE_STOP, of_stops % VOTE_STOP > 0
         if saves or self._votes:

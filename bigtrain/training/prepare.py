@@ -5,6 +5,7 @@ Free of torch, so that the command that starts a run refuses a mistake before an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from bigtrain.training.boundaries import Boundaries
 
 if TYPE_CHECKING:
     from bigtrain.engines.contract import Engine
-from bigtrain.training.config import EvaluatorConfig
+from bigtrain.training.config import EvaluatorConfig, PassContext
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Prepared:
     def is_mixture(self) -> bool:
         """Whether there are several sources."""
         return len(self.sources.names) > 1
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are held-out data, or evaluators with data of their own."""
+        return self.held_out is not None or any(map(_has_own_pass, self.config.evaluation.evaluators))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -160,7 +166,7 @@ class Prepared:
         save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
         return Boundaries(
             total_steps=self.total_steps,
-            evaluate_every=self.steps(self.config.evaluation.every) if self.held_out else None,
+            evaluate_every=self.steps(self.config.evaluation.every) if self.is_evaluated else None,
             save_every=None if save.is_time else self.steps(save),
             keep_every=None if keep is None else self.steps(keep),
             keep_at=frozenset(self.steps(one) for one in self.config.checkpoint.at),
@@ -234,6 +240,22 @@ def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, cont
     }
 
 
+def pass_context(config: RunConfig, engine: Engine, batch_sequences: int, index: ShardIndex) -> PassContext:
+    """What evaluators' own passes use.
+
+    Args:
+        index: Whose tokenizer encodes their texts.
+    """
+    layout = config.layout
+    return PassContext(
+        engine,
+        config.model.context,
+        batch_size=layout.micro_size or -(-batch_sequences // engine.data_parallel_size),
+        multiple=math.lcm(layout.least_micro_batches, layout.micro_batch_multiple),
+        load_tokenizer=index.load_tokenizer,
+    )
+
+
 def pins(data: Mapping[str, Any], key: str) -> list[str]:
     """The fingerprints that what is trained names under `train` or `validation`."""
     value = data[key]
@@ -289,6 +311,12 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
             f"data.document_mask is on, and a model of arch '{model.arch}' does not support it",
             fix="Turn it off, or choose an arch that does, such as llama.",
         )
+    if model.begins_from_weights and config.init.source is None:
+        raise UserError(
+            f"A model of arch '{model.arch}' is compared with the weights that it began with, and there are none",
+            "init.source",
+            "Name a run's checkpoint, or a directory of Hugging Face weights.",
+        )
     train.sample_kind.check_model(train, model)
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
@@ -307,19 +335,32 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         document_mask=config.data.document_mask,
         optimizer=config.optimizer,
         precision=config.precision,
+        frozen=model.frozen,
     )
     for callback in config.callbacks:
         callback.check(config.engine)
-    if held_out is not None:
-        _check_evaluators(config.evaluation.evaluators, config.layout.pp)
+    evaluators = config.evaluation.evaluators
+    if held_out is not None or any(map(_has_own_pass, evaluators)):
+        _check_evaluators(evaluators, config.layout.pp, train)
+    elif config.checkpoint.best is not None:
+        raise UserError(
+            "The best checkpoint is known by evaluations, and this run has none",
+            "checkpoint.best",
+            "Set data.validation, or remove checkpoint.best.",
+        )
     try:
         config.layout.check(model, sources.vocab_size)
     except ValueError as error:
         raise UserError(str(error), fix="Change 'layout'.") from None
 
 
-def _check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int) -> None:
+def _has_own_pass(evaluator: EvaluatorConfig) -> bool:
+    return type(evaluator).own_pass is not EvaluatorConfig.own_pass
+
+
+def _check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int, train: ShardIndex) -> None:
     for evaluator in evaluators:
+        evaluator.check(train)
         if stages > 1 and type(evaluator).measure is not EvaluatorConfig.measure:
             raise UserError(
                 f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
-from bigtrain.checkpoint.huggingface import load_hf, verify_hf
-from bigtrain.checkpoint.loader import Found, find, load_found, saved_names
+from bigtrain.checkpoint.huggingface import load_hf, read_hf, verify_hf
+from bigtrain.checkpoint.loader import Found, find, load_found, read_saved, saved_names, saved_shapes
 from bigtrain.checkpoint.ranks import RankGroup as Together
 from bigtrain.checkpoint.ranks import world_group
 from bigtrain.checkpoint.restore import refuse_unrestored
@@ -17,6 +17,7 @@ from bigtrain.engines.contract import Reloaded
 from bigtrain.run import RunConfig, RunDirectory
 from bigtrain.training.progress import Progress, from_plain
 from bigtrain.training.source import HfSource, is_fresh, resolve_source
+from bigtrain.training.vocabulary import fill_rows, resized
 
 
 class Restoring:
@@ -69,9 +70,7 @@ class Restoring:
         """Take the part of another run's checkpoint that `init.state` names."""
         state = self.engine.state()
         if self.config.init.state == "weights":
-            weights = {f"model.{name}": tensor for name, tensor in self._wanted(state).items()}
-            fresh = [f"model.{pattern}" for pattern in self.config.init.fresh]
-            self._load(found, weights, prefix="model.", leave=fresh)
+            self._take_weights_of(found, state)
             return Progress()
         # The other run may have been in another precision.
         saved = saved_names(found)
@@ -79,22 +78,58 @@ class Restoring:
         self._load(found, state, leave=["loss_scale.*"])
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
 
+    def _take_weights_of(self, found: Found, state: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a checkpoint."""
+        init, model = self.config.init, self.config.model
+        shapes = {name.removeprefix("model."): shape for name, shape in saved_shapes(found).items()}
+        own: dict[str, torch.Tensor] = {}
+        copies: dict[str, torch.Tensor] = {}
+        for name, tensor in self._wanted(state, shapes).items():
+            source = model.source_name(name)
+            if name in shapes or source == name:
+                own[name] = tensor
+            else:
+                copies[source] = tensor
+        # Of a pipeline's ranks not all hold the vocabulary's parameters: what may be left is the same on each.
+        rows = [name for name in shapes if init.new_rows is not None and model.has_vocabulary_rows(name)]
+        for weights, leave in ((own, init.fresh), (copies, ("*",))):
+            others = resized(model, weights, shapes.get) if init.new_rows is not None else set()
+            for name in sorted(others):
+                fill_rows(weights.pop(name), read_saved(found, f"model.{name}"), init.new_rows or "mean")
+            if weights:
+                left = [f"model.{pattern}" for pattern in (*leave, *rows)]
+                self._load(found, {f"model.{name}": weights[name] for name in weights}, prefix="model.", leave=left)
+
     def _take_weights(self, source: HfSource) -> Progress:
         """Take Hugging Face weights, compared with the hash that the launcher found."""
-        init = self.config.init
+        init, model, files = self.config.init, self.config.model, source.files
         if init.hash is not None:
-            verify_hf(source.files, init.hash)
+            verify_hf(files, init.hash)
         weights = self._wanted(self.engine.state())
-        names = source.files.check_fit(self.config.model, {name: tuple(weights[name].shape) for name in weights})
-        load_hf(source.files, names, weights)
+        places = {name: model.source_name(name) for name in weights}
+        known = model.hf_names()
+        stored = {name: files.shape_of(known[place]) for name, place in places.items() if place in known}
+        others = resized(model, weights, stored.get) if init.new_rows is not None else set()
+        shapes = {places[name]: tuple(tensor.shape) for name, tensor in weights.items() if name not in others}
+        names = files.check_fit(model, shapes)
+        for name in sorted(others):
+            full = torch.empty(stored[name] or ())
+            read_hf(files, {name: known[places[name]]}, {name: full})
+            fill_rows(weights.pop(name), full, init.new_rows or "mean")
+        load_hf(files, {name: names[places[name]] for name in weights}, weights)
         if isinstance(self.engine, Reloaded):
             self.engine.state_loaded()
         return Progress()
 
-    def _wanted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The weights that a source provides, by qualified name."""
+    def _wanted(self, state: dict[str, torch.Tensor], saved: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The weights that a source provides, by qualified name.
+
+        Args:
+            saved: Names in the source; adapters that are not among them begin from the seed.
+        """
         weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
-        return {name: tensor for name, tensor in weights.items() if not is_fresh(name, self.config.init)}
+        begun = {name for name in weights if self.config.model.is_adapter(name) and name not in saved}
+        return {name: weights[name] for name in weights if name not in begun and not is_fresh(name, self.config.init)}
 
     def _load(self, found: Found, state: dict[str, torch.Tensor], prefix: str = "", leave: Sequence[str] = ()) -> None:
         load_found(found, state, prefix=prefix, leave=leave)

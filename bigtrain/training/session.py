@@ -30,13 +30,14 @@ from bigtrain.tracking.forecast import forecast_hash, read_forecast
 from bigtrain.tracking.process import Trackers
 from bigtrain.training.agent_link import AgentLink
 from bigtrain.training.bad_steps import Policy, RollBack
+from bigtrain.training.best import KeepBest
 from bigtrain.training.callback import Callback, CallbackContext
 from bigtrain.training.evaluation import Evaluated, Evaluation, HeldOutSet
 from bigtrain.training.ledger import Ledger, process_age_s
 from bigtrain.training.logs import Announcements, MetricsLog, SampleLog, Utilisation
 from bigtrain.training.loop import Outcome, Trainer
 from bigtrain.training.parts import reading
-from bigtrain.training.prepare import Prepared, prepare
+from bigtrain.training.prepare import Prepared, pass_context, prepare
 from bigtrain.training.progress import Progress, as_plain
 from bigtrain.training.restoring import Restoring
 from bigtrain.training.stragglers import Stragglers
@@ -203,21 +204,22 @@ class Session:
             )
 
     def _evaluation(self) -> Evaluation | None:
-        """The run's evaluation; None without validation data."""
-        held_out, config = self.prepared.held_out, self.config.evaluation
-        if held_out is None:
+        """The run's evaluation; None where nothing is held out and no evaluator has data of its own."""
+        prepared, config = self.prepared, self.config.evaluation
+        if not prepared.is_evaluated:
             return None
-
         options = reading(self.prepared, self.engine)
 
         def loader_of(index: ShardIndex) -> EvaluationLoader:
             return EvaluationLoader(index, batches=config.batches, sequences=config.sequences, **options)
 
+        held_out = prepared.held_out
         sets = {
             name: HeldOutSet(partial(loader_of, index), index.bytes_per_token)
-            for name, index in zip(held_out.names, held_out.indexes, strict=True)
+            for name, index in (zip(held_out.names, held_out.indexes, strict=True) if held_out else ())
         }
-        return Evaluation(self.engine, config.evaluators, sets, self._warn_of_evaluation)
+        context = pass_context(self.config, self.engine, prepared.batch_sequences, prepared.train)
+        return Evaluation(self.engine, config.evaluators, sets, self._warn_of_evaluation, context)
 
     def _warn_of_evaluation(self, line: str) -> None:
         logger.warning(line)
@@ -242,6 +244,8 @@ class Session:
 
     def _callbacks(self) -> list[Callback]:
         callbacks = self._chosen_callbacks()
+        if self.config.checkpoint.best is not None:
+            callbacks.append(KeepBest(self.config.checkpoint.best))
         if self.ranks.world_size > 1:
             callbacks.append(Stragglers(self._event, self.engine.device, socket.gethostname()))
         if self.ranks.rank != 0:

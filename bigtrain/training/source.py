@@ -10,7 +10,7 @@ from pathlib import Path
 from bigtrain import storage
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.manifest import MANIFEST_NAME
-from bigtrain.checkpoint.restore import run_at
+from bigtrain.checkpoint.restore import resolve_best, run_at
 from bigtrain.config import UserError, nearest
 from bigtrain.config.urls import is_url
 from bigtrain.models.config import ModelConfig
@@ -63,13 +63,15 @@ class HfSource:
 
 
 def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
-    """The checkpoint that RUN@STEP or RUN names, DIRECTORY@STEP, or URL@STEP; or a directory of Hugging Face weights.
+    """A checkpoint, or a directory of Hugging Face weights.
 
-    What a URL names is fetched.
+    Args:
+        text: RUN, RUN@STEP or RUN@best, by name, path or URL, of which the checkpoint is fetched; or the directory.
 
     Raises:
         UserError: No such run, or no such step.
     """
+    text = resolve_best(text, runs_dir)
     if is_url(text):
         return _fetched(text)
     if not (runs_dir / text / RECORD).exists() and HfFiles.is_one(Path(text)):
@@ -143,5 +145,11 @@ def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, t
             "init.state",
             "Set init.state to weights.",
         )
-    wanted = {name: shape for name, shape in (shapes or {}).items() if not is_fresh(name, init)}
+    wanted = {
+        name: shape
+        for name, shape in (shapes or {}).items()
+        if not is_fresh(name, init)
+        and not model.is_adapter(name)
+        and not (init.new_rows is not None and model.has_vocabulary_rows(name))
+    }
     source.files.check_fit(model, wanted)

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from bigtrain.config import UserError
-from bigtrain.engines.contract import Engine, Measuring, MicroBatch
+from bigtrain.training.config import PassContext
 
 if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer
+    from bigtrain.engines.contract import MicroBatch
 
 AT_ONCE: Final = 2048
 """Sequences of one evaluation: a batch's array `sources` has a column for each."""
@@ -76,22 +77,30 @@ def read_requests(file: Path) -> list[Task]:
     return found
 
 
-def score(
-    engine: Engine, requests: Sequence[Task], tokenizer: Tokenizer, *, context: int, batch_size: int, multiple: int = 1
-) -> dict[str, dict[str, float]]:
-    """Results of each task by its name. Collective; equal on all ranks.
+class Scorer:
+    """Scores the same requests as often as needed; they are encoded once."""
+
+    def __init__(self, requests: Sequence[Task], tokenizer: Tokenizer) -> None:
+        self._requests = requests
+        pairs = [(request.context, text) for request in requests for text in request.continuations]
+        self._rows = [encode_pair(tokenizer, *pair) for pair in pairs]
+
+    def score(self, context: PassContext) -> dict[str, dict[str, float]]:
+        """Results of each task by its name; see `results_of`. Collective; equal on all ranks."""
+        return results_of(self._requests, log_likelihoods(context, self._rows))
+
+
+def results_of(requests: Sequence[Task], log_likelihoods: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Results of each task by its name.
 
     Args:
-        context: Positions of a sequence.
-        batch_size: Sequences of a rank's pass.
-        multiple: What the number of passes of a rank is a multiple of.
+        log_likelihoods: Of the continuations of all requests, in order.
 
     Returns:
         `accuracy` by log-likelihood, `accuracy_per_character` and `accuracy_per_byte` by that over the continuation's
         length, `bits_per_byte` of the right continuations, and how many `requests` there are.
     """
-    pairs = [(request.context, text) for request in requests for text in request.continuations]
-    likelihoods = iter(log_likelihoods(engine, pairs, tokenizer, context, batch_size, multiple))
+    likelihoods = iter(log_likelihoods)
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     for request in requests:
         values = np.array([next(likelihoods) for _ in request.continuations])
@@ -111,15 +120,14 @@ def score(
     return {task: {**found, "requests": float(len(rows[task]))} for task, found in means.items()}
 
 
-def log_likelihoods(
-    engine: Engine, pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: int, batch_size: int, multiple: int
-) -> list[float]:
-    """The log-likelihood, in nats, of each continuation after its context. Collective."""
+def log_likelihoods(context: PassContext, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+    """The log-likelihood, in nats, of the last tokens of each row (`encode_pair`) after the others. Collective."""
+    from bigtrain.engines.contract import Measuring  # torch, which the launcher of a run goes without
+
     found: list[float] = []
-    for first in range(0, len(pairs), AT_ONCE):
-        rows = [encode_pair(tokenizer, *pair) for pair in pairs[first : first + AT_ONCE]]
-        batches = _passes(engine, rows, context, batch_size, multiple)
-        totals = engine.evaluate(iter([list(batches)]), Measuring(sources=len(rows)))
+    for first in range(0, len(rows), AT_ONCE):
+        part = rows[first : first + AT_ONCE]
+        totals = context.engine.evaluate(iter([list(_passes(context, part))]), Measuring(sources=len(part)))
         found += [-loss for loss, _ in totals.sources]
     return found
 
@@ -135,15 +143,13 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     return whole, len(whole) - len(tokenizer.encode(context))
 
 
-def _passes(
-    engine: Engine, rows: list[tuple[list[int], int]], context: int, batch_size: int, multiple: int
-) -> Iterator[MicroBatch]:
+def _passes(place: PassContext, rows: Sequence[tuple[list[int], int]]) -> Iterator[MicroBatch]:
     """This rank's micro-batches: as many and of one shape on all ranks, filled up with rows that count nothing."""
-    ranks = engine.data_parallel_size
+    ranks, batch_size, context = place.engine.data_parallel_size, place.batch_size, place.context
     count = -(-len(rows) // (batch_size * ranks))
-    count = -(-count // multiple) * multiple
+    count = -(-count // place.multiple) * place.multiple
     for number in range(count):
-        first = (number * ranks + engine.data_parallel_rank) * batch_size
+        first = (number * ranks + place.engine.data_parallel_rank) * batch_size
         batch: dict[str, Any] = {
             "tokens": np.zeros((batch_size, context), np.int64),
             "targets": np.zeros((batch_size, context), np.int64),
@@ -151,12 +157,12 @@ def _passes(
             "keys": np.zeros(batch_size, np.int64),
             "sources": np.zeros((batch_size, len(rows)), np.float32),
         }
-        for place, row in enumerate(range(first, min(first + batch_size, len(rows)))):
+        for at, row in enumerate(range(first, min(first + batch_size, len(rows)))):
             tokens, counted = rows[row]
             counted = min(counted, context)
             tokens = tokens[-context - 1 :]
             end = len(tokens) - 1
-            batch["tokens"][place, :end], batch["targets"][place, :end] = tokens[:-1], tokens[1:]
-            batch["weights"][place, end - counted : end] = 1
-            batch["sources"][place, row] = 1
+            batch["tokens"][at, :end], batch["targets"][at, :end] = tokens[:-1], tokens[1:]
+            batch["weights"][at, end - counted : end] = 1
+            batch["sources"][at, row] = 1
         yield batch

@@ -14,7 +14,7 @@ from bigtrain.tracking.status import status
 START_S = 1_790_000_000.0
 KEYS = [
     "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "metrics", "epochs", "restarts", "last_event",
-    "eta_s", "forecast", "wandb_url", "time", "energy_j",
+    "eta_s", "forecast", "wandb_url", "time", "energy_j", "best",
 ]  # fmt: skip
 
 Event = Callable[..., dict[str, Any]]
@@ -55,7 +55,12 @@ def test_state_follows_the_events_and_the_lease(
 def test_a_running_run_tells_its_numbers(
     run_dir: Path, row: Callable[..., dict[str, Any]], event: Event, write_lines: Callable[..., None]
 ) -> None:
-    write_lines(run_dir / "events.jsonl", event("started", total_steps=30, nodes=2), event("saved", 9, step=8))
+    best = {"step": 4, "metric": "val_loss", "value": 4.5}
+    write_lines(
+        run_dir / "events.jsonl", event("started", total_steps=30, nodes=2),
+        event("saved", 7, step=12, best={**best, "step": 12}), event("rolled_back", 8, step=13, to=6),
+        event("saved", 9, step=8, best=best),
+    )  # fmt: skip
     write_lines(run_dir / "metrics.jsonl", *(row(step, loss=5.0 - 0.1 * step) for step in range(1, 11)))
     (run_dir / "wandb").mkdir()
     (run_dir / "wandb" / "url").write_text("https://wandb.ai/a/bigtrain/runs/tiny-1\n")
@@ -65,7 +70,7 @@ def test_a_running_run_tells_its_numbers(
         "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0,
         "last_event": "saved",
         "eta_s": pytest.approx(20.0), "forecast": None, "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
-        "time": found["time"], "energy_j": None,
+        "time": found["time"], "energy_j": None, "best": best,
     }  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 

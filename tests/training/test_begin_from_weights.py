@@ -135,3 +135,27 @@ def test_a_tokenizer_that_transformers_reads_comes_along(
     ours = Tokenizer.open(str(tmp_path / "bpe.json"))
     assert tokenizer("def loads(s):")["input_ids"] == ours.encode("def loads(s):").tolist()
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == ours.eot == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_exported_as_it_came_with_its_generation_config(
+    bigtrain: Callable, write_config: Callable, weights: Path, tmp_path: Path
+) -> None:
+    generation = '{\n  "do_sample": true,\n  "temperature": 0.7\n}\n'
+    (weights / "generation_config.json").write_text(generation)
+    config = write_config(
+        model={"arch": "hf", "hf": str(weights), "context": 32}, engine={"name": "accelerate"}, duration="2 steps"
+    )
+    done = bigtrain("train", config)
+    assert done.returncode == ExitCode.FINISHED, done.stderr
+    done = bigtrain("checkpoint", "export", "tiny", "--format", "hf", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "generation_config.json").read_text() == generation
+    begun, written = (json.loads((place / "config.json").read_text()) for place in (weights, tmp_path / "out"))
+    assert {**written, "dtype": begun["dtype"]} == begun
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    state = read_tensors(tmp_path / "runs" / "tiny" / "checkpoints", 2)
+    assert state.keys() <= exported.keys()
+    assert [name for name in state if not torch.equal(state[name], exported[name])] == []
+    first = transformers.AutoModelForCausalLM.from_pretrained(weights).state_dict()
+    assert [name for name in state if torch.equal(state[name], first[name])] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigtrain.checkpoint.config import BestConfig
 from bigtrain.config import UserError
 from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import StepNumbers
@@ -19,6 +21,7 @@ from bigtrain.engines.step import StepReducer
 from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.run import RunDirectory
 from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
+from bigtrain.training.best import KeepBest
 from bigtrain.training.boundaries import Boundaries
 from bigtrain.training.callback import Callback, Step
 from bigtrain.training.callbacks.device import DeviceMetrics
@@ -469,6 +472,26 @@ def test_early_stop_takes_the_larger_for_better_where_told_and_never_a_missing_v
     assert not [line for line in world.log if line.startswith("ended_early")]
     with pytest.raises(UserError, match=r"'val_accuracy'"):
         World(evaluate_every=2).trainer(early_stop(metric="val_accuracy")).fit()
+
+
+@pytest.mark.parametrize(("keep", "saved"), [(1, [2, 4, 10]), (2, [2, 4, 8, 10])])
+def test_steps_whose_evaluation_is_among_the_best_are_saved_also_after_a_resume(keep: int, saved: list[int]) -> None:
+    losses = [3.0, 2.0, None, 2.5, 1.5, 4.0]
+    rule = BestConfig(keep=keep)
+    whole = World(total=13, evaluate_every=2, held_out=[*losses])
+    whole.trainer(KeepBest(rule)).fit()
+    assert [line for line in whole.log if re.fullmatch(r"save \d+", line)] == [f"save {step}" for step in (*saved, 13)]
+    first = World(total=4, evaluate_every=2, held_out=losses[:2])
+    trainer = first.trainer(KeepBest(rule))
+    trainer.fit()
+    record = as_plain(trainer.progress)["callbacks"]["best"]
+    assert (record["metric"], record["value"]) == ("val_loss", 2.0)
+    later = World(total=13, evaluate_every=2, first=4, held_out=losses[2:])
+    resumed = later.trainer(KeepBest(rule))
+    resumed.progress = from_plain(json.loads(json.dumps(as_plain(trainer.progress))))
+    resumed.fit()
+    again = [line for line in [*first.log, *later.log] if re.fullmatch(r"save \d+", line)]
+    assert again == [f"save {step}" for step in (*saved, 13)]
 
 
 def test_device_metrics_travel_with_the_next_step() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from bigtrain.config import Count, UserError
+from bigtrain.config import Count
 from bigtrain.training.callback import Callback, CallbackContext, Step
 from bigtrain.training.config import CALLBACKS, CallbackConfig
 
@@ -42,13 +42,7 @@ class _EarlyStop(Callback):
         if not step.evaluation:
             return
         config = self._config
-        if config.metric not in step.evaluation:
-            raise UserError(
-                f"No evaluation gives the metric '{config.metric}'",
-                "callbacks.early_stop.metric",
-                f"Known: {', '.join(step.evaluation)}. Others come with evaluation.evaluators.",
-            )
-        value = step.evaluation[config.metric]
+        value = step.held_out(config.metric, "callbacks.early_stop.metric")
         if value is not None and self._improves(value):
             self._best, self._best_step, self._waited = value, step.number, 0
             return
@@ -59,7 +53,7 @@ class _EarlyStop(Callback):
 
     def _improves(self, value: float) -> bool:
         if self._best is None:
-            return value == value
+            return True
         gain = self._best - value if self._config.mode == "min" else value - self._best
         return gain > self._config.min_delta
 
