@@ -131,8 +131,8 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
     others: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
     if adapters is not None:
         keys = {**keys, "adapter": adapters.keys(names)}
-        for name, stored in adapters.places(names).items():
-            others[name] = adapters.shapes[stored], partial(adapters.read, stored)
+        for name, matrix in adapters.places(names).items():
+            others[name] = adapters.shapes[matrix], partial(adapters.read, matrix)
     shapes = {name: place.shape_of(files.shapes[stored]) for name, place in names.items()
               if (stored := files.place(place.name)) is not None}  # fmt: skip
     files.check_fit(config, {name: shapes.get(name, ()) for name in names})

@@ -253,18 +253,22 @@ def _pairs_in_lines(file: Path, bad: BadSample) -> Iterator[Pair]:
                 continue
             where = f"{file}, line {number}"
             try:
-                value = _object(line, where)
-                texts = tuple(value.get(part) for part in PARTS)
-                if not all(isinstance(text, str) for text in texts) or not (texts[1] and texts[2]):
-                    raise UserError("the line is no preference", where, f"write {_keys()}; answers are not empty")
-                "".join(texts).encode("utf-8")
-            except UnicodeEncodeError:
-                bad(UserError("the line holds half a character", where))
-                continue
+                texts = _texts(_object(line, where), where)
             except UserError as error:
                 bad(error)
                 continue
             yield Pair(texts, file, where)
+
+
+def _texts(value: dict[str, Any], where: str) -> tuple[str, str, str]:
+    prompt, chosen, rejected = found = [value.get(part) for part in PARTS]
+    if not all(isinstance(text, str) for text in found) or not (chosen and rejected):
+        raise UserError("the line is no preference", where, f"write {_keys()}; answers are not empty")
+    try:
+        "".join(map(str, found)).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the line holds half a character", where) from None
+    return str(prompt), str(chosen), str(rejected)
 
 
 def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
