@@ -105,6 +105,11 @@ class ModelConfig(Section):
         """Shell patterns over qualified names: the parameters that stay as they are, whatever `optimizer.frozen`."""
         return ()
 
+    @property
+    def base(self) -> ModelConfig:
+        """The section of the model whose weights this one begins with: itself, or the one inside it."""
+        return self
+
     def has_vocabulary_rows(self, name: str) -> bool:
         """Whether the rows of a parameter, by its qualified name, are those of the vocabulary."""
         return False

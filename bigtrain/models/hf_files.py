@@ -169,6 +169,7 @@ class HfFiles:
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
         hf = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
+        config = config.base
         for key in (*_CONSTANTS, *sorted(config.later_keys)):
             native = config.plain().get(key)
             if key == "tied" and not native and own_head:

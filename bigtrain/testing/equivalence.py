@@ -429,5 +429,5 @@ def _accuracy(totals: Totals) -> float:
 
 
 def _off(value: float, expected: float) -> float:
-    by = abs(value / expected - 1)
+    by = abs(value / expected - 1) if expected else (math.inf if value else 0.0)
     return by if by == by else math.inf

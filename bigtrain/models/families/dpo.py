@@ -91,6 +91,11 @@ class Config(ModelConfig):
         """See `ModelConfig.is_adapter`."""
         return self.policy.is_adapter(name)
 
+    @property
+    def base(self) -> ModelConfig:
+        """See `ModelConfig.base`."""
+        return self.policy
+
     def has_vocabulary_rows(self, name: str) -> bool:
         """See `ModelConfig.has_vocabulary_rows`."""
         return self.policy.has_vocabulary_rows(name.removeprefix(REFERENCE))
