@@ -236,9 +236,10 @@ class Pair:
         tokenizer = means.tokenizer
         assert tokenizer is not None
         prompt, chosen, rejected = ([int(id) for id in tokenizer.encode(text)] for text in self.texts)
-        # Without a prompt, an end of text stands before the answer.
+        begin = [] if tokenizer.bos is None else [tokenizer.bos]
         ids = {
-            "prompt": prompt or [tokenizer.eot],
+            # Something must stand before an answer: without a prompt and a begin of text, an end of text.
+            "prompt": [*begin, *prompt] or [tokenizer.eot],
             "chosen": [*chosen, tokenizer.eot],
             "rejected": [*rejected, tokenizer.eot],
         }
