@@ -59,6 +59,14 @@ def test_seed_data_and_epoch_each_change_the_order() -> None:
     assert pairs(SampleOrder(1, "data", [50, 50], 2), 0, 100) == base
 
 
+def test_a_single_shard_has_another_order_in_each_epoch() -> None:
+    """Where nothing but the sequences of one window can be in another order."""
+    order = SampleOrder(5, "data", [40], window=1)
+    first, second = (order.take(start, 40).sequence.tolist() for start in (0, 40))
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+
+
 def test_the_order_is_the_one_of_the_first_release() -> None:
     # Runs resume across versions: these numbers must never change.
     assert splitmix64(0).tolist() == [0xE220A8397B1DCDAF]

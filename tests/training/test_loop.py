@@ -74,13 +74,16 @@ class World:
     """Losses of the evaluations in turn; 3 afterwards."""
     bad_steps: BadStepsConfig = BadStepsConfig(limit=2, then="stop")  # noqa: RUF009 - frozen
     first: int = 0
+    warmup: int = 0
     log: list[str] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """The learning rates that steps were taken with."""
     data_wait_s: float = 0.25
     reducer: StepReducer = field(default_factory=lambda: StepReducer(torch.device("cpu")))
 
     def train_step(self, step: int, micro_batches: list[Any], lr: float, vote: float = 0.0) -> Result:
         done = step + 1
-        assert lr == LR
+        self.rates.append(lr)
         self.log.append(f"step {done}")
         loss = self.losses.get(done, 10.0 * done)
         numbers = StepNumbers(loss, float(done), 1.0, vote, skipped=float(not math.isfinite(loss)))
@@ -126,7 +129,7 @@ class World:
         return Trainer(
             self,  # type: ignore[arg-type]
             self,
-            ConstantConfig().build(LR, self.total, lambda duration: 0),
+            ConstantConfig().build(LR, self.total, lambda duration: self.warmup),
             Boundaries(self.total, self.evaluate_every, self.save_every),
             progress=Progress(self.first, 100.0 if self.first else 0.0, {"train": self.first * SEQUENCES}),
             control=self,  # type: ignore[arg-type]
@@ -135,7 +138,7 @@ class World:
             finish=self.finish,
             policy=Policy(self.bad_steps),
             roll_back=self.roll_back,
-            callbacks=[Logging(self.log), *callbacks],
+            callbacks=[Logging(self), *callbacks],
             drawn=lambda step: {"train": step * SEQUENCES},
             on_event=lambda event, **fields: self.log.append(f"{event} at {fields['step']}: {fields['cause']}"),
         )
@@ -146,12 +149,13 @@ class World:
 
 
 class Logging(Callback):
-    """Notes what callbacks are told."""
+    """Notes what callbacks are called with."""
 
     order = 1
 
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.log = world.log
 
     def on_start(self, progress: Progress) -> None:
         self.log.append(f"callback start at {progress.step}")
@@ -159,7 +163,8 @@ class Logging(Callback):
     def on_step(self, step: Step, progress: Progress) -> None:
         evaluated = " evaluated" if step.evaluation else ""
         self.log.append(f"callback {step.number}{evaluated}")
-        assert (step.number, step.lr, step.data_wait_s) == (progress.step, LR, 0.25)
+        taken = self.world.rates[step.number - self.world.first - 1]
+        assert (step.number, step.lr, step.data_wait_s) == (progress.step, taken, 0.25)
 
     def on_end(self, outcome: Outcome, progress: Progress) -> None:
         self.log.append(f"callback end {outcome.value} at {progress.step}")
@@ -322,6 +327,13 @@ def test_a_loader_that_fails_shows_its_own_error() -> None:
 def test_a_loader_that_ends_early_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ended at step 2 of 6"):
         World(loader_ends_at=3).trainer().fit()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_step_is_taken_with_the_rate_of_its_own_number(first: int) -> None:
+    world = World(total=5, warmup=4, first=first)
+    world.trainer().fit()
+    assert world.rates == [LR / 4, LR / 2, 3 * LR / 4, LR, LR][first:]
 
 
 def test_a_run_that_is_at_its_end_takes_no_step() -> None:

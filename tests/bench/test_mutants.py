@@ -1,0 +1,12 @@
+"""The planted faults still fit the code: each replaces a text that stands once in its file."""
+
+from __future__ import annotations
+
+from tests.bench.mutants import MUTANTS, ROOT, changed
+
+
+def test_every_fault_can_be_planted_and_names_tests_that_are_there() -> None:
+    for name, mutant in MUTANTS.items():
+        source = changed((ROOT / mutant.file).read_text(), mutant)
+        compile(source, mutant.file, "exec")
+        assert (ROOT / mutant.tests[0]).is_file(), name
