@@ -27,6 +27,10 @@ BeginOfTextOption = Annotated[
     typer.Option("--bos", help="Begin documents with a begin of text: no, yes, or as its rule says (rule)."),
 ]
 
+SpecialTokens = Annotated[
+    bool, typer.Option("--special-tokens", help="In text, the name of a special token such as <|sep|> is that token.")
+]
+
 app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
 
 
@@ -63,6 +67,7 @@ def data_pack(
         Path | None, typer.Option(help="A Jinja file in place of the tokenizer's chat template.")
     ] = None,
     bos: BeginOfTextOption = "no",
+    special_tokens: SpecialTokens = False,
     token_type: Annotated[
         str | None, typer.Option(help="Of .bin files of token ids alone: uint16, uint32, and so on.")
     ] = None,
@@ -97,7 +102,7 @@ def data_pack(
             raise UserError(str(error), "--shard-size") from None
         with stages() as progress:
             options = PackOptions(
-                tokenizer=None if tokenizer is None else _tokenizer(tokenizer, eot, bos, chat_template),
+                tokenizer=None if tokenizer is None else _tokenizer(tokenizer, eot, bos, special_tokens, chat_template),
                 image_size=image_size,
                 key=key,
                 columns={} if columns is None else parse_columns(columns),
@@ -113,7 +118,7 @@ def data_pack(
         show(summary.as_json(), as_json, lines)
 
 
-def _tokenizer(source: str, eot: str | None, bos: str, chat_template: Path | None = None) -> Tokenizer:
+def _tokenizer(source: str, eot: str | None, bos: str, special: bool, chat_template: Path | None = None) -> Tokenizer:
     from bigtrain.config import UserError
     from bigtrain.data.encoding.rules import BeginOfText
     from bigtrain.data.tokenizers import Tokenizer
@@ -124,7 +129,7 @@ def _tokenizer(source: str, eot: str | None, bos: str, chat_template: Path | Non
         template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the chat template cannot be read: {error}", str(chat_template)) from None
-    return Tokenizer.open(source, eot, cast("BeginOfText", bos), template)
+    return Tokenizer.open(source, eot, cast("BeginOfText", bos), template, special)
 
 
 def _show_passed(passed: PassedOver, as_json: bool) -> None:
@@ -174,6 +179,7 @@ def data_index(
     tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
     eot: EndOfText = None,
     bos: BeginOfTextOption = "no",
+    special_tokens: SpecialTokens = False,
     kind: Annotated[
         str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
     ] = None,
@@ -190,7 +196,7 @@ def data_index(
 
         load_plugins(plugin)
         passed = PassedOver(skip_bad)
-        opened = None if tokenizer is None else _tokenizer(tokenizer, eot, bos)
+        opened = None if tokenizer is None else _tokenizer(tokenizer, eot, bos, special_tokens)
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:

@@ -301,7 +301,7 @@ def write_index(
         content["facts"] = facts
     shardlist = [shard.as_json() for shard in shards]
     version = 3 if kind not in FIRST_KINDS else 2 if text or base_url is not None else 1
-    if any(shard.lengths is not None for shard in shards) or (tokenizer is not None and tokenizer.bos is not None):
+    if any(shard.lengths is not None for shard in shards) or (tokenizer is not None and tokenizer.switches):
         version = FORMAT_VERSION
     header = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "format_version": version}
     write_json(directory / INDEX_NAME, {**header, **content, "shardlist": shardlist})
@@ -311,8 +311,8 @@ def write_index(
 def fingerprint(kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, hashes: list[str]) -> str:
     """Identifies the data: other bytes, shard order or tokenizer give another one; names do not."""
     value: list[Any] = [kind, dtype, None if tokenizer is None else tokenizer.hash, hashes]
-    if tokenizer is not None and tokenizer.bos is not None:
-        value.append(tokenizer.bos)
+    if tokenizer is not None:
+        value += tokenizer.switches
     return hash_text(json.dumps(value))
 
 

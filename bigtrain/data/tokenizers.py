@@ -63,10 +63,18 @@ class TokenizerInfo:
     hash: str
     bos: int | None = None
     """Id of the begin of text that each document begins with; None: they begin without."""
+    special: bool = False
+    """Whether the text of a special token in a document becomes that token."""
 
     def as_json(self) -> dict[str, Any]:
-        """The object that an index holds, and `data tokenizer --json` prints."""
-        return {key: value for key, value in asdict(self).items() if key != "bos" or value is not None}
+        """The object that an index holds, and `data tokenizer --json` prints; without switches that are off."""
+        later = {"bos": self.bos is not None, "special": self.special}
+        return {key: value for key, value in asdict(self).items() if later.get(key, True)}
+
+    @property
+    def switches(self) -> list[Any]:
+        """What changes the tokens of a text besides the tokenizer itself; empty where nothing is switched on."""
+        return [self.bos, self.special] if self.bos is not None or self.special else []
 
 
 class Definition(NamedTuple):
@@ -76,6 +84,7 @@ class Definition(NamedTuple):
     """Of the tokenizer.json."""
     eot: str | None
     bos: int | None
+    special: bool
     companions: dict[str, str]
 
 
@@ -88,6 +97,7 @@ class Tokenizer:
         where: The file, for errors.
         companions: The contents of `COMPANIONS`, by name, as far as they are there.
         bos: Whether documents begin with a begin of text.
+        special: Whether the text of a special token in a document becomes that token.
 
     Raises:
         UserError: There is no end-of-text token, or no begin-of-text token where one is required.
@@ -100,6 +110,7 @@ class Tokenizer:
         where: str | None = None,
         companions: dict[str, str] | None = None,
         bos: BeginOfText = "no",
+        special: bool = False,
     ) -> None:
         self._backend = backend
         self.companions = companions or {}
@@ -109,20 +120,26 @@ class Tokenizer:
             return
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = not special
         self._definition = backend.to_str(pretty=False)
-        self._chunked = _may_be_chunked(json.loads(self._definition))
+        self._chunked = _may_be_chunked(json.loads(self._definition), special)
         self.info = TokenizerInfo(
             "tokenizers",
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
             eot=_end_of_text(backend, eot, where),
             hash=_hash(self._definition.encode()),
             bos=begin_of_text(backend, self.config, bos, where),
+            special=special,
         )
 
     @classmethod
     def open(
-        cls, source: str, eot: str | None = None, bos: BeginOfText = "no", chat_template: str | None = None
+        cls,
+        source: str,
+        eot: str | None = None,
+        bos: BeginOfText = "no",
+        chat_template: str | None = None,
+        special: bool = False,
     ) -> Tokenizer:
         """The tokenizer that a user names: "bytes", a tokenizer.json, a SentencePiece model, or a directory.
 
@@ -132,15 +149,16 @@ class Tokenizer:
         Args:
             bos: Whether documents begin with a begin of text.
             chat_template: A Jinja template to use in place of the one that lies beside the tokenizer.
+            special: Whether the text of a special token in a document becomes that token.
 
         Raises:
             UserError: Nothing there, not a tokenizer, or one that is not read.
         """
         if source == "bytes":
-            if eot is not None or bos == "yes" or chat_template is not None:
+            if eot is not None or bos == "yes" or chat_template is not None or special:
                 raise UserError(
                     "bytes have a fixed end of text, no begin of text and no special tokens for a chat template",
-                    fix="omit --eot, --bos and --chat-template, or name a tokenizer.json",
+                    fix="omit --eot, --bos, --chat-template and --special-tokens, or name a tokenizer.json",
                 )
             return cls()
         path = Path(source)
@@ -157,13 +175,13 @@ class Tokenizer:
             companions[TEMPLATE_NAME] = chat_template
         eot = eot or content_of(config_of(companions).get("eos_token"))
         if definition.is_file() and definition.suffix != ".model":
-            return cls(read_json(definition), eot, source, companions, bos)
+            return cls(read_json(definition), eot, source, companions, bos, special)
         pieces = path if path.is_file() else directory / PIECES_NAME
         if pair is None and pieces.is_file():
             from bigtrain.data.encoding.sentencepiece import read_pieces
 
             added = config_of(companions).get("added_tokens_decoder")
-            return cls(read_pieces(pieces, added), eot, source, companions, bos)
+            return cls(read_pieces(pieces, added), eot, source, companions, bos, special)
         if pair is None:
             raise UserError(
                 "the directory holds no tokenizer that is read",
@@ -174,7 +192,7 @@ class Tokenizer:
         kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
             raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, CONVERT)
-        return cls(read_gpt2(*pair), eot, source, companions, bos)
+        return cls(read_gpt2(*pair), eot, source, companions, bos, special)
 
     @classmethod
     def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
@@ -193,7 +211,7 @@ class Tokenizer:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
         backend = read_json(path)
         eot = None if info.eot is None else backend.id_to_token(info.eot)
-        tokenizer = cls(backend, eot, str(path), read_companions(path.parent))
+        tokenizer = cls(backend, eot, str(path), read_companions(path.parent), special=info.special)
         tokenizer.info = info
         return tokenizer
 
@@ -201,7 +219,7 @@ class Tokenizer:
         """What `from_definition` makes the same tokenizer of, in another process; None for bytes."""
         if self._backend is None:
             return None
-        return Definition(self._definition, self.token_of(self.eot), self.bos, self.companions)
+        return Definition(self._definition, self.token_of(self.eot), self.bos, self.info.special, self.companions)
 
     @classmethod
     def from_definition(cls, definition: Definition | None) -> Tokenizer:
@@ -210,7 +228,8 @@ class Tokenizer:
             return cls()
         from tokenizers import Tokenizer as Backend
 
-        tokenizer = cls(Backend.from_str(definition.content), definition.eot, companions=definition.companions)
+        content, eot, _, special, companions = definition
+        tokenizer = cls(Backend.from_str(content), eot, companions=companions, special=special)
         tokenizer.info = replace(tokenizer.info, bos=definition.bos)
         return tokenizer
 
@@ -337,17 +356,17 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
-    def encode_with_places(self, text: str, special: bool = False) -> tuple[Tokens, Tokens, Tokens]:
+    def encode_with_places(self, text: str, special: bool | None = None) -> tuple[Tokens, Tokens, Tokens]:
         """The ids of a text, and the first character of each and one past its last, all int64.
 
         Args:
-            special: Whether the text of a special token becomes that token.
+            special: Whether the text of a special token becomes that token; None: as in documents.
         """
         if self._backend is None:
             sizes = [len(character.encode()) for character in text]
             places = np.repeat(np.arange(len(text), dtype=np.int64), sizes)
             return self.encode(text), places, places + 1
-        self._untrimmed.encode_special_tokens = not special
+        self._untrimmed.encode_special_tokens = not (self.info.special if special is None else special)
         encoding = self._untrimmed.encode(text, add_special_tokens=False)
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return np.asarray(encoding.ids, dtype=np.int64), spans[:, 0], spans[:, 1]
@@ -392,11 +411,15 @@ def _last_safe_cut(text: str) -> int | None:
     return None
 
 
-def _may_be_chunked(definition: dict[str, Any]) -> bool:
-    """Whether the tokenizer works word by word, so that text may be cut before a space between two words."""
+def _may_be_chunked(definition: dict[str, Any], special: bool) -> bool:
+    """Whether the tokenizer works word by word, so that text may be cut before a space between two words.
+
+    Args:
+        special: Whether text may become special tokens.
+    """
     if definition.get("normalizer") is not None:
         return False
-    if any(" " in token["content"] for token in definition.get("added_tokens", []) if not token["special"]):
+    if any(" " in one["content"] for one in definition.get("added_tokens", []) if special or not one["special"]):
         return False
     outer = definition.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])

@@ -132,3 +132,20 @@ def test_places_of_tokens_are_those_of_their_characters(directory: Path) -> None
     assert tokenizer.encode_with_places("a</s>", special=True)[0].tolist()[1:] == [257]
     assert len(tokenizer.encode_with_places("a</s>")[0]) == 5
     assert np.asarray(tokenizer.encode("a</s>")).size == 5
+
+
+def test_special_tokens_in_text_are_tokens_where_it_is_switched_on(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a</s>b"}')
+    plain, special = Tokenizer.open(str(directory)), Tokenizer.open(str(directory), special=True)
+    assert len(plain.encode("a</s>b")) == 6
+    assert special.encode("a</s>b").tolist()[1] == 257 == special.encode_with_places("a</s>b")[0][1]
+    found = {}
+    for name, tokenizer in (("plain", plain), ("special", special)):
+        pack([tmp_path / "a.jsonl"], tmp_path / name, tokenizer)
+        index = load_index(tmp_path / name / "train")
+        found[name] = index.fingerprint, len(stored(index.directory)), index.load_tokenizer().encode("</s>").size
+    assert found["plain"][1:] == (7, 4)
+    assert found["special"][1:] == (4, 1)
+    assert found["plain"][0] != found["special"][0]
+    with pytest.raises(UserError, match="no special tokens"):
+        Tokenizer.open("bytes", special=True)

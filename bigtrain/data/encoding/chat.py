@@ -209,7 +209,7 @@ class ChatTemplate:
             piece = self._special[hidden] if 0 <= hidden < len(self._special) else character
             pieces.append(piece)
             places += [begin + number] * len(piece)
-        ids, begins, ends = self.tokenizer.encode_with_places("".join(pieces))
+        ids, begins, ends = self.tokenizer.encode_with_places("".join(pieces), special=False)
         at = np.asarray([*places, begin + len(segment)], dtype=np.int64)
         last = np.maximum(ends - 1, begins)
         return ids, at[begins], np.where(ends > begins, at[last] + 1, at[begins])

@@ -97,7 +97,7 @@ def pack(
         part_bytes = min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS_OF_SMALL_INPUT))
     job = PackJob(key, skip_bad, seed, tuple(_grouped(found, part_bytes, passed)))
     arguments = [key, token_type, skip_bad, seed, share, shard_bytes, part_bytes]
-    identity = _identity(found, [*arguments, tokenizer.hash, tokenizer.eot, tokenizer.bos])
+    identity = _identity(found, [*arguments, tokenizer.info.as_json()])
     with workplace(target, identity) as scratch:
         if total <= SMALL_INPUT_BYTES:
             workers = 1

@@ -123,7 +123,7 @@ def pack_samples(
     mixed = [samples[number] for number in permutation(len(samples), options.seed)]
     parts = {"train": mixed[held_out:], "validation": mixed[:held_out]}
     shards = [shard for split, part in parts.items() for shard in _planned(split, part, options.shard_bytes)]
-    made_with = None if tokenizer is None else [tokenizer.hash, tokenizer.eot, tokenizer.bos, tokenizer.companions]
+    made_with = None if tokenizer is None else [tokenizer.info.as_json(), tokenizer.companions]
     arguments = [kind, options.image_size, made_with, share, options.shard_bytes, options.seed, options.skip_bad]
     definition = None if tokenizer is None else (tokenizer.definition(),)
     with workplace(target, _identity(samples, arguments)) as scratch:
