@@ -132,14 +132,16 @@ def texts_of(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def _texts_of_shards(index: ShardIndex) -> Iterator[tuple[str, Iterator[str]]]:
-    if not index.of_tokens or index.tokenizer is None:
-        raise UserError(
-            "Overlap is of text, and these shards have none", str(index.directory), "give shards of text, or its files"
-        )
     from bigtrain.data.kinds.tokens import TokenReader
+    from bigtrain.data.reading import open_reader
 
+    reader = open_reader(index, SEQUENCE)
+    if not isinstance(reader, TokenReader) or index.tokenizer is None:
+        reader.close()
+        raise UserError(
+            "Overlap is of plain text, and these shards have none", str(index.directory), "give shards of it, or files"
+        )
     tokenizer = index.load_tokenizer()
-    reader = TokenReader(index, SEQUENCE)
     counts = index.sequence_counts(SEQUENCE)
 
     def pieces(shard: int) -> Iterator[str]:

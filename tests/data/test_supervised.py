@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from bigtrain.data.kinds.supervised import SupervisedReader
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.bins import bins, count_bins
 from bigtrain.data.order.sample_order import SampleOrder
+from bigtrain.data.overlap import texts_of
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
@@ -285,6 +287,16 @@ def test_shards_are_verified_streamed_and_the_same_with_workers(tmp_path: Path, 
     (index.directory / "index.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="contradicts itself"):
         load_index(index.directory)
+
+
+def test_what_takes_no_part_of_the_tokens_is_refused(tmp_path: Path) -> None:
+    index = pack([{"prompt": "a", "completion": "b"}], tmp_path / "out", Tokenizer())
+    kind = index.sample_kind
+    kind.check_model(index, SimpleNamespace(task="causal"))
+    with pytest.raises(UserError, match="task 'masked' does not learn a part"):
+        kind.check_model(index, SimpleNamespace(task="masked"))
+    with pytest.raises(UserError, match="Overlap is of plain text"):
+        next(texts_of(index.directory))
 
 
 def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:

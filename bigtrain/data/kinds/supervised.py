@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ from bigtrain.data.sidecar import Rows, spans_fit
 from bigtrain.data.streaming.store import ShardStore
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS, Arrays
+
+if TYPE_CHECKING:
+    from bigtrain.models.config import ModelConfig
 
 WEIGHTS = "weights"
 """Suffix of the member with the weights."""
@@ -112,6 +115,14 @@ class SupervisedSamples(TokenSequences):
     def cut(self, index: ShardIndex, context: int) -> int:
         """Samples of more than `context` positions."""
         return sum(count for shard in index.shards for length, count in _histogram(shard).items() if length > context)
+
+    def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
+        """Refuse tasks that tell padding from text by the weights, and would hide a prompt."""
+        task = getattr(config, "task", "causal")
+        if task != "causal":
+            raise UserError(
+                f"a model of task '{task}' does not learn a part of the tokens", index.place, "set model.task to causal"
+            )
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
         """The first lines of the first sample."""
