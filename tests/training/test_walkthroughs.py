@@ -112,6 +112,7 @@ def test_from_files_to_an_exported_model(
         "optimizer": {"name": "adamw", "lr": 1e-2},
         "precision": "fp32",
         "evaluation": {"every": "12 steps"},
+        "tracking": {"wandb": "disabled"},
     }
     Path("walk.yaml").write_text(yaml.safe_dump(config))
     assert bigtrain("train", "walk.yaml").returncode == 0
