@@ -61,12 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line a multiplier."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--multipliers", type=float, nargs="+", default=MULTIPLIERS)
     options = parser.parse_args(arguments)
     began = time.process_time()
     print(f"{options.draws} pairs of ladders, 95 % intervals")
     print(f"{'B over A':>9} {'paired: held':>13} {'at target':>10} {'width':>7} {'unpaired: held':>15} "
           f"{'at target':>10} {'width':>7} {'paired/unpaired':>16}")  # fmt: skip
-    for multiplier in MULTIPLIERS:
+    for multiplier in options.multipliers:
         one, other = (measure(multiplier, paired, options.draws) for paired in (True, False))
         print(f"{multiplier:9.2f} {one[0]:13.1%} {one[1]:10.1%} {one[2]:7.3f} {other[0]:15.1%} {other[1]:10.1%} "
               f"{other[2]:7.3f} {one[2] / other[2]:16.2f}", flush=True)  # fmt: skip
