@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from bigtrain.scaling.misfit import misfit_rate, widened
 from bigtrain.scaling.objective import Problem
 from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.runs.numbers import count
-from bigtrain.scaling.runs.table import RunTable
+from bigtrain.scaling.runs.table import SHOWN, RunTable
 
 FLOPS_DRIFT = 1.15
 """Factor over which C / 6 N D may vary without a warning."""
@@ -166,6 +167,23 @@ def _equal_exponents(fitted: parametric.ParametricFit, seed: int, target: float)
     }  # fmt: skip
 
 
+def _unused_budgets(name: str, budgets: Sequence[dict[str, Any]]) -> list[str]:
+    """One warning for each reason that budgets are refused for."""
+    reasons: dict[str, list[float]] = {}
+    for budget in budgets:
+        if budget["refused"]:
+            reasons.setdefault(budget["refused"], []).append(budget["flops"])
+    found = []
+    for reason, flops in reasons.items():
+        shown = ", ".join(f"{one:.3g}" for one in flops[:SHOWN])
+        more = f" and {len(flops) - SHOWN} more" if len(flops) > SHOWN else ""
+        many = (
+            f"the budget of {shown} FLOPs is" if len(flops) == 1 else f"{len(flops)} budgets ({shown}{more} FLOPs) are"
+        )
+        found.append(f"{name}: {many} not used: {reason}")
+    return found
+
+
 def warnings_of(
     table: RunTable, clusters: npt.NDArray[np.int64], found: dict[str, Result], options: FitOptions
 ) -> list[str]:
@@ -193,9 +211,7 @@ def warnings_of(
     for name, one in found.items():
         if "refused" in one.result and (name != "a1" or options.approach != "all"):
             warnings.append(f"{name} is refused: {one.result['refused']}")
-        for budget in one.result.get("budgets", ()):
-            if budget["refused"]:
-                warnings.append(f"{name}: the budget of {budget['flops']:.3g} FLOPs is not used: {budget['refused']}")
+        warnings += _unused_budgets(name, one.result.get("budgets", ()))
         search = one.result.get("search")
         if search and search["condition_number"] > CONDITION:
             warnings.append(

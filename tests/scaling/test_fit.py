@@ -21,6 +21,7 @@ from bigtrain.scaling.batched import descend, refit
 from bigtrain.scaling.bootstrap import bootstrap, draw_weights
 from bigtrain.scaling.document import read_law
 from bigtrain.scaling.fit import fit
+from bigtrain.scaling.judge import _unused_budgets
 from bigtrain.scaling.objective import LOSS_FUNCTIONS, Problem, value, value_and_gradient
 from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.predict import predict
@@ -235,3 +236,11 @@ def test_intervals_hold_the_truth_and_single_points_fail_under_trunk_noise() -> 
     model, none = measure(Design(12, "trunk"), draws=30, replicates=100)
     assert (model.held >= 0.8).all(), model.held
     assert none.held[2] < 0.8, none.held
+
+
+def test_refused_budgets_are_one_warning_a_reason() -> None:
+    budgets = [{"flops": 10.0**k, "refused": "it opens downward" if k % 2 else "too few runs"} for k in range(18, 33)]
+    found = _unused_budgets("a2", [*budgets, {"flops": 1e9, "refused": None}])
+    assert len(found) == 2
+    assert found[0].startswith("a2: 8 budgets (1e+18, 1e+20")
+    assert "and 3 more" in found[0]

@@ -162,8 +162,9 @@ def test_text_for_a_loss_is_refused_only_where_its_row_is_fitted(write_runs: Wri
         rows[7].update(loss="diverged", state="crashed")
 
     path = str(write_runs(change=change))
-    with pytest.raises(UserError, match="line 9: 'diverged' in column 'loss'"):
+    with pytest.raises(UserError, match="line 9: 'diverged' in column 'loss'") as refused:
         prepare(path, A3)
+    assert '--where "loss > 0"' in (refused.value.fix or "")
     for expression in ("state == finished", "loss > 0"):
         assert len(prepare(path, replace(A3, where=expression))[1]) == 44
 
@@ -268,7 +269,7 @@ def test_files_with_semicolons_and_arrays_of_objects_are_read(tmp_path: Path) ->
     assert "'3,1' in column 'loss'" in read_source(str(tmp_path / "c.csv")).bad[0]
 
 
-@pytest.mark.parametrize(("name", "hint"), [("ppl", "logarithm"), ("val_bpb", "ln 2")])
+@pytest.mark.parametrize(("name", "hint"), [("ppl", "logarithm"), ("val_bpb", "scaling tasks")])
 def test_a_table_of_perplexities_or_bits_is_told_what_to_do(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
         read_source({"N": [1e7], "D": [1e9], name: [20.0]})

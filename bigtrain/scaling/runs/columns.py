@@ -56,7 +56,7 @@ _FLOP_UNITS = {
 """Columns of FLOPs whose name is their unit; a PF-day is 1e15 FLOP/s for a day."""
 _NO_NATS = {
     "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
-    "bits a byte are no nats a token: multiply by ln 2 and the bytes a token": re.compile(
+    "bits a byte are no nats a token; laws of tasks take them: bigtrain scaling tasks": re.compile(
         r"(^|_)(bpb|bits_per_byte)(_|$)"
     ),
 }

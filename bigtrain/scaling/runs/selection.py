@@ -89,7 +89,7 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
         return table, []
     at_edge = [cell for cell in several if cell.edge]
     notes = [
-        f"the best of each (N, D) is fitted: {' and '.join(settings)} are swept in {len(several)} of {len(found)} "
+        f"the best of each (N, D) is fitted: {' and '.join(settings)} {'are' if len(settings) > 1 else 'is'} swept in {len(several)} of {len(found)} "
         f"pairs ({sum(len(cell.best) for cell in found)} of {len(table)} rows)"
     ]
     if at_edge and edges != "keep":

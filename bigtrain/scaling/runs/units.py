@@ -39,7 +39,8 @@ def check_values(table: RunTable) -> list[str]:
         if rows:
             shown = "; ".join(f"{table.place[i]}: {table.bad[i]}" for i in rows[:3])
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-            fix = 'leave those rows out, for example with --where "loss > 0"'
+            column = table.bad[rows[0]].rpartition("in column '")[2].rstrip("'")
+            fix = f'exclude those rows, for example with --where "{column} > 0"'
             if len(rows) == len(table):
                 fix = "write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss"
             raise UserError(f"A cell is not a number ({shown}{more})", table.source, fix)
