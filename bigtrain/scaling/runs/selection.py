@@ -88,8 +88,9 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
     if not several:
         return table, []
     at_edge = [cell for cell in several if cell.edge]
+    swept_settings = f"{' and '.join(settings)} {'are' if len(settings) > 1 else 'is'}"
     notes = [
-        f"the best of each (N, D) is fitted: {' and '.join(settings)} {'are' if len(settings) > 1 else 'is'} swept in {len(several)} of {len(found)} "
+        f"the best of each (N, D) is fitted: {swept_settings} swept in {len(several)} of {len(found)} "
         f"pairs ({sum(len(cell.best) for cell in found)} of {len(table)} rows)"
     ]
     if at_edge and edges != "keep":
