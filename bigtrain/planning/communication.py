@@ -19,9 +19,10 @@ from typing import Literal
 
 from bigtrain.engines.config import Precision
 from bigtrain.engines.fsdp.config import FSDPConfig
+from bigtrain.models.chunks import chunk_tokens
 from bigtrain.models.decoder_config import DecoderConfig
 from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
-from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, filled
+from bigtrain.planning.parts import BYTES, FP32, Parts, StageParts, chunk, filled
 
 Kind = Literal[
     "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "reduce", "gather", "scatter",
@@ -94,6 +95,7 @@ def communication(
     precision: Precision,
     passes: Passes,
     rank: int = 0,
+    on_cpu: bool = False,
 ) -> list[Term]:
     """The collectives of one training step of the fsdp engine on a rank.
 
@@ -106,6 +108,7 @@ def communication(
         precision: Of the matmuls.
         passes: The micro-batches.
         rank: Which one: parts that do not divide evenly are smaller on the last ranks.
+        on_cpu: Whether ranks compute on CPUs, whose loss takes fewer tokens at a time.
     """
     parts = Parts.of(model, vocab_size, sizes, layout, rank)
     number = BYTES[precision]
@@ -119,6 +122,8 @@ def communication(
         passes=passes,
         # Gathered as it computes; where nothing is gathered it is cast where it is used.
         head_number=number if sizes.gradient_parallel > 1 else FP32,
+        head_rows=chunk(model.padded_vocab(vocab_size), sizes.tp, sizes.coordinates(rank)["tp"]),
+        on_cpu=on_cpu,
     )
     step = _Step(model, sizes, layout, number, passes, parts, activations)
     return [term for term in step.terms() if term.count]
@@ -151,13 +156,18 @@ class Activations:
         precision: Precision,
         passes: Passes,
         head_number: int,
+        head_rows: int | None = None,
+        on_cpu: bool = False,
     ) -> None:
         """Args:
         head_number: Bytes of a number of the head's matrix where ranks gather it.
+        head_rows: Of the head on this rank; None: as many as the first rank has.
+        on_cpu: Whether ranks compute on CPUs.
         """
         self.model, self.sizes, self.layout, self.passes = model, sizes, layout, passes
         self.recompute, self.head_number = recompute, head_number
         self.rows = model.padded_vocab(vocab_size)
+        self.chunk_tokens = chunk_tokens(head_rows or -(-self.rows // sizes.tp), on_cpu)
         self.number = BYTES[precision]
         self.own_tokens = passes.tokens // sizes.cp
         self.stream = self.own_tokens * model.width * self.number
@@ -230,8 +240,10 @@ class Activations:
                 yield _term("reduce_scatter", axes, self.stream, m, "its gradients")
             else:
                 yield _term("all_reduce", axes, self.stream, m, "gradients of the last norm's output")
-            yield _term("all_reduce", axes, tokens * FP32, m, "highest logit of each token")
-            yield _term("all_reduce", axes, 2 * tokens * FP32, m, "sums of exponentials, and the target's logit")
+            whole, rest = divmod(tokens, self.chunk_tokens)
+            for size, count in ((self.chunk_tokens, whole * m), (rest, m if rest else 0)):
+                yield _term("all_reduce", axes, size * FP32, count, "highest logit of each token of a chunk")
+                yield _term("all_reduce", axes, 2 * size * FP32, count, "its sums of exponentials and targets' logits")
             return
         head = filled(self.rows, self.sizes.tp) * self.model.width * self.head_number
         yield _term("all_gather", axes, head, m, "rows of the head")

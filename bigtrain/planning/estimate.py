@@ -12,7 +12,7 @@ zero.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from bigtrain.parallel.config import LayoutConfig, Mesh
 from bigtrain.planning.communication import Passes, Phase, Term, communication
 from bigtrain.planning.memory import ADAM, Moments, block_activation_bytes, held_bytes, norm_bytes, passes_in_flight
 from bigtrain.planning.parts import BYTES, FP32, Parts
+from bigtrain.planning.peak import Buffers, Memory, Moment
 from bigtrain.planning.step import StageWork, Step, StepSeconds
 from bigtrain.planning.work import RankWork, Software, rank_works
 from bigtrain.planning.zero import zero
@@ -36,70 +37,6 @@ REDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once (`reduce_bucket_size`)."""
 RUNTIME_BYTES = 1_500_000_000
 """CUDA's context, the communication library's buffers and the products' workspaces."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its peak, by term."""
-
-    parameters: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    gathered: int = 0
-    """Parameters in the computing precision: root, the block at work and the next; in a pipeline the whole stage."""
-    gradient_buffers: int = 0
-    """Whole gradients before they are reduced; in a pipeline those of the stage. This term and the next three are those
-    of the moment that takes most: the loss, a block's backward pass, or the end of the backward pass."""
-    activations: int = 0
-    """What blocks keep for their backward pass, of all passes in flight."""
-    working: int = 0
-    """What one block computes again and its backward pass holds."""
-    logits: int = 0
-    """A chunk of logits, and the gradients that the loss makes."""
-    runtime: int = 0
-
-    @property
-    def total(self) -> int:
-        """All."""
-        return sum(getattr(self, one.name) for one in fields(self))
-
-    @property
-    def largest(self) -> str:
-        """The term that takes most."""
-        return max((one.name for one in fields(self)), key=lambda name: getattr(self, name))
-
-    def plain(self) -> dict[str, int]:
-        """By name, for JSON."""
-        return {one.name: getattr(self, one.name) for one in fields(self)} | {"total": self.total}
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """Bytes beside the states that the engine holds."""
-
-    gathered: int
-    whole: int = 0
-    """Gradients that are whole throughout a step."""
-    block: int = 0
-    """Those of the block whose backward pass ends."""
-    root: int = 0
-    """Those of what is in no block, after the last block's."""
-    added: int = 0
-    """Those of a block, when its backward pass has let go of all else, before they are added to the whole ones."""
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """What exists together: in the loss, in a block's backward pass, or at the end of the backward pass."""
-
-    gradient_buffers: int
-    activations: int = 0
-    working: int = 0
-    logits: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.gradient_buffers + self.activations + self.working + self.logits
 
 
 @dataclass(frozen=True)
@@ -268,16 +205,18 @@ class Job:
         buffers = self._buffers(parts, sizes)
         tokens = passes.tokens // sizes.cp
         stream = tokens * self.model.width * self.number
-        activations = kept * blocks * flight // self.layout.pp_stages_per_rank + stream * flight
+        # What enters a later stage lies in the buffer that received it.
+        entered = stream * flight if stages[0].is_first else 0
+        activations = kept * blocks * flight // self.layout.pp_stages_per_rank + entered
         working = whole + self.number * tokens * (3 * self.model.hidden_width // sizes.tp) + 4 * stream
         moments = [
-            _Moment(buffers.whole + buffers.block, activations, max(working, buffers.added)),
-            _Moment(buffers.whole + buffers.root),
+            Moment(buffers.whole + buffers.block, activations, max(working, buffers.added)),
+            Moment(buffers.whole + buffers.root),
         ]
         if any(stage.is_last for stage in stages):
             norm = tokens * norm_bytes(self.model.norm, self.model.width, self.number, "cpu" if on_cpu else "cuda")
             at_loss = activations + norm // (sizes.tp if self.layout.sequence_parallel else 1)
-            moments.append(_Moment(buffers.whole, at_loss, logits=self._logits(tokens, sizes, on_cpu)))
+            moments.append(Moment(buffers.whole, at_loss, logits=self._logits(tokens, sizes, on_cpu)))
         most = max(moments, key=lambda moment: moment.total)
         return Memory(
             held.parameters,
@@ -286,6 +225,7 @@ class Job:
             buffers.gathered,
             most.gradient_buffers,
             most.activations,
+            self._messages(parts, passes, stream // (sizes.tp if self.layout.sequence_parallel else 1)),
             most.working,
             most.logits,
             0 if on_cpu else RUNTIME_BYTES,
@@ -302,7 +242,13 @@ class Job:
             device="cpu" if on_cpu else "cuda",
         )
 
-    def _buffers(self, parts: Parts, sizes: Mesh) -> _Buffers:
+    def _messages(self, parts: Parts, passes: Passes, stream: int) -> int:
+        """Buffers for the residual stream of the stage before, and for its gradient from the stage after."""
+        if self.layout.stages == 1 or not isinstance(self.engine, FSDPConfig):
+            return 0
+        return stream * passes.count * sum((not stage.is_first) + (not stage.is_last) for stage in parts.stages)
+
+    def _buffers(self, parts: Parts, sizes: Mesh) -> Buffers:
         """Gathered parameters, and gradients that are whole for a while."""
         groups = [
             sum(one.elements for one in group)
@@ -316,14 +262,14 @@ class Job:
         if isinstance(self.engine, DeepSpeedConfig):
             bucket = FP32 * min(everything, REDUCE_BUCKET)
             gathered = number * (2 * block + roots) if self.engine.zero == 3 else 0
-            return _Buffers(gathered, bucket + number * (everything if self.engine.zero < 2 else block))
+            return Buffers(gathered, bucket + number * (everything if self.engine.zero < 2 else block))
         if sizes.gradient_parallel == 1:
             # Cast where they are used; autograd keeps the casts of what is not computed again.
             kept = sum(groups) if getattr(self.engine, "recompute", "none") == "none" else block
-            return _Buffers(number * kept if number < FP32 else 0)
+            return Buffers(number * kept if number < FP32 else 0)
         if sizes.pp > 1:
-            return _Buffers(number * everything, FP32 * everything, added=number * block)
-        return _Buffers(number * (2 * block + roots), 0, (FP32 + number) * block, (FP32 + number) * roots)
+            return Buffers(number * everything, FP32 * everything, added=number * block)
+        return Buffers(number * (2 * block + roots), 0, (FP32 + number) * block, (FP32 + number) * roots)
 
     def _logits(self, tokens: int, sizes: Mesh, on_cpu: bool) -> int:
         """What `models.loss.chunked_cross_entropy` holds at its peak."""
@@ -382,7 +328,7 @@ class Job:
             ranks=len(work.places),
         )
 
-    def terms(self, sizes: Mesh, passes: Passes, rank: int) -> list[Term]:
+    def terms(self, sizes: Mesh, passes: Passes, rank: int, *, on_cpu: bool = False) -> list[Term]:
         """The collectives of a step on a rank."""
         if isinstance(self.engine, DeepSpeedConfig):
             return zero(
@@ -406,6 +352,7 @@ class Job:
             precision=self.precision,
             passes=passes,
             rank=rank,
+            on_cpu=on_cpu,
         )
 
 

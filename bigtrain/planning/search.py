@@ -20,7 +20,8 @@ from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 from bigtrain.engines.support import check_support
 from bigtrain.hardware.cluster import Cluster
 from bigtrain.parallel.config import LayoutConfig, Mesh, Recompute
-from bigtrain.planning.estimate import Estimate, Job, Memory
+from bigtrain.planning.estimate import Estimate, Job
+from bigtrain.planning.peak import Memory
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 MICRO_SIZES = (1, 2, 4, 8, 16)
@@ -274,6 +275,7 @@ ADVICE = {
     "gathered": "more tp or pp, so that a stage has fewer parameters",
     "gradient_buffers": "more tp or pp, so that a stage has fewer parameters",
     "activations": "engine.recompute: full, a smaller layout.micro_size, more tp, cp or pp, or a shorter context",
+    "messages": "more data-parallel ranks, which have fewer micro-batches each, or a smaller batch",
     "working": "more tp or cp, or a smaller layout.micro_size",
     "logits": "more tp with loss_parallel, or a smaller vocabulary",
 }

@@ -73,6 +73,15 @@ def test_a_rehearsal_holds_and_exchanges_what_the_formulas_say(tmp_path: Path, n
     assert "no faults" in rehearsal_text(document)
 
 
+@pytest.mark.slow
+def test_ranks_that_share_a_large_vocabulary_sum_chunk_by_chunk(tmp_path: Path) -> None:
+    document = rehearse(run(tmp_path, "layout.tp=2", "model.context=512"), 70_000, 4)
+    assert document["faults"] == []
+    (row,) = document["ranks"]
+    sums = [one for one in row["collectives"] if one["kind"] == "all_reduce" and one["axes"] == ["tp"]]
+    assert len(sums) >= 4, "highest logits and sums, of whole chunks and of the rest"
+
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "large").glob("*.yaml"))
 IN_CI = "llama-1b-8"
 

@@ -138,9 +138,10 @@ def _compared(seen: Seen, job: Job | None, role: Role, sizes: Mesh, place: int) 
         kind: {"rehearsed": seen.peak[kind], "formula": None} for kind in (*KINDS, "total")
     }
     if job is not None:
-        promised = total(job.terms(sizes, role.passes, seen.rank))
+        promised = total(job.terms(sizes, role.passes, seen.rank, on_cpu=True))
         formula = job.memory(sizes, role.passes, place, cluster("cpu")).plain()
         formula["working"] += formula.pop("logits")
+        formula["activations"] += formula.pop("messages")
         for kind in memory:
             memory[kind]["formula"] = formula[kind]
         for kind in HELD:
