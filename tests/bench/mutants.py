@@ -185,8 +185,8 @@ MUTANTS = {
     ),
     "a frozen parameter is in the optimizer": Mutant(
         "bigtrain/optim/build.py",
-        "        if is_frozen(config, name):\n            continue\n",
-        "",
+        "if is_frozen(config, name) or not parameter.requires_grad:\n            continue",
+        "if not parameter.requires_grad:\n            continue",
         _BUILT,
     ),
     "a frozen parameter has a gradient, which counts in the norm": Mutant(
