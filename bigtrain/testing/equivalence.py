@@ -209,7 +209,7 @@ def micro_batches(what: What, how: How, step: int, rank: int, ranks: int) -> lis
 
 
 def record(what: What, directory: Path) -> list[StepNumbers]:
-    """Run one process, the whole batch in one pass, and write the state before each step and its gradients."""
+    """Run one process, the whole batch in one pass; write its gradients, the states before the steps and the last."""
     how = How(micro_size=None)
     engine = build(what, how)
     numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]), ACCURACY)
@@ -219,6 +219,7 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
         save_file(gradients, directory / f"gradients-{step}.safetensors")
         numbers.append(found)
         update(engine)
+    save_file(gather(engine.state()), directory / f"state-{what.steps}.safetensors")
     rows = [[n.loss, n.weight, n.gradient_norm, *(value for pair in n.sources for value in pair)] for n in numbers]
     facts = {"numbers": torch.tensor(rows, dtype=torch.float64)}
     facts["evaluation"] = torch.tensor([evaluation.mean_loss, _accuracy(evaluation)], dtype=torch.float64)
