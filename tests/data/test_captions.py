@@ -147,7 +147,7 @@ def test_packed_pairs_hold_the_tokens_and_are_what_the_tar_holds(
         ([("a.png", png(0)), ("a.txt", b"\xff")], "UTF-8"),
         ([("a.png", png(0)), ("a.txt", b"x" * 70_000)], "more than 65536"),
         ([("a.png", png(0)), ("a.txt.gz", gzip.compress(b"x" * 70_000))], "more than 65536"),
-        ([("a.png", b"x"), ("a.txt", b"x")], "not a PNG"),
+        ([("a.png", b"x"), ("a.txt", b"x")], "no PNG or JPEG image"),
         ([("a.png", png(0)), ("a.txt", b"x"), ("b.png", png(1, side=6)), ("b.txt", b"x")], "6 x 6 pixels"),
     ],
 )

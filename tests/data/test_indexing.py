@@ -134,7 +134,7 @@ def test_a_damaged_header_in_the_middle_is_found(write_tar: WriteTar) -> None:
         ([("a.txt.gz", b"text")], "text inside tars"),
         ([("a.mp", b"text")], "cannot be decoded"),
         ([("a.png", b"x")], "no member .cls"),
-        ([("a.png", b"x"), ("a.cls", b"1")], "not a PNG"),
+        ([("a.png", b"x"), ("a.cls", b"1")], "no PNG or JPEG image"),
         ([("a.npy", npy([1])), ("b.png", b"x")], "no member .npy"),
     ],
 )
