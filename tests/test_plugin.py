@@ -86,7 +86,7 @@ def test_one_and_two_processes_train_it_to_the_same_losses(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_killed_and_resumed_it_is_the_undisturbed_run_to_the_bit(
     bigtrain: Callable, write_config: Callable, tmp_path: Path, nproc: int
 ) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 840
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_minute_of_random_kills_leaves_no_trace() -> None:
     """The tool exits with 0 only where state, samples, losses, causes and leftovers are as they must be."""

@@ -22,7 +22,7 @@ def test_the_interval_of_a_median_holds_it_and_narrows_with_more_pairs() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 def test_both_loops_are_timed_on_the_same_work(precision: str) -> None:
     result = bench(pairs=2, precision=precision, batch=1, clock="cpu")  # type: ignore[arg-type]
     assert result["within"] in (True, False, None)

@@ -45,7 +45,9 @@ def held_out(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("legs", [LEGS, SHARED_SEQUENCES], ids=["engines", "shared sequences"])
+@pytest.mark.parametrize(
+    "legs", [LEGS, pytest.param(SHARED_SEQUENCES, marks=pytest.mark.exhaustive)], ids=["engines", "shared sequences"]
+)
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
     bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: list[tuple[str, int, tuple[str, ...]]]
 ) -> None:
@@ -68,7 +70,7 @@ MOVES: list[tuple[int, tuple[str, ...]]] = [
 SEED = 20
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_while_it_moves_is_the_run_of_one_process(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:
@@ -101,7 +103,7 @@ STAGES: list[tuple[str, int, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:

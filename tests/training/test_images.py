@@ -76,7 +76,7 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
     ("digits", "nprocs"),
     [
         pytest.param("drawn", (2,), id="drawn-two"),
-        pytest.param("drawn", (1, 2), id="drawn-one and two", marks=pytest.mark.slow),
+        pytest.param("drawn", (1, 2), id="drawn-one and two", marks=pytest.mark.exhaustive),
         pytest.param("mnist", (1, 2), id="mnist-one and two", marks=pytest.mark.slow),
     ],
     indirect=["digits"],

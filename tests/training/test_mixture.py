@@ -152,7 +152,15 @@ def test_a_forked_mixture_is_a_new_phase_that_reads_nothing_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [("layout.tp=2",), ("layout.pp=2",), ("engine.name=deepspeed",)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("layout.tp=2",),
+        pytest.param(("layout.pp=2",), marks=pytest.mark.exhaustive),
+        pytest.param(("engine.name=deepspeed",), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 def test_the_losses_by_source_are_those_of_one_process(
     configured: Callable[..., Path], tmp_path: Path, bigtrain: Callable, how: tuple[str, ...]
 ) -> None:

@@ -82,8 +82,10 @@ def short_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("nproc", "micro_size", "tolerance"),
     [
         pytest.param(1, None, SAME_PROCESS, id="one process"),
-        pytest.param(1, 3, SAME_PROCESS, id="one process, accumulation with a ragged batch", marks=pytest.mark.slow),
-        pytest.param(2, 2, MORE_PROCESSES, id="two processes, accumulation", marks=pytest.mark.slow),
+        pytest.param(
+            1, 3, SAME_PROCESS, id="one process, accumulation with a ragged batch", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(2, 2, MORE_PROCESSES, id="two processes, accumulation", marks=pytest.mark.exhaustive),
         pytest.param(4, None, MORE_PROCESSES, id="four processes, filled up", marks=pytest.mark.slow),
     ],
 )

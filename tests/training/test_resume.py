@@ -131,7 +131,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_ranks_killed_from_outside_wherever_they_are_leave_no_trace(tmp_path: Path, nproc: int) -> None:
     """In the loader, in the cache, while they fetch, in each phase of a save; `python -m tests.training.kills`."""
     seed = random.SystemRandom().randrange(1 << 32)
@@ -142,7 +142,7 @@ def test_ranks_killed_from_outside_wherever_they_are_leave_no_trace(tmp_path: Pa
     assert sum(not kill.struck for kill in kills) <= KILLS_PER_RUN // 3, "most must strike where they are aimed"
 
 
-@pytest.mark.parametrize("how", [(), pytest.param(("layout.pp=2",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [(), pytest.param(("layout.pp=2",), marks=pytest.mark.exhaustive)])
 def test_a_run_killed_with_its_launcher_resumes_to_the_bit(
     config: Path, undisturbed: Callable[..., Path], tmp_path: Path, how: tuple[str, ...]
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_run_killed_in_any_phase_of_a_save_goes_on_to_the_bit(config: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [flip_a_bit, pytest.param(Path.unlink, id="remove")])
+@pytest.mark.parametrize("damage", [flip_a_bit, pytest.param(Path.unlink, id="remove", marks=pytest.mark.exhaustive)])
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
     config: Path, undisturbed: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -145,7 +145,7 @@ def bucket(shards: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_over_an_s3_endpoint_that_fails_equals_one_from_disk_to_the_bit(
     bucket: Any, shards: Path, configured: Callable[..., Path], tmp_path: Path, bigtrain: Callable
 ) -> None:
