@@ -66,6 +66,9 @@ class ModelConfig(Section):
     is_plain: ClassVar[bool] = False
     """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
 
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of what a step updates one after another, each by its own loss (`optimizer.parts`); of a plain module."""
+
     takes_documents: ClassVar[bool] = False
     """Whether `forward` supports the batch's `documents` and `positions` (`data.document_mask`)."""
 

@@ -13,6 +13,7 @@ in one pass; the engine refuses more than one micro-batch.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,9 +148,18 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
 
     Args:
         x: (B, ...), a row for each sequence of this rank's batch. Rows of fillers are dropped.
+
+    Raises:
+        UserError: Another number of rows.
     """
     _use("gather_batch()")
     ranks = _here.ranks
+    if ranks is not None and len(x) != _here.own:
+        raise UserError(
+            f"gather_batch() got {len(x)} rows for the {_here.own} sequences of a batch",
+            "forward()",
+            "Give it one row for each sequence; of several views call it once for each.",
+        )
     if ranks is None or len(ranks.rows) == 1:
         return x, 0
     first, own = sum(ranks.rows[: ranks.rank]), ranks.rows[ranks.rank]
@@ -158,14 +168,25 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     return ranks.sum(everything), first
 
 
+_BACKWARD_NAMES = {"gradient": "grad_tensors"}
+"""Arguments of `Tensor.backward` that `torch.autograd.backward` calls otherwise."""
+
+
 class _BatchNorm(TorchFunctionMode):
     """Batch statistics over the global batch, wherever a module takes them."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is not F.batch_norm:
-            return function(*args, **kwargs)
-        return _batch_norm(*args, **kwargs)
+        if function is Tensor.backward:
+            # What it computes again (torch.utils.checkpoint) takes the statistics of the first time.
+            renamed = {_BACKWARD_NAMES.get(name, name): value for name, value in kwargs.items()}
+            with self:
+                return torch.autograd.backward(*args, **renamed)
+        if function is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        if function is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _batch_norm(
@@ -184,19 +205,20 @@ def _batch_norm(
         _use("BatchNorm")
     if not training or ranks is None or (len(ranks.rows) == 1 and ranks.rows[0] == _here.own):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    per_sequence = x.numel() // x.shape[1] // _here.own
-    count = per_sequence * sum(ranks.rows)
-    if count < 2:
+    # A pass has fillers only where there is nothing else. Rows are counted here: data may decide on their number.
+    own = x.shape[0] if ranks.rows[ranks.rank] else 0
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    values = x.float()
+    number = values.new_full((1,), own * math.prod(x.shape[2:]))
+    mean, count = ranks.sum(torch.cat([values[:own].sum(dims), number])).split([x.shape[1], 1])
+    if sum(ranks.rows) < 2 and float(count) < 2:
         raise UserError(
             "BatchNorm has one value for each channel in the global batch: there is no variance",
             "batch.size",
             "Set batch.size to 2 or more.",
         )
-    own = x.shape[0] // _here.own * ranks.rows[ranks.rank]
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    values = x.float()
-    mean = ranks.sum(values[:own].sum(dims)) / count
+    mean = mean / count
     centred = values - mean.view(shape)
     var = ranks.sum(centred[:own].square().sum(dims)) / count
     result = centred * torch.rsqrt(var + eps).view(shape)
@@ -209,3 +231,25 @@ def _batch_norm(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     return result.to(x.dtype)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm`; running statistics follow the mean over the sequences of all ranks."""
+    if not use_input_stats or running_mean is None or running_var is None or _here.ranks is None:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    _use("InstanceNorm with running statistics")
+    with torch.no_grad():
+        var, mean = torch.var_mean(x.float()[: _here.ranks.rows[_here.ranks.rank]].flatten(2), 2)
+        both = _here.ranks.sum(torch.stack([mean.sum(0), var.sum(0)])) / sum(_here.ranks.rows)
+        running_mean.lerp_(both[0].to(running_mean.dtype), momentum)
+        running_var.lerp_(both[1].to(running_var.dtype), momentum)
+    return F.instance_norm(x, None, None, weight, bias, use_input_stats, momentum, eps)

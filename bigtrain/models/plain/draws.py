@@ -2,9 +2,10 @@
 
 `Draws` watches every operator of a pass. A draw whose first dimension counts sequences (the batch, or B * G rows with
 the G rows of a sequence next to each other, as attention's heads lie) is made from the keys of the batch, as
-`models.random` does: each sequence gets the same values in any micro-batch on any rank. In a recurrent layer of torch
-the batch is the second dimension. A draw of a fixed shape (noise on a weight, one number for the whole batch) comes
-from torch's generator, which every pass of a step finds in the same state on all ranks.
+`models.random` does: each sequence gets the same values in any micro-batch on any rank. So is one whose second
+dimension is the batch, where time comes first: in torch's recurrent layers, and where passes of two sizes show it. A
+draw of a fixed shape (noise on a weight, one number for the whole batch) comes from torch's generator, which every pass
+of a step finds in the same state on all ranks.
 Any other draw comes from that generator too: it repeats at one layout and differs at others, and `varying` names it.
 
 The number of a draw in the pass is itself taken from torch's CPU generator: where torch restores that generator to
@@ -35,15 +36,20 @@ _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 class Draws(TorchDispatchMode):
     """Makes the draws of one pass; see the module's docstring."""
 
-    def __init__(self, keys: Tensor | None, fixed: frozenset[Drawn] = frozenset()) -> None:
+    def __init__(
+        self, keys: Tensor | None, fixed: frozenset[Drawn] = frozenset(), second: frozenset[Drawn] = frozenset()
+    ) -> None:
         """Args:
         keys: int64 (B,), of the pass's sequences; None leaves every draw to torch's generator.
         fixed: Draws whose shape does not follow the batch.
+        second: Draws whose second dimension is the batch; see `without_second`.
         """
         super().__init__()
         self._keys = keys
         self._fixed = fixed
-        self.batch_dim = 0
+        self._second = second
+        self._batch_dim = 0
+        self.is_recurrent = False
         self.seen: list[Drawn] = []
         self.varying: list[Drawn] = []
         """Those made by no key, and not in `fixed`."""
@@ -61,27 +67,30 @@ class Draws(TorchDispatchMode):
         shape = _shape(args)
         drawn = (name, shape)
         self.seen.append(drawn)
-        if self._keys is not None and drawn not in self._fixed and name in _MAKERS and self._fits(shape):
+        if self._keys is not None and drawn not in self._fixed and name in _MAKERS and self._fits(drawn):
             return _MAKERS[name](self._uniform, function, list(args), kwargs)
         if drawn not in self._fixed:
             self.varying.append(drawn)
         return function(*args, **kwargs)
 
-    def _fits(self, shape: Shape) -> bool:
+    def _fits(self, drawn: Drawn) -> bool:
+        """Whether a draw follows the sequences; finds the dimension of the batch."""
         assert self._keys is not None
-        count = len(self._keys)
-        if self.batch_dim:
+        count, shape = len(self._keys), drawn[1]
+        is_second = without_second(drawn, count) in self._second
+        self._batch_dim = int(self.is_recurrent or is_second)
+        if self.is_recurrent:
             return len(shape) == 3 and shape[1] == count
-        return bool(shape) and shape[0] > 0 and shape[0] % count == 0
+        return is_second or (bool(shape) and shape[0] > 0 and shape[0] % count == 0)
 
     def _uniform(self, shape: Sequence[int], device: Any = None) -> Tensor:
         """Float64 of `shape`, uniform in (0, 1), by the keys."""
         assert self._keys is not None
         number = int(torch.randint(1 << 62, ()))
-        if self.batch_dim:
+        if self._batch_dim:
             shape = (shape[1], shape[0], *shape[2:])
         values = uniform(shape, self._keys, number)
-        values = values.transpose(0, 1) if self.batch_dim else values
+        values = values.transpose(0, 1) if self._batch_dim else values
         return values if device is None else values.to(device)
 
 
@@ -95,11 +104,11 @@ class _Recurrent(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") not in _RECURRENT:
             return function(*args, **(kwargs or {}))
-        self._draws.batch_dim = 1
+        self._draws.is_recurrent = True
         try:
             return function(*args, **(kwargs or {}))
         finally:
-            self._draws.batch_dim = 0
+            self._draws.is_recurrent = False
 
 
 @contextmanager
@@ -107,6 +116,12 @@ def drawing(draws: Draws) -> Iterator[Draws]:
     """Make every draw of the block by `draws`; both a forward pass and its backward pass belong into it."""
     with _Recurrent(draws), draws:
         yield draws
+
+
+def without_second(drawn: Drawn, count: int) -> Drawn | None:
+    """A draw without its second dimension, where that is `count` sequences; None elsewhere."""
+    name, shape = drawn
+    return (name, (shape[0], *shape[2:])) if len(shape) > 1 and shape[1] == count else None
 
 
 def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
@@ -125,7 +140,8 @@ def _shape(args: Any) -> Shape:
             return tuple(argument.shape)
         if isinstance(argument, (list, tuple, torch.Size)) and all(isinstance(size, int) for size in argument):
             return tuple(argument)
-    return ()
+    # A permutation is asked for by its length.
+    return args[:1] if args and isinstance(args[0], int) else ()
 
 
 _Uniform = Callable[..., Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from bigtrain.models.contract import Batch
 from bigtrain.models.plain.across import OneProcess, across, couples
-from bigtrain.models.plain.draws import Drawn, Draws, drawing
+from bigtrain.models.plain.draws import Drawn, Draws, drawing, without_second
 from bigtrain.models.plain.module import list_entries
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Facts:
     draws: bool = False
     fixed: frozenset[Drawn] = frozenset()
     """Draws whose shape does not follow the batch."""
+    second: frozenset[Drawn] = frozenset()
+    """Draws whose second dimension is the batch, without it."""
     varying: tuple[Drawn, ...] = ()
     """Draws of a training pass that differ from layout to layout."""
     own_generator: str | None = None
@@ -52,7 +54,7 @@ class Facts:
 
 def unknown(module: nn.Module) -> Facts:
     """What is assumed of a module that no example batch runs through: right for any, and slower."""
-    moving = tuple(name for name, _ in module.named_buffers())
+    moving = tuple(name for name, buffer in module.named_buffers() if buffer.layout is torch.strided)
     return Facts(by_data=True, needs_grad=True, draws=True, couples=True, moving=moving)
 
 
@@ -70,31 +72,46 @@ def observe(make: Callable[[], Network], batches: Mapping[int, Batch]) -> Facts:
         network.facts = unknown(network)
         found[True, size] = _pass(network.train(), batches[size])
         found[False, size] = _evaluation_pass(make, batches[size])
-    facts = found[True, sizes[-1]][0]
-    for other, _ in found.values():
-        facts = _joined(facts, other)
+    facts = joined([found[True, sizes[-1]][0], *(other for other, _ in found.values())])
     fixed: frozenset[Drawn] = frozenset()
+    second: frozenset[Drawn] = frozenset()
     for training in (True, False):
         small, large = (frozenset(found[training, size][1]) for size in (sizes[0], sizes[-1]))
         fixed |= small & large
-    varying = tuple(drawn for drawn in facts.varying if drawn not in fixed)
-    return replace(facts, fixed=fixed, varying=varying)
+        shorter = [
+            frozenset(short for drawn in found[training, size][1] if (short := without_second(drawn, size)) is not None)
+            for size in (sizes[0], sizes[-1])
+        ]
+        second |= shorter[0] & shorter[1]
+    last = found[True, sizes[-1]][0]
+    varying = tuple(
+        drawn for drawn in last.varying if drawn not in fixed and without_second(drawn, sizes[-1]) not in second
+    )
+    return replace(facts, fixed=fixed, second=second, varying=varying)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b))
+    return a.shape == b.shape and bool(torch.equal(dense(a), dense(b)))
 
 
-def _joined(a: Facts, b: Facts) -> Facts:
-    return replace(
-        a,
-        blocks=tuple(name for name in a.blocks if name in b.blocks),
-        by_data=a.by_data or b.by_data,
-        needs_grad=a.needs_grad or b.needs_grad,
-        draws=a.draws or b.draws,
-        own_generator=a.own_generator or b.own_generator,
-        couples=a.couples or b.couples,
-        moving=a.moving or b.moving,
+def dense(x: Tensor) -> Tensor:
+    """A tensor as comparisons take it."""
+    return x if x.layout is torch.strided else x.to_dense()
+
+
+def joined(found: Sequence[Facts]) -> Facts:
+    """What holds of several passes, or of the parts of a model."""
+    return Facts(
+        blocks=tuple(name for name in found[0].blocks if all(name in other.blocks for other in found)),
+        by_data=any(one.by_data for one in found),
+        needs_grad=any(one.needs_grad for one in found),
+        draws=any(one.draws for one in found),
+        fixed=frozenset().union(*(one.fixed for one in found)),
+        second=frozenset().union(*(one.second for one in found)),
+        varying=tuple(dict.fromkeys(drawn for one in found for drawn in one.varying)),
+        own_generator=next((one.own_generator for one in found if one.own_generator), None),
+        couples=any(one.couples for one in found),
+        moving=tuple(dict.fromkeys(name for one in found for name in one.moving)),
     )
 
 

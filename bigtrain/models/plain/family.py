@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import Flops, ModelConfig
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.init import initialise
-from bigtrain.models.plain.facts import Facts, attributes, observe, unknown
+from bigtrain.models.plain.facts import Facts, attributes, joined, observe, unknown
 from bigtrain.models.plain.network import Network, has_rules
 from bigtrain.models.sums import by_sequence
 
@@ -131,7 +131,14 @@ class PlainConfig(ModelConfig):
         batches = {rows: example_batch(self, vocab_size, rows) for rows in (2, 3)}
         if self._counted(vocab_size).has_no_values():
             batches = {rows: {name: x.to("meta") for name, x in batch.items()} for rows, batch in batches.items()}
-        return observe(lambda: self.wrapped(vocab_size, seed), batches)
+        parts = self.parts or (None,)
+        return joined([observe(partial(self.of_part, part, vocab_size, seed), batches) for part in parts])
+
+    def of_part(self, part: str | None, vocab_size: int, seed: int) -> Network:
+        """A new module, wrapped, whose passes compute the loss of a part."""
+        network = self.wrapped(vocab_size, seed)
+        network.part = part
+        return network
 
     @cached_property
     def _facts(self) -> dict[tuple[int, int], Facts]:
@@ -178,7 +185,8 @@ class PlainConfig(ModelConfig):
             batch = {name: x.to("meta") for name, x in batch.items()}
         try:
             with _counting() as counter:
-                network(batch)
+                for network.part in self.parts or (None,):
+                    network(batch)
         except Exception as error:  # noqa: BLE001 - counting is no reason to end a run
             logger.warning("the module's FLOPs cannot be counted: %s", error)
             return Flops.unknown()
@@ -201,8 +209,10 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 def pixels(batch: Batch) -> Tensor:
-    """The images of a batch as most networks take them: FP32 (B, channels, height, width), from 0 to 1."""
-    return batch["images"].permute(0, 3, 1, 2).float() / 255
+    """The images of a batch as most networks take them: FP32 (B, channels, height, width), contiguous, from 0 to 1."""
+    images = batch["images"].permute(0, 3, 1, 2)
+    # Strides as well: those of one channel would pass for channels-last, whose results `view` does not take.
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 @contextmanager
@@ -246,7 +256,9 @@ def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) ->
     network.facts = Facts()
     network.eval()
     with torch.no_grad():
-        network(batch)
+        for network.part in config.parts or (None,):
+            network(batch)
+    network.part = next(iter(config.parts), None)
     network.train()
 
 

@@ -37,6 +37,8 @@ class Network(nn.Module):
         self.facts = Facts()
         self.where = where
         self._config = config
+        self.part: str | None = next(iter(config.parts), None)
+        """Whose loss a pass computes, where the model has parts: `batch["part"]`."""
         self._compute_dtype = torch.float32
         self._kept = _parameters_in_lists(network)
         self.is_shared = False
@@ -96,6 +98,8 @@ class Network(nn.Module):
     def forward(self, batch: Batch) -> LossSum:
         """The sums of losses and weights of one micro-batch."""
         self._relink()
+        if self.part is not None:
+            batch = {**batch, "part": cast(Any, self.part)}
         if self._takes_batch:
             with autocast(self.network, self._compute_dtype):
                 result: Any = self.network(batch)
@@ -154,7 +158,7 @@ class Network(nn.Module):
                 ranks = AllRanks(rows, batch["keys"].device) if self.is_shared else OneProcess(rows)
                 stack.enter_context(across(ranks, count, passes))
             if facts.draws:
-                stack.enter_context(drawing(Draws(batch["keys"], facts.fixed)))
+                stack.enter_context(drawing(Draws(batch["keys"], facts.fixed, facts.second)))
             yield
         # A block that is computed again in the backward pass changes its buffers again.
         self._put_back(self._after)
@@ -362,7 +366,7 @@ def by_name(network: nn.Module, batch: Batch, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: An argument has no counterpart.
     """
-    beside = ("weights", "keys", "step", "sources", "labels", "targets")
+    beside = ("weights", "keys", "step", "part", "sources", "labels", "targets")
     sample = next(name for name in ("tokens", "images", *batch) if name in batch and name not in beside)
     answer = next((name for name in ("targets", "labels") if name in batch), None)
     found: dict[str, Tensor] = {}

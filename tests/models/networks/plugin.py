@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.config import DataKind
-from bigtrain.models.plain import Batch, PlainConfig, gather_batch, pixels
+from bigtrain.models.plain import Batch, PlainConfig, gather_batch, pixels, sum_over_batch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import authors
+import more_authors
 
 SIZE = 14
 
@@ -220,3 +221,83 @@ class Recommender(PlainConfig):
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         return (output.score - batch["rating"]).square() + output.penalty
+
+
+class Checkpointed(Flat):
+    arch: Literal["checkpointed"] = "checkpointed"
+    network: ClassVar[Any] = more_authors.Checkpointed
+
+
+class DenseNet(Digits):
+    arch: Literal["densenet"] = "densenet"
+    network: ClassVar[Any] = more_authors.DenseNet
+
+
+class Capsules(Digits):
+    arch: Literal["capsules"] = "capsules"
+    network: ClassVar[Any] = more_authors.Capsules
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        right = F.one_hot(batch["labels"], output.shape[1]).float()
+        return (right * F.relu(0.9 - output) ** 2 + 0.5 * (1 - right) * F.relu(output - 0.1) ** 2).sum(1)
+
+
+class InstanceNorm(Digits):
+    arch: Literal["instance_norm"] = "instance_norm"
+    network: ClassVar[Any] = more_authors.InstanceNorm
+
+
+class Seq2Seq(Text):
+    arch: Literal["seq2seq"] = "seq2seq"
+    network: ClassVar[Any] = more_authors.Seq2Seq
+
+
+class Tagger(Text):
+    arch: Literal["tagger"] = "tagger"
+    network: ClassVar[Any] = more_authors.Tagger
+
+
+class GraphNet(PlainConfig):
+    data_kind: ClassVar[DataKind] = "arrays"
+    arch: Literal["graph"] = "graph"
+
+    @property
+    def sample_arrays(self) -> dict[str, tuple[int, ...]]:
+        return {"nodes": (5, 3), "adjacency": (5, 5), "wanted": ()}
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return more_authors.GraphNet()
+
+    def inputs(self, batch: Batch) -> Any:
+        return batch["nodes"], batch["adjacency"]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return (output - batch["wanted"]).square()
+
+
+class FixedGraph(GraphNet):
+    arch: Literal["fixed_graph"] = "fixed_graph"
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return more_authors.FixedGraph(5)
+
+    def inputs(self, batch: Batch) -> Any:
+        return batch["nodes"][..., :2]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return (output.mean(1) - batch["wanted"]).square()
+
+
+class SharedCodes(more_authors.VQVAE):
+    total = staticmethod(sum_over_batch)
+
+
+class VQVAE(Flat):
+    arch: Literal["vqvae"] = "vqvae"
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return SharedCodes(SIZE * SIZE)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        made, commitment = output
+        return (made - pixels(batch).flatten(1)).square().mean(1) + 0.25 * commitment

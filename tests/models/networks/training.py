@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ def own_part(batch: MicroBatch, rank: int, ranks: int, micro_size: int | None) -
     return [{name: x[first : first + size] for name, x in padded.items()} for first in range(0, shape.per_rank, size)]
 
 
-def engine_of(config: Any, **how: Any) -> Any:
+def engine_of(config: Any, layout: LayoutConfig | None = None, **how: Any) -> Any:
     """A new engine of this rank."""
     return FSDPConfig(**how).build(
         config,
         VOCABULARY,
         AdamWConfig(lr=LR, clip=CLIP, eps=1e-6),
-        layout=LayoutConfig(),
+        layout=layout or LayoutConfig(),
         precision="fp32",
         seed=SEED,
         ranks=Ranks.from_environment(),
@@ -95,6 +96,56 @@ def _train(config: Any, micro_size: int | None, resume_at: int | None, how: dict
     return [*losses, loss / weight], state
 
 
+def first_step(arch: str, replicas: int = 1, fault: str = "") -> tuple[float, dict[str, Tensor]]:
+    """The loss of a step, the gradient of its sum of losses, and the buffers after it.
+
+    Args:
+        replicas: Copies of the model; the ranks of each shard it.
+        fault: Something that this rank does wrong; see `_plant`.
+    """
+    undo = _plant(fault)
+    try:
+        config = config_of(arch)
+        layout = LayoutConfig(dp_replicate=replicas)
+        engine = engine_of(config, layout)
+        part = own_part(global_batch(config, 0), engine.data_parallel_rank, engine.data_parallel_size, None)
+        sums = engine.backward(0, part)
+        found = {f"gradient of {n}": p.grad for n, p in engine.model.named_parameters() if p.grad is not None}
+        found |= dict(engine.model.named_buffers())
+        whole = {name: x.clone() for name, x in gather(found).items()}
+        numbers = engine.reduce_and_scale(sums, 0.0).read()
+        return numbers.loss / numbers.weight, whole
+    finally:
+        undo()
+
+
+def _plant(fault: str) -> Callable[[], None]:
+    """Do something wrong until it is undone."""
+    from bigtrain.checkpoint import state
+    from bigtrain.models.plain import across
+
+    places: dict[str, tuple[Any, str, Any]] = {
+        "": (across, "_BACKWARD_NAMES", across._BACKWARD_NAMES),
+        "statistics of one rank": (across.AllRanks, "sum", lambda self, x: x * len(self.rows)),
+        "negatives of one rank": (across.AllRanks, "sum", lambda self, x: x),
+        "gradient of what is gathered is lost": (across._Sum, "backward", staticmethod(lambda _, gradient: gradient)),
+        "buffers are not saved": (state, "_persistent_buffers", lambda model: iter(())),
+    }
+    place, name, wrong = places[fault]
+    right = place.__dict__[name]
+    setattr(place, name, wrong)
+    return lambda: setattr(place, name, right)
+
+
+def train_with_fault(arch: str, fault: str) -> Any:
+    """`train` of one network, resumed half-way."""
+    undo = _plant(fault)
+    try:
+        return train([arch], None, STEPS // 2)[arch]
+    finally:
+        undo()
+
+
 def reference(arch: str) -> list[float]:
     """The same in plain torch: seed, build, forward, backward, clip, AdamW."""
     config = config_of(arch)
@@ -110,7 +161,7 @@ def reference(arch: str) -> list[float]:
             names = {"tokens", "user", "item", "x"} & batch.keys()
             output = network(**{name: batch[name] for name in names})
         else:
-            output = network(given)
+            output = network(*given) if isinstance(given, tuple) else network(given)
         weights = batch["weights"]
         loss = config.loss(output, batch)
         return (loss * weights).sum() / weights.sum() if loss.ndim else loss
