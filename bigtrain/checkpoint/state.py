@@ -20,8 +20,8 @@ def qualified_name(name: str) -> str:
     return name
 
 
-def flatten(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds, sharing memory with the model and the optimizer.
+def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds, sharing memory with the model and its optimizers.
 
     "model.NAME" for each parameter (a tied one once, under its first name) and persistent buffer;
     "optimizer.NAME.KEY" for each tensor of the optimizer's state, step counts too; to have those before the
@@ -33,13 +33,18 @@ def flatten(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, T
     names = {parameter: qualified_name(name) for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
     state |= {f"model.{qualified_name(name)}": buffer for name, buffer in _persistent_buffers(model)}
-    if optimizer is None:
-        return state
-    if any(parameter not in names for group in optimizer.param_groups for parameter in group["params"]):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if any(parameter not in names for group in groups for parameter in group["params"]):
         raise UserError("the optimizer trains a tensor that is no parameter of the model")
     # In the model's order, not that of the parameter groups.
+    kept = {
+        parameter: (optimizer, own) for optimizer in optimizers for parameter, own in optimizer.state.items() if own
+    }
     for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        if parameter not in kept:
+            continue
+        optimizer, own = kept[parameter]
+        for key, value in own.items():
             if value is None:
                 continue
             if not isinstance(value, Tensor):

@@ -45,6 +45,7 @@ def check_support(
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
             f"Use engine: {_names('freezes')}, which freezes parameters at every layout.",
         )
+    _check_parts(engine, arch, optimizer, precision)
     if not optimizer.elementwise and engine.flattens:
         raise UserError(
             f"The engine '{engine.name}' lays parameters end to end here, and the optimizer '{optimizer.name}' needs "
@@ -81,6 +82,41 @@ def _check_model(engine: EngineConfig, arch: str, document_mask: bool) -> None:
             "A Hugging Face model takes no mask of documents: each model of transformers builds its own attention",
             "data.document_mask",
             "Set data.document_mask to false, or train a native model on the engine 'fsdp'.",
+        )
+
+
+def _check_parts(engine: EngineConfig, arch: str, optimizer: OptimizerConfig, precision: Precision) -> None:
+    """The parts of `optimizer.parts` are those of the model, and the engine updates parts."""
+    wanted = FAMILIES[arch].parts
+    if not wanted and not optimizer.parts:
+        return
+    if not engine.steps_parts:
+        raise UserError(
+            f"The engine '{engine.name}' has one optimizer, and a model of arch '{arch}' has the parts "
+            f"{', '.join(wanted or optimizer.parts)}",
+            "engine.name",
+            f"Use engine: {_names('steps_parts')}.",
+        )
+    if set(wanted) != set(optimizer.parts):
+        raise UserError(
+            f"optimizer.parts has {', '.join(optimizer.parts) or 'nothing'}, and a model of arch '{arch}' has "
+            + (f"the parts {', '.join(wanted)}" if wanted else "no parts"),
+            "optimizer.parts",
+            "Write optimizer.parts: {" + ", ".join(f"{name}: {{}}" for name in wanted) + "}."
+            if wanted
+            else "Remove it, or name the model's parts in its Config.",
+        )
+    if optimizer.parts[wanted[0]].every != 1:
+        raise UserError(
+            f"The part '{wanted[0]}' comes first, and is not updated in every step",
+            f"optimizer.parts.{wanted[0]}.every",
+            "Set it to 1; other parts may be updated more rarely.",
+        )
+    if precision == "fp16":
+        raise UserError(
+            "FP16 has one loss scale, and each part of a model has a loss of its own",
+            "precision",
+            "Set precision to bf16 or fp32.",
         )
 
 

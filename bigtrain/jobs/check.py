@@ -15,6 +15,7 @@ from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
 from bigtrain.jobs.takeover import outlast
+from bigtrain.optim.schedule import rates
 from bigtrain.run import NAME_PATTERN, Lease, RunConfig, RunDirectory, find_run, load_config, split_run_step
 from bigtrain.tracking.history import read_events, state
 from bigtrain.tracking.metrics import last_step
@@ -165,8 +166,8 @@ def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
         return
     newest = _newest_step(directory) or 0
     before = replace(prepared, config=old, total_steps=prepared.steps(old.duration))
-    schedule = old.schedule.build(old.optimizer.lr, before.total_steps, prepared.steps)
-    changed = next((step for step in range(newest) if schedule.lr(step) != prepared.schedule.lr(step)), None)
+    schedule = old.optimizer.schedule_of(old.schedule, before.total_steps, prepared.steps)
+    changed = next((step for step in range(newest) if rates(schedule, step) != rates(prepared.schedule, step)), None)
     if changed is not None:
         raise UserError(
             f"The duration cannot change from '{old.duration}' to '{prepared.config.duration}': the learning rate of "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator, model_validator
 
 from bigtrain.config import Duration, Registry, Section, UserError
 
@@ -32,6 +32,19 @@ class ParameterGroup(Section):
     """Factor on the schedule's learning rate."""
     weight_decay: NonNegative | None = None
     """Weight decay, for parameters of any shape; null: the optimizer's, for matrices only."""
+
+
+class PartConfig(Section):
+    """One part of a model that is updated by itself, such as the generator of a GAN."""
+
+    parameters: tuple[str, ...] = ()
+    """Shell patterns over qualified names; none: the names that begin with the part's own and a dot."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Keys that differ from the section around it: {lr: 4e-4}. With another `name` nothing is taken over."""
+    schedule: dict[str, Any] | None = None
+    """As the run's section `schedule`; null: the run's own."""
+    every: Annotated[int, Ge(1)] = 1
+    """It is updated once in so many steps, in the last of them."""
 
 
 class OptimizerConfig(Section):
@@ -58,6 +71,56 @@ class OptimizerConfig(Section):
     frozen: tuple[str, ...] = ()
     """Shell patterns over qualified names ("embedding.*"): parameters that are not trained. They have no gradient and
     no optimizer state. Supported by the engine fsdp."""
+    parts: dict[str, PartConfig] = Field(default_factory=dict)
+    """Parts of the model that are updated one after another in a step, each by its own loss; see `PartConfig`. A model
+    names its parts and their order. Supported by the engine fsdp."""
+
+    @model_validator(mode="after")
+    def _parts_are_sections(self) -> OptimizerConfig:
+        for name, part in self.parts.items():
+            if {"parts", "frozen"} & part.optimizer.keys():
+                raise ValueError(f"parts.{name}.optimizer takes neither parts nor frozen: set frozen beside parts")
+            self.of_part(name)
+            if part.schedule is not None:
+                SCHEDULES.read(part.schedule)
+        return self
+
+    def of_part(self, name: str) -> OptimizerConfig:
+        """The optimizer of a part, as a section of its own."""
+        given = self.parts[name].optimizer
+        own = {key: value for key, value in self.plain().items() if key != "parts"}
+        if given.get("name", self.name) != self.name:
+            own = {"frozen": own["frozen"]}
+        return OPTIMIZERS.read({**own, **given})
+
+    def schedule_of(self, schedule: ScheduleConfig, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
+        """The learning rates of a run: of each part by its own schedule, where there are parts.
+
+        Args:
+            schedule: The run's section.
+            total_steps, to_steps: See `ScheduleConfig.build`.
+        """
+        from bigtrain.optim.schedule import PartSchedules
+
+        if not self.parts:
+            return schedule.build(self.lr, total_steps, to_steps)
+        built = {
+            name: chosen.build(self.of_part(name).lr, total_steps, to_steps)
+            for name, chosen in self._schedules(schedule).items()
+        }
+        first = next(iter(built.values()))
+        return PartSchedules(first.peak_lr, first.warmup_steps, built)
+
+    def ends_at_duration(self, schedule: ScheduleConfig) -> bool:
+        """Whether a longer duration changes the learning rates of earlier steps."""
+        return any(one.ends_at_duration for one in self._schedules(schedule).values())
+
+    def _schedules(self, schedule: ScheduleConfig) -> dict[str, ScheduleConfig]:
+        own = {
+            name: schedule if part.schedule is None else SCHEDULES.read(part.schedule)
+            for name, part in self.parts.items()
+        }
+        return own or {"": schedule}
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Build the optimizer over parameter groups.

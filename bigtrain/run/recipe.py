@@ -38,7 +38,9 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
     recipe["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
     if config.init.new_rows is not None:
         recipe["init"]["new_rows"] = config.init.new_rows
-    if not config.schedule.ends_at_duration:
+    if not config.optimizer.parts:
+        del recipe["optimizer"]["parts"]
+    if not config.optimizer.ends_at_duration(config.schedule):
         del recipe["duration"]
     return recipe
 

@@ -215,7 +215,7 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     def to_steps(duration: Duration) -> int:
         return duration.in_steps(batch * context, batch, per_epoch)
 
-    schedule = config.schedule.build(config.optimizer.lr, total, to_steps)
+    schedule = config.optimizer.schedule_of(config.schedule, total, to_steps)
     return Prepared(config, sources, held_out, batch, total, per_epoch, schedule)
 
 

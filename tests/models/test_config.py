@@ -50,6 +50,7 @@ def test_families_are_the_files_that_define_a_config() -> None:
     assert FAMILIES.names() == [
         *(
             "captioner",
+            "dcgan",
             "dpo",
             "gemma3_text",
             "gpt2",

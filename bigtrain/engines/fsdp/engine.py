@@ -13,16 +13,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
+from bigtrain.config import UserError
 from bigtrain.engines.clipping import clipped, square_of
 from bigtrain.engines.config import EngineParts
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
-from bigtrain.engines.fsdp.plain import PlainSteps, check_recompute
-from bigtrain.engines.guard import Guard
+from bigtrain.engines.fsdp.parts import Part, PartsResult, build_parts, part_loss
+from bigtrain.engines.fsdp.plain import PlainSteps
 from bigtrain.engines.norms import Kind, Norms
 from bigtrain.engines.rank import COMPUTE_DTYPES, peak_memory_bytes, reseed, set_determinism, to_device
 from bigtrain.engines.scaling import LossScale
 from bigtrain.engines.step import StepReducer
+from bigtrain.metrics import record_metric
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.layers import local
 from bigtrain.models.plain.network import Network
@@ -42,9 +44,9 @@ class FSDPEngine:
     def __init__(
         self,
         model: ParallelModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[Part],
         *,
-        clip: float | None,
+        clip: float | None = None,
         seed: int,
         device: torch.device,
         sizes: Mesh | None = None,
@@ -53,18 +55,19 @@ class FSDPEngine:
         stream_is_part: bool = False,
     ) -> None:
         """Args:
+        optimizer: Of all parameters; or parts, each with its own, in the order of a step.
+        clip: Largest norm of the gradient, where there is one optimizer.
         loss_scale: FP16's.
         sizes, mesh: The axes over all ranks; neither where this process is alone.
         stream_is_part: Whether tensor-parallel ranks share the residual stream.
         """
         sizes = sizes or Mesh()
         self.model: Any = model.module
-        self.optimizer = optimizer
+        self.parts = [Part.of(optimizer, clip)] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.optimizer = self.parts[0].optimizer
         self.device = device
-        self._clip = clip
         self._seed = seed
         self._mesh = mesh
-        self._guard = Guard(optimizer)
         self._loss_scale = loss_scale
         self._context = model.context
         rank = dist.get_rank() if mesh is not None else 0
@@ -76,8 +79,7 @@ class FSDPEngine:
             self.reducer.recorder.weight_scale = loss_scale.scale
         named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self._names = {parameter: qualified_name(name) for name, parameter in named}
-        self._parameters = list(self._names)
-        self._counted = {parameter for parameter in self._parameters if counts_in_norm(parameter)}
+        self._counted = {parameter for parameter in self._names if counts_in_norm(parameter)}
         self.pipeline = model.pipeline
         self.shared_by_ends = model.shared_by_ends
         self._shared_by_ends = [parameter for name, parameter in named if name in model.shared_by_ends]
@@ -113,15 +115,13 @@ class FSDPEngine:
             recompute=engine.recompute,
             compile_blocks=engine.compile,
         )
-        if isinstance(built.module, Network):
-            check_recompute(built.module, engine.recompute)
-        for name, parameter in built.module.named_parameters():
+        named = list(built.module.named_parameters())
+        for name, parameter in named:
             if is_frozen(optimizer, qualified_name(name)):
                 parameter.requires_grad_(False)
         return cls(
             built,
-            optimizer.build(built.module.named_parameters(), built.all_names),
-            clip=optimizer.clip,
+            build_parts(optimizer, parts.model.parts, named, built.all_names),
             seed=parts.seed,
             device=device,
             sizes=sizes,
@@ -131,29 +131,39 @@ class FSDPEngine:
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
-        """See `contract.Engine.train_step`."""
+        """See `contract.Engine.train_step`; each part that is due is updated in turn, by its own loss."""
         if self._norms is not None:
             self._norms.begin(step)
-        sums = self.backward(step, micro_batches)
-        result = self.reduce_and_scale(sums, vote)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.optimizer.step()
-        if self._norms is not None:
-            self._norms.after_update()
+        results: dict[str, StepResult] = {}
+        for part in self.parts:
+            if not part.is_due(step):
+                continue
+            sums = self.backward(step, micro_batches, part)
+            results[part.name] = self.reduce_and_scale(sums, 0.0 if results else vote, part)
+            part.update(lr)
+            if self._norms is not None:
+                self._norms.after_update()
+            if self.plain is not None:
+                self.plain.after_update(part.guard.bad)
+            # Of other parts too: the loss of a generator has gradients of the discriminator that it runs through.
+            self.model.zero_grad(set_to_none=True)
         if self.plain is not None:
-            self.plain.after_update(self._guard.bad)
-        self.optimizer.zero_grad(set_to_none=True)
-        return result
+            self.plain.after_step([part.guard.bad for part in self.parts if part.name in results])
+        return PartsResult(results) if len(self.parts) > 1 else results[self.parts[0].name]
 
-    def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
+    def backward(self, step: int, micro_batches: list[MicroBatch], part: Part | None = None) -> Sums:
         """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
+
+        Args:
+            part: Whose loss; None: the first one's.
 
         Returns:
             The sums over this rank's micro-batches; in FP16 scaled, as the gradients are.
         """
         reseed(self._seed, step)
         self.model.train()
+        if self.plain is not None:
+            self.plain.begin(part or self.parts[0])
         with self.reducer.recorder.active():
             sums = self._passes(step, micro_batches)
         if self._shared_by_ends and self._ends is not None:
@@ -178,20 +188,25 @@ class FSDPEngine:
             sums.add(result, batch)
         return sums
 
-    def reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
-        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
-        gradients = _gradients(self._parameters)
-        counted = _gradients([parameter for parameter in self._parameters if parameter in self._counted])
+    def reduce_and_scale(self, sums: Sums, vote: float, part: Part | None = None) -> StepResult:
+        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
+
+        Args:
+            part: Whose gradients; None: the first one's.
+        """
+        part = part or self.parts[0]
+        gradients = _gradients(part.parameters)
+        counted = _gradients([parameter for parameter in part.parameters if parameter in self._counted])
         total = self.reducer.reduce(square_of(counted, self.device), vote, sums)
         # One rank's bad gradient has made the sum over all of them bad.
         bad = total.bad(total.square)
-        self._guard.arm(bad)
+        part.guard.arm(bad)
         scale = 1.0 / total.safe_weight
         norm = total.square.sqrt() * scale
         if self._norms is not None:
             self._norms.before_update(scale)
         if gradients:
-            torch._foreach_mul_(gradients, clipped(scale, norm, self._clip).float())
+            torch._foreach_mul_(gradients, clipped(scale, norm, part.clip).float())
         loss_scale = None
         if self._loss_scale is not None:
             loss_scale = self._loss_scale.scale.double()
@@ -209,19 +224,33 @@ class FSDPEngine:
                 arrived = (to_device(arrays, self.device) for batch in batches for arrays in batch)
                 sums = self.pipeline.forward(arrived, measuring.sources)
             for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
-                with self._evaluating(arrays) as batch:
-                    sums.add(LossSum(*self.model(batch)), batch)
-                    for measure in measuring.passes:
-                        measure(self.model, batch)
+                for part in reversed(self.parts):
+                    self._evaluate(part, arrays, sums, measuring)
         # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
         reshard(self.model)
         return self.reducer.totals(sums)
 
+    def _evaluate(self, part: Part, arrays: MicroBatch, sums: Sums, measuring: Measuring) -> None:
+        """One pass for the loss of a part; the first one's counts as the model's, and is measured."""
+        if self.plain is not None:
+            self.plain.begin(part)
+        with self._evaluating(arrays) as batch:
+            result = LossSum(*self.model(batch))
+            if part.name:
+                weight = result.weight.detach()
+                record_metric(part_loss(part.name).name, result.loss / weight.clamp(min=1e-30), weight=weight)
+            if part is self.parts[0]:
+                sums.add(result, batch)
+                for measure in measuring.passes:
+                    measure(self.model, batch)
+
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
-        materialise_optimizer(self.optimizer)
+        optimizers = [part.optimizer for part in self.parts]
+        for optimizer in optimizers:
+            materialise_optimizer(optimizer)
         extra = self.plain.network.extra_state() if self.plain is not None else {}
-        return flatten(self.model, self.optimizer) | (self._loss_scale.state() if self._loss_scale else {}) | extra
+        return flatten(self.model, *optimizers) | (self._loss_scale.state() if self._loss_scale else {}) | extra
 
     def state_loaded(self) -> None:
         """See `contract.Reloaded.state_loaded`: modules take what they keep besides tensors."""
@@ -229,7 +258,17 @@ class FSDPEngine:
             self.plain.network.take_extra_state()
 
     def record_norms(self, every: int, depth: int, kinds: Sequence[Kind]) -> None:
-        """See `contract.RecordsNorms.record_norms`."""
+        """See `contract.RecordsNorms.record_norms`.
+
+        Raises:
+            UserError: The model has parts: each has a gradient of its own.
+        """
+        if len(self.parts) > 1:
+            raise UserError(
+                "Norms by group are not recorded of a model in parts",
+                "callbacks",
+                "Remove the callback norms: metrics.jsonl has gradient_norm/NAME for each part.",
+            )
         counted = {name: one for one, name in self._names.items() if one in self._counted and local(one).numel()}
         self._norms = Norms(self.reducer.recorder, counted, every=every, depth=depth, kinds=kinds)
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from bigtrain.config import UserError
 from bigtrain.engines.contract import MicroBatch
+from bigtrain.engines.fsdp.parts import Part
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch
 from bigtrain.models.layers import local
@@ -44,11 +44,16 @@ class PlainSteps:
             module for module in network.modules() if callable(getattr(module, "after_step", None))
         ]
 
+    def begin(self, part: Part) -> None:
+        """Let the passes that follow compute the loss of a part."""
+        self.network.part = part.name or None
+
     @contextmanager
     def passing(self, step: int, arrays: MicroBatch, number: int, passes: int) -> Iterator[Batch]:
         """The batch of one training pass; forward and backward belong into the block."""
         self._step = step
-        with self._passing(f"{step}", arrays, number, passes) as batch:
+        part = self.network.part
+        with self._passing(f"{step}" if part is None else f"{step} {part}", arrays, number, passes) as batch:
             yield batch
 
     @contextmanager
@@ -105,30 +110,23 @@ class PlainSteps:
         self.network.reached.clear()
 
     def after_update(self, bad: Tensor) -> None:
-        """Let the module do what it does after each update, unless the step was skipped.
+        """Undo what the passes of a skipped update did to buffers.
 
         Args:
-            bad: Boolean, without dimensions: whether it was.
+            bad: Boolean, without dimensions: whether it was skipped.
         """
         self.network.take_back_where(bad)
-        if self._updates and not bool(bad):
+
+    def after_step(self, bad: list[Tensor]) -> None:
+        """Let the module do what it does after each step, unless an update was skipped.
+
+        Args:
+            bad: Of each update, as `after_update` takes it.
+        """
+        if self._updates and not any(map(bool, bad)):
             with torch.no_grad(), whole_parameters(self.network):
                 for module in self._updates:
                     module.after_step()
-
-
-def check_recompute(network: Network, recompute: str) -> None:
-    """Refuse to compute again what sums over ranks.
-
-    Raises:
-        UserError: The module couples the sequences of a batch, as BatchNorm does.
-    """
-    if recompute != "none" and network.facts.couples:
-        raise UserError(
-            "A module with BatchNorm, or that gathers a batch, is not computed again in the backward pass",
-            "engine.recompute",
-            "Set engine.recompute to none.",
-        )
 
 
 @contextmanager

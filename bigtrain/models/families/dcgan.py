@@ -1,0 +1,88 @@
+"""A generative adversarial network of convolutions (DCGAN, Radford et al. 2016): two parts, updated in turn.
+
+`optimizer.parts` names both; the discriminator comes first in a step. Its loss and the generator's are those of
+Goodfellow et al. (2014), the generator's the one that does not saturate.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, MultipleOf
+from torch import Tensor, nn
+
+from bigtrain.models.config import FAMILIES, DataKind
+from bigtrain.models.plain import Batch, PlainConfig, pixels
+
+
+@FAMILIES.register
+class Config(PlainConfig):
+    """Square images, from a vector of noise."""
+
+    data_kind: ClassVar[DataKind] = "images"
+    parts: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
+
+    arch: Literal["dcgan"] = "dcgan"
+    image_size: Annotated[int, Gt(0), MultipleOf(4)] = 28
+    """Height and width of the images in pixels; a multiple of 4, since both networks halve or double it twice."""
+    channels: Annotated[int, Ge(1)] = 1
+    """Colours of a pixel."""
+    width: Annotated[int, Ge(1)] = 32
+    """Channels of the largest maps; the smaller ones have twice as many."""
+    latent: Annotated[int, Ge(1)] = 64
+    """Length of the noise that an image is made of."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return (self.image_size, self.image_size, self.channels)
+
+    def build(self, vocab_size: int) -> DCGAN:
+        """Both networks, with weights of standard deviation 0.02 as in the paper; classes are not used."""
+        return DCGAN(self)
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Images from -1 to 1, as the generator's tanh gives them, and the part."""
+        return 2 * pixels(batch) - 1, batch["part"]
+
+    def loss(self, output: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        """Of the discriminator: -log D(x) - log(1 - D(G(z))); of the generator: -log D(G(z))."""
+        fooled, *real = output
+        return F.softplus(fooled) + F.softplus(-real[0]) if real else F.softplus(-fooled)
+
+
+class DCGAN(nn.Module):
+    """A generator and a discriminator."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        size, width = config.image_size // 4, config.width
+        self.latent = config.latent
+        self.generator = nn.Sequential(
+            nn.ConvTranspose2d(config.latent, 2 * width, size, bias=False),
+            *(nn.BatchNorm2d(2 * width), nn.ReLU()),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False),
+            *(nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.ConvTranspose2d(width, config.channels, 4, 2, 1), nn.Tanh()),
+        )
+        self.discriminator = nn.Sequential(
+            *(nn.Conv2d(config.channels, width, 4, 2, 1), nn.LeakyReLU(0.2)),
+            *(nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)),
+            *(nn.Conv2d(2 * width, 1, size), nn.Flatten(0)),
+        )
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor, part: str) -> tuple[Tensor, ...]:
+        """Scores (B,) of generated images; in the discriminator's turn those of the real ones as well."""
+        noise = torch.randn(len(images), self.latent, 1, 1, device=images.device)
+        if part == "generator":
+            return (self.discriminator(self.generator(noise)),)
+        with torch.no_grad():
+            made = self.generator(noise)
+        return self.discriminator(made), self.discriminator(images)
