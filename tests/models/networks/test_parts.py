@@ -72,8 +72,8 @@ def test_the_check_before_the_start_takes_it() -> None:
     [
         ("fsdp", {"parts": {"critic": {}}}, "fp32", "has critic, and a model of arch"),
         ("fsdp", {}, "fp32", "has nothing, and a model of arch"),
-        ("fsdp", {"parts": {"critic": {"every": 2}, "maker": {}}}, "fp32", "'critic' comes first"),
-        ("fsdp", {"parts": {"critic": {}, "maker": {}}}, "fp16", "one loss scale"),
+        ("fsdp", {"parts": {"discriminator": {"every": 2}, "generator": {}}}, "fp32", "'discriminator' comes first"),
+        ("fsdp", {"parts": {"discriminator": {}, "generator": {}}}, "fp16", "one loss scale"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(engine: str, keys: Any, precision: Any, words: str) -> None:
