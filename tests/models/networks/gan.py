@@ -24,6 +24,7 @@ SIZE, LATENT, STEPS, SEED = 6, 4, 5, 3
 OPTIMIZER = {
     "name": "adam",
     "lr": 2e-3,
+    "betas": [0.9, 0.95],
     "eps": 1e-6,
     "clip": 0.5,
     "parts": {
@@ -174,5 +175,5 @@ def reference() -> tuple[list[list[float]], dict[str, Tensor]]:
             maker.step()
         losses.append([loss.item() for loss in found])
     network.eval()
-    last = [float(loss_of(99, part)) for part in config.parts]
+    last = [loss_of(99, part).item() for part in config.parts]
     return [*losses, [last[0], *last]], {f"model.{name}": x.detach() for name, x in network.state_dict().items()}
