@@ -174,7 +174,7 @@ def plant(fault: str, engine: FSDPEngine) -> None:
         for module in modules:
             module.set_gradient_divide_factor(float(dist.get_world_size()))
     elif fault == "a replica counts again in the norm":
-        engine._counted = set(engine._parameters)
+        engine._counted = set(engine.parts[0].parameters)
     elif fault == "each pass divides by its own weight":
         engine.model.forward = lambda batch: ((sums := forward(batch))[0] / sums[1], sums[1])
     else:

@@ -222,7 +222,7 @@ def norm_weight_not_reduced(engine: FSDPEngine) -> None:
 
 
 def replicas_count_in_the_norm(engine: FSDPEngine) -> None:
-    engine._counted = set(engine._parameters)
+    engine._counted = set(engine.parts[0].parameters)
 
 
 def losses_of_a_tensor_group_all_count(engine: FSDPEngine) -> None:

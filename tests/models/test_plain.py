@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bigtrain.models.contract import LossSum, Normal, Ones, Zeros
-from bigtrain.models.plain import PlainConfig, PlainModel
+from bigtrain.models.plain import PlainConfig, PlainModel, sum_over_batch
+from bigtrain.models.plain.across import across
 
 VOCABULARY, WIDTH, CONTEXT = 19, 16, 8
 
@@ -89,3 +92,38 @@ def test_a_loss_too_coarse_is_refused_where_it_arises() -> None:
     tokens = torch.zeros(1, CONTEXT, dtype=torch.int64)
     with pytest.raises(UserError, match="a loss in bfloat16"):
         Coarse()({"tokens": tokens, "targets": tokens, "weights": torch.ones(1, CONTEXT)})
+
+
+class Doubling:
+    """Two ranks with equal values."""
+
+    rank = 0
+    rows = (2, 2)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_thread_that_computes_activations_again_sums_over_ranks_as_well() -> None:
+    # Autograd runs the backward pass of a GPU in threads of its own, which live on from step to step.
+    x = torch.ones(2)
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(2):
+            with across(Doubling(), 2):  # type: ignore[arg-type]
+                assert threads.submit(sum_over_batch, x).result().tolist() == [2, 2]
+            assert threads.submit(sum_over_batch, x).result().tolist() == [1, 1]
+
+
+def test_batch_statistics_that_are_computed_again_are_those_of_the_first_time() -> None:
+    norm = nn.BatchNorm1d(3)
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.tensor([[1.0, 2.0, 3.0], [2.0, 0.5, 1.0]])
+    gradients = []
+    for again in (False, True):
+        x.grad = None
+        with across(Doubling(), 2):  # type: ignore[arg-type]
+            made = checkpoint(lambda x: norm(x).sin(), x, use_reentrant=False) if again else norm(x).sin()
+            (made * weight).sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

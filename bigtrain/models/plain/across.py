@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bigtrain.config import UserError
+from bigtrain.models.plain.modes import StaysOn
 
 
 class BatchRanks(Protocol):
@@ -101,11 +101,13 @@ _here = _Local()
 def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
     """Let the block's pass over a batch of `batch` rows, one of `passes` of a step, sum over `ranks`."""
     _here.ranks, _here.own, _here.passes, _here.used = ranks, batch, passes, False
+    # The defaults of other threads: on a GPU autograd computes activations again in a thread of its own.
+    _Local.ranks, _Local.own, _Local.passes = ranks, batch, passes
     try:
         with _BatchNorm():
             yield
     finally:
-        _here.ranks = None
+        _here.ranks = _Local.ranks = None
 
 
 def couples() -> bool:
@@ -168,20 +170,11 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     return ranks.sum(everything), first
 
 
-_BACKWARD_NAMES = {"gradient": "grad_tensors"}
-"""Arguments of `Tensor.backward` that `torch.autograd.backward` calls otherwise."""
-
-
-class _BatchNorm(TorchFunctionMode):
+class _BatchNorm(StaysOn):
     """Batch statistics over the global batch, wherever a module takes them."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is Tensor.backward:
-            # What it computes again (torch.utils.checkpoint) takes the statistics of the first time.
-            renamed = {_BACKWARD_NAMES.get(name, name): value for name, value in kwargs.items()}
-            with self:
-                return torch.autograd.backward(*args, **renamed)
+    def call(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """See `StaysOn.call`."""
         if function is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if function is F.instance_norm:

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigtrain.models.plain.modes import StaysOn
 from bigtrain.models.random import uniform
 
 Shape = tuple[int, ...]
@@ -94,19 +94,20 @@ class Draws(TorchDispatchMode):
         return values if device is None else values.to(device)
 
 
-class _Recurrent(TorchFunctionMode):
+class _Recurrent(StaysOn):
     """Tells `Draws` that a recurrent layer of torch runs: inside it time comes first."""
 
     def __init__(self, draws: Draws) -> None:
         super().__init__()
         self._draws = draws
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """See `StaysOn.call`."""
         if getattr(function, "__name__", "") not in _RECURRENT:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         self._draws.is_recurrent = True
         try:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         finally:
             self._draws.is_recurrent = False
 

@@ -125,7 +125,7 @@ def _plant(fault: str) -> Callable[[], None]:
     from bigtrain.models.plain import across
 
     places: dict[str, tuple[Any, str, Any]] = {
-        "": (across, "_BACKWARD_NAMES", across._BACKWARD_NAMES),
+        "": (across, "_here", across._here),
         "statistics of one rank": (across.AllRanks, "sum", lambda self, x: x * len(self.rows)),
         "negatives of one rank": (across.AllRanks, "sum", lambda self, x: x),
         "gradient of what is gathered is lost": (across._Sum, "backward", staticmethod(lambda _, gradient: gradient)),
