@@ -167,7 +167,8 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     first, own = sum(ranks.rows[: ranks.rank]), ranks.rows[ranks.rank]
     everything = x.new_zeros((sum(ranks.rows), *x.shape[1:]))
     everything = torch.cat([everything[:first], x[:own], everything[first + own :]])
-    return ranks.sum(everything), first
+    # A rank that has a filler alone counts it as the last row: its targets are to exist.
+    return ranks.sum(everything), min(first, len(everything) - 1)
 
 
 class _BatchNorm(StaysOn):

@@ -29,6 +29,8 @@ DRAWS = {"lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping"
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
 MOVED_TWICE = {"densenet"}
 """Whose running statistics plain torch moves again where torch.utils.checkpoint computes them again."""
+BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae"}
+"""Which the fast tests do not train."""
 COUPLED = {"resnet", "clip", "densenet", "instance_norm", "graph", "vqvae"}
 """That need a rank's part of a batch in one pass."""
 AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
@@ -50,7 +52,13 @@ def registered_here_alone() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def alone(ranks: RankPool) -> dict[str, Any]:
-    return ranks.run(training.train, training.families(), ranks=1, timeout_s=300)[0]
+    archs = [arch for arch in training.families() if arch not in BY_SLOW_TESTS]
+    return ranks.run(training.train, archs, ranks=1, timeout_s=300)[0]
+
+
+@pytest.fixture(scope="module")
+def everything(ranks: RankPool, alone: dict[str, Any]) -> dict[str, Any]:
+    return alone | ranks.run(training.train, sorted(BY_SLOW_TESTS), ranks=1, timeout_s=300)[0]
 
 
 def test_there_are_twenty_networks() -> None:
@@ -58,26 +66,28 @@ def test_there_are_twenty_networks() -> None:
 
 
 def test_one_process_gives_the_losses_of_plain_torch(alone: dict[str, Any]) -> None:
-    off = {
-        arch: away(training.reference(arch), losses)
-        for arch, (losses, _) in alone.items()
-        if arch not in DRAWS | MOVED_TWICE
-    }
-    assert {arch: by for arch, by in off.items() if not by <= AGREES} == {}
+    assert _away_from_plain_torch(alone) == {}
 
 
 def test_two_ranks_give_the_losses_of_one_process(ranks: RankPool, alone: dict[str, Any]) -> None:
-    found = ranks.run(training.train, training.families(), ranks=2, timeout_s=300)
-    assert _faults(alone, found[0]) == {}
-    assert all(found[0][arch][0] == found[1][arch][0] for arch in alone)
+    _check_two_ranks(ranks, alone)
+
+
+@pytest.mark.slow
+def test_the_others_give_the_losses_of_plain_torch_and_of_one_process(
+    ranks: RankPool, everything: dict[str, Any]
+) -> None:
+    others = {arch: everything[arch] for arch in BY_SLOW_TESTS}
+    assert _away_from_plain_torch(others) == {}
+    _check_two_ranks(ranks, others)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_micro_batches_change_nothing(ranks: RankPool, alone: dict[str, Any], count: int) -> None:
+def test_micro_batches_change_nothing(ranks: RankPool, everything: dict[str, Any], count: int) -> None:
     archs = [arch for arch in training.families() if arch not in COUPLED]
     found = ranks.run(training.train, archs, 2, ranks=count, timeout_s=300)
-    assert _faults({arch: alone[arch] for arch in archs}, found[0]) == {}
+    assert _faults({arch: everything[arch] for arch in archs}, found[0]) == {}
 
 
 @pytest.mark.slow
@@ -95,9 +105,9 @@ def test_what_couples_a_batch_is_refused_in_several_passes_with_a_size_that_work
 
 
 @pytest.mark.slow
-def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, alone: dict[str, Any]) -> None:
+def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, everything: dict[str, Any]) -> None:
     resumed = ranks.run(training.train, training.families(), None, 2, ranks=1, timeout_s=300)[0]
-    for arch, (losses, state) in alone.items():
+    for arch, (losses, state) in everything.items():
         assert resumed[arch][0] == losses, arch
         assert all(torch.equal(value, resumed[arch][1][name]) for name, value in state.items()), arch
 
@@ -159,6 +169,18 @@ class Sparse(Linear):
 def test_what_would_differ_is_refused_before_the_start(config: type[Linear], words: str) -> None:
     with pytest.raises(UserError, match=words):
         config().check(3)
+
+
+def _away_from_plain_torch(found: dict[str, Any]) -> dict[str, float]:
+    compared = found.keys() - DRAWS - MOVED_TWICE
+    off = {arch: away(training.reference(arch), found[arch][0]) for arch in compared}
+    return {arch: by for arch, by in off.items() if not by <= AGREES}
+
+
+def _check_two_ranks(ranks: RankPool, alone: dict[str, Any]) -> None:
+    first, second = ranks.run(training.train, sorted(alone), ranks=2, timeout_s=300)
+    assert _faults(alone, first) == {}
+    assert all(first[arch][0] == second[arch][0] for arch in alone)
 
 
 def _faults(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_keys_of_a_part_are_checked_with_the_config(optimizer: Any) -> None:
         OPTIMIZERS.read({"name": "adam", "parts": {"a": {"optimizer": optimizer}}})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_between_two_updates_ends_as_the_undisturbed_one(
     bigtrain: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

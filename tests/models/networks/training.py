@@ -186,4 +186,4 @@ def reference(arch: str) -> list[float]:
                 network.after_step()
         losses.append(loss.item())
     network.eval()
-    return [*losses, float(loss_of(99))]
+    return [*losses, loss_of(99).item()]
