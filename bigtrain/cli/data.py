@@ -36,6 +36,27 @@ app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_
 
 EndOfText = Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")]
 SkipBad = Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")]
+KindOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kind", help="What samples are: tokens, supervised, images, captions, arrays, preferences, or a plugin's."
+    ),
+]
+CaptionsOption = Annotated[
+    bool, typer.Option("--captions", help="--kind captions: folders, tars, .jsonl; see the README.")
+]
+ArraysOption = Annotated[
+    bool, typer.Option("--arrays", help="--kind arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
+]
+ColumnsOption = Annotated[
+    str | None, typer.Option(help="Where columns lie, for --kind supervised: prompt=question,completion=answer.")
+]
+ChatTemplateOption = Annotated[
+    Path | None, typer.Option(help="A Jinja file in place of the tokenizer's chat template.")
+]
+TokenTypeOption = Annotated[
+    str | None, typer.Option(help="Of .bin files of token ids alone: uint16, uint32, and so on.")
+]
 
 
 @app.command("pack")
@@ -44,33 +65,18 @@ def data_pack(
     out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     eot: EndOfText = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--kind", help="What samples are: tokens, supervised, images, captions, arrays, preferences, or a plugin's."
-        ),
-    ] = None,
+    kind: KindOption = None,
     images: Annotated[bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg.")] = False,
-    captions: Annotated[
-        bool, typer.Option("--captions", help="--kind captions: folders, tars, .jsonl; see the README.")
-    ] = False,
-    arrays: Annotated[
-        bool, typer.Option("--arrays", help="--kind arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
-    ] = False,
+    captions: CaptionsOption = False,
+    arrays: ArraysOption = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
-    columns: Annotated[
-        str | None, typer.Option(help="Where columns lie, for --kind supervised: prompt=question,completion=answer.")
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja file in place of the tokenizer's chat template.")
-    ] = None,
+    columns: ColumnsOption = None,
+    chat_template: ChatTemplateOption = None,
     bos: BeginOfTextOption = "no",
     special_tokens: SpecialTokens = False,
-    token_type: Annotated[
-        str | None, typer.Option(help="Of .bin files of token ids alone: uint16, uint32, and so on.")
-    ] = None,
+    token_type: TokenTypeOption = None,
     shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
     skip_bad: SkipBad = 0,
@@ -87,11 +93,7 @@ def data_pack(
         from bigtrain.data.packing.options import PackOptions
 
         load_plugins(plugin)
-        flags = {"images": images, "captions": captions, "arrays": arrays}
-        named = [*([kind] if kind else []), *(name for name, given in flags.items() if given and name != kind)]
-        if len(named) > 1:
-            raise UserError(f"{' and '.join(named)} are different sample kinds", fix="give one of them")
-        chosen = kind_named(named[0] if named else "tokens")
+        chosen = kind_named(_one_kind(kind, {"images": images, "captions": captions, "arrays": arrays}))
         special = {"columns": columns, "chat_template": chat_template, "token_type": token_type}
         _refuse_options(chosen, {"tokenizer": tokenizer, "image_size": image_size, **special})
         if token_type is not None and token_type not in TOKEN_TYPES:
@@ -116,6 +118,16 @@ def data_pack(
             summary = chosen.pack(inputs, out, options)
         _show_passed(summary.passed, as_json)
         show(summary.as_json(), as_json, lines)
+
+
+def _one_kind(kind: str | None, flags: dict[str, bool]) -> str:
+    """The sample kind that --kind and the flags of single kinds name together."""
+    from bigtrain.config import UserError
+
+    named = [*([kind] if kind else []), *(name for name, given in flags.items() if given and name != kind)]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} are different sample kinds", fix="give one of them")
+    return named[0] if named else "tokens"
 
 
 def _tokenizer(source: str, eot: str | None, bos: str, special: bool, chat_template: Path | None = None) -> Tokenizer:

@@ -17,6 +17,19 @@ Column = typer.Option(metavar="COL", help="A column's name; guessed and reported
 Unit = typer.Option(metavar="UNIT", help="What the column counts in: M, B, ... or 1, which also skips the check.")
 Where = typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
 Number = typer.Option(metavar="NUMBER", help="Such as 7B, 1.4T or 1e21.")
+Duplicates = Annotated[
+    Literal["refuse", "drop", "keep"], typer.Option(help="What is done with two rows that are one run.")
+]
+Swept = Annotated[
+    Literal["best", "all"], typer.Option(help="Rows to fit where learning rate or batch are swept at one N and D.")
+]
+Edges = Annotated[
+    Literal["refuse", "drop", "keep"], typer.Option(help="What is done with a best at the edge of its grid.")
+]
+Form = Annotated[
+    str | None,
+    typer.Option(metavar="EXPR", help='"repeats", or a law of your own in N, D, U and constants: "E + A / N**a".'),
+]
 
 
 @app.command("fit")
@@ -32,15 +45,9 @@ def scaling_fit(
     tokens_unit: Annotated[str | None, Unit] = None,
     drop_highest: Annotated[int, typer.Option(min=0, help="Exclude the K highest losses.")] = 0,
     where: Annotated[str | None, Where] = None,
-    duplicates: Annotated[
-        Literal["refuse", "drop", "keep"], typer.Option(help="What is done with two rows that are one run.")
-    ] = "refuse",
-    swept: Annotated[
-        Literal["best", "all"], typer.Option(help="Rows to fit where learning rate or batch are swept at one N and D.")
-    ] = "best",
-    edges: Annotated[
-        Literal["refuse", "drop", "keep"], typer.Option(help="What is done with a best at the edge of its grid.")
-    ] = "refuse",
+    duplicates: Duplicates = "refuse",
+    swept: Swept = "best",
+    edges: Edges = "refuse",
     approach: Annotated[Literal["a1", "a2", "a3", "all"], typer.Option(help="Envelope, IsoFLOP, parametric.")] = "all",
     loss_function: Annotated[
         Literal["huber", "l1", "squares"] | None, typer.Option(help="Of approach 3; all three where not given.")
@@ -51,10 +58,7 @@ def scaling_fit(
     ] = "auto",
     target_flops: Annotated[str | None, Number] = None,
     equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Require alpha = beta.")] = False,
-    form: Annotated[
-        str | None,
-        typer.Option(metavar="EXPR", help='"repeats", or a law of your own in N, D, U and constants: "E + A / N**a".'),
-    ] = None,
+    form: Form = None,
     overlap: Annotated[
         str | None, typer.Option(metavar="FILE", help="What `data overlap` found; a sweep's own is found by itself.")
     ] = None,
