@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -351,26 +352,28 @@ def test_help_imports_typer_and_nothing_else() -> None:
     assert imported("-c", "import bigtrain") - imported("-c", "pass") == {"bigtrain"}
 
 
-def commands_of(app: typer.Typer) -> int:
+def parameters_of(app: typer.Typer) -> list[int]:
+    """Of each command, those of groups included: how many arguments and options it has."""
     groups = [group.typer_instance for group in app.registered_groups if group.typer_instance]
-    return len(app.registered_commands) + sum(map(commands_of, groups))
+    own = [
+        len(inspect.signature(command.callback).parameters) for command in app.registered_commands if command.callback
+    ]
+    return own + [count for group in groups for count in parameters_of(group)]
 
 
-COMMANDS = commands_of(cli_app)
+COUNTS = parameters_of(cli_app)
+OPTIONS = ", ".join(
+    f'o{number}: Annotated[str | None, typer.Option(help="A text.")] = None'
+    for number in range(round(sum(COUNTS) / len(COUNTS)))
+)
 BARE = f'''
 from __future__ import annotations
 from typing import Annotated
 import typer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-for number in range({COMMANDS}):
-    def command(
-        name: Annotated[str, typer.Argument(help="A name.")],
-        count: Annotated[int, typer.Option(help="A number.")] = 1,
-        flag: Annotated[bool, typer.Option(help="A switch.")] = False,
-        text: Annotated[str | None, typer.Option(help="A text.")] = None,
-        share: Annotated[float, typer.Option(help="A share.")] = 1.0,
-    ) -> None:
+for number in range({len(COUNTS)}):
+    def command({OPTIONS}) -> None:
         """Do it."""
     app.command(str(number))(command)
 app(["--help"])

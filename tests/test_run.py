@@ -156,6 +156,7 @@ MODELS: list[dict[str, Any]] = [
     {"arch": "llama", "layers": 1, "width": 8, "heads": 2, "context": 4, "rope_scaling": {"factor": 2.0}},
     {"arch": "qwen3", "layers": 1, "width": 8, "heads": 2, "context": 4},
     {"arch": "vit", "image_size": 28},
+    {"arch": "dcgan", "image_size": 28},
     {"arch": "captioner", "image_size": 28, "context": 8},
     {"arch": "hf", "hf": "a-name-on-a-hub", "context": 16},
     {"arch": "dpo", "policy": {"preset": "gpt2-124m", "adapter": {"name": "lora"}}, "beta": 0.2},
