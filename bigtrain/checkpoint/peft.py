@@ -6,6 +6,7 @@ is `base_model.model.model.layers.0.self_attn.q_proj` there, and its matrices ha
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf_files import read_object
 from bigtrain.models.huggingface import HfTensor
 from bigtrain.storage import fsync_file, write_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -203,7 +206,7 @@ def _places(
     """The stored name of each matrix that an adapter may have, by its qualified name.
 
     Args:
-        strict: Refuse a layer that is a part of a larger one in transformers; otherwise it is passed over.
+        strict: Refuse a layer that is a part of a larger one in transformers; else skip it.
         only: Layers, by the last part of their names.
 
     Raises:
@@ -218,8 +221,8 @@ def _places(
             if strict:
                 raise ValueError(f"{module} is a part of {place.name} in transformers")
             continue
-        for own, theirs in _OWN.items():
-            found[f"{module}.{own}"] = f"{_PREFIX}{place.name.removesuffix('.weight')}.{theirs}.weight"
+        for own, peft_name in _OWN.items():
+            found[f"{module}.{own}"] = f"{_PREFIX}{place.name.removesuffix('.weight')}.{peft_name}.weight"
     return found
 
 
@@ -230,6 +233,10 @@ def _refuse_unknown(facts: Mapping[str, Any], where: Path) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(facts.get(key), int | float):
             raise UserError(f"The key '{key}' is missing", str(where))
+    if facts.get("lora_dropout"):
+        logger.warning(
+            "lora_dropout %s of %s is not applied: adapters train without dropout", facts["lora_dropout"], where
+        )
     for key, value in facts.items():
         is_neutral = value in (_BEGINS if key == "init_lora_weights" else _NEUTRAL)
         if key not in _FREE and not is_neutral:

@@ -101,6 +101,15 @@ def test_adapters_of_another_kind_are_refused_by_their_key(key: str, value: Any,
         PeftFiles.open(tmp_path)
 
 
+def test_a_dropout_that_is_not_applied_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+    # The weights are missing.
+    with pytest.raises(UserError):
+        PeftFiles.open(tmp_path)
+    assert "lora_dropout 0.05" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_peft_computes_what_it_computes(
     base: Path, write_config: Callable[..., Path], bigtrain: Callable[..., Any], tmp_path: Path
