@@ -165,7 +165,7 @@ def test_the_script_of_answers_runs_in_small(tmp_path: Path) -> None:
     (tools / "bigtrain").chmod(0o755)
     environment = {
         **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "TEXT": str(text),
-        "BASE_STEPS": "4", "ANSWER_STEPS": "6",
+        "BASE_STEPS": "32", "ANSWER_STEPS": "44",
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(root / "launch" / "answers.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True,
