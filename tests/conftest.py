@@ -36,10 +36,8 @@ def _plugins_stay_in_their_test() -> Iterator[None]:
     yield
     ACTIVE.clear()
     for point, one in registry.REGISTRIES.items():
-        known = before.get(point, {})
-        for name in set(one.found) - set(known) - set(one.builtin()):
-            del one.found[name]
-        one.found.update(known)
+        one.found.clear()
+        one.found.update(before.get(point, {}))
 
 
 @pytest.fixture(scope="session")

@@ -211,6 +211,18 @@ def test_code_that_is_no_plugin_is_told(plugin: Callable[..., Path], old: str, n
         load_plugin(str(plugin(old, new)))
 
 
+def test_a_plain_network_gives_its_name_to_a_plugin_s(plugin: Callable[..., Path]) -> None:
+    place = str(plugin('Literal["my-model"] = "my-model"', 'Literal["dcgan"] = "dcgan"'))
+    (registered,) = load_plugin(place).registered
+    from bigtrain.models.families.dcgan import Config  # imported later, it changes nothing
+
+    assert registered.name == "dcgan"
+    assert FAMILIES["dcgan"] is registered.value
+    del FAMILIES.found["dcgan"]
+    assert FAMILIES["dcgan"] is Config
+    assert Config.plugin is None
+
+
 @pytest.mark.parametrize("place", ["nowhere.py", "no_such_module", "./nowhere"])
 def test_a_plugin_that_is_not_there_is_told(place: str) -> None:
     with pytest.raises(UserError, match="There is no"):

@@ -80,6 +80,7 @@ class Registry(Generic[T]):
         self.where = where or f"{point}.{tag or 'name'}"
         self.found: dict[str, type[T]] = {}
         """What was imported or registered so far."""
+        self._own: dict[str, type[T]] = {}
         self._builtin: list[str] | None = None
         REGISTRIES[point] = self
 
@@ -87,7 +88,8 @@ class Registry(Generic[T]):
         """Add an implementation under its name; a class decorator.
 
         Raises:
-            UserError: It has no name, is no subclass of the base, or bears the name of one of bigtrain's own.
+            UserError: It has no name, is no subclass of the base, or bears the name of one of bigtrain's own that does
+                not give way: one whose class says `gives_way` is replaced by a plugin's.
         """
         place = f"{value.__module__}.{value.__qualname__}"
         if not issubclass(value, self.base):
@@ -97,7 +99,11 @@ class Registry(Generic[T]):
         if name is None:
             fix = f'Give it {self.tag}: Literal["my-name"] = "my-name".' if self.tag else 'Give it name = "my-name".'
             raise UserError(f"The {self.point} {value.__name__} has no name", place, fix)
-        if name in self.builtin() and value.__module__ != self._module(name):
+        if name in self.builtin() and value.__module__ == self._module(name):
+            self._own[name] = value
+            self.found.setdefault(name, value)  # a plugin may have the name already
+            return value
+        if name in self.builtin() and not getattr(self._import(name), "gives_way", False):
             raise UserError(
                 f"The name '{name}' of this {self.point} is that of one of bigtrain's own", place, "Give it another."
             )
@@ -106,6 +112,11 @@ class Registry(Generic[T]):
         if recording is not None:
             recording.append(Registered(self.point, name, value))
         return value
+
+    def _import(self, name: str) -> type[T] | None:
+        """bigtrain's own implementation of a name."""
+        importlib.import_module(self._module(name))
+        return self._own.get(name)
 
     def replace(self, name: str, value: type[T]) -> None:
         """Let a name stand for a plugin's implementation that was registered under it before."""
@@ -148,8 +159,8 @@ class Registry(Generic[T]):
         Raises:
             UserError: There is none; says which are known, and the nearest.
         """
-        if name not in self.found and name in self.builtin():
-            importlib.import_module(self._module(name))
+        if name not in self.found and name in self.builtin() and (own := self._import(name)) is not None:
+            self.found[name] = own
         if name not in self.found:
             close = nearest(name, self.names())
             hint = f"Did you mean '{close}'? " if close else ""

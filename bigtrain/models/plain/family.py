@@ -32,6 +32,9 @@ class PlainConfig(ModelConfig):
 
     is_plain: ClassVar[bool] = True
 
+    gives_way: ClassVar[bool] = True
+    """Whether a plugin's family may have the name of this one: a network that is added here breaks no plugin."""
+
     loss_is: ClassVar[Literal["mean", "sum"] | None] = None
     """What a single loss is that the module returns: the mean over what counts in its batch (samples, or tokens whose
     target is not -100), or the sum."""
