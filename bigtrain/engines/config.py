@@ -51,6 +51,8 @@ class EngineConfig(Section):
     """Whether it can leave parameters as they are (`optimizer.frozen`)."""
     records_norms: ClassVar[bool] = False
     """Whether it records norms by group of parameters (`contract.RecordsNorms`)."""
+    keeps_tensors: ClassVar[bool] = False
+    """Whether its `state` holds each parameter of the model by name, as one tensor or DTensor."""
     steps_parts: ClassVar[bool] = False
     """Whether it runs several optimizers in a step (`optimizer.parts`)."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bigtrain.models.huggingface import HfTensor
+    from bigtrain.models.pictures import Picture, Shown
 
 DataKind = str
 """The name of a sample kind (`batches.KINDS`)."""
@@ -204,6 +206,15 @@ class ModelConfig(Section):
         from bigtrain.models.check import check_contract
 
         check_contract(self, vocab_size)
+
+    def pictures(self, network: nn.Module, shown: Shown) -> Mapping[str, Picture]:
+        """What the callback `pictures` shows, by title; a family that overrides nothing offers none.
+
+        Args:
+            network: What `build` returns, with the run's full weights, in evaluation mode and without gradients.
+            shown: Held-out samples. Random draws of torch are the same at each call.
+        """
+        return {}
 
     def parameter_count(self, vocab_size: int) -> int:
         """Parameters of the module that `build` returns, a tied weight counted once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -29,6 +30,12 @@ CHECKPOINTS: Final = "checkpoints"
 
 LATEST: Final = "LATEST"
 """In CHECKPOINTS: the name of the newest published one."""
+
+PICTURES: Final = "pictures"
+"""Folder of what the callback `pictures` renders."""
+
+PICTURE: Final = re.compile(r"(?P<step>\d{8,})-(?P<title>[a-z0-9-]+)\.png")
+"""A file in PICTURES: the step, and the title in lower case."""
 
 LOGS: Final = "logs"
 """Folder of the ranks' and agents' logs."""

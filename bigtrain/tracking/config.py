@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator
 
 from bigtrain.config import Duration, Registry, Section
+
+PICTURE_KEY: Final = "_picture"
+"""Of the mapping that stands for a picture in a tracker's row; its value is the place of a PNG file."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class Tracker:
     """An open tracker, in its own process. It may raise, block and print: the training does not notice."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Take one object of metrics.jsonl: `step`, and values by name, where a value that is not finite is null."""
+        """Take one object of metrics.jsonl: `step`, and values by name, where a value that is not finite is null.
+
+        After an evaluation it may also hold pictures: {"pictures/TITLE": {"_picture": FILE}}.
+        """
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Tell the user that the run has ended."""

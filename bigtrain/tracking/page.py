@@ -188,6 +188,15 @@ class Page:
         table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
         self._parts.append(f'<div class="scroll"><table>{table}</table></div>')
 
+    def pictures(self, pictures: Iterable[tuple[str, str, bytes]]) -> None:
+        """PNG images side by side, which the page has inside: (caption, what it shows in words, content)."""
+        figures = []
+        for caption, words, content in pictures:
+            source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            image = f'<img src="{source}" alt="{_text(words)}">'
+            figures.append(f'<figure class="card">{image}<figcaption>{_text(caption)}</figcaption></figure>')
+        self._parts.append(f'<div class="pictures">{"".join(figures)}</div>')
+
     def preformatted(self, text: str, prose: bool = False) -> None:
         """A text as it stands; prose breaks its long lines."""
         self._parts.append(f"<pre{' class=prose' if prose else ''}>{_text(text)}</pre>")

@@ -27,6 +27,8 @@ from bigtrain.tracking.status import run_goodput
 
 MAX_EVENTS = 300
 MAX_MARKS = 100
+MAX_PICTURES = 4
+"""Of one title, in a report."""
 _FAULTS = ("fault", "failed")
 
 
@@ -82,6 +84,7 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
         show_forecast(page, held)
     _time_bars(page, [run])
     _curves(page, [run])
+    _pictures(page, run)
     if run.events:
         page.heading("Events")
         _events_table(page, run.events)
@@ -133,6 +136,22 @@ def _curves(page: Page, runs: Sequence[_Run]) -> None:
     page.controls(axes(max(known.values(), key=len)))
     units = {name: unit for run in runs for name, unit in read_units(run.directory / names.METRICS).items()}
     page.charts(charts(known, _marks(runs[0].events) if len(runs) == 1 else (), units))
+
+
+def _pictures(page: Page, run: _Run) -> None:
+    """The newest picture of each title, and before it some of earlier evaluations."""
+    by_title: dict[str, dict[int, Path]] = {}
+    folder = run.directory / names.PICTURES
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if found := names.PICTURE.fullmatch(file.name):
+            by_title.setdefault(found["title"].replace("-", " "), {})[int(found["step"])] = file
+    for title, files in by_title.items():
+        page.heading(title.capitalize())
+        steps = sorted(files)
+        chosen = np.unique(np.linspace(0, len(steps) - 1, MAX_PICTURES).round().astype(int))
+        page.pictures(
+            [(f"step {steps[n]:,}", f"{title} at step {steps[n]}", files[steps[n]].read_bytes()) for n in chosen]
+        )
 
 
 def _summary(config: dict[str, Any]) -> str:

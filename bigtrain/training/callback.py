@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bigtrain.data.loader import StepBatch
     from bigtrain.engines.contract import Engine
     from bigtrain.metrics import Value
+    from bigtrain.training.prepare import Prepared
     from bigtrain.training.progress import Progress
 
 
@@ -51,6 +52,8 @@ class Step:
     """Held-out metrics (`val_...`), where this step was followed by an evaluation."""
     units: Mapping[str, str] = field(default_factory=dict)
     """Units of these, where they have one."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """PNG files that callbacks of an `order` below 20 have written, by title: trackers get them with this step."""
 
     @property
     def loss(self) -> float | None:
@@ -84,6 +87,8 @@ class CallbackContext:
     rank: int
     world_size: int
     device: torch.device
+    prepared: Prepared
+    """The run's config, and its data."""
 
 
 class Callback:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer
     from bigtrain.engines.config import EngineConfig
     from bigtrain.engines.contract import Engine, Totals
+    from bigtrain.models.config import ModelConfig
     from bigtrain.training.callback import Callback, CallbackContext
 
 
@@ -111,6 +112,13 @@ class CallbackConfig(Section):
 
     def check(self, engine: EngineConfig) -> None:
         """Refuse an engine that the callback does not work with, before any process is started.
+
+        Raises:
+            UserError: It does not.
+        """
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a model that the callback does not work with, before any process is started.
 
         Raises:
             UserError: It does not.

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from bigtrain import storage
 from bigtrain.run import RunDirectory
+from bigtrain.tracking.config import PICTURE_KEY
 from bigtrain.tracking.forecast import Watch, band_at, watch_rows
 from bigtrain.tracking.metrics import MetricsFile, step_rows
 from bigtrain.tracking.numbers import finite
@@ -132,7 +133,9 @@ class MetricsLog(Callback):
         units = {name: value.metric.unit for name, value in progress.interval_metrics.items() if value.metric.unit}
         self._file.add_units({**units, **step.units})
         if self._tracker is not None:
-            self._tracker(row)
+            self._tracker(
+                {**row, **{f"pictures/{title}": {PICTURE_KEY: place} for title, place in step.pictures.items()}}
+            )
         progress.end_interval()
         self._reset()
 

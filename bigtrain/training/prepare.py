@@ -339,6 +339,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
     )
     for callback in config.callbacks:
         callback.check(config.engine)
+        callback.check_model(model)
     evaluators = config.evaluation.evaluators
     if held_out is not None or any(map(_has_own_pass, evaluators)):
         _check_evaluators(evaluators, config.layout.pp, train)

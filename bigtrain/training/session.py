@@ -286,7 +286,7 @@ class Session:
         ranks = self.ranks
         context = CallbackContext(
             self.engine, self.directory.path, self.prepared.total_steps, ranks.rank, ranks.world_size,
-            self.engine.device,
+            self.engine.device, self.prepared,
         )  # fmt: skip
         callbacks = []
         for number, config in enumerate(self.config.callbacks):

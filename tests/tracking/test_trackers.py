@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from bigtrain.config import UserError
 from bigtrain.config.plugin import load_plugin
 from bigtrain.storage import read_lines
-from bigtrain.tracking.config import TRACKERS, TrackingConfig
+from bigtrain.tracking.config import PICTURE_KEY, TRACKERS, TrackingConfig
 from bigtrain.tracking.process import Trackers
 
 PLUGIN = """
@@ -63,18 +64,30 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(one.step, one.value) for one in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
+def images(folder: Path) -> dict[str, list[int]]:
+    """The steps that TensorBoard's own reader finds pictures of."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"images": 0})
+    reader.Reload()
+    return {tag: [one.step for one in reader.Images(tag)] for tag in reader.Tags()["images"]}
+
+
 def test_tensorboard_reads_every_number_and_a_resume_replaces_the_steps_that_come_again(run_dir: Path) -> None:
+    Image.new("L", (3, 2)).save(run_dir / "drawn.png")
+    pictures = {"samples": {PICTURE_KEY: str(run_dir / "drawn.png")}, "lost": {PICTURE_KEY: str(run_dir / "lost.png")}}
     for first, factor in ((1, 1.0), (3, 2.0)):
         tracker = Trackers(run_dir, "tiny", {"seed": 1}, tracking(name="tensorboard"))
         for step in range(first, 5):
             row = {"step": step, "loss": factor * step, "loss/web": 0.5, "mfu": None, "grad_norm": float("nan")}
-            tracker.put(row)
+            tracker.put(row | pictures)
         tracker.close(60)
     found = scalars(run_dir / "tensorboard")
     assert found == {
         "loss": [(1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)],
         "loss/web": [(step, 0.5) for step in (1, 2, 3, 4)],
     }
+    assert images(run_dir / "tensorboard") == {"samples": [1, 2, 3, 4]}
 
 
 @pytest.mark.usefixtures("plugin")

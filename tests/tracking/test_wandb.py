@@ -8,8 +8,9 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
-from bigtrain.tracking.config import TrackedRun, TrackingConfig
+from bigtrain.tracking.config import PICTURE_KEY, TrackedRun, TrackingConfig
 from bigtrain.tracking.process import QUEUE_SIZE, TrackerProcess, Trackers
 from bigtrain.tracking.trackers.wandb import (
     INIT_TIMEOUT_S,
@@ -70,16 +71,20 @@ def test_offline_files_hold_the_logged_values_and_resume_under_the_same_id(
     wandb_history: Callable[[Path], list[dict[str, Any]]],
     read_wandb: Callable[[Path], list[Any]],
 ) -> None:
-    """... and git, code and the console are not captured."""
+    """... pictures too, and git, code and the console are not captured."""
     ids = []
+    Image.new("L", (3, 2)).save(run_dir / "drawn.png")
+    pictures = {"samples": {PICTURE_KEY: str(run_dir / "drawn.png")}, "lost": {PICTURE_KEY: str(run_dir / "lost.png")}}
     for steps in ((1, 2, 3), (4,)):
         tracker = Trackers(run_dir, "tiny", {"seed": 1337}, TrackingConfig(tags=["first"]))
         for step in steps:
-            tracker.put({"step": step, "loss": 1.0 / step, "mfu": None, "grad_norm": float("nan")})
+            tracker.put({"step": step, "loss": 1.0 / step, "mfu": None, "grad_norm": float("nan"), **pictures})
         tracker.close(30)
         ids.append(run_id(run_dir, "tiny"))
     rows = wandb_history(run_dir)
     assert [(row["_step"], row["loss"]) for row in rows] == [(step, 1.0 / step) for step in (1, 2, 3, 4)]
+    assert [row["samples.width"] for row in rows] == [3] * 4
+    assert not [name for row in rows for name in row if name.startswith("lost")]
     assert all("mfu" not in row and "grad_norm" not in row for row in rows)
     runs = [record.run for record in read_wandb(run_dir) if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == set(ids)

@@ -20,6 +20,7 @@ class FSDPConfig(EngineConfig):
     runs_plain_modules: ClassVar[bool] = True
     freezes: ClassVar[bool] = True
     records_norms: ClassVar[bool] = True
+    keeps_tensors: ClassVar[bool] = True
     steps_parts: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
 

@@ -22,6 +22,8 @@ from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
 from bigtrain.models.patches import ImageConfig, cut
+from bigtrain.models.pictures import Picture, Shown
+from bigtrain.models.sampling import Choice, generate
 from bigtrain.models.sums import by_sequence
 
 
@@ -64,6 +66,14 @@ class Config(ImageConfig):
         pairs, seen = places**2, patches * places + (places - patches) * (places - patches + 1) // 2
         full, causal = (dense + 12 * self.layers * self.width * count for count in (pairs, seen))
         return Flops(full // self.context, causal // self.context)
+
+    def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
+        """Images, each above the caption that the model finds most probable."""
+        images = shown.batch["images"]
+        nothing = torch.zeros((shown.count, 0), dtype=torch.int64, device=images.device)
+        written = generate(network, nothing, self.context, Choice(0), given={"images": images})
+        captions = tuple(shown.text(row) for row in written.tolist())
+        return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 8, captions)}
 
 
 class Block(nn.Module):

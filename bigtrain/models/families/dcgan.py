@@ -6,7 +6,7 @@ Goodfellow et al. (2014), the generator's the one that does not saturate.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, MultipleOf
 from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES, DataKind
+from bigtrain.models.pictures import Picture, Shown
 from bigtrain.models.plain import Batch, PlainConfig, pixels
 
 
@@ -51,6 +52,11 @@ class Config(PlainConfig):
         """Of the discriminator: -log D(x) - log(1 - D(G(z))); of the generator: -log D(G(z))."""
         fooled, *real = output
         return F.softplus(fooled) + F.softplus(-real[0]) if real else F.softplus(-fooled)
+
+    def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
+        """Generated images."""
+        noise = torch.randn(shown.count, self.latent, 1, 1, device=shown.batch["images"].device)
+        return {"samples": Picture((cast(DCGAN, network).generator(noise) + 1) / 2)}
 
 
 class DCGAN(nn.Module):

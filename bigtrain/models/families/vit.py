@@ -15,6 +15,7 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES, DataKind, Flops
@@ -83,14 +84,23 @@ class VisionTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         """Sums of losses and weights for images uint8 (B, H, W, channels), labels (B,) and weights (B,)."""
-        x = self.embedding(
-            cut(batch["images"], self.config.patch, self.compute_dtype)
-        ) + self.position_embedding.weight.to(self.compute_dtype)
+        hidden, weights = self.hidden(batch["images"]), batch["weights"]
+        loss, losses = chunked_cross_entropy(hidden, self.head.weight, batch["labels"], weights)
+        return LossSum(loss, weights.sum(), by_sequence(losses, weights))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, classes) in FP32 of a batch of `images` alone."""
+        hidden = self.hidden(batch["images"])
+        return F.linear(hidden, self.head.weight.to(hidden.dtype)).float()
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """What the head reads (B, W) of images uint8 (B, H, W, channels)."""
+        patches = self.embedding(cut(images, self.config.patch, self.compute_dtype))
+        x = patches + self.position_embedding.weight.to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x)
-        pooled: Tensor = self.norm(x.mean(dim=1))
-        loss, losses = chunked_cross_entropy(pooled, self.head.weight, batch["labels"], batch["weights"])
-        return LossSum(loss, batch["weights"].sum(), by_sequence(losses, batch["weights"]))
+        hidden: Tensor = self.norm(x.mean(dim=1))
+        return hidden
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The transformer blocks, in order."""

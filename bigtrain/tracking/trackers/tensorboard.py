@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from bigtrain.config import UserError
-from bigtrain.tracking.config import TRACKERS, TrackedRun, Tracker, TrackerConfig
+from bigtrain.tracking.config import PICTURE_KEY, TRACKERS, TrackedRun, Tracker, TrackerConfig
 
 FLUSH_S = 5
 """How much of the run a kill may cost the files."""
@@ -14,7 +15,7 @@ FLUSH_S = 5
 
 @TRACKERS.register
 class TensorBoardConfig(TrackerConfig):
-    """Writes each number as a scalar under its name; needs the extra `tensorboard`."""
+    """Writes each number as a scalar under its name, and pictures; needs the extra `tensorboard`."""
 
     label: ClassVar[str] = "TensorBoard"
 
@@ -49,9 +50,17 @@ class _TensorBoard(Tracker):
             self._summaries.Summary.Value(tag=name, simple_value=float(value))
             for name, value in row.items()
             if name != "step" and isinstance(value, (int, float))
-        ]
+        ] + [self._image(name, Path(value[PICTURE_KEY])) for name, value in row.items() if _is_picture(value)]
         summary = self._summaries.Summary(value=values)
         self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+    def _image(self, name: str, file: Path) -> Any:
+        image = self._summaries.Summary.Image(encoded_image_string=file.read_bytes())
+        return self._summaries.Summary.Value(tag=name, image=image)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, dict) and PICTURE_KEY in value and Path(value[PICTURE_KEY]).exists()

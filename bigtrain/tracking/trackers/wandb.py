@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from bigtrain.storage import write_atomic
-from bigtrain.tracking.config import TRACKERS, TrackedRun, Tracker, TrackerConfig, TrackingConfig
+from bigtrain.tracking.config import PICTURE_KEY, TRACKERS, TrackedRun, Tracker, TrackerConfig, TrackingConfig
 from bigtrain.tracking.process import TrackerProcess
 
 INIT_TIMEOUT_S = 60.0
@@ -97,7 +97,8 @@ class _Wandb(Tracker):
         self._first_free = int(self._run.step)
 
     def log(self, row: dict[str, Any]) -> None:
-        values = {key: _media(value) for key, value in row.items() if value is not None and key != "step"}
+        media = {key: _media(value) for key, value in row.items() if key != "step"}
+        values = {key: value for key, value in media.items() if value is not None}
         # After a resume from an older checkpoint W&B already holds these steps and refuses to go back.
         if row["step"] >= self._first_free:
             self._run.log(values, step=row["step"])
@@ -110,7 +111,10 @@ class _Wandb(Tracker):
 
 
 def _media(value: Any) -> Any:
-    """W&B's own object for {"_wandb_table": columns, "rows": ...} and {"_wandb_html": path}; others as they are."""
+    """W&B's own object for {"_wandb_table": columns, "rows": ...}, {"_wandb_html": path} and pictures, else the value.
+
+    None for a picture whose file is no longer there.
+    """
     if isinstance(value, dict) and "_wandb_table" in value:
         import wandb
 
@@ -119,6 +123,10 @@ def _media(value: Any) -> Any:
         import wandb
 
         return wandb.Html(Path(value["_wandb_html"]).read_text(encoding="utf-8"), inject=False)
+    if isinstance(value, dict) and PICTURE_KEY in value:
+        import wandb
+
+        return wandb.Image(value[PICTURE_KEY]) if os.path.exists(value[PICTURE_KEY]) else None
     return value
 
 

@@ -25,12 +25,15 @@ assert _spec.loader is not None
 training: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(training)
 
-DRAWS = {"lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping", "checkpointed", "seq2seq", "tagger"}
+DRAWS = {
+    "lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping", "checkpointed", "seq2seq", "tagger",
+    "families.vae", "families.rnn",
+}  # fmt: skip
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
 MOVED_TWICE = {"densenet"}
 """Whose running statistics plain torch moves again where torch.utils.checkpoint computes them again."""
-BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae"}
-"""Which the fast tests do not train."""
+BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae", "lstm", "vae"}
+"""Which the fast tests do not train; some of them are much like bigtrain's own."""
 COUPLED = {"resnet", "clip", "densenet", "instance_norm", "graph", "vqvae"}
 """That need a rank's part of a batch in one pass."""
 AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
@@ -80,6 +83,13 @@ def test_the_others_give_the_losses_of_plain_torch_and_of_one_process(
     others = {arch: everything[arch] for arch in BY_SLOW_TESTS}
     assert _away_from_plain_torch(others) == {}
     _check_two_ranks(ranks, others)
+
+
+@pytest.mark.slow
+def test_four_ranks_give_the_losses_of_one_process_for_bigtrains_own(ranks: RankPool, alone: dict[str, Any]) -> None:
+    found = ranks.run(training.train, sorted(training.OWN), ranks=4, timeout_s=300)[0]
+    for arch in training.OWN:
+        assert away(alone[arch][0], found[arch][0]) <= AGREES, arch
 
 
 @pytest.mark.slow

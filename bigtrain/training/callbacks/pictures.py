@@ -1,0 +1,173 @@
+"""Pictures of what a model makes, at each evaluation: RUN/pictures, the report, and the trackers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from bigtrain.config import Count, UserError
+from bigtrain.run import names
+from bigtrain.training.callback import Callback, CallbackContext, Step
+from bigtrain.training.config import CALLBACKS, CallbackConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bigtrain.engines.config import EngineConfig
+    from bigtrain.models.config import ModelConfig
+    from bigtrain.models.pictures import Shown
+    from bigtrain.training.prepare import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+@CALLBACKS.register
+class PicturesConfig(CallbackConfig):
+    """Shows at each evaluation what the model makes of the same samples and the same noise.
+
+    The first rank renders them, with a copy of the full weights on its device; the others wait for it.
+    """
+
+    name: Literal["pictures"] = "pictures"
+    count: Annotated[Count, Ge(1)] = 32
+    """Images of a picture, at most: of held-out samples, the first ones."""
+
+    def check(self, engine: EngineConfig) -> None:
+        """Refuse an engine whose state is not the model's tensors."""
+        if not engine.keeps_tensors:
+            raise UserError(
+                f"The engine '{engine.name}' gives no full weights to make pictures with",
+                "callbacks",
+                "Use engine: {name: fsdp}, or remove the callback 'pictures'.",
+            )
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a family that shows nothing."""
+        from bigtrain.models.config import ModelConfig
+
+        if type(model).pictures is ModelConfig.pictures:
+            raise UserError(
+                f"The model of arch '{model.arch}' offers no pictures",
+                "callbacks",
+                "Define pictures(self, network, shown) in its Config (bigtrain/models/pictures.py), or remove the "
+                "callback 'pictures'.",
+            )
+
+    def build(self, context: CallbackContext) -> Callback:
+        """On each rank: all of them gather the weights."""
+        return _Pictures(self, context)
+
+
+class _Pictures(Callback):
+    order = 15
+    """Before the metrics of a step go to the trackers."""
+
+    def __init__(self, config: PicturesConfig, context: CallbackContext) -> None:
+        self._config, self._context = config, context
+        self._folder = context.directory / names.PICTURES
+        self._prepared: Prepared = context.prepared
+        self._shown: Shown | None = None
+
+    def on_start(self, progress: Any) -> None:
+        """Remove what a resume will render again."""
+        self.on_roll_back(progress)
+
+    def on_roll_back(self, progress: Any) -> None:
+        """Remove the pictures of steps that are taken back."""
+        if self._context.rank == 0 and self._folder.is_dir():
+            for file in self._folder.iterdir():
+                if (found := names.PICTURE.match(file.name)) and int(found["step"]) > progress.step:
+                    file.unlink(missing_ok=True)
+
+    def on_step(self, step: Step, progress: Any) -> None:
+        """Gather the weights, and render where this is the first rank."""
+        if not step.evaluation:
+            return
+        weights = self._weights()
+        if self._context.rank == 0:
+            try:
+                step.pictures.update(self._rendered(step.number, weights))
+            except OSError as error:
+                # A full disk must not end the training.
+                logger.warning("the pictures of step %d could not be written: %s", step.number, error)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers in full, by qualified name. Collective."""
+        from torch.distributed.tensor import DTensor
+
+        prefix = "model."
+        found = {}
+        for name, value in self._context.engine.state().items():
+            if name.startswith(prefix):
+                full = value.full_tensor() if isinstance(value, DTensor) else value
+                if self._context.rank == 0:
+                    found[name.removeprefix(prefix)] = full.detach()
+        return found
+
+    def _rendered(self, step: int, weights: dict[str, Tensor]) -> dict[str, str]:
+        """Write the pictures of a step; their places by title."""
+        import torch
+
+        from bigtrain.training.grid import png
+
+        model, device = self._prepared.config.model, self._context.device
+        with _drawing_apart(device, self._prepared.config.seed), torch.no_grad():
+            network: nn.Module = model.build(self._prepared.outputs)
+            network.load_state_dict(weights, strict=False)
+            made = model.pictures(network.eval().to(device), self._samples())
+        self._folder.mkdir(exist_ok=True)
+        places = {}
+        for title, picture in made.items():
+            slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+            file = self._folder / f"{step:08d}-{slug}.png"
+            file.write_bytes(png(picture))
+            places[title] = str(file)
+        return places
+
+    def _samples(self) -> Shown:
+        """The first held-out samples, of the training data where nothing is held out."""
+        from bigtrain.data.loader import EvaluationLoader
+        from bigtrain.engines.rank import to_device
+        from bigtrain.models.pictures import Shown
+
+        if self._shown is None:
+            prepared, count = self._prepared, self._config.count
+            config, index = prepared.config, (prepared.held_out or prepared.sources).first
+            with EvaluationLoader(
+                index, batches=1, sequences=count, batch_size=count, context=prepared.context, seed=config.seed,
+                document_mask=config.data.document_mask, streaming=config.streaming,
+            ) as loader:  # fmt: skip
+                arrays = next(iter(loader)).micro_batches[0]
+            kept = min(count, sum(index.sequence_counts(prepared.context, config.data.document_mask)))
+            batch = to_device({name: values[:kept] for name, values in arrays.items()}, self._context.device)
+            self._shown = Shown(batch, _decoder(index))
+        return self._shown
+
+
+def _decoder(index: Any) -> Any:
+    """Turns tokens into text, up to the end of text."""
+    if index.tokenizer is None:
+        return lambda tokens: ""
+    tokenizer = index.load_tokenizer()
+
+    def text(tokens: Sequence[int]) -> str:
+        kept = list(tokens)
+        return str(tokenizer.decode(kept[: kept.index(tokenizer.eot)] if tokenizer.eot in kept else kept))
+
+    return text
+
+
+@contextmanager
+def _drawing_apart(device: Any, seed: int) -> Iterator[None]:
+    """Draws from the run's seed that leave the generators of the training as they were."""
+    import torch
+
+    from bigtrain.models.plain.family import seeded
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), seeded(seed):
+        yield

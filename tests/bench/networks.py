@@ -1,0 +1,262 @@
+"""The networks of configs/, each trained on real data until its figure: `python -m tests.bench.networks [NAME ...]`.
+
+The data come from BIGTRAIN_TEST_DATA (shared/data beside the checkout). Each network is trained by `bigtrain train`
+with the YAML of configs/, and its figure is read from the run. The table goes to tests/bench/results/networks.txt; the
+rows of networks that are not named stay as they are there. A network is one record of NETWORKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import bigtrain
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
+RESULTS = ROOT / "tests" / "bench" / "results" / "networks.txt"
+HEADER = ("network", "data", "must reach", "reached", "", "seconds")
+SHARD = 10_000
+"""Digits in a tar."""
+
+
+def command(work: Path, *arguments: object) -> None:
+    """One command of bigtrain in a directory."""
+    words = [sys.executable, "-m", "bigtrain", *map(str, arguments)]
+    subprocess.run(words, cwd=work, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=sys.stderr)
+
+
+# Data.
+
+
+def mnist(work: Path) -> None:
+    """60,000 digits to train on and 10,000 to test with, as PNG."""
+    for split, kind in (("train", "train"), ("validation", "t10k")):
+        folder = work / "shards" / "mnist" / split
+        folder.mkdir(parents=True)
+        for number, entries in enumerate(_tars(kind)):
+            with tarfile.open(folder / f"digits-{number}.tar", "w") as tar:
+                for name, content in entries:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        command(work, "data", "index", folder)
+
+
+def _tars(kind: str) -> Iterator[list[tuple[str, bytes]]]:
+    pixels = gzip.decompress((DATA / "mnist" / f"{kind}-images-idx3-ubyte.gz").read_bytes())[16:]
+    labels = gzip.decompress((DATA / "mnist" / f"{kind}-labels-idx1-ubyte.gz").read_bytes())[8:]
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
+    for first in range(0, len(images), SHARD):
+        entries = []
+        for number in range(first, min(first + SHARD, len(images))):
+            png = io.BytesIO()
+            Image.fromarray(images[number]).save(png, "PNG")
+            entries += [(f"{number:05d}.png", png.getvalue()), (f"{number:05d}.cls", str(labels[number]).encode())]
+        yield entries
+
+
+def shakespeare(work: Path) -> None:
+    """tinyshakespeare by characters; its last tenth is held out."""
+    text = DATA / "tinyshakespeare" / "input.txt"
+    command(work, "data", "tokenizer", text, "--kind", "characters", "--out", "characters.json")
+    command(
+        work, "data", "pack", text, "--tokenizer", "characters.json", "--validation", "10%", "--out",
+        "shards/shakespeare",
+    )  # fmt: skip
+
+
+def addition(work: Path) -> None:
+    """5,000 sums of numbers below 100, no pair twice, in either order; a tenth is held out."""
+    draw = random.Random(0)
+    pairs = draw.sample([(a, b) for a in range(100) for b in range(a, 100)], 5000)
+    lines = []
+    for pair in pairs:
+        a, b = draw.sample(pair, 2)
+        lines.append(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}))
+    (work / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    command(
+        work, "data", "pack", "sums.jsonl", "--kind", "supervised", "--tokenizer", "bytes", "--validation", "10%",
+        "--out", "shards/addition",
+    )  # fmt: skip
+
+
+# Figures.
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run has reached."""
+
+    text: str
+    is_enough: bool
+
+
+Figure = Callable[[Path, str], Reached]
+"""From the directory of all runs, and the name of one."""
+
+
+def last(runs: Path, name: str, metric: str) -> float:
+    """A metric of a run's last evaluation."""
+    values = [row[metric] for row in bigtrain.Run(name, runs).metrics() if row.get(metric) is not None]
+    return float(values[-1])
+
+
+def at_least(metric: str, wanted: float) -> Figure:
+    """A share that must be reached."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        value = last(runs, name, metric)
+        return Reached(f"{value:.2%}", value >= wanted)
+
+    return figure
+
+
+def at_most(metric: str, wanted: float, form: str) -> Figure:
+    """A loss that must be reached."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        value = last(runs, name, metric)
+        return Reached(f"{value:{form}}", value <= wanted)
+
+    return figure
+
+
+def recognised(classifier: str, wanted: float, count: int = 2000) -> Figure:
+    """The classes and the mean confidence that a classifier of real digits gives to generated ones."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        generator, judge = (bigtrain.load(one, runs_dir=runs) for one in (name, classifier))
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = generator.generator(torch.randn(count, generator.latent, 1, 1))
+            images = (127.5 * (made + 1)).round().to(torch.uint8).permute(0, 2, 3, 1)
+            shares = judge.logits({"images": images}).softmax(1)
+        confidence, classes = shares.max(1)
+        found = len(classes.unique())
+        return Reached(f"{found} classes, {confidence.mean():.3f}", found == 10 and bool(confidence.mean() >= wanted))
+
+    return figure
+
+
+# Networks.
+
+
+@dataclass(frozen=True)
+class Network:
+    """A row of the table."""
+
+    name: str
+    config: str
+    """The file of configs/, without its suffix."""
+    data: Callable[[Path], None]
+    """Writes the shards that the file names; its name stands in the table."""
+    must_reach: str
+    figure: Figure
+    overrides: tuple[str, ...] = ()
+    after: str = ""
+    """A network whose run the figure needs."""
+
+    @property
+    def run(self) -> str:
+        """The name of its run."""
+        return self.name.lower().replace(" ", "-")
+
+
+NETWORKS = (
+    Network("ViT", "vit-mnist", mnist, "98.5 % accuracy", at_least("val_accuracy", 0.985)),
+    Network(
+        "DCGAN", "dcgan-mnist", mnist, "10 classes, confidence 0.9", recognised("vit", 0.9), after="ViT"
+    ),
+    Network("VAE", "vae-mnist", mnist, "106 nats", at_most("val_loss", 106, ".1f")),
+    Network("LSTM", "rnn-shakespeare", shakespeare, "loss 1.75", at_most("val_loss", 1.75, ".3f")),
+    Network("LSTM seq2seq", "seq2seq-addition", addition, "99 % of answers", at_least("val_answers", 0.99)),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Train what is named, or all; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="networks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(one.run for one in NETWORKS)}")
+    parser.add_argument("--work", type=Path, help="where shards and runs go; those that are there are used again")
+    options = parser.parse_args()
+    unknown = {*options.names} - {one.run for one in NETWORKS}
+    if unknown:
+        parser.error(f"no such network: {', '.join(sorted(unknown))}")
+    chosen = [one for one in NETWORKS if not options.names or one.run in options.names]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        rows = {one.name: measure(one, work) for one in chosen}
+    table = written(known_rows() | rows)
+    RESULTS.write_text(table)
+    print(table, end="")
+    return int(any(row[4] != "yes" for row in rows.values()))
+
+
+def measure(network: Network, work: Path) -> tuple[str, ...]:
+    """Train one network, and read its figure."""
+    train(network, work)
+    reached = network.figure(work / "runs", network.run)
+    seconds = (work / "runs" / f"{network.run}.seconds").read_text()
+    return (
+        network.name, network.data.__name__, network.must_reach, reached.text, "yes" if reached.is_enough else "no",
+        seconds,
+    )  # fmt: skip
+
+
+def train(network: Network, work: Path) -> None:
+    """Train a network, and before it what its figure needs; a run that has ended is not repeated."""
+    for other in NETWORKS:
+        if other.name == network.after:
+            train(other, work)
+    timing = work / "runs" / f"{network.run}.seconds"
+    if timing.exists():
+        return
+    prepared = work / f"{network.data.__name__}.done"
+    if not prepared.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        network.data(work)
+        prepared.touch()
+    began = time.monotonic()
+    command(
+        work, "train", ROOT / "configs" / f"{network.config}.yaml", f"name={network.run}", "tracking.wandb=disabled",
+        *network.overrides,
+    )  # fmt: skip
+    timing.write_text(f"{time.monotonic() - began:.0f}")
+
+
+def known_rows() -> dict[str, tuple[str, ...]]:
+    """The rows of the last table."""
+    if not RESULTS.exists():
+        return {}
+    rows = [tuple(cell.strip() for cell in line.split("|")) for line in RESULTS.read_text().splitlines()]
+    return {row[0]: row for row in rows if len(row) == len(HEADER) and row[0] in {one.name for one in NETWORKS}}
+
+
+def written(rows: dict[str, tuple[str, ...]]) -> str:
+    """The table, in the order of NETWORKS."""
+    lines = [HEADER, *(rows[one.name] for one in NETWORKS if one.name in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    cells = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    head = f"networks trained on {os.cpu_count()} cores, FP32: python -m tests.bench.networks"
+    return "\n".join([head, "", *(line.rstrip() for line in cells)]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
