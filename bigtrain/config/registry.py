@@ -159,8 +159,8 @@ class Registry(Generic[T]):
         Raises:
             UserError: There is none; says which are known, and the nearest.
         """
-        if name not in self.found and name in self.builtin() and (own := self._import(name)) is not None:
-            self.found[name] = own
+        if name not in self.found and name in self.builtin() and (value := self._import(name)) is not None:
+            self.found[name] = value
         if name not in self.found:
             close = nearest(name, self.names())
             hint = f"Did you mean '{close}'? " if close else ""

@@ -5,7 +5,7 @@ Dropout lies between the layers and not in time (Zaremba et al. 2014). Each sequ
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.plain import Batch, PlainConfig
 
-CELLS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+CELLS: dict[str, Any] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 @FAMILIES.register
