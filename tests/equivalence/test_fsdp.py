@@ -192,7 +192,7 @@ def test_a_layout_computes_what_one_process_computes(
 def changed(engine: FSDPEngine, change: Callable[[MicroBatch], MicroBatch]) -> None:
     """Let each micro-batch be changed on its way into the engine."""
     backward = engine.backward
-    engine.backward = lambda step, batches, part: backward(step, [change(batch) for batch in batches], part)  # type: ignore[method-assign]
+    engine.backward = lambda step, batches, part=None: backward(step, [change(batch) for batch in batches], part)  # type: ignore[method-assign]
 
 
 def keyed_by_rank(engine: FSDPEngine) -> None:
