@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Stri
 
 from bigtrain.config import NUMBER_OR_TEXT, Bytes, Count, Duration, Section
 from bigtrain.config.urls import is_url
+from bigtrain.data.augmentation import AUGMENTATIONS, AugmentationConfig
 from bigtrain.storage.scheme import check_url
 
 
@@ -104,6 +105,10 @@ class DataConfig(Section):
     shuffle_window: Annotated[int, Ge(1)] = 8
     """Shards whose sequences are mixed with each other; a shard is read inside one window an epoch."""
 
+    augment: tuple[Annotated[AugmentationConfig, AUGMENTATIONS], ...] = ()
+    """Changes of the images, one after another: [{name: random_crop, padding: 2}, {name: mixup, alpha: 0.2}]. Random
+    ones apply to training alone; sizes and `normalize` to evaluations too."""
+
     consumed: ConsumedConfig | None = None
     """What an earlier run has consumed of the data, so that it is not read again: written by `--fork` and
     `init: {state: all}` where data or batch are other ones than before."""
@@ -173,6 +178,9 @@ class StreamingConfig(Section):
 
     prefetch: Annotated[int, Ge(1)] = 2
     """Steps that a background thread prepares ahead."""
+
+    threads: Annotated[int, Ge(1)] | None = None
+    """Threads of each rank that decode and augment images; null: one for each of its cores, at most 16."""
 
     cache: Annotated[Bytes, Field(ge=1)] = 20 * 10**9
     """Size that fetched shards take on this machine's disk at most ("20 GB"), all ranks and runs together."""

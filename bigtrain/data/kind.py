@@ -114,6 +114,12 @@ class SampleKind(BatchKind):
         """Samples that lose their end at this context."""
         return 0
 
+    def image_shape(self, index: ShardIndex) -> tuple[int, int, int] | None:
+        """Height, width and channels of the array `images` of a batch, uint8; None for kinds without, which
+        `data.augment` does not take."""
+        image = index.image
+        return None if image is None else (image.height, image.width, image.channels)
+
     def describe(self, index: ShardIndex) -> str | None:
         """Sizes of a sample, in words."""
         return None

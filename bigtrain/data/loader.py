@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import UserError
+from bigtrain.data.augmentation import AugmentationConfig
+from bigtrain.data.augmenter import Augmenter
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.order.mixture import Sources
-from bigtrain.data.order.sample_order import FixedOrder, Order, sequence_keys
+from bigtrain.data.order.sample_order import Draw, FixedOrder, IntArray, Order, sequence_keys
+from bigtrain.data.threads import Threads
 from bigtrain.models.batches import Arrays
 
 
@@ -74,7 +77,8 @@ class StepBatch:
     step: int
     micro_batches: list[Arrays]
     """Text: tokens, targets, weights (B, C), keys (B,), and with a document mask documents, positions (B, C).
-    Images: images (B, height, width, channels), labels, weights, keys (B,).
+    Images: images (B, height, width, channels), uint8, or float32 where they are normalized; labels int64 (B,), or
+    float32 (B, classes) where images are mixed; weights, keys (B,).
     Captions: images as before, tokens, weights (B, C), keys (B,).
     Arrays: each by its name (B, ...), labels (B,) where there are classes, weights, keys (B,).
     Of a mixture also sources (B, S): a one for the source of each sequence."""
@@ -99,7 +103,9 @@ class Loader:
         log_samples: Whether batches carry the ids of the global batch.
         prefetch: Batches prepared ahead.
         source: Name of the data in sample ids and in the position, where it is one directory.
-        streaming: How shards are fetched that are not here.
+        streaming: How shards are fetched that are not here, and how many threads decode.
+        augment: Changes of the images, in their order.
+        training: Whether they are those of training or of an evaluation.
     """
 
     def __init__(
@@ -120,6 +126,8 @@ class Loader:
         prefetch: int = 2,
         source: str = "train",
         streaming: StreamingConfig | None = None,
+        augment: Sequence[AugmentationConfig] = (),
+        training: bool = True,
     ) -> None:
         self.sources = Sources.of(data, source)
         if order.counts.tolist() != self.sources.sequence_counts(context, document_mask):
@@ -137,6 +145,14 @@ class Loader:
         self._log_samples, self._prefetch = log_samples, prefetch
         # A batch may lie across the border of two windows.
         self._reader = self.sources.open_reader(context, document_mask, 2 * order.window, streaming)
+        self._threads = Threads(None if streaming is None else streaming.threads)
+        self._reader.use(self._threads)
+        self._augmenter: Augmenter | None = None
+        if augment:
+            self._augmenter = Augmenter(
+                augment, self.sources.first, self.sources.vocab_size, seed=seed, training=training,
+                threads=self._threads,
+            )  # fmt: skip
         self._active: _Ahead | None = None
         # The reader and the order cache what they last used, and the thread of `batches` uses them too.
         self._lock = threading.RLock()
@@ -154,14 +170,14 @@ class Loader:
         with self._lock:
             if self.sources.streams:
                 self._reader.expect(self._order.upcoming(start, shape.batch_size).tolist())
-            draw = self._order.take(start + slots.start, max(0, own))
-            arrays = self._reader.read(draw.shard, draw.sequence)
-        missing = shape.per_rank - len(draw.shard)
+            arrays, shards = self._read(step, slots.start, max(0, own))
+        missing = shape.per_rank - len(shards)
         if missing:
             blank = self._reader.blank(missing)
+            blank = blank if self._augmenter is None else self._augmenter.apply(blank, None)
             arrays = {name: np.concatenate([values, blank[name]]) for name, values in arrays.items()}
         if len(self.sources.names) > 1:
-            arrays["sources"] = self.sources.one_hot(draw.shard, shape.per_rank)
+            arrays["sources"] = self.sources.one_hot(shards, shape.per_rank)
         arrays["keys"] = sequence_keys(self._seed, step, np.arange(slots.start, slots.stop))
         size = shape.micro_batch
         micro_batches = [
@@ -169,6 +185,24 @@ class Loader:
             for first in range(0, shape.per_rank, size)
         ]
         return StepBatch(step, micro_batches, self.sample_ids(step) if self._log_samples else [])
+
+    def _read(self, step: int, first: int, count: int) -> tuple[Arrays, IntArray]:
+        """The samples of `count` slots of a global batch from `first` on, fewer where the data ends; their shards."""
+        batch_size, augmenter = self.distribution.batch_size, self._augmenter
+        start, partners = step * batch_size, None
+        if augmenter is None or not augmenter.mixes:
+            draw = self._order.take(start + first, count)
+        else:
+            own = np.arange(first, first + count)
+            partners = augmenter.partners(step, batch_size)[own]
+            slots = np.concatenate([own, np.setdiff1d(partners, own)])
+            draw = Draw(*(part[slots] for part in self._order.take(start, batch_size)))
+            row_of = np.zeros(batch_size, np.int64)
+            row_of[slots] = np.arange(len(slots))
+            partners = row_of[partners]
+        arrays = self._reader.read(draw.shard, draw.sequence)
+        arrays = arrays if augmenter is None else augmenter.apply(arrays, draw, partners)
+        return arrays, draw.shard[:count]
 
     def sample_ids(self, step: int) -> list[str]:
         """The ids of all samples that `step` consumes, in global order."""
@@ -194,6 +228,7 @@ class Loader:
         """End the reading thread and let go of open shards."""
         self._reader.interrupt()
         self._stop()
+        self._threads.close()
         self._reader.close()
 
     def _stop(self) -> None:
@@ -225,7 +260,7 @@ class EvaluationLoader:
     ) -> None:
         index = data if isinstance(data, ShardIndex) else load_index(data)
         order = FixedOrder(index.sequence_counts(context, loader.get("document_mask", False)), sequences)
-        self._loader = Loader(index, order, context=context, **{"source": "validation", **loader})
+        self._loader = Loader(index, order, context=context, **{"source": "validation", "training": False, **loader})
         if not order.sequences_per_epoch:
             raise UserError("the validation data holds no sequence", where=str(index.directory), fix="hold out more")
         batch_size = self._loader.distribution.batch_size

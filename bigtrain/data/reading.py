@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from bigtrain.config import CorruptionError
 from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.sample_order import IntArray
 from bigtrain.data.streaming.store import ShardStore, open_store
+from bigtrain.data.threads import ALONE, Threads
 from bigtrain.models.batches import Arrays
 
 T = TypeVar("T")
@@ -37,6 +38,10 @@ class Reader(Protocol):
         """Get these shards ready and let go of all others."""
         ...
 
+    def use(self, threads: Threads) -> None:
+        """Decode in these threads, where the kind can."""
+        ...
+
     def interrupt(self) -> None:
         """End a `read` that waits for a shard; from any thread."""
         ...
@@ -50,13 +55,13 @@ class Opened(Generic[T]):
     """The few most recently used shards."""
 
     def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
-        self._open_one, self._close_one, self._limit = open_one, close_one, max(1, limit)
+        self._open_one, self._close_one, self.limit = open_one, close_one, max(1, limit)
         self._opened: OrderedDict[int, T] = OrderedDict()
 
     def __getitem__(self, shard: int) -> T:
         if shard not in self._opened:
             self._opened[shard] = self._open_one(shard)
-            if len(self._opened) > self._limit:
+            if len(self._opened) > self.limit:
                 self._close_one(self._opened.popitem(last=False)[1])
         self._opened.move_to_end(shard)
         return self._opened[shard]
@@ -94,6 +99,9 @@ class ShardReader(ABC, Generic[T]):
         self._shards.keep(wanted)
         self._store.expect(wanted)
 
+    def use(self, threads: Threads) -> None:
+        """See `Reader`: most kinds have little to decode."""
+
     def interrupt(self) -> None:
         """See `Reader`."""
         self._store.interrupt()
@@ -122,6 +130,15 @@ def open_reader(
 class SampleReader(ShardReader[tuple[int, IntArray]]):
     """What the readers of samples have in common: a sample is read from its place in the tar."""
 
+    is_thread_safe: ClassVar[bool] = False
+    """Whether `fill` may run in several threads at once, each for a place of its own."""
+    _threads: Threads = ALONE
+
+    def use(self, threads: Threads) -> None:
+        """See `Reader`."""
+        if self.is_thread_safe:
+            self._threads = threads
+
     @abstractmethod
     def blank(self, count: int) -> Arrays:
         """Valid content of weight zero."""
@@ -137,13 +154,19 @@ class SampleReader(ShardReader[tuple[int, IntArray]]):
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
         """The samples number `indices[i]` of shard `shards[i]`, as `blank` names them."""
         arrays = self.blank(len(shards))
-        rows = []
-        for place, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
-            descriptor, table = self._shards[shard]
-            row = table[index].tolist()
-            where = f"{self._index.directory / self._index.shards[shard].url}, sample {index}"
-            self.fill(arrays, place, descriptor, row, where)
-            rows.append(row)
+        rows: list[list[int]] = []
+        of, numbers = shards.tolist(), indices.tolist()
+
+        def fill(offset: int) -> None:
+            place = part.start + offset
+            where = f"{self._index.directory / self._index.shards[of[place]].url}, sample {numbers[place]}"
+            self.fill(arrays, place, descriptors[offset], rows[place], where)
+
+        for part in _parts(of, self._shards.limit):
+            opened = [self._shards[of[place]] for place in part]
+            descriptors = [descriptor for descriptor, _ in opened]
+            rows += [table[numbers[place]].tolist() for place, (_, table) in zip(part, opened, strict=True)]
+            self._threads.each(fill, len(part))
         self.weigh(arrays, rows)
         return arrays
 
@@ -158,6 +181,18 @@ class SampleReader(ShardReader[tuple[int, IntArray]]):
 
     def _close(self, opened: tuple[int, IntArray]) -> None:
         os.close(opened[0])
+
+
+def _parts(shards: list[int], limit: int) -> Iterator[range]:
+    """Ranges of places whose shards, at most `limit` in each, are open at one time."""
+    first = 0
+    seen: set[int] = set()
+    for place, shard in enumerate(shards):
+        if len(seen | {shard}) > limit:
+            yield range(first, place)
+            first, seen = place, set()
+        seen.add(shard)
+    yield range(first, len(shards))
 
 
 def read_bytes(descriptor: int, offset: int, size: int, where: str) -> bytes:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigtrain.metrics import TensorParallel, record_metric, wants_metric
 from bigtrain.models import chunks
+from bigtrain.models.contract import Batch
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,22 @@ def chunked_cross_entropy(
     if right is not None:
         record_metric("accuracy", right.view(targets.shape), weight=weights, tp=tp)
     return loss, losses
+
+
+def class_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The cross-entropy of each sample, FP32 (B,), in nats.
+
+    Args:
+        logits: (B, classes).
+        batch: Holds `labels`: int64 (B,), or class probabilities (B, classes) where images are mixed; `weights` (B,).
+
+    Where the metric `accuracy` is requested, it is recorded: the share of samples whose class has the largest logit.
+    """
+    labels = batch["labels"]
+    if wants_metric("accuracy"):
+        right = logits.argmax(dim=1) == (labels if labels.ndim == 1 else labels.argmax(dim=1))
+        record_metric("accuracy", right.float(), weight=batch["weights"])
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

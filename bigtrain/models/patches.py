@@ -55,7 +55,11 @@ class ImageConfig(ModelConfig):
 
 
 def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Pixels 0..255 (B, S, S, channels) as patches (B, T, patch * patch * channels) in -1..1, row after row."""
+    """Images (B, S, S, channels) as patches (B, T, patch * patch * channels), row after row.
+
+    Bytes become -1 to 1; what `data.augment` has normalized stays as it is.
+    """
     side, channels = images.shape[1] // patch, images.shape[3]
     patches = images.reshape(-1, side, patch, side, patch, channels).transpose(2, 3)
-    return (patches.reshape(-1, side * side, patch * patch * channels) / 127.5 - 1).to(dtype)
+    patches = patches.reshape(-1, side * side, patch * patch * channels)
+    return (patches if images.is_floating_point() else patches / 127.5 - 1).to(dtype)

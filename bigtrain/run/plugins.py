@@ -13,19 +13,37 @@ if TYPE_CHECKING:
 
 
 def plugin_hashes(config: RunConfig, keys: tuple[str, ...]) -> dict[str, str]:
-    """The keys of the recipe whose section a plugin defines, and the hash of its source."""
-    sources = {key: getattr(getattr(config, key), "plugin", None) for key in keys}
-    return {key: source.sha256 for key, source in sources.items() if source is not None}
+    """The keys of the recipe whose section a plugin defines, or whose augmentations, and the hash of its source."""
+    sources = {key: plugins_of(config, key) for key in keys}
+    return {key: _hash(found) for key, found in sources.items() if found}
+
+
+def plugins_of(config: RunConfig, key: str) -> list[PluginSource]:
+    """The plugins that define a section of the recipe, or the augmentations in it."""
+    section = getattr(config, key)
+    if key == "data":
+        return list(dict.fromkeys(_sources(section)))
+    # What lies deeper in other sections has never been part of the identity by its code.
+    source = getattr(section, "plugin", None)
+    return [] if source is None else [source]
 
 
 def used_plugins(config: RunConfig) -> dict[str, Any]:
     """The entry `plugin` of a run's record: where the plugins lie whose sections the config holds; empty without."""
-    sources = dict.fromkeys(_sources(config))
+    sources = list(dict.fromkeys(_sources(config)))
     if not sources:
         return {}
+    return {"plugin": {"place": places(sources), "sha256": _hash(sources)}}
+
+
+def places(sources: list[PluginSource]) -> str:
+    """Where plugins lie, as `--plugin` takes several."""
+    return os.pathsep.join(source.place for source in sources)
+
+
+def _hash(sources: list[PluginSource]) -> str:
     hashes = [source.sha256 for source in sources]
-    total = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return {"plugin": {"place": os.pathsep.join(source.place for source in sources), "sha256": total}}
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _sources(value: Any) -> Iterator[PluginSource]:

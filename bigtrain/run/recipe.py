@@ -32,8 +32,9 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
     for key, sha256 in plugin_hashes(config, RECIPE).items():
         recipe[key]["plugin"] = sha256
     recipe["data"] = {**recipe["data"], **data}
-    if recipe["data"]["consumed"] is None:
-        del recipe["data"]["consumed"]
+    for key in ("consumed", "augment"):
+        if not recipe["data"][key]:
+            del recipe["data"][key]
     recipe["batch"] = {"sequences": batch_sequences}
     recipe["init"] = {"source": config.init.hash, "state": config.init.state, "fresh": list(config.init.fresh)}
     if config.init.new_rows is not None:

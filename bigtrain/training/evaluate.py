@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 
 from bigtrain.config import UserError, yaml_file
 from bigtrain.config.plugin import plugin_of_launcher
+from bigtrain.data.augmenter import with_augmented_size
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
 from bigtrain.engines.support import check_support
@@ -189,6 +190,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
     for index in data.values():
         if model.data_kind not in (index.kind, index.sample_kind.gives):
             raise UserError(f"The shards hold {index.kind}, and the model takes {model.data_kind}", index.place)
+        with_augmented_size(config.data.augment, index)
     check_support(
         config.engine,
         model.arch,

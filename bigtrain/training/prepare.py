@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.checkpoint.restore import check_store
 from bigtrain.config import CorruptionError, Duration, UserError
 from bigtrain.config.urls import is_url
+from bigtrain.data.augmenter import with_augmented_size
 from bigtrain.data.encoding.files import FILE_NAME as TOKENIZER_NAME
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.order.mixture import MixedOrder, Sources
@@ -237,6 +238,7 @@ def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, cont
         "document_mask": config.data.document_mask,
         "prefetch": config.streaming.prefetch,
         "streaming": config.streaming,
+        "augment": config.data.augment,
     }
 
 
@@ -317,7 +319,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
             "init.source",
             "Name a run's checkpoint, or a directory of Hugging Face weights.",
         )
-    train.sample_kind.check_model(train, model)
+    train.sample_kind.check_model(with_augmented_size(config.data.augment, train), model)
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
         if index.vocab_size > sources.vocab_size:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
+from bigtrain.data.augmenter import evaluated
 from bigtrain.data.encoding.chat import ChatTemplate, template_of
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
@@ -24,6 +26,7 @@ from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.training.prepare import pins
 
 if TYPE_CHECKING:
+    from bigtrain.data.augmentation import AugmentationConfig
     from bigtrain.data.tokenizers import Tokenizer
 
 Message = dict[str, str]
@@ -299,13 +302,13 @@ def caption(run: RunDirectory, prompt: str, image: Path, *, step: int | None, to
     """
     writer, config = writer_of_run(run, step, image=True), load_config(run.config)
     room = config.model.context - len(writer.vocabulary.encode(prompt))
-    shown = _pixels(image, index_of_run(run, config))
+    shown = _pixels(image, index_of_run(run, config), config.data.augment)
     (text,) = writer.write([prompt], tokens=max(0, min(tokens, room)), images=shown, **options)
     return text
 
 
-def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:
-    """An image as the model was trained on them, uint8 (1, height, width, channels)."""
+def _pixels(file: Path, index: ShardIndex, augment: Sequence[AugmentationConfig]) -> torch.Tensor:
+    """An image as the model was evaluated on them, (1, height, width, channels)."""
     info = index.image
     assert info is not None
     if not file.is_file():
@@ -315,4 +318,4 @@ def _pixels(file: Path, index: ShardIndex) -> torch.Tensor:
     data = file.read_bytes()
     if image_shape(data, str(file))[:2] != (info.height, info.width) and info.height == info.width:
         data = squared(data, info.height, str(file))
-    return torch.from_numpy(decode_image(data, info, str(file)))[None]
+    return torch.from_numpy(np.ascontiguousarray(evaluated(augment, decode_image(data, info, str(file)))))[None]

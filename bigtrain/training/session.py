@@ -25,7 +25,7 @@ from bigtrain.hardware.this_machine import this_machine
 from bigtrain.heartbeat import Heartbeat, StopRequest
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, lease_check, load_config
-from bigtrain.run.plugins import plugin_hashes
+from bigtrain.run.plugins import places, plugin_hashes, plugins_of
 from bigtrain.tracking.forecast import forecast_hash, read_forecast
 from bigtrain.tracking.process import Trackers
 from bigtrain.training.agent_link import AgentLink
@@ -65,7 +65,7 @@ def _check_unchanged(config: RunConfig, directory: RunDirectory) -> None:
         if recorded[key].get("plugin") != sha256:
             raise UserError(
                 f"The plugin of '{key}' is not the one that this run was started with",
-                getattr(config, key).plugin.place,
+                places(plugins_of(config, key)),
                 "Undo the change, or start a new run from this one with --fork NEW.",
             )
 

@@ -159,6 +159,12 @@ MUTANTS = {
         "start, slots = (step % 3) * shape.batch_size, shape.slots(self._rank)",
         ("tests/data/test_loader.py",),
     ),
+    "augmentation keyed by rank": Mutant(
+        _LOADER,
+        "augmenter.apply(arrays, draw, partners)",
+        "augmenter.apply(arrays, draw._replace(epoch=draw.epoch + self._rank), partners)",
+        ("tests/data/test_augment.py",),
+    ),
     "every epoch has the order of the first": Mutant(
         "bigtrain/data/order/sample_order.py",
         "chosen = permutation(int(ends[-1]), self._key, _SEQUENCES, epoch, number)",

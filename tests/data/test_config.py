@@ -37,11 +37,11 @@ def test_urls_of_allowed_schemes_lose_their_last_slash() -> None:
 
 def test_the_defaults_are_those_of_the_documentation() -> None:
     assert DataConfig(train="a").plain() == {
-        "train": "a", "validation": None, "document_mask": False, "shuffle_window": 8, "consumed": None,
+        "train": "a", "validation": None, "document_mask": False, "shuffle_window": 8, "augment": [], "consumed": None,
     }  # fmt: skip
     assert StreamingConfig().plain() == {
-        "verify": "auto", "log_samples": False, "prefetch": 2, "cache": 20_000_000_000, "cache_dir": None,
-        "timeout": 20.0, "retries": 8,
+        "verify": "auto", "log_samples": False, "prefetch": 2, "threads": None, "cache": 20_000_000_000,
+        "cache_dir": None, "timeout": 20.0, "retries": 8,
     }  # fmt: skip
     assert StreamingConfig(cache="20 GB", timeout="1 min").timeout == 60
 

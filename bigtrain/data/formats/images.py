@@ -77,6 +77,24 @@ def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uin
     return pixels.reshape(info.height, info.width, info.channels)
 
 
+def picture_of(pixels: npt.NDArray[np.uint8]) -> Image:
+    """Pixels (height, width, channels) as Pillow has them.
+
+    Raises:
+        ValueError: They are no bytes.
+    """
+    from PIL import Image
+
+    if pixels.dtype != np.uint8:
+        raise ValueError("the image is normalized already: name normalize after what works on pixels")
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+
+def array_of(picture: Image) -> npt.NDArray[np.uint8]:
+    """The inverse of `picture_of`: uint8 (height, width, channels)."""
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
+
+
 def image_suffix(data: bytes) -> str:
     """The suffix of an image that is stored as it is: png or jpg."""
     return "png" if data.startswith(b"\x89PNG") else "jpg"

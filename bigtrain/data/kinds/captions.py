@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -211,6 +211,8 @@ class Captions(SampleKind):
 
 class CaptionReader(SampleReader):
     """Images with their caption, which is cut or padded to `context` tokens."""
+
+    is_thread_safe: ClassVar[bool] = True
 
     def __init__(self, index: ShardIndex, context: int, open_shards: int = 16, store: ShardStore | None = None) -> None:
         super().__init__(index, open_shards, store)

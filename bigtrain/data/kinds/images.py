@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -147,6 +147,8 @@ class Images(SampleKind):
 
 class ImageReader(SampleReader):
     """Images with their class."""
+
+    is_thread_safe: ClassVar[bool] = True
 
     def blank(self, count: int) -> Arrays:
         """images uint8 (n, height, width, channels), black; labels int64 (n,), weights float32 (n,)."""

@@ -22,6 +22,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.order.sample_order import Draw, IntArray, SampleOrder
 from bigtrain.data.reading import Reader, open_reader
+from bigtrain.data.threads import Threads
 from bigtrain.models.batches import Arrays
 
 MAX_PERIOD = 1 << 16
@@ -285,6 +286,11 @@ class MixedReader:
         of = self._sources.sources_of(wanted)
         for source, reader in enumerate(self._readers):
             reader.expect((wanted[of == source] - self._first_shards[source]).tolist())
+
+    def use(self, threads: Threads) -> None:
+        """See `Reader.use`."""
+        for reader in self._readers:
+            reader.use(threads)
 
     def interrupt(self) -> None:
         """See `Reader.interrupt`."""

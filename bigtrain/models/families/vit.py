@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bigtrain.models.config import FAMILIES, DataKind, Flops
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
-from bigtrain.models.loss import chunked_cross_entropy
+from bigtrain.models.loss import chunked_cross_entropy, class_losses
 from bigtrain.models.patches import ImageConfig, cut
 from bigtrain.models.sums import by_sequence
 
@@ -83,9 +83,12 @@ class VisionTransformer(nn.Module):
         self.head = Linear(config.width, classes, bias=False)
 
     def forward(self, batch: Batch) -> LossSum:
-        """Sums of losses and weights for images uint8 (B, H, W, channels), labels (B,) and weights (B,)."""
-        hidden, weights = self.hidden(batch["images"]), batch["weights"]
-        loss, losses = chunked_cross_entropy(hidden, self.head.weight, batch["labels"], weights)
+        """Sums of losses and weights for images (B, H, W, channels), labels (B,) or (B, classes), and weights (B,)."""
+        labels, weights = batch["labels"], batch["weights"]
+        if labels.ndim == 2:
+            losses = class_losses(self.logits(batch), batch) * weights
+            return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
+        loss, losses = chunked_cross_entropy(self.hidden(batch["images"]), self.head.weight, labels, weights)
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     def logits(self, batch: Batch) -> Tensor:
@@ -94,7 +97,7 @@ class VisionTransformer(nn.Module):
         return F.linear(hidden, self.head.weight.to(hidden.dtype)).float()
 
     def hidden(self, images: Tensor) -> Tensor:
-        """What the head reads (B, W) of images uint8 (B, H, W, channels)."""
+        """What the head reads (B, W) of images (B, H, W, channels)."""
         patches = self.embedding(cut(images, self.config.patch, self.compute_dtype))
         x = patches + self.position_embedding.weight.to(self.compute_dtype)
         for layer in self.layers:

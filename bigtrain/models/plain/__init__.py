@@ -19,6 +19,7 @@ A module may instead take the batch itself and return a `LossSum`; `PlainModel` 
 """
 
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.loss import class_losses
 from bigtrain.models.plain.across import gather_batch, sum_over_batch
 from bigtrain.models.plain.family import PlainConfig, pixels
 from bigtrain.models.plain.module import PlainModel
@@ -32,6 +33,7 @@ __all__ = [
     "PlainConfig",
     "PlainModel",
     "Zeros",
+    "class_losses",
     "gather_batch",
     "pixels",
     "sum_over_batch",

@@ -212,10 +212,14 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 def pixels(batch: Batch) -> Tensor:
-    """The images of a batch as most networks take them: FP32 (B, channels, height, width), contiguous, from 0 to 1."""
+    """The images of a batch as most networks take them: FP32 (B, channels, height, width), contiguous.
+
+    Bytes become 0 to 1; what `data.augment` has normalized stays as it is.
+    """
     images = batch["images"].permute(0, 3, 1, 2)
     # Strides as well: those of one channel would pass for channels-last, whose results `view` does not take.
-    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    values = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return values if images.is_floating_point() else values / 255
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""Pixels less their mean, over their standard deviation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Gt, MinLen
+
+from bigtrain.data.augmentation import AUGMENTATIONS, AugmentationConfig
+
+if TYPE_CHECKING:
+    from bigtrain.data.augmentation import Image
+
+
+@AUGMENTATIONS.register
+class NormalizeConfig(AugmentationConfig):
+    """Gives float32 images (x / 255 - mean) / std, in training and in evaluation; a network takes them as they are."""
+
+    name: Literal["normalize"] = "normalize"
+    mean: Annotated[tuple[float, ...], MinLen(1)]
+    """Mean of the pixels on the scale from 0 to 1: of each channel, or one for all: [0.1307]."""
+    std: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)]
+    """Their standard deviation, likewise: [0.3081]."""
+
+    def evaluate(self, image: Image) -> Image:
+        """See `AugmentationConfig`."""
+        import numpy as np
+
+        channels = image.shape[2]
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{key} has {len(values)} numbers, and the image {channels} channels: give one of each"
+                )
+        if image.dtype != np.uint8:
+            raise ValueError("the image is normalized already: name normalize once")
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return (image - 255 * mean) / (255 * std)

@@ -1,0 +1,64 @@
+"""A part of the image of random size and shape, scaled: the augmentation of photographs (Szegedy et al. 2015)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import field_validator
+
+from bigtrain.data.augmentation import AUGMENTATIONS, AugmentationConfig
+from bigtrain.data.formats.images import array_of, picture_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bigtrain.data.augmentation import Image
+
+TRIES = 10
+"""Shapes that are tried before the middle of the image is taken, as in torchvision."""
+
+
+@AUGMENTATIONS.register
+class RandomResizedCropConfig(AugmentationConfig):
+    """Crops a rectangle at random and scales it to a square; an evaluation scales the largest square in the middle."""
+
+    name: Literal["random_resized_crop"] = "random_resized_crop"
+    size: Annotated[int, Ge(1)]
+    """Height and width of the result in pixels."""
+    scale: tuple[Annotated[float, Gt(0), Le(1)], Annotated[float, Gt(0), Le(1)]] = (0.08, 1.0)
+    """The least and the largest share of the image's area that a crop takes."""
+    ratio: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (3 / 4, 4 / 3)
+    """The least and the largest width of a crop over its height."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"{list(value)} is no range: write the smaller number first")
+        return value
+
+    def train(self, image: Image, random: np.random.Generator) -> Image:
+        """See `AugmentationConfig`."""
+        height, width = image.shape[:2]
+        for _ in range(TRIES):
+            area = height * width * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < across <= width and 0 < down <= height:
+                left, top = int(random.integers(width - across + 1)), int(random.integers(height - down + 1))
+                return self._scaled(image, left, top, across, down)
+        return self.evaluate(image)
+
+    def evaluate(self, image: Image) -> Image:
+        """See `AugmentationConfig`."""
+        height, width = image.shape[:2]
+        side = min(height, width)
+        return self._scaled(image, (width - side) // 2, (height - side) // 2, side, side)
+
+    def _scaled(self, image: Image, left: int, top: int, width: int, height: int) -> Image:
+        from PIL.Image import Resampling
+
+        box = (left, top, left + width, top + height)
+        return array_of(picture_of(image).resize((self.size, self.size), Resampling.BILINEAR, box, reducing_gap=3.0))
