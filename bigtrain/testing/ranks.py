@@ -362,6 +362,8 @@ def _perform(task: _Task, rank: int) -> Any:
     dist.init_process_group(
         "gloo", init_method=f"file://{task.store}", rank=rank, world_size=task.size, timeout=timeout
     )
+    # A rank whose function sends nothing would else close its connections while another still makes its own.
+    dist.barrier()
     value = function(*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
