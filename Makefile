@@ -1,6 +1,8 @@
 # The commands of a checkout. Each works alone on a machine with Python 3.11 to 3.13 and its venv module, make and git.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two test files at a time: most of a test is waiting for processes that start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow test-all bench-faults soak test-cluster check format
 
@@ -18,13 +20,13 @@ train: .venv ## pack text, train on it, kill the run, resume it, sample from it,
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 test: .venv ## every capability once, in its smallest form
-	$(BIN)/python -m pytest -m "not slow and not exhaustive and not cluster and not gpu"
+	$(PYTEST) -m "not slow and not exhaustive and not cluster and not gpu"
 
 test-slow: .venv ## the rest: every layout, more kills, larger sizes
-	$(BIN)/python -m pytest -m "slow and not exhaustive and not gpu"
+	$(PYTEST) -m "slow and not exhaustive and not gpu"
 
 test-all: .venv ## the rows that CI does not need at each change, by hand: about an hour
-	$(BIN)/python -m pytest -m "exhaustive and not cluster and not gpu"
+	$(PYTEST) -m "exhaustive and not cluster and not gpu"
 
 bench-faults: .venv ## ten faults of each kind: how soon they are seen and repaired, and what they cost
 	$(BIN)/python -m tests.bench.bench_faults
