@@ -100,7 +100,7 @@ def resume(what: What, how: How, directory: Path) -> Continued:
 @pytest.mark.parametrize(
     ("origin", "destinations"),
     [
-        ("tp2 x dp2", ("dp1", "tp4")),
+        pytest.param("tp2 x dp2", ("dp1", "tp4"), marks=pytest.mark.slow),
         ("pp2 interleaved", ("dp1", "tp2 x pp2")),
         pytest.param("ZeRO 1 tp2 x dp2", ("tp2 x pp2",), marks=pytest.mark.slow),
         pytest.param("ZeRO 3 dp4", ("tp2 x pp2", "ZeRO 1 tp2 x pp2 x dp2"), marks=pytest.mark.slow),

@@ -242,7 +242,7 @@ def kept_by_forwards(whats: list[What], how: How) -> list[int]:
 MASK = {"documents": True}
 BF16 = {"precision": "bf16"}
 ACTIVATIONS = [
-    pytest.param(EVEN, 1, {}, {}, id="llama"),
+    pytest.param(EVEN, 1, {}, {}, id="llama", marks=pytest.mark.slow),
     pytest.param(EVEN, 1, {}, BF16, id="llama, bf16", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 1, {}, {}, id="gpt2", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 1, {}, BF16, id="gpt2, bf16", marks=pytest.mark.exhaustive),
@@ -253,7 +253,7 @@ ACTIVATIONS = [
     pytest.param(GPT2, 2, {"tp": 2}, BF16, id="gpt2, tp2, bf16", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 2, {"tp": 2, "sequence_parallel": False}, {}, id="gpt2, tp2 alone", marks=pytest.mark.slow),
     pytest.param(EVEN, 4, {"tp": 4}, BF16, id="llama, tp4, bf16", marks=pytest.mark.exhaustive),
-    pytest.param(EVEN, 2, {"cp": 2}, {}, id="cp2 ulysses"),
+    pytest.param(EVEN, 2, {"cp": 2}, {}, id="cp2 ulysses", marks=pytest.mark.slow),
     pytest.param(EVEN, 2, {"cp": 2}, MASK | BF16, id="cp2 ulysses, documents, bf16", marks=pytest.mark.exhaustive),
     pytest.param(EVEN | {"kv_heads": 2}, 4, {"cp": 4}, {}, id="cp4 ulysses, copied heads", marks=pytest.mark.slow),
     pytest.param(EVEN, 2, ALL_GATHER, {}, id="cp2 all_gather", marks=pytest.mark.slow),
