@@ -201,20 +201,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
     assert_same_run(run, undisturbed(config, "--nproc", 1))
 
 
-def test_stop_saves_exits_75_and_loses_no_step(config: Path, tmp_path: Path, bigtrain: Callable) -> None:
+def test_stop_saves_exits_75_and_loses_no_step(config: Path, tmp_path: Path, bigtrain_here: Callable) -> None:
     process = start(config, tmp_path, "duration=100000 steps")
     run = tmp_path / "runs" / "tiny"
     deadline = time.monotonic() + DEADLINE_S
     while len(logged(run, "metrics.jsonl")) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    result = bigtrain("stop", "tiny")
+    result = bigtrain_here("stop", "tiny")
     assert result.returncode == 0, result.stderr
     finish(process, ExitCode.STOPPED)
     done = logged(run, "metrics.jsonl")[-1]["step"]
-    listed = json.loads(bigtrain("checkpoint", "list", "tiny", "--json").stdout)["checkpoints"]
+    listed = json.loads(bigtrain_here("checkpoint", "list", "tiny", "--json").stdout)["checkpoints"]
     assert {"step": done, "verified": True} == {key: listed[-1][key] for key in ("step", "verified")}
-    assert json.loads(bigtrain("status", "tiny", "--json").stdout)["state"] == "stopped"
-    again = bigtrain("stop", "tiny")
+    assert json.loads(bigtrain_here("status", "tiny", "--json").stdout)["state"] == "stopped"
+    again = bigtrain_here("stop", "tiny")
     assert again.returncode == ExitCode.USER
     assert "not running" in again.stderr
 
