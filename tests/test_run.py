@@ -160,6 +160,8 @@ MODELS: list[dict[str, Any]] = [
     {"arch": "vae", "variational": False},
     {"arch": "rnn", "cell": "gru", "context": 8},
     {"arch": "seq2seq", "context": 8},
+    {"arch": "bert", "context": 8},
+    {"arch": "clip", "image_size": 32, "context": 8},
     {"arch": "captioner", "image_size": 28, "context": 8},
     {"arch": "hf", "hf": "a-name-on-a-hub", "context": 16},
     {"arch": "dpo", "policy": {"preset": "gpt2-124m", "adapter": {"name": "lora"}}, "beta": 0.2},

@@ -27,6 +27,8 @@ import torch
 from PIL import Image
 
 import bigtrain
+from bigtrain.data.index import load_index
+from bigtrain.data.loader import EvaluationLoader
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -82,6 +84,13 @@ def shakespeare(work: Path) -> None:
     )  # fmt: skip
 
 
+def novels(work: Path) -> None:
+    """Seven novels as bytes; whole ones are held out."""
+    command(
+        work, "data", "pack", DATA / "gutenberg", "--tokenizer", "bytes", "--validation", "5%", "--out", "shards/novels"
+    )
+
+
 def addition(work: Path) -> None:
     """5,000 sums of numbers below 100, no pair twice, in either order; a tenth is held out."""
     draw = random.Random(0)
@@ -94,6 +103,19 @@ def addition(work: Path) -> None:
     command(
         work, "data", "pack", "sums.jsonl", "--kind", "supervised", "--tokenizer", "bytes", "--validation", "10%",
         "--out", "shards/addition",
+    )  # fmt: skip
+
+
+def emoji(work: Path) -> None:
+    """Emoji and their names, of which two in five are held out."""
+    folder = DATA / "emoji_captions"
+    command(
+        work, "data", "tokenizer", folder / "captions.jsonl", "--key", "text", "--vocab", 1000, "--out", "words.json"
+    )
+    (tar,) = folder.glob("*.tar")
+    command(
+        work, "data", "pack", tar, "--captions", "--tokenizer", "words.json", "--image-size", 32, "--validation", "40%",
+        "--out", "shards/emoji-words",
     )  # fmt: skip
 
 
@@ -138,6 +160,16 @@ def at_most(metric: str, wanted: float, form: str) -> Figure:
     return figure
 
 
+def above(other: str) -> Figure:
+    """A loss that another network must be below."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        value = last(runs, name, "val_loss")
+        return Reached(f"{value:.3f}", value > last(runs, other, "val_loss"))
+
+    return figure
+
+
 def recognised(classifier: str, wanted: float, count: int = 2000) -> Figure:
     """The classes and the mean confidence that a classifier of real digits gives to generated ones."""
 
@@ -151,6 +183,49 @@ def recognised(classifier: str, wanted: float, count: int = 2000) -> Figure:
         confidence, classes = shares.max(1)
         found = len(classes.unique())
         return Reached(f"{found} classes, {confidence.mean():.3f}", found == 10 and bool(confidence.mean() >= wanted))
+
+    return figure
+
+
+def below_counts(runs: Path, name: str) -> Reached:
+    """A masked loss, beside what the frequencies of single bytes and of pairs in the training data give."""
+    data = bigtrain.Run(name, runs).config().data
+    train, held_out = (
+        _tokens(runs.parent / place) for key in ("train", "validation") for place in data.places(key).values()
+    )
+    one, two = np.ones(257), np.ones((257, 257))
+    np.add.at(one, train, 1)
+    np.add.at(two, (train[:-1], train[1:]), 1)
+    unigram = -np.log(one / one.sum())[held_out].mean()
+    bigram = -np.log(two / two.sum(1, keepdims=True))[held_out[:-1], held_out[1:]].mean()
+    value = last(runs, name, "val_loss")
+    return Reached(f"{value:.3f} (unigram {unigram:.3f}, bigram {bigram:.3f})", value < min(unigram, bigram))
+
+
+def _tokens(place: Path) -> np.ndarray:
+    """All tokens of a shard directory."""
+    context = 64
+    index = load_index(place)
+    with EvaluationLoader(index, batches=10**6, batch_size=4096, context=context) as loader:
+        parts = [batch.micro_batches[0] for batch in loader]
+    return np.concatenate([part["tokens"][part["weights"].any(1)].ravel() for part in parts])
+
+
+def recall(times_chance: float, among: int = 10) -> Figure:
+    """How often the own caption is among the nearest of all held-out ones, beside how often it would be by chance."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        model, config = bigtrain.load(name, runs_dir=runs), bigtrain.Run(name, runs).config()
+        place = str(runs.parent / config.data.places("validation")["emoji-words"])
+        with EvaluationLoader(place, batches=1, batch_size=10_000, context=config.model.context) as loader:
+            arrays = next(iter(loader)).micro_batches[0]
+        batch = {key: torch.from_numpy(values[arrays["weights"].any(1)]) for key, values in arrays.items()}
+        with torch.no_grad():
+            images, texts, _ = model(*config.model.inputs(batch))
+        similar = images @ texts.T
+        better = (similar > similar.diag()[:, None]).sum(1)
+        found, chance = float((better < among).float().mean()), among / len(images)
+        return Reached(f"{found:.1%}, chance {chance:.2%}", found >= times_chance * chance)
 
     return figure
 
@@ -186,7 +261,13 @@ NETWORKS = (
     ),
     Network("VAE", "vae-mnist", mnist, "106 nats", at_most("val_loss", 106, ".1f")),
     Network("LSTM", "rnn-shakespeare", shakespeare, "loss 1.75", at_most("val_loss", 1.75, ".3f")),
+    Network("GRU", "rnn-shakespeare", shakespeare, "loss 1.75", at_most("val_loss", 1.75, ".3f"), ("model.cell=gru",)),
+    Network(
+        "RNN", "rnn-shakespeare", shakespeare, "above the LSTM's", above("lstm"), ("model.cell=rnn",), after="LSTM"
+    ),
     Network("LSTM seq2seq", "seq2seq-addition", addition, "99 % of answers", at_least("val_answers", 0.99)),
+    Network("BERT", "bert-novels", novels, "below unigram and bigram", below_counts),
+    Network("CLIP", "clip-emoji", emoji, "recall at 10: 10 x chance", recall(10)),
 )  # fmt: skip
 
 

@@ -133,6 +133,10 @@ def test_it_learns_in_several_processes_as_in_one(
     for other in found:
         for key, values in other.items():
             assert values == pytest.approx(found[0][key], rel=SAME_LOSS)
+    # An evaluation in every second step; what the captioner writes is shown after each.
+    shown = 6 if "callbacks" in yaml.safe_load(config.read_text()) else 0
+    runs = (tmp_path / "runs" / f"on-{nproc}" for nproc in (1, 2, 4))
+    assert [len(list(run.glob("pictures/*-captions.png"))) for run in runs] == [shown] * 3
     # Of the same held-out samples: the losses of so few in a batch differ by more than a few steps teach.
     assert found[0]["val_loss"][-1] < 0.9 * found[0]["val_loss"][0]
 

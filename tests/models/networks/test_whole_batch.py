@@ -32,7 +32,7 @@ def away(a: Any, b: Any) -> float:
     return max(off)
 
 
-@pytest.mark.parametrize("arch", ["resnet", "clip", "instance_norm"])
+@pytest.mark.parametrize("arch", ["resnet", "families.clip", "instance_norm"])
 @pytest.mark.parametrize(("count", "replicas"), [(2, 1), (4, 1), (4, 2)])
 def test_every_layout_gives_what_one_process_gives(ranks: RankPool, arch: str, count: int, replicas: int) -> None:
     alone = ranks.run(training.first_step, arch, ranks=1)[0]
@@ -44,8 +44,8 @@ def test_every_layout_gives_what_one_process_gives(ranks: RankPool, arch: str, c
     ("arch", "fault"),
     [
         ("resnet", "statistics of one rank"),
-        ("clip", "negatives of one rank"),
-        ("clip", "gradient of what is gathered is lost"),
+        ("families.clip", "negatives of one rank"),
+        ("families.clip", "gradient of what is gathered is lost"),
     ],
 )
 def test_a_planted_fault_is_seen(ranks: RankPool, arch: str, fault: str) -> None:

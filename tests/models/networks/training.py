@@ -29,6 +29,17 @@ VOCABULARY, CONTEXT, BATCH, STEPS, SEED, LR, CLIP = 11, 8, 5, 4, 3, 3e-3, 1.0
 
 OWN: dict[str, dict[str, Any]] = {
     "families.vae": {"image_size": 8, "width": 16, "latent": 3},
+    "families.bert": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2},
+    "families.clip": {
+        "context": CONTEXT,
+        "image_size": 8,
+        "patch": 4,
+        "layers": 1,
+        "text_layers": 1,
+        "width": 8,
+        "heads": 2,
+        "embedding": 6,
+    },
     "families.rnn": {"context": CONTEXT, "width": 12, "dropout": 0.2},
     "families.seq2seq": {"context": CONTEXT, "width": 12},
 }
