@@ -73,7 +73,7 @@ class Config(ImageConfig):
         nothing = torch.zeros((shown.count, 0), dtype=torch.int64, device=images.device)
         written = generate(network, nothing, self.context, Choice(0), given={"images": images})
         captions = tuple(shown.text(row) for row in written.tolist())
-        return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 8, captions)}
+        return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 4, captions)}
 
 
 class Block(nn.Module):

@@ -63,7 +63,7 @@ class Config(PlainConfig, ImageConfig):
         """Images, each above the nearest of their captions."""
         images, texts, _ = network(*self.inputs(shown.batch))
         tokens = shown.batch["tokens"][(images @ texts.T).argmax(1)]
-        return {"nearest captions": Picture(pixels(shown.batch), 8, tuple(map(shown.text, tokens.tolist())))}
+        return {"nearest captions": Picture(pixels(shown.batch), 4, tuple(map(shown.text, tokens.tolist())))}
 
 
 class CLIP(nn.Module):

@@ -134,14 +134,15 @@ class _Pictures(Callback):
         from bigtrain.data.loader import EvaluationLoader
         from bigtrain.engines.rank import to_device
         from bigtrain.models.pictures import Shown
+        from bigtrain.training.prepare import loader_options
 
         if self._shown is None:
             prepared, count = self._prepared, self._config.count
             config, index = prepared.config, (prepared.held_out or prepared.sources).first
-            with EvaluationLoader(
-                index, batches=1, sequences=count, batch_size=count, context=prepared.context, seed=config.seed,
-                document_mask=config.data.document_mask, streaming=config.streaming,
-            ) as loader:  # fmt: skip
+            options = loader_options(config, self._context.engine, count, prepared.context) | {
+                "dp_rank": 0, "dp_size": 1, "micro_size": None, "least_micro_batches": 1, "micro_batch_multiple": 1,
+            }  # fmt: skip
+            with EvaluationLoader(index, batches=1, sequences=count, **options) as loader:
                 arrays = next(iter(loader)).micro_batches[0]
             kept = min(count, sum(index.sequence_counts(prepared.context, config.data.document_mask)))
             batch = to_device({name: values[:kept] for name, values in arrays.items()}, self._context.device)
