@@ -10,7 +10,7 @@ on a server while the index is here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -405,6 +405,16 @@ _OPTIONAL: dict[str, Any] = {
     "text_bytes": None, "text": False, "base_url": None, "arrays": None, "classes": None,
     "class_names": None, "facts": None,
 }  # fmt: skip
+
+
+def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
+    """The fix where files to be packed lie in a directory of shards or above one; None where there are no shards."""
+    for given in map(Path, inputs):
+        place = given if given.is_dir() else given.parent
+        if (found := min(place.rglob(INDEX_NAME) if given.is_dir() else place.glob(INDEX_NAME), default=None)) is not None:
+            shards = found.parent
+            return f"{shards} holds shards already: train on it (data.train: {shards}), or pack the files they were made of"
+    return None
 
 
 def _how_to_index(root: Path) -> str:

@@ -95,4 +95,6 @@ class RunConfig(Section):
     def _is_a_length_of_training(cls, value: Duration) -> Duration:
         if value.is_time:
             raise ValueError(f"'{value}' is a time: give steps, tokens, samples or epochs")
+        if value.value <= 0:
+            raise ValueError(f"'{value}' is less than one step: give a length above zero")
         return value

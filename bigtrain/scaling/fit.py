@@ -130,9 +130,10 @@ def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable,
     if options.drop_highest:
         table = table.drop_highest(options.drop_highest)
     odd = check_values(table)
+    selected = table.notes
     table, copies = without_copies(table, options.duplicates)
     table, best = best_settings(table, options.swept, options.edges)
-    return replace(read, notes=(*read.notes, *copies, *best)), table.ordered(), odd
+    return replace(read, notes=(*selected, *copies, *best)), table.ordered(), odd
 
 
 def _target(table: RunTable, options: FitOptions) -> float:

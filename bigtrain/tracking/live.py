@@ -21,7 +21,9 @@ POLL_S = 0.25
 LINE_EVERY_S = 5.0
 _RECENT = 60
 _SHOWN = 8
-"""Metrics that were recorded by name, as many as a line has room for."""
+"""Metrics that were recorded by name, at most so many in a line."""
+_LINE_WIDTH = 120
+"""Characters of a plain line."""
 _BARS = "▁▂▃▄▅▆▇█"
 _LOUD = {"fault": "red", "failed": "red", "restarted": "yellow", "stopped": "yellow", "finished": "green"}
 _SAID = ("fault", "restarted", "stopped", "failed", "finished")
@@ -96,8 +98,18 @@ def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
         parts.append(f"{short(rate)} tokens/s")
     if (eta := progress.eta_s) is not None:
         parts.append(f"eta {span(eta)}")
-    parts += [f"{name} {text}" for name, text in recorded(row)[:_SHOWN]]
-    return "  ".join(parts)
+    line, own = "  ".join(parts), main_first(recorded(row))
+    for number, (name, text) in enumerate(own):
+        more = f"{line}  {name} {text}"
+        if number == _SHOWN or len(more) > _LINE_WIDTH:
+            return f"{line}  (+{len(own) - number} metrics)"
+        line = more
+    return line
+
+
+def main_first(metrics: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The metrics with those last that are parts of another one (`weight_norm/layers` of `weight_norm`)."""
+    return sorted(metrics, key=lambda metric: "/" in metric[0])
 
 
 def recorded(row: dict[str, Any], units: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
@@ -270,8 +282,9 @@ def panel(name: str, progress: LiveProgress, units: Mapping[str, str] | None = N
     line = Table.grid(padding=(0, 2))
     line.add_row(*[Text.assemble((f"{label} ", "dim"), text) for label, text in facts])
     parts: list[RenderableType] = [head, body, line]
-    if own := recorded(row, units)[:_SHOWN]:
-        parts.append(Text.assemble(*(part for label, text in own for part in ((f"{label} ", "dim"), f"{text}  "))))
+    if own := main_first(recorded(row, units))[:_SHOWN]:
+        cells = (part for label, text in own for part in ((f"{label} ", "dim"), f"{text}  "))
+        parts.append(Text.assemble(*cells, no_wrap=True, overflow="ellipsis"))
     if progress.event is not None:
         style = _LOUD.get(progress.event["event"], "dim")
         parts.append(Text(event_line(progress.event), style=style, no_wrap=True, overflow="ellipsis"))

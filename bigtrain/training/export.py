@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from bigtrain.checkpoint.huggingface import export_hf
 from bigtrain.checkpoint.peft import export_peft
 from bigtrain.config import UserError
+from bigtrain.data.encoding.chat import ends_of_texts
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.hf_files import HfFiles
@@ -26,7 +28,8 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     """Write a verified checkpoint of a run as a directory for `from_pretrained`.
 
     The tokenizer comes along where the data has one that transformers can read, which bytes are not; where the data
-    cannot be reached, the weights are written without it and a warning says so.
+    cannot be reached, the weights are written without it and a warning says so. Where its chat template ends turns by
+    another token than the end of text, `eos_token_id` lists both, so that generation stops at either.
 
     Raises:
         UserError: transformers has no such model; `out` is not empty; there is no such step.
@@ -35,11 +38,13 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     config = load_config(run.config)
 
     def companions(place: Path) -> dict[str, Any]:
-        _copy_generation(config, place)
         tokenizer = _tokenizer(run, config)
+        ends = ends_of_texts(tokenizer) if tokenizer is not None else []
+        _copy_generation(config, place, ends)
         if tokenizer is None:
             return {}
-        return tokenizer.export(place, config.model.context)
+        keys: dict[str, Any] = dict(tokenizer.export(place, config.model.context))
+        return keys if len(ends) == 1 else {**keys, "eos_token_id": ends}
 
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)
 
@@ -52,14 +57,28 @@ def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
     return export_peft(run.checkpoints, step, out, config=config.model, base=base)
 
 
-def _copy_generation(config: RunConfig, place: Path) -> None:
-    """Copy the generation_config.json that lies beside the weights with which the run began, unchanged."""
+def _copy_generation(config: RunConfig, place: Path, ends: list[int]) -> None:
+    """Copy the generation_config.json that lies beside the weights with which the run began.
+
+    Args:
+        ends: Tokens at which a text ends. Where it stops at others only, the missing ones are added.
+    """
     begun = getattr(config.model, "hf", None) or config.init.source
     if begun is None or not HfFiles.is_one(Path(begun)):
         return
     file = Path(begun) / GENERATION_NAME
-    if file.is_file():
-        write_atomic(place / GENERATION_NAME, file.read_text(encoding="utf-8"))
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8")
+    try:
+        settings = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError("The file holds no JSON object", str(file), "repair it, or remove it") from None
+    stops = settings.get("eos_token_id")
+    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if known and (missing := [one for one in ends if one not in known]):
+        text = json.dumps({**settings, "eos_token_id": [*known, *missing]}, indent=2) + "\n"
+    write_atomic(place / GENERATION_NAME, text)
 
 
 def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:

@@ -16,7 +16,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.data.augmenter import evaluated
-from bigtrain.data.encoding.chat import ChatTemplate, template_of
+from bigtrain.data.encoding.chat import ChatTemplate, ends_of_texts, template_of
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
@@ -156,13 +156,10 @@ def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) ->
         )
     tokenizer = index_of_run(run, config).load_tokenizer()
     template = next((place for place in _sources(config) if (place / "tokenizer_config.json").is_file()), None)
-    ends = {tokenizer.eot}
-    if template_of(tokenizer) is not None:
-        ends |= ChatTemplate.of(tokenizer).ends_of_turns()
     return Writer(
         model,
         _OfData(tokenizer, template, str(run.path)),
-        frozenset(ends),
+        frozenset(ends_of_texts(tokenizer)),
         None if image else tokenizer.eot,
         next(model.parameters()).device,
     )

@@ -138,7 +138,7 @@ def test_the_model_is_a_known_family_or_preset(file: Path, instead: str, says: s
         "optimizer.betas=3", "optimizer.betas=[0.9]", "optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas={a: 1}",
         "optimizer.lr=.nan", "optimizer.lr=.inf", "optimizer.groups={pattern: x}", "data=x", "data.train=3",
         "data.train=null", "data.train=[a]", "data.train='ftp://x'", "batch=4", "batch.size=4.5", "duration=8",
-        "duration=8 min", "precision=fp8", "name=12", "name=a/b", "name=..", "job.procs_per_node=two",
+        "duration=8 min", "duration=0 epochs", "precision=fp8", "name=12", "name=a/b", "name=..", "job.procs_per_node=two",
         "engine.deterministic=maybe", "layout.micro_size=0", "layout.dp_shard=0", "checkpoint.keep_last=1",
         "schedule.warmup=5 min", "schedule={name: wsd, decay: 1 h}", "schedule={name: wsd, decay: 120%}",
         "evaluation.every=5 min", "evaluation.every=0 steps", "tracking.every=10 tokens", "job.limits.step=5 steps",

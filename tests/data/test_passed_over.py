@@ -260,3 +260,19 @@ def test_images_are_turned_as_their_exif_data_says(tmp_path: Path) -> None:
         image = open_reader(index, 1).read(np.asarray([0]), np.asarray([0]))["images"][0]
         assert image[0, 0, 0] < 60
         assert image[-1, 0, 0] > 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("tokens", "out"), ("tokens", "out/train/shard-000000.tar"), ("arrays", "out/train"), ("images", "out"),
+     ("captions", "out/train")],
+)  # fmt: skip
+def test_shards_that_are_packed_again_are_refused_with_the_place_to_train_on(
+    tmp_path: Path, kind: str, given: str
+) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    pack([tmp_path / "a.txt"], tmp_path / "out", Tokenizer())
+    with pytest.raises(UserError) as refused:
+        kind_named(kind).pack([tmp_path / given], tmp_path / "again", PackOptions(tokenizer=Tokenizer()))
+    assert f"data.train: {tmp_path / 'out' / 'train'})" in str(refused.value.fix)
+    assert load_index(tmp_path / "out" / "train").tokens == 11

@@ -89,6 +89,18 @@ def chatml(tokenizers: dict[str, Path]) -> Tokenizer:
 LINES = [{"messages": conversation} for conversation in CONVERSATIONS]
 
 
+@pytest.mark.parametrize("eot", [0, 1])
+@pytest.mark.parametrize("kind", ["chatml", "gemma"])
+def test_texts_end_at_the_end_of_text_and_at_the_end_of_a_turn(
+    kind: str, eot: int, tokenizers: dict[str, Path]
+) -> None:
+    name = (TEMPLATES[kind][1][0 if kind == "chatml" else 1], TURN_ENDS[kind])[eot]
+    tokenizer = Tokenizer.open(str(tokenizers[kind]), name)
+    both = [tokenizer.eot, tokenizer.special_tokens[TURN_ENDS[kind]]]
+    assert chat.ends_of_texts(tokenizer) == (both[:1] if eot else both)
+    assert chat.ends_of_texts(Tokenizer()) == [256]
+
+
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "gemma"])
 def test_the_loss_is_on_what_the_assistant_writes(kind: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     index = pack(LINES, tmp_path / "out", Tokenizer.open(str(tokenizers[kind])))

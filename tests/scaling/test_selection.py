@@ -70,6 +70,48 @@ def test_where_refuses_what_it_cannot_mean(write_runs: WriteRuns, expression: st
         where(read_source(str(write_runs())), expression)
 
 
+@pytest.mark.parametrize(
+    ("expression", "kept", "dropped"),
+    [
+        ("lr < 2e-3", "a", 3),
+        ("not lr < 2e-3", "b", 3),
+        ("lr != 1e-3", "b", 3),
+        ("not (lr < 2e-3 and params > 0)", "b", 3),
+        ("lr < 2e-3 or params > 0", "abcde", 0),
+        ("not (lr >= 0 or params < 0)", "", 3),
+        ("lr / lr == 1", "ab", 3),
+        ('lr == ""', "ce", 0),
+        ("state != finished", "c", 1),
+        ("not state == finished", "c", 1),
+        ('state == ""', "e", 0),
+    ],
+)
+def test_a_row_without_the_value_satisfies_neither_a_comparison_nor_its_negation(
+    tmp_path: Path, expression: str, kept: str, dropped: int
+) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(
+        "run,N,D,loss,lr,state\na,1e8,2e9,3.1,1e-3,finished\nb,2e8,4e9,3.0,3e-3,finished\n"
+        "c,3e8,6e9,2.9,,crashed\nd,4e8,8e9,2.8,n/a,finished\ne,5e8,9e9,2.7,,\n"
+    )
+    read = read_source(str(file))
+    found = where(read, expression)
+    assert "".join(found.run) == kept
+    more = [note for note in found.notes if note not in read.notes]
+    name = "state" if "state" in expression else "lr"
+    assert more == ([f"--where drops {dropped} rows that have no value of: {name}"] if dropped else [])
+
+
+def test_a_fit_says_which_rows_it_dropped_for_want_of_a_value(write_runs: WriteRuns) -> None:
+    def change(rows: Rows) -> None:
+        for number, row in enumerate(rows):
+            row["width"] = "" if number == 11 else 64
+
+    read, used, _ = prepare(str(write_runs(change=change)), replace(A3, where="not width > 100"))
+    assert len(used) == 44
+    assert "--where drops 1 rows that have no value of: width" in read.notes
+
+
 def scaled(**factors: float) -> Callable[[Rows], None]:
     def change(rows: Rows) -> None:
         for row in rows:

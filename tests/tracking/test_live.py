@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bigtrain.tracking.follow import Follower
-from bigtrain.tracking.live import LiveDisplay, LiveProgress, event_line, metrics_line, sparkline
+from bigtrain.tracking.live import LiveDisplay, LiveProgress, event_line, metrics_line, panel, sparkline
 from bigtrain.tracking.metrics import MetricsFile
 
 LINE = re.compile(
@@ -39,6 +40,22 @@ def test_the_line_has_its_stated_form() -> None:
     progress.add(row)
     assert metrics_line(progress, row) == "step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m08s"
     assert metrics_line(LiveProgress(None), {"step": 1, "loss": None}) == "step 1  loss nan"
+
+
+def test_a_line_with_many_recorded_metrics_shows_the_main_ones_and_counts_the_others() -> None:
+    groups = {f"{kind}_norm/layers.{layer}": 0.125 for kind in ("gradient", "weight") for layer in range(12)}
+    row = {"step": 7, "loss": 3.0, "lr": 1e-3, **groups, "weight_norm": 41.5, "router_entropy": 1.25}
+    progress = LiveProgress(None)
+    line = metrics_line(progress, row)
+    assert line.startswith("step 7  loss 3.000  lr 1.0e-03  weight_norm 41.5  router_entropy 1.25  gradient_norm/layers.0")
+    shown = line.count("norm/")
+    assert 0 < shown < 8 and len(line) <= 140
+    assert line.endswith(f"(+{24 - shown} metrics)")
+    progress.add(row)
+    console = Console(file=io.StringIO(), width=60)
+    console.print(panel("a-run", progress))
+    rows = [one for one in console.file.getvalue().splitlines() if "norm" in one]  # type: ignore[attr-defined]
+    assert len(rows) == 1 and "weight_norm 41.5" in rows[0]
 
 
 def test_plain_lines_follow_a_growing_file(

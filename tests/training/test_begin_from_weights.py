@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import transformers
 from bigtrain.checkpoint.huggingface import import_hf
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.run import ExitCode, RunDirectory, load_config
-from bigtrain.training.export import export_run
+from bigtrain.training.export import _copy_generation, export_run
+from tests.data.chats import TURN_ENDS, write_tokenizer
 
 BYTES = 257
 LOGITS = 1e-5
@@ -122,8 +124,8 @@ def test_a_tokenizer_that_transformers_reads_comes_along(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(Path(json.__file__).read_text())
-    assert bigtrain("data", "tokenizer", text, "--vocab", 300, "--out", tmp_path / "bpe.json").returncode == 0
-    packed = bigtrain("data", "pack", text, "--out", tmp_path / "shards", "--tokenizer", tmp_path / "bpe.json")
+    own = write_tokenizer("gemma", tmp_path / "tokenizer")
+    packed = bigtrain("data", "pack", text, "--out", tmp_path / "shards", "--tokenizer", own)
     assert packed.returncode == 0, packed.stderr
     config = write_config(model=MODEL, duration="1 steps", data={"train": str(tmp_path / "shards" / "train")})
     assert bigtrain("train", config).returncode == ExitCode.FINISHED
@@ -132,9 +134,27 @@ def test_a_tokenizer_that_transformers_reads_comes_along(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     from bigtrain.data.tokenizers import Tokenizer
 
-    ours = Tokenizer.open(str(tmp_path / "bpe.json"))
+    ours = Tokenizer.open(str(own))
     assert tokenizer("def loads(s):")["input_ids"] == ours.encode("def loads(s):").tolist()
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == ours.eot == tokenizer.eos_token_id
+    assert ours.eot == tokenizer.eos_token_id
+    turn = ours.special_tokens[TURN_ENDS["gemma"]]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == [ours.eot, turn]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [ours.eot, turn]
+
+
+@pytest.mark.parametrize(
+    ("stops", "written"), [(7, [7, 3]), ([7, 3], [7, 3]), (3, 3), (None, None)], ids=["one", "both", "same", "none"]
+)
+def test_a_generation_config_stops_at_the_tokens_of_the_run_too(
+    weights: Path, tmp_path: Path, stops: object, written: object
+) -> None:
+    settings = {"do_sample": True} if stops is None else {"do_sample": True, "eos_token_id": stops}
+    (weights / "generation_config.json").write_text(json.dumps(settings))
+    config = SimpleNamespace(model=SimpleNamespace(hf=str(weights)), init=None)
+    _copy_generation(config, tmp_path, [3])  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found == {"do_sample": True} | ({} if written is None else {"eos_token_id": written})
 
 
 @pytest.mark.slow

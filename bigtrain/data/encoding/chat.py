@@ -47,6 +47,12 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def ends_of_texts(tokenizer: Tokenizer) -> list[int]:
+    """The tokens at which a generated text ends: the end of text, then what its chat template ends turns with."""
+    turns = ChatTemplate.of(tokenizer).ends_of_turns() if template_of(tokenizer) is not None else set()
+    return [tokenizer.eot, *sorted(turns - {tokenizer.eot})]
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer together with its chat template."""

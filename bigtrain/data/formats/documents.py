@@ -34,6 +34,7 @@ from bigtrain.data.formats.records import (
 )
 from bigtrain.data.formats.text import TEXT_MEMBERS, read_text
 from bigtrain.data.formats.token_files import Ids, open_token_file
+from bigtrain.data.index import advice_on_shards
 
 TEXT_SUFFIXES = frozenset({
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".yaml", ".yml",
@@ -341,7 +342,8 @@ def _tar(source: Source, key: str, passed: PassedOver) -> Iterator[Document]:
         found = [member for member in sample.members if member.suffix in TEXT_MEMBERS or member.suffix == "json"]
         try:
             if not found:
-                raise UserError("the sample has no member .txt, .txt.gz or .json", record.where)
+                fix = advice_on_shards([source.path]) or "give tars of texts, or --kind for samples of other kinds"
+                raise UserError("the sample has no member .txt, .txt.gz or .json", record.where, fix)
             member = min(found, key=lambda member: member.suffix == "json")
             if member.suffix == "json":
                 value = parse_json(sample.read(member, MAX_LINE_BYTES), record)

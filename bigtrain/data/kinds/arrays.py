@@ -29,7 +29,7 @@ from bigtrain.data.formats.images import IMAGE_SUFFIXES, MAX_CLASSES, MAX_LABEL_
 from bigtrain.data.formats.npy import HEADER_BYTES, NpyLayout, npy_bytes, npy_layout
 from bigtrain.data.formats.stored_tokens import TOKEN_TYPES
 from bigtrain.data.formats.tar import Member, TarSample, read_at
-from bigtrain.data.index import ShardIndex
+from bigtrain.data.index import ShardIndex, advice_on_shards
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
@@ -132,9 +132,8 @@ class ArraySamples(SampleKind):
         folder = len(paths) == 1 and paths[0].is_dir()
         samples: list[Any] = list(_in_folder(paths[0], options)) if folder else _in_columns(paths)
         if len(samples) < 2:
-            raise UserError(
-                "there are no samples", ", ".join(map(str, inputs)), "give NAME.npy files, or a folder of KEY.npy files"
-            )
+            fix = advice_on_shards(inputs) or "give NAME.npy files, or a folder of KEY.npy files"
+            raise UserError("there are no samples", ", ".join(map(str, inputs)), fix)
         return samples
 
     def open_reader(

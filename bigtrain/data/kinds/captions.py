@@ -22,7 +22,7 @@ from bigtrain.data.formats.npy import npy_bytes
 from bigtrain.data.formats.stored_tokens import StoredTokens, needs_tokenizer
 from bigtrain.data.formats.tar import TarSample, samples
 from bigtrain.data.formats.text import MAX_CAPTION_BYTES, TEXT_MEMBERS, decode_caption, encode_document
-from bigtrain.data.index import REINDEX, ShardIndex
+from bigtrain.data.index import REINDEX, ShardIndex, advice_on_shards
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.kinds.images import (
     ImageSizes,
@@ -184,7 +184,8 @@ class Captions(SampleKind):
             raise UserError(
                 "there are no images with captions",
                 ", ".join(map(str, inputs)),
-                "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or from JSON lines with `image`",
+                advice_on_shards(inputs)
+                or "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or JSON lines with `image`",
             )
         return images
 

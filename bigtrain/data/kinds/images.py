@@ -26,7 +26,7 @@ from bigtrain.data.formats.images import (
 )
 from bigtrain.data.formats.tar import Member, TarSample
 from bigtrain.data.formats.text import TEXT_MEMBERS
-from bigtrain.data.index import ShardIndex
+from bigtrain.data.index import ShardIndex, advice_on_shards
 from bigtrain.data.kind import SampleKind, Scanner
 from bigtrain.data.packing.options import PackOptions
 from bigtrain.data.packing.sample import Means, PackedMember, Sample, Span
@@ -120,7 +120,8 @@ class Images(SampleKind):
             for path in images_under(root / name, options)
         ]
         if len(images) < 2:
-            raise UserError("there are no images", str(root), "they are read from FOLDER/CLASS/NAME.png or .jpg")
+            fix = advice_on_shards(inputs) or "they are read from FOLDER/CLASS/NAME.png or .jpg"
+            raise UserError("there are no images", str(root), fix)
         return images
 
     def notes(self, inputs: Sequence[str | Path]) -> dict[str, Any]:

@@ -6,6 +6,9 @@
 
 A word that is no column stands for itself on the right-hand side: `phase == decayed`. Columns whose names hold other
 characters are recognised by their whole name, or quoted.
+
+A comparison with a value that a row lacks is neither true nor false, as in SQL: `lr < 1` and `not lr < 1` both drop the
+row, and the table's notes count it. `lr == ""` holds for the rows that lack one.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +42,9 @@ _OWN = ("params", "tokens", "flops", "loss", "run", "group", "phase", "seed")
 _EXAMPLE = 'write comparisons joined by "and" and "or", such as --where "flops < 1e21 and phase == decayed"'
 _WORD = re.compile(r"\w")
 _SHOWN = 8
+_UNKNOWN = 0.5
+"""The truth of a comparison with an absent value, between false (0) and true (1): "and" is the minimum, "or" the maximum,
+"not" the rest to 1 (Kleene's logic)."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,13 @@ def where(table: RunTable, expression: str) -> RunTable:
         UserError: An expression that cannot be parsed, a column that is missing, a text that no row has.
     """
     parser = _Parser(table, expression)
-    keep = parser.expression()
+    truth = np.broadcast_to(parser.expression(), (len(table),))
     parser.expect("end")
-    return table.take(np.broadcast_to(keep, (len(table),)))
+    kept = table.take(truth == 1.0)
+    if not (unknown := truth == _UNKNOWN).any():
+        return kept
+    named = ", ".join(parser.absent_in(unknown)) or "a quotient"
+    return replace(kept, notes=(*kept.notes, f"--where drops {unknown.sum()} rows that have no value of: {named}"))
 
 
 class _Parser:
@@ -84,12 +94,22 @@ class _Parser:
         self._at = 0
 
     def expression(self) -> np.ndarray:
-        """`or` of terms."""
+        """The truth of `or` of terms for each row, shape (n,)."""
         found = self._term()
         while self._is("join", "or"):
             self._at += 1
-            found = found | self._term()
+            found = np.maximum(found, self._term())
         return found
+
+    def absent_in(self, rows: np.ndarray) -> list[str]:
+        """The columns of the expression that have no value in one of the rows of that mask."""
+        names = dict.fromkeys(token.text for token in self._tokens if token.kind == "column")
+        return [name for name in names if (self._is_absent(name) & rows).any()]
+
+    def _is_absent(self, name: str) -> np.ndarray:
+        numbers = self._column(name)
+        empty = self._texts(_Value(None, None, name)) == ""
+        return empty if numbers is None else np.isnan(numbers)
 
     def expect(self, kind: str, text: str | None = None) -> None:
         """Consume a token of that kind."""
@@ -102,13 +122,13 @@ class _Parser:
         found = self._factor()
         while self._is("join", "and"):
             self._at += 1
-            found = found & self._factor()
+            found = np.minimum(found, self._factor())
         return found
 
     def _factor(self) -> np.ndarray:
         if self._is("join", "not"):
             self._at += 1
-            return ~self._factor()
+            return 1.0 - self._factor()
         if self._is("mark", "("):
             begin = self._at
             try:
@@ -125,12 +145,12 @@ class _Parser:
         left = self._sum(first=True)
         if self._tokens[self._at].kind != "sign":
             raise self._error(self._tokens[self._at].text)
-        found = np.ones(len(self._table), dtype=bool)
+        found = np.ones(len(self._table))
         while self._tokens[self._at].kind == "sign":
             sign = self._tokens[self._at].text
             self._at += 1
             right = self._sum(first=False)
-            found &= self._holds(left, sign, right)
+            found = np.minimum(found, self._holds(left, sign, right))
             left = right
         return found
 
@@ -182,7 +202,8 @@ class _Parser:
         if left.numbers is not None and right.numbers is not None:
             if not left.numbers.ndim and not right.numbers.ndim:
                 raise UserError(f"--where compares no column in {self._text!r}", "command line", _EXAMPLE)
-            return np.asarray(_SIGNS[sign](left.numbers, right.numbers))
+            absent = np.isnan(left.numbers) | np.isnan(right.numbers)
+            return np.where(absent, _UNKNOWN, _SIGNS[sign](left.numbers, right.numbers))
         if sign not in ("==", "=", "!="):
             raise UserError(f"--where compares texts by {sign} in {self._text!r}", "command line", _EXAMPLE)
         one, other = self._texts(left), self._texts(right)
@@ -193,7 +214,9 @@ class _Parser:
                 f"No row has {left.column} == {right.text}", self._table.source,
                 f"there are: {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
             )  # fmt: skip
-        return ~found if sign == "!=" else found
+        # An empty text that the expression itself names is a value like others.
+        absent = (one == "") | (other == "") if "" not in (left.text, right.text) else np.zeros_like(found)
+        return np.where(absent, _UNKNOWN, ~found if sign == "!=" else found)
 
     def _texts(self, value: _Value) -> np.ndarray:
         if value.column is None:
