@@ -411,7 +411,9 @@ def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
     """The fix where files to be packed lie in a directory of shards or above one; None where there are no shards."""
     for given in map(Path, inputs):
         place = given if given.is_dir() else given.parent
-        if (found := min(place.rglob(INDEX_NAME) if given.is_dir() else place.glob(INDEX_NAME), default=None)) is not None:
+        if (
+            found := min(place.rglob(INDEX_NAME) if given.is_dir() else place.glob(INDEX_NAME), default=None)
+        ) is not None:
             shards = found.parent
             return f"{shards} holds shards already: train on it (data.train: {shards}), or pack the files they were made of"
     return None

@@ -276,3 +276,49 @@ def test_shards_that_are_packed_again_are_refused_with_the_place_to_train_on(
         kind_named(kind).pack([tmp_path / given], tmp_path / "again", PackOptions(tokenizer=Tokenizer()))
     assert f"data.train: {tmp_path / 'out' / 'train'})" in str(refused.value.fix)
     assert load_index(tmp_path / "out" / "train").tokens == 11
+
+
+def test_a_sample_of_another_shape_is_skipped_by_the_name_of_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    for number in range(4):
+        np.save(folder / f"{number}.npy", np.full(3, number, np.float32))
+    np.save(folder / "5.npy", np.zeros(4, np.float32))
+    (folder / "6.npy").write_bytes(b"nothing")
+    (folder / "7.cls").write_bytes(b"1")
+    kind = kind_named("arrays")
+    with pytest.raises(UserError, match=r"holds array float32 \(4,\); the first holds array float32 \(3,\)") as refused:
+        kind.pack([folder], tmp_path / "out", PackOptions())
+    assert refused.value.where == str(folder / "5.npy")
+    summary = kind.pack([folder], tmp_path / "out", PackOptions(skip_bad=3))
+    assert [one.split(":")[0] for one in summary.passed.bad] == [
+        str(folder / name) for name in ("5.npy", "6.npy", "7.cls")
+    ]
+    assert summary.splits["train"].documents == 4
+
+
+@pytest.mark.parametrize("kind", ["images", "captions"])
+def test_an_image_of_another_size_is_skipped_by_the_name_of_its_file(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "in" / "class"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png() if number else b"\x89PNG nothing")
+        (folder / f"{number}.txt").write_text("a caption")
+    Image.new("RGB", (6, 5)).save(folder / "2.png")
+    given, options = tmp_path / "in", {"tokenizer": Tokenizer()}
+    with pytest.raises(UserError):
+        kind_named(kind).pack([given], tmp_path / "out", PackOptions(**options))
+    summary = kind_named(kind).pack([given], tmp_path / "out", PackOptions(skip_bad=2, **options))
+    assert {one.split(":")[0] for one in summary.passed.bad} == {str(folder / "0.png"), str(folder / "2.png")}
+    assert any("6 x 5 pixels; the first has 4 x 4" in one for one in summary.passed.bad)
+    assert summary.splits["train"].documents == 2
+
+
+@pytest.mark.parametrize("label", ["-1", "cat", "1.5", "\u0663"])
+def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: str) -> None:
+    for number in range(2):
+        np.save(tmp_path / f"{number}.npy", np.zeros(2, np.float32))
+        (tmp_path / f"{number}.cls").write_text(label if number else "0")
+    with pytest.raises(UserError, match=f"the label '{label}' is not a class number") as refused:
+        kind_named("arrays").pack([tmp_path], tmp_path / "out", PackOptions())
+    assert refused.value.where == str(tmp_path / "1.cls")

@@ -47,7 +47,9 @@ def test_a_line_with_many_recorded_metrics_shows_the_main_ones_and_counts_the_ot
     row = {"step": 7, "loss": 3.0, "lr": 1e-3, **groups, "weight_norm": 41.5, "router_entropy": 1.25}
     progress = LiveProgress(None)
     line = metrics_line(progress, row)
-    assert line.startswith("step 7  loss 3.000  lr 1.0e-03  weight_norm 41.5  router_entropy 1.25  gradient_norm/layers.0")
+    assert line.startswith(
+        "step 7  loss 3.000  lr 1.0e-03  weight_norm 41.5  router_entropy 1.25  gradient_norm/layers.0"
+    )
     shown = line.count("norm/")
     assert 0 < shown < 8 and len(line) <= 140
     assert line.endswith(f"(+{24 - shown} metrics)")

@@ -146,11 +146,11 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
     Raises:
         UserError: Anything else, or a class outside 0 .. MAX_CLASSES - 1.
     """
-    fix = "write the class as a whole number"
+    fix = "write the class as a whole number, from 0"
     try:
         if suffix == "cls":
-            text = data.decode("ascii").strip()
-            value = int(text) if text.isdigit() else None
+            text = data.decode("utf-8").strip()
+            value = int(text) if text.isascii() and text.isdigit() else text
         else:
             value = json.loads(data.decode("utf-8"))
             if isinstance(value, dict):

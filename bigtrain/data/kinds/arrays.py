@@ -44,6 +44,9 @@ from bigtrain.models.batches import KINDS, Arrays
 if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
+Held = tuple[tuple[ArrayInfo, ...], bool]
+"""The arrays of a sample by their names, and whether it has a class."""
+
 
 @KINDS.register
 class ArraySamples(SampleKind):
@@ -81,6 +84,7 @@ class ArraySamples(SampleKind):
             raise UserError(
                 f"the arrays ({self.describe(other)}) are not like the others ({self.describe(index)})",
                 where=f"{other.place} and {index.place}",
+                fix="make both of arrays of one set of names, types and shapes, with the classes of the first",
             )
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
@@ -190,12 +194,7 @@ class _ArrayScanner(Scanner):
         if "cls" in sample.suffixes:
             label = [decode_label(sample.read(sample.one("cls"), MAX_LABEL_BYTES), "cls", sample.where)]
         if self._first is not None and (infos, bool(label)) != (self._first, self._labelled):
-            raise UserError(
-                f"the sample holds {_listed(infos, bool(label))}; the first holds "
-                f"{_listed(self._first, self._labelled)}",
-                where=sample.where,
-                fix="store one set of names, types and shapes in a directory",
-            )
+            raise _unlike((infos, bool(label)), (self._first, self._labelled), sample.where)
         self._first, self._labelled = infos, bool(label)
         self._classes = max([self._classes, *(number + 1 for number in label)])
         return (*places, *label)
@@ -226,6 +225,14 @@ def _arrays(sample: TarSample) -> tuple[tuple[ArrayInfo, ...], tuple[int, ...]]:
 
 def _head(sample: TarSample, member: Member) -> bytes:
     return read_at(sample.path, member.offset, min(member.size, HEADER_BYTES))
+
+
+def _unlike(held: Held, first: Held, where: str) -> UserError:
+    return UserError(
+        f"the sample holds {_listed(*held)}; the first holds {_listed(*first)}",
+        where=where,
+        fix="store one set of names, types and shapes in a directory",
+    )
 
 
 def _listed(arrays: tuple[ArrayInfo, ...], labelled: bool) -> str:
@@ -303,6 +310,27 @@ class Files:
         """See `Sample`."""
         return tuple(span.path for _, span in self.found)
 
+    @property
+    def where(self) -> str:
+        """The first of its files, for errors."""
+        return str(self.found[0][1].path)
+
+    def held(self) -> Held:
+        """What its files hold by their headers.
+
+        Raises:
+            UserError: A file that is no array of a type that is read, or no array at all.
+        """
+        infos = []
+        for suffix, span in self.found:
+            name = array_name(suffix, str(span.path))
+            if name is not None:
+                layout = npy_layout(read_at(span.path, 0, min(span.size, HEADER_BYTES)), str(span.path))
+                infos.append(array_info(name, layout, span.size, str(span.path)))
+        if not infos:
+            raise UserError("the sample has no file .npy", self.where)
+        return tuple(sorted(infos, key=lambda info: info.name)), len(infos) < len(self.found)
+
     def members(self, means: Means) -> list[PackedMember]:
         """See `Sample`."""
         members = []
@@ -311,11 +339,8 @@ class Files:
             if span.size > limit:
                 raise UserError(f"the file has more than {limit} bytes", str(span.path))
             data = span.read()
-            name = array_name(suffix, str(span.path))
-            if name is not None:
-                # Said by the file that the user has, and not by a shard that is being written.
-                layout = npy_layout(data[:HEADER_BYTES], str(span.path))
-                array_info(name, layout, len(data), str(span.path))
+            if suffix == "cls":
+                decode_label(data, suffix, str(span.path))
             members.append(PackedMember(suffix, data))
         return members
 
@@ -330,8 +355,19 @@ def _in_folder(folder: Path, options: PackOptions) -> Iterator[Files]:
             found.append(path)
         elif not path.is_dir() or path.is_symlink():
             options.passed.ignore(str(path.relative_to(folder)), "neither .npy nor .cls, or hidden")
+    first: Held | None = None
     for _, group in groupby(sorted(found, key=lambda path: (key(path), path.name)), key=key):
-        yield Files(tuple((path.name.split(".", 1)[1].lower(), Span.whole(path)) for path in group))
+        sample = Files(tuple((path.name.split(".", 1)[1].lower(), Span.whole(path)) for path in group))
+        # Here, so that an error names the file that the user has, and not a shard that is being written.
+        try:
+            held = sample.held()
+            if first is not None and held != first:
+                raise _unlike(held, first, sample.where)
+        except UserError as error:
+            options.passed(error)
+            continue
+        first = held
+        yield sample
 
 
 def _in_columns(paths: Sequence[Path]) -> list[Row]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from bigtrain.data.kinds.images import (
     example_images,
     has_caption,
     image_text,
+    first_size,
     images_under,
     packed_image,
     read_image,
@@ -187,7 +188,8 @@ class Captions(SampleKind):
                 advice_on_shards(inputs)
                 or "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or JSON lines with `image`",
             )
-        return images
+        size = first_size((one.image for one in images), options)
+        return [replace(one, size=size) for one in images]
 
     def open_reader(
         self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
@@ -317,6 +319,8 @@ class CaptionedImage:
     caption: Span | str
     where: str
     compressed: bool = False
+    size: tuple[int, int] | None = None
+    """Height and width that the image must have; None where it is scaled."""
 
     @property
     def bytes(self) -> int:
@@ -331,7 +335,7 @@ class CaptionedImage:
     def members(self, means: Means) -> list[PackedMember]:
         """See `Sample`."""
         assert means.tokenizer is not None
-        image = packed_image(self.image, means, self.where)
+        image = packed_image(self.image, means, self.where, self.size)
         if isinstance(self.caption, Span) and self.caption.size > MAX_CAPTION_BYTES:
             raise UserError(f"the caption has more than {MAX_CAPTION_BYTES} bytes", where=self.where)
         data = self.caption.encode("utf-8") if isinstance(self.caption, str) else self.caption.read()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -114,11 +115,13 @@ class Images(SampleKind):
         for path in sorted(root.iterdir()):
             if path.is_file() and path.suffix.lower()[1:] in IMAGE_SUFFIXES:
                 options.passed.ignore(str(path), "not in a class folder")
-        images = [
-            LabelledImage(Span.whole(path), label)
+        found = [
+            (Span.whole(path), label)
             for label, name in enumerate(classes)
             for path in images_under(root / name, options)
         ]
+        size = first_size((image for image, _ in found), options)
+        images = [LabelledImage(image, label, size) for image, label in found]
         if len(images) < 2:
             fix = advice_on_shards(inputs) or "they are read from FOLDER/CLASS/NAME.png or .jpg"
             raise UserError("there are no images", str(root), fix)
@@ -216,6 +219,8 @@ class LabelledImage:
 
     image: Span
     label: int
+    size: tuple[int, int] | None
+    """Height and width that it must have; None where it is scaled."""
 
     @property
     def bytes(self) -> int:
@@ -229,7 +234,7 @@ class LabelledImage:
 
     def members(self, means: Means) -> list[PackedMember]:
         """See `Sample`."""
-        data = packed_image(self.image, means, str(self.image.path))
+        data = packed_image(self.image, means, str(self.image.path), self.size)
         return [data, PackedMember("cls", str(self.label).encode())]
 
 
@@ -265,18 +270,32 @@ def label_member(sample: TarSample) -> Member:
     return sample.one("cls") if "cls" in sample.suffixes else sample.one(*LABEL_SUFFIXES)
 
 
-def packed_image(image: Span, means: Means, where: str) -> PackedMember:
+def first_size(images: Iterable[Span], options: PackOptions) -> tuple[int, int] | None:
+    """Height and width that all images must have: those of the first that can be read; None where they are scaled."""
+    if options.image_size is not None:
+        return None
+    for image in images:
+        if image.size <= MAX_IMAGE_BYTES:
+            # One that cannot be read is reported when it is packed.
+            with contextlib.suppress(UserError):
+                return image_shape(image.read(), str(image.path))[:2]
+    return None
+
+
+def packed_image(image: Span, means: Means, where: str, size: tuple[int, int] | None) -> PackedMember:
     """An image as it is stored in a shard: as its file is, or a PNG of the size that was chosen.
 
     Raises:
-        UserError: Not an image, or too large.
+        UserError: Not an image, too large, or of another height and width than `size`.
     """
     if image.size > MAX_IMAGE_BYTES:
         raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", where)
     data = image.read()
     if means.image_size is not None:
         return PackedMember("png", squared(data, means.image_size, where))
-    image_shape(data, where)
+    found = image_shape(data, where)[:2]
+    if size is not None and found != size:
+        raise _other_size(where, found, size)
     return PackedMember(image_suffix(data), data)
 
 
@@ -333,6 +352,7 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
             f"the images ({image_text(other)}, {other.image.classes} classes) are not like the others "
             f"({image_text(index)}, {index.image.classes} classes)",
             where=f"{other.place} and {index.place}",
+            fix="make both of images of one size, with the classes that the first one has",
         )
 
 
