@@ -414,8 +414,8 @@ def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
         if (
             found := min(place.rglob(INDEX_NAME) if given.is_dir() else place.glob(INDEX_NAME), default=None)
         ) is not None:
-            shards = found.parent
-            return f"{shards} holds shards already: train on it (data.train: {shards}), or pack the files they were made of"
+            train = f"train on it (data.train: {found.parent})"
+            return f"{found.parent} holds shards already: {train}, or pack the files that they were made of"
     return None
 
 

@@ -43,8 +43,8 @@ _EXAMPLE = 'write comparisons joined by "and" and "or", such as --where "flops <
 _WORD = re.compile(r"\w")
 _SHOWN = 8
 _UNKNOWN = 0.5
-"""The truth of a comparison with an absent value, between false (0) and true (1): "and" is the minimum, "or" the maximum,
-"not" the rest to 1 (Kleene's logic)."""
+"""The truth of a comparison with an absent value, between false (0) and true (1): "and" is the minimum, "or" the
+maximum, "not" the rest to 1 (Kleene's logic)."""
 
 
 @dataclass(frozen=True)
