@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +150,7 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
     try:
         if suffix == "cls":
             text = data.decode("utf-8").strip()
-            value = int(text) if text.isascii() and text.isdigit() else text
+            value: Any = int(text) if text.isascii() and text.isdigit() else text
         else:
             value = json.loads(data.decode("utf-8"))
             if isinstance(value, dict):
