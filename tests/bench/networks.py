@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tarfile
@@ -33,7 +34,7 @@ from bigtrain.data.loader import EvaluationLoader
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "tests" / "bench" / "results" / "networks.txt"
-HEADER = ("network", "data", "must reach", "reached", "", "seconds")
+HEADER = ("network", "data", "must reach", "reached", "", "seconds", "CPU s", "load")
 SHARD = 10_000
 """Digits in a tar."""
 
@@ -216,7 +217,7 @@ def recall(times_chance: float, among: int = 10) -> Figure:
 
     def figure(runs: Path, name: str) -> Reached:
         model, config = bigtrain.load(name, runs_dir=runs), bigtrain.Run(name, runs).config()
-        place = str(runs.parent / config.data.places("validation")["emoji-words"])
+        (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
         with EvaluationLoader(place, batches=1, batch_size=10_000, context=config.model.context) as loader:
             arrays = next(iter(loader)).micro_batches[0]
         batch = {key: torch.from_numpy(values[arrays["weights"].any(1)]) for key, values in arrays.items()}
@@ -294,10 +295,10 @@ def measure(network: Network, work: Path) -> tuple[str, ...]:
     """Train one network, and read its figure."""
     train(network, work)
     reached = network.figure(work / "runs", network.run)
-    seconds = (work / "runs" / f"{network.run}.seconds").read_text()
+    timing = json.loads((work / "runs" / f"{network.run}.json").read_text())
     return (
         network.name, network.data.__name__, network.must_reach, reached.text, "yes" if reached.is_enough else "no",
-        seconds,
+        *(f"{timing[key]:.0f}" for key in ("seconds", "cpu_s", "load")),
     )  # fmt: skip
 
 
@@ -306,7 +307,7 @@ def train(network: Network, work: Path) -> None:
     for other in NETWORKS:
         if other.name == network.after:
             train(other, work)
-    timing = work / "runs" / f"{network.run}.seconds"
+    timing = work / "runs" / f"{network.run}.json"
     if timing.exists():
         return
     prepared = work / f"{network.data.__name__}.done"
@@ -314,12 +315,19 @@ def train(network: Network, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
         network.data(work)
         prepared.touch()
-    began = time.monotonic()
+    began, used = time.monotonic(), processor_s()
     command(
         work, "train", ROOT / "configs" / f"{network.config}.yaml", f"name={network.run}", "tracking.wandb=disabled",
         *network.overrides,
     )  # fmt: skip
-    timing.write_text(f"{time.monotonic() - began:.0f}")
+    found = {"seconds": time.monotonic() - began, "cpu_s": processor_s() - used, "load": os.getloadavg()[2]}
+    timing.write_text(json.dumps(found))
+
+
+def processor_s() -> float:
+    """Processor time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def known_rows() -> dict[str, tuple[str, ...]]:
@@ -336,7 +344,8 @@ def written(rows: dict[str, tuple[str, ...]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     cells = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     head = f"networks trained on {os.cpu_count()} cores, FP32: python -m tests.bench.networks"
-    return "\n".join([head, "", *(line.rstrip() for line in cells)]) + "\n"
+    note = "load: of the machine over the last 15 minutes; above its cores, other work took processor time as well"
+    return "\n".join([head, note, "", *(line.rstrip() for line in cells)]) + "\n"
 
 
 if __name__ == "__main__":
