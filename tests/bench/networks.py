@@ -256,6 +256,8 @@ class Network:
 
 
 NETWORKS = (
+    Network("LeNet", "lenet-mnist", mnist, "99.25 % accuracy", at_least("val_accuracy", 0.9925)),
+    Network("ResNet", "resnet-mnist", mnist, "99.4 % accuracy", at_least("val_accuracy", 0.994)),
     Network("ViT", "vit-mnist", mnist, "98.5 % accuracy", at_least("val_accuracy", 0.985)),
     Network(
         "DCGAN", "dcgan-mnist", mnist, "10 classes, confidence 0.9", recognised("vit", 0.9), after="ViT"

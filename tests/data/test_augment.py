@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import TypeAdapter
 
 from bigtrain.config import UserError
@@ -22,6 +23,8 @@ from bigtrain.data.loader import EvaluationLoader, Loader
 from bigtrain.data.order.mixture import Sources
 from bigtrain.data.order.sample_order import SampleOrder
 from bigtrain.models.batches import Arrays
+from bigtrain.run import load_config
+from bigtrain.training.prepare import prepare
 
 COUNT, SIDE, CLASSES, BATCH = 24, 12, 3, 10
 CROP = {"name": "random_crop", "padding": 3}
@@ -202,6 +205,30 @@ def test_tokens_are_not_augmented_and_classes_are_needed_to_mix(packed: ShardInd
         augmented(chain(MIXUP), captions)
 
 
+def recipe(index: ShardIndex, tmp_path: Path, image_size: int = SIDE, **data: Any) -> dict[str, Any]:
+    """What a run on these images trains."""
+    config = {
+        "name": "x",
+        "model": {"arch": "vit", "image_size": image_size, "channels": 1, "width": 8},
+        "data": {"train": str(index.directory), **data},
+        "batch": {"size": 4},
+        "duration": "2 steps",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return prepare(load_config(tmp_path / "config.yaml")).what
+
+
+def test_augmentation_is_a_part_of_what_is_trained(index: ShardIndex, tmp_path: Path) -> None:
+    plain = recipe(index, tmp_path)
+    assert recipe(index, tmp_path, augment=[]) == plain
+    assert "augment" not in plain["data"]  # as in runs of before
+    changed = recipe(index, tmp_path, augment=[CROP])
+    assert changed["data"]["augment"] == [{"name": "random_crop", "size": None, "padding": 3, "fill": 0}]
+    assert recipe(index, tmp_path, augment=[{"name": "random_crop", "size": 8}], image_size=8)
+    with pytest.raises(UserError, match="images are 8 x 8 x 1"):
+        recipe(index, tmp_path, augment=[{"name": "random_crop", "size": 8}])
+
+
 def test_an_augmentation_of_a_user_s_own_is_one_file(index: ShardIndex, tmp_path: Path) -> None:
     text = (Path(augmenter.__file__).with_name("augmentation.py")).read_text()
     example = text.split('"""')[1].split("\n\n", 1)[1].split("\n\nAn image")[0]
@@ -211,6 +238,7 @@ def test_an_augmentation_of_a_user_s_own_is_one_file(index: ShardIndex, tmp_path
         f"from __future__ import annotations\n{imports}" + "\n".join(line[4:] for line in example.splitlines())
     )
     load_plugin(str(tmp_path / "invert.py"))
+    assert recipe(index, tmp_path, augment=[{"name": "invert"}])["data"]["plugin"]
     plain, shown = steps(index, []), steps(index, [{"name": "invert", "p": 1.0}])
     assert np.array_equal(255 - plain[0]["images"], shown[0]["images"])
 

@@ -27,14 +27,14 @@ _spec.loader.exec_module(training)
 
 DRAWS = {
     "lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping", "checkpointed", "seq2seq", "tagger",
-    "families.bert", "families.vae", "families.rnn",
+    "families.bert", "families.vae", "families.rnn", "families.lenet",
 }  # fmt: skip
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
 MOVED_TWICE = {"densenet"}
 """Whose running statistics plain torch moves again where torch.utils.checkpoint computes them again."""
-BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae", "lstm", "vae"}
+BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae", "lstm", "vae", "lenet"}
 """Which the fast tests do not train; some of them are much like bigtrain's own."""
-COUPLED = {"resnet", "clip", "densenet", "instance_norm", "graph", "vqvae", "families.clip"}
+COUPLED = {"resnet", "clip", "densenet", "instance_norm", "graph", "vqvae", "families.clip", "families.resnet"}
 """That need a rank's part of a batch in one pass."""
 AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
 """Relative above 1, in FP32: sums are taken in another order."""

@@ -28,6 +28,8 @@ PLUGIN = Path(__file__).with_name("plugin.py")
 VOCABULARY, CONTEXT, BATCH, STEPS, SEED, LR, CLIP = 11, 8, 5, 4, 3, 3e-3, 1.0
 
 OWN: dict[str, dict[str, Any]] = {
+    "families.lenet": {"image_size": 12, "channels": 1, "kernel": 3, "maps": [3, 4], "hidden": [8], "dropout": 0.3},
+    "families.resnet": {"image_size": 8, "channels": 1, "blocks": [1, 1], "width": 4, "stem": "3x3"},
     "families.vae": {"image_size": 8, "width": 16, "latent": 3},
     "families.bert": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2},
     "families.clip": {
