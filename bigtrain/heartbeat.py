@@ -83,7 +83,7 @@ class Heartbeat:
         self._words[0] = (step & _STEP_MASK) << 32 | _CODES[phase] | tick
 
     def control(self) -> Control:
-        """What the agent asks for. Ranks may see a change at different steps: they must agree before they act."""
+        """The agent's request. Ranks may see a change at different steps: they must agree before they act."""
         return Control(self._words[1])
 
 

@@ -1,7 +1,7 @@
 """Keys of other services (W&B, Hugging Face) for the ranks: from a file on the node, never from a config.
 
-The file has lines NAME=VALUE; or it is a directory with one file a key, as Kubernetes mounts a Secret. Its path may be
-said aloud; what is in it reaches the environment of the process that needs it, and nothing else.
+The file has lines NAME=VALUE; or it is a directory with one file for each key, as Kubernetes mounts a Secret. Its path
+may be printed. Its contents reach the environment of the process that needs them, and nothing else.
 """
 
 from __future__ import annotations

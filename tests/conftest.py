@@ -191,8 +191,8 @@ def cpu_ratio() -> Callable[[Sequence[str], Sequence[str]], float]:
 
     def ratio(arguments: Sequence[str], baseline: Sequence[str]) -> float:
         times = [(cpu_s(arguments), cpu_s(baseline)) for _ in range(5)]
-        ours, theirs = (min(column) for column in zip(*times, strict=True))
-        print(f"{ours:.3f} s of processor time, {ours / theirs:.2f} times the baseline's {theirs:.3f} s")
-        return ours / theirs
+        measured, compared = (min(column) for column in zip(*times, strict=True))
+        print(f"{measured:.3f} s of processor time, {measured / compared:.2f} times the baseline's {compared:.3f} s")
+        return measured / compared
 
     return ratio

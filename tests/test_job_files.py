@@ -277,8 +277,8 @@ def test_a_run_under_torchrun_is_the_run_of_train(
     run, expected = tmp_path / "runs" / "tiny", tmp_path / "runs" / "clean"
     named = [event["event"] for event in read_lines(run / "events.jsonl")]
     assert [name for name in named if name not in ("saved", "save_waited")] == ["started", "finished"]
-    ours, theirs = (read_tensors(path / "checkpoints", 12, prefix="") for path in (run, expected))
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    found, wanted = (read_tensors(path / "checkpoints", 12, prefix="") for path in (run, expected))
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(wanted[name]) for name in wanted)
     assert list(read_lines(run / "samples.jsonl")) == list(read_lines(expected / "samples.jsonl"))
     assert "is finished: 12 steps" in bigtrain("train", config).stderr

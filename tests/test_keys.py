@@ -34,7 +34,7 @@ def test_keys_come_from_a_mounted_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "mode"), [(f"KEY={CANARY}", 0o644), (f"KEY={CANARY}", 0o640), (CANARY, 0o600)])
-def test_what_is_wrong_is_said_without_the_secret(tmp_path: Path, text: str, mode: int) -> None:
+def test_errors_do_not_show_the_secret(tmp_path: Path, text: str, mode: int) -> None:
     path = tmp_path / "secrets"
     path.write_text(text)
     path.chmod(mode)

@@ -63,7 +63,7 @@ def test_the_page_of_networks_shows_one_that_passes_its_check() -> None:
     FAMILIES["digits-net"](width=4).check(10)
 
 
-def test_the_example_is_as_short_as_is_said() -> None:
+def test_the_example_is_as_short_as_documented() -> None:
     code = [line for line in EXAMPLE.read_text().splitlines() if line.strip()]
     assert len(code) <= LINES
 
@@ -206,7 +206,7 @@ def test_an_installed_module_is_a_plugin(tmp_path: Path, monkeypatch: pytest.Mon
         ('Literal["my-model"] = "my-model"', 'Literal["llama"] = "llama"', "one of bigtrain's own"),
     ],
 )
-def test_code_that_is_no_plugin_is_told(plugin: Callable[..., Path], old: str, new: str, said: str) -> None:
+def test_code_that_is_no_plugin_is_reported(plugin: Callable[..., Path], old: str, new: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_plugin(str(plugin(old, new)))
 
@@ -224,7 +224,7 @@ def test_a_plain_network_gives_its_name_to_a_plugin_s(plugin: Callable[..., Path
 
 
 @pytest.mark.parametrize("place", ["nowhere.py", "no_such_module", "./nowhere"])
-def test_a_plugin_that_is_not_there_is_told(place: str) -> None:
+def test_a_missing_plugin_is_reported(place: str) -> None:
     with pytest.raises(UserError, match="There is no"):
         load_plugin(place)
 

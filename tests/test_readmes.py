@@ -30,7 +30,7 @@ def name(path: Path) -> str:
 
 
 def text_of(path: Path) -> str:
-    """What a reader sees: comments left out."""
+    """What a reader sees: the text without comments."""
     return re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
 
 

@@ -365,7 +365,7 @@ def test_runs_are_found_by_name_and_by_path(directory: RunDirectory, file: Path)
     assert caught.value.fix == "Did you mean 'base'?"
 
 
-def test_a_run_and_a_step_are_told_apart() -> None:
+def test_a_step_is_parsed_only_after_a_runs_name() -> None:
     assert split_run_step("tiny@300") == ("tiny", 300)
     assert split_run_step("a@b/tiny") == ("a@b/tiny", None)
     assert split_run_step("tiny@") == ("tiny@", None)

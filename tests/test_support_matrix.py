@@ -2,7 +2,7 @@
 
     python tests/test_support_matrix.py        # writes the tables into bigtrain/engines/README.md
 
-A pair is refused where `prepare` refuses a config that asks for both. It is tested where a test of the equivalence
+A pair is refused where `prepare` refuses a config that requests both. It is tested where a test of the equivalence
 suite runs both together, which is read from the tests' own parameters. A pair that is neither fails here, and so does
 a README that is out of date.
 """
@@ -68,14 +68,14 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "dropout": {"model": {"dropout": 0.1}},
     "plain module": {"model": {"arch": "my-model", "width": 32, "context": 16}},
 }
-"""What each asks for in the YAML. A model section with an `arch` replaces the engine's own."""
+"""What each sets in the YAML. A model section with an `arch` replaces the engine's own."""
 ONE_OF = (
     ("cp ulysses", "cp all_gather"),
     ("pp 1f1b", "pp interleaved", "pp zero bubble"),
     ("recompute full", "recompute selective"),
     ("plain module", "dropout"),
 )
-"""Choices of one thing, which no config can ask for together; a plain module has dropout by its own code alone."""
+"""Choices of one thing, which no config can combine; a plain module has dropout by its own code alone."""
 MEANINGLESS = {frozenset(pair) for choices in ONE_OF for pair in itertools.combinations(choices, 2)}
 
 

@@ -4,7 +4,7 @@
     OUT/global_step100/zero/NAME/fp32.pt                 {"param": tensor}; the FP32 weights
                             NAME/exp_avg.pt, exp_avg_sq.pt   Adam's moments; NAME/step.pt its count
                        zero/optimizer_state.pt           what belongs to no parameter
-                       mp_rank_00_model_states.pt        facts; under ZeRO 3 DeepSpeed asks for it by a second name
+                       mp_rank_00_model_states.pt        facts; ZeRO 3 reads it under a second name
 
 A checkpoint that `deepspeed.save_checkpoint` has written becomes one by DeepSpeed's own `ds_to_universal.py`. Files are
 written and read a tensor at a time. Layout and keys as DeepSpeed 0.19.8 reads them

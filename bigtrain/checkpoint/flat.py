@@ -53,8 +53,8 @@ class Box:
 class FlatPart(Tensor):
     """A tensor by its shape and dtype, of which `local` (1-D) holds the elements from `begin` on.
 
-    It takes part in no arithmetic: it stands in a state for what is saved and loaded in place, as a DTensor does, and
-    speaks the protocol by which torch.distributed.checkpoint asks for pieces.
+    It supports no arithmetic. A state holds it where a DTensor would be: it is saved and loaded in place. It implements
+    the protocol by which torch.distributed.checkpoint requests pieces of a tensor.
     """
 
     local: Tensor

@@ -1,7 +1,7 @@
 """LoRA adapters in the files of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
 
-peft's own package is not needed. Its names are those of transformers, with a prefix: our `layers.0.attention.query`
-is `base_model.model.model.layers.0.self_attn.q_proj` there, and its matrices have the shapes of ours.
+peft's own package is not needed. Its names are those of transformers, with a prefix: bigtrain's
+`layers.0.attention.query` is `base_model.model.model.layers.0.self_attn.q_proj` there. The matrices have equal shapes.
 """
 
 from __future__ import annotations

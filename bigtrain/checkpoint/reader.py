@@ -130,18 +130,18 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _checked(data: bytes) -> bytes:
-    """A pickle, in one frame; refused where the unpickler would take memory that the pickle does not fill.
+    """Return a pickle as one frame; refuse one for which the unpickler would allocate memory that it does not fill.
 
-    A memo of four billion places or a byte array may ask for that; DCP's own pickles have neither. Where one frame
-    begins in another and reaches beyond it, the unpickler drops the rest of the first, and comes to other opcodes than
-    stand one after the other: with one frame around all it reads those that were looked at.
+    A memo of four billion entries or a byte array may cause that; DCP's own pickles have neither. Where a frame begins
+    inside another and ends beyond it, the unpickler drops the rest of the first. It would then run other opcodes than
+    those checked here. With one frame around all, it runs exactly the checked ones.
     """
     pieces: list[bytes] = []
     begin = 0
     for opcode, argument, found in pickletools.genops(data):
         place = found or 0
         if opcode.name == "BYTEARRAY8" or (opcode.name in _MEMO and int(argument or 0) > len(data)):
-            raise pickle.UnpicklingError(f"it asks for memory that it does not fill ({opcode.name} at byte {place})")
+            raise pickle.UnpicklingError(f"it requests memory that it does not fill ({opcode.name} at byte {place})")
         if opcode.name == "FRAME":
             pieces.append(data[begin:place])
             begin = place + _FRAME_BYTES
@@ -185,7 +185,7 @@ def _as_place(place: Any) -> _StorageInfo:
     if PurePosixPath(name).name != name or name in (".", ".."):
         raise pickle.UnpicklingError(f"it points to {name!r}, outside its directory")
     if place.field("transform_descriptors"):
-        raise pickle.UnpicklingError("it asks for stream transforms")
+        raise pickle.UnpicklingError("it requires stream transforms")
     return _StorageInfo(name, _expect(place.field("offset"), int), _expect(place.field("length"), int))
 
 

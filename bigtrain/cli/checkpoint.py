@@ -147,7 +147,7 @@ def _pruned_store(url: str, keep_last: int | None, dry_run: bool) -> list[int]:
     from bigtrain.config import UserError
 
     if keep_last is None:
-        raise UserError("How many checkpoints of a store are kept must be said", url, "Add --keep-last 3.")
+        raise UserError("Pruning a store needs the number of checkpoints to keep", url, "Add --keep-last 3.")
     return RunStore(url).prune(keep_last, dry_run=dry_run)
 
 

@@ -123,7 +123,7 @@ class Registry(Generic[T]):
         self.found[name] = value
 
     def with_default(self, name: str) -> Registry[T]:
-        """The same implementations, for a field whose section may leave out another name."""
+        """A copy of the registry with another default name, for a field whose section need not give a name."""
         registry = copy.copy(self)
         registry.default = name
         return registry

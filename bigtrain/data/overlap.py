@@ -99,7 +99,7 @@ def overlap(train: Path, validation: Path, say: Callable[[str], None] = lambda t
     return {
         "kind": KIND, "format_version": 1, "train": str(train), "validation": str(validation),
         "fingerprints": {"train": _fingerprint(train), "validation": _fingerprint(validation)},
-        "rule": f"{NEAR:.0%} of the {SHINGLE}-word shingles of {PASSAGE} words in one stretch; exact from {EXACT:.0%}",
+        "rule": f"{NEAR:.0%} of the {SHINGLE}-word shingles of {PASSAGE} words in one segment; exact from {EXACT:.0%}",
         "passages": len(held.sizes), "exact": exact, "near": len(passages) - exact,
         "share": len(passages) / len(held.sizes), "train_words": total, "documents": by_document,
         "found": [asdict(one) for one in passages[:_SHOWN]],

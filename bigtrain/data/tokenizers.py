@@ -373,7 +373,7 @@ class Tokenizer:
 
     @cached_property
     def _untrimmed(self) -> HuggingFaceTokenizer:
-        """The same tokenizer, whose places of tokens include the spaces that a post-processor would leave out."""
+        """The same tokenizer without a post-processor: token offsets include the spaces that it would trim."""
         from tokenizers import Tokenizer as Backend
 
         return Backend.from_str(json.dumps({**json.loads(self._definition), "post_processor": None}))

@@ -23,7 +23,7 @@ COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
 
 
 def set_determinism(engine: EngineConfig, device: torch.device) -> None:
-    """Choose kernels that repeat to the bit where the config asks for it."""
+    """Choose kernels whose results repeat to the bit, where the config requests it."""
     wanted = device.type == "cpu" if engine.deterministic == "auto" else bool(engine.deterministic)
     if wanted and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

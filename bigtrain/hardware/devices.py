@@ -83,10 +83,10 @@ def mfu(
 
     Args:
         flops_per_token: Forward and backward FLOPs of one token; 0 where they cannot be counted.
-        tokens_per_s: Tokens a second of the whole job.
+        tokens_per_s: Tokens per second of all devices of the job together.
         device: One of the job's devices, all alike; None where it is not known.
         precision: Precision of the matrix multiplications.
-        n_devices: Devices of the whole job.
+        n_devices: How many devices the job has.
 
     Returns:
         A share between 0 and 1, or None where the device, its peak at `precision` or the model's FLOPs are not

@@ -48,7 +48,7 @@ class StopSwitch:
         return True
 
     def press_first(self) -> None:
-        """Ask for a stop, unless that was done before."""
+        """Request a stop, unless one was requested before."""
         if self.level == 0:
             self.press()
 

@@ -1,4 +1,4 @@
-"""How a run's end is reported: a summary, and the notification that `job.notify` asks for."""
+"""How a run's end is reported: a summary, and the notification that `job.notify` configures."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Membership:
         return self._placer is not None
 
     def placed(self) -> None:
-        """A new placement begins: what was said of the last one is over."""
+        """Begin a new placement: notices and reasons that concern the last one are dropped."""
         self._reason = None
         self._larger_since = None
         self._notices = {}

@@ -26,7 +26,7 @@ _SIOCGIFADDR: Final = 0x8915
 def bound_to_parent() -> Callable[[], None]:
     """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
 
-    It also has the child ignore SIGUSR1 and SIGUSR2 until it asks for them, so that a request for stacks does not end a
+    The child also ignores SIGUSR1 and SIGUSR2 until it installs handlers, so that a request for stacks does not end a
     rank that is still starting.
     """
     return functools.partial(bind_to_parent, os.getpid(), ctypes.CDLL(None, use_errno=True))

@@ -5,8 +5,8 @@
 Nothing is initialised in it: no device, no process group, no pool of threads, no random state. That it has one thread
 is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
 own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
-its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine ask
-for it (BIGTRAIN_TEMPLATE); other runs start fresh processes unless they do.
+its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine
+enable it (BIGTRAIN_TEMPLATE); other runs start fresh processes unless they set the variable.
 """
 
 from __future__ import annotations

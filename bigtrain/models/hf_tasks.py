@@ -120,7 +120,7 @@ class RouterLoss(NamedTuple):
 
     @classmethod
     def of(cls, shape: PretrainedConfig) -> RouterLoss | None:
-        """What a config asks for: `output_router_logits` and a coefficient."""
+        """The router loss of a config with `output_router_logits` and a coefficient; else None."""
         coefficient = getattr(shape, "router_aux_loss_coef", None)
         chosen = getattr(shape, "num_experts_per_tok", None)
         if not coefficient or chosen is None or not getattr(shape, "output_router_logits", False):

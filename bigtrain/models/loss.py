@@ -88,7 +88,7 @@ def chunked_cross_entropy(
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     right = torch.empty(targets.numel(), device=hidden.device) if wants_metric("accuracy") else None
     options = chunk_tokens, z_loss, part, needs_gradient, right
-    # Views, since autograd does not say of a leaf whether a backward pass asks for its gradient.
+    # Views, since autograd does not tell whether a backward pass needs a leaf's gradient.
     views = hidden.view_as(hidden), weight.view_as(weight)
     loss, losses = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
     if right is not None:
@@ -195,7 +195,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch
 
 
 def _handed_over(ctx: Any, place: int, grad: Tensor) -> Tensor | None:
-    """A gradient of the inputs times `grad`, in place; None where this backward pass does not ask for it."""
+    """A gradient of the inputs times `grad`, in place; None where this backward pass does not need it."""
     node = ctx.next_functions[place][0]
     if node is None or not torch._C._will_engine_execute_node(node):
         return None

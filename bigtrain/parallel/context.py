@@ -112,7 +112,7 @@ class AllToAll(ContextGroup):
         return (self.rank,)
 
     def mask(self, documents: Tensor, positions: Tensor) -> Any:
-        """All rows: a rank's heads ask for the whole sequence."""
+        """The mask of all rows: a rank's heads attend to the whole sequence."""
         return self.mask_of(documents, None)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:

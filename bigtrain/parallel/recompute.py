@@ -157,7 +157,7 @@ class _PutBack(_Pass):
     def _next(self, operator: Any) -> Any:
         kept, result = self.kept.popleft() if self.kept else (None, None)
         if kept is not operator:
-            raise RuntimeError(f"the second pass of a block asks for {operator}, where the first had {kept}")
+            raise RuntimeError(f"the second pass of a block calls {operator}, where the first had {kept}")
         return result
 
 

@@ -73,7 +73,7 @@ class Parts:
 
     @classmethod
     def of(cls, model: DecoderConfig, vocab_size: int, sizes: Mesh, layout: LayoutConfig, rank: int) -> Parts:
-        """The parts of a rank; they are remembered, since a search asks for few of them many times."""
+        """The parts of a rank; they are cached, since a search requests few of them many times."""
         return _parts_of(model, vocab_size, sizes, layout.split(model.block_costs(vocab_size)), rank)
 
     @property

@@ -14,7 +14,7 @@ from bigtrain.tracking.page import Chart, Fact, Page, Series
 LETTERS = {"params": "N", "tokens": "D", "batch": "B", "loss": "L"}
 _PATH = 40
 _CURVES = 12
-"""Grids that are drawn one by one."""
+"""How many grids get a chart of their own."""
 
 
 def rates_page(found: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ class Body:
     start: int
     """Byte of the file at which the chunks begin: the requested one, or 0 where the server supports no ranges."""
     total: int | None
-    """Bytes of the whole file; None where the server does not say."""
+    """Size of the complete file in bytes; None where the server does not report it."""
     chunks: Iterator[bytes]
 
 

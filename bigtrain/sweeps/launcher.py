@@ -28,7 +28,7 @@ from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptPlacer
 
 
 def serve(train_one: Callable[[GangTrial], int], keep: Callable[[], None]) -> None:
-    """Train what the driver asks for until it closes the socket.
+    """Train the trials that the driver requests, until it closes the socket.
 
     Args:
         train_one: Trains a trial that may be asked to stop; returns its code.

@@ -80,10 +80,10 @@ class TrialStarter(Protocol):
 
 
 def starter_of(sweep: Sweep) -> TrialStarter:
-    """The slots that a sweep's file asks for.
+    """The slots that a sweep's file configures.
 
     Raises:
-        UserError: It asks for a cluster that does not answer.
+        UserError: They lie on a cluster that does not answer.
     """
     active = active_plugin()
     plugin = None if active is None else active.place

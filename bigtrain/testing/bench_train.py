@@ -84,8 +84,8 @@ class Timings:
 class Interleaved:
     """A loader for the trainer that lets the bare loops take their steps between two of the trainer's.
 
-    From asking the real loader for a batch until the trainer asks for the next, everything is bigtrain's step: the
-    wait for data, the step itself, and the callbacks of the step before.
+    The time between two requests for a batch counts as bigtrain's step: the wait for data, the step itself, and the
+    callbacks of the step before.
     """
 
     loader: Loader

@@ -36,7 +36,7 @@ class Machines(Placer):
         self.sizes = sizes
         self.silence_s = silence_s
         self.leaving: dict[str, float | None] = {}
-        self.left_out: set[str] = set()
+        self.excluded: set[str] = set()
         self.distrusted: list[str] = []
         self.placements: list[str] = []
         self.waits = 0
@@ -102,10 +102,10 @@ class Machines(Placer):
         self.distrusted.append(agent)
 
     def exclude(self, agent: str) -> bool:
-        """Leave a node out, if enough are there without it."""
-        if len(set(self.there) - self.left_out - {agent}) < min(self.sizes):
+        """Exclude a node, if enough others are there."""
+        if len(set(self.there) - self.excluded - {agent}) < min(self.sizes):
             return False
-        self.left_out.add(agent)
+        self.excluded.add(agent)
         return True
 
     def leave(self, agent: str) -> None:
@@ -126,5 +126,5 @@ class Machines(Placer):
         nodes = [Node(name, f"host-{name}", {}, {"CPU": 1}, {"CPU": 1}) for name in self.there]
         need = Need(tuple(sorted(self.sizes, reverse=True)), {"CPU": 1})
         previous = list(self.placements[-1]) if self.placements else []
-        chosen = choose(nodes, need, previous, self.left_out | set(self.leaving))
+        chosen = choose(nodes, need, previous, self.excluded | set(self.leaving))
         return None if chosen is None else [node.name for node in chosen]

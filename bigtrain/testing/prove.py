@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         if not 1 <= options.ranks <= MOST_RANKS:
-            raise UserError(f"{options.ranks} is no number of ranks", "--ranks", f"Give 1 to {MOST_RANKS}.")
+            raise UserError(f"{options.ranks} is not a valid number of ranks", "--ranks", f"Give 1 to {MOST_RANKS}.")
         if options.plugin:
             load_plugin(options.plugin)
         config = load_config(options.config, options.overrides)

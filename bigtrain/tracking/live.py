@@ -139,7 +139,7 @@ class LiveDisplay:
 
     Args:
         run_dir: The run's directory; its files may not be there yet.
-        total_steps: Steps of the whole run where known; an event that carries `total_steps` corrects it.
+        total_steps: Steps of the complete run where known; an event that carries `total_steps` corrects it.
         stream: Where to: a terminal gets a panel that redraws itself, anything else plain lines.
         line_every_s: Least time between two plain lines; evaluations and events always get one.
     """

@@ -155,7 +155,7 @@ class Page:
         self._parts.append(f'<dl class="headline">{"".join(cells)}</dl>')
 
     def shares(self, parts: Sequence[tuple[str, float, str]]) -> None:
-        """A whole divided: (label, amount, amount as text), drawn as one bar of at most PARTS_OF_A_WHOLE parts."""
+        """Add a bar of at most PARTS_OF_A_WHOLE parts: (label, amount, amount as text), which add up to 100%."""
         if len(parts) > PARTS_OF_A_WHOLE:
             raise ValueError(f"a bar has colours for {PARTS_OF_A_WHOLE} parts, not for {len(parts)}")
         total = sum(amount for _, amount, _ in parts) or 1.0

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def bench(place: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The parts asked for, and the targets of each, as one object."""
+    """Measure the requested parts; returns the results and the targets of each as one object."""
     wanted = options.only or PARTS
     result: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
@@ -217,12 +217,12 @@ def _text(size: int) -> list[str]:
 def index_memory(place: Path, shards: int) -> dict[str, Any]:
     """Memory and time that an index takes, by its shards; measured in a process of its own."""
     context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_index, args=(str(place / "index"), shards, theirs))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_measure_index, args=(str(place / "index"), shards, child_end))
     process.start()
     # So that the end of the process ends the waiting for it.
-    theirs.close()
-    found: dict[str, Any] = ours.recv()
+    child_end.close()
+    found: dict[str, Any] = parent_end.recv()
     process.join()
     return found
 

@@ -57,21 +57,21 @@ def _serve(place: str, latency: float, pipe: Any) -> None:
 def _server(place: Path, latency: float) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
     """The URL of a server in a process of its own, and its requests by file name since the last call."""
     context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(str(place), latency, theirs))
+    parent, child = context.Pipe()
+    process = context.Process(target=_serve, args=(str(place), latency, child))
     process.start()
     # So that the end of the process ends the waiting for it.
-    theirs.close()
+    child.close()
 
     def count() -> dict[str, int]:
-        ours.send("count")
-        found: dict[str, int] = ours.recv()
+        parent.send("count")
+        found: dict[str, int] = parent.recv()
         return found
 
     try:
-        yield f"http://127.0.0.1:{ours.recv()}", count
+        yield f"http://127.0.0.1:{parent.recv()}", count
     finally:
-        ours.send("stop")
+        parent.send("stop")
         process.join()
 
 

@@ -1,4 +1,4 @@
-"""How long faults take to be seen and mended, and what they cost: `make bench-faults`.
+"""How long it takes to detect faults and recover from them, and what they cost: `make bench-faults`.
 
     python -m tests.bench.bench_faults [--faults 10] [--only ranks|stops|nodes|fewer|trackers]
 
@@ -14,7 +14,7 @@
     P10 node   SIGKILL of a node's raylet           -> next step, on another node
     P10 fewer  the same with no other node          -> next step, on two nodes instead of three
 
-Each is done --faults times to runs of real ranks, at moments drawn from the time between two saves; what says "node",
+Each is done --faults times to runs of real ranks, at random moments between two saves; what says "node",
 on real Ray nodes of this machine. Each line gives the median and the extremes, and where a time has parts, the median
 of each. It exits with 1 where a promise is broken.
 """

@@ -58,7 +58,7 @@ Step = Callable[[int], tuple[float, float]]
 class Case:
     """A layout in the words of both sides."""
 
-    ours: dict[str, Any]
+    native: dict[str, Any]
     plain: Layout
     pipelined: bool = False
 
@@ -104,7 +104,7 @@ class Measured:
     losses: list[tuple[float, float]] = field(default_factory=list)
     """Of bigtrain and of the plain run, by step."""
     norms: list[tuple[float, float]] = field(default_factory=list)
-    ours: Counter[Collective] = field(default_factory=Counter)
+    native: Counter[Collective] = field(default_factory=Counter)
     """Collectives of one step."""
     plain: Counter[Collective] = field(default_factory=Counter)
     missed: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -165,20 +165,20 @@ def bench(names: list[str], pairs: int, size: Size | None = None, pool: RankPool
 def measure(name: str, pairs: int, size: Size) -> Measured:
     """One layout on this rank. Collective."""
     case, measured = LAYOUTS[name], Measured()
-    sizes = LayoutConfig(**case.ours).mesh(dist.get_world_size())
-    ours, *plain = steps_of(case, sizes, size)
+    sizes = LayoutConfig(**case.native).mesh(dist.get_world_size())
+    native, *plain = steps_of(case, sizes, size)
     for step in range(CHECKED_STEPS):
-        mine, theirs, _ = ours(step), plain[0](step), plain[1](step)
-        measured.losses.append((mine[0], theirs[0]))
-        measured.norms.append((mine[1], theirs[1]))
-    for run, counts in ((ours, measured.ours), (plain[0], measured.plain)):
+        mine, reference, _ = native(step), plain[0](step), plain[1](step)
+        measured.losses.append((mine[0], reference[0]))
+        measured.norms.append((mine[1], reference[1]))
+    for run, counts in ((native, measured.native), (plain[0], measured.plain)):
         with RecordedCollectives(sizes) as record:
             run(CHECKED_STEPS)
         counts.update(record)
         measured.missed |= record.missed
     plain[1](CHECKED_STEPS)
     for number in range(WARMUP_ROUNDS + pairs):
-        _round(CHECKED_STEPS + 1 + number, ours, plain, measured)
+        _round(CHECKED_STEPS + 1 + number, native, plain, measured)
     for values in (*measured.ratios.values(), *measured.seconds.values()):
         del values[:WARMUP_ROUNDS]
     return measured
@@ -186,7 +186,7 @@ def measure(name: str, pairs: int, size: Size) -> Measured:
 
 def steps_of(case: Case, sizes: Mesh, size: Size) -> tuple[Step, Step, Step]:
     """bigtrain's step, and those of two plain runs, from the same weights on the same batches."""
-    layout = LayoutConfig(**case.ours, micro_size=1 if case.pipelined else None)
+    layout = LayoutConfig(**case.native, micro_size=1 if case.pipelined else None)
     engine: Any = FSDPConfig().build(
         size.model, size.vocabulary, OPTIMIZER,
         layout=layout, precision="fp32", seed=SEED, ranks=Ranks.from_environment(),
@@ -195,7 +195,7 @@ def steps_of(case: Case, sizes: Mesh, size: Size) -> tuple[Step, Step, Step]:
     first = engine.data_parallel_rank * share
     weights = _weights(size)
 
-    def ours(step: int) -> tuple[float, float]:
+    def native(step: int) -> tuple[float, float]:
         tokens, targets = (array[first : first + share].numpy() for array in _batch(size, step))
         whole: MicroBatch = {"tokens": tokens, "targets": targets}
         whole["weights"] = torch.ones(share, size.context).numpy()
@@ -216,7 +216,7 @@ def steps_of(case: Case, sizes: Mesh, size: Size) -> tuple[Step, Step, Step]:
 
         return step
 
-    return ours, plain(), plain()
+    return native, plain(), plain()
 
 
 def _batch(size: Size, step: int) -> tuple[Tensor, Tensor]:
@@ -237,18 +237,18 @@ def _weights(size: Size) -> dict[str, Tensor]:
     return renamed
 
 
-def _round(number: int, ours: Step, plain: list[Step], measured: Measured) -> None:
+def _round(number: int, native: Step, plain: list[Step], measured: Measured) -> None:
     """A pair of bigtrain and a plain run, and a pair of plain runs."""
-    pairs: list[tuple[str, list[Step]]] = [("bigtrain", [ours, plain[0]]), ("a_a", [plain[1], plain[0]])]
+    pairs: list[tuple[str, list[Step]]] = [("bigtrain", [native, plain[0]]), ("a_a", [plain[1], plain[0]])]
     for kind, (one, other) in pairs:
         if number % 2:
-            theirs, mine = _timed(other, number), _timed(one, number)
+            reference, mine = _timed(other, number), _timed(one, number)
         else:
-            mine, theirs = _timed(one, number), _timed(other, number)
-        measured.ratios[kind].append(mine / theirs)
+            mine, reference = _timed(one, number), _timed(other, number)
+        measured.ratios[kind].append(mine / reference)
         if kind == "bigtrain":
             measured.seconds["bigtrain"].append(mine)
-            measured.seconds["plain"].append(theirs)
+            measured.seconds["plain"].append(reference)
 
 
 def _timed(step: Step, number: int) -> float:
@@ -264,18 +264,18 @@ def _judged(name: str, measured: list[Measured]) -> dict[str, Any]:
     for rank, found in enumerate(measured):
         if found.missed:
             raise RuntimeError(f"{name}, rank {rank}: collectives went unseen: {found.missed}")
-        if found.ours != found.plain:
-            more, less = found.ours - found.plain, found.plain - found.ours
+        if found.native != found.plain:
+            more, less = found.native - found.plain, found.plain - found.native
             raise RuntimeError(f"{name}, rank {rank}: bigtrain's own collectives {more}, the plain run's {less}")
     first = measured[0]
-    off = [abs(mine / theirs - 1) for mine, theirs in [*first.losses, *first.norms]]
+    off = [abs(mine / reference - 1) for mine, reference in [*first.losses, *first.norms]]
     worst = max(off)
     if not all(one <= SAME_LOSS for one in off):
         raise RuntimeError(f"{name}: losses and norms differ by {worst:.2g}: {first.losses}, {first.norms}")
     rows: dict[str, Any] = {kind: summary(ratios) for kind, ratios in first.ratios.items()}
     noise = max(abs(end - 1) for end in rows["a_a"]["interval"])
     return {
-        "collectives": [{**asdict(one), "count": count} for one, count in sorted(first.ours.items())],
+        "collectives": [{**asdict(one), "count": count} for one, count in sorted(first.native.items())],
         "difference": worst,
         "step_s": {side: round(sorted(values)[len(values) // 2], 5) for side, values in first.seconds.items()},
         **rows,

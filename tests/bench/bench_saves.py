@@ -176,16 +176,16 @@ def write_plainly(path: Path, data: memoryview) -> None:
 class Compared(NamedTuple):
     """Medians over the pairs: seconds of both sides, and their ratio."""
 
-    ours: float
+    native: float
     plain: float
     ratio: float
     size: int
     """Bytes that each side moved."""
 
 
-def compared(pairs: int, ours: Callable[[], float], plain: Callable[[], float], size: int) -> Compared:
+def compared(pairs: int, native: Callable[[], float], plain: Callable[[], float], size: int) -> Compared:
     """Measure both in pairs."""
-    first, second = in_pairs(pairs, ours, plain)
+    first, second = in_pairs(pairs, native, plain)
     ratios = [one / other for one, other in zip(first, second, strict=True)]
     return Compared(statistics.median(first), statistics.median(second), statistics.median(ratios), size)
 
@@ -237,7 +237,7 @@ def verifying(training: Training, pairs: int) -> Compared:
 
 def show(names: tuple[str, str], found: Compared, limit: float) -> None:
     """Print both sides and their ratio."""
-    for name, seconds in zip(names, (found.ours, found.plain), strict=True):
+    for name, seconds in zip(names, (found.native, found.plain), strict=True):
         print(f"{name:28}{seconds * 1e3:8.1f} ms  ({found.size / seconds / 1e6:,.0f} MB/s)")
     print(f"{'ratio, in pairs':28}{found.ratio:8.2f}     ({met(found.ratio, limit)})")
 

@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another version, to compare with")
     before = parser.parse_args().before
-    ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "ray")}
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
@@ -89,9 +89,9 @@ def main() -> None:
         place = Path(scratch)
         sweep = {**tiny_sweep(shards(place / "shards")), "sizes": SIZES}
         here = {**sweep, "slots": {"on": "machine", "count": 2}}
-        kinds = {"machine": ours, "with fresh ranks": ours | {"BIGTRAIN_TEMPLATE": "0"}}
+        kinds = {"machine": base, "with fresh ranks": base | {"BIGTRAIN_TEMPLATE": "0"}}
         if before is not None:
-            kinds = {"before": ours | {"PYTHONPATH": str(before.absolute())}, **kinds}
+            kinds = {"before": base | {"PYTHONPATH": str(before.absolute())}, **kinds}
         middles = {name: measure(name, place / name, here, kinds[name]) for name in kinds}
         if before is not None:
             print(f"machine, against before: {middles['machine'] / middles['before']:.2f} of the time", flush=True)

@@ -175,13 +175,13 @@ def main() -> int:
                 subprocess.run(
                     [*export, "--format", "hf", "--out", str(out)], cwd=place, check=True, stdout=subprocess.DEVNULL
                 )
-                theirs, ours = (
+                by_harness, native = (
                     harness(python, out, place, place / f"{out.name}-eval"),
                     own(out, place / "shards/train", files),
                 )
                 for task in TASKS:
-                    accuracy, values = theirs[task]
-                    apart = max(abs(a - b) for a, b in zip(values, ours[task], strict=True))
+                    accuracy, values = by_harness[task]
+                    apart = max(abs(a - b) for a, b in zip(values, native[task], strict=True))
                     wrong += accuracy != accuracies[task] or apart > CLOSE
                     print(
                         f"{name:<6} {step:>4}  {task:<8} {accuracy:>8.4f} {accuracies[task]:>7.4f} {apart:>12.2e}",

@@ -296,7 +296,7 @@ def main() -> int:
             for tests in sorted({mutant.tests for mutant in chosen.values()}):
                 found = failing(tree, tests)
                 if found is not None:
-                    print(f"{found} fails on the unchanged copy: nothing can be said")
+                    print(f"{found} fails on the unchanged copy: no mutant can be judged")
                     return 2
         for name, mutant in chosen.items():
             lines.append(judge(name, mutant, tree))

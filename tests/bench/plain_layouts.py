@@ -218,7 +218,7 @@ class Run:
         self, shape: Shape, layout: Layout, weights: Mapping[str, Tensor], context: int, passes: int, **adam: Any
     ) -> None:
         """Args:
-        weights: Of the whole model, by this one's names.
+        weights: Of the full (unsharded) model, by this class's names.
         passes: Micro-batches of a pipeline's step.
         """
         self.layout, self.context = layout, context

@@ -8,8 +8,8 @@ a step a third of a second. Faults strike at random moments, about every --every
 checkpoint was published since the last but one, since a run that never saves is to end (job.max_failures). After
 --minutes the run is stopped and finished, and a run that nothing disturbs, from the disk and at full speed, does the
 same steps. Both must end with 0, with the same bits of weights and optimizer, the same samples and the same losses,
-each step once; every fault that is to be seen must be told by an event with a cause of one line; nothing may be left
-over, and nothing may have grown. It exits with 1 where one of these does not hold.
+each step once. An event with a cause of one line must report every visible fault. Nothing may be left over, and nothing
+may have grown. It exits with 1 where one of these does not hold.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from tests.training.die_in_a_save import outcome
 UNDISTURBED: Final = "undisturbed"
 MORE_STEPS: Final = 10
 """Taken after the stop, so that the run comes to an end of its own."""
-TOLD_S: Final = 900.0
-"""How long an event may take that tells a fault: most of it is a start on a busy machine."""
+REPORTED_S: Final = 900.0
+"""How long the event that reports a fault may take: most of it is a start on a busy machine."""
 SILENCE: Final = re.compile(r" hangs in phase |nothing was heard for")
 """Causes of faults that a machine brings about which others keep busy: nobody planted them, and they prove nothing."""
 SAMPLE_S: Final = 2.0
@@ -62,8 +62,8 @@ class Soak:
     every_s: float
     struck: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
-    told: int = 0
-    """Events that told a fault."""
+    reported: int = 0
+    """Faults that an event reported."""
     round: list[Fault] = field(default_factory=list)
     expected: Counter[str] = field(default_factory=Counter)
     """How often each pattern of a cause was to be seen among the faults."""
@@ -81,9 +81,9 @@ class Soak:
             self.strike()
 
     def strike(self) -> None:
-        """One fault, and the line that tells it."""
+        """Cause one fault, and print the line that describes it."""
         if not self.round:
-            # A round of all kinds, in an order of chance: none is left out for long.
+            # A round of all kinds, in random order: none is absent for long.
             self.round = [kind for kind, often in self.kinds.items() for _ in range(often)]
             self.chance.shuffle(self.round)
         fault = self.round.pop()
@@ -99,18 +99,18 @@ class Soak:
             # Its launcher was killed first.
             self.expected[LAUNCHER_ENDED.format(".*")] += 1
         if event:
-            found = self._told(event, known[event], pattern)
-            cause = f" -> {event}: {found}" if found is not None else " -> NOT TOLD"
-            self.told += found is not None
+            found = self._reported(event, known[event], pattern)
+            cause = f" -> {event}: {found}" if found is not None else " -> NOT REPORTED"
+            self.reported += found is not None
             if found is None:
-                self.problems.append(f"no event '{event}' tells: {name} {done}")
+                self.problems.append(f"no event '{event}' reports: {name} {done}")
             elif "\n" in found:
                 self.problems.append(f"the cause is more than a line: {found!r}")
         print(f"{time.strftime('%H:%M:%S')} {name} {done} ({time.monotonic() - began:.1f} s){cause}", flush=True)
 
-    def _told(self, event: str, known: int, pattern: str) -> str | None:
+    def _reported(self, event: str, known: int, pattern: str) -> str | None:
         """The cause that an event names; None where none comes."""
-        deadline = time.monotonic() + TOLD_S
+        deadline = time.monotonic() + REPORTED_S
         while time.monotonic() < deadline:
             for found in self.run.events(event)[known:]:
                 if re.search(pattern, found.get("cause", "")):
@@ -142,11 +142,13 @@ def finish(run: Soaked, place: Place) -> int:
 
 def compare(place: Place, steps: int) -> tuple[str, list[str]]:
     """A line about the two runs, and how they differ or what they have left."""
-    ours, theirs = (outcome(place.path / "runs", name, steps) for name in (NAME, UNDISTURBED))
-    problems = [f"{key} differ from those of the undisturbed run" for key in theirs if ours[key] != theirs[key]]
-    if [row[0] for row in ours["losses"]] != list(range(1, steps + 1)):
+    faulty, undisturbed = (outcome(place.path / "runs", name, steps) for name in (NAME, UNDISTURBED))
+    problems = [
+        f"{key} differ from those of the undisturbed run" for key in undisturbed if faulty[key] != undisturbed[key]
+    ]
+    if [row[0] for row in faulty["losses"]] != list(range(1, steps + 1)):
         problems.append("metrics.jsonl does not hold each step once")
-    if [row["step"] for row in ours["samples"]] != list(range(1, steps + 1)):
+    if [row["step"] for row in faulty["samples"]] != list(range(1, steps + 1)):
         problems.append("samples.jsonl does not hold each step once")
     problems += [f"left behind: {path}" for path in (place.path / "runs" / NAME).rglob("*.tmp-*")]
     problems += [f"left behind: {path}" for path in (place.path / "tmp").rglob("*")]
@@ -155,7 +157,7 @@ def compare(place: Place, steps: int) -> tuple[str, list[str]]:
         time.sleep(0.05)
     problems += [f"process {pid} is left behind" for pid in left]
     same = "bit-identical to the undisturbed run" if not problems else "NOT the undisturbed run"
-    line = f"{steps} steps, state {ours['state'][:16]}, undisturbed {theirs['state'][:16]}: {same}"
+    line = f"{steps} steps, state {faulty['state'][:16]}, undisturbed {undisturbed['state'][:16]}: {same}"
     return line, problems
 
 
@@ -185,7 +187,7 @@ def report(soak: Soak, place: Place) -> list[str]:
     planted = sum(soak.struck.values())
     return [
         f"{planted} faults: {', '.join(f'{count} {name}' for name, count in sorted(soak.struck.items()))}",
-        f"{soak.told} of them had to be told and were, each by a cause of one line; in events.jsonl "
+        f"{soak.reported} of them had to be reported and were, each by a cause of one line; in events.jsonl "
         f"{counts['fault']} faults, {counts['fallback']} fallbacks, {counts['save_failed']} failed saves, "
         f"of them {len(silences)} silences beyond a limit that nobody planted, on a machine that others use",
         f"{counts['restarted']} restarts in place, {soak.run.launches - 2} starts of the launcher after the first, "
@@ -230,7 +232,7 @@ def main() -> int:
     parser.add_argument("--faults", choices=("kills", "all"), default="all")
     parser.add_argument("--minutes", type=float, default=60.0, help="time under faults")
     parser.add_argument("--every", type=float, default=20.0, metavar="S", help="seconds between faults, about")
-    parser.add_argument("--seed", type=int, help="of kinds and moments; drawn and printed without it")
+    parser.add_argument("--seed", type=int, help="of kinds and moments; by default a random one, which is printed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new directory for it, which is not removed")
     arguments = parser.parse_args()
     # So that a soak that is ended takes its run along.

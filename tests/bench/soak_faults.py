@@ -1,4 +1,4 @@
-"""What a soak does to its run. Each fault strikes, mends what is not the run's to mend, and is told by an event.
+"""The faults of a soak. Each causes damage, repairs what the run cannot, and is reported by an event.
 
 A fault's function returns what it did in a few words and a pattern of the cause that the run must name; "" where
 nothing is to be seen, since the run has to bear it without a word.
@@ -124,7 +124,7 @@ def spoil_the_server(run: Soaked, chance: random.Random) -> Struck:
             handler, data, start
         )
 
-    # From an empty cache, so that something is asked for; what the run fetches meanwhile stays.
+    # From an empty cache, so that something is requested; what the run fetches meanwhile stays.
     shutil.rmtree(run.place.path / "cache", ignore_errors=True)
     run.server.always = answer
     run.until(lambda: sum(run.server.requests.values()) > before)
@@ -194,7 +194,7 @@ def _send(run: Soaked, rank: int, number: int) -> None:
 
 
 KILLS: Final[dict[Fault, int]] = {kill_a_rank: 20, kill_the_launcher: 1}
-"""Fault case 34, with how often each is drawn in a round of all."""
+"""Fault case 34: how often each fault occurs in one round."""
 
 ALL: Final[dict[Fault, int]] = {
     kill_a_rank: 2, kill_a_rank_in_a_save: 2, stop_a_rank: 1, stop_a_rank_in_a_save: 1, kill_the_launcher: 1,

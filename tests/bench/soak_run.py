@@ -96,7 +96,7 @@ class Place:
         own = {
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.path / "tmp"),
             "HOME": str(self.path / "home"), MARK_VARIABLE: str(self.path),
-            # A cache of torch's that is to outlive the run, and lies among temporary files where nothing else is said.
+            # torch's compile cache, which outlives the run; its default place is among temporary files.
             "TORCHINDUCTOR_CACHE_DIR": str(self.path / "home" / "inductor"),
         }  # fmt: skip
         return os.environ | own | variables

@@ -38,7 +38,7 @@ def is_last() -> bool:
 
 
 class Uneven(nn.Module):
-    """Sizes that no number of ranks divides, fewer rows than ranks, a tied head, a scalar buffer."""
+    """Sizes that are not divisible by the number of ranks, fewer rows than ranks, a tied head, a scalar buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def load(root: Path) -> int:
 
 
 def names_that_do_not_fit(directory: Path, state: dict[str, Tensor]) -> None:
-    """One rank asks for more than there is: every rank hears of it and none is changed."""
+    """One rank requests a missing tensor: every rank gets the error and none is changed."""
     wanted = state | ({"model.wide.weights": torch.zeros(1)} if is_last() else {})
     error = raised(UserError, lambda: loader.load(directory, 3, wanted))
     assert "model.wide.weights" in error.what
@@ -208,7 +208,7 @@ def errors_that_cannot_be_pickled() -> None:
 
 
 def die(root: Path) -> None:
-    """The last rank is killed in the middle of a save; the others hear of it at once."""
+    """The last rank is killed in the middle of a save; the others get an error at once."""
 
     def hook(phase: str) -> None:
         if phase == "shards" and armed and is_last():

@@ -66,7 +66,7 @@ def _one_thread() -> None:
 
 
 def random_model(kind: str) -> Any:
-    """One of transformers' models, every weight drawn, norms and biases too."""
+    """One of transformers' models with random weights, norms and biases too."""
     torch.manual_seed(4)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
     with torch.no_grad():
@@ -77,67 +77,67 @@ def random_model(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_weights_go_in_and_out_and_every_logit_stays(kind: str, tmp_path: Path) -> None:
-    theirs = random_model(kind)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1, "one file: nothing is sharded"
-    step, keys = import_hf(tmp_path / "theirs", tmp_path / "ours")
+    hf_model = random_model(kind)
+    hf_model.save_pretrained(tmp_path / "hf_model", max_shard_size=SHARD)
+    assert len(list((tmp_path / "hf_model").glob("*.safetensors"))) > 1, "one file: nothing is sharded"
+    step, keys = import_hf(tmp_path / "hf_model", tmp_path / "native")
     config = FAMILIES[keys["arch"]](**keys)
-    directory = tmp_path / "ours" / "checkpoints"
+    directory = tmp_path / "native" / "checkpoints"
 
     model = config.build(VOCAB)
     model.load_state_dict(read_tensors(directory, step))
     tokens = torch.randint(VOCAB, (2, 32))
     with torch.no_grad():
-        expected = theirs(tokens).logits
+        expected = hf_model(tokens).logits
         assert (model.logits({"tokens": tokens}) - expected).abs().max() < LOGITS
 
         files = export_hf(directory, step, tmp_path / "out", config=config, max_file_bytes=40_000)
         assert sum(file.suffix == ".safetensors" for file in files) > 1
         back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(info.values())
-        assert type(back) is type(theirs)
+        assert type(back) is type(hf_model)
         assert (back.eval()(tokens).logits - expected).abs().max() < LOGITS
-    weights = theirs.state_dict()
+    weights = hf_model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_three_steps_of_training_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    theirs = random_model(kind)
-    keys = FAMILIES[theirs.config.model_type].from_hf_config(theirs.config.to_dict())
+    hf_model = random_model(kind)
+    keys = FAMILIES[hf_model.config.model_type].from_hf_config(hf_model.config.to_dict())
     config = FAMILIES[keys["arch"]](**keys)
     model = config.build(VOCAB)
     names = config.hf_names()
-    model.load_state_dict(from_hf(names, theirs.state_dict()))
+    model.load_state_dict(from_hf(names, hf_model.state_dict()))
     # A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps of its sign.
     adam = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
-    optimizers = [torch.optim.AdamW(one.parameters(), **adam) for one in (model, theirs)]
+    optimizers = [torch.optim.AdamW(one.parameters(), **adam) for one in (model, hf_model)]
     for step in range(3):
         tokens = torch.randint(VOCAB, (2, 25), generator=torch.Generator().manual_seed(step))
         weights = torch.ones(2, 24)
         loss, weight, _ = model({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
-        their_loss = theirs(tokens, labels=tokens).loss
+        their_loss = hf_model(tokens, labels=tokens).loss
         for one in ((loss / weight), their_loss):
             one.backward()
         assert (loss / weight - their_loss).abs() < 1e-5 * their_loss
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    expected = from_hf(names, theirs.state_dict())
+    expected = from_hf(names, hf_model.state_dict())
     for name, value in model.state_dict().items():
         assert (value - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 def test_a_base_models_names_and_another_dtype_are_read_too(tmp_path: Path) -> None:
     """As the first GPT-2 was published: no prefix, and masks among the weights."""
-    theirs = random_model("gpt2").to(torch.bfloat16)
-    theirs.transformer.save_pretrained(tmp_path / "base")
+    hf_model = random_model("gpt2").to(torch.bfloat16)
+    hf_model.transformer.save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     save_file({**load_file(path), "h.0.attn.bias": torch.ones(1, 1, 32, 32)}, path, metadata={"format": "pt"})
-    import_hf(tmp_path / "base", tmp_path / "ours")
-    found = read_tensors(tmp_path / "ours" / "checkpoints", 0)
+    import_hf(tmp_path / "base", tmp_path / "native")
+    found = read_tensors(tmp_path / "native" / "checkpoints", 0)
     assert found["embedding.weight"].dtype == torch.float32
-    assert torch.equal(found["embedding.weight"], theirs.transformer.wte.weight.float())
+    assert torch.equal(found["embedding.weight"], hf_model.transformer.wte.weight.float())
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +202,8 @@ def test_what_cannot_be_imported_is_refused_and_nothing_written(damage: str, dir
     harm, said = DAMAGES[damage]
     harm(place)
     with pytest.raises(UserError, match=said):
-        import_hf(place, tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+        import_hf(place, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_nothing_saved_is_none_and_nothing_sound_is_an_error(saved: Saved, tmp_p
         loader.find(directory)
 
 
-def test_names_shapes_and_dtypes_that_do_not_fit_are_said_before_a_byte_is_read(
+def test_names_shapes_and_dtypes_that_do_not_fit_are_reported_before_a_byte_is_read(
     saved: Saved, state_at: StateAt
 ) -> None:
     directory = saved(1)
@@ -92,8 +92,8 @@ def test_names_shapes_and_dtypes_that_do_not_fit_are_said_before_a_byte_is_read(
     missing = refusal(state | {"model.weights": torch.ones(1)})
     assert "'model.weights'" in missing.what
     assert "'model.weight'" in (missing.fix or "")
-    left_out = refusal({name: tensor for name, tensor in state.items() if name != "model.bias"})
-    assert "'model.bias'" in left_out.what
+    error = refusal({name: tensor for name, tensor in state.items() if name != "model.bias"})
+    assert "'model.bias'" in error.what
     assert "(33, 17)" in refusal(state | {"model.weight": torch.ones(17, 33)}).what
     assert "torch.float64" in refusal(state | {"model.weight": torch.ones(33, 17, dtype=torch.float64)}).what
 

@@ -47,15 +47,15 @@ def test_two_ranks_load_what_four_saved_and_agree_on_what_is_sound(root: Path, r
 
 def test_one_process_and_plain_dcp_load_what_four_ranks_saved(root: Path) -> None:
     expected = load_file(root / "expected.safetensors")
-    ours = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    theirs = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    loader.load(root / "checkpoints", 3, ours)
+    by_bigtrain = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    by_dcp = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    loader.load(root / "checkpoints", 3, by_bigtrain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(theirs, checkpoint_id=root / "checkpoints" / "step_00000003")
+        dcp.load(by_dcp, checkpoint_id=root / "checkpoints" / "step_00000003")
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-        assert torch.equal(theirs[name], tensor), name
+        assert torch.equal(by_bigtrain[name], tensor), name
+        assert torch.equal(by_dcp[name], tensor), name
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_an_event_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("stop_unsaved", [True, False])
-def test_after_too_many_failures_the_run_warns_and_stops_if_asked(
+def test_after_too_many_failures_the_run_warns_and_stops_if_configured(
     tmp_path: Path, state_at: StateAt, stop_unsaved: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "checkpoints").write_text("a file where the directory should be")

@@ -257,7 +257,7 @@ def test_what_a_url_names_is_fetched_once_and_again_where_it_changed(
 
 
 @pytest.mark.slow
-def test_a_store_that_will_not_do_is_said_and_named(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_used_is_named(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RemoteError, match="no such bucket"):
         RunStore("s3://nowhere/x").check_access()
     RunStore(URL).check_access()

@@ -179,7 +179,7 @@ def test_a_missing_key_inside_a_section_is_named_with_the_sections_line(file: Pa
     assert (error.what, error.where) == ("The key 'model.layers' is missing", line(file, 2))
 
 
-def test_all_problems_are_told_at_once(file: Path) -> None:
+def test_all_problems_are_reported_at_once(file: Path) -> None:
     error = refusal(file, "seed: x\noptimzer: {}\nprecision: fp8\nschedule: {name: wsdd}\n", "batch.size=0")
     text = str(error)
     assert "5 problems" in text

@@ -31,7 +31,7 @@ def _faulty_server() -> Any:
 
 @pytest.fixture(scope="session")
 def serve() -> Any:
-    """`serve(directory)` is a context manager: a real HTTP server that fails as it is told."""
+    """`serve(directory)` is a context manager: a real HTTP server that fails on request."""
     return _faulty_server().serving
 
 

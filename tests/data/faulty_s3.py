@@ -1,4 +1,4 @@
-"""An S3 endpoint that fails: a proxy before moto's server that spoils what it says and stores, as it is told."""
+"""An S3 endpoint that fails on request: a proxy before moto's server that spoils what is read and written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FaultyS3(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is not news."""
+        """Print nothing where a client has closed the connection."""
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -76,8 +76,8 @@ class Proxy(BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)
-        told = answer.getheader("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", told or str(length))
+        declared = answer.getheader("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", declared or str(length))
         self.send_header("Connection", "close")
         self.end_headers()
 

@@ -1,4 +1,4 @@
-"""A real HTTP server that serves a directory and fails as it is told."""
+"""A real HTTP server that serves a directory and fails on request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FaultyServer(ThreadingHTTPServer):
         return wanted[number] if number < len(wanted) else self.always
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is not news."""
+        """Print nothing where a client has closed the connection."""
 
 
 class Handler(BaseHTTPRequestHandler):

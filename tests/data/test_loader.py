@@ -40,7 +40,7 @@ def test_every_slot_lies_on_one_rank_and_no_micro_batch_is_too_large(
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize(("least", "multiple"), [(3, 1), (4, 4), (1, 2)])
-def test_a_number_of_micro_batches_that_is_asked_for_is_met(batch_size: int, least: int, multiple: int) -> None:
+def test_a_requested_number_of_micro_batches_is_met(batch_size: int, least: int, multiple: int) -> None:
     shape = distribute(batch_size, 2, 3, least=least, multiple=multiple)
     assert shape.n_micro >= least
     assert shape.n_micro % multiple == 0
@@ -90,7 +90,7 @@ def test_a_batch_depends_on_its_step_alone(packed: ShardIndex) -> None:
     assert np.array_equal(joined(from_start[9:], "tokens"), joined(resumed, "tokens"))
 
 
-def test_the_position_is_the_step_and_the_count_drawn(packed: ShardIndex) -> None:
+def test_the_position_is_the_step_and_the_count_consumed(packed: ShardIndex) -> None:
     assert loader(packed).position(7) == {"step": 7, "drawn": {"train": 70}}
 
 
@@ -141,7 +141,7 @@ def test_an_evaluation_covers_the_data_once_in_order_at_any_world_size(packed: S
     assert len({len(part) for part in parts}) == 1
 
 
-def test_an_evaluation_stops_at_the_batches_asked_for(packed: ShardIndex) -> None:
+def test_an_evaluation_stops_at_the_requested_batches(packed: ShardIndex) -> None:
     with EvaluationLoader(packed, batches=3, batch_size=4, context=CONTEXT) as evaluation:
         assert [batch.step for batch in evaluation] == [0, 1, 2]
 

@@ -1,4 +1,4 @@
-"""What is not used is counted and named; formats are told by content, not by a name."""
+"""Files that are not used are counted and named; a format is recognized by content, not by a name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def png(colour: tuple[int, int, int] = (9, 9, 9)) -> bytes:
         ("a.zip", b"PK\x03\x04 etc", "binary", None),
     ],
 )
-def test_a_format_is_told_by_content(tmp_path: Path, name: str, data: bytes, kind: str, codec: str | None) -> None:
+def test_a_format_is_recognized_by_content(
+    tmp_path: Path, name: str, data: bytes, kind: str, codec: str | None
+) -> None:
     (tmp_path / name).write_bytes(data)
     found = detect(tmp_path / name)
     assert (found.kind, found.codec) == (kind, codec)

@@ -34,7 +34,7 @@ def everything(index: ShardIndex, context: int, document_mask: bool) -> tuple[np
 
 
 @pytest.mark.parametrize("context", [1, 5, 64, 1000, 5000])
-def test_sequences_are_stretches_of_the_shards_stream(packed: ShardIndex, texts: list[str], context: int) -> None:
+def test_sequences_are_segments_of_the_shards_stream(packed: ShardIndex, texts: list[str], context: int) -> None:
     expected = streams(packed, texts)
     shards, indices, arrays = everything(packed, context, document_mask=False)
     for row, (shard, index) in enumerate(zip(shards, indices, strict=True)):

@@ -196,7 +196,7 @@ def test_a_shard_with_other_bytes_than_its_index_ends_in_an_error_that_names_it(
 
 
 @pytest.mark.parametrize("code", [404, 403, 410])
-def test_a_shard_that_is_not_there_is_not_asked_for_again(
+def test_a_missing_shard_is_not_requested_again(
     server: Any, packed: ShardIndex, streaming: StreamingConfig, code: int
 ) -> None:
     server.faults = {packed.shards[0].url: [faults.status(code)] * 20}

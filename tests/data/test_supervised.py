@@ -111,22 +111,22 @@ def test_the_loss_is_on_what_the_assistant_writes(kind: str, tokenizers: dict[st
 
 
 def test_marks_of_a_template_are_those_of_transformers(tokenizers: dict[str, Path]) -> None:
-    theirs: Any = transformers.AutoTokenizer.from_pretrained(tokenizers["marked"])
+    hf_tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizers["marked"])
     template = ChatTemplate.of(Tokenizer.open(str(tokenizers["marked"])))
     for conversation in CONVERSATIONS:
         found = template.encode(conversation, [1.0] * len(conversation))
-        wanted = theirs.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        wanted = hf_tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
         assert found.ids.tolist() == wanted["input_ids"]
         assert found.weights.tolist() == wanted["assistant_masks"]
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "gemma"])
 def test_a_prompt_for_the_assistant_is_that_of_transformers(kind: str, tokenizers: dict[str, Path]) -> None:
-    theirs: Any = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
+    hf_tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tokenizers[kind])
     tokenizer = Tokenizer.open(str(tokenizers[kind]))
     template = ChatTemplate.of(tokenizer)
     asked = CONVERSATIONS[1][:3]
-    wanted = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    wanted = hf_tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert template.prompt(asked).tolist() == wanted == _OfData(tokenizer, None, "a run").encode(asked)
     assert template.ends_of_turns() == {tokenizer.special_tokens[TURN_ENDS[kind]]}
 

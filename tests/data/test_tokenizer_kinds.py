@@ -47,13 +47,13 @@ def test_a_sentencepiece_model_gives_the_librarys_ids(
         remove_extra_whitespaces=collapses, add_dummy_prefix=has_prefix,
     )  # fmt: skip
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    theirs = library.SentencePieceProcessor(model_proto=written.getvalue())
+    processor = library.SentencePieceProcessor(model_proto=written.getvalue())
     for source in (tmp_path, tmp_path / "tokenizer.model"):
         tokenizer = Tokenizer.open(str(source))
-        assert (tokenizer.eot, tokenizer.vocab_size) == (theirs.eos_id(), theirs.vocab_size())
+        assert (tokenizer.eot, tokenizer.vocab_size) == (processor.eos_id(), processor.vocab_size())
         for text in [*SENTENCES, *OTHER]:
-            assert tokenizer.encode(text).tolist() == theirs.encode(text), text
-            assert tokenizer.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+            assert tokenizer.encode(text).tolist() == processor.encode(text), text
+            assert tokenizer.decode(processor.encode(text)) == processor.decode(processor.encode(text))
     (tmp_path / "tokenizer.model").write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer.open(str(tmp_path))
@@ -107,8 +107,8 @@ def test_documents_begin_with_a_begin_of_text_where_it_is_switched_on(directory:
         out = tmp_path / f"export-{begins}"
         out.mkdir()
         index.load_tokenizer().export(out, 64)
-        theirs: Any = transformers.AutoTokenizer.from_pretrained(out)
-        assert theirs("ab")["input_ids"] == ([256] if begins else []) + [a, b]
+        processor: Any = transformers.AutoTokenizer.from_pretrained(out)
+        assert processor("ab")["input_ids"] == ([256] if begins else []) + [a, b]
 
 
 def test_a_rule_that_adds_nothing_begins_nothing(directory: Path) -> None:

@@ -36,7 +36,7 @@ from bigtrain.testing.ranks import RankError, RankPool
 from tests.models.tiny_hf import CONTEXT, MASK_TOKEN, TASKS, VOCABULARY, config_of
 
 BATCH = 7
-"""No number of ranks divides it: there are fillers."""
+"""It is not divisible by the number of ranks: there are fillers."""
 STEPS = 3
 COMPARED = 8
 
@@ -400,9 +400,9 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(
     before = ranks.run(save_and_go_on, case, tmp_path, None, ranks=2)[0]
     again = ranks.run(save_and_go_on, case, tmp_path, case, ranks=2)[0]
     assert again[0] == before[0]
-    for mine, theirs in zip(again[1:], before[1:], strict=True):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for mine, stored in zip(again[1:], before[1:], strict=True):
+        assert mine.keys() == stored.keys()
+        assert all(torch.equal(mine[name], stored[name]) for name in mine)
     steps = [tensor for name, tensor in before[1].items() if name.endswith(".step")]
     assert steps
     assert all(float(step) == 2 for step in steps)
@@ -454,9 +454,9 @@ def test_bf16_stays_close_to_fp32(ranks: RankPool, models: Callable[[str], Path]
 
 
 def deviations(steps: list[Step], expected: list[Step]) -> tuple[float, float, float]:
-    """The largest relative ones of a parameter's gradient, of losses and of norms.
+    """The largest relative deviations of a parameter's gradient, of losses and of norms.
 
-    Gradients below a thousandth of all are left out: that of a key's bias is zero but for rounding.
+    Gradients below a thousandth of all are skipped: that of a key's bias is zero but for rounding.
     """
     gradient = loss = norm = 0.0
     for mine, other in zip(steps, expected, strict=True):
@@ -522,12 +522,12 @@ def test_settings_passed_through_are_checked(strategy: Any, key: str, says: str)
     assert says in str(caught.value)
 
 
-def train_past_a_bad_step(case: Case, told: bool) -> tuple[dict[str, Tensor], list[float]]:
-    """Four steps, the first and third of which have an infinite gradient on the last rank, or are left out by hand."""
+def train_past_a_bad_step(case: Case, by_hand: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """Train four steps: the first and third have an infinite gradient on the last rank, or are skipped by hand."""
     engine = build(case)
     right, skipped = engine.strategy.backward, []
     for step in range(4):
-        if step % 2 == 0 and told:
+        if step % 2 == 0 and by_hand:
             continue
         if step % 2 == 0 and dist.get_rank() == dist.get_world_size() - 1:
             engine.strategy.backward = lambda loss, last: right(loss * math.inf, last)  # type: ignore[method-assign]

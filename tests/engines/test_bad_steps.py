@@ -42,8 +42,8 @@ def poison(engine: Any, pipelined: bool) -> Callable[[], None]:
     return lambda: setattr(model, name, right)
 
 
-def train(how: How, optimizer: OptimizerConfig, told: bool) -> tuple[dict[str, Tensor], list[StepNumbers]]:
-    """Five steps of which some are bad on the last rank alone, or, where `told`, left out by hand: the state."""
+def train(how: How, optimizer: OptimizerConfig, by_hand: bool) -> tuple[dict[str, Tensor], list[StepNumbers]]:
+    """Train five steps of which some are bad on the last rank alone; `by_hand` skips these. Returns the state."""
     equivalence.AdamWConfig = lambda **_: optimizer  # type: ignore[misc,assignment]
     try:
         engine = build(WHAT, how)
@@ -55,7 +55,7 @@ def train(how: How, optimizer: OptimizerConfig, told: bool) -> tuple[dict[str, T
         batch = micro_batches(WHAT, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         if step not in BAD:
             found.append(engine.train_step(step, batch, LR).read())
-        elif not told:
+        elif not by_hand:
             cure = poison(engine, pipelined) if last else lambda: None
             found.append(engine.train_step(step, batch, LR).read())
             cure()

@@ -209,11 +209,11 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_same(measured: Measured, expected: Measured) -> None:
-    for tensors, theirs in (
+    for tensors, wanted in (
         (measured.gradients, expected.gradients),
         (weights_of(measured.state), weights_of(expected.state)),
     ):
-        found = errors(tensors, theirs)
+        found = errors(tensors, wanted)
         worst = max(found, key=lambda name: found[name])
         assert found[worst] <= 1, f"{worst}: {found[worst]:.3g} times what is allowed"
     assert measured.state.keys() == expected.state.keys()
@@ -298,7 +298,7 @@ def test_bf16_stays_in_the_band_of_one_process(ranks: RankPool, alone: Callable[
 
 
 def held(case: Case) -> dict[str, tuple[int, int]]:
-    """Bytes of this rank's part of each tensor of the state, and of the whole, after a step."""
+    """Bytes of this rank's part of each tensor of the state, and of the full tensor, after a step."""
     engine = build(case)
     engine.train_step(0, micro_batches(case, 0), LR)
     state = {name: tensor for name, tensor in engine.state().items() if not name.endswith(".step")}
@@ -440,7 +440,7 @@ def test_a_kill_while_deepspeed_starts_leaves_nothing_that_the_next_start_waits_
         ({"bf16": {"enabled": True}}, "precision"),
     ],
 )
-def test_keys_that_are_ours_are_refused_in_passthrough(keys: dict[str, Any], what: str) -> None:
+def test_keys_that_bigtrain_sets_are_refused_in_passthrough(keys: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         DeepSpeedConfig(passthrough=keys)
 

@@ -30,7 +30,7 @@ from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.ranks import RankPool
 
 VOCABULARY = 61
-"""A prime: no number of ranks divides it."""
+"""A prime: it is not divisible by the number of ranks."""
 CONTEXT = 24
 BATCH = 10
 STEPS = 2
@@ -87,7 +87,7 @@ class Measured:
 
 
 def global_batch(case: Case, step: int) -> MicroBatch:
-    """Sequences with padding in the last and, where asked for, several documents in each."""
+    """Sequences with padding in the last and, if the case has them, several documents in each."""
     rng = np.random.default_rng([case.seed, step])
     context = case.context
     shape = (BATCH, context)
@@ -197,8 +197,8 @@ def norm_of(tensors: dict[str, Tensor]) -> float:
 
 def assert_same(measured: Measured, expected: Measured) -> None:
     """The comparison of all tests in FP32."""
-    for tensors, theirs in ((measured.gradients, expected.gradients), (measured.weights, expected.weights)):
-        found = errors(tensors, theirs)
+    for tensors, wanted in ((measured.gradients, expected.gradients), (measured.weights, expected.weights)):
+        found = errors(tensors, wanted)
         worst = max(found, key=lambda name: found[name])
         assert found[worst] <= 1, f"{worst}: {found[worst]:.3g} times what is allowed"
     for mine, other in zip(measured.numbers, expected.numbers, strict=True):

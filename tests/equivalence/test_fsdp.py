@@ -288,7 +288,7 @@ def tied_gradient_of_each_end_alone(engine: FSDPEngine) -> None:
 
 
 def undecayed(engine: FSDPEngine, parameters: set[int]) -> None:
-    """Leave weight decay out of some parameters, by their ids."""
+    """Switch weight decay off for some parameters, by their ids."""
     for group in list(engine.optimizer.param_groups):
         chosen = [p for p in group["params"] if id(p) in parameters]
         if chosen:
@@ -311,8 +311,8 @@ def lr_scale_ignored(engine: FSDPEngine) -> None:
 
 
 FAULTS = {
-    "decay left out of row-parallel matrices": (row_parallel_matrices_undecayed, "tp2", 1, "update of layers"),
-    "decay left out of a tied last stage": (tied_last_stage_undecayed, "pp2", 0, "update of embedding.weight"),
+    "no decay of row-parallel matrices": (row_parallel_matrices_undecayed, "tp2", 1, "update of layers"),
+    "no decay of a tied last stage": (tied_last_stage_undecayed, "pp2", 0, "update of embedding.weight"),
     "scales of the learning rate ignored": (lr_scale_ignored, "dp2", 1, "update of"),
     "pp averaging what it should sum": (averaged_over_micro_batches, "pp2", 1, "gradient of"),
     "pp averaging what it should sum, interleaved": (averaged_over_micro_batches, "pp2 interleaved", 1, "gradient of"),

@@ -98,9 +98,9 @@ class Workplace:
 
     def assert_same(self, name: str, undisturbed: str) -> None:
         """Weights, optimizer, samples and losses agree to the bit."""
-        ours, theirs = (read_tensors(self.run(run) / "checkpoints", STEPS, prefix="") for run in (name, undisturbed))
-        assert ours.keys() == theirs.keys()
-        assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+        found, expected = (read_tensors(self.run(run) / "checkpoints", STEPS, prefix="") for run in (name, undisturbed))
+        assert found.keys() == expected.keys()
+        assert not [key for key in found if not torch.equal(found[key], expected[key])]
         assert self.samples(name) == self.samples(undisturbed)
         assert self.losses(name) == self.losses(undisturbed)
 

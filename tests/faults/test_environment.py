@@ -84,9 +84,9 @@ class Run:
 
     def assert_equals(self, clean: Run) -> None:
         """Weights, optimizer, samples and losses are those of the undisturbed run; no fault, nothing left behind."""
-        ours, theirs = (read_tensors(run.path / "checkpoints", STEPS, prefix="") for run in (self, clean))
-        assert ours.keys() == theirs.keys()
-        assert all(ours[name].equal(theirs[name]) for name in theirs)
+        state, clean_state = (read_tensors(run.path / "checkpoints", STEPS, prefix="") for run in (self, clean))
+        assert state.keys() == clean_state.keys()
+        assert all(state[name].equal(clean_state[name]) for name in clean_state)
         for file, keys in (("samples.jsonl", ("step", "ids")), ("metrics.jsonl", ("step", "loss", "val_loss"))):
             found, expected = (
                 [[row.get(key) for key in keys] for row in read_lines(run.path / file)] for run in (self, clean)

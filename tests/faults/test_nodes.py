@@ -24,9 +24,9 @@ def test_a_run_on_three_machines_goes_on_with_two_and_grows_again(make_workplace
     )
     assert "placements abc ac acd" in said
     assert workplace.samples("elastic") == workplace.samples("undisturbed")
-    ours, theirs = workplace.losses("elastic"), workplace.losses("undisturbed")
-    assert ours.keys() == theirs.keys()
-    worst = max(abs(ours[step] - theirs[step]) for step in ours)
+    elastic, undisturbed = workplace.losses("elastic"), workplace.losses("undisturbed")
+    assert elastic.keys() == undisturbed.keys()
+    worst = max(abs(elastic[step] - undisturbed[step]) for step in elastic)
     print(f"largest difference of a loss: {worst:.2e}")
     assert worst < SAME_LOSS
     workplace.assert_nothing_left("elastic")
@@ -34,7 +34,7 @@ def test_a_run_on_three_machines_goes_on_with_two_and_grows_again(make_workplace
     assert "the agent on host host-b is lost" in fault["cause"]
     steps = [event["step"] for event in workplace.events("elastic", "resumed")]
     assert steps[0] % 20 == 0
-    assert 50 <= steps[1] < 150, "it grew at a checkpoint that was asked for"
+    assert 50 <= steps[1] < 150, "it grew at a requested checkpoint"
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def take_rendezvous_port(run: Path, attempt: int) -> socket.socket:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_port_taken_from_the_ranks_costs_a_restart_each_time_and_is_said(two_ranks: Any) -> None:
+def test_a_port_taken_from_the_ranks_costs_a_restart_each_time_and_is_reported(two_ranks: Any) -> None:
     name = "port"
     process = two_ranks.start(name, 2)
     # Before a rank comes to its port it imports torch, on a busy machine for as long as it did before or longer.

@@ -2,7 +2,7 @@
 
 It needs atheris (pip install atheris), which no test does. Each target runs for so many seconds of processor time, or
 until something is found. Inputs that reach new code are kept under --scratch, in a directory for each target: what is
-worth keeping is copied to tests/fuzz/corpus/TARGET by hand, and so is a finding, once it is mended. Prints a table;
+worth keeping is copied to tests/fuzz/corpus/TARGET by hand, and so is a finding, once it is fixed. Prints a table;
 exits 1 where there is a finding.
 """
 

@@ -169,7 +169,7 @@ def _changed(root: Any, chance: random.Random) -> Any:
 
 
 def mutated(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
-    """An input changed in a few places: bits, bytes, numbers, stretches left out, doubled or taken from another."""
+    """An input with a few changes: bits, bytes, numbers; ranges removed, doubled or copied from another input."""
     value = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4, 8))):
         at = chance.randrange(len(value) + 1)

@@ -38,7 +38,7 @@ def test_affinity_limits_the_cores() -> None:
     assert done.stdout.strip() == "1"
 
 
-def test_the_driver_is_asked_for_devices_and_hidden_ones_do_not_count(
+def test_the_driver_reports_devices_and_hidden_ones_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script stands in for nvidia-smi, which needs a GPU's driver."""

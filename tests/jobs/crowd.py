@@ -1,10 +1,10 @@
 """Agents by the hundred in one process, without ranks: `python crowd.py COUNT HALTING` with an agent's environment.
 
 Each is a real client of the protocol on a socket of its own: it greets, names a port, says that its ranks have started,
-beats, and ends them when told. Only the ranks do not exist. Every word of a halting one comes up to 0.3 s late.
+beats, and ends them on request. Only the ranks do not exist. Every message of a halting one is up to 0.3 s late.
 
 Lines on the standard input: `die N` closes the connection of the Nth; `garble N` sends its next frame twice; `lose N`
-leaves out its next frame.
+drops its next frame.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Client:
         self.halting = halting
 
     def handle(self, message: dict[str, Any]) -> bool:
-        """Do as told; False when there is no more to do."""
+        """Handle a message; returns False when it was the last one."""
         if message["type"] == "port":
             self.channel.send("port", port=20000)
         elif message["type"] == "place":

@@ -1,4 +1,4 @@
-"""Ray nodes on this machine, in a process of their own that is told on its standard input what to do to them.
+"""Ray nodes on this machine, in a process of their own that reads commands from its standard input.
 
     python ray_nodes.py DIRECTORY COUNT CPUS
 

@@ -103,8 +103,8 @@ class Slurm:
             The exit code of its last run.
         """
         text = script.read_text()
-        asked = re.search(r"^#SBATCH --signal=B:(\w+)@\d+", text, re.MULTILINE)
-        assert asked, "the script asks for no signal"
+        found = re.search(r"^#SBATCH --signal=B:(\w+)@\d+", text, re.MULTILINE)
+        assert found, "the script requests no signal"
         assert re.search(r"^#SBATCH --requeue", text, re.MULTILINE), "the script may not be requeued"
         for restarts in range(10):
             with open(output, "ab") as log:
@@ -116,7 +116,7 @@ class Slurm:
             while process.poll() is None:
                 if not signalled and limit(restarts):
                     signalled = True
-                    process.send_signal(signal.Signals[f"SIG{asked[1]}"])
+                    process.send_signal(signal.Signals[f"SIG{found[1]}"])
                 if (self.state / "requeued").exists():
                     break
                 time.sleep(0.02)

@@ -15,7 +15,7 @@ from bigtrain.jobs.generation import Generation, Launch
 
 
 class Rank:
-    """Silent for `age_s` at step 12; asked for its stacks, it answers at the `answers_at`-th look at its log."""
+    """A rank, silent for `age_s` at step 12, whose stacks are in its log from the `answers_at`-th read on."""
 
     def __init__(self, rank: int, age_s: float, answers_at: int | None, stopped: bool = False) -> None:
         self.rank, self.stopped, self._answers_at, self.looks = rank, stopped, answers_at, 0

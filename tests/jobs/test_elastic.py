@@ -73,7 +73,7 @@ finally:
     assert "SIGKILL" in fault["cause"]
 
 
-def test_a_run_shrinks_when_none_is_spare_and_grows_at_a_checkpoint_it_asked_for(
+def test_a_run_shrinks_when_none_is_spare_and_grows_at_a_requested_checkpoint(
     job: Any, machines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigtrain.jobs.membership.GROW_AFTER_S", 0.3)
@@ -84,7 +84,7 @@ def test_a_run_shrinks_when_none_is_spare_and_grows_at_a_checkpoint_it_asked_for
     assert job.launch(nproc=1, placer=placer, job=JobConfig(nodes=3, min_nodes=2)) == 0
     assert placer.placements == ["abc", "bc", "bcd"]
     done = [step for attempt, step, _ in steps_of(job, 0) if attempt > 0]
-    assert done == list(range(1, len(done) + 1)), "no step is done twice or left out when it grows"
+    assert done == list(range(1, len(done) + 1)), "no step is done twice or skipped when it grows"
     assert {world for attempt, _, world in steps_of(job, 0) if attempt == 1} == {2}
     assert job.named("restarted")[-1]["cause"] == "3 nodes can be had"
     assert len(job.named("fault")) == 1
@@ -105,7 +105,7 @@ def test_a_node_that_is_announced_to_go_loses_no_step(job: Any, machines: Any) -
 
 
 @pytest.mark.slow
-def test_an_agent_that_is_told_to_go_moves_the_run(job: Any, machines: Any) -> None:
+def test_an_agent_that_gets_sigterm_moves_the_run(job: Any, machines: Any) -> None:
     job.write_rank(RANK + "go(10**6 if attempt == 0 else saved() + 5)")
     placer = machines("abc", (2,))
     when(lambda: (job.path / "at_1_0").exists(), lambda: os.kill(placer.pid("b"), signal.SIGTERM))
@@ -115,7 +115,7 @@ def test_an_agent_that_is_told_to_go_moves_the_run(job: Any, machines: Any) -> N
 
 
 @pytest.mark.slow
-def test_a_notice_shorter_than_a_save_is_said_and_costs_no_budget(job: Any, machines: Any) -> None:
+def test_a_notice_shorter_than_a_save_is_reported_and_costs_no_budget(job: Any, machines: Any) -> None:
     job.write_rank(RANK + "go(10**6 if attempt == 0 else 5, save_s=60 if attempt == 0 else 0)")
     placer = machines("abc", (2,))
     when(lambda: (job.path / "at_1_0").exists(), lambda: placer.leaving.update(a=1.0))
@@ -127,7 +127,7 @@ def test_a_notice_shorter_than_a_save_is_said_and_costs_no_budget(job: Any, mach
 
 
 @pytest.mark.slow
-def test_a_node_with_two_strikes_is_left_out(job: Any, machines: Any) -> None:
+def test_a_node_with_two_faults_is_excluded(job: Any, machines: Any) -> None:
     job.write_rank(
         RANK
         + """

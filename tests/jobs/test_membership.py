@@ -58,32 +58,32 @@ def membership(placer: Still) -> tuple[Membership, list[tuple[str, dict[str, Any
 
 def test_more_nodes_are_taken_only_when_they_have_been_there_for_a_while(clock: list[float]) -> None:
     placer = Still()
-    ours, _ = membership(placer)
+    members, _ = membership(placer)
     placer.more = 3
-    assert ours.reason_to_leave() is None
+    assert members.reason_to_leave() is None
     clock[0] += 3
     placer.more = 0
-    assert ours.reason_to_leave() is None, "gone again"
+    assert members.reason_to_leave() is None, "gone again"
     clock[0] += 3
     placer.more = 3
-    assert ours.reason_to_leave() is None
+    assert members.reason_to_leave() is None
     clock[0] += 6
-    assert ours.reason_to_leave() == "3 nodes can be had"
-    ours.placed()
+    assert members.reason_to_leave() == "3 nodes can be had"
+    members.placed()
     placer.more = 0
     clock[0] += 6
-    assert ours.reason_to_leave() is None
+    assert members.reason_to_leave() is None
 
 
 def test_a_fault_on_a_node_with_notice_is_preemption_and_on_another_is_not(clock: list[float]) -> None:
     placer = Still()
-    ours, events = membership(placer)
+    members, events = membership(placer)
     placer.said = [Notice("a", "host-a", 2.0)]
-    assert "host-a will be taken away in 2 s" in str(ours.reason_to_leave())
+    assert "host-a will be taken away in 2 s" in str(members.reason_to_leave())
     assert [name for name, _ in events] == ["notice"]
-    lost, anew = ours.judge(Fault(Kind.AGENT_LOST, "gone", "host-a", agent="a"), ["a"])
+    lost, anew = members.judge(Fault(Kind.AGENT_LOST, "gone", "host-a", agent="a"), ["a"])
     assert (lost.kind, anew) == (Kind.PREEMPTED, True)
-    other, anew = ours.judge(Fault(Kind.SIGNAL, "killed", "host-b", agent="b"), [])
+    other, anew = members.judge(Fault(Kind.SIGNAL, "killed", "host-b", agent="b"), [])
     assert (other.kind, anew) == (Kind.SIGNAL, True), "it leaves anyway, so it leaves now"
 
 
@@ -92,8 +92,8 @@ def test_a_fault_on_a_node_with_notice_is_preemption_and_on_another_is_not(clock
 )
 def test_two_failures_that_may_be_the_nodes_own_leave_it_out(kind: Kind, struck: bool) -> None:
     placer = Still()
-    ours, _ = membership(placer)
+    members, _ = membership(placer)
     fault = Fault(kind, "x", "host-a", agent="a")
-    assert ours.judge(fault, []) == (fault, False)
-    assert ours.judge(fault, []) == (fault, struck)
+    assert members.judge(fault, []) == (fault, False)
+    assert members.judge(fault, []) == (fault, struck)
     assert placer.excluded == (["a"] if struck else [])

@@ -69,7 +69,7 @@ def test_labels_are_required() -> None:
     assert names(choose([node("a", rack="2"), node("b", rack="1"), node("c")], need)) == "b"
 
 
-def test_what_never_fits_is_told_apart_from_what_is_not_there_yet() -> None:
+def test_what_never_fits_differs_from_what_is_not_there_yet() -> None:
     gpus = Need((2,), {"GPU": 8})
     never = missing(nodes("ab"), gpus, None, {})
     assert never.never

@@ -1,4 +1,4 @@
-"""Who is told of a run's end, by real commands and real HTTP servers."""
+"""Notifications of a run's end, by real commands and real HTTP servers."""
 
 from __future__ import annotations
 
@@ -71,24 +71,24 @@ def ended(tmp_path: Path) -> RunDirectory:
 
 
 @pytest.fixture
-def told(write_config: Callable[..., Path], ended: RunDirectory) -> Callable[..., str | None]:
-    """Tells of the run's end as `job.notify` says; returns the line for the user."""
+def notified(write_config: Callable[..., Path], ended: RunDirectory) -> Callable[..., str | None]:
+    """Sends the notification of the run's end that `job.notify` configures; returns the line for the user."""
 
-    def tell(notify_section: dict[str, Any], **options: Any) -> str | None:
+    def send(notify_section: dict[str, Any], **options: Any) -> str | None:
         config = load_config(write_config(job={"notify": notify_section}))
         return notify(ended, config, status(ended.path, alive=False), ExitCode.FAILED, **{"wait_s": 60.0, **options})
 
-    return tell
+    return send
 
 
 def test_a_command_and_a_webhook_get_the_documented_message(
-    told: Callable[..., str | None], ended: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    notified: Callable[..., str | None], ended: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "told.json"
+    out = tmp_path / "notified.json"
     script = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
     with server(500, 200) as (url, got):
         monkeypatch.setenv("MY_HOOK", f"{url}/{CANARY}")
-        assert told({"command": [sys.executable, "-c", script, str(out)], "webhook_variable": "MY_HOOK"}) is None
+        assert notified({"command": [sys.executable, "-c", script, str(out)], "webhook_variable": "MY_HOOK"}) is None
     first, second = got
     assert first == second == json.loads(out.read_text())
     assert second["text"].startswith("tiny failed after step 7: 4 failures")
@@ -115,10 +115,10 @@ def test_a_command_and_a_webhook_get_the_documented_message(
 )
 @pytest.mark.slow
 def test_what_goes_wrong_is_a_line_and_no_secret(
-    told: Callable[..., str | None], ended: RunDirectory, section: dict[str, Any], said: str
+    notified: Callable[..., str | None], ended: RunDirectory, section: dict[str, Any], said: str
 ) -> None:
     with server(section.get("webhook", 200)) as (url, _):
-        line = told({**section, **({"webhook": url} if "webhook" in section else {})}, limit_s=1.0)
+        line = notified({**section, **({"webhook": url} if "webhook" in section else {})}, limit_s=1.0)
     assert line is not None
     assert str(ended.logs / "notify.log") in line
     log = (ended.logs / "notify.log").read_text()
@@ -156,7 +156,7 @@ def _children_of_notify(directory: RunDirectory) -> list[int]:
     return found
 
 
-def test_the_end_is_told_with_the_runs_goodput(write_config: Callable[..., Path], ended: RunDirectory) -> None:
+def test_the_notification_reports_the_runs_goodput(write_config: Callable[..., Path], ended: RunDirectory) -> None:
     stream = io.StringIO()
     config: RunConfig = load_config(write_config(job={"notify": {"command": ["false"]}}))
     tell_end(ended, config, ExitCode.FAILED, stream)

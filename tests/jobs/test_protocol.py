@@ -301,7 +301,7 @@ def test_an_agent_that_hears_nothing_ends_its_ranks_and_itself(impatient: Listen
     connection.channel.close()
 
 
-def test_an_agent_outlives_a_generation_and_leaves_when_told(listener: Listener, token: str, tmp_path: Path) -> None:
+def test_an_agent_outlives_a_generation_and_exits_on_request(listener: Listener, token: str, tmp_path: Path) -> None:
     process, connection = start_agent(listener, token)
     place(connection, tmp_path)
     connection.channel.send("kill", generation=1)
@@ -315,9 +315,7 @@ def test_an_agent_outlives_a_generation_and_leaves_when_told(listener: Listener,
     connection.channel.close()
 
 
-def test_an_agent_asked_to_stop_by_its_machine_tells_the_controller(
-    listener: Listener, token: str, tmp_path: Path
-) -> None:
+def test_an_agent_that_its_machine_stops_informs_the_controller(listener: Listener, token: str, tmp_path: Path) -> None:
     process, connection = start_agent(listener, token)
     place(connection, tmp_path)
     process.terminate()

@@ -166,12 +166,12 @@ class Run:
 
     def processes(self) -> list[int]:
         """Living processes of the run: its ranks, which carry its directory, and agents of this cluster."""
-        ours = (f"BIGTRAIN_RUN={self.path}".encode(), b"bigtrain.jobs.agent")
+        marks = (f"BIGTRAIN_RUN={self.path}".encode(), b"bigtrain.jobs.agent")
         found = []
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{pid}/environ").read_bytes() + b"\0" + Path(f"/proc/{pid}/cmdline").read_bytes()
-                if any(entry in ours for entry in text.split(b"\0")) and str(self.nodes.directory).encode() in text:
+                if any(entry in marks for entry in text.split(b"\0")) and str(self.nodes.directory).encode() in text:
                     found.append(pid)
         return found
 
@@ -210,7 +210,7 @@ def test_a_run_survives_a_killed_rank_and_a_killed_raylet_and_survivors_keep_the
     os.kill(int((run.path / "started_0_1").read_text().split()[1]), signal.SIGKILL)
     run.until("at_0_1", "at_1_1")
     before = run.placed(1, 2)
-    assert before == run.placed(0, 2), "a rank's death is mended in place"
+    assert before == run.placed(0, 2), "the rank was not restarted in place"
     nodes.do(f"kill {before[1]}")
     code, said = run.wait()
     assert code == 0, said

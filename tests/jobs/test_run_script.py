@@ -54,12 +54,12 @@ def test_a_script_finds_what_torchrun_gives_it(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "show.py").write_text(SHOW)
     words = ["sub/show.py", "s3://bucket//x", "./out/", "--lr", "1e-3", "a b", "job.nodes=5"]
-    theirs = execute(tmp_path, BINARIES / "torchrun", "--nproc-per-node", 2, *words)
-    assert theirs.returncode == 0, theirs.stderr
+    by_library = execute(tmp_path, BINARIES / "torchrun", "--nproc-per-node", 2, *words)
+    assert by_library.returncode == 0, by_library.stderr
     expected = [seen(tmp_path, rank) for rank in (0, 1)]
-    ours = bigtrain_run(tmp_path, "--nproc", 2, *words)
-    assert ours.returncode == 0, ours.stderr
-    assert "[rank 1] rank 1 is here" in ours.stdout
+    started = bigtrain_run(tmp_path, "--nproc", 2, *words)
+    assert started.returncode == 0, started.stderr
+    assert "[rank 1] rank 1 is here" in started.stdout
     for rank in (0, 1):
         found, wanted = seen(tmp_path, rank), expected[rank]
         assert {key: found[key] for key in ("arguments", "directory", "path")} == {
@@ -159,12 +159,14 @@ def test_accelerates_settings_reach_the_script(tmp_path: Path) -> None:
         "num_machines: 1\nnum_processes: 2\nuse_cpu: false\ngpu_ids: all\n"
     )
     options = ["--config_file", config, "--main_process_port", 0]
-    theirs = execute(tmp_path, BINARIES / "accelerate", "launch", *options, "state.py")
-    assert theirs.returncode == 0, theirs.stderr
+    by_library = execute(tmp_path, BINARIES / "accelerate", "launch", *options, "state.py")
+    assert by_library.returncode == 0, by_library.stderr
     expected = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in (0, 1)]
     assert expected[0][0] == "bf16"
-    ours = bigtrain_run(tmp_path, "--nproc", 2, "--launcher", f"accelerate launch --config_file {config}", "state.py")
-    assert ours.returncode == 0, ours.stderr
+    started = bigtrain_run(
+        tmp_path, "--nproc", 2, "--launcher", f"accelerate launch --config_file {config}", "state.py"
+    )
+    assert started.returncode == 0, started.stderr
     assert [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in (0, 1)] == expected
 
 
@@ -183,7 +185,7 @@ def test_accelerates_own_test_scripts_end_as_under_its_launcher(name: str, tmp_p
     import accelerate.test_utils
 
     script = Path(accelerate.test_utils.__file__).parent / "scripts" / f"{name}.py"
-    theirs = execute(
+    by_library = execute(
         tmp_path,
         BINARIES / "accelerate",
         "launch",
@@ -194,6 +196,6 @@ def test_accelerates_own_test_scripts_end_as_under_its_launcher(name: str, tmp_p
         0,
         script,
     )
-    ours = bigtrain_run(tmp_path, "--nproc", 2, "--launcher", "accelerate --multi_gpu", "job.max_failures=0", script)
-    assert ours.returncode == theirs.returncode, (theirs.stderr[-2000:], ours.stdout[-2000:])
-    print(name, ours.returncode)
+    started = bigtrain_run(tmp_path, "--nproc", 2, "--launcher", "accelerate --multi_gpu", "job.max_failures=0", script)
+    assert started.returncode == by_library.returncode, (by_library.stderr[-2000:], started.stdout[-2000:])
+    print(name, started.returncode)

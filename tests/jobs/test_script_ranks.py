@@ -39,7 +39,7 @@ def test_a_node_whose_ranks_have_ended_waits_for_the_others(job: Any, machines: 
     assert "ending the ranks" not in (job.path / "logs" / "agent.log").read_text()
 
 
-def test_ranks_of_ours_that_evaluate_after_the_others_have_ended_are_waited_for(
+def test_bigtrains_ranks_that_evaluate_after_the_others_have_ended_are_waited_for(
     job: Any, machines: Callable[..., Any]
 ) -> None:
     job.write_rank(f"""
@@ -113,7 +113,7 @@ def test_the_budget_of_a_script_is_spent_by_equal_faults() -> None:
 
 
 @pytest.mark.parametrize("code", [2, 3])
-def test_exit_codes_of_a_script_have_no_meaning_of_ours(code: int) -> None:
+def test_exit_codes_of_a_script_do_not_mean_what_bigtrains_mean(code: int) -> None:
     message = {
         "rank": 0, "step": 0, "phase": "step", "traceback": None, "tail": "error: mine", "signal": None, "code": code,
     }  # fmt: skip
@@ -122,7 +122,7 @@ def test_exit_codes_of_a_script_have_no_meaning_of_ours(code: int) -> None:
     assert fault.cause == f"rank 0 on host a exited with {code}"
 
 
-def test_the_code_of_a_stopped_run_is_a_failure_where_nobody_asked(job: Any) -> None:
+def test_the_code_of_a_stopped_run_is_a_failure_without_a_request(job: Any) -> None:
     assert run_script(job, "import sys; sys.exit(75)", JobConfig(max_failures=0)) == 1
     assert not job.named("stopped")
 

@@ -26,7 +26,7 @@ def held_elsewhere(directory: RunDirectory, age_s: float) -> None:
     storage.write_json(directory.lease, vars(holder))
 
 
-def test_a_holder_who_renews_no_more_is_outlasted_and_the_wait_is_said(directory: RunDirectory) -> None:
+def test_a_lease_that_is_not_renewed_is_waited_for_and_the_wait_is_reported(directory: RunDirectory) -> None:
     said: list[str] = []
     assert not outlast(directory, said.append)
     held_elsewhere(directory, LEASE_LIFE_S - 0.4)

@@ -206,6 +206,6 @@ def test_forked_ranks_and_fresh_ones_end_in_the_same_bits(
     losses = [{row["step"]: row["loss"] for row in read_lines(run / "metrics.jsonl")} for run in runs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS
-    ours, theirs = (read_tensors(run / "checkpoints", STEPS, prefix="") for run in runs)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    forked_state, fresh_state = (read_tensors(run / "checkpoints", STEPS, prefix="") for run in runs)
+    assert forked_state.keys() == fresh_state.keys()
+    assert all(torch.equal(forked_state[name], fresh_state[name]) for name in forked_state)

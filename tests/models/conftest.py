@@ -22,7 +22,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def make_decoder() -> Callable[..., nn.Module]:
-    """A small decoder of a family with its initial weights drawn; keywords override its config."""
+    """A small decoder of a family with initialized weights; keywords override its config."""
 
     def make(arch: str, **keys: Any) -> nn.Module:
         shape = {"layers": 2, "width": 32, "heads": 4, "context": 16} | keys

@@ -1,4 +1,4 @@
-"""A family that breaks the contract is told so, by name."""
+"""The error about a family that breaks the contract names the family."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_preset_counts_its_parameters_right(name: str) -> None:
     check_model(FAMILIES[keys["arch"]](**keys), 1000)
 
 
-def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_count_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     config = FAMILIES["vit"](image_size=8)
     monkeypatch.setattr(type(config), "parameter_count", lambda self, vocab_size: 7)
     with pytest.raises(UserError, match=r"parameter_count\(\) says 7"):
@@ -86,7 +86,7 @@ def test_a_wrong_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("result", [torch.zeros(()), (torch.zeros(()),), (torch.zeros(2), torch.zeros(())), None])
-def test_a_forward_that_returns_no_sums_is_told(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
+def test_a_forward_that_returns_no_sums_is_reported(monkeypatch: pytest.MonkeyPatch, result: object) -> None:
     config = FAMILIES["vit"](image_size=8)
     monkeypatch.setattr("bigtrain.models.families.vit.VisionTransformer.forward", lambda self, batch: result)
     with pytest.raises(UserError, match=r"forward\(\) does not return two FP32 scalars"):

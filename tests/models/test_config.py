@@ -123,22 +123,22 @@ def test_parameter_counts_of_presets_are_the_published_ones(name: str) -> None:
 def test_parameter_counts_of_presets_equal_those_of_transformers(name: str) -> None:
     vocab, keys = PUBLISHED[name][0], preset(name)
     if keys["arch"] == "gpt2":
-        theirs = transformers.GPT2Config(n_layer=keys["layers"], n_embd=keys["width"], n_head=keys["heads"])
+        hf_config = transformers.GPT2Config(n_layer=keys["layers"], n_embd=keys["width"], n_head=keys["heads"])
         kind = transformers.GPT2LMHeadModel
     else:
-        theirs = transformers.LlamaConfig(
+        hf_config = transformers.LlamaConfig(
             num_hidden_layers=keys["layers"], hidden_size=keys["width"], intermediate_size=keys["mlp_width"],
             num_attention_heads=keys["heads"], num_key_value_heads=keys["kv_heads"], vocab_size=vocab,
             tie_word_embeddings=keys.get("tied", False),
         )  # fmt: skip
         kind = transformers.LlamaForCausalLM
     with torch.device("meta"):
-        model = kind(theirs)
+        model = kind(hf_config)
     count = sum(p.numel() for p in model.parameters())
     assert FAMILIES[keys["arch"]](**keys).parameter_count(vocab) == count
 
 
-def test_parameters_without_embeddings_leave_out_the_tables() -> None:
+def test_parameters_without_embeddings_exclude_the_tables() -> None:
     config = FAMILIES["gpt2"](**SHAPE, max_positions=20)
     assert config.parameter_count(50) - config.parameter_count_without_embeddings(50) == (50 + 20) * 32
 

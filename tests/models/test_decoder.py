@@ -74,9 +74,9 @@ def reference(arch: str, keys: dict[str, Any]) -> nn.Module:
     return model
 
 
-def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, scale: Tensor | None = None) -> None:
-    norm = theirs.norm() if scale is None else scale
-    assert (ours - theirs).norm() <= tolerance * norm
+def assert_close(native: Tensor, hf_model: Tensor, tolerance: float, scale: Tensor | None = None) -> None:
+    norm = hf_model.norm() if scale is None else scale
+    assert (native - hf_model).norm() <= tolerance * norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -85,28 +85,28 @@ def test_logits_and_gradients_equal_those_of_transformers(
     case: str, dtype: torch.dtype, make_decoder: MakeDecoder, make_batch: MakeBatch
 ) -> None:
     arch, our_keys, their_keys = CASES[case]
-    theirs = reference(arch, their_keys).to(dtype)
-    ours = make_decoder(arch, **our_keys).to(dtype)
-    ours.compute_dtype = dtype
-    names = ours.config.hf_names()
-    ours.load_state_dict(from_hf(names, theirs.state_dict()))
+    hf_model = reference(arch, their_keys).to(dtype)
+    native = make_decoder(arch, **our_keys).to(dtype)
+    native.compute_dtype = dtype
+    names = native.config.hf_names()
+    native.load_state_dict(from_hf(names, hf_model.state_dict()))
 
     batch = make_batch()
-    their_logits = theirs(batch["tokens"]).logits
+    their_logits = hf_model(batch["tokens"]).logits
     losses = F.cross_entropy(their_logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
     their_loss = (losses * batch["weights"].flatten()).sum()
     their_loss.backward()
-    our_loss, weight, _ = ours(batch)
+    our_loss, weight, _ = native(batch)
     our_loss.backward()
 
     tolerance = TOLERANCE[dtype]
     assert weight == batch["weights"].sum()
-    assert_close(ours.logits(batch).double(), their_logits.double(), max(tolerance, 1e-6))
+    assert_close(native.logits(batch).double(), their_logits.double(), max(tolerance, 1e-6))
     assert_close(our_loss, their_loss, tolerance)
-    expected = from_hf(names, {name: p.grad for name, p in theirs.named_parameters()})
+    expected = from_hf(names, {name: p.grad for name, p in hf_model.named_parameters()})
     total = torch.stack([grad.norm() for grad in expected.values()]).norm()
-    assert expected.keys() == dict(ours.named_parameters()).keys()
-    for name, parameter in ours.named_parameters():
+    assert expected.keys() == dict(native.named_parameters()).keys()
+    for name, parameter in native.named_parameters():
         # A key's bias has a gradient of zero in exact arithmetic, so the scale is that of all gradients.
         assert_close(parameter.grad, expected[name], tolerance, total)
 
@@ -116,11 +116,11 @@ def test_state_survives_the_way_to_transformers_and_back(case: str, make_decoder
     arch, our_keys, their_keys = CASES[case]
     model = make_decoder(arch, **our_keys)
     names = model.config.hf_names()
-    theirs = to_hf(names, model.state_dict())
-    missing, unexpected = reference(arch, their_keys).load_state_dict(theirs, strict=False)
+    hf_model = to_hf(names, model.state_dict())
+    missing, unexpected = reference(arch, their_keys).load_state_dict(hf_model, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
-    back = from_hf(names, theirs)
+    back = from_hf(names, hf_model)
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 
 

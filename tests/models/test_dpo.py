@@ -59,15 +59,15 @@ def likelihood(decoder: Any, batch: dict[str, Tensor], side: int) -> Tensor:
 def test_loss_and_gradients_are_those_of_the_plain_formula(kind: str) -> None:
     config = FAMILIES["dpo"](**model(MODELS[kind]))
     check_model(config, VOCAB)
-    ours = config.build(VOCAB)
-    initialise(ours, 3)
+    native = config.build(VOCAB)
+    initialise(native, 3)
     generator = torch.Generator().manual_seed(1)
     plain = FAMILIES["llama"](**MODELS[kind]).build(VOCAB)
     reference = FAMILIES["llama"](**POLICY).build(VOCAB)
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in native.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-        state = dict(ours.named_parameters())
+        state = dict(native.named_parameters())
         plain.load_state_dict({name: state[name] for name, _ in plain.named_parameters()})
         prefix = "reference." if kind == "whole" else ""
         reference.load_state_dict({name: state[prefix + name] for name, _ in reference.named_parameters()})
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(kind: str) -> None:
     arrays = kind_named("preferences").example_batch(config, VOCAB, 3, random)
     arrays["weights"][2] = 0
     batch = {name: torch.as_tensor(array) for name, array in arrays.items()}
-    result = ours(batch)
+    result = native(batch)
     result.loss.backward()
 
     with torch.no_grad():
@@ -88,13 +88,13 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(kind: str) -> None:
     assert result.loss.item() == pytest.approx(losses.sum().item(), rel=CLOSE)
     assert (losses - losses[0]).abs().max() > 0.01, "the pairs must differ"
     gradients = {name: one.grad for name, one in plain.named_parameters() if one.requires_grad}
-    found = {name: one.grad for name, one in ours.named_parameters() if one.requires_grad}
+    found = {name: one.grad for name, one in native.named_parameters() if one.requires_grad}
     assert found.keys() == gradients.keys()
     largest = max(one.norm() for one in gradients.values())
     for name, gradient in gradients.items():
         assert (found[name] - gradient).norm() <= CLOSE * (gradient.norm() + largest), name
     with torch.no_grad():
-        assert ours(batch).loss.item() == pytest.approx(losses.sum().item(), rel=CLOSE)
+        assert native(batch).loss.item() == pytest.approx(losses.sum().item(), rel=CLOSE)
 
 
 @pytest.mark.parametrize(

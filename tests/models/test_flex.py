@@ -174,14 +174,14 @@ def test_on_a_gpu_both_passes_are_those_of_the_dense_form(kv_heads: int) -> None
     exact = [tensor.double().requires_grad_() for tensor in heads]
     expected = attend(*exact, document_mask(documents))
     expected.backward(upstream.double())
-    ours = [tensor.requires_grad_() for tensor in heads]
-    found = attend_blocks(*ours, mask)
+    leaves = [tensor.requires_grad_() for tensor in heads]
+    found = attend_blocks(*leaves, mask)
     found.backward(upstream)
     assert off(found, expected) < SAME_ON_A_GPU
-    for mine, theirs in zip(ours, exact, strict=True):
+    for mine, reference in zip(leaves, exact, strict=True):
         assert mine.grad is not None
-        assert theirs.grad is not None
-        assert off(mine.grad, theirs.grad) < SAME_ON_A_GPU
+        assert reference.grad is not None
+        assert off(mine.grad, reference.grad) < SAME_ON_A_GPU
 
 
 @pytest.mark.gpu

@@ -139,14 +139,14 @@ def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_peft_computes_what_it
     for form in ("peft", "hf"):
         done = bigtrain("checkpoint", "export", "whole", "--format", form, "--out", tmp_path / form)
         assert done.returncode == 0, done.stderr
-    ours = load_config(run / "config.yaml").model.build(VOCAB)
-    ours.load_state_dict(read_tensors(checkpoints, 4))
+    native = load_config(run / "config.yaml").model.build(VOCAB)
+    native.load_state_dict(read_tensors(checkpoints, 4))
     tokens = torch.arange(CONTEXT)[None] * 5 % VOCAB
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
-    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    adapted = peft.PeftModel.from_pretrained(hf_model, tmp_path / "peft").eval()
     with torch.no_grad():
-        expected = ours.logits({"tokens": tokens})
-        assert (expected - theirs(tokens).logits).abs().max() < LOGITS
+        expected = native.logits({"tokens": tokens})
+        assert (expected - hf_model(tokens).logits).abs().max() < LOGITS
         with adapted.disable_adapter():
             assert (expected - adapted(tokens).logits).abs().max() > 1e-3, "the adapters change nothing"
     merged = adapted.merge_and_unload().state_dict()
@@ -158,16 +158,16 @@ def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_peft_computes_what_it
     torch.manual_seed(8)
     options = {"r": 4, "lora_alpha": 16, "target_modules": ["k_proj", "up_proj"], "init_lora_weights": False}
     fresh = transformers.AutoModelForCausalLM.from_pretrained(base)
-    theirs = peft.get_peft_model(fresh, peft.LoraConfig(**options, task_type="CAUSAL_LM")).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    done = bigtrain("checkpoint", "import", tmp_path / "theirs", "--out", tmp_path / "taken", "--json")
+    hf_model = peft.get_peft_model(fresh, peft.LoraConfig(**options, task_type="CAUSAL_LM")).eval()
+    hf_model.save_pretrained(tmp_path / "hf_model")
+    done = bigtrain("checkpoint", "import", tmp_path / "hf_model", "--out", tmp_path / "taken", "--json")
     assert done.returncode == 0, done.stderr
     keys = json.loads(done.stdout)["model"]
     assert keys["adapter"] == {"name": "lora", "rank": 4, "alpha": 16.0, "targets": ["key", "up"]}
-    ours = FAMILIES["llama"](**keys).build(VOCAB)
-    ours.load_state_dict(read_tensors(tmp_path / "taken" / "checkpoints", 0))
+    native = FAMILIES["llama"](**keys).build(VOCAB)
+    native.load_state_dict(read_tensors(tmp_path / "taken" / "checkpoints", 0))
     with torch.no_grad():
-        assert (ours.logits({"tokens": tokens}) - theirs(tokens).logits).abs().max() < LOGITS
+        assert (native.logits({"tokens": tokens}) - hf_model(tokens).logits).abs().max() < LOGITS
     config = write_config(
         name="on", model=keys, init={"source": f"{tmp_path / 'taken'}@0"}, duration="1 steps", checkpoint={}
     )
@@ -175,5 +175,5 @@ def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_peft_computes_what_it
     assert done.returncode == ExitCode.FINISHED, done.stderr
     export_hf(tmp_path / "taken" / "checkpoints", 0, tmp_path / "hf0", config=FAMILIES["llama"](**keys))
     stored = load_file(tmp_path / "hf0" / "model.safetensors")
-    merged = theirs.merge_and_unload().state_dict()
+    merged = hf_model.merge_and_unload().state_dict()
     assert max((merged[name] - value).abs().max() for name, value in stored.items()) < MERGED

@@ -38,8 +38,8 @@ def test_loss_and_gradients_equal_the_plain_form_in_float64(chunk_tokens: int | 
     gradients = torch.autograd.grad(expected * 0.7, (hidden, weight))
     loss, _ = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for ours, theirs in zip(torch.autograd.grad(loss * 0.7, (hidden, weight)), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for found, wanted in zip(torch.autograd.grad(loss * 0.7, (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
@@ -52,10 +52,10 @@ def test_bf16_hidden_gives_an_fp32_loss_near_the_plain_form(chunk_tokens: int, z
     loss, _ = chunked_cross_entropy(hidden, weight, targets, weights, chunk_tokens, z_loss)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2**-8 if z_loss else 1e-6, atol=0)
-    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
-        assert ours.dtype == theirs.dtype
+    for found, wanted in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
+        assert found.dtype == wanted.dtype
         # A gradient of a logit is rounded to BF16 (2^-9) before and after its product.
-        assert (ours - theirs).float().norm() <= 2**-7 * theirs.float().norm()
+        assert (found - wanted).float().norm() <= 2**-7 * wanted.float().norm()
 
 
 def test_nothing_but_the_loss_is_computed_without_gradients() -> None:

@@ -54,7 +54,7 @@ def test_bits_are_pinned() -> None:
     assert ["".join("01"[bit] for bit in row) for row in mask[0].int().tolist()] == PINNED
 
 
-def test_the_mean_is_kept_and_nothing_is_drawn_in_evaluation() -> None:
+def test_the_mean_is_kept_and_nothing_is_sampled_in_evaluation() -> None:
     x = torch.ones(SHAPE, dtype=torch.bfloat16)
     kept = dropout(x, 0.1, KEYS, 0, training=True)
     assert kept.dtype == torch.bfloat16

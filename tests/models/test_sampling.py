@@ -39,7 +39,7 @@ def test_a_text_longer_than_the_context_goes_on(make_decoder: MakeDecoder) -> No
     assert text.shape == (2, 13)
 
 
-def test_the_padding_of_the_vocabulary_is_never_drawn(make_decoder: MakeDecoder) -> None:
+def test_the_padding_of_the_vocabulary_is_never_sampled(make_decoder: MakeDecoder) -> None:
     model = make_decoder("gpt2", vocab_multiple=1024)
     assert generate(model, PROMPT.repeat(20, 1), 8, Choice(10.0)).max() < 97
 
@@ -73,31 +73,31 @@ MODELS = {
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     """One of our models and transformers' of the same weights."""
     torch.manual_seed(2)
-    theirs = transformers.AutoModelForCausalLM.from_config(MODELS[request.param]()).eval()
+    hf_model = transformers.AutoModelForCausalLM.from_config(MODELS[request.param]()).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in hf_model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)
-    config = FAMILIES[theirs.config.model_type](
-        **FAMILIES[theirs.config.model_type].from_hf_config(theirs.config.to_dict())
+    config = FAMILIES[hf_model.config.model_type](
+        **FAMILIES[hf_model.config.model_type].from_hf_config(hf_model.config.to_dict())
     )
     model = config.build(97)
-    model.load_state_dict(from_hf(config.hf_names(), theirs.state_dict()))
-    return model, theirs
+    model.load_state_dict(from_hf(config.hf_names(), hf_model.state_dict()))
+    return model, hf_model
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
 def test_greedy_texts_of_a_batch_equal_those_of_transformers(pair: tuple[nn.Module, nn.Module], penalty: float) -> None:
     """Prompts of several lengths, padded on the left, with each of the three ways to read them."""
-    ours, theirs = pair
+    native, hf_model = pair
     padding = torch.tensor([0, 6, 3])
     tokens = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
     tokens[torch.arange(9) < padding[:, None]] = 0
-    expected = theirs.generate(
+    expected = hf_model.generate(
         tokens, attention_mask=(torch.arange(9) >= padding[:, None]).long(), max_new_tokens=12, do_sample=False,
         repetition_penalty=penalty, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     choice = Choice(0, repetition_penalty=penalty)
-    for model, cache in ((ours, True), (ours, False), (theirs, True)):
+    for model, cache in ((native, True), (native, False), (hf_model, True)):
         assert torch.equal(generate(model, tokens, 12, choice, padding=padding, cache=cache), expected)
 
 
@@ -109,7 +109,7 @@ def test_a_cache_changes_no_text_that_outgrows_the_context(make_decoder: MakeDec
 
 
 @pytest.mark.parametrize("keys", [{"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 4}, {"top_k": 9, "top_p": 0.8}])
-def test_no_token_is_chosen_that_the_rules_leave_out(keys: dict[str, float], make_decoder: MakeDecoder) -> None:
+def test_no_token_is_chosen_that_the_rules_exclude(keys: dict[str, float], make_decoder: MakeDecoder) -> None:
     model = make_decoder("llama")
     with torch.no_grad():
         model.head.weight.mul_(12)
@@ -130,6 +130,6 @@ def test_no_token_is_chosen_that_the_rules_leave_out(keys: dict[str, float], mak
     assert len(set(found.tolist())) > 0.6 * len(expected)
 
 
-def test_texts_end_when_they_are_told_to(make_decoder: MakeDecoder) -> None:
+def test_a_text_ends_at_the_callers_condition(make_decoder: MakeDecoder) -> None:
     text = generate(make_decoder("llama"), PROMPT, 10, ended=lambda new: new.shape[1] == 4)
     assert text.shape == (2, 7)

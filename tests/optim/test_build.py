@@ -55,16 +55,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_optimizer_steps_like_torchs_plain_form(name: str) -> None:
     keys, plain = CASES[name]
-    ours, theirs = make_model(), make_model()
+    built, by_hand = make_model(), make_model()
     config = ADAPTER.validate_python({"name": name, "lr": 0.01, "weight_decay": 0.1} | keys)
-    matrices = [parameter for parameter in theirs.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    matrices = [parameter for parameter in by_hand.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in by_hand.parameters() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "lr": 0.01, "weight_decay": 0.1},
         {"params": vectors, "lr": 0.01, "weight_decay": 0.0},
     ]
-    after = train(ours, config.build(ours.named_parameters()))
-    for mine, other in zip(after, train(theirs, plain(groups)), strict=True):
+    after = train(built, config.build(built.named_parameters()))
+    for mine, other in zip(after, train(by_hand, plain(groups)), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-6, atol=2e-6)
 
 

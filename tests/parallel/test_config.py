@@ -68,7 +68,7 @@ def test_a_schedule_that_does_not_fit_the_stages_is_refused(keys: dict[str, Any]
         LayoutConfig(**keys)
 
 
-def dearest(costs: BlockCosts, counts: tuple[int, ...]) -> float:
+def most_expensive(costs: BlockCosts, counts: tuple[int, ...]) -> float:
     stages: list[float] = list(counts)
     stages[0] += costs.before
     stages[-1] += costs.after
@@ -78,12 +78,12 @@ def dearest(costs: BlockCosts, counts: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("blocks", [4, 7, 10])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize(("before", "after"), [(0.0, 0.0), (1.0, 1.0), (0.3, 2.4), (0.0, 9.0)])
-def test_no_split_has_a_cheaper_dearest_stage(blocks: int, stages: int, before: float, after: float) -> None:
+def test_no_split_has_a_cheaper_most_expensive_stage(blocks: int, stages: int, before: float, after: float) -> None:
     costs = BlockCosts(blocks, before, after)
     counts = balanced(costs, stages)
     others = [split for split in product(range(1, blocks + 1), repeat=stages) if sum(split) == blocks]
     assert counts in others
-    assert dearest(costs, counts) == min(dearest(costs, split) for split in others)
+    assert most_expensive(costs, counts) == min(most_expensive(costs, split) for split in others)
 
 
 def test_embedding_and_head_weigh_in_the_split() -> None:

@@ -70,8 +70,8 @@ def compare_plain_tensors(keys: dict[str, Any], sequence_parallel: bool) -> list
     if losses[1] != pytest.approx(losses[0], rel=SAME):
         different.append("loss")
     for name, parameter in model.named_parameters():
-        theirs = own_part(cast(Tensor, expected[name].grad), name, made)
-        if (parameter.grad - theirs).norm() > 10 * SAME * theirs.norm():
+        wanted = own_part(cast(Tensor, expected[name].grad), name, made)
+        if (parameter.grad - wanted).norm() > 10 * SAME * wanted.norm():
             different.append(f"gradient of {name}")
     with torch.no_grad():
         if not torch.allclose(model.logits(batch()), whole.logits(batch()), atol=1e-5):
@@ -102,7 +102,7 @@ def shared_loss(rows: int, z_loss: float, chunk_tokens: int) -> tuple[float, flo
     expected, found = results
     dist.all_reduce(found[1])
     expected[2] = expected[2][mine]
-    off = [float((mine - theirs).norm() / theirs.norm()) for mine, theirs in zip(found, expected, strict=True)]
+    off = [float((mine - wanted).norm() / wanted.norm()) for mine, wanted in zip(found, expected, strict=True)]
     return off[0], off[1], off[2]
 
 

@@ -1,4 +1,4 @@
-"""What a rank is said to hold is what it allocates, to the byte."""
+"""The planned memory of a rank equals what it allocates, to the byte."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_terminal_json_and_page_agree_and_the_written_execution_loads(tmp_path: 
         (None, "vocabulary is not known"),
     ],
 )
-def test_what_the_formulas_do_not_cover_is_said(tmp_path: Path, model: str | None, message: str) -> None:
+def test_what_the_formulas_do_not_cover_is_reported(tmp_path: Path, model: str | None, message: str) -> None:
     file = tmp_path / "run.yaml"
     lines = RUN if model is None else re.sub(r"model: .*", f"model: {model}", RUN)
     file.write_text(lines)

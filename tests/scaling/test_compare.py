@@ -45,10 +45,10 @@ def test_a_planted_multiplier_is_held_and_pairs_are_narrower(multiplier: float) 
         assert "seeds" in paired["advice"] or "as good as equal" in paired["advice"]
 
 
-def test_dearer_flops_count_against_a_recipe_at_equal_flops_and_not_at_equal_tokens() -> None:
+def test_higher_flops_count_against_a_recipe_at_equal_flops_and_not_at_equal_tokens() -> None:
     first, second = two(1.1)
-    dear = replace(second, flops=1.1 * second.flops)
-    flops, tokens = (compare(first, dear, None, cost, None)["ladder"]["value"] for cost in ("flops", "tokens"))  # type: ignore[arg-type]
+    costly = replace(second, flops=1.1 * second.flops)
+    flops, tokens = (compare(first, costly, None, cost, None)["ladder"]["value"] for cost in ("flops", "tokens"))  # type: ignore[arg-type]
     assert flops == pytest.approx(1.0, abs=0.02)
     assert tokens > 1.05
     with pytest.raises(UserError, match="measured times"):

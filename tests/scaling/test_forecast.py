@@ -142,7 +142,7 @@ def test_a_run_by_other_rules_than_the_sweeps_is_warned_of(
         assert name in text
 
 
-def test_a_worse_run_leaves_the_band_and_is_told_when(law_of_a_sweep: Path, tmp_path: Path) -> None:
+def test_a_worse_run_leaves_the_band_and_the_step_is_reported(law_of_a_sweep: Path, tmp_path: Path) -> None:
     forecast = make_forecast(law_of_a_sweep, PARAMS, TOKENS, STEPS, [])
     rows = curve(PARAMS, TOKENS, np.random.default_rng(5))
     for row in rows[STEPS // 2 :]:

@@ -50,7 +50,7 @@ def test_a_sweeps_finding_is_found_and_warned_of(
     assert (message is None and not warnings) or (message is not None and message in warnings[0])
 
 
-def test_nothing_is_said_where_nothing_is_known_and_a_named_finding_must_exist(tmp_path: Path) -> None:
+def test_nothing_is_printed_where_nothing_is_known_and_a_named_finding_must_exist(tmp_path: Path) -> None:
     assert overlap_of("runs.csv", None) == (None, [])
     with pytest.raises(UserError, match="no finding"):
         overlap_of("runs.csv", str(tmp_path))

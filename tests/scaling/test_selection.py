@@ -312,7 +312,7 @@ def test_files_with_semicolons_and_arrays_of_objects_are_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "hint"), [("ppl", "logarithm"), ("val_bpb", "scaling tasks")])
-def test_a_table_of_perplexities_or_bits_is_told_what_to_do(name: str, hint: str) -> None:
+def test_a_table_of_perplexities_or_bits_gets_a_hint(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
         read_source({"N": [1e7], "D": [1e9], name: [20.0]})
 

@@ -168,8 +168,8 @@ def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers
     assert code == ExitCode.FINISHED, said
     trials = read_state(drivers.directory.journal).planned()
     assert [trial.name for trial in trials if trial.kind == "trunk"] == [trunk, f"{trunk}-2"]
-    leg = trials[[trial.name for trial in trials].index(f"{trunk}-2")]
-    assert (leg.parent, leg.parent_step) == (trunk, min(trials[0].save_at))
+    second = trials[[trial.name for trial in trials].index(f"{trunk}-2")]
+    assert (second.parent, second.parent_step) == (trunk, min(trials[0].save_at))
     steps = [row["step"] for row in read_lines(drivers.directory.run(trunk).metrics)]
     assert steps == list(range(1, trials[0].steps + 1))
     drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8, 32], "lr": 0.001}])
@@ -253,7 +253,7 @@ def test_a_sweep_goes_on_when_the_reader_of_its_output_has_left(drivers: Drivers
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_by_itself_is_not_tried_again_until_it_is_asked_for(
+def test_a_trial_that_fails_by_itself_is_not_tried_again_until_requested(
     drivers: Drivers, write_sweep: WriteSweep
 ) -> None:
     drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [4], "lr": 1.0}])

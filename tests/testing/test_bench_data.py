@@ -34,7 +34,7 @@ def test_every_part_of_the_benchmark_answers(tmp_path: Path) -> None:
     assert "tokens/s" in table(found)
 
 
-def test_a_target_that_is_missed_is_said_to_be() -> None:
+def test_a_missed_target_is_reported() -> None:
     packed = {"bytes": 1, "bytes_per_s": 1, "to_the_library": 0.5, "cores": 2}
     index = {"shards": 10, "memory_bytes": 5000, "seconds": 1.0}
     result = {"device": "a", "load": 0.0, "packing": packed, "index": index}

@@ -67,7 +67,7 @@ def test_every_collective_is_seen_whoever_issues_it(ranks: RankPool) -> None:
         assert not missed
 
 
-def test_what_goes_by_unseen_is_told(ranks: RankPool) -> None:
+def test_unrecorded_collectives_are_reported(ranks: RankPool) -> None:
     assert ranks.run(behind_the_back) == [{("dp_shard",): 1}] * 2
 
 

@@ -167,7 +167,7 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
     def wait(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60.0
         while not condition():
-            assert time.monotonic() < deadline, "it did not come to hold within 60 s"
+            assert time.monotonic() < deadline, "the condition did not hold within 60 s"
             time.sleep(0.02)
 
     return wait

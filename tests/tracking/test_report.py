@@ -83,7 +83,7 @@ def test_the_report_holds_the_runs_numbers(full_run: Path) -> None:
         assert part in text, part
 
 
-def test_texts_of_users_are_escaped_and_secrets_left_out(full_run: Path) -> None:
+def test_texts_of_users_are_escaped_and_secrets_removed(full_run: Path) -> None:
     text = write_report(full_run).read_text()
     assert EVIL not in text
     assert "<script>document.title" not in text

@@ -162,7 +162,7 @@ class Killer:
     round: list[str] = field(default_factory=list)
 
     def kill(self) -> None:
-        """One rank, where the next aim says; each is drawn once before one is drawn again."""
+        """Kill one rank at the next aim; each aim is taken once before one is repeated."""
         if not self.round:
             self.round = self.chance.sample(sorted(AIMS), len(AIMS))
         aim = self.round.pop()
@@ -278,9 +278,9 @@ def kill_and_compare(place: Path, kills: int, nproc: int, seed: int) -> tuple[li
         undisturbed = train(place, server.url, "undisturbed", steps, nproc).wait(DEADLINE_S)
     if (code, undisturbed) != (0, 0):
         return killer.kills, [f"the runs exited with {code} and {undisturbed}"]
-    ours, theirs = (outcome(place / "runs", name, steps) for name in ("killed", "undisturbed"))
-    problems = [f"{key} differ from those of the undisturbed run" for key in theirs if ours[key] != theirs[key]]
-    if [row[0] for row in ours["losses"]] != list(range(1, steps + 1)):
+    result, reference = (outcome(place / "runs", name, steps) for name in ("killed", "undisturbed"))
+    problems = [f"{key} differ from those of the undisturbed run" for key in reference if result[key] != reference[key]]
+    if [row[0] for row in result["losses"]] != list(range(1, steps + 1)):
         problems.append("metrics.jsonl does not hold each step once")
     return killer.kills, problems
 
@@ -290,7 +290,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--seed", type=int, help="of aims, ranks and moments; drawn and printed without it")
+    parser.add_argument(
+        "--seed", type=int, help="of aims, ranks and moments; by default a random one, which is printed"
+    )
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     print(f"$ python -m tests.training.kills --kills {arguments.kills} --nproc {arguments.nproc} --seed {seed}")

@@ -1,4 +1,4 @@
-"""A tiny language model that comes with `--plugin`: some sequences, told by their keys, have a bad gradient or loss."""
+"""A tiny language model that comes with `--plugin`: sequences with given keys have a bad gradient or loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that meet gradients that are no numbers, and losses that jump, end as one that was told to leave them out."""
+"""Runs with gradients that are not finite, or losses that jump, end as a run that skips those batches by hand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(config: Path, tmp_path: Path, duration: str) -> RunDirectory:
     return directory
 
 
-def told(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
+def by_hand(config: Path, batches: list[int | None]) -> dict[str, Tensor]:
     """The state after steps on these batches by hand, in this process; None: a step that updates nothing."""
     load_plugin(str(PLUGIN))
     run = load_config(config, [f"duration={STEPS} steps"])
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int | None], list[st
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_with_bad_steps_equals_one_told_to_leave_them_out(
+def test_a_run_with_bad_steps_equals_one_that_skips_them_by_hand(
     case: str, write_config: Callable, tmp_path: Path
 ) -> None:
     model, policy, batches, expected_events = CASES[case]
@@ -95,7 +95,7 @@ def test_a_run_with_bad_steps_equals_one_told_to_leave_them_out(
     # A resume in the middle: what the policy remembers is in the checkpoint.
     train(config, tmp_path, "10 steps")
     run = train(config, tmp_path, f"{STEPS} steps")
-    state, expected = read_tensors(run.checkpoints, STEPS, prefix=""), told(config, batches)
+    state, expected = read_tensors(run.checkpoints, STEPS, prefix=""), by_hand(config, batches)
     assert state.keys() == expected.keys()
     assert not [name for name in state if not torch.equal(state[name], expected[name])]
 

@@ -54,16 +54,16 @@ def test_a_run_begins_with_weights_trains_a_part_and_goes_back(
     begun, ended = read_tensors(tmp_path / "imported" / "checkpoints", step), read_tensors(run.checkpoints, 3)
     same = {name for name in begun if torch.equal(begun[name], ended[name])}
     assert same == {name for name in begun if name.startswith(("embedding.", "layers.0."))}
-    assert (begun["head.weight"] - ended["head.weight"]).abs().mean() > 0.01, "the head was not drawn anew"
+    assert (begun["head.weight"] - ended["head.weight"]).abs().mean() > 0.01, "the head was not initialized again"
     assert (begun["norm.weight"] - ended["norm.weight"]).abs().mean() < 0.01
 
     export_run(run, 3, tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ours = load_config(run.config).model.build(BYTES)
-    ours.load_state_dict(ended)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    native = load_config(run.config).model.build(BYTES)
+    native.load_state_dict(ended)
     tokens = torch.randint(BYTES, (2, 32))
     with torch.no_grad():
-        assert (theirs(tokens).logits - ours.logits({"tokens": tokens})).abs().max() < LOGITS
+        assert (hf_model(tokens).logits - native.logits({"tokens": tokens})).abs().max() < LOGITS
 
 
 @pytest.mark.slow
@@ -134,13 +134,13 @@ def test_a_tokenizer_that_transformers_reads_comes_along(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     from bigtrain.data.tokenizers import Tokenizer
 
-    ours = Tokenizer.open(str(own))
-    assert tokenizer("def loads(s):")["input_ids"] == ours.encode("def loads(s):").tolist()
-    assert ours.eot == tokenizer.eos_token_id
-    turn = ours.special_tokens[TURN_ENDS["gemma"]]
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == [ours.eot, turn]
+    native = Tokenizer.open(str(own))
+    assert tokenizer("def loads(s):")["input_ids"] == native.encode("def loads(s):").tolist()
+    assert native.eot == tokenizer.eos_token_id
+    turn = native.special_tokens[TURN_ENDS["gemma"]]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == [native.eot, turn]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.generation_config.eos_token_id == [ours.eot, turn]
+    assert model.generation_config.eos_token_id == [native.eot, turn]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bigtrain.storage import read_lines
 
 RELATIVE = 1e-5
 
-LEGS: list[tuple[str, int, tuple[str, ...]]] = [
+SEGMENTS: list[tuple[str, int, tuple[str, ...]]] = [
     ("4 steps", 2, ("layout.tp=2",)),
     ("8 steps", 2, ("engine.name=deepspeed", "engine.zero=3")),
     ("12 steps", 1, ()),
@@ -46,18 +46,20 @@ def held_out(run: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "legs", [LEGS, pytest.param(SHARED_SEQUENCES, marks=pytest.mark.exhaustive)], ids=["engines", "shared sequences"]
+    "segments",
+    [SEGMENTS, pytest.param(SHARED_SEQUENCES, marks=pytest.mark.exhaustive)],
+    ids=["engines", "shared sequences"],
 )
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
-    bigtrain: Callable, write_config: Callable, tmp_path: Path, legs: list[tuple[str, int, tuple[str, ...]]]
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, segments: list[tuple[str, int, tuple[str, ...]]]
 ) -> None:
-    for duration, nproc, how in legs:
+    for duration, nproc, how in segments:
         result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
         assert result.returncode == 0, result.stderr
-    config = write_config(duration=legs[-1][0], **SECTIONS)
+    config = write_config(duration=segments[-1][0], **SECTIONS)
     assert bigtrain("train", config, "--name", "alone").returncode == 0
     moved, alone = losses(tmp_path / "runs" / "tiny"), losses(tmp_path / "runs" / "alone")
-    assert len(alone) == 4 * len(legs)
+    assert len(alone) == 4 * len(segments)
     assert moved == pytest.approx(alone, rel=RELATIVE)
     assert column(tmp_path / "runs" / "tiny", "tokens") == column(tmp_path / "runs" / "alone", "tokens")
 
@@ -156,9 +158,9 @@ def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
     GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
     sections = {**SECTIONS, "model": {"arch": "hf", "hf": str(tmp_path / "gpt2"), "context": 32}}
     strategies = ("ddp", "zero2", "fsdp2")
-    for leg, strategy in enumerate(strategies, start=1):
+    for number, strategy in enumerate(strategies, start=1):
         engine = {"name": "accelerate", "strategy": strategy}
-        config = write_config(duration=f"{4 * leg} steps", engine=engine, **sections)
+        config = write_config(duration=f"{4 * number} steps", engine=engine, **sections)
         result = bigtrain("train", config, "--nproc", 2)
         assert result.returncode == 0, result.stderr
     alone = bigtrain("train", config, "--name", "alone", "--nproc", 1)

@@ -72,7 +72,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_perplexity_at_a_layout_is_that_of_transformers(
     layout: str, weights: Path, text_shards: Path, tmp_path: Path, ranks: RankPool
 ) -> None:
-    step, model = import_hf(weights, tmp_path / "ours")
+    step, model = import_hf(weights, tmp_path / "native")
     count, sections = LAYOUTS[layout]
     config = tmp_path / "config.yaml"
     written = {
@@ -82,7 +82,7 @@ def test_perplexity_at_a_layout_is_that_of_transformers(
         "batch": {"size": 4},
         "duration": "1 steps",
         "precision": "fp32",
-        "init": {"source": f"{tmp_path / 'ours'}@{step}"},
+        "init": {"source": f"{tmp_path / 'native'}@{step}"},
         **sections,
     }
     config.write_text(yaml.safe_dump(written))

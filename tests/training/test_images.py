@@ -75,8 +75,8 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
 @pytest.mark.parametrize(
     ("digits", "nprocs"),
     [
-        pytest.param("drawn", (2,), id="drawn-two"),
-        pytest.param("drawn", (1, 2), id="drawn-one and two", marks=pytest.mark.exhaustive),
+        pytest.param("synthetic", (2,), id="synthetic-two"),
+        pytest.param("synthetic", (1, 2), id="synthetic-one and two", marks=pytest.mark.exhaustive),
         pytest.param("mnist", (1, 2), id="mnist-one and two", marks=pytest.mark.slow),
     ],
     indirect=["digits"],

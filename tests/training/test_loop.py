@@ -218,7 +218,7 @@ def test_a_vote_to_save_saves_once_and_goes_on() -> None:
     assert [line for line in world.log if line.startswith("save ") and "phase" not in line] == ["save 3", "save 6"]
 
 
-def test_votes_of_many_ranks_for_both_are_told_apart() -> None:
+def test_votes_of_many_ranks_for_both_are_counted_separately() -> None:
     ranks = 4096
     world = World(votes={2: ranks * VOTE_SAVE + VOTE_STOP})
     assert world.trainer().fit() is Outcome.STOPPED
@@ -289,7 +289,7 @@ def test_a_roll_back_leaves_out_the_batches_that_led_to_it() -> None:
     trainer = world.trainer()
     assert trainer.fit() is Outcome.FINISHED
     assert "roll back from 7 to 4" in world.log
-    # Batches 0 to 6 led to step 7, batch 7 was under way, and five more are left out: step 5 takes batch 12.
+    # Batches 0 to 6 led to step 7, batch 7 was under way, and five more are skipped: step 5 takes batch 12.
     assert taken == [*range(8), *range(12, 17)]
     record = trainer.progress.bad_steps
     assert (record.left_out, record.roll_backs) == (7 + 5 - 4, 1)
@@ -307,7 +307,7 @@ def test_no_more_roll_backs_than_allowed_and_none_without_a_checkpoint() -> None
         World(total=9, losses=losses, bad_steps=BadStepsConfig(limit=2, rewind=100)).trainer().fit()
 
 
-def test_a_loss_far_above_those_before_it_is_a_spike_and_is_not_looked_for_unless_asked() -> None:
+def test_a_loss_far_above_those_before_it_is_a_spike_and_is_detected_only_on_request() -> None:
     losses = {number: number * (2.0 + 0.1 * (number % 2)) for number in range(1, 20)}
     spiked = {**losses, 12: 12 * 2.5}
     assert World(total=14, losses=spiked).trainer().fit() is Outcome.FINISHED
@@ -412,11 +412,11 @@ def test_a_resumed_log_is_cut_back_to_where_the_run_resumes_and_a_tracker_gets_w
 def test_a_resume_between_two_logged_steps_changes_no_row(tmp_path: Path) -> None:
     losses = {number: float(number * number) for number in range(1, 9)}
 
-    def run(name: str, *legs: int) -> list[float]:
+    def run(name: str, *totals: int) -> list[float]:
         directory = RunDirectory(tmp_path / name)
         directory.path.mkdir()
         progress = Progress()
-        for total in legs:
+        for total in totals:
             log = MetricsLog(directory, every=4, mfu=lambda _: None, mfu_causal=lambda _: None, memory_bytes=lambda: 0)
             trainer = World(total=total, losses=losses, first=progress.step).trainer(log)
             trainer.progress = progress
@@ -478,7 +478,7 @@ def test_early_stop_waits_for_its_patience_and_a_resume_remembers_it() -> None:
     assert ended in later.log
 
 
-def test_early_stop_takes_the_larger_for_better_where_told_and_never_a_missing_value() -> None:
+def test_early_stop_prefers_the_larger_if_configured_and_never_a_missing_value() -> None:
     world = World(total=12, evaluate_every=2, held_out=[0.1, 0.2, None, 0.3, 0.25, 0.4])
     world.trainer(early_stop(mode="max", patience=2)).fit()
     assert not [line for line in world.log if line.startswith("ended_early")]

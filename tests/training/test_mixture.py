@@ -76,12 +76,12 @@ def trained(result: subprocess.CompletedProcess[str]) -> None:
 
 def assert_same_numbers(run: Path, expected: Path) -> None:
     """Losses, of each source too, of the same steps."""
-    for mine, theirs in zip(rows(run), rows(expected), strict=True):
-        assert mine.keys() == theirs.keys()
+    for mine, other in zip(rows(run), rows(expected), strict=True):
+        assert mine.keys() == other.keys()
         assert {"loss/web", "loss/code", "epochs/web"} <= mine.keys()
         for name in mine:
             if "loss" in name or "epochs" in name:
-                assert mine[name] == pytest.approx(theirs[name], rel=OF_LOSSES), (name, mine["step"])
+                assert mine[name] == pytest.approx(other[name], rel=OF_LOSSES), (name, mine["step"])
 
 
 @pytest.mark.slow

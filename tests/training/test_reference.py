@@ -20,7 +20,7 @@ from bigtrain.training.prepare import Prepared, prepare
 STEPS = 50
 LR, EPS, WARMUP = 1e-3, 1e-6, 20
 """Settings under which 50 free-running steps do not amplify rounding: the plain loop in FP32 stays within 1e-6 of
-itself in FP64. At lr 3e-3 and eps 1e-8 those two part by 6e-5, and nothing could be said of anyone's loop."""
+itself in FP64. At lr 3e-3 and eps 1e-8 those two differ by 6e-5, which would hide an error of a loop."""
 SAME_PROCESS = 1e-6
 """Relative: a few units in the last place of FP32."""
 MORE_PROCESSES = 1e-5

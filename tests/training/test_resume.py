@@ -87,7 +87,7 @@ def config(write_config: Callable) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The directory of a run of a config that nothing disturbs, by its arguments; each is run once.
 
-    All tests that ask for one have the same `config`.
+    All tests that request one have the same `config`.
     """
     known: dict[tuple[object, ...], Path] = {}
 
@@ -135,7 +135,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 def test_ranks_killed_from_outside_wherever_they_are_leave_no_trace(tmp_path: Path, nproc: int) -> None:
     """In the loader, in the cache, while they fetch, in each phase of a save; `python -m tests.training.kills`."""
     seed = random.SystemRandom().randrange(1 << 32)
-    print(f"nproc {nproc}: aims, ranks and moments are drawn from seed {seed}")
+    print(f"nproc {nproc}: aims, ranks and moments follow from seed {seed}")
     kills, problems = kill_and_compare(tmp_path.resolve(), KILLS_PER_RUN, nproc, seed)
     assert not problems
     assert len(kills) == KILLS_PER_RUN
@@ -237,10 +237,10 @@ def test_a_run_moves_between_process_counts_with_the_same_samples(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:
     """4 -> 2 -> 1 -> 3 processes, a batch of 10, one name: no sample twice, none lost, the losses of one process."""
-    legs = [(4, 10), (2, 20), (1, 30), (3, STEPS)]
+    segments = [(4, 10), (2, 20), (1, 30), (3, STEPS)]
     sections = {"batch": {"size": 10}, "optimizer": {"lr": 1e-3, "eps": 1e-6}, "schedule": {"warmup": "20 steps"}}
     sections["evaluation"] = {"every": "5 steps", "batches": 3}
-    for nproc, until in legs:
+    for nproc, until in segments:
         result = bigtrain("train", write_config(duration=f"{until} steps", **sections), "--nproc", nproc)
         assert result.returncode == 0, result.stderr
     alone = bigtrain("train", write_config(duration=f"{STEPS} steps", **sections), "--name", "alone")
@@ -249,10 +249,10 @@ def test_a_run_moves_between_process_counts_with_the_same_samples(
     assert logged(moved, "samples.jsonl") == logged(still, "samples.jsonl")
     ids = [sample for line in logged(moved, "samples.jsonl") for sample in line["ids"]]
     assert len(ids) == len(set(ids)) == 10 * STEPS
-    ours, theirs = losses(moved), losses(still)
-    assert [row[0] for row in ours] == list(range(1, STEPS + 1))
-    assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], rel=1e-5)
-    held_out = [(mine[2], other[2]) for mine, other in zip(ours, theirs, strict=True) if other[2] is not None]
-    # The moved run was also evaluated at the end of each leg, which is one of the other's evaluations too.
+    of_moved, of_still = losses(moved), losses(still)
+    assert [row[0] for row in of_moved] == list(range(1, STEPS + 1))
+    assert [row[1] for row in of_moved] == pytest.approx([row[1] for row in of_still], rel=1e-5)
+    held_out = [(mine[2], other[2]) for mine, other in zip(of_moved, of_still, strict=True) if other[2] is not None]
+    # The moved run was also evaluated at the end of each segment, which is one of the other's evaluations too.
     assert len(held_out) == STEPS // 5
     assert [mine for mine, _ in held_out] == pytest.approx([other for _, other in held_out], rel=1e-5)

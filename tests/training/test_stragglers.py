@@ -1,4 +1,4 @@
-"""Which rank the others wait for, told from when ranks enter their collectives."""
+"""Which rank the others wait for, found from the times at which ranks enter their collectives."""
 
 from __future__ import annotations
 

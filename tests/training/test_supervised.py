@@ -74,7 +74,7 @@ def expected(root: Path) -> dict[str, tuple[float, float]]:
 def test_losses_are_those_of_separate_conversations(
     packed: bool, count: int, root: Path, expected: dict[str, tuple[float, float]], tmp_path: Path, ranks: RankPool
 ) -> None:
-    step, model = import_hf(root / "hf", tmp_path / "ours")
+    step, model = import_hf(root / "hf", tmp_path / "native")
     shards = {kind: str(root / kind / "out" / "train") for kind in KINDS}
     written: dict[str, Any] = {
         "name": "evaluation",
@@ -83,7 +83,7 @@ def test_losses_are_those_of_separate_conversations(
         "batch": {"size": 3},
         "duration": "1 steps",
         "precision": "fp32",
-        "init": {"source": f"{tmp_path / 'ours'}@{step}"},
+        "init": {"source": f"{tmp_path / 'native'}@{step}"},
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(written))

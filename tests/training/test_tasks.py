@@ -72,7 +72,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_at_a_layout_are_those_of_requests_one_by_one(
     layout: str, weights: Path, text_shards: Path, tmp_path: Path, ranks: RankPool
 ) -> None:
-    step, model = import_hf(weights, tmp_path / "ours")
+    step, model = import_hf(weights, tmp_path / "native")
     count, sections = LAYOUTS[layout]
     config, file = tmp_path / "config.yaml", tmp_path / "requests.jsonl"
     file.write_text("\n".join(map(json.dumps, REQUESTS)))
@@ -83,7 +83,7 @@ def test_scores_at_a_layout_are_those_of_requests_one_by_one(
         "batch": {"size": 4},
         "duration": "1 steps",
         "precision": "fp32",
-        "init": {"source": f"{tmp_path / 'ours'}@{step}"},
+        "init": {"source": f"{tmp_path / 'native'}@{step}"},
         **sections,
     }
     config.write_text(yaml.safe_dump(written))
@@ -92,11 +92,11 @@ def test_scores_at_a_layout_are_those_of_requests_one_by_one(
     assert all(one == found[0] for one in found)
 
     torch.set_num_threads(1)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(weights)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(weights)
     expected: dict[str, list[tuple[float, ...]]] = {}
     for request in REQUESTS:
         texts, gold = request["continuations"], request["gold"]
-        values = [alone(theirs, request["context"], text) for text in texts]
+        values = [alone(hf_model, request["context"], text) for text in texts]
         right = [
             float(max(range(len(texts)), key=lambda n: values[n] / lengths[n]) == gold)
             for lengths in ([1] * len(texts), [len(text) for text in texts], [len(text.encode()) for text in texts])

@@ -64,8 +64,8 @@ def written(place: Path, name: str, **sections: Any) -> str:
 
 def check(found: dict[str, Tensor], rows: int, stored: dict[str, Tensor], fresh: dict[str, Tensor] | None) -> None:
     """Kept rows to the bit; new ones the mean, or to the bit those of the seed."""
-    for name, theirs in (("embedding.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight")):
-        kept, source = min(rows, STORED), stored[theirs]
+    for name, hf_name in (("embedding.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight")):
+        kept, source = min(rows, STORED), stored[hf_name]
         assert found[name].shape == (rows, 32)
         assert torch.equal(found[name][:kept], source[:kept])
         if fresh is not None:

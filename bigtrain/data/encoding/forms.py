@@ -208,7 +208,7 @@ def _value(value: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> A
 
 def _checked(sample: WeightedTokens) -> WeightedTokens:
     if not np.isfinite(sample.weights).all() or (sample.weights < 0).any():
-        raise UserError("a weight is negative or no number")
+        raise UserError("a weight is negative or not a number")
     # The first token is predicted from nothing.
     if not sample.weights[1:].any():
         raise UserError("no token of the sample is to be learned", fix="remove it, or allow it with --skip-bad")

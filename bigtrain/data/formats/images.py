@@ -119,7 +119,7 @@ def squared(data: bytes, size: int, where: str) -> bytes:
 
 
 def _seen_size(image: Image) -> tuple[int, int]:
-    """Height and width after the turn that the image's EXIF data asks for."""
+    """Height and width after the rotation that the image's EXIF data gives."""
     return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
 
 

@@ -316,7 +316,7 @@ class _Scanner(Scanner):
             raise UserError("the sample has fewer than two tokens", sample.where)
         values = np.frombuffer(read_at(sample.path, member.offset + layout.begin, count * width), layout.dtype)
         if (width == 4 and not (np.isfinite(values) & (values >= 0)).all()) or (width == 1 and (values > 1).any()):
-            raise UserError("a weight is negative, no number, or as uint8 neither 0 nor 1", sample.where)
+            raise UserError("a weight is negative, not a number, or as uint8 neither 0 nor 1", sample.where)
         self._tokens.keep()
         return offset, count, member.offset + layout.begin, width
 

@@ -37,7 +37,7 @@ class ShuffleQuality:
     sequences: int
     batch: int
     window: int
-    ours: Mixing
+    measured: Mixing
     permutation: Mixing
 
 
@@ -60,7 +60,7 @@ def shuffle_quality(order: Order, batch: int, source_of_shard: Sequence[int] = (
         sequences=count,
         batch=batch,
         window=order.window,
-        ours=_mixing(place, draw.shard, sources[draw.shard], batch),
+        measured=_mixing(place, draw.shard, sources[draw.shard], batch),
         permutation=_mixing(place[shuffled], draw.shard[shuffled], sources[draw.shard][shuffled], batch),
     )
 
@@ -96,6 +96,6 @@ def table(quality: ShuffleQuality) -> str:
         f"{'':36} {'this order':>20} {'a full permutation':>20}",
     ]
     for label, name, form, unit in rows:
-        values = (format(getattr(one, name), form) + unit for one in (quality.ours, quality.permutation))
+        values = (format(getattr(one, name), form) + unit for one in (quality.measured, quality.permutation))
         lines.append(f"{label:36} " + " ".join(f"{value:>20}" for value in values))
     return "\n".join(lines)

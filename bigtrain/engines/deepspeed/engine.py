@@ -140,14 +140,14 @@ class DeepSpeedEngine:
         return self._total.bad(norm) | (norm < 0)
 
     @property
-    def _norm_is_ours(self) -> bool:
-        """Whether DeepSpeed leaves the norm to us: at stage 0 its optimizer is torch's."""
+    def _norm_is_native(self) -> bool:
+        """Whether bigtrain computes the norm: at stage 0 DeepSpeed's optimizer is torch's, which computes none."""
         return self._stage == 0
 
     def _square_of_gradients(self) -> Tensor:
         """This rank's part of the square of the norm, float64; 0 where DeepSpeed computes it."""
         # Reduced already, and the same on all data-parallel ranks.
-        if not self._norm_is_ours or self.data_parallel_rank > 0:
+        if not self._norm_is_native or self.data_parallel_rank > 0:
             return torch.zeros_like(self._zero)
         copies = self._plan.copies
         return self._square([p.grad for name, p in self.model.named_parameters() if name not in copies])
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
 
     def _mean_norm(self) -> Tensor:
         """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
-        if self._norm_is_ours:
+        if self._norm_is_native:
             return self._total.square.sqrt()
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class ModelParallelUnit:
-    """The mesh under the names by which DeepSpeed asks for it (those of Megatron-LM's `mpu`).
+    """The mesh under the names that DeepSpeed expects (those of Megatron-LM's `mpu`).
 
     Gradients are averaged, and the model is spread, over the data-parallel group alone; norms are summed over the
     model-parallel group too.

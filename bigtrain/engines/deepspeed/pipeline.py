@@ -127,12 +127,12 @@ class PipelinedEngine(DeepSpeedEngine):
         return repeat((self._zero, self._zero))
 
     @property
-    def _norm_is_ours(self) -> bool:
+    def _norm_is_native(self) -> bool:
         return not self.engine.using_bf16_optimizer
 
     def _square_of_gradients(self) -> Tensor:
         zero = self.engine.optimizer
-        if self._stage == 0 or not self._norm_is_ours:
+        if self._stage == 0 or not self._norm_is_native:
             return super()._square_of_gradients()
         copies = {id(p) for name, p in self.model.named_parameters() if name in self._plan.copies}
         counted: list[Tensor | None] = []

@@ -396,7 +396,7 @@ class Dashboard:
     def _refused(self, code: int) -> UserError:
         if not self._headers:
             return UserError(
-                f"The cluster at {self.url} asks for a token",
+                f"The cluster at {self.url} requires a token",
                 fix="Give --token-file FILE, or set RAY_AUTH_TOKEN_PATH.",
             )
         return UserError(

@@ -299,7 +299,7 @@ def _shown(directory: RunDirectory, board: Board) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _limited(seconds: float | None, controller: Controller, say: Callable[[str], None]) -> Iterator[None]:
-    """Ask for a stop after some time."""
+    """Request a stop of the run after `seconds`; None: never."""
     if seconds is None:
         yield
         return

@@ -112,7 +112,7 @@ class ClusterView:
         self._dashboard = dashboard
 
     def began(self) -> bool:
-        """Whether this submission is under way, or has come as far as to ask for nodes."""
+        """Whether this submission is active, or has reached the point where it requests nodes."""
         return self.job.active or "placing" in (self.board() or {}).get("times", {})
 
     def submission(self, which: str) -> ClusterView:

@@ -214,7 +214,7 @@ class SlurmPlacer(Placer):
             # A step that names a node which is down is refused.
             down = out_of_order(allocated) - self._lost
             if down:
-                self._leave_out(sorted(down), "Slurm does not count on {}")
+                self._exclude(sorted(down), "Slurm does not count on {}")
         while True:
             names = self._choose([name for name in allocated if name not in self._lost])
             connections = self._step(names, cancelled)
@@ -223,7 +223,7 @@ class SlurmPlacer(Placer):
                 self._placed = True
                 self._connections = [connections[name] for name in names]
                 return self._connections
-            self._leave_out(missing, "no agent came from {}")
+            self._exclude(missing, "no agent came from {}")
             self._connections = list(connections.values())
             self.release()
 
@@ -238,8 +238,8 @@ class SlurmPlacer(Placer):
         job = os.environ["SLURM_JOB_ID"]
         raise PlacementFailed(f"the run takes {self._sizes[-1]} nodes at least, and job {job} has {len(names)}{lost}")
 
-    def _leave_out(self, names: list[str], why: str) -> None:
-        self._say(f"{why.format(', '.join(names))}: leaving {'it' if len(names) == 1 else 'them'} out")
+    def _exclude(self, names: list[str], why: str) -> None:
+        self._say(f"{why.format(', '.join(names))}: going on without {'it' if len(names) == 1 else 'them'}")
         self._lost.update(names)
 
     def _step(self, names: list[str], cancelled: Callable[[], bool]) -> dict[str, AgentConnection]:

@@ -37,7 +37,7 @@ class Config(PlainConfig):
     latent: Annotated[int, Ge(1)] = 20
     """Length of the code."""
     variational: bool = True
-    """Whether the code is drawn from a distribution; false: a plain autoencoder."""
+    """Whether the code is sampled from a distribution; false: a plain autoencoder."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

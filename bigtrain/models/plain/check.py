@@ -93,7 +93,7 @@ def check_plain(config: PlainConfig, vocab_size: int, across_layouts: bool = Fal
         raise UserError(
             f"forward() draws by {facts.own_generator} from a generator of its own, whose state no checkpoint keeps",
             where,
-            "Leave the generator out: torch's own one is seeded at each step.",
+            "Remove the generator: torch's own one is seeded at each step.",
         )
     if not on_meta:
         with users_code(config, where, "forward()"):
@@ -159,7 +159,7 @@ class _Passes:
         self._across_layouts = across_layouts
         self._seed = SEED
         self._by_host = False
-        """Whether a pass has drawn by NumPy or `random`."""
+        """Whether a pass has taken random numbers from NumPy or `random`."""
         self._batch, self._other = (example_batch(config, vocab_size, sum(PARTS), seed) for seed in (0, 1))
 
     def check(self) -> None:

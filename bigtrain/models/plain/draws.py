@@ -141,7 +141,7 @@ def _shape(args: Any) -> Shape:
             return tuple(argument.shape)
         if isinstance(argument, (list, tuple, torch.Size)) and all(isinstance(size, int) for size in argument):
             return tuple(argument)
-    # A permutation is asked for by its length.
+    # A permutation is requested by its length.
     return args[:1] if args and isinstance(args[0], int) else ()
 
 

@@ -55,7 +55,7 @@ class _Storage:
     """How many backward passes had begun."""
     died: int | None = None
     kind: MemoryKind | None = None
-    """Where it was said or seen; else it follows from when it lived."""
+    """The kind, where it was given or observed; None: the lifetime decides."""
 
 
 class TrackedMemory(TorchDispatchMode):

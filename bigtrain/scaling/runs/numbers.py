@@ -9,7 +9,7 @@ _NUMBER = re.compile(
     r"\s*([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"\s*([kKmMbBgGtT]?)\s*"
 )
-"""Commas divide thousands ("1,000,000"); "3,45" is no number."""
+"""Commas divide thousands ("1,000,000"); "3,45" does not parse."""
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _LARGEST = 999.5e12

@@ -100,7 +100,7 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
             raise UserError(
                 f"The best value lies at the edge of its grid in {len(at_edge)} of {len(several)} pairs (N, D): "
                 f"{shown}{more}", table.source,
-                "train beyond the edge there, or give --edges drop (leave these pairs out) or --edges keep",
+                "train beyond the edge there, or give --edges drop (drops these pairs) or --edges keep",
             )  # fmt: skip
         notes.append(f"{len(at_edge)} pairs (N, D) are dropped, their best lies at the edge of its grid: {shown}{more}")
         found = [cell for cell in found if not cell.edge]

@@ -122,9 +122,12 @@ class Leavings:
     def _listening(self) -> list[int]:
         """TCP ports on which a process of the run listens."""
         pids = [pid for pid, _ in self._marked()]
-        ours = [psutil.Process(self._run.process.pid), *(psutil.Process(pid) for pid in pids if psutil.pid_exists(pid))]
+        processes = [
+            psutil.Process(self._run.process.pid),
+            *(psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)),
+        ]
         ports = set()
-        for process in ours:
+        for process in processes:
             try:
                 ports |= {
                     connection.laddr.port

@@ -83,7 +83,7 @@ def bench_fewer(place: Path, faults: int, results: Results) -> None:
 
 
 def _lose(
-    nodes: RayNodes, run: Run, rank: int, kind: str, results: Results, mending: Measured, left: Leavings
+    nodes: RayNodes, run: Run, rank: int, kind: str, results: Results, recovery: Measured, left: Leavings
 ) -> float:
     """Take the node of a rank away; seconds until that was seen."""
     node, agent = _node_of(run, rank)
@@ -91,7 +91,7 @@ def _lose(
     if kind == "P3 silent":
         os.kill(agent, signal.SIGSTOP)
     nodes.do(f"{'kill' if kind == 'P3 killed' else 'stop'} {node}")
-    seen = run.mended(struck, results, mending if kind == "P3 killed" else Measured())
+    seen = run.recovered(struck, results, recovery if kind == "P3 killed" else Measured())
     left.look()
     if kind == "P3 silent":
         nodes.do(f"kill {node}")
@@ -101,7 +101,7 @@ def _lose(
 def _drain(nodes: RayNodes, run: Run, results: Results) -> float:
     """Have Ray announce that a node goes; seconds until the run has heard of it."""
     node, _ = _node_of(run, 1)
-    told = run.about_to_be_struck()
+    announced = run.about_to_be_struck()
     known = run.known()
     nodes.do(f"drain {node} {NOTICE_S}")
     heard = run.until(lambda: run.events("notice")[known["notice"] :])[0]["time"]
@@ -112,11 +112,14 @@ def _drain(nodes: RayNodes, run: Run, results: Results) -> float:
     stepped = time.time()
     nodes.do(f"kill {node}")  # As was announced.
     results["P4 notice"].add(done - resumed)
-    results["notice"].add(stepped - told)
+    results["notice"].add(stepped - announced)
     results["notice"].add_parts(
-        heard=heard - told, saved=restarted - heard, placed_and_loaded=loaded - restarted, first_step=stepped - loaded
+        heard=heard - announced,
+        saved=restarted - heard,
+        placed_and_loaded=loaded - restarted,
+        first_step=stepped - loaded,
     )
-    return heard - told
+    return heard - announced
 
 
 def _node_of(run: Run, rank: int) -> tuple[str, int]:

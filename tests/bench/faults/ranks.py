@@ -23,7 +23,7 @@ def bench_ranks(place: Path, faults: int, results: Results) -> None:
             victim = run.pid(1)
             struck = run.about_to_be_struck()
             os.kill(victim, sent)
-            seen = run.mended(struck, results, results["P10 rank"] if promise == "P1" else Measured())
+            seen = run.recovered(struck, results, results["P10 rank"] if promise == "P1" else Measured())
             results[promise].add(seen - (HANG_LIMIT_S if promise == "P2" else 0.0))
             left.look()
             say(promise, number, faults, f"seen after {seen:.2f} s")

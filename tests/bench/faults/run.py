@@ -146,7 +146,7 @@ class Run:
     def settle(self) -> None:
         """Wait until it runs and has saved since its last start, so that its budget is fresh, and then for a moment.
 
-        The moment is drawn from the time between two saves: a fault strikes anywhere between them.
+        The wait is a random part of the time between two saves: a fault strikes anywhere between them.
         """
         starts = len(self.events("restarted"))
         self.until(lambda: len(self.events("started", "resumed")) > starts)
@@ -180,10 +180,10 @@ class Run:
         resumed = self.until(lambda: self.events("resumed")[known["resumed"] :])[0]
         return restarted, resumed["time"], done, resumed["step"]
 
-    def mended(self, struck: float, results: Results, mending: Measured) -> float:
-        """Follow the mending of a fault; seconds until it was seen.
+    def recovered(self, struck: float, results: Results, recovery: Measured) -> float:
+        """Wait until the run has recovered from a fault; returns the seconds until the fault was detected.
 
-        Adds the time to the next step with its parts to `mending`, and the steps that were lost to P4.
+        Adds the time to the next step with its parts to `recovery`, and the lost steps to P4.
         """
         known = self._before
         fault = self.until(lambda: self.events("fault")[known["fault"] :])[0]["time"]
@@ -193,11 +193,11 @@ class Run:
         stepped = time.time()
         placed = [event["time"] for event in self.events("placed") if event["time"] > restarted]
         ready = placed[0] if placed else restarted
-        mending.add(stepped - struck)
-        mending.add_parts(seen=fault - struck, decided=restarted - fault)
+        recovery.add(stepped - struck)
+        recovery.add_parts(seen=fault - struck, decided=restarted - fault)
         if placed:
-            mending.add_parts(placed=ready - restarted)
-        mending.add_parts(imported_and_loaded=loaded - ready, first_step=stepped - loaded)
+            recovery.add_parts(placed=ready - restarted)
+        recovery.add_parts(imported_and_loaded=loaded - ready, first_step=stepped - loaded)
         return fault - struck
 
     def about_to_be_struck(self) -> float:

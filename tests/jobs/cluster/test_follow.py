@@ -110,7 +110,7 @@ def test_a_log_that_stays_empty_ends_with_its_run(unreliable: Dashboard, tmp_pat
     assert list(unreliable.follow("node", "rank_0.log", lambda: next(looks))) == []
 
 
-def test_a_log_that_is_not_there_is_said_so(unreliable: Dashboard) -> None:
+def test_a_missing_log_is_reported(unreliable: Dashboard) -> None:
     with pytest.raises(NotThere):
         list(unreliable.follow("node", "none.log", lambda: False))
 

@@ -58,4 +58,4 @@ def test_a_killed_head_ends_the_job_and_the_same_name_resumes(
     assert marked(record.mark) == []
     assert result(runs / "headless") == on_one_machine(6, batch=SIX, **STEPS)
     rows = [row["step"] for row in read_lines(runs / "headless" / "metrics.jsonl")]
-    assert rows == list(range(1, 201)), "a step was left out, or is there twice"
+    assert rows == list(range(1, 201)), "a step is missing, or is there twice"

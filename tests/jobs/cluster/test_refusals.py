@@ -1,4 +1,4 @@
-"""What is refused before a cluster is asked for anything, and how it is said."""
+"""What is refused before a request reaches the cluster, and by which message."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def token_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dashboard(token_file: Path) -> Iterator[Callable[[dict[str, Any]], Dashboard]]:
-    """Makes a dashboard that gives the answers it is told to."""
+    """Makes a dashboard that gives the answers that a test sets."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -98,12 +98,12 @@ def of_nodes(resources: list[dict[str, float]], kinds: dict[str, str] | None = N
 
 
 def test_another_ray_or_python_is_refused_and_another_patch_is_not(dashboard: Any) -> None:
-    ours = {"ray": "2.60.0", "python": "3.11.7"}
-    check_versions(dashboard(of_versions("2.60.1", "3.11.9")), ours)
+    local = {"ray": "2.60.0", "python": "3.11.7"}
+    check_versions(dashboard(of_versions("2.60.1", "3.11.9")), local)
     with pytest.raises(UserError, match=r"Ray is 2.58.0 on the cluster and 2.60.0 here"):
-        check_versions(dashboard(of_versions("2.58.0", "3.11.7")), ours)
+        check_versions(dashboard(of_versions("2.58.0", "3.11.7")), local)
     with pytest.raises(UserError, match=r"Python is 3.12.1 on the cluster and 3.11.7 here"):
-        check_versions(dashboard(of_versions("2.60.0", "3.12.1")), ours)
+        check_versions(dashboard(of_versions("2.60.0", "3.12.1")), local)
 
 
 def test_more_than_the_cluster_can_ever_have_is_refused(dashboard: Any) -> None:

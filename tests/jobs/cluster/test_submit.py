@@ -106,25 +106,25 @@ def test_a_killed_driver_is_seen_and_the_same_name_resumes(
     from tests.jobs.cluster.conftest import driver_pid, marked
 
     sections = {"duration": "300 steps", "checkpoint": {"every": "20 steps"}, "evaluation": {"every": "300 steps"}}
-    config = write_config(name="orphan", job={"nodes": 2, "procs_per_node": 1}, **sections)
+    config = write_config(name="driverless", job={"nodes": 2, "procs_per_node": 1}, **sections)
     assert client("submit", config, "--runs-dir", tmp_path / "shared").returncode == 0
-    client.wait_for("orphan", lambda status: (status["step"] or 0) >= 6)
-    os.kill(driver_pid(cluster.mark, "orphan-0"), signal.SIGKILL)
+    client.wait_for("driverless", lambda status: (status["step"] or 0) >= 6)
+    os.kill(driver_pid(cluster.mark, "driverless-0"), signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while client.json("status", "orphan")["state"] != "failed":
+    while client.json("status", "driverless")["state"] != "failed":
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    run = f"BIGTRAIN_RUN={tmp_path / 'shared' / 'orphan'}".encode()
+    run = f"BIGTRAIN_RUN={tmp_path / 'shared' / 'driverless'}".encode()
     while any(run in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in _readable(marked(cluster.mark))):
         assert time.monotonic() < deadline, "ranks outlive their driver"
         time.sleep(0.1)
 
     done = client("submit", config, "--runs-dir", tmp_path / "shared", "--wait")
     assert done.returncode == 0, done.stderr
-    events = client.json("events", "orphan")["events"]
+    events = client.json("events", "driverless")["events"]
     causes = [event.get("cause", "") for event in events if event["event"] == "fault"]
     assert any("ended without releasing its lease" in cause for cause in causes)
-    assert result(tmp_path / "shared" / "orphan") == on_one_machine(2, **sections)
+    assert result(tmp_path / "shared" / "driverless") == on_one_machine(2, **sections)
 
 
 def _readable(pids: list[int]) -> list[int]:

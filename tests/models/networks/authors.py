@@ -1,4 +1,4 @@
-"""Networks as their authors write them: plain torch, small, no word of any framework."""
+"""Networks as their authors write them: plain torch, small, without imports of any framework."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class UNet(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """Noise and time steps drawn in forward, tables made in __init__ (Ho et al. 2020)."""
+    """Noise and time steps sampled in forward, tables made in __init__ (Ho et al. 2020)."""
 
     def __init__(self, steps: int = 50) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ class Hooked(nn.Module):
 
 
 class Skipping(nn.Module):
-    """A layer left out by a coin of Python's generator, for the whole batch (Fan et al. 2019)."""
+    """A layer that Python's generator skips at random, for the whole batch (Fan et al. 2019)."""
 
     def __init__(self, size: int, classes: int) -> None:
         super().__init__()

@@ -168,7 +168,7 @@ class RayPlacer(Placer):
         self._watch.distrust(agent)
 
     def exclude(self, agent: str) -> bool:
-        """Leave a node out, unless no placement would be possible without it."""
+        """Exclude a node, unless no placement would be possible without it."""
         view = self._watch.view()
         if view is None:
             return False

@@ -104,7 +104,7 @@ class Fit(threading.Thread):
                     name=order.placement,
                     storage_path=str(storage),
                     logging_config=LoggingConfig(log_level="CRITICAL"),
-                    # By default Ray Train asks for ever for nodes that are gone, and starts anew what was preempted.
+                    # By default Ray Train requests lost nodes without end, and restarts what was preempted.
                     failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 ),
             )

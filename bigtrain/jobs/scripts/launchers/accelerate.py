@@ -12,11 +12,11 @@ from bigtrain.config import UserError
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launcher import LAUNCHERS, ScriptLauncher
 
-_OURS: Final = frozenset({
+_OWN_VARIABLES: Final = frozenset({
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
     "PYTHONPATH", "CUDA_VISIBLE_DEVICES",
 })  # fmt: skip
-"""What bigtrain sets itself, or the node does."""
+"""Variables that bigtrain or the node sets."""
 
 
 @LAUNCHERS.register
@@ -53,12 +53,16 @@ def _variables(options: list[str], nodes: int, procs: int) -> dict[str, str]:
         elif (args.use_fsdp or args.use_megatron_lm or args.multi_gpu) and not args.cpu:
             environment = prepare_multi_gpu_env(args)
         else:
-            # Several processes are bigtrain's to start; with one machine accelerate asks for no mpirun here.
+            # bigtrain starts the processes; with one machine accelerate needs no mpirun here.
             args.num_machines = 1
             _, environment = prepare_simple_launcher_cmd_env(args)
     except (ValueError, RuntimeError, OSError, ArgumentError) as error:
         raise UserError(f"accelerate refuses its options: {error}", "--launcher") from None
-    return {name: value for name, value in environment.items() if os.environ.get(name) != value and name not in _OURS}
+    return {
+        name: value
+        for name, value in environment.items()
+        if os.environ.get(name) != value and name not in _OWN_VARIABLES
+    }
 
 
 def _parse(parser: ArgumentParser, words: list[str]) -> Namespace:
