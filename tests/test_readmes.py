@@ -1,10 +1,12 @@
-"""What the READMEs show is there: links, paths, commands, YAML; and the first of them stays short."""
+"""What the READMEs show is there: links, paths, commands, YAML; and they use plain words, as the docstrings do."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import shlex
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,26 @@ def test_every_yaml_that_is_shown_is_taken(path: Path, write_config: Callable[..
             load_sweep(place)
         else:
             load_config(write_config(**sections))
+
+
+PRIVATE_WORDS = re.compile(
+    r"\b(?:heed(?:s|ed|ing)?|mend(?:s|ed|ing)?|dear(?:er|est)|borne|legs?|told|ours|theirs|left out|stretches of"
+    r"|was asked for|who asks|is said|of the whole|(?:is|are) no numbers|did not come to|(?:keeps?|kept) company"
+    r"|(?:comes|came) to (?:itself|themselves))\b",
+    re.IGNORECASE,
+)
+"""Private words, for which the field has its own: respect, repair, segment, skipped, printed, native."""
+
+
+def prose(path: Path) -> str:
+    """A README, or the strings and comments of a module; a module without such words is not tokenized."""
+    text = path.read_text()
+    if path.suffix != ".py" or not PRIVATE_WORDS.search(text):
+        return text
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join(token.string for token in tokens if token.type in (tokenize.STRING, tokenize.COMMENT))
+
+
+def test_documentation_uses_the_words_of_the_field() -> None:
+    paths = [*READMES, *sorted((ROOT / "bigtrain").rglob("*.py"))]
+    assert {name(path): words for path in paths if (words := PRIVATE_WORDS.findall(prose(path)))} == {}

@@ -113,7 +113,7 @@ class RankGroup:
         """
         try:
             outcome: tuple[T | None, _Failure | None] = (work(), None)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever the error, the other ranks must get it
             outcome = (None, _Failure.of(self.rank, error))
         outcomes = self.collect(outcome)
         failures = self.share([failure for _, failure in outcomes if failure] if self.first else None)

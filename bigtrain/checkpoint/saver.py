@@ -90,7 +90,7 @@ class Saver:
         on_event: Called on the first rank; must be safe to call from another thread.
         phase_hook: Called at the end of each phase of a save, in the saving thread; for fault injection.
         timeout_s: How long a rank waits for the others in one collective of a save.
-        uploader: On the first rank, where `config.storage`: hears of each new checkpoint.
+        uploader: On the first rank, where `config.storage`: is informed of each new checkpoint.
     """
 
     def __init__(

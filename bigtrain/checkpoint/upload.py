@@ -210,4 +210,4 @@ def _sound(path: Path) -> Manifest | None:
 
 
 def _ignore(event: str, /, **fields: Any) -> None:
-    """Nobody listens."""
+    """Ignore the upload's progress."""

@@ -331,5 +331,5 @@ def _overlap_text(found: dict[str, Any]) -> str:
     if len(found["found"]) > 10:
         text.append(f"  and {found['exact'] + found['near'] - 10} more; --json lists up to {len(found['found'])}")
     if found["share"] > 0:
-        text.append("warning: a held-out loss on these passages is too low; pack the held-out text anew without them")
+        text.append("warning: a held-out loss on these passages is too low; pack the held-out text again without them")
     return "\n".join([*text, *([found["file"]] if found["file"] else [])])

@@ -136,7 +136,7 @@ _MESSAGES = {
     "list_type": "input should be a list",
     "bool_type": "input should be true or false",
 }
-"""Instead of pydantic's, which speak of Python and JSON."""
+"""Replacements of pydantic's messages, which use terms of Python and JSON."""
 
 
 def _resolve(

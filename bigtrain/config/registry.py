@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         """Add an implementation under its name; a class decorator.
 
         Raises:
-            UserError: It has no name, is no subclass of the base, or bears the name of one of bigtrain's own that does
+            UserError: It has no name, is no subclass of the base, or has the name of one of bigtrain's own that does
                 not give way: one whose class says `gives_way` is replaced by a plugin's.
         """
         place = f"{value.__module__}.{value.__qualname__}"

@@ -70,7 +70,7 @@ def _form(value: Any) -> str:
     return "list" if isinstance(value, (list, tuple)) else "place"
 
 
-# So that an error speaks of the form that was meant.
+# So that an error refers to the form that the user meant.
 Train = Annotated[
     Annotated[DataPlace, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")], Discriminator(_form)
 ]

@@ -225,7 +225,7 @@ class Loader:
         return {"step": step, "drawn": dict(zip(self.sources.names, consumed, strict=True))}
 
     def close(self) -> None:
-        """End the reading thread and let go of open shards."""
+        """End the reading thread and close open shards."""
         self._reader.interrupt()
         self._stop()
         self._threads.close()
@@ -274,7 +274,7 @@ class EvaluationLoader:
         return self._loader.batches(0, self._count)
 
     def close(self) -> None:
-        """End the reading thread and let go of open shards."""
+        """End the reading thread and close open shards."""
         self._loader.close()
 
     def __enter__(self) -> EvaluationLoader:

@@ -47,7 +47,7 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of open shards."""
+        """Close open shards."""
         ...
 
 
@@ -91,7 +91,7 @@ class ShardReader(ABC, Generic[T]):
 
     @abstractmethod
     def _close(self, opened: T) -> None:
-        """Let go of one."""
+        """Close one open shard."""
 
     def expect(self, shards: Iterable[int]) -> None:
         """See `Reader`."""

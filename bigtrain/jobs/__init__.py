@@ -1,1 +1,1 @@
-"""How ranks live and die: a node agent, a controller, and placers that give it nodes."""
+"""Running a job's ranks: a node agent, a controller, and placers that give it nodes."""

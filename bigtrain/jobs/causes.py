@@ -77,7 +77,7 @@ class Fault:
         return 0 if self.peer_gone else 1
 
     def signature(self) -> tuple[int | None, str] | None:
-        """What is equal when the same exception strikes at the same step again; None without a traceback.
+        """A key that is equal when the same exception is raised at the same step again; None without a traceback.
 
         Numbers and addresses inside the text are ignored: ports, times and pointers differ each time. Out of memory is
         the same wherever it strikes. That a peer is gone says nothing about what this rank does, nor does a port that
@@ -197,7 +197,7 @@ class RetryBudget:
         signature = fault.signature() if self._reports_steps else None
         if signature is not None:
             if signature in self._seen:
-                twice = "memory ran out twice" if signature[0] is None else "the same exception struck twice"
+                twice = "memory ran out twice" if signature[0] is None else "the same exception was raised twice"
                 return Verdict(False, reason=f"{twice} at step {fault.step}")
             self._seen.add(signature)
         saved_step = self._progress()

@@ -79,7 +79,7 @@ class Membership:
             lost: The agents that were lost with it.
 
         Returns:
-            The fault, as preemption where a node had been announced to go; and whether to place the run anew.
+            The fault, as preemption where a notice had named the node; and whether to place the run again.
         """
         for agent in lost:
             if self._placer is not None:

@@ -1,4 +1,4 @@
-"""What Linux offers for letting processes live and die together."""
+"""Linux system calls that end processes together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How agents and the controller speak: authenticated JSON frames over TCP.
+"""The protocol between agents and the controller: authenticated JSON frames over TCP.
 
 **Frames.** A frame is a length (4 bytes, big-endian: the bytes that follow), a code (32 bytes, HMAC-SHA256) and one
 JSON object in UTF-8. It is at most MAX_FRAME_BYTES long, and MAX_GREETING_BYTES until both sides have proved
@@ -265,7 +265,7 @@ def _check_proof(message: Message, expected: bytes) -> None:
 
 def _check_version(message: Message) -> str:
     if message.get("version") != VERSION:
-        raise ProtocolError(f"the other side speaks version {message.get('version')!r}, this one {VERSION}")
+        raise ProtocolError(f"the other side has protocol version {message.get('version')!r}, this one {VERSION}")
     nonce = message.get("nonce")
     if not isinstance(nonce, str) or len(nonce) != 64:
         raise ProtocolError("the other side sent no nonce")

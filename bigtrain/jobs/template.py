@@ -135,7 +135,7 @@ class Template:
 
 
 class Templates:
-    """The template of an agent, made when it is first needed, and anew for other ranks."""
+    """The template of an agent, made when it is first needed, and again for other ranks."""
 
     def __init__(self) -> None:
         self._template: Template | None = None

@@ -1,4 +1,4 @@
-"""The decoder-only transformer behind gpt2, llama and their kin: embedding, blocks, norm, head.
+"""The decoder-only transformer of gpt2, llama and similar families: embedding, blocks, norm, head.
 
 Shapes: B sequences, C tokens, W width.
 """

@@ -32,7 +32,7 @@ from bigtrain.parallel.context import ContextGroup
 
 
 class Stages(nn.ModuleList):
-    """The stages of a rank as one module, whose parts bear the names that they have in the whole model."""
+    """The stages of a rank as one module, whose parts have the names of the full (unsharded) model."""
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

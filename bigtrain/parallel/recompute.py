@@ -4,7 +4,7 @@ full keeps each block's input alone (Chen et al. 2016). selective also keeps wha
 attention's output, and what ranks sent each other; norms, activations, rotations, dropout and sums are computed again.
 
 torch's own selective checkpointing keeps an operator's output by the operator's name, which is wrong for a collective
-(it fills memory that the second pass allocates anew) and wasteful for a product that is only a rank's part of a sum.
+(it fills memory that the second pass allocates again) and wasteful for a product that is only a rank's part of a sum.
 So what is kept and put back is recorded here; a compiled block leaves both to the compiler.
 """
 

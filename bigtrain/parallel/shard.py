@@ -69,7 +69,7 @@ def begin_pass(model: nn.Module, *, last: bool) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of what FSDP has gathered."""
+    """Free the parameters that FSDP has gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

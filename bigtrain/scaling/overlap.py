@@ -45,7 +45,7 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise UserError("The file is no finding on overlap", str(file), "write it anew: bigtrain data overlap")
+        raise UserError("The file is no finding on overlap", str(file), "write it again: bigtrain data overlap")
     kept = {name: found[name] for name in ("train", "validation", "passages", "exact", "near", "share", "rule")}
     kept["file"] = str(file)
     current = _fingerprint(train) if train is not None else None

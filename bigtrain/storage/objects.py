@@ -212,7 +212,7 @@ def fetch(
             return
         except Transient as problem:
             reached = file.seek(0, os.SEEK_END)
-            # Only bytes never reached before count as progress: a server without ranges begins anew each time.
+            # Only bytes never reached before count as progress: a server without ranges begins at 0 each time.
             failures = 1 if reached > best else failures + 1
             best = max(best, reached)
             if problem.start_again:
@@ -228,7 +228,7 @@ def fetch(
 
 
 class Cancelled(Exception):
-    """A fetch that nobody waits for any more."""
+    """A fetch that the caller has cancelled."""
 
 
 def _attempt(place: Place, name: str, file: BinaryIO, size: int | None, limit: int, cancelled: threading.Event) -> None:

@@ -1,7 +1,7 @@
 """One slot's trials, one after another, on agents that it keeps: what slots of this machine and of a cluster share.
 
 What the next trial waits for is its ranks' start, and not that of a launcher, an agent or a placement. After a trial
-that did not finish the agents are placed anew, as they are where one was lost.
+that did not finish the agents are placed again, as they are where one was lost.
 """
 
 from __future__ import annotations

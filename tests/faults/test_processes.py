@@ -76,7 +76,7 @@ def test_the_same_exception_at_one_step_twice_ends_the_run_with_its_traceback(tw
     said = two_ranks.finish(
         two_ranks.start(name, 2, fault={"rank": 1, "kind": "raise", "step": 12, "attempts": 9}), code=1
     )
-    assert "the same exception struck twice at step 12" in said
+    assert "the same exception was raised twice at step 12" in said
     assert "ValueError: planted" in said
     assert len(two_ranks.events(name, "fault")) == 2
     two_ranks.assert_nothing_left(name)

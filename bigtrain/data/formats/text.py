@@ -102,6 +102,6 @@ def tokenise_shard(path: Path, rows: np.ndarray, tokenizer: Tokenizer, file: Bin
             raise CorruptionError(
                 f"the document has {len(ids)} tokens; indexed were {tokens}",
                 where,
-                "index the shards anew with this version of the tokenizers library: they become other data",
+                "index the shards again with this version of the tokenizers library: they become other data",
             )
         file.write(ids.astype(tokenizer.dtype).tobytes())

@@ -146,6 +146,6 @@ def _megatron(path: Path) -> TokenFile:
     except (struct.error, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"the index of tokens cannot be read: {error}", str(index)) from None
     if starts[-1] * dtype.itemsize != path.stat().st_size:
-        raise UserError(f"the index speaks of {starts[-1]} tokens of {dtype.name}, and the file has others", str(path))
+        raise UserError(f"the index lists {starts[-1]} tokens of {dtype.name}, which the file does not have", str(path))
     ids = np.asarray(np.memmap(path, dtype, "r")) if len(lengths) and starts[-1] else np.zeros(0, dtype)
     return TokenFile(path, ids, starts[numbers])

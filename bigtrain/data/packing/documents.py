@@ -64,7 +64,7 @@ def pack(
 ) -> PackSummary:
     """Tokenise documents into OUT/train, and OUT/validation where `validation` is above zero.
 
-    After a kill the same call goes on where it was; with other inputs or arguments it begins anew.
+    After a kill the same call goes on where it was; with other inputs or arguments it begins again.
 
     Args:
         inputs: Files, directories, patterns: see `sources`.

@@ -36,7 +36,7 @@ _PART = ".part-"
 
 
 class NoRoom(Exception):
-    """All that is in the cache is in use; worth another try when some of it is let go."""
+    """All that is in the cache is in use; worth another try when a part is released."""
 
 
 class HeldShard:
@@ -200,7 +200,7 @@ class Cache:
                 raise CorruptionError(
                     f"{path.name} arrived with other bytes than its index says, {ARRIVALS} times",
                     str(path),
-                    "upload the shard again, or index it anew: it becomes other data",
+                    "upload the shard again, or index it again: it becomes other data",
                 )
             os.fsync(file.fileno())
             os.replace(part, path)

@@ -18,7 +18,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed for a device, quiet below warnings, with nothing left for it to compile.
 
     On a CPU it would compile an all-reduce over shared memory, which only its inference calls: that takes a minute,
-    needs a C++ compiler, and leaves a lock behind when it is killed, on which every later start would wait for ever.
+    needs a C++ compiler, and leaves a lock behind when it is killed, on which every later start would wait forever.
     What we ask of it needs no extension, as the optimizers are torch's own; so none is offered.
     """
     if device.type == "cpu":

@@ -83,7 +83,7 @@ def _run(call: ScriptCall, environment: dict[str, str], heartbeat: Heartbeat) ->
 def _keep_extensions(environment: MutableMapping[str, str]) -> None:
     """Give the run its own directory of compiled extensions (DeepSpeed's), without locks of processes that are gone.
 
-    A rank that was killed while it compiled leaves a lock, on which every later start would wait for ever. All ranks of
+    A rank that was killed while it compiled leaves a lock, on which every later start would wait forever. All ranks of
     earlier attempts are gone, so the first rank of an attempt may remove what they left.
     """
     if "TORCH_EXTENSIONS_DIR" in environment:

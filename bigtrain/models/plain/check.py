@@ -340,7 +340,7 @@ class _Passes:
                 f"forward() changes '{names[0]}', which no checkpoint keeps, and passes after it "
                 f"{'depend on it' if not repeats else 'could depend on it'}",
                 self._where,
-                "Begin with it anew in each pass: batches are shuffled, so a hidden state has no past. What follows "
+                "Initialize it in each pass: batches are shuffled, so a hidden state has no past. What follows "
                 'the step comes from batch["step"]; what follows the weights is done in after_step(self); a number '
                 "that the module counts is returned by get_extra_state().",
             )

@@ -1,4 +1,4 @@
-"""s3://BUCKET/PREFIX: Amazon's S3 and what speaks its protocol, through s3fs."""
+"""s3://BUCKET/PREFIX: Amazon's S3 and servers with its protocol, through s3fs."""
 
 from __future__ import annotations
 
