@@ -1,4 +1,4 @@
-"""Contrastive language-image pre-training (CLIP, Radford et al. 2021): pairs are told from all others of a batch.
+"""Contrastive language-image pre-training (CLIP, Radford et al. 2021): each pair is classified among those of a batch.
 
 A transformer reads the patches of an image, another the tokens of its caption, and the mean of each becomes a unit
 vector. The loss of a pair is the mean of two cross-entropies: of its caption among all captions of the global batch,
