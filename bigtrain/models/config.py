@@ -77,6 +77,9 @@ class ModelConfig(Section):
     begins_from_weights: ClassVar[bool] = False
     """Whether a run must have an `init.source`: its loss compares the model with the weights that it began with."""
 
+    predicts_text: ClassVar[bool] = True
+    """Whether a loss on text is that of each token given those before it: bits per byte are reported of no other."""
+
     later_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
 

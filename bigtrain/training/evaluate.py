@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -159,7 +158,7 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     def opened(index: ShardIndex) -> EvaluationLoader:
         return EvaluationLoader(index, batches=request.batches, sequences=request.sequences, **options)
 
-    sets = {name: HeldOutSet(partial(opened, index), index.bytes_per_token) for name, index in indexes.items()}
+    sets = {name: HeldOutSet.of(opened, index, config.model) for name, index in indexes.items()}
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
     found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
     if request.tasks:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from bigtrain.engines.contract import Engine, Measuring, Totals
 from bigtrain.metrics import merge
 from bigtrain.training.config import EvaluatorConfig, HeldOut, OwnPass, PassContext, Result
+
+if TYPE_CHECKING:
+    from bigtrain.data.index import ShardIndex
+    from bigtrain.models.config import ModelConfig
 
 PREFIX = "val_"
 """How the names of held-out metrics begin; `/SET` ends those of one set among several."""
@@ -105,6 +110,11 @@ class HeldOutSet:
     """A context that yields an evaluation's global batches, each with this rank's `micro_batches`."""
     bytes_per_token: float | None = None
     """Of its text; None for other data."""
+
+    @classmethod
+    def of(cls, open_one: Callable[[ShardIndex], Any], index: ShardIndex, model: ModelConfig) -> HeldOutSet:
+        """The set of a shard directory, for a model."""
+        return cls(partial(open_one, index), index.bytes_per_token if model.predicts_text else None)
 
 
 def together(sets: Iterable[HeldOut]) -> HeldOut:

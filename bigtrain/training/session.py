@@ -215,7 +215,7 @@ class Session:
 
         held_out = prepared.held_out
         sets = {
-            name: HeldOutSet(partial(loader_of, index), index.bytes_per_token)
+            name: HeldOutSet.of(loader_of, index, self.config.model)
             for name, index in (zip(held_out.names, held_out.indexes, strict=True) if held_out else ())
         }
         context = pass_context(self.config, self.engine, prepared.batch_sequences, prepared.train)

@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bigtrain.data.loader import StepBatch
 from bigtrain.engines.contract import Measuring, Totals
+from bigtrain.models.config import FAMILIES
 from bigtrain.training.evaluation import Evaluation, HeldOutSet
 from bigtrain.training.evaluators.loss import LossConfig
 
@@ -58,3 +60,11 @@ def test_a_set_without_known_bytes_leaves_no_bits_per_byte_of_all() -> None:
     values = evaluated(short=4.0, long=None)
     assert "val_bits_per_byte/short" in values
     assert not {"val_bits_per_byte", "val_bits_per_byte/long"} & values.keys()
+
+
+def test_only_a_model_that_predicts_text_has_bits_per_byte() -> None:
+    index: Any = SimpleNamespace(bytes_per_token=4.0)
+    found = [
+        HeldOutSet.of(lambda _: None, index, FAMILIES[arch](context=8)).bytes_per_token for arch in ("rnn", "bert")
+    ]
+    assert found == [4.0, None]

@@ -8,7 +8,7 @@ task, as in RoBERTa (Liu et al. 2019).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ REPLACED, BY_ANY = 0.8, 0.1
 @FAMILIES.register
 class Config(PlainConfig):
     """An encoder of `layers` blocks over `context` tokens."""
+
+    predicts_text: ClassVar[bool] = False
 
     arch: Literal["bert"] = "bert"
     layers: Annotated[int, Ge(1)] = 4

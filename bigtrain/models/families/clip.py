@@ -30,6 +30,7 @@ class Config(PlainConfig, ImageConfig):
     """Two transformers of one width; `context` is the tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
+    predicts_text: ClassVar[bool] = False
 
     arch: Literal["clip"] = "clip"
     text_layers: Annotated[int, Ge(1)] = 2
