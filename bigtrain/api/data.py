@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class DataSet:
-    """A directory of shards, read as a run reads it.
+    """A data set of packed shards, which yields the same arrays as a run gets.
 
     Args:
-        index: What is known of it.
-        context: Tokens of a sequence; unused for images and arrays.
+        index: The index of the shards (index.json).
+        context: Tokens per sequence; unused for images and arrays.
     """
 
     def __init__(self, index: ShardIndex, context: int) -> None:
@@ -40,7 +40,7 @@ class DataSet:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What made the tokens; None for images and arrays."""
+        """The tokenizer that made the tokens; None for images and arrays."""
         return None if self.index.tokenizer is None else self.index.load_tokenizer()
 
     def batches(

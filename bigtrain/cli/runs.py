@@ -1,4 +1,4 @@
-"""Commands on runs on this machine: train, sample, evaluate, report."""
+"""Commands for runs on this machine: train, sample, evaluate, report."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ class _End:
 
 
 class _Ahead(Iterator[StepBatch]):
-    """An iterator over the batches of steps, with a thread that stays at most `ahead` batches in front."""
+    """Iterator over the batches of consecutive steps. A thread prepares up to `ahead` batches in advance."""
 
     def __init__(self, make: Callable[[int], StepBatch], first: int, stop: int | None, ahead: int) -> None:
         self.wait_s = 0.0

@@ -27,7 +27,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(self.count, "bigtrain-decoder") if self.count > 1 else None
 
     def each(self, work: Callable[[int], None], places: int) -> None:
-        """Run `work` for 0 .. places - 1, in any order, and wait for all; the first place's error is raised."""
+        """Call `work(place)` for each place in 0 .. places - 1, in any order; raises the error of the first place."""
         if self._pool is None or places < 2:
             for place in range(places):
                 work(place)

@@ -1,4 +1,4 @@
-"""Skipping an update by a flag that lies on the device, so that no rank waits for its host to look."""
+"""Skips an optimizer update by a flag on the device, so that no rank waits for a copy to the host."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from bigtrain.models.layers import local
 
 
 class Guard:
-    """Lets an optimizer of torch's leave everything as it is where a flag says so.
+    """Makes a torch optimizer leave parameters and state unchanged where a flag is set.
 
-    The fused kernels take such a flag (Adam's, whose step counts then stay too). Of others the parameters and the
-    state are copied before each update and restored where the flag is set: this takes the memory of both.
+    Fused kernels take such a flag themselves; Adam's step counts then stay unchanged too. For other optimizers the
+    guard copies parameters and state before each update, which takes the memory of both. It restores them where the
+    flag is set.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -28,7 +29,7 @@ class Guard:
             optimizer.register_step_post_hook(self._put_back)
 
     def arm(self, bad: Tensor) -> None:
-        """Give the flag that the next update, and all until the next flag, follow: boolean, without dimensions."""
+        """Set the flag (a boolean scalar tensor) for all updates until the next call; true skips the update."""
         self._bad = bad
         if self._optimizer.defaults.get("fused"):
             self._optimizer.found_inf = bad.to(torch.float32)

@@ -68,7 +68,7 @@ class Reduced:
 
 
 def _decode(metrics: Sequence[Metric], world_size: int, own: int, numbers: list[float]) -> StepNumbers:
-    """A step's numbers from the vector, and from what `Reduced.result` has added at its end."""
+    """Decode a step's numbers from the reduced vector; `Reduced.result` has appended the last of them."""
     _, votes, unknown, loss, weight, *rest = numbers[:-own]
     norm, bad, *scales = numbers[-own:]
     scale = scales[0] if scales else 1.0

@@ -1,12 +1,12 @@
-"""A run under somebody else's launcher: torchrun, or anything that sets its environment.
+"""Training under another launcher: torchrun, or any launcher that sets torchrun's environment variables.
 
     torchrun --nproc-per-node 8 -m bigtrain.jobs.torchrun CONFIG [key=value ...] [--name NAME] [--runs-dir DIR]
                                                           [--plugin MODULE]
 
-Rank 0 checks everything and holds the run's lease; the others wait for its word. The run directory, its identity and
-its checkpoints are those of `bigtrain train`, which may resume the run, and the other way round. Restarts, logs and
-hung ranks are the launcher's (torchrun --max-restarts, --log-dir): there is no agent here, so no `job.limits`, and
-no notification of the end if all ranks die at once. SIGTERM to torchrun lets the run save itself.
+Rank 0 checks the config and holds the run's lease; the other ranks wait for its result. The run directory, its
+identity and its checkpoints are those of `bigtrain train`: either command resumes a run of the other. The launcher
+handles restarts, logs and hung ranks (torchrun --max-restarts, --log-dir). There is no agent, so `job.limits` has no
+effect, and no notification is sent if all ranks end at once. On SIGTERM to torchrun the run saves itself.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class ModelConfig(Section):
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """Height, width and channels of the images that the model takes; None where any sample fits."""
+        """Shape (height, width, channels) of the images that the model requires; None if it takes any sample."""
         return None
 
     @property

@@ -286,7 +286,7 @@ class DecoderModel(nn.Module):
     def _for_attention(
         self, batch: Batch, positions: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, Mask | None, tuple[Tensor, Tensor] | None, Mask | None]:
-        """Rotary table and mask of layers that see all tokens before them, then of those with a sliding window."""
+        """Rotary table and mask, first of layers with full causal attention, then of those with a sliding window."""
         config = self.config
         options: dict[str, Any] = {"head_width": config.width_of_head, "dtype": self.compute_dtype}
         mask: Mask | None = batch.get("mask")

@@ -1,4 +1,4 @@
-"""A directory of Hugging Face weights: config.json and safetensors, one file or numbered parts; free of torch."""
+"""Reads a directory of Hugging Face weights (config.json, one safetensors file or numbered parts) without torch."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ class _Exchange(torch.autograd.Function):
 class _GatherChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """The first and second chunks (B, c, ...) of each rank -> (B, C, ...), in the order of the sequence."""
+        """Join the first and second chunks (B, c, ...) of all ranks to (B, C, ...), in the order of the sequence."""
         ctx.group = group
         parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
         all_gather(parts, x.contiguous(), group=group)

@@ -143,10 +143,10 @@ class Job:
         return Passes(shared.n_micro, shared.micro_batch, self.model.context)
 
     def estimate(self, on: Cluster, gpus: int) -> Estimate:
-        """Memory and time on some GPUs.
+        """Estimate the memory and the step time of a layout on a number of GPUs.
 
         Raises:
-            ValueError: The layout is not possible there, or the device does not multiply in this precision.
+            ValueError: The layout does not fit these GPUs, or the device does not support this precision.
         """
         sizes = self.check(gpus)
         passes = self.passes(sizes)

@@ -38,10 +38,12 @@ def smooth(values: FloatArray, window: int) -> FloatArray:
 def charts(
     runs: Mapping[str, Columns], marks: Sequence[Mark] = (), units: Mapping[str, str] | None = None
 ) -> list[Chart]:
-    """The charts of one run, or of several runs with a colour for each.
+    """Build the charts of one run, or of several runs with one colour for each.
 
     Args:
-        units: Units of the metrics that were recorded by name.
+        runs: Columns of metrics.jsonl, by the name of the run.
+        marks: Events, drawn as vertical lines at their steps.
+        units: Units of metrics, by the metric's name.
     """
 
     def curves(name: str, label: str, color: Color, factor: float = 1.0) -> list[Series]:

@@ -136,10 +136,10 @@ ALIASES = {"completion": "response", "messages": "conversations"}
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Where columns lie, from "prompt=question,completion=meta.answer".
+    """Parse "prompt=question,completion=meta.answer" into the key of each column.
 
     Raises:
-        UserError: It is written otherwise, or names a column that no form has.
+        UserError: The text has another syntax, or names a column that no form has.
     """
     known = sorted({name for form in FORMS for name in (*form.columns, *form.optional)})
     found = {}

@@ -91,20 +91,21 @@ def documents(inputs: Sequence[str | Path], key: str = "text") -> Iterator[Docum
 def sources(
     inputs: Sequence[str | Path], passed: PassedOver | None = None, key: str = "text", token_type: str | None = None
 ) -> Iterator[Source]:
-    """The files that some inputs name, each once.
+    """Yield each file that the inputs name once.
 
-    Text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each of them also compressed with gzip,
-    zstd, bzip2 or xz; Arrow files, directories of MDS, and files of tokens: recognized by their content. A directory
-    stands for such files under it, sorted; "*", "?", "**" for those that match. A text file is one document, and so is
-    a line, an object, a row or a sample.
+    Formats are recognized by content: text, JSON lines, JSON arrays of objects, Parquet, and tars of text members, each
+    also compressed with gzip, zstd, bzip2 or xz; Arrow files, directories of MDS, and files of tokens.
+    A directory means all such files under it, sorted. "*", "?" and "**" are wildcards.
+    One text file, line, object, row or sample is one document.
 
     Args:
-        passed: Counts the files that are not read, and records that are read as plain text.
+        inputs: Paths of files or directories, or patterns.
+        passed: Counts the skipped files, and the records that are read as plain text.
         key: See `documents`.
-        token_type: Of files `.bin` that hold tokens alone; see `token_files`.
+        token_type: Integer type of `.bin` files that hold only tokens; see `token_files`.
 
     Raises:
-        UserError: A path is not there, or a named file is empty or no text.
+        UserError: A path does not exist, or a named file is empty or not text.
     """
     passed = passed or PassedOver()
     if not inputs:

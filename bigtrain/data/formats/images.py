@@ -101,7 +101,7 @@ def image_suffix(data: bytes) -> str:
 
 
 def squared(data: bytes, size: int, where: str) -> bytes:
-    """An image scaled by its shorter side and cropped in the middle, as a PNG of `size` x `size` pixels.
+    """Scale an image by its shorter side and crop its centre; returns a PNG of `size` x `size` pixels.
 
     Raises:
         UserError: Not an image.

@@ -22,7 +22,7 @@ from bigtrain.parallel.tensor import TensorGroup, split
 
 @dataclass(frozen=True)
 class Plan:
-    """What this rank's model is made of; under ZeRO 3 the built one has tensors without a shape."""
+    """Names and shapes of this rank's parameters, taken before ZeRO 3 empties the tensors of the built model."""
 
     shapes: dict[str, torch.Size]
     """Full (unsharded) shapes of the parameters of this rank's stage, by qualified name, in the model's order."""

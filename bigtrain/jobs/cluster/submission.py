@@ -172,10 +172,10 @@ def next_id(dashboard: Dashboard, name: str) -> str:
 
 
 def check_versions(dashboard: Dashboard, client: dict[str, str]) -> None:
-    """Refuse a cluster whose Ray or Python is another.
+    """Refuse a cluster whose version of Ray or Python differs from the local one.
 
     Raises:
-        UserError: They differ, in Ray's or Python's minor version.
+        UserError: The versions differ in more than the patch number.
     """
     ray, python = dashboard.versions()
     # Who submits needs no Ray; where it is installed, another one says that the environments differ.

@@ -109,7 +109,7 @@ class CLIP(nn.Module):
         return F.normalize(self.image_head(x.mean(1)).float(), dim=1)
 
     def text_vectors(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Unit vectors (B, embedding) of tokens (B, T), of which `present` (B, T) count."""
+        """Unit vectors (B, embedding) of tokens (B, T); those where `present` (B, T) is false are ignored."""
         # A caption without a token has its first place, so that attention has something to look at.
         present = present | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
         x = self.tokens(tokens) + self.text_positions[: tokens.shape[1]]

@@ -22,7 +22,7 @@ class Config(DecoderConfig):
     bias: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' GPT2LMHeadModel.
+        """Map qualified names to names in the state dict of transformers' GPT2LMHeadModel.
 
         Raises:
             ValueError: The shape was overridden into one that GPT-2 does not have.
