@@ -407,6 +407,19 @@ def test_a_directory_that_is_no_checkpoint_is_no_progress(place: Path) -> None:
     assert "is finished: 4 steps" in result.stderr
 
 
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "truncated"])
+def test_a_damaged_newest_checkpoint_is_reported_where_an_older_one_is_used(place: Path, missing: bool) -> None:
+    (file,) = (place / "runs" / "tiny" / "checkpoints" / "step_00000004").glob("*.distcp")
+    data = file.read_bytes()
+    file.unlink()
+    if not missing:
+        file.write_bytes(data[:-1])
+    damaged = "checkpoint of step 4 is damaged and passed over"
+    tried = run_here("train", "tiny.yaml", "--dry-run", cwd=place)
+    assert (tried.returncode, "resuming after step 2" in tried.stderr) == (0, True)
+    assert f"warning: {damaged}: {file.name}" in tried.stderr
+
+
 def test_a_fork_goes_on_from_the_newest_checkpoint_to_the_bit(place: Path, origin: Path) -> None:
     runs = place / "runs"
     shutil.rmtree(runs / "tiny" / "checkpoints" / "step_00000004")

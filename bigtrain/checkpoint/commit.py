@@ -157,8 +157,7 @@ def choose(
         problems = check(candidate)
         if not problems:
             return candidate, warnings
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        warnings.append(f"checkpoint of step {candidate.step} is damaged and passed over: {problems[0]}{more}")
+        warnings.append(passed_over(candidate, problems))
     if warnings or (directory / LATEST).exists():
         raise CorruptionError(
             "no checkpoint is sound: " + ("; ".join(warnings) or "LATEST names one, and none is there"),
@@ -166,6 +165,12 @@ def choose(
             "restore a checkpoint's directory, or move this one away to start again from step 0",
         )
     return None, warnings
+
+
+def passed_over(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
+    """The warning where a run goes on from an older checkpoint."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"checkpoint of step {checkpoint.step} is damaged and passed over: {problems[0]}{more}"
 
 
 def missing_latest(directory: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from bigtrain.config.urls import is_url
 from bigtrain.run import Lease, RunConfig, RunDirectory, find_run, split_run_step
 from bigtrain.storage.locks import locked
 from bigtrain.storage.objects import RemoteError, cache_home
+
+_log = logging.getLogger(__name__)
 
 
 def store_of(config: RunConfig) -> RunStore | None:
@@ -110,6 +113,21 @@ def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
         return find_run(name, runs_dir), step
     with _as_mistake(name):
         return fetch_into_cache(name, step)
+
+
+def newest_of(run: RunDirectory) -> int:
+    """Step of a run's newest sound checkpoint; a warning is logged for each newer one that is damaged or gone.
+
+    Raises:
+        UserError: It has none yet.
+        CorruptionError: None is sound.
+    """
+    step, warnings = commit.newest_verified(run.checkpoints)
+    if step is None:
+        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.checkpoints))
+    for warning in warnings:
+        _log.warning("%s; the checkpoint of step %s is used", warning, step)
+    return step
 
 
 def fetch_into_cache(url: str, step: int | None) -> tuple[RunDirectory, int]:

@@ -264,13 +264,7 @@ def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[st
 
 def _checkpoint_of(run: str, runs_dir: Path) -> tuple[RunDirectory, int]:
     """A run, fetched where a URL names it, and the step that is meant: the newest where none is given."""
-    from bigtrain.checkpoint.commit import newest_verified
-    from bigtrain.checkpoint.restore import run_at
-    from bigtrain.config import UserError
+    from bigtrain.checkpoint.restore import newest_of, run_at
 
     found, step = run_at(run, runs_dir)
-    if step is None:
-        step, _ = newest_verified(found.checkpoints)
-    if step is None:
-        raise UserError(f"The run '{found.name}' has no checkpoint yet", str(found.checkpoints))
-    return found, step
+    return found, newest_of(found) if step is None else step

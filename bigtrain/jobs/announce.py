@@ -54,6 +54,10 @@ def _surprises(run: CheckedRun) -> Iterator[str]:
             "warning: this processor has no instructions for BF16, so its matrix products are many times slower "
             "than in FP32; precision=fp32 is faster here"
         )
+    for checkpoint in commit.list_checkpoints(directory.checkpoints) if run.back_to is None else ():
+        newer = run.newest is None or checkpoint.step > run.newest
+        if newer and (problems := commit.verify(checkpoint.path, hashes=False)):
+            yield f"warning: {commit.passed_over(checkpoint, problems)}"
     missing = commit.missing_latest(directory.checkpoints)
     if missing is not None:
         yield f"warning: {missing}" + ("" if run.newest is None else f"; the run goes on from step {run.newest}")

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint import commit
-from bigtrain.checkpoint.restore import run_at
+from bigtrain.checkpoint.restore import newest_of, run_at
 from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
@@ -90,10 +89,7 @@ def _prepare(
     if HfFiles.is_one(Path(text)):
         return None, None, *of_weights(Path(text), overrides, data)
     run, step = run_at(text, runs_dir)
-    if step is None:
-        step, _ = commit.newest_verified(run.checkpoints)
-    if step is None:
-        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
+    step = newest_of(run) if step is None else step
     return run, step, *of_run(run, step, overrides, data)
 
 

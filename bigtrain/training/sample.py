@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.checkpoint.restore import newest_of
 from bigtrain.config import UserError
 from bigtrain.data.augmenter import evaluated
 from bigtrain.data.encoding.chat import ChatTemplate, ends_of_texts, template_of
@@ -114,10 +114,7 @@ def model_of_run(run: RunDirectory, step: int | None) -> tuple[RunConfig, ShardI
         UserError: No checkpoint, or the data is not there any more.
     """
     config = load_config(run.config)
-    if step is None:
-        step, _ = commit.newest_verified(run.checkpoints)
-    if step is None:
-        raise UserError(f"The run '{run.name}' has no checkpoint yet", str(run.path))
+    step = newest_of(run) if step is None else step
     index = index_of_run(run, config)
     model = config.model.build(index.vocab_size)
     model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)

@@ -11,7 +11,9 @@ import pytest
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.commit import FencedError
 from bigtrain.checkpoint.manifest import FileRecord, Manifest
-from bigtrain.config import CorruptionError
+from bigtrain.checkpoint.restore import newest_of
+from bigtrain.config import CorruptionError, UserError
+from bigtrain.run import RunDirectory
 from bigtrain.storage import hash_file
 
 
@@ -88,6 +90,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(
     assert step == 2
     assert len(warnings) == 1
     assert "step 3" in warnings[0]
+
+
+def test_what_reads_a_run_reports_the_newer_checkpoint_that_it_does_not_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "a-run")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        newest_of(run)
+    save(run.checkpoints, 1, 2)
+    assert newest_of(run) == 2
+    assert caplog.messages == []
+    damage_flipped(run.checkpoints / "step_00000002" / "__0_0.distcp")
+    assert newest_of(run) == 1
+    (message,) = caplog.messages
+    assert message.startswith("checkpoint of step 2 is damaged and passed over")
+    assert message.endswith("the checkpoint of step 1 is used")
 
 
 def test_nothing_saved_is_no_error_and_nothing_sound_is_never_step_0(tmp_path: Path) -> None:
