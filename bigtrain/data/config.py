@@ -180,7 +180,8 @@ class StreamingConfig(Section):
     """Steps that a background thread prepares ahead."""
 
     threads: Annotated[int, Ge(1)] | None = None
-    """Threads of each rank that decode and augment images; null: one for each of its cores, at most 16."""
+    """Threads of each rank that decode and augment images; null: one for each of its cores, at most 16, and one
+    alone where images have fewer than 64 x 64 pixels."""
 
     cache: Annotated[Bytes, Field(ge=1)] = 20 * 10**9
     """Size that fetched shards take on this machine's disk at most ("20 GB"), all ranks and runs together."""

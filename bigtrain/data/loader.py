@@ -22,7 +22,7 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.data.order.mixture import Sources
 from bigtrain.data.order.sample_order import Draw, FixedOrder, IntArray, Order, sequence_keys
-from bigtrain.data.threads import Threads
+from bigtrain.data.threads import WORTH_THREADS, Threads
 from bigtrain.models.batches import Arrays
 
 
@@ -145,7 +145,7 @@ class Loader:
         self._log_samples, self._prefetch = log_samples, prefetch
         # A batch may lie across the border of two windows.
         self._reader = self.sources.open_reader(context, document_mask, 2 * order.window, streaming)
-        self._threads = Threads(None if streaming is None else streaming.threads)
+        self._threads = Threads(_threads_for(self.sources.first, streaming))
         self._reader.use(self._threads)
         self._augmenter: Augmenter | None = None
         if augment:
@@ -282,6 +282,14 @@ class EvaluationLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _threads_for(index: ShardIndex, streaming: StreamingConfig | None) -> int | None:
+    """How many threads decode: what the config says, else one for small images; None: one for each core."""
+    if streaming is not None and streaming.threads is not None:
+        return streaming.threads
+    height, width, _ = index.sample_kind.image_shape(index) or (0, 0, 0)
+    return 1 if height * width < WORTH_THREADS else None
 
 
 class _Failure:

@@ -11,6 +11,8 @@ from bigtrain.hardware.this_machine import available_cores
 
 MOST: Final = 16
 """Threads beyond which the interpreter, which runs one at a time between calls, is the limit."""
+WORTH_THREADS: Final = 64 * 64
+"""Pixels of an image below which most of its time is the interpreter's, so that threads only wait for each other."""
 _PARTS: Final = 4
 """Pieces of work for each thread, so that none waits long for the slowest."""
 
