@@ -106,8 +106,8 @@ def _load(place: str, is_path: bool) -> Plugin:
         raise UserError(
             "The plugin registers nothing",
             place,
-            "Register a class with the decorator of its extension point, such as @FAMILIES.register; see 'Your own "
-            "module' in bigtrain/models/README.md.",
+            "Register a class with the decorator of its extension point, such as @FAMILIES.register; see 'To add "
+            "something' in bigtrain/README.md.",
         )
     source = PluginSource(place, _hash(module, place))
     for one in registered:

@@ -24,6 +24,7 @@ from bigtrain.data.streaming.store import check_remote, open_index, shards_at_on
 from bigtrain.data.tokenizers import same_encoding
 from bigtrain.engines.passthrough import check_passthrough_apart
 from bigtrain.engines.support import check_support
+from bigtrain.optim.check import check_zero_state
 from bigtrain.optim.schedule import Schedule
 from bigtrain.run import RunConfig, identity, recipe_of
 from bigtrain.storage.objects import RemoteError
@@ -339,6 +340,9 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         precision=config.precision,
         frozen=model.frozen,
     )
+    for optimizer in (config.optimizer, *map(config.optimizer.of_part, config.optimizer.parts)):
+        if hasattr(optimizer, "plugin"):
+            check_zero_state(optimizer)
     for callback in config.callbacks:
         callback.check(config.engine)
         callback.check_model(model)

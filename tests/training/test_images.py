@@ -71,6 +71,13 @@ def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -
     return shards
 
 
+def train(bigtrain: Callable, config: Path, nproc: int, name: str) -> list[dict]:
+    """A run's metrics by step."""
+    result = bigtrain("train", config, "--nproc", nproc, "--name", name)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in (config.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
 # Two alone show that it learns; both, that they learn the same as well.
 @pytest.mark.parametrize(
     ("digits", "nprocs"),
@@ -87,7 +94,7 @@ def test_an_image_classifier_learns_in_two_processes_as_in_one(
     # The config that ships, shortened; a batch of 21 that two ranks do not divide, in passes of at most 6.
     config = yaml.safe_load((ROOT / "configs" / "vit-mnist.yaml").read_text())
     config["model"]["layers"] = 2
-    del config["data"]["augment"]
+    augment = config["data"].pop("augment")
     config |= {
         "batch": {"size": 21},
         "duration": "60 steps",
@@ -100,12 +107,7 @@ def test_an_image_classifier_learns_in_two_processes_as_in_one(
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    rows = {}
-    for nproc in nprocs:
-        result = bigtrain("train", path, "--nproc", nproc, "--name", f"on-{nproc}")
-        assert result.returncode == 0, result.stderr
-        metrics = tmp_path / "runs" / f"on-{nproc}" / "metrics.jsonl"
-        rows[nproc] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = {nproc: train(bigtrain, path, nproc, f"on-{nproc}") for nproc in nprocs}
     for key in ("loss", "val_loss"):
         found = [[row[key] for row in rows[nproc] if key in row] for nproc in nprocs]
         assert all(other == pytest.approx(found[0], rel=SAME_LOSS) for other in found)
@@ -114,3 +116,10 @@ def test_an_image_classifier_learns_in_two_processes_as_in_one(
     first, last = (np.mean([row["loss"] for row in part]) for part in (rows[2][:5], rows[2][-5:]))
     print(f"loss {first:.3f} -> {last:.3f}, held out {[row['val_loss'] for row in rows[2] if 'val_loss' in row]}")
     assert last < 0.6 * first
+    if len(nprocs) > 1:
+        path.write_text(
+            yaml.safe_dump(config | {"data": config["data"] | {"augment": augment}, "duration": "10 steps"})
+        )
+        one, several = (train(bigtrain, path, nproc, f"augmented-on-{nproc}") for nproc in nprocs)
+        assert [row["loss"] for row in several] == pytest.approx([row["loss"] for row in one], rel=SAME_LOSS)
+        assert one[0]["loss"] != pytest.approx(rows[nprocs[0]][0]["loss"], rel=SAME_LOSS)
