@@ -420,6 +420,7 @@ def test_a_damaged_newest_checkpoint_is_reported_where_an_older_one_is_used(plac
     assert f"warning: {damaged}: {file.name}" in tried.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_from_the_newest_checkpoint_to_the_bit(place: Path, origin: Path) -> None:
     runs = place / "runs"
     shutil.rmtree(runs / "tiny" / "checkpoints" / "step_00000004")

@@ -157,6 +157,8 @@ MODELS: list[dict[str, Any]] = [
     {"arch": "qwen3", "layers": 1, "width": 8, "heads": 2, "context": 4},
     {"arch": "vit", "image_size": 28},
     {"arch": "dcgan", "image_size": 28},
+    {"arch": "lenet", "image_size": 28},
+    {"arch": "resnet", "image_size": 28},
     {"arch": "vae", "variational": False},
     {"arch": "rnn", "cell": "gru", "context": 8},
     {"arch": "seq2seq", "context": 8},

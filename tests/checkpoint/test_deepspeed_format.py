@@ -73,7 +73,11 @@ def load_in_deepspeed(stage: int, directory: Path) -> tuple[list[str], list[tupl
 
 
 @pytest.mark.parametrize(
-    "stages", [pytest.param((2,), id="ZeRO 2"), pytest.param((1, 3), id="ZeRO 1 and 3", marks=pytest.mark.slow)]
+    "stages",
+    [
+        pytest.param((2,), id="ZeRO 2", marks=pytest.mark.slow),
+        pytest.param((1, 3), id="ZeRO 1 and 3", marks=pytest.mark.slow),
+    ],
 )
 def test_deepspeed_loads_what_was_converted_and_trains_on_alike(
     ranks: RankPool, tmp_path: Path, stages: tuple[int, ...]

@@ -278,7 +278,7 @@ SLACK_MIB = 6.0
 @pytest.mark.parametrize(
     ("kind", "layout", "first_mib", "next_mib"),
     [
-        pytest.param("synchronous", "views", 0, 0),
+        pytest.param("synchronous", "views", 0, 0, marks=pytest.mark.slow),
         pytest.param("asynchronous", "views", STATE_MIB, 0),
         pytest.param("synchronous", "whole", 0, 0, marks=pytest.mark.slow),
         pytest.param("asynchronous", "whole", STATE_MIB, 0, marks=pytest.mark.slow),

@@ -147,7 +147,7 @@ def test_megatrons_documents_become_the_shards_of_their_text(tmp_path: Path, cod
     with pytest.raises(UserError, match=r"the index of a Megatron \.bin"):
         pack([given / "corpus.idx"], tmp_path / "no", Tokenizer())
     (given / "corpus.bin").write_bytes(b"12")
-    with pytest.raises(UserError, match="the file has others"):
+    with pytest.raises(UserError, match="which the file does not have"):
         pack([given / "corpus.bin"], tmp_path / "no", Tokenizer())
 
 

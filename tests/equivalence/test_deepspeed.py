@@ -79,8 +79,6 @@ ALL = [
     *((WITH_MOST, layout) for layout in LAYOUTS if layout not in WITH_ALL_MODELS),
 ]
 EACH_TECHNIQUE_ONCE = [
-    ("llama-untied-dropout", "ZeRO 3, tp2"),
-    ("gpt2-dropout", "ZeRO 1, tp2 x dp2"),
     ("llama-gqa-tied-qk-norm-documents", "ZeRO 1, pp2"),
 ]
 """The fast tier; for dp2 that is tests/engines/test_deepspeed.py."""

@@ -108,7 +108,7 @@ train(20, at=hang)
     assert "in hang" in job.log(0, 1)
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_of_two_nodes_the_stopped_rank_is_named_and_not_the_one_that_waits(
     job: Any, machines: Callable[..., Any], culprit: int
 ) -> None:

@@ -164,6 +164,7 @@ def strike(job: Any, mark: str, number: signal.Signals, then: Callable[[], None]
     return around
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_their_template_can_be_ended(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGTRAIN_TEST_MARK", str(job.path))
     monkeypatch.setenv(variables.TEMPLATE, "1")

@@ -74,7 +74,7 @@ CASES = {
     "tp2 x pp2 x dp2": (LLAMA, How(8, {**TP, **PP}, micro_size=1)),
 }
 """Each technique, and each two that exchange something else together than alone."""
-EACH_ONCE = ("hsdp2x2", "tp2 x cp2 ulysses", "tp2 x pp2")
+EACH_ONCE = ("hsdp2x2", "tp2 x pp2")
 """The fast tier."""
 
 

@@ -25,6 +25,7 @@ def fitted(bigtrain: Command, real_data: Path, file: str, *options: object) -> d
     return dict(json.loads(done.stdout)["approaches"])
 
 
+@pytest.mark.slow
 def test_chinchilla_by_huber_and_the_largest_run_held_out(bigtrain: Command, real_data: Path) -> None:
     one = fitted(bigtrain, real_data, POINTS, "--drop-highest", 5, "--approach", "a3", "--replicates", 100)["a3_huber"]
     assert one["A"] == pytest.approx(477.84, rel=FACTOR)
@@ -71,6 +72,7 @@ def test_gemstones_parametric(bigtrain: Command, real_data: Path) -> None:
     assert (one["alpha"], one["beta"]) == pytest.approx((0.2929, 0.7129), abs=EXPONENT)
 
 
+@pytest.mark.slow
 def test_gemstones_envelope(bigtrain: Command, real_data: Path) -> None:
     one = fitted(bigtrain, real_data, CURVES, "--approach", "a1", "--replicates", 100)["a1"]
     assert (one["a"], one["b"]) == pytest.approx((0.4994, 0.4810), abs=EXPONENT)
@@ -87,7 +89,9 @@ PORIAN = {0: 0.8353, 1: 0.7065, 2: 0.6020, 3: 0.5715, 4: 0.4969}
 WINDOW = 0.035
 
 
-@pytest.mark.parametrize("number", PORIAN)
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=pytest.mark.slow if number else []) for number in PORIAN]
+)
 def test_porian_isoflops(bigtrain: Command, real_data: Path, number: int) -> None:
     (path,) = (real_data / "scaling" / "porian").glob(f"porian_{number}_*.csv")
     one = fitted(bigtrain, real_data, f"porian/{path.name}", "--approach", "a2", "--replicates", 100)["a2"]

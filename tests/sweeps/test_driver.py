@@ -146,6 +146,7 @@ def test_six_trials_on_two_slots_through_a_crash_a_refusal_and_a_killed_driver(d
     assert (directory.runs.read_text(), len(drivers.lines("started"))) == before
 
 
+@pytest.mark.slow
 def test_a_stop_lets_the_trials_save_and_a_longer_sweep_goes_on(drivers: Drivers, write_sweep: WriteSweep) -> None:
     drivers.sweep = write_sweep(sizes=[{"params": 1300, "tokens_per_param": [8, 16]}])
     drivers.directory.trials.mkdir(parents=True)

@@ -23,9 +23,7 @@ SOUND = Measured(
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "pp4" else pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
 def test_bigtrain_and_plain_torch_do_the_same_with_the_same_collectives(ranks: RankPool, name: str) -> None:
     result = bench([name], 2, TINY, ranks)
     assert result["layouts"][name]["difference"] <= 1e-5

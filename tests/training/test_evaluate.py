@@ -68,7 +68,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name == "ZeRO-3" else []) for name in LAYOUTS]
+)
 def test_perplexity_at_a_layout_is_that_of_transformers(
     layout: str, weights: Path, text_shards: Path, tmp_path: Path, ranks: RankPool
 ) -> None:

@@ -82,7 +82,7 @@ def train(bigtrain: Callable, config: Path, nproc: int, name: str) -> list[dict]
 @pytest.mark.parametrize(
     ("digits", "nprocs"),
     [
-        pytest.param("synthetic", (2,), id="synthetic-two"),
+        pytest.param("synthetic", (2,), id="synthetic-two", marks=pytest.mark.exhaustive),
         pytest.param("synthetic", (1, 2), id="synthetic-one and two", marks=pytest.mark.exhaustive),
         pytest.param("mnist", (1, 2), id="mnist-one and two", marks=pytest.mark.slow),
     ],

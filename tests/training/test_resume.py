@@ -219,6 +219,7 @@ def test_stop_saves_exits_75_and_loses_no_step(config: Path, tmp_path: Path, big
     assert "not running" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_touches_nothing(
     bigtrain: Callable, write_config: Callable, tmp_path: Path
 ) -> None:
