@@ -1,7 +1,7 @@
 # The commands of a checkout. Each works alone on a machine with Python 3.11 to 3.13 and its venv module, make and git.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two test files at a time: most of a test is waiting for processes that start.
+# Two test files at a time: while a process of one starts, the other computes.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow test-all bench-faults soak test-cluster check format

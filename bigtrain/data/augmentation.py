@@ -15,7 +15,10 @@ seeded by the run's seed, the epoch and the sample, so that no layout, worker or
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
+
+from annotated_types import Gt
+from pydantic import AfterValidator
 
 from bigtrain.config import Registry, Section
 
@@ -24,6 +27,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Image = npt.NDArray[Any]
+
+Positive = Annotated[float, Gt(0)]
+
+
+def _in_order(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"{list(value)} is no range: write the smaller number first")
+    return value
+
+
+RANGE: Final = AfterValidator(_in_order)
+"""Holds a pair of numbers to be the least and the largest."""
 
 
 class AugmentationConfig(Section):

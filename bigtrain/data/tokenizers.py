@@ -73,7 +73,7 @@ class TokenizerInfo:
 
     @property
     def switches(self) -> list[Any]:
-        """What changes the tokens of a text besides the tokenizer itself; empty where nothing is switched on."""
+        """What changes the tokens of a text apart from the tokenizer itself; empty where nothing is switched on."""
         return [self.bos, self.special] if self.bos is not None or self.special else []
 
 

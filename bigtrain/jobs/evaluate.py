@@ -44,7 +44,7 @@ def evaluate(
         overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
         procs: Ranks of each evaluation.
         batches, sequences: Of each set, at most; None: all of it.
-        tasks: Files of requests that are scored besides (`training.tasks`), with the tokenizer of the sets.
+        tasks: Files of requests that are scored as well (`training.tasks`), with the tokenizer of the sets.
 
     Returns:
         For each its `checkpoint`, its `step` (None for weights), and `sets`: what `training.evaluate.measure` returns.

@@ -51,9 +51,9 @@ class BlockCosts(NamedTuple):
     blocks: int
     """Blocks, all of one cost."""
     before: float
-    """Cost of what the first stage holds besides."""
+    """Cost of what the first stage holds as well."""
     after: float
-    """Cost of what the last stage holds besides."""
+    """Cost of what the last stage holds as well."""
 
 
 class ModelConfig(Section):

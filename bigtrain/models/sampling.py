@@ -92,7 +92,7 @@ def generate(
         tokens: int64 (B, T), T >= 1, or 0 where something else is given.
         padding: int64 (B,), how many tokens at the beginning of each sequence are none; None: 0.
         ended: Is given the new tokens (B, t) after each, and says whether that is enough.
-        given: What the model is to look at besides, such as `images` (B, H, W, channels).
+        given: What the model is to look at as well, such as `images` (B, H, W, channels).
         cache: Whether keys and values are kept where the model can.
 
     Returns:

@@ -324,7 +324,7 @@ class _Step:
                 "all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies"
             )
         if self.sizes.world_size > 1:
-            # Of a mixture, loss and weight of each source besides.
+            # Of a mixture, loss and weight of each source as well.
             yield _term("all_reduce", axes_of(self.sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums")
 
 

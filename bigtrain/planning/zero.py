@@ -170,7 +170,7 @@ def _norm(engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> Iterato
 
 
 def _pipelined(model: DecoderConfig, stage: StageParts, sizes: Mesh) -> Iterator[Term]:
-    """What DeepSpeed's pipeline exchanges besides the residual stream."""
+    """What DeepSpeed's pipeline exchanges apart from the residual stream."""
     if model.tied and (stage.is_first or stage.is_last):
         (tied,) = (one.elements for one in stage.root if one.name == "embedding.weight")
         yield _term("all_reduce", ends_of(sizes), tied * FP32, 1, "gradients of the tied embedding's two copies")

@@ -52,7 +52,7 @@ class Columns:
 
     @property
     def recorded(self) -> list[str]:
-        """The metrics that were recorded by name, and those of evaluators besides the loss; sorted."""
+        """The metrics that were recorded by name, and those of evaluators apart from the loss; sorted."""
         return sorted(filter(is_recorded, self.values))
 
     @property

@@ -8,28 +8,25 @@ rows of networks that are not named stay as they are there. A network is one rec
 from __future__ import annotations
 
 import argparse
-import gzip
-import io
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import bigtrain
 from bigtrain.data.index import load_index
 from bigtrain.data.loader import EvaluationLoader
+from tests.digits import mnist_digits, write_tar
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -51,28 +48,12 @@ def command(work: Path, *arguments: object) -> None:
 def mnist(work: Path) -> None:
     """60,000 digits to train on and 10,000 to test with, as PNG."""
     for split, kind in (("train", "train"), ("validation", "t10k")):
+        images, labels = mnist_digits(DATA / "mnist", kind)
         folder = work / "shards" / "mnist" / split
-        folder.mkdir(parents=True)
-        for number, entries in enumerate(_tars(kind)):
-            with tarfile.open(folder / f"digits-{number}.tar", "w") as tar:
-                for name, content in entries:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        for first in range(0, len(images), SHARD):
+            part = slice(first, first + SHARD)
+            write_tar(folder / f"digits-{first // SHARD}.tar", images[part], labels[part])
         command(work, "data", "index", folder)
-
-
-def _tars(kind: str) -> Iterator[list[tuple[str, bytes]]]:
-    pixels = gzip.decompress((DATA / "mnist" / f"{kind}-images-idx3-ubyte.gz").read_bytes())[16:]
-    labels = gzip.decompress((DATA / "mnist" / f"{kind}-labels-idx1-ubyte.gz").read_bytes())[8:]
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
-    for first in range(0, len(images), SHARD):
-        entries = []
-        for number in range(first, min(first + SHARD, len(images))):
-            png = io.BytesIO()
-            Image.fromarray(images[number]).save(png, "PNG")
-            entries += [(f"{number:05d}.png", png.getvalue()), (f"{number:05d}.cls", str(labels[number]).encode())]
-        yield entries
 
 
 def shakespeare(work: Path) -> None:

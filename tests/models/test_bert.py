@@ -47,25 +47,25 @@ def test_it_gives_the_logits_of_transformers() -> None:
         assert (network.guess(tokens) - expected).abs().max() <= SAME_LOGITS
 
 
-def _from_transformers(theirs: dict[str, torch.Tensor], network: Bert) -> dict[str, Any]:
-    """Weights under our names; the embedding of the only token type is part of every position's."""
-    ours = dict(network.state_dict())
+def _from_transformers(hf: dict[str, torch.Tensor], network: Bert) -> dict[str, Any]:
+    """Weights under the names of this family; the embedding of the only token type is part of every position's."""
+    native = dict(network.state_dict())
     embeddings, head = "bert.embeddings.", "cls.predictions."
-    ours["tokens.weight"] = theirs[f"{embeddings}word_embeddings.weight"]
-    types = theirs[f"{embeddings}token_type_embeddings.weight"]
-    ours["positions.weight"] = theirs[f"{embeddings}position_embeddings.weight"] + types[0]
-    ours["bias"] = theirs[f"{head}bias"][:VOCABULARY]
+    native["tokens.weight"] = hf[f"{embeddings}word_embeddings.weight"]
+    types = hf[f"{embeddings}token_type_embeddings.weight"]
+    native["positions.weight"] = hf[f"{embeddings}position_embeddings.weight"] + types[0]
+    native["bias"] = hf[f"{head}bias"][:VOCABULARY]
     for kind in ("weight", "bias"):
-        ours[f"norm.{kind}"] = theirs[f"{embeddings}LayerNorm.{kind}"]
-        ours[f"transform.0.{kind}"] = theirs[f"{head}transform.dense.{kind}"]
-        ours[f"transform.2.{kind}"] = theirs[f"{head}transform.LayerNorm.{kind}"]
+        native[f"norm.{kind}"] = hf[f"{embeddings}LayerNorm.{kind}"]
+        native[f"transform.0.{kind}"] = hf[f"{head}transform.dense.{kind}"]
+        native[f"transform.2.{kind}"] = hf[f"{head}transform.LayerNorm.{kind}"]
         for number in range(len(network.layers)):
             own, layer = f"layers.{number}.", f"bert.encoder.layer.{number}."
-            three = [theirs[f"{layer}attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
-            ours[f"{own}self_attn.in_proj_{kind}"] = torch.cat(three)
-            for name, of_theirs in {
+            three = [hf[f"{layer}attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
+            native[f"{own}self_attn.in_proj_{kind}"] = torch.cat(three)
+            for name, hf_name in {
                 "self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
                 "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm",
             }.items():  # fmt: skip
-                ours[f"{own}{name}.{kind}"] = theirs[f"{layer}{of_theirs}.{kind}"]
-    return ours
+                native[f"{own}{name}.{kind}"] = hf[f"{layer}{hf_name}.{kind}"]
+    return native

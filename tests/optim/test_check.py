@@ -17,7 +17,7 @@ def test_built_in_optimizers_describe_their_state(name: str) -> None:
     check_zero_state(OPTIMIZERS.read({"name": name}))
 
 
-class Momentum(OptimizerConfig):
+class Adagrad(OptimizerConfig):
     """torch's Adagrad, whose sums begin at 0.5."""
 
     name: Literal["adagrad"] = "adagrad"
@@ -45,11 +45,11 @@ class Momentum(OptimizerConfig):
 def test_a_state_that_steps_do_not_make_is_refused(
     monkeypatch: pytest.MonkeyPatch, state: dict[str, float] | None, said: str
 ) -> None:
-    monkeypatch.setattr(Momentum, "state", state)
+    monkeypatch.setattr(Adagrad, "state", state)
     with pytest.raises(UserError, match=said):
-        check_zero_state(Momentum())
+        check_zero_state(Adagrad())
 
 
 def test_the_state_that_steps_make_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Momentum, "state", {"sum": 0.5})
-    check_zero_state(Momentum())
+    monkeypatch.setattr(Adagrad, "state", {"sum": 0.5})
+    check_zero_state(Adagrad())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 import yaml
-from PIL import Image
+
+from tests.digits import mnist_digits, write_tar
 
 ROOT = Path(__file__).parents[2]
 IMAGES, HELD_OUT = 320, 64
@@ -32,30 +30,12 @@ def drawn_digits(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.uint8), labels
 
 
-def mnist_digits(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of MNIST's training files (IDX: a header of 16 bytes, of 8 for the labels)."""
-    pixels = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())[16:]
-    labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, SIDE, SIDE)
-    return images[:count], np.frombuffer(labels, np.uint8)[:count]
-
-
-def write_tar(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """As a user would: WebDataset's own writer, KEY.png and KEY.cls."""
-    path.parent.mkdir(parents=True)
-    with webdataset.TarWriter(str(path)) as writer:
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, "PNG")
-            writer.write({"__key__": f"{number:06d}", "png": png.getvalue(), "cls": str(label).encode()})
-
-
 @pytest.fixture
 def digits(request: pytest.FixtureRequest, tmp_path: Path, bigtrain: Callable) -> Path:
     """shards/mnist/train and validation, indexed."""
     count = IMAGES + HELD_OUT
     if request.param == "mnist":
-        images, labels = mnist_digits(request.getfixturevalue("real_data") / "mnist", count)
+        images, labels = mnist_digits(request.getfixturevalue("real_data") / "mnist", count=count)
     else:
         images, labels = drawn_digits(count)
     shards = tmp_path / "shards" / "mnist"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import field_validator
+from annotated_types import Ge, Le, Lt
 
-from bigtrain.data.augmentation import AUGMENTATIONS, AugmentationConfig
+from bigtrain.data.augmentation import AUGMENTATIONS, RANGE, AugmentationConfig, Positive
 from bigtrain.data.formats.images import array_of, picture_of
 
 if TYPE_CHECKING:
@@ -26,19 +25,12 @@ class RandomAffineConfig(AugmentationConfig):
     """Largest angle of a turn, either way."""
     translate: Annotated[float, Ge(0), Le(1)] = 0.0
     """Largest move along each axis, as a share of the image's width or height."""
-    scale: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (1.0, 1.0)
+    scale: Annotated[tuple[Positive, Positive], RANGE] = (1.0, 1.0)
     """The least and the largest factor of its size."""
     shear: Annotated[float, Ge(0), Lt(90)] = 0.0
     """Largest angle, in degrees, by which vertical lines lean, either way."""
     fill: Annotated[int, Ge(0), Le(255)] = 0
     """Value of the pixels that lie outside the image."""
-
-    @field_validator("scale")
-    @classmethod
-    def _is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"{list(value)} is no range: write the smaller number first")
-        return value
 
     def train(self, image: Image, random: np.random.Generator) -> Image:
         """See `AugmentationConfig`."""

@@ -6,15 +6,16 @@ import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import field_validator
 
-from bigtrain.data.augmentation import AUGMENTATIONS, AugmentationConfig
+from bigtrain.data.augmentation import AUGMENTATIONS, RANGE, AugmentationConfig, Positive
 from bigtrain.data.formats.images import array_of, picture_of
 
 if TYPE_CHECKING:
     import numpy as np
 
     from bigtrain.data.augmentation import Image
+
+Share = Annotated[float, Gt(0), Le(1)]
 
 TRIES = 10
 """Shapes that are tried before the middle of the image is taken, as in torchvision."""
@@ -27,17 +28,10 @@ class RandomResizedCropConfig(AugmentationConfig):
     name: Literal["random_resized_crop"] = "random_resized_crop"
     size: Annotated[int, Ge(1)]
     """Height and width of the result in pixels."""
-    scale: tuple[Annotated[float, Gt(0), Le(1)], Annotated[float, Gt(0), Le(1)]] = (0.08, 1.0)
+    scale: Annotated[tuple[Share, Share], RANGE] = (0.08, 1.0)
     """The least and the largest share of the image's area that a crop takes."""
-    ratio: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[Positive, Positive], RANGE] = (3 / 4, 4 / 3)
     """The least and the largest width of a crop over its height."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"{list(value)} is no range: write the smaller number first")
-        return value
 
     def train(self, image: Image, random: np.random.Generator) -> Image:
         """See `AugmentationConfig`."""

@@ -36,7 +36,7 @@ class Form(ABC):
     columns: ClassVar[tuple[str, ...]]
     """The names of its columns, all of which an object must have."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Columns that an object may have besides."""
+    """Columns that an object may have as well."""
 
     @abstractmethod
     def encode(self, values: Mapping[str, Any], tokenizer: Tokenizer) -> WeightedTokens:

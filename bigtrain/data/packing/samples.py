@@ -41,7 +41,7 @@ from bigtrain.data.tokenizers import Definition, Tokenizer
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 HEADERS_BYTES = 2048
-"""What the members of a sample take in a tar besides their own bytes, about."""
+"""What the members of a sample take in a tar apart from their own bytes, about."""
 
 
 @dataclass(frozen=True)

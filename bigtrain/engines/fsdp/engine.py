@@ -253,7 +253,7 @@ class FSDPEngine:
         return flatten(self.model, *optimizers) | (self._loss_scale.state() if self._loss_scale else {}) | extra
 
     def state_loaded(self) -> None:
-        """See `contract.Reloaded.state_loaded`: modules take what they keep besides tensors."""
+        """See `contract.Reloaded.state_loaded`: modules take what they keep apart from tensors."""
         if self.plain is not None:
             self.plain.network.take_extra_state()
 

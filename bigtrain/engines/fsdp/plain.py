@@ -1,4 +1,4 @@
-"""What a step of a plain module needs besides forward and backward, so that no layout changes what it computes."""
+"""What a step of a plain module needs apart from forward and backward, so that no layout changes what it computes."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def restore(network: Network, state: State) -> None:
 
 
 def attributes_of(network: Network) -> dict[str, Any]:
-    """Copies of what modules keep besides parameters and buffers, by qualified names."""
+    """Copies of what modules keep apart from parameters and buffers, by qualified names."""
     found = {}
     for prefix, module in network.network.named_modules():
         for name, value in attributes(module).items():

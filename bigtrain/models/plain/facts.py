@@ -220,7 +220,7 @@ class _Watch(TorchDispatchMode):
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps besides parameters, buffers, submodules and hooks."""
+    """What a module keeps apart from parameters, buffers, submodules and hooks."""
     own = {*nn.Module().__dict__, "_compute_dtype", "_flat_weights", "_flat_weight_refs"}
     return {name: value for name, value in vars(module).items() if name not in own and name != "forward"}
 

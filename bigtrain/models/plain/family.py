@@ -88,7 +88,7 @@ class PlainConfig(ModelConfig):
     def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
         """The module with its own first values, as torch seeded with `seed` gives them; with its facts.
 
-        One that has `initialisers()` is on the meta device, where it keeps nothing besides parameters.
+        One that has `initialisers()` is on the meta device, where it keeps nothing apart from parameters.
         """
         network = self.wrapped(vocab_size, seed)
         network.facts = self.observed_facts(vocab_size, seed)
@@ -248,7 +248,7 @@ def example_batch(config: ModelConfig, vocab_size: int, rows: int, seed: int = 0
 
 
 def _holds_values(module: nn.Module | None) -> bool:
-    """Whether a module keeps tensors or arrays besides its parameters, which the meta device would lose."""
+    """Whether a module keeps tensors or arrays apart from its parameters, which the meta device would lose."""
     if module is None or any(True for _ in module.buffers()):
         return True
     kept = [value for part in module.modules() for value in attributes(part).values()]

@@ -54,7 +54,7 @@ SAY_AFTER_S: Final = 1.0
 """How long something must be missing before it is printed: the last placement's nodes take a moment to become free."""
 FIT_TRIES: Final = 3
 SPARE_DESCRIPTORS: Final = 1024
-"""Open files of a driver besides one connection to each agent: Ray's."""
+"""Open files of a driver apart from one connection to each agent: Ray's."""
 
 
 @PLACERS.register
