@@ -337,13 +337,13 @@ TYPER = ("-c", "import typer")
 
 def test_a_dry_run_checks_and_writes_nothing(origin: Path, tmp_path: Path) -> None:
     config = origin / "runs" / "tiny" / "config.yaml"
-    command = [sys.executable, "-m", "bigtrain", "train", str(config), "--name", "other", "--runs-dir", str(tmp_path)]
-    done = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=120, check=False)
+    command = ("train", config, "--name", "other", "--runs-dir", tmp_path, "--dry-run")
+    done = run_here(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "other: " in done.stderr
     assert " parameters, " in done.stderr
     assert list(tmp_path.iterdir()) == []
-    wrong = subprocess.run([*command, "layout.tp=3", "--dry-run"], capture_output=True, text=True, check=False)
+    wrong = run_here(*command, "layout.tp=3", cwd=tmp_path)
     assert wrong.returncode == 2
 
 
@@ -394,7 +394,7 @@ def steps_of(run: Path) -> list[int]:
 @pytest.mark.parametrize("name", ["../escaped", "a b/c", ".hidden", ""])
 def test_a_fork_takes_the_name_of_a_run_and_no_path(place: Path, name: str) -> None:
     before = files_under(place)
-    result = command("train", "tiny.yaml", "--fork", name, cwd=place)
+    result = run_here("train", "tiny.yaml", "--fork", name, cwd=place)
     assert result.returncode == ExitCode.USER
     assert "cannot be the name of a run" in result.stderr
     assert files_under(place) == before
@@ -402,7 +402,7 @@ def test_a_fork_takes_the_name_of_a_run_and_no_path(place: Path, name: str) -> N
 
 def test_a_directory_that_is_no_checkpoint_is_no_progress(place: Path) -> None:
     (place / "runs" / "tiny" / "checkpoints" / "step_99999999").mkdir()
-    result = command("train", "tiny.yaml", cwd=place)
+    result = run_here("train", "tiny.yaml", cwd=place)
     assert result.returncode == ExitCode.FINISHED
     assert "is finished: 4 steps" in result.stderr
 
@@ -446,7 +446,7 @@ def test_a_fork_goes_on_from_the_newest_checkpoint_to_the_bit(place: Path, origi
 
 
 def test_a_longer_duration_is_refused_under_wsd_once_it_decays(place: Path) -> None:
-    result = command(*TRAIN, "duration=8 steps", cwd=place)
+    result = run_here(*TRAIN, "duration=8 steps", cwd=place)
     assert result.returncode == ExitCode.USER
     assert "learning rate of step 3" in result.stderr
     assert "--fork" in result.stderr
@@ -469,7 +469,7 @@ def test_a_longer_duration_is_refused_under_cosine_with_the_difference(place: Pa
     RunDirectory(place / "runs" / "cosine").write(cosine, prepare(cosine).what)
     longer = (*TRAIN, "schedule={name: cosine}", "--name", "cosine", "duration=6 steps")
     before = files_under(place)
-    result = command(*longer, cwd=place)
+    result = run_here(*longer, cwd=place)
     assert result.returncode == ExitCode.USER
     assert "duration: 4 steps -> 6 steps" in result.stderr
     assert files_under(place) == before

@@ -21,6 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
+@pytest.mark.slow
 def test_four_ranks_save_and_agree_on_every_outcome(root: Path, ranks: RankPool) -> None:
     """Values of the step, failure of one rank, the save after it, a lost lease: asserted on each rank."""
     assert ranks.run(save, root, ranks=4) == [[3, 9]] * 4

@@ -255,7 +255,7 @@ def test_one_process_computes_what_plain_transformers_and_torch_compute(
     assert norm_of({name: weights[name] - expected.weights[name] for name in weights}) < 1e-4 * norm_of(weights)
 
 
-SHARED = [("ddp", "bert"), ("fsdp2", "t5"), ("zero2", "qwen3")]
+SHARED = [("ddp", "bert"), ("fsdp2", "t5"), pytest.param("zero2", "qwen3", marks=pytest.mark.slow)]
 """Each strategy, and each task: masked, from a sequence to another, causal. All fifteen take eight steps below."""
 
 

@@ -323,7 +323,7 @@ SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("size", "dp_replicate"), [LAYOUTS[0], LAYOUTS[3]])
 def test_bf16_stays_in_its_band(
     ranks: RankPool, alone: Callable[[Case], Measured], size: int, dp_replicate: int, documents: bool, seed: int

@@ -21,18 +21,23 @@ MODELS = {
     "olmo2": What({**SHAPE, "arch": "olmo2", "kv_heads": 2, "mlp_width": 56}),
     "qwen2": What({**SHAPE, "arch": "qwen2", "kv_heads": 2, "mlp_width": 56}),
 }
+FAST = [("gemma3", How(2, {"tp": 2})), ("phi", How(2, {"pp": 2})), ("olmo2", How(2))]
 CASES = [
-    ("gemma3", How(2, {"tp": 2})),
+    *FAST,
     ("gemma3", How(2, {"pp": 2})),
     ("phi", How(2, {"tp": 2, "loss_parallel": False})),
-    ("phi", How(2, {"pp": 2})),
     ("phi", How(2, {"cp": 2})),
-    ("olmo2", How(2)),
     ("qwen2", How(2, {"tp": 2, "sequence_parallel": False})),
 ]
 
 
-@pytest.mark.parametrize(("model", "how"), CASES, ids=[f"{model} {how.layout or 'dp2'}" for model, how in CASES])
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        pytest.param(*case, id=f"{case[0]} {case[1].layout or 'dp2'}", marks=[] if case in FAST else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_a_layout_computes_what_one_process_computes(
     ranks: RankPool, recorded: Callable[[str, What], Path], model: str, how: How
 ) -> None:

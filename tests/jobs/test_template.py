@@ -94,6 +94,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
+@pytest.mark.slow
 def test_a_forked_rank_is_held_as_a_fresh_one_and_looks_like_it(tmp_path: Path, wait_for: Any, job: Any) -> None:
     (tmp_path / "tiny_template_rank.py").write_text(RANK)
     (job.path / "logs").mkdir()

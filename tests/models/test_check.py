@@ -72,7 +72,13 @@ def test_every_family_keeps_the_contract(arch: str) -> None:
     check_model(FAMILIES[arch](**sizes), 19)
 
 
-@pytest.mark.parametrize("name", presets())
+FAST = {preset(name)["arch"]: name for name in reversed(presets())}.values()
+"""A preset of each family."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in presets()]
+)
 def test_every_preset_counts_its_parameters_right(name: str) -> None:
     keys = preset(name)
     check_model(FAMILIES[keys["arch"]](**keys), 1000)

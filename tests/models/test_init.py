@@ -131,6 +131,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_any_sharding_draws_the_weights_of_one_process(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path)],

@@ -74,8 +74,8 @@ CASES = {
     "tp2 x pp2 x dp2": (LLAMA, How(8, {**TP, **PP}, micro_size=1)),
 }
 """Each technique, and each two that exchange something else together than alone."""
-EACH_ONCE = ("hsdp2x2", "tp2 x pp2")
-"""The fast tier."""
+FAST = "tp2 x pp2"
+"""The row of the fast tier."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def exchanged(what: What, how: How, plant: Callable[[Any], None] | None = None) 
     return Exchanged(Counter(record), total(terms), record.missed)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in EACH_ONCE else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in CASES])
 def test_a_step_exchanges_what_the_formula_says(ranks: RankPool, name: str) -> None:
     what, how = CASES[name]
     for rank, found in enumerate(ranks.run(exchanged, what, how, ranks=how.ranks)):

@@ -166,7 +166,7 @@ NOTHING_WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ZERO = [
     pytest.param(What(UNEVEN), 0, 2, {}, {}, id="0", marks=pytest.mark.exhaustive),
     pytest.param(What(UNEVEN), 1, 2, {}, {}, id="1", marks=pytest.mark.exhaustive),
-    pytest.param(What(UNEVEN), 2, 2, {}, {}, id="2"),
+    pytest.param(What(UNEVEN), 2, 2, {}, {}, id="2", marks=pytest.mark.slow),
     pytest.param(What(UNEVEN), 3, 2, {}, {}, id="3", marks=pytest.mark.slow),
     pytest.param(What(UNEVEN), 3, 2, {}, NOTHING_WHOLE, id="3, nothing whole", marks=pytest.mark.exhaustive),
     pytest.param(What(UNEVEN, precision="bf16"), 1, 2, {}, {}, id="1, bf16", marks=pytest.mark.exhaustive),
@@ -242,13 +242,13 @@ def kept_by_forwards(whats: list[What], how: How) -> list[int]:
 MASK = {"documents": True}
 BF16 = {"precision": "bf16"}
 ACTIVATIONS = [
-    pytest.param(EVEN, 1, {}, {}, id="llama", marks=pytest.mark.slow),
+    pytest.param(EVEN, 1, {}, {}, id="llama"),
     pytest.param(EVEN, 1, {}, BF16, id="llama, bf16", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 1, {}, {}, id="gpt2", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 1, {}, BF16, id="gpt2, bf16", marks=pytest.mark.exhaustive),
     pytest.param({**GPT2, "mlp": "relu"}, 1, {}, {}, id="relu", marks=pytest.mark.exhaustive),
     pytest.param(EVEN, 1, {}, MASK | BF16, id="documents, bf16", marks=pytest.mark.exhaustive),
-    pytest.param(EVEN, 2, {"tp": 2}, {}, id="llama, tp2"),
+    pytest.param(EVEN, 2, {"tp": 2}, {}, id="llama, tp2", marks=pytest.mark.slow),
     pytest.param(EVEN, 2, {"tp": 2}, MASK, id="llama, tp2, documents", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 2, {"tp": 2}, BF16, id="gpt2, tp2, bf16", marks=pytest.mark.exhaustive),
     pytest.param(GPT2, 2, {"tp": 2, "sequence_parallel": False}, {}, id="gpt2, tp2 alone", marks=pytest.mark.slow),

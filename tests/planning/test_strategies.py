@@ -60,7 +60,6 @@ CASES = [
     Case("t5", "fsdp2"),
     Case("llama", "zero2", "bf16"),
 ]
-FAST = CASES[1]
 
 
 def exchanged(case: Case, path: Path) -> tuple[Counter[Collective], Counter[Collective], dict[Any, int]]:
@@ -86,12 +85,10 @@ def exchanged(case: Case, path: Path) -> tuple[Counter[Collective], Counter[Coll
     return Counter(record), total(terms), record.missed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=f"{case.kind}-{case.strategy}", marks=[] if case == FAST else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(case, id=f"{case.kind}-{case.strategy}") for case in CASES],
 )
 def test_a_step_exchanges_what_the_formula_says(ranks: RankPool, models: Callable[[str], Path], case: Case) -> None:
     for measured, formula, missed in ranks.run(exchanged, case, models(case.kind), ranks=RANKS):

@@ -89,6 +89,7 @@ def test_replicates_of_fewer_distinct_runs_than_parameters_are_fitted_too() -> N
     assert np.isfinite(refits.theta).all()
 
 
+@pytest.mark.slow
 def test_equal_exponents_are_equal(write_runs: WriteRuns) -> None:
     options = FitOptions(approach="a3", equal_exponents=True, replicates=100, processes=1)
     one = fit(str(write_runs()), options).law["approaches"]["a3_huber"]
@@ -223,6 +224,7 @@ def test_isoflop_minima_are_found_and_bad_parabolas_refused(tmp_path: Path) -> N
             fit(str(isoflops(path, budgets, bend, shift)), only)
 
 
+@pytest.mark.slow
 def test_outliers_and_few_clusters_are_warned_of(write_runs: WriteRuns) -> None:
     options = FitOptions(approach="a3", cluster="model", replicates=100, processes=1)
     warnings = " ".join(fit(str(write_runs(sizes=6, change=first(loss=9.0))), options).law["warnings"])

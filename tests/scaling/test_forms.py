@@ -126,6 +126,7 @@ def test_a_law_of_an_own_form_has_intervals_a_back_test_a_page_and_predicts(own_
     assert at["interval"][0] < truth < at["interval"][1]
 
 
+@pytest.mark.slow
 def test_the_plain_law_warns_of_many_epochs() -> None:
     table = repeated()
     columns = {"N": table.params, "D": table.tokens, "loss": table.loss, "unique_tokens": table.unique_tokens}

@@ -59,6 +59,7 @@ def test_nothing_is_printed_where_nothing_is_known_and_a_named_finding_must_exis
         overlap_of("runs.csv", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_finding_stands_in_the_law_and_on_its_page(tmp_path: Path, write_runs: WriteRuns) -> None:
     sweep_with(tmp_path, 0.05)
     options = FitOptions(approach="a3", loss_function="huber", replicates=100, processes=1, starts=2,

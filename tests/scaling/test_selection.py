@@ -244,6 +244,7 @@ def test_a_column_with_decimal_commas_is_refused(write_runs: WriteRuns) -> None:
     assert "3.45" in (caught.value.fix or "")
 
 
+@pytest.mark.slow
 def test_a_column_that_does_not_tell_models_apart_is_not_the_cluster(write_runs: WriteRuns) -> None:
     def change(rows: Rows) -> None:
         for row in rows:
@@ -255,6 +256,7 @@ def test_a_column_that_does_not_tell_models_apart_is_not_the_cluster(write_runs:
     assert high > low
 
 
+@pytest.mark.slow
 def test_three_models_have_intervals_of_some_width(write_runs: WriteRuns) -> None:
     fitted = fit(str(write_runs(sizes=3)), A3)
     low, high = fitted.law["approaches"]["a3_huber"]["interval"]["alpha"]

@@ -94,10 +94,10 @@ def test_a_run_that_has_begun_goes_on_without_its_source(
     ],
 )
 def test_weights_that_a_run_cannot_begin_with_are_refused(
-    write_config: Callable, bigtrain: Callable, weights: Path, overrides: list[str], said: str
+    write_config: Callable, bigtrain_here: Callable, weights: Path, overrides: list[str], said: str
 ) -> None:
     config = write_config(model=MODEL, duration="3 steps", init={"source": str(weights)})
-    result = bigtrain("train", config, *overrides)
+    result = bigtrain_here("train", config, *overrides)
     assert result.returncode == ExitCode.USER
     assert said in result.stderr
 

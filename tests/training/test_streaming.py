@@ -117,7 +117,7 @@ def test_a_run_over_a_server_that_fails_and_a_kill_equals_one_from_disk_to_the_b
 
 
 def test_data_out_of_reach_is_refused_before_a_process_is_started(
-    server: Any, configured: Callable[..., Path], tmp_path: Path, bigtrain: Callable
+    server: Any, configured: Callable[..., Path], tmp_path: Path, bigtrain_here: Callable
 ) -> None:
     cases = {
         "nowhere": ("http://127.0.0.1:9", "data.train"),
@@ -126,7 +126,7 @@ def test_data_out_of_reach_is_refused_before_a_process_is_started(
         "secret": ("https://user:canary@127.0.0.1/x", "credentials"),
     }
     for name, (place, message) in cases.items():
-        done = bigtrain("train", configured(name, place))
+        done = bigtrain_here("train", configured(name, place))
         assert done.returncode == ExitCode.USER
         assert message in done.stderr
         assert "Traceback" not in done.stderr

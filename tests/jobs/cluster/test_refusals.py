@@ -170,6 +170,7 @@ def test_an_address_where_nobody_answers_is_one_clear_line(token_file: Path, wri
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_one_clear_line(cluster: Any, token_file: Path, write_config: Any, tmp_path: Path) -> None:
     done = Client(cluster.address, token_file, tmp_path)("submit", write_config())
     assert done.returncode == 2
@@ -181,6 +182,7 @@ def test_a_wrong_token_is_one_clear_line(cluster: Any, token_file: Path, write_c
     assert "The token cannot be read" in missing.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_fits_no_node_is_refused_by_a_real_cluster(client: Any, write_config: Any) -> None:
     done = client("submit", write_config(job={"nodes": 4, "procs_per_node": 2}), "--json")
     assert done.returncode == 2
