@@ -132,6 +132,9 @@ def _a_checkpoint_of_another_run_is_refused(write_config: Callable[..., Path], r
     refused = bigtrain("train", other)
     assert refused.returncode == 2
     assert "was saved by a run that trains something else" in refused.stderr
+    verified = bigtrain("checkpoint", "verify", "other")
+    assert verified.returncode == 2
+    assert "step 4 was saved by a run that trains something else" in verified.stderr
 
 
 def _a_newest_checkpoint_that_is_gone_is_reported(

@@ -174,13 +174,17 @@ def passed_over(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
 
 
 def missing_latest(directory: Path) -> str | None:
-    """A sentence if LATEST names a step that is newer than all checkpoints that are there; otherwise None."""
+    """A sentence if LATEST names a step that is newer than all checkpoints that are there, or none; otherwise None."""
+    if not (directory / LATEST).exists():
+        return None
     try:
         step = read_object(directory / LATEST, _MAX_LATEST_BYTES).get("step")
-    except CorruptionError:
-        return None
+    except CorruptionError as error:
+        return f"{error.what}: a newer checkpoint may be missing"
+    if not isinstance(step, int):
+        return "LATEST names no step: a newer checkpoint may be missing"
     found = list_checkpoints(directory)
-    if not isinstance(step, int) or (found and found[-1].step >= step):
+    if found and found[-1].step >= step:
         return None
     path = directory / step_name(step)
     why = "is not there"
@@ -260,8 +264,7 @@ def withdraw(path: Path) -> None:
     if not remaining:
         (directory / LATEST).unlink(missing_ok=True)
         return
-    latest = read_object(directory / LATEST, _MAX_LATEST_BYTES)
-    _write_latest(directory, remaining[-1].step, int(latest["lease"]))
+    _write_latest(directory, remaining[-1].step, _lease_of_latest(directory))
 
 
 def rewind(directory: Path, step: int) -> list[int]:

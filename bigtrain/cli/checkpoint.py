@@ -55,8 +55,10 @@ def checkpoint_verify(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Compare every byte of a run's checkpoints with their manifests."""
+    """Compare every byte of a run's checkpoints with their manifests, and whose they are."""
     with errors(as_json):
+        from bigtrain.checkpoint.commit import step_name
+        from bigtrain.checkpoint.manifest import read_manifest
         from bigtrain.checkpoint.restore import resolve_best
         from bigtrain.checkpoint.survey import survey, survey_store, verify_all
         from bigtrain.config.urls import is_url
@@ -67,8 +69,10 @@ def checkpoint_verify(
         if is_url(name):
             steps = verify_all(survey_store(name, step), name)
         else:
-            directory = find_run(name, runs_dir).checkpoints
-            steps = verify_all(survey(directory, step), str(directory))
+            found = find_run(name, runs_dir)
+            steps = verify_all(survey(found.checkpoints, step), str(found.checkpoints))
+            for one in steps:
+                found.check_checkpoint(one, read_manifest(found.checkpoints / step_name(one)).identity)
         show(
             {"verified": steps},
             as_json,

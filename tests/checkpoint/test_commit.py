@@ -123,6 +123,18 @@ def test_nothing_saved_is_no_error_and_nothing_sound_is_never_step_0(tmp_path: P
         commit.newest_verified(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": null}', "step_00000002"])
+def test_a_pointer_that_says_nothing_is_reported_where_a_run_goes_on(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1, 2)
+    (tmp_path / "LATEST").write_text(content)
+    step, (warning,) = commit.newest_verified(tmp_path)
+    assert step == 2
+    assert "LATEST" in warning
+    assert warning.endswith("a newer checkpoint may be missing")
+    commit.withdraw(tmp_path / "step_00000002")
+    assert json.loads((tmp_path / "LATEST").read_text())["step"] == 1
+
+
 def test_latest_names_the_newest(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     assert json.loads((tmp_path / "LATEST").read_text())["directory"] == "step_00000002"
