@@ -66,7 +66,9 @@ def data_pack(
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     eot: EndOfText = None,
     kind: KindOption = None,
-    images: Annotated[bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg, tars, Parquet.")
+    ] = False,
     captions: CaptionsOption = False,
     arrays: ArraysOption = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import webdataset
 from PIL import Image
 
 from bigtrain.config import UserError
@@ -53,6 +55,65 @@ def test_a_folder_of_classes_becomes_images_with_labels(folder: Path, tmp_path: 
         ]
     assert sorted(found) == [(50 * label + number, label) for label in range(3) for number in range(12)]
     assert [label for _, label in found] != sorted(label for _, label in found)
+
+
+def test_tars_of_images_with_classes_are_packed_as_folders_are(folder: Path, tmp_path: Path) -> None:
+    tars = [tmp_path / f"part-{part}.tar" for part in range(2)]
+    for part, place in enumerate(tars):
+        with webdataset.TarWriter(str(place)) as tar:
+            for label, name in enumerate(("ant", "bee", "cat")):
+                for number in range(part, 12, 2):
+                    image, key = (folder / name / f"{number}.png").read_bytes(), f"{name}{number}"
+                    kept = {"cls": str(label)} if (part, label) != (1, 2) else {"json": {"label": label}}
+                    tar.write({"__key__": key, "png": image, **kept})
+            tar.write({"__key__": f"without-{part}", "png": image})
+    images = kind_named("images")
+    with pytest.raises(UserError) as caught:
+        images.pack(tars, tmp_path / "out", PackOptions(image_size=4))
+    assert "without-0" in str(caught.value)
+    with pytest.raises(UserError, match="one folder with a folder for each class, or from files"):
+        images.pack([*tars, folder], tmp_path / "out", PackOptions(image_size=4))
+    summary = images.pack(tars, tmp_path / "out", PackOptions(image_size=4, skip_bad=2))
+    assert len(summary.passed.bad) == 2
+    pack_images(folder, tmp_path / "of-folder", image_size=4)
+    found, expected = (_images_by_class(tmp_path / place / "train") for place in ("out", "of-folder"))
+    assert found == expected
+
+
+def test_parquet_files_of_images_are_packed_as_folders_are(folder: Path, tmp_path: Path) -> None:
+    table, rows = tmp_path / "train.parquet", []
+    for label, name in enumerate(("ant", "bee", "cat")):
+        for number in range(12):
+            image = {"bytes": (folder / name / f"{number}.png").read_bytes(), "path": None}
+            rows.append({"image": image, "label": label, "id": number})
+    noted = {"info": {"features": {"label": {"names": ["ant", "bee", "cat"]}}}}
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(noted)}), table,
+        row_group_size=10,
+    )  # fmt: skip
+    images = kind_named("images")
+    images.pack([table], tmp_path / "out", PackOptions(image_size=4))
+    assert load_index(tmp_path / "out" / "train").class_names == ("ant", "bee", "cat")
+    pack_images(folder, tmp_path / "of-folder", image_size=4)
+    found, expected = (_images_by_class(tmp_path / place / "train") for place in ("out", "of-folder"))
+    assert found == expected
+
+    rows[3]["image"] = rows[4]["label"] = None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    with pytest.raises(UserError, match="no image"):
+        images.pack([table], tmp_path / "two", PackOptions(image_size=4))
+    passed = images.pack([table], tmp_path / "two", PackOptions(image_size=4, skip_bad=2)).passed
+    assert [text.partition("row ")[2][:1] for text in passed.bad] == ["4", "5"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a", "label": 1}]), table)
+    with pytest.raises(UserError, match="the columns are text, label"):
+        images.pack([table], tmp_path / "three", PackOptions(image_size=4))
+
+
+def _images_by_class(place: Path) -> list[tuple[int, bytes]]:
+    index = load_index(place)
+    with Loader(index, FixedOrder(index.sequence_counts(1)), batch_size=index.samples, context=1) as loader:
+        batch = loader.batch(0).micro_batches[0]
+    return sorted((int(label), image.tobytes()) for image, label in zip(batch["images"], batch["labels"], strict=True))
 
 
 def test_packing_images_goes_on_after_a_kill_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
+from PIL import Image
 
+from bigtrain import load
 from bigtrain.data.encoding.learned import train_bpe
 from bigtrain.data.formats.documents import documents
 from tests.data.chats import CONVERSATIONS, write_tokenizer
@@ -148,6 +154,93 @@ def loss_by_transformers(is_supervised: bool) -> float:
                 total += float((losses.double() * weights).sum())
                 count += float(weights.sum())
     return total / count
+
+
+@pytest.mark.exhaustive
+def test_a_directory_of_qwen_2_learns_on_and_goes_back(
+    bigtrain: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "use_sliding_window": False,
+    }  # fmt: skip
+    qwen = bpe_of(STORIES, tmp_path / "qwen")
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).save_pretrained(qwen)
+    Path("stories.txt").write_text("\n".join(STORIES))
+    command("data", "pack", "stories.txt", "--tokenizer", "qwen", "--out", "shards")
+    taken = command("checkpoint", "import", "qwen", "--out", "taken")
+    config = {
+        "name": "on",
+        "model": taken["model"],
+        "init": {"source": "qwen"},
+        "data": {"train": "shards/train"},
+        "batch": {"size": 2},
+        "duration": "6 steps",
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "precision": "fp32",
+        "tracking": {"wandb": "disabled"},
+    }
+    Path("on.yaml").write_text(yaml.safe_dump(config))
+    done = bigtrain("train", "on.yaml", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    command("checkpoint", "export", "on", "--format", "hf", "--out", "exported")
+    found = bigtrain("evaluate", "qwen", "on", "exported", "--data", "shards/train", "--json")
+    assert found.returncode == 0, found.stderr
+    before, after, exported = (row["sets"]["all"]["loss"] for row in json.loads(found.stdout)["checkpoints"])
+    assert after < before - 0.1
+    assert exported == pytest.approx(after, rel=1e-6)
+    assert transformers.AutoModelForCausalLM.from_pretrained("exported").config.model_type == "qwen2"
+
+
+@pytest.mark.exhaustive
+def test_pictures_of_several_sizes_in_a_tar_become_a_classifier(
+    bigtrain: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    with tarfile.open("pictures.tar", "w") as tar:
+        for number in range(80):
+            label, (height, width) = number % 2, draw.integers(20, 60, 2)
+            pixels = draw.integers(0, 40, (height, width, 3), dtype=np.uint8)
+            pixels[:, : width // 2] += np.uint8(180 * label)  # the left half is bright in one class
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, ("PNG", "JPEG")[number % 3 > 0])
+            add(tar, f"{number:03d}.{('png', 'jpg')[number % 3 > 0]}", file.getvalue())
+            add(tar, f"{number:03d}.cls", str(label).encode())
+            add(tar, f"{number:03d}.json", b'{"camera": "x"}')
+    command("data", "pack", "pictures.tar", "--images", "--image-size", 16, "--validation", "20%", "--out", "shards")
+    config = {
+        "name": "bright",
+        "model": {"arch": "vit", "image_size": 16, "patch": 8, "layers": 1, "width": 16, "heads": 2},
+        "data": {"train": "shards/train", "validation": "shards/validation"},
+        "batch": {"size": 16},
+        "duration": "20 epochs",
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "precision": "fp32",
+        "evaluation": {"every": "20 epochs", "evaluators": [{"name": "loss"}, {"name": "accuracy"}]},
+        "tracking": {"wandb": "disabled"},
+    }
+    Path("bright.yaml").write_text(yaml.safe_dump(config))
+    done = bigtrain("train", "bright.yaml")
+    assert done.returncode == 0, done.stderr
+    found = bigtrain("evaluate", "bright", "--data", "shards/validation", "--json")
+    assert found.returncode == 0, found.stderr
+    command("checkpoint", "export", "bright", "--out", "exported")
+    weights = safetensors.torch.load_file(next(Path("exported").glob("*.safetensors")))
+    loaded = load("bright", runs_dir="runs")
+    assert all(torch.equal(weights[name], value) for name, value in loaded.named_parameters())
+    bright = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    bright[1, :, :8] = 200
+    assert loaded.logits({"images": bright}).argmax(1).tolist() == [0, 1]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member of a tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.mark.exhaustive

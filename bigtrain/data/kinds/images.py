@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bigtrain.config import UserError
+from bigtrain.data.formats import picture_tables
 from bigtrain.data.formats.arrays import LABELS
 from bigtrain.data.formats.images import (
     CLASSES_NAME,
@@ -25,7 +27,7 @@ from bigtrain.data.formats.images import (
     image_suffix,
     squared,
 )
-from bigtrain.data.formats.tar import Member, TarSample
+from bigtrain.data.formats.tar import Member, TarSample, samples
 from bigtrain.data.formats.text import TEXT_MEMBERS
 from bigtrain.data.index import ShardIndex, advice_on_shards
 from bigtrain.data.kind import SampleKind, Scanner
@@ -107,29 +109,24 @@ class Images(SampleKind):
         return common_size(scans)
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """FOLDER/CLASS/IMAGE.png|jpg; classes are numbered by their sorted names."""
-        if len(inputs) != 1:
-            raise UserError("images are packed from one folder")
-        root = Path(inputs[0])
-        classes = _classes(root)
-        for path in sorted(root.iterdir()):
-            if path.is_file() and path.suffix.lower()[1:] in IMAGE_SUFFIXES:
-                options.passed.ignore(str(path), "not in a class folder")
-        found = [
-            (Span.whole(path), label)
-            for label, name in enumerate(classes)
-            for path in images_under(root / name, options)
-        ]
-        size = first_size((image for image, _ in found), options)
-        images = [LabelledImage(image, label, size) for image, label in found]
-        if len(images) < 2:
-            fix = advice_on_shards(inputs) or "they are read from FOLDER/CLASS/NAME.png or .jpg"
-            raise UserError("there are no images", str(root), fix)
-        return images
+        """FOLDER/CLASS/IMAGE.png|jpg, classes numbered by their sorted names; or tars and Parquet with classes."""
+        found = _in_files(inputs, options) if _are_files(inputs) else _in_folder(inputs, options)
+        size = first_size((one.image for one in found), options)
+        if len(found) < 2:
+            fix = (
+                advice_on_shards(inputs)
+                or f"they are read from FOLDER/CLASS/NAME.png or .jpg, from tars of {self.layout}, and from Parquet"
+            )
+            raise UserError("there are no images", ", ".join(map(str, inputs)), fix)
+        return [replace(one, size=size) for one in found]
 
     def notes(self, inputs: Sequence[str | Path]) -> dict[str, Any]:
-        """The names of the classes."""
-        return {CLASSES_NAME: _classes(Path(inputs[0]))}
+        """The names of the classes, where folders name them."""
+        first = Path(inputs[0])
+        if not _are_files(inputs):
+            return {CLASSES_NAME: _classes(first)}
+        names = picture_tables.class_names(first) if picture_tables.is_parquet(first) else None
+        return {} if names is None else {CLASSES_NAME: names}
 
     def open_reader(
         self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
@@ -215,11 +212,12 @@ class ImageSizes:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image file and its class."""
+    """An image and its class."""
 
-    image: Span
+    image: Span | picture_tables.Cell
     label: int
-    size: tuple[int, int] | None
+    where: str
+    size: tuple[int, int] | None = None
     """Height and width that it must have; None where it is scaled."""
 
     @property
@@ -234,7 +232,7 @@ class LabelledImage:
 
     def members(self, means: Means) -> list[PackedMember]:
         """See `Sample`."""
-        data = packed_image(self.image, means, str(self.image.path), self.size)
+        data = packed_image(self.image, means, self.where, self.size)
         return [data, PackedMember("cls", str(self.label).encode())]
 
 
@@ -270,7 +268,7 @@ def label_member(sample: TarSample) -> Member:
     return sample.one("cls") if "cls" in sample.suffixes else sample.one(*LABEL_SUFFIXES)
 
 
-def first_size(images: Iterable[Span], options: PackOptions) -> tuple[int, int] | None:
+def first_size(images: Iterable[Span | picture_tables.Cell], options: PackOptions) -> tuple[int, int] | None:
     """Height and width that all images must have: those of the first that can be read; None where they are scaled."""
     if options.image_size is not None:
         return None
@@ -282,7 +280,9 @@ def first_size(images: Iterable[Span], options: PackOptions) -> tuple[int, int] 
     return None
 
 
-def packed_image(image: Span, means: Means, where: str, size: tuple[int, int] | None) -> PackedMember:
+def packed_image(
+    image: Span | picture_tables.Cell, means: Means, where: str, size: tuple[int, int] | None
+) -> PackedMember:
     """An image as it is stored in a shard: as its file is, or a PNG of the size that was chosen.
 
     Raises:
@@ -374,6 +374,56 @@ def check_image_size(index: ShardIndex, config: ModelConfig) -> None:
 
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _are_files(inputs: Sequence[str | Path]) -> bool:
+    return all(Path(one).is_file() for one in inputs)
+
+
+def _in_folder(inputs: Sequence[str | Path], options: PackOptions) -> list[LabelledImage]:
+    if len(inputs) != 1:
+        raise UserError("images are packed from one folder with a folder for each class, or from files")
+    root = Path(inputs[0])
+    classes = _classes(root)
+    for path in sorted(root.iterdir()):
+        if path.is_file() and path.suffix.lower()[1:] in IMAGE_SUFFIXES:
+            options.passed.ignore(str(path), "not in a class folder")
+    return [
+        LabelledImage(Span.whole(path), label, str(path))
+        for label, name in enumerate(classes)
+        for path in images_under(root / name, options)
+    ]
+
+
+def _in_files(inputs: Sequence[str | Path], options: PackOptions) -> Sequence[LabelledImage]:
+    return [
+        one
+        for path in map(Path, inputs)
+        for one in (_in_table if picture_tables.is_parquet(path) else _in_tar)(path, options)
+    ]
+
+
+def _in_tar(tar: Path, options: PackOptions) -> Iterator[LabelledImage]:
+    for sample in samples(tar, options.passed):
+        try:
+            image, label = sample.one(*IMAGE_SUFFIXES), label_member(sample)
+            number = decode_label(sample.read(label, MAX_LABEL_BYTES), label.suffix, sample.where)
+        except UserError as error:
+            options.passed(error)
+            continue
+        yield LabelledImage(Span(tar, image.size, image.offset), number, sample.where)
+
+
+def _in_table(table: Path, options: PackOptions) -> Iterator[LabelledImage]:
+    for image, label, where in picture_tables.rows(table):
+        try:
+            if image is None:
+                raise UserError("the row has no image", where)
+            number = decode_label(json.dumps(label).encode(), "json", where)
+        except UserError as error:
+            options.passed(error)
+            continue
+        yield LabelledImage(image, number, where)
 
 
 def _classes(root: Path) -> list[str]:

@@ -1,0 +1,98 @@
+"""Images and classes in Parquet files, as `datasets` writes them: a column of bytes or {bytes, path}, and a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import UserError
+from bigtrain.data.formats.records import parquet_file
+
+LABELS = ("label", "labels", "cls", "class", "fine_label")
+"""Names that a column of classes may have."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The image of one row."""
+
+    path: Path
+    size: int
+    """Bytes of the image."""
+    group: int
+    row: int
+    """Of its row group."""
+    column: str
+
+    def read(self) -> bytes:
+        """The image as it is stored; its row group is read once for all its images."""
+        return _images(self.path, self.group, self.column)[self.row] or b""
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet does."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def rows(path: Path) -> Iterator[tuple[Cell | None, Any, str]]:
+    """Of each row the image (None: there is none), what stands as its class, and where it lies.
+
+    Raises:
+        UserError: Not one column of images, or none of classes.
+    """
+    with parquet_file(path) as file:
+        image, label = _columns(file.schema_arrow, path)
+        number = 0
+        for group in range(file.metadata.num_row_groups):
+            labels = file.read_row_group(group, columns=[label]).column(0).to_pylist()
+            for row, (data, value) in enumerate(zip(_images(path, group, image), labels, strict=True)):
+                number += 1
+                found = None if data is None else Cell(path, len(data), group, row, image)
+                yield found, value, f"{path}, row {number}"
+
+
+def class_names(path: Path) -> list[str] | None:
+    """The names of the classes, where `datasets` has noted them in the schema."""
+    with parquet_file(path) as file:
+        _, label = _columns(file.schema_arrow, path)
+        noted = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    try:
+        names = json.loads(noted)["info"]["features"][label]["names"] if noted else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _images(path: Path, group: int, column: str) -> list[bytes | None]:
+    return _read(path, path.stat().st_mtime_ns, group, column)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, written: int, group: int, column: str) -> list[bytes | None]:
+    with parquet_file(path) as file:
+        values = file.read_row_group(group, columns=[column]).column(0).to_pylist()
+    return [value["bytes"] if isinstance(value, dict) else value for value in values]
+
+
+def _columns(schema: Any, path: Path) -> tuple[str, str]:
+    import pyarrow
+
+    def holds_images(kind: Any) -> bool:
+        if pyarrow.types.is_struct(kind):
+            return any(part.name == "bytes" and holds_images(part.type) for part in kind)
+        return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+    images = [field.name for field in schema if holds_images(field.type)]
+    labels = [name for name in LABELS if name in schema.names]
+    if len(images) != 1 or not labels:
+        raise UserError(
+            f"the columns are {', '.join(schema.names)}: of images there must be one, and one of classes",
+            str(path),
+            f"name the classes {' or '.join(LABELS)}, and keep one column of bytes, or of {{bytes, path}}",
+        )
+    return images[0], labels[0]
