@@ -27,6 +27,7 @@ import bigtrain
 from bigtrain.data.index import load_index
 from bigtrain.data.loader import EvaluationLoader
 from tests.digits import mnist_digits, write_tar
+from tests.scenes import scenes, write_arrays
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -48,12 +49,34 @@ def command(work: Path, *arguments: object) -> None:
 def mnist(work: Path) -> None:
     """60,000 digits to train on and 10,000 to test with, as PNG."""
     for split, kind in (("train", "train"), ("validation", "t10k")):
+        shards_of(work, work / "shards" / "mnist" / split, *mnist_digits(DATA / "mnist", kind))
+
+
+def halves(work: Path) -> None:
+    """The digits 0 to 4 and the digits 5 to 9 apart, each with classes from 0 to 4."""
+    for split, kind in (("train", "train"), ("validation", "t10k")):
         images, labels = mnist_digits(DATA / "mnist", kind)
-        folder = work / "shards" / "mnist" / split
-        for first in range(0, len(images), SHARD):
-            part = slice(first, first + SHARD)
-            write_tar(folder / f"digits-{first // SHARD}.tar", images[part], labels[part])
-        command(work, "data", "index", folder)
+        for name, first in (("mnist-0-to-4", 0), ("mnist-5-to-9", 5)):
+            chosen = (labels >= first) & (labels < first + 5)
+            shards_of(work, work / "shards" / name / split, images[chosen], labels[chosen] - first)
+
+
+def shards_of(work: Path, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Tars of images with their classes, and their index."""
+    for first in range(0, len(images), SHARD):
+        part = slice(first, first + SHARD)
+        write_tar(folder / f"digits-{first // SHARD}.tar", images[part], labels[part])
+    command(work, "data", "index", folder)
+
+
+def things(work: Path) -> None:
+    """10,500 pictures of digits and shapes over one another, of which a twentieth is held out."""
+    digits, _ = mnist_digits(DATA / "mnist")
+    write_arrays(work / "scenes", *scenes(digits, 10_500))
+    command(
+        work, "data", "pack", "scenes/image.npy", "scenes/mask.npy", "--arrays", "--validation", "5%", "--out",
+        "shards/scenes",
+    )  # fmt: skip
 
 
 def shakespeare(work: Path) -> None:
@@ -252,6 +275,15 @@ NETWORKS = (
     Network("LSTM seq2seq", "seq2seq-addition", addition, "99 % of answers", at_least("val_answers", 0.99)),
     Network("BERT", "bert-novels", novels, "below unigram and bigram", below_counts),
     Network("CLIP", "clip-emoji", emoji, "recall at 10: 10 x chance", recall(10)),
+    Network("SAM", "sam-scenes", things, "IoU 0.9 from a point", at_least("val_iou", 0.9)),
+    Network(
+        "LeNet 0 to 4", "lenet-mnist", halves, "99 % accuracy", at_least("val_accuracy", 0.99),
+        ("duration=5 epochs", "data.train=shards/mnist-0-to-4/train", "data.validation=shards/mnist-0-to-4/validation"),
+    ),
+    Network(
+        "transfer to 5 to 9", "transfer-mnist", halves, "99.2 % accuracy", at_least("val_accuracy", 0.992),
+        after="LeNet 0 to 4",
+    ),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ task, as in RoBERTa (Liu et al. 2019).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.plain import Batch, LossSum, PlainConfig
+from bigtrain.models.plain.encoder import encoder_layers
 from bigtrain.models.sums import by_sequence
 
 STD, EPS = 0.02, 1e-12
@@ -70,15 +71,8 @@ class Bert(nn.Module):
         self.tokens = nn.Embedding(vocabulary + 1, width)  # the last row is the mask
         self.positions = nn.Embedding(config.context, width)
         self.norm, self.dropout = nn.LayerNorm(width, EPS), nn.Dropout(config.dropout)
-        block: dict[str, Any] = {
-            "dropout": config.dropout,
-            "activation": "gelu",
-            "layer_norm_eps": EPS,
-            "batch_first": True,
-        }
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, config.heads, 4 * width, **block) for _ in range(config.layers)
-        )
+        options = {"dropout": config.dropout, "layer_norm_eps": EPS}
+        self.layers = encoder_layers(config.layers, width, config.heads, **options)
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, EPS))
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         for name, parameter in self.named_parameters():

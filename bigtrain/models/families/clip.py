@@ -8,7 +8,7 @@ and of its image among all images (figure 3 of the paper). `layout.micro_size` m
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from bigtrain.models.config import FAMILIES, DataKind
 from bigtrain.models.patches import ImageConfig
 from bigtrain.models.pictures import Picture, Shown
 from bigtrain.models.plain import Batch, LossSum, PlainConfig, gather_batch, pixels
+from bigtrain.models.plain.encoder import encoder_layers
 from bigtrain.models.sums import by_sequence
 
 HIGHEST_SCALE = 100.0
@@ -75,15 +76,7 @@ class CLIP(nn.Module):
         width = config.width
 
         def layers(count: int) -> nn.ModuleList:
-            block: dict[str, Any] = {
-                "dropout": config.dropout,
-                "activation": "gelu",
-                "batch_first": True,
-                "norm_first": True,
-            }
-            return nn.ModuleList(
-                nn.TransformerEncoderLayer(width, config.heads, 4 * width, **block) for _ in range(count)
-            )
+            return encoder_layers(count, width, config.heads, dropout=config.dropout, norm_first=True)
 
         self.patches = nn.Conv2d(config.channels, width, config.patch, config.patch)
         self.image_positions = nn.Parameter(0.02 * torch.randn(config.patches, width))

@@ -1,4 +1,4 @@
-"""A plugin: two parts, whose process dies once between their updates, where a file says so."""
+"""A plugin: two parts, whose process dies in the pass of a part, or just before it, where a file says so."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from bigtrain.models.config import DataKind
 from bigtrain.models.plain import Batch, PlainConfig
 
-DIES_AT = 5
-PLACE = "MORTAL_FILE"
-"""Variable that names the file; the process that dies removes it."""
+PLACE = "MORTAL_FILES"
+"""Variable that names a folder with a file STEP-PART for each death; the process that dies removes it."""
 
 
 class Adversaries(nn.Module):
@@ -26,9 +25,9 @@ class Adversaries(nn.Module):
         self.critic = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(8, 1))
 
     def forward(self, x: Tensor, step: Tensor, part: str) -> tuple[Tensor, ...]:
-        place = Path(os.environ.get(PLACE, "nowhere"))
-        if part == "maker" and self.training and int(step) == DIES_AT and place.exists():
-            place.unlink(missing_ok=True)
+        death = Path(os.environ.get(PLACE, "nowhere"), f"{int(step)}-{part}")
+        if self.training and death.exists():
+            death.unlink(missing_ok=True)
             os.kill(os.getpid(), signal.SIGKILL)
         made = self.critic(self.maker(torch.randn(len(x), 3)))[:, 0]
         return (made,) if part == "maker" else (made, self.critic(x)[:, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,11 @@ def test_keys_of_a_part_are_checked_with_the_config(optimizer: Any) -> None:
         OPTIMIZERS.read({"name": "adam", "parts": {"a": {"optimizer": optimizer}}})
 
 
+STEPS, DEATHS = 16, 6
+
+
 @pytest.mark.exhaustive
-def test_a_run_killed_between_two_updates_ends_as_the_undisturbed_one(
+def test_a_run_killed_six_times_also_between_two_updates_ends_as_the_undisturbed_one(
     bigtrain: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((96, 6), dtype=np.float32))
@@ -119,29 +123,38 @@ def test_a_run_killed_between_two_updates_ends_as_the_undisturbed_one(
         "model": {"arch": "mortal"},
         "data": {"train": "data/train", "validation": "data/validation"},
         "batch": {"size": 8},
-        "duration": "8 steps",
+        "duration": f"{STEPS} steps",
         "precision": "fp32",
         "optimizer": {"name": "adam", "parts": {"critic": {}, "maker": {"every": 2}}},
         "checkpoint": {"every": "2 steps"},
         "tracking": {"wandb": "disabled", "every": "1 step"},
-        "job": {"max_failures": 3},
+        "job": {"max_failures": DEATHS},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     plugin = Path(__file__).with_name("mortal.py")
-    file = tmp_path / "dies"
-    monkeypatch.setenv("MORTAL_FILE", str(file))
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"the moments follow from seed {seed}")
+    # The maker is updated in every second step; its passes come after the critic's update.
+    passes = [f"{step}-{part}" for step in range(STEPS) for part in ("critic", "maker")[: 1 + step % 2]]
+    between = f"{STEPS - 3}-maker"
+    passes.remove(between)
+    moments = [between, *random.Random(seed).sample(passes, DEATHS - 1)]
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    monkeypatch.setenv("MORTAL_FILES", str(deaths))
     rows = {}
     for name in ("undisturbed", "killed"):
         if name == "killed":
-            file.touch()
+            for moment in moments:
+                (deaths / moment).touch()
         result = bigtrain("train", "config.yaml", "--plugin", plugin, "--nproc", 2, "--name", name)
         assert result.returncode == 0, result.stderr
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         keys = ("loss", "loss/critic", "loss/maker", "gradient_norm/maker", "val_loss", "val_loss/maker")
         by_step = {row["step"]: [row.get(key) for key in keys] for row in map(json.loads, lines)}
-        assert sorted(by_step) == list(range(1, 9))
+        assert sorted(by_step) == list(range(1, STEPS + 1))
         rows[name] = by_step
-    assert not file.exists()
+    assert not list(deaths.iterdir()), "a death did not come"
     assert rows["killed"] == rows["undisturbed"]
-    last = rows["killed"][8]
+    last = rows["killed"][STEPS]
     assert None not in last, last

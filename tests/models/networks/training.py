@@ -42,6 +42,15 @@ OWN: dict[str, dict[str, Any]] = {
         "heads": 2,
         "embedding": 6,
     },
+    "families.sam": {
+        "image_size": 8,
+        "channels": 1,
+        "layers": 1,
+        "width": 8,
+        "heads": 2,
+        "decoder_layers": 1,
+        "masks": 2,
+    },
     "families.rnn": {"context": CONTEXT, "width": 12, "dropout": 0.2},
     "families.seq2seq": {"context": CONTEXT, "width": 12},
 }
