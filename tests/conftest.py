@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from tests.in_process import run_here
+from tests.in_process import STARTS_NO_PROCESS, run_here
 
 if TYPE_CHECKING:
     from bigtrain.testing.ranks import RankPool
 
 ROOT = Path(__file__).parent.parent
 RUN_TIMEOUT_S = 240
-STARTS_NO_PROCESS = {"checkpoint", "config", "data", "report", "sample", "scaling", "status"}
-"""Commands that run in this process: a process of their own would spend most of its time importing."""
 
 
 @pytest.fixture(autouse=True)

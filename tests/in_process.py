@@ -11,6 +11,9 @@ from unittest import mock
 
 import pytest
 
+STARTS_NO_PROCESS = {"checkpoint", "config", "data", "report", "sample", "scaling", "status"}
+"""Commands that tests run in their own process: another of their own would spend most of its time importing."""
+
 
 def run_here(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs the `bigtrain` command in this process, for what starts none: that spares the imports of each."""

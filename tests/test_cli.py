@@ -25,7 +25,7 @@ from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.run import ExitCode, Lease, RunDirectory, load_config
 from bigtrain.storage import read_lines
 from bigtrain.training.prepare import prepare
-from tests.in_process import run_here
+from tests.in_process import STARTS_NO_PROCESS, run_here
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,7 +52,7 @@ CONFIG = {
 
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    if arguments[0] in ("status", "checkpoint", "config", "fork"):
+    if arguments[0] in STARTS_NO_PROCESS:
         return run_here(*arguments, cwd=cwd)
     return subprocess.run(
         [sys.executable, "-m", "bigtrain.cli", *map(str, arguments)],

@@ -15,6 +15,7 @@ from bigtrain.config import UserError
 from bigtrain.jobs.environment import parse_environment
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launcher import LAUNCHERS, adapt, notes
+from tests.in_process import run_here
 
 BINARIES = Path(sys.executable).parent
 SHOW = """
@@ -112,7 +113,7 @@ def test_a_module_and_its_options(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_refused_in_one_line(tmp_path: Path, words: list[str], part: str) -> None:
     (tmp_path / "a.py").touch()
-    done = bigtrain_run(tmp_path, *words)
+    done = run_here("run", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
