@@ -78,7 +78,6 @@ def short_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nproc", "micro_size", "tolerance"),
     [
