@@ -39,7 +39,8 @@ SkipBad = Annotated[int, typer.Option(min=0, help="Bad samples that are skipped 
 KindOption = Annotated[
     str | None,
     typer.Option(
-        "--kind", help="What samples are: tokens, supervised, images, captions, arrays, preferences, or a plugin's."
+        "--kind",
+        help="What samples are: tokens, supervised, images, captions, arrays, preferences, classified, or a plugin's.",
     ),
 ]
 CaptionsOption = Annotated[

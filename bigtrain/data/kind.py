@@ -189,8 +189,8 @@ class SampleKind(BatchKind):
         """
         raise UserError(f"samples of the kind '{self.name}' are not packed", fix="index tars: bigtrain data index")
 
-    def notes(self, inputs: Sequence[str | Path]) -> dict[str, Any]:
-        """JSON files to write beside the index of each split, by their names."""
+    def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
+        """JSON files to write beside the index of each split, by their names; `samples` are those of `inputs`."""
         return {}
 
     def pack(self, inputs: Sequence[str | Path], out: str | Path, options: PackOptions) -> PackSummary:
@@ -201,7 +201,8 @@ class SampleKind(BatchKind):
         """
         from bigtrain.data.packing.samples import pack_samples
 
-        return pack_samples(self.name, self.find(inputs, options), out, options, self.notes(inputs))
+        samples = self.find(inputs, options)
+        return pack_samples(self.name, samples, out, options, self.notes(inputs, samples))
 
     # Reading.
 

@@ -23,7 +23,7 @@ def point_in(mask: Tensor) -> Tensor:
 
 
 def box_around(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last corner (B, 2) of what is in each mask (B, S, S); the corners of the image where it is empty."""
+    """The first and the last corner (B, 2) of what is in each mask (B, S, S); the image's where that is empty."""
     mask = mask | ~mask.any((1, 2), keepdim=True)
     side = mask.shape[1]
     filled = torch.stack([mask.any(2), mask.any(1)], 1).float()

@@ -78,19 +78,7 @@ class Images(SampleKind):
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
         """Equal shapes, no more classes, and the same classes by name where both name them."""
         require_same_images(index, other)
-        names, other_names = index.class_names, other.class_names
-        if names and other_names and other_names != names[: len(other_names)]:
-            number = next(n for n, name in enumerate(other_names) if n >= len(names) or name != names[n])
-            missing = sorted({*other_names} - {*names})
-            fix = "pack both with the same class folders: an empty folder counts as a class"
-            if missing:
-                fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
-            expected = names[number] if number < len(names) else "none"
-            raise UserError(
-                f"class {number} is '{other_names[number]}' in one directory and '{expected}' in the other",
-                where=f"{other.place} and {index.place}",
-                fix=fix,
-            )
+        require_same_names(index, other, "pack both with the same class folders: an empty folder counts as a class")
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
         """The images have the size that the model takes."""
@@ -120,7 +108,7 @@ class Images(SampleKind):
             raise UserError("there are no images", ", ".join(map(str, inputs)), fix)
         return [replace(one, size=size) for one in found]
 
-    def notes(self, inputs: Sequence[str | Path]) -> dict[str, Any]:
+    def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
         """The names of the classes, where folders name them."""
         first = Path(inputs[0])
         if not _are_files(inputs):
@@ -353,6 +341,26 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
             f"({image_text(index)}, {index.image.classes} classes)",
             where=f"{other.place} and {index.place}",
             fix="make both of images of one size, with the classes that the first one has",
+        )
+
+
+def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack both at once") -> None:
+    """Refuse classes of other names, where both are named; `other` may lack the last ones.
+
+    Raises:
+        UserError: Names the first that differs.
+    """
+    names, other_names = index.class_names, other.class_names
+    if names and other_names and other_names != names[: len(other_names)]:
+        number = next(n for n, name in enumerate(other_names) if n >= len(names) or name != names[n])
+        missing = sorted({*other_names} - {*names})
+        if missing:
+            fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
+        expected = names[number] if number < len(names) else "none"
+        raise UserError(
+            f"class {number} is '{other_names[number]}' in one directory and '{expected}' in the other",
+            where=f"{other.place} and {index.place}",
+            fix=fix,
         )
 
 

@@ -91,8 +91,12 @@ class Bert(nn.Module):
 
     def guess(self, tokens: Tensor) -> Tensor:
         """Logits (B, C, vocabulary) for tokens (B, C), of which some are the mask: `vocabulary`."""
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        x = self.dropout(self.norm(x))
+        x = self.dropout(self.norm(self.embedded(tokens)))
         for layer in self.layers:
             x = layer(x)
         return F.linear(self.transform(x), self.tokens.weight[: self.vocabulary], self.bias)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """What stands for tokens (B, C) and their places (B, C, width)."""
+        embedded: Tensor = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return embedded

@@ -32,6 +32,7 @@ OWN: dict[str, dict[str, Any]] = {
     "families.resnet": {"image_size": 8, "channels": 1, "blocks": [1, 1], "width": 4, "stem": "3x3"},
     "families.vae": {"image_size": 8, "width": 16, "latent": 3},
     "families.bert": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2},
+    "families.bert_classifier": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2, "vocabulary": 7},
     "families.clip": {
         "context": CONTEXT,
         "image_size": 8,
