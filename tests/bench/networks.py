@@ -269,6 +269,26 @@ def recall(times_chance: float, among: int = 10) -> Figure:
     return figure
 
 
+def ranked_by(judge: str, wanted: float, count: int = 200) -> Figure:
+    """How often an image made for a held-out caption suits it better, to a judge, than one made for another."""
+
+    def figure(runs: Path, name: str) -> Reached:
+        model, clip, config = (bigtrain.load(name, runs_dir=runs), bigtrain.load(judge, runs_dir=runs),
+                               bigtrain.Run(name, runs).config())  # fmt: skip
+        (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
+        with EvaluationLoader(place, batches=1, batch_size=count, context=config.model.context) as loader:
+            arrays = next(iter(loader)).micro_batches[0]
+        tokens, present = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["weights"]) > 0
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            images = model.generate(tokens, present).clamp(-1, 1)
+            scores = clip.text_vectors(tokens, present) @ clip.image_vectors(images).T
+        beaten = (scores < scores.diag()[:, None]).float().sum() / (count * (count - 1))
+        return Reached(f"{beaten:.1%}", bool(beaten >= wanted))
+
+    return figure
+
+
 # Networks.
 
 
@@ -316,6 +336,14 @@ NETWORKS = (
         better_than("bert-from-scratch", "val_accuracy"), ("init.source=bert",), after=("BERT", "BERT from scratch"),
     ),
     Network("CLIP", "clip-emoji", emoji, "recall at 10: 10 x chance", recall(10)),
+    Network(
+        "DALL-E codes", "dalle-emoji", emoji, "squared error 0.05", at_most("val_loss", 0.05, ".3f"),
+        ("model.learns=autoencoder", "init=null", "optimizer.frozen=[decoder.*]", "duration=60 epochs"),
+    ),
+    Network(
+        "DALL-E", "dalle-emoji", emoji, "CLIP's choice of two: 75 %", ranked_by("clip", 0.75),
+        ("init.source=dall-e-codes",), after=("CLIP", "DALL-E codes"),
+    ),
     Network("SAM", "sam-scenes", things, "IoU 0.9 from a point", at_least("val_iou", 0.9)),
     Network(
         "LeNet 0 to 4", "lenet-mnist", halves, "99 % accuracy", at_least("val_accuracy", 0.99),

@@ -27,7 +27,7 @@ _spec.loader.exec_module(training)
 
 DRAWS = {
     "lenet", "convnext", "ddpm", "vae", "lstm", "tied", "noisy", "skipping", "checkpointed", "seq2seq", "tagger",
-    "families.bert", "families.vae", "families.rnn", "families.lenet", "families.sam",
+    "families.bert", "families.vae", "families.rnn", "families.lenet", "families.sam", "families.dalle",
 }  # fmt: skip
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
 MOVED_TWICE = {"densenet"}

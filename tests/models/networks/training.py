@@ -52,6 +52,7 @@ OWN: dict[str, dict[str, Any]] = {
         "decoder_layers": 1,
         "masks": 2,
     },
+    "families.dalle": {"context": CONTEXT, "image_size": 8, "layers": 1, "width": 8, "heads": 2, "codes": 5, "maps": 6},
     "families.rnn": {"context": CONTEXT, "width": 12, "dropout": 0.2},
     "families.seq2seq": {"context": CONTEXT, "width": 12},
 }
