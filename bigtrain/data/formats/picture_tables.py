@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.data.formats.records import parquet_file
 
+KEPT_BYTES = 1 << 30
+"""Of images that a process keeps: samples are packed in another order than they lie in."""
+_KEPT: OrderedDict[tuple[Path, int, int, str], list[bytes | None]] = OrderedDict()
+"""Images of row groups, those that were needed last at the end."""
 LABELS = ("label", "labels", "cls", "class", "fine_label")
 """Names that a column of classes may have."""
 
@@ -29,7 +33,7 @@ class Cell:
     column: str
 
     def read(self) -> bytes:
-        """The image as it is stored; its row group is read once for all its images."""
+        """The image as it is stored; its row group is read for all of its images."""
         return _images(self.path, self.group, self.column)[self.row] or b""
 
 
@@ -69,14 +73,17 @@ def class_names(path: Path) -> list[str] | None:
 
 
 def _images(path: Path, group: int, column: str) -> list[bytes | None]:
-    return _read(path, path.stat().st_mtime_ns, group, column)
-
-
-@lru_cache(maxsize=2)
-def _read(path: Path, written: int, group: int, column: str) -> list[bytes | None]:
+    key = path, path.stat().st_mtime_ns, group, column
+    if key in _KEPT:
+        _KEPT.move_to_end(key)
+        return _KEPT[key]
     with parquet_file(path) as file:
         values = file.read_row_group(group, columns=[column]).column(0).to_pylist()
-    return [value["bytes"] if isinstance(value, dict) else value for value in values]
+    images = [value["bytes"] if isinstance(value, dict) else value for value in values]
+    _KEPT[key] = images
+    while len(_KEPT) > 1 and sum(len(image or b"") for one in _KEPT.values() for image in one) > KEPT_BYTES:
+        _KEPT.popitem(last=False)
+    return images
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str]:
