@@ -2,7 +2,8 @@
 
 The data come from BIGTRAIN_TEST_DATA (shared/data beside the checkout). Each network is trained by `bigtrain train`
 with the YAML of configs/, and its figure is read from the run. The table goes to tests/bench/results/networks.txt; the
-rows of networks that are not named stay as they are there. A network is one record of NETWORKS.
+rows of networks that are not named stay as they are there. What some show goes to networks.png, once all of SHOWN are
+trained. A network is one record of NETWORKS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import bigtrain
 from bigtrain.data.index import load_index
@@ -33,6 +35,14 @@ ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("BIGTRAIN_TEST_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "tests" / "bench" / "results" / "networks.txt"
 HEADER = ("network", "data", "must reach", "reached", "", "seconds", "CPU s", "load")
+SHOWN = (
+    ("digits by DCGAN", "dcgan", "samples"),
+    ("VAE: digits, and below them again", "vae", "reconstructions"),
+    ("SAM: masks, and below them found from a point", "sam", "masks"),
+    ("DALL-E: emoji for held-out names", "dall-e", "images-for-captions"),
+)
+"""Title, run and picture of the panels of networks.png."""
+PANEL, GAP, TITLE = (360, 250), 12, 22
 SHARD = 10_000
 """Digits in a tar."""
 AUTHORS = {
@@ -369,6 +379,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         rows = {one.name: measure(one, work) for one in chosen}
+        collage(work)
     table = written(known_rows() | rows)
     RESULTS.write_text(table)
     print(table, end="")
@@ -412,6 +423,22 @@ def processor_s() -> float:
     """Processor time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def collage(work: Path) -> None:
+    """What networks showed at their last evaluation, side by side."""
+    found = [(title, sorted((work / "runs" / run / "pictures").glob(f"*-{name}.png"))) for title, run, name in SHOWN]
+    sheets = [(title, Image.open(files[-1]).convert("RGB")) for title, files in found if files]
+    if len(sheets) < len(SHOWN):
+        return
+    page = Image.new("RGB", (len(sheets) * (PANEL[0] + GAP) - GAP, PANEL[1] + TITLE), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for number, (title, sheet) in enumerate(sheets):
+        left = number * (PANEL[0] + GAP)
+        scaled = sheet.resize((PANEL[0], round(sheet.height * PANEL[0] / sheet.width)), Image.Resampling.LANCZOS)
+        page.paste(scaled.crop((0, 0, *PANEL)), (left, TITLE))
+        draw.text((left + 2, 2), title, "black", font)
+    page.quantize(64).save(RESULTS.with_suffix(".png"), optimize=True)
 
 
 def known_rows() -> dict[str, tuple[str, ...]]:
