@@ -141,25 +141,7 @@ def _stage(row: Row, work: RankWork) -> StageWork:
         ends //= 2
     parameters = blocks * block + ends
     data = sizes.data_parallel * sizes.cp
-    gathers: list[Term] = []
-    reductions: list[Term] = []
-    if data > 1 and program.sharding == "fsdp":
-        gathers = [
-            _term("all_gather", "dp_shard", block * 2, 2 * m * blocks),
-            _term("all_gather", "dp_shard", ends * 2, m),
-        ]
-        reductions = [
-            _term("reduce_scatter", "dp_shard", block * program.gradient_bytes, m * blocks),
-            _term("reduce_scatter", "dp_shard", ends * program.gradient_bytes, m),
-        ]
-    elif data > 1 and program.sharding == "zero1":
-        gathers = [_term("all_gather", "dp_shard", block * 2, blocks), _term("all_gather", "dp_shard", ends * 2, 1)]
-        reductions = [
-            _term("reduce_scatter", "dp_shard", block * program.gradient_bytes, blocks),
-            _term("reduce_scatter", "dp_shard", ends * program.gradient_bytes, 1),
-        ]
-    elif data > 1:
-        reductions = [_term("all_reduce", "dp_shard", parameters * program.gradient_bytes, 1)]
+    gathers, reductions = _of_data_ranks(program, m, blocks, block, ends) if data > 1 else ([], [])
     once = []
     if sizes.pp > 1 and model.tied and (first or last):
         once = [_term("all_reduce", "pp", ends * program.gradient_bytes, 1)]
@@ -178,6 +160,22 @@ def _stage(row: Row, work: RankWork) -> StageWork:
         trained,
         len(work.places),
     )
+
+
+def _of_data_ranks(program: Program, m: int, blocks: int, block: int, ends: int) -> tuple[list[Term], list[Term]]:
+    """What gathers parameters and what reduces gradients, of m micro-batches; sizes are numbers of parameters."""
+    sizes, counts = (block, ends), (blocks, 1)
+    gradients = [size * program.gradient_bytes for size in sizes]
+    if program.sharding == "fsdp":
+        gathers = [
+            _term("all_gather", "dp_shard", block * 2, 2 * m * blocks),
+            _term("all_gather", "dp_shard", ends * 2, m),
+        ]
+        return gathers, [_term("reduce_scatter", "dp_shard", g, m * n) for g, n in zip(gradients, counts, strict=True)]
+    if program.sharding == "zero1":
+        gathers = [_term("all_gather", "dp_shard", size * 2, n) for size, n in zip(sizes, counts, strict=True)]
+        return gathers, [_term("reduce_scatter", "dp_shard", g, n) for g, n in zip(gradients, counts, strict=True)]
+    return [], [_term("all_reduce", "dp_shard", (blocks * block + ends) * program.gradient_bytes, 1)]
 
 
 def block_parameters(model: DecoderConfig) -> int:

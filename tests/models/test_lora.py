@@ -154,7 +154,14 @@ def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_peft_computes_what_it
     assert stored.keys() <= merged.keys()
     assert max((merged[name] - value).abs().max() for name, value in stored.items()) < MERGED
 
-    # peft's own files, and on from them.
+    _peft_s_own_files_are_learned_on_from(base, write_config, bigtrain, tmp_path, tokens)
+
+
+def _peft_s_own_files_are_learned_on_from(
+    base: Path, write_config: Callable[..., Path], bigtrain: Callable[..., Any], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    import peft
+
     torch.manual_seed(8)
     options = {"r": 4, "lora_alpha": 16, "target_modules": ["k_proj", "up_proj"], "init_lora_weights": False}
     fresh = transformers.AutoModelForCausalLM.from_pretrained(base)
