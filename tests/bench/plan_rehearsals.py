@@ -8,6 +8,7 @@ rehearsal and the formula are from it, on the rank where they are furthest.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -125,7 +126,7 @@ def row(name: str, pool: RankPool) -> str:
     equal = exact = 0
     worst = {"rehearsed": 0.0, "formula": 0.0}
     most = issued = 0
-    for rank, (collectives, peak, held) in enumerate(pool.run(measured, what, how, ranks=how.ranks)):
+    for rank, (collectives, peak, held) in enumerate(pool.run(measured, what, how, ranks=how.ranks, timeout_s=900)):
         seen = seen_on(role, rank)
         equal += Counter(seen.collectives) == collectives
         promised = held_bytes(
@@ -166,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its name: ranks import the functions that they run.
+    importlib.import_module("tests.bench.plan_rehearsals").main()
