@@ -49,8 +49,9 @@ class BertClassifier(bert.Bert):
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__(config, config.vocabulary)
-        self.start = nn.Parameter(bert.STD * torch.randn(config.width))
-        self.classes = nn.Parameter(bert.STD * torch.randn(classes, config.width))
+        std = bert.initial_std(config.width)
+        self.start = nn.Parameter(std * torch.randn(config.width))
+        self.classes = nn.Parameter(std * torch.randn(classes, config.width))
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
