@@ -49,7 +49,7 @@ AUTHORS = {
     "Austen": ("pride_and_prejudice",), "Dickens": ("a_tale_of_two_cities", "great_expectations"),
     "Eliot": ("middlemarch",), "Joyce": ("ulysses",), "Melville": ("moby_dick",), "Tolstoy": ("war_and_peace",),
 }  # fmt: skip
-PASSAGE = 120
+PASSAGE = 32
 """Characters that an author is told by."""
 
 
@@ -113,13 +113,13 @@ def novels(work: Path) -> None:
 
 
 def authors(work: Path) -> None:
-    """Passages of six authors, 100 of each to learn from and 300 to test with, from other parts of the novels."""
+    """Passages of six authors, 300 of each to learn from and 300 to test with, from other parts of the novels."""
     draw = random.Random(0)
     lines: dict[str, list[str]] = {"train": [], "test": []}
     for author, titles in AUTHORS.items():
         text = "".join((DATA / "gutenberg" / f"{title}.txt").read_text() for title in titles)
         half = len(text) // 2
-        for split, count, part in (("train", 100, text[:half]), ("test", 300, text[half:])):
+        for split, count, part in (("train", 300, text[:half]), ("test", 300, text[half:])):
             begins = [draw.randrange(len(part) - PASSAGE) for _ in range(count)]
             lines[split] += [json.dumps({"text": part[at : at + PASSAGE], "label": author}) for at in begins]
     for split, found in lines.items():
