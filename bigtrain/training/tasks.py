@@ -133,14 +133,21 @@ def log_likelihoods(context: PassContext, rows: Sequence[tuple[list[int], int]])
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """The tokens of both, and how many belong to the continuation."""
+    """The tokens of both, and how many belong to the continuation.
+
+    As lm-evaluation-harness has it: white space at the end of the context belongs to the continuation, whose tokens are
+    those that both together have beyond as many as the context has alone. Where a token of both together reaches over
+    the boundary, the context keeps its own, so that all continuations of a context follow the same tokens.
+    """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     whole = [int(token) for token in tokenizer.encode(context + continuation)]
     if not context:
         return [tokenizer.eot, *whole], len(whole)
-    return whole, len(whole) - len(tokenizer.encode(context))
+    before = [int(token) for token in tokenizer.encode(context)]
+    after = whole[len(before) :] or [int(token) for token in tokenizer.encode(continuation)]
+    return before + after, len(after)
 
 
 def _passes(place: PassContext, rows: Sequence[tuple[list[int], int]]) -> Iterator[MicroBatch]:
