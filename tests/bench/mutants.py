@@ -47,9 +47,9 @@ MUTANTS = {
         _ACCELERATE, 'group["lr"] = lr * group["lr_scale"]', 'group["lr"] = lr', ("tests/engines/test_updates.py",)
     ),
     "fsdp ignores lr_scale": Mutant(
-        _FSDP,
-        'group["lr"] = lr * group["lr_scale"]',
-        'group["lr"] = lr',
+        "bigtrain/engines/fsdp/parts.py",
+        'group["lr"] = rate * group["lr_scale"]',
+        'group["lr"] = rate',
         ("tests/equivalence/test_fsdp.py", "-k", "one_process_computes and untied and tp2"),
     ),
     "deepspeed ignores lr_scale": Mutant(
