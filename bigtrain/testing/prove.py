@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 
 from bigtrain.config import UserError
 from bigtrain.config.plugin import load_plugin
+from bigtrain.models.config import ModelConfig
 from bigtrain.models.decoder_config import DecoderConfig
+from bigtrain.models.plain import PlainConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.run import RunConfig, load_config
 from bigtrain.testing.equivalence import How, What, build, deviations, gather, put, record
@@ -84,13 +86,19 @@ def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tupl
     """What is compared, how, and what was changed.
 
     Raises:
-        UserError: A model of transformers, or a layout that the model cannot have.
+        UserError: A model of transformers, or of parts, or a layout that the model cannot have.
     """
     if config.engine.runs_transformers:
         raise UserError(
             "A model of transformers is not proven: it does not run in native layouts",
             "engine.name",
             "Prove a run of the engine fsdp or deepspeed.",
+        )
+    if config.model.parts:
+        raise UserError(
+            f"A model of parts ({', '.join(config.model.parts)}) is not proven: each is updated by its own loss",
+            "model.arch",
+            "Compare the losses of `bigtrain train` with --nproc 1 and --nproc 2.",
         )
     sizes, changed = shrunk_layout(config.layout, ranks)
     kept = {key: value for key, value in config.layout.plain().items() if key not in ("micro_size", "pp_split")}
@@ -118,7 +126,13 @@ def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tupl
     changed.append(f"context {context}, vocabulary {VOCABULARY}, batch {BATCH}, {STEPS} steps, fp32")
     plain = layout.plain()
     plain.pop("micro_size")
-    return what, How(math.prod(sizes.values()), plain, engine, micro_size=1), changed
+    how = How(math.prod(sizes.values()), plain, engine, micro_size=None if _couples(config.model) else 1)
+    return what, how, changed
+
+
+def _couples(model: ModelConfig) -> bool:
+    """Whether a model takes statistics or negatives from the whole batch, and so a rank's part of it in one pass."""
+    return isinstance(model, PlainConfig) and model.observed_facts(VOCABULARY, 0).couples
 
 
 def resumed(what: What, how: How, directory: Path) -> list[str]:

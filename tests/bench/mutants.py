@@ -156,8 +156,8 @@ MUTANTS = {
     ),
     "a batch follows its step but for the place in the order": Mutant(
         _LOADER,
-        "start, slots = step * shape.batch_size, shape.slots(self._rank)",
-        "start, slots = (step % 3) * shape.batch_size, shape.slots(self._rank)",
+        "start, partners = step * batch_size, None",
+        "start, partners = (step % 3) * batch_size, None",
         ("tests/data/test_loader.py",),
     ),
     "augmentation keyed by rank": Mutant(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint.huggingface import import_hf, load_hf
 from bigtrain.checkpoint.loader import read_tensors
+from bigtrain.checkpoint.state import qualified_name
 from bigtrain.config import UserError
 from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.deepspeed.config import DeepSpeedConfig
@@ -54,6 +55,9 @@ def train(what: What, how: How, source: Path) -> tuple[dict[str, Tensor], dict[s
     for step in range(2):
         batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
         engine.train_step(step, batch, LR).read()
+    # A gradient that the optimizer leaves alone would still count in the norm.
+    trained = [qualified_name(name) for name, one in engine.model.named_parameters() if one.requires_grad]
+    assert not [name for name in trained if is_frozen(name)]
     state = engine.state()
     after = gather({name.removeprefix("model."): state[name] for name in state if name.startswith("model.")})
     names = list(state)

@@ -37,8 +37,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) ->
 PLAIN = {"foreach": False, "fused": False}
 CASES = {
     "adamw": (
-        {"betas": [0.9, 0.99], "eps": 1e-6},
-        lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-6, **PLAIN),
+        {"betas": [0.9, 0.99], "eps": 0.1},
+        lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=0.1, **PLAIN),
     ),
     "adam": ({}, lambda groups: torch.optim.Adam(groups, **PLAIN)),
     "sgd": (
@@ -66,6 +66,16 @@ def test_each_optimizer_steps_like_torchs_plain_form(name: str) -> None:
     after = train(built, config.build(built.named_parameters()))
     for mine, other in zip(after, train(by_hand, plain(groups)), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-6, atol=2e-6)
+
+
+def test_what_is_frozen_is_in_no_group_whether_it_needs_a_gradient_or_not() -> None:
+    config = ADAPTER.validate_python({"name": "adamw", "frozen": ["1.*"]})
+    for needs_gradient in (True, False):
+        model = make_model()
+        model[2].weight.requires_grad_(needs_gradient)
+        optimizer = config.build(model.named_parameters())
+        names = {name for group in optimizer.param_groups for name in group["names"]}
+        assert names == {"0.weight", "2.bias", *(["2.weight"] if needs_gradient else [])}
 
 
 @pytest.mark.parametrize("name", CASES)
