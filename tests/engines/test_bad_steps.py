@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,6 @@ from torch import Tensor
 
 from bigtrain.engines.contract import StepNumbers
 from bigtrain.models.contract import LossSum
-from bigtrain.optim.config import OptimizerConfig
-from bigtrain.optim.optimizers.adamw import AdamWConfig
-from bigtrain.optim.optimizers.rmsprop import RMSpropConfig
-from bigtrain.optim.optimizers.sgd import SGDConfig
-from bigtrain.testing import equivalence
 from bigtrain.testing.equivalence import LR, How, What, build, gather, micro_batches
 from bigtrain.testing.ranks import RankPool
 
@@ -42,13 +38,9 @@ def poison(engine: Any, pipelined: bool) -> Callable[[], None]:
     return lambda: setattr(model, name, right)
 
 
-def train(how: How, optimizer: OptimizerConfig, by_hand: bool) -> tuple[dict[str, Tensor], list[StepNumbers]]:
+def train(how: How, optimizer: dict[str, Any], by_hand: bool) -> tuple[dict[str, Tensor], list[StepNumbers]]:
     """Train five steps of which some are bad on the last rank alone; `by_hand` skips these. Returns the state."""
-    equivalence.AdamWConfig = lambda **_: optimizer  # type: ignore[misc,assignment]
-    try:
-        engine = build(WHAT, how)
-    finally:
-        equivalence.AdamWConfig = AdamWConfig  # type: ignore[misc]
+    engine = build(replace(WHAT, optimizer=optimizer), how)
     pipelined, found = how.layout.get("pp", 1) > 1, []
     last = engine.data_parallel_rank == engine.data_parallel_size - 1
     for step in range(STEPS):
@@ -64,28 +56,31 @@ def train(how: How, optimizer: OptimizerConfig, by_hand: bool) -> tuple[dict[str
     return state, found
 
 
-ADAMW = AdamWConfig(lr=LR, eps=1e-6)
+ADAMW: dict[str, Any] = {"name": "adamw", "eps": 1e-6}
+SGD: dict[str, Any] = {"name": "sgd", "momentum": 0.9}
+RMSPROP: dict[str, Any] = {"name": "rmsprop", "momentum": 0.9}
 DEEPSPEED = {"name": "deepspeed"}
 CASES = {
     "one process": (How(), ADAMW),
     "dp2": (How(2), ADAMW),
-    "dp2, sgd": (How(2), SGDConfig(lr=LR, momentum=0.9)),
-    "dp2, rmsprop": (How(2), RMSpropConfig(lr=LR, momentum=0.9)),
+    "dp2, sgd": (How(2), SGD),
+    "dp2, rmsprop": (How(2), RMSPROP),
     "tp2 x dp2": (How(4, {"tp": 2}), ADAMW),
     "hsdp2x2": (How(4, {"dp_replicate": 2}), ADAMW),
     "pp2": (How(2, {"pp": 2}), ADAMW),
     **{f"deepspeed zero {zero}": (How(2, {}, {**DEEPSPEED, "zero": zero}), ADAMW) for zero in (0, 1, 3)},
-    "deepspeed zero 2, sgd": (How(2, {}, {**DEEPSPEED, "zero": 2}), SGDConfig(lr=LR, momentum=0.9)),
+    "deepspeed zero 2, sgd": (How(2, {}, {**DEEPSPEED, "zero": 2}), SGD),
     "deepspeed zero 2, offload": (How(2, {}, {**DEEPSPEED, "zero": 2, "offload": "optimizer"}), ADAMW),
     "deepspeed zero 1, pp2": (How(2, {"pp": 2}, {**DEEPSPEED, "zero": 1}), ADAMW),
 }
 
 
 @pytest.mark.parametrize(
-    "case", [name if name == "dp2" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "case", [name if name in ("dp2", "dp2, rmsprop") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_a_bad_gradient_on_one_rank_is_as_if_no_rank_had_taken_the_step(case: str, ranks: RankPool) -> None:
     how, optimizer = CASES[case]
+    # Fused optimizers skip an update themselves; what others have done is taken back.
     results = ranks.run(train, how, optimizer, False, ranks=how.ranks)
     expected, undisturbed = ranks.run(train, how, optimizer, True, ranks=how.ranks)[0]
     for state, found in results:
