@@ -15,13 +15,14 @@ from bigtrain.checkpoint import loader
 from bigtrain.testing.ranks import RankPool
 from tests.checkpoint.save_and_load_at_ranks import load, save
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.slow
 def test_four_ranks_save_and_agree_on_every_outcome(root: Path, ranks: RankPool) -> None:
     """Values of the step, failure of one rank, the save after it, a lost lease: asserted on each rank."""
     assert ranks.run(save, root, ranks=4) == [[3, 9]] * 4
@@ -59,6 +60,5 @@ def test_one_process_and_plain_dcp_load_what_four_ranks_saved(root: Path) -> Non
         assert torch.equal(by_dcp[name], tensor), name
 
 
-@pytest.mark.slow
 def test_a_rank_killed_in_a_save_is_noticed_by_the_others(root: Path, run_script: Callable[..., str]) -> None:
     run_script("save_and_load_at_ranks.py", root, ranks=2, expected={1: -signal.SIGKILL})
