@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.documents import sources
 from bigtrain.data.formats.images import CLASSES_NAME, MAX_CLASSES
+from bigtrain.data.formats.json_sample import MAX_BYTES, json_object, token_ids
 from bigtrain.data.formats.records import READERS, Record, records_of, under
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import REINDEX, ShardIndex
@@ -34,9 +35,6 @@ from bigtrain.models.batches import KINDS, Arrays
 if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
-MAX_BYTES: Final = 16 << 20
-"""Of the JSON of one sample."""
-MAX_ID: Final = 2**31 - 1
 TOKENS, CLASS = 2, 3
 """Columns of the sidecar."""
 
@@ -266,15 +264,8 @@ def _parsed(data: bytes, where: str) -> tuple[list[int], int]:
     Raises:
         UserError: It is no such object.
     """
-    if len(data) > MAX_BYTES:
-        raise UserError(f"the sample has more than {MAX_BYTES} bytes", where)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}", where) from None
-    ids, label = (value.get("tokens"), value.get("class")) if isinstance(value, dict) else (None, None)
-    if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
-        raise UserError("the sample has no token ids under 'tokens'", where, "make it with bigtrain data pack")
+    value = json_object(data, where)
+    ids, label = token_ids(value, "tokens", where), value.get("class")
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise UserError("the sample has no class under 'class'", where, "make it with bigtrain data pack")
     return ids, label

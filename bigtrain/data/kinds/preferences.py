@@ -18,6 +18,7 @@ import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import BadSample
+from bigtrain.data.formats.json_sample import MAX_BYTES, json_object, token_ids
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 PARTS: Final = ("prompt", "chosen", "rejected")
-MAX_BYTES: Final = 16 << 20
-"""Of the JSON of one sample, and of a line of a file."""
-MAX_ID: Final = 2**31 - 1
 TOTAL: Final = 5
 """The column of all tokens."""
 
@@ -254,7 +252,7 @@ def _pairs_in_lines(file: Path, bad: BadSample) -> Iterator[Pair]:
                 continue
             where = f"{file}, line {number}"
             try:
-                texts = _texts(_object(line, where), where)
+                texts = _texts(json_object(line, where), where)
             except UserError as error:
                 bad(error)
                 continue
@@ -278,24 +276,8 @@ def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
     Raises:
         UserError: It is no such object.
     """
-    value = _object(data, where)
-    for part in PARTS:
-        ids = value.get(part)
-        if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
-            raise UserError(f"the sample has no token ids under '{part}'", where, "make it with bigtrain data pack")
-    return {part: value[part] for part in PARTS}
-
-
-def _object(data: bytes, where: str) -> dict[str, Any]:
-    if len(data) > MAX_BYTES:
-        raise UserError(f"the sample has more than {MAX_BYTES} bytes", where)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}", where) from None
-    if not isinstance(value, dict):
-        raise UserError("it is not a JSON object", where)
-    return value
+    value = json_object(data, where)
+    return {part: token_ids(value, part, where) for part in PARTS}
 
 
 def _keys() -> str:

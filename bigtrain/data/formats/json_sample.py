@@ -1,0 +1,41 @@
+"""Samples that are one JSON object with token ids."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from bigtrain.config import UserError
+
+MAX_BYTES: Final = 16 << 20
+"""Of the JSON of one sample, and of a line of a file."""
+MAX_ID: Final = 2**31 - 1
+
+
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """The object.
+
+    Raises:
+        UserError: It is too large, or no JSON object.
+    """
+    if len(data) > MAX_BYTES:
+        raise UserError(f"the sample has more than {MAX_BYTES} bytes", where)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON: {error}", where) from None
+    if not isinstance(value, dict):
+        raise UserError("it is not a JSON object", where)
+    return value
+
+
+def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
+    """The ids under a key, at least one.
+
+    Raises:
+        UserError: There are none.
+    """
+    ids = value.get(key)
+    if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
+        raise UserError(f"the sample has no token ids under '{key}'", where, "make it with bigtrain data pack")
+    return ids
