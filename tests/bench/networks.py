@@ -51,7 +51,7 @@ AUTHORS = {
     "Eliot": ("middlemarch",), "Joyce": ("ulysses",), "Melville": ("moby_dick",), "Tolstoy": ("war_and_peace",),
 }  # fmt: skip
 PASSAGE = 32
-"""Characters that an author is told by."""
+"""Characters of a passage."""
 
 
 def command(work: Path, *arguments: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bigtrain.config import UserError
 from bigtrain.models.families.llama import Config as Llama
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.run import RunConfig, load_config
@@ -78,6 +79,16 @@ def test_a_shrunk_model_keeps_its_kind_and_is_legal(layout: dict[str, int]) -> N
     assert (model.tied, model.qk_norm, model.mlp, model.norm) == (True, True, big.mlp, big.norm)
     assert model.heads // model.key_value_heads > 1
     assert model.parameter_count(61) < 1_000_000
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_model_that_couples_its_batch_has_one_pass_a_rank_and_one_of_parts_is_refused() -> None:
+    for name, micro_size in (("resnet-mnist", None), ("clip-emoji", None), ("lenet-mnist", 1)):
+        assert plan_proof(load_config(CONFIGS / f"{name}.yaml"), 2)[1].micro_size == micro_size, name
+    with pytest.raises(UserError, match=r"parts \(discriminator, generator\) is not proven"):
+        plan_proof(load_config(CONFIGS / "dcgan-mnist.yaml"), 2)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import yaml
 
 from bigtrain.checkpoint.huggingface import import_hf
 from bigtrain.config import UserError
+from bigtrain.data.encoding.learned import train_bpe
+from bigtrain.data.formats.documents import documents
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.testing.ranks import RankPool
 from bigtrain.training.evaluate import Request, measure
@@ -116,6 +118,17 @@ def test_spaces_between_context_and_continuation_belong_to_the_continuation() ->
     tokenizer = Tokenizer.open("bytes")
     assert encode_pair(tokenizer, "ab ", "c") == encode_pair(tokenizer, "ab", " c") == ([97, 98, 32, 99], 2)
     assert encode_pair(tokenizer, "", "c") == ([tokenizer.eot, 99], 1)
+
+
+def test_a_token_over_the_boundary_leaves_the_context_its_own(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("in in in in ion ion " * 50)
+    train_bpe(documents([tmp_path / "text.txt"]), 265, tmp_path / "bpe.json")
+    tokenizer = Tokenizer.open(str(tmp_path / "bpe.json"))
+    context, whole = ([int(one) for one in tokenizer.encode(text)] for text in ("in i", "in in in"))
+    assert whole[: len(context)] != context, "no token reaches over the boundary: the test lost its point"
+    tokens, count = encode_pair(tokenizer, "in i", "n in")
+    assert tokens == context + whole[len(context) :]
+    assert count == len(whole) - len(context) > 0
 
 
 @pytest.mark.parametrize(

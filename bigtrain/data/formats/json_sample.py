@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Final
 
 from bigtrain.config import UserError
+from bigtrain.data.formats.tar import TarSample
 
 MAX_BYTES: Final = 16 << 20
 """Of the JSON of one sample, and of a line of a file."""
@@ -39,3 +41,14 @@ def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
     if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
         raise UserError(f"the sample has no token ids under '{key}'", where, "make it with bigtrain data pack")
     return ids
+
+
+def is_one(sample: TarSample, parse: Callable[[bytes, str], object]) -> bool:
+    """Whether a sample is a JSON object alone that `parse`, given its bytes and its place, does not refuse."""
+    if sample.suffixes != {"json"}:
+        return False
+    try:
+        parse(sample.read(sample.one("json"), MAX_BYTES), sample.where)
+    except UserError:
+        return False
+    return True

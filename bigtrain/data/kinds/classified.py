@@ -16,7 +16,7 @@ import numpy as np
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.formats.documents import sources
 from bigtrain.data.formats.images import CLASSES_NAME, MAX_CLASSES
-from bigtrain.data.formats.json_sample import MAX_BYTES, json_object, token_ids
+from bigtrain.data.formats.json_sample import MAX_BYTES, is_one, json_object, token_ids
 from bigtrain.data.formats.records import READERS, Record, records_of, under
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import REINDEX, ShardIndex
@@ -98,13 +98,7 @@ class Classified(SampleKind):
 
     def recognises(self, sample: TarSample) -> bool:
         """A JSON object with both keys."""
-        if sample.suffixes != {"json"}:
-            return False
-        try:
-            _parsed(sample.read(sample.one("json"), MAX_BYTES), sample.where)
-        except UserError:
-            return False
-        return True
+        return is_one(sample, _parsed)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
         """See `SampleKind`."""

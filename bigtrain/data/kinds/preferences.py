@@ -18,7 +18,7 @@ import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.data.accounting import BadSample
-from bigtrain.data.formats.json_sample import MAX_BYTES, json_object, token_ids
+from bigtrain.data.formats.json_sample import MAX_BYTES, is_one, json_object, token_ids
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
@@ -104,13 +104,7 @@ class Preferences(SampleKind):
 
     def recognises(self, sample: TarSample) -> bool:
         """A JSON object with the three keys."""
-        if sample.suffixes != {"json"}:
-            return False
-        try:
-            _parsed(sample.read(sample.one("json"), MAX_BYTES), sample.where)
-        except UserError:
-            return False
-        return True
+        return is_one(sample, _parsed)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
         """See `SampleKind`."""
