@@ -43,7 +43,7 @@ def png(colour: tuple[int, int, int] = (9, 9, 9)) -> bytes:
     [
         ("part-0.json", JSON_LINES, "lines", None),
         ("part-0.txt", JSON_LINES, "lines", None),
-        ("part-0.json.gz", gzip.compress(JSON_LINES), "lines", "gzip"),
+        ("part-0.json.gz", gzip.compress(JSON_LINES, mtime=0), "lines", "gzip"),
         ("part-0.bz2", bz2.compress(JSON_LINES), "lines", "bzip2"),
         ("part-0", lzma.compress(JSON_LINES), "lines", "xz"),
         ("one.json", json.dumps(LINES[0]).encode(), "lines", None),

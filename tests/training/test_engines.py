@@ -16,18 +16,24 @@ from bigtrain.storage import read_lines
 
 RELATIVE = 1e-5
 
-SEGMENTS: list[tuple[str, int, tuple[str, ...]]] = [
-    ("4 steps", 2, ("layout.tp=2",)),
-    ("8 steps", 2, ("engine.name=deepspeed", "engine.zero=3")),
-    ("12 steps", 1, ()),
-    ("16 steps", 2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
-    ("20 steps", 4, ("layout.tp=2", "layout.sequence_parallel=false")),
-    ("24 steps", 4, ("engine.name=deepspeed", "engine.zero=1", "layout.tp=2", "layout.pp=2")),
+# Ranks and layout of each four steps.
+Segments = list[tuple[int, tuple[str, ...]]]
+FEW: Segments = [
+    (2, ("layout.tp=2",)),
+    (2, ("engine.name=deepspeed", "engine.zero=3")),
+    (4, ("engine.name=deepspeed", "engine.zero=1", "layout.tp=2", "layout.pp=2")),
 ]
-SHARED_SEQUENCES: list[tuple[str, int, tuple[str, ...]]] = [
-    ("4 steps", 2, ("layout.cp=2",)),
-    ("8 steps", 2, ("layout.cp=2", "layout.cp_kind=all_gather")),
-    ("12 steps", 1, ()),
+ALL: Segments = [
+    *FEW[:2],
+    (1, ()),
+    (2, ("engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer")),
+    (4, ("layout.tp=2", "layout.sequence_parallel=false")),
+    FEW[2],
+]
+SHARED_SEQUENCES: Segments = [
+    (2, ("layout.cp=2",)),
+    (2, ("layout.cp=2", "layout.cp_kind=all_gather")),
+    (1, ()),
 ]
 SECTIONS = {"optimizer": {"lr": 1e-3, "eps": 1e-6}, "batch": {"size": 6}, "checkpoint": {"every": "2 steps"}}
 
@@ -44,19 +50,21 @@ def held_out(run: Path) -> list[float]:
     return [row["val_loss"] for row in read_lines(run / "metrics.jsonl") if "val_loss" in row]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "segments",
-    [SEGMENTS, pytest.param(SHARED_SEQUENCES, marks=pytest.mark.exhaustive)],
-    ids=["engines", "shared sequences"],
+    [
+        pytest.param(FEW, id="few", marks=pytest.mark.slow),
+        pytest.param(ALL, id="all", marks=pytest.mark.exhaustive),
+        pytest.param(SHARED_SEQUENCES, id="shared sequences", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_run_that_changes_engine_and_layout_is_the_run_of_one_process(
-    bigtrain: Callable, write_config: Callable, tmp_path: Path, segments: list[tuple[str, int, tuple[str, ...]]]
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, segments: Segments
 ) -> None:
-    for duration, nproc, how in segments:
-        result = bigtrain("train", write_config(duration=duration, **SECTIONS), *how, "--nproc", nproc)
+    for number, (nproc, how) in enumerate(segments, start=1):
+        result = bigtrain("train", write_config(duration=f"{4 * number} steps", **SECTIONS), *how, "--nproc", nproc)
         assert result.returncode == 0, result.stderr
-    config = write_config(duration=segments[-1][0], **SECTIONS)
+    config = write_config(duration=f"{4 * len(segments)} steps", **SECTIONS)
     assert bigtrain("train", config, "--name", "alone").returncode == 0
     moved, alone = losses(tmp_path / "runs" / "tiny"), losses(tmp_path / "runs" / "alone")
     assert len(alone) == 4 * len(segments)
@@ -147,9 +155,16 @@ def test_what_cannot_work_is_refused_before_any_process_starts(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        pytest.param(("zero2", "fsdp2"), marks=pytest.mark.slow),
+        pytest.param(("ddp", "zero2", "fsdp2"), marks=pytest.mark.exhaustive),
+    ],
+    ids="-".join,
+)
 def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
-    bigtrain: Callable, write_config: Callable, tmp_path: Path
+    bigtrain: Callable, write_config: Callable, tmp_path: Path, strategies: tuple[str, ...]
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
@@ -157,7 +172,6 @@ def test_a_model_of_transformers_trains_resumes_and_moves_through_the_command(
     shape = GPT2Config(vocab_size=257, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
     sections = {**SECTIONS, "model": {"arch": "hf", "hf": str(tmp_path / "gpt2"), "context": 32}}
-    strategies = ("ddp", "zero2", "fsdp2")
     for number, strategy in enumerate(strategies, start=1):
         engine = {"name": "accelerate", "strategy": strategy}
         config = write_config(duration=f"{4 * number} steps", engine=engine, **sections)
