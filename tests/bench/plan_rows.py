@@ -368,8 +368,41 @@ def _torchtitan(raw: dict[str, str]) -> Row:
     )
 
 
+@dataclass(frozen=True)
+class _Study:
+    """What rows of Megatron-LM share that one study published."""
+
+    group: str
+    rates: str
+    program: Program
+    searched: tuple[str, ...]
+    step_s: float
+
+
+def _megatron_study(raw: dict[str, str], model: DecoderConfig, vocab: int, flops: float) -> _Study:
+    """The study of a row; `flops` are a GPU's of a step."""
+    if "weak scaling" in raw["source"]:
+        searched = ("micro_batch", "stages", "recompute")
+        step_s = flops / (float(raw["tflops_per_gpu"]) * 1e12)
+        return _Study("megatron h100", "h100-megatron", MEGATRON_2024, searched, step_s)
+    if "SC21" in raw["source"]:
+        # The paper's own count of FLOPs, which holds the recomputation (Narayanan et al. 2021, section 5.1).
+        layers, width, seq = int(raw["layers"]), model.width, int(raw["seq_len"])
+        share = 1 + seq / (6 * width) + vocab / (16 * layers * width)
+        counted = 96 * int(raw["global_batch"]) * seq * layers * width**2 * share
+        step_s = counted / int(raw["gpus"]) / (float(raw["tflops_per_gpu"]) * 1e12)
+        return _Study("sc21 a100", "a100-megatron", MEGATRON_2021, ("micro_batch", "stages"), step_s)
+    how = raw["recompute"]
+    again = "full" if how.startswith("full") else "attention" if how.startswith("selective") else "none"
+    program = Program(
+        Software(attention="scores", recomputes=again, merged=True, loss="steps"),
+        sequence_parallel="sequence parallel" in how and "no sequence" not in how,
+    )
+    searched = () if raw["pp"] == "1" else ("stages",)
+    return _Study("korthikanti a100", "a100-megatron", program, searched, float(raw["step_time_s"]))
+
+
 def _megatron(raw: dict[str, str]) -> Row:
-    source = raw["source"]
     gpus, seq, layers = int(raw["gpus"]), int(raw["seq_len"]), int(raw["layers"])
     dp, tp, pp = (int(raw[key]) for key in ("dp", "tp", "pp"))
     vocab = int(raw["vocab"] or 51200)
@@ -377,60 +410,28 @@ def _megatron(raw: dict[str, str]) -> Row:
         "gpt", width=int(raw["hidden"]), heads=int(raw["heads"]), layers=layers, context=seq, vocab_multiple=tp
     )
     batch = int(raw["global_batch"])
-    searched: tuple[str, ...] = ()
     flops = model.flops_per_token(vocab).full * batch * seq / gpus
-    single = raw["model"].endswith("one layer")
-    if "weak scaling" in source:
-        group, rates, program, searched = (
-            "megatron h100",
-            "h100-megatron",
-            MEGATRON_2024,
-            ("micro_batch", "stages", "recompute"),
-        )
-        measured = flops / (float(raw["tflops_per_gpu"]) * 1e12)
-    elif "SC21" in source:
-        group, rates, program, searched = "sc21 a100", "a100-megatron", MEGATRON_2021, ("micro_batch", "stages")
-        hardware = (
-            96
-            * batch
-            * seq
-            * layers
-            * model.width**2
-            * (1 + seq / (6 * model.width) + vocab / (16 * layers * model.width))
-        )
-        measured = hardware / gpus / (float(raw["tflops_per_gpu"]) * 1e12)
-    else:
-        group, rates = "korthikanti a100", "a100-megatron"
-        measured = float(raw["step_time_s"])
-        how = raw["recompute"]
-        again = "full" if how.startswith("full") else "attention" if how.startswith("selective") else "none"
-        parallel = "sequence parallel" in how and "no sequence" not in how
-        program = Program(
-            Software(attention="scores", recomputes=again, merged=True, loss="steps"),
-            sequence_parallel=parallel,  # type: ignore[arg-type]
-        )
-        searched = () if pp == 1 else ("stages",)
+    study = _megatron_study(raw, model, vocab, flops)
     micro = int(raw["micro_batch"] or 1)
     split: Any = (layers // pp,) * pp if pp > 1 else "auto"
-    layout = LayoutConfig(tp=tp, pp=pp, dp_shard=dp, sequence_parallel=program.sequence_parallel, pp_split=split)
-    label = f"{raw['model']} g{gpus} tp{tp} pp{pp} {raw['recompute']}"
+    layout = LayoutConfig(tp=tp, pp=pp, dp_shard=dp, sequence_parallel=study.program.sequence_parallel, pp_split=split)
     return Row(
         "throughput_tables",
-        group,
-        rates,
-        label,
+        study.group,
+        study.rates,
+        f"{raw['model']} g{gpus} tp{tp} pp{pp} {raw['recompute']}",
         model,
         vocab,
         layout,
         Mesh(pp=pp, dp_shard=dp, tp=tp),
-        program,
+        study.program,
         max(1, batch // (dp * micro)),
         micro,
-        measured,
+        study.step_s,
         flops,
         calibrates("throughput_tables", raw),
-        searched,
-        single_layer=single,
+        study.searched,
+        single_layer=raw["model"].endswith("one layer"),
     )
 
 
