@@ -40,7 +40,9 @@ def reseed(seed: int, place: object) -> None:
     """
     digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
-    torch.manual_seed(number)
+    # Without an accelerator `torch.manual_seed` keeps a formatted stack for each kind of one, at every call.
+    seed_torch = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_torch(number)
     np.random.seed(number % 2**32)
     random.seed(number)
 
