@@ -12,11 +12,13 @@ import pytest
 
 from bigtrain.jobs.causes import Fault, Kind, RetryBudget, fault_of_exit
 from bigtrain.jobs.config import JobConfig
+from bigtrain.jobs.generation import Generation
 from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.jobs.scripts.launch import job_config, script_environment, script_launch
 from bigtrain.run import RunDirectory
 
 SHORT_SILENCE_S = 1.0
+DEADLINE_S = 120
 
 
 def run_script(job: Any, text: str, section: JobConfig | None = None, procs: int = 1, **options: Any) -> int:
@@ -53,7 +55,9 @@ if rank == 0:
     assert [entry["event"] for entry in job.events] == ["finished"]
 
 
-def test_a_node_that_is_lost_after_its_ranks_have_ended_is_no_fault(job: Any, machines: Callable[..., Any]) -> None:
+def test_a_node_that_is_lost_after_its_ranks_have_ended_is_no_fault(
+    job: Any, machines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     placer = machines("ab", (2,), silence_s=SHORT_SILENCE_S)
     text = """
 import os, time, pathlib
@@ -63,16 +67,20 @@ if os.environ["RANK"] == "0":
         time.sleep(0.05)
 """
 
+    ended, handle = threading.Event(), Generation._handle
+
+    def heard(generation: Generation, node: int, message: Any) -> None:
+        handle(generation, node, message)
+        if message["type"] == "ended":
+            ended.set()
+
     def lose() -> None:
-        deadline = time.monotonic() + 30
-        # The agent reports the end of its rank at once; then its process is of no more use.
-        while not (job.path / "logs" / "attempt_0" / "rank_1.log").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1.5)
+        ended.wait(DEADLINE_S)
         placer.lose("b")
         time.sleep(0.5)
         (job.path / "lost").touch()
 
+    monkeypatch.setattr(Generation, "_handle", heard)
     thread = threading.Thread(target=lose)
     thread.start()
     assert run_script(job, text, JobConfig(nodes=2), placer=placer) == 0
