@@ -321,6 +321,5 @@ class Generation:
 
 
 def _blame(hung: Message) -> tuple[bool, int, bool, float]:
-    """Sort key for the likeliest cause of a hang: a stopped process, then the lowest step, then a rank that cannot
-    answer, then the longest silence."""
+    """Sort key for the likeliest cause of a hang: a stopped process, lowest step, no answer, longest silence."""
     return not hung["stopped"], int(hung["step"]), bool(hung["answered"]), -float(hung["age_s"])
