@@ -49,7 +49,7 @@ def rapl_packages(powercap: Path = POWERCAP) -> list[Counter]:
 class EnergyMeter:
     """Sums all energy counters in a background thread until `stop`.
 
-    The energy of the whole machine is measured, including that of other processes.
+    The meter measures the machine, not only the run, so the energy of other processes is included.
 
     Args:
         counters: The counters; by default all counters of this machine.
