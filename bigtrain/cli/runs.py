@@ -87,7 +87,7 @@ def sample(
         from bigtrain.models.hf_files import HfFiles
 
         load_plugins(plugin)
-        from bigtrain.models.sampling import Choice  # torch, which takes seconds
+        from bigtrain.models.sampling import Choice  # imports torch, which takes seconds
         from bigtrain.training.sample import Prompt, caption, read_prompts, writer_of_directory, writer_of_run
 
         try:

@@ -94,7 +94,7 @@ def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any)
         options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
-    from bigtrain.jobs.placers.local import LocalPlacer  # pydantic
+    from bigtrain.jobs.placers.local import LocalPlacer  # imports pydantic
 
     return run_controlled(run_dir, LocalPlacer(run_dir / names.LOGS / "agent.log", silence_s), **options)
 
@@ -122,7 +122,7 @@ def launch_here(
         kept: A placer that keeps its agents after the run, for the next one; by default a new placer is built.
         options: See `run_controlled`.
     """
-    from bigtrain.jobs.placer_kinds import kind_of  # pydantic
+    from bigtrain.jobs.placer_kinds import kind_of  # imports pydantic
 
     run_dir = run_dir.absolute()
     kind = kind_of(job)

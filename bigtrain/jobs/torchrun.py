@@ -68,7 +68,7 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
         load_plugin(os.pathsep.join(options.plugin))
     os.environ.update(plugin_environment())
     config = load_config(options.config, options.overrides, options.name)
-    from torch.distributed.rendezvous import rendezvous  # torch, which takes seconds
+    from torch.distributed.rendezvous import rendezvous  # imports torch, which takes seconds
 
     # Under torchrun this is torchrun's own store, with another key prefix after each restart.
     store = next(iter(rendezvous("env://", timeout=START_TIMEOUT)))[0]

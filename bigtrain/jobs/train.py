@@ -77,7 +77,7 @@ def train(
 
 def _rehearse(run: CheckedRun, count: int, stream: TextIO) -> int:
     """Rehearse the run and print the result; returns FAILED if the rehearsal finds a fault, otherwise FINISHED."""
-    from bigtrain.planning.rehearsal import rehearsal_text, rehearse  # torch, which takes seconds
+    from bigtrain.planning.rehearsal import rehearsal_text, rehearse  # imports torch, which takes seconds
 
     document = rehearse(run.prepared.config, run.prepared.outputs, count)
     print(rehearsal_text(document), file=stream)
