@@ -12,7 +12,7 @@ def visible_gpus() -> int:
     present = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
     if listed is None or present == 0:
         return present
-    # Like CUDA, ignore an invalid entry and all entries after it.
+    # Like CUDA, ignore an empty or negative entry and all entries after it.
     chosen = 0
     for entry in listed.split(","):
         if not entry.strip() or entry.strip().startswith("-"):
