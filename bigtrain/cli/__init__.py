@@ -1,4 +1,4 @@
-"""The commands, a file a group: parse, call, print; nothing else."""
+"""The commands, one file for each group. Commands only parse arguments, call the library and print the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m bigtrain.cli`: as `python -m bigtrain`."""
+"""`python -m bigtrain.cli`: the same as `python -m bigtrain`."""
 
 from bigtrain.__main__ import main
 

@@ -1,4 +1,4 @@
-"""How a command line with a user's own script is divided: what follows `--` is the script's, unchanged."""
+"""Parsing of command lines with a user's own script: the words after `--` are the script's arguments, unchanged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _AFTER: Final = "bigtrain.after_dashes"
 
 
 class ScriptCommand(TyperCommand):
-    """A command that keeps the words after the first `--` apart from those before it."""
+    """A command that does not parse the words after the first `--`; `after_dashes` returns them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words before `--` alone."""
+        """Parse only the words before `--`."""
         before, after = args, []
         if "--" in args:
             at = args.index("--")
@@ -25,11 +25,16 @@ class ScriptCommand(TyperCommand):
 
 
 def after_dashes(context: typer.Context) -> list[str]:
-    """The words after `--`, as they were given."""
+    """The words after `--`, unchanged."""
     return list(context.meta.get(_AFTER, ()))
 
 
 def script_words(before: Sequence[str], after: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide the words of a command with a script into those that set `job`, and the script's own arguments."""
+    """Split the words of a command line into overrides of the `job` section and the script's arguments.
+
+    Args:
+        before: Words before `--`; those of the form job.KEY=VALUE are overrides.
+        after: Words after `--`, which are all arguments of the script.
+    """
     job = [word for word in before if word.startswith("job.") and "=" in word]
     return job, [*(word for word in before if word not in job), *after]

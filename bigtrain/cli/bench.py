@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""The commands `bigtrain bench`: measure training steps and hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="Measure this machine and this build.", no_args_is_help=T
     "train", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def bench_train(context: typer.Context) -> None:
-    """Compare a training step with a plain PyTorch loop's, paired in one run; --help shows its options."""
+    """Compare a training step with that of a plain PyTorch loop, paired in one run; --help shows its options."""
     os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.bench_train", *context.args])
 
 
@@ -29,7 +29,7 @@ def bench_hardware(
     name: Annotated[str | None, typer.Option(help="Name of the entry; by default the host's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine (products, memory, collectives), to plan for it."""
+    """Measure this machine (matrix products, memory, collectives) for `bigtrain plan`."""
     with errors(as_json):
         from bigtrain.hardware.cluster import Cluster
         from bigtrain.planning.measure import entry_text, entry_yaml, measure_machine

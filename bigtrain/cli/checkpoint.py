@@ -1,4 +1,4 @@
-"""Commands on checkpoints."""
+"""The commands `bigtrain checkpoint`: list, verify, prune, export and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(help="List, inspect, verify, prune, export and convert checkpo
 def checkpoint_list(
     run: RunArgument, plugin: PluginOption = None, runs_dir: RunsDir = RUNS, as_json: Json = False
 ) -> None:
-    """List a run's checkpoints and whether they verify; those of a store are compared by size alone."""
+    """List a run's checkpoints, and verify them; of checkpoints on a store, only the sizes are compared."""
     with errors(as_json):
         from bigtrain.checkpoint.survey import survey, survey_store
         from bigtrain.config.urls import is_url
@@ -55,7 +55,7 @@ def checkpoint_verify(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Compare every byte of a run's checkpoints with their manifests, and whose they are."""
+    """Compare every byte of a run's checkpoints with their manifests, and check that they belong to the run."""
     with errors(as_json):
         from bigtrain.checkpoint.commit import step_name
         from bigtrain.checkpoint.manifest import read_manifest
@@ -87,7 +87,7 @@ def checkpoint_inspect(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds: tensors, mesh, position, files and their hashes."""
+    """Show the content of a checkpoint: tensors, mesh, data position, files and their hashes."""
     with errors(as_json):
         from bigtrain.checkpoint.survey import inspect
 
@@ -117,7 +117,7 @@ def checkpoint_prune(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Remove checkpoints that retention no longer keeps; permanent ones, the best and the last sound ones stay."""
+    """Remove checkpoints, but keep the permanent ones, the best ones and the last verified ones."""
     with errors(as_json):
         from bigtrain.config.urls import is_url
 
@@ -201,7 +201,7 @@ def checkpoint_convert(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint, optimizer included, as a universal checkpoint of DeepSpeed's."""
+    """Write a checkpoint, including the optimizer state, as a universal checkpoint of DeepSpeed."""
     with errors(as_json):
         from bigtrain.checkpoint.deepspeed_format import to_deepspeed
 
@@ -229,7 +229,7 @@ def checkpoint_import(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a checkpoint of others one that `init.source: OUT` takes."""
+    """Convert a checkpoint of another library, so that a run can start from it with `init.source: OUT`."""
     with errors(as_json):
         from bigtrain.checkpoint.peft import PeftFiles
         from bigtrain.models.hf_files import HfFiles
@@ -261,13 +261,16 @@ def _with_adapters(adapters: PeftFiles, base: Path | None, out: Path) -> tuple[i
 
 
 def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[str]:
-    """The keys of a run's YAML that begin with what was imported."""
+    """The lines of a run's YAML with which a run starts from the imported checkpoint."""
     lines = [] if model is None else [f"model: {json.dumps(model)}"]
     return [*lines, f"init: {{source: {out}@{step}}}"]
 
 
 def _checkpoint_of(run: str, runs_dir: Path) -> tuple[RunDirectory, int]:
-    """A run, fetched where a URL names it, and the step that is meant: the newest where none is given."""
+    """The run directory and the step of a checkpoint.
+
+    A run that is named by a URL is fetched. If no step is given, it is that of the newest checkpoint.
+    """
     from bigtrain.checkpoint.restore import newest_of, run_at
 
     found, step = run_at(run, runs_dir)

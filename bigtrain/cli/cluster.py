@@ -1,4 +1,4 @@
-"""Commands that raise a cluster on this machine and take it down."""
+"""Commands that start and end a Ray cluster on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def local(
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Raise several Ray nodes on this machine; returns when they are up."""
+    """Start several Ray nodes on this machine, and wait until they are up."""
     with errors(as_json):
         from bigtrain.jobs.cluster.local import default_directory, raise_local
 
@@ -55,7 +55,7 @@ def _how_to_use(result: dict[str, Any]) -> str:
 
 @app.command()
 def down(directory: Directory = None, as_json: Json = False) -> None:
-    """End every process of the cluster that `cluster local` has raised, and no other."""
+    """End all processes of the cluster that `cluster local` has started, and no others."""
     with errors(as_json):
         from bigtrain.jobs.cluster.local import default_directory, take_down
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, errors, and how a result is shown."""
+"""Options, error handling and output that the commands share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUNS = Path("runs")
 
 @contextmanager
 def errors(as_json: bool = False) -> Iterator[None]:
-    """Show a user's mistake without a traceback, and exit with its code."""
+    """Print a user error without a traceback, and exit with its exit code."""
     from bigtrain.config import UserError
 
     try:
@@ -52,7 +52,14 @@ def errors(as_json: bool = False) -> Iterator[None]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each thing done; where stderr is a terminal, a line there shows it."""
+    """A context with a function that counts finished items; if stderr is a terminal, the count is shown there.
+
+    Args:
+        what: What is done or counted, for the shown line.
+
+    Yields:
+        A function to call with the name of each finished item.
+    """
     done = 0
 
     def count(name: str) -> None:
@@ -70,7 +77,11 @@ def counting(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A function to call with a stage and how much of it is done; where stderr is a terminal, a line there shows it."""
+    """A context with a function that shows the progress of stages, if stderr is a terminal.
+
+    Yields:
+        A function to call with the name of a stage, the number of finished items and the number of all items.
+    """
     shown = False
 
     def say(stage: str, done: int, total: int) -> None:
@@ -87,12 +98,12 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
-    """Print a result for a program or for a person."""
+    """Print a result as JSON, or as the text that `text` makes of it."""
     print(json.dumps(result) if as_json else text(result))
 
 
 def lines(result: dict[str, Any], indent: str = "") -> str:
-    """A JSON object as lines of "key  value", for people."""
+    """Format a JSON object as lines of "key  value", for users."""
     width = max((len(key) for key in result), default=0)
     text = []
     for key, value in result.items():
@@ -109,7 +120,7 @@ def lines(result: dict[str, Any], indent: str = "") -> str:
 
 
 def load(config: Path, overrides: list[str] | None, name: str | None = None, plugin: list[str] | None = None) -> Any:
-    """A run's config; see `bigtrain.run.load_config`."""
+    """Load plugins and a run's config; see `bigtrain.run.load_config`."""
     from bigtrain.run import load_config
 
     load_plugins(plugin)
@@ -117,7 +128,7 @@ def load(config: Path, overrides: list[str] | None, name: str | None = None, plu
 
 
 def bring_back_here(config: Any, runs_dir: Path) -> None:
-    """Restore a run that has no checkpoint here, and has some on its store."""
+    """Restore a run that has no checkpoint on this machine, but has checkpoints on its store."""
     if config.checkpoint.storage is not None:
         from bigtrain.checkpoint.restore import bring_back
 
@@ -127,7 +138,7 @@ def bring_back_here(config: Any, runs_dir: Path) -> None:
 
 
 def load_plugins(places: list[str] | None) -> Any:
-    """The code that `--plugin` names; see `bigtrain.config.plugin.load_plugin`."""
+    """Load the user code that `--plugin` names; see `bigtrain.config.plugin.load_plugin`."""
     from bigtrain.config.plugin import load_plugin
 
     return load_plugin(os.pathsep.join(places)) if places else None

@@ -1,4 +1,4 @@
-"""Commands on configs."""
+"""The commands `bigtrain config`: show, validate and describe configs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config_show(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Print the resolved config: every default, absolute paths."""
+    """Print the resolved config, with all defaults and absolute paths."""
     with errors(as_json):
         from bigtrain.config.yaml_file import dump
 

@@ -1,4 +1,4 @@
-"""Commands on data."""
+"""The commands `bigtrain data`: pack, index, inspect and verify data sets."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def data_pack(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Pack text, images or arrays into WebDataset shards; after a kill the same command goes on."""
+    """Pack text, images or arrays into WebDataset shards; after a kill, the same command continues."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.units import parse_bytes
@@ -124,7 +124,11 @@ def data_pack(
 
 
 def _one_kind(kind: str | None, flags: dict[str, bool]) -> str:
-    """The sample kind that --kind and the flags of single kinds name together."""
+    """The sample kind that --kind or the flag of a kind (--images, --captions, --arrays) names; default: tokens.
+
+    Raises:
+        UserError: The options name different kinds.
+    """
     from bigtrain.config import UserError
 
     named = [*([kind] if kind else []), *(name for name, given in flags.items() if given and name != kind)]
@@ -148,7 +152,7 @@ def _tokenizer(source: str, eot: str | None, bos: str, special: bool, chat_templ
 
 
 def _show_passed(passed: PassedOver, as_json: bool) -> None:
-    """Print what was not used."""
+    """Print which inputs and samples were not used."""
     for line in passed.lines():
         print(line, file=sys.stderr if as_json else sys.stdout)
 
@@ -173,7 +177,7 @@ def data_tokenizer(
     key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """Learn a tokenizer from text: a byte-level BPE, or its characters."""
+    """Train a tokenizer on text: a byte-level BPE, or one token for each character."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.data.encoding.learned import characters_of, train_bpe
@@ -202,7 +206,7 @@ def data_index(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Index tars made elsewhere, so that runs can read them."""
+    """Index tars that other programs made, so that runs can read them."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.config.urls import is_url
@@ -239,7 +243,7 @@ def data_index(
 
 
 def _counted(index: ShardIndex) -> str:
-    """How much an index holds: "10 documents (2,906 tokens)"."""
+    """The numbers of samples and tokens of an index, as "10 documents (2,906 tokens)"."""
     kind = index.sample_kind
     noun = "documents" if kind.unit == "tokens" else kind.unit
     return f"{index.samples:,} {noun}" + (f" ({index.tokens:,} tokens)" if index.of_tokens else "")
@@ -255,7 +259,7 @@ def data_inspect(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a shard directory holds, or how well its order is shuffled."""
+    """Show the content of a shard directory, or how well its sample order is shuffled."""
     with errors(as_json):
         load_plugins(plugin)
         if shuffle:
@@ -311,7 +315,7 @@ def data_overlap(
     validation: Annotated[Path, typer.Argument(help="Held-out shards or files; shards get the finding beside them.")],
     as_json: Json = False,
 ) -> None:
-    """Find passages of held-out text that the training text has too: exact, near and shifted copies."""
+    """Find passages of held-out text that also occur in the training text: exact, near and shifted copies."""
     with errors(as_json):
         from bigtrain.data.overlap import overlap, record
 

@@ -1,4 +1,4 @@
-"""The command that looks for what would make a run fail."""
+"""The command `bigtrain doctor`, which finds causes of failures before a run starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def doctor(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Check versions, clocks, disks, shared storage, network, keys; exits 1 where something fails."""
+    """Check versions, clocks, disks, shared storage, network and keys; exits with 1 if a check fails."""
     with errors(as_json):
         place = str(runs_dir.absolute())
         secrets = None if secrets_file is None else str(secrets_file)

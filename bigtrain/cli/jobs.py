@@ -1,4 +1,4 @@
-"""Commands on runs, here or on a cluster: status, events, logs, stop, resume."""
+"""Commands for runs on this machine or on a cluster: status, events, logs, stop, resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def status(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show where runs stand."""
+    """Show the state and progress of runs."""
     with errors(as_json):
         if name is not None:
             with view_of(name, address, token_file, runs_dir) as view:
@@ -80,7 +80,7 @@ def events(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show what has happened to a run."""
+    """Show the events of a run."""
     with errors(as_json), view_of(name, address, token_file, runs_dir) as view:
         show({"events": view.events()}, as_json, lambda result: "\n".join(map(_event_line, result["events"])))
 
@@ -107,7 +107,7 @@ def logs(
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Print what a run or one of its ranks has written."""
+    """Print the log of a run or of one of its ranks."""
     with errors(), view_of(name, address, token_file, runs_dir) as view:
         from bigtrain.config import UserError
         from bigtrain.jobs.cluster.views import ClusterView, read_log
@@ -137,7 +137,7 @@ def stop(
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Let runs save themselves and end; they can be resumed."""
+    """Save and stop runs; they can be resumed."""
     with errors():
         from bigtrain.jobs.stop import each
 
@@ -176,7 +176,7 @@ def resume(
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with a run from its newest checkpoint, or from an older one, by the config that it recorded."""
+    """Resume a run from its newest checkpoint, or from an older one, with its recorded config."""
     began = time.time()
     with errors(as_json):
         if address is None:

@@ -1,4 +1,4 @@
-"""`bigtrain plan` and `bigtrain prove`: a run's memory, time, cost and layout before a GPU is taken, and its result."""
+"""`bigtrain plan` and `bigtrain prove`: predict memory, time and cost of a run's layouts, and verify a layout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Find the best legal layout on some GPUs: does it fit, how fast is it, what does it cost, and why."""
+    """Find the best layout of a run for a number of GPUs: whether it fits, how fast it is, what it costs, and why."""
     with errors(as_json):
         from bigtrain.config import UserError
         from bigtrain.hardware.cluster import cluster
@@ -77,15 +77,15 @@ def _rehearse(config: Any, outputs: int, count: int, as_json: bool) -> None:
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def prove(context: typer.Context) -> None:
-    """Compare a run's model, shrunk, at its layout on CPU processes with one process; --help shows its options."""
+    """Compare a small copy of a run's model, in its layout on CPU processes, with one process; --help shows options."""
     os.execv(sys.executable, [sys.executable, "-m", "bigtrain.testing.prove", *context.args])
 
 
 def vocabulary(config: Any) -> int:
-    """Entries of the vocabulary, from the run's data.
+    """Number of entries of the vocabulary, from the run's data.
 
     Raises:
-        UserError: The data is not here.
+        UserError: The data cannot be read.
     """
     from bigtrain.config import UserError
     from bigtrain.training.prepare import prepare
@@ -100,7 +100,7 @@ def vocabulary(config: Any) -> int:
 
 
 def tokens_of(config: Any, job: Any) -> float | None:
-    """Tokens of the full run; None if its duration is in epochs of data that is not read here."""
+    """Number of tokens of the full run; None if its duration is in epochs, as the data is not read."""
     step = job.batch * job.model.context
     try:
         return float(config.duration.in_steps(step, job.batch, None) * step)

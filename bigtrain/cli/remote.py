@@ -1,4 +1,4 @@
-"""What the commands on runs of a cluster share: how it is reached, and how a run on it is shown."""
+"""Options and functions of the commands that reach a cluster and show its runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ DETACHED = 130
 
 @contextmanager
 def reached(dashboard: Dashboard) -> Iterator[None]:
-    """Say it in one line where the dashboard does not answer any more."""
+    """Turn a lost dashboard into a user error, which is printed as one line.
+
+    Raises:
+        UserError: The dashboard does not answer.
+    """
     from bigtrain.jobs.cluster.dashboard import DashboardGone
 
     try:
@@ -49,7 +53,7 @@ def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
 
 @contextmanager
 def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: Path) -> Iterator[RunView]:
-    """A run on a cluster, or on this machine where no address is given."""
+    """A context with the view of a run: on the cluster at `address`, or on this machine if `address` is None."""
     if address is None:
         from bigtrain.jobs.cluster.views import LocalView
         from bigtrain.run import find_run
@@ -64,7 +68,7 @@ def view_of(name: str, address: str | None, token_file: Path | None, runs_dir: P
 
 
 def say(line: str) -> None:
-    """Print a line where it does not mix with results."""
+    """Print a line to stderr, so that it does not mix with results on stdout."""
     print(line, file=enduring(sys.stderr), flush=True)
 
 
@@ -116,7 +120,7 @@ def _forecast_text(held: dict[str, Any]) -> str:
 
 
 def driver_lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """What the driver says, without what Ray Jobs says before it."""
+    """The lines that the driver prints, without those that Ray Jobs prints before them."""
     rest, begun = "", False
     for chunk in chunks:
         *lines, rest = (rest + chunk.decode(errors="replace")).split("\n")

@@ -27,7 +27,7 @@ app = typer.Typer()
 
 
 def runs_dir_of(config: Path, runs_dir: Path | None) -> Path:
-    """Where the run of a config lives: beside its siblings, where the config is that of an existing run."""
+    """The directory of runs for a config: `runs_dir` if given, or else the one that holds the config's run, or RUNS."""
     if runs_dir is not None:
         return runs_dir
     return config.resolve().parent.parent if (config.parent / RECORD).exists() else RUNS
@@ -47,7 +47,7 @@ def train(
     plugin: PluginOption = None,
     runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
 ) -> None:
-    """Train a run on this machine; a run that exists resumes where it is."""
+    """Train a run on this machine; a run that exists is resumed."""
     with errors():
         from bigtrain.jobs.train import train as start
 
@@ -81,13 +81,13 @@ def sample(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Continue prompts, or write an image's caption, with the weights of a run."""
+    """Generate text that continues prompts, or a caption of an image, with the weights of a run."""
     with errors(as_json):
         from bigtrain.checkpoint.restore import run_at
         from bigtrain.models.hf_files import HfFiles
 
         load_plugins(plugin)
-        from bigtrain.models.sampling import Choice  # torch, which takes seconds
+        from bigtrain.models.sampling import Choice  # imports torch, which takes seconds
         from bigtrain.training.sample import Prompt, caption, read_prompts, writer_of_directory, writer_of_run
 
         try:
@@ -135,7 +135,7 @@ def evaluate(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of checkpoints on held-out shards, at any layout that they load at."""
+    """Measure loss, perplexity and bits per byte of checkpoints on held-out shards, with any layout that fits."""
     with errors(as_json):
         from bigtrain.jobs.evaluate import evaluate as measure
 
@@ -160,7 +160,7 @@ def evaluate(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """A line for each checkpoint and set."""
+    """A table with one line for each checkpoint and data set."""
     lines = [f"{'checkpoint':<32} {'set':<16} {'loss':>10} {'perplexity':>12} {'bits/byte':>10}"]
     for row in rows:
         name = (
@@ -170,7 +170,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         )
         for of, found in row["sets"].items():
             if of == "all" and sum("loss" in one for one in row["sets"].values()) == 2:
-                continue  # one set is all there is
+                continue  # With one data set, "all" is the same.
             if "loss" not in found:
                 lines.append(f"{name:<32} {of:<16} " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
                 continue
@@ -186,7 +186,7 @@ def report(
     beside: Annotated[str | None, typer.Argument(help="A second run, to show both side by side.")] = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Write a run's report, or one page of two runs: one HTML file that opens offline."""
+    """Write the report of a run, or the comparison of two runs, as one HTML file that opens offline."""
     with errors():
         from bigtrain.run import Lease, find_run
         from bigtrain.tracking.report import write_comparison, write_report

@@ -1,4 +1,4 @@
-"""Commands on scaling laws."""
+"""The commands `bigtrain scaling`: fit scaling laws and predict losses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def scaling_fit(
     wandb: Annotated[bool, typer.Option("--wandb", help="Record the law as a W&B run too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fit a scaling law three ways, with intervals."""
+    """Fit a scaling law by three approaches, with confidence intervals."""
     with errors(as_json):
         from bigtrain.config import UserError
 
@@ -94,7 +94,7 @@ def scaling_fit(
 
 
 def _slim(law: dict[str, Any]) -> dict[str, Any]:
-    """A law without its replicates."""
+    """A law without the replicates of its bootstrap."""
 
     def one(value: Any) -> Any:
         if isinstance(value, dict):
@@ -110,7 +110,11 @@ def _progress(text: str) -> None:
 
 
 def number(name: str, text: str | None) -> float | None:
-    """The number of an option, which may carry a suffix."""
+    """Parse the number of an option, which may have a suffix, such as 7B; None if the option is not given.
+
+    Raises:
+        UserError: The text is not a positive, finite number.
+    """
     from bigtrain.config import UserError
     from bigtrain.scaling.runs.numbers import parse_number
 
@@ -136,7 +140,7 @@ def scaling_predict(
     tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="D, where it is not the optimal one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what to train with a budget, and the loss to expect."""
+    """Print the best model size and number of tokens for a compute budget, and the predicted loss."""
     with errors(as_json):
         from bigtrain.scaling.document import read_law
         from bigtrain.scaling.predict import predict

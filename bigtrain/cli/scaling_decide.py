@@ -1,4 +1,4 @@
-"""Commands that turn a law into a decision: task accuracy, comparisons of recipes, forecasts of runs."""
+"""The `bigtrain scaling` commands for decisions: task accuracy, comparisons of recipes, forecasts, learning rates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scaling_tasks(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Predict the accuracy of tasks at an N and a D, by two laws in a chain."""
+    """Predict the accuracy of tasks at a model size N and token count D, by two laws in a chain."""
     with errors(as_json):
         from bigtrain.scaling.decide import predict_tasks
 
@@ -69,7 +69,7 @@ def scaling_compare(
     where: Annotated[str | None, typer.Option(help="Which rows of both.")] = None,
     as_json: Json = False,
 ) -> None:
-    """How many times recipe B's compute recipe A needs for the same loss, with an interval."""
+    """Estimate how many times recipe B's compute recipe A needs for the same loss, with an interval."""
     with errors(as_json):
         from bigtrain.scaling.decide import compare_recipes
 
@@ -110,7 +110,7 @@ def scaling_preregister(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Freeze what a law predicts of a run, before it starts; status and report hold the run against it."""
+    """Record a law's prediction for a run before it starts; status and report compare the run with it."""
     with errors(as_json):
         from bigtrain.sweeps.preregister import preregister_run
 
@@ -151,7 +151,7 @@ def scaling_rates(
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
-    """Fit laws of the best learning rate and the best batch, with intervals."""
+    """Fit laws of the best learning rate and the best batch size, with confidence intervals."""
     with errors(as_json):
         from bigtrain.scaling.decide import fit_rates
         from bigtrain.scaling.runs.columns import ColumnNames

@@ -1,4 +1,4 @@
-"""Commands that start runs elsewhere, and scripts of the user's own: submit, run."""
+"""Commands that submit runs to a cluster and run a user's own scripts: submit, run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def submit(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Start a run on a Ray cluster; it goes on when this command ends. The same name resumes it."""
+    """Start a run on a Ray cluster; it continues when this command ends. The same name resumes it."""
     began = time.time()
     with errors(as_json):
         from bigtrain.config import UserError
@@ -109,7 +109,17 @@ def submit(
 def request_maker(
     began: float, secrets_file: Path | None, max_duration: str | None, environment: dict[str, str] | None = None
 ) -> Callable[..., Request]:
-    """A function that makes the request of a submission from its name and runs directory."""
+    """A function that builds the request of a submission from its name and directory of runs.
+
+    Args:
+        began: Time of the submission in seconds since the epoch.
+        secrets_file: Path of a file with secrets on the nodes.
+        max_duration: The value of --max-duration.
+        environment: Environment variables for the ranks.
+
+    Raises:
+        UserError: `max_duration` is not a time.
+    """
     from bigtrain.config import Duration, UserError
     from bigtrain.jobs.cluster.package import Request, versions
 
@@ -133,7 +143,7 @@ def request_maker(
 
 
 def _note_launcher(call: ScriptCall, launcher: str) -> None:
-    """Say it where a script seems to be written for another launcher."""
+    """Print a note if a script seems to be written for another launcher."""
     from bigtrain.jobs.scripts.launcher import notes
 
     if not call.module and Path(call.file).is_file():
@@ -162,7 +172,19 @@ def _of_script(
 
 
 def send(dashboard: Dashboard, submission: Submission, dry_run: bool, follow: bool, wait: bool, as_json: bool) -> int:
-    """Check a submission against its cluster, send it, and watch it as long as the command line says."""
+    """Check a submission against the cluster, send it, and wait or follow as the options request.
+
+    Args:
+        dashboard: The cluster.
+        submission: The submission.
+        dry_run: Whether to only check and print what would be submitted.
+        follow: Whether to show the driver's output until the run ends.
+        wait: Whether to wait until the run ends.
+        as_json: Whether to print the result as JSON.
+
+    Returns:
+        The exit code of the command: with `follow` or `wait` that of the run.
+    """
     from dataclasses import replace
 
     from bigtrain.jobs.cluster.submission import check_capacity, check_fits, check_versions, next_id, see_off
@@ -247,7 +269,7 @@ def _wait(view: ClusterView) -> int:
 
 
 def _ended(view: ClusterView, code: int, as_json: bool) -> int:
-    """Show why a job was over before its ranks ran."""
+    """Show why a job ended before its ranks ran; returns its exit code."""
     error = (view.board() or {}).get("error")
     if as_json and error:
         print(json.dumps(error))
@@ -274,7 +296,7 @@ def run_here(
     env: EnvOption = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Run a script of your own on this machine, as torchrun does; with restarts, logs and `stop`."""
+    """Run your own script on this machine, like torchrun, with restarts, logs and `bigtrain stop`."""
     with errors():
         from bigtrain.jobs.scripts.launch import job_config
 

@@ -1,4 +1,4 @@
-"""Commands on sweeps."""
+"""The commands `bigtrain sweep`: plan, run and inspect sweeps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sweep_plan(
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show the grid, what it costs, and the interval that it can be expected to give."""
+    """Show the grid of a sweep, its cost, and the expected width of the interval of its prediction."""
     with errors(as_json):
         from bigtrain.sweeps.load import load_sweep
         from bigtrain.sweeps.plan import make_plan, plan_text
@@ -52,7 +52,7 @@ def sweep_run(
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Run a sweep, or go on with it; points added to the file are added to it."""
+    """Run or resume a sweep; points that were added to the file are added to the sweep."""
     with errors():
         from bigtrain.sweeps.driver import run_sweep
         from bigtrain.sweeps.load import load_sweep
@@ -64,7 +64,7 @@ def sweep_run(
 
 @app.command("resume")
 def sweep_resume(sweep: SweepName, plugin: PluginOption = None, runs_dir: RunsDir = RUNS) -> None:
-    """Go on with a sweep as it was last run."""
+    """Resume a sweep with its recorded config."""
     with errors():
         code = _resume(sweep, runs_dir, plugin)
     raise typer.Exit(code)
@@ -72,7 +72,7 @@ def sweep_resume(sweep: SweepName, plugin: PluginOption = None, runs_dir: RunsDi
 
 @app.command("status")
 def sweep_status(sweep: SweepName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Show where a sweep and its trials stand."""
+    """Show the state and progress of a sweep and its trials."""
     with errors(as_json):
         from bigtrain.sweeps.journal import find_sweep
         from bigtrain.sweeps.status import sweep_status as read
@@ -86,7 +86,7 @@ def sweep_stop(
     now: Now = False,
     runs_dir: RunsDir = RUNS,
 ) -> None:
-    """Let the running trials save themselves and end the sweep; it can be resumed."""
+    """Save the running trials and stop the sweep; it can be resumed."""
     with errors():
         from bigtrain.jobs.stop import stop
         from bigtrain.sweeps.journal import find_sweep
@@ -96,7 +96,7 @@ def sweep_stop(
 
 @app.command("logs")
 def sweep_logs(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = RUNS, as_json: Json = False) -> None:
-    """Print what a trial's launcher has printed, and where its ranks' logs are."""
+    """Print the log of a trial's launcher, and the paths of its ranks' logs."""
     with errors(as_json):
         from bigtrain.sweeps.journal import find_sweep, read_state
 
@@ -111,7 +111,7 @@ def sweep_logs(sweep: SweepName, trial: TrialName, runs_dir: RunsDir = RUNS, as_
 
 @app.command("retry")
 def sweep_retry(sweep: SweepName, trial: TrialName, plugin: PluginOption = None, runs_dir: RunsDir = RUNS) -> None:
-    """Let a failed or refused trial run again, and go on with the sweep."""
+    """Allow a failed or refused trial to run again, and resume the sweep."""
     with errors():
         from bigtrain.sweeps.driver import let_retry
         from bigtrain.sweeps.journal import find_sweep

@@ -1,4 +1,4 @@
-"""What accelerators can do on paper, and what this machine has."""
+"""Data-sheet figures of accelerators, and the hardware of this machine."""
 
 from bigtrain.hardware.devices import Device, lookup, mfu
 

@@ -1,11 +1,11 @@
-"""Machines to plan for: an accelerator, how many a node has, the links between them, and what of it real kernels reach.
+"""Clusters for the planner: accelerator, accelerators per node, links, and the share of the peak that kernels reach.
 
     cluster("h100")                     # a built-in entry, by its short name or its accelerator's name
-    cluster("my-cluster.yaml")          # a file of one's own
+    cluster("my-cluster.yaml")          # a user's file
     register(Cluster(...))              # from a plugin
 
-A user's file holds the keys of `Cluster`; `extends: h100` starts from a known entry, so that a file may give a price
-alone.
+A user's file holds the keys of `Cluster`. With `extends: h100` it starts from a known entry, so that it may hold, for
+example, only a price.
 """
 
 from __future__ import annotations
@@ -27,90 +27,92 @@ SUFFIXES = (".yaml", ".yml")
 
 
 class Link(Section):
-    """What moves bytes between accelerators."""
+    """A connection between accelerators."""
 
     bytes_per_s: Annotated[float, Ge(1e6), Le(1e14)]
-    """Bandwidth of one accelerator in one direction, as the vendor states it."""
+    """Bandwidth of one accelerator in one direction, in bytes per second, as the vendor states it."""
 
     latency_s: Annotated[float, Ge(0), Le(1)] = 5e-6
-    """Time of one step of a collective, however few its bytes."""
+    """Smallest time of one step of a collective, in seconds, for any number of bytes."""
 
 
 class Rates(Section):
-    """What real kernels reach of the data sheet; calibrated on measured runs (tests/bench/plan_tables.py)."""
+    """Shares of data-sheet figures that kernels reach, calibrated on measured runs (tests/bench/plan_tables.py)."""
 
     matmul: Share = 0.75
-    """Of the peak of matrix units, by large matrix products."""
+    """Share of the matrix units' peak that large matrix products reach."""
 
     attention: Share = 0.5
-    """Of the same peak, by fused attention."""
+    """Share of the matrix units' peak that fused attention reaches."""
 
     memory: Share = 0.8
-    """Of the memory's bandwidth, by kernels that it bounds."""
+    """Share of the memory bandwidth that memory-bound kernels reach."""
 
     link: Share = 0.75
-    """Of the bandwidth inside a node, by collectives."""
+    """Share of the bandwidth inside a node that collectives reach."""
 
     network: Share = 0.75
-    """Of the bandwidth between nodes, by collectives."""
+    """Share of the bandwidth between nodes that collectives reach."""
 
     launch_s: Annotated[float, Ge(0), Le(0.01)] = 6e-6
-    """Time in which the host starts one kernel."""
+    """Time in which the host launches one kernel, in seconds."""
 
     pass_s: Annotated[float, Ge(0), Le(1)] = 0.0
-    """What the host adds to each pass of a micro-batch: data, loss, schedule."""
+    """Time that the host adds to each pass of a micro-batch (data, loss, schedule), in seconds."""
 
     step_s: Annotated[float, Ge(0), Le(10)] = 0.0
-    """What the host adds to each step."""
+    """Time that the host adds to each step, in seconds."""
 
     interference: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of an overlapped collective's time by which it slows what computes meanwhile."""
+    """Slowdown of computation by an overlapped collective, as a share of the collective's time."""
 
 
 class Cluster(Section):
-    """Like nodes of like accelerators."""
+    """A cluster of equal nodes with equal accelerators."""
 
     name: str
-    """The name to plan with, such as "h100"."""
+    """The name for `--hardware`, such as "h100"."""
 
     device: Device
-    """The accelerator; in a file also the name of a known one."""
+    """The accelerator; a file may also give the name of a known one."""
 
     per_node: Annotated[int, Ge(1), Le(1024)] = 8
-    """Accelerators of one node, which the faster links connect."""
+    """Number of accelerators in one node, connected by the link `inside`."""
 
     processors: Annotated[int, Ge(1), Le(100_000)] = 132
-    """Units of an accelerator that compute tiles of a matrix product side by side (streaming multiprocessors)."""
+    """Number of units of an accelerator that compute tiles of a matrix product in parallel (streaming
+    multiprocessors)."""
 
     inside: Link
-    """Between accelerators of one node."""
+    """The link between accelerators of one node."""
 
     between: Link
-    """Between nodes, for each accelerator."""
+    """The link between nodes, for each accelerator."""
 
     rates: Rates = Rates()
-    """What kernels and collectives reach."""
+    """Shares of the peaks that kernels and collectives reach."""
 
     usable_memory: Share = 0.94
-    """Of the device's memory: the rest is the driver's, the libraries' and lost between allocations."""
+    """Share of the device's memory that a process can use; the driver, libraries and fragmentation take the rest."""
 
     usd_per_hour: Annotated[float, Gt(0), Le(10_000)] | None = None
-    """Price of one accelerator for an hour; None: the device's."""
+    """Price of one accelerator for an hour in US dollars; None: the price of the device."""
 
     storage_bytes_per_s: Annotated[float, Ge(1e6), Le(1e15)] = 2e9
-    """What one node writes of a checkpoint in a second."""
+    """Rate at which one node writes a checkpoint, in bytes per second."""
 
     failures_per_device_hour: Annotated[float, Ge(0), Le(1)] = 2.0e-5
-    """Unexpected interruptions. Llama 3 on 16,384 H100s: one in 3.1 h (Dubey et al. 2024, section 3.3.4)."""
+    """Unexpected interruptions per device and hour. Llama 3 on 16,384 H100s had one in 3.1 h (Dubey et al. 2024,
+    section 3.3.4)."""
 
     @property
     def memory_bytes(self) -> int:
-        """What a process can use of one accelerator."""
+        """Memory of one accelerator that a process can use, in bytes."""
         return int(self.device.memory_bytes * self.usable_memory)
 
     @property
     def price(self) -> float | None:
-        """US dollars for one accelerator and hour, where it is known."""
+        """Price of one accelerator for an hour in US dollars; None if not known."""
         return self.usd_per_hour if self.usd_per_hour is not None else self.device.usd_per_hour
 
 
@@ -118,21 +120,25 @@ _registered: dict[str, Cluster] = {}
 
 
 def register(entry: Cluster) -> Cluster:
-    """Add an entry, or replace the one of its name; for plugins."""
+    """Add an entry, or replace the entry of the same name; for plugins."""
     _registered[_key(entry.name)] = entry
     return entry
 
 
 def known_clusters() -> list[Cluster]:
-    """All entries, those of plugins last."""
+    """All entries; entries of plugins are last."""
     return list({**_built_in(), **_registered}.values())
 
 
 def cluster(name: str) -> Cluster:
-    """The entry of a name, of an accelerator's name, or in a YAML file.
+    """Find a cluster.
+
+    Args:
+        name: Name of an entry, name of its accelerator, or path of a YAML file.
 
     Raises:
-        UserError: No such entry or file (nearest names), or values that no machine has.
+        UserError: No entry has the name (the message suggests a similar one), or the file cannot be read or has
+            invalid values.
     """
     if name.endswith(SUFFIXES):
         return read_cluster(Path(name))
@@ -147,10 +153,10 @@ def cluster(name: str) -> Cluster:
 
 
 def read_cluster(path: Path) -> Cluster:
-    """The entry in a user's file.
+    """Read a cluster from a user's YAML file.
 
     Raises:
-        UserError: The file cannot be read, or its values are refused, by key.
+        UserError: The file is not a YAML mapping, or a value is invalid; the message names the key.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

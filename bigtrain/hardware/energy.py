@@ -1,4 +1,4 @@
-"""Energy that this machine's processors (RAPL) and GPUs (NVML) have used, if their counters can be read."""
+"""The energy that this machine's processors (RAPL) and GPUs (NVML) use, if their counters can be read."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from bigtrain.hardware import nvml
 
 POWERCAP: Final = Path("/sys/class/powercap")
 SAMPLE_S: Final = 60.0
-"""Time between two readings: RAPL's counters begin again after 262 kJ, 10 minutes of a busy server's processor."""
+"""Time between two readings: RAPL's counters wrap after 262 kJ, which a busy server processor uses in 10 minutes."""
 
 Counter = Callable[[], float]
-"""Joules since some moment in the past; raises OSError where it can no longer be read."""
+"""Returns joules since a fixed moment in the past; raises OSError if the counter can no longer be read."""
 
 
 class RaplPackage:
-    """A processor's energy without that of its memory, as a counter that never wraps.
+    """A counter of a processor's energy, without that of its memory, that does not wrap.
 
     Args:
-        path: A directory intel-rapl:N of powercap; Linux lets only root read it unless an administrator changed that.
+        path: A directory intel-rapl:N of powercap. By default, only root can read its counter.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class RaplPackage:
 
 
 def rapl_packages(powercap: Path = POWERCAP) -> list[Counter]:
-    """One counter for each processor; none if one of them cannot be read, since a part would look like the total."""
+    """One counter for each processor; none if any of them cannot be read, as a partial sum would be misleading."""
     try:
         return [RaplPackage(path) for path in sorted(powercap.glob("intel-rapl:[0-9]*")) if path.name.count(":") == 1]
     except (OSError, ValueError):
@@ -47,12 +47,13 @@ def rapl_packages(powercap: Path = POWERCAP) -> list[Counter]:
 
 
 class EnergyMeter:
-    """Adds up all counters in the background until `stop`.
+    """Sums all energy counters in a background thread until `stop`.
 
-    It measures the machine, not the run: the energy of other processes is included.
+    The meter measures the machine, not only the run, so the energy of other processes is included.
 
     Args:
-        counters: By default all that this machine has.
+        counters: The counters; by default all counters of this machine.
+        sample_s: Seconds between two readings.
     """
 
     def __init__(self, counters: list[Counter] | None = None, sample_s: float = SAMPLE_S) -> None:
@@ -65,7 +66,7 @@ class EnergyMeter:
             threading.Thread(target=self._sample, args=(sample_s,), name="energy", daemon=True).start()
 
     def take(self) -> float | None:
-        """Joules since the last call, or since the meter began; None where they cannot be read."""
+        """Joules since the last call, or since the meter was created; None if they cannot be read."""
         with self._lock:
             now_j = self._read()
             if not self._readable:
@@ -74,7 +75,7 @@ class EnergyMeter:
             return used_j
 
     def stop(self) -> None:
-        """End the readings in the background."""
+        """Stop the background thread."""
         self._stopped.set()
 
     def _read(self) -> float:

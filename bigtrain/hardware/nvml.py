@@ -1,4 +1,4 @@
-"""NVIDIA's management library, of this machine's GPUs: without a driver there are none."""
+"""Readings of this machine's NVIDIA GPUs by NVIDIA's management library (NVML), which comes with the driver."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def energy_counters() -> list[Callable[[], float]]:
-    """Joules since some moment in the past, one counter for each GPU (Volta and newer); none without a driver.
+    """One energy counter for each GPU (Volta and newer); an empty list without a driver.
 
-    A counter raises OSError if it can no longer be read.
+    A counter returns joules since a fixed moment in the past. It raises OSError if it can no longer be read.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -48,13 +48,13 @@ class _Memory(ctypes.Structure):
 
 
 class NvmlDevice:
-    """One GPU.
+    """The readings of one GPU.
 
     Args:
-        uuid: As `torch.cuda.get_device_properties(device).uuid` prints it.
+        uuid: UUID of the GPU, as `torch.cuda.get_device_properties(device).uuid` prints it.
 
     Raises:
-        OSError: There is no driver, or it does not know the GPU.
+        OSError: There is no driver, or the driver does not know the GPU.
     """
 
     def __init__(self, uuid: str) -> None:
@@ -65,19 +65,19 @@ class NvmlDevice:
         self._check(self._library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(self._handle)))
 
     def power_w(self) -> float:
-        """Watts that it draws."""
+        """Power draw of the GPU, in watts."""
         milliwatts = ctypes.c_uint()
         self._check(self._library.nvmlDeviceGetPowerUsage(self._handle, ctypes.byref(milliwatts)))
         return milliwatts.value / 1e3
 
     def temperature_c(self) -> float:
-        """Degrees Celsius of its core."""
+        """Temperature of the GPU's core, in degrees Celsius."""
         degrees = ctypes.c_uint()
         self._check(self._library.nvmlDeviceGetTemperature(self._handle, 0, ctypes.byref(degrees)))
         return float(degrees.value)
 
     def memory_bytes(self) -> float:
-        """Bytes in use, by all processes."""
+        """GPU memory in use by all processes, in bytes."""
         memory = _Memory()
         self._check(self._library.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(memory)))
         return float(memory.used)

@@ -1,4 +1,4 @@
-"""What this machine has: device, cores, memory, host name; without torch unless asked."""
+"""The hardware of this machine: accelerators, cores, memory and host name. Imports torch only on request."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _UNLIMITED_BYTES = 1 << 60
 
 @dataclass(frozen=True)
 class Machine:
-    """One host as a rank sees it."""
+    """The hardware of one host that a process sees."""
 
     hostname: str
     device_name: str
-    """The accelerator's name as its driver reports it, or the processor's where there is none."""
+    """The accelerator's name as its driver reports it; without an accelerator, the processor's name."""
     n_devices: int
-    """Accelerators that can be seen; 0 on a machine that has only its processor."""
+    """Number of visible accelerators; 0 on a machine without accelerators."""
     cores: int
-    """Processor cores that this process may use: affinity and the container's quota are taken into account."""
+    """Number of processor cores that this process may use, given its affinity and the container's quota."""
     memory_bytes: int
-    """Main memory that this process may use: the container's limit is taken into account."""
+    """Main memory that this process may use, in bytes, given the container's limit."""
 
 
 def this_machine(use_torch: bool = False) -> Machine:
     """Describe this machine.
 
     Args:
-        use_torch: Ask torch for the devices; exact where devices are hidden from this process or are not
-            NVIDIA's, but the import costs seconds. Otherwise the driver is queried.
+        use_torch: Whether torch finds the devices. torch is exact even if devices are hidden from this process or are
+            not NVIDIA's, but its import takes seconds. Otherwise the driver is queried.
     """
     devices = _devices_by_torch() if use_torch else _devices_by_driver()
     return Machine(
@@ -85,7 +85,7 @@ def _field(text: str, name: str) -> str:
 
 
 def processor_name() -> str:
-    """The processor's model as the kernel reports it, or "cpu" where it does not."""
+    """The processor's model as the kernel reports it, or "cpu" if the kernel does not report it."""
     try:
         return _field(Path("/proc/cpuinfo").read_text(), "model name") or "cpu"
     except OSError:
@@ -93,11 +93,11 @@ def processor_name() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether torch multiplies BF16 matrices at speed on this machine's processor.
+    """Whether torch has a fast BF16 matrix product on this machine's processor.
 
-    oneDNN, which torch uses on x86, has BF16 products from AVX-512 (BW, VL, DQ) or AVX-NE-CONVERT on
-    (`dnnl::cpu_isa` avx512_core and avx2_vnni_2). Below that torch falls back to a plain loop. True where the kernel
-    lists no x86 flags.
+    oneDNN, which torch uses on x86, has a BF16 matrix product for processors with AVX-512 (BW, VL, DQ) or
+    AVX-NE-CONVERT (`dnnl::cpu_isa` avx512_core and avx2_vnni_2). On older ones torch uses a slow loop. The result is
+    True if the kernel lists no x86 flags.
     """
     try:
         flags = set(_field(Path("/proc/cpuinfo").read_text(), "flags").split())
@@ -115,7 +115,7 @@ def _cgroup_number(path: str, field: int = 0) -> int | None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, at least 1."""
+    """Number of processor cores that this process may use, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_number("/sys/fs/cgroup/cpu.max", 0)
     period = _cgroup_number("/sys/fs/cgroup/cpu.max", 1)
@@ -125,7 +125,7 @@ def available_cores() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Main memory that this process may use, in bytes: the machine's, or the container's limit."""
+    """Main memory that this process may use, in bytes: that of the machine, or the container's limit if lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [
         _cgroup_number("/sys/fs/cgroup/memory.max"),

@@ -1,1 +1,1 @@
-"""Running a job's ranks: a node agent, a controller, and placers that give it nodes."""
+"""Running the ranks of a job: one agent on each node, a controller, and placers that provide the nodes."""

@@ -2,9 +2,10 @@
 
     python -m bigtrain.jobs.agent        with BIGTRAIN_CONTROLLER and BIGTRAIN_JOB_TOKEN set
 
-It holds no policy: it reports to the controller and follows its orders. Whatever ends it, a message, the loss of the
-controller or SIGKILL, its ranks end too. It has one thread, because a rank lives as long as the thread that started it.
-Where BIGTRAIN_AGENT_PARENT names the process that started it, it ends with that one, too.
+The agent decides nothing: it reports to the controller and follows its orders. Its ranks end with it, no matter
+whether a message, the loss of the controller or SIGKILL ends it. The agent has one thread, because the kernel kills a
+rank when the thread that started it ends. If BIGTRAIN_AGENT_PARENT is set to the id of the process that started the
+agent, the agent also ends when that process ends.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ from bigtrain.jobs.template import Template, Templates
 from bigtrain.run import ExitCode
 
 LOOK_S: Final = 0.1
-"""Time between two looks at the pages; exits are seen at once."""
+"""Time between two readings of the heartbeat pages; exits are seen at once."""
 CONFIRM_S: Final = 1.0
-"""How long a rank must stay silent past its limit: after the machine was suspended, ranks get this long to beat."""
+"""How long a rank must stay silent beyond its limit before it counts as hanging. After the machine was suspended,
+ranks have this time to send a heartbeat."""
 STACKS_S: Final = 0.5
-"""Time that ranks get to write their stacks."""
+"""Time that ranks get to write their stacks to their logs."""
 LATE_STACKS_S: Final = 2.0
-"""More time if no rank has answered, though one could."""
+"""Longest time that ranks get if none has answered yet, none is stopped, and the world size is greater than 1."""
 TAIL_CHARACTERS: Final = 4000
 
 _LEFT_CLEANLY: Final = (ExitCode.FINISHED, ExitCode.STOPPED)
@@ -76,22 +78,25 @@ class LocalRanks:
             raise
 
     def beats(self) -> dict[str, Beat]:
-        """The last beat of each living rank."""
+        """The last heartbeat of each living rank, by rank."""
         return {str(rank.rank): rank.page.read() for rank in self.ranks}
 
     def set_control(self, control: Control) -> None:
-        """Put the control word on every page."""
+        """Write the control word to the heartbeat page of every rank."""
         for rank in self.ranks:
             rank.page.set_control(control)
 
     def look(self) -> bool:
-        """Report exits and hangs. A death ends all ranks; a hang does not, for the controller waits for all reports.
+        """Report exits and hangs to the controller.
+
+        A failed rank ends all ranks of this machine. A hang does not, because the controller compares the reports of
+        all nodes first.
 
         Returns:
             Whether any rank is left.
         """
         failed = False
-        # Of several that are over at one look, the one that a signal killed brought the others down.
+        # If several ranks have exited, report one that a signal killed first: it is the likely cause of the others.
         for rank in sorted(self.ranks, key=lambda rank: not rank.was_killed()):
             if not rank.has_exited():
                 continue
@@ -99,13 +104,16 @@ class LocalRanks:
         if failed:
             self.end()
         elif not self._examined and self._hangs():
-            # First: the agents of other nodes examine their ranks at the same time.
+            # Sent before the examination, so that the agents of other nodes examine their ranks at the same time.
             self._channel.send("overdue", generation=self.generation)
             self.examine()
         return bool(self.ranks)
 
     def end(self) -> None:
-        """Kill what is left, wait for it, and report each rank's end; one that was over before was not ended here."""
+        """Kill all ranks that are left, wait for them, and report the end of each.
+
+        Ranks that had exited before are reported with `ended: false`.
+        """
         for rank in [rank for rank in self.ranks if rank.has_exited()]:
             self._collect(rank, ended=False)
         for rank in self.ranks:
@@ -114,7 +122,7 @@ class LocalRanks:
             self._collect(rank, ended=True)
 
     def _collect(self, rank: RankProcess, ended: bool) -> int:
-        # The page and the log must be read before and after the end: the page goes, the log is complete only then.
+        # Read the page before the rank is reaped, which frees it, and the log after, when it is complete.
         beat = rank.page.read()
         code = rank.reap()
         self.ranks.remove(rank)
@@ -136,7 +144,7 @@ class LocalRanks:
     def _hangs(self) -> bool:
         beats = [rank.page.read() for rank in self.ranks]
         if not any(beat.age_s > self._limits.limit_s(beat.phase) for beat in beats):
-            # What is learned is how long ranks took that were in time.
+            # Limits are learned only while no rank is overdue.
             for rank, beat in zip(self.ranks, beats, strict=True):
                 self._limits.observe(rank.rank, beat)
             self._overdue_since = None
@@ -147,9 +155,10 @@ class LocalRanks:
         return now - self._overdue_since >= CONFIRM_S
 
     def examine(self) -> None:
-        """Report the rank of this node that most likely keeps the others waiting, once.
+        """Report the rank of this node that most likely hangs; a second call does nothing.
 
-        It is stopped, or behind, or cannot answer since it holds the GIL, or silent for longest.
+        That is, in this order: a rank whose process is stopped, the rank at the lowest step, a rank that cannot answer
+        because it holds the GIL, the rank that is silent for the longest time.
         """
         if self._examined or not self.ranks:
             return
@@ -157,7 +166,7 @@ class LocalRanks:
         states = [(rank.stopped, rank.page.read(), rank.log_size()) for rank in self.ranks]
         for rank in self.ranks:
             rank.dump_stacks()
-        # On a busy machine those that can answer may need some time. Whether one is stopped is known without an answer.
+        # On a busy machine ranks may need some time to answer. A stopped rank is identified without an answer.
         several = self.placement.world_size > 1
         patience = LATE_STACKS_S if several and not any(stopped for stopped, _, _ in states) else 0.0
         deadline = time.monotonic() + patience
@@ -187,12 +196,12 @@ class LocalRanks:
         )
 
     def _written_since(self, states: list[tuple[bool, Beat, int]]) -> list[str]:
-        """What each rank has added to its log."""
+        """What each rank has written to its log since `states` was taken."""
         return [rank.log_tail(written) for rank, (_, _, written) in zip(self.ranks, states, strict=True)]
 
 
 class Agent:
-    """The loop that serves one controller until it says `done` or is gone."""
+    """The agent's main loop: serves one controller until it sends `done` or the connection is lost."""
 
     def __init__(self, channel: Channel, environment: Mapping[str, str], parent: int | None = None) -> None:
         self._channel = channel
@@ -202,7 +211,7 @@ class Agent:
         self._gang: LocalRanks | None = None
         self._templates = Templates()
         self._waiting: tuple[Placement, float] | None = None
-        """What is to be started once the template is ready, and when the order came."""
+        """The placement that starts once the template is ready, and the time.monotonic() at which it was ordered."""
         self._control = Control.RUN
         self._selector = selectors.DefaultSelector()
         self._selector.register(channel, selectors.EVENT_READ)
@@ -211,7 +220,7 @@ class Agent:
         self._done = False
 
     def run(self) -> int:
-        """Serve; returns the agent's exit code: 0 after `done`, 1 where the controller was lost."""
+        """Serve the controller; returns the agent's exit code: 0 after `done`, 1 if the controller was lost."""
         signal.signal(signal.SIGTERM, self._on_terminate)
         try:
             while not self._done:
@@ -279,7 +288,7 @@ class Agent:
         self._look_at_template()
 
     def _look_at_template(self) -> None:
-        """Start the ranks that wait for it where it is ready, or will not be: then they are started fresh."""
+        """Start the waiting ranks once the template is ready, or as new processes if it cannot become ready."""
         if self._waiting is None:
             return
         placement, since = self._waiting
@@ -319,7 +328,7 @@ class Agent:
         self._channel.send("started", generation=placement.generation, pids=pids)
 
     def _choose_interface(self) -> None:
-        """Have gloo use the network that leads to the controller; its own choice follows the host's name."""
+        """Have gloo use the network interface that leads to the controller; by default gloo resolves the host name."""
         interface = interface_of(self._channel.own_address)
         if interface is not None:
             self._environment.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -328,7 +337,7 @@ class Agent:
         assert self._gang is not None
         generation, self._gang = self._gang.generation, None
         self._forget_descriptors()
-        # What left the ranks' process groups is found by its environment.
+        # Processes that left the ranks' process groups are found by their environment.
         end_marked(self._placement_mark, spare=(os.getpid(), *self._templates.pids))
         self._channel.send("ended", generation=generation)
 
@@ -338,7 +347,7 @@ class Agent:
         self._exit_descriptors.clear()
 
     def _abandon(self) -> None:
-        """End everything without a report: the controller is gone, or has sent `done`."""
+        """End everything without a report, because the controller is gone or has sent `done`."""
         if self._gang is not None:
             for rank in self._gang.ranks:
                 rank.kill()
@@ -352,7 +361,7 @@ class Agent:
 
 
 def main() -> int:
-    """Run the agent that the environment describes; returns its exit code."""
+    """Run the agent, configured by environment variables; returns its exit code."""
     environment = dict(os.environ)
     address, token = environment.pop(variables.CONTROLLER, ""), environment.pop(variables.JOB_TOKEN, "")
     parent = int(environment.pop(variables.AGENT_PARENT, "0")) or None

@@ -1,4 +1,4 @@
-"""What is printed when a run starts."""
+"""The lines that are printed when a run starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from bigtrain.training.prepare import Prepared
 
 
 def say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
-    """Print what is about to be trained, on how many processes and from where."""
+    """Print what is trained, on how many processes and from which checkpoint.
+
+    Args:
+        run: The run that starts.
+        count: World size.
+        stream: Receives the lines.
+    """
     prepared = run.prepared
     config = prepared.config
     newest = run.newest
@@ -43,7 +49,7 @@ def say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
 
 
 def _surprises(run: CheckedRun) -> Iterator[str]:
-    """Sentences on a run directory that is not what its own files say."""
+    """Warnings about the run: a copied or renamed directory, slow BF16, damaged or missing checkpoints."""
     directory = run.directory
     if directory.exists() and (started := directory.read_record().get("name", directory.name)) != directory.name:
         yield f"{directory.path} is a copy of the run '{started}', or it was renamed; it goes on as '{directory.name}'"

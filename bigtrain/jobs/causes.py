@@ -1,4 +1,4 @@
-"""What went wrong, in one line, and whether to try again: the retry budget."""
+"""The cause of a failure in one line, and the retry budget, which decides whether the run is restarted."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _PEER_GONE: Final = re.compile(
     r"closed by (remote )?peer|reset by peer|[Bb]roken pipe|[Cc]onnection (refused|closed|was aborted)|remote process "
     r"exited|NCCL|socketPoll|Timed out waiting"
 )
-"""How the exceptions of gloo, NCCL and the store end whose other side is gone."""
+"""Matches the last line of the exceptions that gloo, NCCL and the store raise when another rank is gone."""
 
 
 class Kind(enum.Enum):
-    """What ended a generation; the retry follows from it."""
+    """What ended a generation; the retry budget decides by it."""
 
     USER = "user"
-    """Exit code 2: the user's mistake, which a retry does not repair."""
+    """A rank exited with code 2: a user error, which a retry does not fix."""
     EXCEPTION = "exception"
     SIGNAL = "signal"
     HANG = "hang"
     EARLY_EXIT = "early exit"
     AGENT_LOST = "agent lost"
     PREEMPTED = "preempted"
-    """A node was lost after a notice that it would go; this is no failure of the run."""
+    """A node was lost after a notice that it would be taken away; this does not count as a failure of the run."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,28 @@ class Fault:
 
     kind: Kind
     cause: str
-    """One line that names rank, host, phase and step."""
+    """One line that names the rank, host, phase and step."""
     host: str
     rank: int | None = None
     step: int | None = None
     traceback: str | None = None
     tail: str = ""
-    """The end of the rank's log, or its stacks where it hung."""
+    """The end of the rank's log; for a hang, the stacks of the rank's threads."""
     silent_s: float | None = None
-    """Seconds before it was seen in which the rank showed no sign of life, where it hung."""
+    """For a hang: seconds since the rank's last heartbeat, when the hang was detected."""
     agent: str = ""
-    """The node, as its placer names it."""
+    """Name of the node, as the placer gave it."""
 
     def outranks(self, earlier: Fault) -> bool:
-        """Whether this is the likelier root of both, though it was heard of later.
+        """Whether this fault is more likely the root cause than `earlier`, although it was reported later.
 
-        Ranks whose peer is gone raise at once, while what took the peer away may be seen only later, on its own node.
+        Ranks that lose a peer raise at once. The fault that ended the peer may be reported later, by the peer's node.
         """
         return self._weight() > earlier._weight()
 
     @property
     def peer_gone(self) -> bool:
-        """Whether it is an exception that says that another rank is gone."""
+        """Whether this fault is an exception that reports the loss of another rank."""
         last = (self.traceback or "").rstrip().rpartition("\n")[2]
         return self.kind is Kind.EXCEPTION and _PEER_GONE.search(last) is not None
 
@@ -77,11 +77,12 @@ class Fault:
         return 0 if self.peer_gone else 1
 
     def signature(self) -> tuple[int | None, str] | None:
-        """A key that is equal when the same exception is raised at the same step again; None without a traceback.
+        """A key that is equal if the same exception is raised again at the same step; None if there is no such key.
 
-        Numbers and addresses inside the text are ignored: ports, times and pointers differ each time. Out of memory is
-        the same wherever it strikes. That a peer is gone says nothing about what this rank does, nor does a port that
-        another process took: the next attempt has another one.
+        Numbers and addresses in the traceback are ignored, because ports, times and pointers differ in each attempt.
+        All out-of-memory errors have the same key, at any step. There is no key without a traceback. There is none
+        for the loss of a peer either, which is not this rank's fault, nor for a port that another process uses,
+        since the next attempt uses another port.
         """
         if self.traceback is None or self._weight() == 0 or _PORT_TAKEN.search(_last_line(self.traceback)):
             return None
@@ -91,10 +92,12 @@ class Fault:
 
 
 def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = True) -> Fault:
-    """The fault that the protocol's `exited` reports.
+    """The fault that an `exited` message of the protocol reports.
 
     Args:
-        reports_steps: Whether the rank reports its step and exits with bigtrain's codes.
+        message: The message.
+        host: Host name of the rank's node.
+        reports_steps: Whether the rank reports its step and exits with bigtrain's exit codes.
     """
     rank, step, phase = int(message["rank"]), int(message["step"]), str(message["phase"])
     traceback, tail = message["traceback"], str(message["tail"])
@@ -107,7 +110,7 @@ def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = T
         kind, what = Kind.USER, "refused what it was given (exit code 2)"
     else:
         kind, what = Kind.EXCEPTION, f"exited with {message['code']}"
-        # A rank that knows what is wrong prints one line of its own, without a traceback.
+        # A rank that knows what is wrong prints one line that starts with "error: ", without a traceback.
         own_lines = [line for line in tail.splitlines() if line.startswith("error: ")]
         if traceback:
             last = _last_line(traceback)
@@ -122,7 +125,7 @@ def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = T
 
 
 def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
-    """The fault that the protocol's `hung` reports."""
+    """The fault that a `hung` message of the protocol reports."""
     rank, step = int(message["rank"]), int(message["step"])
     state = ", its process is stopped" if message["stopped"] else ""
     cause = (
@@ -134,7 +137,13 @@ def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
 
 
 def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None) -> Fault:
-    """The fault of a rank that left cleanly while others had work to do; `then` is what that led to."""
+    """The fault of a rank that exited cleanly while other ranks still had work to do.
+
+    Args:
+        exited: The rank's `exited` message.
+        host: Host name of the rank's node.
+        then: The fault of another rank that followed from the exit, if there is one.
+    """
     rank, step = int(exited["rank"]), int(exited["step"])
     cause = f"rank {rank} on host {host} exited with {exited['code']} at step {step} while other ranks went on"
     if then is None:
@@ -143,7 +152,12 @@ def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None
 
 
 def fault_of_lost_agent(host: str, why: str) -> Fault:
-    """The fault of an agent that died or went silent, and its ranks with it."""
+    """The fault of an agent that died or went silent; its ranks are lost too.
+
+    Args:
+        host: Host name of the agent's node.
+        why: How the controller noticed the loss.
+    """
     return Fault(Kind.AGENT_LOST, f"the agent on host {host} is lost: {why}", host)
 
 
@@ -157,26 +171,27 @@ def _shortened(line: str, most: int = 200) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to start again."""
+    """The decision whether to restart a run after a fault."""
 
     retry: bool
     delay_s: float = 0.0
+    """Seconds to wait before the restart."""
     reason: str = ""
-    """Why not, where `retry` is false."""
+    """If `retry` is false: why the run is not restarted."""
 
 
 class RetryBudget:
-    """Decides after each fault whether the run is started again.
+    """Decides after each fault whether the run is restarted.
 
-    There is one budget for lost nodes and one for all that ranks do. `max_failures` restarts of each are free until a
-    newer checkpoint is there, which makes both fresh. The first is immediate, the next wait 1, 2, 4 ... s, at most
-    BACKOFF_MOST_S. Preemption costs nothing. A user's mistake is never retried, nor is an exception that struck at the
-    same step before with the same traceback, nor memory that ran out before. Of a script whose step is not known,
-    every fault is retried, as torchrun does.
+    There is one budget for lost nodes and one for failures of ranks. Each allows `max_failures` restarts; a new
+    checkpoint resets both. The first restart is immediate; the next ones wait 1, 2, 4, ... s, at most BACKOFF_MOST_S.
+    A preemption does not count against a budget. Not retried are user errors, an exception that was raised before at
+    the same step with the same traceback, and a second out-of-memory error. For a user's own script, whose step is
+    not known, every fault is retried within the budget, as torchrun does.
 
     Args:
-        max_failures: Restarts between two checkpoints.
-        progress: The step of the newest checkpoint, 0 where there is none.
+        max_failures: Number of restarts allowed between two checkpoints.
+        progress: Returns the step of the newest checkpoint, or 0 if there is none.
         reports_steps: Whether ranks report their steps.
     """
 
@@ -189,7 +204,7 @@ class RetryBudget:
         self._seen: set[tuple[int | None, str]] = set()
 
     def judge(self, fault: Fault) -> Verdict:
-        """Count a fault and say what to do."""
+        """Count a fault, and decide whether to restart the run."""
         if fault.kind is Kind.USER:
             return Verdict(False, reason="a retry would not repair it")
         if fault.kind is Kind.PREEMPTED:

@@ -1,4 +1,4 @@
-"""What is checked of a run before anything is started: its config, its data, its directory and its past."""
+"""The checks of a run before any process starts: its config, data, run directory and earlier attempts."""
 
 from __future__ import annotations
 
@@ -27,34 +27,36 @@ from bigtrain.training.source import CheckpointSource, HfSource, check_fresh, ch
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that passed every check which needs no hardware: what `train` and the driver of a cluster's job start."""
+    """A run that passed all checks that need no hardware; `train` and the driver of a cluster job start it."""
 
     prepared: Prepared
     directory: RunDirectory
     newest: int | None
-    """Step of its newest checkpoint, where it has one."""
+    """Step of the run's newest checkpoint; None if it has none."""
     finished: bool
     """Whether nothing is left to do."""
     back_to: int | None = None
-    """The step whose checkpoint it goes back to; what came after it is set aside."""
+    """If not None, the run goes back to the checkpoint of this step, and later checkpoints are moved aside."""
 
     def with_job(self, **update: Any) -> CheckedRun:
-        """The same run with other keys in `job`."""
+        """A copy of the run in which these keys of the `job` section are changed."""
         config = self.prepared.config
         job = config.job.model_copy(update=update)
         return replace(self, prepared=replace(self.prepared, config=config.model_copy(update={"job": job})))
 
     @property
     def environment(self) -> dict[str, str]:
-        """How the ranks find the user's own code."""
+        """The environment variables by which the ranks find the user's plugins."""
         return plugin_environment()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Lease]:
-        """Hold the run's lease, with its record written and what a killed save left swept away.
+        """Hold the run's lease.
+
+        On entry the remains of killed saves are removed, and the run's config and record are written.
 
         Raises:
-            UserError: Someone else holds it.
+            UserError: Another process holds the lease.
         """
         directory = self.directory
         lease = Lease.acquire(directory, commit.published_lease(directory.checkpoints))
@@ -77,14 +79,16 @@ class CheckedRun:
 
 
 def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: int | None = None) -> CheckedRun:
-    """Check a run against its data, its directory and its past; nothing is written and no process started.
+    """Check a run's config against its data and its run directory. Nothing is written, and no process is started.
 
     Args:
-        fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
-        step: Go back to the checkpoint of this step.
+        config: The run's config.
+        runs_dir: The directory that holds all run directories.
+        fork: Name of a new run that starts from the newest checkpoint of the run `config.name`.
+        step: The run goes back to the checkpoint of this step.
 
     Raises:
-        UserError: Anything that is wrong.
+        UserError: A check failed.
     """
     if fork is not None:
         config = _fork(config, runs_dir, fork)
@@ -119,20 +123,25 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
 def check_when_free(
     config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: int | None = None, say: Callable[[str], None]
 ) -> CheckedRun:
-    """`check`, and wait where another machine's launcher may be dead (see `bigtrain.jobs.takeover`).
+    """Like `check`, but first waits if a launcher on another machine holds the run and may be dead.
+
+    See `bigtrain.jobs.takeover`. The waiting is reported by `say`.
 
     Raises:
-        UserError: Anything that is wrong; another machine's launcher lives.
+        UserError: A check failed, or the other launcher is alive.
     """
     run = check(config, runs_dir, fork=fork, step=step)
     if not run.finished and outlast(run.directory, say):
-        # It may have saved the run, or finished it, since.
+        # The other launcher may have saved or finished the run meanwhile.
         run = check(config, runs_dir, fork=fork, step=step)
     return run
 
 
 def _check_plugin(prepared: Prepared) -> None:
-    """What `bigtrain config validate` checks: the user's code is new, and loads torch in any case."""
+    """Check the model of a plugin, as `bigtrain config validate` does.
+
+    Only plugins are checked here: user code is untested, and imports torch, which takes seconds, in any case.
+    """
     from bigtrain.models.check import check_model
 
     config = prepared.config
@@ -140,7 +149,7 @@ def _check_plugin(prepared: Prepared) -> None:
 
 
 def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
-    """Refuse a source that the run cannot begin with."""
+    """Refuse an `init.source` from which the run cannot start."""
     config, init = prepared.config, prepared.config.init
     if init.source is None:
         return
@@ -160,7 +169,7 @@ def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
 
 
 def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
-    """A longer duration may follow only where the schedule's past does not depend on its end."""
+    """Refuse a new duration that changes the learning rate of a finished step, or that ends before the newest one."""
     old = load_config(directory.config)
     if old.duration == prepared.config.duration:
         return
@@ -183,7 +192,7 @@ def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
 
 
 def _newest_step(directory: RunDirectory) -> int | None:
-    """Step of the newest checkpoint that looks complete, by its manifest and its files' sizes."""
+    """Step of the newest checkpoint that is complete according to its manifest and file sizes; hashes are not read."""
     for checkpoint in reversed(commit.list_checkpoints(directory.checkpoints)):
         if not commit.verify(checkpoint.path, hashes=False):
             return checkpoint.step
@@ -191,14 +200,14 @@ def _newest_step(directory: RunDirectory) -> int | None:
 
 
 def _check_checkpoint(directory: RunDirectory, step: int) -> None:
-    """Refuse to go on from a checkpoint that another run saved."""
+    """Refuse to continue from a checkpoint that another run saved."""
     found = commit.find_checkpoint(directory.checkpoints, step)
     assert found is not None
     directory.check_checkpoint(step, read_manifest(found.path).identity)
 
 
 def _check_step(directory: RunDirectory, step: int) -> None:
-    """Refuse to go back to a step that has no sound checkpoint."""
+    """Refuse to go back to a step that has no verified checkpoint."""
     steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
     if step not in steps:
         known = f"It has those of {', '.join(map(str, steps))}." if steps else "It has none yet."
@@ -208,13 +217,13 @@ def _check_step(directory: RunDirectory, step: int) -> None:
 
 
 def _set_aside(directory: RunDirectory, step: int) -> None:
-    """Move checkpoints of later steps out of the way, into a directory of their own: a person may want them back."""
+    """Move the checkpoints of later steps into another directory, so that the user can restore them."""
     later = [found for found in commit.list_checkpoints(directory.checkpoints) if found.step > step]
     if not later:
         return
     aside = directory.path / f"checkpoints_after_{step}" / time.strftime("%Y%m%d-%H%M%S")
     aside.mkdir(parents=True)
-    # From the newest on: a kill in between leaves a run that goes back less far.
+    # Newest first: if the process is killed in between, the run goes back fewer steps.
     for checkpoint in reversed(later):
         checkpoint.path.rename(aside / checkpoint.path.name)
     commit.rewind(directory.checkpoints, step)
@@ -222,15 +231,16 @@ def _set_aside(directory: RunDirectory, step: int) -> None:
 
 
 def _is_sound(directory: RunDirectory, step: int) -> bool:
-    """Whether every byte of the checkpoint of `step` is as its manifest says."""
+    """Whether the checkpoint of `step` exists and all its files have the hashes of its manifest."""
     found = commit.find_checkpoint(directory.checkpoints, step)
     return found is not None and not commit.verify(found.path)
 
 
 def _is_over(directory: RunDirectory, step: int) -> bool:
-    """Whether a run whose last checkpoint is that of `step` also came to its end.
+    """Whether a run with its last checkpoint at `step` also recorded its end.
 
-    One that was killed in between starts once more, for no step: what its tracker had not written is sent again.
+    A run that was killed after its last checkpoint starts again without training a step, so that its trackers send
+    what they had not yet written.
     """
     return state(read_events(directory.events), alive=False) == "finished" and _is_sound(directory, step)
 
@@ -250,7 +260,10 @@ def _fork(config: RunConfig, runs_dir: Path, new: str) -> RunConfig:
 
 
 def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
-    """Let a branch begin after what the run before has consumed; a run that has begun keeps what it began after."""
+    """Set `data.consumed` of a branch, so that it skips the samples that its parent run has consumed.
+
+    A branch is a run with `init.state: all`. If the run has started before, the recorded value is kept.
+    """
     config = prepared.config
     if config.init.source is None or config.init.state != "all" or config.data.consumed is not None:
         return prepared
@@ -264,9 +277,10 @@ def _after_branch(prepared: Prepared, directory: RunDirectory) -> Prepared:
 
 
 def _fix_source(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """Write out which checkpoint `init.source` means, by place and by content.
+    """Replace `init.source` by the full path and step of its checkpoint, and set `init.hash` to its content hash.
 
-    A run that has begun keeps its own: by now its source may have newer checkpoints, or be gone.
+    If the run has started before, the recorded values are kept, because the source may have newer checkpoints by now,
+    or may be gone.
     """
     init, runs_dir = config.init, directory.path.parent
     if init.source is None or init.hash is not None:

@@ -1,4 +1,4 @@
-"""The `job` section: how many processes, how often to try again, how long to wait for a sign of life."""
+"""The `job` section: nodes and processes, restarts, hang detection and notifications."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def _seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds), NUMBER_OR_TEXT, Field(gt=0)]
-"""A time: a number of seconds (300), or a text with its unit ("5 min")."""
+"""A time as a number of seconds (300) or as a text with a unit ("5 min")."""
 
 
 class LimitsConfig(Section):
-    """How long a rank may show no sign of life before it counts as hanging, by what it is doing."""
+    """How long a rank may go without a heartbeat before it counts as hanging, for each phase."""
 
     start: Seconds = 600.0
-    """From the start of the process to the first step: imports, building and compiling the model, loading."""
+    """Limit from the start of the process to the first step: imports, building and compiling the model, loading."""
 
     step: Seconds = 300.0
-    """Within a training step, or while waiting for data."""
+    """Limit during a training step, and while waiting for data."""
 
     save: Seconds = 600.0
-    """Within a save of a checkpoint, or while stopping."""
+    """Limit while a checkpoint is saved, and while the run stops."""
 
     evaluation: Seconds = 600.0
-    """Within an evaluation."""
+    """Limit during an evaluation."""
 
     def by_phase(self) -> dict[str, float]:
-        """Seconds for each phase of `bigtrain.heartbeat.PHASES`."""
+        """The limit in seconds for each phase of `bigtrain.heartbeat.PHASES`."""
         return {
             "start": self.start,
             "step": self.step,
@@ -52,29 +52,29 @@ class LimitsConfig(Section):
 
 
 class ScriptConfig(Section):
-    """How the ranks of a script of your own end, which bigtrain cannot look into."""
+    """How long the ranks of a user's own script may take to end; bigtrain does not know what such a script does."""
 
     stop: Seconds = 30.0
-    """Time to end after SIGTERM, before SIGKILL; torchrun gives 30 s as well."""
+    """Time between SIGTERM and SIGKILL when the run is stopped; torchrun uses 30 s too."""
 
     exit: Seconds | None = None
-    """Time for the other ranks to end after the first one did, before the run fails; null: no limit."""
+    """Time that the other ranks get to end after the first rank ended, before the run fails; null: no limit."""
 
 
 class NotifyConfig(Section):
-    """Where a message goes when the run has finished or failed; bigtrain/jobs/notify.py describes the message."""
+    """Where a message is sent when the run has ended; bigtrain/jobs/notify.py describes the message."""
 
     command: Annotated[list[str], Field(min_length=1)] | None = None
-    """A program and its arguments; the message is its standard input."""
+    """A program and its arguments; it reads the message from standard input."""
 
     webhook: str | None = None
-    """URL to which the message is posted. One that is a secret belongs into `webhook_variable`."""
+    """URL to which the message is posted. If the URL is a secret, use `webhook_variable` instead."""
 
     webhook_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """Name of the environment variable that holds the URL."""
+    """Name of the environment variable that holds the webhook's URL."""
 
     wandb: bool = False
-    """Whether W&B alerts you, by mail or Slack as your account says."""
+    """Whether W&B sends an alert, by e-mail or Slack as set in your W&B account."""
 
     @field_validator("webhook")
     @classmethod
@@ -100,39 +100,40 @@ class NotifyConfig(Section):
 
 
 class JobConfig(Section):
-    """Where a run's processes go, and what happens when one fails."""
+    """On which nodes the processes of a run start, and what happens when one of them fails."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
-    """Machines that the run takes."""
+    """Number of nodes that the run uses."""
 
     min_nodes: Annotated[int, Field(ge=1)] | None = None
-    """Machines with which it still goes on when others are lost, at sizes that the layout allows; null: all `nodes`."""
+    """Smallest number of nodes with which the run continues after others are lost, if the layout allows that number;
+    null: the run needs all `nodes`."""
 
     procs_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Processes on each machine; auto: one a GPU, else 1."""
+    """Processes on each node; auto: one for each GPU, or 1 on a node without GPUs."""
 
     placer: str = "auto"
-    """Who gives the machines: local, slurm, ray or a plugin's; auto: the Slurm job that it is started in, else this
-    machine. A submission to a cluster is always placed by ray."""
+    """What provides the nodes: local, slurm, ray or the name of a plugin's placer; auto: slurm inside a Slurm job,
+    otherwise local. A run that is submitted to a Ray cluster always uses ray."""
 
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts without a new checkpoint between them before the run counts as failed."""
+    """Number of restarts without a new checkpoint in between, after which the run counts as failed."""
 
     labels: Mapping[str, str] = Field(default_factory=dict)
-    """Labels that a cluster's node must carry to be taken, for example {"ray.io/accelerator-type": "H100"}."""
+    """Labels that a cluster node must have to be used, for example {"ray.io/accelerator-type": "H100"}."""
 
     topology: str | None = None
-    """The label whose value says which nodes are near each other (a rack, an NVLink domain): few values are used, and
-    ranks are given out one value after the other."""
+    """The label whose value is equal for nodes that are close to each other (a rack, an NVLink domain). The run uses
+    nodes with as few different values as possible, and nodes with the same value get consecutive ranks."""
 
     limits: LimitsConfig = LimitsConfig()
-    """Longest silence of a rank, by phase."""
+    """Longest time without a heartbeat of a rank, for each phase."""
 
     script: ScriptConfig = ScriptConfig()
-    """How the ranks of a script of your own end."""
+    """How long the ranks of a user's own script may take to end."""
 
     notify: NotifyConfig | None = None
-    """Where a message goes when the run has ended."""
+    """Where a message is sent when the run has ended; null: nowhere."""
 
     @model_validator(mode="after")
     def _least_is_at_most_all(self) -> JobConfig:
@@ -142,5 +143,5 @@ class JobConfig(Section):
 
     @property
     def least_nodes(self) -> int:
-        """Nodes with which the run still goes on."""
+        """The smallest number of nodes with which the run continues."""
         return self.nodes if self.min_nodes is None else self.min_nodes

@@ -1,4 +1,4 @@
-"""The controller: lives in the command's process, starts the ranks again within a budget, and knows no Ray."""
+"""The controller: runs in the process of the command and restarts the ranks within a budget; independent of Ray."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
 
 SAME_SIGNAL_S: Final = 0.1
-"""`timeout` and some shells send a signal to a process and again to its group: that is one request, not two."""
+"""Two signals within this many seconds count as one request: `timeout` and some shells send a signal to a process and
+again to its process group."""
 LOOK_S: Final = 0.1
 
 
 class EventWriter(Protocol):
-    """Writes one event to the run's record."""
+    """A function that writes one event to the run's events.jsonl."""
 
     def __call__(self, event: str, /, **fields: Any) -> None: ...
 
 
 class StopSwitch:
-    """The requests to stop a run: 0 none, 1 save and exit, 2 end at once."""
+    """Counts the requests to stop a run: level 0 is none, 1 is save and exit, 2 is end at once."""
 
     def __init__(self) -> None:
         self.level = 0
         self._asked_at = 0.0
 
     def press(self) -> bool:
-        """Ask once more; returns whether that changed anything."""
+        """Raise the level by one, up to 2; returns whether the level changed."""
         now = time.monotonic()
         if self.level >= 2 or (self.level == 1 and now - self._asked_at < SAME_SIGNAL_S):
             return False
@@ -54,7 +55,7 @@ class StopSwitch:
 
 
 def saved_step(run_directory: Path) -> int:
-    """The step that checkpoints/LATEST names, 0 where nothing is published."""
+    """The step that checkpoints/LATEST names, or 0 if no checkpoint is published."""
     try:
         text = (run_directory / names.CHECKPOINTS / names.LATEST).read_text()
     except (OSError, UnicodeDecodeError):
@@ -70,27 +71,29 @@ def next_attempt(run_directory: Path) -> int:
 
 
 class Controller:
-    """Brings a run to its end: starts all ranks, and starts them again after a fault.
+    """Runs all ranks until the run ends, and restarts them after a fault.
 
-    All ranks exit 0: finished. All exit 75: stopped on request. One exits 2: the user's mistake. Anything else is a
-    fault, after which all ranks are ended and started again in place, under a new attempt number and master port,
-    while the budget lasts (`RetryBudget`). Agents are placed again only if one was lost, or where other nodes are to be
-    taken (`Membership`): then the ranks save and exit first, so that no step is lost.
+    The run is finished if all ranks exit with 0, and stopped on request if they exit with 75. If a rank exits with 2,
+    the run ends with a user error. Anything else is a fault: all ranks are ended and started again on the same agents,
+    with a new attempt number and master port, as long as the retry budget allows it (`RetryBudget`). The placer
+    starts new agents only if an agent was lost or if the run moves to other nodes (`Membership`). Before a move the
+    ranks save and exit, so that no step is lost.
 
-    SIGINT or SIGTERM asks the ranks to save and exit; a second one ends them at once. SIGHUP, the end of the terminal,
-    asks them to save and exit, too, but under nohup.
+    SIGINT or SIGTERM requests the ranks to save and exit; a second signal ends them at once. SIGHUP, which the kernel
+    sends when the terminal closes, also requests the ranks to save and exit, except under nohup.
 
     Args:
-        run_directory_path: Where logs and checkpoints are.
-        placer: Gives the machines.
+        run_directory_path: The run directory, which holds logs and checkpoints.
+        placer: Provides the nodes.
         job: The run's `job` section.
-        run_name: The name that people know it by.
-        on_event: Writes fault, restarted, stopped, finished and failed, with fields attempt, cause, rank, host, step.
-        say: Prints one line for a person.
-        launch: What a rank is.
+        run_name: The run's name in printed lines.
+        on_event: Writes the events fault, restarted, stopped, finished and failed, with fields such as attempt, cause,
+            rank, host and step.
+        say: Prints one line for the user.
+        launch: The module, arguments and limits of the ranks.
         environment: Variables for the ranks; BIGTRAIN_RUN and BIGTRAIN_ATTEMPT are added.
-        progress: The step of the newest checkpoint; by default what checkpoints/LATEST names.
-        first_attempt: Number of the first attempt; by default one that has no logs yet.
+        progress: Returns the step of the newest checkpoint; by default the step that checkpoints/LATEST names.
+        first_attempt: Number of the first attempt; by default the first number without logs.
     """
 
     def __init__(
@@ -124,16 +127,19 @@ class Controller:
         self._agents: list[AgentConnection] = []
 
     def request_stop(self) -> None:
-        """Ask the run to stop, as Ctrl-C does: once cleanly, twice at once. Any thread or handler may call it."""
+        """Request the run to stop, as Ctrl-C does: the first call saves and exits, the second ends the ranks at once.
+
+        Any thread or signal handler may call this method.
+        """
         self._switch.press()
 
     def request_save_and_stop(self) -> None:
-        """Ask the run to save and stop, unless it is stopping already. Any thread or handler may call it."""
+        """Request the run to save and stop, unless it is stopping already. Any thread or signal handler may call it."""
         self._switch.press_first()
 
     def run(self) -> int:
-        """Run to the end; returns the exit code: 0 finished, 1 failed, 2 the user's mistake, 75 stopped."""
-        # A shell may pass the end of its terminal on twice: that is no second request.
+        """Run to the end; returns the exit code: 0 finished, 1 failed, 2 user error, 75 stopped."""
+        # A shell may send SIGHUP twice when its terminal closes: the second is not a second request.
         with on_signals(self.request_stop, *STOP_SIGNALS), on_hangup(self.request_save_and_stop):
             try:
                 return self._run()
@@ -162,7 +168,7 @@ class Controller:
             self._say(f"{self._run_name}: starting again, attempt {self._attempt}{place}")
 
     def _place(self) -> int | None:
-        """Get agents. Returns the exit code if there are none, else None."""
+        """Get agents from the placer. Returns the run's exit code if there are none, otherwise None."""
         try:
             self._agents = self._placer.place(lambda: self._stop_level() > 0)
         except PlacementCancelled:
@@ -180,14 +186,14 @@ class Controller:
         self._agents = []
 
     def _ask(self) -> int:
-        """What the ranks are to do: 0 go on, 1 save and exit, 2 end at once."""
+        """What the ranks should do: 0 continue, 1 save and exit, 2 end at once."""
         level = self._stop_level()
         if level == 0 and self._membership.reason_to_leave() is not None:
             return 1
         return level
 
     def _moves(self, outcome: GenerationOutcome) -> str | None:
-        """Why the run goes on elsewhere; None unless its ranks have saved themselves for that."""
+        """Why the run moves to other nodes; None unless the ranks have saved and exited for a move."""
         reason = self._membership.reason_to_leave()
         if reason is None or outcome.fault is not None or ExitCode.STOPPED not in outcome.codes.values():
             return None
@@ -214,7 +220,7 @@ class Controller:
         ).live()
 
     def _stop_level(self) -> int:
-        """The level of the requests to stop; a new one is printed once, which a signal handler may not do."""
+        """The level of the stop switch. A new level is printed here, once, because a signal handler must not print."""
         level = self._switch.level
         if level > self._announced:
             self._announced = level
@@ -229,7 +235,7 @@ class Controller:
     def _record(self, event: str, **fields: Any) -> None:
         try:
             self._event(event, attempt=self._attempt, **fields)
-        except OSError as error:  # A full disk must not end a run that trains.
+        except OSError as error:  # A full disk must not end a run whose ranks train.
             self._say(f"{self._run_name}: the event '{event}' could not be recorded: {error}")
 
     def _on_notice(self, agent: AgentConnection) -> None:
@@ -240,7 +246,7 @@ class Controller:
         self.request_save_and_stop()
 
     def _conclude(self, outcome: GenerationOutcome) -> int | None:
-        """The exit code of a run that is over; None if it is to be started again."""
+        """The exit code if the run is over; None if the ranks must be restarted."""
         if outcome.fault is not None:
             fault, anew = self._membership.judge(outcome.fault, outcome.lost)
             outcome.fault = fault
@@ -266,7 +272,7 @@ class Controller:
                 return self._stopped(outcome.step)
             self._record("finished", step=outcome.step)
             return ExitCode.FINISHED
-        # Asked to stop, and the ranks did not finish saving.
+        # A stop was requested, and the ranks did not finish saving.
         if not self._launch.reports_steps:
             return self._stopped(outcome.step, self._kill_cause(outcome))
         saved = self._progress()
@@ -276,7 +282,7 @@ class Controller:
         return self._failed("it was ended before its first checkpoint")
 
     def _kill_cause(self, outcome: GenerationOutcome) -> str | None:
-        """What ended the ranks of a script that was to stop, where it did not end by itself."""
+        """Why the ranks of a user's own script were killed after a request to stop; None if they were not."""
         if outcome.overdue:
             return f"ranks did not end within {self._launch.stop_grace_s:g} s of SIGTERM and were killed"
         return "ranks were killed on request" if outcome.killed else None
@@ -307,7 +313,7 @@ class Controller:
         return self._failed(f"{reason}: {fault.cause}")
 
     def _wait(self, delay_s: float) -> bool:
-        """Wait before a restart, keeping the agents; returns whether the run should still go on."""
+        """Wait before a restart and keep the agents connected; returns whether the run should still continue."""
         if delay_s:
             self._say(f"{self._run_name}: waiting {delay_s:g} s before the next attempt")
         deadline = time.monotonic() + delay_s

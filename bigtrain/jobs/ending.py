@@ -1,4 +1,4 @@
-"""How a run's end is reported: a summary, and the notification that `job.notify` configures."""
+"""Reporting the end of a run: a printed summary, and the notification that `job.notify` configures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from bigtrain.tracking.status import run_goodput, status
 
 
 class RunRecord:
-    """Writes a launcher's events; each carries the energy that its machine used since the one before.
+    """Writes a launcher's events; each event holds the energy in joules that the machine used since the last event.
 
     Args:
-        machines: How many the run takes; of several, one's energy would pass for that of all, and none is recorded.
+        machines: Number of nodes of the run. With several nodes no energy is recorded, because only the energy of
+            this one can be measured.
     """
 
     def __init__(self, directory: RunDirectory, machines: int) -> None:
@@ -31,17 +32,17 @@ class RunRecord:
         self._meter.stop()
 
     def event(self, event: str, /, **fields: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one event to events.jsonl."""
         joules = self._meter.take()
         energy = {} if joules is None else {"energy_j": round(joules, 3)}
         self._directory.event(event, **fields, **energy)
 
 
 def tell_end(directory: RunDirectory, config: RunConfig, code: int, stream: TextIO) -> None:
-    """Print the run's summary and send the notification; nothing that goes wrong here is more than a line.
+    """Print the run's summary and send the notification; a failed notification is reported in one line.
 
     Args:
-        code: How the run ended, a code of ExitCode.
+        code: How the run ended, as a value of ExitCode.
     """
     print(f"{directory.name}: {run_goodput(directory.path)}", file=stream, flush=True)
     if config.job.notify is not None:

@@ -1,4 +1,4 @@
-"""Variables that a user sets for the ranks on the command line: `--env NAME=VALUE`."""
+"""Environment variables that a user sets for the ranks on the command line: `--env NAME=VALUE`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ _PLACES: Final = frozenset({
 
 
 def parse_environment(words: Iterable[str] | None, here: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `--env` options: NAME=VALUE, or NAME for the value that it has in `here`.
+    """Parse `--env` options.
+
+    Args:
+        words: The options' values: NAME=VALUE, or NAME for the value that the variable has in `here`.
+        here: The environment of this process.
 
     Raises:
-        UserError: A word that is no such thing, a variable that the launcher sets, or one that seems to be a secret:
-            these variables travel and are recorded in the clear.
+        UserError: An option has another form, names a variable that the launcher sets or that is not set here, or
+            seems to name a secret. Secrets are refused because these variables are sent and recorded in plain text.
     """
     found = {}
     for word in words or ():

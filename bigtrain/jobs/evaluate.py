@@ -1,4 +1,4 @@
-"""`bigtrain evaluate`: held-out losses of several checkpoints, each by ranks on this machine."""
+"""`bigtrain evaluate`: held-out losses of several checkpoints, one after the other, by ranks on this machine."""
 
 from __future__ import annotations
 
@@ -36,21 +36,26 @@ def evaluate(
     sequences: int | None = None,
     tasks: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
-    """Evaluate each checkpoint on each set; results are appended to the record of their runs.
+    """Evaluate each checkpoint on each data set; the results are appended to events.jsonl of the checkpoints' runs.
 
     Args:
-        checkpoints: RUN, RUN@STEP (a name, path or URL), or a directory of Hugging Face weights.
-        data: Shard directories, or NAME=DIRECTORY.
-        overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
-        procs: Ranks of each evaluation.
-        batches, sequences: Of each set, at most; None: all of it.
-        tasks: Files of requests that are scored as well (`training.tasks`), with the tokenizer of the sets.
+        checkpoints: RUN or RUN@STEP, where RUN is a name, path or URL; or a directory of Hugging Face weights.
+        data: Shard directories, as DIRECTORY or NAME=DIRECTORY.
+        overrides: key=value pairs that override each run's config. Of a run's recipe, only the keys of
+            `training.evaluate.MAY_CHANGE` may change.
+        runs_dir: The directory that holds the run directories.
+        procs: Number of ranks of each evaluation.
+        batches: Largest number of batches of each set; None: no limit.
+        sequences: Largest number of sequences of each set; None: no limit.
+        tasks: Files of requests that are also scored (`training.tasks`), with the tokenizer of the sets.
 
     Returns:
-        For each its `checkpoint`, its `step` (None for weights), and `sets`: what `training.evaluate.measure` returns.
+        One dictionary for each checkpoint, with its name as `checkpoint`, its `step` (None for weights), and as `sets`
+        what `training.evaluate.measure` returns.
 
     Raises:
-        UserError: A checkpoint or set is not there, or they do not go together; nothing is started then.
+        UserError: A checkpoint or set does not exist, a checkpoint does not fit to a set, or an evaluation failed. All
+            checkpoints and sets are checked before the first evaluation starts.
     """
     indexes = _open(data)
     for file in tasks:

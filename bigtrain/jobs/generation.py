@@ -1,4 +1,4 @@
-"""One life of all ranks: from their start on every agent to the end of the last one."""
+"""A generation: one start of all ranks, from the placement on every agent to the end of the last process."""
 
 from __future__ import annotations
 
@@ -24,62 +24,63 @@ LOOK_S: Final = 0.1
 KILL_TIMEOUT_S: Final = 10.0
 """How long an agent may take to end its ranks before it counts as lost."""
 EXIT_GRACE_S: Final = 10.0
-"""How long ranks may go on after the first one left, unless they are saving or stopping."""
+"""How long ranks may continue after the first rank exited, unless they are saving, evaluating or stopping."""
 
 EXAMINE_S: Final = 3.5
-"""How long the agents may take to report on their ranks once one rank hangs; an examination takes at most 2.5 s."""
+"""How long the agents may take to report on their ranks after a rank hangs; an examination takes at most 2.5 s."""
 
 _MAY_OUTLAST_OTHERS: Final = ("save", "stopping", "evaluation")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What every generation of a run starts in the same way."""
+    """What the ranks run and how long they may take: the same for every generation of a run."""
 
     module: str
+    """The module that each rank runs as `python -m`."""
     arguments: list[str]
     procs: int
     """Ranks on each node."""
     limits: dict[str, float]
-    """Seconds of silence allowed, by phase."""
+    """Longest allowed time without a heartbeat in seconds, by phase."""
     exit_grace_s: float | None = EXIT_GRACE_S
-    """How long ranks may go on after the first one left cleanly; None: without limit."""
+    """How long ranks may continue after the first rank exited cleanly; None: no limit."""
     stop_grace_s: float | None = None
-    """How long ranks may take to end after a request to stop, before SIGKILL; None: as long as `limits` allow."""
+    """Time between a request to stop and SIGKILL, in seconds; None: only `limits` apply."""
     reports_steps: bool = True
-    """Whether ranks report their steps and exit with bigtrain's codes; a user's own script does neither."""
+    """Whether ranks report their steps and exit with bigtrain's exit codes; a user's own script does neither."""
     defaults: dict[str, str] = field(default_factory=dict)
-    """Variables that a rank gets unless its node sets them."""
+    """Environment variables that a rank gets unless its node sets them."""
 
 
 @dataclass
 class GenerationOutcome:
-    """How a generation ended: by a fault, or with the exit codes of its ranks."""
+    """How a generation ended: by a fault, or with the clean exit codes of its ranks."""
 
     fault: Fault | None = None
     codes: dict[int, int] = field(default_factory=dict)
-    """Exit code of each rank that left by itself, cleanly."""
+    """Exit code (0 or 75) of each rank that exited cleanly, by rank."""
     step: int = 0
-    """The furthest step that a rank reported."""
+    """The highest step that a rank reported."""
     killed: bool = False
-    """Whether the ranks were ended by SIGKILL on request, or because they took too long to stop."""
+    """Whether the ranks were killed because of a second request to stop, or because they took too long to stop."""
     overdue: bool = False
-    """Whether they had been asked to stop and did not end within `Launch.stop_grace_s`."""
+    """Whether the ranks did not end within `Launch.stop_grace_s` after a request to stop."""
     lost: list[str] = field(default_factory=list)
-    """Agents that must be replaced."""
+    """Names of the agents that are lost and must be replaced."""
 
 
 class Generation:
-    """Starts ranks on agents and follows them until no process is left.
+    """Starts ranks on agents and watches them until no process is left.
 
     Args:
-        number: Which life this is, counted within the controller.
-        agents: One a node, in the order of node ranks.
-        launch: What to start.
-        environment: What the ranks get on top of torchrun's variables.
+        number: Number of this generation, counted by the controller.
+        agents: One agent for each node, in the order of node ranks.
+        launch: What the ranks run.
+        environment: Variables that the ranks get in addition to torchrun's variables.
         logs: Directory of this attempt's logs, on each node.
-        stop_level: Asked all the time: 0 go on, 1 stop and save, 2 end at once.
-        on_notice: Called when an agent was asked to stop by its machine.
+        stop_level: Called repeatedly; returns 0 to continue, 1 to save and exit, 2 to end at once.
+        on_notice: Called with an agent whose machine asked it to stop.
     """
 
     def __init__(
@@ -106,14 +107,14 @@ class Generation:
         self._phases: dict[int, tuple[str, float]] = {}
         self._first_exit: tuple[float, Message, int] | None = None
         self._hangs: dict[int, Message] = {}
-        """What each node reports of its ranks, once one of them hangs."""
+        """The `hung` message of each node, by node."""
         self._overdue_at: float | None = None
         self._killed_at: float | None = None
         self._stop_sent_at: float | None = None
         self._placed = False
 
     def live(self) -> GenerationOutcome:
-        """Run until every agent has said `ended` or is lost."""
+        """Run until every agent has sent `ended` or is lost."""
         with selectors.DefaultSelector() as selector:
             for node, agent in enumerate(self._agents):
                 selector.register(agent.channel, selectors.EVENT_READ, node)
@@ -123,11 +124,11 @@ class Generation:
                 for key, _ in selector.select(LOOK_S):
                     self._hear(key.data)
                 now = time.monotonic()
-                # With a thousand agents something arrives all the time, and each would be looked at each time.
+                # With a thousand agents a message arrives all the time: check the agents only every LOOK_S.
                 if now - looked_at < LOOK_S and self._alive:
                     continue
                 looked_at = now
-                # An agent that hears nothing ends itself, so those whose ranks have ended are kept alive as well.
+                # An agent that receives nothing ends itself, so agents whose ranks have ended get beats as well.
                 for node in sorted(self._alive | self._ended):
                     self._keep_alive(node)
                 known = self._alive | self._ended
@@ -146,7 +147,7 @@ class Generation:
             self._lose(node, str(error))
 
     def _lose(self, node: int, why: str) -> None:
-        """An agent is gone: a fault, unless all its ranks had ended before."""
+        """Drop an agent that is gone; this is a fault unless all its ranks had ended before."""
         had_ended = node in self._ended
         self._drop(node)
         if had_ended:
@@ -159,7 +160,7 @@ class Generation:
         self._outcome.lost.append(self._agents[node].agent)
 
     def _hear(self, node: int) -> None:
-        """Handle what an agent sends; one whose connection breaks is lost, and the generation with it."""
+        """Handle the messages of an agent. An agent whose connection breaks is lost, which ends the generation."""
         if node not in self._alive | self._ended:
             return
         try:
@@ -199,7 +200,10 @@ class Generation:
             self._ended.add(node)
 
     def _examine(self, first: int) -> None:
-        """Have the other nodes examine their ranks: those that wait for the one that hangs are as silent as it is."""
+        """Have the other nodes examine their ranks.
+
+        Ranks that wait for the hanging rank are as silent as that rank, so all nodes must be compared.
+        """
         if self._overdue_at is not None:
             return
         self._overdue_at = time.monotonic()
@@ -207,7 +211,7 @@ class Generation:
             self._send(node, "examine", generation=self._number)
 
     def _check_hang(self) -> None:
-        """Name the rank that hangs, once all nodes have reported or had their time."""
+        """Determine the rank that hangs, once all nodes have reported or EXAMINE_S is over."""
         if self._overdue_at is None or not self._hangs:
             return
         over = time.monotonic() - self._overdue_at > EXAMINE_S
@@ -217,7 +221,7 @@ class Generation:
         fault = fault_of_hang(self._hangs[node], self._agents[node].host)
         earlier = self._outcome.fault
         if earlier is not None and earlier.kind is Kind.HANG and not self._outcome.killed:
-            # A report that came after the decision may name the cause.
+            # A report that came after the decision may name the rank that caused the hang.
             self._outcome.fault = replace(fault, agent=self._agents[node].agent)
             return
         self._fail(node, fault)
@@ -259,13 +263,13 @@ class Generation:
         fault = fault_of_exit(message, host, self._launch.reports_steps)
         may_go_on = self._launch.exit_grace_s is None and not fault.peer_gone
         if self._first_exit is not None and message["phase"] not in _MAY_OUTLAST_OTHERS and not may_go_on:
-            # The others fail because their peer has left: name the one that left.
+            # This rank failed because a peer had exited: report the rank that exited.
             _, first, node = self._first_exit
             fault = fault_of_early_exit(first, self._agents[node].host, fault)
         self._fail(node, fault)
 
     def _fail(self, node: int, fault: Fault) -> None:
-        # What follows our own kill is no fault; what follows the first fault is mostly its consequence.
+        # Failures after a requested kill are not faults. Failures after the first fault are mostly its consequences.
         earlier = self._outcome.fault
         if not self._outcome.killed and (earlier is None or fault.outranks(earlier)):
             self._outcome.fault = replace(fault, agent=self._agents[node].agent)
@@ -304,18 +308,18 @@ class Generation:
         if self._first_exit is None or self._killed_at is not None or grace_s is None:
             return
         since, message, node = self._first_exit
-        # A beat tells where a rank was when it came: only one from after the grace counts.
+        # A beat reports the phase at the time it was received, so only beats received after the grace time count.
         grace_over = since + grace_s
         if any(phase not in _MAY_OUTLAST_OTHERS and seen > grace_over for phase, seen in self._phases.values()):
             self._fail(node, fault_of_early_exit(message, self._agents[node].host, None))
 
     def _check_kill(self) -> None:
         if self._killed_at is not None and time.monotonic() - self._killed_at > KILL_TIMEOUT_S:
-            # Whatever they were to be ended for remains the cause.
+            # The recorded fault stays the cause.
             for node in sorted(self._alive):
                 self._drop(node)
 
 
 def _blame(hung: Message) -> tuple[bool, int, bool, float]:
-    """The order of ranks that may have caused a hang: stopped, behind, unable to answer, silent for longest."""
+    """Sort key for the likeliest cause of a hang: a stopped process, lowest step, no answer, longest silence."""
     return not hung["stopped"], int(hung["step"]), bool(hung["answered"]), -float(hung["age_s"])

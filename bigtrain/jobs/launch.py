@@ -1,4 +1,4 @@
-"""The controller in the caller's process, with ranks where a placer says."""
+"""Functions that run the controller in the caller's process, with ranks on the nodes of a placer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def say_on_stderr(line: str) -> None:
-    """Print a line where it does not mix with results."""
+    """Print a line to stderr, so that it does not mix with results on stdout."""
     print(line, file=enduring(sys.stderr), flush=True)
 
 
@@ -43,27 +43,30 @@ def run_controlled(
     around: Callable[[Controller], AbstractContextManager[object]] = nullcontext,
     run: Callable[[Controller], int] = Controller.run,
 ) -> int:
-    """Run `nproc` ranks of `rank_module`, or those of `launch`, on each node that `placer` gives, to the run's end.
+    """Run `nproc` ranks of `rank_module`, or those of `launch`, on each node of `placer`, until the run ends.
 
-    The working directory, the interpreter and the environment of the ranks are the caller's.
+    The ranks inherit the working directory, the interpreter and the environment of the caller.
 
     Args:
-        run_dir: The run directory; logs go to logs/attempt_K/rank_R.log.
-        placer: Gives the machines.
-        nproc: Number of ranks on each of them.
-        job: Budget and limits.
+        run_dir: The run directory; the ranks write to logs/attempt_K/rank_R.log.
+        placer: Provides the nodes.
+        job: The `job` section, with the retry budget and the limits.
         event: Writes events (see `Controller`).
-        launch: What a rank is, in place of `nproc`, `rank_module`, `arguments` and `exit_grace_s`.
+        nproc: Number of ranks on each node.
+        launch: What the ranks run; replaces `nproc`, `rank_module`, `arguments` and `exit_grace_s`.
         rank_module: Module that each rank runs as `python -m`, with `arguments`.
-        environment: More variables for the ranks. They travel over the agents' connections: no secrets.
-        run_name: For what people read; by default the run directory's name.
-        progress: Step of the newest checkpoint; by default what checkpoints/LATEST names.
-        exit_grace_s: How long ranks may go on after the first one has left.
-        around: Gives, for the controller, what to enter while it runs.
+        arguments: Command-line arguments of each rank.
+        environment: Additional variables for the ranks. They are sent unencrypted, so they must not hold secrets.
+        run_name: The run's name in printed lines; by default the run directory's name.
+        say: Prints one line for the user.
+        progress: Returns the step of the newest checkpoint; by default the step that checkpoints/LATEST names.
+        first_attempt: Number of the first attempt; by default the first number without logs.
+        exit_grace_s: How long ranks may continue after the first rank exited, in seconds.
+        around: Returns a context manager that is entered while the controller runs.
         run: Runs the controller; see `Placer.run`.
 
     Returns:
-        0 finished, 1 failed, 2 the user's mistake, 75 stopped and resumable.
+        0 finished, 1 failed, 2 user error, 75 stopped and resumable.
     """
     run_dir = run_dir.absolute()
     controller = Controller(
@@ -83,15 +86,15 @@ def run_controlled(
 
 
 def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any) -> int:
-    """Run all ranks on this machine; logs/agent.log holds the agent's own words.
+    """Run all ranks on this machine; the agent's own output goes to logs/agent.log.
 
     Args:
         run_dir: The run directory.
-        silence_s: How long agent and controller wait for a word from each other.
+        silence_s: Seconds without a message after which agent and controller count each other as dead.
         options: See `run_controlled`.
     """
     run_dir = run_dir.absolute()
-    from bigtrain.jobs.placers.local import LocalPlacer  # pydantic
+    from bigtrain.jobs.placers.local import LocalPlacer  # imports pydantic
 
     return run_controlled(run_dir, LocalPlacer(run_dir / names.LOGS / "agent.log", silence_s), **options)
 
@@ -107,17 +110,19 @@ def launch_here(
     kept: Placer | None = None,
     **options: Any,
 ) -> int:
-    """Run a job's ranks on the machines that `job.placer` names: by default where this command was started.
+    """Run a job's ranks on the nodes of `job.placer`: by default this machine or the Slurm job of this process.
 
     Args:
         run_dir: The run directory.
-        job: Its section.
+        job: The run's `job` section.
+        event: Writes events (see `Controller`).
         nproc: Ranks on each node.
-        sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
-        kept: Gives agents that may outlast the run; by default the run has its own.
+        sizes: Numbers of nodes that the layout allows; by default all from `min_nodes` to `nodes`.
+        say: Prints one line for the user.
+        kept: A placer that keeps its agents after the run, for the next one; by default a new placer is built.
         options: See `run_controlled`.
     """
-    from bigtrain.jobs.placer_kinds import kind_of  # pydantic
+    from bigtrain.jobs.placer_kinds import kind_of  # imports pydantic
 
     run_dir = run_dir.absolute()
     kind = kind_of(job)

@@ -1,4 +1,4 @@
-"""How long a rank may stay silent: the published limits, and shorter ones learned from the run itself."""
+"""How long a rank may go without a heartbeat: the configured limits, and shorter ones learned from the run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Final
 from bigtrain.heartbeat import Beat, Phase
 
 LEAST_S: Final = 60.0
-"""No learned limit is shorter: a step may compile, wait for a disk or be paged in."""
+"""The shortest learned limit in seconds: a step may compile, wait for a disk or be paged in."""
 TIMES_LONGEST: Final = 20.0
 ENOUGH: Final[Mapping[str, int]] = {"step": 50, "data": 50, "save": 3, "evaluation": 3}
-"""Silences of a phase after which its limit is learned; start-up and stopping happen once."""
+"""Number of observed silences after which the limit of a phase is learned. Start-up and stopping happen once, so
+their limits are never learned."""
 
 
 class LearnedLimits:
-    """The limits of one generation, by phase: TIMES_LONGEST the longest silence so far, within LEAST_S and `published`.
+    """The limits of one generation in seconds, by phase.
 
-    A silence is the time between two beats of one rank, counted for the phase in which it was.
+    The limit of a phase is TIMES_LONGEST times its longest silence so far, but at least LEAST_S and at most the
+    configured limit. A silence is the time between two heartbeats of one rank; it counts for the phase of the first.
+
+    Args:
+        published: The configured limits in seconds, by phase.
     """
 
     def __init__(self, published: Mapping[str, float]) -> None:
@@ -27,7 +32,10 @@ class LearnedLimits:
         self._count: dict[str, int] = {}
 
     def observe(self, rank: int, beat: Beat) -> None:
-        """Take a reading of a rank's page in; read often, it sees each silence to within the time between readings."""
+        """Record one reading of a rank's heartbeat page.
+
+        A silence is measured with an error of at most the time between two readings.
+        """
         before = self._last.get(rank)
         self._last[rank] = beat
         if before is None or ((beat.step, beat.phase) == (before.step, before.phase) and beat.age_s >= before.age_s):
@@ -36,9 +44,9 @@ class LearnedLimits:
         self._count[before.phase] = self._count.get(before.phase, 0) + 1
 
     def limit_s(self, phase: Phase) -> float:
-        """Seconds of silence allowed in a phase."""
+        """The longest allowed silence in a phase, in seconds."""
         if phase == "data":
-            # Waiting for data is part of a step: a server is given as long as a step may take.
+            # Waiting for data is part of a step, so a data server may take as long as a step.
             return max(self._limit_s("data"), self._limit_s("step"))
         return self._limit_s(phase)
 

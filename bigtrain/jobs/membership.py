@@ -1,4 +1,4 @@
-"""Which nodes a run should be on: some will be taken away, some have failed too often, more could be had."""
+"""Decides which nodes a run uses: it leaves nodes that are taken away or fail too often, and grows to free nodes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from bigtrain.jobs.protocol import AgentConnection
 
 LOOK_EVERY_S: Final = 0.5
 GROW_AFTER_S: Final = 5.0
-"""How long more nodes must have been there before the run stops to take them."""
+"""How long additional nodes must have been available before the run saves and restarts with them."""
 STRIKES: Final = 2
-"""Failures of one node after which it is not used any more."""
+"""Number of failures after which a node is excluded."""
 
 _NODE_MAY_BE_AT_FAULT: Final = (Kind.SIGNAL, Kind.HANG, Kind.AGENT_LOST)
 
 
 class Membership:
-    """Tells the controller when to leave a placement for another one.
+    """Tells the controller when to leave the current placement for another one.
 
-    A run leaves by having its ranks save and exit, so that no step is lost and none is done twice. With a placer that
-    always gives the same machines there is nothing to do.
+    Before a run leaves a placement its ranks save and exit, so that no step is lost or repeated. With a placer that is
+    not elastic, a run never leaves its placement.
 
     Args:
-        placer: Gives the machines.
-        say: Prints one line for a person.
-        on_event: Writes `notice` and `excluded`, with host and cause.
+        placer: Provides the nodes.
+        say: Prints one line for the user.
+        on_event: Writes the events `notice` and `excluded`, with host and cause.
     """
 
     def __init__(self, placer: Placer, say: Callable[[str], None], on_event: Callable[..., None]) -> None:
@@ -45,17 +45,17 @@ class Membership:
 
     @property
     def elastic(self) -> bool:
-        """Whether there are other machines to go to."""
+        """Whether the placer can provide other nodes."""
         return self._placer is not None
 
     def placed(self) -> None:
-        """Begin a new placement: notices and reasons that concern the last one are dropped."""
+        """Begin a new placement, and forget the notices and the reason to leave of the last one."""
         self._reason = None
         self._larger_since = None
         self._notices = {}
 
     def reason_to_leave(self) -> str | None:
-        """Why the run should go on elsewhere, or None; the same answer until the next placement."""
+        """Why the run should leave its placement, or None. A reason stays until the next placement."""
         now = time.monotonic()
         if self._placer is None or self._reason is not None or now - self._looked_at < LOOK_EVERY_S:
             return self._reason
@@ -67,19 +67,20 @@ class Membership:
         return self._reason
 
     def on_agent_notice(self, agent: AgentConnection) -> None:
-        """An agent was asked to stop by its machine: the run saves and goes on without it."""
+        """Record that the machine of an agent asked it to stop: the run will save and continue without that node."""
         assert self._placer is not None
         self._placer.leave(agent.agent)
         self._take_notice(Notice(agent.agent, agent.host, None))
 
     def judge(self, fault: Fault, lost: list[str]) -> tuple[Fault, bool]:
-        """Look at a fault from the nodes' side.
+        """Assign a fault to its node, and decide whether the run needs a new placement.
 
         Args:
-            lost: The agents that were lost with it.
+            fault: The fault that ended a generation.
+            lost: Names of the agents that were lost with the fault.
 
         Returns:
-            The fault, as preemption where a notice had named the node; and whether to place the run again.
+            The fault, changed to a preemption if there was a notice for its node, and whether to place the run again.
         """
         for agent in lost:
             if self._placer is not None:
@@ -89,7 +90,7 @@ class Membership:
             within = "" if gone.seconds is None else f" (its notice was of {gone.seconds:.0f} s)"
             cause = f"host {gone.host} was taken away before the run had saved{within}: {fault.cause}"
             return replace(fault, kind=Kind.PREEMPTED, cause=cause, traceback=None), True
-        # Who is about to leave anyway leaves now.
+        # If there was a reason to leave the placement already, leave it now.
         return fault, bool(lost) | self._strike(fault) | (self._reason is not None)
 
     def _take_notice(self, notice: Notice) -> None:

@@ -1,4 +1,4 @@
-"""Which nodes of a cluster a run takes, at which size, in which order: arithmetic that knows no Ray."""
+"""Selection of a run's nodes in a cluster: which nodes, how many, and in which order. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -12,49 +12,52 @@ UNLIMITED: Final = -1
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a cluster, as it is now."""
+    """The current state of a cluster's node."""
 
     name: str
-    """Which it is, for good: another start of the same machine has another name."""
+    """A unique name that never changes; if the same machine joins the cluster again, it gets another name."""
 
     host: str
     labels: Mapping[str, str]
     total: Mapping[str, float]
-    """What it has."""
+    """All resources of the node: amount by resource name, such as "CPU" or "GPU"."""
 
     free: Mapping[str, float]
-    """What of it is free."""
+    """Resources that are not in use."""
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes that an autoscaler can bring."""
+    """A kind of node that an autoscaler can add to the cluster."""
 
     most: int
-    """How many, or UNLIMITED."""
+    """Largest number of nodes of this kind, or UNLIMITED."""
 
     total: Mapping[str, float]
+    """All resources of one such node."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run wants of a cluster."""
+    """The nodes that a run needs of a cluster."""
 
     sizes: Sequence[int]
-    """Numbers of nodes at which it can run, largest first."""
+    """Numbers of nodes with which the run is possible, largest first."""
 
     each: Mapping[str, float]
-    """What it takes of each node."""
+    """Resources that the run uses on each node."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that each node must have."""
     topology: str | None = None
+    """See `JobConfig.topology`."""
 
     def suffices(self, resources: Mapping[str, float]) -> bool:
-        """Whether these, of one node, are enough."""
+        """Whether these resources of one node are enough."""
         return all(resources.get(name, 0.0) >= amount for name, amount in self.each.items())
 
     def fits(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
-        """Whether one node with these could carry its part of the run."""
+        """Whether one node with these resources and labels can be used by the run."""
         return self.suffices(resources) and all(labels.get(name) == value for name, value in self.labels.items())
 
     def __str__(self) -> str:
@@ -66,14 +69,17 @@ class Need:
 def choose(
     nodes: Sequence[Node], need: Need, previous: Sequence[str] = (), avoid: Collection[str] = ()
 ) -> list[Node] | None:
-    """The nodes of the largest placement that is possible now, in the order of node ranks; None where there is none.
+    """The nodes of the largest placement that is possible now, in the order of node ranks; None if none is possible.
 
-    Nodes of the previous placement stay and keep their place, or their order where it shrinks. New ones are taken out
-    of as few values of the topology label as possible, and ordered by (topology, host, name).
+    Nodes of the previous placement are used again and keep their node ranks; if the placement shrinks, they keep their
+    order. New nodes have as few different values of the topology label as possible, and are ordered by
+    (topology, host, name).
 
     Args:
-        previous: Names of the last placement's nodes, in its order.
-        avoid: Names of nodes that are not to be taken.
+        nodes: The living nodes of the cluster.
+        need: What the run needs.
+        previous: Names of the previous placement's nodes, in the order of node ranks.
+        avoid: Names of nodes that must not be used.
     """
     free = [node for node in nodes if node.name not in avoid and need.fits(node.free, node.labels)]
     size = next((size for size in need.sizes if size <= len(free)), None)
@@ -84,7 +90,7 @@ def choose(
     fresh = _near(need, [node for node in free if node not in kept], kept, size - len(kept))
     if not kept:
         return fresh
-    # A lost node's place goes to a new one; places past the end of a smaller placement close up.
+    # A new node gets the node rank of a lost one. In a smaller placement the kept nodes are numbered again.
     slots: list[Node | None] = [by_name.get(name) for name in previous]
     if size < len(slots):
         slots = list(kept)
@@ -94,7 +100,10 @@ def choose(
 
 
 def _near(need: Need, candidates: Sequence[Node], kept: Sequence[Node], count: int) -> list[Node]:
-    """`count` of the candidates out of as few values of the topology label as possible, in order."""
+    """`count` of the candidates with as few different values of the topology label as possible, in order.
+
+    Values that the kept nodes have come first, then values that many candidates have.
+    """
 
     def value(node: Node) -> str:
         return node.labels.get(need.topology, "") if need.topology else ""
@@ -112,20 +121,21 @@ class Missing:
 
     text: str
     never: bool
-    """Whether the cluster, as it is and as its autoscaler may make it, could not carry the run even when empty."""
+    """Whether the run cannot fit even on an empty cluster with all nodes that the autoscaler can add."""
 
 
 def missing(nodes: Sequence[Node], need: Need, kinds: Sequence[NodeKind] | None, avoid: Mapping[str, str]) -> Missing:
-    """What a run waits for.
+    """Explain why no placement is possible now.
 
     Args:
         nodes: The living nodes.
-        kinds: What the autoscaler can bring; None where there is none.
-        avoid: Names of nodes that are not to be taken, each with the reason.
+        need: What the run needs.
+        kinds: The kinds of nodes that the autoscaler can add; None if there is no autoscaler.
+        avoid: Reasons why nodes must not be used, by node name.
     """
     least = need.sizes[-1]
     able = [node for node in nodes if need.fits(node.total, node.labels)]
-    # Which labels its nodes will carry, an autoscaler's config does not say.
+    # An autoscaler's config does not say which labels its nodes will have.
     coming = [kind for kind in kinds or () if need.suffices(kind.total)]
     reachable = len(able) if kinds is None else _most(coming, len(able))
     wanted = f"{least} {'node' if least == 1 else 'nodes'} {need}"

@@ -1,18 +1,18 @@
-"""A message when a run has ended: by a command, a webhook, an alert of W&B.
+"""The message that is sent when a run has ended: by a command, a webhook or an alert of W&B.
 
-    python -m bigtrain.jobs.notify      the process that does it, apart from the run; it reads one JSON object
+    python -m bigtrain.jobs.notify      sends the message in a separate process; it reads one JSON object
 
 The command gets this object on standard input, the webhook as the body of a POST (application/json):
 
     {"format_version": 1,
-     "text": "tiny failed after step 1200: rank 3 on host a7 was killed by SIGKILL at step 1234",   one line for people
+     "text": "tiny failed after step 1200: rank 3 on host a7 was killed by SIGKILL at step 1234",   the message to show
      "run": "tiny", "state": "finished" | "stopped" | "failed", "exit_code": 0 | 75 | 1 | 2,
-     "step": 1200, "loss": 2.31, "goodput": 0.93, "restarts": 2,            null where not known
-     "cause": "rank 3 on host a7 ...",                                      null unless it failed
+     "step": 1200, "loss": 2.31, "goodput": 0.93, "restarts": 2,            null if not known
+     "cause": "rank 3 on host a7 ...",                                      null unless the run failed
      "host": "login-1", "directory": "/home/me/runs/tiny", "wandb_url": null, "time": 1790000000.0}
 
-Chat services that take {"text": ...} (Slack, Mattermost) show the line. What goes wrong is a line in logs/notify.log
-and changes nothing: neither the run's end nor its exit code.
+Chat services that accept {"text": ...} (Slack, Mattermost) show the text. A failure to send the message is written to
+logs/notify.log; it does not change the run's state or exit code.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION: Final = 1
 WAIT_S: Final = 5.0
-"""How long the launcher stays for the notification; what takes longer goes on without it."""
+"""How long the launcher waits for the notification; after that the notification continues without the launcher."""
 LIMIT_S: Final = 30.0
-"""How long command, webhook and alert may take, each."""
+"""How long the command, the webhook and the alert may each take, in seconds."""
 TRIES: Final = 3
 MAX_OUTPUT: Final = 4000
 
@@ -53,11 +53,12 @@ _STATES: Final = {0: "finished", 75: "stopped"}
 
 
 def message(directory: RunDirectory, status: Mapping[str, Any], code: int) -> dict[str, Any]:
-    """The message on a run's end, without secrets; see the module's docstring.
+    """The message about a run's end, without secrets; see the module's docstring.
 
     Args:
-        status: What `bigtrain status --json` says.
-        code: How it ended, a code of ExitCode.
+        directory: The run directory.
+        status: The object that `bigtrain status --json` prints.
+        code: How the run ended, as a value of ExitCode.
     """
     state = _STATES.get(code, "failed")
     cause = newest(read_events(directory.events), "cause") if state == "failed" else None
@@ -88,10 +89,18 @@ def notify(
     wait_s: float = WAIT_S,
     limit_s: float = LIMIT_S,
 ) -> str | None:
-    """Start the process that tells of a run's end, and stay with it for a moment.
+    """Start the process that sends the message about a run's end, and wait for it for at most `wait_s`.
+
+    Args:
+        directory: The run directory.
+        config: The run's config.
+        status: The object that `bigtrain status --json` prints.
+        code: How the run ended, as a value of ExitCode.
+        wait_s: Seconds to wait for the process.
+        limit_s: Seconds that the command, the webhook and the alert may each take.
 
     Returns:
-        A line for a person where it has not worked, or not yet.
+        A line for the user if the message was not sent, or is not sent yet; otherwise None.
     """
     log_path = directory.logs / "notify.log"
     order = {
@@ -109,7 +118,7 @@ def notify(
                 stdout=log,
                 stderr=log,
                 env=with_source(os.environ),
-                # It may outlive this process, and Ctrl-C is not for it.
+                # The process may outlive this one, and Ctrl-C must not end it.
                 start_new_session=True,
             )
         assert process.stdin is not None
@@ -124,10 +133,10 @@ def notify(
 
 
 def main() -> int:
-    """Do what the order on standard input says; returns how many ways failed."""
+    """Send the message of the JSON object on standard input; returns the number of failures."""
     order = json.load(sys.stdin)
     where, limit_s = order["config"]["job"]["notify"], order["limit_s"]
-    # Whatever hangs below: this process does not stay.
+    # Ends this process even if something below hangs.
     limit = threading.Timer(3 * limit_s, os._exit, [1])
     limit.daemon = True
     limit.start()
@@ -147,7 +156,11 @@ def main() -> int:
 
 
 def _run(command: list[str], body: dict[str, Any], limit_s: float) -> list[str]:
-    """Run the user's command with the body on its standard input; it and its children end with the limit."""
+    """Run the user's command with the body on its standard input. After `limit_s` it and its children are killed.
+
+    Returns:
+        Sentences about failures; empty on success.
+    """
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -168,14 +181,18 @@ def _run(command: list[str], body: dict[str, Any], limit_s: float) -> list[str]:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A webhook that has moved is named, and not followed to wherever it points."""
+    """Refuses redirects: a webhook that has moved is reported as a failure."""
 
     def redirect_request(self, *arguments: Any, **options: Any) -> None:
         return None
 
 
 def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
-    """POST the body, again where the server fails; the address may be a secret, so only its host is printed."""
+    """POST the body, and retry after a server error. The URL may be a secret, so only its host is printed.
+
+    Returns:
+        Sentences about failures; empty on success.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return ["the webhook's address is no http or https URL"]
@@ -205,7 +222,11 @@ def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
 
 
 def _alert(order: dict[str, Any], limit_s: float) -> list[str]:
-    """An alert on the run's page of W&B, which sends it by mail or to Slack as its user has set."""
+    """Create a W&B alert for the run; W&B sends it by e-mail or to Slack, as set in the user's account.
+
+    Returns:
+        Sentences about failures; empty on success.
+    """
     from bigtrain.tracking.config import TrackingConfig
     from bigtrain.tracking.trackers.wandb import choose_mode, send_alert
 

@@ -1,4 +1,4 @@
-"""The kinds of placers by name, and which of them a job uses. bigtrain's own lie in placers/, a file or folder each."""
+"""The registry of placers, and which placer a job uses. Each of bigtrain's own is a file or folder in placers/."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ PLACERS: Registry[Placer] = Registry(
 
 
 def kind_of(job: JobConfig) -> type[Placer]:
-    """The kind that `job.placer` names; for `auto` the one whose allocation this process is in, else this machine.
+    """The placer class that `job.placer` names.
+
+    For `auto` this is the placer in whose allocation this process runs (`Placer.is_here`), or `local` if there is none.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: No placer has that name.
     """
     if job.placer != AUTO:
         return PLACERS[job.placer]

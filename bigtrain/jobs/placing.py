@@ -1,4 +1,4 @@
-"""Where a run's machines come from: this one, a Ray cluster, a Slurm allocation, or what a plugin brings."""
+"""The interface of placers, which provide a run's nodes: this machine, a Ray cluster, a Slurm allocation or others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PlacementCancelled(Exception):
-    """The run was asked to stop while it waited for machines."""
+    """The run was requested to stop while it waited for nodes."""
 
 
 class PlacementFailed(Exception):
@@ -25,74 +25,76 @@ class PlacementFailed(Exception):
 
 
 class PlacementRefused(PlacementFailed):
-    """No waiting would help: the machines cannot ever carry the run as it is configured."""
+    """The available nodes can never run the job as it is configured, so waiting does not help."""
 
 
 class Notice(NamedTuple):
-    """A machine of the present placement will be taken away."""
+    """The report that a node of the current placement will be taken away."""
 
     agent: str
+    """Name of the node's agent."""
     host: str
     seconds: float | None
-    """Time until then; None where it is not known."""
+    """Seconds until the node is taken away; None if not known."""
 
 
 @dataclass(frozen=True)
 class PlacementRequest:
-    """What a placer is made from."""
+    """The arguments from which a placer is built."""
 
     job: JobConfig
     logs: Path
-    """The run's directory of logs; on several nodes they share it."""
+    """The run's log directory, which all nodes must share."""
     say: Callable[[str], None]
-    """Prints one line for a person."""
+    """Prints one line for the user."""
     procs: int
     """Ranks on each node."""
     sizes: Sequence[int]
-    """Numbers of nodes at which the run can be laid out."""
+    """Numbers of nodes that the run's layout allows."""
     paths: Sequence[Path] = ()
-    """Files and directories that each node must see before ranks are started."""
+    """Files and directories that each node must be able to read before ranks are started."""
     on_event: Callable[..., None] = lambda event, /, **fields: None
-    """Writes `waiting` and `placed` into the run's record."""
+    """Writes the events `waiting` and `placed` to the run's events.jsonl."""
 
 
 class Placer:
-    """Starts one agent a node and takes them away again; ranks are the controller's business.
+    """Starts one agent on each node and removes the agents again; the controller starts the ranks.
 
-    An extension point: a class with a `name`, registered in `bigtrain.jobs.placer_kinds.PLACERS`, is chosen by
-    `job.placer`. `place`, `release`, `of` and `procs` must be written. The rest has defaults, for machines that neither
-    come nor go.
+    This class is an extension point: `job.placer` selects a class by its `name`, if the class is registered in
+    `bigtrain.jobs.placer_kinds.PLACERS`. A placer must implement `place`, `release`, `of` and `procs`. The defaults of
+    the other methods suit a fixed set of nodes.
     """
 
     name: ClassVar[str]
     elastic: bool = False
-    """Whether machines come and go. Nodes are named by `AgentConnection.agent`; the methods for it must not block."""
+    """Whether nodes may be added and taken away during a run. If so, the placer also implements `distrust`, `exclude`,
+    `leave`, `notices` and `larger`, which must not block and which name nodes by `AgentConnection.agent`."""
 
     @classmethod
     def of(cls, request: PlacementRequest) -> Placer:
-        """The placer of one run."""
+        """Build the placer of one run."""
         raise NotImplementedError
 
     @classmethod
     def is_here(cls) -> bool:
-        """Whether a command that is started here runs inside this kind's own allocation, and so uses it by itself."""
+        """Whether this process runs inside an allocation of this kind, so that `job.placer: auto` selects it."""
         return False
 
     @classmethod
     def procs(cls, job: JobConfig) -> int:
-        """How many ranks `job` puts on each node.
+        """Number of ranks that `job` starts on each node.
 
         Raises:
-            UserError: It takes more nodes than there can be.
+            UserError: The job needs more nodes than there can be.
         """
         raise NotImplementedError
 
     @classmethod
     def run(cls, controller: Controller, run_name: str, say: Callable[[str], None]) -> int:
-        """Run the controller to its end; here signals of a scheduler are handled.
+        """Run the controller to its end. A placer overrides this method to handle the signals of its scheduler.
 
         Returns:
-            A code of ExitCode.
+            A value of ExitCode.
         """
         return controller.run()
 
@@ -100,43 +102,50 @@ class Placer:
         """Start agents and wait until all have connected.
 
         Args:
-            cancelled: Asked several times a second while waiting.
+            cancelled: Called several times a second while waiting; returns whether to give up.
 
         Returns:
-            One connection a node, in the order of node ranks: the same nodes always come in the same order.
+            One connection for each node, in the order of node ranks. The same nodes always have the same order.
 
         Raises:
             PlacementCancelled: `cancelled` returned True.
             PlacementFailed: An agent did not start.
-            PlacementRefused: The machines cannot ever carry the run.
+            PlacementRefused: The nodes can never run the job.
         """
         raise NotImplementedError
 
     def release(self) -> None:
-        """End all agents with everything that they started, also those that no longer answer. Idempotent."""
+        """End all agents and everything that they started, including agents that no longer answer. Idempotent."""
         raise NotImplementedError
 
     def distrust(self, agent: str) -> None:
-        """The node's agent was lost: it must show that it lives before it is taken again."""
+        """Do not use the node, whose agent was lost, until it has shown that it is alive."""
 
     def exclude(self, agent: str) -> bool:
-        """Do not use the node from now on; False if the run cannot go on without it."""
+        """Never use the node again; returns False, without effect, if the run cannot continue without it."""
         return False
 
     def leave(self, agent: str) -> None:
-        """The node itself reports that it will be taken away: it is not taken again."""
+        """Never use the node again, because its machine reported that it will be taken away."""
 
     def notices(self) -> list[Notice]:
-        """The nodes of the present placement that the cluster will take away; they are not taken again."""
+        """The nodes of the current placement that the cluster will take away; they are not used again."""
         return []
 
     def larger(self) -> int:
-        """How many nodes a placement would have now, if that is more than the present one has, else 0."""
+        """Number of nodes of the largest possible placement, if that is more than the current one has; else 0."""
         return 0
 
 
 def agent_environment(inherited: Mapping[str, str], address: str, token: str, mark: str) -> dict[str, str]:
-    """The environment of an agent: where its controller is, what proves it, and the mark of all that it starts."""
-    # The agent must run the controller's code, also where that is a checkout and not installed.
+    """The environment variables of an agent.
+
+    Args:
+        inherited: The variables to start from.
+        address: The controller's address as "HOST:PORT".
+        token: The run's token.
+        mark: A value that marks the agent and all its descendants (see `bigtrain.variables.PLACEMENT`).
+    """
+    # The agent must run the controller's code, even if that is a checkout that is not installed.
     own = {variables.CONTROLLER: address, variables.JOB_TOKEN: token, variables.PLACEMENT: mark}
     return with_source(inherited) | own

@@ -1,4 +1,4 @@
-"""Linux system calls that end processes together."""
+"""Linux system calls for ending groups of processes, for file descriptors, and for network ports and interfaces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIOCGIFADDR: Final = 0x8915
 
 
 def bound_to_parent() -> Callable[[], None]:
-    """A `preexec_fn` by which the kernel kills the child when the thread that started it dies, however it dies.
+    """A `preexec_fn` that makes the kernel kill the child when the thread that started it ends, for any reason.
 
     The child also ignores SIGUSR1 and SIGUSR2 until it installs handlers, so that a request for stacks does not end a
     rank that is still starting.
@@ -33,64 +33,66 @@ def bound_to_parent() -> Callable[[], None]:
 
 
 def bind_to_parent(parent: int, libc: ctypes.CDLL | None = None) -> None:
-    """What `bound_to_parent` has a child do.
+    """Have the kernel kill this process when its parent ends; `bound_to_parent` runs this function in a child.
 
     Args:
-        parent: Its parent; where that is another process by now, this one ends.
-        libc: The C library, where it was loaded before.
+        parent: Id of the parent process. If this process has another parent by now, it exits.
+        libc: The C library, if it is already loaded.
     """
     (libc or ctypes.CDLL(None, use_errno=True)).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # It died before the call: nobody will send the signal.
+    if os.getppid() != parent:  # The parent died before the call, so the kernel will not send the signal.
         os._exit(1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def adopt_descendants(wanted: bool) -> None:
-    """Set whether this process adopts descendants whose parent ends; otherwise init does, as usual.
+    """Set whether this process adopts descendants whose parent ends. By default, init adopts them.
 
     Raises:
-        OSError: The system does not support it.
+        OSError: The system does not support this.
     """
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "descendants cannot be adopted")
 
 
 def follow_parent(parent: int) -> bool:
-    """Have the kernel send SIGTERM to this process when the thread that started it ends, however it ends.
+    """Have the kernel send SIGTERM to this process when the thread that started it ends, for any reason.
 
     Returns:
-        Whether `parent` still is its parent: one that died before the call sends nothing.
+        Whether `parent` is still the parent. If it died before the call, the kernel will not send the signal.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     return os.getppid() == parent
 
 
 def end_marked(placement: str, spare: Collection[int] = (), variable: str = variables.PLACEMENT) -> int:
-    """Kill every process of this user whose environment carries the mark `placement`, and its descendants.
+    """Kill every process of this user whose environment contains the mark `placement`, and its descendants.
 
-    Process groups miss a child that took a session of its own; its inherited environment tells where it came from. A
-    process that overwrites its environment, as setproctitle does, is found by its parent.
+    Killing a process group misses a child that started its own session; such a child is found by its inherited
+    environment. A process that overwrites its environment, as setproctitle does, is found by its parent.
 
     Args:
-        spare: Processes that are left alone.
+        placement: The mark: the value of `variable`.
+        spare: Ids of processes that are not killed. This process is never killed.
+        variable: Name of the environment variable.
 
     Returns:
-        How many were killed.
+        The number of killed processes.
     """
     mark = f"{variable}={placement}".encode()
     spare = {*spare, os.getpid()}
     killed = 0
-    # Again until none is left: one may have forked while the list was read.
+    # Repeat until none is left: a process may have forked while the list was read.
     for _ in range(5):
         marked = [pid for pid in _processes() if pid not in spare and _is_marked(pid, mark)]
         if not marked:
             break
-        # A parent's children are adopted by others once it is dead, so the tree is read first.
+        # Children of a dead process are adopted by another one, so read the process tree before killing.
         parents = {pid: _parent(pid) for pid in _processes()}
         victims = [pid for pid in parents if pid not in spare and _descends(pid, set(marked), parents, spare)]
         opened = {pid: descriptor for pid in victims if (descriptor := _open(pid)) is not None}
-        # A descriptor pins its process: a number that was used again meanwhile has another parent.
+        # A pidfd refers to one process for good. A process id that was reused meanwhile has another parent.
         same = {pid for pid in opened if _parent(pid) == parents[pid]}
         for pid, descriptor in opened.items():
             if pid in same:
@@ -113,7 +115,7 @@ def _is_marked(pid: int, mark: bytes) -> bool:
 
 
 def _parent(pid: int) -> int:
-    """The parent of a process, 0 where it is gone."""
+    """The id of the process's parent, or 0 if the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
@@ -121,7 +123,7 @@ def _parent(pid: int) -> int:
 
 
 def _descends(pid: int, marked: Collection[int], parents: Mapping[int, int], spare: Collection[int]) -> bool:
-    """Whether a process is one of the marked or comes from one, with none that is spared between."""
+    """Whether a process is marked or descends from a marked process, with no spared process in between."""
     while pid > 1 and pid not in spare:
         if pid in marked:
             return True
@@ -145,7 +147,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def signal_name(number: int) -> str:
-    """ "SIGKILL" for 9."""
+    """The name of a signal, such as "SIGKILL" for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -153,7 +155,7 @@ def signal_name(number: int) -> str:
 
 
 def allow_descriptors(count: int) -> None:
-    """Let this process have `count` files open, as far as the system allows it: the usual limit is 1024."""
+    """Raise this process's limit of open files to `count`, as far as the system allows; the usual limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -161,10 +163,10 @@ def allow_descriptors(count: int) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has this IPv4 address, None where none has."""
+    """Name of the network interface that has this IPv4 address; None if there is no such interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # One without an address.
+            with contextlib.suppress(OSError):  # The interface has no address.
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 if socket.inet_ntoa(answer[20:24]) == address:
                     return name
@@ -172,9 +174,9 @@ def interface_of(address: str) -> str | None:
 
 
 def free_port(first: int = 20000, last: int = 32000) -> int:
-    """A TCP port that nobody uses now, below the range from which the kernel serves outgoing connections.
+    """A TCP port that is free now, below the range that the kernel uses for outgoing connections.
 
-    So no connection of another process takes it between this call and its use.
+    So no outgoing connection of another process takes the port between this call and its use.
     """
     generator = random.SystemRandom()
     for _ in range(1000):

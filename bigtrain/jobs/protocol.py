@@ -1,45 +1,46 @@
 """The protocol between agents and the controller: authenticated JSON frames over TCP.
 
-**Frames.** A frame is a length (4 bytes, big-endian: the bytes that follow), a code (32 bytes, HMAC-SHA256) and one
-JSON object in UTF-8. It is at most MAX_FRAME_BYTES long, and MAX_GREETING_BYTES until both sides have proved
-themselves. A longer frame, a wrong code, or what is not an object with a string under "type" ends the connection.
+**Frames.** A frame is a length (4 bytes, big-endian: the number of bytes that follow), an authentication code (32
+bytes, HMAC-SHA256) and one JSON object in UTF-8. Code and object together are at most MAX_FRAME_BYTES long, and at
+most MAX_GREETING_BYTES until both sides are authenticated. The connection ends on a longer frame, on a wrong code,
+and on a payload that is not an object with a string under "type".
 
-**Greeting.** The agent connects. Both hold the run's token, which travels to the agent by its environment
-(BIGTRAIN_JOB_TOKEN), never by an argument list, a file or this connection.
+**Greeting.** The agent connects. Both sides hold the run's token. The agent gets it from its environment
+(BIGTRAIN_JOB_TOKEN); the token is never sent in an argument list, a file or this connection.
 
     controller -> agent   challenge  {version, nonce}
     agent -> controller   hello      {version, nonce, proof, agent, host, pid, cores}   proof = H("agent", both nonces)
     controller -> agent   welcome    {proof, silence_s}                             proof = H("controller", both nonces)
 
-H is HMAC-SHA256 under the token. The proofs differ by their first word, so that neither can be reflected; the nonces
-are fresh, so that neither can be replayed. Another version is refused by both sides. Frames of the greeting carry a
-code of zeros. Each later frame carries HMAC-SHA256 under the session's key, H("session", both nonces), of the
-sender's role, the frame's number in its direction and its bytes: it cannot be altered, repeated, dropped or
-reordered. Nothing is encrypted: on other than a private network, use a tunnel. So no secret is sent; ranks inherit
-secrets from the agent's environment.
+H is HMAC-SHA256 with the token as key. The two proofs differ in their first word, so neither can be reflected; the
+nonces are fresh, so neither can be replayed. Both sides refuse another version. Frames of the greeting have a code of
+32 zero bytes. The code of each later frame is the HMAC-SHA256 of the sender's role, the frame's number in its
+direction and its payload, with the session's key, H("session", both nonces). So a frame cannot be altered, repeated,
+dropped or reordered. Nothing is encrypted: outside a private network, use a tunnel. For the same reason no secret is
+sent; ranks inherit secrets from the agent's environment.
 
-**Messages** after the greeting. A generation is one life of all ranks; messages about an older one are ignored.
+**Messages** after the greeting. A generation is one start of all ranks; messages about an older one are ignored.
 
     both directions       beat     {} every BEAT_S; the agent's: {generation, ranks: {rank: [step, phase, age_s]}}
-    controller -> agent   port     {}                    which port is free on your machine?
+    controller -> agent   port     {}                    requests a free TCP port of the agent's machine
     agent -> controller   port     {port}
     controller -> agent   place    {generation, module, arguments, environment, defaults, logs, limits, first_rank,
                                     procs, world_size, node_rank, master_address, master_port}: start these ranks
     agent -> controller   started  {generation, pids: {rank: pid}}
-    controller -> agent   control  {word}                0 run, 1 stop, 2 save: put on every rank's page
+    controller -> agent   control  {word}                0 run, 1 stop, 2 save: written to every rank's heartbeat page
     controller -> agent   kill     {generation}          end all ranks now
     agent -> controller   exited   {generation, rank, code, signal, step, phase, ended, traceback, tail}
-                                    code is null where a signal ended it; ended: the agent itself killed it
-    agent -> controller   overdue  {generation}          a rank is silent beyond its limit; `hung` follows
-    controller -> agent   examine  {generation}          a rank of another node is: report on yours
+                                    code: null if a signal ended the rank; ended: whether the agent killed the rank
+    agent -> controller   overdue  {generation}          a rank is silent for longer than its limit; `hung` follows
+    controller -> agent   examine  {generation}          a rank of another node is overdue: report on your ranks
     agent -> controller   hung     {generation, rank, step, phase, age_s, limit_s, stopped, answered, stacks}
-                                    the likeliest culprit of this node; answered: it wrote its state when asked
-    agent -> controller   ended    {generation}          none of its processes is left on this machine
-    agent -> controller   notice   {signal}              the agent was asked to stop: the run should save itself
+                                    the rank of this node that most likely hangs; answered: it wrote its state
+    agent -> controller   ended    {generation}          no process of the generation is left on this machine
+    agent -> controller   notice   {signal}              the agent was asked to stop: the run should save and stop
     controller -> agent   done     {}                    end all ranks and exit
 
-**Silence.** Who hears nothing for `silence_s` (10 s), or sees the connection close, counts the other as dead: the
-agent ends its ranks and exits, the controller has its placer take the agent away.
+**Silence.** A side that receives nothing for `silence_s` (10 s), or sees the connection close, counts the other side as
+dead. The agent then ends its ranks and exits; the controller has its placer remove the agent.
 
 Standard library only.
 """
@@ -65,7 +66,7 @@ SILENCE_S: Final = 10.0
 BEAT_S: Final = 1.0
 GREETING_TIMEOUT_S: Final = 2.0
 BACKLOG: Final = 1024
-"""Agents that may connect at one moment."""
+"""Number of connections that may wait to be accepted."""
 SEND_TIMEOUT_S: Final = 5.0
 
 _CODE_BYTES: Final = 32
@@ -76,7 +77,7 @@ Role = Literal["agent", "controller"]
 
 
 class ProtocolError(Exception):
-    """The other side broke the protocol, or is not who it should be."""
+    """The other side violated the protocol or failed the authentication."""
 
 
 class PeerLost(Exception):
@@ -96,7 +97,8 @@ def _keyed(token: str, purpose: str, controller_nonce: str, agent_nonce: str) ->
 class Channel:
     """One end of a connection: sends and receives complete messages.
 
-    Used by one thread. Sending blocks for at most SEND_TIMEOUT_S; receiving takes what has arrived.
+    A channel must be used by one thread only. Sending blocks for at most SEND_TIMEOUT_S seconds; receiving returns
+    the messages that have arrived.
     """
 
     def __init__(self, connection: socket.socket, role: Role) -> None:
@@ -113,7 +115,7 @@ class Channel:
         self._heard = self._spoke = time.monotonic()
 
     def fileno(self) -> int:
-        """The descriptor, for a selector."""
+        """The socket's file descriptor, for a selector."""
         return self._connection.fileno()
 
     def close(self) -> None:
@@ -131,7 +133,7 @@ class Channel:
         return str(self._connection.getsockname()[0])
 
     def secure(self, key: bytes, silence_s: float) -> None:
-        """End the greeting: from here on frames carry codes under `key`."""
+        """End the greeting: from now on the frames' codes are computed with `key`."""
         self._key, self.silence_s = key, silence_s
         self._sent = self._received = 0
         self._connection.settimeout(SEND_TIMEOUT_S)
@@ -140,7 +142,8 @@ class Channel:
         """Send one message.
 
         Raises:
-            PeerLost: The connection is closed, or does not take the message in time.
+            PeerLost: The connection is closed, or the message could not be sent within SEND_TIMEOUT_S.
+            ProtocolError: The message is longer than MAX_FRAME_BYTES.
         """
         payload = json.dumps({"type": type, **fields}, separators=(",", ":")).encode()
         if len(payload) + _CODE_BYTES > MAX_FRAME_BYTES:
@@ -154,11 +157,13 @@ class Channel:
             raise PeerLost(f"the connection broke: {error}") from error
 
     def receive(self) -> list[Message]:
-        """The messages that have arrived; waits for the first bytes, so call it when the descriptor is readable.
+        """Return the messages that have arrived.
+
+        The call waits for the first bytes, so call it when the descriptor is readable.
 
         Raises:
             PeerLost: The peer closed the connection.
-            ProtocolError: It sent what the protocol does not allow.
+            ProtocolError: The peer violated the protocol.
         """
         try:
             data = self._connection.recv(1 << 16)
@@ -173,10 +178,10 @@ class Channel:
         return messages
 
     def keep_alive(self, **fields: Any) -> None:
-        """Send a beat if the last word is BEAT_S ago, and check that the peer still speaks.
+        """Send a beat if the last message was sent BEAT_S ago, and check that the peer is alive.
 
         Raises:
-            PeerLost: It has said nothing for `silence_s`.
+            PeerLost: Nothing was received from the peer for `silence_s`.
         """
         now = time.monotonic()
         if now - self._heard > self.silence_s:
@@ -185,7 +190,7 @@ class Channel:
             self.send("beat", **fields)
 
     def greeting(self, type: str) -> Message:
-        """Wait for one message of the greeting, and read no byte beyond it: what follows is for `receive`."""
+        """Wait for one message of the greeting; the bytes after it are left for `receive`."""
         deadline = time.monotonic() + GREETING_TIMEOUT_S
         while True:
             remaining = deadline - time.monotonic()
@@ -198,10 +203,10 @@ class Channel:
                     return message
 
     def hear(self, type: str) -> Message | None:
-        """Read what there is of one message of the greeting; None while it is incomplete.
+        """Read the available bytes of one message of the greeting; returns None while the message is incomplete.
 
         Raises:
-            TimeoutError: Nothing came in the socket's time.
+            TimeoutError: No bytes arrived within the socket's timeout.
         """
         try:
             data = self._connection.recv(self._missing())
@@ -218,7 +223,7 @@ class Channel:
         return message
 
     def _missing(self) -> int:
-        """Bytes that the frame at the head of the buffer still lacks, as far as is known."""
+        """Bytes still missing from the buffer's first frame, or from its 4-byte length while that is incomplete."""
         held = len(self._buffer)
         return 4 - held if held < 4 else 4 + int.from_bytes(self._buffer[:4], "big") - held
 
@@ -258,7 +263,7 @@ def _parse(payload: bytes) -> Message:
 
 def _check_proof(message: Message, expected: bytes) -> None:
     proof = message.get("proof")
-    # compare_digest refuses text beyond ASCII, so compare bytes.
+    # compare_digest does not accept non-ASCII text, so compare bytes.
     if not isinstance(proof, str) or not hmac.compare_digest(proof.encode(), expected.hex().encode()):
         raise ProtocolError("the other side does not hold the run's token")
 
@@ -280,14 +285,15 @@ class AgentConnection:
     host: str
     pid: int
     agent: str
-    """Which agent it is, as its placer named it: placers sort by it before ranks are given out."""
+    """Name of the agent, given by its placer; placers order agents by it before ranks are assigned."""
 
 
 def keep_alive(agents: Sequence[AgentConnection], timeout_s: float) -> None:
-    """Wait for `timeout_s`, speaking to agents that have nothing to do, and hearing what they say.
+    """Wait for `timeout_s` seconds, and meanwhile keep the connections to idle agents alive.
 
     Raises:
-        PeerLost, ProtocolError: One is lost.
+        PeerLost: An agent is lost.
+        ProtocolError: An agent violated the protocol.
     """
     with selectors.DefaultSelector() as selector:
         for agent in agents:
@@ -303,7 +309,7 @@ def keep_alive(agents: Sequence[AgentConnection], timeout_s: float) -> None:
 
 
 class _Guest(NamedTuple):
-    """A connection that has not proved itself yet."""
+    """A connection whose peer is not authenticated yet."""
 
     channel: Channel
     nonce: str
@@ -311,9 +317,9 @@ class _Guest(NamedTuple):
 
 
 class Listener:
-    """Where agents connect: a TCP port on `host` that lets in only those that hold the token.
+    """A TCP port on `host` that accepts agents, and only those that hold the token.
 
-    Many may greet at the same time: one that is slow, or a stranger that says nothing, keeps no other waiting.
+    Many agents may greet at the same time: a slow agent, or a stranger that sends nothing, does not delay the others.
     """
 
     def __init__(self, token: str, host: str = "127.0.0.1", silence_s: float = SILENCE_S) -> None:
@@ -327,21 +333,21 @@ class Listener:
 
     @property
     def address(self) -> str:
-        """ "HOST:PORT", as BIGTRAIN_CONTROLLER takes it."""
+        """The address as "HOST:PORT", the format of BIGTRAIN_CONTROLLER."""
         host, port = self._socket.getsockname()[:2]
         return f"{host}:{port}"
 
     def close(self) -> None:
-        """Stop listening, and turn away who has not proved itself; connections stay."""
+        """Stop listening, and close connections whose peer is not authenticated; accepted agents stay connected."""
         for descriptor in list(self._guests):
             self._dismiss(descriptor).channel.close()
         self._selector.close()
         self._socket.close()
 
     def accept(self, timeout_s: float, refused: Callable[[str], None] | None = None) -> AgentConnection | None:
-        """The next agent that proves itself within `timeout_s`, or None.
+        """Return the next agent that authenticates itself within `timeout_s` seconds, or None.
 
-        Strangers are turned away, and `refused` is called with the reason.
+        A connection that fails the authentication is closed, and `refused` is called with the reason.
         """
         deadline = time.monotonic() + timeout_s
         while (now := time.monotonic()) < deadline:
@@ -365,8 +371,8 @@ class Listener:
         return None
 
     def _welcome_in(self) -> None:
-        """Challenge who has connected."""
-        with contextlib.suppress(OSError, PeerLost):  # It has gone away again.
+        """Accept a new connection and send it a challenge."""
+        with contextlib.suppress(OSError, PeerLost):  # The peer has closed the connection again.
             connection, _ = self._socket.accept()
             channel = Channel(connection, "controller")
             nonce = secrets.token_hex(32)
@@ -384,7 +390,7 @@ class Listener:
             refused(why)
 
     def _greet(self, guest: _Guest) -> AgentConnection | None:
-        """Read on in a guest's hello; the agent, once that has proved it to be one."""
+        """Read more of a guest's `hello`; returns the agent once the `hello` is complete and its proof is right."""
         channel, nonce = guest.channel, guest.nonce
         hello = channel.hear("hello")
         if hello is None:
@@ -403,13 +409,13 @@ def connect(address: str, token: str, agent: str = "") -> Channel:
     """Connect to the controller and greet it, as an agent.
 
     Args:
-        address: "HOST:PORT".
+        address: The controller's address as "HOST:PORT".
         token: The run's token.
         agent: The name that the placer gave to this agent.
 
     Raises:
-        PeerLost: Nobody listens there.
-        ProtocolError: Who listens there does not hold the token.
+        PeerLost: No process listens at `address`, or it closed the connection.
+        ProtocolError: The listening process does not hold the token, or does not speak this protocol.
     """
     host, _, port = address.rpartition(":")
     try:

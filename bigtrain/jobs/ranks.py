@@ -1,4 +1,4 @@
-"""One rank as a process: started with torchrun's environment, watched, ended with all its children."""
+"""One rank as a process: started with torchrun's environment variables, watched, and ended with all its children."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHAIN: Final = (
 
 @dataclass(frozen=True)
 class Placement:
-    """What one agent starts in one generation: the fields of the protocol's `place`."""
+    """The ranks that one agent starts in one generation: the fields of the protocol's `place` message."""
 
     generation: int
     module: str
@@ -43,27 +43,31 @@ class Placement:
     master_address: str
     master_port: int
     defaults: dict[str, str] = field(default_factory=dict)
-    """Variables that a rank gets unless the node sets them."""
+    """Environment variables that a rank gets unless its node sets them."""
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Placement:
-        """The placement of a `place` message; a missing field is a KeyError."""
+        """Parse a `place` message.
+
+        Raises:
+            KeyError: A field is missing.
+        """
         return cls(**{name: message[name] for name in cls.__dataclass_fields__})
 
     def rank_environment(self, local_rank: int, inherited: Mapping[str, str]) -> dict[str, str]:
-        """All variables of one rank: what the agent inherited, torchrun's variables and the run's own."""
+        """All environment variables of one rank: those of the agent, without secrets, torchrun's and the run's own."""
         secret = (variables.JOB_TOKEN, variables.CONTROLLER)
         environment = {
             key: value for key, value in inherited.items() if key not in secret and not key.startswith("TORCHELASTIC_")
         }
         environment = {**self.defaults, **environment}
-        # torchrun's default of 1 leaves cores idle; PyTorch's own, all cores in every rank, makes them fight.
+        # torchrun's default of 1 leaves cores idle; with PyTorch's own default, every rank would use all cores.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.procs)))
         environment.setdefault("PYTHONUNBUFFERED", "1")
         paths = [known["PYTHONPATH"] for known in (environment, self.environment) if known.get("PYTHONPATH")]
         environment |= self.environment
         if paths:
-            # The agent's comes first: it holds bigtrain itself.
+            # The agent's path comes first, because it contains bigtrain itself.
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         environment |= {
             "RANK": str(self.first_rank + local_rank),
@@ -78,10 +82,13 @@ class Placement:
 
 
 class RankProcess:
-    """A running rank, leader of a session of its own, killed by the kernel when the agent dies.
+    """A running rank. It leads its own session, and the kernel kills it when the agent dies.
 
     Args:
-        template: Forks it, where it can; else it is a fresh process.
+        placement: The ranks of this machine.
+        local_rank: The rank's number on this machine.
+        inherited: The environment of the agent.
+        template: Forks the rank if it is ready; otherwise, or if None, the rank starts as a new process.
     """
 
     def __init__(
@@ -115,7 +122,7 @@ class RankProcess:
             env=environment | {variables.PAGE: str(descriptor)},
             pass_fds=(descriptor,),
             start_new_session=True,
-            # Safe here: the agent has one thread.
+            # A preexec_fn is safe here, because the agent has one thread.
             preexec_fn=bound_to_parent(),
         )
         return self._process.pid
@@ -123,39 +130,39 @@ class RankProcess:
     def _open_exit_descriptor(self) -> int | None:
         try:
             return os.pidfd_open(self.pid)
-        except OSError:  # A sandbox without it: the agent's regular look sees the exit too.
+        except OSError:  # Some sandboxes have no pidfd; then the agent sees the exit at its next poll.
             return None
 
     def has_exited(self) -> bool:
-        """Whether the process is over. It is not reaped, so its number and its process group stay its own."""
+        """Whether the process has exited. It is not reaped, so its process id and process group are not reused."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def was_killed(self) -> bool:
-        """Whether a signal ended the process from outside; an abort is its own doing."""
+        """Whether a signal from outside ended the process; SIGABRT does not count, because processes raise it."""
         state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return state is not None and state.si_code != os.CLD_EXITED and state.si_status != signal.SIGABRT
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal stopped the process."""
+        """Whether the process is stopped by a signal, such as SIGSTOP."""
         return is_stopped(self.pid)
 
     def dump_stacks(self) -> None:
-        """Have the rank write its stacks and last collectives to its log, also where it is stopped, if it listens."""
+        """Request the rank to write its stacks and last collectives to its log; a stopped rank is continued for it."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL the rank and all of its process group; returns at once."""
+        """Send SIGKILL to the rank's process group; returns at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self) -> int:
-        """End what is left of the group, wait for the rank and free its page.
+        """Kill the rest of the process group, wait for the rank, and free its heartbeat page.
 
         Returns:
-            Its exit code, or minus the signal that ended it.
+            The rank's exit code, or the negative number of the signal that ended it.
         """
         self.kill()
         if self._process is not None:
@@ -168,14 +175,14 @@ class RankProcess:
         return code
 
     def log_size(self) -> int:
-        """Bytes in the rank's log now."""
+        """Current size of the rank's log in bytes."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def log_tail(self, start: int = 0) -> str:
-        """The log from byte `start` on, at most its last TAIL_BYTES."""
+        """The rank's log from byte `start` to its end, but at most the last TAIL_BYTES bytes."""
         try:
             log = open(self.log_path, "rb")  # noqa: SIM115 - closed below
-        except FileNotFoundError:  # Someone has removed the run's directory.
+        except FileNotFoundError:  # The run directory was removed.
             return ""
         with log:
             end = log.seek(0, os.SEEK_END)
@@ -184,7 +191,7 @@ class RankProcess:
 
 
 def last_traceback(text: str) -> str | None:
-    """The last Python traceback of a log, with the exceptions that it was raised from, or None."""
+    """The last Python traceback in a log, with the chained exceptions before it; None if there is no traceback."""
     start = text.rfind(_TRACEBACK)
     if start < 0:
         return None

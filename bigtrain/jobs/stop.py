@@ -1,4 +1,4 @@
-"""`bigtrain stop` for what runs on this machine."""
+"""`bigtrain stop` for runs and sweeps on this machine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from bigtrain.run import Lease, Leased, RunDirectory
 
 WAIT_S = 600.0
 BETWEEN_SIGNALS_S = 0.15
-"""Long enough for the launcher to take them for two requests."""
+"""Seconds between two signals; long enough for the launcher to count them as two requests."""
 
 
 def each(names: Sequence[str], end: Callable[[str], str], say: Callable[[str], None]) -> None:
-    """Stop several runs at the same time; one that cannot be stopped does not keep the others running.
+    """Stop several runs at the same time. A run that cannot be stopped does not keep the others from being stopped.
 
     Args:
-        end: Stops one and returns a line on how it went.
-        say: Takes those lines.
+        names: Names of the runs.
+        end: Stops one run and returns a line that says how it ended.
+        say: Prints these lines.
 
     Raises:
-        UserError: One could not be stopped; of several, all are named.
+        UserError: A run could not be stopped. The message names all such runs.
     """
     failed: list[UserError] = []
     with ThreadPoolExecutor(len(names)) as pool:
@@ -41,17 +42,18 @@ def each(names: Sequence[str], end: Callable[[str], str], say: Callable[[str], N
 
 
 def stop(run: Leased, now: bool, noun: str = "run") -> str:
-    """Ask the process that holds a run, or a sweep, to save and end it, and wait until it has.
+    """Request the launcher of a run or a sweep to save and end it, and wait until it has ended.
 
     Args:
-        now: End it at once instead; it resumes from its last checkpoint.
-        noun: What it is, for the messages.
+        run: The directory of the run or sweep.
+        now: End the run at once instead, without saving; it can be resumed from its last checkpoint.
+        noun: "run" or "sweep", for the messages.
 
     Returns:
-        A line that says how it went.
+        A line that says how to resume.
 
     Raises:
-        UserError: Nothing runs here.
+        UserError: The run is not running, runs on another machine, or has not ended within WAIT_S.
     """
     holder = Lease.holder(run)
     if holder is None or not holder.alive():
@@ -72,7 +74,7 @@ def stop(run: Leased, now: bool, noun: str = "run") -> str:
 
 
 def _again(run: Leased, noun: str) -> str:
-    """How to go on with what was stopped."""
+    """A sentence that says how to resume what was stopped."""
     if noun != "run":
         return f"`bigtrain {noun} resume {run.name}` resumes it"
     directory = RunDirectory(run.path)

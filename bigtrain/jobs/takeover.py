@@ -1,4 +1,4 @@
-"""Taking a run over from a launcher that may be dead."""
+"""Taking over a run from a launcher that may be dead."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from bigtrain.run import LEASE_LIFE_S, LEASE_RENEWAL_S, Lease, Leased, in_use
 
 LOOK_S: Final = 0.2
 OVERDUE_S: Final = 1.5 * LEASE_RENEWAL_S
-"""A holder that has not renewed its lease for this long is either late or dead."""
+"""A holder that has not renewed its lease for this many seconds is either late or dead."""
 
 
 def outlast(directory: Leased, say: Callable[[str], None]) -> bool:
-    """Wait until a holder of the lease on another machine, which may be dead, counts as dead.
+    """Wait until the lease of a possibly dead launcher on another machine expires.
 
-    A cluster that lost its head, or a Slurm job that is requeued, starts a run anew within the life of the lease that
-    its dead launcher held. A living holder renews it: that is known after OVERDUE_S at the latest.
+    A cluster that lost its head node, or a requeued Slurm job, restarts a run while the lease of its dead launcher is
+    still valid. A holder that is alive renews the lease; this is seen after OVERDUE_S seconds at the latest.
 
     Args:
-        say: Called once, with what is waited for, when a renewal is overdue.
+        directory: The directory that the lease protects.
+        say: Prints one line for the user. It is called once, when a renewal is overdue, and says how long to wait.
 
     Returns:
-        Whether it has waited; then the directory may have changed.
+        Whether the call waited. If so, the directory may have changed meanwhile.
 
     Raises:
-        UserError: The holder lives.
+        UserError: The holder is alive.
     """
     first = Lease.holder(directory)
     waited, said = False, False

@@ -1,12 +1,12 @@
-"""A process that has imported what a rank imports, and forks ranks from itself: they start without imports.
+"""A template: a process that has imported the modules of a rank, and forks ranks, which thus start without imports.
 
     python -m bigtrain.jobs.template MODULE      started by the agent (`Template`), with a socket as its standard input
 
-Nothing is initialised in it: no device, no process group, no pool of threads, no random state. That it has one thread
-is checked before each fork. A rank is forked twice, so that the kernel gives it to the agent as a child of its
-own, which then has the same hold on it as on one that it started itself: it dies with the agent, leads a session, and
-its end is seen at once. Its environment and command line in /proc are those of a rank too. Slots of this machine
-enable it (BIGTRAIN_TEMPLATE); other runs start fresh processes unless they set the variable.
+The template initialises nothing: no device, no process group, no thread pool, no random state. Before each fork it
+checks that it has only one thread. A rank is forked twice, so that the kernel makes it a child of the agent. The
+agent then controls it like a rank that it started itself: the rank dies with the agent, leads a session, and its exit
+is seen at once. In /proc, the rank also shows a rank's environment and command line. The slots of a sweep on this
+machine enable templates (BIGTRAIN_TEMPLATE=1); other runs start new processes unless the variable is set.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ OWN_VARIABLES: Final = frozenset({
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     variables.RUN, variables.ATTEMPT, variables.LEASE, variables.PAGE,
 })  # fmt: skip
-"""What may differ between a template and its ranks: nothing that is imported looks at these before a rank begins."""
+"""Variables that may differ between a template and its ranks: no imported module reads them before a rank starts."""
 ROOM_BYTES: Final = 8192
+"""Space in the template's environment for the OWN_VARIABLES of a rank."""
 FORK_S: Final = 5.0
-"""How long a fork may take; on an idle machine it takes 20 ms."""
+"""How long a fork may take, in seconds; on an idle machine it takes 20 ms."""
 CONTROL_BYTES: Final = 1 << 17
 _RANK_MODULES: Final = ("bigtrain.training.", "bigtrain.testing.")
 _IMPORTED_TOO: Final = ("bigtrain.training.session",)
 
 
 class TemplateFailed(Exception):
-    """No rank came out of it."""
+    """The template could not fork a rank."""
 
 
 def can_fork(module: str, environment: Mapping[str, str]) -> bool:
-    """Whether ranks of this module are to be forked: native ones, on a machine without a GPU driver."""
+    """Whether ranks of this module should be forked.
+
+    That holds for bigtrain's own ranks on a machine without a GPU driver, if `environment` enables templates.
+    """
     devices = any(name.startswith("nvidia") or name == "kfd" for name in os.listdir("/dev"))
     return module.startswith(_RANK_MODULES) and not devices and environment.get(variables.TEMPLATE) == "1"
 
@@ -56,8 +60,8 @@ class Template:
     """The agent's side of a template.
 
     Args:
-        module: Whose `main` each rank runs.
-        environment: A rank's; those of later ones may differ in OWN_VARIABLES alone.
+        module: The module whose `main` each rank runs.
+        environment: The environment of the first rank; other ranks may differ from it only in OWN_VARIABLES.
     """
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
@@ -66,12 +70,12 @@ class Template:
         self._control, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(FORK_S)
         self.ready = self.over = False
-        """Whether it can fork, and whether it never will again."""
+        """`ready`: whether the template can fork. `over`: whether it can never fork again."""
         with child_end:
             self._process = subprocess.Popen(
                 module_command("bigtrain.jobs.template", module),
                 stdin=child_end.fileno(),
-                # What it prints is the agent's: a rank has a log of its own.
+                # The template prints to the agent's stderr; each rank has its own log.
                 stdout=2,
                 env=self._environment | {variables.TEMPLATE_ROOM: "-" * ROOM_BYTES},
                 start_new_session=True,
@@ -81,12 +85,12 @@ class Template:
         self.pid = self._process.pid
 
     def fits(self, module: str, environment: Mapping[str, str]) -> bool:
-        """Whether a rank that is forked from it would be as one that is started fresh."""
+        """Whether a rank that is forked from this template equals a rank in a new process."""
         own = sum(len(os.fsencode(f"{name}={environment.get(name, '')}")) + 1 for name in OWN_VARIABLES)
         return (module, _shared(environment)) == (self._module, self._environment) and own < ROOM_BYTES
 
     def look(self) -> None:
-        """See whether it is ready, or over; does not wait."""
+        """Update `ready` and `over` without waiting."""
         if self._process.poll() is not None:
             self.ready, self.over = False, True
         elif not self.ready and not self.over:
@@ -97,15 +101,16 @@ class Template:
         """Fork a rank.
 
         Args:
-            environment: All of its variables; the page's descriptor is put in by the rank.
-            log: Descriptor that takes what it prints.
-            page: Descriptor of its heartbeat page.
+            environment: All environment variables of the rank, except the descriptor of its heartbeat page.
+            arguments: Command-line arguments of the rank.
+            log: File descriptor of the rank's log, which receives its stdout and stderr.
+            page: File descriptor of the rank's heartbeat page.
 
         Returns:
-            Its process id: a child of this process.
+            The process id of the rank, which is a child of this process.
 
         Raises:
-            TemplateFailed: There is no such rank, and the template is of no more use.
+            TemplateFailed: The rank was not started, and the template cannot be used any more.
         """
         own = {name: environment[name] for name in sorted(OWN_VARIABLES) if name in environment}
         order = json.dumps({"environment": own, "arguments": list(arguments), "agent": os.getpid()}).encode()
@@ -120,7 +125,7 @@ class Template:
                     pid = int(here.recv(CONTROL_BYTES))
                 finally:
                     adopt_descendants(False)
-                # Until it hears this it does nothing, and where it hears nothing it ends.
+                # The rank waits for this message; it exits if the connection closes instead.
                 here.sendall(b"go")
             return pid
         except (OSError, ValueError) as error:
@@ -128,21 +133,21 @@ class Template:
             raise TemplateFailed(str(error)) from error
 
     def close(self) -> None:
-        """End it; the ranks that came out of it go on."""
+        """End the template; ranks that were forked from it continue."""
         self._control.close()
         self._process.kill()
         self._process.wait()
 
 
 class Templates:
-    """The template of an agent, made when it is first needed, and again for other ranks."""
+    """The template of an agent, created on first use and replaced when ranks need another module or environment."""
 
     def __init__(self) -> None:
         self._template: Template | None = None
         self._off = False
 
     def of(self, module: str, environment: Mapping[str, str]) -> Template | None:
-        """The template of a rank, which may not be ready yet; None where it is to be started fresh."""
+        """The template for a rank, which may not be ready yet; None if the rank must start as a new process."""
         if self._off or not can_fork(module, environment):
             return None
         if self._template is not None and not self._template.fits(module, environment):
@@ -159,13 +164,13 @@ class Templates:
         return self._template
 
     def give_up(self) -> None:
-        """Start all ranks fresh from now on."""
+        """Start all ranks as new processes from now on."""
         self._off = True
         self.close()
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of the template, where there is one."""
+        """The process id of the template; empty if there is no template."""
         return () if self._template is None else (self._template.pid,)
 
     def close(self) -> None:
@@ -180,14 +185,14 @@ def _shared(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main() -> int:
-    """Serve the agent; in a rank, run it and return its code."""
+    """Serve the agent until it closes the socket. In a forked rank, run the rank and return its exit code."""
     control = socket.socket(fileno=os.dup(0))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     module = importlib.import_module(sys.argv[1])
     for name in _IMPORTED_TOO:
         importlib.import_module(name)
-    # Numpy's OpenBLAS has begun a pool of threads, which it ends before a fork and begins again when it is needed.
+    # NumPy's OpenBLAS has started a thread pool. It ends the pool before a fork and starts it again when needed.
     _fork_and_leave()
     gc.collect()
     gc.freeze()
@@ -214,7 +219,10 @@ def _fork_and_leave() -> None:
 
 
 def _fork_for_agent() -> bool:
-    """Fork twice; whether this is the rank. Its parent ends at once, by which it becomes the agent's child."""
+    """Fork twice; returns True in the rank, the grandchild, and False in the template.
+
+    The process in between exits at once, so the agent adopts the rank as its child.
+    """
     middle = os.fork()
     if middle == 0:
         if os.fork():
@@ -240,7 +248,7 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
     os.environ.update(own)
     _show(module, order["arguments"], own)
     sys.argv = [str(sys.modules[module].__file__), *order["arguments"]]
-    # As in a process of its own: unseeded generators differ from rank to rank.
+    # Seed the global generators again: as in separate processes, they must differ between ranks.
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()
     sys.modules["torch"].random.default_generator.seed()
@@ -251,9 +259,10 @@ def _become_rank(module: str, order: dict[str, Any], log: int, page: int, talk: 
 
 
 def _show(module: str, arguments: Sequence[str], own: Mapping[str, str]) -> None:
-    """Put the rank's command line and its own variables where /proc shows them.
+    """Write the rank's command line and its own variables to the memory that /proc shows.
 
-    Only what was there for this is written over: a library may have kept a pointer to any other variable.
+    Only the module name, the arguments and the reserved variable are overwritten, because a library may have kept a
+    pointer to any other variable.
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     argv_start, argv_end, env_start, env_end = (int(field) for field in fields[45:49])

@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 -m bigtrain.jobs.torchrun CONFIG [key=value ...] [--name NAME] [--runs-dir DIR]
                                                           [--plugin MODULE]
 
-Rank 0 checks the config and holds the run's lease; the other ranks wait for its result. The run directory, its
-identity and its checkpoints are those of `bigtrain train`: either command resumes a run of the other. The launcher
-handles restarts, logs and hung ranks (torchrun --max-restarts, --log-dir). There is no agent, so `job.limits` has no
-effect, and no notification is sent if all ranks end at once. On SIGTERM to torchrun the run saves itself.
+Rank 0 checks the config and holds the run's lease; the other ranks wait for its result. Run directory, identity and
+checkpoints are the same as with `bigtrain train`, so either command resumes a run of the other. The launcher handles
+restarts, logs and hung ranks (torchrun --max-restarts, --log-dir). There is no agent, so `job.limits` has no effect,
+and no notification is sent if all ranks are killed at the same time. On SIGTERM to torchrun the run saves and stops.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 START_TIMEOUT: Final = timedelta(minutes=10)
-"""How long rank 0 may take over its checks."""
+"""How long the other ranks wait for the checks of rank 0."""
 
 _WORD: Final = "bigtrain/word"
 _NEEDED: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this rank to its end; returns a code of ExitCode."""
+    """Run this rank to its end; returns a value of ExitCode."""
     stop = install_rank_signals()
     try:
         return _rank(_parse(arguments), stop)
@@ -68,9 +68,9 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
         load_plugin(os.pathsep.join(options.plugin))
     os.environ.update(plugin_environment())
     config = load_config(options.config, options.overrides, options.name)
-    from torch.distributed.rendezvous import rendezvous  # torch, which takes seconds
+    from torch.distributed.rendezvous import rendezvous  # imports torch, which takes seconds
 
-    # Under torchrun its own store, under another prefix after each restart.
+    # Under torchrun this is torchrun's own store, with another key prefix after each restart.
     store = next(iter(rendezvous("env://", timeout=START_TIMEOUT)))[0]
     directory = RunDirectory((options.runs_dir / config.name).absolute())
     if int(os.environ["RANK"]) == 0:
@@ -80,7 +80,7 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def _lead(config: RunConfig, directory: RunDirectory, store: Store, stop: StopRequest) -> int:
-    """Rank 0: check the run, hold its lease, and write how it begins and ends."""
+    """Run rank 0: check the run, hold its lease, train, and record how the run ends."""
     from bigtrain.jobs.announce import say_start
     from bigtrain.jobs.check import check
     from bigtrain.jobs.ending import tell_end

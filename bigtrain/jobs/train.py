@@ -1,4 +1,4 @@
-"""`bigtrain train`: check everything, take the run's lease, place its ranks, watch them to the end."""
+"""`bigtrain train`: check everything, take the run's lease, start its ranks, and watch them until the run ends."""
 
 from __future__ import annotations
 
@@ -34,22 +34,24 @@ def train(
     dry_run: bool = False,
     rehearse: bool = False,
 ) -> int:
-    """Train a run to its end on this machine or the nodes of this Slurm job, resuming it where it exists.
+    """Train a run to its end on this machine or on the nodes of this Slurm job. A run that exists is resumed.
 
     Args:
-        procs: Processes on each machine; None: as `job.procs_per_node` says.
-        fork: Name of a new run that begins where the newest checkpoint of `config.name` stands.
-        step: Go back to the checkpoint of this step.
-        stream: Where progress is shown; stderr where None.
-        launch: In place of `launch_here`, which it is called like.
+        config: The run's config.
+        runs_dir: The directory that holds all run directories.
+        procs: Processes on each node; None: the value of `job.procs_per_node`.
+        fork: Name of a new run that starts from the newest checkpoint of the run `config.name`.
+        step: The run goes back to the checkpoint of this step.
+        stream: Receives the progress; None: stderr.
+        launch: A function that is called in place of `launch_here`, with the same arguments.
         dry_run: Check everything, print what would be trained, and start nothing.
         rehearse: Check everything, run the ranks' code on fake tensors (`planning.rehearsal`), and start nothing.
 
     Returns:
-        A code of ExitCode.
+        A value of ExitCode.
 
     Raises:
-        UserError: Anything that is wrong before the first process is started.
+        UserError: A check before the start of the first process failed.
     """
     stream = enduring(stream or sys.stderr)
     run = check_when_free(config, runs_dir, fork=fork, step=step, say=lambda line: print(line, file=stream, flush=True))
@@ -61,7 +63,7 @@ def train(
     if rehearse:
         return _rehearse(run, count, stream)
     if procs is not None:
-        # So that `bigtrain train RUN/config.yaml` takes as many.
+        # Recorded in the config, so that `bigtrain train RUN/config.yaml` uses the same number.
         run = run.with_job(procs_per_node=procs)
     if dry_run:
         say_start(run, count, stream)
@@ -74,8 +76,8 @@ def train(
 
 
 def _rehearse(run: CheckedRun, count: int, stream: TextIO) -> int:
-    """Print a rehearsal; FAILED where it finds a fault."""
-    from bigtrain.planning.rehearsal import rehearsal_text, rehearse  # torch, which takes seconds
+    """Rehearse the run and print the result; returns FAILED if the rehearsal finds a fault, otherwise FINISHED."""
+    from bigtrain.planning.rehearsal import rehearsal_text, rehearse  # imports torch, which takes seconds
 
     document = rehearse(run.prepared.config, run.prepared.outputs, count)
     print(rehearsal_text(document), file=stream)
@@ -118,9 +120,10 @@ def _processes(config: RunConfig, procs: int | None) -> int:
 
 
 def node_sizes(config: RunConfig, procs: int) -> list[int]:
-    """Numbers of nodes on which the layout is possible, from the least that the job goes on with.
+    """Numbers of nodes that the layout allows, from `job.least_nodes` to `job.nodes`, in ascending order.
 
     Args:
+        config: The run's config.
         procs: Ranks on each node.
     """
     found = []

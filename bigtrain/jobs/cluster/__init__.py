@@ -1,1 +1,1 @@
-"""Ray clusters: submitting to them, seeing what runs there, raising one to try things on."""
+"""Ray clusters: submitting jobs, following their runs, and starting a local cluster for tests."""

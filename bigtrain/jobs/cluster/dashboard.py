@@ -1,14 +1,14 @@
-"""The client's side of a Ray cluster: what it needs of the dashboard's HTTP interface, without importing Ray.
+"""The client of a Ray cluster's dashboard: the HTTP requests that bigtrain needs, without importing Ray.
 
-Ray Jobs' own client imports Ray, which takes longer than all else that a command does; the interface is a few requests:
+Ray Jobs' own client imports Ray, which takes longer than the rest of a command. bigtrain needs only a few requests:
 
-    GET  /api/version, /api/v0/cluster_metadata                which Ray and Python run there
+    GET  /api/version, /api/v0/cluster_metadata                the cluster's versions of Ray and Python
     GET  /api/v0/nodes, /api/cluster_status                    the nodes, and whether an autoscaler adds more
-    GET, PUT /api/packages/gcs/NAME                            a package of source: is it there, take it
+    GET, PUT /api/packages/gcs/NAME                            look for a package, upload a package
     POST /api/jobs/   GET /api/jobs/[ID]   POST .../stop       submissions
     GET  /api/v0/logs/file|stream?node_id=..&filename=..       a file under a node's log directory, whole or followed
 
-The token goes in a header of each request: readable on the wire, so across networks it wants TLS.
+The token is sent in a header of each request. It is not encrypted, so use TLS outside a private network.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 10.0
 RECONNECT_S: Final = 1.0
 GONE_S: Final = 60.0
-"""How long a dashboard that has answered before may be away before a command gives up."""
+"""How long a dashboard that has answered before may be unreachable before a command gives up."""
 STREAM_POLL_S: Final = 0.2
 STATE_POLL_S: Final = 1.0
 
 ACTIVE: Final = ("PENDING", "RUNNING")
-"""States of a Ray job that is not over."""
+"""States of a Ray job that has not ended."""
 
 
 class DashboardGone(Exception):
-    """The dashboard does not answer now; it may again."""
+    """The dashboard does not answer now, but may answer later."""
 
 
 class NotThere(Exception):
-    """The dashboard answers, and knows no such thing."""
+    """The dashboard answers that the requested object does not exist."""
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token of the cluster: from `path`, else from where Ray looks for it, else None.
+    """Read the cluster's token from `path`, or if that is None, from the places where Ray looks for it.
+
+    These are RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, and ~/.ray/auth_token. None if there is no token.
 
     Raises:
-        UserError: The file is not there, is empty, or others may read it.
+        UserError: The file does not exist or is empty, or other users may read it.
     """
     if path is None:
         if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -80,10 +82,10 @@ def read_token(path: Path | None) -> str | None:
 
 
 def check_address(address: str, token: str | None) -> str:
-    """The dashboard's URL in full.
+    """Complete and check the dashboard's address; returns its full URL.
 
     Raises:
-        UserError: It is no URL, or a public place without a token.
+        UserError: The address is not a URL, or there is no token and the host is not this machine.
     """
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
@@ -107,7 +109,7 @@ def check_address(address: str, token: str | None) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own loopback."""
+    """Whether a host name or address is this machine's loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -119,32 +121,32 @@ def is_private(host: str) -> bool:
     try:
         found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
     except OSError:
-        return True  # It will not be reached either.
+        return True  # A host that cannot be resolved cannot be reached.
     return all(ipaddress.ip_address(place).is_private or ipaddress.ip_address(place).is_link_local for place in found)
 
 
 @dataclass(frozen=True)
 class RayJob:
-    """A submission as Ray Jobs knows it."""
+    """The state of a submission in Ray Jobs."""
 
     id: str
     status: str
     exit_code: int | None
     node: str | None
-    """Id of the node on which its driver runs."""
+    """Id of the node on which the driver runs; None if it has not started."""
     metadata: dict[str, str]
     message: str
     started: float
-    """Seconds since the epoch."""
+    """Start time in seconds since the epoch."""
 
     @property
     def active(self) -> bool:
-        """Whether it is not over."""
+        """Whether the job has not ended."""
         return self.status in ACTIVE
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> RayJob:
-        """A job of the dashboard's answer."""
+        """Parse a job of the dashboard's answer."""
         return cls(
             str(value.get("submission_id")),
             str(value.get("status")),
@@ -157,11 +159,11 @@ class RayJob:
 
 
 class Dashboard:
-    """A dashboard at an address.
+    """The dashboard of a Ray cluster.
 
     Args:
-        address: As a user writes it.
-        token_file: File of the token; None: where Ray looks for it.
+        address: The address, as a user writes it: HOST, HOST:PORT or a URL.
+        token_file: File with the token; None: the places where Ray looks for it (see `read_token`).
     """
 
     def __init__(self, address: str, token_file: Path | None = None) -> None:
@@ -170,7 +172,7 @@ class Dashboard:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         parts = urlsplit(self.url)
         self.is_exposed = parts.scheme == "http" and not is_private(parts.hostname or "")
-        """Whether the token crosses the internet in the clear."""
+        """Whether the token is sent unencrypted to a host outside private networks."""
         # A proxy must not see the token of a cluster on a private network.
         private = is_private(parts.hostname or "")
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if private else []))
@@ -179,7 +181,7 @@ class Dashboard:
         """Versions of Ray and of Python on the cluster.
 
         Raises:
-            UserError: Nobody answers there, or not to this token.
+            UserError: No Ray dashboard answers at this address, or it refuses the token.
         """
         try:
             ray = self._json("GET", "/api/version", timeout_s=CONNECT_TIMEOUT_S)["ray_version"]
@@ -189,7 +191,7 @@ class Dashboard:
         return str(ray), str(python)
 
     def unreachable(self, error: Exception) -> UserError:
-        """What to tell a user whose dashboard does not answer."""
+        """The user error for a dashboard that does not answer."""
         why = str(error) if isinstance(error, DashboardGone) else "it is no Ray dashboard"
         return UserError(
             f"No Ray dashboard answers at {self.url}: {why}",
@@ -198,10 +200,10 @@ class Dashboard:
         )
 
     def require_authentication(self) -> None:
-        """Refuse a cluster that lets in whoever reaches it.
+        """Refuse a cluster that accepts requests without a token.
 
         Raises:
-            UserError: It answers without a token and is not on this machine.
+            UserError: The cluster requires no token and is not on this machine.
         """
         mode = self._json("GET", "/api/authentication_mode").get("authentication_mode")
         if mode != "token" and not is_loopback(urlsplit(self.url).hostname or ""):
@@ -217,15 +219,15 @@ class Dashboard:
         return [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def has_autoscaler(self) -> bool:
-        """Whether someone adds nodes to this cluster."""
+        """Whether an autoscaler adds nodes to this cluster."""
         status = (self._json("GET", "/api/cluster_status").get("data") or {}).get("clusterStatus") or {}
         report = status.get("autoscalerReport") or {}
         kinds = (report.get("nodeTypeMapping") or {}).values()
-        # Where nobody adds nodes, Ray's monitor calls each node a kind of its own, after its id.
+        # Without an autoscaler, Ray's monitor reports each node as its own kind, named node_ID.
         return bool(report) and any(not str(kind).startswith("node_") for kind in kinds)
 
     def has_package(self, name: str) -> bool:
-        """Whether a package has been uploaded, which also keeps it for the next minutes."""
+        """Whether a package has been uploaded; this request also keeps the package for some more minutes."""
         try:
             self._request("GET", f"/api/packages/gcs/{name}")
         except NotThere:
@@ -240,7 +242,7 @@ class Dashboard:
         """Start a job on the head node.
 
         Raises:
-            UserError: Ray refuses it.
+            UserError: Ray refuses the job.
         """
         body = {"entrypoint": entrypoint, "submission_id": id, "runtime_env": runtime_env, "metadata": metadata}
         self._request("POST", "/api/jobs/", json.dumps(body).encode(), "application/json")
@@ -254,7 +256,7 @@ class Dashboard:
         """One submission.
 
         Raises:
-            NotThere: There is none of that id.
+            NotThere: There is no submission with this id.
         """
         return RayJob.parse(self._json("GET", f"/api/jobs/{quote(id)}"))
 
@@ -263,17 +265,17 @@ class Dashboard:
         self._request("POST", f"/api/jobs/{quote(id)}/stop", b"")
 
     def job_log(self, id: str) -> str:
-        """What the driver of a job has printed."""
+        """The output of a job's driver so far."""
         return str(self._json("GET", f"/api/jobs/{quote(id)}/logs").get("logs", ""))
 
     def files(self, node: str, pattern: str) -> list[str]:
-        """Names under a node's log directory that fit a pattern."""
+        """Names of the files under a node's log directory that match a glob pattern."""
         query = urlencode({"node_id": node, "glob": pattern})
         found = self._json("GET", f"/api/v0/logs?{query}")["data"]["result"]
         return sorted(name for names in found.values() for name in names)
 
     def file(self, node: str, name: str, lines: int = -1) -> bytes:
-        """A file under a node's log directory: its last `lines` lines, or all of it.
+        """The content of a file under a node's log directory: its last `lines` lines; -1: the whole file.
 
         Raises:
             NotThere: There is no such file.
@@ -287,14 +289,17 @@ class Dashboard:
             raise
 
     def follow(self, node: str, name: str, over: Callable[[], bool]) -> Iterator[bytes]:
-        """The bytes of a growing file, each once, also across lost connections, until `over` and all of it is read.
+        """Yield the bytes of a growing file, each byte once, even if connections are lost.
 
         Args:
-            over: Asked about once a second: whether nothing more will be written.
+            node: Id of the node.
+            name: The file's path, relative to the node's log directory.
+            over: Called about once a second; returns whether nothing more will be written. Then the rest of the file is
+                read, and the iteration ends.
 
         Raises:
             NotThere: There is no such file.
-            DashboardGone: The dashboard was away for longer than GONE_S.
+            DashboardGone: The dashboard was unreachable for longer than GONE_S.
         """
         seen, away_since = 0, None
         while True:
@@ -304,7 +309,7 @@ class Dashboard:
                     if len(rest) > seen:
                         yield rest[seen:]
                     return
-                # Of an empty file the dashboard says nothing, not even that the answer begins.
+                # For an empty file the dashboard sends nothing, not even the headers of the answer.
                 if not seen and not self.file(node, name, lines=1):
                     away_since = None
                     time.sleep(STATE_POLL_S)
@@ -322,14 +327,18 @@ class Dashboard:
                 time.sleep(RECONNECT_S)
 
     def _stream(self, node: str, name: str, skip: int, over: Callable[[], bool]) -> Iterator[bytes]:
-        """Follow a file over one connection, first b"" as it stands; ends when it breaks or `over` holds."""
+        """Follow a file over one connection; yields b"" once it is open. Ends when it breaks or `over` returns True.
+
+        Args:
+            skip: Number of bytes at the start of the file that are not yielded.
+        """
         query = urlencode({"node_id": node, "filename": name, "lines": -1, "interval": STREAM_POLL_S})
         response = self._open("GET", f"/api/v0/logs/stream?{query}", None, None, TIMEOUT_S)
         connection = _connection(response)
         if connection is not None:
             connection.settimeout(None)  # A log may be silent for hours.
         chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # A read with a time limit would lose what has arrived: a thread waits instead.
+        # A read that times out would lose bytes that have arrived, so a thread reads without a timeout.
         reader = threading.Thread(target=_drain, args=(response, chunks), name="log-stream", daemon=True)
         reader.start()
         asked = time.monotonic()
@@ -351,7 +360,7 @@ class Dashboard:
                         return
         finally:
             if connection is not None:
-                with contextlib.suppress(OSError):  # It has ended by itself.
+                with contextlib.suppress(OSError):  # The connection may have ended already.
                     connection.shutdown(socket.SHUT_RDWR)
             reader.join()
             response.close()
@@ -410,11 +419,11 @@ def _drain(response: http.client.HTTPResponse, chunks: queue.SimpleQueue[bytes |
         while chunk := response.read1(1 << 16):
             chunks.put(chunk)
     except (OSError, ValueError, http.client.HTTPException):
-        pass  # Its end is what counts, not its reason.
+        pass  # Any error just ends the stream.
     chunks.put(None)
 
 
 def _connection(response: http.client.HTTPResponse) -> socket.socket | None:
-    """The connection below a response, for whose next bytes another thread waits."""
+    """The socket of a response, if it can be found; shutting it down ends a blocked read in another thread."""
     connection = getattr(getattr(getattr(response, "fp", None), "raw", None), "_sock", None)
     return connection if isinstance(connection, socket.socket) else None

@@ -1,6 +1,7 @@
-"""`bigtrain doctor`: what would make a run fail or crawl, found before it does.
+"""`bigtrain doctor`: finds causes of failures and slow runs before a run starts.
 
-On a cluster the driver asks every node (`bigtrain.jobs.cluster.probe`); the checks on the answers are plain functions.
+On a cluster, the driver collects facts from every node (`bigtrain.jobs.cluster.probe`). The checks of these answers
+are plain functions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bigtrain.config import UserError
 from bigtrain.jobs.cluster import probe
 
 CLOCK_S: Final = 5.0
-"""Clocks may differ by this: a lease is renewed every 10 s and dead after 60."""
+"""Allowed difference between clocks in seconds; a lease is renewed every 10 s and expires after 60 s."""
 LEAST_DISK_BYTES: Final = 1 << 30
 LEAST_SHARED_MEMORY_BYTES: Final = 64 << 20
 SLOW_SHARE: Final = 0.25
@@ -28,25 +29,34 @@ ANSWER_S: Final = 60.0
 
 @dataclass(frozen=True)
 class Check:
-    """One finding."""
+    """The result of one check."""
 
     name: str
     where: str
+    """The node, or the pair of nodes, that was checked."""
     state: str
-    """ok, note (a run works without it) or failed."""
+    """One of ok, note (runs work nevertheless) and failed."""
     value: str
+    """What was found."""
     fix: str | None = None
+    """What the user can do about it."""
 
 
 def local_checks(runs_dir: Path, secrets_file: str | None) -> list[Check]:
-    """The checks of this machine."""
+    """Check this machine."""
     place = runs_dir if runs_dir.is_dir() else Path.cwd()
     answer = probe.describe(str(place), ".", secrets_file)
     return [check for check in node_checks(answer["host"], answer, answer) if check.name not in ("shared", "clock")]
 
 
 def node_checks(where: str, answer: dict[str, Any], head: dict[str, Any]) -> list[Check]:
-    """The checks of one node's answer against that of the head."""
+    """Check the answer of one node, and compare it with the answer of the head node.
+
+    Args:
+        where: The node's name for the user.
+        answer: What `probe.describe` returned on the node.
+        head: What `probe.describe` returned on the head node.
+    """
     checks = [_versions(where, answer["versions"], head["versions"]), _clock(where, answer), _shared(where, answer)]
     checks += [_disk(where, answer["disk"]), _shared_memory(where, answer["shared_memory_bytes"])]
     differing = {
@@ -65,7 +75,12 @@ def node_checks(where: str, answer: dict[str, Any], head: dict[str, Any]) -> lis
 
 
 def network_checks(measured: dict[tuple[str, str], float | str]) -> list[Check]:
-    """The checks of bandwidths, in bytes a second, from one node to another; a text is why there is none."""
+    """Check the bandwidths between nodes.
+
+    Args:
+        measured: For each pair (sender, receiver) the bandwidth in bytes per second, or a text that says why the
+            measurement failed.
+    """
     rates = [rate for rate in measured.values() if isinstance(rate, float)]
     usual = statistics.median(rates) if rates else 0.0
     checks = []
@@ -82,7 +97,13 @@ def network_checks(measured: dict[tuple[str, str], float | str]) -> list[Check]:
 
 
 def cluster_checks(runs_dir: Path, secrets_file: str | None, say: Callable[[str], None]) -> list[Check]:
-    """The checks of all nodes of the Ray cluster that this process is connected to, and of the links between them."""
+    """Check all nodes of the Ray cluster that this process is connected to, and the network between them.
+
+    Args:
+        runs_dir: The directory of runs, which all nodes must share.
+        secrets_file: Path of the secrets file on the nodes.
+        say: Prints one line for the user.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -108,7 +129,7 @@ def cluster_checks(runs_dir: Path, secrets_file: str | None, say: Callable[[str]
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 checks.append(Check("node", name, "failed", lines[0], "Look at the node's raylet."))
                 continue
-            # Its clock was read somewhere between question and answer.
+            # The node read its clock at some time between the request and the answer.
             answer["clock_s"] = max(asked - answer["time"], answer["time"] - time.time(), 0.0)
             answers[node["NodeID"]] = answer
             checks += node_checks(name, answer, head)
@@ -120,10 +141,10 @@ def cluster_checks(runs_dir: Path, secrets_file: str | None, say: Callable[[str]
 
 
 def missing_keys(secrets_file: str | None) -> dict[str, list[str]]:
-    """Keys that ranks would not find, by node; a node that does not answer is skipped.
+    """Names of keys that ranks would not find, by node; a node that does not answer is skipped.
 
     Raises:
-        UserError: The secrets cannot be read on a node.
+        UserError: The secrets file cannot be read on a node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -154,13 +175,13 @@ def missing_keys(secrets_file: str | None) -> dict[str, list[str]]:
 
 
 def result(checks: list[Check]) -> dict[str, Any]:
-    """What `bigtrain doctor --json` prints."""
+    """The object that `bigtrain doctor --json` prints."""
     failed = sum(check.state == "failed" for check in checks)
     return {"checks": [asdict(check) for check in checks], "failed": failed}
 
 
 def _bandwidths(nodes: list[dict[str, Any]], names: dict[str, str]) -> dict[tuple[str, str], float | str]:
-    """Each pair of nodes once, one after another: two at once would measure each other."""
+    """Measure the bandwidth of each pair of nodes, one after the other, so that measurements do not share a link."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -184,7 +205,7 @@ def _bandwidths(nodes: list[dict[str, Any]], names: dict[str, str]) -> dict[tupl
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
-    """Node ids as people know them: by host and address, and by their id where these are shared."""
+    """Names of nodes for the user, by node id: host and address, and the id's start if several nodes share these."""
     shown = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes}
     common = {name for name in shown.values() if list(shown.values()).count(name) > 1}
     return {id: f"{name} {id[:6]}" if name in common else name for id, name in shown.items()}

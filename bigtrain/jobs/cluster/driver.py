@@ -1,8 +1,7 @@
 """The driver of a submission: `python -m bigtrain.jobs.cluster.driver` on the head node, in the shipped directory.
 
-It does there what `bigtrain train` does on one machine: checks the config against the data, takes the run's lease,
-and hands the ranks to a controller, whose placer is Ray. What its client may see it shows on a board
-(`bigtrain.jobs.cluster.board`).
+The driver does what `bigtrain train` does on one machine: it checks the config against the data, takes the run's
+lease, and runs a controller, whose placer is Ray. It informs the client by a board (`bigtrain.jobs.cluster.board`).
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ from bigtrain.tracking.live import LiveDisplay
 from bigtrain.tracking.status import status as read_status
 
 PLACER: Final = "ray"
-"""This is a job of a Ray cluster."""
+"""The placer of all runs that the driver starts."""
 OLDEST_TORCH: Final = (2, 11)
 
 
 def main() -> int:
-    """Drive the job that this directory holds; returns a code of ExitCode."""
+    """Run the job whose request is in the working directory; returns a value of ExitCode."""
     began = time.time()
     request = Request.load(Path(REQUEST_NAME))
     board = _connect(request)
@@ -61,7 +60,7 @@ def main() -> int:
             board.end(ExitCode.FINISHED, result=found)
             return ExitCode.FINISHED
         if request.secrets_file is not None:
-            # The notification of the run's end needs them as well.
+            # The notification of the run's end needs the secrets too.
             os.environ[variables.SECRETS_FILE] = request.secrets_file
             load_secrets(os.environ)
         code = _script(request, request.script, board) if request.script is not None else _train(request, board)
@@ -74,7 +73,7 @@ def main() -> int:
 
 
 def _connect(request: Request) -> Board:
-    """Connect to Ray as this job; its log directory is what the dashboard serves."""
+    """Connect to Ray, and create the board in the log directory that the dashboard serves."""
     import ray
 
     ray.init(address="auto", log_to_driver=False, logging_level="warning")
@@ -95,12 +94,12 @@ def _check_versions(request: Request) -> None:
 
 
 def _release(version: str) -> str:
-    """A version without its build: the same torch is built for CPUs and for several CUDAs."""
+    """A version without its local part; the same torch release is built for CPUs and for several CUDA versions."""
     return version.partition("+")[0]
 
 
 def say(line: str) -> None:
-    """Print a line into the job's log."""
+    """Print a line to the job's log."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -134,7 +133,7 @@ def _train(request: Request, board: Board) -> int:
 
 
 def _waiting(board: Board) -> Callable[[str], None]:
-    """Says to the log and to a waiting client that someone else's lease has to run out first."""
+    """A function that reports, in the log and on the board, that the lease of another launcher must expire first."""
 
     def wait(line: str) -> None:
         say(line)
@@ -145,10 +144,16 @@ def _waiting(board: Board) -> Callable[[str], None]:
 
 
 def _check_keys(wandb: str, request: Request, board: Board) -> None:
-    """Say which node lacks which key: at once where the run cannot do without, else while its ranks are placed.
+    """Check which nodes lack a key.
+
+    Args:
+        wandb: The value of `tracking.wandb`. With online, every node must have a W&B key. With auto, missing keys are
+            only reported, in the background. With other values nothing is checked.
+        request: The request, which names the secrets file.
+        board: Receives a note for each missing key.
 
     Raises:
-        UserError: The run wants to be online at W&B, and a node has no key.
+        UserError: `tracking.wandb` is online, and a node has no W&B key.
     """
     if wandb == "online":
         lacking = doctor.missing_keys(request.secrets_file)
@@ -171,7 +176,7 @@ def _check_keys(wandb: str, request: Request, board: Board) -> None:
 
 
 def _load(request: Request, runs_dir: Path) -> RunConfig:
-    """The config that was shipped, or that the run recorded."""
+    """Load the plugins and the run's config: the shipped one, or for `resume` the one that the run recorded."""
     directory = RunDirectory(runs_dir / request.name)
     if request.plugin is not None:
         load_plugin(os.pathsep.join(_plugin_place(name, runs_dir) for name in request.plugin.split(os.pathsep)))
@@ -186,7 +191,10 @@ def _load(request: Request, runs_dir: Path) -> RunConfig:
 
 
 def _plugin_place(name: str, runs_dir: Path) -> str:
-    """Where every node finds a plugin that was shipped: beside the runs, by content. A module keeps its name."""
+    """The path at which every node finds a plugin, or the plugin's name if it is an installed module.
+
+    A shipped plugin is copied to the directory of runs, which all nodes share, under the hash of its content.
+    """
     shipped = Path(PLUGIN_DIRECTORY) / name
     if not shipped.exists():
         return name
@@ -197,14 +205,14 @@ def _plugin_place(name: str, runs_dir: Path) -> str:
         waiting.mkdir(parents=True)
         copy = shutil.copytree if shipped.is_dir() else shutil.copyfile
         copy(shipped, waiting / name)
-        with contextlib.suppress(OSError):  # Another submission was faster.
+        with contextlib.suppress(OSError):  # Another submission has created it meanwhile.
             waiting.rename(place.parent)
         shutil.rmtree(waiting, ignore_errors=True)
     return str(place)
 
 
 def _resources(job: JobConfig) -> list[dict[str, Any]]:
-    """Of each node that the job may be placed on."""
+    """The resources of each living node that has the job's labels."""
     import ray
 
     return [
@@ -222,14 +230,14 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
 
 
 def _needed(config: RunConfig, request: Request) -> list[Path]:
-    """What every node must see: local shards, the source of the weights, the secrets."""
+    """Local paths that every node must be able to read: shards, Hugging Face weights and the secrets file."""
     shards = [place for key in ("train", "validation") for place in config.data.places(key).values()]
     others = [getattr(config.model, "hf", None), request.secrets_file]
     return [Path(place) for place in (*shards, *others) if place is not None and "://" not in place]
 
 
 def _script(request: Request, script: Script, board: Board) -> int:
-    """Run a user's own script on the same agents."""
+    """Run a user's own script; returns a value of ExitCode."""
     directory = RunDirectory(Path(request.runs_dir) / request.name)
     check_directory(directory, script.name)
     job = JobConfig.model_validate(request.job)
@@ -264,7 +272,7 @@ def _control(
     paths: list[Path],
     sizes: list[int] | None = None,
 ) -> int:
-    """Run the controller to the end of the run, showing on the way how it goes."""
+    """Run the controller to the end of the run, and show the progress in the log and on the board."""
     if request.secrets_file is not None:
         environment = environment | {variables.SECRETS_FILE: request.secrets_file}
     board.link(directory.path)
@@ -287,7 +295,7 @@ def _control(
 
 
 def _shown(directory: RunDirectory, board: Board) -> Callable[..., None]:
-    """Writes events into the run's record, and what matters to a waiting client on the board."""
+    """A function that writes events to events.jsonl, and the phases `placed` and `waiting` also to the board."""
 
     def event(name: str, /, **fields: Any) -> None:
         if name in ("placed", "waiting"):
@@ -299,7 +307,7 @@ def _shown(directory: RunDirectory, board: Board) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _limited(seconds: float | None, controller: Controller, say: Callable[[str], None]) -> Iterator[None]:
-    """Request a stop of the run after `seconds`; None: never."""
+    """While the context is active, request the run to stop after `seconds`; None: never."""
     if seconds is None:
         yield
         return

@@ -1,7 +1,7 @@
 """`bigtrain stop --now` on a cluster: finds the driver of a submission on this machine and sends it SIGTERM twice.
 
-A graceful stop goes through Ray Jobs, which sends one signal and never a second one. This file is sent as text, so it
-uses the standard library only.
+A graceful stop uses Ray Jobs, which sends only one signal. This file is submitted as text, so it uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BETWEEN_SIGNALS_S = 0.2
 
 
 def find_driver(submission: str) -> int | None:
-    """A descriptor of the process that drives a submission, or None."""
+    """A pidfd of the driver process of a submission, or None if there is no such process."""
     mark = f"BIGTRAIN_SUBMISSION={submission}".encode()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -32,7 +32,7 @@ def find_driver(submission: str) -> int | None:
 
 
 def main() -> int:
-    """Returns 1 where the driver is not there any more."""
+    """Send the signals; returns 0, or 1 if the driver does not run any more."""
     descriptor = find_driver(sys.argv[1])
     if descriptor is None:
         return 1

@@ -1,8 +1,8 @@
-"""Nodes that share a machine and nothing else: network, PID, mount, IPC and UTS namespaces, joined by a bridge.
+"""Isolated nodes on one machine: each has its own network, PID, mount, IPC and UTS namespaces; a bridge connects them.
 
-    python -m bigtrain.jobs.cluster.isolation JSON       the first process of a node, within its namespaces
+    python -m bigtrain.jobs.cluster.isolation JSON       the first process of a node, in the node's namespaces
 
-Each node has its own address, host name, /proc, /tmp and /dev/shm. Linux, root and iproute2 are needed.
+Each node has its own address, host name, /proc, /tmp and /dev/shm. Linux, root and iproute2 are required.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
 
 LINK_S: Final = 20.0
-"""How long a node waits for its network interface, and its maker for the node."""
+"""How long a node waits for its network interface, and `Network.start_node` for the node's first process."""
 PRIVATE: Final = ("/tmp", "/dev/shm")
 
 _NAMESPACES: Final = ("--net", "--pid", "--mount", "--ipc", "--uts", "--fork", "--kill-child")
@@ -48,30 +48,31 @@ def obstacle() -> str | None:
 
 @dataclass(frozen=True)
 class Network:
-    """A bridge of this machine and the private subnet on it; node N has the address .N+2."""
+    """A network bridge of this machine with a private /24 subnet; node number N has the address SUBNET.(N+2)."""
 
     bridge: str
+    """Name of the bridge's network interface."""
     subnet: str
-    """Its first three numbers: "10.213.7"."""
+    """The first three numbers of the subnet, such as "10.213.7"."""
 
     @classmethod
     def choose(cls, mark: str) -> Network:
-        """A subnet that this machine has no address in."""
+        """Choose a subnet in which this machine has no address; `mark`, in hexadecimal, makes the choice differ."""
         used = set(re.findall(r"inet (\d+\.\d+\.\d+)\.", _command("ip", "-4", "-o", "addr")))
         start = int(mark[:4], 16)
         subnets = (f"10.{200 + (start + i) % 50}.{(start + i) // 50 % 250}" for i in range(50 * 250))
         return cls(f"bt{mark[:8]}", next(subnet for subnet in subnets if subnet not in used))
 
     def ip(self, number: int) -> str:
-        """Address of a node."""
+        """IPv4 address of a node."""
         return f"{self.subnet}.{number + 2}"
 
     def link(self, number: int) -> str:
-        """This machine's end of a node's cable."""
+        """Name of the network interface of this machine that leads to a node."""
         return f"{self.bridge}{number}"
 
     def create(self) -> None:
-        """Make the bridge."""
+        """Create the bridge."""
         _command("ip", "link", "add", self.bridge, "type", "bridge")
         _command("ip", "addr", "add", f"{self.subnet}.1/24", "dev", self.bridge)
         _command("ip", "link", "set", self.bridge, "up")
@@ -79,13 +80,17 @@ class Network:
     def start_node(
         self, number: int, command: list[str], environment: dict[str, str], log: Path, visible: list[Path]
     ) -> int:
-        """Start a command in namespaces of its own, on the bridge.
+        """Start a command as a node: in its own namespaces, connected to the bridge.
 
         Args:
-            visible: What the node sees although it lies under /tmp.
+            number: Number of the node, from 0.
+            command: The command and its arguments.
+            environment: Environment variables of the command.
+            log: File that receives the command's output.
+            visible: Paths under /tmp that the node sees; the rest of /tmp is hidden from it.
 
         Returns:
-            Id of the node's first process, as this machine counts; its end is the node's.
+            Process id of the node's first process, in this machine's PID namespace. The node ends with this process.
         """
         node = {
             "command": command,
@@ -107,14 +112,14 @@ class Network:
 
 
 def remove_network(bridge: str, links: list[str]) -> None:
-    """Remove a bridge and the cables on it, as far as they are there."""
+    """Remove a bridge and the network interfaces that lead to its nodes; missing ones are ignored."""
     for name in (*links, bridge):
         with contextlib.suppress(UserError):
             _command("ip", "link", "delete", name)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a node's first process runs."""
+    """Whether a node's first process is running."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -122,7 +127,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _child(outer: subprocess.Popen[bytes]) -> int:
-    """The process that `unshare` has forked into the new namespaces."""
+    """The id of the process that `unshare` forks into the new namespaces; waits until it exists."""
     deadline = time.monotonic() + LINK_S
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     while time.monotonic() < deadline and outer.poll() is None:
@@ -141,12 +146,12 @@ def _command(*arguments: str) -> str:
 
 
 def _hide(visible: list[str]) -> None:
-    """Give this namespace its own /tmp and /dev/shm; of the machine's /tmp only `visible` paths are in it."""
+    """Mount a new /proc, /tmp and /dev/shm in this namespace; of the machine's /tmp only `visible` paths are kept."""
     _command("mount", "--make-rprivate", "/")
     _command("mount", "-t", "proc", "proc", "/proc")
     _command("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
     hidden = [path for path in visible if Path(path).is_relative_to("/tmp")]
-    # What a mount covers cannot be reached any more: each path waits elsewhere until the cover lies.
+    # A mount on /tmp hides everything below it, so bind each path elsewhere until /tmp is mounted.
     stage = Path("/dev/shm/stage")
     for index, path in enumerate(hidden):
         (stage / str(index)).mkdir(parents=True)
@@ -173,12 +178,12 @@ def _connect(address: str) -> None:
 
 
 def main() -> int:
-    """Set the namespaces up, run the node's command, and reap the processes that it leaves, until it ends."""
+    """Set up the namespaces, run the node's command, and reap orphaned processes until the command ends."""
     node = json.loads(sys.argv[1])
     socket.sethostname(node["hostname"])
     _hide(node["visible"])
     _connect(node["address"])
-    # The source of this process is not for the node.
+    # This process's PYTHONPATH, which finds bigtrain's source, must not reach the node's command.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if node["python_path"]:
         environment["PYTHONPATH"] = node["python_path"]

@@ -1,7 +1,7 @@
-"""A Ray cluster on this machine: several nodes as detached processes, with token authentication, to try things on.
+"""A Ray cluster on this machine for tests: several nodes as detached processes, with token authentication.
 
-Each process of a cluster carries BIGTRAIN_CLUSTER in its environment, and so does all that it starts: `take_down` ends
-exactly those. Isolated nodes live in namespaces of their own (see `bigtrain.jobs.cluster.isolation`).
+All processes of a cluster and their descendants have the variable BIGTRAIN_CLUSTER in their environment; `take_down`
+ends exactly these processes. Isolated nodes run in their own namespaces (see `bigtrain.jobs.cluster.isolation`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMAT_VERSION: Final = 1
 OBJECT_STORE_BYTES: Final = 100_000_000
 REMOVE_S: Final = 5.0
 START_S: Final = 120.0
-"""How long one node may take to come up; on an idle machine it takes 3 to 7 s."""
+"""How long one node may take to start; on an idle machine it takes 3 to 7 s."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,32 @@ class NodeRecord:
     name: str
     ip: str
     pid: int | None = None
-    """The first process of an isolated node; its end is the node's."""
+    """Id of the first process of an isolated node; the node ends with this process."""
     link: str | None = None
     """The network interface of this machine that leads to an isolated node."""
 
 
 @dataclass(frozen=True)
 class ClusterRecord:
-    """What `cluster down` needs to know: the content of cluster.json."""
+    """The content of cluster.json, which `cluster down` needs to end the cluster."""
 
     mark: str
-    """The value of BIGTRAIN_CLUSTER in each of its processes."""
+    """The value of BIGTRAIN_CLUSTER in all processes of the cluster."""
     address: str
+    """URL of the dashboard."""
     token_file: str
     temporary: str
-    """Ray's own directory, gone with the cluster."""
+    """Ray's temporary directory, which is removed with the cluster."""
     nodes: list[NodeRecord] = field(default_factory=list)
     bridge: str | None = None
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def read(cls, directory: Path) -> ClusterRecord:
-        """The cluster that was raised at a directory.
+        """Read the record of the cluster in a directory.
 
         Raises:
-            UserError: There is none, or a newer bigtrain raised it.
+            UserError: There is no cluster, a newer bigtrain started it, or the record is damaged.
         """
         path = directory / "cluster.json"
         try:
@@ -81,12 +82,12 @@ class ClusterRecord:
             raise UserError("cluster.json is damaged", str(path)) from None
 
     def write(self, directory: Path) -> None:
-        """Record it."""
+        """Write the record to cluster.json in a directory."""
         storage.write_json(directory / "cluster.json", asdict(self))
 
 
 def default_directory() -> Path:
-    """Where the cluster of this user is recorded."""
+    """The default directory in which this user's cluster is recorded."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigtrain" / "cluster"
 
 
@@ -99,16 +100,20 @@ def raise_local(
     shared: list[Path] | None = None,
     say: Callable[[str], None],
 ) -> ClusterRecord:
-    """Raise a cluster of `nodes` Ray nodes, the first of which is its head.
+    """Start a cluster of `nodes` Ray nodes; the first one is the head node.
 
     Args:
-        directory: Where it is recorded: cluster.json and the token.
-        procs_per_node: CPUs that each node offers, and GPUs where the machine has that many.
-        isolated: Each node in network, PID, mount and UTS namespaces of its own, with its own /tmp and /dev/shm.
-        shared: Directories that isolated nodes see nevertheless; others see everything.
+        directory: Directory for the cluster's record, cluster.json, and its token.
+        nodes: Number of nodes.
+        procs_per_node: Number of CPUs that each node offers, and of GPUs if the machine has enough for all nodes.
+        isolated: Whether each node gets its own network, PID, mount, IPC and UTS namespaces, with its own /tmp and
+            /dev/shm.
+        shared: Directories under /tmp that isolated nodes see; nodes that are not isolated see everything.
+        say: Prints one line for the user.
 
     Raises:
-        UserError: A cluster is recorded there already, namespaces are forbidden, or a node does not come up.
+        UserError: A cluster is recorded in `directory` already, namespaces are not possible, a shared directory does
+            not exist, or a node does not start.
     """
     if (directory / "cluster.json").exists():
         raise UserError(
@@ -123,13 +128,13 @@ def raise_local(
     token_file = directory / "token"
     _write_token(token_file)
     mark = secrets.token_hex(8)
-    # Ray's sockets live under it, and their paths may have 107 characters.
+    # A short path: Ray's sockets lie below it, and a socket's path has at most 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="bigtrain-", dir="/tmp"))
     network = isolation.Network.choose(mark) if isolated else None
     record = ClusterRecord(
         mark, "", str(token_file), str(temporary), bridge=None if network is None else network.bridge
     )
-    record.write(directory)  # Before anything is started, so that `cluster down` finds it after a kill.
+    record.write(directory)  # Written before any process starts, so that `cluster down` works after a kill.
     try:
         if network is not None:
             network.create()
@@ -142,13 +147,13 @@ def raise_local(
 
 
 def take_down(directory: Path) -> int:
-    """End every process of the cluster recorded at a directory and remove what it left.
+    """End every process of the cluster that is recorded in a directory, and remove its files and networks.
 
     Returns:
-        How many nodes it had.
+        The number of nodes that the cluster had.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no cluster.
     """
     record = ClusterRecord.read(directory)
     end_marked(record.mark, variable=variables.CLUSTER)
@@ -157,13 +162,13 @@ def take_down(directory: Path) -> int:
     _remove(Path(record.temporary))
     for name in ("token", "cluster.json"):
         (directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # It may hold files that bigtrain did not write.
+    with contextlib.suppress(OSError):  # The directory may hold files that bigtrain did not write.
         directory.rmdir()
     return len(record.nodes)
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory that processes may still write to, whose end is under way."""
+    """Remove a directory to which ending processes may still write."""
     deadline = time.monotonic() + REMOVE_S
     while directory.exists() and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -192,7 +197,7 @@ def _start_nodes(
         ]
         if network is None:
             command += [f"--dashboard-agent-listen-port={free_port()}"]
-            # Nodes that shared Ray's directory would delete and unpack each other's packages.
+            # Each node has its own directory; otherwise nodes would delete and unpack each other's packages.
             command += [f"--temp-dir={record.temporary}/{number}"]
         environment = _environment(record, number, gpus)
         log = Path(record.temporary) / f"node_{number}.log"
@@ -208,7 +213,7 @@ def _start_nodes(
         record.write(directory)
         say(f"node {number + 1} of {nodes} started")
         if network is not None:
-            # One after another: workers look for the head, and several at once take the same node's name.
+            # Start one node after another: several that start at once may take the same node name.
             _wait_for_nodes(record, number + 1)
     return record
 
@@ -233,7 +238,7 @@ def _write_token(path: Path) -> None:
 
 def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "BIGTRAIN_"))}
-    # The nodes run the source that is submitted, not the checkout of the shell which raised them.
+    # The nodes must run the submitted source, not the checkout of the shell that starts the cluster.
     entries = [entry for entry in environment.pop("PYTHONPATH", "").split(os.pathsep) if entry]
     if kept := [entry for entry in entries if not (Path(entry) / "bigtrain" / "__init__.py").exists()]:
         environment["PYTHONPATH"] = os.pathsep.join(kept)
@@ -241,15 +246,15 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
         variables.CLUSTER: record.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_file,
-        # Workers start agents, and agents ranks: all would run at Ray's niceness of 15.
+        # Otherwise agents and ranks, which Ray's workers start, would run at Ray's niceness of 15.
         "RAY_worker_niceness": "0",
-        # On a busy machine Ray's own patience ends before its processes have started.
+        # On a busy machine, Ray's processes take longer to start than Ray's default timeouts.
         "RAY_agent_register_timeout_ms": str(int(START_S * 1000)),
         "RAY_raylet_start_wait_time_s": str(int(START_S)),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath))),
     }
     if record.bridge is None:
-        # What Ray's processes leave when they are killed goes with the cluster; isolated nodes have their own /tmp.
+        # Files that killed processes of Ray leave are removed with the cluster; isolated nodes have their own /tmp.
         environment["TMPDIR"] = record.temporary
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(number * gpus + index) for index in range(gpus))
@@ -257,7 +262,7 @@ def _environment(record: ClusterRecord, number: int, gpus: int) -> dict[str, str
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path) -> None:
-    """Run `ray start`, which leaves daemons behind."""
+    """Run `ray start`, which starts daemons and exits."""
     with open(log, "ab") as output:
         try:
             done = subprocess.run(

@@ -1,6 +1,6 @@
-"""What a submission carries to the cluster: bigtrain's source, which is kept there, and the request.
+"""The packages that a submission uploads: bigtrain's source, which the cluster caches, and the request with its files.
 
-Both are zip files, named after their content; Ray unpacks them on each node that runs something of the job.
+Both are zip files whose names contain the hash of their content. Ray unpacks them on each node that runs the job.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from bigtrain.config import UserError
 from bigtrain.jobs.scripts.call import ScriptCall
 
 MAX_BYTES: Final = 50_000_000
-"""Of a working directory that the user ships with a script."""
+"""Largest size of a working directory that the user ships with a script."""
 REQUEST_NAME: Final = "bigtrain_request.json"
 CONFIG_NAME: Final = "bigtrain_config.yaml"
 PLUGIN_DIRECTORY: Final = "bigtrain_plugin"
 WORK_NAME: Final = "bigtrain_work.tar"
-"""The user's files, in a tar of their own: Ray drops links and empty directories."""
+"""Name of a tar file with the user's files; Ray itself would drop links and empty directories."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _SKIPPED = ("__pycache__", ".git", ".venv", "node_modules")
@@ -37,52 +37,56 @@ _SKIPPED = ("__pycache__", ".git", ".venv", "node_modules")
 
 @dataclass(frozen=True)
 class Script:
-    """A user's own script and what was shipped of it."""
+    """A user's own script that is submitted to a cluster."""
 
     name: str
-    """What the run's record calls it: its path in the shipped directory, or the name of its module."""
+    """The script's name in the run's record: its path in the shipped directory, or the name of its module."""
     call: ScriptCall
-    """How to call it from the client's directory."""
+    """How to call the script from the client's working directory."""
     sha256: str | None = None
-    """Of its file, by which a node knows whether it sees the same; None for a module."""
+    """Hash of the script's file, by which a node checks that it sees the same file; None for a module."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the driver gets; the config travels beside it as a file."""
+    """The data that the client sends to the driver; the run's config is sent as a separate file."""
 
     id: str
-    """NAME-ATTEMPT."""
+    """Id of the submission: NAME-NUMBER."""
     name: str
+    """Name of the run."""
     runs_dir: str
-    """On the nodes."""
+    """Directory of runs on the nodes."""
     submitted: float
-    """Seconds since the epoch, by the client's clock."""
+    """Time of the submission in seconds since the epoch, by the client's clock."""
     versions: dict[str, str]
-    """What the client has: python, ray, torch, bigtrain."""
+    """The client's versions of python, ray, torch and bigtrain."""
     secrets_file: str | None = None
+    """Path of a file with secrets on the nodes."""
     max_duration_s: float | None = None
+    """Seconds after which the run is stopped; None: never."""
     plugin: str | None = None
     """The shipped plugin's path under PLUGIN_DIRECTORY, or the name of a module that is installed on the nodes."""
     resume: bool = False
-    """Take the config that the run recorded, not a shipped one."""
+    """Whether to use the config that the run recorded, instead of a shipped one."""
     step: int | None = None
-    """Go back to the checkpoint of this step."""
+    """If not None, the run goes back to the checkpoint of this step."""
     doctor: bool = False
-    """Examine the nodes, and train nothing."""
+    """Whether to examine the nodes instead of training."""
     script: Script | None = None
+    """The user's own script, if the submission is one."""
     job: dict[str, Any] = field(default_factory=dict)
     """The `job` section, for a script."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables that the user sets for the ranks of a run."""
+    """Environment variables that the user sets for the ranks of a run."""
 
     def dump(self) -> bytes:
-        """As REQUEST_NAME holds it."""
+        """Serialise the request to JSON, as the file REQUEST_NAME holds it."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def load(cls, path: Path) -> Request:
-        """Read it back."""
+        """Read a request from a file."""
         value = json.loads(path.read_text())
         script = value.pop("script")
         if script is not None:
@@ -92,19 +96,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Package:
-    """A zip file and its name, which tells its content."""
+    """A zip file and its name, which contains the hash of its content."""
 
     name: str
     data: bytes
 
     @property
     def uri(self) -> str:
-        """As a runtime environment names it."""
+        """The package's URI in a Ray runtime environment."""
         return f"gcs://{self.name}"
 
 
 def make_package(files: Iterable[tuple[str, bytes]]) -> Package:
-    """Zip files, (path, content) each, so that equal files make equal packages."""
+    """Zip files, given as pairs (path, content); equal files make equal packages."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, content in sorted(files):
@@ -117,21 +121,22 @@ def make_package(files: Iterable[tuple[str, bytes]]) -> Package:
 
 
 def source_package() -> Package:
-    """bigtrain's own source: the package alone, no tests, no data."""
+    """The package with bigtrain's own source, without tests and data."""
     root = Path(__file__).resolve().parents[2]
     return make_package(_files(root, root.parent))
 
 
 def work_archive(base: Path, paths: Iterable[Path]) -> bytes:
-    """A tar of a user's files and directories with their modes and links; equal files make equal archives.
+    """A tar archive of a user's files and directories, with modes and links; equal files make equal archives.
 
-    A link to a file outside of `base` becomes that file; any other link stays one.
+    A link to a file outside of `base` is replaced by that file; all other links are kept.
 
     Args:
-        base: Names in the archive are relative to it.
+        base: Directory to which the names in the archive are relative.
+        paths: The files and directories, all below `base`.
 
     Raises:
-        UserError: They are more than MAX_BYTES.
+        UserError: The files are larger than MAX_BYTES in total.
     """
     buffer = io.BytesIO()
     total = 0
@@ -139,11 +144,11 @@ def work_archive(base: Path, paths: Iterable[Path]) -> bytes:
         for path in paths:
             outside = path.is_symlink() and path.is_file() and not path.resolve().is_relative_to(base.resolve())
             entry = archive.gettarinfo(path.resolve() if outside else path, str(path.relative_to(base)))
-            if entry is None:  # A socket.
+            if entry is None:  # A socket, which tar cannot store.
                 continue
             entry.mtime = entry.uid = entry.gid = 0
             entry.uname = entry.gname = ""
-            if entry.islnk():  # The second name of one file: a file of its own here.
+            if entry.islnk():  # A second hard link of one file is stored as a separate file.
                 entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", path.stat().st_size
             total += entry.size
             if total > MAX_BYTES:
@@ -161,22 +166,25 @@ def work_archive(base: Path, paths: Iterable[Path]) -> bytes:
 
 
 def directory_archive(directory: Path) -> bytes:
-    """`work_archive` of a directory that a user ships with a script.
+    """The `work_archive` of a directory that a user ships with a script.
 
     Raises:
-        UserError: See `work_archive`.
+        UserError: The files are larger than MAX_BYTES in total.
     """
     return work_archive(directory, _walk(directory, lambda path: True))
 
 
 def plugin_files(place: str) -> tuple[str, list[tuple[str, bytes]]]:
-    """Plugins as the nodes will name them, and what is to be shipped: nothing for an installed module.
+    """The names of plugins on the nodes, and the files to ship; an installed module needs no files.
 
     Args:
-        place: One plugin or several, as `load_plugin` takes them.
+        place: One or several plugins, in the format of `load_plugin`.
+
+    Returns:
+        The names, joined by os.pathsep, and the files as pairs (path, content).
 
     Raises:
-        UserError: Two of them have the same file name.
+        UserError: Two plugins have the same file name.
     """
     names: list[str] = []
     files: list[tuple[str, bytes]] = []
@@ -195,7 +203,7 @@ def plugin_files(place: str) -> tuple[str, list[tuple[str, bytes]]]:
 
 
 def versions() -> dict[str, str]:
-    """What a run's numbers and processes depend on, without importing any of it."""
+    """The versions of python, bigtrain, ray and torch on this machine, found without importing ray or torch."""
     found = {"python": platform.python_version(), "bigtrain": bigtrain.__version__}
     for name in ("ray", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,6 +1,7 @@
-"""What a node says of itself: versions, clock, disk, keys, network. Runs on the nodes; imports neither torch nor Ray.
+"""The facts about a node that `bigtrain doctor` checks: versions, clock, disk, keys and network.
 
-Nothing secret is in an answer: of keys only whether they are there.
+This module runs on the nodes and imports neither torch nor Ray. Answers contain no secrets: they say only whether a
+key exists.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ NETWORK_BYTES: Final = 64 << 20
 NETWORK_S: Final = 10.0
 CONNECT_S: Final = 5.0
 COMMUNICATION: Final = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TP_SOCKET_")
-"""What begins like this steers collectives, and must be the same on all nodes or be meant to differ."""
+"""Prefixes of variables that configure collectives; these variables should be equal on all nodes."""
 
 _CHUNK: Final = bytes(1 << 20)
 
 
 def keys(secrets_file: str | None) -> dict[str, bool]:
-    """Which of the keys that runs use a rank of this node would find.
+    """Whether a rank on this node would find each of the keys that runs use, by the key's name.
 
     Raises:
-        UserError: The secrets file is not there, or others may read it.
+        UserError: The secrets file does not exist, or other users may read it.
     """
     found = read_secrets(Path(secrets_file)) if secrets_file else {}
     environment = found | dict(os.environ)
@@ -44,10 +45,12 @@ def keys(secrets_file: str | None) -> dict[str, bool]:
 
 
 def describe(runs_dir: str, mark: str, secrets_file: str | None) -> dict[str, Any]:
-    """All of it.
+    """All facts about this node.
 
     Args:
-        mark: Name of a file that someone has put into `runs_dir`: seen here, the directory is shared.
+        runs_dir: The directory of runs.
+        mark: Name of a file that the caller has created in `runs_dir`. If this node sees it, the directory is shared.
+        secrets_file: Path of the secrets file on this node.
     """
     answer: dict[str, Any] = {
         "host": socket.gethostname(),
@@ -75,7 +78,7 @@ def _free(path: str) -> int | None:
 
 
 def _disk(directory: Path) -> dict[str, Any]:
-    """Free bytes, and bytes a second of a synced write."""
+    """Free bytes of a disk, and the rate of a synced write in bytes per second; None if there is little space left."""
     probe = directory / f".bigtrain-doctor-{secrets.token_hex(4)}"
     try:
         free = shutil.disk_usage(directory).free
@@ -106,21 +109,25 @@ def _reaches(url: str) -> bool:
 
 
 class NetworkProbe:
-    """One end of bandwidth measurements: receives bytes from a peer that knows its token, or sends them."""
+    """One end of a bandwidth measurement: sends bytes to a peer, or receives them from a peer that knows its token."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._token = secrets.token_bytes(16)
 
     def listen(self) -> tuple[str, int, bytes]:
-        """Take one connection, soon; returns where, and what to say first."""
+        """Accept one connection within NETWORK_S; returns the address, the port and the token to send first."""
         server = socket.create_server((self._address, 0))
         server.settimeout(NETWORK_S)
         threading.Thread(target=self._take, args=(server,), daemon=True).start()
         return self._address, server.getsockname()[1], self._token
 
     def send(self, address: str, port: int, token: bytes) -> float | str:
-        """Bytes a second to another node, or why there are none."""
+        """Measure the bandwidth to another node.
+
+        Returns:
+            Bytes per second, or a text that says why the measurement failed.
+        """
         try:
             with socket.create_connection((address, port), timeout=CONNECT_S) as connection:
                 connection.settimeout(NETWORK_S)
@@ -129,7 +136,7 @@ class NetworkProbe:
                 for _ in range(NETWORK_BYTES // len(_CHUNK)):
                     connection.sendall(_CHUNK)
                 connection.shutdown(socket.SHUT_WR)
-                # The last bytes have arrived when the other side confirms it.
+                # The receiver confirms after the last bytes have arrived.
                 if connection.recv(1) != b"k":
                     return "the other side gave up"
                 return NETWORK_BYTES / (time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""`bigtrain submit`: check what can be checked from here, ship source and config, and see the job off to its ranks."""
+"""`bigtrain submit`: checks a job on the client, uploads source and config, and starts the driver on the cluster."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ SAVE_MARGIN_S: Final = 120
 POLL_S: Final = 0.2
 RUNS_DIR_KEY: Final = "bigtrain_runs_dir"
 SCRIPT_KEY: Final = "bigtrain_script"
-"""In a job's metadata: the user's own script that it runs."""
+"""Key of the user's own script in a Ray job's metadata."""
 
 _ENDER = Path(__file__).with_name("end_driver.py")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that is ready to be sent."""
+    """A job that is ready to be submitted."""
 
     request: Request
     job: JobConfig
     source: Package
     files: list[tuple[str, bytes]]
     config: RunConfig | None = None
-    """The run's, where it is no script and not resumed by its record."""
+    """The run's config; None for a script, and for a run that resumes with its recorded config."""
 
     def send(self, dashboard: Dashboard) -> ClusterView:
-        """Upload what the cluster has not yet, and start the driver."""
+        """Upload the packages that the cluster does not have yet, and start the driver."""
         directory = make_package([*self.files, (REQUEST_NAME, self.request.dump())])
         for package in (self.source, directory):
             if not dashboard.has_package(package.name):
                 dashboard.put_package(package.name, package.data)
-        # Ray Jobs' stop waits this long for the ranks to save themselves, where its own default is 3 s.
+        # Ray Jobs' stop waits this long for the ranks to save; its default is 3 s.
         limits = self.job.limits
         ending_s = limits.save + limits.step if self.request.script is None else self.job.script.stop
         wait_s = int(ending_s + SAVE_MARGIN_S)
@@ -72,16 +72,21 @@ class Submission:
         if self.request.script is not None:
             metadata[SCRIPT_KEY] = self.request.script.name
         if self.request.doctor:
-            metadata = {}  # It is no run.
+            metadata = {}  # The examination is not a run.
         dashboard.submit(self.request.id, "exec python -m bigtrain.jobs.cluster.driver", runtime_env, metadata)
         return ClusterView(dashboard, dashboard.job(self.request.id), self.request.name)
 
 
 def of_config(config: RunConfig, runs_dir: Path, request: Callable[..., Request]) -> Submission:
-    """The submission of a run's config.
+    """The submission of a run.
+
+    Args:
+        config: The run's config.
+        runs_dir: Directory of runs on the nodes.
+        request: Builds the request from the run's name, `runs_dir` and the plugin.
 
     Raises:
-        UserError: The layout does not fit the number of ranks, or a plugin is too large to ship.
+        UserError: The layout does not allow the number of ranks, or two plugins have the same file name.
     """
     job = config.job
     if job.procs_per_node != "auto":
@@ -101,12 +106,15 @@ def of_script(
     """The submission of a user's own script.
 
     Args:
-        call: How it is called from here.
-        directory: What is shipped with it, and its working directory; None: the script alone, called from here.
-        launcher: What it is written for; see `bigtrain.jobs.scripts.launcher`.
+        call: How the script is called from this working directory.
+        directory: The directory that is shipped and becomes the working directory; None: only the script is shipped.
+        job: The `job` section.
+        launcher: The launcher for which the script is written, with options; see `bigtrain.jobs.scripts.launcher`.
+        make: Builds the request without the script.
 
     Raises:
-        UserError: The script is not there, or not in the directory; the launcher does not know an option.
+        UserError: The script does not exist or is not in the directory, the directory is too large, or an option of
+            the launcher is not supported.
     """
     here = Path.cwd() if directory is None else directory.resolve()
     digest = None
@@ -133,13 +141,17 @@ def of_script(
 def of_resume(
     dashboard: Dashboard, name: str, runs_dir: Path | None, make: Callable[..., Request], step: int | None
 ) -> Submission:
-    """The submission that resumes a run by the config which it recorded.
+    """The submission that resumes a run with its recorded config.
 
     Args:
-        runs_dir: Where its directory is, on the nodes; None: where the cluster remembers it to be.
+        dashboard: The cluster.
+        name: Name of the run.
+        runs_dir: Directory of runs on the nodes; None: the one of the run's last submission.
+        make: Builds the request from the run's name and directory of runs.
+        step: If not None, the run goes back to the checkpoint of this step.
 
     Raises:
-        UserError: The cluster does not remember the run, and `runs_dir` is None; or it is a script.
+        UserError: `runs_dir` is None and the cluster does not remember the run, or the run is a script.
     """
     view = next((view for view in cluster_views(dashboard) if view.name == name), None)
     if view is not None and SCRIPT_KEY in view.job.metadata:
@@ -151,10 +163,10 @@ def of_resume(
 
 
 def next_id(dashboard: Dashboard, name: str) -> str:
-    """NAME-ATTEMPT for the next submission of a run.
+    """The id of the next submission of a run: NAME-NUMBER.
 
     Raises:
-        UserError: It is running already.
+        UserError: The run is active on the cluster already.
     """
     attempts = [-1]
     for job in dashboard.jobs():
@@ -178,7 +190,7 @@ def check_versions(dashboard: Dashboard, client: dict[str, str]) -> None:
         UserError: The versions differ in more than the patch number.
     """
     ray, python = dashboard.versions()
-    # Who submits needs no Ray; where it is installed, another one says that the environments differ.
+    # A client needs no Ray. If Ray is installed and its version differs, the environments differ.
     for name, here, there in (("Ray", client.get("ray", ray), ray), ("Python", client["python"], python)):
         if here.split(".")[:2] != there.split(".")[:2]:
             raise UserError(
@@ -189,13 +201,13 @@ def check_versions(dashboard: Dashboard, client: dict[str, str]) -> None:
 
 
 def check_capacity(dashboard: Dashboard, job: JobConfig) -> str | None:
-    """Whether the cluster can ever carry a job.
+    """Check whether the cluster can ever run a job.
 
     Returns:
-        What the job will have to wait for, if anything.
+        What the job has to wait for; None if the cluster has enough nodes.
 
     Raises:
-        UserError: It never can: its nodes are too few or too small, and nobody adds any.
+        UserError: The cluster has too few nodes that are large enough, and no autoscaler adds nodes.
     """
     nodes = [node for node in dashboard.nodes() if all(node["labels"].get(k) == v for k, v in job.labels.items())]
     gpus = any(node["resources_total"].get("GPU") for node in nodes)
@@ -220,11 +232,12 @@ def check_capacity(dashboard: Dashboard, job: JobConfig) -> str | None:
 
 
 def check_fits(dashboard: Dashboard, config: RunConfig) -> None:
-    """Refuse a run that cannot fit the memory of the cluster's accelerators; the driver, which has the data, refuses
-    more closely.
+    """Refuse a run that does not fit into the memory of the cluster's accelerators.
+
+    The driver, which can read the data, checks the memory again and more exactly.
 
     Raises:
-        UserError: With the term to cut.
+        UserError: The memory is too small; the message names the term to reduce.
     """
     job = config.job
     nodes = [
@@ -243,13 +256,13 @@ def _offer(node: dict[str, Any]) -> str:
 
 
 def see_off(view: ClusterView) -> int | None:
-    """Wait until the driver has checked the job and requested its nodes.
+    """Wait until the driver has checked the job and has requested its nodes.
 
     Returns:
-        The exit code, where it has ended by then; None where it runs.
+        The exit code if the job has ended by then; None if it runs or waits for nodes.
 
     Raises:
-        DashboardGone: The dashboard was away for longer than GONE_S.
+        DashboardGone: The dashboard was unreachable for longer than GONE_S.
     """
     heard = time.monotonic()
     while True:
@@ -272,7 +285,7 @@ def stop(dashboard: Dashboard, name: str, now: bool) -> str:
     """Stop a run and wait until it has ended; see `bigtrain.jobs.stop`.
 
     Raises:
-        UserError: It is not running.
+        UserError: The run is not running.
     """
     view = cluster_view(dashboard, name)
     if not view.job.active:
@@ -293,10 +306,10 @@ def stop(dashboard: Dashboard, name: str, now: bool) -> str:
 def examine(
     dashboard: Dashboard, runs_dir: str, secrets_file: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run the checks of `bigtrain doctor` on the cluster; see `bigtrain.jobs.cluster.doctor.result`.
+    """Run the checks of `bigtrain doctor` on the cluster; returns `bigtrain.jobs.cluster.doctor.result`.
 
     Raises:
-        UserError: The job that makes them fails.
+        UserError: The cluster's versions differ, it needs no token, or the job that runs the checks fails.
     """
     known = versions()
     check_versions(dashboard, known)
@@ -314,7 +327,7 @@ def examine(
 
 
 def _end_driver(dashboard: Dashboard, id: str) -> None:
-    """Ray Jobs sends one signal and waits: a second one, by a small job beside the driver."""
+    """End a driver at once: a small job sends it two signals, because Ray Jobs' stop sends only one."""
     ender = f"{id}-now-{time.time_ns() // 1_000_000}"
     dashboard.submit(ender, f"exec python -c {shlex.quote(_ENDER.read_text())} {shlex.quote(id)}", {}, {})
     while dashboard.job(ender).active:

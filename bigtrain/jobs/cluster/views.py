@@ -1,4 +1,4 @@
-"""What can be seen of a run from outside: here by its directory, on a cluster through the dashboard alone."""
+"""Views of a run from outside: on this machine by its run directory, on a cluster only through the dashboard."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from bigtrain.tracking.status import status as read_status
 LOOK_S: Final = 0.2
 WAIT_S: Final = 1.0
 NAME_KEY: Final = "bigtrain_run"
-"""Under this key of a job's metadata is the name of its run."""
+"""Key of the run's name in a Ray job's metadata."""
 
 _LOG = re.compile(r"attempt_(\d+)/rank_(\d+)\.log$")
 _STATES: Final = {0: "finished", 75: "stopped"}
 
 
 class RunView(Protocol):
-    """A run, seen from outside."""
+    """A read-only view of a run from outside."""
 
     name: str
 
     def status(self) -> dict[str, Any]:
-        """What `bigtrain status --json` prints."""
+        """The object that `bigtrain status --json` prints."""
         ...
 
     def events(self) -> list[dict[str, Any]]:
-        """The objects of its events.jsonl."""
+        """The objects of the run's events.jsonl."""
         ...
 
     def active(self) -> bool:
-        """Whether it may still write."""
+        """Whether the run may still write."""
         ...
 
     def attempts(self, rank: int) -> list[int]:
-        """Attempts of which there is a log of that rank."""
+        """Numbers of the attempts that have a log of this rank, in ascending order."""
         ...
 
     def read(self, attempt: int, rank: int) -> bytes:
-        """A rank's log, as far as it goes."""
+        """The current content of a rank's log."""
         ...
 
     def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
-        """A rank's log as it grows, until `over` and all is read."""
+        """Yield a rank's log as it grows, until `over` returns True and everything is read."""
         ...
 
 
@@ -64,28 +64,28 @@ class LocalView:
         self._run = run
 
     def status(self) -> dict[str, Any]:
-        """See `View`."""
+        """See `RunView`."""
         return read_status(self._run.path, alive=self.active())
 
     def events(self) -> list[dict[str, Any]]:
-        """See `View`."""
+        """See `RunView`."""
         return list(read_lines(self._run.events))
 
     def active(self) -> bool:
-        """See `View`."""
+        """See `RunView`."""
         holder = Lease.holder(self._run)
         return holder is not None and holder.alive()
 
     def attempts(self, rank: int) -> list[int]:
-        """See `View`."""
+        """See `RunView`."""
         return _attempts([str(path) for path in self._run.logs.glob(f"attempt_*/rank_{rank}.log")])
 
     def read(self, attempt: int, rank: int) -> bytes:
-        """See `View`."""
+        """See `RunView`."""
         return self._path(attempt, rank).read_bytes()
 
     def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
-        """See `View`."""
+        """See `RunView`."""
         with open(self._path(attempt, rank), "rb") as log:
             while True:
                 last = over()
@@ -100,15 +100,15 @@ class LocalView:
 
 
 class ClusterView:
-    """A run that was submitted to a cluster, as its dashboard shows it."""
+    """A run that was submitted to a cluster, seen through the cluster's dashboard."""
 
     def __init__(self, dashboard: Dashboard, job: RayJob, name: str) -> None:
         self.name = name
         self.job = job
         self.refused: ClusterView | None = None
-        """A later submission of the name that ended before its ranks were placed."""
+        """The newest submission of the run, if it ended before it requested nodes and is not this one."""
         self.submissions = [job.id]
-        """All that the cluster remembers, the newest last."""
+        """Ids of all submissions of the run that the cluster remembers, the newest last."""
         self._dashboard = dashboard
 
     def began(self) -> bool:
@@ -116,13 +116,13 @@ class ClusterView:
         return self.job.active or "placing" in (self.board() or {}).get("times", {})
 
     def submission(self, which: str) -> ClusterView:
-        """The same run as another submission shows it.
+        """The view of another submission of the same run.
 
         Args:
-            which: Its id, or its number: "mine-2" or "2".
+            which: Id or number of the submission, such as "mine-2" or "2".
 
         Raises:
-            UserError: The cluster remembers none such.
+            UserError: The cluster remembers no such submission.
         """
         wanted = f"{self.name}-{which}" if which.isdigit() else which
         if wanted not in self.submissions:
@@ -131,12 +131,12 @@ class ClusterView:
         return ClusterView(self._dashboard, self._dashboard.job(wanted), self.name)
 
     def refresh(self) -> RayJob:
-        """Ask again how the job stands."""
+        """Fetch the current state of the Ray job."""
         self.job = self._dashboard.job(self.job.id)
         return self.job
 
     def board(self) -> dict[str, Any] | None:
-        """The driver's status.json; None before there is one."""
+        """The content of the driver's status.json; None if it does not exist yet."""
         if self.job.node is None:
             return None
         try:
@@ -146,7 +146,7 @@ class ClusterView:
         return value if isinstance(value, dict) else None
 
     def status(self) -> dict[str, Any]:
-        """See `View`."""
+        """See `RunView`."""
         job, board = self.refresh(), self.board() or {}
         status = board.get("status") or _unknown(self.name)
         if not job.active:
@@ -165,7 +165,7 @@ class ClusterView:
         return {**status, "submission": job.id, "refused": refused}
 
     def events(self) -> list[dict[str, Any]]:
-        """See `View`."""
+        """See `RunView`."""
         if self.job.node is None:
             return []
         try:
@@ -175,27 +175,27 @@ class ClusterView:
         return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
     def active(self) -> bool:
-        """See `View`."""
+        """See `RunView`."""
         return self.refresh().active
 
     def attempts(self, rank: int) -> list[int]:
-        """See `View`."""
+        """See `RunView`."""
         if self.job.node is None:
             return []
         return _attempts(self._dashboard.files(self.job.node, self._name(f"run/{LOGS}/attempt_*/rank_{rank}.log")))
 
     def read(self, attempt: int, rank: int) -> bytes:
-        """See `View`."""
+        """See `RunView`."""
         return self._file(f"run/{LOGS}/attempt_{attempt}/rank_{rank}.log")
 
     def follow(self, attempt: int, rank: int, over: Callable[[], bool]) -> Iterator[bytes]:
-        """See `View`."""
-        assert self.job.node is not None  # else there were no attempts
+        """See `RunView`."""
+        assert self.job.node is not None  # Without a node there are no attempts.
         name = self._name(f"run/{LOGS}/attempt_{attempt}/rank_{rank}.log")
         return self._dashboard.follow(self.job.node, name, over)
 
     def follow_driver(self) -> Iterator[bytes]:
-        """What the driver prints, until its end."""
+        """Yield the driver's output until the driver ends."""
         while self.refresh().node is None:
             if not self.job.active:
                 return iter([self.driver_log()])
@@ -203,7 +203,7 @@ class ClusterView:
         return self._dashboard.follow(self.job.node or "", f"job-driver-{self.job.id}.log", lambda: not self.active())
 
     def driver_log(self) -> bytes:
-        """What the driver has printed."""
+        """The driver's output so far."""
         return self._dashboard.job_log(self.job.id).encode()
 
     def _name(self, name: str) -> str:
@@ -214,7 +214,7 @@ class ClusterView:
 
 
 def exit_code(job: RayJob, board: dict[str, Any] | None) -> int:
-    """The run's own exit code, of a job that is over: by its record, else by what Ray saw of the driver."""
+    """The run's exit code after the job has ended: from the driver's board, or else from Ray's state of the driver."""
     recorded = (board or {}).get("exit_code")
     if isinstance(recorded, int):
         return recorded
@@ -224,9 +224,10 @@ def exit_code(job: RayJob, board: dict[str, Any] | None) -> int:
 
 
 def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
-    """Each run that the cluster remembers, by name, as its newest submission shows it that did not end before it began.
+    """Views of all runs that the cluster remembers, sorted by name.
 
-    A submission that was refused, or had nothing to do, hides no run: it is the view's `refused`.
+    Each view shows the newest submission that has requested nodes or is active. A newer submission that was refused, or
+    had nothing to do, does not hide that view: it is the view's `refused`.
     """
     submissions: dict[str, list[RayJob]] = {}
     for job in dashboard.jobs():
@@ -236,7 +237,7 @@ def cluster_views(dashboard: Dashboard) -> list[ClusterView]:
 
 
 def _of_submissions(dashboard: Dashboard, name: str, jobs: list[RayJob]) -> ClusterView:
-    """The view of a run with these submissions, the newest last."""
+    """The view of a run that has these submissions, the newest last; see `cluster_views`."""
     newest = ClusterView(dashboard, jobs[-1], name)
     view, earlier = newest, jobs[:-1]
     while earlier and not view.began():
@@ -250,10 +251,10 @@ def _of_submissions(dashboard: Dashboard, name: str, jobs: list[RayJob]) -> Clus
 
 
 def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
-    """The newest submission of a run.
+    """The view of a run, by the run's name; see `cluster_views`.
 
     Raises:
-        UserError: The cluster remembers none of that name.
+        UserError: The cluster remembers no run of that name.
     """
     views = cluster_views(dashboard)
     for view in views:
@@ -267,7 +268,13 @@ def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
 
 
 def read_log(view: RunView, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
-    """A rank's log: of one attempt, or with `follow` of the newest and all that come after it, to the run's end.
+    """Yield a rank's log.
+
+    Args:
+        view: The run.
+        rank: The rank.
+        attempt: Number of the attempt; None: the newest and, with `follow`, all later ones.
+        follow: Whether to follow the log until the attempt, or without `attempt` the run, ends.
 
     Raises:
         UserError: There is no such log.
@@ -301,10 +308,10 @@ def _superseded(view: RunView, attempt: int, rank: int) -> Callable[[], bool]:
 
 
 def wait_for_end(view: ClusterView, gone_s: float) -> int:
-    """Wait for a job's end, also through a dashboard that is away for a while; returns the run's exit code.
+    """Wait for the end of a job, even if the dashboard is unreachable for a while; returns the run's exit code.
 
     Raises:
-        DashboardGone: It was away for longer than `gone_s`.
+        DashboardGone: The dashboard was unreachable for longer than `gone_s` seconds.
     """
     away_since = None
     while True:

@@ -1,8 +1,8 @@
-"""Where a submitted script works: in the directory it was submitted from, or in the run's own copy.
+"""The working directory of a submitted script: the directory it was submitted from, or a copy in the run directory.
 
-If every node sees the script where the client has it, it is called there, in the client's directory, as torchrun
-would. Otherwise what was shipped goes into `work` in the run directory, which all nodes share. What the script writes
-there stays, so a later submission finds it.
+If every node sees the same script at the client's path, the script is called there, in the client's working directory,
+as torchrun would. Otherwise the shipped files are unpacked to `work` in the run directory, which all nodes share.
+Files that the script writes there are kept for later submissions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bigtrain.jobs.scripts.call import ScriptCall
 from bigtrain.run import RunDirectory
 
 WORK: Final = "work"
-"""In the run directory of a script: its own copy and what it writes."""
+"""Directory in a script's run directory with the shipped files and the files that the script writes."""
 ANSWER_S: Final = 60.0
 
 
 def sees(directory: str, file: str, sha256: str | None) -> bool:
-    """Whether this machine has a directory, and in it the file of this hash."""
+    """Whether this machine sees a directory and, unless `sha256` is None, a file in it with this hash."""
     if not os.path.isdir(directory):
         return False
     if sha256 is None:
@@ -36,16 +36,20 @@ def sees(directory: str, file: str, sha256: str | None) -> bool:
 
 
 def place(script: Script, directory: RunDirectory) -> tuple[ScriptCall, bool]:
-    """How the nodes call a script, and whether that is where the client has it. Ray must be connected."""
+    """Choose the working directory of a script, and unpack the shipped files if needed. Ray must be connected.
+
+    Returns:
+        How the nodes call the script, and whether its working directory is the client's.
+    """
     call = script.call
-    assert call.directory is not None  # the client's
+    assert call.directory is not None  # The client sets it.
     if sees(call.directory, call.file, script.sha256) and _all_see(call.directory, call.file, script.sha256):
         return call, True
     work = directory.path / WORK
     work.mkdir(parents=True, exist_ok=True)
     if Path(WORK_NAME).exists():
         with tarfile.open(WORK_NAME) as archive:
-            # Our own archive of the client's files: its links are the user's.
+            # bigtrain made this archive of the client's files, so its links can be trusted.
             archive.extractall(work, filter="tar")
     file = call.file if script.sha256 is None else str(work / script.name)
     return replace(call, file=file, directory=str(work)), False

@@ -1,1 +1,1 @@
-"""What gives the controller machines: this one, a Ray cluster, a Slurm allocation."""
+"""The placers, which provide nodes: this machine, a Ray cluster, a Slurm allocation."""

@@ -1,4 +1,4 @@
-"""The placer for this machine: one agent, as a child process."""
+"""The placer for this machine: starts one agent as a child process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
 
 AGENT_LOG: Final = "agent.log"
-"""In the directory of logs: what agents themselves print."""
+"""File in the log directory with the output of agents."""
 AGENT_START_S: Final = 60.0
 """How long an agent may take to connect; on an idle machine it takes 0.1 s."""
 DONE_S: Final = 2.0
-"""How long an agent may take to leave after `done`."""
+"""How long an agent may take to exit after the message `done`."""
 
 
 @PLACERS.register
@@ -35,8 +35,8 @@ class LocalPlacer(Placer):
     """Places a run on this machine.
 
     Args:
-        log_path: Where the agent's own words go.
-        silence_s: How long agent and controller wait for a word from each other.
+        log_path: File that receives the agent's output.
+        silence_s: Seconds without a message after which agent and controller count each other as dead.
     """
 
     name = "local"
@@ -55,7 +55,7 @@ class LocalPlacer(Placer):
 
     @classmethod
     def procs(cls, job: JobConfig) -> int:
-        """As `job` says, or one a GPU, else 1; see `Placer.procs`."""
+        """See `Placer.procs`; the default is one rank for each GPU, or 1 without GPUs."""
         if job.nodes > 1:
             raise too_many_nodes(job, 1, "this is one machine")
         return procs_of_node(job)
@@ -87,11 +87,11 @@ class LocalPlacer(Placer):
             listener.close()
 
     def release(self) -> None:
-        """End the agent and all that it started, whether it still answers or not."""
+        """End the agent and everything that it started, even if the agent no longer answers."""
         process, self._process = self._process, None
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(PeerLost):  # It is gone already.
+            with contextlib.suppress(PeerLost):  # The agent is gone already.
                 connection.channel.send("done")
             connection.channel.close()
         if process is None:
@@ -115,22 +115,24 @@ class LocalPlacer(Placer):
                 stdout=log,
                 stderr=log,
                 env=agent_environment(os.environ, address, token, self._mark),
-                # The terminal's Ctrl-C is for the controller alone.
+                # Ctrl-C in the terminal must reach only the controller.
                 start_new_session=True,
             )
         return self._process
 
 
 def procs_of_node(job: JobConfig) -> int:
-    """Ranks on a node like this one: as `job` says, or one a GPU, else 1."""
+    """Ranks on each node: the number of `job`; for auto, one for each GPU of this machine, or 1 without GPUs."""
     return max(1, visible_gpus()) if job.procs_per_node == "auto" else job.procs_per_node
 
 
 def too_many_nodes(job: JobConfig, there: int, place: str) -> UserError:
-    """The refusal of a job with more nodes than there are.
+    """The error for a job that needs more nodes than there are.
 
     Args:
-        place: What has them: "this Slurm job has 3".
+        job: The `job` section.
+        there: Number of nodes that there are.
+        place: A clause that says so, such as "this Slurm job has 3".
     """
     return UserError(
         f"job.nodes is {job.nodes}, but {place}",

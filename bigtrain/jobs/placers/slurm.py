@@ -1,10 +1,10 @@
-"""The placer for a Slurm allocation: one agent a node, as the tasks of one job step.
+"""The placer for a Slurm allocation: one agent on each node, started as the tasks of one job step.
 
-`bigtrain train` runs in the batch script and holds the controller; srun carries the token to the nodes in the
+`bigtrain train` runs in the batch script and holds the controller. srun passes the token to the nodes in the
 environment, never in an argument list. Shortly before the time limit, Slurm sends REQUEUE_SIGNAL to the batch script
-(`#SBATCH --signal=B:USR1@120`): the ranks save, and the job goes back into the queue and resumes.
+(`#SBATCH --signal=B:USR1@120`): the ranks save, and the job is requeued and resumes the run later.
 
-Standard library only, and nothing of Slurm but its commands srun and scontrol and the variables of an allocation.
+Uses only the standard library, Slurm's commands srun, scontrol and sinfo, and the variables of an allocation.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
     from bigtrain.jobs.controller import Controller
 
 REQUEUE_SIGNAL: Final = signal.SIGUSR1
-"""What the batch script is sent before the time limit."""
+"""The signal that Slurm sends to the batch script before the time limit."""
 STEP_START_S: Final = 300.0
-"""How long the nodes' agents may take to connect: a node that boots from the network imports slowly at first."""
+"""How long the agents may take to connect; on a node that boots from the network, the first imports are slow."""
 STRAGGLER_S: Final = 30.0
-"""How much longer than the first agent the others may take, once a node of this allocation was lost."""
+"""How long the other agents may take after the first one connected, in placements after the first one."""
 DONE_S: Final = 5.0
+"""How long srun may take to end after the agents got `done`."""
 TERMINATE_S: Final = 40.0
-"""How long srun may take to end a step by force: Slurm waits 30 s for the processes of a node that does not answer."""
+"""How long srun may take to end a step by force; Slurm waits 30 s for the processes of a node that does not answer."""
 COMMAND_S: Final = 60.0
 
 _OUT_OF_ORDER: Final = ("down", "fail", "boot", "pow", "unk")
@@ -57,7 +58,7 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
-    """How many nodes the job has."""
+    """Number of nodes of the Slurm job."""
     text = environment.get("SLURM_JOB_NUM_NODES", "")
     return int(text) if text.isdigit() else 1
 
@@ -66,13 +67,13 @@ def hostnames(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The nodes of the allocation, in Slurm's order.
 
     Raises:
-        SlurmError: scontrol cannot be run, or does not know the list.
+        SlurmError: scontrol cannot be run, or cannot expand the node list.
     """
     return _scontrol("show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")).split()
 
 
 def requeue(environment: Mapping[str, str] = os.environ) -> None:
-    """Put this job back into the queue, from where it starts again; Slurm ends what is left of it here.
+    """Put this job back into the queue; Slurm ends its processes here and starts the job again later.
 
     Raises:
         SlurmError: Slurm refuses, for example because the job was submitted with --no-requeue.
@@ -81,7 +82,7 @@ def requeue(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def requeue_and_say(run_name: str, say: Callable[[str], None]) -> None:
-    """`requeue`, and say how that went: a run that has saved itself has not failed because Slurm refuses."""
+    """Requeue this job and print the result. A refusal by Slurm is only printed, because the run has been saved."""
     job = os.environ["SLURM_JOB_ID"]
     try:
         requeue()
@@ -92,7 +93,7 @@ def requeue_and_say(run_name: str, say: Callable[[str], None]) -> None:
 
 
 def out_of_order(names: list[str]) -> set[str]:
-    """Those of the nodes that Slurm knows to be down, failing or not answering.
+    """The nodes among `names` that Slurm reports as down, failing or not answering.
 
     Raises:
         SlurmError: sinfo cannot be run.
@@ -119,9 +120,9 @@ def _output(*command: str) -> str:
 
 
 def reachable_address(others: list[str]) -> str:
-    """The address of this machine that `others` see: the one from which a packet to the first of them would leave.
+    """The address of this machine from which packets to the first of the hosts `others` are sent.
 
-    A node's own name may stand for its loopback address in its own /etc/hosts, which is of no use to the others.
+    The own host name is not used, because a node's /etc/hosts may map it to a loopback address.
     """
     for name in [*others, socket.gethostname()]:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -132,17 +133,18 @@ def reachable_address(others: list[str]) -> str:
 
 @PLACERS.register
 class SlurmPlacer(Placer):
-    """Places a run on the nodes of the allocation in which this process runs.
+    """Places a run on the nodes of the Slurm allocation in which this process runs.
 
-    A node whose agent does not come back after a fault is not used in later steps; the allocation must have been made
-    with --no-kill, else Slurm ends the whole job (and, with --requeue, starts it again).
+    If no agent comes from a node, the node is not used in later job steps. For this the allocation must be made with
+    --no-kill; otherwise Slurm ends the whole job when a node fails (and, with --requeue, starts the job again).
 
     Args:
-        sizes: How many nodes the run may take: as many as there are at first, fewer after some were lost.
-        log_path: Where srun and the agents write.
-        say: Prints one line for a person.
-        silence_s: How long agent and controller wait for a word from each other.
-        start_s: How long the agents may take to connect.
+        sizes: Numbers of nodes that the layout allows. The placer uses the largest number that is available.
+        log_path: File that receives the output of srun and the agents.
+        say: Prints one line for the user.
+        silence_s: Seconds without a message after which agent and controller count each other as dead.
+        start_s: Seconds that the agents may take to connect.
+        straggler_s: See STRAGGLER_S.
     """
 
     name = "slurm"
@@ -170,7 +172,7 @@ class SlurmPlacer(Placer):
 
     @classmethod
     def of(cls, request: PlacementRequest) -> Placer:
-        """See `Placer.of`; one node needs no srun."""
+        """See `Placer.of`. A run on one node uses `LocalPlacer`, without srun."""
         log_path = request.logs / AGENT_LOG
         return LocalPlacer(log_path) if request.job.nodes == 1 else cls(request.sizes, log_path, say=request.say)
 
@@ -189,7 +191,7 @@ class SlurmPlacer(Placer):
 
     @classmethod
     def run(cls, controller: Controller, run_name: str, say: Callable[[str], None]) -> int:
-        """See `Placer.run`: the signal before the time limit saves the run and puts the job back into the queue."""
+        """See `Placer.run`. On REQUEUE_SIGNAL the run saves and stops, and the job is requeued."""
         requeue_on = RequeueOnSignal()
         with requeue_on.listening(controller):
             code = controller.run()
@@ -198,9 +200,9 @@ class SlurmPlacer(Placer):
         return code
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
-        """Start one agent a node and wait until all have connected; see `Placer.place`.
+        """Start one agent on each node, and wait until all have connected; see `Placer.place`.
 
-        Ranks follow the order of the nodes in the allocation, so the same nodes always get the same ranks.
+        Node ranks follow the order of the nodes in the allocation, so the same nodes always get the same ranks.
         """
         self.release()
         try:
@@ -211,7 +213,7 @@ class SlurmPlacer(Placer):
     def _place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
         allocated = hostnames()
         if self._placed:
-            # A step that names a node which is down is refused.
+            # Slurm refuses a job step that names a node which is down.
             down = out_of_order(allocated) - self._lost
             if down:
                 self._exclude(sorted(down), "Slurm does not count on {}")
@@ -228,7 +230,7 @@ class SlurmPlacer(Placer):
             self.release()
 
     def _choose(self, names: list[str]) -> list[str]:
-        """The first of these nodes, as many as the run can be laid out on."""
+        """The first of these nodes: the largest number of them that the layout allows."""
         for size in self._sizes:
             if size <= len(names):
                 if self._placed and size < self._sizes[0]:
@@ -243,7 +245,7 @@ class SlurmPlacer(Placer):
         self._lost.update(names)
 
     def _step(self, names: list[str], cancelled: Callable[[], bool]) -> dict[str, AgentConnection]:
-        """Start a step on the nodes `names` and wait for its agents; those that came, by node."""
+        """Start a job step on the nodes `names`, and wait for its agents; returns the connected ones by node name."""
         token = new_token()
         here = socket.gethostname().partition(".")[0]
         address = reachable_address([name for name in names if name.partition(".")[0] != here])
@@ -258,7 +260,7 @@ class SlurmPlacer(Placer):
                 connection = listener.accept(timeout_s=0.1)
                 if connection is not None:
                     connections[_node_of(connection)] = connection
-                    # Where all nodes were there once, one that is late is one that is lost.
+                    # After an earlier placement, a late agent most likely means a lost node: wait less.
                     if self._placed:
                         deadline = min(deadline, time.monotonic() + self._straggler_s)
                 elif srun.poll() is not None:
@@ -285,10 +287,10 @@ class SlurmPlacer(Placer):
             "--ntasks-per-node=1",
             f"--nodelist={','.join(names)}",
         ]
-        # All of each node's cores and devices to its agent, which deals them out; whatever the batch script exports;
-        # an agent that leaves takes no other along, and a lost node not the step: that is for the controller to judge.
+        # Each agent gets all cores and devices of its node and the environment of the batch script. The exit of an
+        # agent or the loss of a node does not end the step, because the controller decides about that.
         command += ["--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
-        # A step of a lost node may not have been cleared away yet.
+        # Slurm may not have removed the step of a lost node yet.
         command += ["--overlap", *module_command("bigtrain.jobs.agent")]
         environment = agent_environment(os.environ, address, token, uuid.uuid4().hex)
         environment[variables.NODE_NAME_IN] = "SLURMD_NODENAME"
@@ -301,7 +303,7 @@ class SlurmPlacer(Placer):
                     stdout=log,
                     stderr=log,
                     env=environment,
-                    # The terminal's Ctrl-C is for the controller alone.
+                    # Ctrl-C in the terminal must reach only the controller.
                     start_new_session=True,
                 )
         except OSError as error:
@@ -309,10 +311,10 @@ class SlurmPlacer(Placer):
         return self._srun
 
     def release(self) -> None:
-        """End the step: the agents by their own hand, what is left by Slurm's."""
+        """End the job step: the agents end themselves, and Slurm kills what is left."""
         connections, self._connections = self._connections, []
         for connection in connections:
-            with contextlib.suppress(PeerLost):  # It is gone already.
+            with contextlib.suppress(PeerLost):  # The agent is gone already.
                 connection.channel.send("done")
             connection.channel.close()
         srun, self._srun = self._srun, None
@@ -323,7 +325,7 @@ class SlurmPlacer(Placer):
         try:
             srun.wait(DONE_S)
         except subprocess.TimeoutExpired:
-            srun.terminate()  # srun's own word for: end the step by force, on every node
+            srun.terminate()  # On SIGTERM, srun ends the step by force on every node.
             try:
                 srun.wait(TERMINATE_S)
             except subprocess.TimeoutExpired:
@@ -336,7 +338,7 @@ def _node_of(connection: AgentConnection) -> str:
 
 
 def _tend(connections: dict[str, AgentConnection]) -> None:
-    """Keep the agents that have connected alive until the last one has; those that are gone are dropped."""
+    """Keep the connections alive while others are still awaited; agents that are gone are closed and removed."""
     for name, connection in list(connections.items()):
         try:
             keep_alive([connection], 0.0)
@@ -346,14 +348,14 @@ def _tend(connections: dict[str, AgentConnection]) -> None:
 
 
 class RequeueOnSignal:
-    """Turns REQUEUE_SIGNAL into a request to stop; `asked` is True if it came."""
+    """Turns REQUEUE_SIGNAL into a request to save and stop; `asked` is True once the signal has arrived."""
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextlib.contextmanager
     def listening(self, controller: Controller) -> Iterator[None]:
-        """Respond to the signal meanwhile."""
+        """Handle the signal while the context is active."""
 
         def on_signal() -> None:
             self.asked = True

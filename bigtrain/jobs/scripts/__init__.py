@@ -1,1 +1,1 @@
-"""Scripts of the user's own, written for torchrun, accelerate or deepspeed, on bigtrain's agents."""
+"""Running a user's own script, written for torchrun, accelerate or deepspeed, on bigtrain's agents."""

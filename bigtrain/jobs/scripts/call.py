@@ -1,6 +1,6 @@
-"""How a user's script is called: what travels from the launcher to each rank's process.
+"""How a user's script is called: the data that the launcher sends to each rank's process.
 
-Standard library only: each rank imports it.
+Standard library only, because each rank imports this module.
 """
 
 from __future__ import annotations
@@ -13,56 +13,56 @@ from typing import Final
 from bigtrain import variables
 
 ROLE: Final = "default"
-"""torchrun's name for a group of ranks that has no other."""
+"""torchrun's default name of a group of ranks."""
 
 
 @dataclass(frozen=True)
 class ScriptCall:
-    """What each rank runs, and what it finds in its environment."""
+    """The script that each rank runs, its arguments and its environment variables."""
 
     file: str
-    """The script, as Python is to find it from `directory`; with `module`, a module's name."""
+    """Path of the script, absolute or relative to `directory`; if `module` is true, the name of a module."""
     arguments: list[str] = field(default_factory=list)
     directory: str | None = None
-    """The working directory; None: that of the agent."""
+    """The working directory; None: the working directory of the agent."""
     module: bool = False
-    """Whether it is run as `python -m`."""
+    """Whether the script is run as `python -m`."""
     local_rank_argument: bool = False
     """Whether the first argument is `--local_rank=N`, as deepspeed's launcher passes it."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables that the user or the launcher sets for the script."""
+    """Environment variables that the user or the launcher sets for the script."""
     run_name: str = "none"
     first_attempt: int = 0
-    """The attempt that counts as restart 0."""
+    """Number of the attempt that counts as restart 0."""
     max_restarts: int = 0
 
     def dump(self) -> str:
-        """As `bigtrain.variables.SCRIPT` holds it."""
+        """Serialise the call to JSON, as the variable `bigtrain.variables.SCRIPT` holds it."""
         return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> ScriptCall:
-        """Read it back."""
+        """Parse the text that `dump` returned."""
         return cls(**json.loads(text))
 
     def command(self, python: str, local_rank: str) -> list[str]:
-        """The command of one rank; torchrun's placeholder ${local_rank} in an argument is filled in."""
+        """The command of one rank, with torchrun's placeholder ${local_rank} in arguments replaced."""
         words = [python, "-u", *(["-m"] if self.module else []), self.file]
         if self.local_rank_argument:
             words.append(f"--local_rank={local_rank}")
         return words + [argument.replace("${local_rank}", local_rank) for argument in self.arguments]
 
     def torchrun_environment(self, rank: Mapping[str, str]) -> dict[str, str]:
-        """The variables that torchrun sets beside those that every rank of bigtrain has.
+        """The variables that torchrun sets in addition to those that every rank of bigtrain has.
 
         Args:
-            rank: The environment of the rank's process. Variables that it lacks are skipped.
+            rank: The environment of the rank's process. Variables that depend on a missing one are skipped.
         """
         found = {
             "ROLE_NAME": ROLE,
             "TORCHELASTIC_RUN_ID": self.run_name,
             "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
-            # True would have rank 0 look for a store that torchrun's agent serves; here rank 0 serves it itself.
+            # With True, rank 0 would expect a store that torchrun's agent serves; here rank 0 serves the store.
             "TORCHELASTIC_USE_AGENT_STORE": "False",
             "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": rank.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),

@@ -1,4 +1,4 @@
-"""What the launchers of a script share, on a cluster and on this machine: its record, its lease and its ranks."""
+"""Launching a user's script, on a cluster or on this machine: its `job` section, record, lease and ranks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ RANK_MODULE: Final = "bigtrain.jobs.scripts.rank"
 
 
 class _Settings(Section):
-    """What can be set for a script."""
+    """The sections that can be set for a script."""
 
     job: JobConfig = JobConfig()
 
 
 def job_config(overrides: Iterable[str], nodes: int | None = None, procs_per_node: int | None = None) -> JobConfig:
-    """The `job` section of a script, from `job.KEY=VALUE` words of the command line.
+    """Build the `job` section of a script from command-line overrides.
 
     Args:
-        nodes: Sets `job.nodes`.
-        procs_per_node: Sets `job.procs_per_node`.
+        overrides: Overrides of the form `job.KEY=VALUE`.
+        nodes: If not None, the value of `job.nodes`.
+        procs_per_node: If not None, the value of `job.procs_per_node`.
 
     Raises:
-        UserError: A word that is no such key, or a bad value.
+        UserError: An override names an unknown key or has an invalid value.
     """
     document = load.from_overrides(overrides)
     for key, value in (("nodes", nodes), ("procs_per_node", procs_per_node)):
@@ -43,12 +44,12 @@ def job_config(overrides: Iterable[str], nodes: int | None = None, procs_per_nod
 
 
 def script_launch(call: ScriptCall, job: JobConfig, procs: int) -> Launch:
-    """How the ranks of a script are started, `procs` on each node."""
-    # torchrun sets one thread where several ranks share a node, unless the user has chosen.
+    """The `Launch` of a script, with `procs` ranks on each node."""
+    # Like torchrun, set one thread if several ranks share a node, unless the user has set the variable.
     defaults = {"OMP_NUM_THREADS": "1"} if procs > 1 else {}
     return Launch(
         RANK_MODULE,
-        # For those who look at the list of processes; what counts is in the call.
+        # Shown in the process list only; the rank reads the call from its environment.
         [call.file, *call.arguments],
         procs,
         job.limits.by_phase(),
@@ -60,7 +61,7 @@ def script_launch(call: ScriptCall, job: JobConfig, procs: int) -> Launch:
 
 
 def script_environment(call: ScriptCall, directory: RunDirectory, job: JobConfig) -> dict[str, str]:
-    """The variables by which each rank's process knows what to run."""
+    """The environment variables that tell each rank's process how to call the script."""
     known = replace(
         call,
         run_name=directory.name,
@@ -71,13 +72,14 @@ def script_environment(call: ScriptCall, directory: RunDirectory, job: JobConfig
 
 
 def check_directory(directory: RunDirectory, script: str) -> None:
-    """Refuse a directory that holds something else than runs of this script.
+    """Refuse a run directory that does not belong to this script.
 
     Args:
-        script: What the record names it by.
+        directory: The run directory.
+        script: The script's name in the run's record.
 
     Raises:
-        UserError: It does.
+        UserError: The directory holds other files, another run or another script.
     """
     if directory.is_foreign():
         raise UserError(
@@ -90,10 +92,10 @@ def check_directory(directory: RunDirectory, script: str) -> None:
 
 @contextlib.contextmanager
 def held(directory: RunDirectory, script: str) -> Iterator[Lease]:
-    """Hold the lease of a script's directory, with its record written.
+    """Hold the lease of a script's run directory. On entry, the run's record is written if it does not exist.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lease.
     """
     lease = Lease.acquire(directory)
     try:
@@ -112,7 +114,7 @@ def held(directory: RunDirectory, script: str) -> Iterator[Lease]:
 
 
 def refuse_resume(name: str, where: Path | str) -> UserError:
-    """The refusal to resume a script by its name: its arguments are not recorded."""
+    """The error for `bigtrain resume` of a script; a script cannot be resumed, as its arguments are not recorded."""
     return UserError(
         f"'{name}' is a script of your own, which `resume` cannot start",
         str(where),

@@ -1,6 +1,6 @@
-"""The launchers that scripts are written for, as an extension point: what each one passes to a script.
+"""The launchers for which scripts are written, as an extension point: each sets what its scripts expect.
 
-`--launcher "accelerate launch --mixed_precision bf16"` names a launcher and its own options, as one would type them.
+`--launcher "accelerate launch --mixed_precision bf16"` names a launcher and its own options, as on a command line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bigtrain.jobs.scripts.call import ScriptCall
 
 
 class ScriptLauncher:
-    """What a launcher sets beside torchrun's variables, which every script gets.
+    """Sets the arguments and variables of one launcher, in addition to torchrun's variables, which every script gets.
 
     Example:
         ```python
@@ -30,18 +30,19 @@ class ScriptLauncher:
 
     name: ClassVar[str]
     used_by: ClassVar[re.Pattern[str] | None] = None
-    """What the text of a script contains that was written for this launcher."""
+    """A pattern that occurs in the text of scripts for this launcher; None: such scripts are not recognised."""
 
     def adapt(self, call: ScriptCall, options: list[str], nodes: int, procs: int) -> ScriptCall:
-        """The call as this launcher makes it.
+        """Add this launcher's arguments and variables to a call.
 
         Args:
+            call: The call without them.
             options: The launcher's own options.
-            nodes: Machines.
-            procs: Ranks on each of them.
+            nodes: Number of nodes.
+            procs: Number of ranks on each node.
 
         Raises:
-            UserError: An option that has no meaning here.
+            UserError: An option is not supported.
         """
         raise NotImplementedError
 
@@ -49,17 +50,20 @@ class ScriptLauncher:
 LAUNCHERS: Registry[ScriptLauncher] = Registry(
     "launcher", ScriptLauncher, package="bigtrain.jobs.scripts.launchers", tag=None, where="--launcher"
 )
-"""The launchers by name."""
+"""The registry of launchers by name."""
 
 
 def adapt(call: ScriptCall, text: str, nodes: int, procs: int) -> ScriptCall:
-    """A call as the launcher of a command line makes it.
+    """Add the arguments and variables of a launcher to a call.
 
     Args:
-        text: The launcher's name and its options: "deepspeed --no_local_rank".
+        call: The call without them.
+        text: The launcher's name and options, such as "deepspeed --no_local_rank".
+        nodes: Number of nodes.
+        procs: Number of ranks on each node.
 
     Raises:
-        UserError: There is no such launcher, or it does not know an option.
+        UserError: The launcher is unknown, or an option is not supported.
     """
     try:
         name, *options = shlex.split(text)
@@ -69,11 +73,11 @@ def adapt(call: ScriptCall, text: str, nodes: int, procs: int) -> ScriptCall:
 
 
 def notes(source: str, chosen: str) -> list[str]:
-    """Lines for a person whose script seems to be written for another launcher than the chosen one.
+    """Notes for a user whose script seems to be written for another launcher than the chosen one.
 
     Args:
         source: The script's text.
-        chosen: As for `adapt`.
+        chosen: The launcher's name and options, as in `adapt`.
     """
     found = []
     for name in LAUNCHERS:
@@ -84,10 +88,15 @@ def notes(source: str, chosen: str) -> list[str]:
 
 
 def refuse_options(name: str, options: list[str], fix: str) -> None:
-    """Refuse options of a launcher that takes none.
+    """Refuse options that a launcher does not support.
+
+    Args:
+        name: The launcher's name.
+        options: The unsupported options.
+        fix: What to write instead.
 
     Raises:
-        UserError: There is one.
+        UserError: `options` is not empty.
     """
     if options:
         raise UserError(f"{options[0]} is no option of {name} that is known here", "--launcher", fix)

@@ -1,8 +1,9 @@
 """One rank of a user's own script: `python -m bigtrain.jobs.scripts.rank FILE ARGS`, with torchrun's environment.
 
-The script runs unmodified, as a child that knows nothing of its agent. This process beats for it while it is there and
-not stopped, passes a request to stop on as SIGTERM, and exits as it did: with 75 where it ended after such a request.
-`bigtrain.variables.SCRIPT`, where it is set, says how the script is called; else the command line does.
+The script runs unmodified, as a child process that does not communicate with the agent. This process sends heartbeats
+while the script runs and is not stopped by a signal. It passes a request to stop to the script as SIGTERM. It exits
+like the script, or with 75 if the script ended after a request to stop. The variable `bigtrain.variables.SCRIPT`
+defines how the script is called; if it is not set, the command line does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LOOK_S: Final = 0.1
 
 
 def main() -> int:
-    """Run the script to its end."""
+    """Run the script to its end; returns the exit code of this rank."""
     heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
     environment = dict(os.environ)
@@ -51,7 +52,7 @@ def _run(call: ScriptCall, environment: dict[str, str], heartbeat: Heartbeat) ->
 
     def prepare() -> None:
         bind()
-        # These signals are the script's own, as under torchrun.
+        # The script gets the default handlers of these signals, as under torchrun.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
 
@@ -70,21 +71,21 @@ def _run(call: ScriptCall, environment: dict[str, str], heartbeat: Heartbeat) ->
     if asked:
         return ExitCode.STOPPED
     if code == ExitCode.STOPPED:
-        # To the agent this code would say that the rank was asked to stop.
+        # The agent would take this code for an exit after a request to stop.
         print(f"error: the script exited with {code} without being asked to stop", file=sys.stderr, flush=True)
         return ExitCode.FAILED
     if code < 0:
-        # The agent's report should name the signal that ended the script, as if it had been its own.
+        # End this process by the signal that ended the script, so that the agent reports that signal.
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(os.getpid(), -code)
     return code
 
 
 def _keep_extensions(environment: MutableMapping[str, str]) -> None:
-    """Give the run its own directory of compiled extensions (DeepSpeed's), without locks of processes that are gone.
+    """Give the run its own directory for compiled torch extensions (as DeepSpeed's), and remove stale locks from it.
 
-    A rank that was killed while it compiled leaves a lock, on which every later start would wait forever. All ranks of
-    earlier attempts are gone, so the first rank of an attempt may remove what they left.
+    A rank that is killed while it compiles leaves a lock file, on which every later start would wait forever. All
+    ranks of earlier attempts are gone, so the first rank of an attempt removes the lock files that they left.
     """
     if "TORCH_EXTENSIONS_DIR" in environment:
         return

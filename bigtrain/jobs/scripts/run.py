@@ -1,4 +1,4 @@
-"""`bigtrain run`: a user's own script on this machine, or on the nodes of this Slurm job."""
+"""`bigtrain run`: runs a user's own script on this machine or on the nodes of this Slurm job."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def run_script(
     stream: TextIO | None = None,
     say: Callable[[str], None],
 ) -> int:
-    """Run a script to its end; what its ranks print is shown as they print it.
+    """Run a script to its end, and show the output of its ranks meanwhile.
 
     Args:
-        call: How it is called from here.
-        directory: Takes logs, events and the lease.
-        launcher: What it is written for; see `bigtrain.jobs.scripts.launcher`.
-        stream: Where the ranks' output goes; standard output by default.
-        say: Prints one line of the launcher's own.
+        call: How the script is called from this working directory.
+        directory: The run directory, for logs, events and the lease.
+        job: The `job` section.
+        launcher: The launcher for which the script is written, with options; see `bigtrain.jobs.scripts.launcher`.
+        stream: Receives the ranks' output; standard output by default.
+        say: Prints one line of bigtrain's own for the user.
 
     Returns:
-        A code of ExitCode.
+        A value of ExitCode.
 
     Raises:
-        UserError: Anything that is wrong before the first rank is started.
+        UserError: A check before the start of the first rank failed.
     """
     name = call.file if call.module else Path(call.file).name
     check_directory(directory, name)
@@ -72,7 +73,7 @@ def run_script(
 
 
 class _Output(threading.Thread):
-    """Copies what is added to the ranks' logs to a stream; of several ranks, each line with its rank."""
+    """A thread that copies new lines of the ranks' logs to a stream, prefixed by the rank if there are several."""
 
     def __init__(self, directory: RunDirectory, world_size: int, stream: TextIO) -> None:
         super().__init__(name="output", daemon=True)
@@ -84,13 +85,13 @@ class _Output(threading.Thread):
         self._offsets: dict[Path, int] = {}
 
     def run(self) -> None:
-        """Copy until `finish`, and what is left then."""
+        """Copy complete lines until `finish` is called, and then the rest of the logs."""
         while not self._ended.wait(LOOK_S):
             self._copy(whole_lines=True)
         self._copy(whole_lines=False)
 
     def finish(self) -> None:
-        """Copy the rest and end."""
+        """Copy the rest of the logs, and wait for the thread to end."""
         self._ended.set()
         self.join()
 

@@ -1,9 +1,9 @@
-"""The placer for a Ray cluster: one Ray Train `fit()` is one placement of a fixed size, one agent a node.
+"""The placer for a Ray cluster: one `fit()` of Ray Train is one placement of fixed size, with one agent on each node.
 
-The nodes are chosen here, among those that are alive and free, and named to Ray one by one; so `fit()` waits for a
-placement group only where one of them is lost meanwhile. It runs in a thread, without retries of its own. Its workers
-do nothing but hold their node: each starts a node agent as a process of its own, which connects back to the controller,
-and ends with it.
+The placer chooses the nodes among those that are alive and free, and requests each one from Ray by its id. So `fit()`
+waits for a placement group only if one of the nodes is lost meanwhile. `fit()` runs in a thread, without Ray Train's
+own retries. Its workers only hold their nodes: each worker starts a node agent as a separate process, which connects
+to the controller, and ends when the agent ends.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
     from bigtrain.jobs.config import JobConfig
 
 PATIENCE_FIRST_S: Final = 30.0
-"""How long the first placement waits for all its nodes before it takes fewer; a cluster's nodes come up one by one."""
+"""How long the first placement waits for all nodes before it uses fewer; a cluster's nodes start one by one."""
 PATIENCE_S: Final = 4.0
-"""The same for later placements: long enough for a node whose agent alone was killed to show that it lives."""
+"""The same for later placements: long enough for a live node, whose agent was killed, to prove that it is alive."""
 NEVER_S: Final = 20.0
-"""How long a cluster that could not carry the run may take to grow, before the first placement."""
+"""How long the first placement waits for a cluster without autoscaler to grow, if the run cannot fit on it."""
 FIT_S: Final = 180.0
-"""How long a `fit()` may take until its agents have connected; on two cores, idle and busy, it took 6 to 50 s."""
+"""How long a `fit()` may take until all agents have connected; on two cores, idle and busy, it took 6 to 50 s."""
 SAY_AFTER_S: Final = 1.0
-"""How long something must be missing before it is printed: the last placement's nodes take a moment to become free."""
+"""How long nodes must be missing before this is printed; the last placement's nodes take a moment to become free."""
 FIT_TRIES: Final = 3
 SPARE_DESCRIPTORS: Final = 1024
-"""Open files of a driver apart from one connection to each agent: Ray's."""
+"""Number of open files reserved for Ray in the driver, in addition to one connection to each agent."""
 
 
 @PLACERS.register
@@ -62,14 +62,14 @@ class RayPlacer(Placer):
     """Places a run on the Ray cluster that this process is connected to.
 
     Args:
-        job: How many nodes, with which labels.
-        logs: The run's directory of logs, which all nodes must share; an agent's own words go to agent_HOST_NODE.log.
-        say: Prints one line for a person.
-        silence_s: How long agent and controller wait for a word from each other.
-        procs: Ranks on each node; by default as `job` says (see `cluster_procs`).
-        sizes: Numbers of nodes at which the run can be laid out; by default all from `min_nodes` to `nodes`.
-        paths: Files and directories that each node must see before ranks are started.
-        on_event: Writes `waiting` and `placed` into the run's record.
+        job: The run's `job` section.
+        logs: The run's log directory, which all nodes must share; an agent's output goes to agent_HOST_NODE.log.
+        say: Prints one line for the user.
+        silence_s: Seconds without a message after which agent and controller count each other as dead.
+        procs: Ranks on each node; by default `cluster_procs(job)`.
+        sizes: Numbers of nodes that the layout allows; by default all from `min_nodes` to `nodes`.
+        paths: Files and directories that each node must be able to read before ranks are started.
+        on_event: Writes the events `waiting` and `placed` to the run's events.jsonl.
     """
 
     name = "ray"
@@ -100,7 +100,7 @@ class RayPlacer(Placer):
         self._paths = tuple(str(path) for path in (self._logs, *paths))
         self._watch = ClusterWatch()
         self._nodes: list[str] = []
-        """Names of the last placement's nodes, in its order."""
+        """Names of the last placement's nodes, in the order of node ranks."""
         self._hosts: dict[str, str] = {}
         self._connections: list[AgentConnection] = []
         self._fit: Fit | None = None
@@ -111,7 +111,7 @@ class RayPlacer(Placer):
 
     @classmethod
     def of(cls, request: PlacementRequest) -> RayPlacer:
-        """See `Placer.of`; this process must be connected to the cluster."""
+        """See `Placer.of`. This process must be connected to the cluster."""
         return cls(
             request.job,
             logs=request.logs,
@@ -128,7 +128,7 @@ class RayPlacer(Placer):
         return cluster_procs(job)
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
-        """Wait for nodes, start an agent on each; see `Placer.place`."""
+        """Wait for nodes, and start an agent on each; see `Placer.place`."""
         self._end_placement()
         self._watch.start()
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class RayPlacer(Placer):
                 for node in nodes:
                     self.distrust(node.name)
                 continue
-            self._broken = False  # What came before it was.
+            self._broken = False  # Only an earlier try was broken.
             self._nodes = [node.name for node in nodes]
             self._hosts = {node.name: node.host for node in nodes}
             self._event("placed", nodes=len(nodes), hosts=[node.host for node in nodes])
@@ -153,22 +153,22 @@ class RayPlacer(Placer):
         raise PlacementFailed(reason)
 
     def release(self) -> None:
-        """End all agents, and Ray Train's own actors; see `Placer.release`."""
+        """End all agents and Ray Train's actors; see `Placer.release`."""
         fit, broken = self._fit, self._broken
         self._end_placement()
         self._watch.stop()
         self._ask_autoscaler(0)
-        # One that was broken off ends when Ray notices, or with this process.
+        # A broken `fit()` ends when Ray notices, or with this process: do not wait for it.
         if fit is not None and not broken:
             fit.join(END_S)
 
     def distrust(self, agent: str) -> None:
-        """Take the node no more until a task that is sent to it has come back."""
+        """Do not use the node until a task that is sent to it has finished; see `Placer.distrust`."""
         self._broken = True
         self._watch.distrust(agent)
 
     def exclude(self, agent: str) -> bool:
-        """Exclude a node, unless no placement would be possible without it."""
+        """Exclude a node, unless no placement is possible without it; see `Placer.exclude`."""
         view = self._watch.view()
         if view is None:
             return False
@@ -180,11 +180,11 @@ class RayPlacer(Placer):
         return True
 
     def leave(self, agent: str) -> None:
-        """The node has said itself that it is to be taken away."""
+        """Do not use the node again; see `Placer.leave`."""
         self._leaving.add(agent)
 
     def notices(self) -> list[Notice]:
-        """Nodes of this placement that Ray drains."""
+        """The nodes of this placement that Ray drains; see `Placer.notices`."""
         view = self._watch.view()
         if view is None:
             return []
@@ -196,12 +196,12 @@ class RayPlacer(Placer):
         ]
 
     def larger(self) -> int:
-        """How many nodes could be had now, where that is more than there are."""
+        """See `Placer.larger`."""
         view = self._watch.view()
         if view is None or view.stale or len(self._nodes) >= self._need.sizes[0]:
             return 0
         avoid = self._avoided(view)
-        # Its own nodes are not free, because it has them.
+        # The nodes of the current placement are not free in Ray's view, but can be used again.
         nodes = [
             Node(node.name, node.host, node.labels, node.total, node.total) if node.name in self._nodes else node
             for node in view.nodes
@@ -210,13 +210,13 @@ class RayPlacer(Placer):
         return len(chosen) if chosen is not None and len(chosen) > len(self._nodes) else 0
 
     def _avoided(self, view: View) -> dict[str, str]:
-        """Nodes that are not to be taken now, each with the reason."""
+        """Reasons why nodes must not be used now, by node name."""
         reasons = dict.fromkeys((*view.draining, *self._leaving), "is being taken away")
         reasons |= dict.fromkeys(self._watch.unproven(), "does not answer")
         return reasons | dict.fromkeys(self._excluded, "is excluded after two failures")
 
     def _wait_for_nodes(self, cancelled: Callable[[], bool]) -> list[Node]:
-        """Wait until a placement is possible; a smaller one than could be only after some patience."""
+        """Wait until a placement is possible; one with fewer nodes than `job.nodes` is accepted after some time."""
         first = not self._nodes
         began = time.monotonic()
         said = ""
@@ -234,7 +234,7 @@ class RayPlacer(Placer):
             time.sleep(LOOK_S)
 
     def _look(self, first: bool, waited_s: float) -> tuple[list[Node] | None, str]:
-        """The nodes to take now, or what is waited for."""
+        """The nodes to use now and an empty text, or None and a text that says what the run waits for."""
         view = self._watch.view()
         if view is None or view.stale:
             return None, "waiting for the cluster's head to answer"
@@ -252,19 +252,19 @@ class RayPlacer(Placer):
         return None, f"waiting: {lacking.text}"
 
     def _ask_autoscaler(self, nodes: int) -> None:
-        """Tell the autoscaler how many nodes are wanted; 0 takes the wish back."""
+        """Request nodes from the autoscaler; 0 withdraws the request."""
         if bool(nodes) == self._asked_autoscaler:
             return
         from ray.autoscaler.sdk import request_resources
 
-        # It goes to the head, which may be gone at the end of a run.
+        # The request goes to the head node, which may be gone at the end of a run, so do not wait for it.
         threading.Thread(
             target=request_resources, kwargs={"bundles": [dict(self._need.each)] * nodes}, daemon=True
         ).start()
         self._asked_autoscaler = bool(nodes)
 
     def _start(self, nodes: list[Node], cancelled: Callable[[], bool]) -> list[AgentConnection]:
-        """Start a `fit()` on these nodes and wait until each one's agent has connected."""
+        """Start a `fit()` on these nodes, and wait until the agent of each node has connected."""
         import ray
 
         token, placement = new_token(), uuid.uuid4().hex
@@ -306,7 +306,7 @@ class RayPlacer(Placer):
         return [connected[node.name] for node in nodes]
 
     def _gone(self, nodes: list[Node]) -> list[Node]:
-        """Which of these nodes the cluster has no more; a `fit()` would wait for them."""
+        """The nodes that are no longer in the cluster; a `fit()` would wait for them."""
         view = self._watch.view()
         if view is None or view.stale:
             return []
@@ -314,10 +314,10 @@ class RayPlacer(Placer):
         return [node for node in nodes if node.name not in living]
 
     def _end_placement(self) -> None:
-        """Let go of the agents; where one was lost, the others break the connection so that Ray Train fails at once."""
+        """End the agents; if one was lost, close the connections without `done`, so that `fit()` fails at once."""
         connections, self._connections = self._connections, []
         for connection in connections:
-            with contextlib.suppress(PeerLost):  # It is gone already.
+            with contextlib.suppress(PeerLost):  # The agent is gone already.
                 if not self._broken:
                     connection.channel.send("done")
             connection.channel.close()
@@ -330,12 +330,15 @@ def _named(nodes: Sequence[Node]) -> str:
 
 
 def cluster_procs(job: JobConfig) -> int:
-    """Ranks on each node of the cluster that this process is connected to: as `job` says, or one a GPU, else 1."""
+    """Ranks on each node of the cluster that this process is connected to.
+
+    The number of `job`; for auto, one for each GPU, or 1 without GPUs.
+    """
     return max(1, _gpus_of_a_node(job)) if job.procs_per_node == "auto" else job.procs_per_node
 
 
 def _gpus_of_a_node(job: JobConfig) -> int:
-    """GPUs of the node with the most that carries the job's labels, or could be brought by the autoscaler."""
+    """The largest number of GPUs of a node with the job's labels, or of a node that the autoscaler can add."""
     view, need = look(), Need((1,), {}, job.labels)
     there = [node.total for node in view.nodes if need.fits(node.total, node.labels)]
     return max((int(total.get("GPU", 0)) for total in [*there, *(kind.total for kind in view.kinds or ())]), default=0)

@@ -1,4 +1,4 @@
-"""One `fit()` of Ray Train, whose workers hold their nodes: each starts a node agent and ends with it."""
+"""One `fit()` of Ray Train, whose workers hold their nodes: each worker starts a node agent and ends with it."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from bigtrain.jobs.processes import end_marked, is_stopped
 
 LOOK_S: Final = 0.1
 END_S: Final = 10.0
-"""How long a `fit()` may take to end after its agents; nothing waits for it but the end of the run."""
+"""How long a `fit()` may take to end after its agents have ended."""
 SEEN_S: Final = 5.0
-"""How long a shared directory may take to show a new file on another node."""
+"""How long a new file in a shared directory may take to appear on another node."""
 
 _NOT_THERE: Final = "bigtrain: this node does not see "
 _TRAIN_SETTINGS: Final = {
-    # As it is, a lost worker is looked for every 2 s, and one that is silent for 10 minutes.
+    # By default, Ray Train checks its workers every 2 s and gives up a silent worker after 10 minutes.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    # The controller reads drains itself, and no worker reports anything.
+    # The placer watches drained nodes itself, and the workers report nothing.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # The agent's working directory is the job's.
+    # The agent's working directory is the working directory of the Ray job.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 @dataclass(frozen=True)
 class Order:
-    """What each worker of a placement gets; `repr` shows no token, because Ray prints what fails."""
+    """The arguments of each worker of a placement. `repr` does not show the token, because Ray prints failed calls."""
 
     address: str
     secret: Secret
@@ -55,7 +55,7 @@ class Order:
 
 
 class Secret:
-    """A text that does not print itself."""
+    """A text that `repr` does not show."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -65,7 +65,7 @@ class Secret:
 
 
 class Fit(threading.Thread):
-    """One `fit()` of Ray Train in a thread; `error` is what ended it, if not its agents."""
+    """A thread that runs one `fit()` of Ray Train; `error` is the exception that ended it, or None."""
 
     def __init__(self, order: Order, nodes: list[Node], need: Need, gpus: bool) -> None:
         super().__init__(name="ray-train-fit", daemon=True)
@@ -85,8 +85,8 @@ class Fit(threading.Thread):
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         order = self._order
-        # Ray Train insists on a directory for checkpoints, which it never gets. In Ray's own it goes with the session,
-        # should this process be killed.
+        # Ray Train requires a directory for checkpoints, which stays empty. It lies in Ray's session directory, so it
+        # is removed with the session even if this process is killed.
         storage = Path(ray._private.worker._global_node.get_session_dir_path(), f"bigtrain-{order.placement}")
         try:
             trainer = DataParallelTrainer(
@@ -104,7 +104,7 @@ class Fit(threading.Thread):
                     name=order.placement,
                     storage_path=str(storage),
                     logging_config=LoggingConfig(log_level="CRITICAL"),
-                    # By default Ray Train requests lost nodes without end, and restarts what was preempted.
+                    # By default, Ray Train requests lost nodes forever and restarts preempted workers.
                     failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 ),
             )
@@ -116,7 +116,19 @@ class Fit(threading.Thread):
 
 
 def ended(fit: Fit, nodes: list[Node], lost: Exception, cancelled: Callable[[], bool]) -> PlacementFailed:
-    """Why an agent was lost that had just connected: if one node refuses, Ray Train ends all before it reports that."""
+    """Why an agent was lost that had just connected.
+
+    If one worker fails, Ray Train ends all workers before it reports the failure, so wait for the end of `fit()`.
+
+    Args:
+        fit: The thread.
+        nodes: The nodes of the placement.
+        lost: How the controller noticed the loss.
+        cancelled: Whether to give up.
+
+    Raises:
+        PlacementCancelled: `cancelled` returned True.
+    """
     deadline = time.monotonic() + END_S
     while fit.is_alive() and time.monotonic() < deadline:
         if cancelled():
@@ -128,7 +140,7 @@ def ended(fit: Fit, nodes: list[Node], lost: Exception, cancelled: Callable[[], 
 
 
 def failure(error: Exception | None, nodes: list[Node]) -> PlacementFailed:
-    """Why a `fit()` ended before its agents had connected."""
+    """Why a `fit()` ended before its agents had connected, as an exception to raise."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         for line in str(failure).splitlines():
@@ -141,11 +153,11 @@ def failure(error: Exception | None, nodes: list[Node]) -> PlacementFailed:
 
 
 def hold_node(order: Order) -> None:
-    """The function of a Ray Train worker: start this node's agent, and last as long as it.
+    """The function of a Ray Train worker: starts this node's agent and waits until the agent ends.
 
     Raises:
-        RuntimeError: A path is not there; or the agent ended otherwise than by its controller's leave, so that Ray
-            Train gives the other nodes free.
+        RuntimeError: A path does not exist on this node, or the agent failed. The error makes Ray Train release the
+            other nodes.
     """
     import ray
 
@@ -155,11 +167,11 @@ def hold_node(order: Order) -> None:
     _check_paths(order, host)
     mark = f"{context.get_node_id()}.{order.placement}"
     inherited = dict(os.environ)
-    # Ray sets both in its workers: as many threads as all ranks together may have, and a debugger of its own.
+    # Ray sets both in its workers: the thread count for all ranks together, and Ray's own debugger.
     for name in ("OMP_NUM_THREADS", "PYTHONBREAKPOINT"):
         _restore(name, inherited)
     environment = agent_environment(inherited, order.address, order.secret.text, mark)
-    # The agent ends itself with this process: a `preexec_fn` is not safe among Ray's threads.
+    # The agent watches this process and ends with it; a `preexec_fn` is not safe, because Ray has threads.
     environment[variables.AGENT_PARENT] = str(os.getpid())
     with open(Path(order.logs, f"agent_{host}_{mark[:8]}.log"), "ab") as log:
         process = subprocess.Popen(
@@ -177,17 +189,19 @@ def hold_node(order: Order) -> None:
         process.wait()
         end_marked(mark)
     if os.getppid() != raylet:
-        # Ray leaves the workers of a killed raylet behind, with no raylet to serve.
+        # The raylet was killed, and Ray does not end its workers: end this one.
         os._exit(1)
     if process.returncode != 0:
         raise RuntimeError(f"the agent on {host} ended with {process.returncode}")
 
 
 def _wait(process: subprocess.Popen[bytes], silence_s: float, raylet: int) -> None:
-    """Wait for the agent, or for its end to be due: the raylet is gone, or the agent is stopped.
+    """Wait until the agent has ended, or must be killed because the raylet is gone or the agent is stopped.
 
     Args:
-        silence_s: One that is stopped for so long has been given up by its controller.
+        process: The agent.
+        silence_s: Seconds after which the controller has given up an agent that is stopped by a signal.
+        raylet: Process id of the raylet, the parent of this process.
     """
     stopped_since: float | None = None
     while process.poll() is None and os.getppid() == raylet:
@@ -210,7 +224,7 @@ def _check_paths(order: Order, host: str) -> None:
 
 
 def _restore(name: str, environment: dict[str, str]) -> None:
-    """Give a variable that Ray has set in this worker the value that it has on the node."""
+    """Reset a variable that Ray has set in this worker to its value in the environment of the raylet."""
     try:
         of_node = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:

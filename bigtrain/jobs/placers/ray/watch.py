@@ -1,4 +1,4 @@
-"""What Ray knows of a cluster's nodes, looked at in the background: a head that is gone must not block anyone."""
+"""The state of a Ray cluster's nodes, polled in a background thread, so that a lost head node blocks no caller."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 0.5
 STALE_S: Final = 10.0
-"""After this long without an answer the head counts as silent."""
+"""Seconds without an answer after which the head node counts as silent."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A cluster at one moment."""
+    """The state of a cluster at one moment."""
 
     taken_at: float
-    """time.monotonic of the look."""
+    """The value of time.monotonic() at that moment."""
 
     nodes: tuple[Node, ...]
-    """The living ones."""
+    """The living nodes."""
 
     draining: dict[str, float | None]
-    """Seconds from `taken_at` until each draining node goes; None where it has no deadline."""
+    """Seconds from `taken_at` until each draining node is removed, by node name; None for a node without deadline."""
 
     kinds: tuple[NodeKind, ...] | None
-    """What the autoscaler can bring; None where there is none."""
+    """The kinds of nodes that the autoscaler can add; None if there is no autoscaler."""
 
     @property
     def stale(self) -> bool:
-        """Whether the head has not answered since."""
+        """Whether the head node has not answered for STALE_S."""
         return time.monotonic() - self.taken_at > STALE_S
 
 
 class ClusterWatch:
-    """Keeps the latest view of the cluster that this process is connected to (`ray.init` is the caller's)."""
+    """Keeps the latest view of the cluster that this process is connected to; the caller must call `ray.init`."""
 
     def __init__(self) -> None:
         self._view: View | None = None
         self._unproven: dict[str, Any] = {}
-        """Nodes that must show that they live, each with the task that was sent there."""
+        """Nodes that must prove that they are alive, each with the task that was sent to it."""
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Look from now on; a second start does nothing."""
+        """Start to poll the cluster; a second call does nothing."""
         if self._thread is not None and self._thread.is_alive():
             return
         self._ended = threading.Event()
@@ -60,30 +60,30 @@ class ClusterWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; does not wait for a look under way."""
+        """Stop polling, without waiting for a poll in progress."""
         self._ended.set()
         self._thread = None
 
     def view(self) -> View | None:
-        """The latest view; None before the first."""
+        """The latest view, or None before the first answer."""
         return self._view
 
     def distrust(self, node: str) -> None:
-        """Send a task to a node; until that has come back, the node counts as unproven."""
+        """Send a task to a node; until the task has finished, the node counts as unproven."""
         self._unproven.setdefault(node, None)
 
     def unproven(self) -> list[str]:
-        """Nodes that have not shown yet that they live."""
+        """Nodes that have not proved yet that they are alive."""
         return list(self._unproven)
 
     def _prove(self, living: Collection[str]) -> None:
-        """Send tasks to nodes that are unproven, and strike off those whose task is back, or that are gone for good."""
+        """Send tasks to unproven nodes. Nodes whose task has finished, and nodes that are gone, are removed."""
         import ray
         from ray.exceptions import RayError
 
         for node, task in list(self._unproven.items()):
             if node not in living:
-                # The machine comes back under another name; a task left waiting would ask the autoscaler for a node.
+                # If the machine comes back, it has another name. A pending task would request an autoscaler node.
                 if task is not None:
                     ray.cancel(task)
                 del self._unproven[node]
@@ -93,7 +93,7 @@ class ClusterWatch:
                     ray.remote(_answer).options(num_cpus=0, max_retries=0, label_selector=here).remote()
                 )
             elif ray.wait([task], timeout=0)[0]:
-                self._unproven[node] = None  # Where it failed, another is sent.
+                self._unproven[node] = None  # If the task failed, another one is sent.
                 with contextlib.suppress(RayError):
                     ray.get(task)
                     del self._unproven[node]
@@ -108,9 +108,9 @@ class ClusterWatch:
                 self._view = view = look()
                 self._prove({node.name for node in view.nodes})
             except (RayError, RuntimeError, OSError) as error:
-                # The view grows stale; a placer that waits reports it.
+                # The view becomes stale, and a waiting placer reports it.
                 logger.debug("the cluster's head does not answer: %s", error)
-            # On a large cluster a look takes time: spend a twentieth of a core on it at most.
+            # On a large cluster a poll takes time: use at most a twentieth of a core for it.
             ended.wait(max(LOOK_EVERY_S, 20 * (time.monotonic() - before)))
 
 
@@ -119,14 +119,14 @@ def _answer() -> bool:
 
 
 def look() -> View:
-    """Ask the cluster's head for its nodes; blocks as long as that does not answer."""
+    """Request the state of the nodes from the cluster's head node; blocks until the head node answers."""
     import ray
 
-    # The public API has neither a node's free resources nor its draining.
+    # The public API shows neither a node's free resources nor whether it is draining.
     state = ray._private.state.state
     now = time.monotonic()
     free = state.available_resources_per_node()
-    # A deadline is a time of the head's clock, in ms; 0 where there is none.
+    # A deadline is a time in ms since the epoch, by the head node's clock; 0 means no deadline.
     draining = state.get_draining_nodes().items()
     until = {name: deadline / 1000 - time.time() if deadline else None for name, deadline in draining}
     nodes = tuple(
@@ -144,7 +144,7 @@ def look() -> View:
 
 
 def _kinds(config: Any) -> tuple[NodeKind, ...] | None:
-    """The kinds of node that an autoscaler's config names."""
+    """The kinds of nodes in the autoscaler's config; None if there are none."""
     if config is None or not config.node_group_configs:
         return None
     return tuple(

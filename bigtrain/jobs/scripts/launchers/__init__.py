@@ -1,1 +1,1 @@
-"""One file for each launcher whose scripts run on bigtrain's agents."""
+"""The supported launchers of scripts, one file each."""

@@ -1,4 +1,4 @@
-"""accelerate: its launcher sets ACCELERATE_* and other variables from its options and its config file."""
+"""Scripts for accelerate, whose launcher sets ACCELERATE_* and other variables from its options and config file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _OWN_VARIABLES: Final = frozenset({
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
     "PYTHONPATH", "CUDA_VISIBLE_DEVICES",
 })  # fmt: skip
-"""Variables that bigtrain or the node sets."""
+"""Variables that bigtrain or the node sets, so accelerate's values are not used."""
 
 
 @LAUNCHERS.register
 class Accelerate(ScriptLauncher):
-    """`accelerate launch OPTIONS SCRIPT ARGS`, with the config file that accelerate finds where this runs."""
+    """Replaces `accelerate launch OPTIONS SCRIPT ARGS`; uses the config file that accelerate finds on this machine."""
 
     name = "accelerate"
     used_by = re.compile(r"^\s*(import|from) accelerate\b", re.MULTILINE)
@@ -34,7 +34,7 @@ class Accelerate(ScriptLauncher):
 
 
 def _variables(options: list[str], nodes: int, procs: int) -> dict[str, str]:
-    """What `accelerate launch` sets for a script, computed by accelerate's own functions."""
+    """The variables that `accelerate launch` sets for a script, computed by accelerate's own functions."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
@@ -44,7 +44,7 @@ def _variables(options: list[str], nodes: int, procs: int) -> dict[str, str]:
         args, defaults, precision_of_file = _validate_launch_command(
             _parse(launch_command_parser(), [*options, *where, "script.py"])
         )
-        # As accelerate's launch_command chooses.
+        # The same choice as in accelerate's launch_command.
         if args.use_deepspeed and not args.cpu:
             fields = list(defaults.deepspeed_config) if defaults else []
             fields += ["mixed_precision"] if precision_of_file else []
@@ -53,7 +53,7 @@ def _variables(options: list[str], nodes: int, procs: int) -> dict[str, str]:
         elif (args.use_fsdp or args.use_megatron_lm or args.multi_gpu) and not args.cpu:
             environment = prepare_multi_gpu_env(args)
         else:
-            # bigtrain starts the processes; with one machine accelerate needs no mpirun here.
+            # bigtrain starts the processes; with one machine, accelerate does not require mpirun.
             args.num_machines = 1
             _, environment = prepare_simple_launcher_cmd_env(args)
     except (ValueError, RuntimeError, OSError, ArgumentError) as error:

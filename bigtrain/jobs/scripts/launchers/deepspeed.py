@@ -1,4 +1,4 @@
-"""deepspeed: its launcher passes `--local_rank=N` as the first argument."""
+"""Scripts for deepspeed, whose launcher passes `--local_rank=N` as the first argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MODULE = ("--module", "-m")
 
 @LAUNCHERS.register
 class Deepspeed(ScriptLauncher):
-    """`deepspeed SCRIPT ARGS`."""
+    """Replaces `deepspeed SCRIPT ARGS`."""
 
     name = "deepspeed"
     used_by = re.compile(r"^\s*(import|from) deepspeed\b.*?--local_rank\b", re.MULTILINE | re.DOTALL)

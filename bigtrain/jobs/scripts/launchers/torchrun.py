@@ -1,4 +1,4 @@
-"""torchrun: its variables, which every script gets, and nothing else."""
+"""Scripts for torchrun, which get only torchrun's variables, as every script does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bigtrain.jobs.scripts.launcher import LAUNCHERS, ScriptLauncher, refuse_opt
 
 @LAUNCHERS.register
 class Torchrun(ScriptLauncher):
-    """`torchrun SCRIPT ARGS`."""
+    """Replaces `torchrun SCRIPT ARGS`."""
 
     name = "torchrun"
 
