@@ -54,15 +54,38 @@ def _devices_by_torch() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def visible_devices(present: int) -> list[int | None]:
+    """The GPUs that CUDA_VISIBLE_DEVICES lets a process see, in the order of that variable.
+
+    As in CUDA, an empty, negative or too large index hides itself and all entries after it.
+
+    Args:
+        present: Number of GPUs of this machine.
+
+    Returns:
+        The index of each visible GPU; None for a GPU or a MIG instance that is given by its UUID.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None or present == 0:
+        return list(range(present))
+    found: list[int | None] = []
+    for entry in map(str.strip, listed.split(",")):
+        if entry.startswith(("GPU-", "MIG-")):
+            found.append(None)
+        elif entry.isdecimal() and int(entry) < present:
+            found.append(int(entry))
+        else:
+            break
+    return found
+
+
 def _devices_by_driver() -> list[str]:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []
     program = shutil.which("nvidia-smi")
     names = _names_by_nvidia_smi(program) if program else []
     if not names and _DRIVER_INFORMATION.is_dir():
         names = [_field(file.read_text(), "Model") for file in sorted(_DRIVER_INFORMATION.glob("*/information"))]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names[: len(visible.split(","))] if visible else names
+    # Which GPU has which UUID is not looked up: machines with different GPUs are rare.
+    return [names[index or 0] for index in visible_devices(len(names))]
 
 
 def _names_by_nvidia_smi(program: str) -> list[str]:

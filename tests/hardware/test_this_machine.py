@@ -43,13 +43,14 @@ def test_the_driver_reports_devices_and_hidden_ones_do_not_count(
 ) -> None:
     """A script stands in for nvidia-smi, which needs a GPU's driver."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA H200'\necho 'NVIDIA H200'\n")
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200'\necho 'NVIDIA L4'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (this_machine().device_name, this_machine().n_devices) == ("NVIDIA H200", 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert this_machine().n_devices == 1
+    for listed, name, count in (("1", "NVIDIA L4", 1), ("1,0", "NVIDIA L4", 2), ("0,5", "NVIDIA H200", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert (this_machine().device_name, this_machine().n_devices) == (name, count)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert this_machine().n_devices == 0
 

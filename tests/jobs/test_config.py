@@ -62,7 +62,7 @@ def test_auto_is_one_process_a_visible_gpu_and_at_least_one(monkeypatch: pytest.
     monkeypatch.setattr(os, "listdir", lambda path: ["nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert kind_of(JobConfig()).procs(JobConfig()) == 3
-    for listed, count in (("2,0", 2), ("", 1), ("-1", 1), ("1,-1,0", 1), ("GPU-8932f937", 1)):
+    for listed, count in (("2,0", 2), ("", 1), ("-1", 1), ("1,-1,0", 1), ("0,3,1", 1), ("GPU-8932f937", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
         assert kind_of(JobConfig()).procs(JobConfig()) == count
 

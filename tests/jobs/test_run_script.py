@@ -131,6 +131,9 @@ def test_deepspeed_gives_the_local_rank_as_an_argument() -> None:
     call = adapt(ScriptCall("t.py", ["--x"]), "deepspeed", 2, 4)
     assert call.command("python", "3") == ["python", "-u", "t.py", "--local_rank=3", "--x"]
     assert not adapt(ScriptCall("t.py"), "deepspeed --no_local_rank", 2, 4).local_rank_argument
+    # The sizes are those of the ranks as they are placed, whatever was requested.
+    placed = call.torchrun_environment({"RANK": "5", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"})
+    assert [placed[name] for name in ("LOCAL_SIZE", "CROSS_SIZE", "CROSS_RANK")] == ["2", "3", "2"]
 
 
 def test_a_script_for_another_launcher_is_noticed() -> None:

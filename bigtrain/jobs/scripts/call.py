@@ -53,7 +53,7 @@ class ScriptCall:
         return words + [argument.replace("${local_rank}", local_rank) for argument in self.arguments]
 
     def torchrun_environment(self, rank: Mapping[str, str]) -> dict[str, str]:
-        """The variables that torchrun sets in addition to those that every rank of bigtrain has.
+        """The variables that torchrun and deepspeed set in addition to those that every rank of bigtrain has.
 
         Args:
             rank: The environment of the rank's process. Variables that depend on a missing one are skipped.
@@ -70,6 +70,9 @@ class ScriptCall:
         if "RANK" in rank:
             found |= {"ROLE_RANK": rank["RANK"], "ROLE_WORLD_SIZE": rank["WORLD_SIZE"]}
             found["GROUP_WORLD_SIZE"] = str(int(rank["WORLD_SIZE"]) // int(rank["LOCAL_WORLD_SIZE"]))
+            # deepspeed's names, from the ranks as they are placed now: nodes may have been lost since the submission.
+            found |= {"LOCAL_SIZE": rank["LOCAL_WORLD_SIZE"], "CROSS_SIZE": found["GROUP_WORLD_SIZE"]}
+            found["CROSS_RANK"] = str(int(rank["RANK"]) // int(rank["LOCAL_WORLD_SIZE"]))
         if variables.ATTEMPT in rank:
             attempt = int(rank[variables.ATTEMPT])
             found["TORCHELASTIC_RESTART_COUNT"] = str(attempt - self.first_attempt)

@@ -28,5 +28,4 @@ class Deepspeed(ScriptLauncher):
             call,
             local_rank_argument=not any(option in _NO_LOCAL_RANK for option in options),
             module=call.module or any(option in _MODULE for option in options),
-            environment={"CROSS_SIZE": str(nodes), "LOCAL_SIZE": str(procs), **call.environment},
         )
