@@ -59,7 +59,7 @@ class Manifest(BaseModel):
     progress: dict[str, Any] = {}
     """State with which the trainer resumes, such as steps, tokens and schedule values."""
     rng: dict[str, Any] = {}
-    """State of the random number generators."""
+    """State of random number generators, as passed to `Saver.save`."""
     versions: dict[str, str] = {}
     lease: NonNegative = 0
     """Number of the lease under which the checkpoint was saved; a writer with a smaller number may not publish."""
