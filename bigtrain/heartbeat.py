@@ -35,7 +35,7 @@ from bigtrain import variables
 
 PAGE_BYTES = 16
 ANSWERED = "state written on request: no thread of this rank holds the GIL"
-"""The line that a rank logs when the agent requests its state; a rank that holds the GIL cannot write it."""
+"""The line that a rank logs when the agent requests its state. If a thread holds the GIL, the rank cannot write it."""
 
 Phase = Literal["start", "step", "save", "evaluation", "data", "stopping"]
 PHASES: tuple[Phase, ...] = ("start", "step", "save", "evaluation", "data", "stopping")
@@ -89,7 +89,7 @@ class Heartbeat:
 
 
 class Beat(NamedTuple):
-    """One reading of a page."""
+    """The rank's last beat, as read from its page."""
 
     step: int
     phase: Phase

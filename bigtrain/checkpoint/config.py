@@ -1,4 +1,4 @@
-"""The `checkpoint` section of a run."""
+"""The config section `checkpoint`."""
 
 from __future__ import annotations
 

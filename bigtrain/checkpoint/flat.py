@@ -44,7 +44,7 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle inside a tensor."""
+    """A rectangle inside a tensor: its offsets and sizes, one number for each dimension."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]

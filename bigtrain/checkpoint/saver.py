@@ -355,7 +355,7 @@ class Saver:
         return commit.publish(temporary, manifest, may_publish=self._may_publish, hook=self._hook)
 
     def _prune(self, final: Path) -> list[int]:
-        """Remove what is too old; not being able to is no reason to call the save failed."""
+        """Remove old checkpoints, and return their steps. An OSError is only logged: the save itself has succeeded."""
         self._known_good.add(commit.good_mark(final))
         if not self._may_publish():
             return []

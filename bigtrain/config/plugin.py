@@ -86,7 +86,7 @@ def plugin_of_launcher() -> Plugin | None:
 
 @cache
 def load_installed() -> tuple[Plugin, ...]:
-    """Load the plugins of installed packages: those with an entry point in the group `bigtrain.plugins`."""
+    """Load the plugins that installed packages declare as entry points in the group `bigtrain.plugins`."""
     return tuple(_load(entry.module, False) for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 

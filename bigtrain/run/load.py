@@ -1,4 +1,4 @@
-"""From a run's YAML to its typed config."""
+"""Loading of a run's typed config from its YAML."""
 
 from __future__ import annotations
 

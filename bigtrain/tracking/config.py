@@ -93,7 +93,7 @@ class TrackingConfig(Section):
     """Trackers in addition to Weights & Biases: [{name: tensorboard}]."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Mode of Weights & Biases. auto: WANDB_MODE if set; online with a key (WANDB_API_KEY, netrc); otherwise offline."""
+    """Mode of Weights & Biases. auto: WANDB_MODE if set; online with a key (WANDB_API_KEY, netrc); else offline."""
 
     project: str = "bigtrain"
     """W&B project of the run."""

@@ -13,9 +13,9 @@ from bigtrain.tracking.page import Chart, Mark, Series, Smoothing
 Color = Literal[1, 2, 3, 4]
 
 SMOOTH_FROM = 200
-"""Fewest logged steps for which a curve is shown with its running mean."""
+"""Smallest number of logged steps for which a curve is shown with its running mean."""
 _WINDOWS: Final[dict[Smoothing, int]] = {"light": 200, "medium": 60, "strong": 15}
-"""A running mean covers the number of logged steps divided by this."""
+"""For each smoothing, the number of logged steps divided by the window of the running mean."""
 _SMOOTH_POINTS = 400
 
 
