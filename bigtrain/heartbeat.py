@@ -7,9 +7,9 @@ kernel frees it with its last user. It holds two 64-bit words, each written by o
     word 1, written by the agent:  the control word (RUN, STOP, SAVE)
 
 The time is CLOCK_MONOTONIC, which all processes of a machine share, in ticks of 2^24 ns (17 ms), modulo 2^28 ticks
-(52 days). Since a beat is one store, a reader never sees the step of one beat with the time of another, whichever
-threads beat and whenever the rank is killed. The agent reads the page without help of the rank, so it also gets the
-last beat of a rank that is blocked, for example in C code that holds the GIL.
+(52 days). Since a beat is one store, a reader never sees the step of one beat with the time of another. This holds
+whichever threads beat, and whenever the rank is killed. The agent reads the page without help of the rank, so it also
+gets the last beat of a blocked rank, for example one in C code that holds the GIL.
 
 This module imports the standard library only, since both ranks and agents import it.
 """

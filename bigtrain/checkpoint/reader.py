@@ -137,8 +137,8 @@ def _checked(data: bytes) -> bytes:
 
     A memo of four billion entries, or a byte array, makes the unpickler allocate memory that it does not fill. DCP's
     own pickles have neither, so both are refused. If a frame begins inside another frame and ends beyond it, the
-    unpickler drops the rest of the first, and executes other opcodes than those checked here. With a single frame, it
-    executes exactly the checked opcodes.
+    unpickler drops the rest of the first. It would then execute other opcodes than those checked here. With a single
+    frame, it executes exactly the checked opcodes.
     """
     pieces: list[bytes] = []
     begin = 0

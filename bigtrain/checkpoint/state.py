@@ -23,9 +23,9 @@ def qualified_name(name: str) -> str:
 def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds, sharing memory with the model and its optimizers.
 
-    The keys are "model.NAME" for each parameter (a tied one once, under its first name) and each persistent buffer, and
+    The key is "model.NAME" for each parameter (a tied one once, under its first name) and each persistent buffer. It is
     "optimizer.NAME.KEY" for each tensor of the optimizer's state, including step counts. Before the first step,
-    `materialise_optimizer` creates the optimizer's state.
+    `materialise_optimizer` creates this state.
 
     Raises:
         UserError: The optimizer keeps state that is not a tensor, or trains a tensor that is not a parameter of the

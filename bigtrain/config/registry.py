@@ -89,7 +89,7 @@ class Registry(Generic[T]):
 
         Raises:
             UserError: The class has no name, is not a subclass of the base, or has the name of a built-in
-                implementation that does not set `gives_way` (which allows a plugin to replace it).
+                implementation. A built-in class with `gives_way = True` may be replaced.
         """
         place = f"{value.__module__}.{value.__qualname__}"
         if not issubclass(value, self.base):
