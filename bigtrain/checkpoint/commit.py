@@ -134,7 +134,8 @@ def newest_verified(directory: Path) -> tuple[int | None, list[str]]:
     """Find the newest checkpoint that passes verification.
 
     Returns:
-        The step of that checkpoint (None if no checkpoint has ever been saved), and one warning for each newer one.
+        The step of that checkpoint (None if no checkpoint has ever been saved), and a warning for each newer checkpoint
+        that is damaged or missing.
 
     Raises:
         CorruptionError: Checkpoints exist, or existed according to LATEST, and none passes verification.
@@ -146,7 +147,7 @@ def newest_verified(directory: Path) -> tuple[int | None, list[str]]:
 def choose(
     directory: Path, candidates: Sequence[Checkpoint], check: Callable[[Checkpoint], list[str]]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest of `candidates` (oldest first) for which `check` returns no problem, and a warning for each newer one.
+    """The newest of `candidates` (oldest first) for which `check` returns no problem, and warnings about newer ones.
 
     Raises:
         CorruptionError: No candidate passes the check, although there are some or LATEST names one.

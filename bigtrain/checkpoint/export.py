@@ -22,7 +22,7 @@ from bigtrain.config import UserError
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Bytes above which the weights are split over several files, the limit of the Hugging Face Hub."""
+"""Bytes above which the weights are split over several files, as is usual on the Hugging Face Hub."""
 
 PREFIX = "model."
 
