@@ -5,8 +5,8 @@
     run = bigtrain.train("my.yaml", {"optimizer.lr": 3e-4}, nproc=2)
     model = bigtrain.load("my-run@1000")
 
-api/README.md shows each name. Importing the package is cheap: each is imported at its first use, and with it torch,
-ray or deepspeed if it needs them.
+api/README.md describes each public name. `import bigtrain` is cheap: the module of a name, and the libraries that this
+module needs (torch, ray, deepspeed), are imported when the name is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Python processes of bigtrain's own: they run this source, and no module of the working directory."""
+"""Command line and environment of bigtrain's child Python processes.
+
+A child imports the same source as this process, and no module of the working directory.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ _SOURCE: Final = Path(__file__).resolve().parents[1]
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command line of `python -m MODULE`.
+    """The command line of `python -P -m MODULE`.
 
-    -P: Python puts the working directory first on its path otherwise, and a user's random.py would replace the
-    standard library's.
+    Without -P, Python puts the working directory first on sys.path, and a user's random.py would shadow the standard
+    library's.
     """
     return [sys.executable, "-P", "-m", module, *arguments]
 
@@ -24,8 +27,8 @@ def module_command(module: str, *arguments: str) -> list[str]:
 def with_source(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment for `module_command` in which the child imports the source of this process.
 
-    An installed package is found anyway; a checkout is put on PYTHONPATH. Empty entries of PYTHONPATH go, since they
-    stand for the working directory.
+    A checkout is put first on PYTHONPATH; an installed package needs no entry. Empty entries of PYTHONPATH are removed,
+    since they stand for the working directory.
     """
     entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if str(_SOURCE) not in (*site.getsitepackages(), *entries[:1]):

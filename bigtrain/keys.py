@@ -1,7 +1,7 @@
-"""Keys of other services (W&B, Hugging Face) for the ranks: from a file on the node, never from a config.
+"""API keys of other services (W&B, Hugging Face) for the ranks, read from a file on the node and never from a config.
 
-The file has lines NAME=VALUE; or it is a directory with one file for each key, as Kubernetes mounts a Secret. Its path
-may be printed. Its contents reach the environment of the process that needs them, and nothing else.
+The path names a file of lines NAME=VALUE, or a directory with one file for each key, as Kubernetes mounts a Secret.
+bigtrain may print the path. The keys are put into the environment of the process that needs them, and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def read_secrets(path: Path) -> dict[str, str]:
-    """The keys of a file or a directory.
+    """Read the keys of a secrets file or directory.
+
+    Returns:
+        The value of each key by the key's name.
 
     Raises:
-        UserError: It is not there, others may read it, or a line is no NAME=VALUE; no value is ever in the message.
+        UserError: The file does not exist or cannot be read, its mode allows others to read it, or a line is not
+            NAME=VALUE. The message never contains a value.
     """
     try:
         if path.is_dir():
-            # Kubernetes keeps the files in a hidden directory and links to them; a group may be the pod's own.
+            # Kubernetes keeps the files in a hidden directory and links to them. It may let the pod's group read them.
             files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".") and file.is_file()]
             return {file.name: _read(file, 0o007).strip() for file in files if _NAME.fullmatch(file.name)}
         text = _read(path, 0o077)
@@ -49,7 +53,7 @@ def read_secrets(path: Path) -> dict[str, str]:
 
 
 def load_secrets(environment: MutableMapping[str, str]) -> None:
-    """Add the keys of the file that BIGTRAIN_SECRETS_FILE names to an environment; what it holds already stays.
+    """Add the keys of the file that BIGTRAIN_SECRETS_FILE names to an environment; variables that are set stay as is.
 
     Raises:
         UserError: See `read_secrets`.
@@ -61,7 +65,12 @@ def load_secrets(environment: MutableMapping[str, str]) -> None:
 
 
 def missing_keys(wanted: list[str], environment: Mapping[str, str], secrets: Path | None) -> list[str]:
-    """Names of the keys that a rank of this node would not find.
+    """Names of the keys that a rank on this node would find neither in its environment nor in the secrets file.
+
+    Args:
+        wanted: Names of the keys that the run needs.
+        environment: The environment of the rank's process.
+        secrets: Path of the secrets file or directory; None: there is none.
 
     Raises:
         UserError: See `read_secrets`.

@@ -1,9 +1,9 @@
-"""Named values of a step: recorded anywhere, reduced over all ranks by the all-reduce that a step makes anyway.
+"""Named metrics of a step. Any code may record one; the all-reduce that every step makes reduces them over all ranks.
 
     record_metric("router_entropy", entropy, weight=batch["weights"], unit="nats")    # in a model's forward
     record_metric("gpu_power", watts, "max", unit="W")                                # in a callback
 
-A recorder collects what this rank records between two reductions; `engines.step` sums it over the ranks.
+A `Recorder` collects the values that this rank records between two reductions; `engines.step` sums them over the ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from torch import Tensor
 from bigtrain.config import UserError
 
 Reduction = Literal["sum", "mean", "max", "min", "norm"]
-"""How values become one: added; averaged by weight; the largest; the smallest; the root of the sum of squares."""
+"""How several values become one: sum, weighted mean, maximum, minimum, or L2 norm (root of the sum of squares)."""
 
 TensorParallel = Literal["copy", "part", "stream"]
-"""What the ranks of a tensor-parallel group compute a value from: the same (copy); each its own heads, columns or
-tokens (part); the residual stream, which is a part under sequence parallelism and else a copy (stream)."""
+"""What the ranks of a tensor-parallel group compute a value from.
+
+- "copy": all ranks compute it from the same tensors.
+- "part": each rank computes it from its own heads, columns or tokens.
+- "stream": from the residual stream. This is a "part" under sequence parallelism, and a "copy" otherwise.
+"""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What all ranks know of a named value."""
+    """Name, reduction and unit of a metric, equal on all ranks."""
 
     name: str
     reduction: Reduction = "mean"
@@ -37,28 +41,28 @@ class Metric:
 
     @property
     def is_extremum(self) -> bool:
-        """Whether one of the values is the result."""
+        """Whether the reduction picks one of the values: a maximum or minimum."""
         return self.reduction in ("max", "min")
 
     @property
     def neutral(self) -> float:
-        """The value that changes no result."""
+        """The neutral element of the reduction: -inf for a maximum, inf for a minimum, else 0."""
         return {"max": -math.inf, "min": math.inf}.get(self.reduction, 0.0)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's value on some ranks or steps, ready to be merged with others."""
+    """A metric's partial result over some ranks or steps, which can be merged with others."""
 
     metric: Metric
     value: float
-    """The sum of values (times weights for a mean, of squares for a norm), or the extremum."""
+    """The sum of the values, for a mean of value times weight, for a norm of the squares; or the extremum."""
     weight: float = 1.0
-    """The sum of weights of a mean; else 0 where nothing was recorded."""
+    """For a mean, the sum of weights. For other reductions, 0 if no value was recorded."""
 
     @property
     def result(self) -> float | None:
-        """The reduced value; None where nothing was recorded or the weights sum up to 0."""
+        """The reduced value; None if no value was recorded or the weights add up to 0."""
         if not self.weight:
             return None
         if self.metric.reduction == "mean":
@@ -68,7 +72,7 @@ class Value:
         return self.value
 
     def merged(self, later: Value) -> Value:
-        """Of both; of two steps' norms the later one."""
+        """The value over both; of two norms, the later step's."""
         if not later.weight:
             return self
         if not self.weight or self.metric.reduction == "norm":
@@ -79,38 +83,38 @@ class Value:
         return Value(self.metric, self.value + later.value, self.weight + later.weight)
 
     def as_plain(self) -> dict[str, Any]:
-        """For a checkpoint's manifest."""
+        """The value as JSON types, for a checkpoint's manifest."""
         return {**asdict(self.metric), "value": self.value, "weight": self.weight}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Value:
-        """What `as_plain` made."""
+        """The value from which `as_plain` made `plain`."""
         metric = Metric(str(plain["name"]), plain["reduction"], str(plain["unit"]))
         return cls(metric, float(plain["value"]), float(plain["weight"]))
 
 
 def merge(values: dict[str, Value], later: Mapping[str, Value]) -> None:
-    """Merge named values into others, in place."""
+    """Merge the values of `later` into `values` by name, in place."""
     for name, value in later.items():
         values[name] = values[name].merged(value) if name in values else value
 
 
 class Recorder:
-    """What this rank has recorded since it was last taken.
+    """Collects the values that this rank records between two reductions.
 
     Args:
-        device: Of the values.
-        tensor_rank: This rank's number in its tensor-parallel group: a copy counts on the first.
-        stream_is_part: Whether the residual stream is shared over that group (sequence parallelism).
+        device: Device of the values.
+        tensor_rank: This rank's index in its tensor-parallel group; only index 0 records the values of a "copy".
+        stream_is_part: Whether the residual stream is sharded over that group (sequence parallelism).
     """
 
     def __init__(self, device: torch.device, tensor_rank: int = 0, stream_is_part: bool = False) -> None:
         self.metrics: dict[str, Metric] = {}
-        """All that were recorded so far, by name."""
+        """All metrics recorded so far, by name."""
         self.wanted: frozenset[str] = frozenset()
-        """Metrics that a model computes only where they are requested."""
+        """Names of the requested metrics, among those that a model computes only on request."""
         self.weight_scale: Tensor | None = None
-        """Factor that weights carry (FP16's loss scale)."""
+        """Factor that the batch's weights include (FP16's loss scale); recorded weights are divided by it."""
         self._device = device
         self._tensor_rank = tensor_rank
         self._stream_is_part = stream_is_part
@@ -119,11 +123,11 @@ class Recorder:
 
     @contextmanager
     def active(self, of_ranks: bool = False) -> Iterator[Recorder]:
-        """Let `record_metric` record here.
+        """Make `record_metric` record into this recorder within the `with` block.
 
         Args:
-            of_ranks: Values of the rank itself, as callbacks record them: they count on every rank, and one that is
-                recorded again before the next reduction replaces the earlier one.
+            of_ranks: Whether the values describe the rank itself, like those of callbacks. Such values count on every
+                rank, and a value replaces an earlier one of the same name until the next reduction.
         """
         before, self._of_ranks = self._of_ranks, of_ranks
         _ACTIVE.append(self)
@@ -134,12 +138,12 @@ class Recorder:
             self._of_ranks = before
 
     def counts(self, tp: TensorParallel) -> bool:
-        """Whether this rank's value is added to the others'."""
+        """Whether this rank's value enters the reduction; a copy enters it once for each tensor-parallel group."""
         is_part = tp == "part" or (tp == "stream" and self._stream_is_part)
         return is_part or self._of_ranks or self._tensor_rank == 0
 
     def record(self, metric: Metric, value: Tensor | float, weight: Tensor | float | None) -> None:
-        """See `record_metric`."""
+        """Record a value; see `record_metric`."""
         known = self.metrics.setdefault(metric.name, metric)
         if known is not metric and known != metric:
             raise UserError(
@@ -157,16 +161,16 @@ class Recorder:
             before += found
 
     def get(self, name: str) -> Tensor | None:
-        """What was recorded under a name: float64 (2,), value and weight; (1,) for an extremum."""
+        """The partial result of a metric: float64 (2,) of value and weight, or (1,) for an extremum. None: no value."""
         return self._values.get(name)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop what was recorded under these names: it has been reduced."""
+        """Drop the recorded values of these names, once they have been reduced."""
         for name in names:
             self._values.pop(name, None)
 
     def unknown(self, known: Mapping[str, Any]) -> bool:
-        """Whether something was recorded that is not among the known names."""
+        """Whether a value was recorded under a name that is not in `known`."""
         return not self._values.keys() <= known.keys()
 
     def _reduced(self, metric: Metric, value: Tensor, weight: Tensor | float | None) -> Tensor:
@@ -188,12 +192,12 @@ class Recorder:
     def _tensor(self, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach()
-        # Filled on the device: copied from the host it would be waited for.
+        # Filled on the device: a copy from the host would make the host wait.
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
 
 _ACTIVE: list[Recorder] = []
-"""The recorders that are in use, the innermost last."""
+"""The active recorders; the innermost is last, and receives the values."""
 
 
 def record_metric(
@@ -205,24 +209,24 @@ def record_metric(
     unit: str = "",
     tp: TensorParallel = "copy",
 ) -> None:
-    """Record a named value of the step that is under way; without a host synchronisation.
+    """Record a named value of the current step, without a host synchronisation.
 
     Values of one name are reduced over all calls, micro-batches, pipeline stages and ranks of a step, each counted
-    once. Outside of a step (a model that is only called) nothing happens.
+    once. Outside of a step (a model that is only called) the function does nothing.
 
     Args:
-        name: As metrics.jsonl is to show it; the same name always with the same reduction and unit.
-        value: A number, or a tensor of any shape, of which all entries are reduced.
-        reduction: How entries and ranks become one value.
-        weight: Factor of each entry, for sum and mean: the batch's weights, or what is computed from them. In FP16
-            these carry the loss scale, which is removed here. None: each entry counts as 1.
-        unit: What one is of ("nats", "W").
+        name: The metric's name in metrics.jsonl. A name must always have the same reduction and unit.
+        value: A number, or a tensor of any shape, whose entries are all reduced.
+        reduction: How the entries, over all ranks, become one value.
+        weight: Factor of each entry, for "sum" and "mean": the batch's weights, or a tensor computed from them. In FP16
+            the batch's weights include the loss scale, which is removed here. None: each entry has weight 1.
+        unit: Unit of the value ("nats", "W").
         tp: What the ranks of a tensor-parallel group compute the value from.
 
     Raises:
-        UserError: The name is known with another reduction or unit, or the reduction does not exist.
+        UserError: The name was recorded before with another reduction or unit, or the reduction does not exist.
     """
-    # In a backward pass a block that is recomputed runs for the second time.
+    # In a backward pass, activation recomputation runs a block for the second time.
     if _ACTIVE and torch._C._current_graph_task_id() == -1:
         if reduction not in get_args(Reduction):
             raise UserError(
@@ -236,7 +240,7 @@ def record_metric(
 
 @contextmanager
 def not_recorded() -> Iterator[None]:
-    """Record nothing inside: for passes of a model beside the one whose metrics count."""
+    """Record no metrics in the `with` block, for extra forward passes of a model."""
     active = _ACTIVE[:]
     _ACTIVE.clear()
     try:
@@ -246,9 +250,9 @@ def not_recorded() -> Iterator[None]:
 
 
 def wants_metric(name: str) -> bool:
-    """Whether a metric that is expensive to compute is requested; evaluators use it for their metrics."""
+    """Whether a metric that is expensive to compute is requested; evaluators request their metrics."""
     return bool(_ACTIVE) and name in _ACTIVE[-1].wanted
 
 
-# A compiled block calls it as it is.
+# torch.compile does not trace it: a compiled block calls it as a Python function.
 record_metric._torchdynamo_disable = True  # type: ignore[attr-defined]

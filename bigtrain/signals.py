@@ -1,4 +1,4 @@
-"""Handlers of signals that stand for as long as something lasts."""
+"""Context managers that install signal handlers for the duration of a `with` block."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 from typing import Final
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C, and what schedulers send."""
+"""The signals that request a stop: Ctrl-C sends SIGINT, and schedulers send SIGTERM."""
 
 
 @contextlib.contextmanager
 def on_signals(action: Callable[[], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Call `action` at each of these signals; the former handlers return at the end.
+    """Call `action` at each of these signals; the former handlers are restored at the end.
 
-    Python lets only the main thread set handlers: in another one this does nothing.
+    Python lets only the main thread set handlers: in another thread this context manager does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,7 +36,7 @@ def on_signals(action: Callable[[], object], *numbers: signal.Signals) -> Iterat
 
 @contextlib.contextmanager
 def on_hangup(action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` when the terminal is closed; under nohup, which has the signal ignored, nothing is done."""
+    """Call `action` when the terminal is closed (SIGHUP); under nohup, which ignores SIGHUP, it is not called."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         yield
         return

@@ -1,4 +1,4 @@
-"""Output of commands that must not end because nobody reads it any more."""
+"""Output streams for commands that must continue when nobody reads their output any more."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, TextIO, cast
 
 
 def enduring(stream: TextIO) -> TextIO:
-    """A stream that drops what is written once its reader has left or its terminal is closed.
+    """A stream that discards its output once the reader has exited or the terminal is closed.
 
-    A run of days outlives `| head` and the window that it was started in; its record is in its directory.
+    So a run of days survives `| head` and the closing of the window in which it was started. Its metrics and events are
+    in the run directory anyway.
     """
     return stream if isinstance(stream, _Enduring) else cast(TextIO, _Enduring(stream))
 
@@ -36,7 +37,7 @@ class _Enduring:
             self._drop()
 
     def _drop(self) -> None:
-        # The descriptor itself, so that what is buffered, and other writers to it, do not fail later.
+        # Redirect the descriptor itself, so that buffered text and other writers to it do not fail later either.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self._stream.fileno())

@@ -1,59 +1,59 @@
-"""Every environment variable of bigtrain, by its name and meaning.
+"""Names and meanings of all environment variables of bigtrain.
 
-A command sets those of its own processes; CACHE, ADDRESS, SECRETS_FILE, TEMPLATE and the two of fault injection are for
-users.
+Users may set CACHE, ADDRESS, SECRETS_FILE, TEMPLATE, FAULT and FAULT_FILE. bigtrain's commands set the others for the
+processes that they start.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-# Set for ranks.
+# bigtrain sets these for ranks.
 RUN: Final = "BIGTRAIN_RUN"
-"""The run directory."""
+"""Path of the run directory."""
 ATTEMPT: Final = "BIGTRAIN_ATTEMPT"
-"""The number of this start of all ranks, from 0."""
+"""Number of the attempt, from 0: each start of all ranks is an attempt."""
 LEASE: Final = "BIGTRAIN_LEASE"
-"""The number of the launcher's lease; without it a rank publishes checkpoints unchecked."""
+"""Number of the launcher's lease; without it, a rank publishes checkpoints without a check of the lease."""
 PLUGIN: Final = "BIGTRAIN_PLUGIN"
-"""The place of the plugin that the launcher's command line named."""
+"""The plugin on the launcher's command line: path of a file, or name of a module."""
 SCRIPT: Final = "BIGTRAIN_SCRIPT"
-"""How a user's own script is called, as JSON (`bigtrain.jobs.scripts.call`); the script itself does not see it."""
+"""How a rank calls a user's own script, as JSON (`bigtrain.jobs.scripts.call`); hidden from the script itself."""
 PAGE: Final = "BIGTRAIN_PAGE_FD"
-"""The file descriptor of the rank's heartbeat page."""
+"""File descriptor of the rank's heartbeat page."""
 
-# Set for agents.
+# bigtrain sets these for agents, but for TEMPLATE.
 CONTROLLER: Final = "BIGTRAIN_CONTROLLER"
 """HOST:PORT of the controller."""
 JOB_TOKEN: Final = "BIGTRAIN_JOB_TOKEN"
-"""Secret: proves agent and controller to each other."""
+"""Shared secret by which agent and controller authenticate each other."""
 PLACEMENT: Final = "BIGTRAIN_PLACEMENT"
-"""Marks an agent and its descendants: one that left the process group is found by its environment."""
+"""Marks an agent and its descendants, so that a process that left the process group is found by its environment."""
 NODE_NAME_IN: Final = "BIGTRAIN_NODE_NAME_IN"
-"""Name of the variable that holds a node's name, for agents that are all started alike; the host's name without it."""
+"""Name of the variable that holds the node's name, for agents that share one environment; unset: the host's name."""
 AGENT_PARENT: Final = "BIGTRAIN_AGENT_PARENT"
-"""Process id of an agent's parent, if the agent must end with it."""
+"""Process id of an agent's parent, if the agent must end when the parent ends."""
 TEMPLATE: Final = "BIGTRAIN_TEMPLATE"
-"""1: ranks are forked from a process that has imported torch. Otherwise each rank starts as a fresh process."""
+"""1: ranks are forked from a template process that has imported torch. Otherwise each rank is a fresh process."""
 TEMPLATE_ROOM: Final = "BIGTRAIN_TEMPLATE_ROOM"
-"""Reserves room in the environment of a template, which a forked rank overwrites with its own variables."""
+"""Reserves bytes in the environment block of a template, which a forked rank overwrites with its own variables."""
 
-# Clusters.
+# For clusters.
 ADDRESS: Final = "BIGTRAIN_ADDRESS"
 """URL of a Ray cluster's dashboard, for commands without --address."""
 SUBMISSION: Final = "BIGTRAIN_SUBMISSION"
-"""Id of the submission that a driver works for."""
+"""Id of the submission that a driver executes."""
 CLUSTER: Final = "BIGTRAIN_CLUSTER"
 """Marks all processes of one `bigtrain cluster local`."""
 
-# Of the machine.
+# For the machine.
 CACHE: Final = "BIGTRAIN_CACHE"
-"""Directory of fetched files; ~/.cache/bigtrain without it."""
+"""Directory for fetched files; unset: ~/.cache/bigtrain."""
 SECRETS_FILE: Final = "BIGTRAIN_SECRETS_FILE"
-"""A file or directory of keys for other services; see `bigtrain.keys`."""
+"""Path of a file or directory of API keys for other services; see `bigtrain.keys`."""
 
-# Fault injection.
+# For fault injection.
 FAULT: Final = "BIGTRAIN_FAULT"
-"""A fault as JSON; see `bigtrain.testing.faults`."""
+"""The fault to inject, as JSON; see `bigtrain.testing.faults`."""
 FAULT_FILE: Final = "BIGTRAIN_FAULT_FILE"
-"""A file that takes the time at which the fault was injected."""
+"""Path of the file into which the time of the injection is written, in seconds of time.monotonic."""

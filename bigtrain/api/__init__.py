@@ -1,4 +1,4 @@
-"""The Python API: what a notebook or a script of one's own uses. README.md shows each part.
+"""The Python API, for notebooks and scripts; README.md describes each part.
 
-Its names stand in `bigtrain` itself; they are imported at their first use.
+Its names are available in the package `bigtrain`, which imports their modules at the first use.
 """

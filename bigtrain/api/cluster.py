@@ -25,29 +25,35 @@ LOOK_S: Final = 1.0
 
 
 class ClusterRun:
-    """A run that was submitted to a cluster; this object may go away while it runs."""
+    """A run on a Ray cluster. The run continues if this object is deleted or this process ends."""
 
     def __init__(self, dashboard: Dashboard, view: ClusterView) -> None:
         self._dashboard, self._view = dashboard, view
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the run."""
         return self._view.name
 
     def status(self) -> dict[str, Any]:
-        """What `bigtrain status NAME --address ... --json` prints."""
+        """State, step, loss, speed, goodput and more: the output of `bigtrain status NAME --address ... --json`."""
         return self._view.status()
 
     def events(self) -> list[dict[str, Any]]:
-        """Starts, saves, faults, stops and the end, oldest first."""
+        """The run's events (starts, saves, faults, stops, end), oldest first."""
         return self._view.events()
 
     def wait(self, timeout_s: float | None = None) -> ClusterRun:
         """Wait until the run has ended.
 
+        Args:
+            timeout_s: Longest wait in seconds; None: no limit.
+
+        Returns:
+            The run itself.
+
         Raises:
-            TimeoutError: It is still under way after `timeout_s`.
+            TimeoutError: The run is still active after `timeout_s` seconds.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._view.active():
@@ -57,7 +63,11 @@ class ClusterRun:
         return self
 
     def stop(self, now: bool = False) -> None:
-        """Let the run save itself and end; it can be resumed."""
+        """Make the run save a checkpoint and end; it can be resumed.
+
+        Args:
+            now: End the run at once, without saving; it resumes from its last checkpoint.
+        """
         submission.stop(self._dashboard, self.name, now)
 
 
@@ -72,16 +82,23 @@ def submit(
     secrets_file: str | None = None,
     plugin: str | os.PathLike[str] | Iterable[str] | None = None,
 ) -> ClusterRun:
-    """Start a run on a Ray cluster, as `bigtrain submit` does. The same name resumes it.
+    """Start a run on a Ray cluster, as `bigtrain submit` does. A run of this name that exists is resumed.
 
     Args:
-        address: URL of the cluster's dashboard; by default the variable BIGTRAIN_ADDRESS.
-        runs_dir: On the nodes: a directory that all of them share.
-        token_file: The cluster's token, mode 0600; by default as Ray finds it.
-        secrets_file: Keys for the ranks: a file on the nodes.
+        config: The path of a YAML file, the same keys as a mapping, or a `RunConfig`.
+        overrides: Values that replace keys of the config: {"optimizer.lr": 3e-4}.
+        address: URL of the cluster's dashboard; None: the environment variable BIGTRAIN_ADDRESS.
+        name: Name of the run, instead of the config's.
+        runs_dir: The directory of the runs on the nodes, which all nodes must share.
+        token_file: File with the cluster's authentication token, mode 0600; None: the token that Ray finds.
+        secrets_file: Path, on the nodes, of a file with API keys for the ranks; see `bigtrain.keys`.
+        plugin: Your own code, one or several values of `--plugin`.
+
+    Returns:
+        The started run.
 
     Raises:
-        UserError: Anything that is wrong in the config, or a cluster that does not answer.
+        UserError: The config has an error, no cluster is given, or the cluster does not answer or refuses the run.
     """
     place = address or os.environ.get(variables.ADDRESS)
     if not place:

@@ -1,4 +1,4 @@
-"""A run's config from a file, a mapping or another config."""
+"""Reading a run's config from a file, a mapping or another config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bigtrain.run import RunConfig
 
 Overrides = Mapping[str, Any] | Iterable[str] | None
-"""{"optimizer.lr": 3e-4}, or ["optimizer.lr=3e-4"] as on the command line."""
+"""Values that replace keys of a config: {"optimizer.lr": 3e-4}, or ["optimizer.lr=3e-4"] as on the command line."""
 
 
 def read_config(
@@ -22,16 +22,16 @@ def read_config(
     name: str | None = None,
     plugin: str | os.PathLike[str] | Iterable[str] | None = None,
 ) -> RunConfig:
-    """The complete, checked config of a run.
+    """Read and check the config of a run, including all defaults.
 
     Args:
-        config: The path of a YAML file, the same keys as a mapping, or a config.
-        overrides: Values for keys of it: {"optimizer.lr": 3e-4}.
+        config: The path of a YAML file, the same keys as a mapping, or a `RunConfig`.
+        overrides: Values that replace keys of the config: {"optimizer.lr": 3e-4}.
         name: Name of the run, instead of the config's.
-        plugin: Your own code, as `--plugin` takes it.
+        plugin: Your own code, one or several values of `--plugin`.
 
     Raises:
-        UserError: Anything wrong in it, with the key (and the line of a file).
+        UserError: The config has an error; the message names the key, and for a file the line.
     """
     from bigtrain.config import load, yaml_file
     from bigtrain.run import RunConfig, config_of, load_config
@@ -47,7 +47,7 @@ def read_config(
 
 
 def load_plugins(plugin: str | os.PathLike[str] | Iterable[str] | None) -> None:
-    """Load your own code, as `--plugin` does."""
+    """Load your own code, as the option `--plugin` does; None: nothing."""
     if plugin is None:
         return
     from bigtrain.config.plugin import load_plugin
@@ -58,6 +58,6 @@ def load_plugins(plugin: str | os.PathLike[str] | Iterable[str] | None) -> None:
 
 def _words(overrides: Overrides) -> Iterable[str]:
     if isinstance(overrides, Mapping):
-        # JSON is YAML; a text needs its quotes.
+        # JSON is valid YAML, and it quotes texts.
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return overrides or []

@@ -1,4 +1,4 @@
-"""A data set without a run."""
+"""Data sets of packed shards, read without a run."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ if TYPE_CHECKING:
 
 
 class DataSet:
-    """A data set of packed shards, which yields the same arrays as a run gets.
+    """A data set of packed shards, which yields the same arrays as in a run.
 
     Args:
         index: The index of the shards (index.json).
-        context: Tokens per sequence; unused for images and arrays.
+        context: Tokens of a sequence; ignored for images and arrays.
     """
 
     def __init__(self, index: ShardIndex, context: int) -> None:
         self.index, self.context = index, context if index.of_tokens else 1
 
     def __len__(self) -> int:
-        """Sequences, images or samples of one epoch."""
+        """Number of samples (sequences, images or arrays) in one epoch."""
         return sum(self.index.sequence_counts(self.context))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Each sample of one epoch once, in the order of a run with seed 0; arrays without a batch dimension."""
+        """Iterate over the samples of one epoch, in the order of a run with seed 0, without a batch dimension."""
         for batch in self.batches(1, epochs=1):
             for arrays in batch.micro_batches:
                 yield {name: value[0] for name, value in arrays.items()}
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens; None for images and arrays."""
+        """The tokenizer with which the shards were made; None for images and arrays."""
         return None if self.index.tokenizer is None else self.index.load_tokenizer()
 
     def batches(
         self, size: int, *, seed: int = 0, epochs: int = 1, first_step: int = 0, shuffle_window: int = 8
     ) -> Iterator[StepBatch]:
-        """Batches in the order of a run with this seed and `batch.size`.
+        """Iterate over batches in the order of a run with this seed and `batch.size`.
 
         Args:
-            size: Samples of a batch; the last samples of the last epoch that fill none are dropped.
-            seed: Of the order.
-            first_step: The step of the first batch: where a run resumes.
-            shuffle_window: Shards whose sequences are mixed with each other, as `data.shuffle_window`.
+            size: Samples of a batch. Samples at the end of the last epoch that do not fill a batch are dropped.
+            seed: Seed of the order.
+            epochs: Number of epochs.
+            first_step: Step of the first batch, as in a run that resumes at this step.
+            shuffle_window: Number of shards whose sequences are shuffled together, as `data.shuffle_window`.
 
         Returns:
-            Batches with `step` and `micro_batches`, of which there is one: {"tokens": int64 (size, context), ...}.
+            Batches with `step` and `micro_batches`, which has one element: {"tokens": int64 (size, context), ...}.
         """
         order = SampleOrder(seed, self.index.fingerprint, self.index.sequence_counts(self.context), shuffle_window)
         with Loader(self.index, order, batch_size=size, context=self.context, seed=seed) as loader:
@@ -63,10 +64,11 @@ class DataSet:
 
 
 def open_data(place: str | os.PathLike[str], context: int = 1024) -> DataSet:
-    """Open a directory of shards, or its URL, as `data.train` names it.
+    """Open a directory of packed shards as a data set.
 
     Args:
-        context: Tokens of a sequence; unused for images and arrays.
+        place: Path or URL of the directory, as in `data.train`.
+        context: Tokens of a sequence; ignored for images and arrays.
 
     Raises:
         UserError: There are no shards, or they are damaged.

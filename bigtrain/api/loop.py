@@ -1,4 +1,4 @@
-"""The parts of a run, for a loop of one's own."""
+"""The parts of a run, for the user's own training loop."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def build(
     runs_dir: str | os.PathLike[str] = RUNS_DIR,
     plugin: str | os.PathLike[str] | Iterable[str] | None = None,
 ) -> TrainingParts:
-    """Engine, loader and saves of a run, in this process: a rank under torchrun, otherwise the only one.
+    """Build the engine, the loader and the saver of a run in this process, for your own training loop.
 
-    Args: as `train`. A run that exists is loaded from its newest checkpoint.
+    Under torchrun this process is one of the ranks; otherwise it is the only rank. The arguments are those of `train`.
+    A run that exists is loaded from its newest checkpoint.
 
     Raises:
-        UserError: Anything that is wrong in the config, the data or the run's directory.
+        UserError: The config, the data or the run's directory has an error, or another process trains the run.
     """
     resolved = read_config(config, overrides, name=name, plugin=plugin)
     return TrainingParts(resolved, RunDirectory(Path(runs_dir) / resolved.name))

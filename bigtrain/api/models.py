@@ -1,4 +1,4 @@
-"""A run's weights as a module on the CPU."""
+"""Loading the model of a run's checkpoint as a module on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TextGenerator:
-    """Continues texts with a model that `load` returned."""
+    """Generates continuations of texts with a model from `load`."""
 
     def __init__(self, run: RunDirectory, model: nn.Module) -> None:
         self._run, self._model = run, model
@@ -30,15 +30,22 @@ class TextGenerator:
         self, prompt: str = "", tokens: int = 100, *, temperature: float = 0.8, top_k: int | None = None,
         seed: int = 0, stop: Sequence[str] = (),
     ) -> str:  # fmt: skip
-        """A text and its continuation, with the weights that the model has now, where it is now.
+        """Generate a continuation of a text, with the model's current weights and on its current device.
 
         Args:
-            tokens: New tokens at most; the text ends earlier where the model ends it, or before the first of `stop`.
-            temperature: Divides the logits; 0 takes the most probable token.
-            top_k: Choose among the k most probable tokens only.
+            prompt: The beginning of the text.
+            tokens: Largest number of new tokens. The text ends earlier at the model's end-of-text token, or before the
+                first occurrence of a text of `stop`.
+            temperature: Divisor of the logits; 0: always take the most probable token.
+            top_k: Number of the most probable tokens from which each token is sampled; None: all tokens.
+            seed: Seed of the sampling.
+            stop: Texts that end the generation; they are not included in the result.
+
+        Returns:
+            The prompt and its continuation.
 
         Raises:
-            UserError: A model that writes no text.
+            UserError: The model does not generate text.
         """
         writer = writer_of_model(self._run, self._model)
         choice = Choice(temperature=temperature, top_k=top_k)
@@ -46,13 +53,13 @@ class TextGenerator:
 
 
 class LoadedModel(nn.Module):
-    """What `load` returns: the model's own class, with these attributes beside its own."""
+    """The type of the models that `load` returns: the model's own class with two additional attributes."""
 
     tokenizer: Tokenizer | None
-    """What made its tokens; None for images and arrays."""
+    """The tokenizer of the training data; None for images and arrays."""
 
     generate: TextGenerator
-    """Continues a text: `model.generate("Once", tokens=20)`."""
+    """Generates a continuation of a text: `model.generate("Once", tokens=20)`."""
 
 
 def load(
@@ -61,19 +68,20 @@ def load(
     runs_dir: str | os.PathLike[str] = RUNS_DIR,
     plugin: str | os.PathLike[str] | Iterable[str] | None = None,
 ) -> LoadedModel:
-    """The model of a run's checkpoint, on the CPU and in evaluation mode, with FP32 weights.
+    """Load the model of a run's checkpoint, on the CPU and in evaluation mode, with FP32 weights.
 
     Args:
-        run: RUN or RUN@STEP, by name, by path, or by URL on a store; without a step the newest sound checkpoint.
-        runs_dir: The directory in which runs live.
-        plugin: The code of a model of your own, as `--plugin` takes it.
+        run: RUN, RUN@STEP or RUN@best, where RUN is a name, a path, or a URL on an object store. RUN alone is the
+            newest intact checkpoint.
+        runs_dir: The directory that holds the runs.
+        plugin: Your own code that defines the model, one or several values of `--plugin`.
 
     Returns:
-        The module that the config describes, its parameters under their qualified names. `model.tokenizer` is the
-        data's, and `model.generate(text)` continues a text.
+        The module that the config describes; its parameters have their qualified names. `model.tokenizer` is the
+        tokenizer of the data, and `model.generate(text)` continues a text.
 
     Raises:
-        UserError: There is no such run or checkpoint; its data has moved away.
+        UserError: There is no such run or checkpoint, or its data are not found.
         CorruptionError: The checkpoint is damaged.
     """
     load_plugins(plugin)

@@ -24,17 +24,18 @@ LOOK_S: Final = 0.2
 
 
 class RunFailedError(RuntimeError):
-    """A run ended with an error; the message has its cause."""
+    """A run ended with an error; the message contains the cause."""
 
 
 class Run:
     """A run on this machine: active, stopped or finished.
 
     Args:
-        run: Its name under `runs_dir`, or the path of its directory.
+        run: Name of the run under `runs_dir`, or path of its directory.
+        runs_dir: The directory that holds the runs.
 
     Raises:
-        UserError: There is no such run; the message names the nearest.
+        UserError: There is no such run; the message suggests the most similar name.
     """
 
     def __init__(self, run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = RUNS_DIR) -> None:
@@ -59,7 +60,7 @@ class Run:
         return read_config(self._directory.config)
 
     def status(self) -> dict[str, Any]:
-        """State, step, loss, speed, goodput and more: what `bigtrain status --json` prints."""
+        """State, step, loss, speed, goodput and more: the output of `bigtrain status --json`."""
         from bigtrain.jobs.cluster.views import LocalView
 
         return LocalView(self._directory).status()
@@ -71,13 +72,13 @@ class Run:
         return list(step_rows(self._directory.metrics))
 
     def events(self) -> list[dict[str, Any]]:
-        """Starts, saves, faults, stops and the end, oldest first."""
+        """The run's events (starts, saves, faults, stops, end), oldest first."""
         from bigtrain.storage import read_lines
 
         return list(read_lines(self._directory.events))
 
     def checkpoints(self) -> list[int]:
-        """The steps that have a published checkpoint, oldest first; this call does not verify them."""
+        """The steps of the published checkpoints, oldest first; the call does not verify them."""
         from bigtrain.checkpoint.commit import list_checkpoints
 
         return [found.step for found in list_checkpoints(self._directory.checkpoints)]
@@ -92,7 +93,7 @@ class Run:
             The run itself.
 
         Raises:
-            TimeoutError: The run is still active.
+            TimeoutError: The run is still active after `timeout_s` seconds.
             RunFailedError: The run was started by `train` in this process, and failed.
         """
         from bigtrain.run import Lease
@@ -146,11 +147,11 @@ def train(
     Args:
         config: The path of a YAML file, the same keys as a mapping, or a `RunConfig`.
         overrides: Values that replace keys of the config: {"optimizer.lr": 3e-4}.
-        nproc: Processes; the default comes from the config's `job` section.
+        nproc: Number of processes; None: as the config's section `job` says.
         name: Name of the run, instead of the config's.
         runs_dir: The directory that holds the runs.
-        plugin: Your own code, as `--plugin` takes it.
-        wait: Return when the run has ended; Ctrl-C stops it after a save. False: return once it has started.
+        plugin: Your own code, one or several values of `--plugin`.
+        wait: True: return when the run has ended; Ctrl-C makes it save and stop. False: return when it has started.
 
     Returns:
         The run: finished, stopped, or (with wait=False) started.

@@ -1,7 +1,7 @@
-"""The best checkpoints of a run by a held-out metric, as the manifests on the disk or on a store name them.
+"""The best checkpoints of a run by a held-out metric, found from the manifests on the disk or on an object store.
 
-With `checkpoint.best`, each manifest holds the rule and the metric's value at its own step. So a directory alone says
-which checkpoints are the best, and every command and every attempt of the run finds the same ones.
+With `checkpoint.best`, each manifest holds the rule and the metric's value at its own step. So the manifests alone
+determine the best checkpoints, and every command and every attempt of the run finds the same ones.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from bigtrain.checkpoint.manifest import Manifest, read_manifest
 from bigtrain.config import CorruptionError
 
 KEY: Final = "best"
-"""Where a manifest's `progress` keeps it, under "callbacks"."""
+"""Key of the rule and value in a manifest's `progress`, under "callbacks"."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """A checkpoint, and the value for which it is kept."""
+    """One of the best checkpoints: its step, the metric and the metric's value."""
 
     step: int
     metric: str
     value: float
 
     def plain(self) -> dict[str, Any]:
-        """The same as an event and `status` show it."""
+        """The fields as a dictionary, as events and `bigtrain status` show them."""
         return asdict(self)
 
 
 def record_of(rule: BestConfig, value: float | None) -> dict[str, Any]:
-    """What a manifest holds.
+    """The record in a manifest: the rule's keys, and the metric's value.
 
     Args:
-        value: Of the evaluation at the manifest's step; None where there was none, or nothing counted.
+        rule: The section `checkpoint.best`.
+        value: The metric's value at the manifest's step; None if that step had no evaluation or no value.
     """
     return {**rule.plain(), "value": value}
 
 
 def ranked(manifests: Iterable[Manifest]) -> list[Best]:
-    """The checkpoints to keep by the rule of the newest manifest, the best first; of equal ones the earlier first.
+    """The best checkpoints by the rule in the newest manifest, best first; of equal values the earlier step is first.
 
     Args:
-        manifests: Of sound checkpoints, in any order.
+        manifests: Manifests of intact checkpoints, in any order.
 
     Returns:
-        At most `keep`; empty where the newest manifest has no rule.
+        At most `keep` checkpoints; empty if the newest manifest has no rule.
     """
     by_step = {manifest.step: _record(manifest) for manifest in manifests}
     rule = by_step[max(by_step)] if by_step else {}
@@ -65,10 +66,11 @@ def ranked(manifests: Iterable[Manifest]) -> list[Best]:
 
 
 def best_checkpoints(directory: Path, known_good: set[tuple[str, int]] | None = None) -> list[Best]:
-    """As `ranked`, of a directory of checkpoints.
+    """The best checkpoints in a directory of checkpoints, as `ranked` returns them.
 
     Args:
-        known_good: As `commit.prune` takes it. None: files are compared by size alone.
+        directory: The directory that holds the run's checkpoints.
+        known_good: The same set as in `commit.prune`. None: only the sizes of files are compared.
     """
     manifests = []
     for checkpoint in commit.list_checkpoints(directory):
@@ -76,14 +78,14 @@ def best_checkpoints(directory: Path, known_good: set[tuple[str, int]] | None = 
             manifest = read_manifest(checkpoint.path)
         except CorruptionError:
             continue
-        # One without a record may be the newest, whose rule counts.
+        # A manifest without a rule may be the newest one, which decides.
         if not has_rule(manifest) or commit.is_sound(checkpoint.path, known_good):
             manifests.append(manifest)
     return ranked(manifests)
 
 
 def has_rule(manifest: Manifest) -> bool:
-    """Whether the run kept its best checkpoints when this one was saved."""
+    """Whether `checkpoint.best` was set when this checkpoint was saved."""
     return bool(_record(manifest))
 
 

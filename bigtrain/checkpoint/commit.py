@@ -1,15 +1,15 @@
-"""The commit protocol on a local disk: a checkpoint is there whole, verified and published, or not at all.
+"""The commit protocol on a local disk: a checkpoint exists completely, or not at all.
 
     step_00000100.tmp-1f2e3d4c/   shards are written and synced here
-        manifest.json             then the manifest, atomically
+        manifest.json             then the manifest is written, atomically
     step_00000100/                then the directory is renamed, and its parent synced
     LATEST                        then the pointer is published, atomically
-                                  then the new one is read back, and older ones are pruned
+                                  then the new checkpoint is read back, and older ones are pruned
 
-A directory that is replaced (the same step saved again after a resume) waits under `step_N.old-HEX` until its
-successor has been read back; until `step_N` exists again it counts as that step's checkpoint. A directory
-that is removed first becomes a `.tmp-` one. So a kill between any two system calls leaves a directory that
-can be read.
+A directory that is replaced (the same step saved again after a resume) keeps the name `step_N.old-HEX` until its
+replacement has been read back. While `step_N` does not exist, it counts as the checkpoint of that step. A directory
+is renamed to a `.tmp-` name before it is removed. So a kill between any two system calls leaves a directory of
+checkpoints that can be read.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ PhaseHook = Callable[[str], None]
 
 
 class FencedError(Exception):
-    """Another holder has the run's lease: this writer may publish nothing any more."""
+    """Another process has taken the run's lease: this writer may publish nothing any more."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published directory, not necessarily a sound one."""
+    """Step and directory of a published checkpoint, which is not necessarily verified."""
 
     step: int
     path: Path
 
 
 def step_name(step: int) -> str:
-    """Name of the directory of a step: "step_00000100"."""
+    """Name of a step's directory: "step_00000100" for step 100."""
     return f"step_{step:08d}"
 
 
 def parse_step(name: str) -> int | None:
-    """The step of a directory of that name; None where it is no `step_name`."""
+    """The step of a directory named by `step_name`; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match and not match[2] else None
 
 
 def temporary_name(step: int) -> str:
-    """A fresh name for a directory that is being written or removed."""
+    """A new, unique name for a directory that is being written or removed."""
     return f"{step_name(step)}.tmp-{uuid.uuid4().hex[:8]}"
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
-    """The published checkpoints, oldest first; none of them verified. Empty where there is no directory."""
+    """List the published checkpoints, oldest first, without verification; empty if the directory does not exist."""
     current: dict[int, Path] = {}
     replaced: dict[int, Path] = {}
     if not directory.is_dir():
@@ -81,7 +81,7 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
 
 
 def find_checkpoint(directory: Path, step: int) -> Checkpoint | None:
-    """The published checkpoint of one step, not verified."""
+    """The published checkpoint of one step, without verification; None if it does not exist."""
     return next((found for found in list_checkpoints(directory) if found.step == step), None)
 
 
@@ -90,11 +90,11 @@ def verify(path: Path, *, names: Collection[str] | None = None, hashes: bool = T
 
     Args:
         path: The directory of one step.
-        names: Only these files; by default all.
-        hashes: Read every byte; otherwise compare sizes alone.
+        names: Names of the files to compare; None: all files.
+        hashes: Whether to read every byte and compare hashes; otherwise only sizes are compared.
 
     Returns:
-        What is wrong, one sentence each; empty for a sound checkpoint.
+        One sentence for each problem found; empty for an intact checkpoint.
     """
     try:
         manifest = read_manifest(path)
@@ -131,13 +131,14 @@ def _verify_file(path: Path, size: int, expected: str | None) -> str | None:
 
 
 def newest_verified(directory: Path) -> tuple[int | None, list[str]]:
-    """Walk from the newest checkpoint to the oldest, to the first that verifies.
+    """Find the newest checkpoint that passes verification.
 
     Returns:
-        Its step (None where nothing has ever been saved) and a warning for each newer one passed over.
+        The step of that checkpoint (None if no checkpoint has ever been saved), and a warning for each newer checkpoint
+        that is damaged or missing.
 
     Raises:
-        CorruptionError: Checkpoints exist, or existed, and none verifies.
+        CorruptionError: Checkpoints exist, or existed according to LATEST, and none passes verification.
     """
     found, warnings = choose(directory, list_checkpoints(directory), lambda candidate: verify(candidate.path))
     return (found.step if found else None), warnings
@@ -146,10 +147,10 @@ def newest_verified(directory: Path) -> tuple[int | None, list[str]]:
 def choose(
     directory: Path, candidates: Sequence[Checkpoint], check: Callable[[Checkpoint], list[str]]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest of `candidates` (oldest first) in which `check` finds nothing wrong, and warnings.
+    """The newest of `candidates` (oldest first) for which `check` returns no problem, and warnings about newer ones.
 
     Raises:
-        CorruptionError: None is sound, though some are there or LATEST says that there was one.
+        CorruptionError: No candidate passes the check, although there are some or LATEST names one.
     """
     missing = missing_latest(directory)
     warnings = [] if missing is None else [missing]
@@ -168,13 +169,13 @@ def choose(
 
 
 def passed_over(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
-    """The warning where a run goes on from an older checkpoint."""
+    """The warning that this damaged checkpoint is not used, and an older one is used instead."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"checkpoint of step {checkpoint.step} is damaged and passed over: {problems[0]}{more}"
 
 
 def missing_latest(directory: Path) -> str | None:
-    """A sentence if LATEST names a step that is newer than all checkpoints that are there, or none; otherwise None."""
+    """A warning if LATEST names a newer step than all existing checkpoints, or no valid step; otherwise None."""
     if not (directory / LATEST).exists():
         return None
     try:
@@ -205,13 +206,16 @@ def publish(
     """Commit a written and synced directory as the checkpoint of `manifest.step`.
 
     Args:
-        temporary: The directory with the shards, beside where it will be.
-        manifest: With the sizes and hashes of all its files.
-        may_publish: Whether this process still holds the lease; asked just before each rename.
-        hook: Called after each phase: "manifest", "rename", "publish".
+        temporary: The directory with the shards, in the same parent directory as the final one.
+        manifest: The manifest, with the sizes and hashes of all files.
+        may_publish: Returns whether this process still holds the lease; called before each publishing write.
+        hook: Called after each phase, with "manifest", "rename" or "publish".
+
+    Returns:
+        The directory of the published checkpoint.
 
     Raises:
-        FencedError: The lease was lost, or a later holder has published already.
+        FencedError: The lease was lost, or a later holder has already published a checkpoint.
     """
     directory = temporary.parent
     write_manifest(temporary, manifest)
@@ -237,9 +241,9 @@ def publish(
 
 
 def adopt(temporary: Path, manifest: Manifest) -> Path:
-    """Commit a written, verified and synced directory that came from elsewhere with its manifest.
+    """Commit a complete, verified and synced directory that was fetched with its manifest.
 
-    What lies under its name is replaced; LATEST is written where there is none or an older step in it.
+    A checkpoint of the same step is replaced. LATEST is updated if this step is now the newest one.
     """
     directory = temporary.parent
     final = directory / step_name(manifest.step)
@@ -253,7 +257,7 @@ def adopt(temporary: Path, manifest: Manifest) -> Path:
 
 
 def withdraw(path: Path) -> None:
-    """Take back a published checkpoint that does not read back; what it replaced returns."""
+    """Remove a published checkpoint that failed its read-back, and restore the checkpoint that it replaced, if any."""
     step = int(path.name.removeprefix("step_"))
     directory = path.parent
     remove(path)
@@ -268,9 +272,9 @@ def withdraw(path: Path) -> None:
 
 
 def rewind(directory: Path, step: int) -> list[int]:
-    """Make the checkpoint of `step`, which is there, the newest.
+    """Make the existing checkpoint of `step` the newest one, by removing all later ones.
 
-    A kill in the middle leaves some of the later ones: none of them is damaged.
+    If the process is killed meanwhile, some of the later checkpoints remain, undamaged.
 
     Returns:
         The steps removed, oldest first.
@@ -290,20 +294,20 @@ def prune(
     spare: Collection[int] = (),
     dry_run: bool = False,
 ) -> list[int]:
-    """Remove what is older than the `keep_last` newest sound checkpoints and not permanent, and what was replaced.
+    """Remove checkpoints older than the `keep_last` newest intact ones unless they are permanent; and replaced ones.
 
-    A damaged checkpoint does not count, so the last sound one is never removed.
+    A damaged checkpoint does not count as one of the newest, so the last intact one is never removed.
 
     Args:
-        directory: Of the checkpoints.
-        keep_last: Sound checkpoints to keep.
-        known_good: (directory name, inode) of those already read back in full, whose sizes alone are compared
-            again; those found sound here are added.
-        spare: Steps that stay this time: one that is being uploaded, the best ones.
-        dry_run: Remove nothing.
+        directory: The directory that holds the run's checkpoints.
+        keep_last: Number of intact checkpoints to keep.
+        known_good: (directory name, inode) of the checkpoints that have been read back in full. For these only sizes
+            are compared again. Those found intact here are added.
+        spare: Steps that are kept in any case: one that is being uploaded, the best ones.
+        dry_run: Whether to remove nothing and only return the steps.
 
     Returns:
-        The steps removed, or that would be, newest first.
+        The removed steps (with `dry_run`, those that would be removed), newest first.
     """
     kept = 0
     removed = []
@@ -321,10 +325,11 @@ def prune(
 
 
 def is_sound(path: Path, known_good: set[tuple[str, int]] | None = None) -> bool:
-    """Whether a checkpoint verifies.
+    """Whether a checkpoint passes verification.
 
     Args:
-        known_good: As `prune` takes it. None: files are compared by size alone.
+        path: The directory of one step.
+        known_good: The same set as in `prune`. None: only the sizes of the files are compared.
     """
     if known_good is None:
         return not verify(path, hashes=False)
@@ -336,15 +341,15 @@ def is_sound(path: Path, known_good: set[tuple[str, int]] | None = None) -> bool
 
 
 def good_mark(path: Path) -> tuple[str, int]:
-    """What identifies a directory to `prune` as one that has been read back."""
+    """The (directory name, inode) by which `known_good` of `prune` identifies a checkpoint's directory."""
     return path.name, path.stat().st_ino
 
 
 def clean(directory: Path) -> list[str]:
-    """Remove what dead saves have left; for the holder of a new lease, before its first save.
+    """Remove the leftovers of interrupted saves. The holder of a new lease calls this before its first save.
 
     Returns:
-        Names of what was removed or moved back.
+        Names of the files and directories that were removed or renamed back.
     """
     if not directory.is_dir():
         return []
@@ -362,7 +367,7 @@ def clean(directory: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint so that a kill in the middle leaves no half of one under its name."""
+    """Remove a checkpoint; if the process is killed meanwhile, no partial checkpoint remains under this name."""
     match = _STEP.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path.name} is not the name of a checkpoint")
@@ -372,7 +377,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a temporary file or directory, as far as the disk lets us."""
+    """Remove a temporary file or directory; errors of the file system are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -381,7 +386,7 @@ def discard(path: Path) -> None:
 
 
 def drop_from_cache(path: Path, names: Iterable[str]) -> None:
-    """Ask the kernel to forget synced files, so that the next read comes from the disk."""
+    """Ask the kernel to drop synced files from its page cache, so that the next read comes from the disk."""
     for name in names:
         descriptor = os.open(path / name, os.O_RDONLY)
         try:
@@ -391,7 +396,7 @@ def drop_from_cache(path: Path, names: Iterable[str]) -> None:
 
 
 def _remove_replaced(directory: Path) -> list[str]:
-    """Remove `.old-` directories whose step exists under its own name."""
+    """Remove the `.old-` directories of steps whose own directory exists."""
     handled = []
     for entry in sorted(directory.iterdir()):
         match = _STEP.fullmatch(entry.name)
@@ -402,7 +407,7 @@ def _remove_replaced(directory: Path) -> list[str]:
 
 
 def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publish: Callable[[], bool]) -> None:
-    """Ask the lease, and look for what a later holder has published already."""
+    """Raise FencedError if the lease is lost, or if a later holder has already published a checkpoint."""
     if not may_publish():
         raise FencedError("this attempt no longer holds the run's lease")
     found = [_lease_of_latest(directory)]
@@ -413,7 +418,7 @@ def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publ
 
 
 def published_lease(directory: Path) -> int:
-    """The highest lease number under which a checkpoint was published here; 0 where there is none."""
+    """The highest lease number under which a checkpoint was published here; 0 if there is none."""
     return max([_lease_of_latest(directory), *(_lease_of(found.path) for found in list_checkpoints(directory))])
 
 

@@ -1,4 +1,4 @@
-"""The `checkpoint` section of a run."""
+"""The config section `checkpoint`."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from bigtrain.storage.scheme import check_url
 
 class BestConfig(Section):
     """Which checkpoints are kept for the value of a held-out metric. A step whose evaluation is one of the best is
-    saved, and RUN@best names the best one."""
+    saved, and RUN@best names the best checkpoint."""
 
     metric: str = "val_loss"
-    """A metric of the evaluations, as metrics.jsonl names it."""
+    """Name of an evaluation metric, as in metrics.jsonl."""
 
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger values are better."""
 
     keep: Annotated[int, Ge(1)] = 1
-    """How many of the best checkpoints survive pruning, beside the newest ones."""
+    """How many of the best checkpoints survive pruning, in addition to the newest ones."""
 
 
 class CheckpointConfig(Section):
-    """When a run saves itself, and what it keeps."""
+    """When a run saves checkpoints, and which of them it keeps."""
 
     every: Duration = Duration.steps(500)
-    """Time between checkpoints, in steps, tokens or by the clock ("500 steps", "1e9 tokens", "15 min")."""
+    """Interval between checkpoints, in steps, tokens or wall time ("500 steps", "1e9 tokens", "15 min")."""
 
     at: tuple[Duration, ...] = ()
-    """Lengths of training after which the run saves itself as well; those checkpoints are never pruned."""
+    """Steps, tokens or epochs after which an additional checkpoint is saved; these checkpoints are never pruned."""
 
     keep_last: Annotated[int, Ge(2)] = 3
-    """How many of the newest verified checkpoints survive pruning, beside the permanent ones."""
+    """How many of the newest verified checkpoints survive pruning, in addition to the permanent ones."""
 
     permanent: Duration | None = None
-    """Steps or tokens between checkpoints that are never pruned; null: none are. They need not be multiples of
+    """Interval, in steps or tokens, between checkpoints that are never pruned; null: none. It need not be a multiple of
     `every`."""
 
     best: BestConfig | None = None
     """Keep the best checkpoints by a held-out metric: {metric: val_loss, mode: min, keep: 1}; null: none."""
 
     asynchronous: bool = True
-    """Write in the background, from a copy of the state in CPU memory, while training goes on."""
+    """Write checkpoints in the background, from a copy of the state in CPU memory, while training continues."""
 
     read_back: bool = True
-    """Compare each new checkpoint with its hashes, from the disk, before it counts and older ones are pruned."""
+    """Read each new checkpoint back from the disk and compare it with its hashes, before older ones are pruned."""
 
     check_replicas: bool = False
-    """Before each save, compare the copies that ranks hold of the same weights: a flipped bit ends the attempt, and the
-    run goes on from the checkpoint before."""
+    """Before each save, compare the copies of the same weights that several ranks hold. If a bit differs, the attempt
+    ends, and the run resumes from the checkpoint before."""
 
     storage: str | None = None
-    """URL of a bucket's prefix (s3://, gs://, or a scheme of your own) to which each checkpoint is uploaded in the
-    background, under the run's name, once it is saved here; credentials come from the environment. null: nowhere."""
+    """URL prefix of an object store (s3://, gs://, or the scheme of a plugin). Each saved checkpoint is uploaded there
+    in the background, under the run's name. Credentials come from the environment. null: no uploads."""
 
     max_failed_saves: Annotated[int, Ge(1)] = 3
-    """Failed saves, or uploads, in a row after which the run warns loudly (and ends, if `stop_unsaved`)."""
+    """Number of saves, or of uploads, that fail in a row before the run logs an error (and ends, if `stop_unsaved`)."""
 
     stop_unsaved: bool = False
-    """End the run, resumable, after `max_failed_saves`, instead of training on unsaved."""
+    """After `max_failed_saves` failures, end the run, which can be resumed, instead of training without checkpoints."""
 
     @field_validator("at")
     @classmethod

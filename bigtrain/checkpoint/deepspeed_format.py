@@ -1,13 +1,15 @@
-"""To and from DeepSpeed's universal checkpoints, which it loads at any ZeRO stage above 0 and any number of ranks.
+"""Conversion to and from DeepSpeed's universal checkpoints.
+
+DeepSpeed loads them at any ZeRO stage above 0 and any number of ranks:
 
     OUT/latest_universal                                 the name of the step's directory
     OUT/global_step100/zero/NAME/fp32.pt                 {"param": tensor}; the FP32 weights
-                            NAME/exp_avg.pt, exp_avg_sq.pt   Adam's moments; NAME/step.pt its count
-                       zero/optimizer_state.pt           what belongs to no parameter
-                       mp_rank_00_model_states.pt        facts; ZeRO 3 reads it under a second name
+                            NAME/exp_avg.pt, exp_avg_sq.pt   Adam's moments; NAME/step.pt its step count
+                       zero/optimizer_state.pt           optimizer state that belongs to no parameter
+                       mp_rank_00_model_states.pt        step, shapes, buffers; ZeRO 3 reads a second file like it
 
-A checkpoint that `deepspeed.save_checkpoint` has written becomes one by DeepSpeed's own `ds_to_universal.py`. Files are
-written and read a tensor at a time. Layout and keys as DeepSpeed 0.19.8 reads them
+DeepSpeed's own `ds_to_universal.py` converts a checkpoint of `deepspeed.save_checkpoint` to a universal one. Files are
+written and read one tensor at a time. Layout and keys are those that DeepSpeed 0.19.8 reads
 (deepspeed/checkpoint/universal_checkpoint.py, runtime/zero/stage3.py: load_hp_checkpoint_state_from_checkpoint_dir).
 """
 
@@ -32,30 +34,31 @@ from bigtrain.storage import fsync_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WRITTEN_FOR = "0.19.8"
-"""The version of DeepSpeed whose readers this follows."""
+"""The version of DeepSpeed that defines the format written here."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 
 
 def to_deepspeed(directory: Path, step: int, out: Path) -> Path:
-    """Write a verified checkpoint as a universal one; `out` appears whole or not at all.
+    """Write a verified checkpoint as a universal one; `out` is created completely, or not at all.
 
-    DeepSpeed loads it with `{"checkpoint": {"load_universal": true}}` in its config and
-    `engine.load_checkpoint(out)`; hyperparameters stay those of the optimizer that it is loaded into. Persistent
-    buffers, which DeepSpeed does not load from such a checkpoint, are in `module` of the model's file. (DeepSpeed
-    0.19.8 under ZeRO 3 gives all parts of an optimizer of torch's one tensor to count steps in, and each part's update
-    raises it: give each its own after loading.)
+    DeepSpeed loads it with `{"checkpoint": {"load_universal": true}}` in its config and `engine.load_checkpoint(out)`.
+    The hyperparameters remain those of the optimizer into which it is loaded. Persistent buffers, which DeepSpeed does
+    not load from such a checkpoint, are in `module` of the model's file.
+
+    With ZeRO 3 and a torch optimizer, DeepSpeed 0.19.8 loads one shared step-count tensor for all parameter partitions,
+    and the update of each partition increments it. After loading, give each partition its own copy.
 
     Args:
-        directory: Of the checkpoints.
-        step: Which one.
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the checkpoint.
         out: A directory that does not exist yet, or is empty.
 
     Returns:
-        The directory of the step.
+        The directory of the step in `out`.
 
     Raises:
-        UserError: `out` is not empty; there is no such step; the optimizer is not of Adam's family.
-        CorruptionError: The checkpoint does not verify.
+        UserError: `out` is not empty, there is no checkpoint of `step`, or the optimizer's state is not Adam's.
+        CorruptionError: The checkpoint is damaged.
     """
     reader = loader.verified_reader(directory, step)
     entries = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
@@ -86,15 +89,16 @@ def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
     Args:
         source: The directory that DeepSpeed would load, or the directory of one step in it.
         out: A directory that does not exist yet, or is empty.
-        trusted: Whether the user vouches for its files, which are pickles. They are read as tensors and plain values
-            alone all the same; what needs more is refused.
+        trusted: Whether the user trusts the files, which are pickles. Even then only tensors and plain values are read;
+            a file that needs other types is refused.
 
     Returns:
-        Its step: the optimizer's count.
+        The step of the checkpoint, which is the optimizer's step count.
 
     Raises:
-        UserError: Not trusted; `out` is not empty; no universal checkpoint, or one without shapes or counts.
-        CorruptionError: A file that cannot be read so.
+        UserError: `trusted` is False, `out` is not empty, `source` is not a universal checkpoint, a file is missing, or
+            the step count is missing or differs between parameters.
+        CorruptionError: A file cannot be read as tensors and plain values, or does not fit the parameter's shape.
     """
     if not trusted:
         raise UserError(
@@ -147,10 +151,10 @@ def _check_adam(entries: dict[str, TensorStorageMetadata], names: list[str], pat
 
 
 def _optimizer_facts(parameters: int, count: Tensor) -> dict[str, Any]:
-    """What DeepSpeed looks for beside the tensors.
+    """The contents of optimizer_state.pt: parameter groups and the step count.
 
-    ZeRO 1 and 2 silently load no more parameter groups than are listed here, and overwrite those groups' settings with
-    the listed ones. So the list has as many groups as there can be, each without settings.
+    ZeRO 1 and 2 silently load no more parameter groups than are listed here, and overwrite the groups' settings with
+    the listed ones. So the list has the largest possible number of groups, each without settings.
     """
     group = {"params": list[int]()}
     return {
@@ -198,7 +202,7 @@ def _parameters(place: Path) -> list[str]:
 
 
 def _shapes(place: Path) -> Iterator[tuple[str, torch.Size]]:
-    """Full (unsharded) shapes of the parameters, as far as the files beside them say: ZeRO 3's tensors are flat."""
+    """Full (unsharded) shapes of the parameters, from the model files that list them: ZeRO 3 stores flat tensors."""
     for path in sorted(place.glob("*model_states.pt")):
         facts = _load(path)
         for group in facts.get("param_shapes") or [] if isinstance(facts, dict) else []:
@@ -218,7 +222,7 @@ def _tensor(path: Path, shape: torch.Size | None) -> Tensor:
 
 
 def _count(place: Path, folder: Path) -> Tensor:
-    """Adam's count of steps, as torch keeps it; ZeRO 3 has one for all parameters."""
+    """Adam's step count as torch stores it, a float32 scalar; ZeRO 3 has one count for all parameters."""
     if (folder / "step.pt").is_file():
         value = _load(folder / "step.pt")
     else:
@@ -231,12 +235,12 @@ def _count(place: Path, folder: Path) -> Tensor:
 
 
 def _load(path: Path) -> Any:
-    """Tensors and plain values of a file, its tensors mapped from the disk."""
+    """Read the tensors and plain values of a file; the tensors are memory-mapped."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError("A file of the checkpoint is missing", str(path)) from None
     except Exception as error:
-        # Damage inside a zip or its pickle raises nearly anything.
+        # A damaged zip archive, or a pickle in it, may raise almost any exception.
         reason = str(error).splitlines()[0]
         raise CorruptionError(f"It cannot be read as tensors and plain values: {reason}", str(path)) from error

@@ -1,4 +1,4 @@
-"""Export to safetensors, under qualified names: what any other tool can read."""
+"""Export of weights to safetensors, under qualified names, for other tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bigtrain.config import UserError
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Above this, weights are split over several files, as the Hugging Face hub does."""
+"""Bytes above which the weights are split over several files, as is usual on the Hugging Face Hub."""
 
 PREFIX = "model."
 
@@ -30,21 +30,21 @@ PREFIX = "model."
 def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> list[Path]:
     """Write the weights of a verified checkpoint as `model.safetensors`, or as numbered parts with an index.
 
-    Reads one part at a time. The directory `out` appears whole or not at all. A tied weight is there once,
-    under its first name.
+    One part at a time is in memory. The directory `out` is created completely, or not at all. A tied weight is written
+    once, under its first name.
 
     Args:
-        directory: Of the checkpoints.
-        step: Which one.
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the checkpoint.
         out: A directory that does not exist yet, or is empty.
-        max_file_bytes: Bytes of tensors in one file; a larger tensor has a file of its own.
+        max_file_bytes: Most bytes of tensors in one file; a larger tensor has its own file.
 
     Returns:
-        The files written.
+        Paths of the written files.
 
     Raises:
-        UserError: `out` is not empty; there is no such step.
-        CorruptionError: The checkpoint does not verify.
+        UserError: `out` is not empty, or there is no checkpoint of `step`.
+        CorruptionError: The checkpoint is damaged.
     """
     reader = loader.verified_reader(directory, step)
     manifest = read_manifest(reader.path)
@@ -64,10 +64,10 @@ def export(directory: Path, step: int, out: Path, *, max_file_bytes: int = MAX_F
 
 @contextmanager
 def appears_whole(out: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `out` at the end, and is removed where that is not reached.
+    """Create a temporary directory that is renamed to `out` at the end, or removed after an exception.
 
     Raises:
-        UserError: `out` is there, and not empty.
+        UserError: `out` exists and is not an empty directory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty", str(out), "give a new directory")
@@ -86,11 +86,16 @@ def appears_whole(out: Path) -> Iterator[Path]:
 
 
 def write_files(parts: Iterable[Mapping[str, Tensor]], count: int, out: Path, notes: dict[str, str]) -> list[str]:
-    """Write each part of a model's tensors to a file of safetensors, and an index where there are several.
+    """Write each part of a model's tensors to a safetensors file, and an index if there are several parts.
 
     Args:
-        parts: `count` of them, each requested when the one before is on the disk.
-        notes: What each file says of itself.
+        parts: The tensors of each part by name; a part is requested after the one before has been written.
+        count: Number of parts.
+        out: An existing directory for the files.
+        notes: Metadata written into each file.
+
+    Returns:
+        Names of the written files.
     """
     names = []
     weight_map: dict[str, str] = {}
@@ -98,7 +103,7 @@ def write_files(parts: Iterable[Mapping[str, Tensor]], count: int, out: Path, no
     for number, tensors in enumerate(parts, start=1):
         name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(dict(tensors), out / name, metadata=notes)
-        (out / name).chmod(0o644)  # safetensors makes it readable by its owner alone
+        (out / name).chmod(0o644)  # safetensors makes the file readable only for its owner
         fsync_file(out / name)
         names.append(name)
         weight_map |= dict.fromkeys(tensors, name)
@@ -113,7 +118,7 @@ def write_files(parts: Iterable[Mapping[str, Tensor]], count: int, out: Path, no
 
 
 def _split(reader: SafeReader, max_file_bytes: int) -> list[list[str]]:
-    """The weights' names in order, in parts of at most `max_file_bytes` or one tensor."""
+    """The weights' names in order, in parts of at most `max_file_bytes`; a larger tensor is its own part."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name, saved in reader.read_metadata().state_dict_metadata.items():

@@ -1,10 +1,10 @@
-"""Tensors of which a rank holds a run of elements that may begin and end inside a row.
+"""Flat shards: a rank holds a contiguous range of a tensor's elements, which may begin and end inside a row.
 
-ZeRO lays parameters end to end and cuts the line into equal parts, so a rank's share of a matrix is no rectangle.
-Checkpoints are made of rectangles: a run is cut into as few of them as cover it (for a matrix: the end of a row, whole
-rows, the beginning of a row), each a view of the memory that DeepSpeed itself works on. Nothing is copied or gathered.
-Under tensor parallelism the line consists of this rank's shards of the matrices: the run lies in a `Box` of the full
-tensor.
+ZeRO concatenates the flattened parameters and cuts the result into equal parts, so a rank's shard of a matrix is not a
+rectangle. DCP checkpoints consist of rectangles. A range is therefore cut into the fewest rectangles that cover it; for
+a matrix: the end of a row, complete rows, the beginning of a row. Each is a view of DeepSpeed's own memory: nothing is
+copied or gathered. Under tensor parallelism the flattened tensors are this rank's shards of the matrices, so a range
+lies in a `Box` of the full tensor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes inside a tensor."""
+"""Offsets and sizes of a rectangle in a tensor, one number for each dimension."""
 
 
 def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
-    """The rectangles that make up elements [begin, end) of a tensor in row-major order, in that order."""
+    """The rectangles that consist of elements [begin, end) of a tensor in row-major order, in this order."""
     if begin >= end:
         return []
     if len(shape) <= 1:
@@ -44,17 +44,17 @@ def rectangles(shape: tuple[int, ...], begin: int, end: int) -> list[Rectangle]:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle inside a tensor."""
+    """A rectangle inside a tensor: its offsets and sizes, one number for each dimension."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
 
 class FlatPart(Tensor):
-    """A tensor by its shape and dtype, of which `local` (1-D) holds the elements from `begin` on.
+    """A tensor of full shape and dtype of which this rank holds a range: `local` (1-D), the elements from `begin` on.
 
-    It supports no arithmetic. A state holds it where a DTensor would be: it is saved and loaded in place. It implements
-    the protocol by which torch.distributed.checkpoint requests pieces of a tensor.
+    It has the same role in a state as a DTensor: it is saved, and loaded in place. It supports no arithmetic. It
+    implements the protocol by which torch.distributed.checkpoint requests pieces of a tensor.
     """
 
     local: Tensor
@@ -71,14 +71,14 @@ class FlatPart(Tensor):
         box: Box | None = None,
         written: bool = True,
     ) -> FlatPart:
-        """Stand for a tensor of `shape`.
+        """Create a FlatPart of a tensor of `shape`.
 
         Args:
-            local: 1-D; shares its memory with what is saved or loaded.
-            begin: Place of its first element in the box, in row-major order.
-            shape: Shape of the full tensor.
-            box: What the line is made of; None: the whole tensor.
-            written: Whether a save takes it from here; False for a further copy, which is loaded alone.
+            local: 1-D tensor of this rank's elements. It shares its memory: a save reads it, and a load writes it.
+            begin: Index of the first element in the box, in row-major order.
+            shape: Shape of the full (unsharded) tensor.
+            box: The rectangle that was flattened; None: the full tensor.
+            written: Whether a save writes these elements; False for a further copy, which is only loaded.
         """
         part: FlatPart = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=local.dtype, device=local.device
@@ -100,7 +100,7 @@ class FlatPart(Tensor):
         return f"FlatPart({tuple(self.shape)}, {self.begin}:{self.begin + self.local.numel()})"
 
     def pieces(self) -> list[tuple[Rectangle, Tensor]]:
-        """Each rectangle of the full tensor that this rank holds, in the run's order, and the view of `local` on it."""
+        """The rectangles of the full tensor that this rank holds, in row-major order, each with its view of `local`."""
         cut, start = [], 0
         for inside, sizes in rectangles(self.box.shape, self.begin, self.begin + self.local.numel()):
             offset = tuple(first + at for first, at in zip(self.box.offset, inside, strict=True))

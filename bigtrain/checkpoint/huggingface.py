@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's form: read into any layout, and written out of a checkpoint, a part at a time."""
+"""Weights in Hugging Face's format: read into tensors of any layout, and exported from a checkpoint part by part."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ from bigtrain.models.huggingface import HfTensor, to_hf
 from bigtrain.storage import write_json
 
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
-"""Offset and sizes of a rectangle of a parameter, and the memory on this rank that it fills."""
+"""Offsets and sizes of a rectangle of a parameter, and this rank's tensor of that rectangle."""
 
 
 def verify_hf(files: HfFiles, expected: str, process_group: dist.ProcessGroup | None = None) -> None:
-    """Compare every byte of a directory with the hash that `init.hash` holds; each rank reads a share. Collective.
+    """Compare the files of a directory with the hash `init.hash`; each rank reads a share of them. Collective.
+
+    Args:
+        files: The directory of weights.
+        expected: The value of `init.hash`.
+        process_group: The ranks that read together; None: all ranks.
 
     Raises:
-        UserError: It holds something else.
+        UserError: The files have another hash.
     """
     ranks = RankGroup(process_group or world_group())
     parts = ranks.together(lambda: files.file_hashes(files.all_files[ranks.rank :: ranks.size]))
@@ -57,22 +62,23 @@ def load_hf(
     files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor],
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Read weights into tensors of any layout, in place: of each file what this rank holds a part of. Collective.
+    """Read weights into tensors of any layout, in place. Collective; each rank reads only the pieces that it holds.
 
     Args:
-        files: Whose shapes have been checked (`HfFiles.check_fit`).
-        names: Where each parameter lies.
-        state: Parameters, DTensors and FlatParts by qualified names, of any floating dtype.
+        files: The directory of weights, whose shapes have been checked (`HfFiles.check_fit`).
+        names: Location of each parameter in transformers' state dict, by qualified name.
+        state: Tensors, DTensors and FlatParts by qualified name, of any floating dtype.
+        process_group: The ranks that load together; None: all ranks.
 
     Raises:
-        CorruptionError: On all ranks, where one cannot read a tensor.
+        CorruptionError: A rank cannot read a tensor; the error is raised on all ranks.
     """
     RankGroup(process_group or world_group()).together(lambda: read_hf(files, names, state))
 
 
 @torch.no_grad()
 def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
-    """As `load_hf`, of this rank alone."""
+    """Read weights into this rank's tensors, as `load_hf`, but without collectives."""
     wanted: dict[str, list[str]] = defaultdict(list)
     for name in state:
         wanted[files.files[cast(str, files.place(names[name].name))]].append(name)
@@ -83,7 +89,7 @@ def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, T
                     for offset, sizes, target in pieces(state[name]):
                         target.copy_(_cut(opened, files, names[name], offset, sizes))
         except Exception as error:
-            # safetensors raises its own, torch others: what they have in common is that the bytes are no such tensors.
+            # safetensors and torch raise different types; all mean that the file does not hold such tensors.
             raise CorruptionError(f"the weights cannot be read: {error}", str(files.directory / file)) from error
 
 
@@ -95,7 +101,7 @@ def _cut(opened: Any, files: HfFiles, place: HfTensor, offset: tuple[int, ...], 
 
 
 def pieces(tensor: Tensor) -> Iterator[Piece]:
-    """What this rank holds of a parameter."""
+    """The pieces of a parameter that this rank holds."""
     if isinstance(tensor, FlatPart):
         for (offset, sizes), view in tensor.pieces():
             yield offset, sizes, view
@@ -113,16 +119,18 @@ def pieces(tensor: Tensor) -> Iterator[Piece]:
 def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tuple[int, dict[str, Any]]:
     """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`, for `init.source`.
 
-    One tensor is in memory at a time; all become FP32.
+    One tensor at a time is in memory. All tensors are converted to FP32.
 
     Args:
-        adapters: Adapters of these weights, which the checkpoint holds beside them.
+        source: The directory of weights.
+        out: A directory that does not exist yet, or is empty; it is created completely, or not at all.
+        adapters: Adapters of these weights, which are written into the checkpoint too; None: no adapters.
 
     Returns:
-        The step, and the section `model` that builds the shape.
+        The step, which is 0, and the config section `model` that builds the model.
 
     Raises:
-        UserError: `out` is not empty; bigtrain has no such model; weights are missing; the adapters do not fit.
+        UserError: `out` is not empty, bigtrain has no such model, weights are missing, or the adapters do not fit.
     """
     files = HfFiles.open(source)
     keys = files.keys()
@@ -149,7 +157,7 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The FP32 tensors of a state, each read on access."""
+    """A mapping from the names of a state to FP32 tensors, each read on access."""
 
     def __init__(
         self,
@@ -159,7 +167,7 @@ class _Lazy(Mapping[str, Tensor]):
         others: Mapping[str, Callable[[], Tensor]],
     ) -> None:
         """Args:
-        others: How to read what is not in `files`.
+        others: For each tensor that is not in `files`, a function that reads it.
         """
         self._files, self._names, self._state, self._others = files, names, state, others
 
@@ -186,22 +194,22 @@ def export_hf(
     companions: Callable[[Path], dict[str, Any]] = lambda place: {},
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> list[Path]:
-    """Write a verified checkpoint as transformers' `from_pretrained` reads it: FP32, one part in memory at a time.
+    """Write a verified checkpoint for transformers' `from_pretrained`, in FP32. One part at a time is in memory.
 
     Args:
-        directory: Of the checkpoints.
-        step: Which one.
-        out: A directory that does not exist yet, or is empty; it appears whole or not at all.
-        config: The model's.
-        companions: Writes what else belongs there, such as a tokenizer, and returns keys for config.json.
-        max_file_bytes: Bytes of tensors in one file; a larger tensor has a file of its own.
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the checkpoint.
+        out: A directory that does not exist yet, or is empty; it is created completely, or not at all.
+        config: The config of the model.
+        companions: Writes further files, such as a tokenizer, into the directory, and returns keys for config.json.
+        max_file_bytes: Most bytes of tensors in one file; a larger tensor has its own file.
 
     Returns:
-        The files written.
+        Paths of the written files.
 
     Raises:
-        UserError: transformers has no such model; `out` is not empty; there is no such step.
-        CorruptionError: The checkpoint does not verify.
+        UserError: transformers has no such model, `out` is not empty, or there is no checkpoint of `step`.
+        CorruptionError: The checkpoint is damaged.
     """
     try:
         names = config.hf_names()
@@ -231,7 +239,7 @@ def export_hf(
 
 
 def _merged(reader: SafeReader, adapter: AdapterConfig, name: str, value: Tensor) -> Tensor:
-    """The value of a parameter, with the adapter of its layer merged into a matrix that has one."""
+    """The value of a parameter; a matrix with an adapter has the adapter merged into it."""
     module, _, own = name.rpartition(".")
     names = [f"{PREFIX}{module}.{part}" for part in adapter.own]
     if own != "weight" or names[0] not in reader.read_metadata().state_dict_metadata:
@@ -240,7 +248,7 @@ def _merged(reader: SafeReader, adapter: AdapterConfig, name: str, value: Tensor
 
 
 def _split(reader: SafeReader, names: Mapping[str, HfTensor], max_file_bytes: int) -> list[list[str]]:
-    """Our names in parts of at most `max_file_bytes`, those that make up one stored tensor together."""
+    """The native names in parts of at most `max_file_bytes`; names that form one stored tensor are in one part."""
     entries = reader.read_metadata().state_dict_metadata
     together: dict[str, list[str]] = defaultdict(list)
     for name, place in names.items():

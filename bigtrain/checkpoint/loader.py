@@ -1,4 +1,4 @@
-"""Loading at any layout, of verified bytes alone, after all ranks have agreed on one step."""
+"""Loading a checkpoint at any layout. All ranks agree on one step, and only verified files are read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from bigtrain.config import CorruptionError, UserError, nearest
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that has been verified, on which all ranks agree."""
+    """A verified checkpoint, the same on all ranks."""
 
     step: int
     path: Path
     manifest: Manifest
     warnings: tuple[str, ...] = ()
-    """One for each newer checkpoint that is damaged."""
+    """One warning for each newer checkpoint that is damaged."""
 
 
 def find(
@@ -41,22 +41,22 @@ def find(
     *,
     before: int | None = None,
 ) -> Found | None:
-    """The newest sound checkpoint, or that of `step`. Collective.
+    """Find the newest checkpoint that passes verification, or verify that of `step`. Collective.
 
-    Each rank reads a share of the files; one bad file on any rank rejects the checkpoint on all.
+    Each rank verifies a share of the files. A damaged file found by one rank rejects the checkpoint on all ranks.
 
     Args:
-        directory: Of the checkpoints.
-        step: This one and no other; None for the newest.
-        process_group: The ranks that load together; None for all there are.
-        before: None newer than this step.
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the only checkpoint to consider; None: the newest intact one.
+        process_group: The ranks that load together; None: all ranks.
+        before: The largest step to consider; None: no limit.
 
     Returns:
-        None where `step` is None and nothing has ever been saved, or nothing before `before`.
+        The checkpoint. None if `step` is None and no checkpoint has ever been saved, or none up to step `before`.
 
     Raises:
-        CorruptionError: The requested checkpoint, or every one there is, is damaged.
-        UserError: There is none of `step`; or a newer bigtrain wrote it.
+        CorruptionError: The requested checkpoint is damaged, or all of them are.
+        UserError: There is no checkpoint of `step`, or a newer version of bigtrain wrote it.
     """
     ranks = RankGroup(process_group or world_group())
     candidates = ranks.once(lambda: _candidates(directory, step))
@@ -88,25 +88,25 @@ def find(
 
 
 def saved_shapes(found: Found) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a verified checkpoint, by name."""
+    """Full (unsharded) shapes of all tensors in a verified checkpoint, by name."""
     entries = SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata
     return {name: tuple(cast(TensorStorageMetadata, entry).size) for name, entry in entries.items()}
 
 
 def read_saved(found: Found, name: str) -> Tensor:
-    """One full tensor of a verified checkpoint, on the CPU."""
+    """Read one full (unsharded) tensor of a verified checkpoint, on the CPU."""
     return read_full(SafeReader(found.path, found.manifest.files), [name])[name]
 
 
 def saved_names(found: Found) -> set[str]:
-    """The names of all tensors of a verified checkpoint."""
+    """Names of all tensors in a verified checkpoint."""
     return set(SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata)
 
 
 def load(
     directory: Path, step: int, state: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
 ) -> Manifest:
-    """Verify the checkpoint of a step and read it into `state`, as `find` and `load_found` do."""
+    """Verify the checkpoint of a step and read it into `state`, by `find` and `load_found`; return its manifest."""
     found = find(directory, step, process_group)
     load_found(cast(Found, found), state, process_group)
     return cast(Found, found).manifest
@@ -122,16 +122,19 @@ def load_found(
 ) -> None:
     """Read a verified checkpoint into tensors and DTensors of any layout, in place. Collective.
 
-    Only names that begin with `prefix` are read; `state` must name all of those, but for what matches a shell pattern
-    of `leave`.
+    Each rank reads the saved pieces that overlap its own shards. Under pipeline parallelism, `state` may have different
+    names on each rank. No tensor is written before the names, shapes and dtypes on all ranks have been checked.
 
-    A rank reads the saved pieces that its own parts overlap. Under pipeline parallelism each rank may name
-    other tensors; together they must name all that the checkpoint holds. Nothing is written before the names,
-    shapes and dtypes of all ranks are found to fit.
+    Args:
+        found: The checkpoint, from `find`.
+        state: The tensors to fill, by name.
+        process_group: The ranks that load together; None: all ranks.
+        prefix: `state`, over all ranks, must have every saved name that begins with `prefix`.
+        leave: Shell patterns of saved names that `state` need not have.
 
     Raises:
         UserError: A name is missing in the checkpoint or in `state`, or a shape or dtype differs.
-        CorruptionError: Bytes that verify, yet are no tensors.
+        CorruptionError: The files match their hashes, but cannot be read as tensors.
     """
     ranks = RankGroup(process_group or world_group())
     reader = SafeReader(found.path, found.manifest.files)
@@ -147,13 +150,19 @@ def load_found(
 
 
 def read_tensors(directory: Path, step: int, prefix: str = "model.") -> dict[str, Tensor]:
-    """Full tensors of a verified checkpoint, in this process alone; for sampling and export.
+    """Verify a checkpoint and read full (unsharded) tensors from it, in this process alone; for sampling and export.
+
+    Args:
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the checkpoint.
+        prefix: The beginning of the names of the tensors to read.
 
     Returns:
-        CPU tensors by the part of their name after `prefix`.
+        CPU tensors by their names without `prefix`.
 
     Raises:
-        UserError, CorruptionError: As `find`.
+        UserError: There is no checkpoint of `step`, or a newer version of bigtrain wrote it.
+        CorruptionError: The checkpoint is damaged.
     """
     reader = verified_reader(directory, step)
     names = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(prefix)]
@@ -161,10 +170,11 @@ def read_tensors(directory: Path, step: int, prefix: str = "model.") -> dict[str
 
 
 def verified_reader(directory: Path, step: int) -> SafeReader:
-    """A reader of a checkpoint that this process alone has verified.
+    """Verify a checkpoint in this process alone, and return a reader of its files.
 
     Raises:
-        UserError, CorruptionError: As `find`.
+        UserError: There is no checkpoint of `step`, or a newer version of bigtrain wrote it.
+        CorruptionError: The checkpoint is damaged.
     """
     candidate = _candidates(directory, step)[0]
     problems = _verify_share(candidate, RankGroup(None))
@@ -178,7 +188,7 @@ def verified_reader(directory: Path, step: int) -> SafeReader:
 
 
 def read_full(reader: SafeReader, names: Collection[str], prefix: str = "") -> dict[str, Tensor]:
-    """Full CPU tensors of the given names, by what follows `prefix` in each; the files are not verified."""
+    """Read full (unsharded) CPU tensors; the keys are `names` without `prefix`. The files are not verified."""
     sizes = reader.read_metadata().state_dict_metadata
     state: dict[str, Tensor] = {}
     for name in names:
@@ -201,7 +211,7 @@ def _candidates(directory: Path, step: int | None) -> list[Checkpoint]:
 
 
 def _verify_share(candidate: Checkpoint, ranks: RankGroup) -> list[str]:
-    """Verify every size-th file; the manifest and the metadata on each rank, since each reads them."""
+    """Verify this rank's share of the files. The manifest and DCP's metadata are verified on every rank."""
     try:
         manifest = read_manifest(candidate.path)
     except CorruptionError as error:

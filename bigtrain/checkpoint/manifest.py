@@ -1,7 +1,7 @@
-"""The manifest: what makes a directory of files a checkpoint.
+"""The manifest, the file `manifest.json` that makes a directory of files a checkpoint.
 
-It names each file with its size and hash, what was trained and how far, and carries a checksum of itself, so
-that a flipped bit in a position is found as surely as one in a weight.
+It lists each file with its size and hash, identifies the run's configuration, and records the training progress. It
+includes a checksum of itself, so a flipped bit in the manifest is detected like one in the weights.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint holds. Its presence, with every file as it says, is what makes a checkpoint."""
+    """The contents of `manifest.json`. A directory is an intact checkpoint if it has one and all files match it."""
 
     model_config = _STRICT
 
     format_version: int = FORMAT_VERSION
     step: NonNegative
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     files: dict[str, FileRecord]
     config_hash: str
-    """Hash of the resolved configuration, *what* and *how*."""
+    """Hash of the resolved configuration, recipe and execution."""
     identity: str
-    """Hash of *what* is trained."""
+    """Hash of the recipe."""
     world_size: Annotated[int, Ge(1)] = 1
     mesh: dict[str, int] = {}
-    """Sizes of the mesh's axes when it was written; nothing needs it to load."""
+    """Sizes of the mesh's axes when the checkpoint was saved; informative only, a load does not use them."""
     position: dict[str, Any] = {}
-    """The loader's position."""
+    """Position of the data loader."""
     progress: dict[str, Any] = {}
-    """Steps, tokens, schedule facts: what the trainer resumes with."""
+    """State with which the trainer resumes, such as steps, tokens and schedule values."""
     rng: dict[str, Any] = {}
-    """What random bits follow from."""
+    """State of random number generators, as passed to `Saver.save`."""
     versions: dict[str, str] = {}
     lease: NonNegative = 0
-    """Number of the lease under which it was written; a writer with a smaller one is fenced off."""
+    """Number of the lease under which the checkpoint was saved; a writer with a smaller number may not publish."""
     permanent: bool = False
-    """Whether it is kept whatever its age."""
+    """Whether pruning never removes the checkpoint."""
     created: str = ""
-    """UTC, ISO 8601."""
+    """Time of the save in UTC, ISO 8601."""
 
     @field_validator("files")
     @classmethod
@@ -78,7 +78,7 @@ class Manifest(BaseModel):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files, the manifest aside."""
+        """Bytes of all files, without the manifest."""
         return sum(record.bytes for record in self.files.values())
 
 
@@ -92,8 +92,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:
-        CorruptionError: It is missing, too large, malformed, or does not match its checksum.
-        UserError: It was written by a newer bigtrain.
+        CorruptionError: The manifest is missing, too large, malformed, or does not match its checksum.
+        UserError: A newer version of bigtrain wrote it.
     """
     path = directory / MANIFEST_NAME
     value = read_object(path, MAX_MANIFEST_BYTES)
@@ -116,10 +116,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The one JSON object of a small file.
+    """Read a small file that holds one JSON object.
 
     Raises:
-        CorruptionError: The file is missing, no regular file, over `max_bytes`, too deep, or no JSON object.
+        CorruptionError: The file is missing or not a regular file, exceeds `max_bytes` or MAX_DEPTH nested levels, or
+            does not hold a JSON object.
     """
     try:
         if path.is_symlink() or not path.is_file():

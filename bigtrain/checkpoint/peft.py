@@ -1,7 +1,8 @@
-"""LoRA adapters in the files of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters in the file format of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
 
-peft's own package is not needed. Its names are those of transformers, with a prefix: bigtrain's
-`layers.0.attention.query` is `base_model.model.model.layers.0.self_attn.q_proj` there. The matrices have equal shapes.
+The peft package is not needed. peft's names are those of transformers with a prefix: bigtrain's module
+`layers.0.attention.query` is `base_model.model.model.layers.0.self_attn.q_proj` there. The matrices have the same
+shapes in both.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _FREE: Final = frozenset(
         *("runtime_config", "megatron_core", "qalora_group_size", "low_cpu_mem_usage"),
     ]
 )
-"""Keys of adapter_config.json that are read here, or change nothing of what stored adapters compute."""
+"""Keys of adapter_config.json that are read here, or do not change the result of stored adapters."""
 _NEUTRAL: Final[tuple[Any, ...]] = (None, False, "none", [], {}, 0)
 _BEGINS: Final[tuple[Any, ...]] = (True, False, "gaussian")
 """Values of init_lora_weights that leave the base weights as they are."""
@@ -50,24 +51,25 @@ _BEGINS: Final[tuple[Any, ...]] = (True, False, "gaussian")
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """Adapters in peft's format, by their headers."""
+    """The config and the tensor shapes of adapters in peft's format; the matrices are read on demand."""
 
     directory: Path
     facts: Mapping[str, Any]
-    """adapter_config.json."""
+    """Contents of adapter_config.json."""
     shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each stored tensor, by its stored name."""
 
     @staticmethod
     def is_one(directory: Path) -> bool:
-        """Whether a directory holds adapters."""
+        """Whether a directory holds adapters in peft's format."""
         return (directory / CONFIG_NAME).is_file()
 
     @classmethod
     def open(cls, directory: Path) -> PeftFiles:
-        """Read config and headers.
+        """Read the config, and the header of the safetensors file.
 
         Raises:
-            UserError: Something is missing or damaged, or the adapters are of a kind that bigtrain does not have.
+            UserError: A file is missing or damaged, or the adapters are of a kind that bigtrain does not support.
         """
         facts = read_object(directory / CONFIG_NAME)
         _refuse_unknown(facts, directory / CONFIG_NAME)
@@ -81,18 +83,18 @@ class PeftFiles:
 
     @property
     def base(self) -> Path | None:
-        """The directory of the base model that they name, where it is one of this machine."""
+        """The base model's directory, if the config names one that exists on this machine; otherwise None."""
         named = self.facts.get("base_model_name_or_path")
         return Path(named) if named and Path(named).is_dir() else None
 
     def keys(self, names: Mapping[str, HfTensor]) -> dict[str, Any]:
-        """The section `model.adapter`.
+        """The config section `model.adapter` that corresponds to the adapters.
 
         Args:
-            names: Where each parameter of the base model lies.
+            names: Location of each parameter of the base model in transformers' state dict, by qualified name.
 
         Raises:
-            UserError: They adapt what bigtrain cannot, or only some of the layers.
+            UserError: The adapters adapt a matrix that bigtrain cannot adapt, or only some of the layers.
         """
         places = self.places(names)
         modules = {name.rpartition(".")[0] for name in places}
@@ -106,10 +108,14 @@ class PeftFiles:
         }  # fmt: skip
 
     def places(self, names: Mapping[str, HfTensor]) -> dict[str, str]:
-        """The stored name of each adapter's matrix, by its qualified name.
+        """The stored name of each adapter matrix, by bigtrain's qualified name.
+
+        Args:
+            names: Location of each parameter of the base model in transformers' state dict, by qualified name.
 
         Raises:
-            UserError: A stored one has no place in the model, another rank, or lacks its other half.
+            UserError: A stored matrix does not belong to any layer of the model, has another rank than the config says,
+                or lacks the second matrix of its pair; or there are no matrices.
         """
         known = {stored: name for name, stored in _places(names).items()}
         found = {}
@@ -134,28 +140,29 @@ class PeftFiles:
         return found
 
     def read(self, stored: str) -> Tensor:
-        """One of the matrices."""
+        """Read one matrix, by its stored name."""
         with safe_open(self.directory / WEIGHTS_NAME, framework="pt") as file:
             matrix: Tensor = file.get_tensor(stored)
         return matrix
 
 
 def export_peft(directory: Path, step: int, out: Path, *, config: ModelConfig, base: str | None = None) -> list[Path]:
-    """Write the adapters of a verified checkpoint as peft reads them: `PeftModel.from_pretrained(model, out)`.
+    """Write the adapters of a verified checkpoint for peft: `PeftModel.from_pretrained(model, out)` loads them.
 
     Args:
-        directory: Of the checkpoints.
-        step: Which one.
-        out: A directory that does not exist yet, or is empty; it appears whole or not at all.
-        config: The model's.
-        base: Where the base weights are, for adapter_config.json.
+        directory: The directory that holds the run's checkpoints.
+        step: Step of the checkpoint.
+        out: A directory that does not exist yet, or is empty; it is created completely, or not at all.
+        config: The config of the model.
+        base: Path or Hub name of the base weights, for adapter_config.json.
 
     Returns:
-        The files written.
+        Paths of the written files.
 
     Raises:
-        UserError: The model has no LoRA adapter, or one that transformers has no place for; as `export_hf`.
-        CorruptionError: The checkpoint does not verify.
+        UserError: The model has no LoRA adapter, transformers has no such model, or an adapted layer is a part of a
+            larger layer in transformers; `out` is not empty; or there is no checkpoint of `step`.
+        CorruptionError: The checkpoint is damaged.
     """
     adapter = getattr(config, "adapter", None)
     if not isinstance(adapter, LoRAConfig):
@@ -203,14 +210,15 @@ def _facts(adapter: LoRAConfig, names: Mapping[str, HfTensor], base: str | None)
 def _places(
     names: Mapping[str, HfTensor], *, strict: bool = False, only: tuple[str, ...] | None = None
 ) -> dict[str, str]:
-    """The stored name of each matrix that an adapter may have, by its qualified name.
+    """The stored name of each possible adapter matrix, by its qualified name.
 
     Args:
-        strict: Refuse a layer that is a part of a larger one in transformers; else skip it.
-        only: Layers, by the last part of their names.
+        names: Location of each parameter of the base model in transformers' state dict, by qualified name.
+        strict: Whether to refuse a layer that is a part of a larger layer in transformers; otherwise it is skipped.
+        only: Last name parts of the adapted layers; None: all layers.
 
     Raises:
-        ValueError: Such a layer.
+        ValueError: With `strict`, a layer is a part of a larger layer in transformers.
     """
     found = {}
     for name, place in names.items():
@@ -227,7 +235,7 @@ def _places(
 
 
 def _refuse_unknown(facts: Mapping[str, Any], where: Path) -> None:
-    """Refuse a key whose value changes what the adapters compute, and that bigtrain does not have."""
+    """Refuse an adapter_config.json with a setting that changes the adapters' result and that bigtrain lacks."""
     if facts.get("peft_type") != "LORA":
         raise UserError(f"peft_type is {facts.get('peft_type')!r}, and bigtrain has LORA alone", str(where))
     for key in ("r", "lora_alpha"):

@@ -1,7 +1,7 @@
-"""Work that several processes do together and whose outcome all of them agree on.
+"""Work that several ranks do together, with one outcome on which all of them agree.
 
-Exceptions travel as plain text: one that cannot be pickled, raised on one rank, would leave the others
-waiting.
+Exceptions are sent as plain text. An exception that cannot be pickled, raised on one rank, would otherwise leave the
+other ranks waiting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class RanksLostError(RuntimeError):
-    """The ranks lost contact in the middle of common work, so they cannot agree on its outcome."""
+    """The connection between the ranks broke during common work, so they cannot agree on its outcome."""
 
 
 class WorkFailedError(RuntimeError):
@@ -47,7 +47,7 @@ class _Failure:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The system's error behind another: "no space left" rather than torch's "unexpected pos 704 vs 598"."""
+    """The OSError that caused an exception: "no space left" rather than torch's "unexpected pos 704 vs 598"."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
@@ -57,10 +57,10 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 class RankGroup:
-    """The processes of a group; one process alone where the group is None.
+    """The ranks of a process group; a single process if the group is None.
 
     Args:
-        group: A gloo group (or any that moves objects).
+        group: A gloo group, or another one that supports collectives of objects.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -70,11 +70,11 @@ class RankGroup:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that acts for all."""
+        """Whether this is the first rank, which acts for all."""
         return self.rank == 0
 
     def collect(self, value: T) -> list[T]:
-        """Each rank's value, in order of rank, on the first rank; empty on the others."""
+        """Gather each rank's value on the first rank, in order of rank; the result is empty on the other ranks."""
         if self.group is None:
             return [value]
         values: list[Any] | None = [None] * self.size if self.first else None
@@ -82,7 +82,7 @@ class RankGroup:
         return values or []
 
     def share(self, value: T | None) -> T:
-        """The first rank's value, on every rank."""
+        """Broadcast the first rank's value to all ranks."""
         if self.group is None:
             return cast(T, value)
         box = [value]
@@ -90,7 +90,7 @@ class RankGroup:
         return cast(T, box[0])
 
     def deal(self, values: list[T] | None) -> T:
-        """Rank r receives the r-th of the first rank's values."""
+        """Scatter the first rank's list: rank r receives the value with index r."""
         if self.group is None:
             return cast(list[T], values)[0]
         box: list[Any] = [None]
@@ -102,14 +102,14 @@ class RankGroup:
         return cast(T, box[0])
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do something on every rank, and fail on every rank where it fails on one.
+        """Call `work` on every rank; if it fails on one rank, the same error is raised on all ranks.
 
         Returns:
-            The results in order of rank, on the first rank; empty on the others.
+            On the first rank the results in order of rank; empty on the others.
 
         Raises:
-            CorruptionError, UserError, FencedError: Where a rank raised it.
-            WorkFailedError: Any other exception on a rank, in words.
+            CorruptionError, UserError, FencedError: `work` raised this error on a rank.
+            WorkFailedError: `work` raised another exception on a rank; the message describes it.
         """
         try:
             outcome: tuple[T | None, _Failure | None] = (work(), None)
@@ -122,7 +122,7 @@ class RankGroup:
         return [cast(T, result) for result, _ in outcomes]
 
     def once(self, work: Callable[[], T]) -> T:
-        """Do something on the first rank, and hand its result, or its failure, to all."""
+        """Call `work` on the first rank, and return its result, or raise its error, on all ranks."""
         results = self.together(lambda: work() if self.first else None)
         return self.share(cast(T, results[0]) if self.first else None)
 
@@ -150,17 +150,20 @@ class RankGroup:
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """The default group where there are several processes, else None."""
+    """The default process group if there are several processes, else None."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
 
 
 def own_group(timeout_s: float) -> dist.ProcessGroup | None:
-    """A new gloo group over all processes that nobody else uses; None for one process. Collective.
+    """Create a gloo group of all processes for the caller's own use; None for a single process. Collective.
 
-    Collectives of a background thread on the default group meet those of the training in an order that
-    differs from rank to rank, which aborts gloo and deadlocks NCCL.
+    If a background thread used the default group, the order of its collectives and those of training would differ
+    between ranks. This aborts gloo and deadlocks NCCL.
+
+    Args:
+        timeout_s: Seconds that a rank waits for the others in one collective.
     """
     if world_group() is None:
         return None

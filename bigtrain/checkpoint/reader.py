@@ -1,8 +1,8 @@
-"""Reading DCP's files without letting them run anything.
+"""Reading DCP's files without executing code from them.
 
-`.metadata` is a pickle. It is read by an unpickler that knows the names of DCP's own types alone and makes
-inert records of them; these are checked and turned into DCP's types. Shards are read with
-`weights_only=True`. Entries of bytes, which DCP would unpickle, are refused: bigtrain's checkpoints hold only tensors.
+`.metadata` is a pickle. The unpickler used here accepts only the names of DCP's own types. It creates inert records,
+which are checked and then converted to DCP's types. Shards are read with `weights_only=True`. Entries of bytes, which
+DCP would unpickle, are refused: bigtrain's checkpoints hold only tensors.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _RECORDS = {
 T = TypeVar("T")
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 _FRAME_BYTES = 9
-"""Of the opcode with its length."""
+"""Bytes of a FRAME opcode with its length argument."""
 
 
 class _Record:
-    """Stands for an object of one of DCP's types: keeps its state, does nothing."""
+    """An inert record of an object of one of DCP's types: it keeps the object's state and runs no code."""
 
     state: Any = None
 
@@ -71,7 +71,7 @@ def _size(values: Any = ()) -> torch.Size:
 
 
 def _ignored(*values: Any) -> None:
-    """For what DCP writes and nothing reads: memory formats, layouts, the path that it was saved to."""
+    """Return None for values that DCP writes and bigtrain does not need: memory formats, layouts, the saved path."""
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -84,11 +84,11 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows DCP's own types, by name, and makes records of them; refuses any other name."""
+    """An unpickler that creates records for DCP's own types, and refuses any other name."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        # Fresh classes for each file: what a crafted pickle does to a class ends with it.
+        # New classes for each file: a crafted pickle that modifies a class does not affect the next file.
         self._types = {key: type(key[1], (_Record,), {"kind": key[1]}) for key in _RECORDS}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -107,9 +107,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(directory: Path) -> Metadata:
     """Read DCP's `.metadata` of a checkpoint that holds tensors only.
 
+    Args:
+        directory: The directory of one step.
+
     Raises:
-        CorruptionError: It is missing, too large, names a foreign type, holds bytes entries, or makes no
-            sense.
+        CorruptionError: The file is missing, too large or malformed, names a type that is not DCP's, or has entries of
+            bytes.
     """
     path = directory / METADATA_NAME
     try:
@@ -121,7 +124,7 @@ def read_metadata(directory: Path) -> Metadata:
     except CorruptionError:
         raise
     except Exception as error:
-        # A damaged pickle raises nearly anything: AttributeError, KeyError, MemoryError, struct.error ...
+        # A damaged pickle may raise almost any exception: AttributeError, KeyError, MemoryError, struct.error ...
         raise CorruptionError(
             f"{METADATA_NAME} is refused: {error}",
             str(path),
@@ -130,11 +133,12 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _checked(data: bytes) -> bytes:
-    """Return a pickle as one frame; refuse one for which the unpickler would allocate memory that it does not fill.
+    """Check a pickle's opcodes, and return the pickle with one frame around all of them.
 
-    A memo of four billion entries or a byte array may cause that; DCP's own pickles have neither. Where a frame begins
-    inside another and ends beyond it, the unpickler drops the rest of the first. It would then run other opcodes than
-    those checked here. With one frame around all, it runs exactly the checked ones.
+    A memo of four billion entries, or a byte array, makes the unpickler allocate memory that it does not fill. DCP's
+    own pickles have neither, so both are refused. If a frame begins inside another frame and ends beyond it, the
+    unpickler drops the rest of the first. It would then execute other opcodes than those checked here. With a single
+    frame, it executes exactly the checked opcodes.
     """
     pieces: list[bytes] = []
     begin = 0
@@ -202,11 +206,11 @@ def _expect(value: Any, kind: type[T]) -> T:
 
 
 class SafeReader(StorageReader):
-    """DCP's reader of a local directory that unpickles nothing from it.
+    """A DCP storage reader of a local directory that never executes code from its files.
 
     Args:
         path: The directory of one step.
-        files: Names it may open, those that have been verified; None for any in the directory.
+        files: Names of the files that may be opened: those that have been verified. None: any file in `path`.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Collection[str] | None = None) -> None:
@@ -219,13 +223,12 @@ class SafeReader(StorageReader):
         if checkpoint_id is not None:
             self.path, self._metadata = Path(checkpoint_id), None
 
-    # DCP looks for a parameter named "kwargs", and where it finds one reads a second, rank-local metadata
-    # file.
+    # Not "**kwargs": if a parameter has that name, DCP also reads a rank-local metadata file.
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """The checked metadata, read once.
+        """Read and check DCP's metadata at the first call; later calls return the same object.
 
         Raises:
-            CorruptionError: See `bigtrain.checkpoint.reader.read_metadata`.
+            CorruptionError: The file is damaged or refused; see `bigtrain.checkpoint.reader.read_metadata`.
         """
         if self._metadata is None:
             self._metadata = read_metadata(self.path)
@@ -241,7 +244,7 @@ class SafeReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the plan's items into the planner's tensors, file by file in the order they lie there."""
+        """Read the plan's items into the planner's tensors: file by file, in order of their offsets."""
         places = self.read_metadata().storage_data
         per_file: dict[str, list[tuple[_StorageInfo, ReadItem]]] = {}
         for item in plan.items:
@@ -267,7 +270,7 @@ class SafeReader(StorageReader):
         try:
             saved = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
         except Exception as error:
-            # As above: damage inside a zip or its pickle raises nearly anything.
+            # As above: a damaged zip archive, or a pickle in it, may raise almost any exception.
             raise CorruptionError(f"{name} cannot be read: {error}", str(self.path / place.relative_path)) from error
         expected = cast(TensorStorageMetadata, self.read_metadata().state_dict_metadata[name])
         if type(saved) is not Tensor or saved.dtype != expected.properties.dtype:

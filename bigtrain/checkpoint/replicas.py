@@ -1,7 +1,7 @@
-"""Comparing what several ranks hold of one tensor: a bit that has flipped in one copy shows nowhere else.
+"""Comparing the copies of a tensor that several ranks hold, which finds a bit that has flipped in one of them.
 
-Replicas of FSDP's shards, copies under tensor parallelism and step counts must be equal to the bit. Ranks send one sum
-of 64 bits a piece, so the cost is reading the copies once, on the device.
+Replicas of FSDP's shards, copies under tensor parallelism and step counts must be bitwise equal. Each rank sends one
+64-bit checksum for each piece, so the cost is one read of the copies on the device.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from bigtrain.checkpoint.ranks import RankGroup
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Piece = tuple[str, tuple[int, ...]]
-"""A tensor's name, and where the piece begins in it."""
+"""A tensor's name, and the offset of the piece in it, one number for each dimension."""
 
 
 class ReplicasDifferError(RuntimeError):
-    """Two ranks hold other bits of the same piece: one of them computes with a damaged copy."""
+    """Two ranks hold different bits of the same piece, so one of them computes with a damaged copy."""
 
 
 def check_replicas(ranks: RankGroup, state: Mapping[str, Tensor]) -> None:
-    """Compare the pieces that several ranks hold. Collective.
+    """Compare the pieces of tensors that several ranks hold. Collective.
 
     Raises:
-        ReplicasDifferError: On all ranks; names the tensor, and the ranks that differ from most.
+        ReplicasDifferError: Copies of a piece differ. The error is raised on all ranks, and names the tensor and the
+            ranks that differ from the majority.
     """
     if ranks.size == 1:
         return
@@ -37,7 +38,7 @@ def check_replicas(ranks: RankGroup, state: Mapping[str, Tensor]) -> None:
     sums: dict[torch.device, list[Tensor]] = defaultdict(list)
     for tensor in pieces.values():
         sums[tensor.device].append(_sum(tensor))
-    # One wait a device: step counts may lie on the CPU.
+    # The host waits once for each device: step counts may be on the CPU.
     read = {device: iter(torch.stack(found).tolist()) for device, found in sums.items()}
     values = [next(read[tensor.device]) for tensor in pieces.values()]
     collected = ranks.collect(dict(zip(pieces, values, strict=True)))
@@ -47,7 +48,7 @@ def check_replicas(ranks: RankGroup, state: Mapping[str, Tensor]) -> None:
 
 
 def _copies(state: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
-    """This rank's parts of tensors of which others may hold a copy."""
+    """This rank's pieces of which other ranks may hold a copy."""
     for name, tensor in state.items():
         if isinstance(tensor, FlatPart):
             yield from (((name, offset), view) for (offset, _), view in tensor.pieces())
@@ -59,7 +60,7 @@ def _copies(state: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's elements as whole numbers of their bits; one flipped bit changes it."""
+    """Checksum of a tensor: the sum of its elements' bits, read as integers; one flipped bit changes it."""
     flat = tensor.contiguous().view(-1)
     size = flat.element_size()
     bits = flat.view(_BITS[size]) if size in _BITS else flat.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints lie on an object store: brought back where the disk was lost, or fetched to be read."""
+"""Runs with checkpoints on an object store: restore a run after its disk was lost, or fetch a checkpoint to read it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 
 
 def store_of(config: RunConfig) -> RunStore | None:
-    """Where a run's checkpoints are uploaded; None: nowhere."""
+    """The store to which a run's checkpoints are uploaded; None if `checkpoint.storage` is not set."""
     storage = config.checkpoint.storage
     return None if storage is None else RunStore(f"{storage}/{config.name}")
 
 
 def check_store(config: RunConfig) -> None:
-    """Refuse a store that this run could not upload to, by writing and removing a few bytes.
+    """Check that the run can upload to its store, by writing and removing a small object.
 
     Raises:
-        UserError: The bucket, the credentials or the endpoint will not do.
+        UserError: The store refused the object: the bucket, the credentials or the endpoint are wrong.
     """
     storage = config.checkpoint.storage
     if storage is not None:
@@ -40,14 +40,14 @@ def check_store(config: RunConfig) -> None:
 
 
 def bring_back(config: RunConfig, runs_dir: Path) -> str | None:
-    """Restore a run that has no checkpoint here, and has some on its store, before it is resumed.
+    """Restore a run from its store before a resume, if it has no checkpoint on this disk and some on the store.
 
     Returns:
-        What was done, in a sentence; None where there was nothing to do.
+        A sentence that describes what was restored; None if nothing was.
 
     Raises:
-        UserError: The store cannot be read, or another process holds the run.
-        CorruptionError: No checkpoint of the store is sound.
+        UserError: The store cannot be read, or another process holds the run's lease.
+        CorruptionError: All checkpoints on the store are damaged.
     """
     run = RunDirectory(runs_dir / config.name)
     storage = config.checkpoint.storage
@@ -59,13 +59,15 @@ def bring_back(config: RunConfig, runs_dir: Path) -> str | None:
 
 
 def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
-    """Restore the run of PREFIX/NAME or PREFIX/NAME@STEP under its name, where there is none of that name yet.
+    """Restore the run NAME from the URL PREFIX/NAME or PREFIX/NAME@STEP into `runs_dir`, which has no such run yet.
 
     Returns:
-        The run, and what was done.
+        The run's directory, and a sentence that describes what was restored.
 
     Raises:
-        UserError: There is such a run already, or no such checkpoint; or as `bring_back`.
+        UserError: A run of this name exists already, the store has no such checkpoint, the store cannot be read, or
+            another process holds the run's lease.
+        CorruptionError: The requested checkpoint, or every one on the store, is damaged.
     """
     place, step = split_run_step(resolve_best(url, runs_dir))
     with _as_mistake(place):
@@ -78,7 +80,7 @@ def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
 
 
 def resolve_best(run: str, runs_dir: Path) -> str:
-    """RUN@best as RUN@STEP, by name, path or URL; any other text as it is.
+    """Replace RUN@best by RUN@STEP, where RUN is a name, path or URL; any other text is returned unchanged.
 
     Raises:
         UserError: There is no such run, it keeps no best checkpoint, or the store cannot be read.
@@ -102,11 +104,14 @@ def resolve_best(run: str, runs_dir: Path) -> str:
 
 
 def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
-    """The run that RUN, RUN@STEP or RUN@best names, and the step; what a URL names is fetched into a cache first.
+    """The directory and step of RUN, RUN@STEP or RUN@best; the checkpoint of a URL is fetched into a cache first.
+
+    Returns:
+        The run's directory, and the step; None where a name or path gives no step.
 
     Raises:
         UserError: There is no such run or checkpoint, or the store cannot be read.
-        CorruptionError: What is stored is damaged.
+        CorruptionError: The checkpoint on the store is damaged.
     """
     name, step = split_run_step(resolve_best(run, runs_dir))
     if not is_url(name):
@@ -116,11 +121,11 @@ def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
 
 
 def newest_of(run: RunDirectory) -> int:
-    """Step of a run's newest sound checkpoint; a warning is logged for each newer one that is damaged or gone.
+    """Step of a run's newest intact checkpoint; a warning is logged for each newer one that is damaged or missing.
 
     Raises:
-        UserError: It has none yet.
-        CorruptionError: None is sound.
+        UserError: The run has no checkpoint yet.
+        CorruptionError: All checkpoints are damaged.
     """
     step, warnings = commit.newest_verified(run.checkpoints)
     if step is None:
@@ -131,9 +136,16 @@ def newest_of(run: RunDirectory) -> int:
 
 
 def fetch_into_cache(url: str, step: int | None) -> tuple[RunDirectory, int]:
-    """A directory with one checkpoint of a store, and its step: the newest where none is given.
+    """Fetch a checkpoint from a store into the cache directory, unless it is there already.
 
-    Processes of one machine share it: one of them fetches, the others wait.
+    The processes of a machine share the cache: one of them fetches, and the others wait.
+
+    Args:
+        url: The run on the store, PREFIX/NAME.
+        step: Step of the checkpoint; None: the newest.
+
+    Returns:
+        A run directory with the checkpoint, and the checkpoint's step.
     """
     step = _require_committed(RunStore(url, HASTE), step)
     store = RunStore(url)
@@ -149,10 +161,10 @@ def fetch_into_cache(url: str, step: int | None) -> tuple[RunDirectory, int]:
 
 
 def refuse_unrestored(config: RunConfig) -> None:
-    """Refuse to begin at step 0 what has checkpoints on its store.
+    """Refuse to start a run at step 0 if there are checkpoints of it on its store.
 
     Raises:
-        UserError: It has.
+        UserError: The store has a checkpoint of the run.
     """
     store = store_of(config)
     steps = store.committed() if store is not None else []
@@ -165,7 +177,7 @@ def refuse_unrestored(config: RunConfig) -> None:
 
 
 def _restore(store: RunStore, run: RunDirectory, step: int | None = None) -> str:
-    """Fetch the records of a run and the newest sound checkpoint, or that of `step`, into its directory."""
+    """Fetch a run's records and its newest intact checkpoint, or that of `step`, into the run's directory."""
     lease = Lease.acquire(run)
     try:
         commit.clean(run.checkpoints)
@@ -198,7 +210,7 @@ def _require_committed(store: RunStore, step: int | None) -> int:
 
 @contextlib.contextmanager
 def _as_mistake(where: str) -> Iterator[None]:
-    """Turn a store's errors before the first step into a `UserError`: the user can fix them."""
+    """Raise a store's error as a `UserError`: before the first step, the user can fix it."""
     try:
         yield
     except RemoteError as error:

@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy the state to CPU memory, then write and commit it in the background."""
+"""Asynchronous saving: copy the state to CPU memory, then write and commit it in the background during training."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ from bigtrain.config import CorruptionError, UserError
 logger = logging.getLogger(__name__)
 
 PHASES = ("begin", "plan", "shards", "sync", "manifest", "rename", "publish", "verify", "prune")
-"""What a phase hook is called with, in order; "manifest", "rename" and "publish" on the first rank alone."""
+"""The phases of a save, in order, with which a phase hook is called; "manifest", "rename" and "publish" only on the
+first rank."""
 
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """How a save ended; the same on every rank, but for the seconds."""
+    """The outcome of a save; equal on all ranks, except for the durations."""
 
     step: int
     status: Literal["saved", "failed", "fenced"]
     cause: str | None
-    """Why it was not saved, in words."""
+    """The reason why the checkpoint was not saved; None if it was."""
     total_bytes: int
     staging_s: float
-    """Seconds that the copy to CPU memory kept the training."""
+    """Seconds for which the copy to CPU memory blocked training."""
     seconds: float
     """Seconds from the call of `save` to the end of pruning."""
     pruned: tuple[int, ...] = ()
-    """Steps removed."""
+    """Steps of the checkpoints that were removed."""
     failed_uploads: int = 0
-    """Uploads that had failed in a row when it ended."""
+    """Number of uploads that had failed in a row when the save ended."""
 
 
 @dataclass
@@ -67,30 +68,31 @@ class _Job:
 
 
 class Saver:
-    """Saves the state of a run by the commit protocol. Every rank has one and calls it at the same steps.
+    """Saves the state of a run by the commit protocol. Every rank has a Saver and calls it at the same steps.
 
-    A save that fails (disk full, read-only) stops nothing: its temporary directory is removed, an event says
-    why, and the next save tries again. All ranks agree on how each save ended. What a save in the background
-    came to is counted when it is joined, at the next `save`, `wait` or `close`, so at the same step on all
-    ranks.
+    A failed save (disk full or read-only) does not stop training. Its temporary directory is removed, an event records
+    the cause, and the next save tries again. All ranks agree on the outcome of each save. The outcome of a background
+    save is processed when it is joined: at the next `save`, `wait` or `close`, so at the same step on all ranks.
 
-    Events: "saved" (step, bytes, seconds, staging_s, pruned, and with `config.best` the best one's step, metric and
-    value), "save_failed" (step, cause, failures),
-    "save_refused" (step, cause: the lease was lost), "replicas_differ" (step, cause),
-    "save_waited" (step, seconds: training stood still because the save before was still under way), "unsaved"
-    (step, failures: the limit is reached).
+    Events:
+        saved: step, bytes, seconds, staging_s, pruned; with `config.best` the best checkpoint's step, metric and value.
+        save_failed: step, cause, failures in a row.
+        save_refused: step, cause. The lease was lost.
+        replicas_differ: step, cause.
+        save_waited: step, seconds. Training waited because the save before had not ended.
+        unsaved: step, failures, cause. The limit of failed saves is reached.
 
     Args:
-        directory: Of the checkpoints; made by the first save. What dead saves left there is removed at once,
-            so only the holder of the run's lease may make a Saver.
-        config: Retention, and what to do about failed saves.
-        process_group: A gloo group of all ranks that nobody else uses. None makes one where there are
-            several.
-        may_publish: Whether this attempt still holds the lease.
+        directory: The directory that holds the run's checkpoints; the first save creates it. The constructor removes
+            leftovers of interrupted saves from it, so only the holder of the run's lease may create a Saver.
+        config: The section `checkpoint`.
+        process_group: A gloo group of all ranks that no other code uses. None: a new one is created if there are
+            several ranks.
+        may_publish: Returns whether this attempt still holds the lease.
         on_event: Called on the first rank; must be safe to call from another thread.
         phase_hook: Called at the end of each phase of a save, in the saving thread; for fault injection.
-        timeout_s: How long a rank waits for the others in one collective of a save.
-        uploader: On the first rank, where `config.storage`: is informed of each new checkpoint.
+        timeout_s: Seconds that a rank waits for the others in one collective of a save.
+        uploader: On the first rank, if `config.storage` is set: woken after each new checkpoint.
     """
 
     def __init__(
@@ -108,11 +110,11 @@ class Saver:
         self.directory = Path(directory)
         self.config = config
         self.failures = 0
-        """Failed saves in a row."""
+        """Number of saves that failed in a row."""
         self.fenced = False
-        """Whether another attempt has taken the run over: nothing can be saved any more."""
+        """Whether another attempt has taken the run's lease: this Saver can save nothing any more."""
         self.last: SaveOutcome | None = None
-        """How the last joined save ended."""
+        """Outcome of the last joined save."""
         self._owns_group = process_group is None
         self._ranks = RankGroup(process_group if process_group is not None else own_group(timeout_s))
         self._may_publish = may_publish
@@ -128,14 +130,14 @@ class Saver:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the run should end, resumable: fenced off, or unsaved for too long where `stop_unsaved`."""
+        """Whether the run should end: the lease is lost, or with `stop_unsaved` too many saves or uploads failed."""
         failures = max(self.failures, 0 if self.last is None else self.last.failed_uploads)
         too_many = failures >= self.config.max_failed_saves
         return self.fenced or (self.config.stop_unsaved and too_many)
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way on this rank; ranks may see its end at different steps."""
+        """Whether a save is in progress on this rank; ranks may see its end at different steps."""
         return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
 
     def save(
@@ -152,22 +154,22 @@ class Saver:
         lease: int = 0,
         permanent: bool = False,
     ) -> None:
-        """Save the state after `step` optimizer steps. Collective; waits first for a save still under way.
+        """Save the state after `step` optimizer steps. Collective; waits first for the end of the save before.
 
-        Asynchronous, it returns as soon as this rank's part has been copied to CPU memory, and the tensors
-        may change. The copy is kept and reused: one part of the state, for as long as the Saver lives.
+        With `config.asynchronous`, the call returns when this rank's shards have been copied to CPU memory; then the
+        tensors may change. The CPU buffers, of the size of this rank's shards, are reused until `close`.
 
         Args:
-            step: Optimizer steps done.
+            step: Number of completed optimizer steps.
             state: Tensors and DTensors by name; see `bigtrain.checkpoint.state.flatten`.
-            progress, position, rng, mesh: JSON objects for the manifest; the first rank's count.
-            config_hash, identity: Hashes of the run's configuration and of its *what*.
-            lease: Number of the lease held.
-            permanent: Whether pruning leaves it alone.
+            progress, position, rng, mesh: JSON objects for the manifest; those of the first rank are written.
+            config_hash, identity: Hashes of the run's configuration and of its recipe.
+            lease: Number of the lease that this attempt holds.
+            permanent: Whether pruning never removes the checkpoint.
 
         Raises:
             RanksLostError: The ranks lost contact, in this save or the one before.
-            ReplicasDifferError: Ranks hold other bits of the same weights, where `config.check_replicas`; nothing is
+            ReplicasDifferError: With `config.check_replicas`, ranks hold different bits of the same weights. Nothing is
                 saved.
         """
         self._join(report_wait_at=step)
@@ -192,15 +194,15 @@ class Saver:
             self._join()
 
     def wait(self) -> SaveOutcome | None:
-        """Wait for the save under way, if any, and say how the last one ended. Call it on all ranks."""
+        """Wait for the save in progress, if any, and return the outcome of the last save. Call it on all ranks."""
         self._join()
         return self.last
 
     def rewind(self, step: int) -> None:
-        """Make the checkpoint of `step`, which is there, the newest. Collective; call it when no save is under way.
+        """Make the existing checkpoint of `step` the newest. Collective; call it when no save is in progress.
 
         Raises:
-            FencedError: Another attempt has taken the run over.
+            FencedError: Another attempt has taken the run's lease.
         """
 
         def take_back() -> None:
@@ -213,7 +215,7 @@ class Saver:
         self._ranks.once(take_back)
 
     def close(self) -> None:
-        """Wait for the save under way, and give back the staging memory and the process group."""
+        """Wait for the save in progress, and release the CPU buffers and the process group."""
         try:
             self._join()
         finally:
@@ -230,7 +232,7 @@ class Saver:
             raise
 
     def _stage(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to CPU buffers, pinned for a GPU's tensors; the copies overlap and are waited for once."""
+        """Copy tensors to CPU buffers, which are pinned for GPU tensors. The copies overlap; the end waits for all."""
         devices = set()
         for name, tensor in local.items():
             buffer = self._staged.get(name)
@@ -248,7 +250,7 @@ class Saver:
         return dict(self._staged)
 
     def _join(self, report_wait_at: int | None = None) -> None:
-        """Take in how the save under way ended; raise what it could not report."""
+        """Wait for the save in progress and process its outcome; raise the exception that ended it, if any."""
         job, self._job = self._job, None
         if job is None:
             return
@@ -271,7 +273,7 @@ class Saver:
             self._emit("unsaved", step=self.last.step, failures=self.failures, cause=self.last.cause)
 
     def _run(self, job: _Job) -> None:
-        """One save from the temporary directory to pruning; in the saving thread."""
+        """Execute one save, from the temporary directory to pruning; in the saving thread."""
         try:
             job.outcome = self._attempt(job)
         except BaseException as error:  # noqa: BLE001 - it reaches nobody unless it is joined
@@ -310,7 +312,7 @@ class Saver:
         return SaveOutcome(job.step, status, cause, total, job.staging_s, seconds, pruned, self._failed_uploads())
 
     def _failed_uploads(self) -> int:
-        """As the first rank counts them, so that all ranks end or go on together."""
+        """Number of failed uploads in a row, shared by the first rank, so that all ranks stop or continue together."""
         if self.config.storage is None:
             return 0
         return self._ranks.share(0 if self._uploader is None else self._uploader.failures)
@@ -330,7 +332,7 @@ class Saver:
         return total, tuple(pruned)
 
     def _read_back(self, final: Path, names: list[str]) -> None:
-        """Compare each rank's files with the manifest, and take the checkpoint back where they differ."""
+        """Compare each rank's files with the manifest, and withdraw the checkpoint if they differ."""
         try:
             self._ranks.together(lambda: _verify_from_disk(final, names))
         except CorruptionError:
@@ -353,7 +355,7 @@ class Saver:
         return commit.publish(temporary, manifest, may_publish=self._may_publish, hook=self._hook)
 
     def _prune(self, final: Path) -> list[int]:
-        """Remove what is too old; not being able to is no reason to call the save failed."""
+        """Remove old checkpoints, and return their steps. An OSError is only logged: the save itself has succeeded."""
         self._known_good.add(commit.good_mark(final))
         if not self._may_publish():
             return []
@@ -366,7 +368,7 @@ class Saver:
             return []
 
     def _clean(self) -> None:
-        """Remove what dead saves left; on a disk that cannot be written, the first save will say so."""
+        """Remove leftovers of interrupted saves. An OSError is only logged, since the first save will report it."""
         try:
             commit.clean(self.directory)
         except OSError as error:
@@ -378,12 +380,12 @@ class Saver:
         try:
             self._on_event(event, **fields)
         except OSError as error:
-            # The disk that is too full for a checkpoint may be too full for the line that says so.
+            # A disk that is too full for a checkpoint may also be too full for the event.
             logger.warning("%s of step %s could not be recorded: %s", event, fields.get("step"), error)
 
 
 def _verify_from_disk(path: Path, names: list[str]) -> None:
-    """Compare this rank's files with the manifest, from the disk and not from the cache."""
+    """Compare this rank's files with the manifest, reading from the disk and not from the page cache."""
     commit.drop_from_cache(path, names)
     problems = commit.verify(path, names=names)
     if problems:

@@ -1,7 +1,7 @@
-"""Writing tensors shard by shard through DCP's own planner and writer interfaces.
+"""Writing a state's shards through DCP's planner and writer interfaces.
 
-bigtrain's own collectives (`ranks`) run between the two, so that a failure on one rank becomes the same failure on
-all.
+bigtrain's own collectives (`ranks`) connect the two instead of DCP's, so that a failure on one rank raises the same
+error on all ranks.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from bigtrain.storage.hashes import named, new_digest
 METADATA_NAME = ".metadata"
 WRITE_BUFFER_BYTES = 1 << 20
 WRITE_BACK_BYTES = 16 << 20
-"""Written bytes after which the kernel is asked to begin with them, so that the last sync finds little to do."""
+"""After this many written bytes, the kernel is asked to write them to the disk, so that the final fsync is short."""
 
 
 def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of each tensor that this rank holds, sharing memory; without those that it does not write."""
+    """This rank's shard of each tensor, sharing memory with it; without tensors that this rank does not write."""
     local = {}
     for name, tensor in state.items():
         if isinstance(tensor, FlatPart):
@@ -57,9 +57,9 @@ def local_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_items(state: Mapping[str, Tensor]) -> list[WriteItem]:
-    """What this rank could write: one item for the part of each tensor it holds, replicas included.
+    """The write items of this rank: one for each shard that it holds, including replicas.
 
-    Looks at shapes and placements alone. Parts of zero elements are skipped where other ranks have some.
+    The function reads only shapes and placements. Empty shards of non-empty tensors have no item.
     """
     items = []
     for name, tensor in state.items():
@@ -88,13 +88,13 @@ def plan_items(state: Mapping[str, Tensor]) -> list[WriteItem]:
 
 
 class _StagedPlanner(DefaultSavePlanner):
-    """DCP's planner over items made beforehand and the local tensors, staged or live, that they stand for."""
+    """A DCP save planner over existing write items and their local tensors (CPU copies or the originals)."""
 
     def __init__(self, items: list[WriteItem], local: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._items, self._local = items, local
         self._starts: dict[MetadataIndex, int] = {}
-        """Where each item's values begin in the local tensor: the items of a run of elements follow each other."""
+        """Index of each item's first element in the local tensor. The items of a FlatPart follow each other there."""
         filled: dict[str, int] = {}
         for item in items:
             start = filled.get(item.index.fqn, 0)
@@ -114,20 +114,20 @@ class _StagedPlanner(DefaultSavePlanner):
 
 
 def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
-    """The same memory, as a tensor that is no part of a larger storage: DCP saves whole storages, so it would copy."""
+    """The same memory as a tensor with its own storage: DCP saves complete storages, so it would copy a view."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
-    # By way of bytes, since numpy has no BF16.
+    # Through uint8, since numpy has no BF16.
     return torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def _sizes(item: WriteItem) -> torch.Size:
-    assert item.tensor_data is not None  # there are no entries of bytes
+    assert item.tensor_data is not None  # bigtrain saves no entries of bytes
     return item.tensor_data.chunk.sizes
 
 
 class _HashedFile(io.RawIOBase):
-    """A new file that is hashed while it is written: what is written is still in the processor's cache."""
+    """A new file that is hashed during the write, while the data are still in the processor's cache."""
 
     def __init__(self, path: Path, hashes: dict[str, str]) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
@@ -159,7 +159,7 @@ class _HashedFile(io.RawIOBase):
 
 
 class _HashingFiles(FileSystem):
-    """DCP's way to the local disk, with the hash of each file that it writes."""
+    """DCP's interface to the local file system, which records the hash of each file that it writes."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
@@ -178,7 +178,7 @@ class _HashingFiles(FileSystem):
 
 @contextlib.contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Have torch.save skip the CRC of each tensor: nobody reads it, and it costs more than the hash."""
+    """Make torch.save skip the CRC32 of each tensor, which is not read and takes longer than the hash."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -188,11 +188,11 @@ def _without_checksums() -> Iterator[None]:
 
 
 class _Writer(FileSystemWriter):
-    """One file a rank, written tensor by tensor and hashed; the metadata carry no path of this machine."""
+    """A DCP writer of one hashed file for each rank, tensor by tensor; the metadata contain no path of this machine."""
 
     def __init__(self, path: Path) -> None:
-        # Copying ahead would open a context on GPU 0 from the saving thread of every rank.
-        # Its own syncing is of no use: up to torch 2.14 it comes before the last bytes leave Python's buffer.
+        # With per_thread_copy_ahead, the saving thread of every rank would create a CUDA context on GPU 0.
+        # sync_files has no use: up to torch 2.14 the sync comes before Python's buffer is flushed.
         super().__init__(path, single_file_per_rank=True, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
         self.files = self.fs = _HashingFiles()
 
@@ -203,13 +203,13 @@ class _Writer(FileSystemWriter):
 def write_shards(
     ranks: RankGroup, path: Path, items: list[WriteItem], local: Mapping[str, Tensor], hook: PhaseHook
 ) -> tuple[dict[str, FileRecord], list[str]]:
-    """Write and sync this rank's part of a checkpoint into `path`, which exists. Collective.
+    """Write and sync this rank's files of a checkpoint into the existing directory `path`. Collective.
 
-    A tensor that several ranks hold is written by one of them, the one with least to write.
+    If several ranks hold the same shard, the rank that has the least to write writes it.
 
     Returns:
-        Sizes and hashes of all ranks' files (on the first rank; empty elsewhere), and the names of this
-        rank's.
+        The sizes and hashes of all ranks' files (on the first rank; empty on the others), and the names of this rank's
+        files.
     """
     planner = _StagedPlanner(items, local)
     writer = _Writer(path)

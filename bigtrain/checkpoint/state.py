@@ -1,4 +1,4 @@
-"""The state of a run as one flat dictionary of tensors by qualified names."""
+"""The state of a run as one flat dictionary from qualified names to tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from bigtrain.config import UserError
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and recompute put into qualified names: *how*, not *what*."""
+"""Name parts that torch.compile and activation recomputation add: they depend on the execution, not on the recipe."""
 
 
 def qualified_name(name: str) -> str:
-    """A parameter's name without what compilation and recompute put into it."""
+    """A parameter's name without the parts that torch.compile and activation recomputation add."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -23,12 +23,13 @@ def qualified_name(name: str) -> str:
 def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds, sharing memory with the model and its optimizers.
 
-    "model.NAME" for each parameter (a tied one once, under its first name) and persistent buffer;
-    "optimizer.NAME.KEY" for each tensor of the optimizer's state, step counts too; to have those before the
-    first step, see `materialise_optimizer`.
+    The key is "model.NAME" for each parameter (a tied one once, under its first name) and each persistent buffer. It is
+    "optimizer.NAME.KEY" for each tensor of the optimizer's state, including step counts. Before the first step,
+    `materialise_optimizer` creates this state.
 
     Raises:
-        UserError: The optimizer keeps state that is no tensor, or trains what is no parameter of the model.
+        UserError: The optimizer keeps state that is not a tensor, or trains a tensor that is not a parameter of the
+            model.
     """
     names = {parameter: qualified_name(name) for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
@@ -36,7 +37,7 @@ def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if any(parameter not in names for group in groups for parameter in group["params"]):
         raise UserError("the optimizer trains a tensor that is no parameter of the model")
-    # In the model's order, not that of the parameter groups.
+    # In the order of the model's parameters, not of the parameter groups.
     kept = {
         parameter: (optimizer, own) for optimizer in optimizers for parameter, own in optimizer.state.items() if own
     }
@@ -59,12 +60,12 @@ def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
 
 
 def materialise_optimizer(optimizer: Optimizer) -> None:
-    """Give an optimizer the state that its first step would make, to read a checkpoint into.
+    """Create the optimizer state that the first step would create, so that a checkpoint can be loaded into it.
 
-    The optimizer's section describes it (`OptimizerConfig.zero_state`). State that is already there is left as it is.
+    The optimizer's config section defines this state (`OptimizerConfig.zero_state`). Existing state is not changed.
 
     Raises:
-        UserError: It was not built from a section.
+        UserError: The optimizer was not built from an `OptimizerConfig`.
     """
     zero_state: Callable[[Tensor], dict[str, Tensor]] | None = getattr(optimizer, "zero_state", None)
     if zero_state is None:

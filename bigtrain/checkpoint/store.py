@@ -1,11 +1,11 @@
-"""The checkpoints of a run on an object store: uploaded after they are committed here, and fetched back.
+"""The checkpoints of a run on an object store: uploaded after the commit on the local disk, and fetched back.
 
     s3://bucket/prefix/NAME/config.yaml, run.json, metrics.jsonl, events.jsonl, samples.jsonl
     s3://bucket/prefix/NAME/checkpoints/step_00000100/   files, then manifest.json
 
-It is laid out as the run's directory is. An object store has no rename: a manifest, written after all that it names
-has been compared with it, is the commit, and is the first that goes when a checkpoint is removed. So an upload that was
-torn is no checkpoint, and the next one goes on with what is there.
+The layout is that of the run directory. An object store has no rename, so the upload of the manifest is the commit: it
+comes after all files have been uploaded and compared with it. When a checkpoint is removed, the manifest is removed
+first. So an interrupted upload is not a checkpoint, and the next upload continues with the objects that exist.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ from bigtrain.storage.objects import Patience, Transient, fetch, patiently
 from bigtrain.storage.scheme import open_store
 
 ARRIVALS = 3
-"""Times that a file is fetched whole before other bytes than the manifest's are an error."""
+"""How often a file is fetched if its hash is not that in the manifest, before this is an error."""
 FETCHERS = 8
 HASTE = Patience(timeout_s=10.0, retries=2)
-"""Retries while a person waits for the answer."""
+"""Time limit and retries for requests while a user waits for the answer."""
 
 T = TypeVar("T")
 
 
 class RunStore:
-    """What a store holds of one run; see the module's docstring.
+    """The checkpoints and records of one run on an object store; see the module's docstring.
 
-    Every method raises RemoteError where the store refuses, or fails more often in a row than patience allows.
+    Every method raises RemoteError if the store refuses a request, or fails more often in a row than `patience` allows.
 
     Args:
-        url: Of the run: PREFIX/NAME.
+        url: URL of the run, PREFIX/NAME.
+        patience: Time limit and retries for each request; None: the defaults of `Patience`.
 
     Raises:
-        UserError: Not the URL of a store, or one whose library is not installed.
+        UserError: `url` is not the URL of an object store, or the library for its scheme is not installed.
     """
 
     def __init__(self, url: str, patience: Patience | None = None) -> None:
@@ -61,11 +62,11 @@ class RunStore:
         self.url = self._place.url
 
     def cancel(self) -> None:
-        """End the waiting between two tries, now and from now on, with Cancelled; from any thread."""
+        """End the current and all later waits between retries with Cancelled; may be called from any thread."""
         self._cancelled.set()
 
     def listing(self) -> dict[int, dict[str, int]]:
-        """The size of each object of each step, committed or not, oldest first."""
+        """Bytes of each object of each step by its name, committed or not, in order of steps."""
         steps: dict[int, dict[str, int]] = {}
         for path, size in self._try(lambda: self._place.sizes(CHECKPOINTS), CHECKPOINTS).items():
             directory, _, name = path.partition("/")
@@ -75,14 +76,14 @@ class RunStore:
         return dict(sorted(steps.items()))
 
     def committed(self) -> list[int]:
-        """The steps that have a manifest, oldest first."""
+        """The steps of committed checkpoints (those with a manifest), oldest first."""
         return [step for step, sizes in self.listing().items() if MANIFEST_NAME in sizes]
 
     def best(self, listing: Mapping[int, Mapping[str, int]] | None = None) -> list[Best]:
-        """The best checkpoints, the best first; as `best.ranked`.
+        """The best checkpoints on the store, as `best.ranked` returns them.
 
         Args:
-            listing: As `listing` has returned it.
+            listing: A result of the method `listing`; None: list the objects now.
         """
         manifests: list[Manifest] = []
         found = self.listing() if listing is None else listing
@@ -92,24 +93,28 @@ class RunStore:
             with contextlib.suppress(CorruptionError):
                 manifests.append(self.manifest(step))
             if len(manifests) == 1 and not has_rule(manifests[0]):
-                return []  # The newest one's rule counts.
+                return []  # The newest manifest decides, and it has no rule.
         return ranked(manifests)
 
     def manifest(self, step: int) -> Manifest:
-        """The manifest of a step.
+        """Fetch the manifest of a step.
 
         Raises:
-            CorruptionError: It is damaged, or that of another step.
+            CorruptionError: The manifest is damaged, or belongs to another step.
         """
         with tempfile.TemporaryDirectory() as place:
             return self._manifest_into(Path(place), step)
 
     def problems(self, step: int, sizes: Mapping[str, int], *, hashes: bool) -> list[str]:
-        """What is wrong with a committed checkpoint, one sentence each; empty for a sound one.
+        """Compare a committed checkpoint with its manifest.
 
         Args:
-            sizes: Of its objects, from `listing`.
-            hashes: Read every byte; otherwise compare sizes alone.
+            step: Step of the checkpoint.
+            sizes: Bytes of its objects by name, from `listing`.
+            hashes: Whether to read every byte and compare hashes; otherwise only sizes are compared.
+
+        Returns:
+            One sentence for each problem; empty for an intact checkpoint.
         """
         try:
             manifest = self.manifest(step)
@@ -126,7 +131,7 @@ class RunStore:
         return found
 
     def holds(self, manifest: Manifest, sizes: Mapping[str, int]) -> bool:
-        """Whether a checkpoint is committed here with this very manifest and whole, by its sizes."""
+        """Whether the store has a committed checkpoint with exactly this manifest, and files of the sizes in it."""
         if MANIFEST_NAME not in sizes or any(sizes.get(name) != one.bytes for name, one in manifest.files.items()):
             return False
         try:
@@ -144,22 +149,24 @@ class RunStore:
         may_publish: Callable[[], bool] = lambda: True,
         hook: PhaseHook = lambda phase: None,
     ) -> None:
-        """Upload a committed checkpoint; what a torn upload of the same bytes has left is not sent again.
+        """Upload a committed checkpoint. Files that an interrupted upload of the same bytes left are not sent again.
 
         Args:
-            source: Its directory here.
-            manifest: Of that directory.
-            present: Sizes of the objects that are there, from `listing`.
-            read_back: Compare what is stored with the manifest, by reading it, before it is committed; else its size.
-            may_publish: Whether this process still holds the run's lease; asked before anything replaces or commits.
-            hook: Called with "object" after each object, with "stored" after the manifest; for fault injection.
+            source: Directory of the checkpoint on the local disk.
+            manifest: The manifest in that directory.
+            present: Bytes of the step's objects on the store by name, from `listing`.
+            read_back: Whether each stored object is read and compared with its hash; otherwise only its size is
+                compared.
+            may_publish: Returns whether this process still holds the run's lease; called before a manifest is removed
+                or uploaded.
+            hook: Called with "object" after each object, and with "stored" after the manifest; for fault injection.
 
         Raises:
             FencedError: The lease was lost.
-            FileNotFoundError: The checkpoint was removed here meanwhile.
+            FileNotFoundError: The checkpoint was removed from the local disk meanwhile.
         """
         if MANIFEST_NAME in present:
-            # It commits other bytes than those which are about to lie beside it.
+            # This manifest would commit other bytes than those that are uploaded now.
             _require(may_publish)
             self._remove(manifest.step, [MANIFEST_NAME])
         for name, record in manifest.files.items():
@@ -172,7 +179,7 @@ class RunStore:
         hook("stored")
 
     def put_records(self, run: RunDirectory) -> None:
-        """Upload what else of a run's directory a resume needs, as it stands."""
+        """Upload the current state of the other files that a resume needs: config, run record and logs."""
         for name in (run.config, run.record):
             self._put_small(name, name.name)
         for log in _logs(run):
@@ -180,15 +187,18 @@ class RunStore:
                 self._try(functools.partial(self._place.put, log, log.name), log.name)
 
     def prune(self, keep_last: int, *, local: Collection[int] = (), dry_run: bool = False) -> list[int]:
-        """Remove what is older than the `keep_last` newest whole checkpoints, not permanent and not among the best;
-        and torn uploads.
+        """Remove old checkpoints and interrupted uploads.
+
+        Kept are the `keep_last` newest complete checkpoints, the permanent ones and the best ones.
 
         Args:
-            local: The steps that the run has on its own disk: none of them is removed as torn, and what is newer than
-                all of them was abandoned when the run went back.
+            keep_last: Number of complete checkpoints to keep.
+            local: Steps of the checkpoints on the run's disk. Uploads of these steps may be in progress and are kept.
+                Steps newer than all of these are removed: the run has gone back to an earlier step.
+            dry_run: Whether to remove nothing and only return the steps.
 
         Returns:
-            The steps removed, or that would be, newest first.
+            The removed steps (with `dry_run`, those that would be removed), newest first.
         """
         newest = max(local, default=None)
         kept, doomed = 0, []
@@ -209,10 +219,13 @@ class RunStore:
         return doomed
 
     def fetch(self, step: int, directory: Path) -> Path:
-        """Fetch a checkpoint into a directory of checkpoints, and commit it there once every byte has been verified.
+        """Fetch a checkpoint into a run's directory of checkpoints, and commit it there after verifying every file.
+
+        Returns:
+            The directory of the fetched checkpoint.
 
         Raises:
-            CorruptionError: What is stored is damaged.
+            CorruptionError: The checkpoint on the store is damaged.
         """
         temporary = directory / commit.temporary_name(step)
         temporary.mkdir(parents=True)
@@ -228,18 +241,18 @@ class RunStore:
             raise
 
     def fetch_records(self, run: RunDirectory) -> None:
-        """Fetch what else of a run's directory a resume needs and is not here."""
+        """Fetch the other files that a resume needs (config, run record, logs), unless they exist on the disk."""
         there = self._try(lambda: self._place.names(), "")
-        # First what makes a run of a directory: a kill leaves one that is restored again.
+        # First the files that make a directory a run: after a kill, the next attempt restores it again.
         for record in (run.config, run.record, *_logs(run)):
             if record.name in there and not record.exists():
                 self._fetch_whole(record.name, record)
 
     def check_access(self) -> None:
-        """Write a small object, list what is there, and remove the object.
+        """Check access to the store: write a small object, list the checkpoints, and remove the object.
 
         Raises:
-            RemoteError: The bucket, the keys or the endpoint will not do.
+            RemoteError: The store refused: the bucket, the credentials or the endpoint are wrong.
         """
         probe = f".probe-{uuid.uuid4().hex[:8]}"
         self._try(lambda: self._place.put_bytes(b"bigtrain", probe), probe)
@@ -284,7 +297,7 @@ class RunStore:
         )
 
     def _fetch_whole(self, path: str, target: Path, size: int | None = None, limit: int = 1 << 62) -> None:
-        """Fetch an object into a file that is there whole, synced, or not at all."""
+        """Fetch an object into a file, which exists afterwards completely and synced, or not at all."""
         part = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
             with open(part, "w+b") as file:
@@ -330,7 +343,7 @@ def _object(step: int, name: str) -> str:
 
 
 def _logs(run: RunDirectory) -> tuple[Path, ...]:
-    """What grows while it is uploaded; a resume cuts it back to its checkpoint."""
+    """The logs that grow during an upload; a resume truncates them to the step of its checkpoint."""
     return run.metrics, run.events, run.samples
 
 

@@ -1,4 +1,4 @@
-"""What lies in a directory of checkpoints, sound or not; without torch, but for the tensors of one."""
+"""Surveys of all checkpoints of a run, intact or damaged. Only `inspect` imports torch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from bigtrain.config import CorruptionError, UserError
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """One published checkpoint."""
+    """The state of one published checkpoint."""
 
     step: int
     bytes: int
-    """Of all files that are there."""
+    """Bytes of all existing files."""
     problems: tuple[str, ...]
-    """What is wrong with it; empty where all that was read is as the manifest says."""
+    """One sentence for each problem; empty if the files match the manifest, as far as they were read."""
     read: bool = True
-    """Whether every byte was read, and not sizes alone."""
+    """Whether every byte was read; otherwise only sizes were compared."""
     best: bool = False
-    """Whether it is kept as one of the best (`checkpoint.best`)."""
+    """Whether it is kept as one of the best checkpoints (`checkpoint.best`)."""
 
     @property
     def verified(self) -> bool | None:
-        """Whether a run may resume from it; None where that takes reading it."""
+        """Whether the checkpoint is intact, so that a run may resume from it; None if only sizes were compared."""
         return None if not self.problems and not self.read else not self.problems
 
 
 def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
-    """Verify every checkpoint, or that of `step`, oldest first.
+    """Verify all checkpoints in a directory, or only that of `step`; the result is in order of steps.
 
     Raises:
-        UserError: There is none of `step`.
+        UserError: There is no checkpoint of `step`.
     """
     found = commit.list_checkpoints(directory)
     best = {one.step for one in best_checkpoints(directory)}
@@ -61,13 +61,15 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
 
 
 def survey_store(url: str, step: int | None = None, *, hashes: bool = True) -> list[CheckpointState]:
-    """As `survey`, of the run of a URL on an object store.
+    """Verify all checkpoints of a run on an object store, or only that of `step`; the result is in order of steps.
 
     Args:
-        hashes: Read every byte; otherwise compare sizes alone.
+        url: URL of the run on the store, PREFIX/NAME.
+        step: Step of the only checkpoint to verify; None: all.
+        hashes: Whether to read every byte and compare hashes; otherwise only sizes are compared.
 
     Raises:
-        UserError: There is none of `step`, or the store cannot be read.
+        UserError: There is no checkpoint of `step`, or the store cannot be read.
     """
     store = RunStore(url)
     listing = {one: sizes for one, sizes in store.listing().items() if MANIFEST_NAME in sizes}
@@ -86,22 +88,22 @@ def survey_store(url: str, step: int | None = None, *, hashes: bool = True) -> l
 
 
 def inspect(directory: Path, step: int) -> dict[str, Any]:
-    """All that a checkpoint says of itself, and its tensors; their values are not read.
+    """Describe a checkpoint and its tensors, without reading the tensors' values.
 
     Returns:
-        The manifest's facts, "bytes", "problems" (by sizes alone), "best" (the run's best checkpoints),
-        "parameters" (numbers in the model), and "tensors": of each name, shape, dtype, and the pieces it was saved in.
+        The manifest's fields; "bytes"; "problems", found by sizes only; "best", the run's best checkpoints;
+        "parameters", the number of parameters; and "tensors": name, shape, dtype and number of saved pieces of each.
 
     Raises:
-        UserError: There is none of `step`.
-        CorruptionError: Its manifest or metadata cannot be read.
+        UserError: There is no checkpoint of `step`.
+        CorruptionError: The checkpoint's manifest or metadata cannot be read.
     """
     found = commit.find_checkpoint(directory, step)
     if found is None:
-        survey(directory, step)  # which says what there is
+        survey(directory, step)  # raises UserError, which lists the existing steps
         raise CorruptionError(f"the checkpoint of step {step} has gone", str(directory))
     manifest = read_manifest(found.path)
-    from bigtrain.checkpoint.reader import read_metadata  # torch, which takes seconds
+    from bigtrain.checkpoint.reader import read_metadata  # imports torch, which takes seconds
 
     entries: Any = read_metadata(found.path).state_dict_metadata
     tensors = [
@@ -125,10 +127,14 @@ def inspect(directory: Path, step: int) -> dict[str, Any]:
 
 
 def verify_all(states: Sequence[CheckpointState], where: str) -> list[int]:
-    """The steps of surveyed checkpoints, all of them sound.
+    """Check that all surveyed checkpoints are intact, and return their steps.
+
+    Args:
+        states: The result of `survey` or `survey_store`.
+        where: Directory or URL of the checkpoints, for the error.
 
     Raises:
-        CorruptionError: One of them is damaged.
+        CorruptionError: A checkpoint is damaged, or was compared by sizes only.
     """
     damaged = [state for state in states if not state.verified]
     if damaged:

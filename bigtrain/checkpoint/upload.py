@@ -1,4 +1,4 @@
-"""Uploading checkpoints in the background, on the rank that acts for all."""
+"""Uploading checkpoints to an object store in the background, on the first rank."""
 
 from __future__ import annotations
 
@@ -25,27 +25,30 @@ BEAT_S = 1.0
 
 
 class OnEvent(Protocol):
-    """Receives events, on the first rank alone, from any thread."""
+    """A function that receives events on the first rank, from any thread."""
 
     def __call__(self, event: str, /, **fields: Any) -> None: ...
 
 
 class Uploader:
-    """Keeps a store at what lies in a run's directory: the newest checkpoint first, then older ones that it lacks.
+    """Uploads the checkpoints in a run's directory that the store lacks, the newest first.
 
-    Uploads that are slower than saves skip checkpoints: those that are pruned here before their turn. Training never
-    waits for one. What fails is tried again after the next save, and by the next attempt after a kill.
+    If uploads are slower than saves, checkpoints that are pruned on the disk before their turn are skipped. Training
+    never waits for an upload. A failed upload is tried again after the next save, and in the next attempt after a kill.
 
-    Events: "uploaded" (step, bytes, seconds, pruned), "upload_failed" (step, cause, failures), "not_uploaded" (step,
-    failures: the limit is reached), "upload_refused" (step, cause: the lease was lost).
+    Events:
+        uploaded: step, bytes, seconds, pruned.
+        upload_failed: step, cause, failures in a row.
+        not_uploaded: step, failures, cause. The limit of failed uploads is reached.
+        upload_refused: step, cause. The lease was lost.
 
     Args:
-        run: Whose checkpoints and records are uploaded.
-        store: Of that run.
-        config: Retention, and what to do about failures.
-        may_publish: Whether this attempt still holds the lease.
+        run: The run whose checkpoints and records are uploaded.
+        store: The store of that run.
+        config: The section `checkpoint`.
+        may_publish: Returns whether this attempt still holds the lease.
         on_event: Called from the uploading thread.
-        hook: Called with the phases of `RunStore.upload`, and "pruned"; for fault injection.
+        hook: Called with the phases of `RunStore.upload`, and with "pruned"; for fault injection.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Uploader:
         hook: PhaseHook = lambda phase: None,
     ) -> None:
         self.failures = 0
-        """Failed uploads in a row."""
+        """Number of uploads that failed in a row."""
         self._run, self._store, self._config = run, store, config
         self._may_publish, self._on_event, self._hook = may_publish, on_event or _ignore, hook
         self._under_way: int | None = None
@@ -72,24 +75,24 @@ class Uploader:
 
     @property
     def in_use(self) -> frozenset[int]:
-        """The step that is being uploaded, which must not be pruned meanwhile."""
+        """The step that is being uploaded, if any; its checkpoint must not be pruned meanwhile."""
         step = self._under_way
         return frozenset() if step is None else frozenset({step})
 
     def wake(self) -> None:
-        """Look for what is to be uploaded, in the background; from any thread."""
+        """Start to look for checkpoints to upload, in the background; may be called from any thread."""
         with self._changed:
             self._asked += 1
             self._changed.notify_all()
 
     def finish(self, beat: Callable[[], None] = lambda: None) -> bool:
-        """Upload what is missing, once more where it failed before, and wait until that is done or has failed.
+        """Upload the missing checkpoints, including those that failed before, and wait until this succeeds or fails.
 
         Args:
-            beat: Called every second meanwhile.
+            beat: Called every second during the wait.
 
         Returns:
-            Whether the store holds what it should.
+            False if the last upload failed.
         """
         self.wake()
         with self._changed:
@@ -100,7 +103,7 @@ class Uploader:
         return self.failures == 0
 
     def close(self) -> None:
-        """End the thread, after the request to the store that is under way."""
+        """Stop the thread after its current request to the store."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -149,7 +152,7 @@ class Uploader:
                 raise
             except Exception:
                 if not checkpoint.path.exists():
-                    # The run went back behind it.
+                    # A rewind of the run to an earlier step has removed it.
                     continue
                 raise
             self._held[checkpoint.step] = manifest
@@ -163,7 +166,11 @@ class Uploader:
         self.failures = 0
 
     def _next(self, tried: Collection[int]) -> tuple[Checkpoint, Manifest, dict[str, int]] | None:
-        """The newest checkpoint here that retention keeps and the store lacks, its manifest, and what the store has."""
+        """The next checkpoint to upload: the newest one on the disk that retention keeps and the store lacks.
+
+        Returns:
+            The checkpoint, its manifest, and the sizes of its objects on the store; None if the store lacks none.
+        """
         listing = self._store.listing()
         spare = {best.step for best in best_checkpoints(self._run.checkpoints)}
         kept = 0
@@ -202,7 +209,7 @@ class Uploader:
 
 
 def _sound(path: Path) -> Manifest | None:
-    """The manifest of a checkpoint that looks whole by its sizes."""
+    """The manifest of a checkpoint whose files have the sizes in it; None for a damaged checkpoint."""
     try:
         return None if commit.verify(path, hashes=False) else read_manifest(path)
     except CorruptionError:
@@ -210,4 +217,4 @@ def _sound(path: Path) -> Manifest | None:
 
 
 def _ignore(event: str, /, **fields: Any) -> None:
-    """Ignore the upload's progress."""
+    """Ignore an event."""

@@ -1,6 +1,7 @@
-"""The machinery of configuration: sections, units, loading with line numbers, overrides, JSON Schema.
+"""The config system: sections, units, loading with line numbers, overrides, JSON Schema.
 
-It knows no section by name: `bigtrain.run` composes them, and extension points fill their registries.
+It does not depend on any particular section: `bigtrain.run` combines the sections to a config, and each extension point
+has a registry of its implementations.
 """
 
 from bigtrain.config.errors import CorruptionError, UserError, nearest

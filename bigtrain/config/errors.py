@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person reads: a mistake of the user's, and damage found on disk."""
+"""The two errors that are shown to the user without a traceback: a mistake in the input, and damaged data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: shown without a traceback, exit code 2.
+    """A mistake that the user can fix; it is shown without a traceback, and the exit code is 2.
 
     Args:
-        what: One sentence that says what is wrong, with the offending value.
-        where: File and line, shard, key, rank or step.
-        fix: What to do about it.
+        what: One sentence that describes the mistake, with the wrong value.
+        where: Where it is: file and line, shard, key, rank or step.
+        fix: How to fix it.
     """
 
     exit_code = 2
@@ -30,17 +30,17 @@ class UserError(Exception):
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, str | None]:
-        """The object that `--json` prints for an error."""
+        """The JSON object that a command with `--json` prints for this error."""
         return {"error": self.what, "where": self.where, "fix": self.fix}
 
 
 class CorruptionError(UserError):
-    """Bytes on disk that do not match their recorded hash or structure: exit code 1."""
+    """Stored data do not match their recorded hash or expected structure; the exit code is 1."""
 
     exit_code = 1
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option closest in spelling to `word`, or None where none is close."""
+    """The option with the most similar spelling to `word`; None if none is similar."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return found[0] if found else None

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to typed sections, with errors that name the line and the nearest key."""
+"""Loading of typed sections from YAML files and overrides, with errors that name the line and the most similar key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.YamlDocument:
-    """Parse a YAML file and lay `key.sub=value` overrides over it."""
+    """Parse a YAML file and apply `key.sub=value` overrides.
+
+    Raises:
+        UserError: The file cannot be read or parsed, or an override is not valid.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -33,14 +37,14 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> yaml_file.YamlDo
 
 
 def override(document: yaml_file.YamlDocument, overrides: Iterable[str]) -> yaml_file.YamlDocument:
-    """Lay `key.sub=value` words over a document, in place; returns it."""
+    """Apply `key.sub=value` overrides to a document in place, and return the document."""
     for word in overrides:
         _apply_override(document, word)
     return document
 
 
 def from_overrides(overrides: Iterable[str]) -> yaml_file.YamlDocument:
-    """A document of `key.sub=value` words of the command line alone."""
+    """A document that consists only of `key.sub=value` overrides of the command line."""
     return override(yaml_file.YamlDocument({}, "command line"), overrides)
 
 
@@ -58,12 +62,11 @@ def _apply_override(document: yaml_file.YamlDocument, override: str) -> None:
 def build(kind: type[SectionT], document: yaml_file.YamlDocument) -> SectionT:
     """Validate a parsed document as a section.
 
-    It is validated as the JSON that it is, strictly: a text is not taken for a number, `off` not for false, and
-    true not for 1.
+    The validation is strict, as for JSON: a text is not converted to a number, `off` is not false, and true is not 1.
 
     Raises:
-        UserError: With every problem found: an unknown key and the nearest known one, a wrong type, a bad value;
-            each with its line.
+        UserError: The document has unknown or missing keys, wrong types or invalid values. The message lists all
+            problems with their lines, and for an unknown key the most similar known one.
     """
     load_installed()
     try:
@@ -78,11 +81,11 @@ def build(kind: type[SectionT], document: yaml_file.YamlDocument) -> SectionT:
 
 
 Problem = tuple[str, str, str | None]
-"""What, where and fix of a UserError."""
+"""The arguments `what`, `where` and `fix` of a UserError."""
 
 
 def _problems(kind: type[Section], document: yaml_file.YamlDocument, error: ValidationError) -> list[Problem]:
-    """One problem for each value: the choices of a union that it fails are one problem together."""
+    """One problem for each wrong value: failures of several choices of a union are combined into one problem."""
     problems: dict[tuple[str | int, ...], Problem] = {}
     for item in error.errors(include_url=False):
         path, owner = _resolve(kind, document.value, item["loc"])
@@ -124,7 +127,7 @@ def _describe(
     message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
     value = error.get("input")
-    # A URL may carry credentials, which no message may show.
+    # A URL may contain credentials, which no message may show.
     hidden = isinstance(value, (dict, list)) or value is None or "://" in str(value)
     shown = "" if hidden or repr(value) in message else f" (got {value!r})"
     return (f"{key}: {message}{shown}" if key else message), where, None
@@ -136,13 +139,13 @@ _MESSAGES = {
     "list_type": "input should be a list",
     "bool_type": "input should be true or false",
 }
-"""Replacements of pydantic's messages, which use terms of Python and JSON."""
+"""Replacements for messages of pydantic that use terms of Python and JSON, by the type of the error."""
 
 
 def _resolve(
     kind: type[BaseModel], value: Any, location: tuple[str | int, ...]
 ) -> tuple[tuple[str | int, ...], type[BaseModel] | None]:
-    """The YAML path of a pydantic location, without the tags of unions, and the section that owns its last key."""
+    """The YAML path of a pydantic location, without the tags of unions, and the section that has its last key."""
     path: list[str | int] = []
     owner: type[BaseModel] | None = kind
     choices: list[type[BaseModel]] = [kind]
@@ -174,7 +177,7 @@ def _has_tag(section: type[BaseModel], tag: str | int) -> bool:
 
 
 def _may_be(section: type[BaseModel], value: dict[str, Any]) -> bool:
-    """Whether a mapping of a list may be one of the section, by its literal fields."""
+    """Whether a mapping in a list may be an instance of the section, judged by the section's Literal fields."""
     return all(
         value.get(name, field.default) in typing.get_args(field.annotation)
         for name, field in section.model_fields.items()
@@ -183,7 +186,7 @@ def _may_be(section: type[BaseModel], value: dict[str, Any]) -> bool:
 
 
 def _sections(annotation: Any, value: Any, metadata: Iterable[Any] = ()) -> Iterable[type[BaseModel]]:
-    """The sections that a type annotation allows for a value of the YAML, in order."""
+    """The sections that a type annotation allows for a YAML value, in order."""
     registries = [one for one in metadata if isinstance(one, Registry)]
     if registries:
         for one in value if isinstance(value, list) else [value]:
@@ -199,6 +202,6 @@ def _sections(annotation: Any, value: Any, metadata: Iterable[Any] = ()) -> Iter
 
 
 def json_schema(kind: type[Section]) -> dict[str, Any]:
-    """JSON Schema of a section, for editors that complete and check YAML while it is typed."""
+    """JSON Schema of a section, by which editors complete and check the YAML."""
     load_installed()
     return {"$schema": GenerateJsonSchema.schema_dialect, **kind.model_json_schema()}

@@ -1,8 +1,8 @@
-"""The user's own code: files and modules that register implementations of extension points.
+"""Plugins: the user's own files and modules, which register implementations of extension points.
 
-It is loaded where `--plugin` names it, or where an installed package declares the entry point `bigtrain.plugins`. No
-config names code. The hash of a plugin belongs to the identity of every run whose recipe uses what it registers, so a
-resume without the plugin, or with a changed one, is refused by name.
+A plugin is loaded if `--plugin` names it, or if an installed package declares it as an entry point `bigtrain.plugins`.
+A config never names code. The identity of a run includes the hash of each plugin whose classes its recipe uses. So a
+resume without the plugin, or with a changed plugin, is refused.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from bigtrain.config.section import PluginSource
 ENTRY_POINTS: Final = "bigtrain.plugins"
 
 ACTIVE: list[Plugin] = []
-"""What the last call of `load_plugin` loaded."""
+"""The result of the last call of `load_plugin`, as the only element; empty before the first call."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """Code that was loaded, and what it has registered."""
+    """One or several loaded plugins, and the classes that they have registered."""
 
     sources: tuple[PluginSource, ...]
-    """One for each place."""
+    """The source of each plugin."""
     registered: tuple[Registered, ...]
 
     @property
     def place(self) -> str:
-        """What `load_plugin` takes to load the same again, also in another process."""
+        """The argument by which `load_plugin` loads the same plugins again, also in another process."""
         return os.pathsep.join(source.place for source in self.sources)
 
 
 def load_plugin(place: str) -> Plugin:
-    """Run the user's code, once a process, and register what it defines.
+    """Execute plugins, each once in a process, and register the classes that they define.
 
     Args:
         place: A Python file, a directory with an `__init__.py`, or the dotted name of an installed module; several are
             joined by `os.pathsep`.
 
     Raises:
-        UserError: It is not there, fails, or registers nothing; two of them register the same name.
+        UserError: A plugin does not exist, fails, or registers nothing; or two plugins register the same name.
     """
     loaded = [_load(*_resolved(one)) for one in place.split(os.pathsep) if one]
     registered = [one for plugin in loaded for one in plugin.registered]
     _refuse_twice(registered)
     for one in registered:
-        # A plugin that was loaded before may have registered the same name since.
+        # Another plugin, loaded in an earlier call, may have registered the same name.
         REGISTRIES[one.point].replace(one.name, one.value)
     whole = Plugin(tuple(source for plugin in loaded for source in plugin.sources), tuple(registered))
     ACTIVE[:] = [whole]
@@ -68,30 +68,30 @@ def load_plugin(place: str) -> Plugin:
 
 
 def active_plugin() -> Plugin | None:
-    """What the last call of `load_plugin` in this process loaded; None if there was none."""
+    """The result of the last call of `load_plugin` in this process; None if there was no call."""
     return ACTIVE[0] if ACTIVE else None
 
 
 def plugin_environment() -> dict[str, str]:
-    """The variable by which ranks load the plugins of this process."""
+    """The environment variable by which ranks load the plugins of this process; {} if there are none."""
     plugin = active_plugin()
     return {} if plugin is None else {variables.PLUGIN: plugin.place}
 
 
 def plugin_of_launcher() -> Plugin | None:
-    """The plugins that the launcher of this rank was given, if any."""
+    """Load the plugins that the launcher of this rank has loaded; None if there are none."""
     place = os.environ.get(variables.PLUGIN)
     return load_plugin(place) if place else None
 
 
 @cache
 def load_installed() -> tuple[Plugin, ...]:
-    """Load the plugins of installed packages: those with an entry point in the group `bigtrain.plugins`."""
+    """Load the plugins that installed packages declare as entry points in the group `bigtrain.plugins`."""
     return tuple(_load(entry.module, False) for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 
 def _resolved(place: str) -> tuple[str, bool]:
-    """A place that means the same in any directory, and whether it is a path."""
+    """A place with its path made absolute, and whether it is a path and not the name of a module."""
     path = Path(place).expanduser()
     is_path = path.suffix == ".py" or os.sep in place or path.exists()
     return (str(path.resolve()) if is_path else place), is_path
@@ -116,7 +116,7 @@ def _load(place: str, is_path: bool) -> Plugin:
 
 
 def _register_families(module: ModuleType) -> None:
-    """Register model families that were written without the decorator: classes with an `arch` of their own."""
+    """Register model families that were written without the decorator: classes that set their own `arch`."""
     families = REGISTRIES.get("model family")
     if families is None:
         return
@@ -180,7 +180,7 @@ def _run_module(name: str) -> ModuleType:
 
 
 def _failed(place: str, error: Exception) -> UserError:
-    """What the user's code raised, with the line of it that did."""
+    """The error that a plugin raised an exception, with the line that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if len(frames) > 1 else place
     fix = None
@@ -190,7 +190,7 @@ def _failed(place: str, error: Exception) -> UserError:
 
 
 def source_hash(path: Path) -> str:
-    """SHA-256 of a plugin's file, or of all Python files of its package with their places in it."""
+    """SHA-256, in hexadecimal, of a plugin's file, or of the paths and contents of all Python files of its package."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     whole = hashlib.sha256()

@@ -1,13 +1,13 @@
-"""The implementations of one extension point, by name: bigtrain's own and those that a user brings.
+"""Registries of the implementations of extension points, by name: the built-in ones and those of plugins.
 
-bigtrain's own lie one file each in a folder of their own. The file is named after the implementation, and it is
-imported only when the implementation is chosen. A plugin's classes register by the same decorator:
+Each built-in implementation is a file in the folder of its extension point. The file has the implementation's name, and
+is imported only when the implementation is used. The classes of plugins are registered by the same decorator:
 
     @OPTIMIZERS.register
     class MyOptimizer(OptimizerConfig):
         name: Literal["mine"] = "mine"
 
-As an annotation of a section's field, a registry validates the field by the name in it:
+If a registry annotates a field of a section, it validates the field as the implementation that the field's value names:
 
     optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamWConfig()
 """
@@ -36,13 +36,13 @@ from bigtrain.config.errors import UserError, nearest
 T = TypeVar("T")
 
 REGISTRIES: dict[str, Registry[Any]] = {}
-"""Every extension point by its name: documentation and tests walk them all."""
+"""All registries by the name of their extension point."""
 
 _recording: ContextVar[list[Registered] | None] = ContextVar("recording", default=None)
 
 
 class Registered(typing.NamedTuple):
-    """What a plugin has registered."""
+    """A class that a plugin has registered, with its extension point and name."""
 
     point: str
     name: str
@@ -50,18 +50,18 @@ class Registered(typing.NamedTuple):
 
 
 class Registry(Generic[T]):
-    """One extension point.
+    """The implementations of one extension point, by name.
 
     Args:
-        point: What an implementation is called in messages: "optimizer".
+        point: Name of the extension point in messages: "optimizer".
         base: The class that every implementation inherits.
-        package: The folder of bigtrain's own implementations, as a dotted name.
-        folders: Whether an implementation is a folder of `package`, with its section in config.py, and not a file.
-            None: either one, with its class in the file or in the folder itself.
-        tag: The field of a section that holds its name; None where implementations are no sections: their class
-            attribute `name` holds it.
-        default: The name that a section without one gets.
-        where: The key of the YAML that names an implementation, for messages.
+        package: Dotted name of the package of the built-in implementations; None: there are none.
+        folders: True: each implementation is a subpackage of `package`, with its section in config.py. False: it is a
+            module. None: it is either, with its class in the module or in the subpackage's `__init__.py`.
+        tag: The field of a section that holds its name. None: implementations are not sections, and their class
+            attribute `name` holds the name.
+        default: The name of the implementation for a section that gives no name; None: the name is required.
+        where: The YAML key that names an implementation, for messages; None: derived from `point` and `tag`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
         self.folders = folders
         self.where = where or f"{point}.{tag or 'name'}"
         self.found: dict[str, type[T]] = {}
-        """What was imported or registered so far."""
+        """The implementations imported or registered so far, by name."""
         self._own: dict[str, type[T]] = {}
         self._builtin: list[str] | None = None
         REGISTRIES[point] = self
@@ -88,8 +88,8 @@ class Registry(Generic[T]):
         """Add an implementation under its name; a class decorator.
 
         Raises:
-            UserError: It has no name, is no subclass of the base, or has the name of one of bigtrain's own that does
-                not give way: one whose class says `gives_way` is replaced by a plugin's.
+            UserError: The class has no name, is not a subclass of the base, or has the name of a built-in
+                implementation. A built-in class with `gives_way = True` may be replaced.
         """
         place = f"{value.__module__}.{value.__qualname__}"
         if not issubclass(value, self.base):
@@ -101,7 +101,7 @@ class Registry(Generic[T]):
             raise UserError(f"The {self.point} {value.__name__} has no name", place, fix)
         if name in self.builtin() and value.__module__ == self._module(name):
             self._own[name] = value
-            self.found.setdefault(name, value)  # a plugin may have the name already
+            self.found.setdefault(name, value)  # a plugin may already have registered the name
             return value
         if name in self.builtin() and not getattr(self._import(name), "gives_way", False):
             raise UserError(
@@ -114,37 +114,37 @@ class Registry(Generic[T]):
         return value
 
     def _import(self, name: str) -> type[T] | None:
-        """bigtrain's own implementation of a name."""
+        """Import the built-in implementation with this name."""
         importlib.import_module(self._module(name))
         return self._own.get(name)
 
     def replace(self, name: str, value: type[T]) -> None:
-        """Let a name stand for a plugin's implementation that was registered under it before."""
+        """Set the implementation of a name to a plugin's class that was registered under it before."""
         self.found[name] = value
 
     def with_default(self, name: str) -> Registry[T]:
-        """A copy of the registry with another default name, for a field whose section need not give a name."""
+        """A copy of the registry with another default name, for a field in which the name is optional."""
         registry = copy.copy(self)
         registry.default = name
         return registry
 
     def has_name(self, value: type) -> bool:
-        """Whether a class carries the name that it would be registered under."""
+        """Whether a class defines the name under which it would be registered."""
         return self._name_of(value) is not None
 
     def get(self, value: type) -> type[T] | None:
-        """What is registered under the name of a class."""
+        """The implementation registered under the name of a class; None if there is none."""
         name = self._name_of(value)
         return None if name is None else self.found.get(name)
 
     def builtin(self) -> list[str]:
-        """The names of bigtrain's own implementations; nothing is imported."""
+        """The names of the built-in implementations, found without importing them."""
         if self._builtin is None:
             self._builtin = [] if self.package is None else sorted(_modules(self.package, self.folders))
         return self._builtin
 
     def names(self) -> list[str]:
-        """All names: bigtrain's own first, then those of plugins."""
+        """The names of all implementations, first the built-in ones, then those of plugins."""
         return [*self.builtin(), *sorted(set(self.found) - set(self.builtin()))]
 
     def __contains__(self, name: object) -> bool:
@@ -157,7 +157,7 @@ class Registry(Generic[T]):
         """The implementation of a name.
 
         Raises:
-            UserError: There is none; says which are known, and the nearest.
+            UserError: There is none; the message lists the known names and suggests the most similar one.
         """
         if name not in self.found and name in self.builtin() and (value := self._import(name)) is not None:
             self.found[name] = value
@@ -171,10 +171,10 @@ class Registry(Generic[T]):
         return self.found[name]
 
     def read(self, value: Mapping[str, Any]) -> T:
-        """The section that a mapping describes, by the name in it.
+        """Validate a mapping as the section that the name in it selects.
 
         Raises:
-            UserError: There is no implementation of that name.
+            UserError: There is no implementation with this name.
             pydantic.ValidationError: A key or value is wrong.
         """
         assert self.tag is not None
@@ -182,7 +182,7 @@ class Registry(Generic[T]):
         return section.model_validate(dict(value))
 
     def choose(self, value: Any) -> type[T] | None:
-        """The implementation that the mapping `value` of a YAML names; None where it names none that is known."""
+        """The implementation that the name in a YAML mapping selects; None if the name is missing or unknown."""
         name = value.get(self.tag, self.default) if isinstance(value, dict) else None
         return self[name] if isinstance(name, str) and name in self else None
 
@@ -196,7 +196,7 @@ class Registry(Generic[T]):
         choices = typing.get_args(field.annotation) if field is not None else ()
         return str(choices[0]) if len(choices) == 1 else None
 
-    # What pydantic asks of an annotation.
+    # pydantic calls these methods on annotations.
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
@@ -211,7 +211,7 @@ class Registry(Generic[T]):
         section: Any = self[name]
         value = handler(section.__pydantic_core_schema__)
         if name != self.default and self.tag is not None:
-            # Without its name a mapping is the default's.
+            # A mapping without a name selects the default, so all other implementations require the name.
             handler.resolve_ref_schema(value).setdefault("required", []).append(self.tag)
         return value
 
@@ -240,7 +240,7 @@ class Registry(Generic[T]):
 
 @contextmanager
 def recorded() -> Iterator[list[Registered]]:
-    """Collect what is registered inside: what a plugin brings."""
+    """Collect the classes that are registered in the `with` block, which loads a plugin."""
     found: list[Registered] = []
     token = _recording.set(found)
     try:
@@ -254,7 +254,7 @@ def _dump(value: Any, info: core_schema.SerializationInfo) -> Any:
 
 
 def _modules(package: str, folders: bool | None) -> Iterator[str]:
-    """The names of the files, or of the folders, of a package."""
+    """The names of the modules or subpackages of a package, without those that begin with an underscore."""
     parent, _, _ = package.rpartition(".")
     if parent and parent not in sys.modules:
         importlib.import_module(parent)

@@ -1,4 +1,4 @@
-"""The base of every configurable thing: a frozen, typed, documented section of the YAML."""
+"""The base class of all config sections: frozen, typed, documented parts of the YAML."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pydantic import BaseModel, ConfigDict
 
 @dataclass(frozen=True)
 class PluginSource:
-    """Where the user's own code comes from."""
+    """Origin and hash of a plugin's source code."""
 
     place: str
-    """What `--plugin` names it by: an absolute path, or a module."""
+    """The value of `--plugin`: an absolute path, or the name of a module."""
     sha256: str
-    """Of its source."""
+    """SHA-256 of the plugin's source, in hexadecimal."""
 
 
 class Section(BaseModel):
-    """A typed part of a config: unknown keys are refused, values are frozen, fields carry docstrings.
+    """A typed part of a config. Unknown keys are refused, values are frozen, and fields have docstrings.
 
-    A section's class lives in the torch-free `config.py` beside what it builds, and imports what it
-    builds inside its own `build()`.
+    The class of a section is defined in a module that does not import torch, in the package of the object that it
+    builds. Its method `build()` imports that object's module.
     """
 
     model_config = ConfigDict(
@@ -36,8 +36,8 @@ class Section(BaseModel):
     )
 
     plugin: ClassVar[PluginSource | None] = None
-    """The user's code that defines the section; None for bigtrain's own."""
+    """The plugin that defines the section; None for built-in sections."""
 
     def plain(self) -> dict[str, Any]:
-        """The section as plain YAML values, every default written out."""
+        """The section as plain YAML values, including all defaults."""
         return self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Quantities with units, as people write them in YAML: "512k tokens", "15 min", "20 GB"."""
+"""Quantities with units, as written in YAML: "512k tokens", "15 min", "20 GB"."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ _FACTORS = {
 
 
 def split_quantity(text: str) -> tuple[float, str]:
-    """The number (suffix applied) and the unit of a text such as "512k tokens".
+    """Split a text such as "512k tokens" into its number, here 512000.0, and its unit.
 
-    k, M, G, T are powers of ten; ki, Mi, Gi, Ti are powers of two.
+    The suffixes k, M, G, T are powers of ten; ki, Mi, Gi, Ti are powers of two.
+
+    Raises:
+        ValueError: The text does not begin with a number, or the number is not finite.
     """
     match = _QUANTITY.fullmatch(text)
     if match is None:
@@ -48,19 +51,19 @@ def _whole(value: float, text: object) -> int:
 
 
 class _Quantity(ABC):
-    """What the types below share: parsed from a number or a text, kept as a text in YAML."""
+    """Base of the quantities below, which are parsed from a YAML number or text and written as a text."""
 
     json_types: ClassVar[tuple[str, ...]] = ("string",)
-    """What JSON Schema takes it for."""
+    """The types that JSON Schema allows for the quantity."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """As YAML keeps it."""
+        """The quantity as a YAML text."""
 
     @classmethod
     @abstractmethod
     def parse(cls, value: Any) -> Any:
-        """The quantity that a YAML scalar stands for."""
+        """Parse the quantity from a YAML scalar."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -92,7 +95,7 @@ _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 @dataclass(frozen=True)
 class Duration(_Quantity):
-    """A length of training, with its unit: "2000 steps", "1e9 tokens", "3 epochs", "15 min"."""
+    """A length of training with its unit: "2000 steps", "1e9 tokens", "3 epochs", "15 min"."""
 
     value: float
     unit: str
@@ -104,7 +107,11 @@ class Duration(_Quantity):
 
     @classmethod
     def parse(cls, value: Any) -> Duration:
-        """Parse "NUMBER UNIT"; a bare number is refused, because its unit would be a guess."""
+        """Parse "NUMBER UNIT"; a number without a unit is refused.
+
+        Raises:
+            ValueError: The unit is missing or unknown, or a number of steps, tokens or samples is not an integer.
+        """
         if isinstance(value, Duration):
             return value
         if not isinstance(value, str):
@@ -122,16 +129,25 @@ class Duration(_Quantity):
 
     @property
     def is_time(self) -> bool:
-        """Whether it is measured by the clock and not by the training."""
+        """Whether the unit is a unit of time."""
         return self.unit in _SECONDS
 
     @property
     def seconds(self) -> float:
-        """Its length in seconds; only for a duration of time."""
+        """The duration in seconds; only for units of time."""
         return self.value * _SECONDS[self.unit]
 
     def in_steps(self, tokens_per_step: int, sequences_per_step: int, sequences_per_epoch: int | None) -> int:
-        """Optimizer steps that cover this duration, rounded up; at least 0."""
+        """The duration in optimizer steps, rounded up; at least 0.
+
+        Args:
+            tokens_per_step: Tokens in a global batch.
+            sequences_per_step: Sequences in a global batch.
+            sequences_per_epoch: Sequences in an epoch of the data; None: unknown.
+
+        Raises:
+            ValueError: The duration has a unit of time, or is in epochs of unknown size.
+        """
         if self.unit == "steps":
             return int(self.value)
         if self.unit == "tokens":
@@ -152,7 +168,7 @@ class Duration(_Quantity):
 
 @dataclass(frozen=True)
 class BatchSize(_Quantity):
-    """The global batch of one step: a number of sequences (12), or of tokens ("512k tokens")."""
+    """Size of the global batch, in sequences (12) or tokens ("512k tokens")."""
 
     json_types: ClassVar[tuple[str, ...]] = ("string", "integer")
 
@@ -161,7 +177,7 @@ class BatchSize(_Quantity):
 
     @classmethod
     def parse(cls, value: Any) -> BatchSize:
-        """Parse a number of sequences, or a text "N tokens"."""
+        """Parse a number of sequences, or a text "N tokens" or "N sequences"."""
         if isinstance(value, BatchSize):
             return value
         if isinstance(value, bool) or not isinstance(value, (int, str)):
@@ -176,10 +192,10 @@ class BatchSize(_Quantity):
         return cls(size, unit)
 
     def sequences(self, context: int) -> int:
-        """Sequences of `context` tokens in one global batch.
+        """Number of sequences of `context` tokens in a global batch.
 
         Raises:
-            ValueError: A size in tokens that the context does not divide.
+            ValueError: The size is in tokens and not a multiple of `context`.
         """
         if self.unit == "sequences":
             return self.value
@@ -198,7 +214,7 @@ class BatchSize(_Quantity):
 
 
 def parse_bytes(value: Any) -> Any:
-    """A text such as "20 GB" or "512 MiB" as a number of bytes; anything else as it is."""
+    """Convert a text such as "20 GB" or "512 MiB" to a number of bytes; other types are returned unchanged."""
     if not isinstance(value, str):
         return value
     number, unit = split_quantity(value.strip().removesuffix("B"))
@@ -217,7 +233,7 @@ def _parse_count(value: Any) -> Any:
 
 
 class _NumberOrText:
-    """Lets JSON Schema know that a text with a unit or suffix stands for a number too."""
+    """Makes JSON Schema also allow a text (a number with a unit or suffix) for a number."""
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
@@ -231,4 +247,4 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), NUMBER_OR_TEXT]
 """A number of bytes: 1000000, "20 GB", "512 MiB"."""
 
 Count = Annotated[int, BeforeValidator(_parse_count), NUMBER_OR_TEXT]
-"""A whole number that may carry a suffix: 65536, "64ki", "1M"."""
+"""An integer that may have a suffix: 65536, "64ki", "1M"."""

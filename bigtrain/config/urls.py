@@ -1,4 +1,4 @@
-"""URLs in configs: of schemes that are allowed by name, and free of secrets.
+"""Checks of URLs in configs: only registered schemes are allowed, and no credentials.
 
 The schemes are registered in `bigtrain.storage.scheme`.
 """
@@ -10,15 +10,20 @@ from urllib.parse import urlsplit
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is named by a scheme and not by a path."""
+    """Whether a text is a URL and not a path."""
     return "://" in place or place.startswith("pipe:")
 
 
 def check_url(url: str, schemes: Sequence[str]) -> str:
-    """A URL of one of some schemes, without the slash at its end.
+    """Check a URL, and return it without a slash at its end.
+
+    Args:
+        url: The URL.
+        schemes: The allowed schemes.
 
     Raises:
-        ValueError: Another scheme, no host or bucket, credentials, a query or a fragment.
+        ValueError: The URL has another scheme, no host or bucket, or contains credentials, a query, a fragment or
+            a space.
     """
     scheme, _, rest = url.partition(":")
     if scheme not in schemes or not rest.startswith("//"):

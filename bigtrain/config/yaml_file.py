@@ -1,6 +1,6 @@
-"""YAML by the 1.2 core schema, with the line of every key.
+"""Parsing of YAML by the 1.2 core schema, with the line of every key.
 
-`1e-3` is a number, `off` and `no` are texts, a key that stands twice is an error.
+`1e-3` is a number, `off` and `no` are texts, and a duplicate key is an error.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ MAX_NODES = 20_000
 MAX_DEPTH = 40
 
 COMMAND_LINE = -1
-"""Stands for a line where a value comes from the command line."""
+"""The line number of values from the command line."""
 
 Path = tuple[str | int, ...]
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """Resolves plain scalars by YAML 1.2's core schema, where PyYAML follows 1.1."""
+    """A loader that resolves plain scalars by the core schema of YAML 1.2; PyYAML follows YAML 1.1."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 class _CoreDumper(yaml.SafeDumper):
-    """Quotes exactly the texts that the core schema would read as something else."""
+    """A dumper that quotes exactly the texts that the core schema would read as another type."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
-        """A value that stands twice is written twice."""
+        """Write repeated values in full, without YAML aliases."""
         return True
 
 
 def _represent_text(dumper: _CoreDumper, text: str) -> yaml.Node:
-    # In other styles YAML folds line breaks, and U+0085 and U+2028 are line breaks to it.
+    # Other styles fold line breaks, to which YAML also counts U+0085 and U+2028.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
@@ -62,16 +62,16 @@ for _core in (_CoreLoader, _CoreDumper):
 
 @dataclass(frozen=True)
 class YamlDocument:
-    """A parsed YAML mapping and where each of its values stands."""
+    """A parsed YAML mapping and the line of each of its values."""
 
     value: dict[str, Any]
     source: str
     """Name of the file, for messages."""
     lines: dict[Path, int] = field(default_factory=dict)
-    """Line (from 1) of each value's key, by its path of keys and list indices; or COMMAND_LINE."""
+    """Line number (from 1) of each value's key, by the path of keys and list indices; or COMMAND_LINE."""
 
     def where(self, path: Path) -> str:
-        """The file and line of a path, or of its nearest parent that stands in the file."""
+        """The file and line of a path, or of its nearest parent in the file."""
         lines = (self.lines.get(path[:length]) for length in range(len(path), -1, -1))
         line = next((line for line in lines if line is not None), 0)
         if line == COMMAND_LINE:
@@ -79,10 +79,10 @@ class YamlDocument:
         return f"{self.source}, line {line}" if line else self.source
 
     def override(self, path: tuple[str, ...], value: Any) -> None:
-        """Set a value from the command line, and the mappings above it where they are not there.
+        """Set a value from the command line; missing parent mappings are created.
 
         Raises:
-            UserError: Something above it is no mapping.
+            UserError: A parent of the key is not a mapping.
         """
         target = self.value
         for depth, part in enumerate(path[:-1]):
@@ -100,10 +100,15 @@ class YamlDocument:
 
 
 def parse(text: str, source: str) -> YamlDocument:
-    """Parse a YAML document whose top is a mapping.
+    """Parse a YAML document that is a mapping at its top level.
+
+    Args:
+        text: The YAML.
+        source: Name of the file, for messages.
 
     Raises:
-        UserError: Not YAML, not a mapping, a key that stands twice, a tag, or absurdly deep or large.
+        UserError: The text is not valid YAML or not a mapping, has a duplicate key or a tag, or exceeds MAX_NODES or
+            MAX_DEPTH.
     """
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
@@ -184,16 +189,16 @@ def _scalar(kind: str, text: str) -> Any:
         if kind == "float":
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
     except ValueError:
-        # A tag that calls a text a number, or more digits than Python reads: the section's type refuses it.
+        # A text that is tagged as a number, or a number with more digits than Python parses: the section refuses it.
         return text
     return text
 
 
 def parse_value(text: str) -> Any:
-    """One value as YAML reads it: the right side of a `key=value` override.
+    """Parse one YAML value: the right side of a `key=value` override.
 
     Raises:
-        UserError: Not YAML, or more than a value.
+        UserError: The text is not valid YAML, or is more than one value.
     """
     value = parse(f"value: {text}", f"'{text}'").value
     if len(value) > 1:
@@ -202,5 +207,5 @@ def parse_value(text: str) -> Any:
 
 
 def dump(value: dict[str, Any]) -> str:
-    """YAML that `parse` reads back to the same value, keys in the given order."""
+    """Format a mapping as YAML that `parse` reads back as the same value; the order of keys is kept."""
     return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, width=110, allow_unicode=True)

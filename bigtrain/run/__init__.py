@@ -1,19 +1,20 @@
-"""A run: its config, its identity, and the directory that holds it.
+"""A run: its config, its identity and its directory.
 
-| file | what it holds |
+| file | contents |
 |---|---|
-| names.py | file names of a run directory |
+| names.py | file names in a run directory |
 | exits.py | exit codes |
-| events.py | lines of events.jsonl, and the machine's boot |
-| lease.py | the right to write to a run directory |
-| directory.py | a run directory, and the search for one |
+| events.py | lines of events.jsonl, and the id of the machine's boot |
+| lease.py | the lease, which gives one process the right to write to a run directory |
+| directory.py | run directories, and the search for one |
 | plugins.py | the plugins that a run uses |
 | recipe.py | the recipe and its hash, which is the run's identity |
 | config.py | the typed config |
-| load.py | YAML to config |
+| load.py | from YAML to the config |
 | schema.py | JSON Schema of the YAML |
 
-A name is imported at its first use: configs take half a second, `from bigtrain.run import ExitCode` nothing.
+A name's module is imported when the name is first used. The modules of the config take half a second to import, others
+almost no time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The config of a run: the sections of all rooms under their keys."""
+"""The config of a run: all sections under their keys."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from bigtrain.training.config import CALLBACKS, BadStepsConfig, CallbackConfig, 
 
 
 class BatchConfig(Section):
-    """The global batch: what one optimizer step consumes, over all ranks together."""
+    """The global batch: the sequences that one optimizer step consumes over all ranks."""
 
     size: BatchSize
-    """A number of sequences (12) or of tokens ("512k tokens")."""
+    """Size of the global batch, in sequences (12) or tokens ("512k tokens")."""
 
 
 class RunConfig(Section):
-    """One run: `name`, the keys of the recipe (`bigtrain.run.recipe.RECIPE`), then those of the execution."""
+    """The config of one run: its name, the keys of the recipe (`bigtrain.run.recipe.RECIPE`) and of the execution."""
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    """Name of the run: its directory, and its name in the tracker."""
+    """Name of the run, of its directory, and of the run in trackers."""
 
     seed: Annotated[int, Ge(-(2**63)), Lt(2**64)] = 1337
-    """The only source of randomness: initial weights, order of the samples, dropout."""
+    """Seed of all randomness: initial weights, order of the samples, dropout."""
 
     model: Annotated[ModelConfig, FAMILIES]
-    """The architecture and its sizes, or `preset: NAME` with keys that override it."""
+    """The architecture and its sizes, or `preset: NAME` with keys that override the preset's."""
 
     data: DataConfig
-    """The shards to train and to validate on."""
+    """The shards for training and validation."""
 
     batch: BatchConfig
     """Size of the global batch."""
@@ -52,43 +52,43 @@ class RunConfig(Section):
     """Length of the training: "2000 steps", "1e9 tokens" or "3 epochs"."""
 
     optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamWConfig()
-    """How gradients become updates."""
+    """The optimizer and its hyperparameters."""
 
     schedule: Annotated[ScheduleConfig, SCHEDULES] = ConstantConfig()
-    """How the learning rate changes over the run."""
+    """The learning rate as a function of the step."""
 
     precision: Precision = "bf16"
-    """Arithmetic of matmuls and residual stream: bf16, fp32, or fp16 with loss scaling."""
+    """Data type of the matmuls and the residual stream: bf16, fp32, or fp16 with loss scaling."""
 
     init: InitConfig = InitConfig()
-    """Where the state before the first step comes from."""
+    """Source of the state before the first step."""
 
     streaming: StreamingConfig = StreamingConfig()
-    """How shards are read."""
+    """How shards are fetched, verified and read."""
 
     engine: Annotated[EngineConfig, ENGINES] = FSDPConfig()
-    """Who executes a step."""
+    """The engine that executes the steps, such as fsdp or deepspeed."""
 
     layout: LayoutConfig = LayoutConfig()
-    """How model and batch lie on the ranks."""
+    """How the model and the batch are distributed over the ranks."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When the run saves itself, and what it keeps."""
+    """When the run saves checkpoints, and which of them it keeps."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """When the run is evaluated on held-out data, and by what."""
+    """When the run is evaluated on held-out data, and by which evaluators."""
 
     bad_steps: BadStepsConfig = BadStepsConfig()
     """The reaction to steps whose loss or gradient is not finite, or whose loss jumps."""
 
     callbacks: tuple[Annotated[CallbackConfig, CALLBACKS], ...] = ()
-    """What sees the events of the training loop beside bigtrain's own: [{name: early_stop, patience: 5}]."""
+    """Callbacks of the training loop, in addition to bigtrain's default ones: [{name: early_stop, patience: 5}]."""
 
     tracking: TrackingConfig = TrackingConfig()
-    """Where metrics go."""
+    """How often metrics are logged, and to which trackers."""
 
     job: JobConfig = JobConfig()
-    """The number of processes, and the reaction when one dies."""
+    """The number of processes, and the reaction when one of them fails."""
 
     @field_validator("duration")
     @classmethod

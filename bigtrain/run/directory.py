@@ -1,4 +1,4 @@
-"""The directory of a run, and the search for one by name."""
+"""The directory of a run, and the search for a run by its name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_NAMED: Final = 10
 
 
 class RunDirectory:
-    """The directory in which a run keeps everything; the names in it are the same for every run."""
+    """The directory that holds all files of a run; the file names are the same for every run."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -43,11 +43,11 @@ class RunDirectory:
         return self.path.name
 
     def exists(self) -> bool:
-        """Whether a run was ever started here."""
+        """Whether a run was started in this directory, so that it has a run.json."""
         return self.record.exists()
 
     def is_foreign(self) -> bool:
-        """Whether this is not a run and holds more than a killed start leaves behind."""
+        """Whether the directory is not a run, and contains files that an interrupted start of a run does not leave."""
         if self.exists() or not self.path.exists():
             return False
         known = (names.CONFIG, names.LEASE, names.EVENTS, names.FORECAST)
@@ -61,15 +61,15 @@ class RunDirectory:
         append_event(self.events, event, **fields)
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe of this run, as it was recorded when it was first started."""
+        """The recipe of this run, as recorded at its first start."""
         recipe: dict[str, Any] = self.read_record()["what"]
         return recipe
 
     def read_record(self) -> dict[str, Any]:
-        """The content of run.json.
+        """Read run.json.
 
         Raises:
-            UserError: There is no run here, its record is damaged, or a newer bigtrain wrote it.
+            UserError: The file does not exist, is damaged, or a newer version of bigtrain wrote it.
         """
         try:
             record = json.loads(self.record.read_text())
@@ -95,14 +95,15 @@ class RunDirectory:
     def check_identity(
         self, config: RunConfig, recipe: dict[str, Any], called: Mapping[str, str] | None = None
     ) -> None:
-        """Refuse to continue this run as another one. A key that its record lacks equals its default.
+        """Refuse to continue this run with another recipe. A key that the recorded recipe lacks has its default.
 
         Args:
-            recipe: That of `config`.
-            called: Names of data for people, by fingerprint.
+            config: The config with which the run is started again.
+            recipe: The recipe of `config`.
+            called: Names of data sets by fingerprint, to replace fingerprints in the message.
 
         Raises:
-            UserError: With the keys that differ.
+            UserError: The recipe differs from the recorded one; the message lists the keys that differ.
         """
         changed = list(differences(with_defaults(self.recipe(), recipe, config), recipe))
         for fingerprint, name in (called or {}).items():
@@ -115,13 +116,14 @@ class RunDirectory:
             )
 
     def check_checkpoint(self, step: int, found: str) -> None:
-        """Refuse a checkpoint of another run.
+        """Refuse a checkpoint that a run with another recipe has saved.
 
         Args:
-            found: The identity in its manifest; "" in one that was converted from another format.
+            step: Step of the checkpoint.
+            found: The identity in the checkpoint's manifest; "" if it was converted from another format.
 
         Raises:
-            UserError: It was saved by a run that trains something else.
+            UserError: The identity is not that of this run.
         """
         expected = self.read_record()["identity"]
         if found and expected is not None and found != expected:
@@ -133,8 +135,8 @@ class RunDirectory:
             )
 
     def write(self, config: RunConfig, recipe: dict[str, Any]) -> None:
-        """Record the resolved config, the place of the model's code, and on the first start the recipe."""
-        from bigtrain.config import yaml_file  # PyYAML is needed here alone
+        """Write the resolved config, the used plugins, and at the first start the recipe with its identity."""
+        from bigtrain.config import yaml_file  # only this function needs PyYAML
 
         self.path.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(self.config, yaml_file.dump(config.plain()))
@@ -151,20 +153,20 @@ class RunDirectory:
             storage.write_json(self.record, known)
 
     def _forecast(self) -> dict[str, str]:
-        """The hash of the run's forecast, which a run keeps from its first start on: not a part of its identity."""
+        """The hash of forecast.json, recorded at the run's first start; it is not a part of the identity."""
         forecast = self.path / names.FORECAST
         return {"forecast": storage.hash_file(forecast)} if forecast.exists() else {}
 
 
 def find_run(run: str, runs_dir: Path) -> RunDirectory:
-    """The directory of a run given by its name under `runs_dir`, or by a path.
+    """Find the directory of a run by its name under `runs_dir`, or by a path.
 
     Raises:
-        UserError: There is none; names the nearest run.
+        UserError: There is no such run; the message names the run with the most similar name, or lists the runs.
     """
     for path in (runs_dir / run, Path(run)):
         if (path / names.RECORD).exists():
-            # "." has no name.
+            # Path(".").name is empty.
             return RunDirectory(path if path.name not in ("", "..") else os.path.abspath(path))
     known_names = [path.parent.name for path in runs_dir.glob(f"*/{names.RECORD}")]
     close = nearest(run, known_names)
@@ -175,11 +177,11 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
 
 
 def list_runs(runs_dir: Path) -> list[RunDirectory]:
-    """Every run under a directory, by name."""
+    """All runs under a directory, sorted by name."""
     return [RunDirectory(path.parent) for path in sorted(runs_dir.glob(f"*/{names.RECORD}"))]
 
 
 def split_run_step(text: str) -> tuple[str, int | None]:
-    """RUN@STEP as its two parts; the step is None where none is given."""
+    """Split RUN@STEP into the run and the step; the step is None if the text has none."""
     match = re.fullmatch(r"(.+)@([0-9]+)", text)
     return (match[1], int(match[2])) if match else (text, None)

@@ -1,4 +1,4 @@
-"""Lines of events.jsonl, and the boot of the machine whose monotonic clock they carry."""
+"""Lines of events.jsonl, and ids of the machine's boot, which say whether monotonic times are comparable."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from bigtrain import storage
 def append_event(path: Path, event: str, /, **fields: Any) -> None:
     """Append one line to events.jsonl.
 
-    Beside the time of day it carries the seconds since this machine's boot, and which boot: a clock that is set
-    meanwhile changes no interval between events of one machine.
+    The line has the Unix time, the seconds since this machine's boot, and the boot's hash. So an adjustment of the
+    machine's clock does not change the intervals between events of one machine.
+
+    Args:
+        path: The file.
+        event: Name of the event.
+        fields: Further keys of the line.
     """
     clock = {"uptime_s": round(time.monotonic(), 6), "boot": boot_hash()}
     storage.append_line(path, {"time": round(time.time(), 3), "event": event, **fields, **clock})
 
 
 def boot_hash() -> str:
-    """A short name for this boot of this machine: events of one name share a monotonic clock. "" where unknown."""
+    """Short hash of this machine's boot; events with the same hash share a monotonic clock. "" if it is unknown."""
     boot = _boot()
     return hashlib.sha256(boot.encode()).hexdigest()[:12] if boot else ""
 
 
 def boot_id() -> str:
-    """This boot of this machine and the namespace of its process ids: process ids compare where it is equal."""
+    """Id of this machine's boot and the PID namespace, within which process ids are comparable; "" if unknown."""
     try:
         return f"{_boot()} {os.readlink('/proc/self/ns/pid')}" if _boot() else ""
     except OSError:

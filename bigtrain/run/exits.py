@@ -1,4 +1,4 @@
-"""Exit codes: how a command ends, for the scripts and schedulers that act on it."""
+"""Exit codes of the commands, for scripts and schedulers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """How a command ends."""
+    """Exit code of a command."""
 
     FINISHED = 0
     FAILED = 1
     USER = 2
-    """A mistake of the user, which no retry repairs."""
+    """The user made a mistake, so a retry would fail again."""
     STOPPED = 75
-    """Stopped on request, and resumable."""
+    """The run was stopped on request and can be resumed."""

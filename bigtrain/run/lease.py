@@ -1,4 +1,4 @@
-"""The lease of a run directory: one process at a time may write to it."""
+"""The lease of a run directory, which gives one process at a time the right to write to it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,34 @@ from bigtrain.storage.locks import locked
 
 LEASE_RENEWAL_S: Final = 10.0
 LEASE_LIFE_S: Final = 60.0
-"""A holder on another machine that has not renewed its lease for this long is dead."""
+"""Seconds without a renewal after which a holder on another machine counts as dead."""
 
 
 @dataclass(frozen=True)
 class LeaseHolder:
-    """The process that may write to a run directory."""
+    """The process that holds, or last held, a lease; the contents of lease.json."""
 
     number: int
+    """Number of the lease; each acquisition increases it."""
     host: str
     boot: str
+    """See `bigtrain.run.events.boot_id`."""
     pid: int
+    """Process id; 0 once the lease has been released."""
     started: int
+    """Start time of the process, in clock ticks since boot."""
     renewed: float
+    """Unix time of the last renewal, in seconds."""
     directory: int = 0
-    """Inode of the directory, which a rename keeps and a copy does not; 0 where an earlier version took the lease."""
+    """Inode of the directory, which a rename keeps and a copy does not; 0 if an earlier version wrote lease.json."""
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> LeaseHolder:
-        """The content of lease.json; a ValueError or TypeError where it is damaged."""
+        """Create a holder from the contents of lease.json.
+
+        Raises:
+            TypeError: A field is missing, unknown or not a number.
+        """
         holder = cls(**value)
         numbers = (holder.number, holder.pid, holder.started, holder.renewed)
         if not all(isinstance(number, (int, float)) for number in numbers):
@@ -46,63 +55,64 @@ class LeaseHolder:
         return holder
 
     def is_here(self) -> bool:
-        """Whether its process, where it lives, is one of this machine and of this boot."""
+        """Whether the holder's process was started on this machine and since its last boot."""
         return (self.host, self.boot) == (socket.gethostname(), boot_id())
 
     def alive(self) -> bool:
-        """Whether the holder still runs: by its process here, by its last renewal on another machine."""
+        """Whether the holder still runs: on this machine by its process, on another one by its last renewal."""
         if self.pid == 0:
             return False
         if self.is_here():
             return _process_start(self.pid) == self.started
-        # A renewal in the future says that a clock was wrong, not that someone lives.
+        # A renewal in the future means that a clock was wrong, not that the holder is alive.
         return abs(time.time() - self.renewed) < LEASE_LIFE_S
 
 
 class Leased(Protocol):
-    """A directory that one process at a time may write to: a run's, or a sweep's."""
+    """A directory with a lease: that of a run or of a sweep."""
 
     path: Path
     lease: Path
 
     @property
     def name(self) -> str:
-        """Its name for people."""
+        """Name of the run or sweep, for messages."""
         ...
 
 
 class Lease:
-    """The right to write to a run directory; its number grows at every take-over, which shuts out the last holder."""
+    """The right to write to a run directory. Each acquisition increases its number and fences off earlier holders."""
 
     def __init__(self, directory: Leased, number: int, predecessor: LeaseHolder | None = None) -> None:
         self.directory = directory
         self.number = number
         self.predecessor = predecessor
-        """The holder that died without giving the lease back, where there was one."""
+        """The former holder, if it died without releasing the lease."""
         self._released = threading.Event()
 
     @staticmethod
     def holder(directory: Leased) -> LeaseHolder | None:
-        """Who holds, or last held, the lease."""
+        """The process that holds, or last held, the lease; None if lease.json is missing or damaged."""
         try:
             found = LeaseHolder.parse(json.loads(directory.lease.read_text()))
             if found.directory in (0, directory.path.stat().st_ino):
                 return found
-            # Copied with its directory: the process holds the original.
+            # The directory is a copy: the process holds the lease of the original.
             return replace(found, pid=0)
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     @classmethod
     def acquire(cls, directory: Leased, published: int = 0, noun: str = "run") -> Lease:
-        """Take the lease of a run directory.
+        """Acquire the lease of a directory, which is created if it does not exist.
 
         Args:
-            published: The highest number under which a checkpoint was published, should lease.json be lost.
-            noun: What the directory is, for the message.
+            directory: The directory of a run or sweep.
+            published: Highest lease number under which a checkpoint was published, in case lease.json is lost.
+            noun: Kind of the directory ("run", "sweep"), for the message.
 
         Raises:
-            UserError: A live process holds it.
+            UserError: A process that is alive holds the lease.
         """
         directory.path.mkdir(parents=True, exist_ok=True)
         with locked(directory.path):
@@ -115,14 +125,14 @@ class Lease:
         return lease
 
     def held(self) -> bool:
-        """Whether no one has taken the lease over."""
+        """Whether lease.json still has this lease's number, so that no other process has acquired the lease."""
         holder = self.holder(self.directory)
         return holder is not None and holder.number == self.number
 
     def release(self) -> None:
-        """Give the lease back, keeping its number."""
+        """Release the lease; lease.json keeps its number."""
         self._released.set()
-        # Where it cannot be written, the end of this process gives the lease back.
+        # If lease.json cannot be written, the end of this process releases the lease.
         with contextlib.suppress(OSError), locked(self.directory.path):
             if self.held():
                 self._write(0)
@@ -148,7 +158,7 @@ class Lease:
 
 
 def in_use(directory: Leased, holder: LeaseHolder, noun: str = "run") -> UserError:
-    """The refusal of a directory that someone else holds."""
+    """The error that another process holds the lease of a directory."""
     command = "bigtrain stop" if noun == "run" else f"bigtrain {noun} stop"
     return UserError(
         f"The {noun} '{directory.name}' is in use by process {holder.pid} on {holder.host}",
@@ -158,12 +168,12 @@ def in_use(directory: Leased, holder: LeaseHolder, noun: str = "run") -> UserErr
 
 
 def lease_check(directory: Leased, number: int) -> Callable[[], bool]:
-    """A check for a rank: True as long as the attempt it belongs to holds the run."""
+    """A function by which a rank checks that its attempt, with this lease number, still holds the lease."""
     return Lease(directory, number).held
 
 
 def _process_start(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot, which tells it from a later one of the same id."""
+    """Start time of a process in clock ticks since boot, which differs for a later process with the same id."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

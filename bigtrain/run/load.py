@@ -1,4 +1,4 @@
-"""From a run's YAML to its typed config."""
+"""Loading of a run's typed config from its YAML."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from bigtrain.run.directory import RunDirectory
 
 
 def load_config(path: Path, overrides: list[str] | None = None, name: str | None = None) -> RunConfig:
-    """Read, complete and check a run's YAML; paths in it become absolute.
+    """Read a run's YAML, fill in the preset, and check the config. Paths become absolute.
 
-    The config in a run directory gets the directory's name, whatever name it holds.
+    The config.yaml of a run directory gets the name of its directory. Plugins must have been loaded before
+    (`bigtrain.config.plugin.load_plugin`).
 
-    What a plugin registers is known once it is loaded (`bigtrain.config.plugin.load_plugin`).
+    Args:
+        path: The YAML file.
+        overrides: KEY=VALUE texts, as on the command line.
+        name: Name of the run, which replaces that of the file; None: keep it.
 
     Raises:
-        UserError: Anything wrong in the file, with its line; a run that uses a plugin which is not loaded.
+        UserError: The file has an error, which the message locates by its line; or the run uses a plugin that is not
+            loaded.
     """
     document = load.read_document(path, overrides or [])
     if name is None and _is_of_a_run(path) and not any(one.startswith("name=") for one in overrides or []):
-        # A copied or renamed directory is a run of its own: its config still has the name of the original.
+        # In a copied or renamed directory, which is a run of its own, the config has the name of the original.
         name = Path(os.path.abspath(path)).parent.name
     if name is not None:
         document.override(("name",), name)
@@ -34,19 +39,19 @@ def load_config(path: Path, overrides: list[str] | None = None, name: str | None
 
 
 def config_of(document: yaml_file.YamlDocument) -> RunConfig:
-    """The config that a parsed document holds; see `load_config`. The document's preset is written out in place."""
+    """The config of a parsed document; see `load_config`. The model's preset is filled in, in the document itself."""
     _complete_model(document)
     return _absolute(load.build(RunConfig, document))
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Whether this is the config that a run recorded in its directory."""
+    """Whether the file is the resolved config in a run directory."""
     directory = RunDirectory(path.parent)
     return path.name == directory.config.name and directory.exists()
 
 
 def _require_plugin(document: yaml_file.YamlDocument, path: Path) -> None:
-    """Refuse the config of a run that uses a plugin, if it is not loaded."""
+    """Raise UserError if the config belongs to a run that uses a plugin which is not loaded."""
     if not _is_of_a_run(path):
         return
     directory = RunDirectory(path.parent)
@@ -66,7 +71,7 @@ def _require_plugin(document: yaml_file.YamlDocument, path: Path) -> None:
 
 
 def _all_known(document: yaml_file.YamlDocument) -> bool:
-    """Whether a config can be read with what is registered now."""
+    """Whether the registered classes are enough to build the config."""
     try:
         load.build(RunConfig, document)
     except UserError:
@@ -75,7 +80,7 @@ def _all_known(document: yaml_file.YamlDocument) -> bool:
 
 
 def _complete_model(document: yaml_file.YamlDocument) -> None:
-    """Lay the preset under the model's own keys, in place."""
+    """Replace `model.preset` by the keys of the preset, in place; the model's own keys override them."""
     model = document.value.get("model")
     if not isinstance(model, dict):
         raise UserError(
@@ -103,7 +108,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     def absolute_places(value: Any) -> Any:
         if not isinstance(value, tuple):
             return absolute(value)
-        # The name is written out: by its path alone it could become another one.
+        # The name is written explicitly: derived from the absolute path, it could differ.
         return tuple(one.model_copy(update={"path": absolute(one.path), "name": one.source}) for one in value)
 
     data = config.data.model_copy(

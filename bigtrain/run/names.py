@@ -1,4 +1,4 @@
-"""The names in a run directory, the same for every run; and what a run may be called."""
+"""File names in a run directory, equal for all runs, and the pattern of a run's name."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Final
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 CONFIG: Final = "config.yaml"
-"""The resolved config."""
+"""File of the resolved config."""
 
 RECORD: Final = "run.json"
-"""The recipe and the identity, written when the run is first started."""
+"""File of the recipe and the identity, written at the run's first start."""
 
 LEASE: Final = "lease.json"
-"""Who may write to the directory."""
+"""File that names the process that may write to the directory."""
 
 FORECAST: Final = "forecast.json"
-"""A forecast made before the run, which it is held against."""
+"""File of a forecast made before the run, with which the run's results are compared."""
 
 METRICS: Final = "metrics.jsonl"
 EVENTS: Final = "events.jsonl"
 
 SAMPLES: Final = "samples.jsonl"
-"""The log of consumed samples."""
+"""File of the log of consumed samples."""
 
 CHECKPOINTS: Final = "checkpoints"
-"""Folder of the checkpoints."""
+"""Directory of the checkpoints."""
 
 LATEST: Final = "LATEST"
-"""In CHECKPOINTS: the name of the newest published one."""
+"""File in CHECKPOINTS that names the newest published checkpoint."""
 
 PICTURES: Final = "pictures"
-"""Folder of what the callback `pictures` renders."""
+"""Directory of the images that the callback `pictures` renders."""
 
 PICTURE: Final = re.compile(r"(?P<step>\d{8,})-(?P<title>[a-z0-9-]+)\.png")
-"""A file in PICTURES: the step, and the title in lower case."""
+"""Name of a file in PICTURES: the step, and the title in lower case."""
 
 LOGS: Final = "logs"
-"""Folder of the ranks' and agents' logs."""
+"""Directory of the ranks' and agents' logs."""

@@ -1,4 +1,4 @@
-"""Which plugins a run uses: their part in its identity, and their entry in its record."""
+"""The plugins that a run uses: their hashes in the run's identity, and their entry in run.json."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 def plugin_hashes(config: RunConfig, keys: tuple[str, ...]) -> dict[str, str]:
-    """The keys of the recipe whose section a plugin defines, or whose augmentations, and the hash of its source."""
+    """Hash of the plugins' source for each of `keys` whose section, or whose augmentations, plugins define."""
     sources = {key: plugins_of(config, key) for key in keys}
     return {key: _hash(found) for key, found in sources.items() if found}
 
 
 def plugins_of(config: RunConfig, key: str) -> list[PluginSource]:
-    """The plugins that define a section of the recipe, or the augmentations in it."""
+    """The plugins that define the section of a recipe's key, or for `data` the augmentations in it."""
     section = getattr(config, key)
     if key == "data":
         return list(dict.fromkeys(_sources(section)))
-    # What lies deeper in other sections has never been part of the identity by its code.
+    # The code of nested classes in other sections has never been a part of the identity.
     source = getattr(section, "plugin", None)
     return [] if source is None else [source]
 
 
 def used_plugins(config: RunConfig) -> dict[str, Any]:
-    """The entry `plugin` of a run's record: where the plugins lie whose sections the config holds; empty without."""
+    """The entry `plugin` of run.json: places and hash of the plugins whose classes the config uses; {} if none."""
     sources = list(dict.fromkeys(_sources(config)))
     if not sources:
         return {}
@@ -37,7 +37,7 @@ def used_plugins(config: RunConfig) -> dict[str, Any]:
 
 
 def places(sources: list[PluginSource]) -> str:
-    """Where plugins lie, as `--plugin` takes several."""
+    """The places of several plugins, joined in the format of `--plugin`."""
     return os.pathsep.join(source.place for source in sources)
 
 

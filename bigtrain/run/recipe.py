@@ -1,4 +1,4 @@
-"""The recipe: the part of a config that says what is trained, and the identity that it gives a run."""
+"""The recipe, the part of a config that says what is trained, and its hash, the run's identity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from bigtrain.run.config import RunConfig
 
 RECIPE: Final = ("seed", "model", "data", "batch", "duration", "optimizer", "schedule", "precision", "init")
-"""The keys that make a run's identity; all others are its execution and may change at a resume."""
+"""The keys that determine a run's identity; all other keys are the execution and may change at a resume."""
 
 
 def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) -> dict[str, Any]:
-    """The recipe of a config: data and source by content, no duration where that may grow.
+    """The recipe of a config, in which hashes of their contents identify the data and `init.source`.
+
+    The duration is included only if it affects the learning rates of earlier steps; otherwise a run may be prolonged.
 
     Args:
-        data: Keys that replace the places of the data: fingerprints.
+        config: The config.
+        data: Keys that replace those of the section `data`, with fingerprints instead of paths.
+        batch_sequences: Sequences in a global batch.
     """
     plain = config.plain()
     recipe = {key: plain[key] for key in RECIPE}
@@ -47,10 +51,12 @@ def recipe_of(config: RunConfig, data: Mapping[str, Any], batch_sequences: int) 
 
 
 def with_defaults(recorded: dict[str, Any], recipe: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """A recipe that an earlier version recorded; keys that it did not know have their defaults.
+    """Complete a recipe that an earlier version recorded with the defaults of keys that this version did not have.
 
     Args:
-        recipe: Today's, of `config`: only its keys are added.
+        recorded: The recorded recipe.
+        recipe: The recipe of `config` in this version; only its keys are added.
+        config: The config with which the run is started again.
     """
     completed: dict[str, Any] = _with_defaults(recorded, recipe, config)
     return completed
@@ -72,12 +78,12 @@ def _with_defaults(recorded: Any, recipe: Any, section: Any) -> Any:
 
 
 def identity(recipe: dict[str, Any]) -> str:
-    """The hash of a recipe: two runs of one identity compute the same losses."""
+    """The SHA-256 hash of a recipe, in hexadecimal; two runs with the same identity compute the same losses."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line for each key that differs: "optimizer.lr: 0.001 -> 0.002"."""
+    """Yield one line for each key that differs: "optimizer.lr: 0.001 -> 0.002"."""
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -10,7 +10,7 @@ from bigtrain.run.config import RunConfig
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON Schema of a run's YAML: any family's `model` section, or a preset with keys that override it."""
+    """JSON Schema of a run's YAML; `model` is the section of a model family, or a preset with overriding keys."""
     schema = {**load.json_schema(RunConfig), "title": "bigtrain run"}
     choices = []
     for arch in FAMILIES:

@@ -1,14 +1,14 @@
-"""Files: on local disks, as JSON lines, on object stores; their hashes and locks.
+"""Files on local disks, servers and object stores, with their hashes and locks.
 
-| file | what it holds |
+| file | contents |
 |---|---|
-| files.py | local files that are there whole or not at all |
-| lines.py | JSON-lines files that survive a torn tail |
-| hashes.py | hashes with the name of their algorithm |
+| files.py | atomic writes of local files |
+| lines.py | JSON-lines files that remain readable after an incomplete write |
+| hashes.py | hashes, prefixed with the name of their algorithm |
 | locks.py | flock |
 | objects.py | files on servers and object stores, with retries |
-| scheme.py | the schemes of URLs: an extension point |
-| schemes/ | one file for each of bigtrain's own schemes |
+| scheme.py | URL schemes, an extension point |
+| schemes/ | one file for each built-in scheme |
 """
 
 from bigtrain.storage.files import fsync_directory, fsync_file, write_atomic, write_json

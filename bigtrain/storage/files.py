@@ -1,4 +1,4 @@
-"""Local files that are there whole or not at all."""
+"""Atomic writes of local files, which exist completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ fsync_directory = fsync_file
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and never a part.
+    """Write a file atomically: readers, and the disk after a crash, have the old file or the new one, never a part.
 
-    The bytes go to a temporary file beside it, are synced, renamed, and the directory is synced.
+    The bytes are written to a temporary file in the same directory and synced. Then the file is renamed and the
+    directory synced.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -44,5 +45,5 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write one JSON value atomically, indented so that a person can read it."""
+    """Write one JSON value atomically, indented for human readers."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""JSON-lines files: appended to by several processes, readable after a kill."""
+"""JSON-lines files, to which several processes may append, and which remain readable after a kill."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MAX_WAITING_LINES = 100_000
 
 
 def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
-    """Append one object to a JSON-lines file in a single write, so that several processes may share it.
+    """Append one object to a JSON-lines file in a single write, so that several processes may append to the file.
 
     Raises:
-        OSError: The disk took a part of it or nothing; what is there is a torn tail.
+        OSError: The line was written in part or not at all. Readers skip an incomplete last line.
     """
     data = json.dumps(value, allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            # A torn tail must not swallow this line too.
+            # End the incomplete last line first; otherwise this line would become a part of it.
             data = b"\n" + data
         if os.write(descriptor, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -37,11 +37,11 @@ def append_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
 
 
 class LineLog:
-    """Appends to a JSON-lines file; while the disk is full, lines wait in memory, in order, and nothing fails.
+    """Appends to a JSON-lines file; while the disk is full, lines wait in memory, in order, without an error.
 
     Args:
-        path: The file; made at the first append.
-        limit: Lines that may wait; beyond it the oldest are dropped.
+        path: The file, which the first append creates.
+        limit: Largest number of waiting lines; beyond it the oldest are dropped.
     """
 
     def __init__(self, path: str | os.PathLike[str], limit: int = MAX_WAITING_LINES) -> None:
@@ -49,7 +49,7 @@ class LineLog:
         self._waiting: deque[dict[str, Any]] = deque(maxlen=limit)
 
     def append(self, value: dict[str, Any]) -> None:
-        """Append one object, after those that still wait."""
+        """Append one object, after the waiting lines."""
         self._waiting.append(value)
         first = len(self._waiting) == 1
         try:
@@ -62,7 +62,7 @@ class LineLog:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn line, which a kill can leave, is skipped."""
+    """Iterate over the objects of a JSON-lines file. Incomplete lines, which a kill can leave, are skipped."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             value = _object(line)
@@ -71,9 +71,9 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def cut_lines(path: str | os.PathLike[str], keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the leading objects of a JSON-lines file while `keep` holds, and drop the rest, a torn tail too.
+    """Truncate a JSON-lines file before the first object for which `keep` is false, or before an incomplete last line.
 
-    The file is truncated in place: a kill leaves the old one or the cut one.
+    The file is truncated in place, so a kill leaves it either unchanged or truncated.
     """
     with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
         end = 0
@@ -87,7 +87,7 @@ def cut_lines(path: str | os.PathLike[str], keep: Callable[[dict[str, Any]], boo
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """The object of a whole line; None for anything else."""
+    """The JSON object in a complete line; None for any other line."""
     if not line.endswith(b"\n"):
         return None
     try:

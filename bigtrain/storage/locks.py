@@ -1,4 +1,4 @@
-"""Locks between processes of one machine: flock's, which end with their holder, however it ends."""
+"""Locks between processes of one machine by flock, which the kernel releases when their holder ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ def lock(descriptor: int, *, shared: bool = False, wait: bool = True) -> bool:
     """Lock an open file or directory until its descriptor is closed.
 
     Args:
-        shared: Others may hold it too, if their lock is shared as well.
-        wait: Wait for another holder to end; otherwise return False at once.
+        descriptor: Descriptor of the open file or directory.
+        shared: Whether other processes may hold a shared lock at the same time.
+        wait: Whether to wait until another holder releases the lock; otherwise the result is False at once.
+
+    Returns:
+        Whether the lock was taken.
     """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -25,10 +29,11 @@ def lock(descriptor: int, *, shared: bool = False, wait: bool = True) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, *, make: bool = False) -> Iterator[None]:
-    """Hold the lock of a file, or of a directory itself, so that no lock file is left in it.
+    """Hold the exclusive lock of a file or directory. A directory is locked itself, so it needs no lock file.
 
     Args:
-        make: Create the file if there is none.
+        path: The file or directory to lock.
+        make: Whether to create the file if it does not exist.
     """
     flags = os.O_RDWR | os.O_CREAT if make else os.O_RDONLY
     descriptor = os.open(path, flags, 0o644)

@@ -1,6 +1,6 @@
-"""Files on servers and object stores: read from any byte on, and tried again where it breaks.
+"""Files on servers and object stores. Reads start at any byte, and failed requests are retried.
 
-A place is opened by its URL's scheme, see `bigtrain.storage.scheme`; object stores are filesystems of fsspec.
+The scheme of a URL opens it as a `Place`, see `bigtrain.storage.scheme`. Object stores are accessed through fsspec.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ T = TypeVar("T")
 
 
 def cache_home() -> Path:
-    """Where what was fetched lies, unless a config says otherwise: BIGTRAIN_CACHE, else ~/.cache/bigtrain."""
+    """The default directory for fetched files: BIGTRAIN_CACHE if set, else ~/.cache/bigtrain."""
     given = os.environ.get(variables.CACHE)
     return Path(given) if given else Path.home() / ".cache" / "bigtrain"
 
 
 class RemoteError(UserError):
-    """A file that could not be read from its server: exit code 1, since another try may do it."""
+    """A server or object store failed or refused a request; exit code 1, since a later attempt may succeed."""
 
     exit_code = 1
 
 
 class Transient(Exception):
-    """A failure that may pass.
+    """A failure that may be temporary, so the request is retried.
 
     Args:
-        start_again: Whether what was read so far is of no use.
+        reason: The message.
+        wait_s: Seconds to wait before the retry, as the server requests; 0: no request.
+        start_again: Whether the bytes read so far must be discarded.
     """
 
     def __init__(self, reason: str, wait_s: float = 0.0, start_again: bool = False) -> None:
@@ -51,25 +53,30 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a call to a server is waited for, and how often it is tried again."""
+    """Timeout of a request to a server, and number of retries."""
 
     timeout_s: float = 20.0
     retries: int = 8
 
     def backoff_s(self, failures: int, asked_s: float) -> float:
-        """Seconds before the next try: doubling, with jitter so that ranks do not come back together."""
+        """Seconds until the next attempt. They double with each failure; jitter spreads the ranks' retries.
+
+        Args:
+            failures: Number of failures in a row, at least 1.
+            asked_s: Seconds that the server requests; taken into account up to LONGEST_BACKOFF_S.
+        """
         grown = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
         return max(grown, min(asked_s, LONGEST_BACKOFF_S))
 
 
 @dataclass(frozen=True)
 class Body:
-    """What a server answers with."""
+    """The contents of a file, from some byte on, in a server's response."""
 
     start: int
-    """Byte of the file at which the chunks begin: the requested one, or 0 where the server supports no ranges."""
+    """Byte offset in the file of the first chunk: the requested one, or 0 if the server does not support ranges."""
     total: int | None
-    """Size of the complete file in bytes; None where the server does not report it."""
+    """Size of the complete file in bytes; None if the server does not report it."""
     chunks: Iterator[bytes]
 
 
@@ -79,21 +86,22 @@ class Place(Protocol):
     url: str
 
     def open(self, name: str, start: int) -> AbstractContextManager[Body]:
-        """A file's bytes from `start` on.
+        """Open a file, from byte `start` on.
 
         Raises:
-            Transient: Worth another try, as is what reading the chunks raises.
-            RemoteError: Not worth one, such as 404.
+            Transient: The request failed and may be retried. Reading the chunks may raise it too.
+            RemoteError: The request failed for good, for example with status 404.
         """
         ...
 
 
 class ObjectPlace:
-    """A prefix of a bucket.
+    """A prefix of a bucket on an object store.
 
     Args:
-        files: A filesystem of fsspec.
-        root: Path of the prefix in it.
+        url: URL of the prefix.
+        files: An fsspec filesystem.
+        root: Path of the prefix in this filesystem.
     """
 
     def __init__(self, url: str, files: Any, root: str) -> None:
@@ -101,43 +109,47 @@ class ObjectPlace:
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
-        """See `Place`."""
+        """Open an object, from byte `start` on; see `Place.open`."""
         path = f"{self._root}/{name}"
         with self._errors(name):
             total = int(self._files.size(path))
         yield Body(start, total, self._chunks(path, name, start, total))
 
     def names(self) -> list[str]:
-        """What lies in it directly, sorted."""
+        """Sorted names of the objects and prefixes directly under this prefix."""
         with self._errors(""):
             found = self._files.ls(self._root, detail=False)
         return sorted(path.rpartition("/")[2] for path in found)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of each object under PREFIX/, at any depth, by its name from there."""
+        """Bytes of each object under `prefix`/, at any depth, by its path relative to it."""
         under = f"{self._root}/{prefix}"
         with self._errors(prefix, "no such bucket"):
             found = self._files.find(under, detail=True)
         return {path.removeprefix(f"{under}/"): int(facts["size"] or 0) for path, facts in found.items()}
 
     def put(self, source: Path, name: str) -> None:
-        """Store a file; it is there whole or not at all. Large ones go in parts, several at once.
+        """Upload a file; the object exists completely or not at all. Large files are uploaded in parallel parts.
+
+        Args:
+            source: The local file.
+            name: Name of the object.
 
         Raises:
-            FileNotFoundError: There is no such file here.
-            Transient, RemoteError: As `open`.
+            FileNotFoundError: The local file does not exist.
+            Transient, RemoteError: The request failed; see `Place.open`.
         """
         os.stat(source)
         with self._errors(name, "no such bucket"):
             self._files.put_file(str(source), f"{self._root}/{name}")
 
     def put_bytes(self, data: bytes, name: str) -> None:
-        """Store a few bytes under a name; see `put`."""
+        """Upload bytes as one object; see `put`."""
         with self._errors(name, "no such bucket"):
             self._files.pipe_file(f"{self._root}/{name}", data)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove objects in this order; one that is not there is no error."""
+        """Remove objects in this order; missing objects are ignored."""
         for name in names:
             with self._errors(name), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{self._root}/{name}")
@@ -164,11 +176,17 @@ class ObjectPlace:
 
 
 def patiently(action: Callable[[], T], patience: Patience, where: str, cancelled: threading.Event | None = None) -> T:
-    """The result of an action that is tried again where it fails with Transient.
+    """Call `action` and return its result; it is retried after each Transient.
+
+    Args:
+        action: The request.
+        patience: Number of retries, and the waits between them.
+        where: URL for the error.
+        cancelled: An event that ends the wait for the next attempt.
 
     Raises:
-        RemoteError: It failed more often in a row than patience allows.
-        Cancelled: `cancelled` was set while it waited for the next try.
+        RemoteError: The action failed more often in a row than `patience` allows.
+        Cancelled: `cancelled` was set during the wait for the next attempt.
     """
     cancelled = cancelled or threading.Event()
     failures = 0
@@ -194,15 +212,20 @@ def fetch(
     patience: Patience,
     cancelled: threading.Event | None = None,
 ) -> None:
-    """Complete `file` with the bytes of a remote file that it lacks; it may hold the first part.
+    """Append to `file` the bytes that it lacks of a remote file; `file` may already hold the first part.
 
     Args:
-        size: Bytes that the remote file must have; None: what the server says.
-        limit: Bytes that are accepted at most.
-        cancelled: Ends the fetch with Cancelled.
+        place: The directory on the server.
+        name: Name of the remote file in it.
+        file: The local file, open for reading and writing.
+        size: Bytes that the remote file must have; None: the size that the server reports.
+        limit: Largest number of bytes to accept.
+        patience: Number of retries, and the waits between them.
+        cancelled: An event that ends the fetch with Cancelled.
 
     Raises:
-        RemoteError: The server does not have it, or failed more often than patience allows.
+        RemoteError: The server does not have the file, or failed more often in a row than `patience` allows.
+        Cancelled: `cancelled` was set.
     """
     cancelled = cancelled or threading.Event()
     failures, best = 0, file.seek(0, os.SEEK_END)
@@ -212,7 +235,7 @@ def fetch(
             return
         except Transient as problem:
             reached = file.seek(0, os.SEEK_END)
-            # Only bytes never reached before count as progress: a server without ranges begins at 0 each time.
+            # Only bytes beyond the largest offset so far count as progress: a server without ranges restarts at byte 0.
             failures = 1 if reached > best else failures + 1
             best = max(best, reached)
             if problem.start_again:
@@ -228,7 +251,7 @@ def fetch(
 
 
 class Cancelled(Exception):
-    """A fetch that the caller has cancelled."""
+    """The caller has cancelled the request."""
 
 
 def _attempt(place: Place, name: str, file: BinaryIO, size: int | None, limit: int, cancelled: threading.Event) -> None:

@@ -1,6 +1,6 @@
-"""Schemes of URLs: where shards are read from and checkpoints are kept. An extension point.
+"""URL schemes of the places from which shards are read and to which checkpoints are uploaded; an extension point.
 
-A scheme over any filesystem of fsspec is one class, in a file that `--plugin` names:
+A scheme for any fsspec filesystem is one class, in a file that `--plugin` names:
 
     from bigtrain.storage.scheme import SCHEMES, FsspecScheme
 
@@ -13,7 +13,8 @@ A scheme over any filesystem of fsspec is one class, in a file that `--plugin` n
 
             return fsspec.filesystem("local"), "/mnt/" + url.removeprefix("shelf://")
 
-`data.train: shelf://books/shards/train` and `checkpoint.storage: shelf://books/runs` then work as s3:// does.
+Then `data.train: shelf://books/shards/train` and `checkpoint.storage: shelf://books/runs` work in the same way as s3://
+URLs.
 """
 
 from __future__ import annotations
@@ -27,50 +28,52 @@ from bigtrain.storage.objects import ObjectPlace, Patience, Place
 
 
 class Scheme:
-    """One scheme of URLs. An instance is made for each directory that is opened."""
+    """A URL scheme; one instance is created for each directory that is opened."""
 
     name: ClassVar[str]
-    """What stands before "://"."""
+    """The part of the URL before "://"."""
 
     stores: ClassVar[bool] = False
-    """Whether it lists and writes: then it keeps checkpoints too, and a directory of tars is indexed by its URL."""
+    """Whether the scheme can list and write files. Then it can hold checkpoints, and a directory of tars can be indexed
+    by its URL."""
 
     def open(self, url: str, patience: Patience) -> Place:
-        """The directory of a checked URL; `ObjectPlace` if the scheme `stores`.
+        """Open the directory of a checked URL; returns an `ObjectPlace` if the scheme `stores`.
 
         Raises:
-            UserError: A library that it needs is not installed.
+            UserError: A library that the scheme needs is not installed.
         """
         raise NotImplementedError
 
 
 class FsspecScheme(Scheme):
-    """A scheme over a filesystem of fsspec."""
+    """Base class of schemes that use an fsspec filesystem."""
 
     stores: ClassVar[bool] = True
 
     library: ClassVar[str | None] = None
-    """The module that fsspec needs for it."""
+    """Name of the module that fsspec needs for the scheme; None: no extra module."""
 
     extra: ClassVar[str | None] = None
-    """The extra of this package that installs `library`."""
+    """The extra of the bigtrain package that installs `library`."""
 
     def filesystem(self, url: str, timeout_s: float) -> tuple[Any, str]:
-        """The filesystem, and the path of the URL in it. By default fsspec's own for the scheme, without caches.
+        """The filesystem, and the path of the URL in it. The default is fsspec's filesystem of the scheme, uncached.
 
         Args:
-            timeout_s: After this long without an answer a call should raise. The caller tries again.
+            url: The checked URL.
+            timeout_s: Seconds without a response after which a call should raise; the caller retries it.
         """
         import fsspec
 
         return fsspec.core.url_to_fs(url, use_listings_cache=False, **self.options(timeout_s))
 
     def options(self, timeout_s: float) -> dict[str, Any]:
-        """Arguments of fsspec's filesystem; see `filesystem`."""
+        """Keyword arguments of the fsspec filesystem; see `filesystem`."""
         return {}
 
     def open(self, url: str, patience: Patience) -> ObjectPlace:
-        """See `Scheme`."""
+        """Open the directory of a checked URL; see `Scheme.open`."""
         if self.library is not None and importlib.util.find_spec(self.library) is None:
             fix = f"pip install -e '.[{self.extra}]', in the checkout" if self.extra else f"Install {self.library}."
             raise UserError(f"{self.name}:// needs {self.library}", url, fix)
@@ -83,22 +86,25 @@ SCHEMES: Final = Registry[Scheme](
 
 
 def check_url(url: str, *, stores: bool = False) -> str:
-    """A URL of a registered scheme, without the slash at its end. All others are refused: `pipe:` is a shell.
+    """Check that a URL has a registered scheme, and return it without a slash at its end.
+
+    Other schemes are refused: `pipe:`, for example, would execute a shell command.
 
     Args:
-        stores: Only schemes that keep checkpoints.
+        url: The URL.
+        stores: Whether to accept only schemes that can hold checkpoints.
 
     Raises:
-        ValueError: Another scheme, no host or bucket, credentials, a query or a fragment.
+        ValueError: The URL has another scheme, no host or bucket, or contains credentials, a query or a fragment.
     """
     return urls.check_url(url, [name for name in SCHEMES if not stores or SCHEMES[name].stores])
 
 
 def open_url(url: str, patience: Patience) -> Place:
-    """The directory that a URL names.
+    """Open the directory that a URL names.
 
     Raises:
-        UserError: A scheme that is not registered, or one whose library is not installed.
+        UserError: The URL is not valid, its scheme is not registered, or the library of the scheme is not installed.
     """
     try:
         url = check_url(url)
@@ -108,10 +114,10 @@ def open_url(url: str, patience: Patience) -> Place:
 
 
 def open_store(url: str, patience: Patience) -> ObjectPlace:
-    """The directory that a URL names, of a scheme that lists and writes.
+    """Open the directory that a URL names, of a scheme that can list and write.
 
     Raises:
-        UserError: As `open_url`; a scheme that only reads.
+        UserError: The scheme can only read, or for the reasons of `open_url`.
     """
     try:
         url = check_url(url, stores=True)

@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics.jsonl, W&B, the live display, its status, its report."""
+"""Metrics and events of a run: metrics.jsonl, trackers such as W&B, the live display, the status, the report."""

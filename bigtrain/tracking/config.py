@@ -1,7 +1,7 @@
-"""The `tracking` section, and what every tracker is.
+"""The section `tracking`, and the base classes of trackers.
 
-A tracker is one file in trackers/ (or a plugin's): a `TrackerConfig` with its keys, and the `Tracker` that it opens. It
-runs in a process of its own, so whatever it does, no training step waits for it.
+A tracker is one file in trackers/ or a plugin: a `TrackerConfig` with its keys, and the `Tracker` that it opens. Each
+tracker runs in a separate process, so no training step waits for it.
 """
 
 from __future__ import annotations
@@ -16,56 +16,67 @@ from pydantic import Field, field_validator
 from bigtrain.config import Duration, Registry, Section
 
 PICTURE_KEY: Final = "_picture"
-"""Of the mapping that stands for a picture in a tracker's row; its value is the place of a PNG file."""
+"""Key of a mapping that represents an image in a tracker's row; its value is the path of a PNG file."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker may know of its run."""
+    """The information about a run that its trackers receive."""
 
     directory: Path
     name: str
     config: Mapping[str, Any]
-    """The resolved config, without secrets."""
+    """The resolved config; in the tracker's process it contains no secrets."""
 
 
 class Tracker:
-    """An open tracker, in its own process. It may raise, block and print: the training does not notice."""
+    """An open tracker, in its own process. It may raise exceptions, block or print without any effect on training."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Take one object of metrics.jsonl: `step`, and values by name, where a value that is not finite is null.
+        """Log one object of metrics.jsonl: `step`, and values by name; values that are not finite are None.
 
-        After an evaluation it may also hold pictures: {"pictures/TITLE": {"_picture": FILE}}.
+        After an evaluation the object may also contain images: {"pictures/TITLE": {"_picture": FILE}}.
         """
 
     def alert(self, title: str, text: str, level: str) -> None:
-        """Tell the user that the run has ended."""
+        """Notify the user that the run has ended; `level` is "INFO", or "ERROR" for a failed run."""
 
     def close(self, failed: bool) -> None:
-        """Finish what was begun."""
+        """Finish the tracker's output; `failed`: whether the run has failed."""
 
 
 class TrackerConfig(Section):
-    """What all trackers share; a tracker adds its keys and `open`."""
+    """Base of the sections of trackers; a subclass adds its keys and `open`."""
 
     label: ClassVar[str] = "the tracker"
-    """What messages call it."""
+    """Name of the tracker in messages."""
     advice: ClassVar[str] = ""
-    """How what it has written to the run's directory is sent later, for messages."""
+    """For messages: how to upload later what the tracker has written to the run's directory."""
 
     name: str
-    """Which tracker: a file of bigtrain/tracking/trackers, or the name of a plugin's class."""
+    """Name of the tracker: a file of bigtrain/tracking/trackers, or the name of a plugin's class."""
 
     def starts(self, run: TrackedRun) -> list[dict[str, Any]]:
-        """The ways to start, tried in this order: plain values that are passed to `open`. None: it is off."""
+        """The alternatives to start the tracker, tried in this order; an empty list: the tracker is off.
+
+        Each is a mapping of JSON values, which is passed to `open` as `start`.
+        """
         return [{}]
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Variables of the tracker's process; `folder`: its own in the run's directory."""
+        """Environment variables for the tracker's process; `folder` is the tracker's folder in the run's directory."""
         return {}
 
     def open(self, run: TrackedRun, start: dict[str, Any]) -> Tracker:
-        """The tracker, in its own process; raises where it cannot start. Import its library here."""
+        """Open the tracker; called in its own process. Import the tracker's library here.
+
+        Args:
+            run: The run to track.
+            start: One of the mappings that `starts` returned.
+
+        Raises:
+            Exception: The tracker cannot start. The next of `starts` is tried.
+        """
         raise NotImplementedError
 
 
@@ -73,34 +84,34 @@ TRACKERS = Registry("tracker", TrackerConfig, package="bigtrain.tracking.tracker
 
 
 class TrackingConfig(Section):
-    """What a run records while it trains, and where to."""
+    """How often a run logs metrics, and to which trackers."""
 
     every: Duration = Duration.steps(1)
-    """Time between logged steps, in steps ("10 steps")."""
+    """Interval between logged steps, in steps ("10 steps")."""
 
     trackers: tuple[Annotated[TrackerConfig, TRACKERS], ...] = ()
-    """Trackers beside Weights & Biases: [{name: tensorboard}]."""
+    """Trackers in addition to Weights & Biases: [{name: tensorboard}]."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online with a key in WANDB_API_KEY or the netrc file, else offline."""
+    """Mode of Weights & Biases. auto: WANDB_MODE if set; online with a key (WANDB_API_KEY, netrc); else offline."""
 
     project: str = "bigtrain"
-    """W&B project that the run belongs to."""
+    """W&B project of the run."""
 
     entity: str | None = None
-    """W&B user or team; null is the key's own."""
+    """W&B user or team that owns the project; null: the default of the API key."""
 
     tags: list[str] = Field(default_factory=list)
     """W&B tags of the run."""
 
     group: str | None = None
-    """W&B group, which holds the runs of a sweep together."""
+    """W&B group of the run, such as the sweep to which it belongs."""
 
     facts: dict[str, str | int | float] = Field(default_factory=dict)
-    """More keys of the config that trackers show, beside those of the run itself."""
+    """Additional entries for the config that trackers show."""
 
     def all_trackers(self) -> list[TrackerConfig]:
-        """Weights & Biases by its own keys, and `trackers`."""
+        """The section of Weights & Biases, made from its keys here, and the `trackers`."""
         keys = {"project": self.project, "entity": self.entity, "tags": self.tags, "group": self.group}
         return [TRACKERS["wandb"].model_validate({"name": "wandb", "mode": self.wandb, **keys}), *self.trackers]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 
 class Follower:
-    """Yields each object of a growing JSON-lines file once, reading only what is new.
+    """Reads each object of a growing JSON-lines file once, without reading old lines again.
 
-    A file that was cut (a resume rewrites metrics.jsonl) is read again from its start: `follow` says so, and
-    the reader forgets what it had. A line that is not yet whole is left for the next time.
+    A file that was truncated (a resume truncates metrics.jsonl) is read again from its start; `follow` reports this, so
+    that the caller discards the earlier objects. An incomplete last line is left for the next call.
 
     Args:
-        path: The file; it may not be there yet.
+        path: The file, which need not exist yet.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -24,7 +24,11 @@ class Follower:
         self._inode: int | None = None
 
     def follow(self) -> tuple[list[dict[str, Any]], bool]:
-        """The objects written since the last call, and whether the file was cut and they start it anew."""
+        """Read the objects written since the last call.
+
+        Returns:
+            The objects, and whether the file was truncated or replaced, so that they begin at its start.
+        """
         if not self._path.exists():
             return [], False
         with open(self._path, "rb") as file:

@@ -1,11 +1,11 @@
-"""A forecast frozen before a run, and the run held against it.
+"""A forecast that is recorded before a run, and its comparison with the run.
 
     RUN/forecast.json    written by `bigtrain scaling preregister`, before the first step
-    RUN/run.json         its hash, under "forecast", from the first start on; beside the recipe, not in the identity
-    RUN/events.jsonl     its hash once more, with the event "forecast"; "left_forecast" where the run leaves the band
+    RUN/run.json         the forecast's hash under "forecast", from the first start on; not a part of the identity
+    RUN/events.jsonl     the hash in the event "forecast"; "left_forecast" when the run leaves the band
 
-The run's training loss is averaged over equal shares of its tokens. It has left the band where two averages in
-succession lie outside, or where the held-out loss at the end lies outside its interval.
+The training loss is averaged over BINS equal shares of the run's tokens. The run has left the band if two consecutive
+averages are outside it, or if the held-out loss at the end is outside its interval.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from bigtrain.tracking.metrics import read_metrics
 from bigtrain.tracking.numbers import finite
 
 BINS = 40
-"""Shares of a run's tokens over which its loss is averaged."""
+"""Number of equal shares of a run's tokens, over each of which the loss is averaged."""
 MAX_SPARSE = 2.0
-"""Shares that one logged interval may cover: a longer one hides how the loss falls inside it."""
+"""Largest number of shares in one logged interval; in a longer interval the course of the loss is unknown."""
 SUCCESSION = 2
-"""Averages outside the band, one after the other, after which the run has left it."""
+"""Number of consecutive averages outside the band after which the run has left it."""
 KIND = "bigtrain forecast"
 
 
 def read_forecast(run_dir: Path) -> dict[str, Any] | None:
-    """The forecast of a run, or None where it has none, or one that cannot be parsed."""
+    """Read the forecast of a run; None if there is none or it cannot be parsed."""
     try:
         found = json.loads((run_dir / names.FORECAST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -41,20 +41,20 @@ def read_forecast(run_dir: Path) -> dict[str, Any] | None:
 
 
 def forecast_hash(run_dir: Path) -> str | None:
-    """The hash of a run's forecast; None where it has none."""
+    """The hash of a run's forecast; None if there is none."""
     path = run_dir / names.FORECAST
     return hash_file(path) if path.exists() else None
 
 
 def band_of(forecast: Mapping[str, Any], number: int) -> dict[str, float] | None:
-    """The forecast's loss and band over one share of the tokens, or None where it has none there."""
+    """The forecast's loss, low and high for one share of the tokens, numbered from 0; None if it has none there."""
     middle = (number + 0.5) / BINS
     inside = [one for one in forecast["curve"] if one["from"] < middle < one["to"]]
     return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
 
 
 def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | None:
-    """The forecast's loss and band after so many tokens, or None where it has none there."""
+    """The forecast's loss, low and high after a number of tokens; None if it has none there."""
     share = min(tokens / float(forecast["tokens"]), 1.0)
     inside = [one for one in forecast["curve"] if one["from"] < share <= one["to"] + 1e-9]
     return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
@@ -62,33 +62,33 @@ def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | No
 
 @dataclass
 class Watch:
-    """Averages a run's losses and compares them with its forecast, a logged interval at a time."""
+    """Averages a run's training losses, and compares the averages with the forecast; fed with one row at a time."""
 
     forecast: Mapping[str, Any]
     points: list[dict[str, Any]] = field(default_factory=list)
-    """What was averaged so far."""
+    """The averages so far, each with its step, tokens and band."""
     left: dict[str, Any] | None = None
-    """Where the run left the band."""
+    """Step, tokens, measured value and band at which the run left the band; None while it is inside."""
     _sum: float = 0.0
-    """Of loss times tokens, so far."""
+    """Sum of loss times tokens so far."""
     _begun: float = 0.0
-    """That sum where the open share begins."""
+    """Value of `_sum` at the beginning of the current share."""
     _number: int = 0
     _outside: int = 0
     _tokens: float = 0.0
     _first_step: int = 0
 
     def add(self, step: int, tokens: float, loss: float | None, val_loss: float | None) -> dict[str, Any] | None:
-        """Take one logged interval.
+        """Process one logged interval.
 
         Args:
-            step: Steps done.
+            step: Completed steps at the end of the interval.
             tokens: Tokens so far.
-            loss: Mean training loss of the interval; None where no token counted.
-            val_loss: Held-out loss after it, where it was measured.
+            loss: Mean training loss of the interval, in nats per token; None if no token had a weight.
+            val_loss: Held-out loss after the interval; None if it was not measured.
 
         Returns:
-            Where the run has left the band, the first time that it has.
+            The value of `left` in the call in which the run leaves the band; otherwise None.
         """
         before = self.left
         ended = step >= int(self.forecast["steps"])
@@ -102,12 +102,12 @@ class Watch:
         return self.left if before is None else None
 
     def _take(self, step: int, tokens: float, loss: float, ended: bool) -> None:
-        """Close the shares that end in this logged interval; sums up to each end are interpolated, as in forecasts."""
+        """Average the shares that end in this logged interval; the sum at each end is interpolated, as in forecasts."""
         width = float(self.forecast["tokens"]) / BINS
         sparse = tokens - self._tokens > MAX_SPARSE * width
         while self._number < BINS:
             end = (self._number + 1) * width
-            # Whole sequences may leave the last share short of its end.
+            # A step consumes complete sequences, so the last share may have fewer tokens.
             last = ended and self._number == BINS - 1
             if end > tokens * (1 + 1e-9) and not last:
                 break
@@ -135,7 +135,7 @@ class Watch:
 
 
 def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Watch:
-    """A watch that has taken the objects of metrics.jsonl."""
+    """A `Watch` that has processed the objects of a metrics.jsonl."""
     watch = Watch(forecast)
     for row in rows:
         tokens = finite(row.get("tokens"))
@@ -145,7 +145,7 @@ def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -
 
 
 def changed(run_dir: Path) -> bool:
-    """Whether the forecast is not the one that the run was started with."""
+    """Whether forecast.json differs from the one with which the run was started."""
     now = forecast_hash(run_dir)
     known = [event.get("hash") for event in read_events(run_dir / names.EVENTS) if event["event"] == "forecast"]
     try:
@@ -158,11 +158,11 @@ def changed(run_dir: Path) -> bool:
 
 
 def held_against(run_dir: Path) -> dict[str, Any] | None:
-    """A run beside its forecast, as `status` and `report` show it; None where it never had one.
+    """Compare a run with its forecast, for `status` and `report`; None if the run never had a forecast.
 
     Returns:
-        `state` (waiting, inside, left, changed), `left` with step, measured and band, `final` with the held-out loss
-        beside its interval, and `points`, the averages so far.
+        `state` ("waiting", "inside", "left" or "changed"); `left`, the step, measured value and band at which the run
+        left the band; `final`, the held-out loss at the end and its interval; `points`, the averages so far.
     """
     forecast = read_forecast(run_dir)
     altered = changed(run_dir)

@@ -1,4 +1,4 @@
-"""A run beside its forecast, as a part of the report: the band, the after-action table."""
+"""The section of the report that compares a run with its forecast: a chart with the band, and a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def show_forecast(page: Page, held: dict[str, Any]) -> None:
     """Add the section to a report's page.
 
     Args:
-        held: As `bigtrain.tracking.forecast.held_against` gives it.
+        page: The page of the report.
+        held: The result of `bigtrain.tracking.forecast.held_against`.
     """
     page.heading("Forecast")
     page.note(_STATES[held["state"]])

@@ -1,21 +1,21 @@
-"""Where a run's wall time went: goodput, and what the rest was spent on.
+"""The parts of a run's wall time: goodput, and the time lost to anything else.
 
-The parts sum up to the wall time exactly, whatever is missing from the record:
+The parts always sum up to the wall time, also if metrics or events are missing:
 
     wall time         from the launch to the end, without the time between a stop (or the end) and the next launch
       start-up        from a launch to the first step: imports, building the model, loading
-      steps           of which the result is made; their share of the wall time is the goodput
+      steps           training steps that were kept; their share of the wall time is the goodput
       data            waiting for the data of these steps
-      saves           in which the training waited for a checkpoint
+      saves           training waits for a checkpoint
       evaluation
-      done again      between the checkpoint from which a run went on and the fault before it
-      hangs           from the last sign of life of a rank that hung to the end of all ranks
+      done again      steps between the last checkpoint before a fault and the fault, which are repeated
+      hangs           from the last heartbeat of a rank that hung to the end of all ranks
       restarts        from a fault to the first step after it: waiting for machines, start-up, loading
-      other           the rest of attempts that ended well: logging, closing
+      other           the rest of attempts that ended without a fault: logging, closing
 
-Steps, data, saves and evaluation are those that rank 0 measured up to each checkpoint (`times` of the event `saved`);
-for steps that no such event covers yet, what metrics.jsonl says. Intervals between events of one machine come from
-its monotonic clock.
+Rank 0 measures the times of steps, data, saves and evaluation up to each checkpoint (`times` of the event `saved`). For
+steps after the last checkpoint, the times are computed from metrics.jsonl. Intervals between events of one machine are
+measured by its monotonic clock.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PARTS: Final = {
     "restarts": "restarts",
     "other": "other",
 }
-"""What wall time is lost to, and what that is called."""
+"""Keys of the parts of lost wall time, and their names for the user."""
 
 _MEASURED: Final = ("steps_s", "data_s", "saves_s", "evaluation_s")
 
@@ -51,25 +51,28 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of wall time: of steps that are part of the result, and the rest by the names of PARTS."""
+    """The parts of a run's wall time, in seconds."""
 
     wall_s: float
+    """The wall time."""
     steps_s: float
+    """Seconds in steps that were kept."""
     lost_s: dict[str, float]
+    """The other seconds, by the keys of PARTS."""
     energy_j: float | None = None
-    """Energy of the machine meanwhile, where it can be read."""
+    """Energy in joules that the machine used during the wall time; None if it could not be measured."""
 
     @property
     def share(self) -> float | None:
-        """Steps over wall time, between 0 and 1; None before the run has begun."""
+        """The goodput: seconds in kept steps divided by wall time, between 0 and 1; None before the first launch."""
         return self.steps_s / self.wall_s if self.wall_s > 0 else None
 
     def plain(self) -> dict[str, float]:
-        """The parts for JSON, their names ending in _s; they sum up to wall_s."""
+        """The parts as a dictionary for JSON. The names end in _s, and the other values sum up to wall_s."""
         return {"wall_s": self.wall_s, "steps_s": self.steps_s, **{f"{n}_s": s for n, s in self.lost_s.items()}}
 
     def __str__(self) -> str:
-        """`goodput 91.2% of 12m10s (start-up 9s, saves 21s); energy 1.20 kWh`."""
+        """A line for the user: `goodput 91.2% of 12m10s (start-up 9s, saves 21s); this machine used 1.2 kWh`."""
         if self.share is None:
             return "goodput n/a"
         lost = [f"{PARTS[name]} {span(seconds)}" for name, seconds in self.lost_s.items() if seconds >= 0.5]
@@ -79,18 +82,19 @@ class Goodput:
 
 @dataclass
 class _Attempt:
-    """Ranks at work, from their first step to their end."""
+    """An attempt, from its event of start or resume to its end."""
 
     seconds: float
     step: int
-    """Where it went on from."""
+    """The step from which the attempt continued."""
     saved: list[Event]
+    """The events `saved` of the attempt."""
     fault: Event | None = None
-    """What ended it, where that was a fault."""
+    """The fault that ended the attempt, if any."""
 
 
 class _Timeline:
-    """Walks through the events and gives each interval between two of them to its part."""
+    """Processes the events in order, and assigns each interval to an attempt or to a part of the lost time."""
 
     def __init__(self) -> None:
         self.wall_s = 0.0
@@ -102,13 +106,13 @@ class _Timeline:
         self._saved: list[Event] = []
 
     def take(self, event: Event, at: float) -> None:
-        """The next event, `at` seconds after some fixed moment."""
+        """Process the next event, `at` seconds after the first event."""
         name = event["event"]
         if name in ("started", "resumed"):
             start_s = finite(event.get("start_s")) or 0.0
             if self._state == "idle":
                 self._mark, self._state = at - start_s, "start_up"
-            elif self._state == "running":  # Nobody was there to say that it had failed.
+            elif self._state == "running":  # The launcher was killed before it could record the failure.
                 self._leave(max(self._mark, at - start_s), "restarts", {})
             self._leave(at, "running")
             self._step, self._saved = whole(event.get("step")) or 0, []
@@ -116,7 +120,7 @@ class _Timeline:
             if self._state == "idle":
                 self._mark = at
             self._leave(at, "restarts", event)
-        elif name == "restarted" and self._state == "running":  # Saved, to go on with other machines.
+        elif name == "restarted" and self._state == "running":  # It was saved, to continue on other machines.
             self._leave(at, "restarts")
         elif name in ENDS and self._state != "idle":
             self._leave(at, "idle")
@@ -124,7 +128,7 @@ class _Timeline:
             self._saved.append(event)
 
     def end(self, at: float) -> None:
-        """What came after the last event."""
+        """Process the time after the last event; `at` is the end, in seconds after the first event."""
         if self._state != "idle":
             self._leave(at, "idle")
 
@@ -139,12 +143,12 @@ class _Timeline:
 
 
 def goodput(events: Sequence[Event], columns: Columns, until: float | None = None) -> Goodput:
-    """Where the time since the first launch went.
+    """Compute the parts of the wall time since the first launch.
 
     Args:
         events: The run's events, oldest first.
-        columns: The steps that were kept.
-        until: Seconds after the last event up to which a run without an end is counted; None: now.
+        columns: Columns of metrics.jsonl, which has the steps that were kept.
+        until: Seconds after the last event at which the wall time of a run without an end event ends; None: now.
     """
     events = [event for event in events if timestamp(event.get("time")) is not None]
     if not events:
@@ -163,9 +167,16 @@ def goodput(events: Sequence[Event], columns: Columns, until: float | None = Non
 
 
 def _divide(attempt: _Attempt, later: list[int], columns: Columns, lost_s: dict[str, float]) -> float:
-    """Add an attempt's time to what it was lost to; returns the rest, its seconds in steps that were kept."""
+    """Add an attempt's lost time to `lost_s`, and return its seconds in steps that were kept.
+
+    Args:
+        attempt: The attempt.
+        later: The steps from which later attempts continued.
+        columns: Columns of metrics.jsonl.
+        lost_s: Seconds by the keys of PARTS, changed in place.
+    """
     saved = {int(event["step"]): event for event in attempt.saved if isinstance(event.get("step"), int)}
-    # A run that has failed would go on from its last checkpoint.
+    # If no attempt follows a fault yet, the next one will continue from the last checkpoint.
     last = sys.maxsize if attempt.fault is None else max(saved, default=attempt.step)
     kept = min(later, default=last)
     measured = dict.fromkeys(_MEASURED, 0.0)
@@ -187,7 +198,7 @@ def _divide(attempt: _Attempt, later: list[int], columns: Columns, lost_s: dict[
     if attempt.fault is None:
         lost_s["other"] += left
         return steps_s
-    # A hang is a fault of the run; a launcher that was killed was missed only by the next.
+    # Silence before a fault is a hang of a rank, or the time between the kill of a launcher and the next launch.
     silent = min(finite(attempt.fault.get("silent_s")) or 0.0, left)
     lost_s["hangs" if attempt.fault.get("kind") == "hang" else "restarts"] += silent
     lost_s["again"] += left - silent
@@ -201,7 +212,7 @@ def _times(event: Event) -> dict[str, float]:
 
 
 def _interval_s(before: Event, event: Event) -> float:
-    """Seconds between two events: by the monotonic clock of their machine where it is one, else by the time of day."""
+    """Seconds between two events: by the monotonic clock if both are of one machine and boot, else by Unix time."""
     uptimes = finite(before.get("uptime_s")), finite(event.get("uptime_s"))
     if before.get("boot") and before.get("boot") == event.get("boot") and None not in uptimes:
         assert uptimes[0] is not None
@@ -211,5 +222,5 @@ def _interval_s(before: Event, event: Event) -> float:
 
 
 def since_s(event: Event) -> float:
-    """Seconds since an event."""
+    """Seconds from an event to now."""
     return _interval_s(event, {"time": time.time(), "uptime_s": time.monotonic(), "boot": boot_hash()})

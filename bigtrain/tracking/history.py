@@ -1,4 +1,4 @@
-"""A run's past as columns and times: what status and report compute from metrics.jsonl and events.jsonl."""
+"""The history of a run as columns and times, computed from metrics.jsonl and events.jsonl for status and report."""
 
 from __future__ import annotations
 
@@ -26,38 +26,40 @@ _RECENT = 50
 
 @dataclass(frozen=True)
 class Columns:
-    """metrics.jsonl as arrays of one length, one entry a logged step; what is missing is NaN."""
+    """The columns of a metrics.jsonl with n logged steps; missing values are NaN."""
 
     step: npt.NDArray[np.int64]
+    """The logged steps, shape (n,), increasing."""
     values: dict[str, FloatArray]
+    """The other columns by name, float64, shape (n,)."""
 
     def __len__(self) -> int:
         return len(self.step)
 
     def get(self, name: str) -> FloatArray:
-        """The column of that name, all NaN where no step has it."""
+        """The column with this name, shape (n,); all NaN if no step has such a value."""
         found = self.values.get(name)
         return found if found is not None else np.full(len(self.step), np.nan)
 
     def last(self, name: str) -> float | None:
-        """The newest number in that column, or None."""
+        """The newest finite value in the column with this name, or None if there is none."""
         column = self.get(name)
         known = np.flatnonzero(np.isfinite(column))
         return float(column[known[-1]]) if len(known) else None
 
     @property
     def sources(self) -> list[str]:
-        """The names of a mixture's sources, sorted; none where there is one source."""
+        """The sorted names of a mixture's sources; empty if the data are not a mixture."""
         return sorted(name.removeprefix("epochs/") for name in self.values if name.startswith("epochs/"))
 
     @property
     def recorded(self) -> list[str]:
-        """The metrics that were recorded by name, and those of evaluators apart from the loss; sorted."""
+        """The sorted names of the metrics that models, callbacks and evaluators have recorded by name."""
         return sorted(filter(is_recorded, self.values))
 
     @property
     def seconds(self) -> FloatArray:
-        """Seconds that each logged interval of steps took: tokens over tokens a second; 0 where not known."""
+        """Seconds of each logged interval of steps, shape (n,): tokens divided by tokens per second; 0 if unknown."""
         tokens, rate = self.get("tokens"), self.get("tokens_per_s")
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds = np.diff(tokens, prepend=0.0) / rate
@@ -65,7 +67,7 @@ class Columns:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median seconds of one recent step, or None where not known."""
+        """Median seconds per step over the recent logged intervals, or None if unknown."""
         steps = np.diff(self.step, prepend=0)[-_RECENT:]
         seconds = self.seconds[-_RECENT:]
         known = (seconds > 0) & (steps > 0)
@@ -73,7 +75,7 @@ class Columns:
 
 
 def read_columns(path: str | os.PathLike[str]) -> Columns:
-    """metrics.jsonl as columns, each step once; made for a million steps."""
+    """Read a metrics.jsonl as columns, each step once; fast enough for a million steps."""
     steps = array("q")
     columns: dict[str, array[float]] = {}
     nan = float("nan")
@@ -98,22 +100,22 @@ def read_columns(path: str | os.PathLike[str]) -> Columns:
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events in the order in which they were written; what has no name is passed over."""
+    """Read the events in the order of the file; lines without an event name are skipped."""
     return [event for event in read_lines(path) if isinstance(event.get("event"), str)]
 
 
 def newest(events: Sequence[dict[str, Any]], name: str) -> Any:
-    """The newest value of a field that only some events carry, or None."""
+    """The newest value of a field that only some events have, or None if there is none."""
     return next((event[name] for event in reversed(events) if event.get(name) is not None), None)
 
 
 def state(events: Sequence[dict[str, Any]], alive: bool) -> str:
-    """pending, running, waiting, stopped, finished or failed.
+    """The state of a run: "pending", "running", "waiting", "stopped", "finished" or "failed".
 
     Args:
         events: The run's events, oldest first.
-        alive: Whether somebody holds the run's lease. A run that nobody holds and that has not said how it
-            ended was killed: it has failed, and can be resumed.
+        alive: Whether a process holds the run's lease. A run without a holder and without an event of its end was
+            killed: its state is "failed", and it can be resumed.
     """
     last = next((e["event"] for e in reversed(events) if e["event"] in (*BEGINS, *ENDS, "fault", "waiting")), None)
     if last is None:
@@ -128,7 +130,7 @@ def state(events: Sequence[dict[str, Any]], alive: bool) -> str:
 
 
 def record_s(run_dir: Path, events: Sequence[dict[str, Any]]) -> float:
-    """Seconds from its last event to the last thing that a run which nobody holds has written."""
+    """Seconds from the last event to the last write of metrics.jsonl, for a run whose lease is not held."""
     last = timestamp(events[-1].get("time")) if events else None
     try:
         return max(0.0, (run_dir / names.METRICS).stat().st_mtime - last) if last is not None else 0.0
@@ -137,7 +139,7 @@ def record_s(run_dir: Path, events: Sequence[dict[str, Any]]) -> float:
 
 
 def eta_s(columns: Columns, total_steps: int | None) -> float | None:
-    """Seconds to the last step at the recent pace, or None where not known."""
+    """Estimated seconds to the last step at the recent speed, or None if unknown."""
     pace = columns.step_seconds
     if pace is None or total_steps is None or not len(columns):
         return None
@@ -145,6 +147,6 @@ def eta_s(columns: Columns, total_steps: int | None) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """The value as a whole number, or None."""
+    """The value truncated to an integer, or None if it is not a finite number."""
     number = finite(value)
     return int(number) if number is not None else None

@@ -1,4 +1,4 @@
-"""What the controller shows while a run trains: one live panel on a terminal, plain lines elsewhere."""
+"""The live display of the controller during a run: a panel on a terminal, plain lines in other output."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ POLL_S = 0.25
 LINE_EVERY_S = 5.0
 _RECENT = 60
 _SHOWN = 8
-"""Metrics that were recorded by name, at most so many in a line."""
+"""Largest number of metrics recorded by name in a line."""
 _LINE_WIDTH = 120
-"""Characters of a plain line."""
+"""Largest number of characters in a plain line."""
 _BARS = "▁▂▃▄▅▆▇█"
 _LOUD = {"fault": "red", "failed": "red", "restarted": "yellow", "stopped": "yellow", "finished": "green"}
 _SAID = ("fault", "restarted", "stopped", "failed", "finished")
-"""Events that the controller puts into words of its own, through `LiveDisplay.say`."""
+"""Events that the display does not print, since the controller prints its own lines for them by `LiveDisplay.say`."""
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """A curve in one row of characters, newest right, scaled from its least to its greatest value."""
+    """A curve as one row of characters, the newest value on the right, scaled from smallest to largest value."""
     shown = values[-width:]
     if not shown:
         return ""
@@ -41,7 +41,7 @@ def sparkline(values: list[float], width: int = 24) -> str:
 
 
 class LiveProgress:
-    """The part of a run's record that the display shows."""
+    """The values of a run that the display shows."""
 
     def __init__(self, total_steps: int | None) -> None:
         self.total_steps = total_steps
@@ -52,13 +52,13 @@ class LiveProgress:
         self._pace: deque[float] = deque(maxlen=_RECENT)
 
     def restart(self) -> None:
-        """Forget the curve: the file was cut and comes again from its start."""
+        """Discard the metrics, since the file was truncated and is read again from its start."""
         self.row, self.val_loss = {}, None
         self.losses.clear()
         self._pace.clear()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take one object of metrics.jsonl."""
+        """Process one object of metrics.jsonl."""
         before, self.row = self.row, row
         if (loss := finite(row.get("loss"))) is not None:
             self.losses.append(loss)
@@ -71,14 +71,14 @@ class LiveProgress:
             self._pace.append(tokens / rate / steps)
 
     def add_event(self, event: dict[str, Any]) -> None:
-        """Take one object of events.jsonl."""
+        """Process one object of events.jsonl."""
         self.event = event
         if isinstance(event.get("total_steps"), int):
             self.total_steps = event["total_steps"]
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the last step at the median recent pace."""
+        """Estimated seconds to the last step at the recent median speed; None if unknown."""
         if not self._pace or self.total_steps is None:
             return None
         pace = sorted(self._pace)[len(self._pace) // 2]
@@ -86,7 +86,10 @@ class LiveProgress:
 
 
 def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
-    """`step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m10s`; val where evaluated."""
+    """A line such as `step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m10s`.
+
+    `val` appears only after an evaluation. Metrics that were recorded by name follow, as many as fit into the line.
+    """
     total = f"/{progress.total_steps}" if progress.total_steps is not None else ""
     loss = finite(row.get("loss"))
     parts = [f"step {row['step']}{total}", f"loss {loss:.3f}" if loss is not None else "loss nan"]
@@ -108,12 +111,12 @@ def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
 
 
 def main_first(metrics: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The metrics with those last that are parts of another one (`weight_norm/layers` of `weight_norm`)."""
+    """Sort metrics so that parts of another metric come last (`weight_norm/layers` is a part of `weight_norm`)."""
     return sorted(metrics, key=lambda metric: "/" in metric[0])
 
 
 def recorded(row: dict[str, Any], units: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
-    """Name and value, with its unit, of each metric that was recorded by name."""
+    """The name, and the value with its unit, of each metric in the row that was recorded by name."""
     found = []
     for name, item in row.items():
         value = finite(item)
@@ -124,7 +127,7 @@ def recorded(row: dict[str, Any], units: Mapping[str, str] | None = None) -> lis
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """`event fault  step 120  rank 3  host a7  cause killed by SIGKILL`."""
+    """A line such as `event fault  step 120  rank 3  host a7  cause killed by SIGKILL`."""
     parts = [f"event {event['event']}"]
     for name in ("step", "attempt", "rank", "host", "cause"):
         if event.get(name) is not None:
@@ -133,15 +136,16 @@ def event_line(event: dict[str, Any]) -> str:
 
 
 class LiveDisplay:
-    """Follows a run's metrics.jsonl and events.jsonl in a thread and shows them.
+    """Reads a run's metrics.jsonl and events.jsonl in a thread while they grow, and shows them.
 
-    What the files hold when it starts is the past: it feeds the curve and is not printed again.
+    Rows that the files contain at the start are used for the curve, but not printed.
 
     Args:
-        run_dir: The run's directory; its files may not be there yet.
-        total_steps: Steps of the complete run where known; an event that carries `total_steps` corrects it.
-        stream: Where to: a terminal gets a panel that redraws itself, anything else plain lines.
-        line_every_s: Least time between two plain lines; evaluations and events always get one.
+        run_dir: The run's directory, whose files need not exist yet.
+        total_steps: Number of steps of the run; None: unknown. An event with `total_steps` replaces it.
+        stream: The output: on a terminal a panel that is redrawn, otherwise plain lines.
+        line_every_s: Shortest time in seconds between two plain lines; evaluations and events are always printed.
+        poll_s: Seconds between two reads of the files.
     """
 
     def __init__(
@@ -167,7 +171,7 @@ class LiveDisplay:
         self._printed_step: int | None = None
 
     def start(self) -> None:
-        """Begin to follow; returns at once."""
+        """Start the display's thread, and return at once."""
         self._read()
         self._printed_step = self._progress.row.get("step")
         run = self._show_panel if self._stream.isatty() else self._show_lines
@@ -175,14 +179,14 @@ class LiveDisplay:
         self._thread.start()
 
     def stop(self) -> None:
-        """Show what came last, and end; the thread is gone when this returns."""
+        """Show the last rows, and wait until the display's thread has ended."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def say(self, line: str) -> None:
-        """Show a line between what the files say; safe from any thread, before and after the display's life too."""
+        """Print a line; may be called from any thread, also before `start` and after `stop`."""
         console = self._console
         if console is not None:
             console.print(line, markup=False, highlight=False)
@@ -198,7 +202,7 @@ class LiveDisplay:
         for row in rows:
             self._progress.add(row)
         if was_cut:
-            # The lines that survived the cut have been shown before.
+            # The rows before the truncation have already been shown.
             self._printed_step = rows[-1]["step"] if rows else None
             rows = []
         events = [event for event in self._events.follow()[0] if isinstance(event.get("event"), str)]
@@ -249,7 +253,7 @@ class LiveDisplay:
 
 
 def panel(name: str, progress: LiveProgress, units: Mapping[str, str] | None = None) -> RenderableType:
-    """The panel of one run."""
+    """The panel of one run, for rich."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar

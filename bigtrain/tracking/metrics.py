@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a logged step, each step there once."""
+"""The file metrics.jsonl: one JSON object for each logged step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 NAMES = (
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s",
 )  # fmt: skip
-"""What every object holds. `loss` is in nats per token; an evaluation adds `val_loss` and `val_bits_per_byte`
-to its step's object, a mixture `loss/SOURCE`."""
+"""The keys of every object. `loss` is in nats per token. An evaluation adds `val_loss` and `val_bits_per_byte` to the
+object of its step, and a mixture adds `loss/SOURCE`."""
 
 
 _OWN = {
@@ -29,15 +29,15 @@ _FAMILIES = ("loss/", "epochs/", "tokens/", "forecast/", "val_loss/", "val_bits_
 
 
 def is_recorded(name: str) -> bool:
-    """Whether a key of an object is a metric that a model, a callback or an evaluator recorded under its own name."""
+    """Whether a key of an object is a metric that a model, callback or evaluator has recorded under this name."""
     return name not in _OWN and not name.startswith(_FAMILIES)
 
 
 class MetricsFile:
-    """The writer of a run's metrics.jsonl; one process at a time owns it.
+    """The writer of a run's metrics.jsonl; only one process at a time may have one.
 
     Args:
-        path: The file; made at the first append.
+        path: The file, which the first append creates.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,10 +49,10 @@ class MetricsFile:
             cut_lines(self.path, keep=lambda value: True)
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Append one step's object; a number that is not finite is written as null, which JSON can hold.
+        """Append the object of one step; numbers that are not finite are written as null, since JSON has no NaN.
 
         Raises:
-            ValueError: No `step`, or one that is not past the last one written.
+            ValueError: `metrics` has no integer `step`, or the step is not greater than that of the last object.
         """
         step = metrics.get("step")
         if isinstance(step, bool) or not isinstance(step, int):
@@ -63,7 +63,7 @@ class MetricsFile:
         self._last_step = step
 
     def add_units(self, units: Mapping[str, str]) -> None:
-        """Keep the units of metrics that were recorded by name, beside the file; written only where one is new."""
+        """Add the units of metrics that were recorded by name to metrics.units.json, if one of them is new."""
         if units.items() <= self._units.items():
             return
         self._units = {**read_units(self.path), **self._units, **units}
@@ -75,13 +75,13 @@ class MetricsFile:
             _log.warning("the units of metrics could not be written: %s", error)
 
     def cut(self, step: int) -> None:
-        """Drop what was logged after `step`: a resume from its checkpoint will log those steps again."""
+        """Remove the objects of steps after `step`, since a resume from its checkpoint logs these steps again."""
         cut_lines(self.path, keep=lambda value: not isinstance(value.get("step"), int) or value["step"] <= step)
         self._last_step = None
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: numpy and torch scalars become numbers, NaN and infinities null."""
+    """Convert a value to JSON types: numpy and torch scalars to numbers, NaN and infinities to None."""
     if hasattr(value, "item") and not isinstance(value, (bool, int, float, str)):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl in order of steps, each step once; a file that is not there is empty."""
+    """Read the objects of a metrics.jsonl in order of steps, each step once; a missing file has no objects."""
     rows: list[dict[str, Any]] = []
     for row in step_rows(path):
         while rows and rows[-1]["step"] >= row["step"]:
@@ -104,25 +104,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_run_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl; a directory without one has none."""
+    """Read the objects of the metrics.jsonl in a run's directory, as `read_metrics`."""
     return read_metrics(run_dir / names.METRICS)
 
 
 def last_step(path: str | os.PathLike[str]) -> int | None:
-    """The last step logged, or None where there is none."""
+    """The last logged step, or None if there is none."""
     steps = [row["step"] for row in step_rows(path)]
     return steps[-1] if steps else None
 
 
 def step_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects that carry a step, as they lie in the file."""
+    """Iterate over the objects that have an integer `step`, in the order of the file."""
     for row in read_lines(path):
         if isinstance(row.get("step"), int):
             yield row
 
 
 def read_units(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The units of the metrics in a metrics.jsonl that were recorded by name; none where nothing is known."""
+    """Units of the metrics in a metrics.jsonl that were recorded by name; {} if the file of units cannot be read."""
     try:
         units = json.loads(_units_file(Path(path)).read_text())["units"]
         return {str(name): str(unit) for name, unit in units.items()}

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 41.2k, 3m10s, 9.8e-04."""
+"""Short formats of numbers and durations for human readers: 41.2k, 3m10s."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def finite(value: Any) -> float | None:
-    """The value as a float where it is a finite number, else None."""
+    """The value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def short(value: float) -> str:
-    """Three significant figures with a suffix: 41234 is "41.2k"; below 1000 plain."""
+    """Format a number with three significant digits and a suffix k, M, G or T: 41234 is "41.2k"."""
     for factor, suffix in _SUFFIXES:
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{suffix}" if abs(value) < factor * 999.5 else f"{value / factor:.0f}{suffix}"
@@ -25,7 +25,7 @@ def short(value: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """A length of time by its two largest units: "42s", "3m10s", "5h02m", "2d03h"."""
+    """Format a duration in seconds by its two largest units: "42s", "3m10s", "5h02m", "2d03h"."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -37,7 +37,7 @@ def span(seconds: float) -> str:
 
 
 def timestamp(value: Any) -> float | None:
-    """Seconds since the epoch of an event's `time`: a number, or an ISO 8601 text."""
+    """Unix time in seconds of an event's `time`, which is a number or an ISO 8601 text; None for other values."""
     number = finite(value)
     if number is not None or not isinstance(value, str):
         return number

@@ -1,7 +1,7 @@
-"""The one renderer of HTML pages: self-contained files that open offline, light or dark, wide or narrow.
+"""The renderer of all HTML pages: self-contained files that open offline, in light or dark mode and at any width.
 
-Every text is escaped here and nowhere else. A page forbids itself, by its Content-Security-Policy, to fetch
-anything.
+All texts are escaped here, so callers pass unescaped texts. The Content-Security-Policy of a page forbids it to fetch
+any resource.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 MAX_POINTS = 1500
 PARTS_OF_A_WHOLE = 9
-"""Colours of a divided bar: as many as the parts of a run's wall time."""
+"""Number of colours, and so of possible parts, of a bar of shares; a run's wall time has this many parts."""
 Smoothing = Literal["off", "light", "medium", "strong"]
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -29,11 +29,15 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 def downsample(
     x: npt.ArrayLike, y: npt.ArrayLike, max_points: int = MAX_POINTS
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """At most `max_points` of a curve, every spike among them: the least and greatest y of each range.
+    """Reduce a curve to at most `max_points` points, keeping spikes: the smallest and largest y of each range of x.
 
     Args:
-        x: Shape (n,), rising.
+        x: Shape (n,), increasing.
         y: Shape (n,); points that are not finite are skipped.
+        max_points: Largest number of points to keep.
+
+    Returns:
+        x and y of the kept points, float64, shape (k,).
     """
     all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     known = np.isfinite(all_y) & np.isfinite(all_x)
@@ -51,31 +55,32 @@ def downsample(
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of a chart; points that are not finite are skipped, long curves are thinned."""
+    """One curve of a chart; points that are not finite are skipped, and long curves are downsampled."""
 
     name: str
     x: npt.ArrayLike
     y: npt.ArrayLike
     color: Literal[1, 2, 3, 4] = 1
     faint: bool = False
-    """Plotted thin behind the others, as the raw values behind their mean."""
+    """Whether the curve is thin and behind the others, like raw values behind their mean."""
     markers: bool = False
+    """Whether each point of the curve has a marker."""
     points: bool = False
-    """Points alone, in any order of x; what is under the pointer is then shown for itself, not for all series."""
+    """Whether to show only points, in any order of x; the hover text then shows one point and not all series."""
     dashed: bool = False
     ramp: float | None = None
-    """Place between 0 and 1 on a scale of colours, for series that have an order, instead of `color`."""
+    """Position between 0 and 1 on a colour scale, for an ordered family of series; None: use `color`."""
     unnamed: bool = False
-    """Not in the legend, as the others of a family of which some are named."""
+    """Whether the series is omitted from the legend."""
     smoothing: Smoothing | Literal[""] = ""
-    """Shown only at that setting of the page's switch; empty: always."""
+    """The setting of the page's smoothing switch at which the series is shown; empty: at all settings."""
     band: tuple[npt.ArrayLike, npt.ArrayLike] | None = None
-    """Lower and upper ends of an interval around each y, shaded."""
+    """Lower and upper ends of an interval around each y, which is shaded; shape (n,) each."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line where something happened."""
+    """A vertical line at the x of an event."""
 
     x: float
     text: str
@@ -97,16 +102,16 @@ class Chart:
     log_y: bool = False
     log_x: bool = False
     from_zero: bool = False
-    """Whether a linear y begins at zero, as amounts should; for values whose changes matter it need not."""
+    """Whether a linear y axis begins at zero, as it should for amounts."""
     value_format: str = ".4~g"
-    """How a value reads under the pointer, in d3's notation."""
+    """Format of values in the hover text, in d3's notation."""
     tick_format: str = ""
-    """How the ticks of y read; empty is the library's own choice."""
+    """Format of the ticks of y, in d3's notation; empty: plotly's default."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One headline number, with a quiet line below it."""
+    """One headline number, with an optional note in small print below it."""
 
     label: str
     value: str
@@ -115,7 +120,7 @@ class Fact:
 
 @dataclass
 class Page:
-    """A page built from top to bottom; `render` gives the whole file."""
+    """A page, to which methods add parts from top to bottom; `render` returns the HTML."""
 
     title: str
     subtitle: str = ""
@@ -124,10 +129,10 @@ class Page:
     _axes: str = ""
 
     def controls(self, axes: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> None:
-        """Switches for all charts over steps: what x shows, and how much curves are smoothed.
+        """Add switches for all charts over steps: for the quantity of the x axis and for the smoothing of curves.
 
         Args:
-            axes: By title ("tokens", "hours"): rising steps, and the value at each.
+            axes: For each further quantity of the x axis ("tokens", "hours"): increasing steps, and the value at each.
         """
         tables = {}
         for title, (steps, values) in axes.items():
@@ -139,15 +144,15 @@ class Page:
         self._parts.append(f'<div class="controls">x {switches[0]} smoothing {switches[1]}</div>')
 
     def heading(self, text: str) -> None:
-        """A section begins."""
+        """Add a heading, which begins a section."""
         self._parts.append(f"<h2>{_text(text)}</h2>")
 
     def note(self, text: str) -> None:
-        """A quiet paragraph."""
+        """Add a paragraph in a muted style."""
         self._parts.append(f'<p class="note">{_text(text)}</p>')
 
     def headline(self, facts: Iterable[Fact]) -> None:
-        """The numbers that matter, large."""
+        """Add the most important numbers, in large print."""
         cells = []
         for fact in facts:
             note = f"<small>{_text(fact.note)}</small>" if fact.note else ""
@@ -169,14 +174,14 @@ class Page:
         self._parts.append(f'<div class="card">{bar_html}</div>')
 
     def charts(self, charts: Iterable[Chart]) -> None:
-        """Charts side by side where there is room; wide ones take a row of their own."""
+        """Add charts, side by side if the page is wide enough; a `wide` chart has its own row."""
         rendered = [_chart(chart) for chart in charts if any(_has_points(series) for series in chart.series)]
         if rendered:
             self._has_charts = True
             self._parts.append(f'<div class="charts">{"".join(rendered)}</div>')
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], long: Iterable[str] = ()) -> None:
-        """A table; columns named in `long` may break their lines."""
+        """Add a table; the cells of columns named in `long` may wrap."""
         wraps = [name in set(long) for name in header]
         head = "".join(f"<th>{_text(name)}</th>" for name in header)
         body = []
@@ -189,7 +194,7 @@ class Page:
         self._parts.append(f'<div class="scroll"><table>{table}</table></div>')
 
     def pictures(self, pictures: Iterable[tuple[str, str, bytes]]) -> None:
-        """PNG images side by side, which the page has inside: (caption, what it shows in words, content)."""
+        """Add PNG images side by side, embedded in the page: (caption, alternative text, bytes of the file)."""
         figures = []
         for caption, words, content in pictures:
             source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
@@ -198,11 +203,11 @@ class Page:
         self._parts.append(f'<div class="pictures">{"".join(figures)}</div>')
 
     def preformatted(self, text: str, prose: bool = False) -> None:
-        """A text as it stands; prose breaks its long lines."""
+        """Add a preformatted text; with `prose`, long lines wrap."""
         self._parts.append(f"<pre{' class=prose' if prose else ''}>{_text(text)}</pre>")
 
     def render(self) -> str:
-        """The whole file as text; its library is inside, once, if there is a chart."""
+        """The page's HTML; it embeds the plotting library if the page has a chart."""
         subtitle = f'<p class="subtitle">{_text(self.subtitle)}</p>' if self.subtitle else ""
         scripts = ""
         if self._has_charts:
@@ -230,13 +235,13 @@ def _asset(name: str) -> str:
 
 
 def _library() -> str:
-    """plotly.js's basic bundle, compressed; the page decompresses it. In full it would be 1.2 MB."""
+    """The gzip-compressed basic bundle of plotly.js in base64, which the page decompresses (1.2 MB uncompressed)."""
     packed = resources.files("bigtrain.tracking").joinpath("plotly-basic.min.js.gz").read_bytes()
     return base64.b64encode(packed).decode()
 
 
 def _json(value: Any) -> str:
-    # "<" cannot stand inside a script element, where "</script>" would end it.
+    # "<" is escaped, since "</script>" in a script element would end the element.
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -254,7 +259,7 @@ def _chart(chart: Chart) -> str:
         if _has_points(one):
             order = np.argsort(np.asarray(one.x, dtype=np.float64), kind="stable")
             x, y = downsample(np.asarray(one.x)[order], np.asarray(one.y)[order])
-            # Plotly reads names as a small HTML of its own, so they are escaped like any text.
+            # Plotly interprets names as a subset of HTML, so they are escaped like any text.
             spec_of_one: dict[str, Any] = {
                 "name": _text(one.name), "x": _numbers(x), "y": _numbers(y), "color": one.color,
                 "faint": one.faint, "markers": one.markers, "points": one.points, "dashed": one.dashed,

@@ -1,9 +1,9 @@
-"""The trainer's side of a tracker: whatever the tracker does, no training step waits for it.
+"""The trainer's side of trackers, for which no training step waits.
 
     put() --bounded queue--> one daemon thread --pipe--> tracker_process.py, which opens the tracker
 
-A tracker runs in a process of its own because its library may hold the interpreter while it is imported, hook the exit
-and the exceptions of its process, wait for its uploads, or wait for a slow disk. A process can be left.
+A tracker runs in a separate process. Its library may hold the GIL during its import, install hooks for exit and
+exceptions, or wait for its uploads or for a slow disk. The trainer can kill a process that does not finish.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ _POLL_S = 0.5
 
 
 class Trackers:
-    """All trackers of a run, or of anything that has a directory, a name and a config.
+    """All trackers of a run, or of something else that has a directory, a name and a config.
 
     Args:
-        warn: Takes a tracker's name and one line; called from threads.
+        directory: Directory of the run.
+        name: Name of the run.
+        config: Config of the run; secrets are removed before it is passed on.
+        tracking: The section `tracking`.
+        warn: Called with a tracker's name and a warning of one line; called from several threads.
     """
 
     def __init__(
@@ -60,29 +64,29 @@ class Trackers:
         ]
 
     def put(self, row: Mapping[str, Any]) -> None:
-        """Hand over one object of metrics.jsonl; never waits."""
+        """Queue one object of metrics.jsonl for all trackers, without waiting."""
         for process in self._processes:
             process.put(row)
 
     def close(self, timeout_s: float) -> None:
-        """Let all of them finish, for at most `timeout_s` together."""
+        """Close all trackers, which together have `timeout_s` seconds to finish."""
         deadline = time.monotonic() + timeout_s
         for process in self._processes:
             process.close(max(0.0, deadline - time.monotonic()))
 
 
 class _Abandoned(Exception):
-    """close() has run out of time while the tracker was still starting."""
+    """The time limit of close() was reached while the tracker was still starting."""
 
 
 class TrackerProcess:
-    """A tracker at work; what it cannot take in time is dropped and counted.
+    """The process of one tracker. Objects that do not fit into its queue are dropped and counted in `dropped`.
 
     Args:
-        tracker: From the config.
-        run: Secrets are removed from its config before it leaves this process.
-        warn: Takes one line; called from the thread, at most a few times a run.
-        queue_size: Steps that may wait to be taken.
+        tracker: The tracker's section.
+        run: The run to track. Secrets are removed from its config before it is sent to the process.
+        warn: Called with a warning of one line; called from a thread, only a few times in a run.
+        queue_size: Largest number of waiting objects.
     """
 
     def __init__(
@@ -112,18 +116,18 @@ class TrackerProcess:
         self._thread.start()
 
     def put(self, metrics: Mapping[str, Any]) -> None:
-        """Hand over one step's metrics; never waits. Where the queue is full they are dropped and counted."""
+        """Queue the metrics of one step, without waiting. If the queue is full, they are dropped and counted."""
         try:
             self._queue.put_nowait(dict(metrics))
         except queue.Full:
             self.dropped += 1
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Send what is waiting and end the tracker, for at most `timeout_s`; then leave it behind."""
+        """Send the waiting objects and end the tracker; after `timeout_s` seconds its process is killed."""
         deadline = time.monotonic() + timeout_s
         if not self._closing.is_set():
             self._closing.set()
-            # Where it is full, the thread sees _closing once it has emptied it.
+            # If the queue is full, the thread checks _closing once the queue is empty.
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -174,7 +178,7 @@ class TrackerProcess:
         return f"; {self._tracker.advice}" if self._tracker.advice else ""
 
     def _start_run(self) -> subprocess.Popen[bytes]:
-        """A process with the tracker at work, in the first of the ways to start that succeeds."""
+        """Start the process by the first alternative of `TrackerConfig.starts` that succeeds."""
         for number, start in enumerate(self._starts, 1):
             process, failure = self._try_start(start)
             if failure is None:
@@ -226,7 +230,7 @@ class TrackerProcess:
         self._process.stdin.flush()
 
     def _relay(self) -> None:
-        """Pass on the warnings that the process has printed, one a line."""
+        """Forward the warnings that the process has printed, one for each line."""
         assert self._process is not None
         assert self._process.stdout is not None
         while part := self._process.stdout.read(1 << 16):
@@ -253,14 +257,14 @@ class TrackerProcess:
             )
 
     def _discard(self) -> None:
-        """Take what still comes and count it as dropped, so that the queue's memory is not held."""
+        """Close the pipes, and until close() drop and count queued objects, so that they hold no memory."""
         if self._process is not None:
             for pipe in (self._process.stdin, self._process.stdout):
                 try:
                     if pipe is not None:
                         pipe.close()
                 except BrokenPipeError:
-                    continue  # unsent bytes of a process that is gone
+                    continue  # unsent bytes for a process that has ended
         while not self._closing.is_set() or not self._queue.empty():
             try:
                 if self._queue.get(timeout=_POLL_S) is not None:

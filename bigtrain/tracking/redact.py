@@ -1,4 +1,4 @@
-"""Secrets out of what is shown, written or sent: pure functions over plain values and texts."""
+"""Removal of secrets from values and texts that are shown, written or sent; pure functions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FLOW_ENTRY = re.compile(
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a key's value must not be shown: *KEY*, *TOKEN*, *SECRET*, *PASSWORD*, in any case.
+    """Whether the value of a key must not be shown, judged by words such as key, token, secret and password.
 
-    Training is full of harmless tokens, so a key counts by its words: `api_key`, `hfToken`,
+    The key is split into its words, since many names in training contain "token": `api_key`, `hfToken` and
     `AWS_SECRET_ACCESS_KEY` are secret; `tokens`, `tokenizer`, `tokens_per_s` and `tokens_seen` are not.
     """
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", key)
@@ -36,7 +36,7 @@ def is_secret_key(key: str) -> bool:
 
 
 def redact_url(url: str) -> str:
-    """A URL without its user info, and without its query where that carries a signature or a key."""
+    """Replace the user info of a URL, and a query or fragment that contains a signature or key, by REDACTED."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -50,7 +50,7 @@ def redact_url(url: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """A text without the secrets of its URLs, its assignments (`WANDB_API_KEY=...`) and its bearer tokens."""
+    """Remove the secrets in a text's URLs, assignments (`WANDB_API_KEY=...`) and bearer tokens."""
     text = _URL.sub(lambda match: redact_url(match.group()), text)
     text = _ASSIGNMENT.sub(_redact_assignment, text)
     return _BEARER.sub(lambda match: f"{match[1]} {REDACTED}", text)
@@ -61,7 +61,7 @@ def _redact_assignment(match: re.Match[str]) -> str:
 
 
 def redact(value: Any) -> Any:
-    """A copy of plain values (dicts, lists, scalars) without secrets; what is not plain becomes its text."""
+    """A copy of a value (dicts, lists, scalars) without secrets; objects of other types are converted to texts."""
     if isinstance(value, dict):
         return {
             str(key): REDACTED if is_secret_key(str(key)) and _may_be_secret(item) else redact(item)
@@ -79,10 +79,10 @@ def _may_be_secret(value: Any) -> bool:
 
 
 def redact_yaml(text: str) -> str:
-    """A YAML text without secrets, else unchanged: comments, order and quoting stay as they were.
+    """Remove the secrets in a YAML text; comments, order and quoting are kept.
 
-    Works by lines, since parsing and writing it again would change how values are written. What lies under a
-    secret key in block style (deeper lines) is dropped with it.
+    The function processes lines, since parsing and dumping would change the format of values. In block style, the
+    indented lines below a secret key are removed too.
     """
     lines: list[str] = []
     hidden_below: int | None = None

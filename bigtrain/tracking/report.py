@@ -1,4 +1,4 @@
-"""`bigtrain report`: one page that says how a run went."""
+"""`bigtrain report`: an HTML page about a run, or a comparison of two runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from bigtrain.tracking.status import run_goodput
 MAX_EVENTS = 300
 MAX_MARKS = 100
 MAX_PICTURES = 4
-"""Of one title, in a report."""
+"""Largest number of images with the same title in a report."""
 _FAULTS = ("fault", "failed")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run's files say."""
+    """The contents of a run's files."""
 
     directory: Path
     alive: bool
@@ -57,7 +57,7 @@ class _Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved config; empty where there is none that can be read."""
+        """The resolved config; empty if it cannot be read."""
         try:
             found = yaml.safe_load((self.directory / names.CONFIG).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
@@ -66,14 +66,14 @@ class _Run:
 
 
 def write_report(run_dir: Path, alive: bool = False) -> Path:
-    """Write RUN/report.html, self-contained and readable offline.
+    """Write RUN/report.html, which is self-contained and opens offline.
 
     Args:
-        run_dir: The run's directory; whatever of its files is there is shown.
-        alive: Whether the run is still going, so that its wall time runs up to now.
+        run_dir: The run's directory; missing files are omitted from the report.
+        alive: Whether a process holds the run's lease, so that its wall time counts up to now.
 
     Returns:
-        The file's path.
+        Path of the report.
     """
     run = _Run(run_dir, alive)
     page = Page(title=run.name, subtitle=_subtitle(run.events, alive))
@@ -100,7 +100,7 @@ def write_report(run_dir: Path, alive: bool = False) -> Path:
 
 
 def write_comparison(first: Path, second: Path, target: Path) -> Path:
-    """Write one page of two runs side by side: facts, differences of their configs, and curves in the same plots."""
+    """Write a page that compares two runs: main numbers, differences of the configs, and curves in the same charts."""
     runs = [_Run(directory, alive=False) for directory in (first, second)]
     page = Page(title=" and ".join(run.name for run in runs), subtitle="two bigtrain runs side by side")
     facts = [{fact.label: fact for fact in _facts(run)} for run in runs]
@@ -139,7 +139,7 @@ def _curves(page: Page, runs: Sequence[_Run]) -> None:
 
 
 def _pictures(page: Page, run: _Run) -> None:
-    """The newest picture of each title, and before it some of earlier evaluations."""
+    """Add the images of each title: those of the first and the newest step, and some evenly spaced between them."""
     by_title: dict[str, dict[int, Path]] = {}
     folder = run.directory / names.PICTURES
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -155,7 +155,7 @@ def _pictures(page: Page, run: _Run) -> None:
 
 
 def _summary(config: dict[str, Any]) -> str:
-    """The facts of a config in one line: model, batch, length, optimizer, precision, engine."""
+    """The main values of a config in one line: model, batch, duration, optimizer, precision, engine."""
 
     def of(section: str, *keys: str) -> list[str]:
         found = config.get(section)
@@ -191,7 +191,7 @@ def _clock(time_s: float | None) -> str:
 
 
 def _facts(run: _Run) -> list[Fact]:
-    """The main numbers; those that are not known are omitted."""
+    """The main numbers of a run; unknown ones are omitted."""
     columns, events, good = run.columns, run.events, run.goodput
     total = whole(newest(events, "total_steps"))
     step = int(columns.step[-1]) if len(columns) else 0
@@ -258,13 +258,13 @@ def _events_table(page: Page, events: Sequence[dict[str, Any]]) -> None:
     for event in shown:
         fields = redact({name.lower(): event.get(name.lower()) for name in header[1:]})
         rows.append([_clock(timestamp(event.get("time"))), *fields.values()])
-    # A column in which nothing stands says nothing.
+    # Empty columns are omitted.
     kept = [number for number in range(len(header)) if any(row[number] is not None for row in rows)]
     page.table([header[n] for n in kept], [[row[n] for n in kept] for row in rows], long=("Cause",))
 
 
 def _folded(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events, with those of one straggler in one row: the first, with how many followed."""
+    """The events, in which the straggler events of one rank are merged into the first, with their number."""
     counts: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     shown = []
     for event in events:

@@ -13,18 +13,21 @@ from bigtrain.tracking.page import Chart, Mark, Series, Smoothing
 Color = Literal[1, 2, 3, 4]
 
 SMOOTH_FROM = 200
-"""Fewest logged steps for which a curve is shown with its running mean."""
+"""Smallest number of logged steps for which a curve is shown with its running mean."""
 _WINDOWS: Final[dict[Smoothing, int]] = {"light": 200, "medium": 60, "strong": 15}
-"""A running mean covers the number of logged steps divided by this."""
+"""For each smoothing, the number of logged steps divided by the window of the running mean."""
 _SMOOTH_POINTS = 400
 
 
 def smooth(values: FloatArray, window: int) -> FloatArray:
-    """Centred mean over `window` values, which has no lag; values that are not finite are skipped.
+    """Centred running mean over `window` values, which has no lag; values that are not finite are skipped.
 
     Args:
         values: Shape (n,).
-        window: Number of values; fewer at the ends of the array. The mean of no finite value is NaN.
+        window: Number of values in a mean; fewer at the ends of the array.
+
+    Returns:
+        Shape (n,); NaN where the window has no finite value.
     """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
@@ -42,7 +45,7 @@ def charts(
 
     Args:
         runs: Columns of metrics.jsonl, by the name of the run.
-        marks: Events, drawn as vertical lines at their steps.
+        marks: Events, which are shown as vertical lines at their steps.
         units: Units of metrics, by the metric's name.
     """
 
@@ -96,7 +99,7 @@ def _color(number: int) -> Color:
 
 
 def _with_mean(columns: Columns, name: str, label: str, color: Color, factor: float, several: bool) -> list[Series]:
-    """A column's curve; a long one is faint, with a running mean in front for each setting of the smoothing."""
+    """The curve of a column; a long curve is faint, with one running mean for each setting of the smoothing."""
     values = columns.get(name) * factor
     known = np.isfinite(values)
     if known.sum() < SMOOTH_FROM:

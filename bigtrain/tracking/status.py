@@ -1,4 +1,4 @@
-"""What `bigtrain status` says of one run, from the files that it writes."""
+"""The status of a run for `bigtrain status`, computed from the files in the run's directory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from bigtrain.tracking.trackers.wandb import read_url
 
 
 def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, Any]:
-    """One run's status, under the names that `bigtrain status --json` prints.
+    """The status of one run, with the keys that `bigtrain status --json` prints.
 
     Args:
-        run_dir: The run's directory; one without metrics or events is pending.
-        alive: Whether somebody holds the run's lease.
-        now: Seconds since the epoch; the clock where None.
+        run_dir: The run's directory. A run without events is pending.
+        alive: Whether a process holds the run's lease.
+        now: Current Unix time in seconds; None: from the system's clock.
 
     Returns:
-        Plain values for JSON. `goodput` is the share of wall time since the first start that went into steps
-        that were kept, `time` where all of it went (`bigtrain.tracking.goodput`); `energy_j` the joules that the
-        machine used meanwhile, where they can be read; `last_event` an event's name; `eta_s` seconds, only while
-        the run runs; `forecast` the run beside its preregistered forecast (`held_against`);
-        `metrics` the newest value and the unit of each metric that was recorded by name;
-        `best` the step, metric and value of the best checkpoint (`checkpoint.best`);
-        `epochs` how often each source of a mixture has been gone through; what is not known is None.
+        JSON values; an unknown value is None. Among the keys:
+        `goodput`: share of the wall time since the first start that was spent on steps that were kept.
+        `time`: seconds of each part of the wall time (`bigtrain.tracking.goodput`).
+        `energy_j`: energy in joules that the machine used, where it can be measured.
+        `last_event`: name of the last event.
+        `eta_s`: estimated seconds to the end, only while the run trains.
+        `forecast`: the run compared with its preregistered forecast (`held_against`).
+        `metrics`: newest value and unit of each metric that was recorded by name.
+        `best`: step, metric and value of the best checkpoint (`checkpoint.best`).
+        `epochs`: number of epochs of each source of a mixture.
     """
     columns = read_columns(run_dir / names.METRICS)
     events = read_events(run_dir / names.EVENTS)
@@ -58,7 +61,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
 
 
 def _best(events: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the newest save that was not taken back named as the best checkpoint."""
+    """The best checkpoint according to the newest `saved` event that no later `rolled_back` event revokes."""
     saves: dict[int, dict[str, Any] | None] = {}
     for event in events:
         if event["event"] == "saved" and isinstance(step := event.get("step"), int):
@@ -74,7 +77,7 @@ def _recorded(run_dir: Path, columns: Columns) -> dict[str, dict[str, Any]]:
 
 
 def run_goodput(run_dir: Path, alive: bool = False) -> Goodput:
-    """Where a run's time went; `alive`: whether somebody holds its lease, so that its time goes on."""
+    """The parts of a run's wall time; `alive`: whether a process holds its lease, so that time counts up to now."""
     events = read_events(run_dir / names.EVENTS)
     return _goodput(run_dir, events, read_columns(run_dir / names.METRICS), alive, None)
 

@@ -1,9 +1,10 @@
 """The process of a tracker: `python -m bigtrain.tracking.tracker_process NAME`.
 
-Standard input carries JSON lines: first which tracker to open and how, then one object a logged step, or an alert; its
-end means finish. Standard output answers with READY, or with why the tracker could not be started, then carries
-warnings, one a line. It ignores the signals that stop a training run: the trainer's closing of the pipe, or its death,
-is what ends it.
+The process reads JSON lines from standard input: first the tracker to open and its arguments, then one object for each
+logged step, or an alert. At the end of the input it closes the tracker. It writes to standard output first READY, or
+the reason why the tracker could not start; then warnings, one on each line.
+
+The process ignores the signals that stop a training run. It ends when the trainer closes the pipe or dies.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 READY = "ready"
-"""The first line of the answer where the tracker has started; anything else says why it has not."""
+"""The first line of the output if the tracker has started; any other first line is the reason why it has not."""
 
 OUTLIVE_TRAINER_S = 60.0
-"""How long it may go on sending once the pipe has closed; a trainer that is alive kills it sooner."""
+"""Seconds that the process may still send data after the pipe has closed; a trainer that is alive kills it sooner."""
 
 
 def main() -> int:
     """Serve one tracker; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # What a library prints belongs to client.log; only our own lines may reach the pipe.
+    # The output of libraries goes to client.log; only the lines of this module may reach the pipe.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     lines = sys.stdin.buffer
@@ -39,7 +40,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - whatever a library raises, the trainer gets one line
         print(_brief(error), file=answers)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        # The usual way out would wait for a server that has just not answered.
+        # A normal exit would wait for the server, which has just failed to answer.
         os._exit(1)
     print(READY, file=answers)
     try:
@@ -64,14 +65,14 @@ def _open(first: dict[str, Any]) -> Any:
 
 
 def tracker_label(first: dict[str, Any]) -> str:
-    """What messages call the tracker."""
+    """Name of the tracker in messages."""
     from bigtrain.tracking.config import TRACKERS
 
     return TRACKERS[first["tracker"]["name"]].label
 
 
 def _serve(tracker: Any, lines: BinaryIO) -> bool:
-    """Log until the pipe closes; whether the run has failed."""
+    """Pass the lines to the tracker until the pipe closes; returns whether an alert said that the run has failed."""
     failed = False
     for line in lines:
         if not line.endswith(b"\n"):

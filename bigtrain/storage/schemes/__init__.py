@@ -1,1 +1,1 @@
-"""One file for each scheme of URLs that bigtrain reads; the file is named after the scheme."""
+"""Built-in URL schemes: one file for each scheme, named after it."""

@@ -1,4 +1,4 @@
-"""gs://BUCKET/PREFIX: Google Cloud Storage, through gcsfs."""
+"""The scheme gs://BUCKET/PREFIX: Google Cloud Storage, through gcsfs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bigtrain.storage.scheme import SCHEMES, FsspecScheme
 
 @SCHEMES.register
 class Gs(FsspecScheme):
-    """Credentials come from the environment, as google-auth reads them."""
+    """Google Cloud Storage; google-auth reads the credentials from the environment."""
 
     name = "gs"
     library = "gcsfs"

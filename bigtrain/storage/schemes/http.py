@@ -1,6 +1,6 @@
-"""http://HOST/PATH, through the standard library: reads files, lists nothing.
+"""The scheme http://HOST/PATH, through the standard library: it reads files, but lists no directories.
 
-No redirect leaves http and https, or falls from https to http.
+Redirects to schemes other than http and https, and from https to http, are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bigtrain.storage.objects import Body, Patience, Place, RemoteError, Transie
 from bigtrain.storage.scheme import SCHEMES, Scheme
 
 CHUNK_BYTES = 1 << 16
-"""So little that allocators use the same memory again for the next; of larger ones they keep some for each thread."""
+"""Bytes of one read. Allocators reuse the memory of small chunks; for larger ones they keep memory for each thread."""
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -28,12 +28,12 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 @SCHEMES.register
 class Http(Scheme):
-    """Shards on a web server."""
+    """A web server, which can hold shards but no checkpoints."""
 
     name = "http"
 
     def open(self, url: str, patience: Patience) -> Place:
-        """See `Scheme`."""
+        """Open the directory of a checked URL; see `Scheme.open`."""
         return HttpPlace(url, patience.timeout_s)
 
 
@@ -56,7 +56,7 @@ class HttpPlace:
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
-        """See `Place`."""
+        """Open a file, from byte `start` on; see `Place.open`."""
         url = f"{self.url}/{quote(name)}"
         headers = {"User-Agent": "bigtrain", "Accept-Encoding": "identity"}
         if start:

@@ -1,4 +1,4 @@
-"""https://HOST/PATH."""
+"""The scheme https://HOST/PATH."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from bigtrain.storage.schemes.http import Http
 
 @SCHEMES.register
 class Https(Http):
-    """As http, encrypted; a redirect to http is refused."""
+    """The encrypted form of the scheme http; redirects to http are refused."""
 
     name = "https"

@@ -1,1 +1,1 @@
-"""Trackers, one file each: they take a run's logged metrics somewhere else. See `tracking.config.TrackerConfig`."""
+"""Trackers, one file each, which send a run's logged metrics to another tool; see `tracking.config.TrackerConfig`."""

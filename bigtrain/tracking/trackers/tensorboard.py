@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in RUN/tensorboard: `tensorboard --logdir RUNS` shows them."""
+"""The TensorBoard tracker: event files in RUN/tensorboard, which `tensorboard --logdir RUNS` shows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from bigtrain.config import UserError
 from bigtrain.tracking.config import PICTURE_KEY, TRACKERS, TrackedRun, Tracker, TrackerConfig
 
 FLUSH_S = 5
-"""How much of the run a kill may cost the files."""
+"""Seconds between two writes of the event file; a kill may lose the data of this time."""
 
 
 @TRACKERS.register
 class TensorBoardConfig(TrackerConfig):
-    """Writes each number as a scalar under its name, and pictures; needs the extra `tensorboard`."""
+    """Writes numbers as scalars, and images, to TensorBoard's event files; needs the extra `tensorboard`."""
 
     label: ClassVar[str] = "TensorBoard"
 
     name: Literal["tensorboard"] = "tensorboard"
 
     def open(self, run: TrackedRun, start: dict[str, Any]) -> Tracker:
-        """Begin a new event file; steps that a resume logs again replace those of earlier files."""
+        """Open a new event file; steps that are logged again after a resume replace those of earlier files."""
         return _TensorBoard(run)
 
 
@@ -42,7 +42,7 @@ class _TensorBoard(Tracker):
     def log(self, row: dict[str, Any]) -> None:
         step = row["step"]
         if not self._has_begun:
-            # What earlier files hold from this step on is shown no more.
+            # TensorBoard then hides the data from this step on in earlier files.
             begin = self._events.SessionLog(status=self._events.SessionLog.START)
             self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, session_log=begin))
             self._has_begun = True

@@ -1,4 +1,4 @@
-"""Weights & Biases: the only file that imports wandb, and only in the tracker's own process."""
+"""The Weights & Biases tracker. Only this module imports wandb, and only in the tracker's own process."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ from bigtrain.tracking.process import TrackerProcess
 INIT_TIMEOUT_S = 60.0
 MAX_TEMPORARY_PATH = 56
 LOG_FLUSH_INTERVAL_S = 2.0
-"""How much of the run a kill may cost RUN/wandb."""
+"""Seconds between two writes to RUN/wandb; a kill may lose the data of this time."""
 _DEFAULT_BASE_URL = "https://api.wandb.ai"
 _MAX_ID_LENGTH = 64
 
 
 @TRACKERS.register
 class WandbConfig(TrackerConfig):
-    """One W&B run a run name, resumed under its id. Online that cannot be reached at the start goes on offline."""
+    """Logs to one W&B run for each run, which a resume continues. If W&B cannot be reached at the start, the run is
+    logged offline."""
 
     label: ClassVar[str] = "W&B"
     advice: ClassVar[str] = "`wandb sync` sends the run later"
 
     name: Literal["wandb"] = "wandb"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online with a key in WANDB_API_KEY or the netrc file, else offline."""
+    """auto: WANDB_MODE if set; else online if there is a key in WANDB_API_KEY or the netrc file, else offline."""
     project: str = "bigtrain"
-    """The project that the run belongs to."""
+    """W&B project of the run."""
     entity: str | None = None
-    """The user or team that owns the project; null: the key's own."""
+    """W&B user or team that owns the project; null: the default of the API key."""
     tags: tuple[str, ...] = ()
-    """Tags of the run."""
+    """W&B tags of the run."""
     group: str | None = None
-    """The group that holds the runs of a sweep together."""
+    """W&B group of the run, such as the sweep to which it belongs."""
     init_timeout_s: float = INIT_TIMEOUT_S
-    """How long W&B's start may take before the run goes on offline."""
+    """Seconds that W&B's start may take before the run is logged offline."""
 
     def starts(self, run: TrackedRun) -> list[dict[str, Any]]:
-        """Online, then offline, as the mode says."""
+        """The alternatives of the mode: for online first online, then offline; none if disabled."""
         mode = choose_mode(self.mode, os.environ)
         modes = {"online": ["online", "offline"], "offline": ["offline"]}.get(mode, [])
         start = {"id": run_id(run.directory, run.name), "trainer_pid": os.getpid()} if modes else {}
         return [{**start, "mode": mode} for mode in modes]
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """Sockets and scratch files go to the run's directory, so that a kill leaves nothing elsewhere.
+        """Variables that put W&B's sockets and temporary files into the run's directory.
 
-        A socket's path may have 107 characters; below a longer directory the system's own place is used.
+        So a kill leaves no files elsewhere. The path of a socket may have at most 107 characters; if the directory's
+        path is too long, the system's temporary directory is used.
         """
-        # The client's own telemetry and crash reports stay here.
+        # W&B's client sends no error reports of its own.
         variables = {"WANDB_ERROR_REPORTING": os.environ.get("WANDB_ERROR_REPORTING", "false")}
         place = folder.resolve() / "tmp"
         shutil.rmtree(place, ignore_errors=True)
@@ -99,7 +101,7 @@ class _Wandb(Tracker):
     def log(self, row: dict[str, Any]) -> None:
         media = {key: _media(value) for key, value in row.items() if key != "step"}
         values = {key: value for key, value in media.items() if value is not None}
-        # After a resume from an older checkpoint W&B already holds these steps and refuses to go back.
+        # After a resume from an older checkpoint W&B already has these steps, and it refuses to log them again.
         if row["step"] >= self._first_free:
             self._run.log(values, step=row["step"])
 
@@ -111,9 +113,9 @@ class _Wandb(Tracker):
 
 
 def _media(value: Any) -> Any:
-    """W&B's own object for {"_wandb_table": columns, "rows": ...}, {"_wandb_html": path} and pictures, else the value.
+    """Convert {"_wandb_table": columns, "rows": ...}, {"_wandb_html": path} and images to W&B's objects.
 
-    None for a picture whose file is no longer there.
+    Other values are returned unchanged. The result is None for an image whose file does not exist any more.
     """
     if isinstance(value, dict) and "_wandb_table" in value:
         import wandb
@@ -131,7 +133,7 @@ def _media(value: Any) -> Any:
 
 
 def has_key(environment: Mapping[str, str]) -> bool:
-    """Whether W&B would find a key: in WANDB_API_KEY, or in the netrc file under its server's name."""
+    """Whether W&B would find an API key, in WANDB_API_KEY or in the netrc file under the name of its server."""
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL", _DEFAULT_BASE_URL)).hostname or ""
@@ -143,7 +145,7 @@ def has_key(environment: Mapping[str, str]) -> bool:
 
 
 def choose_mode(wanted: str, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled; `auto` follows WANDB_MODE, then whether there is a key."""
+    """The mode "online", "offline" or "disabled"; "auto" is WANDB_MODE if set, else it depends on an API key."""
     if wanted != "auto":
         return wanted
     if environment.get("WANDB_MODE") in ("online", "offline", "disabled"):
@@ -152,15 +154,15 @@ def choose_mode(wanted: str, environment: Mapping[str, str]) -> str:
 
 
 def run_id(run_dir: Path, name: str) -> str:
-    """The W&B id of a run: its name with a random suffix, made once and kept in RUN/wandb/id.
+    """The W&B id of a run: its name with a random suffix, generated once and stored in RUN/wandb/id.
 
-    The suffix keeps two people's runs of one name apart inside a project.
+    The suffix distinguishes runs of the same name by several users in one project.
     """
     file = run_dir / "wandb" / "id"
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[: _MAX_ID_LENGTH - 9]
     inode = str(run_dir.stat().st_ino) if run_dir.exists() else ""
     kept, _, made_in = file.read_text().strip().partition("\n") if file.exists() else ("", "", "")
-    # A renamed directory keeps its inode. A copy under another name is a run of its own.
+    # A renamed directory keeps its inode. A copy under another name is another run, so it gets a new id.
     if kept and (made_in == inode or kept.rpartition("-")[0] == stem):
         return kept
     fresh = f"{stem}-{secrets.token_hex(4)}"
@@ -170,7 +172,7 @@ def run_id(run_dir: Path, name: str) -> str:
 
 
 def read_url(run_dir: Path) -> str | None:
-    """Where the run can be seen on W&B, or None where it was never online."""
+    """URL of the run on W&B, or None if it has never been online."""
     try:
         return (run_dir / "wandb" / "url").read_text().strip() or None
     except FileNotFoundError:
@@ -188,13 +190,21 @@ def send_alert(
     timeout_s: float,
     init_timeout_s: float | None = None,
 ) -> str | None:
-    """Have W&B alert the user about a run that has ended; waits for it.
+    """Make W&B notify the user about a run that has ended, and wait until the notification has been sent.
 
     Args:
-        init_timeout_s: How long W&B's start may take; by default half of `timeout_s`.
+        run_dir: The run's directory.
+        config: The run's config.
+        tracking: The section `tracking`.
+        title: Title of the notification.
+        text: Text of the notification.
+        failed: Whether the run has failed.
+        timeout_s: Longest wait in seconds.
+        init_timeout_s: Seconds that W&B's start may take; None: half of `timeout_s`.
 
     Returns:
-        None where W&B has it, else why not; what it has not got is in the run's W&B file, for `wandb sync`.
+        None if W&B has received the notification, otherwise the reason why not. Then it is in the run's offline files,
+        for `wandb sync`.
     """
     warnings: list[str] = []
     keys = WandbConfig(
