@@ -262,7 +262,7 @@ class FSDPEngine:
         return flatten(self.model, *optimizers) | (self._loss_scale.state() if self._loss_scale else {}) | extra
 
     def state_loaded(self) -> None:
-        """See `contract.Reloaded.state_loaded`: plain modules take their extra state, which they hold elsewhere too."""
+        """See `contract.Reloaded.state_loaded`: plain modules read their extra state from the loaded tensors."""
         if self.plain is not None:
             self.plain.network.take_extra_state()
 
