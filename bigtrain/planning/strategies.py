@@ -63,8 +63,8 @@ def strategy(
         units: Under fsdp2, the modules that are gathered together. All other parameters form one more unit.
 
     Raises:
-        ValueError: The gradients do not fit one bucket of ddp or zero2. The formulas do not cover several buckets, whose
-            content depends on the order in which gradients are computed.
+        ValueError: The gradients do not fit one bucket of ddp or zero2. The formulas do not cover several buckets,
+            whose content depends on the order in which gradients are computed.
     """
     if ranks == 1:
         return []
