@@ -28,7 +28,7 @@ def set_determinism(engine: EngineConfig, device: torch.device) -> None:
     if wanted and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    # Filling new memory costs time and only makes reads of uninitialised memory deterministic; nothing here does such.
+    # Filling new memory costs time, and only helps code that reads uninitialised memory, which bigtrain does not.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

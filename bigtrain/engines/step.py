@@ -112,7 +112,7 @@ class StepReducer:
     Args:
         device: Device of the sums.
         rank, world_size: This rank, and the number of all ranks.
-        sizes: Sizes of the mesh axes, which tell which ranks count the loss.
+        sizes: Sizes of the mesh axes, which determine the ranks that count the loss.
         stream_is_part: Whether the residual stream is sharded over the tp axis (sequence parallelism).
     """
 

@@ -89,7 +89,7 @@ class LayoutConfig(Section):
     pp: Size = 1
     """Number of ranks over which the blocks are split (pipeline parallelism). With m micro-batches they idle for
     (pp - 1) / (pp_stages_per_rank * m) of their compute time (Narayanan et al. 2021, section 2.2): choose micro_size so
-    that m is several times pp. Each rank keeps its gathered parameters for a whole step."""
+    that m is several times pp. Each rank keeps its gathered parameters for a full step."""
 
     pp_schedule: PipelineSchedule = "1f1b"
     """1f1b: one forward, one backward (Narayanan et al. 2019). interleaved: 1f1b with several stages per rank.

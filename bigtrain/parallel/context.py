@@ -7,7 +7,7 @@ ulysses: all-to-all over heads (Jacobs et al. 2023, DeepSpeed-Ulysses). Outside 
     sequence and all heads; inside attention it has the full sequence and a part of the heads.
 all_gather: each rank gathers all keys and values for its own queries (Llama 3, Dubey et al. 2024, section 3.3.2). Later
     tokens attend to more keys. For balance the sequence is cut into 2 cp chunks, and rank r holds chunks r and
-    2 cp - 1 - r. Each rank then computes (2 cp + 1) C^2 / (4 cp^2) pairs of query and key, including those that the
+    2 cp - 1 - r. Each rank then computes (2 cp + 1) C^2 / (4 cp^2) pairs of query and key. This includes pairs that the
     causal mask hides in the diagonal chunks.
 
 Elements that a rank sends in the forward pass of one layer, and again in the backward pass (B sequences of C tokens;
@@ -114,7 +114,7 @@ class ContextGroup(ABC):
 
 
 class AllToAll(ContextGroup):
-    """The kind `ulysses`."""
+    """The kind `ulysses`: all-to-all over heads."""
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -143,7 +143,7 @@ class AllToAll(ContextGroup):
 
 
 class AllGather(ContextGroup):
-    """The kind `all_gather`."""
+    """The kind `all_gather`: each rank gathers all keys and values."""
 
     @property
     def chunks(self) -> tuple[int, ...]:

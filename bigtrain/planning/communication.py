@@ -289,10 +289,10 @@ class _Step:
 
         A block is gathered for its forward pass and again for its backward pass. The last block stays gathered between
         the two, and the first block from its backward pass to its next forward pass. Parameters outside of blocks
-        (embedding, last norm, head) stay gathered for the whole step. Each pass reduce-scatters its gradients, so that
+        (embedding, last norm, head) stay gathered for the full step. Each pass reduce-scatters its gradients, so that
         no rank keeps unsharded ones.
 
-        With pipeline parallelism parameters stay gathered, and gradients unsharded, for the whole step. Otherwise a
+        With pipeline parallelism parameters stay gathered, and gradients unsharded, for the full step. Otherwise a
         stage would gather for each micro-batch.
         """
         shards, replicas = axes_of(self.sizes, "dp_shard", "cp"), axes_of(self.sizes, "dp_replicate")

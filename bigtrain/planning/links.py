@@ -1,9 +1,9 @@
 """Estimates the time of `Collective`s from their kind, their bytes, and the nodes of their group.
 
 Ranks are numbered with tp innermost, so a group along an axis has every `stride`-th rank. A group inside a node uses
-the node's links. The bandwidth of a group that spans nodes is that of the network adapters of its ranks on a node, but
-at most that of the node's links. A ring of n ranks moves (n - 1) / n of the bytes of an all-gather, a reduce-scatter or
-an all-to-all through each link, and twice that for an all-reduce. The latency counts the steps of a ring or of a tree,
+the node's links. A group that spans nodes has the bandwidth of the network adapters of its ranks on a node, at most
+that of the node's links. For an all-gather, a reduce-scatter or an all-to-all, a ring of n ranks moves (n - 1) / n of
+the bytes through each link. For an all-reduce it moves twice that. The latency counts the steps of a ring or of a tree,
 whichever has fewer.
 """
 

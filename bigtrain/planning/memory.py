@@ -104,7 +104,7 @@ def held_bytes(
 
     deepspeed: master weights, gradients and optimizer state are FP32. ZeRO 1 to 3 also have a copy of the weights in
     `precision` for forward and backward. ZeRO 1 and 2 concatenate the parameters of a group (with or without weight
-    decay), pad it to a multiple of twice the ranks, and give each rank an equal shard. ZeRO 3 gives each rank an equal
+    decay), and pad it to a multiple of twice the ranks. Each rank gets an equal shard. ZeRO 3 gives each rank an equal
     shard of every parameter, rounded up. It keeps parameters of at most `stage3_param_persistence_threshold` elements
     unsharded too. Offloaded state is counted. ZeRO 1 has unsharded gradients until they are reduced. In BF16 without
     offload it keeps them unsharded (DeepSpeed's BF16_Optimizer).

@@ -3,12 +3,12 @@
     step = Step(stages, passes=8, ...)          # independent of the machine
     seconds = step.seconds(cluster)             # on a machine; its terms add up to `seconds.total`
 
-The slowest stage sets the pace. With p stages, m passes and t_i the time of a pass through stage i, a 1F1B pipeline
-takes sum_i t_i + (m - 1) max_i t_i (Narayanan et al. 2021, section 2.2). With v stages per rank, the sum over the other
-stages is divided by v; zero-bubble leaves about a third of it (Qi et al. 2023).
+The slowest stage sets the pace. Let m be the number of passes, and t_i the time of a pass through stage i. A 1F1B
+pipeline takes sum_i t_i + (m - 1) max_i t_i (Narayanan et al. 2021, section 2.2). With v stages per rank, the sum over
+the other stages is divided by v; zero-bubble leaves about a third of it (Qi et al. 2023).
 
 Collectives of activations are on the critical path. Gathers of parameters and reductions of gradients overlap with the
-computation of their pass, up to its duration, and slow it by the share `Rates.interference` of their time. The first
+computation of their pass, up to its duration. They slow it by the share `Rates.interference` of their time. The first
 gather and the last reduction overlap with nothing.
 """
 

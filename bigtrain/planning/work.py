@@ -1,7 +1,7 @@
 """The computation of a decoder in one pass of a micro-batch on one rank: matmuls, attention FLOPs and moved bytes.
 
-The work of a block, for T tokens on the rank (sequences x context / cp), width W, H heads and K key heads of width D,
-hidden width F, context C, t = tp, s = t under sequence parallelism, else 1, and e bytes per element:
+The rank has T tokens (sequences x context / cp). The model has context C, width W, H heads and K key heads of width D,
+and hidden width F; an element has e bytes; t = tp; s = t under sequence parallelism, else 1. The work of a block is:
 
 - matmuls (m, n, k): (T, (H + 2K) D/t, W), (T, W, H D/t), (T, F/t, W) once or twice, (T, W, F/t).
 - fused attention (Dao et al. 2022): 4 T C H D/t FLOPs forward and 2.5 times that backward; a causal kernel computes

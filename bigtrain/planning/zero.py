@@ -4,8 +4,8 @@ The formulas follow the code of DeepSpeed 0.19, and are tested against it.
 
 - Stages 1 and 2 sum gradients with one all-reduce of a full bucket, although a reduce-scatter would suffice for the
   paper's stage 2. Stage 2 does so in each pass.
-- Under tp, gradients of parameters that each rank applies to a part of the activations are summed over tp one by one,
-  in each pass, before DeepSpeed reduces them.
+- Under tp, each rank applies some parameters to a part of the activations. In each pass the gradients of these are
+  summed over tp one by one, before DeepSpeed reduces them.
 - DeepSpeed's pipeline sends messages in the group of all ranks.
 - ZeRO 3 keeps gathered parameters from the forward to the backward pass, also with recompute, if at most
   `stage3_max_reuse_distance` (1e9) elements are used in between. This always holds within one bucket.

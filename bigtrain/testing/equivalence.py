@@ -173,7 +173,7 @@ def build(what: What, how: How) -> Any:
 
 
 def section(what: What) -> ModelConfig:
-    """The section `model` of what is trained."""
+    """The section `model` of `what`, as its family's config."""
     arch = what.model["arch"]
     if what.plugin:
         load_plugin(what.plugin)

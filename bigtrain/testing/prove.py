@@ -1,15 +1,15 @@
 """`bigtrain prove CONFIG [layout.x=...]` compares a run's layout with one process, on a smaller copy of its model.
 
 The smaller model keeps what a layout may get wrong: grouped heads, ties, norms, biases, dropout, masks. A few steps in
-FP32 on CPU processes are compared with one process that computes the full batch in one pass. Compared are the initial
-weights, the gradient of every parameter, the gradient norm, the loss, updated weights, and a state that is loaded into
+FP32 on CPU processes are compared with one process that computes the full batch in one pass. The comparison covers
+initial weights, all gradients, the gradient norm, the loss, and updated weights. In addition, a state is loaded into
 the layout and read back.
 
 Rules for the smaller run:
 
 - Axes above 2 are halved until the layout has at most the given number of ranks.
-- There are as many layers as stages, at least 2 and a full period of layers that differ.
-- There are as many key heads as tp x cp, and query heads in the model's ratio, at most 4. Heads have width 8.
+- The number of layers is that of the stages, but at least 2, and at least a full period of layers that differ.
+- The number of key heads is tp x cp, and query heads have the model's ratio to them, at most 4. Heads have width 8.
 - Context, MLP and vocabulary are small. Models that are not decoders keep their sizes. `compile` is off.
 """
 

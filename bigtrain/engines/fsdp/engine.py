@@ -54,7 +54,7 @@ class FSDPEngine:
         loss_scale: LossScale | None = None,
         stream_is_part: bool = False,
     ) -> None:
-        """Wrap a model that already lies on the ranks, and its optimizers.
+        """Wrap a model that is already parallel, and its optimizers.
 
         Args:
             model: The model as `parallel.apply` builds it.
