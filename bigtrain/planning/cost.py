@@ -1,8 +1,8 @@
 """Estimates the duration and the price of a run, with failures and the best interval between checkpoints.
 
 Let c be the time to save a checkpoint, and M the mean time between failures. The interval T that loses least time is
-about sqrt(2 c M) (Young 1974; Daly 2006). The share of time that trains (goodput) is about 1 - c/T - (T/2 + R)/M, where R is
-the time to detect a failure and restart.
+about sqrt(2 c M) (Young 1974; Daly 2006). The share of time that trains (goodput) is about 1 - c/T - (T/2 + R)/M, where
+R is the time to detect a failure and restart.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class RankPool:
 
         Raises:
             RankError: A rank failed or did not return in time. After a failure, other ranks have `AFTERMATH_S` seconds
-                to report theirs; the earliest failure is raised.
+                to report failures too; the earliest one is raised.
         """
         answers: dict[int, _Answer] = {}
         deadline = time.monotonic() + limit
