@@ -1,1 +1,1 @@
-"""Engines: model, optimizer and layout behind one contract (`contract.py`)."""
+"""Engines: each executes training steps for a model, an optimizer and a layout, behind one contract (`contract.py`)."""

@@ -1,7 +1,7 @@
-"""The norm of the gradient, and clipping by it: what every engine does between backward pass and update.
+"""Gradient norm and gradient clipping, which every engine does between the backward pass and the update.
 
-An engine multiplies its gradients once, by the product of two factors: what makes them the mean over the global batch,
-and what keeps the norm of that mean below `optimizer.clip`.
+An engine multiplies its gradients once, by the product of two factors. The first factor makes them the gradient of the
+mean loss of the global batch. The second one clips the norm of that gradient to `optimizer.clip`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of the squares of this rank's gradients, float64; the squares of all ranks add up to the norm's.
+    """Sum of the squares of this rank's gradients, a float64 scalar. The sum over all ranks is the squared norm.
 
     Args:
-        gradients: Each counts on one rank alone: of replicated parameters those of one replica.
-        device: Where there are no gradients.
+        gradients: The gradients that this rank counts. Of a replicated parameter, exactly one rank counts the gradient.
+        device: Device of the result if `gradients` is empty.
     """
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -23,11 +23,11 @@ def square_of(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 
 def clipped(scale: Tensor, norm: Tensor, clip: float | None) -> Tensor:
-    """`scale`, times clip / norm where the norm is larger than `clip` (Pascanu et al. 2013).
+    """`scale`, multiplied by clip / norm if `norm` is larger than `clip` (Pascanu et al. 2013).
 
     Args:
-        scale: What the gradients are to be multiplied by; float64 scalar.
-        norm: Of the gradients after that.
-        clip: The section's `optimizer.clip`; None: no limit.
+        scale: Factor by which the gradients are to be multiplied, a float64 scalar.
+        norm: Norm of the gradients after the multiplication by `scale`.
+        clip: Largest norm, `optimizer.clip`; None: no limit.
     """
     return scale if clip is None else scale * (clip / norm).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""The section `engine` as all engines share it. An engine is one folder; see `EngineConfig`."""
+"""The part of the section `engine` that all engines share. Each engine has its own folder; see `EngineConfig`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from bigtrain.parallel.mesh import Ranks
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""Arithmetic of the matmuls and the residual stream; parameters, reductions, norms and loss are FP32 in all. fp16 comes
-with a loss scale that follows what overflows."""
+"""Dtype of the matmuls and the residual stream. Parameters, reductions, norms and the loss are always FP32. fp16 uses
+dynamic loss scaling."""
 
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What an engine is built from: sections of the config, and this rank's place."""
+    """The inputs for building an engine: sections of the config, the seed, and this process's ranks."""
 
     model: ModelConfig
     vocab_size: int
-    """Outputs of the model: entries of the vocabulary, or classes."""
+    """Number of outputs of the model: vocabulary entries, or classes."""
     optimizer: OptimizerConfig
     layout: LayoutConfig
     precision: Precision
@@ -36,45 +36,45 @@ class EngineParts:
 
 
 class EngineConfig(Section):
-    """What all engines share. An engine adds its keys, says what it runs, and builds itself.
+    """Keys and properties that all engines share. The section of an engine adds its own keys and builds the engine.
 
-    bigtrain's own lie one folder each: bigtrain/engines/NAME/config.py has the section, engine.py the engine.
+    Each of bigtrain's engines has a folder: bigtrain/engines/NAME/config.py has the section, engine.py the engine.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("dp_shard",)
-    """The axes of the mesh over which it takes more than one rank."""
+    """Axes of the mesh on which the engine supports more than one rank."""
     runs_transformers: ClassVar[bool] = False
-    """Whether it runs models of Hugging Face transformers, and no others; otherwise it runs native models alone."""
+    """Whether the engine runs models of Hugging Face transformers, and only those; otherwise it runs native models."""
     runs_plain_modules: ClassVar[bool] = False
-    """Whether it runs plain modules of PyTorch (`models.plain`)."""
+    """Whether the engine runs plain PyTorch modules (`models.plain`)."""
     freezes: ClassVar[bool] = False
-    """Whether it can leave parameters as they are (`optimizer.frozen`)."""
+    """Whether the engine can freeze parameters (`optimizer.frozen`)."""
     records_norms: ClassVar[bool] = False
-    """Whether it records norms by group of parameters (`contract.RecordsNorms`)."""
+    """Whether the engine records norms by group of parameters (`contract.RecordsNorms`)."""
     keeps_tensors: ClassVar[bool] = False
-    """Whether its `state` holds each parameter of the model by name, as one tensor or DTensor."""
+    """Whether the engine's `state` holds each parameter of the model by name, as one tensor or DTensor."""
     steps_parts: ClassVar[bool] = False
-    """Whether it runs several optimizers in a step (`optimizer.parts`)."""
+    """Whether the engine runs several optimizers in a step (`optimizer.parts`)."""
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16")
-    """What `precision` may be."""
+    """Values of `precision` that the engine supports."""
 
     name: str
-    """Which engine: a folder of bigtrain/engines, or the name of a plugin's class."""
+    """Name of the engine: a folder of bigtrain/engines, or the name of a plugin's class."""
 
     deterministic: bool | Literal["auto", "across_layouts"] = "auto"
-    """Only kernels that give the same bits every time. auto: on a CPU, where it costs nothing; not on a GPU.
-    across_layouts: as true, and a module whose random draws differ from layout to layout is refused."""
+    """Whether only deterministic kernels are used. auto: true on a CPU, where it costs nothing; false on a GPU.
+    across_layouts: as true, and a module whose random numbers depend on the layout is refused."""
 
     @property
     def flattens(self) -> bool:
-        """Whether it lays parameters end to end, so that the optimizer must work element by element."""
+        """Whether the engine flattens parameters into long vectors, so that the optimizer must work element-wise."""
         return False
 
     def check_layout(self, layout: LayoutConfig) -> None:
-        """Refuse a layout that the engine does not run on its axes.
+        """Refuse a layout that uses the engine's axes in a way that the engine does not support.
 
         Raises:
-            UserError: With the key to change.
+            UserError: The layout is not supported. The error names the key to change.
         """
 
     def build(
@@ -88,29 +88,29 @@ class EngineConfig(Section):
         seed: int,
         ranks: Ranks,
     ) -> Engine:
-        """The engine on this rank, with the model's initial weights. All ranks build it together.
+        """Build the engine on this rank, with the model's initial weights. Collective.
 
         Raises:
-            UserError: It cannot run the model or the layout.
+            UserError: The engine cannot run the model or the layout.
         """
         return self.make(EngineParts(model, vocab_size, optimizer, layout, precision, seed, ranks))
 
     def make(self, parts: EngineParts) -> Engine:
-        """What `build` returns; an engine's section defines it."""
+        """Create the engine that `build` returns; the section of each engine defines this method."""
         raise TypeError(f"{type(self).__name__} does not build its engine: define make()")
 
 
 class Passthrough(EngineConfig):
-    """An engine that takes settings of the library below it."""
+    """The section of an engine that passes settings on to the library on which it is built."""
 
     passthrough: dict[str, Any] = Field(default_factory=dict)
     """Settings of the library that the engine is built on."""
 
     def read_passthrough(self, precision: Precision, *, pipelined: bool) -> None:
-        """Let the library read its settings; called in a process of its own, which may import it.
+        """Let the library parse its settings. It is called in a separate process, which may import the library.
 
         Raises:
-            UserError: It refuses them.
+            UserError: The library refuses the settings.
         """
         raise TypeError(f"{type(self).__name__} does not read its passthrough: define read_passthrough()")
 

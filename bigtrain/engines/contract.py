@@ -1,4 +1,4 @@
-"""What the trainer knows of an engine."""
+"""The interface between the trainer and an engine."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ if TYPE_CHECKING:
     from bigtrain.engines.step import StepReducer
 
 MicroBatch = dict[str, np.ndarray]
-"""The named arrays of one pass on one rank, as the loader yields them."""
+"""The named arrays of one micro-batch on one rank, as the loader yields them."""
 
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What one step did, summed over all ranks; equal on each of them."""
+    """The results of one step, reduced over all ranks; equal on all ranks."""
 
     loss: float
     """Sum of the losses of the global batch, in nats for text."""
 
     weight: float
-    """Sum of its weights: the tokens (or images) that count."""
+    """Sum of the weights of the global batch: the number of tokens (or images) that count in the loss."""
 
     gradient_norm: float
     """Norm of the gradient of loss / weight, before clipping."""
 
     votes: float
-    """Sum of what the ranks passed as `vote`."""
+    """Sum of the `vote` arguments of all ranks."""
 
     skipped: float = 0.0
-    """1 where loss or gradient were not finite, so that nothing was updated; else 0."""
+    """1 if the update was skipped, because the loss or gradient was not finite or no token counted; else 0."""
 
     loss_scale: float | None = None
-    """What the step was scaled by (FP16); None elsewhere."""
+    """Loss scale of the step (FP16); None for other precisions."""
 
     sources: tuple[tuple[float, float], ...] = ()
-    """Loss and weight of each source of a mixture; weights of 0 where the model does not report losses by sequence."""
+    """Loss and weight of each source of a mixture. The weights are 0 if the model reports no losses by sequence."""
 
     metrics: Mapping[str, Value] = field(default_factory=dict)
-    """What was recorded by name (`bigtrain.metrics`)."""
+    """Metrics that were recorded, by name (`bigtrain.metrics`)."""
 
     unknown: float = 0.0
-    """How many ranks have recorded metrics that the others do not know yet: `StepReducer.agree` exchanges them."""
+    """Number of ranks that recorded metrics which not all ranks know yet; `StepReducer.agree` exchanges their names."""
 
     @property
     def overflowed(self) -> bool:
-        """Whether it was skipped for no other reason than a loss scale that was too large, and is now smaller."""
+        """Whether the step was skipped only because the loss scale was too large; the scale is now smaller."""
         return bool(self.skipped and self.weight) and math.isfinite(self.loss) and (self.loss_scale or 0.0) > 1.0
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What an evaluation sums over its batches and all ranks; equal on each of them."""
+    """The results of an evaluation, summed over its batches and all ranks; equal on all ranks."""
 
     loss: float = 0.0
     """Sum of losses."""
@@ -69,45 +69,46 @@ class Totals:
     """Sum of weights."""
 
     metrics: Mapping[str, Value] = field(default_factory=dict)
-    """What the model and the evaluators recorded by name."""
+    """Metrics that the model and the evaluators recorded, by name."""
 
     sources: tuple[tuple[float, float], ...] = ()
-    """Loss and weight of each of `Measuring.sources`."""
+    """Sum of losses and sum of weights of each source; `Measuring.sources` is their number."""
 
     @property
     def sums(self) -> tuple[float, float]:
-        """Loss and weight."""
+        """Sum of losses and sum of weights."""
         return self.loss, self.weight
 
     @property
     def mean_loss(self) -> float | None:
-        """Loss over weight; None where no token counts."""
+        """Mean loss: loss / weight; None if no token counts."""
         return self.loss / self.weight if self.weight else None
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What evaluators want of an evaluation beside its losses."""
+    """The measurements that evaluators request from an evaluation besides the loss."""
 
     wanted: frozenset[str] = frozenset()
-    """Metrics that the model records only where they are requested (`metrics.wants_metric`)."""
+    """Names of metrics that the model records only on request (`metrics.wants_metric`)."""
 
     passes: tuple[Callable[[Any, dict[str, Tensor]], None], ...] = ()
-    """Called with the model and each micro-batch on the device; they record metrics. Not with pipeline stages."""
+    """Functions that are called with the model and each micro-batch on the device, and record metrics. They are not
+    called under pipeline parallelism."""
 
     sources: int = 0
-    """Number of sources in the batches' array `sources`; the engine returns the sums of each."""
+    """Number of sources in the batches' array `sources`; the engine returns the sums of each source."""
 
 
 ONLY_LOSSES: Final = Measuring()
 
 
 class StepResult:
-    """The numbers of a step, still on the device: reading them is what waits for it, not the step itself.
+    """The results of a step, still on the device. The host waits for the device only when `read` is called.
 
     Args:
-        numbers: float64, on the device. Their copy to the host starts at once.
-        decode: What the numbers mean, once they are on the host.
+        numbers: 1-D float64 tensor on the device. Its asynchronous copy to the host starts at once.
+        decode: Function that converts the values, once they are on the host, to `StepNumbers`.
     """
 
     def __init__(self, numbers: Tensor, decode: Callable[[list[float]], StepNumbers]) -> None:
@@ -122,66 +123,72 @@ class StepResult:
             self._host = numbers
 
     def read(self) -> StepNumbers:
-        """Wait for the step where needed, and return its numbers."""
+        """Wait until the step's results are on the host, and return them."""
         if self._event is not None:
             self._event.synchronize()
         return self._decode(self._host.tolist())
 
 
 class Engine(Protocol):
-    """Executes steps. The same batch gives the same numbers under every engine and layout."""
+    """Executes training steps and evaluations. The same batch gives the same results under every engine and layout."""
 
     device: torch.device
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     data_parallel_rank: int
     data_parallel_size: int
     reducer: StepReducer
-    """What it sums its steps and evaluations with; its recorder takes metrics for the next step."""
+    """Reduces the results of steps and evaluations over the ranks. Its recorder takes metrics for the next step."""
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
-        """One optimizer step on this rank's part of the global batch.
+        """Run one optimizer step on this rank's part of the global batch.
 
-        The gradient is that of the sum of losses over the global sum of weights, whatever the number of passes and
-        ranks; it is clipped by its global norm. Where it or the loss is not finite on any rank, or no token of the
-        global batch counts, no rank updates anything: the step's one all-reduce decides it, without the host. `vote`
-        and recorded metrics travel in the same all-reduce, so all ranks act on a vote at the same step.
+        The gradient is that of the global sum of losses, divided by the global sum of weights, for any number of
+        micro-batches and ranks. It is clipped by its global norm. If the gradient or the loss is not finite on any
+        rank, or no token of the global batch counts, no rank updates anything. The step's one all-reduce decides this
+        on the device, without the host. The same all-reduce sums `vote` and the recorded metrics, so all ranks act on
+        a vote at the same step.
+
+        Args:
+            step: Number of steps that precede this one.
+            micro_batches: This rank's micro-batches.
+            vote: Summed over the ranks to `StepNumbers.votes`.
         """
         ...
 
     def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:
-        """Sums over the batches and all ranks, without gradients.
+        """Run the forward pass on all batches, and sum the results over the batches and all ranks.
 
         Args:
-            measuring: What evaluators want beside the losses.
+            measuring: What evaluators request besides the loss.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state by qualified name, this rank's shards, to be saved or loaded in place."""
+        """This rank's shards of parameters and optimizer state, by qualified name, to be saved or loaded in place."""
         ...
 
     def memory_bytes(self) -> int:
-        """Peak memory of this rank: of its device, or of the process on a CPU."""
+        """Peak memory of this rank in bytes: of its GPU, or of the process on a CPU."""
         ...
 
     def close(self) -> None:
-        """Give back process groups and devices."""
+        """Release process groups and devices."""
         ...
 
 
 @runtime_checkable
 class Reloaded(Protocol):
-    """An engine that computes with copies of what its `state` shows."""
+    """An engine that computes with copies of the tensors in its `state`."""
 
     def state_loaded(self) -> None:
-        """Take over what has been loaded into `state`. Collective; to be called after each load."""
+        """Update the copies from `state`. Collective; to be called after each load into `state`."""
         ...
 
 
 @runtime_checkable
 class RecordsNorms(Protocol):
-    """An engine that records norms of gradients, weights and updates; its section says `records_norms`."""
+    """An engine that records norms of gradients, weights and updates; its section sets `records_norms`."""
 
     def record_norms(self, every: int, depth: int, kinds: Sequence[Kind]) -> None:
-        """Record named metrics from the next step on; see `engines.norms.Norms`."""
+        """Record norms as named metrics from the next step on; see `engines.norms.Norms` for the arguments."""
         ...

@@ -1,4 +1,4 @@
-"""Skips an optimizer update by a flag on the device, so that no rank waits for a copy to the host."""
+"""Skips an optimizer update according to a flag on the device, so that the host need not read the flag."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bigtrain.models.layers import local
 
 
 class Guard:
-    """Makes a torch optimizer leave parameters and state unchanged where a flag is set.
+    """Makes a torch optimizer leave parameters and state unchanged if a flag is set.
 
-    Fused kernels take such a flag themselves; Adam's step counts then stay unchanged too. For other optimizers the
-    guard copies parameters and state before each update, which takes the memory of both. It restores them where the
-    flag is set.
+    Fused kernels accept such a flag themselves; Adam's step counts then stay unchanged too. For other optimizers, the
+    guard copies parameters and state before each update, which doubles their memory. After the update it restores them
+    if the flag is set.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Watch an optimizer; without a flag it updates as usual."""
+        """Attach the guard to an optimizer, which updates as usual until `arm` sets a flag."""
         self._optimizer: Any = optimizer
         self._bad: Tensor | None = None
         self._before: dict[Tensor, dict[str | None, Tensor]] = {}
@@ -54,13 +54,13 @@ class Guard:
         for parameter, before in self._before.items():
             for key, value in self._tensors(parameter):
                 if bad is not None:
-                    # State that this update has made was zero before.
+                    # State that this update has created counts as zero before it.
                     old = before[key] if key in before else torch.zeros_like(value)
                     value.copy_(torch.where(bad.to(value.device), old, value))
         self._before = {}
 
     def _tensors(self, parameter: Tensor) -> list[tuple[str | None, Tensor]]:
-        """The parameter, under no name, and its state; this rank's parts."""
+        """This rank's parts of the parameter (with the key None) and of the tensors of its optimizer state."""
         state = self._optimizer.state.get(parameter, {})
         found = [(None, parameter), *((key, value) for key, value in state.items() if isinstance(value, Tensor))]
         return [(key, local(value)) for key, value in found]

@@ -1,7 +1,7 @@
 """Norms of gradients, weights and updates by group of parameters, as named metrics.
 
-They are known when a step's update is done, so they travel with the all-reduce of the next step. Each rank adds the
-squares of the parts that count on it, as for the norm that the gradient is clipped by.
+The norms are known only after a step's update, so the all-reduce of the next step reduces them. Each rank contributes
+the squares of the shards that it counts, as for the norm that is used for gradient clipping.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
 class Norms:
-    """Records the norms of every `every`-th step of an engine.
+    """Records the norms of an engine at a regular interval of steps.
 
     Args:
-        recorder: The engine's.
-        parameters: By qualified name, those of which this rank's part counts, without empty parts.
-        every: Steps from one record to the next. Step every - 1 is the first, so that the numbers of steps `every`,
-            2 `every`, ... show the norms of the step before.
-        depth: Parts of a qualified name that make a group: 1 "layers", 2 "layers.0".
-        kinds: Which norms. An update's takes a copy of the weights while the step lasts.
+        recorder: The engine's recorder.
+        parameters: The parameters whose shards this rank counts, by qualified name; no shard is empty.
+        every: Interval between two records, in steps. Steps `every` - 1, 2 `every` - 1, ... are recorded, so that the
+            metrics of steps `every`, 2 `every`, ... contain the norms of the preceding step.
+        depth: Number of leading components of a qualified name that define a group: 1 "layers", 2 "layers.0".
+        kinds: Which norms to record. "update" keeps a copy of the weights during the step.
     """
 
     def __init__(
@@ -50,19 +50,19 @@ class Norms:
         self._before: list[Tensor] = []
 
     def begin(self, step: int) -> None:
-        """Before a step's backward pass.
+        """Decide whether this step is recorded; to be called before its backward pass.
 
         Args:
-            step: Steps done before it.
+            step: Number of steps that precede this one.
         """
         self._due = (step + 2) % self._every == 0
 
     @torch.no_grad()
     def before_update(self, scale: Tensor) -> None:
-        """When the gradients of the sum of losses are complete.
+        """Record the norms of gradients and weights; to be called when the gradients of the sum of losses are complete.
 
         Args:
-            scale: What makes them the gradient of the mean loss, before clipping.
+            scale: Factor that makes them the gradients of the mean loss, before clipping.
         """
         if not self._due or not self._parameters:
             return
@@ -77,14 +77,14 @@ class Norms:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """When the optimizer has stepped."""
+        """Record the norms of the updates; to be called after the optimizer's step."""
         if self._before:
             weights = [local(parameter) for parameter in self._parameters]
             self._record("update", list(torch._foreach_sub(weights, self._before)))
             self._before = []
 
     def _record(self, kind: Kind, tensors: list[Tensor], scale: Tensor | None = None) -> None:
-        """Record the norm of each group, and of all together; the gradient's own is in every step's numbers."""
+        """Record the norm of each group, and of all groups together; `StepNumbers` has the total gradient norm."""
         norms = torch.stack(torch._foreach_norm(tensors)).double()
         if scale is not None:
             norms = norms * scale
@@ -96,11 +96,14 @@ class Norms:
 
 
 def group_of(name: str, depth: int) -> str:
-    """The group of a parameter: the first parts of its qualified name, without the parameter's own."""
+    """The group of a parameter: the first `depth` components of its qualified name, never its last component.
+
+    A name of one component is a group by itself.
+    """
     parts = name.split(".")
     return ".".join(parts[: min(depth, max(1, len(parts) - 1))])
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """Zeros for a parameter that the step has not used."""
+    """The gradient of a parameter; zeros if the step has not used the parameter."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,7 +1,7 @@
-"""`engine.passthrough` against the settings of the library that it is for, before any rank is started.
+"""Checks `engine.passthrough` against the settings that the engine's library accepts, before any rank is started.
 
-Those are known only to DeepSpeed and Accelerate, whose import costs seconds and torch: so it happens in a process of
-its own, and only where something is passed through.
+Only DeepSpeed and Accelerate know their settings. Importing them takes seconds and imports torch, so the check runs in
+a separate process, and only if `engine.passthrough` is not empty.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TIMEOUT_S = 120
 
 
 def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipelined: bool) -> None:
-    """Have the engine's own library read its settings, in another process.
+    """Let the engine's library parse its settings, in a separate process.
 
     Raises:
-        UserError: It refuses them, or cannot be imported.
+        UserError: The library refuses the settings, or cannot be imported.
     """
     if not isinstance(engine, Passthrough) or not engine.passthrough:
         return
@@ -32,7 +32,7 @@ def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipel
         module_command("bigtrain.engines.passthrough"), env=with_source({**os.environ, **plugin_environment()}),
         input=json.dumps(question), capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
-    # The library may have printed something before.
+    # The library may have printed other lines first.
     last = (asked.stdout.strip().splitlines() or [""])[-1]
     if asked.returncode == UserError.exit_code:
         raise UserError(*json.loads(last))
@@ -43,7 +43,7 @@ def check_passthrough_apart(engine: EngineConfig, precision: Precision, *, pipel
 
 def _main() -> int:
     question = json.load(sys.stdin)
-    # A user's own engine is known here too.
+    # This registers the user's own engines.
     plugin_of_launcher()
     engine = ENGINES.read(question["engine"])
     assert isinstance(engine, Passthrough)

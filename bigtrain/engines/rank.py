@@ -1,4 +1,4 @@
-"""What every engine does in the same way on its own rank."""
+"""Functions that all engines use on their own rank: determinism, seeds, copies to the device, peak memory."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ COMPUTE_DTYPES: dict[Precision, torch.dtype] = {
 
 
 def set_determinism(engine: EngineConfig, device: torch.device) -> None:
-    """Choose kernels whose results repeat to the bit, where the config requests it."""
+    """Select kernels with bitwise reproducible results if `engine.deterministic` requests them."""
     wanted = device.type == "cpu" if engine.deterministic == "auto" else bool(engine.deterministic)
     if wanted and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    # Filling fresh memory would cost time and finds only what reads it uninitialised, which nothing here does.
+    # Filling new memory costs time, and only helps code that reads uninitialised memory, which bigtrain does not.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def reseed(seed: int, place: object) -> None:
-    """Make the generators of torch, NumPy and `random` a function of the seed and a step, alike on all ranks.
+    """Seed the generators of torch, NumPy and `random` from the run's seed and a label, equally on all ranks.
+
+    A checkpoint therefore needs no generator state.
 
     Args:
-        place: The step, or what else is to draw apart; nothing of it needs to be saved.
+        place: The label: the step, or another value for which separate random numbers are wanted.
     """
     digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
@@ -48,7 +50,7 @@ def reseed(seed: int, place: object) -> None:
 
 
 def to_device(arrays: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """A micro-batch as tensors on a device; the copy to a GPU is not waited for."""
+    """A micro-batch as tensors on a device; the copy to a GPU is asynchronous."""
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if device.type == "cpu":
         return tensors
@@ -56,7 +58,7 @@ def to_device(arrays: MicroBatch, device: torch.device) -> dict[str, Tensor]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this rank: of its device, or of the process on a CPU."""
+    """Peak memory of this rank in bytes: of its GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

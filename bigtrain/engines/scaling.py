@@ -1,8 +1,8 @@
-"""Dynamic loss scaling for FP16 (Micikevicius et al. 2018), all of it on the device.
+"""Dynamic loss scaling for FP16 (Micikevicius et al. 2018), entirely on the device.
 
-What is scaled are the weights of a batch, and with them the sums of losses and weights and every gradient: a power of
-two, so that dividing by it again changes no bit. The loss being a sum over tokens, not a mean, scales are smaller than
-elsewhere.
+The scale multiplies the weights of a batch, and with them the sums of losses and weights and every gradient. The scale
+is a power of two, so dividing by it again is exact. Scales are smaller than in other frameworks, because the loss is a
+sum over tokens, not a mean.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ INITIAL_SCALE = 2.0**12
 MIN_SCALE = 2.0**-8
 MAX_SCALE = 2.0**24
 GROWTH_STEPS = 2000
-"""Steps in a row without an overflow after which the scale doubles."""
+"""Number of consecutive steps without an overflow after which the scale doubles."""
 
 
 class LossScale:
-    """The scale and what it follows from; equal on all ranks, since they see the same overflows."""
+    """The loss scale and its count of steps without an overflow; equal on all ranks, which see the same overflows."""
 
     def __init__(self, device: torch.device, growth_steps: int = GROWTH_STEPS) -> None:
         self.scale = torch.full((), INITIAL_SCALE, dtype=torch.float32, device=device)
@@ -28,14 +28,18 @@ class LossScale:
         self._growth_steps = growth_steps
 
     def scaled(self, batch: Batch) -> Batch:
-        """A micro-batch whose loss and gradients come out scaled."""
+        """The micro-batch with scaled weights, so that its loss and gradients are scaled."""
         return {**batch, "weights": batch["weights"] * self.scale}
 
     def update(self, bad: Tensor) -> None:
-        """Halve the scale after an overflow, double it after `growth_steps` steps without one."""
+        """Halve the scale after an overflow; double it after `growth_steps` consecutive steps without one.
+
+        Args:
+            bad: Boolean scalar: whether this step overflowed.
+        """
         torch._amp_update_scale_(self.scale, self._since, bad.to(torch.float32), 2.0, 0.5, self._growth_steps)
         self.scale.clamp_(MIN_SCALE, MAX_SCALE)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, to be saved and loaded in place."""
+        """The tensors that a checkpoint holds, to be saved and loaded in place."""
         return {"loss_scale.scale": self.scale, "loss_scale.since": self._since}

@@ -1,15 +1,15 @@
-"""The vector that the ranks sum once a step: what each entry is, and what becomes of the sum.
+"""The vector that all ranks sum in one all-reduce per step: its entries, and how the sum is decoded.
 
     square, votes, unknown     one entry each
-    loss, weight               of all, then of each source of a mixture
-    metrics                    what was recorded by name: two entries for each sum, mean and norm, one for each rank
-                               of an extremum, so that the sum gathers them
+    loss, weight               two entries in total, then two for each source of a mixture
+    metrics                    named metrics: two entries (value, weight) for each sum, mean and norm; one entry per
+                               rank for each maximum and minimum, so that the sum gathers the ranks' values
 
-All ranks know the same metrics in the same order. A rank that records a new one says so in `unknown`; in the first step
-the ranks then exchange names and reduce again, later when the trainer lets them (`agree`).
+All ranks know the same metrics in the same order. A rank that records a new metric sets its `unknown` entry to 1. After
+the first step the ranks then exchange names and reduce again; after later steps the trainer calls `agree`.
 
-On the device a step does little: each operation on a single number costs as much host time as one on a matrix. What
-needs no device is decoded from the vector when it is read.
+A step runs few operations on single numbers, because each costs as much host time as one on a matrix. Everything else
+is computed on the host, when the vector is read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from bigtrain.models.sums import Sums
 from bigtrain.parallel.config import Mesh
 
 HEAD = 5
-"""Entries before those of sources and metrics."""
+"""Number of entries before those of sources and metrics."""
 
 
 class Reduced:
-    """What a step sums, over all ranks; tensors on the device.
+    """The reduced vector of a step, on the device.
 
     Args:
-        vector: The sum, float64.
-        metrics: Those in it, in order.
-        world_size: Ranks, each of which has an entry of an extremum.
+        vector: The sum over all ranks, 1-D, float64.
+        metrics: The metrics in the vector, in order.
+        world_size: Number of ranks, which is the number of entries of each maximum and minimum.
     """
 
     def __init__(self, vector: Tensor, metrics: Sequence[Metric], world_size: int) -> None:
@@ -51,24 +51,34 @@ class Reduced:
 
     @cached_property
     def safe_weight(self) -> Tensor:
-        """The sum of weights to divide by: 1 where no token counts."""
+        """The sum of weights as a divisor: 1 if no token counts."""
         return self.weight + self._is_empty
 
     def bad(self, *finite: Tensor) -> Tensor:
-        """Whether the step must update nothing: one of the values, or the loss, is not finite, or no token counts."""
-        # A sum of float64 overflows for no values that FP32 has made, and keeps what is not finite.
+        """Whether the update must be skipped, a boolean scalar: a value or the loss is not finite, or no token counts.
+
+        Args:
+            finite: Scalars that must be finite, such as the squared norm of the gradient.
+        """
+        # A float64 sum of FP32 results cannot overflow, and stays infinite or NaN if one of its terms is.
         total = sum(finite, self.loss)
         return (total.abs() < math.inf).logical_not_().logical_or_(self._is_empty)
 
     def result(self, norm: Tensor, bad: Tensor, loss_scale: Tensor | None = None) -> StepResult:
-        """The numbers of the step; `loss_scale`: what loss and weight are to be divided by."""
+        """The results of the step.
+
+        Args:
+            norm: Norm of the gradient of loss / weight, before clipping; float64 scalar.
+            bad: Whether the update was skipped; boolean scalar.
+            loss_scale: Scale by which the loss and the weights are to be divided; float64 scalar. None: no scaling.
+        """
         own = [norm, bad.double()] if loss_scale is None else [norm, bad.double(), loss_scale]
         numbers = torch.cat([self._vector, torch.stack(own)])
         return StepResult(numbers, partial(_decode, self._metrics, self._world_size, len(own)))
 
 
 def _decode(metrics: Sequence[Metric], world_size: int, own: int, numbers: list[float]) -> StepNumbers:
-    """Decode a step's numbers from the reduced vector; `Reduced.result` has appended the last of them."""
+    """Decode a step's results from the reduced vector and the `own` entries that `Reduced.result` appended."""
     _, votes, unknown, loss, weight, *rest = numbers[:-own]
     norm, bad, *scales = numbers[-own:]
     scale = scales[0] if scales else 1.0
@@ -88,7 +98,7 @@ def _entries(metric: Metric, world_size: int) -> int:
 
 
 def _pair(metric: Metric, entries: list[float]) -> tuple[float, float]:
-    """A metric's value and weight."""
+    """The value and the weight of a metric, from its entries."""
     if not metric.is_extremum:
         value, weight = entries
         return value, weight
@@ -97,13 +107,13 @@ def _pair(metric: Metric, entries: list[float]) -> tuple[float, float]:
 
 
 class StepReducer:
-    """What one rank's engine needs to reduce its steps and evaluations.
+    """Reduces the results of an engine's steps and evaluations over all ranks; each rank has one.
 
     Args:
         device: Device of the sums.
-        rank, world_size: This rank among all.
-        sizes: The axes over all ranks, which distinguish replicas from shards.
-        stream_is_part: Whether tensor-parallel ranks share the residual stream.
+        rank, world_size: This rank, and the number of all ranks.
+        sizes: Sizes of the mesh axes, which determine the ranks that count the loss.
+        stream_is_part: Whether the residual stream is sharded over the tp axis (sequence parallelism).
     """
 
     def __init__(
@@ -123,37 +133,41 @@ class StepReducer:
         self._zero = torch.zeros(2, dtype=torch.float64, device=device)
 
     def reduce(self, square: Tensor, vote: float, sums: Sums) -> Reduced:
-        """Sum over the ranks what a step adds up, in one all-reduce.
+        """Sum the results of a step over the ranks, in one all-reduce.
 
         Args:
-            square: float64 scalar, this rank's part of the square of the gradient's norm.
-            vote: This rank's.
-            sums: Of its micro-batches.
+            square: This rank's part of the squared norm of the gradient, a float64 scalar.
+            vote: This rank's vote.
+            sums: The sums over this rank's micro-batches.
         """
         found = self._reduce(square, vote, sums, self.recorder, self._metrics)
         if self._is_first:
             self._is_first = False
-            # The one time that the host waits for a step: every rank sees the same number.
+            # The host waits for the device only here, in the first step. All ranks read the same `unknown`.
             if self.recorder.metrics or self._world_size > 1:
                 found = self._complete(found, square, vote, sums, self.recorder, self._metrics)
         self.recorder.forget(self._metrics)
         return found
 
     def skip_agreement(self) -> None:
-        """Do not read the first step's number of unknown metrics: for a step on tensors that have no values."""
+        """Do not read `unknown` after the first step: for steps on tensors without values (meta, fake)."""
         self._is_first = False
 
     def agree(self) -> None:
-        """Exchange the names of metrics that are new since the last time. Collective."""
+        """Exchange the names of metrics that are new since the last exchange. Collective."""
         self._exchange(self.recorder, self._metrics)
 
     def evaluating(self, wanted: frozenset[str]) -> Recorder:
-        """The recorder of an evaluation, to be made active during its passes."""
+        """The recorder of an evaluation, to be made active during its forward passes.
+
+        Args:
+            wanted: Names of metrics that the model records only on request.
+        """
         self._evaluating.wanted = wanted
         return self._evaluating
 
     def totals(self, sums: Sums) -> Totals:
-        """Sum an evaluation over the ranks; the host waits for it."""
+        """Sum the results of an evaluation over the ranks; the host waits for the device."""
         nothing = self._zero[0]
         found = self._reduce(nothing, 0.0, sums, self._evaluating, self._evaluated)
         found = self._complete(found, nothing, 0.0, sums, self._evaluating, self._evaluated)
@@ -182,7 +196,7 @@ class StepReducer:
         return Reduced(vector, list(metrics.values()), self._world_size)
 
     def _parts(self, metric: Metric, value: Tensor | None) -> list[Tensor]:
-        """This rank's part of a metric: its value and weight, or its place among the values of all ranks."""
+        """This rank's entries of a metric: value and weight; or, for an extremum, its value among zeros of others."""
         if not metric.is_extremum:
             return [self._zero[:2] if value is None else value]
         own = self._constant(metric.neutral) if value is None else value
@@ -191,14 +205,14 @@ class StepReducer:
         return [self._zeros(self._rank), own, self._zeros(self._world_size - self._rank - 1)]
 
     def _constant(self, *values: float) -> Tensor:
-        """Numbers on the device, made once: copied from the host they would be waited for."""
+        """A float64 vector of constants on the device, cached, because copying it from the host would synchronise."""
         if values not in self._constants:
             entries = [torch.full((1,), value, dtype=torch.float64, device=self._device) for value in values]
             self._constants[values] = torch.cat(entries)
         return self._constants[values]
 
     def _zeros(self, count: int) -> Tensor:
-        """(count,): zeros on the device, made once."""
+        """Zeros on the device, float64 (count,), cached."""
         if len(self._zero) < count:
             self._zero = torch.zeros(count, dtype=torch.float64, device=self._device)
         return self._zero[:count]

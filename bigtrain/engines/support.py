@@ -1,4 +1,4 @@
-"""What goes with what: the combinations of engine, model and layout that are refused before any process is started."""
+"""Checks that the engine supports the model, the optimizer and the layout, before any process is started."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def check_support(
     precision: Precision = "bf16",
     frozen: Collection[str] = (),
 ) -> None:
-    """Refuse what an engine cannot do.
+    """Refuse a combination that the engine does not support.
 
     Args:
         engine: The section `engine`.
         arch: `model.arch`.
+        layout: The section `layout`.
         document_mask: `data.document_mask`.
-        optimizer: The section `optimizer`; None: AdamW with nothing frozen.
+        optimizer: The section `optimizer`; None: AdamW with no frozen parameters.
         precision: The key `precision`.
-        frozen: What the model itself freezes (`ModelConfig.frozen`): all but its adapter.
+        frozen: Patterns of the parameters that the model itself freezes (`ModelConfig.frozen`): all but its adapter.
 
     Raises:
-        UserError: An engine and a model that do not go together, a layout that the engine does not run, document masks.
+        UserError: The engine does not support the model, its document mask, the layout, the optimizer, frozen
+            parameters or the precision.
     """
     optimizer = optimizer or AdamWConfig()
     _check_model(engine, arch, document_mask)
@@ -86,7 +88,7 @@ def _check_model(engine: EngineConfig, arch: str, document_mask: bool) -> None:
 
 
 def _check_parts(engine: EngineConfig, arch: str, optimizer: OptimizerConfig, precision: Precision) -> None:
-    """The parts of `optimizer.parts` are those of the model, and the engine updates parts."""
+    """Refuse a model of several parts if `optimizer.parts` names other parts, or the engine has only one optimizer."""
     wanted = FAMILIES[arch].parts
     if not wanted and not optimizer.parts:
         return
@@ -121,7 +123,7 @@ def _check_parts(engine: EngineConfig, arch: str, optimizer: OptimizerConfig, pr
 
 
 def _names(quality: str) -> str:
-    """The engines that have a quality, as YAML."""
+    """The engines whose class variable `quality` is true, as YAML."""
     return " or ".join(f"{{name: {name}}}" for name in ENGINES if getattr(ENGINES[name], quality))
 
 

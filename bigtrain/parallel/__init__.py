@@ -1,1 +1,1 @@
-"""How a model lies on the ranks: the mesh, and each technique in a file of its own."""
+"""Distributes a model over the ranks: the mesh, and one file for each kind of parallelism."""

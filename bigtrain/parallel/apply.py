@@ -1,4 +1,4 @@
-"""From a model's config to a model that lies on the ranks: every technique, in the one order that is right."""
+"""Builds a parallel model from its config: applies every kind of parallelism, in the only order that is correct."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from bigtrain.parallel.tensor import TensorGroup, split
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A model as it lies on this rank."""
+    """This rank's part of a parallel model."""
 
     module: nn.Module
-    """Its parameters are FP32: DTensors where ranks share them, else plain tensors."""
+    """The model, or this rank's stages of it. Its parameters are FP32: DTensors if sharded, else plain tensors."""
 
     tensor_partial: frozenset[str] = field(default_factory=frozenset)
-    """Parameters whose gradients are to be summed over the tp axis."""
+    """Names of parameters whose gradients are to be summed over the tp axis."""
 
     context: ContextGroup | None = None
-    """What takes this rank's part of each batch, where ranks share sequences."""
+    """The context-parallel group, which takes this rank's part of each batch; None without context parallelism."""
 
     pipeline: Pipeline | None = None
-    """What micro-batches pass through where the model is cut into stages; `module` then holds this rank's."""
+    """Runs micro-batches through this rank's stages; None without pipeline parallelism."""
 
     shared_by_ends: frozenset[str] = field(default_factory=frozenset)
-    """Parameters that the first and the last stage both hold."""
+    """Names of parameters that the first and the last stage both hold."""
 
     all_names: Collection[str] | None = None
-    """Names of the full model's parameters, where this rank holds only those of its stages."""
+    """Names of all stages' parameters; None if this rank holds all of them."""
 
 
 def build_parallel_model(
@@ -56,10 +56,10 @@ def build_parallel_model(
     recompute: Recompute = "none",
     compile_blocks: bool = False,
 ) -> ParallelModel:
-    """Build, cut into stages, split, share sequences, recompute, compile, shard, materialise.
+    """Build a model and apply pp, tp, cp, recompute, compile and FSDP in this order; then allocate and initialise it.
 
-    The initial weights are equal at every layout. No rank ever holds more than its part of a model that is built on
-    meta; a plain module that initialises itself is built on the CPU of each rank.
+    The initial weights are equal at every layout. A model is built on the meta device, so that no rank ever holds more
+    than its part. Only a plain module that initialises itself is built in full, on the CPU of each rank.
     """
     whole = cast(Any, config.build_for_engine(vocab_size, seed))
     whole.compute_dtype = compute_dtype

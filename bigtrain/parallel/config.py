@@ -1,4 +1,4 @@
-"""The `layout` section: how the model and the batch lie on the ranks."""
+"""The section `layout`: how the model and the batch are distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 Size = Annotated[Count, Ge(1)]
 
 ContextKind = Literal["ulysses", "all_gather"]
-"""How ranks that share a sequence meet in attention; see `parallel.context`."""
+"""How the ranks of a context-parallel group exchange data in attention; see `parallel.context`."""
 
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble"]
 """The order in which the stages of a pipeline compute micro-batches."""
 
 Recompute = Literal["none", "selective", "full"]
-"""Activations that the backward pass computes again: none, the cheap ones, or all but the inputs of blocks."""
+"""Activations that the backward pass recomputes: none, the cheap ones, or all but the inputs of blocks."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the named axes of a job, outermost first; their product is the world size."""
+    """Sizes of the mesh axes of a job, outermost first; their product is the world size."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -39,80 +39,82 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return math.prod(asdict(self).values())
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that consume different sequences."""
+        """Number of ranks that consume different sequences."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def gradient_parallel(self) -> int:
-        """Ranks over which a stage's gradients are summed: those of different sequences, or parts of sequences."""
+        """Number of ranks over which a stage's gradients are summed: data-parallel ranks times cp."""
         return self.data_parallel * self.cp
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a rank stands on each axis; tp varies fastest."""
+        """Coordinates of a rank, by axis; tp varies fastest."""
         places = {}
         for axis, size in reversed(asdict(self).items()):
             rank, places[axis] = divmod(rank, size)
         return places
 
     def data_parallel_rank(self, rank: int) -> int:
-        """Which part of the batch a rank reads: one for all ranks that differ in pp, cp and tp alone."""
+        """Index of the part of the batch that a rank reads; equal for ranks that differ only in pp, cp and tp."""
         places = self.coordinates(rank)
         return places["dp_replicate"] * self.dp_shard + places["dp_shard"]
 
     def counts_loss(self, rank: int) -> bool:
-        """Whether a rank's sum of losses is added up: the last stage has it, and the ranks of a tp group the same."""
+        """Whether a rank's sum of losses counts: tp rank 0 of the last stage. Other tp ranks have the same sum."""
         places = self.coordinates(rank)
         return places["tp"] == 0 and places["pp"] == self.pp - 1
 
 
 class LayoutConfig(Section):
-    """How the model and the batch lie on the ranks."""
+    """How the model and the batch are distributed over the ranks."""
 
     dp_replicate: Size = 1
-    """Copies of the sharded model (HSDP above 1)."""
+    """Number of copies of the sharded model (above 1: HSDP)."""
 
     dp_shard: Count = -1
-    """Ranks that share one copy of parameters, gradients and optimizer; -1: all that are left."""
+    """Number of ranks over which parameters, gradients and optimizer state are sharded; -1: all remaining ranks."""
 
     cp: Size = 1
-    """Ranks that share the tokens of each sequence (context parallelism): for sequences too long for one."""
+    """Number of ranks over which the tokens of each sequence are split (context parallelism), for long sequences."""
 
     cp_kind: ContextKind = "ulysses"
-    """How they meet in attention: all-to-all over heads (Jacobs et al. 2023), or a gather of keys and values, which
-    needs no heads to divide (Llama 3, section 3.3.2)."""
+    """How cp ranks exchange data in attention. ulysses: all-to-all over heads (Jacobs et al. 2023). all_gather: gathers
+    keys and values, for any number of heads (Llama 3, section 3.3.2)."""
 
     pp: Size = 1
-    """Ranks that hold consecutive blocks and pass micro-batches on. At m micro-batches they
-    idle for (pp - 1) / (pp_stages_per_rank * m) of the time that they compute (Narayanan et al. 2021, section 2.2):
-    choose micro_size so that m is several times pp. Each keeps its gathered parameters for a whole step."""
+    """Number of ranks over which the blocks are split (pipeline parallelism). With m micro-batches they idle for
+    (pp - 1) / (pp_stages_per_rank * m) of their compute time (Narayanan et al. 2021, section 2.2): choose micro_size so
+    that m is several times pp. Each rank keeps its gathered parameters for a full step."""
 
     pp_schedule: PipelineSchedule = "1f1b"
-    """1f1b: one forward, one backward (Narayanan et al. 2019). interleaved: the same over several stages a rank.
-    zero_bubble: gradients of weights are put off into the idle time (Qi et al. 2023)."""
+    """1f1b: one forward, one backward (Narayanan et al. 2019). interleaved: 1f1b with several stages per rank.
+    zero_bubble: gradients of weights are delayed into the idle time (Qi et al. 2023)."""
 
     pp_stages_per_rank: Size = 1
-    """Stages of each rank; above 1 with interleaved and zero_bubble: rank r holds stages r, r + pp, ..."""
+    """Number of stages on each rank: 1 for 1f1b, above 1 for interleaved. Rank r holds stages r, r + pp, ..."""
 
     pp_split: Literal["auto"] | tuple[Size, ...] = "auto"
-    """Blocks of each stage, in order; auto: minimizes the cost of the most expensive stage, with embedding and head."""
+    """Number of blocks of each stage, in order. auto: minimizes the cost of the most expensive stage, with embedding
+    and head."""
 
     tp: Size = 1
-    """Ranks that share each matrix (Shoeybi et al. 2019); they exchange activations, so keep them inside a node."""
+    """Number of ranks over which each matrix is split (tensor parallelism, Shoeybi et al. 2019). They exchange
+    activations, so keep them inside a node."""
 
     micro_size: Size | None = None
-    """Sequences a rank takes in one pass, at most; null: its whole share of the batch."""
+    """Largest micro-batch of a rank, in sequences; null: the rank's full share of the global batch."""
 
     sequence_parallel: bool = True
-    """Whether norms, dropout and the residual stream are shared over tp too, along the sequence (Korthikanti et al.
+    """Whether norms, dropout and the residual stream are split over tp too, along the sequence (Korthikanti et al.
     2022)."""
 
     loss_parallel: bool = True
-    """Whether the head and its logits stay shared over tp in the loss; false: each rank gathers the head."""
+    """Whether the head and its logits stay split over tp in the loss; false: each rank gathers the head."""
 
     @field_validator("dp_shard")
     @classmethod
@@ -139,24 +141,24 @@ class LayoutConfig(Section):
 
     @property
     def stages(self) -> int:
-        """Stages of the pipeline, over all ranks."""
+        """Number of pipeline stages, over all ranks."""
         return self.pp * self.pp_stages_per_rank
 
     @property
     def least_micro_batches(self) -> int:
-        """The fewest micro-batches of a step that the pipeline's schedule takes."""
+        """Smallest number of micro-batches per step that the pipeline's schedule accepts."""
         return self.pp
 
     @property
     def micro_batch_multiple(self) -> int:
-        """What the number of micro-batches of a step must be a multiple of."""
+        """The number of micro-batches per step must be a multiple of this number."""
         return 1 if self.pp_schedule == "1f1b" else self.pp
 
     def split(self, costs: BlockCosts) -> tuple[int, ...]:
-        """Blocks of each stage, in order.
+        """Number of blocks of each stage, in order.
 
         Raises:
-            ValueError: There are fewer blocks than stages, or `pp_split` is not all of them.
+            ValueError: There are fewer blocks than stages, or `pp_split` does not add up to the number of blocks.
         """
         if costs.blocks < self.stages:
             per_rank = self.pp_stages_per_rank
@@ -177,10 +179,10 @@ class LayoutConfig(Section):
         return self.pp_split
 
     def mesh(self, world_size: int) -> Mesh:
-        """The sizes of the axes on `world_size` ranks.
+        """Sizes of the mesh axes for `world_size` ranks.
 
         Raises:
-            ValueError: The axes do not multiply to the world size.
+            ValueError: The product of the axes is not the world size.
         """
         fixed = {"dp_replicate": self.dp_replicate, "tp": self.tp, "cp": self.cp, "pp": self.pp}
         taken = math.prod(fixed.values())
@@ -196,13 +198,13 @@ class LayoutConfig(Section):
         raise ValueError(f"layout {product} does not make {world_size} ranks; {advice}")
 
     def check(self, model: ModelConfig, outputs: int) -> None:
-        """Refuse what the model cannot do at this layout.
+        """Refuse this layout if the model does not support it.
 
         Args:
-            outputs: Entries of the vocabulary, or classes.
+            outputs: Number of vocabulary entries, or of classes.
 
         Raises:
-            ValueError: Naming the sizes that would work.
+            ValueError: The model does not support the layout. The message names sizes that would work.
         """
         self._check_pipeline(model, outputs)
         self._check_tensor_parallel(model, outputs)
@@ -267,35 +269,36 @@ class LayoutConfig(Section):
             )
 
     def _multiple(self, cp: int, kind: ContextKind) -> int:
-        """What divides the length of a sequence: a rank's part of it is cut into chunks, and over tp."""
+        """The sequence length must be a multiple of this number: cp ranks, their chunks, and tp divide a sequence."""
         chunks = 2 if kind == "all_gather" and cp > 1 else 1
         return cp * math.lcm(chunks, self.tp if self.sequence_parallel else 1)
 
 
 def _shares_heads(query: int, key: int, ranks: int) -> bool:
-    """Whether each rank can have as many query heads, with whole key heads; fewer of these than ranks are repeated."""
+    """Whether each rank can get equally many query and key heads. If there are fewer key heads than ranks, they are
+    repeated."""
     return query % ranks == 0 and (key % ranks == 0 or ranks % key == 0)
 
 
 @lru_cache(maxsize=1024)
 def balanced(costs: BlockCosts, stages: int) -> tuple[int, ...]:
-    """Blocks of each stage: minimizes the cost of the most expensive stage, then of the next. Each has at least one.
+    """Number of blocks of each stage, at least one. Minimizes the cost of the most expensive stage, then of the next.
 
-    In a tie, later stages take more: earlier ones keep more micro-batches' activations.
+    In a tie, later stages get more blocks, because earlier stages keep activations of more micro-batches.
     """
     counts = [1] * stages
     extra = [0.0] * stages
     extra[0] += costs.before
     extra[-1] += costs.after
     for _ in range(costs.blocks - stages):
-        # All blocks cost the same, so putting each on the cheapest stage is the best there is.
+        # All blocks cost the same, so adding each one to the cheapest stage is optimal.
         cheapest = min(range(stages), key=lambda stage: (counts[stage] + extra[stage], -stage))
         counts[cheapest] += 1
     return tuple(counts)
 
 
 def _rows_for_all(rows: int, ranks: int) -> bool:
-    """Whether each rank has a row where each but the last ones takes as many as the first."""
+    """Whether each rank gets at least one row if the rows are split as `torch.chunk` does."""
     return (ranks - 1) * -(-rows // ranks) < rows
 
 

@@ -1,25 +1,26 @@
-"""Context parallelism: each rank holds a part of every sequence, and in attention alone the ranks meet.
+"""Context parallelism: each rank holds a part of every sequence, and the ranks exchange data only in attention.
 
-Norms, MLPs, embedding and loss work on a token at a time: each rank does its own C / cp tokens, and keeps their
-activations alone. The two kinds differ in what they exchange around attention:
+Norms, MLPs, embedding and loss work on single tokens: each rank computes its own C / cp tokens, and keeps only their
+activations. The two kinds differ in what the ranks exchange around attention:
 
 ulysses: all-to-all over heads (Jacobs et al. 2023, DeepSpeed-Ulysses). Outside attention a rank has a slice of the
-    sequence and all heads, inside it the whole sequence and a share of the heads.
-all_gather: each rank gathers all keys and values and asks with its own queries (Llama 3, Dubey et al. 2024, section
-    3.3.2). Later tokens see more keys: the sequence is cut into 2 cp chunks, and rank r holds chunks r and
-    2 cp - 1 - r, so that each rank has (2 cp + 1) C^2 / (4 cp^2) pairs of query and key, a causal mask's waste in the
-    diagonal chunks included.
+    sequence and all heads; inside attention it has the full sequence and a part of the heads.
+all_gather: each rank gathers all keys and values for its own queries (Llama 3, Dubey et al. 2024, section 3.3.2). Later
+    tokens attend to more keys. For balance the sequence is cut into 2 cp chunks, and rank r holds chunks r and
+    2 cp - 1 - r. Each rank then computes (2 cp + 1) C^2 / (4 cp^2) pairs of query and key. This includes pairs that the
+    causal mask hides in the diagonal chunks.
 
-What a rank sends in the forward pass of one layer, in elements, and again in the backward pass (B sequences of C
-tokens; H query and K key heads of width D on a rank of the tp group):
+Elements that a rank sends in the forward pass of one layer, and again in the backward pass (B sequences of C tokens;
+H query and K key heads of width D on a rank of the tp group):
 
-    ulysses      (cp - 1) / cp * B * C / cp * D * (2 H + 2 max(K, cp))    two all-to-alls: of queries, keys and values
-                                                                          packed into one, and of what they attended to
-    all_gather   (cp - 1) * B * C / cp * D * 2 K                          one gather of keys and values packed into one;
+    ulysses      (cp - 1) / cp * B * C / cp * D * (2 H + 2 max(K, cp))    two all-to-alls: one of packed queries, keys
+                                                                          and values, one of the attention's output
+    all_gather   (cp - 1) * B * C / cp * D * 2 K                          one all-gather of packed keys and values;
                                                                           one reduce-scatter of their gradients
 
-So ulysses sends less the more ranks there are, and all_gather needs no heads to divide and sends less where few key
-heads serve many queries. Keys and values stay gathered until the backward pass; recompute gathers them once more.
+So ulysses sends less as the number of ranks grows. all_gather works with any number of heads, and sends less if there
+are few key heads for many query heads. Keys and values stay gathered until the backward pass; recompute gathers them
+again.
 """
 
 from __future__ import annotations
@@ -42,50 +43,56 @@ from bigtrain.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from bigtrain.parallel.config import ContextKind
 
 ALONG_THE_SEQUENCE = ("tokens", "targets", "weights", "positions")
-"""Arrays (B, C) of which each rank takes its part."""
+"""Arrays (B, C) that are split along the sequence; each rank takes its part."""
 
 
 @dataclass(frozen=True)
 class ContextGroup(ABC):
-    """The ranks that share each sequence."""
+    """The ranks among which each sequence is split."""
 
     group: dist.ProcessGroup
 
     @property
     def size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks in the group."""
         return self.group.size()
 
     @property
     def rank(self) -> int:
-        """This one's number in the group."""
+        """This rank's index in the group."""
         return self.group.rank()
 
     @property
     @abstractmethod
     def chunks(self) -> tuple[int, ...]:
-        """The numbers of this rank's chunks of the sequence; all ranks have as many, of equal length."""
+        """Indices of this rank's chunks of the sequence. All ranks have the same number of chunks, of equal length."""
 
     mask_of: Callable[[Tensor, Tensor | None], Mask] = document_mask
-    """Gives the mask of documents and of the queries among them, in the form that suits the model."""
+    """Makes a mask, in the form that suits the model, from documents (B, C) and the positions of the queries (None: all
+    positions)."""
 
     @abstractmethod
     def mask(self, documents: Tensor, positions: Tensor) -> Any:
-        """The mask of documents that `attend` needs, from whole (B, C) documents and this rank's positions."""
+        """The document mask for `attend`, from the documents (B, C) of full sequences and this rank's positions."""
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
-        """`layers.attend` of whole sequences: queries, keys, values and the result are this rank's (B, C / cp, H, D).
+        """`layers.attend` over full sequences, where each rank holds its part of them. Collective.
 
         Args:
-            mask: What `mask` gives; None: causal.
+            query: This rank's queries (B, C / cp, H, D).
+            key, value: This rank's keys and values (B, C / cp, K, D).
+            mask: The result of `mask`; None: causal attention without documents.
+
+        Returns:
+            The attention's output for this rank's queries (B, C / cp, H, D).
         """
 
     def positions(self, count: int, device: torch.device) -> Tensor:
-        """int64 (C / cp,): where this rank's tokens lie in sequences of `count`.
+        """Positions of this rank's tokens in sequences of `count` tokens, int64 (C / cp,).
 
         Raises:
-            ValueError: The chunks do not divide them.
+            ValueError: `count` is not a multiple of the number of chunks.
         """
         chunks = self.size * len(self.chunks)
         if count % chunks:
@@ -94,7 +101,10 @@ class ContextGroup(ABC):
         return torch.cat([torch.arange(at * length, (at + 1) * length, device=device) for at in self.chunks])
 
     def part(self, batch: Batch) -> Batch:
-        """This rank's part of whole sequences: `sequence_positions` are added, and `mask` stands for `documents`."""
+        """This rank's part of a batch of full sequences, with the array `sequence_positions` added.
+
+        The entry `mask` replaces `documents`.
+        """
         mine = self.positions(batch["tokens"].shape[1], batch["tokens"].device)
         part = {name: array[:, mine] if name in ALONG_THE_SEQUENCE else array for name, array in batch.items()}
         documents = part.pop("documents", None)
@@ -104,23 +114,23 @@ class ContextGroup(ABC):
 
 
 class AllToAll(ContextGroup):
-    """The kind `ulysses`."""
+    """The kind `ulysses`: all-to-all over heads."""
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """One: a slice of the sequence."""
+        """See `ContextGroup.chunks`: one contiguous slice of the sequence."""
         return (self.rank,)
 
     def mask(self, documents: Tensor, positions: Tensor) -> Any:
-        """The mask of all rows: a rank's heads attend to the whole sequence."""
+        """See `ContextGroup.mask`: a mask of all queries, because a rank's heads see the full sequence."""
         return self.mask_of(documents, None)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
         """See `ContextGroup.attend`.
 
-        Fewer key heads than ranks are repeated before they are sent: each rank receives the one that its queries ask,
-        which it needs in any case, and the gradients of the copies are summed. So Llama shapes, of which tp leaves a
-        rank but one key head, are not shut out.
+        If there are fewer key heads than ranks, key heads are repeated before they are sent, so that each rank receives
+        the key head of its queries. The gradients of the copies are summed. This supports Llama shapes of which tp
+        leaves one key head per rank.
         """
         copies = max(1, self.size // key.shape[2])
         if copies > 1:
@@ -133,29 +143,29 @@ class AllToAll(ContextGroup):
 
 
 class AllGather(ContextGroup):
-    """The kind `all_gather`."""
+    """The kind `all_gather`: each rank gathers all keys and values."""
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Two, that together are as much causal work on each rank."""
+        """See `ContextGroup.chunks`: two chunks, chosen so that all ranks have equal work under a causal mask."""
         return self.rank, 2 * self.size - 1 - self.rank
 
     def mask(self, documents: Tensor, positions: Tensor) -> Any:
-        """Of each chunk, the rows of its queries and the keys up to its own end."""
+        """See `ContextGroup.mask`: a tuple of two masks, of each chunk's queries and the keys up to the chunk's end."""
         length = len(positions) // 2
         ends = [(chunk + 1) * length for chunk in self.chunks]
         parts = zip(ends, positions.split(length), strict=True)
         return tuple(self.mask_of(documents[:, :end], queries) for end, queries in parts)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool) -> Tensor:
-        """See `ContextGroup.attend`. Each chunk meets the keys up to its own end alone."""
+        """See `ContextGroup.attend`. The queries of a chunk attend to keys up to the chunk's end."""
         keys, values = cast(Tensor, _GatherChunks.apply(torch.cat((key, value), dim=2), self.group)).chunk(2, dim=2)
         length = query.shape[1] // 2
         attended = []
         for chunk, queries, rows in zip(self.chunks, query.split(length, dim=1), mask or (None, None), strict=True):
             end = (chunk + 1) * length
-            # The last query sees the last key. For this bias PyTorch takes its flash kernel where it has one, for the
-            # same mask as a tensor it does not. A compiled block runs this loop uncompiled: it cannot make the bias.
+            # The last query sees the last key. PyTorch can use its flash kernel with this bias, but not with the same
+            # mask as a tensor. A compiled block runs this loop uncompiled, because the compiler cannot create the bias.
             seen = _lower_right(length, end) if rows is None else rows
             attended.append(attend(queries, keys[:, :end], values[:, :end], seen))
         return torch.cat(attended, dim=1)
@@ -165,13 +175,13 @@ KINDS: dict[ContextKind, type[ContextGroup]] = {"ulysses": AllToAll, "all_gather
 
 
 def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGroup) -> ContextGroup:
-    """Let the ranks of a group meet in each attention layer of a model, in place.
+    """Apply context parallelism to each attention layer of a model, in place.
 
     Returns:
-        What takes this rank's part of each batch.
+        The context-parallel group, which takes this rank's part of each batch.
 
     Raises:
-        ValueError: The model has no attention, or one that looks ahead.
+        ValueError: The model has no `layers.Attention`, or one that is not causal.
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers or not all(layer.causal for layer in layers):
@@ -188,13 +198,16 @@ def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGrou
 
 
 def _lower_right(queries: int, keys: int) -> Tensor:
-    """torch's bias of this name. Its constructor fails under a dispatch mode, as selective recompute sets one."""
+    """torch's `causal_lower_right` bias, created outside of dispatch modes, in which its constructor fails.
+
+    Selective recompute sets such a mode.
+    """
     with _disable_current_modes():
         return causal_lower_right(queries, keys)
 
 
 def _exchange(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
-    """Give each rank its share of dimension `split`, and join what comes along dimension `join`, in order of ranks."""
+    """All-to-all: split `x` along dimension `split`, and concatenate the received parts along `join`, in rank order."""
     parts = x.unflatten(split, (group.size(), -1)).movedim(split, 0).contiguous()
     received = torch.empty_like(parts)
     all_to_all(received, parts, group=group)
@@ -215,7 +228,7 @@ class _Exchange(torch.autograd.Function):
 class _GatherChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Join the first and second chunks (B, c, ...) of all ranks to (B, C, ...), in the order of the sequence."""
+        """Gather both chunks of all ranks, (B, C / cp, ...) each, to (B, C, ...) in the order of the sequence."""
         ctx.group = group
         parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
         all_gather(parts, x.contiguous(), group=group)

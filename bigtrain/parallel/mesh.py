@@ -17,7 +17,7 @@ START_TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, as torchrun's environment tells it."""
+    """This process's ranks and world sizes, from torchrun's environment variables."""
 
     rank: int
     local_rank: int
@@ -26,19 +26,19 @@ class Ranks:
 
     @property
     def nodes(self) -> int:
-        """Machines, each with as many ranks as this one."""
+        """Number of nodes; all have the same number of ranks."""
         return self.world_size // self.local_world_size
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """torchrun's variables; a process started without them is alone."""
+        """Read torchrun's environment variables; without them, this process is the only rank."""
         read = os.environ.get
         names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")
         return cls(*(int(read(name, default)) for name, default in names))
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this rank, else the CPU."""
+    """Select this rank's GPU as the current device and return it; the CPU if there is no GPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -46,7 +46,11 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def build_mesh(layout: LayoutConfig, ranks: Ranks, device: torch.device) -> tuple[Mesh, DeviceMesh | None]:
-    """Join the process group and lay the named axes over it; one process needs neither."""
+    """Join the default process group and create the device mesh with its named axes. Collective.
+
+    Returns:
+        The sizes of the axes, and the mesh; None instead of the mesh in a single process, which joins no group.
+    """
     sizes = layout.mesh(ranks.world_size)
     if ranks.world_size == 1:
         return sizes, None
@@ -58,9 +62,10 @@ def build_mesh(layout: LayoutConfig, ranks: Ranks, device: torch.device) -> tupl
 
 
 def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """The axes over which gradients are summed and the model is sharded; None where they hold one rank.
+    """The axes over which gradients are summed and the model is sharded; None if they consist of one rank.
 
-    Ranks of a cp group hold other parts of the same sequences, so they share the sharded model like dp_shard's.
+    The cp axis is included: its ranks compute other parts of the same sequences, so FSDP shards over it as over
+    dp_shard.
     """
     replicas, shards, parts = (mesh[name].size() for name in ("dp_replicate", "dp_shard", "cp"))
     if replicas * shards * parts == 1:
@@ -68,5 +73,5 @@ def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     if parts == 1:
         return mesh["dp_replicate", "dp_shard"] if replicas > 1 else mesh["dp_shard"]
     shared = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-    # Slicing a flattened axis by its name warns from torch 2.11 on; FSDP itself joins meshes like this.
+    # torch 2.11 and later warn if a flattened axis is sliced by name. FSDP itself concatenates meshes like this.
     return DeviceMesh._concatenate([mesh["dp_replicate"], shared]) if replicas > 1 else shared

@@ -1,9 +1,9 @@
-"""Pipeline parallelism: each rank holds consecutive blocks and passes micro-batches on to the next.
+"""Pipeline parallelism: each rank holds stages of consecutive blocks and sends its output to the rank of the next one.
 
-torch.distributed.pipelining runs the schedules (`LayoutConfig.pp_schedule`); a family says how it is cut
-(`contract.Staged`). Only the residual stream travels: every stage reads the same micro-batches, so tokens, weights and
-keys of dropout are at hand. A parameter that both ends hold, a tied embedding, has one copy on each; their gradients
-are summed, and the first one counts.
+torch.distributed.pipelining runs the schedules (`LayoutConfig.pp_schedule`); a model family defines how it is cut
+(`contract.Staged`). Stages send only the residual stream. Every stage reads the same micro-batches, so it has their
+tokens, weights and dropout keys. The first and the last stage each have a copy of a tied embedding. The gradients of
+the copies are summed, and norms count the first copy.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from bigtrain.parallel.context import ContextGroup
 
 
 class Stages(nn.ModuleList):
-    """The stages of a rank as one module, whose parts have the names of the full (unsharded) model."""
+    """The stages of a rank as one module, whose submodules have their names in the full model."""
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Of each stage in turn. Names of parameters and buffers follow from these."""
+        """The modules of each stage in turn, without the stage's index in their names, and so of their parameters."""
         memo = set() if memo is None else memo
         for stage in self:
             yield from stage.named_modules(memo, prefix, remove_duplicate)
@@ -48,26 +48,27 @@ class Cut:
     """A model cut into stages, on the meta device."""
 
     own: Stages
-    """Those of this rank."""
+    """The stages of this rank."""
 
     shared: frozenset[str]
-    """Parameters that the first and the last stage both hold."""
+    """Names of parameters that the first and the last stage both hold."""
 
     names: tuple[str, ...]
-    """All parameters of the full model, over all stages."""
+    """Names of the parameters of all stages."""
 
     @classmethod
     def nothing(cls, whole: nn.Module) -> Cut:
-        """A model that is one stage."""
+        """The uncut model as a single stage."""
         return cls(Stages([whole]), frozenset(), tuple(dict(whole.named_parameters())))
 
 
 def cut(whole: nn.Module, blocks: tuple[int, ...], pp: DeviceMesh) -> Cut:
-    """This rank's stages of a `contract.Staged` on the meta device.
+    """Cut a model into stages, and return those of this rank.
 
     Args:
-        blocks: Of each stage, in order.
-        pp: The axis of the stages: the r-th rank holds stages r, r + ranks, ...
+        whole: A `contract.Staged` on the meta device.
+        blocks: Number of blocks of each stage, in order.
+        pp: The pp axis of the mesh; its rank r holds stages r, r + pp, ...
     """
     ends = list(accumulate(blocks, initial=0))
     stages = [Stage(first, last, ends[-1]) for first, last in pairwise(ends)]
@@ -83,7 +84,7 @@ def cut(whole: nn.Module, blocks: tuple[int, ...], pp: DeviceMesh) -> Cut:
 
 
 class Pipeline:
-    """The stages of this rank, and how micro-batches pass through them."""
+    """Runs micro-batches through the stages of all ranks, with a schedule."""
 
     def __init__(
         self,
@@ -94,9 +95,13 @@ class Pipeline:
         device: torch.device,
         context: ContextGroup | None = None,
     ) -> None:
-        """Args:
-        count: Stages on all ranks.
-        context: What takes this rank's part of each micro-batch, where ranks share sequences.
+        """Prepare this rank's stages for torch's schedules.
+
+        Args:
+            stages: This rank's stages.
+            count: Number of stages on all ranks.
+            pp: The pp axis of the mesh.
+            context: The context-parallel group, which takes this rank's part of each micro-batch; None without it.
         """
         self._part = identity if context is None else context.part
         self._group, self._ranks = pp.get_group(), pp.size()
@@ -108,10 +113,12 @@ class Pipeline:
             self._take_part(stage)
 
     def backward(self, micro_batches: list[Batch]) -> Sums:
-        """Add to each parameter's `grad` the gradient of the sum of losses, reduced over the shards once.
+        """Run forward and backward of all micro-batches, which adds the gradient of the sum of losses to each `grad`.
+
+        FSDP reduces gradients once, after the last micro-batch.
 
         Args:
-            micro_batches: Of one shape, equal on all stages.
+            micro_batches: Micro-batches of one shape, the same on all stages.
 
         Returns:
             The sums over the micro-batches; zeros on ranks without the last stage.
@@ -124,7 +131,14 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, micro_batches: Iterable[Batch], sources: int = 0) -> Sums:
-        """The sums of `backward` without gradients, for any number of micro-batches of any shape."""
+        """Run the forward pass alone, for any number of micro-batches of any shapes.
+
+        Args:
+            sources: Number of sources that the sums distinguish.
+
+        Returns:
+            The sums over the micro-batches; zeros on ranks without the last stage.
+        """
         sending: dict[int, tuple[dist.Work | None, Tensor]] = {}
         self._sums = Sums(self._device, sources)
         for batch in micro_batches:
@@ -144,7 +158,12 @@ class Pipeline:
         return self._sums
 
     def schedule(self, n_micro: int, micro_batch: Batch) -> Any:
-        """torch's schedule for a number of micro-batches of one shape; each is made once."""
+        """torch's schedule for a number of micro-batches of one shape; schedules are cached.
+
+        Args:
+            n_micro: Number of micro-batches.
+            micro_batch: One of them, which gives the shape.
+        """
         any_stage = next(iter(self._stages.values()))
         shape = tuple(any_stage.stream_shape(self._part(micro_batch)))
         if (n_micro, shape) not in self._schedules:
@@ -152,7 +171,7 @@ class Pipeline:
         return self._schedules[n_micro, shape]
 
     def _new_schedule(self, n_micro: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-        # Known shapes spare the ranks a run that finds them out.
+        # With known shapes, torch need not run the stages once to infer them.
         stream = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         stages = [
@@ -167,7 +186,7 @@ class Pipeline:
             )
             for index, stage in self._stages.items()
         ]
-        # Sums are what the engine wants: torch would divide gradients by the number of micro-batches.
+        # The engine needs sums; with scale_grads torch would divide gradients by the number of micro-batches.
         options: dict[str, Any] = {"n_microbatches": n_micro, "loss_fn": _the_loss, "scale_grads": False}
         if self._schedule_name == "1f1b":
             return Schedule1F1B(stages[0], **options)
@@ -176,12 +195,12 @@ class Pipeline:
         return ScheduleInterleavedZeroBubble(cast(Any, stages), **options)
 
     def _take_part(self, stage: Any) -> None:
-        """Let a stage's `forward` be what torch's schedules call: the stream as an argument, the batch by name."""
+        """Replace a stage's `forward` by one for torch's schedules: the stream is its argument, the batch keywords."""
 
         def forward(*received: Tensor, **batch: Tensor) -> Tensor:
             result = stage.forward_stage(received[0] if received else None, self._part(batch))
             if not isinstance(result, LossSum):
-                # Where all so far is frozen, torch's schedules want a tensor to run backward from all the same.
+                # Even if all parameters so far are frozen, torch's schedules need a tensor that requires a gradient.
                 frozen = torch.is_grad_enabled() and not cast(Tensor, result).requires_grad
                 return cast(Tensor, result).requires_grad_() if frozen else cast(Tensor, result)
             self._sums.add(result, batch)
@@ -194,21 +213,21 @@ class Pipeline:
 
 
 def identity(batch: Batch) -> Batch:
-    """The whole of a batch."""
+    """The batch itself: without context parallelism a rank's part is the full batch."""
     return batch
 
 
 def enumerate_from(stages: Iterable[nn.Module], first: int, step: int) -> Iterator[tuple[int, nn.Module]]:
-    """A rank's stages with their numbers among all stages."""
+    """A rank's stages, each with its index among all stages: `first`, `first` + `step`, ..."""
     for place, stage in enumerate(stages):
         yield first + place * step, stage
 
 
 def ends_group(pp: DeviceMesh, world: DeviceMesh) -> dist.ProcessGroup | None:
-    """The first and the last rank of each row of the pp axis, as a group; None on the ranks between. Collective.
+    """The group of this pipeline's first and last rank; None on the ranks between them. Collective over all ranks.
 
     Args:
-        pp: The axis of the stages.
+        pp: The pp axis of the mesh.
         world: The mesh of all ranks, of which `pp` is the outermost axis.
     """
     if pp.size() == 2:
@@ -224,6 +243,6 @@ def _the_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _wait(sent: tuple[dist.Work | None, Tensor] | None) -> None:
-    """Wait until a tensor is sent; it is kept until then."""
+    """Wait until a tensor is sent; the caller's reference keeps its memory until then."""
     if sent is not None and sent[0] is not None:
         sent[0].wait()

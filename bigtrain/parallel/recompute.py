@@ -1,11 +1,12 @@
-"""Recompute (gradient checkpointing): activations of a block are dropped and computed again in the backward pass.
+"""Recompute (activation checkpointing): activations of a block are freed, and the backward pass computes them again.
 
-full keeps each block's input alone (Chen et al. 2016). selective also keeps what is expensive to make: matrix products,
-attention's output, and what ranks sent each other; norms, activations, rotations, dropout and sums are computed again.
+full keeps only each block's input (Chen et al. 2016). selective also keeps results that are expensive to recompute:
+matmuls, the output of attention, and what collectives received. Norms, activation functions, rotary embeddings,
+dropout and sums are recomputed.
 
-torch's own selective checkpointing keeps an operator's output by the operator's name, which is wrong for a collective
-(it fills memory that the second pass allocates again) and wasteful for a product that is only a rank's part of a sum.
-So what is kept and put back is recorded here; a compiled block leaves both to the compiler.
+torch's own selective checkpointing keeps the outputs of selected operators. This is wrong for a collective, which
+writes into memory that the second pass allocates again. It is wasteful for a matmul that is one rank's part of a sum.
+So this module records results and restores them itself. In a compiled block the compiler does both.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _operators(*names: str) -> frozenset[Any]:
-    """Those of aten's operators, in all their forms, that this build of torch has."""
+    """The aten operators of these names, with all overloads, that this build of torch has."""
     return frozenset(getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name))
 
 
@@ -43,7 +44,7 @@ LAYOUT = _operators(
     "view", "_unsafe_view", "transpose", "permute", "unsqueeze", "select", "slice", "detach", "clone",
     "empty", "new_empty", "empty_like",
 )  # fmt: skip
-"""What may stand between a product and the collective that sums it over ranks."""
+"""Operators that may occur between a matmul and the collective that sums its result over ranks."""
 SUMS = frozenset({"allreduce_", "_reduce_scatter_base_"})
 
 
@@ -54,14 +55,15 @@ def recompute_blocks(
     groups: Collection[dist.ProcessGroup] = (),
     compiled: bool = False,
 ) -> None:
-    """Let each block, in place, compute again what it does not keep, with the random bits of the first pass.
+    """Apply recompute to each block, in place. The second pass uses the random numbers of the first one.
 
-    The blocks' names stay, and what FSDP hangs on them runs once, around both passes.
+    The blocks keep their names. FSDP's hooks on a block run once, around both passes.
 
     Args:
+        blocks: The blocks of a model.
         recompute: `engine.recompute`.
-        groups: Over which a block's activations travel; they do so once. What else travels inside a block (weights,
-            under DeepSpeed) travels in both passes.
+        groups: Process groups over which a block exchanges activations. selective runs these collectives only in the
+            first pass. Other collectives inside a block (of weights, under DeepSpeed) run in both passes.
         compiled: Whether the blocks are to be compiled.
     """
     if recompute == "none":
@@ -79,30 +81,30 @@ def _compiled_contexts() -> Any:
 
 
 def _compiled_policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The policy for the compiler; in its graph, collectives are functions."""
+    """The policy for compiled blocks; in the compiler's graph, collectives are functional operators."""
     keep = _is(operator, PRODUCTS | ATTENTION) or operator.namespace == "_c10d_functional"
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _contexts(groups: frozenset[str]) -> tuple[_Keep, _PutBack]:
-    """For the two passes of one block."""
+    """The dispatch modes of the first and the second pass of one block."""
     kept: _Kept = deque()
     return _Keep(groups, kept), _PutBack(groups, kept)
 
 
 _Kept = deque[tuple[Any, Any]]
-"""Operators and their results, in the order of the first pass."""
+"""Operators whose results are kept, with the results, in the order of the first pass."""
 
 
 class _Pass(TorchDispatchMode):
-    """Sees every operator of one pass, below autograd."""
+    """Intercepts every operator of one pass, below autograd."""
 
     def __init__(self, groups: frozenset[str], kept: _Kept) -> None:
         super().__init__()
         self.groups, self.kept = groups, kept
 
     def is_exchange(self, operator: Any, args: tuple[Any, ...]) -> bool:
-        """Whether ranks exchange activations."""
+        """Whether the operator is a collective over one of the groups that exchange activations."""
         if operator.namespace != "c10d":
             return False
         group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
@@ -110,10 +112,10 @@ class _Pass(TorchDispatchMode):
 
 
 class _Keep(_Pass):
-    """The first pass: keeps the results of what is expensive."""
+    """The first pass: keeps the results of expensive operators."""
 
     part: Tensor | None = None
-    """The newest result kept, a product, while nothing but its layout has been changed since."""
+    """The newest result, if it is a matmul's and only operators of `LAYOUT` have followed; else None."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
@@ -122,7 +124,7 @@ class _Keep(_Pass):
             self.part = result if _is(operator, PRODUCTS) else None
         elif self.is_exchange(operator, args):
             if self._sums_the_part(operator, args):
-                # Its values are in the sum and nowhere else; the second pass needs the shape.
+                # Only the sum over ranks uses the matmul's values, so the second pass needs no more than the shape.
                 assert self.part is not None
                 self.kept[-1] = (self.kept[-1][0], self.part.new_full((), torch.nan).expand(self.part.shape))
             self.kept.append((operator, [tensor.detach() for tensor in _filled(args)]))
@@ -139,7 +141,7 @@ class _Keep(_Pass):
 
 
 class _PutBack(_Pass):
-    """The second pass: puts the results that were kept in place of the work."""
+    """The second pass: returns the kept results instead of running the expensive operators."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is(operator, PRODUCTS | ATTENTION):
@@ -166,5 +168,5 @@ def _is(operator: Any, kinds: frozenset[Any]) -> bool:
 
 
 def _filled(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that a collective writes: c10d names them first."""
+    """The tensors that a collective writes, which are c10d's first argument."""
     return [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]

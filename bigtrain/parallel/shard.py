@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (ZeRO-3, as PyTorch's FSDP2): each block gathered when it computes."""
+"""Fully sharded data parallelism (ZeRO-3) with PyTorch's FSDP2: a block's parameters are gathered when it computes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def shard(
     *,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shard every block, then what is left, in place, over a mesh of one axis, or of replicas and shards.
+    """Shard every block, then the rest of the model, in place.
 
-    Parameters that FSDP cannot shard (without dimensions, or not FP32) stay whole on each rank; the engine sums their
+    Parameters that FSDP cannot shard (scalars, or not FP32) stay unsharded on each rank; the engine sums their
     gradients. Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
 
     Args:
-        reshard_after_forward: False keeps what is gathered until the last backward pass of a step: the stages of a
-            pipeline would otherwise gather it for each micro-batch.
+        mesh: One axis of shards, or two axes: replicas, then shards (HSDP).
+        reshard_after_forward: Whether a block's parameters are freed after its forward pass. Pipeline stages use False
+            and keep them until the last backward pass of a step, instead of gathering them for each micro-batch.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ranks = mesh.size(mesh.ndim - 1)
@@ -38,7 +39,7 @@ def shard(
 
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0 or parameter.dtype != torch.float32}
     for module in (*blocks, model):
-        # The backward pass begins with the last block: given back, it would be gathered again at once.
+        # The last block stays gathered, because the backward pass begins with it.
         fully_shard(
             module,
             mesh=mesh,
@@ -50,15 +51,19 @@ def shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo does not support PREMUL_SUM.
 
 
 def begin_pass(model: nn.Module, *, last: bool) -> None:
-    """Say whether a pass (forward and backward of a micro-batch) is the step's last one; others leave it something.
+    """Prepare FSDP for the next pass (forward and backward of a micro-batch).
 
-    What its backward pass ends with is what the next forward pass begins with, the root's parameters and the first
-    block: they stay gathered in between, which adds nothing to the peak. Gradients are reduced to shards in each pass,
-    since whole ones would take as much memory as the model in FP32; replicas sum these shards once, after the last.
+    Between two passes of a step, the parameters of the root and the first block stay gathered: the backward pass ends
+    with them, and the next forward pass begins with them. This does not increase the peak memory. Each pass
+    reduce-scatters gradients, because unsharded ones would take as much memory as the model in FP32. Replicas
+    all-reduce the shards once, in the last pass.
+
+    Args:
+        last: Whether the pass is the last one of the step.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -76,10 +81,10 @@ def reshard(module: nn.Module) -> None:
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
-    """The dimension to shard: rows, unless tp has already split them into parts of unequal size.
+    """The dimension to shard: 0 (rows), or 1 if tp has already split the rows unevenly.
 
-    How rows that are split twice, and unevenly, lie on the ranks is nothing that a DTensor can say: it would place some
-    of them on the wrong rank, in checkpoints and in initial weights.
+    A DTensor cannot describe rows that are split twice and unevenly. It would assign some rows to the wrong rank, in
+    checkpoints and in initial weights.
     """
     if not isinstance(parameter, DTensor):
         return Shard(0)

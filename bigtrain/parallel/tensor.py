@@ -1,15 +1,15 @@
-"""Tensor parallelism: each rank holds a part of every large matrix, and all of them work on the same sequences.
+"""Tensor parallelism: each rank holds a part of every large matrix, and all ranks compute the same sequences.
 
-A family's plan says for each parameter how it lies (`config.TensorRole`). Columns enter a pair of products, rows
-leave it (Shoeybi et al. 2019), and between the pairs, under sequence parallelism, each rank holds a slice of the
-sequence (Korthikanti et al. 2022):
+A model family's plan gives the role of each parameter (`models.config.TensorRole`). In each pair of matmuls, the first
+matrix is split by columns and the second one by rows (Shoeybi et al. 2019). Between pairs, under sequence parallelism,
+each rank holds a slice of the sequence (Korthikanti et al. 2022):
 
-    slice of the sequence --enter--> whole sequence, own heads or channels --leave--> slice of the sequence
-                           gather                                          sum and scatter
+    slice of the sequence --enter--> full sequence, own heads or channels --leave--> slice of the sequence
+                        all-gather                                     reduce-scatter
 
-Without sequence parallelism `enter` does nothing and `leave` sums. Modules compute on local tensors and know of ranks
-only what is set on them here, so a parameter may be stored as a DTensor, whose global shape FSDP2 and checkpoints see,
-or as a plain tensor, for engines that take no DTensor.
+Without sequence parallelism, `enter` does nothing in the forward pass and `leave` is an all-reduce. Modules compute on
+local tensors, and `split` gives them the functions that communicate. So a parameter may be a DTensor, whose global
+shape FSDP2 and checkpoints see, or a plain tensor for engines that do not support DTensors.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from bigtrain.parallel.collectives import all_gather, reduce_scatter
 logger = logging.getLogger(__name__)
 
 SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
-"""The dimension of a parameter that is split; those of the other roles are whole on each rank."""
+"""The dimension in which a parameter is split, by role. Parameters of other roles are full on each rank."""
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share each matrix, and how they share the rest."""
+    """The tensor-parallel group, and its communication in forward and backward."""
 
     group: dist.ProcessGroup
     sequence_parallel: bool
@@ -49,31 +49,34 @@ class TensorGroup:
 
     @property
     def size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks in the group."""
         return self.group.size()
 
     @property
     def rank(self) -> int:
-        """This one's number in the group."""
+        """This rank's index in the group."""
         return self.group.rank()
 
     def enter(self, x: Tensor) -> Tensor:
-        """The whole sequence (B, C, ...) on the way into split columns; its gradient is summed over the ranks."""
+        """The full sequence (B, C, ...), as input of a column-split matmul. Its gradient is summed over the ranks."""
         if self.sequence_parallel:
             return cast(Tensor, _Gather.apply(x, self.group))
         return cast(Tensor, _SumGradient.apply(x, self.group))
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of their parts of a product (B, C, ...); under sequence parallelism a slice of it."""
+        """The sum over the ranks of the partial results (B, C, ...) of a row-split matmul.
+
+        Under sequence parallelism the result is this rank's slice of the sum, (B, C / tp, ...).
+        """
         if self.sequence_parallel:
             return cast(Tensor, _SumAndScatter.apply(x, self.group))
         return cast(Tensor, _Sum.apply(x, self.group))
 
     def positions(self, count: int) -> slice:
-        """The positions of a sequence of `count` that this rank's residual stream holds.
+        """The positions of a sequence of `count` tokens that this rank's residual stream holds.
 
         Raises:
-            ValueError: The ranks do not divide them.
+            ValueError: `count` is not a multiple of the number of ranks.
         """
         if not self.sequence_parallel:
             return slice(0, count)
@@ -86,10 +89,10 @@ class TensorGroup:
         """`loss.chunked_cross_entropy` of the full sequence, equal on all ranks.
 
         Args:
-            hidden: The residual stream as it lies between two pairs of products.
-            head: This rank's part of the head's rows.
-            rows: All of its rows.
-            targets, weights: (B, C), of the full sequence.
+            hidden: The residual stream: the full sequence, or this rank's slice under sequence parallelism.
+            head: This rank's rows of the head.
+            rows: Number of rows of the full head.
+            targets, weights: Targets and weights of the full sequence, (B, C).
         """
         if self.loss_parallel:
             part = VocabularyPart(self.group, chunk(rows, self.size, self.rank).start)
@@ -99,9 +102,9 @@ class TensorGroup:
             return chunked_cross_entropy(hidden, whole, targets, weights)
         mine = self.positions(targets.shape[1])
         loss, losses = chunked_cross_entropy(hidden, whole, targets[:, mine], weights[:, mine], tp="part")
-        # One message for both.
+        # One all-reduce for both.
         summed = cast(Tensor, _Sum.apply(torch.cat((loss.view(1), losses.sum(dim=1))), self.group))
-        # Schedules of pipelines detach the loss in place, which a view does not allow.
+        # Pipeline schedules detach the loss in place, which a view does not allow.
         return summed[0].clone(), summed[1:].detach()
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
@@ -112,24 +115,26 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Split:
-    """What each rank of a tensor-parallel model holds."""
+    """How the parameters of a tensor-parallel model are split."""
 
     parts: dict[str, Part]
-    """This rank's part of each parameter that is split; the others are whole."""
+    """This rank's part of each parameter that is split, by name; other parameters are full."""
 
     partial: frozenset[str]
-    """Whole parameters that met only a part of the activations: their gradients want to be summed over the ranks."""
+    """Names of full parameters that each rank applies to a part of the activations; their gradients must be summed over
+    the ranks."""
 
 
 def split(model: nn.Module, tensor: TensorGroup, mesh: DeviceMesh | None) -> Split:
-    """Put this rank's parts in place of a model's parameters, and the exchange of activations into its modules.
+    """Replace a model's parameters by this rank's parts, and set the communication of its modules, in place.
 
     Args:
-        model: On the meta device, with a `tensor_plan`.
-        mesh: The tp axis: parameters become DTensors on it. None: plain tensors, of the part's shape.
+        model: A model on the meta device, with a `tensor_plan`.
+        tensor: The tensor-parallel group.
+        mesh: The tp axis, on which parameters become DTensors. None: they become plain tensors of the part's shape.
 
     Raises:
-        ValueError: The plan lacks a parameter, or a dimension has fewer entries than there are ranks.
+        ValueError: The plan lacks a parameter, or a split dimension is too small to give each rank an entry.
     """
     plan = cast(Any, model).tensor_plan()
     parts: dict[str, Part] = {}
@@ -171,7 +176,13 @@ def sum_gradients(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
 
 
 def sum_gradients_as_they_come(model: nn.Module, partial: Iterable[str], group: dist.ProcessGroup) -> None:
-    """Sum each partial gradient over a group in the backward pass: for engines that reduce gradients themselves."""
+    """Register hooks that sum each partial gradient over a group during the backward pass.
+
+    This is for engines whose library reduces gradients itself.
+
+    Args:
+        partial: Names of the parameters.
+    """
 
     def summed(gradient: Tensor) -> Tensor:
         total = gradient.clone()
@@ -184,7 +195,7 @@ def sum_gradients_as_they_come(model: nn.Module, partial: Iterable[str], group: 
 
 
 def chunk(count: int, ranks: int, rank: int) -> slice:
-    """A rank's share of `count` entries: as `torch.chunk` and `Shard` deal them, the last ranks have fewer."""
+    """A rank's slice of `count` entries, split as by `torch.chunk` and `Shard`: the last ranks may have fewer."""
     share = -(-count // ranks)
     return slice(min(rank * share, count), min((rank + 1) * share, count))
 
@@ -198,7 +209,7 @@ def _role(plan: dict[str, TensorRole], name: str) -> TensorRole:
 
 @cache
 def _today(role: str) -> TensorRole:
-    """A role by its present name; models of earlier versions say "sequence" for "whole"."""
+    """The current name of a role. Models for earlier versions have the role "sequence" instead of "whole"."""
     if role == "sequence":
         logger.warning('the tensor plan has the role "sequence", which is now called "whole"')
         return "whole"
@@ -215,7 +226,7 @@ def _part(parameter: Tensor, dim: int, tensor: TensorGroup, name: str) -> Part:
 
 
 def _store(parameter: nn.Parameter, dim: int | None, part: Part | None, mesh: DeviceMesh | None) -> nn.Parameter:
-    """A rank's shard of a parameter, not yet initialized."""
+    """This rank's part of a parameter, not yet initialised."""
     values = parameter.detach() if part is None else parameter.new_empty(part.local_shape)
     if mesh is not None:
         placement: Placement = Replicate() if dim is None else Shard(dim)
@@ -226,14 +237,14 @@ def _store(parameter: nn.Parameter, dim: int | None, part: Part | None, mesh: De
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(B, c, ...) of each rank -> (B, C, ...)."""
+    """All-gather along the sequence: (B, C / tp, ...) of each rank -> (B, C, ...)."""
     parts = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     all_gather(parts, x.contiguous(), group=group)
     return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)
 
 
 def _sum_and_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(B, C, ...) of each rank -> this rank's (B, c, ...) of their sum."""
+    """Reduce-scatter along the sequence: (B, C, ...) of each rank -> this rank's slice (B, C / tp, ...) of the sum."""
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).contiguous()
     mine = torch.empty_like(parts[0])
     reduce_scatter(mine, parts.flatten(0, 1), group=group)
@@ -241,7 +252,7 @@ def _sum_and_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    # Not in place: autograd may hold x.
+    # A copy is summed, because autograd may have saved x.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
@@ -253,7 +264,7 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def _gather_rows(x: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
-    """The parts (rows of a rank, ...) that `chunk` deals -> (rows, ...)."""
+    """All-gather of rows: each rank's part as split by `chunk`, (own rows, ...) -> (rows, ...)."""
     share = -(-rows // group.size())
     whole = x.new_empty((group.size() * share, *x.shape[1:]))
     all_gather(whole, _pad_rows(x, share), group=group)
@@ -311,7 +322,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Gradients that each rank formed from its own tokens alone are summed; those of all tokens are equal."""
+        """This rank's rows of the gradient, which is summed over the ranks if each rank saw only its own tokens.
+
+        Otherwise all ranks have the same gradient already.
+        """
         size = ctx.group.size()
         if not ctx.partial:
             return grad[chunk(ctx.rows, size, ctx.group.rank())].contiguous(), None, None, None

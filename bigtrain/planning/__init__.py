@@ -1,1 +1,1 @@
-"""What a run needs before it runs: arithmetic, no torch."""
+"""Estimates a run's memory, time and cost before it starts. Only `rehearsal` and `measure` use torch."""

@@ -1,4 +1,4 @@
-"""Whether a run can fit the memory of its devices, before any process is started."""
+"""Checks whether a run can fit the memory of its devices, before any process is started."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ FEWEST_OUTPUTS: Final = 256
 
 
 def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None:
-    """Refuse a run that needs more than a device's whole memory; silent where the formulas or the device are not known.
+    """Refuse a run that needs more than a device's full memory.
 
-    The estimate of buffers may be some per cent off, so what lies between the usable and the whole memory passes.
+    The estimate of buffers may be off by a few per cent, so the limit is the full memory, not the usable memory. A
+    model or a layout that the formulas do not cover, and an unknown device, pass.
 
     Args:
-        outputs: Entries of the vocabulary.
-        gpus: Ranks.
-        device_name: As the driver reports it.
+        config: The run's `RunConfig`.
+        outputs: Number of vocabulary entries.
+        gpus: Number of ranks.
+        device_name: Name of the device, as its driver reports it.
 
     Raises:
-        UserError: With the largest term and the key that cuts it.
+        UserError: The run needs more memory. The error names the largest term and the keys that reduce it.
     """
     on = entry_of(device_name)
     if on is None:
@@ -36,7 +38,7 @@ def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None
         sizes = job.layout.mesh(gpus)
         memory, place = job.peak(sizes, job.passes(sizes), on)
     except (UserError, ValueError):
-        return  # not covered, or refused elsewhere with the reason
+        return  # The formulas do not cover the run, or another check refuses it with the reason.
     limit = on.device.memory_bytes
     if memory.total <= limit:
         return
@@ -51,14 +53,16 @@ def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None
 
 
 def check_memory_of_nodes(config: Any, outputs: int | None, gpus: int, nodes: Iterable[Mapping[str, Any]]) -> None:
-    """`check_memory` on a Ray cluster's nodes; silent where they have no accelerator, or more than one kind.
+    """Run `check_memory` for the nodes of a Ray cluster, if they have accelerators of exactly one kind.
 
     Args:
-        outputs: Entries of the vocabulary; None: not known here, so that the fewest are counted.
-        nodes: The resources of each, as Ray names them ("accelerator_type:H100").
+        config: The run's `RunConfig`.
+        outputs: Number of vocabulary entries; None: not known yet, so the smallest vocabulary is assumed.
+        gpus: Number of ranks.
+        nodes: The resources of each node by Ray's names, such as "accelerator_type:H100".
 
     Raises:
-        UserError: With the largest term and the key that cuts it.
+        UserError: The run needs more memory. The error names the largest term and the keys that reduce it.
     """
     kinds = {name.removeprefix(ACCELERATOR) for node in nodes for name in node if name.startswith(ACCELERATOR)}
     on = entry_of_accelerator(kinds.pop()) if len(kinds) == 1 else None
@@ -67,7 +71,10 @@ def check_memory_of_nodes(config: Any, outputs: int | None, gpus: int, nodes: It
 
 
 def entry_of_accelerator(kind: str) -> Cluster | None:
-    """The entry of an accelerator as Ray names it ("H100", "A100-40G"): of those that may be meant, the largest."""
+    """The hardware entry of an accelerator by Ray's name for it, such as "H100" or "A100-40G"; None if unknown.
+
+    If several entries match, the one with the most memory is returned.
+    """
     names = kind.casefold().removeprefix("amd-instinct-").split("-")
     found = [one for one in known_clusters() if one.device.name.casefold().split()[0] == names[0]]
     exact = [one for one in found if any(part and f"{part}b" in one.device.name.casefold() for part in names[1:])]
@@ -75,6 +82,6 @@ def entry_of_accelerator(kind: str) -> Cluster | None:
 
 
 def entry_of(device_name: str) -> Cluster | None:
-    """The entry whose device a driver reports under this name."""
+    """The hardware entry of the device that a driver reports under this name; None if unknown."""
     device = lookup(device_name)
     return None if device is None else next((one for one in known_clusters() if one.device.name == device.name), None)

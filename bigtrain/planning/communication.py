@@ -1,13 +1,14 @@
-"""What the ranks of a run exchange in one step: every collective, by kind, axes and bytes.
+"""Lists every collective and message of one training step, by kind, axes of the mesh and bytes.
 
-    terms = communication(model, vocabulary, sizes=sizes, layout=layout, engine=engine, precision="bf16", passes=4, ...)
-    total(terms)[Collective("all_gather", ("dp_shard",), 1 << 20)]         # how often in a step
+    terms = communication(model, vocabulary, sizes=sizes, layout=layout, engine=engine, precision="bf16", passes=passes)
+    total(terms)[Collective("all_gather", ("dp_shard",), 1 << 20)]         # its number in a step
 
-The list is exact, not an estimate: tests hold it against what real steps issue. Bytes are those of the full buffer on
-one rank: an all-gather's output, a reduce-scatter's input, what an all-reduce sums, an all-to-all's input, a message.
-(A ring sends (n - 1) / n of an all-gather, a reduce-scatter or an all-to-all, and twice that of an all-reduce.)
+The list is exact, not an estimate: tests compare it with the collectives that real steps issue. Bytes are those of the
+full buffer on one rank: the output of an all-gather, the input of a reduce-scatter or an all-to-all, the tensor that an
+all-reduce sums, the content of a message. (A ring sends (n - 1) / n of the bytes of an all-gather, a reduce-scatter or
+an all-to-all, and twice that for an all-reduce.)
 
-Names: B sequences of a pass, C tokens of each, W width, L blocks, m passes (micro-batches) of a step.
+Here a pass is forward and backward of one micro-batch; m is the number of passes of a step.
 """
 
 from __future__ import annotations
@@ -30,32 +31,32 @@ Kind = Literal[
 ]  # fmt: skip
 
 Phase = Literal["activations", "messages", "gathers", "reductions", "once"]
-"""Which part of a step issues a collective: exchanges inside a stage, messages between stages, parameters, gradients of
-each pass, or what comes once after all passes."""
+"""The purpose of a collective. activations: inside a stage; messages: between stages; gathers: of parameters;
+reductions: of gradients; once: after all passes of a step."""
 
 ALL = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 ENDS = ("ends of pp",)
-"""The group of the first and the last stage, where there are others between them."""
+"""Name of the group of the first and the last stage, if there are stages between them."""
 
 FP64 = 8
 STEP_NUMBERS = 5
-"""What the ranks sum once a step (`engines.step`): square norm, votes, unknown metrics, loss, weight."""
+"""Number of values that the ranks sum once a step (`engines.step`): square, votes, unknown, loss, weight."""
 
 
 @dataclass(frozen=True, order=True)
 class Collective:
-    """One exchange, as one rank takes part in it."""
+    """One collective or message, as seen by one rank."""
 
     kind: Kind
     axes: tuple[str, ...]
-    """The axes of the mesh that its group spans, outermost first, without those of one rank."""
+    """The mesh axes that its group spans, outermost first; axes of size 1 are omitted."""
     bytes: int
-    """Bytes of the full buffer, as in the module's docstring."""
+    """Bytes of the full buffer; see the module's docstring."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A collective, how often a step issues it, and why."""
+    """A collective, its number in a step, and its reason."""
 
     collective: Collective
     count: int
@@ -65,7 +66,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Passes:
-    """The micro-batches of a rank's step, all of one shape."""
+    """Number and shape of the micro-batches of a step on one rank."""
 
     count: int
     sequences: int
@@ -73,12 +74,12 @@ class Passes:
 
     @property
     def tokens(self) -> int:
-        """Of one pass."""
+        """Tokens of one micro-batch."""
         return self.sequences * self.context
 
 
 def total(terms: Iterable[Term]) -> Counter[Collective]:
-    """How often a step issues each collective."""
+    """The number of times that a step issues each collective."""
     counts: Counter[Collective] = Counter()
     for term in terms:
         counts[term.collective] += term.count
@@ -100,15 +101,15 @@ def communication(
     """The collectives of one training step of the fsdp engine on a rank.
 
     Args:
-        model: A decoder's shape.
-        vocab_size: Entries of the vocabulary, before padding.
-        sizes: The axes of all ranks.
-        layout: The techniques' choices.
-        engine: Recompute.
-        precision: Of the matmuls.
-        passes: The micro-batches.
-        rank: Which one: parts that do not divide evenly are smaller on the last ranks.
-        on_cpu: Whether ranks compute on CPUs, whose loss takes fewer tokens at a time.
+        model: The section of a decoder.
+        vocab_size: Number of vocabulary entries, before padding.
+        sizes: Sizes of the mesh axes.
+        layout: The section `layout`.
+        engine: The section `engine`; only `recompute` is used.
+        precision: Dtype of the matmuls.
+        passes: The micro-batches of a rank.
+        rank: The rank. Shards on the last ranks are smaller if they do not divide evenly.
+        on_cpu: Whether ranks compute on CPUs, where the loss uses smaller chunks of tokens.
     """
     parts = Parts.of(model, vocab_size, sizes, layout, rank)
     number = BYTES[precision]
@@ -120,7 +121,7 @@ def communication(
         recompute=engine.recompute,
         precision=precision,
         passes=passes,
-        # Gathered as it computes; where nothing is gathered it is cast where it is used.
+        # FSDP gathers the head in the matmuls' dtype; without FSDP it stays FP32 and is cast where it is used.
         head_number=number if sizes.gradient_parallel > 1 else FP32,
         head_rows=chunk(model.padded_vocab(vocab_size), sizes.tp, sizes.coordinates(rank)["tp"]),
         on_cpu=on_cpu,
@@ -130,19 +131,19 @@ def communication(
 
 
 def axes_of(sizes: Mesh, *names: str) -> tuple[str, ...]:
-    """Those of some axes that have more than one rank, outermost first."""
+    """The named axes that have more than one rank, outermost first."""
     return tuple(name for name in ALL if name in names and getattr(sizes, name) > 1)
 
 
 def ends_of(sizes: Mesh) -> tuple[str, ...]:
-    """The group of the first and the last stage."""
+    """The axes of the group of the first and the last stage."""
     return ("pp",) if sizes.pp == 2 else ENDS
 
 
 class Activations:
-    """What the techniques exchange in a step's passes, whichever engine runs them.
+    """The communication of activations in a step's passes, which is the same for all engines.
 
-    Selective recompute exchanges nothing twice: what ranks sent each other is kept (`parallel.recompute`).
+    Selective recompute repeats no collective, because it keeps what ranks received (`parallel.recompute`).
     """
 
     def __init__(
@@ -159,10 +160,12 @@ class Activations:
         head_rows: int | None = None,
         on_cpu: bool = False,
     ) -> None:
-        """Args:
-        head_number: Bytes of a number of the head's matrix where ranks gather it.
-        head_rows: Of the head on this rank; None: as many as the first rank has.
-        on_cpu: Whether ranks compute on CPUs.
+        """Store the sizes that the terms depend on.
+
+        Args:
+            head_number: Bytes per element of the head's matrix when tp ranks gather it.
+            head_rows: Rows of the head on this rank; None: as many as on the first tp rank.
+            on_cpu: Whether ranks compute on CPUs.
         """
         self.model, self.sizes, self.layout, self.passes = model, sizes, layout, passes
         self.recompute, self.head_number = recompute, head_number
@@ -173,14 +176,14 @@ class Activations:
         self.stream = self.own_tokens * model.width * self.number
 
     def of(self, stage: StageParts) -> Iterator[Term]:
-        """What context and tensor parallelism exchange."""
+        """The communication of context and tensor parallelism in a stage."""
         if self.sizes.cp > 1:
             yield from self._context(stage)
         if self.sizes.tp > 1:
             yield from self._tensor(stage)
 
     def _context(self, stage: StageParts) -> Iterator[Term]:
-        """Exchanges around attention (`parallel.context`): Jacobs et al. 2023; Dubey et al. 2024, section 3.3.2."""
+        """The collectives around attention (`parallel.context`; Jacobs et al. 2023; Dubey et al. 2024, sec. 3.3.2)."""
         axes, each = ("cp",), self.passes.count * len(stage.blocks)
         cp, tp = self.sizes.cp, self.sizes.tp
         forward = each * (2 if self.recompute == "full" else 1)
@@ -198,10 +201,11 @@ class Activations:
             yield _term("reduce_scatter", axes, packed, each, "their gradients")
 
     def _tensor(self, stage: StageParts) -> Iterator[Term]:
-        """Tensor parallelism (Shoeybi et al. 2019), and sequence parallelism (Korthikanti et al. 2022)."""
+        """The communication of tensor (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022)."""
         axes, m, blocks = ("tp",), self.passes.count, len(stage.blocks)
         again = blocks if self.recompute == "full" else 0
-        # A recomputation ends where nothing more is kept: before a block's last sum, unless dropout keeps its bits.
+        # Recompute stops after the last tensor that the backward pass needs: before the block's last all-reduce or
+        # reduce-scatter, or after it if dropout keeps a mask.
         leaves_again = again * (2 if self.model.dropout else 1)
         if self.layout.sequence_parallel:
             gathers, scatters = 4 * blocks + 2 * again, 4 * blocks + leaves_again
@@ -219,10 +223,12 @@ class Activations:
             yield from self._loss(axes)
 
     def neighbours(self, stage: StageParts, axes: tuple[str, ...]) -> Iterator[Term]:
-        """Pipeline parallelism: the residual stream, or a rank's slice of it, and its gradient (Huang et al. 2019).
+        """The messages of pipeline parallelism (Huang et al. 2019): the residual stream and its gradient.
+
+        Under sequence parallelism each rank sends its slice of them.
 
         Args:
-            axes: Of the group that carries the messages.
+            axes: The axes of the group that carries the messages.
         """
         m = self.passes.count
         slices = self.sizes.tp if self.layout.sequence_parallel else 1
@@ -254,7 +260,7 @@ class Activations:
 
 
 class _Step:
-    """One step of one rank of the fsdp engine."""
+    """The communication of one step of the fsdp engine on one rank."""
 
     def __init__(
         self,
@@ -270,7 +276,7 @@ class _Step:
         self.passes, self.parts, self.activations = passes, parts, activations
 
     def terms(self) -> Iterator[Term]:
-        """All of them."""
+        """All terms of the step."""
         for stage in self.parts.stages:
             yield from self._sharding(stage)
             yield from self.activations.of(stage)
@@ -279,13 +285,15 @@ class _Step:
         yield from (replace(term, phase="once") for term in self._once())
 
     def _sharding(self, stage: StageParts) -> Iterator[Term]:
-        """ZeRO-3 (Rajbhandari et al. 2020), as FSDP2 does it, with what needs no second gather left as it is.
+        """The communication of FSDP2 (ZeRO-3, Rajbhandari et al. 2020) in a stage, without unnecessary gathers.
 
-        A block is gathered for its forward and again for its backward pass; the last one stays between the two, and the
-        first one stays from its backward to its next forward pass. What is in no block (embedding, last norm, head)
-        stays for the whole step. Each pass reduces its gradients, so that none lies whole on a rank.
+        A block is gathered for its forward pass and again for its backward pass. The last block stays gathered between
+        the two, and the first block from its backward pass to its next forward pass. Parameters outside of blocks
+        (embedding, last norm, head) stay gathered for the full step. Each pass reduce-scatters its gradients, so that
+        no rank keeps unsharded ones.
 
-        In a pipeline all stays for a whole step, gradients whole, since a stage would gather for each micro-batch.
+        With pipeline parallelism parameters stay gathered, and gradients unsharded, for the full step. Otherwise a
+        stage would gather for each micro-batch.
         """
         shards, replicas = axes_of(self.sizes, "dp_shard", "cp"), axes_of(self.sizes, "dp_replicate")
         piped = self.sizes.pp > 1
@@ -300,7 +308,7 @@ class _Step:
                 reduced = f"gradients of {name}"
                 yield _term("reduce_scatter", shards, padded * FP32, reductions, reduced, "reductions")
             if replicas:
-                # What the shards have summed, over the replicas, once (HSDP: Zhao et al. 2023).
+                # HSDP (Zhao et al. 2023): replicas all-reduce the reduce-scattered gradients once.
                 part = padded // self.parts.shards * FP32
                 yield _term("all_reduce", replicas, part, 1, f"gradients of {name}, after the last pass", "reductions")
 
@@ -311,7 +319,7 @@ class _Step:
         return forward + backward
 
     def _once(self) -> Iterator[Term]:
-        """What a step exchanges once, after all passes."""
+        """The collectives that a step issues once, after all passes."""
         met_a_part = {"heads", "whole"} if self.layout.sequence_parallel else {"heads"}
         partial = sum(one.own_elements for one in self.parts.all if one.role in met_a_part)
         if partial and self.sizes.tp > 1:
@@ -324,7 +332,7 @@ class _Step:
                 "all_reduce", axes, tied * FP32, 1 if tied else 0, "gradients of the tied embedding's two copies"
             )
         if self.sizes.world_size > 1:
-            # Of a mixture, loss and weight of each source as well.
+            # A mixture of sources adds two values per source, which are not counted here.
             yield _term("all_reduce", axes_of(self.sizes, *ALL), STEP_NUMBERS * FP64, 1, "what a step sums")
 
 

@@ -1,8 +1,8 @@
-"""What a run takes in the end: failures, the best interval between checkpoints, days and money.
+"""Estimates the duration and the price of a run, with failures and the best interval between checkpoints.
 
-With save cost c and mean time between failures M, the interval T that loses least is about sqrt(2 c M) (Young 1974;
-Daly 2006), and the share of time that trains about 1 - c/T - (T/2 + R)/M, with R the time to notice a failure and
-restart.
+Let c be the time to save a checkpoint, and M the mean time between failures. The interval T that loses least time is
+about sqrt(2 c M) (Young 1974; Daly 2006). The share of time that trains (goodput) is about 1 - c/T - (T/2 + R)/M, where
+R is the time to detect a failure and restart.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from bigtrain.hardware.cluster import Cluster
 from bigtrain.planning.estimate import Estimate, Job
 
 DETECT_S, RESTART_S = 60.0, 300.0
-"""To notice a rank that hangs or is lost, and to start all again and load."""
+"""Time to detect a rank that hangs or is lost, and time to restart all ranks and load the checkpoint."""
 STATE_BYTES = 12
-"""A checkpoint's of a parameter: FP32 weight and two moments."""
+"""Bytes per parameter in a checkpoint: FP32 weight and two moments."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a run's tokens."""
+    """Time and price of a run."""
 
     goodput: float
-    """Share of the time that trains."""
+    """Share of the time that trains, 0 to 1."""
     checkpoint_interval_s: float
+    """The interval between checkpoints that loses least time; infinite without failures."""
     save_s: float
+    """Time to save a checkpoint."""
     failures_interval_s: float
     """Mean time between unexpected interruptions."""
     days: float
     gpu_hours: float
     usd: float | None
-    """None where no price is known."""
+    """Price in US dollars; None if the price of the hardware is not known."""
 
 
 def cost_of(job: Job, estimate: Estimate, on: Cluster, tokens: float) -> Cost:
-    """The time and money for a number of tokens."""
+    """Estimate the time and the price of training on `tokens` tokens."""
     gpus = estimate.sizes.world_size
     nodes = -(-gpus // on.per_node)
     save_s = STATE_BYTES * job.model.parameter_count(job.vocab_size) / (nodes * on.storage_bytes_per_s)

@@ -1,12 +1,12 @@
-"""Memory and time of one training step of a run's config, by term, before anything is started.
+"""Estimates memory and time of one training step from a run's config, by term, before anything is started.
 
     job = Job.of(config, vocab_size)
     estimate = job.estimate(cluster("h100"), gpus=512)
     estimate.memory.total, estimate.seconds.total, estimate.mfu
 
-Which part of the model and of the batch a rank gets comes from the code that cuts them: `LayoutConfig.split` and
-`mesh`, `data.loader.distribute`, the tensor plan. States and exchanges are those of memory.py, communication.py and
-zero.py.
+The training code itself decides which part of the model and of the batch each rank gets: `LayoutConfig.split`,
+`LayoutConfig.mesh`, `data.loader.distribute` and the tensor plan. The formulas for parameters, gradients and optimizer
+state are in memory.py, those for collectives in communication.py and zero.py.
 """
 
 from __future__ import annotations
@@ -34,51 +34,52 @@ from bigtrain.planning.work import RankWork, Software, rank_works
 from bigtrain.planning.zero import zero
 
 REDUCE_BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once (`reduce_bucket_size`)."""
+"""Elements that DeepSpeed reduces in one bucket (`reduce_bucket_size`)."""
 RUNTIME_BYTES = 1_500_000_000
-"""CUDA's context, the communication library's buffers and the products' workspaces."""
+"""Memory for CUDA's context, the communication library's buffers and the matmuls' workspaces."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one execution of a run needs."""
+    """Memory and time of one execution of a run."""
 
     layout: LayoutConfig
     engine: EngineConfig
     sizes: Mesh
     passes: Passes
     memory: Memory
-    """Of the place of the pipeline that needs most."""
+    """Memory of the pp rank that needs most."""
     place: int
-    """Which one, on the pp axis."""
+    """Index of that rank on the pp axis."""
     limit_bytes: int
+    """Usable memory of a device."""
     seconds: StepSeconds
     tokens: int
-    """Of the global batch."""
+    """Tokens of the global batch."""
     mfu: float
-    """Attention counted over the whole square (Chowdhery et al. 2022, appendix B)."""
+    """Model FLOPs utilization, 0 to 1. Attention counts all pairs of tokens (Chowdhery et al. 2022, appendix B)."""
     mfu_causal: float
-    """Attention counted over the causal half."""
+    """Model FLOPs utilization, 0 to 1. Attention counts the causal half of the pairs."""
 
     @property
     def fits(self) -> bool:
-        """Whether the memory suffices."""
+        """Whether the peak memory is at most the usable memory."""
         return self.memory.total <= self.limit_bytes
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks together."""
+        """Tokens per second of all ranks together."""
         return self.tokens / self.seconds.total
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned: the recipe's sizes, and the engine and layout to begin with."""
+    """The input of planning: the sizes of the recipe, and the engine and layout from which a search starts."""
 
     model: DecoderConfig
     vocab_size: int
     batch: int
-    """Sequences of a step."""
+    """Size of the global batch in sequences."""
     engine: EngineConfig
     layout: LayoutConfig
     precision: Precision = "bf16"
@@ -90,8 +91,11 @@ class Job:
     def of(cls, config: Any, vocab_size: int) -> Job:
         """The job of a run's config.
 
+        Args:
+            config: The run's `RunConfig`.
+
         Raises:
-            UserError: A model or an engine that the formulas do not cover.
+            UserError: The formulas do not cover the model or the engine.
         """
         model, engine = config.model, config.engine
         _check_covered(model)
@@ -120,10 +124,10 @@ class Job:
         )
 
     def check(self, gpus: int) -> Mesh:
-        """The mesh on a number of GPUs.
+        """Check the layout, and return its mesh on `gpus` GPUs.
 
         Raises:
-            ValueError: The layout is not possible there.
+            ValueError: The layout is not possible on that many GPUs, or for this model or batch.
         """
         sizes = self.layout.mesh(gpus)
         self.layout.check(self.model, self.vocab_size)
@@ -171,17 +175,17 @@ class Job:
         )
 
     def peak(self, sizes: Mesh, passes: Passes, on: Cluster) -> tuple[Memory, int]:
-        """The memory of the place of the pipeline that needs most, and which it is."""
+        """The memory of the pp rank that needs most, and its index on the pp axis."""
         found = [(self.memory(sizes, passes, place, on), place) for place in _telling_places(sizes.pp)]
         return max(found, key=lambda one: one[0].total)
 
     @cached_property
     def number(self) -> int:
-        """Bytes of a number in the matmuls."""
+        """Bytes per element of the matmuls' dtype."""
         return BYTES[self.precision]
 
     def memory(self, sizes: Mesh, passes: Passes, place: int, on: Cluster) -> Memory:
-        """Bytes of the rank at a place of the pipeline, its others coordinates 0."""
+        """Peak memory of the rank with coordinate `place` on the pp axis, and 0 on all other axes."""
         rank = place * (sizes.world_size // sizes.pp)
         on_cpu = "fp32" in on.device.peak_flops and on.processors == 1
         held = held_bytes(
@@ -205,7 +209,7 @@ class Job:
         buffers = self._buffers(parts, sizes)
         tokens = passes.tokens // sizes.cp
         stream = tokens * self.model.width * self.number
-        # What enters a later stage lies in the buffer that received it.
+        # The input of a later stage is kept in its receive buffer, which counts as messages.
         entered = stream * flight if stages[0].is_first else 0
         activations = kept * blocks * flight // self.layout.pp_stages_per_rank + entered
         working = whole + self.number * tokens * (3 * self.model.hidden_width // sizes.tp) + 4 * stream
@@ -243,13 +247,13 @@ class Job:
         )
 
     def _messages(self, parts: Parts, passes: Passes, stream: int) -> int:
-        """Buffers for the residual stream of the stage before, and for its gradient from the stage after."""
+        """Bytes of receive buffers for the residual stream from the previous stage and its gradient from the next."""
         if self.layout.stages == 1 or not isinstance(self.engine, FSDPConfig):
             return 0
         return stream * passes.count * sum((not stage.is_first) + (not stage.is_last) for stage in parts.stages)
 
     def _buffers(self, parts: Parts, sizes: Mesh) -> Buffers:
-        """Gathered parameters, and gradients that are whole for a while."""
+        """Bytes of gathered parameters and of unsharded gradients."""
         groups = [
             sum(one.elements for one in group)
             for stage in parts.stages
@@ -264,7 +268,7 @@ class Job:
             gathered = number * (2 * block + roots) if self.engine.zero == 3 else 0
             return Buffers(gathered, bucket + number * (everything if self.engine.zero < 2 else block))
         if sizes.gradient_parallel == 1:
-            # Cast where they are used; autograd keeps the casts of what is not computed again.
+            # Weights are cast where they are used, and autograd keeps the casts that are not recomputed.
             kept = sum(groups) if getattr(self.engine, "recompute", "none") == "none" else block
             return Buffers(number * kept if number < FP32 else 0)
         if sizes.pp > 1:
@@ -272,12 +276,12 @@ class Job:
         return Buffers(number * (2 * block + roots), 0, (FP32 + number) * block, (FP32 + number) * roots)
 
     def _logits(self, tokens: int, sizes: Mesh, on_cpu: bool) -> int:
-        """What `models.loss.chunked_cross_entropy` holds at its peak."""
+        """Peak bytes of `models.loss.chunked_cross_entropy`."""
         rows, width, number = self.model.padded_vocab(self.vocab_size), self.model.width, self.number
         shared = self.layout.loss_parallel and sizes.tp > 1
         own = -(-rows // sizes.tp) if self.layout.loss_parallel else rows
         chunk = min(tokens, chunk_tokens(own, on_cpu))
-        # Logits and their softmax in FP32; the product as well, where no kernel reads it as it is.
+        # Logits and their softmax in FP32, and the matmul's output in its own dtype where no kernel reads it directly.
         softmax = 2 * FP32 if shared or number == FP32 else FP32 + number + (FP32 if on_cpu else 0)
         matrix = own * width
         first = matrix * (FP32 + number * (number < FP32))
@@ -289,7 +293,7 @@ class Job:
         return held + tokens * width * number + entered + cast
 
     def step(self, sizes: Mesh, passes: Passes) -> Step:
-        """What one step computes and exchanges."""
+        """The computation and communication of one step."""
         software = Software(
             recomputes=getattr(self.engine, "recompute", "none"), compiled=getattr(self.engine, "compile", False)
         )
@@ -329,7 +333,7 @@ class Job:
         )
 
     def terms(self, sizes: Mesh, passes: Passes, rank: int, *, on_cpu: bool = False) -> list[Term]:
-        """The collectives of a step on a rank."""
+        """The collectives of a step on a rank; see `communication` and `zero`."""
         if isinstance(self.engine, DeepSpeedConfig):
             return zero(
                 self.model,
@@ -360,7 +364,7 @@ PHASES = get_args(Phase)
 
 
 def _check_covered(model: Any) -> None:
-    """Refuse a model that the formulas do not describe."""
+    """Refuse a model that the formulas do not cover."""
     if not isinstance(model, DecoderConfig):
         raise UserError(
             f"The formulas do not cover a model of arch '{model.arch}'",
@@ -379,7 +383,7 @@ def _check_covered(model: Any) -> None:
 
 
 def moments_of(optimizer: Any) -> Moments:
-    """What an optimizer keeps, as it says itself."""
+    """The state that an optimizer keeps of each parameter, from its section's `state_bytes`."""
     if optimizer.name == "adamw":
         return ADAM
     matrix = optimizer.state_bytes((32, 32))
@@ -388,7 +392,7 @@ def moments_of(optimizer: Any) -> Moments:
 
 
 def _telling_places(pp: int) -> tuple[int, ...]:
-    """The first, a middle and the last place of a pipeline: they differ in what they hold and keep."""
+    """Indices of the first, second, middle and last pp rank; one of these needs the most memory."""
     return tuple(sorted({0, min(1, pp - 1), pp // 2, pp - 1}))
 
 

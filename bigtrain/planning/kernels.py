@@ -1,8 +1,9 @@
-"""How long one accelerator computes: matrix products by their shape, attention, and work that memory bounds.
+"""Estimates the compute time of one accelerator: matmuls by their shape, attention, and memory-bound kernels.
 
-A product (m, n, k) is cut into tiles that the accelerator's processors compute side by side. The last round of tiles
-may leave processors idle, a short k leaves a tile's start-up uncovered, and no product is faster than its operands can
-be read. What is left to measure is one rate: the share of the data sheet that large products reach (`Rates.matmul`).
+A matmul (m, n, k) is split into tiles, which the accelerator's processors compute in parallel. Three effects depend on
+the shape. The last round of tiles may leave processors idle. With a short k the set-up of a tile takes a larger share.
+And no matmul is faster than its operands can be read. Only one rate must be measured: the share of the data sheet's
+peak that large matmuls reach (`Rates.matmul`).
 """
 
 from __future__ import annotations
@@ -14,50 +15,50 @@ from dataclasses import dataclass, replace
 from bigtrain.hardware.cluster import Cluster
 
 TILE_ROWS, TILE_COLUMNS = 256, 128
-"""Of the tile that the libraries choose for large products."""
+"""Size of the tile that the libraries choose for large matmuls."""
 SPLIT_K = 2048
-"""Depth that a product of few tiles is cut into, so that more processors have work."""
+"""Length of k of each part, if a matmul of few tiles is split along k to use more processors."""
 ALIGNED, MISALIGNED = 8, 3.0
-"""A dimension that is no multiple of 8 numbers cannot be read in whole vectors; such products take about 3 times as
-long (NVIDIA, Matrix Multiplication Background, "Tensor Core requirements")."""
+"""Dimensions must be a multiple of 8 elements to be read as full vectors. Other matmuls take about 3 times as long
+(NVIDIA, Matrix Multiplication Background, "Tensor Core requirements")."""
 START_UP_K = 160
-"""Depth of a product in whose time a tile is set up and written."""
+"""The set-up and the write of a tile take as long as this length of k."""
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """A product of (m, k) and (k, n)."""
+    """A matmul of (m, k) and (k, n)."""
 
     m: int
     n: int
     k: int
     count: int = 1
-    """How many are computed side by side, as of the heads of attention."""
+    """Number of matmuls of this shape in one batched kernel, such as one for each head of attention."""
     repeats: float = 1
-    """How often, one after the other."""
+    """Number of times that the kernel runs, one after the other."""
 
     @property
     def flops(self) -> int:
-        """Of one repeat."""
+        """FLOPs of one repeat."""
         return 2 * self.m * self.n * self.k * self.count
 
     @property
     def gradients(self) -> tuple[Matmul, Matmul]:
-        """The products of the backward pass: the input's gradient, and the weight's."""
+        """The matmuls of the backward pass: for the gradient of the input, and of the weight."""
         return replace(self, n=self.k, k=self.n), replace(self, m=self.n, n=self.k, k=self.m)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass through a part of a model computes on one accelerator."""
+    """The computation of one pass through a part of a model on one accelerator."""
 
     matmuls: tuple[Matmul, ...] = ()
     attention_flops: float = 0.0
-    """By fused kernels."""
+    """FLOPs of fused attention kernels."""
     moved_bytes: float = 0.0
-    """Read and written by kernels that memory bounds."""
+    """Bytes that memory-bound kernels read and write."""
     kernels: float = 0
-    """Kernels that the host starts."""
+    """Number of kernels that the host starts."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -78,7 +79,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of some work, by what bounds it."""
+    """Compute time in seconds, by what bounds it."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -86,7 +87,7 @@ class Seconds:
 
     @property
     def busy(self) -> float:
-        """All."""
+        """Sum of the three times."""
         return self.matmul + self.attention + self.memory
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -97,18 +98,21 @@ class Seconds:
 
 
 _products: dict[tuple[float, float, int, int], dict[Matmul, float]] = {}
-"""Times of products that were computed before: a search meets few shapes, many times each."""
+"""Cache of matmul times, by accelerator: a search evaluates few shapes, many times each."""
 
 
 class Accelerator:
     """One accelerator of a cluster at one precision."""
 
     def __init__(self, cluster: Cluster, precision: str, number: int) -> None:
-        """Args:
-        number: Bytes of a number.
+        """Compute the rates that kernels reach.
+
+        Args:
+            precision: Dtype of the matmuls.
+            number: Bytes per element of this dtype.
 
         Raises:
-            ValueError: The device has no rate for this precision.
+            ValueError: The device has no peak rate for this precision.
         """
         peak = cluster.device.peak(precision)
         if peak is None:
@@ -121,13 +125,13 @@ class Accelerator:
         self._known = _products.setdefault(key, {})
 
     def seconds(self, work: Work) -> Seconds:
-        """Time of some work that nothing interrupts."""
+        """Time of some work, without communication and without waiting for the host."""
         matmul = sum(self.matmul_seconds(one) for one in work.matmuls)
         attention = work.attention_flops / self._attention
         return Seconds(matmul, attention, work.moved_bytes / self._memory)
 
     def matmul_seconds(self, one: Matmul) -> float:
-        """Time of a product."""
+        """Seconds of a matmul with its repeats."""
         known = self._known.get(one)
         if known is None:
             known = self._known[one] = self._matmul_seconds(one)
@@ -150,5 +154,5 @@ class Accelerator:
 
 
 def gradients(matmuls: Iterable[Matmul]) -> tuple[Matmul, ...]:
-    """The backward pass of products."""
+    """The matmuls of the backward pass of `matmuls`."""
     return tuple(gradient for one in matmuls for gradient in one.gradients)

@@ -1,11 +1,11 @@
-"""The machine that this runs on as an entry to plan with: `bigtrain bench hardware`.
+"""Measures this machine and writes a hardware entry for planning: `bigtrain bench hardware`.
 
     entry = measure_machine(ranks=2)
     Path("mine.yaml").write_text(entry_yaml(entry))          # bigtrain plan CONFIG --hardware mine.yaml
 
-One process a GPU, or a core where there is none, all at work at the same time, as in a run: large matrix products in
-each precision, fused attention, a copy through memory, and collectives of several sizes. A known GPU keeps its data
-sheet and gets the measured shares of it; anything else gets what was measured as its peak.
+There is one process per GPU, or per core on a machine without GPUs. As in a run, all measure at the same time: large
+matmuls in each precision, fused attention, a copy in memory, and collectives of several sizes. For a known GPU the
+entry has the data sheet and the measured shares of it. For other devices the measured rates are the peaks.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from bigtrain.hardware.this_machine import Machine, this_machine
 PRECISIONS = ("fp32", "bf16", "fp16")
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 256, 16384
 COPIED_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
-"""More than a cache holds."""
+"""Bytes of a copied tensor, by device type; larger than the caches."""
 EXCHANGED_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23)
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 REPEATS = 5
 SMALL_KERNELS = 200
 FEWEST_BYTES_PER_S, LEAST_FLOPS = 1e6, 1e8
-"""What an entry can say."""
+"""Smallest rates that a hardware entry accepts."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank, while all ranks did the same."""
+    """The measurements of one rank, while all ranks measured the same."""
 
     flops: dict[str, float]
-    """By precision, of large products."""
+    """FLOP/s of large matmuls, by precision."""
     attention: float
-    """FLOP/s of fused causal attention in the fastest precision, the computed half counted."""
+    """FLOP/s of fused causal attention in the fastest precision, counting only the causal half."""
     bandwidth: float
-    """Bytes a second, read and written."""
+    """Memory bandwidth in bytes per second, reads plus writes."""
     launch_s: float
-    """To start one small kernel."""
+    """Time to start one small kernel."""
     exchanges: list[tuple[str, int, float]]
-    """Kind, bytes of the full buffer, and seconds of collectives over all ranks."""
+    """Collectives over all ranks: kind, bytes of the full buffer, seconds."""
 
 
 def measure_machine(ranks: int | None = None, budget_s: float = 1.0, name: str | None = None) -> Cluster:
-    """An entry of this machine.
+    """Measure this machine, and return its hardware entry.
 
     Args:
-        ranks: Processes; None: one a GPU, else one a core.
-        budget_s: Time for each product, copy and collective.
-        name: Of the entry; None: the host's.
+        ranks: Number of processes; None: one per GPU, or one per core without GPUs.
+        budget_s: Time limit of each measurement of matmuls, attention and copies.
+        name: Name of the entry; None: the host name.
     """
     machine = this_machine(use_torch=True)
     count = ranks or machine.n_devices or machine.cores
@@ -70,7 +70,7 @@ def measure_machine(ranks: int | None = None, budget_s: float = 1.0, name: str |
 
 
 def entry(machine: Machine, found: Sequence[Measured], name: str) -> Cluster:
-    """An entry from what each rank has measured: medians over the ranks."""
+    """The hardware entry with the medians of the ranks' measurements."""
     count = len(found)
     flops = {
         precision: statistics.median(one.flops[precision] for one in found)
@@ -102,7 +102,7 @@ def entry(machine: Machine, found: Sequence[Measured], name: str) -> Cluster:
         per_node=count,
         processors=1 if machine.n_devices == 0 else 132,
         inside=inside,
-        # Other nodes are not seen from here.
+        # Links to other nodes cannot be measured on one machine.
         between=inside,
         rates=Rates(
             matmul=_share(flops[best] / peak),
@@ -116,9 +116,16 @@ def entry(machine: Machine, found: Sequence[Measured], name: str) -> Cluster:
 
 
 def fit_link(exchanges: Sequence[tuple[str, int, float]], ranks: int) -> tuple[float, float]:
-    """Latency of a collective's step in seconds, and bandwidth in bytes a second: least squares of relative errors.
+    """Fit latency and bandwidth to measured collectives, by least squares of relative errors.
 
-    A ring of n ranks takes steps x latency + share x bytes / bandwidth, as `links.Network.ring` says.
+    The model is that of `links.Network.ring`: time = steps x latency + share x bytes / bandwidth.
+
+    Args:
+        exchanges: Kind, bytes of the full buffer, and seconds of each collective.
+        ranks: Number of ranks of the collectives.
+
+    Returns:
+        The latency of one step of a collective in seconds, and the bandwidth in bytes per second.
     """
     if ranks == 1 or not exchanges:
         return 0.0, 1e12
@@ -137,14 +144,14 @@ def fit_link(exchanges: Sequence[tuple[str, int, float]], ranks: int) -> tuple[f
 
 
 def entry_yaml(one: Cluster) -> str:
-    """An entry as a file for `--hardware`."""
+    """The content of a YAML file with an entry, for `--hardware`."""
     plain = {key: value for key, value in one.plain().items() if value is not None}
     head = "# Written by `bigtrain bench hardware`. Links to other nodes (`between`) were not measured: set them.\n"
     return head + yaml.safe_dump(plain, sort_keys=False)
 
 
 def entry_text(one: Cluster) -> str:
-    """An entry for a terminal."""
+    """An entry as text for a terminal."""
     device, rates = one.device, one.rates
     peaks = ", ".join(f"{precision} {value / 1e12:.3g}" for precision, value in device.peak_flops.items())
     return "\n".join([
@@ -206,7 +213,7 @@ def _measure(device: Any, budget_s: float) -> Measured:
 
 
 def _product_flops(device: Any, dtype: Any, budget_s: float) -> float:
-    """The best rate over growing square products, until one takes a fifth of the budget."""
+    """The highest FLOP/s over square matmuls of growing size, until one takes a fifth of the budget."""
     import torch
 
     best, size = 0.0, SMALLEST_PRODUCT
@@ -252,7 +259,7 @@ def _launch_s(device: Any) -> float:
 
 
 def _exchanges(device: Any, budget_s: float) -> list[tuple[str, int, float]]:
-    """Each collective at each size, all ranks together."""
+    """Time each kind of collective at each size. Collective over all ranks."""
     import torch
     import torch.distributed as dist
 
@@ -271,13 +278,13 @@ def _exchanges(device: Any, budget_s: float) -> list[tuple[str, int, float]]:
             "all_reduce": lambda whole=whole: dist.all_reduce(whole),  # type: ignore[misc]
         }
         for kind in KINDS:
-            # As many on each rank: time decides nothing here.
+            # Without a budget, so that all ranks repeat a collective equally often.
             found.append((kind, whole.nbytes, _seconds(actions[kind], device, None)))
     return found
 
 
 def _seconds(action: Callable[[], Any], device: Any, budget_s: float | None) -> float:
-    """The fastest of some repeats; as many as the budget allows, at most `REPEATS`."""
+    """Seconds of the fastest of up to `REPEATS` repeats, fewer if the budget is used up; None: no budget."""
     import torch
 
     def once() -> float:

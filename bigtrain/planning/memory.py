@@ -1,40 +1,41 @@
-"""The bytes that a rank holds: parameters, gradients, the optimizer's state, and what a block keeps for its backward.
+"""Memory that a rank holds: parameters, gradients, optimizer state, and the activations that a block keeps.
 
-What is gathered or computed for a moment (a block's whole parameters, the logits of a chunk) is not in here.
+Temporary memory (a block's gathered parameters, the logits of a chunk) is not counted here; see estimate.py.
 
-What a block keeps (`block_activation_bytes`)
----------------------------------------------
-A token of the rank's own (sequences x context / cp), with width W, H heads and K key heads of width D, hidden width
-F, e bytes a number, t = tp, s = t under sequence parallelism and 1 without. Derived from what autograd saves for
-each operator of `models.decoder.Block`:
+Activations of a block (`block_activation_bytes`)
+-------------------------------------------------
+Bytes per token on a rank, which has sequences x context / cp tokens. The model has width W, H heads and K key heads of
+width D, and hidden width F; an element has e bytes; t = tp; s = t under sequence parallelism, else 1. The terms are
+what autograd saves for each operator of `models.decoder.Block`:
 
-- norm before each branch: its input, e W/s, and the root mean square (LayerNorm: mean and deviation). torch's CPU
-  kernel of RMSNorm keeps its input and the normalised input in FP32 instead, 8 W/s. A norm of queries or keys
-  likewise, of H D/t and K D/t numbers with as many roots as heads.
-- what the columns multiply: e W for each branch, the whole sequence at any tp: it is gathered once, and not again.
-- queries, keys and values, rotated: e (H + 2K) D/t. A rotation keeps nothing but its table, one for all blocks.
-- attention: its result, e H D/t, which the output matrix reads too, and log sum exp, 4 H/t. No scores.
-- output and down matrices: nothing of their own; their sums over ranks are read by nothing that multiplies.
-- GELU: its input and result, 2 e F/t; ReLU: its result, e F/t; SwiGLU: gate, its SiLU, up, their product, 4 e F/t.
+- the norm before each branch: its input, e W/s, and the root mean square (LayerNorm: mean and deviation). torch's CPU
+  kernel of RMSNorm instead keeps its input and the normalised input in FP32, 8 W/s. Norms of queries and keys keep the
+  same for H D/t and K D/t elements, with one root mean square per head.
+- the input of the column-split matmuls: e W for each branch. It is the full sequence at any tp, because it is gathered
+  once and kept for the backward pass.
+- queries, keys and values after the rotation: e (H + 2K) D/t. The rotation itself keeps only its table, which all
+  blocks share.
+- attention: its output, e H D/t, which is also the input of the output matrix, and log-sum-exp, 4 H/t; no scores.
+- output and down matrices: nothing more. Only additions use their sums over ranks, and additions keep nothing.
+- GELU: its input and output, 2 e F/t. ReLU: its output, e F/t. SwiGLU: gate, SiLU(gate), up, the product, 4 e F/t.
 - dropout: a mask of one byte, W/s, for each branch.
 
-Under cp all of this falls by cp, but for what attention keeps (`parallel.context`):
+cp divides all terms by cp, except for those of attention (`parallel.context`):
 
-- ulysses: keys are repeated to cp heads where tp leaves fewer, max(K/t, cp) in place of K/t; and the output matrix
-  reads what comes back from the other ranks, not attention's result: e H D/t more.
-- all_gather: keys and values of the full sequence, cp times as many; and the output matrix reads the two chunks
-  joined, e H D/t more. Without documents CUDA's kernel makes the causal mask itself, the CPU's keeps one, of e
-  bytes a pair.
+- ulysses: if tp leaves fewer than cp key heads, they are repeated: max(K/t, cp) instead of K/t. The output matrix reads
+  the result of the second all-to-all instead of attention's output: e H D/t more.
+- all_gather: keys and values are those of the full sequence, cp times as many. The output matrix reads the
+  concatenation of the two chunks: e H D/t more. Without documents the CUDA kernel computes the causal mask itself; the
+  CPU kernel keeps one, of e bytes per pair of query and key.
 
-A mask of documents is one for all blocks, of one byte for each pair of query and key; each attention makes of it a
-mask in the dtype of the queries and keeps that: e bytes for each pair of a query that the rank's heads ask and a
-key: C x C a sequence, under all_gather (2 cp + 1) (C / 2 cp)^2. That is quadratic in the context C, and no tp
-lowers it.
+All blocks share one document mask, of one byte per pair of query and key. Each attention converts it to the dtype of
+the queries and keeps the result: e bytes per pair. A rank has C x C pairs per sequence, or under all_gather
+(2 cp + 1) (C / 2 cp)^2. This memory is quadratic in the context C, and tp does not reduce it.
 
-selective keeps the block's input, e W/s; the sequence gathered for each branch, e W, under sequence parallelism;
-each product, e (H + 2K) D/t, e F/t once or twice, and the outputs of the two branches, 2 e W/s; attention's result
-and log sum exp; and what cp's ranks sent each other: queries, keys, values and results, or keys and values. full
-keeps the block's input.
+Recompute selective keeps the block's input, e W/s; under sequence parallelism the gathered input of each branch, e W;
+the output of each matmul: e (H + 2K) D/t, e F/t once or twice, and 2 e W/s for the two branches; attention's output and
+log-sum-exp; and what cp ranks exchanged: queries, keys, values and outputs, or keys and values. Recompute full keeps
+the block's input.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ from bigtrain.planning.zero import ALIGNED, PERSISTENT
 
 
 class Moments(NamedTuple):
-    """What an optimizer keeps of each parameter."""
+    """The state that an optimizer keeps of each parameter."""
 
     tensors: int = 2
-    """FP32 tensors of the parameter's shape: Adam's two moments."""
+    """Number of FP32 tensors of the parameter's shape; Adam's two moments."""
     counts_steps: bool = True
-    """Whether it counts each parameter's steps, in one FP32 number."""
+    """Whether the optimizer keeps a step count for each parameter, one FP32 value."""
 
 
 ADAM = Moments()
@@ -67,7 +68,7 @@ ADAM = Moments()
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of what a rank keeps from step to step; the gradients after the backward pass."""
+    """Bytes that a rank holds between passes; gradients are those after the backward pass."""
 
     parameters: int
     gradients: int
@@ -75,7 +76,7 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Sum of the three terms."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -91,30 +92,32 @@ def held_bytes(
     moments: Moments = ADAM,
     frozen: Collection[str] = (),
 ) -> Held:
-    """The states of one rank, padding included.
+    """Bytes of parameters, gradients and optimizer state on one rank, including padding.
 
-    A rank holds the parameters of its stages (`LayoutConfig.split`), and of each split matrix the chunk of rows or
-    columns that tp gives it. A tied head is on the first and on the last stage.
+    A rank holds the parameters of its stages (`LayoutConfig.split`), and tp's chunk of rows or columns of each split
+    matrix. A tied head is on the first and on the last stage.
 
-    fsdp: FP32 all three. dp_shard x cp gives each rank a chunk of the rows of that (of the columns, where tp's chunks
-    of rows are not equal). For parameters and gradients every rank of a shard group allocates as much as the first,
-    which has most; the optimizer's tensors have the rank's own size. A frozen parameter has neither.
+    fsdp: all three are FP32. Each rank of dp_shard x cp has a chunk of the rows of its tp part (of the columns, if tp
+    splits the rows unevenly). For parameters and gradients, every rank of a shard group allocates as much as the first
+    rank, whose chunk is the largest. The optimizer's tensors have the size of the rank's own chunk. A frozen parameter
+    has neither gradient nor optimizer state.
 
-    deepspeed: FP32 master weights, gradients and optimizer, and under ZeRO 1 to 3 another copy of the weights that
-    compute, in `precision`. ZeRO 1 and 2 lay the parameters of a group (those that decay, those that do not) end to
-    end, filled up to a multiple of twice the ranks, and give each rank an equal part; ZeRO 3 gives each rank an equal
-    part of every parameter, rounded up, and keeps whole what has no more numbers than
-    `stage3_param_persistence_threshold`. Offloaded states are counted too. ZeRO 1 has whole gradients until they are
-    reduced; in BF16, where nothing is offloaded, it keeps them so (DeepSpeed's BF16_Optimizer).
+    deepspeed: master weights, gradients and optimizer state are FP32. ZeRO 1 to 3 also have a copy of the weights in
+    `precision` for forward and backward. ZeRO 1 and 2 concatenate the parameters of a group (with or without weight
+    decay), and pad it to a multiple of twice the ranks. Each rank gets an equal shard. ZeRO 3 gives each rank an equal
+    shard of every parameter, rounded up. It keeps parameters of at most `stage3_param_persistence_threshold` elements
+    unsharded too. Offloaded state is counted. ZeRO 1 has unsharded gradients until they are reduced. In BF16 without
+    offload it keeps them unsharded (DeepSpeed's BF16_Optimizer).
 
     Args:
-        sizes: The axes of all ranks.
-        layout: How the blocks are split into stages.
-        rank: Which one, among all.
-        frozen: Patterns of `optimizer.frozen`; the engine fsdp alone has them.
+        sizes: Sizes of the mesh axes.
+        layout: The section `layout`, which splits the blocks into stages.
+        rank: The global rank.
+        moments: The state that the optimizer keeps.
+        frozen: Patterns of the frozen parameters; only the engine fsdp supports them.
 
     Raises:
-        ValueError: An engine that does not run this model.
+        ValueError: The formulas do not cover the engine.
     """
     parts = Parts.of(model, vocab_size, sizes, layout, rank)
     if isinstance(engine, DeepSpeedConfig):
@@ -171,17 +174,17 @@ def block_activation_bytes(
     place: int = 1,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> int:
-    """What one block of one micro-batch keeps from its forward pass to its backward pass, on one rank.
+    """Bytes that one block keeps from the forward to the backward pass of one micro-batch, on one rank.
 
-    Term by term: see the module's docstring.
+    The module's docstring lists the terms.
 
     Args:
-        model: Its `context` is that of the sequences.
-        sequences: Of a micro-batch.
-        layout: Its tp, sequence_parallel, cp and cp_kind count.
-        documents: Whether attention stays inside documents (`data.document_mask`).
-        place: On the cp axis: the first rank's first chunk under all_gather needs no mask.
-        device: Whose kernels run.
+        model: The section of a decoder; its `context` is the length of the sequences.
+        sequences: Number of sequences of a micro-batch.
+        layout: The section `layout`; tp, sequence_parallel, cp and cp_kind are used.
+        documents: Whether attention is restricted to documents (`data.document_mask`).
+        place: Index of the rank on the cp axis. Under all_gather the first chunk of rank 0 needs no mask.
+        device: Type of the device whose kernels run.
     """
     layout = layout or LayoutConfig()
     element, tp = BYTES[precision], layout.tp
@@ -207,7 +210,7 @@ def block_activation_bytes(
 
 
 def _attention_bytes(model: DecoderConfig, element: int, layout: LayoutConfig, *, selective: bool = False) -> int:
-    """Of a token: queries, keys, values, what they attend to, and log sum exp; masks are apart."""
+    """Bytes per token of queries, keys, values, attention's output and log-sum-exp, without masks."""
     tp, cp = layout.tp, layout.cp
     heads, key_heads = model.heads // tp, model.key_value_heads // tp
     met, copies = 2 * key_heads, 1
@@ -216,14 +219,14 @@ def _attention_bytes(model: DecoderConfig, element: int, layout: LayoutConfig, *
         met = 2 * max(key_heads, cp) if layout.cp_kind == "ulysses" else 2 * key_heads * cp
     kept = heads + met + copies * heads
     if selective and cp > 1:
-        # The products as well as what is made of them; joined chunks and gathered queries are not kept.
+        # The outputs of matmuls and of cp's collectives are kept; concatenated chunks are not.
         ulysses = layout.cp_kind == "ulysses"
         kept = heads + 2 * key_heads + met + (3 if ulysses else 1) * heads
     return element * model.width_of_head * kept + FP32 * heads
 
 
 def _masked_pairs(context: int, sequences: int, layout: LayoutConfig, documents: bool, place: int, device: str) -> int:
-    """Pairs of query and key in the masks that one attention keeps."""
+    """Number of pairs of query and key in the masks that one attention keeps."""
     cp = layout.cp
     if cp == 1 or layout.cp_kind == "ulysses":
         return sequences * context * context if documents else 0
@@ -236,27 +239,33 @@ def _masked_pairs(context: int, sequences: int, layout: LayoutConfig, documents:
 
 
 def norm_bytes(kind: str, width: int, element: int, device: str) -> int:
-    """What a norm keeps of a token."""
+    """Bytes that a norm keeps of a token.
+
+    Args:
+        kind: "layernorm" or "rmsnorm".
+        element: Bytes per element of the input.
+        device: Type of the device, "cpu" or "cuda".
+    """
     if kind == "layernorm":
         return element * width + 2 * (element if device == "cpu" else FP32)
     return (2 * FP32 if device == "cpu" else element) * width + FP32
 
 
 def passes_in_flight(layout: LayoutConfig, place: int, micro_batches: int) -> int:
-    """Passes of a micro-batch through a stage whose activations a rank keeps at once, at the most.
+    """Largest number of forward passes through a stage whose activations a rank keeps at the same time.
 
-    Each keeps `block_activation_bytes` for each block of its stage. With p ranks of v stages each and m micro-batches,
-    rank r of them:
+    Each pass keeps `block_activation_bytes` for each block of its stage. With p ranks of v stages each, and m
+    micro-batches, rank r keeps:
 
     - 1f1b: min(p - r, m) (Narayanan et al. 2019).
     - interleaved: min((v - 1) p + 2 (p - 1 - r) + 1, m v), the forward passes before the first backward pass
       (Narayanan et al. 2021, section 2.2).
-    - zero_bubble: min(v p, m v) on every rank. It begins with (v - 1) p + p - r forward passes, and a pass is let go
-      when its weights' gradients are made, r passes later than the gradients of its input.
+    - zero_bubble: min(v p, m v) on every rank. Rank r begins with (v - 1) p + p - r forward passes. It frees a pass
+      when the gradients of its weights are computed, r passes later than the gradients of its input.
 
     Args:
-        place: On the pp axis.
-        micro_batches: Of a step.
+        place: Index of the rank on the pp axis.
+        micro_batches: Number of micro-batches of a step.
     """
     ranks, stages = layout.pp, layout.pp_stages_per_rank
     if ranks == 1:

@@ -1,4 +1,4 @@
-"""The plan as a page: the numbers, what memory and time go to, and how both grow with the GPUs."""
+"""The plan as an HTML page: headline numbers, terms of memory and time, executions, and other numbers of GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ TIME_PARTS = {
 
 
 def plan_page(document: dict[str, Any], name: str) -> str:
-    """The whole HTML file."""
+    """The HTML page of a plan.
+
+    Args:
+        document: The result of `report.plan_document`.
+        name: Name of the run, for the title.
+    """
     best = document["executions"][0]
     subtitle = (
         f"{short(document['parameters'])} parameters on {document['gpus']} x {document['device']}, "

@@ -1,4 +1,4 @@
-"""Which part of each parameter lies on a rank: shapes and sizes, without a model."""
+"""Shapes and sizes of the part of each parameter that a rank holds, computed without a model."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ from bigtrain.parallel.config import LayoutConfig, Mesh
 
 FP32 = 4
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of a number in the matmuls and the residual stream."""
+"""Bytes per element in the matmuls and the residual stream."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as tp leaves it on a rank, and its share among the ranks that shard it."""
+    """The tp part of a parameter on a rank, and the rank's shard of that part."""
 
     name: str
     role: TensorRole
     shape: tuple[int, ...]
-    """Of the part that lies on this rank's tp coordinate."""
+    """Shape of the tp part: the full parameter if tp does not split it."""
     shard_dim: int
-    """The dimension that is sharded (ZeRO-3): rows, or columns where tp has split rows into unequal parts."""
+    """The dimension that is sharded (ZeRO-3): 0 (rows), or 1 (columns) if tp splits the rows unevenly."""
     own_share: int
-    """Entries of that dimension on this rank."""
+    """Size of that dimension in this rank's shard."""
 
     @property
     def elements(self) -> int:
-        """Of the part."""
+        """Number of elements of the tp part."""
         return math.prod(self.shape)
 
     @property
     def own_elements(self) -> int:
-        """Of this rank's shard."""
+        """Number of elements of this rank's shard."""
         return self.elements // self.shape[self.shard_dim] * self.own_share
 
     def padded_elements(self, shards: int) -> int:
-        """Of the part, filled up so that the shards are of one size."""
+        """Number of elements of the tp part, padded so that all shards have one size."""
         entries = self.shape[self.shard_dim]
         return self.elements // entries * filled(entries, shards)
 
 
 @dataclass(frozen=True)
 class StageParts:
-    """The parameters of one of a rank's stages, in the groups that are gathered together; mostly it has one stage."""
+    """The parameters of one stage of a rank, in groups that FSDP gathers together."""
 
     is_first: bool
     is_last: bool
     root: list[Parameter]
-    """What is in no block: embedding on the first stage, norm and head on the last."""
+    """Parameters outside of blocks: the embedding on the first stage, norm and head on the last one."""
     blocks: list[tuple[str, list[Parameter]]]
+    """Name and parameters of each block."""
 
     @property
     def groups(self) -> list[tuple[str, list[Parameter]]]:
-        """All that is not empty, by name."""
+        """Name and parameters of the root and of each block, without empty groups."""
         return [group for group in (("root", self.root), *self.blocks) if group[1]]
 
 
@@ -69,16 +70,16 @@ class Parts:
 
     stages: list[StageParts]
     shards: int
-    """Ranks that share each parameter."""
+    """Number of ranks over which each parameter is sharded: dp_shard x cp."""
 
     @classmethod
     def of(cls, model: DecoderConfig, vocab_size: int, sizes: Mesh, layout: LayoutConfig, rank: int) -> Parts:
-        """The parts of a rank; they are cached, since a search requests few of them many times."""
+        """The parameters of a rank. They are cached, because a search requests the same ones many times."""
         return _parts_of(model, vocab_size, sizes, layout.split(model.block_costs(vocab_size)), rank)
 
     @property
     def all(self) -> list[Parameter]:
-        """Of all stages."""
+        """The parameters of all stages."""
         return [parameter for stage in self.stages for _, group in stage.groups for parameter in group]
 
 
@@ -112,7 +113,7 @@ FIRST_BLOCK = "layers.0."
 
 
 def _shapes_of_one_block(model: DecoderConfig, vocab_size: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the first block's parameters, which all blocks have, and of those in no block."""
+    """Names and shapes of the first block's parameters, equal in all blocks, and of parameters outside of blocks."""
     return list(model.model_copy(update={"layers": 1}).parameter_shapes(vocab_size).items())
 
 
@@ -129,18 +130,18 @@ SPLIT_DIM: dict[TensorRole, int] = {"column": 0, "vocab": 0, "row": 1}
 
 
 def chunk(entries: int, ranks: int, rank: int) -> int:
-    """How many of `entries` a rank has: each as many as the first, but for the last ranks (`torch.chunk`)."""
+    """Number of `entries` that a rank has if they are split as by `torch.chunk`: the last ranks may have fewer."""
     share = -(-entries // ranks)
     return max(0, min(share, entries - rank * share))
 
 
 def filled(entries: int, multiple: int) -> int:
-    """The next multiple."""
+    """`entries`, rounded up to a multiple of `multiple`."""
     return -(-entries // multiple) * multiple
 
 
 def _is_held(name: str, tied: bool, *, first: bool, last: bool) -> bool:
-    """Whether a stage holds a parameter that is in no block; a tied head is the embedding."""
+    """Whether a stage holds a parameter outside of blocks; a tied head is the embedding's weight."""
     if "embedding" in name:
         return first or (last and tied and name == "embedding.weight")
     return last

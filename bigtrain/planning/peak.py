@@ -1,4 +1,4 @@
-"""The terms of a rank's memory at its peak."""
+"""The terms of a rank's peak memory."""
 
 from __future__ import annotations
 
@@ -7,59 +7,65 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its peak, by term."""
+    """Peak memory of one rank in bytes, by term.
+
+    gradient_buffers, activations, working and logits are those of the moment that needs most memory: the loss, the
+    backward pass of a block, or the end of the backward pass.
+    """
 
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
     gathered: int = 0
-    """Parameters in the computing precision: root, the block at work and the next; in a pipeline the whole stage."""
+    """Gathered parameters in the matmuls' dtype: the root, the current block and the next one; with pipeline
+    parallelism the full stage."""
     gradient_buffers: int = 0
-    """Whole gradients before they are reduced; in a pipeline those of the stage. These, activations, working and logits
-    are those of the moment that takes most: the loss, a block's backward pass, or the end of the backward pass."""
+    """Unsharded gradients before they are reduced; with pipeline parallelism those of the stage."""
     activations: int = 0
-    """What blocks keep for their backward pass, of all passes in flight."""
+    """What blocks keep for their backward pass, for all passes in flight."""
     messages: int = 0
-    """What a stage receives from its neighbours: torch's pipeline keeps a buffer for each micro-batch of a step."""
+    """Receive buffers for the neighbouring stages; torch's pipeline has one for each micro-batch of a step."""
     working: int = 0
-    """What one block computes again and its backward pass holds."""
+    """Recomputed activations of one block, and temporary tensors of its backward pass."""
     logits: int = 0
-    """A chunk of logits, and the gradients that the loss makes."""
+    """A chunk of logits, and the gradients that the loss computes."""
     runtime: int = 0
+    """CUDA's context, communication buffers and workspaces."""
 
     @property
     def total(self) -> int:
-        """All."""
+        """Sum of all terms."""
         return sum(getattr(self, one.name) for one in fields(self))
 
     @property
     def largest(self) -> str:
-        """The term that takes most."""
+        """Name of the largest term."""
         return max((one.name for one in fields(self)), key=lambda name: getattr(self, name))
 
     def plain(self) -> dict[str, int]:
-        """By name, for JSON."""
+        """The terms and their total by name, for JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"total": self.total}
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Bytes beside the states that the engine holds."""
+    """Bytes of an engine's buffers for parameters and gradients."""
 
     gathered: int
+    """Gathered parameters."""
     whole: int = 0
-    """Gradients that are whole throughout a step."""
+    """Unsharded gradients that exist during a full step."""
     block: int = 0
-    """Those of the block whose backward pass ends."""
+    """Unsharded gradients of the block whose backward pass ends."""
     root: int = 0
-    """Those of what is in no block, after the last block's."""
+    """Unsharded gradients of parameters outside of blocks, at the end of the backward pass."""
     added: int = 0
-    """Those of a block, when its backward pass has let go of all else, before they are added to the whole ones."""
+    """New gradients of a block at the end of its backward pass, before they are added to those of the step."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What exists together: in the loss, in a block's backward pass, or at the end of the backward pass."""
+    """Bytes that exist at one moment: in the loss, in the backward pass of a block, or at its end."""
 
     gradient_buffers: int
     activations: int = 0
@@ -68,5 +74,5 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All."""
+        """Sum of all terms."""
         return self.gradient_buffers + self.activations + self.working + self.logits

@@ -1,4 +1,4 @@
-"""What `bigtrain plan` shows: one document, from which the terminal, the JSON and the page are written."""
+"""The output of `bigtrain plan`: one document, which is printed as text or JSON, or written as an HTML page."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ LIMITS = {
     "sharding": "gathers and reductions of the sharded model that nothing hides: a larger batch would help",
     "optimizer": "the optimizer's pass over its state",
 }
-"""What a step's largest terms mean."""
+"""Explanation of each term of a step's time, for the term that limits the step."""
 
 
 def plan_document(job: Job, on: Cluster, gpus: int, tokens: float | None, sweep: Sequence[int] = ()) -> dict[str, Any]:
-    """Search, and describe what was found in plain values.
+    """Search for executions, and describe them in plain values, for JSON.
 
     Args:
-        tokens: Of the run; None where its data say how many, and are not here.
-        sweep: Numbers of GPUs for which the best execution is found too.
+        tokens: Number of tokens of the run; None if it is not known, so that there is no cost.
+        sweep: Other numbers of GPUs for which to find the best execution.
 
     Raises:
-        UserError: See `search`.
+        UserError: No layout is legal, or the device does not support the precision; see `search`.
     """
     found = search(job, on, gpus)
     document: dict[str, Any] = {
@@ -67,7 +67,7 @@ def plan_document(job: Job, on: Cluster, gpus: int, tokens: float | None, sweep:
 
 
 def _distinct(found: Found) -> list[Estimate]:
-    """The fastest execution of each split of the axes."""
+    """The fastest execution of each mesh; at most `SHOWN` of them."""
     first: dict[Any, Estimate] = {}
     for one in found.ranked:
         first.setdefault(one.sizes, one)
@@ -115,7 +115,7 @@ def _point(job: Job, on: Cluster, gpus: int, tokens: float | None) -> dict[str, 
 
 
 def execution(one: Estimate) -> dict[str, Any]:
-    """The keys of a run's YAML that choose this execution; those at their defaults are absent."""
+    """The keys of a run's YAML that select this execution; keys of the layout with default values are omitted."""
     layout = {
         key: value
         for key, value in one.layout.plain().items()
@@ -145,7 +145,7 @@ def _why(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def execution_yaml(document: dict[str, Any], procs_per_node: int) -> str:
-    """The best execution as the YAML keys of a run."""
+    """The keys of a run's YAML that select the best execution, as YAML text."""
     best = document["executions"][0]
     nodes = max(1, -(-document["gpus"] // procs_per_node))
     job = {"nodes": nodes, "procs_per_node": min(procs_per_node, document["gpus"])}
@@ -153,7 +153,7 @@ def execution_yaml(document: dict[str, Any], procs_per_node: int) -> str:
 
 
 def axes_text(row: dict[str, Any]) -> str:
-    """The mesh and what goes with it, on one line."""
+    """The mesh, schedule, micro-batches and recompute of an execution, on one line."""
     axes = " ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "one GPU"
     layout, engine = row["execution"]["layout"], row["execution"]["engine"]
     schedule = layout.get("pp_schedule", "")
@@ -170,7 +170,7 @@ def axes_text(row: dict[str, Any]) -> str:
 
 
 def numbers_text(row: dict[str, Any]) -> dict[str, str]:
-    """The headline numbers of an execution as they are shown, in the terminal and on the page."""
+    """The headline numbers of an execution as text, by label, for the terminal and the page."""
     shown = {
         "step": f"{row['step_s']:.3g} s",
         "memory": f"{row['memory_bytes']['total'] / GIB:.1f} of {row['memory_limit_bytes'] / GIB:.1f} GiB",
@@ -186,7 +186,7 @@ def numbers_text(row: dict[str, Any]) -> dict[str, str]:
 
 
 def terms_text(row: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Each term of memory and time that is not nothing: what it is, how much, its share."""
+    """Name, amount and share of each term of memory and time that is not negligible."""
     memory, seconds = row["memory_bytes"], row["seconds"]
     found = [
         (f"memory: {name}", f"{size / GIB:.2f} GiB", f"{size / memory['total']:.0%}")
@@ -200,7 +200,7 @@ def terms_text(row: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def plan_text(document: dict[str, Any]) -> str:
-    """The document for a terminal."""
+    """The document as text for a terminal."""
     rows = document["executions"]
     lines = [
         f"{short(document['parameters'])} parameters, {short(document['batch_tokens'])} tokens a step, on "

@@ -1,11 +1,11 @@
-"""The legal executions of a run on some GPUs, each with its memory and time, and which of them is best.
+"""Searches the legal executions of a run on a number of GPUs, and ranks those that fit the memory by their time.
 
     found = search(job, cluster("h100"), gpus=512)
-    found.best, found.runner_up, found.why
+    found.best, found.runner_up, found.legal
 
-The search varies tp, pp and its schedule, cp, replicas, micro-batch, recompute, and under deepspeed the ZeRO stage;
-what is legal is what `LayoutConfig.check` and `check_support` let pass. Memory comes first: what cannot fit is not
-timed.
+The search varies tp, pp and its schedule, cp, replicas, micro-batch, recompute, and under deepspeed the ZeRO stage. An
+execution is legal if `LayoutConfig.check` and `check_support` accept it. Memory is estimated first; the time of an
+execution that does not fit is not estimated.
 """
 
 from __future__ import annotations
@@ -26,41 +26,42 @@ from bigtrain.planning.peak import Memory
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 MICRO_SIZES = (1, 2, 4, 8, 16)
 LEAST_TOKENS_OF_A_PART = 2048
-"""Of a sequence that cp shares: shorter parts only exchange."""
+"""Fewest tokens of a sequence on a cp rank; with fewer, communication takes most of the time."""
 MOST_FILLERS = 0.1
-"""Of a batch: micro-batches that do not divide it compute nothing useful in the rest."""
+"""Largest share of padding sequences, relative to the batch, if micro-batches do not divide it."""
 SAME = 0.01
-"""Layouts whose times differ by less than this share are ranked by memory."""
+"""Executions whose times differ by less than this share are ranked by memory."""
 TIMED = 1.5
-"""What could at best take this many times the best is not timed."""
+"""An execution is not timed if the lower bound of its time is more than this multiple of the best time."""
 NEAR = 64
-"""How far around an impossible number of GPUs one with a legal layout is looked for."""
+"""If no layout is legal on the given number of GPUs, numbers up to this distance are tried."""
 
 
 @dataclass
 class Found:
-    """What a search has found."""
+    """The result of a search."""
 
     job: Job
     on: Cluster
     gpus: int
     ranked: list[Estimate]
-    """All that fits, the fastest first."""
+    """Executions that fit and were timed, the fastest first."""
     tightest: Estimate | None
-    """What needs least memory, where nothing fits."""
+    """If nothing fits, the execution that needs least memory; else None."""
     legal: int
-    """Executions that are legal, whether they fit or not."""
+    """Number of legal executions, whether they fit or not."""
     too_large: int = 0
+    """Number of legal executions that do not fit."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> Estimate | None:
-        """The fastest that fits."""
+        """The fastest execution that fits; None if nothing fits."""
         return self.ranked[0] if self.ranked else None
 
     @property
     def runner_up(self) -> Estimate | None:
-        """The fastest with other sizes of the axes."""
+        """The fastest execution with another mesh than the best one's; None if there is none."""
         best = self.best
         return next((one for one in self.ranked[1:] if best is not None and one.sizes != best.sizes), None)
 
@@ -69,8 +70,8 @@ def search(job: Job, on: Cluster, gpus: int) -> Found:
     """Rank the legal executions of a job.
 
     Raises:
-        UserError: No layout is legal on that many GPUs (the nearest number that has one is named), or the device does
-            not multiply in the job's precision.
+        UserError: No layout is legal on that many GPUs (the error names the nearest number with one), or the device
+            does not support the job's precision.
     """
     if on.device.peak(job.precision) is None:
         kinds = ", ".join(on.device.peak_flops)
@@ -107,7 +108,7 @@ def _all_executions(job: Job, on: Cluster, gpus: int) -> Iterator[tuple[Job, Mes
 
 
 def _layouts(job: Job, on: Cluster, gpus: int) -> Iterator[LayoutConfig]:
-    """Splits of the GPUs over the axes, without micro-batch."""
+    """The legal layouts on `gpus` GPUs; `micro_size` is not set."""
     model = job.model
     for tp in _divisors(gpus, min(on.per_node, gpus)):
         if on.per_node % tp and tp > 1:
@@ -160,7 +161,7 @@ def _schedules(job: Job, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _replicas(data: int, inner: int, pp: int, on: Cluster) -> Iterator[int]:
-    """One sharded copy over all; or copies of a node's, eight nodes' or 64 nodes' size."""
+    """Values of dp_replicate: 1, and those for which a copy of the model takes one node, 8 nodes or 64 nodes."""
     yield 1
     for nodes in (1, 8, 64):
         shard = max(1, on.per_node * nodes // inner)
@@ -169,7 +170,7 @@ def _replicas(data: int, inner: int, pp: int, on: Cluster) -> Iterator[int]:
 
 
 def _executions(job: Job, sizes: Mesh) -> Iterator[Job]:
-    """Micro-batches, recompute and ZeRO stages of a layout."""
+    """The executions of a layout: sizes of micro-batches, recompute and ZeRO stages."""
     share = -(-job.batch // sizes.data_parallel)
     seen: set[tuple[int, int]] = set()
     for micro in MICRO_SIZES:
@@ -202,7 +203,10 @@ def _stages_of_zero(job: Job) -> Iterator[dict[str, int]]:
 
 
 def _at_least(job: Job, on: Cluster, gpus: int) -> float:
-    """A time that no execution goes below: the model's FLOPs, the recomputed ones too, at the rate of products."""
+    """A lower bound of the step's time in seconds: all FLOPs at the rate of large matmuls, plus pipeline idle time.
+
+    The FLOPs include those of recompute full.
+    """
     flops = job.model.flops_per_token(job.vocab_size).causal * job.batch * job.model.context
     again = 4 / 3 if getattr(job.engine, "recompute", "none") == "full" else 1.0
     peak = on.device.peak(job.precision) or math.inf
@@ -238,7 +242,7 @@ def _divisors(number: int, most: int) -> list[int]:
 
 
 def fewest_gpus(job: Job, on: Cluster, gpus: int, most: int = 65_536) -> int | None:
-    """The fewest GPUs, in doublings of `gpus`, on which something fits; None up to `most`."""
+    """The fewest GPUs, among doublings of `gpus` up to `most`, on which an execution fits; None if there are none."""
     size = gpus * 2
     while size <= most:
         for one, sizes in _all_executions(job, on, size):
@@ -249,7 +253,7 @@ def fewest_gpus(job: Job, on: Cluster, gpus: int, most: int = 65_536) -> int | N
 
 
 def would_have_to_give(found: Found) -> list[str]:
-    """What does not fit, and what would make it fit, in words."""
+    """Messages that explain what does not fit, and what would make it fit; empty if something fits."""
     tightest = found.tightest
     if tightest is None:
         return []
@@ -279,4 +283,4 @@ ADVICE = {
     "working": "more tp or cp, or a smaller layout.micro_size",
     "logits": "more tp with loss_parallel, or a smaller vocabulary",
 }
-"""Which key cuts a term."""
+"""What reduces each term of the memory."""

@@ -1,13 +1,15 @@
-"""How long a step takes, by term: what each stage computes and exchanges, and how stages, ranks and passes overlap.
+"""Estimates the time of a step, by term, from the computation and communication of each stage and their overlap.
 
-    step = Step(stages, passes=8, ...)          # what is done: independent of the machine
-    seconds = step.seconds(cluster)             # on a machine; its fields add up to `seconds.total`
+    step = Step(stages, passes=8, ...)          # independent of the machine
+    seconds = step.seconds(cluster)             # on a machine; its terms add up to `seconds.total`
 
-The slowest stage sets the pace: with p stages and m passes a 1F1B pipeline takes sum_i t_i + (m - 1) max_i t_i
-(Narayanan et al. 2021, section 2.2); v stages a rank divide the sum over the others by v, and zero-bubble leaves
-about a third of it (Qi et al. 2023). Exchanges of activations stand on the critical path. Gathers of parameters and
-reductions of gradients hide behind the compute of the pass that they belong to, as far as it goes, and slow it by
-`Rates.interference` of their time; the first gather and the last reduction hide behind nothing.
+The slowest stage sets the pace. Let m be the number of passes, and t_i the time of a pass through stage i. A 1F1B
+pipeline takes sum_i t_i + (m - 1) max_i t_i (Narayanan et al. 2021, section 2.2). With v stages per rank, the sum over
+the other stages is divided by v; zero-bubble leaves about a third of it (Qi et al. 2023).
+
+Collectives of activations are on the critical path. Gathers of parameters and reductions of gradients overlap with the
+computation of their pass, up to its duration. They slow it by the share `Rates.interference` of their time. The first
+gather and the last reduction overlap with nothing.
 """
 
 from __future__ import annotations
@@ -22,64 +24,66 @@ from bigtrain.planning.kernels import Accelerator, Seconds, Work
 from bigtrain.planning.links import Network
 
 ZERO_BUBBLE_LEFT = 1 / 3
-"""Of 1F1B's idle time: a stage's forward pass out of forward, input's and weights' gradients."""
+"""Share of 1F1B's idle time that zero-bubble leaves: a forward pass is a third of a micro-batch's time; gradients of
+inputs and gradients of weights are the other two thirds."""
 OPTIMIZER_BYTES = 40
-"""Read and written for a parameter: gradient (norm, scaling, update), weight and two moments, in FP32."""
+"""Bytes that an update reads and writes per parameter: gradient (norm, scaling, update), weight, two moments; FP32."""
 OPTIMIZER_KERNELS_PER_BLOCK = 6
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """What one stage does in a step. Works are of one pass; terms are of all passes."""
+    """Computation and communication of one stage in a step. Each `Work` is of one pass; terms are of all passes."""
 
     block: tuple[Work, Work]
-    """Of one block: forward, and backward with what is computed again."""
+    """Work of one block: forward, and backward with recompute."""
     ends: tuple[Work, Work] = (Work(), Work())
-    """The same of embedding and head."""
+    """Work of embedding and head: forward and backward."""
     critical: tuple[Term, ...] = ()
-    """Exchanges of activations inside the stage."""
+    """Collectives of activations inside the stage."""
     messages: tuple[Term, ...] = ()
-    """To and from the neighbouring stages."""
+    """Messages to and from the neighbouring stages."""
     gathers: tuple[Term, ...] = ()
-    """Of parameters."""
+    """Gathers of parameters."""
     reductions: tuple[Term, ...] = ()
-    """Of gradients."""
+    """Reductions of gradients."""
     once: tuple[Term, ...] = ()
-    """After all passes, behind nothing."""
+    """Collectives after all passes, which overlap with nothing."""
     blocks: int = 1
+    """Number of blocks on the rank."""
     trained: float = 0.0
-    """Parameters that this rank updates."""
+    """Number of parameters that this rank updates."""
     ranks: int = 1
-    """How many places of the pipeline do the same."""
+    """Number of pp ranks with this work."""
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Time of a step by term, in seconds; all but `hidden` add up to the step."""
+    """Time of a step by term, in seconds; all terms but `hidden` add up to the time of the step."""
 
     matmul: float = 0.0
     attention: float = 0.0
     memory_bound: float = 0.0
     launch: float = 0.0
-    """The host: kernels that it cannot start fast enough, and each pass and step."""
+    """Host time: kernels that the host starts too slowly, and its work for each pass and step."""
     tensor_and_context: float = 0.0
-    """Activations between ranks that share matrices or sequences."""
+    """Collectives of activations over tp and cp."""
     pipeline_messages: float = 0.0
     bubble: float = 0.0
-    """Idle while the pipeline fills and drains, and behind slower stages."""
+    """Idle time while the pipeline fills and drains, and while ranks wait for slower stages."""
     sharding: float = 0.0
-    """Parameters and gradients, as far as nothing hides them."""
+    """Collectives of parameters and gradients that do not overlap with computation."""
     optimizer: float = 0.0
     hidden: float = 0.0
-    """Exchanges that compute hides; not part of the step."""
+    """Collectives that overlap with computation; not part of the step's time."""
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Time of the step."""
         return sum(getattr(self, one.name) for one in fields(self)) - self.hidden
 
     def plain(self) -> dict[str, float]:
-        """By name, for JSON."""
+        """The terms and their total by name, for JSON."""
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"total": self.total}
 
 
@@ -95,14 +99,14 @@ class Step:
     schedule: PipelineSchedule = "1f1b"
     stages_per_rank: int = 1
     overlaps: bool = True
-    """Whether gathers and reductions run beside compute; older programs reduce after the last pass."""
+    """Whether gathers and reductions overlap with computation; older programs reduce after the last pass."""
     critical_share: float = 1.0
-    """Of the exchanges of activations, what no product hides: 1 / tp where they are pipelined with products."""
+    """Share of the collectives of activations that no matmul overlaps: 1 / tp if they are pipelined with matmuls."""
     once_a_step: bool = False
-    """Whether gathers and reductions belong to the first and the last pass of a step, not to each."""
+    """Whether gathers run only in the first pass of a step, and reductions only in the last one."""
 
     def seconds(self, cluster: Cluster) -> StepSeconds:
-        """The step's time on a machine."""
+        """Estimate the step's time on a machine."""
         at = _Evaluation(self, cluster)
         times = [at.stage(stage) for stage in self.stages]
         pace = max(one.pass_s for one in times)
@@ -127,7 +131,7 @@ class Step:
 class _StageSeconds:
     pass_s: float
     of_passes: StepSeconds
-    """All passes."""
+    """Times of all passes of a step."""
     sharding: float
     optimizer: float
     hidden: float
@@ -150,7 +154,7 @@ class _Evaluation:
         for block, ends in zip(stage.block, stage.ends, strict=True):
             of_block, of_ends = self.accelerator.seconds(block), self.accelerator.seconds(ends)
             exchanged = critical / 2 / stage.blocks
-            # The host does not run ahead of a block: where it is slower there, the time is lost.
+            # The host is assumed not to run ahead of a block, so the time by which it is slower is lost.
             waiting += stage.blocks * max(0.0, block.kernels * rates.launch_s - of_block.busy - exchanged)
             waiting += max(0.0, ends.kernels * rates.launch_s - of_ends.busy)
             compute += of_block * stage.blocks + of_ends
@@ -165,7 +169,7 @@ class _Evaluation:
         return _StageSeconds(pass_s, by_term, exposed + once, self._optimizer(stage), hidden)
 
     def _sharding(self, stage: StageWork, busy: Sequence[float]) -> tuple[float, float]:
-        """Seconds of gathers and reductions that compute hides, and those that it does not."""
+        """Seconds of gathers and reductions that overlap with computation, and of those that do not."""
         gathers, reductions = self._sum(stage.gathers), self._sum(stage.reductions)
         if not self.step.overlaps:
             return 0.0, gathers + reductions

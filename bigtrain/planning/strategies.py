@@ -1,11 +1,11 @@
-"""What the accelerate engine's strategies exchange in one step, by `communication`'s conventions.
+"""Lists the collectives of one step of the accelerate engine's strategies, with the conventions of communication.py.
 
-A model of transformers has no bigtrain config: the formula uses its parameters' names and shapes. It was derived from
-Accelerate 1.15 with torch 2.13 and DeepSpeed 0.19, and is tested against them.
+A model of transformers has no bigtrain config, so the formulas use the names and shapes of its parameters. They were
+derived from Accelerate 1.15 with torch 2.13 and DeepSpeed 0.19, and are tested against them.
 
-ddp sums gradients after the last pass, in buckets that it fills in the order in which gradients come: one message where
-a bucket holds all of them. fsdp2 gathers each unit for forward and backward of each pass, and reduces its gradients in
-each pass. zero2 is DeepSpeed's stage 2 with all in FP32, whatever the matmuls are in.
+ddp sums gradients after the last pass, in buckets that it fills in the order in which gradients are computed. If one
+bucket holds all gradients, this is one all-reduce. fsdp2 gathers each unit for forward and backward of each pass, and
+reduce-scatters its gradients in each pass. zero2 is DeepSpeed's ZeRO-2 in FP32, for any dtype of the matmuls.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from bigtrain.planning.zero import BUCKET, stages_to_2
 
 AXES = ("dp_shard",)
 DDP_BUCKET_MIB = 25
-"""What Accelerate sets where `passthrough.bucket_cap_mb` does not."""
+"""Bucket size that Accelerate uses if `passthrough.bucket_cap_mb` is not set."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of parameters, by qualified names; tied ones once."""
+"""Shapes of parameters by qualified name; tied parameters occur once."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules whose parameters FSDP2 gathers together, by the beginnings of their names."""
+    """Modules whose parameters FSDP2 gathers together."""
 
     modules: tuple[str, ...]
+    """Qualified names of the modules."""
     kept: bool = False
-    """Whether they stay gathered from the forward to the backward pass: the last block, and what Accelerate makes of
-    the last norm and the head (with a tied embedding). Parameters of no unit stay as well."""
+    """Whether the unit stays gathered from the forward to the backward pass. The last block does, and so does
+    Accelerate's unit of the last norm and the head (with a tied embedding). Parameters of no unit stay as well."""
 
     def holds(self, name: str) -> bool:
-        """Whether a parameter is in one of the modules."""
+        """Whether a parameter of this name is in one of the modules."""
         return any(name.startswith(f"{module}.") for module in self.modules)
 
 
@@ -51,18 +52,19 @@ def strategy(
     passes: int,
     units: Sequence[Unit] = (),
 ) -> list[Term]:
-    """The collectives of one training step on each of `ranks`.
+    """The collectives of one training step of the accelerate engine on each rank.
 
     Args:
-        shapes: The model's.
-        engine: The strategy, and its settings.
-        ranks: All of them.
-        precision: Of the matmuls.
-        passes: Micro-batches of a step.
-        units: Under fsdp2: what is gathered together, but for the rest.
+        shapes: Shapes of the model's parameters.
+        engine: The section `engine`, with the strategy and its settings.
+        ranks: World size.
+        precision: Dtype of the matmuls.
+        passes: Number of micro-batches of a step.
+        units: Under fsdp2, the modules that are gathered together. All other parameters form one more unit.
 
     Raises:
-        ValueError: The gradients do not fit one bucket: where they are cut depends on the order in which they come.
+        ValueError: The gradients do not fit one bucket of ddp or zero2. The formulas do not cover several buckets,
+            whose content depends on the order in which gradients are computed.
     """
     if ranks == 1:
         return []
@@ -81,7 +83,7 @@ def strategy(
 
 
 def _fsdp2(shapes: Shapes, units: Sequence[Unit], ranks: int, number: int, passes: int) -> Iterator[Term]:
-    """Each parameter is filled up to rows that the ranks share equally."""
+    """The collectives of fsdp2. The rows of each parameter are padded to a multiple of the ranks."""
     filled = {name: math.prod((-(-rows // ranks) * ranks, *rest)) for name, (rows, *rest) in shapes.items()}
     left = dict(filled)
     for unit in units:

@@ -1,16 +1,18 @@
-"""What a decoder computes in one pass of a micro-batch on one rank, as matrix products, attention and moved bytes.
+"""The computation of a decoder in one pass of a micro-batch on one rank: matmuls, attention FLOPs and moved bytes.
 
-A block, for T tokens of the rank's own (sequences x context / cp), width W, H heads and K key heads of width D, hidden
-width F, t = tp, s = t under sequence parallelism and 1 without, e bytes a number; counted are reads and writes:
+The rank has T tokens (sequences x context / cp). The model has context C, width W, H heads and K key heads of width D,
+and hidden width F; an element has e bytes; t = tp; s = t under sequence parallelism, else 1. The work of a block is:
 
-- products: (T, (H + 2K) D/t, W), (T, W, H D/t), (T, F/t, W) once or twice, (T, W, F/t).
-- attention, fused (Dao et al. 2022): 4 T C H D/t FLOPs forward and 2.5 times that backward, of which a causal kernel
-  computes half. Scores in memory instead: the same products in full, which memory bounds, and for each of H/t x C pairs
-  of a token 11 bytes forward (softmax and dropout read and write, a mask, a read) and 19 backward.
-- two norms, 4 e W/s; two residual sums with dropout's mask, 6 e W/s; rotation, 2 e (H + K) D/t; the activation, 2 e F/t
-  (SwiGLU 3 e F/t); the copies around attention, 4 e H D/t. Compiled: a norm and what stands before it are one kernel.
+- matmuls (m, n, k): (T, (H + 2K) D/t, W), (T, W, H D/t), (T, F/t, W) once or twice, (T, W, F/t).
+- fused attention (Dao et al. 2022): 4 T C H D/t FLOPs forward and 2.5 times that backward; a causal kernel computes
+  half of them. Attention that writes scores to memory: the same matmuls in full, which are memory-bound. In addition it
+  moves bytes for each of the H/t x C pairs of a token: 11 forward (softmax and dropout read and write, a mask, a read)
+  and 19 backward.
+- bytes per token that pointwise kernels read and write: two norms, 4 e W/s; two residual sums with dropout's mask,
+  6 e W/s; rotation, 2 e (H + K) D/t; activation function, 2 e F/t (SwiGLU 3 e F/t); copies around attention,
+  4 e H D/t. If compiled, a norm and the kernel before it are fused.
 
-The backward pass of pointwise work moves twice the bytes.
+The backward pass of pointwise kernels moves twice the bytes.
 """
 
 from __future__ import annotations
@@ -24,49 +26,54 @@ from bigtrain.planning.kernels import Matmul, Work, gradients
 
 SCORE_BYTES_FORWARD, SCORE_BYTES_BACKWARD = 11, 19
 LOSS_BYTES = {"chunked": (14, 6), "steps": (38, 22)}
-"""Read and written for each logit, forward and backward."""
+"""Bytes that the loss reads and writes per logit, forward and backward."""
 BLOCK_KERNELS = 22
-"""That the host starts in a block's forward pass; twice that in its backward pass."""
+"""Kernels that the host starts in a block's forward pass; the backward pass has twice as many."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """How a training program computes a block; the default is this package's own."""
+    """How a training program computes a block; the defaults describe bigtrain."""
 
     attention: Literal["fused", "scores"] = "fused"
-    """Whether scores stay on the chip, or are written to memory."""
+    """fused: attention scores stay on the chip; scores: they are written to memory."""
     recomputes: Recompute | Literal["attention"] = "none"
-    """What the backward pass computes again; "attention": scores and softmax alone (Korthikanti et al. 2022)."""
+    """What the backward pass recomputes; "attention": only scores and softmax (Korthikanti et al. 2022)."""
     merged: bool = False
-    """Whether queries, keys and values are one product, and gate and up another."""
+    """Whether queries, keys and values are one matmul, and gate and up another one."""
     compiled: bool = False
     """Whether pointwise kernels are fused."""
     decomposed: bool = False
-    """Whether norms and rotations are chains of FP32 kernels, 26 W/s bytes for a norm and 22 for a rotated number more;
-    torch has fused ones since 2.9."""
+    """Whether norms and rotations are chains of FP32 kernels. They move 26 W/s more bytes per norm and 22 more per
+    rotated element; torch has fused ones since 2.9."""
     products_again: float = 0.0
-    """Share of a block's products that selective recompute computes again; this package keeps all."""
+    """Share of a block's matmuls that selective recompute recomputes; bigtrain keeps all of their outputs."""
     causal_share: float = 0.5
-    """Of the square of pairs that fused attention computes."""
+    """Share of all pairs of query and key that fused attention computes."""
     loss: Literal["chunked", "steps"] = "chunked"
-    """chunked: this package's loss (`models.loss`), 14 bytes a logit forward and 6 backward. steps: FP32 logits,
-    maximum, difference, exponential, sum and quotient as kernels of their own, 38 and 22 bytes (Megatron-LM's)."""
+    """chunked: bigtrain's loss (`models.loss`), 14 bytes per logit forward and 6 backward. steps: one kernel each for
+    FP32 logits, maximum, difference, exponential, sum and quotient, 38 and 22 bytes (Megatron-LM)."""
 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """Of one block and micro-batch."""
+    """The work of one block for one micro-batch."""
 
     forward: Work
     again: Work
-    """What is computed again before the backward pass."""
+    """Recompute before the backward pass."""
     backward: Work
 
 
 def block_work(
     model: DecoderConfig, sequences: int, layout: LayoutConfig, software: Software, number: int
 ) -> BlockWork:
-    """The work of a block on one rank."""
+    """The work of a block for one micro-batch on one rank.
+
+    Args:
+        sequences: Number of sequences of the micro-batch.
+        number: Bytes per element of the matmuls' dtype.
+    """
     tp, stream = layout.tp, layout.tp if layout.sequence_parallel else 1
     tokens = sequences * model.context // layout.cp
     heads, keys = model.heads * model.width_of_head // tp, model.key_value_heads * model.width_of_head // tp
@@ -133,10 +140,10 @@ def _attention(model: DecoderConfig, tokens: int, sequences: int, layout: Layout
 def head_work(
     model: DecoderConfig, rows: int, sequences: int, layout: LayoutConfig, software: Software, number: int
 ) -> tuple[Work, Work]:
-    """The head and the loss, forward and backward.
+    """The work of the head and the loss for one micro-batch on one rank, forward and backward.
 
     Args:
-        rows: Of the head on this rank.
+        rows: Number of rows of the head on this rank.
     """
     tokens = sequences * model.context // layout.cp
     product = Matmul(tokens, rows, model.width)
@@ -149,23 +156,23 @@ def head_work(
 
 @dataclass(frozen=True)
 class RankWork:
-    """What the ranks of some places of the pipeline compute in a pass."""
+    """The work of one pass, for all pp ranks that have the same work."""
 
     blocks: int
     is_first: bool
     is_last: bool
     block: tuple[Work, Work]
-    """Forward, and backward with what is computed again."""
+    """Work of one block: forward, and backward with recompute."""
     ends: tuple[Work, Work]
-    """The same of embedding and head."""
+    """Work of embedding and head: forward and backward."""
     places: tuple[int, ...]
-    """On the pp axis."""
+    """Indices of these ranks on the pp axis."""
 
 
 def rank_works(
     model: DecoderConfig, vocab_size: int, sequences: int, layout: LayoutConfig, software: Software, number: int
 ) -> list[RankWork]:
-    """The work of each place of the pipeline, equal ones together; blocks lie as `LayoutConfig.split` cuts them."""
+    """The work of all pp ranks, with ranks of equal work grouped; `LayoutConfig.split` gives each stage its blocks."""
     block = block_work(model, sequences, layout, software, number)
     of_block = block.forward, block.again + block.backward
     rows = -(-model.padded_vocab(vocab_size) // (layout.tp if layout.loss_parallel else 1))

@@ -1,11 +1,15 @@
-"""What DeepSpeed's ZeRO exchanges in one step, by `communication`'s conventions (Rajbhandari et al. 2020).
+"""Lists the collectives of one step of DeepSpeed's ZeRO (Rajbhandari et al. 2020); conventions: communication.py.
 
-Read off DeepSpeed 0.19 and held against it. Stages 1 and 2 sum gradients with one all-reduce of a whole bucket, where
-the paper's stage 2 needs a reduce-scatter alone, and stage 2 does so in each pass. What met a part of the activations
-is summed over tp parameter by parameter, in each pass, before DeepSpeed reduces it. Its pipeline sends messages in the
-group of all ranks. What ZeRO 3 gathers for the forward pass stays for the backward pass, recomputed or not, while no
-more than `stage3_max_reuse_distance` (1e9 elements) lie between the two uses: always, within one bucket. Its first two
-steps are others: it learns the order of the parameters, and a pipeline's stages tell each other shapes.
+The formulas follow the code of DeepSpeed 0.19, and are tested against it.
+
+- Stages 1 and 2 sum gradients with one all-reduce of a full bucket, although a reduce-scatter would suffice for the
+  paper's stage 2. Stage 2 does so in each pass.
+- Under tp, each rank applies some parameters to a part of the activations. In each pass the gradients of these are
+  summed over tp one by one, before DeepSpeed reduces them.
+- DeepSpeed's pipeline sends messages in the group of all ranks.
+- ZeRO 3 keeps gathered parameters from the forward to the backward pass, also with recompute, if at most
+  `stage3_max_reuse_distance` (1e9) elements are used in between. This always holds within one bucket.
+- The first two steps differ: ZeRO 3 records the order of the parameters, and pipeline stages exchange shapes.
 """
 
 from __future__ import annotations
@@ -34,11 +38,12 @@ from bigtrain.planning.communication import (
 from bigtrain.planning.parts import BYTES, FP32, Parameter, Parts, StageParts, filled
 
 BUCKET = 50_000_000
-"""Elements that ZeRO 3 fetches ahead at once, a tenth of what is reduced at once: within it all goes in one message."""
+"""Elements in ZeRO 3's prefetch bucket, a tenth of the reduce bucket. A smaller model needs one message for all."""
 PERSISTENT = 100_000
-"""ZeRO 3 keeps parameters of at most so many elements whole and gathers them after the step; default value."""
+"""Default of `stage3_param_persistence_threshold`: ZeRO 3 keeps parameters of at most so many elements unsharded, and
+gathers them after the update."""
 ALIGNED = 2
-"""Flat groups are filled up to a multiple of this times the ranks."""
+"""Flat groups are padded to a multiple of this number times the ranks."""
 
 
 def zero(
@@ -56,25 +61,26 @@ def zero(
     """The collectives of one training step of the deepspeed engine on a rank.
 
     Args:
-        model: A decoder's shape.
-        vocab_size: Entries of the vocabulary, before padding.
-        sizes: The axes of all ranks.
-        layout: The techniques' choices.
-        engine: Stage, recompute, thresholds.
-        precision: Of the matmuls.
-        passes: The micro-batches.
-        rank: Which one.
-        one_bucket: Refuse a model of several buckets; else they count as one: the bytes are right, the counts too few.
+        model: The section of a decoder.
+        vocab_size: Number of vocabulary entries, before padding.
+        sizes: Sizes of the mesh axes.
+        layout: The section `layout`.
+        engine: The section `engine`, with ZeRO stage, recompute and thresholds.
+        precision: Dtype of the matmuls.
+        passes: The micro-batches of a rank.
+        rank: The global rank.
+        one_bucket: Whether to refuse a model of several buckets. If not, several buckets are counted as one: the total
+            bytes are right, but the counts are too small.
 
     Raises:
-        ValueError: The model does not fit one of DeepSpeed's buckets: how it cuts larger ones is not stated here.
+        ValueError: `one_bucket` is true, and the model does not fit one of DeepSpeed's buckets.
     """
     (stage,) = Parts.of(model, vocab_size, sizes, layout, rank).stages
     parameters = [parameter for _, group in stage.groups for parameter in group]
     everything = sum(parameter.elements for parameter in parameters)
     if one_bucket and everything > BUCKET:
         raise ValueError(f"{everything} parameters do not fit one of DeepSpeed's buckets of {BUCKET}")
-    # Its ZeRO 0 computes with the FP32 weights, cast where they are used.
+    # ZeRO 0 has no weights in `precision`: it casts the FP32 weights where they are used.
     number = BYTES[precision] if engine.zero else FP32
     activations = Activations(
         model,
@@ -105,14 +111,14 @@ def zero(
 def stages_to_2(
     shapes: Mapping[str, tuple[int, ...]], stage: int, *, ranks: int, number: int, passes: int
 ) -> list[Term]:
-    """Gradients and updated parameters of ZeRO 0, 1 and 2 over `ranks`.
+    """The collectives of gradients and updated parameters of ZeRO 0, 1 and 2.
 
     Args:
-        shapes: Of this rank's parameters, by names.
-        stage: Of ZeRO.
-        ranks: The data-parallel ones.
-        number: Bytes of a number of the weights that compute.
-        passes: Micro-batches of a step.
+        shapes: Shapes of this rank's parameters, by name.
+        stage: ZeRO stage.
+        ranks: Number of data-parallel ranks.
+        number: Bytes per element of the weights that are used in forward and backward.
+        passes: Number of micro-batches of a step.
     """
     axes = ("dp_shard",)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -154,14 +160,14 @@ def _partial(parameters: list[Parameter], layout: LayoutConfig, number: int, pas
 
 
 def _norm(engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> Iterator[Term]:
-    """DeepSpeed's norm of the gradient, over the data-parallel group and then over the model-parallel one."""
+    """The all-reduces of DeepSpeed's gradient norm, over the data-parallel group and then the model-parallel group."""
     if engine.zero == 0 or (sizes.pp > 1 and precision == "fp32"):
         return
     groups = (("dp_shard",), axes_of(sizes, "pp", "tp"))
     if engine.zero == 1 and precision == "bf16":
         yield _term("all_reduce", groups[1], FP32, 1, "gradient norm")
         return
-    # On the CPU, where the offloaded gradients are, ZeRO 3 sums it in FP32 too.
+    # ZeRO 3 sums the norm in FP64, but with offload, where gradients are on the CPU, in FP32.
     size = FP64 if engine.zero == 3 and engine.offload == "none" else FP32
     for axes in groups:
         yield _term("all_reduce", axes, size, 2, "gradient norm; whether it is finite")
@@ -170,7 +176,7 @@ def _norm(engine: DeepSpeedConfig, precision: Precision, sizes: Mesh) -> Iterato
 
 
 def _pipelined(model: DecoderConfig, stage: StageParts, sizes: Mesh) -> Iterator[Term]:
-    """What DeepSpeed's pipeline exchanges apart from the residual stream."""
+    """The collectives of DeepSpeed's pipeline, without messages of the residual stream."""
     if model.tied and (stage.is_first or stage.is_last):
         (tied,) = (one.elements for one in stage.root if one.name == "embedding.weight")
         yield _term("all_reduce", ends_of(sizes), tied * FP32, 1, "gradients of the tied embedding's two copies")
@@ -184,7 +190,7 @@ def _in(phase: Phase, terms: Iterable[Term]) -> Iterator[Term]:
 
 
 def _is_held(term: Term, sizes: Mesh) -> bool:
-    """Whether the group has more than one rank: DeepSpeed also reduces over groups of one, which moves nothing."""
+    """Whether the group has more than one rank. DeepSpeed also reduces over groups of one rank, which moves nothing."""
     return all(axis not in ALL or getattr(sizes, axis) > 1 for axis in term.collective.axes)
 
 

@@ -1,4 +1,4 @@
-"""For tests, of bigtrain and of models built on it: an independent reference, ranks, benchmarks.
+"""Tools for tests of bigtrain and of models built on it: an independent reference, pools of ranks, benchmarks.
 
-Nothing in bigtrain imports this package.
+Nothing else in bigtrain imports this package.
 """

@@ -1,10 +1,10 @@
-"""What a step costs beside that of the bare loop: `bigtrain bench train`.
+"""Compares the time of bigtrain's training step with that of a bare PyTorch loop: `bigtrain bench train`.
 
-bigtrain's side is the trainer itself: loader, engine, heartbeat, schedule and metrics.jsonl. The other side is
-`plain_loop.train_step`, which gets its batches for nothing. Both train the same Llama of 11M parameters from the same
-weights on the same batches, in this process, step about: a round is a pair of bigtrain and the bare loop, and a pair of
-two more bare loops, whose ratio (A/A) is the noise of the measurement. Every second round swaps the order within its
-pairs.
+bigtrain's side is the full trainer: loader, engine, heartbeat, schedule and metrics.jsonl. The other side is
+`plain_loop.train_step`, which gets its batches without a loader. Both train the same Llama of 11M parameters from the
+same weights on the same batches, alternately in this process. A round has two pairs of steps: bigtrain and the bare
+loop, and two more bare loops. The ratio of the second pair (A/A) measures the noise. Every second round swaps the order
+in both pairs.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ SEED = 0
 WARMUP_ROUNDS = 3
 BOOTSTRAPS = 2000
 ALLOWED = 0.02
-"""What a step may cost more than the bare loop's, beyond the noise."""
+"""Share by which bigtrain's step may be slower than the bare loop's, in addition to the noise."""
 MAX_NOISE = 0.02
 SAME_LOSS = {"fp32": 1e-4, "bf16": 1e-2}
-"""Relative: both sides must compute the same, or their times say nothing."""
+"""Largest relative difference of the two sides' losses: times are comparable only if both compute the same."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: seconds of all threads of this process, which say something on a busy machine too (with one thread: torch's
-threads spin while they wait)."""
+"""wall: elapsed seconds. cpu: CPU seconds of all threads of this process, for a busy machine. It needs one thread,
+because torch's threads use CPU time while they wait."""
 
 Clock = Callable[[], float]
 PlainStep = Callable[[plain_loop.Batch], float]
@@ -73,19 +73,19 @@ PlainStep = Callable[[plain_loop.Batch], float]
 
 @dataclass
 class Timings:
-    """Seconds of each round's four steps."""
+    """Seconds of the four steps of each round."""
 
     native: list[float] = field(default_factory=list)
     plain: tuple[list[float], list[float], list[float]] = field(default_factory=lambda: ([], [], []))
-    """Of the bare loop that is compared, and of the two that are compared with each other."""
+    """The bare loop that is compared with bigtrain, and the two bare loops that are compared with each other."""
 
 
 @dataclass
 class Interleaved:
-    """A loader for the trainer that lets the bare loops take their steps between two of the trainer's.
+    """A loader for the trainer that runs the steps of the bare loops between two steps of the trainer.
 
-    The time between two requests for a batch counts as bigtrain's step: the wait for data, the step itself, and the
-    callbacks of the step before.
+    The time of bigtrain's step is that between two requests for a batch, without the bare loops: the wait for data, the
+    step itself, and the callbacks of the step before.
     """
 
     loader: Loader
@@ -97,11 +97,11 @@ class Interleaved:
 
     @property
     def data_wait_s(self) -> float:
-        """Of the real loader."""
+        """Seconds for which the real loader has waited for data."""
         return self.loader.data_wait_s
 
     def batches(self, first_step: int) -> Iterator[StepBatch]:
-        """The real loader's batches, with a round around each."""
+        """The real loader's batches; one round is measured for each."""
         ahead = self.loader.batches(first_step)
         for number in range(self.rounds):
             arrays = self.loader.batch(number).micro_batches[0]
@@ -131,12 +131,12 @@ class Losses(Callback):
         self.losses: list[float] = []
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """Take it down."""
+        """Append the step's mean loss."""
         self.losses.append(step.loss_sum / step.weight)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print."""
+    """Parse the arguments, run the benchmark and print the result."""
     parser = argparse.ArgumentParser(prog="bigtrain bench train", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs that are timed")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -157,12 +157,13 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
     """Time `pairs` pairs of steps of each kind.
 
     Returns:
-        Facts of the machine and the model; for "bigtrain" and "a_a" the median ratio of a pair, its quartiles and the
-        95 % interval of the median; and whether the step is as cheap as it should be, null where the noise hides it.
+        Facts about the machine and the model. "bigtrain" and "a_a": the median ratio of a pair, the quartiles, and the
+        95 % confidence interval of the median. "within": whether bigtrain's step is within the allowed overhead; None
+        if the noise is too large to decide.
     """
     with tempfile.TemporaryDirectory(prefix="bigtrain-bench-") as place:
         timings = _measure(Path(place), WARMUP_ROUNDS + pairs + 1, precision, batch, CLOCKS[clock])
-    # The trainer does not come back from its last step, so that one has no time.
+    # The trainer requests no batch after its last step, so that step has no time.
     counted = slice(WARMUP_ROUNDS, WARMUP_ROUNDS + pairs)
     native, plain, one, other = (seconds[counted] for seconds in (timings.native, *timings.plain))
     ratios = {
@@ -190,7 +191,7 @@ def bench(pairs: int, precision: Precision = "fp32", batch: int = 4, clock: str 
         **summaries,
         "noise": round(noise, 5),
         "allowed": ALLOWED,
-        # A measurement noisier than what it is to find says nothing.
+        # With more noise than this the measurement decides nothing.
         "within": None if noise > MAX_NOISE else summaries["bigtrain"]["median"] - 1 <= ALLOWED + noise,
     }
 
@@ -232,7 +233,10 @@ def _measure(place: Path, rounds: int, precision: Precision, batch: int, clock: 
 
 
 def _plain_step(weights: dict[str, torch.Tensor], precision: Precision) -> PlainStep:
-    """The bare loop's step from the given weights on a batch; it returns the loss, which waits for the step."""
+    """A function that runs one step of a bare loop with its own model, which starts from the given weights.
+
+    The function returns the loss, which waits for the end of the step.
+    """
     hidden = weights["layers.0.mlp.gate.weight"].shape[0]
     model = plain_loop.Llama(VOCABULARY, MODEL.layers, MODEL.width, MODEL.heads, hidden, CONTEXT)
     model.load_state_dict(plain_loop.named_weights(weights))
@@ -258,7 +262,7 @@ def _check_same(native: list[float], plain: list[float], precision: Precision) -
 
 
 def summary(ratios: list[float]) -> dict[str, Any]:
-    """Median, quartiles, and the 95 % interval of the median by the bootstrap (Efron 1979)."""
+    """Median, quartiles, and the 95 % confidence interval of the median by the bootstrap (Efron 1979)."""
     chance = random.Random(SEED)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(BOOTSTRAPS))
     low, _, high = statistics.quantiles(ratios, n=4)
@@ -270,7 +274,7 @@ def summary(ratios: list[float]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as text for a terminal."""
 
     def percent(ratio: float) -> str:
         return f"{100 * (ratio - 1):+.2f} %"

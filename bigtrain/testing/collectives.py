@@ -1,4 +1,4 @@
-"""Every collective of this rank, as it is issued; see `bigtrain.planning.rehearsal.recorded`."""
+"""Records every collective that this rank issues; see `bigtrain.planning.rehearsal.recorded`."""
 
 from bigtrain.planning.rehearsal.recorded import KINDS, RecordedCollectives
 

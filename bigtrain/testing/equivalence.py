@@ -1,11 +1,11 @@
-"""Whether a layout and an engine compute what one process computes: the same *what*, another *how*.
+"""Checks that a layout and an engine compute what one process computes: one recipe (`What`), two executions (`How`).
 
-    expected = pool.run(record, what, directory, ranks=1)[0]                 # one process, the whole batch in one pass
-    found = pool.run(deviations, what, how, directory, ranks=how.ranks)      # by rank; equal on all
+    expected = pool.run(record, what, directory, ranks=1)[0]                 # one process, the full batch in one pass
+    found = pool.run(deviations, what, how, directory, ranks=how.ranks)      # one result per rank; all are equal
     assert not found[0].faults()
 
-Each compared step starts from the recorded weights and optimizer state, since Adam amplifies rounding; besides, a run
-of its own from the same seed shows what the steps add up to.
+Each compared step starts from the recorded weights and optimizer state, because Adam amplifies rounding errors. A free
+run from the same seed, which never loads recorded state, is compared as well.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 
 OF_OWN, OF_ALL = 1e-5, 1e-7
-"""A gradient may differ by this share of its own norm plus this share of the norm of all, in FP32: sums over ranks
-round otherwise, and what is a small difference of large numbers (a key's bias, which no output depends on) has the
-rounding of those, not its own."""
+"""Tolerance of a gradient in FP32: OF_OWN times its own norm plus OF_ALL times the norm of all gradients. Sums over
+ranks round differently. The second term is for small differences of large values, such as the gradient of a key's bias,
+on which no output depends."""
 OF_NUMBERS = 1e-5
-"""Relative, for losses and norms in FP32."""
+"""Relative tolerance of losses and norms in FP32."""
 UPDATES = 3
 OF_UPDATE = 5e-3
-"""Of the change of a weight in `UPDATES` real steps; without its weight decay of 1.0 one is off by 2e-2."""
+"""Tolerance of a weight after `UPDATES` steps of the free run, relative to its change. Without its weight decay of 1.0,
+a weight is off by 2e-2."""
 OF_ROUNDING = 0.1
-"""Of the change that Adam makes at most, added to it: a key's bias has a gradient of nothing but rounding."""
+"""Share of Adam's largest possible change that is added to that change, for gradients that are only rounding errors."""
 LR = 1e-3
 ACCURACY = Measuring(frozenset({"accuracy"}))
 
@@ -57,7 +58,7 @@ _ADAMW = {"name": "adamw", "eps": 1e-6, "weight_decay": 1.0, "groups": [{"patter
 
 @dataclass(frozen=True)
 class What:
-    """What is trained. The batch has padding in its last sequences; sizes that nothing divides are the rule."""
+    """What is trained. The last sequences of a batch have padding, and most sizes do not divide evenly."""
 
     model: dict[str, Any]
     documents: bool = False
@@ -69,13 +70,13 @@ class What:
     clip: float | None = 1.0
     frozen: tuple[str, ...] = ()
     optimizer: dict[str, Any] = field(default_factory=lambda: dict(_ADAMW))
-    """The section `optimizer`. A larger eps than usual: where a gradient is nothing but rounding, Adam would make steps
-    of its sign. A large weight decay and two learning rates: a layout that ignores one shows in the updated weights."""
+    """The section `optimizer`. With a smaller eps, Adam would turn gradients that are rounding errors into full steps.
+    If a layout ignores the large weight decay or the two learning rates, updated weights show it."""
     precision: Precision = "fp32"
     plugin: str | None = None
     """The user's own code, as `--plugin` names it."""
     sources: int = 0
-    """Sources of a mixture that the sequences come from in turn; 0: batches do not say."""
+    """Number of sources of a mixture, to which the sequences belong in turn; 0: batches have no array `sources`."""
 
 
 _LLAMA = {"arch": "llama", "layers": 2, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 56}
@@ -87,47 +88,49 @@ MODELS = {
     "llama-untied-dropout": What({**_LLAMA, "dropout": 0.1}, sources=3),
     "gpt2-dropout": What({**_GPT2, "dropout": 0.1}, sources=3),
 }
-"""Small models that have between them what layouts get wrong."""
+"""Small models that together have all features that a layout may get wrong."""
 
 
 @dataclass(frozen=True)
 class How:
-    """How it is run."""
+    """The execution: world size, layout and engine."""
 
     ranks: int = 1
     layout: dict[str, Any] = field(default_factory=dict)
+    """The section `layout` without `micro_size`."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """The section `engine`; fsdp where it has no name."""
+    """The section `engine`; fsdp if it has no name."""
     micro_size: int | None = 2
+    """Largest micro-batch in sequences; None: the rank's full share of the batch."""
 
 
 @dataclass(frozen=True)
 class Deviations:
-    """How far a layout is from one process."""
+    """Differences between a layout and one process. Lists have one relative difference for each compared step."""
 
     same_start: bool
-    """Whether the initial weights are equal to the bit."""
+    """Whether the initial weights are bitwise equal."""
     gradients: dict[str, float]
-    """By parameter, the largest over the steps: norm of the difference over what is allowed."""
+    """By parameter, the largest over the steps: norm of the difference, divided by the tolerance."""
     relative_gradients: dict[str, float]
-    """The same over the parameter's own norm."""
+    """By parameter, the largest over the steps: norm of the difference, divided by the norm of the gradient."""
     losses: list[float]
     source_losses: list[float]
-    """The worst of a mixture's sources."""
+    """The largest difference among a mixture's sources."""
     metrics: list[float]
-    """The worst of those that were recorded by name, or infinite where names differ."""
+    """The largest difference among named metrics; infinite if the names differ."""
     norms: list[float]
     weights: list[float]
-    """Relative, of each compared step."""
+    """Differences of the sums of the batch's weights."""
     free_losses: list[float]
-    """Relative, of each step of a run of its own."""
+    """Differences of the losses in the steps of the free run."""
     evaluation: float
-    """Relative, of the held-out loss and accuracy at the start: the larger one."""
+    """The larger relative difference of loss and accuracy in an evaluation before the first step."""
     updates: dict[str, float] = field(default_factory=dict)
-    """By parameter, after `UPDATES` steps of the run of its own: norm of the difference over that of the change."""
+    """By parameter, after `UPDATES` steps of the free run: norm of the difference, divided by that of the change."""
 
     def faults(self) -> list[str]:
-        """What is further away than allowed in FP32, in words."""
+        """Messages about differences that exceed the tolerances of FP32; empty if there are none."""
         found = [] if self.same_start else ["the initial weights differ"]
         found += [
             f"gradient of {name}: {by:.3g} times what is allowed" for name, by in self.gradients.items() if not by <= 1
@@ -143,7 +146,7 @@ class Deviations:
 
 
 def build(what: What, how: How) -> Any:
-    """The engine of this rank, as a run builds it."""
+    """Build the engine of this rank as a run does. Collective."""
     layout = LayoutConfig(**how.layout, micro_size=how.micro_size)
     model = section(what)
     layout.check(model, what.vocabulary)
@@ -170,7 +173,7 @@ def build(what: What, how: How) -> Any:
 
 
 def section(what: What) -> ModelConfig:
-    """The section `model` of what is trained."""
+    """The section `model` of `what`, as its family's config."""
     arch = what.model["arch"]
     if what.plugin:
         load_plugin(what.plugin)
@@ -180,7 +183,7 @@ def section(what: What) -> ModelConfig:
 
 
 def global_batch(what: What, step: int) -> MicroBatch:
-    """The batch of a step: ragged padding and, where requested, several documents in each sequence."""
+    """The global batch of a step: sequences with padding of different lengths and, if requested, several documents."""
     rng = np.random.default_rng([what.seed, step])
     model = section(what) if what.model else ModelConfig(arch="any", context=what.context)
     batch = batch_kind(model).example_batch(model, what.vocabulary, what.batch, rng, what.documents)
@@ -190,7 +193,10 @@ def global_batch(what: What, step: int) -> MicroBatch:
 
 
 def micro_batches(what: What, how: How, step: int, rank: int, ranks: int) -> list[MicroBatch]:
-    """The part of a data-parallel rank; fillers hold content that would show if it counted."""
+    """The micro-batches of one data-parallel rank.
+
+    Padding sequences have weights of 0, but real content, so that results change if a layout counts them.
+    """
     whole = global_batch(what, step)
     layout = LayoutConfig(**how.layout)
     shape = distribute(
@@ -209,7 +215,11 @@ def micro_batches(what: What, how: How, step: int, rank: int, ranks: int) -> lis
 
 
 def record(what: What, directory: Path) -> list[StepNumbers]:
-    """Run one process, the whole batch in one pass; write its gradients, the states before the steps and the last."""
+    """Run all steps in one process, with the full batch in one pass, and record the results for `deviations`.
+
+    Args:
+        directory: Directory for gradients and results of each step, and for the states before each step and at the end.
+    """
     how = How(micro_size=None)
     engine = build(what, how)
     numbers, evaluation = [], engine.evaluate(iter([micro_batches(what, how, 0, 0, 1)]), ACCURACY)
@@ -231,10 +241,10 @@ def record(what: What, directory: Path) -> list[StepNumbers]:
 
 
 def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], None] | None = None) -> Deviations:
-    """Compare this rank's layout with what `record` has written. Collective.
+    """Compare this layout with what `record` has written. Collective.
 
     Args:
-        plant: Breaks the engine, to see that the comparison finds it.
+        plant: Function that breaks the engine, to test that the comparison finds the fault.
     """
     engine = build(what, how)
     if plant is not None:
@@ -269,7 +279,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
             difference, own = float((gradients[name] - tensor).norm()), float(tensor.norm())
             by = difference / (OF_OWN * own + OF_ALL * overall)
             allowed[name] = max(allowed.get(name, 0.0), by) if by == by else math.inf
-            # At the first step a matrix of an adapter has no gradient at all: its other half is zero.
+            # In the first step one of an adapter's two matrices has a gradient of zero, because the other one is zero.
             relative[name] = max(
                 relative.get(name, 0.0), difference / own if own else (math.inf if difference else 0.0)
             )
@@ -288,7 +298,7 @@ def deviations(what: What, how: How, directory: Path, plant: Callable[[Any], Non
 
 
 def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
-    """A step's numbers and whole gradients of the sum of losses, the weights untouched. Collective."""
+    """A step's results, and the full gradients of the sum of losses; weights do not change. Collective."""
     batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
     if not isinstance(engine, FSDPEngine):
         return _computed_by_deepspeed(engine, batch, what, step)
@@ -300,7 +310,7 @@ def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, 
 
 
 def forget(engine: Any) -> None:
-    """Start the next compared step without gradients; DeepSpeed does so itself, and with offload keeps the tensors."""
+    """Clear the gradients before the next compared step. DeepSpeed does so itself, and with offload keeps tensors."""
     if isinstance(engine, FSDPEngine):
         engine.optimizer.zero_grad()
 
@@ -308,14 +318,14 @@ def forget(engine: Any) -> None:
 def _computed_by_deepspeed(
     engine: Any, batch: list[MicroBatch], what: What, step: int
 ) -> tuple[StepNumbers, dict[str, Tensor]]:
-    """DeepSpeed gives gradients up only to its optimizer: what that gets, unscaled, in a step of length zero.
+    """`compute` for DeepSpeed, which passes gradients only to its optimizer: a step with a learning rate of zero.
 
-    The optimizer's own state goes on: each compared step begins with `put`.
+    The step changes the optimizer's state, but each compared step begins with `put`.
     """
     used: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> None:
-        # Copies, since in BF16 DeepSpeed fills with zeros what it has used.
+        # Copies, because in BF16 DeepSpeed sets gradients to zero after their use.
         used.update({name: _copy(gradient) for name, gradient in engine.gradients().items()})
 
     watch = engine.optimizer.register_step_pre_hook(keep)
@@ -326,7 +336,7 @@ def _computed_by_deepspeed(
 
 
 def update(engine: FSDPEngine) -> None:
-    """What `train_step` does after `compute`."""
+    """Run the part of `train_step` that follows `compute`: the optimizer's step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = LR * group["lr_scale"]
     engine.optimizer.step()
@@ -340,7 +350,10 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of whole tensors, those of other stages too; NaN where the copies of two ranks differ. Collective."""
+    """Gather full tensors from all ranks, those of other stages too. Collective.
+
+    Elements are NaN where the copies of two ranks differ.
+    """
     own = {name: _pieces(value) for name, value in state.items()}
     ranks: list[Any] = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -354,7 +367,7 @@ def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 full = whole.setdefault(name, piece.new_zeros(shape))
                 known = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
                 box = _box(offset, piece.shape)
-                # What is equal to nothing shows in every comparison.
+                # NaN is equal to nothing, so every comparison fails.
                 differs = known[box] & (full[box] != piece)
                 full[box] = torch.where(differs, math.nan, piece)
                 known[box] = True
@@ -370,13 +383,13 @@ def _pieces(value: Tensor) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...],
         return shape, [((0,) * len(shape), value.detach())]
     if any(placement.is_partial() for placement in value.placements):
         return shape, [((0,) * len(shape), value.full_tensor().detach())]
-    # No collective for each tensor: `gather` puts the pieces together in one.
+    # No collective is needed here: `gather` collects the pieces of all tensors in one.
     _, at = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
     return shape, [(tuple(at), value.to_local().detach())]
 
 
 def put(state: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Fill tensors of any layout, in place, from whole ones; a stage has a part of them."""
+    """Copy full tensors into tensors of any layout, in place. `whole` may have more names than this rank's `state`."""
     assert state.keys() <= whole.keys()
     with torch.no_grad():
         for name, value in state.items():
@@ -395,10 +408,10 @@ def _box(offset: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _updates(state: dict[str, Tensor], start: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """How far each updated weight is from the expected one, over how far that has moved.
+    """By parameter, the norm of the difference from the expected weight, divided by that of the expected change.
 
-    Weights are skipped if their gradient may differ by more than `OF_UPDATE` of itself (`OF_ALL`): Adam makes full
-    steps of what is rounding.
+    Weights are skipped if their gradient is so small that the tolerance `OF_ALL` exceeds `OF_UPDATE` of it. Adam may
+    turn such rounding errors into full steps.
     """
     squares = {name: float(value.double().sum()) for name, value in expected.items() if name.endswith(".exp_avg_sq")}
     rounding = (OF_ALL / OF_UPDATE) ** 2 * sum(squares.values())
@@ -414,7 +427,7 @@ def _updates(state: dict[str, Tensor], start: dict[str, Tensor], expected: dict[
 
 
 def _off_by_name(numbers: StepNumbers, facts: dict[str, Tensor], step: int) -> float:
-    """The worst of a step's named metrics."""
+    """The largest relative difference among a step's named metrics; infinite if the names differ."""
     known = {name.removeprefix("metric ") for name in facts if name.startswith("metric ")}
     if numbers.metrics.keys() != known:
         return math.inf
@@ -424,7 +437,7 @@ def _off_by_name(numbers: StepNumbers, facts: dict[str, Tensor], step: int) -> f
 
 
 def _accuracy(totals: Totals) -> float:
-    """Of an evaluation; 0 of a model that records none."""
+    """Accuracy of an evaluation; 0 if the model does not record it."""
     found = totals.metrics.get("accuracy")
     return 0.0 if found is None or found.result is None else found.result
 

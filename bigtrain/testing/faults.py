@@ -1,10 +1,11 @@
-"""A rank that does itself harm at a given step: `python -m bigtrain.testing.faults`, as the rank module of a run.
+"""A rank that fails on purpose at a given step: `python -m bigtrain.testing.faults`, as the rank module of a run.
 
     BIGTRAIN_FAULT='{"kind": "kill", "rank": 1, "step": 12, "phase": "step", "attempts": 1}'
 
-It is `bigtrain.training.rank`, and when it beats at that step and phase, in one of the first `attempts` attempts, the
-fault strikes. So a test of a user's own model can check that it survives what happens to ranks. FAULT_FILE, if set, is
-written at that moment, with the time (time.monotonic, which all processes of a machine share).
+It runs `bigtrain.training.rank`. The fault occurs at the heartbeat of that step and phase, in each of the first
+`attempts` attempts of the run. Tests of a user's model can use it to check that a run recovers from failures of ranks.
+If BIGTRAIN_FAULT_FILE names a file, the time of the fault is written to it (time.monotonic, which all processes of a
+machine share).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _MUTEX_BYTES: Final = 64  # At least sizeof(pthread_mutex_t); zeros are an unloc
 
 
 def _stop() -> None:
-    # A little later, from beside: then the step is under way.
+    # From another thread and a little later, when the step has begun.
     threading.Timer(WITHIN_STEP_S, os.kill, (os.getpid(), signal.SIGSTOP)).start()
 
 
 def _hold_gil() -> None:
-    # A C call through PyDLL keeps the GIL; a mutex that is locked twice, unlike a sleep, outlasts any signal.
+    # A C call through PyDLL keeps the GIL. Locking a mutex twice blocks forever; a sleep could be ended by a signal.
     libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(_MUTEX_BYTES)
     for _ in range(2):
         libc.pthread_mutex_lock(mutex)
@@ -56,14 +57,14 @@ FAULTS: Final[dict[str, Callable[[], object]]] = {
     "raise": _raise,
     "sleep": lambda: time.sleep(SLOW_S),
 }
-"""What can be planted, by name."""
+"""The faults by name: the values of "kind"."""
 
 
 class FaultyHeartbeat(Heartbeat):
-    """A heartbeat at which a fault strikes."""
+    """A heartbeat that triggers the fault."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Beat, and strike where it is time."""
+        """Send the heartbeat, and trigger the fault if its rank, step, phase and attempt are reached."""
         super().beat(step, phase)
         fault = json.loads(os.environ.get(variables.FAULT, "{}"))
         if not fault or int(os.environ["RANK"]) != fault["rank"]:
@@ -77,7 +78,7 @@ class FaultyHeartbeat(Heartbeat):
 
 
 def main() -> int:
-    """Run as a rank."""
+    """Run this process as a rank that triggers the fault."""
     setattr(rank, "Heartbeat", FaultyHeartbeat)  # noqa: B010 - the name that the module imported
     return rank.main()
 

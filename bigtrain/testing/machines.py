@@ -1,6 +1,6 @@
-"""Several machines in one: nodes that are lost, announced to go, and come back, in tenths of a second.
+"""Several nodes simulated on one machine: nodes are lost, announced to leave, and return within tenths of a second.
 
-Agents, ranks and connections are real; only the machines, their network and their disks are this one's.
+Agents, ranks and connections are real. Only the machine, its network and its disks are shared by all nodes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from bigtrain.jobs.protocol import SILENCE_S, AgentConnection, Listener, PeerLos
 
 
 class Machines(Placer):
-    """A placer whose nodes are agents of this machine, named by single letters.
+    """A placer whose nodes are agents on this machine, named by single letters.
 
     Args:
-        names: The nodes that are there; `there` may be changed while a run lasts.
-        sizes: Numbers of nodes at which the run may be placed.
-        logs: Where the agents' own words go.
-        silence_s: How long agent and controller wait for a word from each other.
+        names: The available nodes, one letter each. A test may change the attribute `there` during a run.
+        sizes: Numbers of nodes on which the run may be placed.
+        logs: Directory of the agents' log.
+        silence_s: How long agent and controller wait for a message from each other.
     """
 
     name = "machines"
@@ -45,16 +45,16 @@ class Machines(Placer):
         self._connections: list[AgentConnection] = []
 
     def pid(self, name: str) -> int:
-        """The agent of a node."""
+        """Process id of a node's agent."""
         return self._agents[name].pid
 
     def lose(self, name: str) -> None:
-        """A node dies, with all that runs on it."""
+        """Simulate the loss of a node: remove it and kill its agent."""
         self.there.remove(name)
         self._agents[name].kill()
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
-        """Start an agent for each node that is taken; see `Placer.place`."""
+        """Start an agent for each chosen node; see `Placer.place`."""
         self.release()
         while (nodes := self._choose()) is None:
             if cancelled():
@@ -98,27 +98,27 @@ class Machines(Placer):
         self._agents = {}
 
     def distrust(self, agent: str) -> None:
-        """Note it; these nodes are as good as `there` says."""
+        """Record the node in `distrusted`; it stays available."""
         self.distrusted.append(agent)
 
     def exclude(self, agent: str) -> bool:
-        """Exclude a node, if enough others are there."""
+        """Exclude a node if enough other nodes are available, and return whether it is excluded."""
         if len(set(self.there) - self.excluded - {agent}) < min(self.sizes):
             return False
         self.excluded.add(agent)
         return True
 
     def leave(self, agent: str) -> None:
-        """Take the node no more."""
+        """Do not choose the node again."""
         self.leaving[agent] = None
 
     def notices(self) -> list[Notice]:
-        """The placed nodes that `leaving` names."""
+        """Notices for the placed nodes that are in `leaving`."""
         placed = [connection.agent for connection in self._connections]
         return [Notice(name, f"host-{name}", self.leaving[name]) for name in placed if name in self.leaving]
 
     def larger(self) -> int:
-        """How many nodes could be had, where that is more than are placed."""
+        """Number of nodes on which the run could be placed, if it is larger than now; else 0."""
         chosen = self._choose() or []
         return len(chosen) if len(chosen) > len(self._connections) else 0
 

@@ -1,4 +1,4 @@
-"""A plain PyTorch training loop with its own model: what bigtrain's numbers and speed are held against.
+"""A plain PyTorch training loop with its own model: the reference for bigtrain's results and speed.
 
 It shares no code with bigtrain."""
 
@@ -62,7 +62,7 @@ class Llama(nn.Module):
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, clip: float) -> Tensor:
-    """One step on the whole batch at once; returns its mean loss."""
+    """Run one step on the full batch in one pass, and return its mean loss, a scalar on the device."""
     tokens, targets, weights = batch
     losses = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
     loss = (losses * weights.flatten()).sum() / weights.sum()
@@ -76,7 +76,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
 
 
 def named_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """bigtrain's qualified names of a Llama as this model's."""
+    """Rename the parameters of bigtrain's Llama to this model's names.
+
+    Args:
+        state: Tensors by bigtrain's qualified names.
+    """
     names = {"attention_norm": "norm_1", "mlp_norm": "norm_2", "attention.query": "q", "attention.key": "k",
              "attention.value": "v", "attention.output": "o", "mlp.": ""}  # fmt: skip
     pattern = re.compile("|".join(map(re.escape, names)))

@@ -1,12 +1,16 @@
-"""`bigtrain prove CONFIG [layout.x=...]`: a run's own model, shrunk, at its own layout against one process.
+"""`bigtrain prove CONFIG [layout.x=...]` compares a run's layout with one process, on a smaller copy of its model.
 
-The model keeps what layouts get wrong (grouped heads, ties, norms, biases, dropout, masks) and loses size. A few steps
-in FP32 on CPU processes are compared with one process that takes the whole batch in one pass: initial weights, the
-gradient of every parameter, its norm, the loss, updated weights, and a state that is put into the layout and read back.
+The smaller model keeps what a layout may get wrong: grouped heads, ties, norms, biases, dropout, masks. A few steps in
+FP32 on CPU processes are compared with one process that computes the full batch in one pass. The comparison covers
+initial weights, all gradients, the gradient norm, the loss, and updated weights. In addition, a state is loaded into
+the layout and read back.
 
-Rules: degrees above 2 are halved until the ranks fit; layers become as few as stages (at least 2, and a full period of
-layers that differ); key heads as many as tp and cp share, query heads in the same ratio up to 4; heads are 8 wide;
-context, MLP and vocabulary become small. Models that are no decoders keep their sizes. `compile` is off.
+Rules for the smaller run:
+
+- Axes above 2 are halved until the layout has at most the given number of ranks.
+- The number of layers is that of the stages, but at least 2, and at least a full period of layers that differ.
+- The number of key heads is tp x cp, and query heads have the model's ratio to them, at most 4. Heads have width 8.
+- Context, MLP and vocabulary are small. Models that are not decoders keep their sizes. `compile` is off.
 """
 
 from __future__ import annotations
@@ -37,12 +41,12 @@ HEAD_WIDTH = 8
 MOST_HEADS_PER_KEY = 4
 CONTEXT, VOCABULARY, BATCH, STEPS = 24, 61, 7, 3
 LEAST_EPS = 1e-6
-"""Of Adam: where a gradient is nothing but rounding, a smaller one would make steps of its sign."""
+"""Smallest eps of Adam. A smaller one would turn gradients that consist of rounding errors into full steps."""
 AXES = ("dp_replicate", "dp_shard", "cp", "pp", "tp")
 
 
 def shrunk_layout(layout: LayoutConfig, ranks: int) -> tuple[dict[str, int], list[str]]:
-    """Sizes of the axes on at most `ranks` ranks, and what was changed, in words."""
+    """Sizes of the mesh axes on at most `ranks` ranks, and messages about what was changed."""
     given = {axis: getattr(layout, axis) for axis in AXES}
     sizes = {axis: 2 if size == -1 else size for axis, size in given.items()}
     while math.prod(sizes.values()) > ranks:
@@ -57,7 +61,7 @@ def shrunk_layout(layout: LayoutConfig, ranks: int) -> tuple[dict[str, int], lis
 
 
 def shrunk_model(model: Any, layout: LayoutConfig) -> tuple[dict[str, Any], list[str]]:
-    """The section `model` without its context, and what was changed, in words."""
+    """The keys of a smaller section `model` without its context, and messages about what was changed."""
     plain = {key: value for key, value in model.plain().items() if key != "context"}
     if not isinstance(model, DecoderConfig):
         return plain, [f"a model of arch '{model.arch}' keeps its sizes"]
@@ -83,10 +87,15 @@ def shrunk_model(model: Any, layout: LayoutConfig) -> tuple[dict[str, Any], list
 
 
 def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tuple[What, How, list[str]]:
-    """What is compared, how, and what was changed.
+    """What is trained, how the layout runs it, and messages about what was changed.
+
+    Args:
+        config: The run's config.
+        ranks: Largest number of ranks.
+        plugin: The user's own code, as `--plugin` names it.
 
     Raises:
-        UserError: A model of transformers, or of parts, or a layout that the model cannot have.
+        UserError: The engine runs models of transformers, or the model has several parts.
     """
     if config.engine.runs_transformers:
         raise UserError(
@@ -131,12 +140,16 @@ def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tupl
 
 
 def _couples(model: ModelConfig) -> bool:
-    """Whether a model takes statistics or negatives from the whole batch, and so a rank's part of it in one pass."""
+    """Whether a model couples the samples of a batch (batch statistics, negatives), so it needs one micro-batch."""
     return isinstance(model, PlainConfig) and model.observed_facts(VOCABULARY, 0).couples
 
 
 def resumed(what: What, how: How, directory: Path) -> list[str]:
-    """Put one process's newest state into this layout and read it back: names whose values differ. Collective."""
+    """Load a state that one process has recorded into this layout, and read it back. Collective.
+
+    Returns:
+        Messages about tensors that are missing or differ; empty if there are none.
+    """
     engine = build(what, how)
     expected = load_file(directory / f"state-{what.steps - 1}.safetensors")
     put(engine.state(), expected)
@@ -148,14 +161,21 @@ def resumed(what: What, how: How, directory: Path) -> list[str]:
 
 
 def prove(what: What, how: How, pool: RankPool, directory: Path) -> list[str]:
-    """What differs between a layout and one process, by name; nothing where they agree."""
+    """Messages about differences between a layout and one process; empty if they agree.
+
+    Args:
+        what: What is trained.
+        how: The layout and the engine.
+        pool: At least `how.ranks` ranks.
+        directory: Directory for the recorded results, which all ranks can read.
+    """
     pool.run(record, what, directory, ranks=1)
     found = pool.run(deviations, what, how, directory, ranks=how.ranks)[0].faults()
     return found + pool.run(resumed, what, how, directory, ranks=how.ranks)[0]
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring; the exit code."""
+    """Run `bigtrain prove`, and return the exit code: 1 if the layout differs from one process."""
     parser = argparse.ArgumentParser(prog="bigtrain prove", description="Compare a run's layout with one process.")
     parser.add_argument("config", type=Path, help="A run's YAML.")
     parser.add_argument("overrides", nargs="*", help="key=value pairs laid over the file.")
@@ -192,7 +212,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Ranks find functions by their module's name, which this one has only when it is imported.
+    # Ranks find functions by their module's name, but here that name is __main__. So the module is imported.
     from bigtrain.testing.prove import main as main_of_the_module
 
     sys.exit(main_of_the_module(sys.argv[1:]))

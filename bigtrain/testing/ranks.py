@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that stay warm, each in a gloo group on this machine's CPU.
+"""Ranks for tests: processes on this machine's CPU that are reused from run to run, with a gloo group for each run.
 
     def total(value: float) -> float:                  # a function of a module, not of another function
         tensor = torch.tensor(value * dist.get_rank())
@@ -9,15 +9,15 @@
         assert pool.run(total, 2.0, ranks=4) == [12.0] * 4      # what each rank returned, by rank
         assert pool.run(total, 2.0, ranks=2) == [2.0] * 2
 
-In tests, `ranks` is a fixture that holds such a pool for the whole session.
+In tests, the fixture `ranks` is such a pool for the full session.
 
-One process, the nursery, imports torch once and forks the ranks, so that a pool costs one import whatever its size.
-The ranks stay: a run costs only the set-up of its process group, which is new for each run. What else a function
-leaves behind in its process (torch's determinism, its default dtype) stays as well.
+One process, the nursery, imports torch once and forks the ranks, so a pool of any size needs one import. Ranks are
+reused, so a run costs only the set-up of its new process group. Other global state that a function changes in its
+process (torch's determinism, the default dtype) stays changed.
 
-A function that raises fails the run at once: its rank ends, which breaks the connections that the others wait on, and
-`RankError` shows its traceback. A run past its time is ended too, and the error shows where each rank stood. In both
-cases all ranks are replaced, so the next run finds a sound pool.
+If a function raises, the run fails at once: its rank exits, which breaks the connections on which other ranks wait, and
+`RankError` shows the traceback. A run that exceeds its time limit is ended too, and the error shows the stack of each
+rank that has not returned. In both cases all ranks are replaced, so that the next run starts with new processes.
 """
 
 from __future__ import annotations
@@ -51,19 +51,20 @@ T = TypeVar("T")
 START_TIMEOUT_S = 120.0
 RUN_TIMEOUT_S = 120.0
 AFTERMATH_S = 2.0
-"""How long the other ranks may take to report once one has failed; the first failure is the one that counts."""
+"""How long to wait for reports of other ranks after one has failed; the rank that failed first is reported."""
 STACKS_S = 0.5
+"""How long to wait until ranks have written their stacks."""
 MOST_THREADS = 100
-"""Of a rank that is kept. torch holds on to the threads of process groups that have been destroyed, some 15 a run, and
-each wakes up a hundred times a second: after 60 runs idle ranks took a third of a core each."""
+"""Ranks with more threads are replaced. torch keeps the threads of destroyed process groups, about 15 per run, and each
+wakes up 100 times a second. After 60 runs each idle rank used a third of a core."""
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or hung.
+    """A rank raised an exception, died or did not return in time.
 
     Attributes:
-        rank: The one that failed first.
-        report: Its traceback, or where it stood.
+        rank: The rank that failed first.
+        report: Its traceback, or the stacks of the ranks that did not return.
     """
 
     def __init__(self, rank: int, what: str, report: str) -> None:
@@ -74,7 +75,7 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Task:
-    """What a rank is asked to run."""
+    """The function that a rank is to run."""
 
     size: int
     store: str
@@ -84,29 +85,29 @@ class _Task:
     file: str
     function: str
     arguments: bytes
-    """Pickled apart, since reading them may need the module."""
+    """Arguments, pickled separately because unpickling them may need the function's module."""
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank returned, or how it failed."""
+    """The value that a rank returned, or its failure."""
 
     value: Any = None
     error: str = ""
     report: str = ""
     failed_at: float = 0.0
-    """CLOCK_MONOTONIC, which all processes share: the first failure is the cause of the others."""
+    """Time of the failure by CLOCK_MONOTONIC, which all processes share; the first failure caused the others."""
 
 
 class RankPool:
     """`size` processes that run functions together; see the module's docstring."""
 
     def __init__(self, size: int = 4, timeout_s: float = RUN_TIMEOUT_S) -> None:
-        """Nothing is started before the first run.
+        """Create a pool; processes are started by the first run.
 
         Args:
-            size: Ranks of the largest run.
-            timeout_s: How long a run may take, unless it says otherwise.
+            size: Number of ranks of the largest run.
+            timeout_s: Time limit of a run that sets none.
         """
         if size < 1:
             raise ValueError(f"a pool needs at least one rank, not {size}")
@@ -122,22 +123,22 @@ class RankPool:
     def run(
         self, function: Callable[..., T], *arguments: Any, ranks: int = 2, timeout_s: float | None = None
     ) -> list[T]:
-        """Call a function on ranks 0 .. ranks - 1 at once, inside a process group of just these.
+        """Call a function on ranks 0 to `ranks` - 1 at the same time, in a process group of these ranks.
 
         RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are set as torchrun sets them.
 
         Args:
-            function: Of a module; the ranks find it by the module's file, so a test's own function serves.
-            arguments: Picklable, the same for all ranks.
-            ranks: How many run it, at most `size`.
-            timeout_s: How long it may take; None: the pool's.
+            function: A function at the top level of a module, such as a test module; ranks load it from the file.
+            arguments: Arguments of the function, picklable, the same for all ranks.
+            ranks: Number of ranks, at most `size`.
+            timeout_s: Time limit in seconds; None: the pool's limit.
 
         Returns:
-            What each rank returned, by rank; picklable.
+            The return value of each rank, by rank. Values must be picklable.
 
         Raises:
-            RankError: A rank raised, died, or did not return in time. The pool has new ranks then.
-            ValueError: More ranks than the pool has, or a function that the ranks could not find.
+            RankError: A rank raised an exception, died, or did not return in time. All ranks of the pool are replaced.
+            ValueError: The run has more ranks than the pool, or the ranks cannot find the function.
         """
         if not 1 <= ranks <= self.size:
             raise ValueError(f"the pool has {self.size} ranks, so a run has 1 to {self.size}, not {ranks}")
@@ -158,7 +159,7 @@ class RankPool:
                 self._end_ranks()
             return values
         except BaseException:
-            # Whatever went wrong, an interruption too: nobody knows what these ranks are in the middle of.
+            # After any exception, also KeyboardInterrupt, the state of these ranks is unknown.
             self._end_ranks()
             raise
         finally:
@@ -193,7 +194,7 @@ class RankPool:
         return self._directory
 
     def _start(self) -> None:
-        """Have the nursery fork ranks, which end those that were there, and wait until each has called back."""
+        """Let the nursery kill its ranks and fork new ones, and wait until each of them has connected."""
         if self._nursery is None or self._server is None:
             self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._server.bind(str(self._place / "socket"))
@@ -223,7 +224,12 @@ class RankPool:
         self._ranks = [called[rank][1] for rank in range(self.size)]
 
     def _collect(self, ranks: int, limit: float) -> list[_Answer]:
-        """The answers of all ranks; the first failure, as soon as the others had a moment to fail from it."""
+        """The answers of all ranks.
+
+        Raises:
+            RankError: A rank failed or did not return in time. After a failure, other ranks have `AFTERMATH_S` seconds
+                to report failures too; the earliest one is raised.
+        """
         answers: dict[int, _Answer] = {}
         deadline = time.monotonic() + limit
         while len(answers) < ranks:
@@ -247,7 +253,7 @@ class RankPool:
         return [answers[rank] for rank in range(ranks)]
 
     def _stacks(self, ranks: list[int]) -> str:
-        """Where ranks stand now, as their own fault handlers tell it."""
+        """The current stacks of some ranks, which their fault handlers write on SIGUSR1."""
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pids[rank], signal.SIGUSR1)
@@ -256,7 +262,7 @@ class RankPool:
         return "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files if file.exists())
 
     def _end_ranks(self) -> None:
-        """Let go of the ranks; the nursery kills them before it forks the next, or when it ends itself."""
+        """Disconnect from the ranks, and let the nursery kill them."""
         for connection in self._ranks:
             connection.close()
         if self._ranks and self._nursery is not None and self._nursery.stdin is not None:
@@ -274,7 +280,7 @@ def _receive(connection: Connection) -> _Answer:
     try:
         answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - a process that this one started
     except (EOFError, ConnectionResetError):
-        # Before any exception: a death is a cause, an exception may be its consequence.
+        # Time 0 is before any exception: the death of a rank causes exceptions on other ranks.
         return _Answer(error="died without an answer", failed_at=0.0)
     return _Answer(*answer)
 
@@ -288,13 +294,16 @@ def _source(function: Callable[..., object]) -> tuple[str, str]:
 
 
 def _environment() -> dict[str, str]:
-    """One thread a rank, no GPU, and a network interface that is always there."""
+    """Environment of the ranks: one thread each, no GPU, and the loopback interface, which always exists."""
     own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     return with_source(os.environ) | own
 
 
 def _nursery(directory: Path, size: int) -> None:
-    """Fork ranks on demand: lines of "fork" and "end" on the standard input; its end is the end of all."""
+    """Fork ranks on the line "fork" of the standard input, after killing those of before; "end" only kills them.
+
+    The end of the input ends the nursery.
+    """
     import bigtrain.engines.fsdp.engine  # noqa: F401 - imported once, for all ranks
 
     pids: list[int] = []
@@ -306,7 +315,7 @@ def _nursery(directory: Path, size: int) -> None:
             os.waitpid(pid, 0)
         pids = []
         if not line:
-            # Here too, for a pool whose process was killed.
+            # `RankPool.close` removes the directory too, but not if the pool's process was killed.
             shutil.rmtree(directory, ignore_errors=True)
             return
         if line != b"fork\n":
@@ -319,7 +328,7 @@ def _nursery(directory: Path, size: int) -> None:
 
 
 def _serve(directory: Path, rank: int) -> None:
-    """The life of a rank: one task after another, until the pool hangs up or a task fails."""
+    """Run a rank: perform one task after another until the pool disconnects or a task fails; never returns."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     channel.connect(str(directory / "socket"))
     connection = Connection(channel.detach())
@@ -344,7 +353,7 @@ def _serve(directory: Path, rank: int) -> None:
             sys.stderr.flush()
             connection.send_bytes(reply)
             if failed:
-                # Without atexit handlers, which might wait for the other ranks.
+                # os._exit runs no atexit handlers, which might wait for other ranks.
                 os._exit(1)
 
 
@@ -357,12 +366,12 @@ def _perform(task: _Task, rank: int) -> Any:
     for name in task.function.split("."):
         function = getattr(function, name)
     arguments = pickle.loads(task.arguments)  # noqa: S301 - from the process that started this one
-    # The pool's own limit comes first: it tells where all ranks stand.
+    # The group's timeout is longer than the pool's own limit, whose error shows the stacks of all ranks.
     timeout = timedelta(seconds=task.timeout_s + START_TIMEOUT_S)
     dist.init_process_group(
         "gloo", init_method=f"file://{task.store}", rank=rank, world_size=task.size, timeout=timeout
     )
-    # A rank whose function sends nothing would else close its connections while another still makes its own.
+    # Without the barrier, a rank whose function communicates nothing might close its connections before others connect.
     dist.barrier()
     value = function(*arguments)
     if dist.is_initialized():
@@ -371,7 +380,7 @@ def _perform(task: _Task, rank: int) -> Any:
 
 
 def _load(name: str, file: str) -> ModuleType:
-    """A module by name, or from its file where a test runner gave it a name that cannot be imported."""
+    """Import a module by name, or from its file if a test runner gave it a name that cannot be imported."""
     if name in sys.modules:
         return sys.modules[name]
     with contextlib.suppress(ModuleNotFoundError):
@@ -388,7 +397,7 @@ def _load(name: str, file: str) -> ModuleType:
 
 
 if __name__ == "__main__":
-    # Under its own name, which is what pickled tasks refer to.
+    # Pickled tasks refer to the module's own name, not to __main__.
     from bigtrain.testing import ranks
 
     ranks._nursery(Path(sys.argv[1]), int(sys.argv[2]))

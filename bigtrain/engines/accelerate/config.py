@@ -14,23 +14,24 @@ if TYPE_CHECKING:
 
 @ENGINES.register
 class AccelerateConfig(Passthrough):
-    """Hugging Face models, through Accelerate's plugins."""
+    """Hugging Face models, trained through Accelerate's plugins."""
 
     runs_transformers: ClassVar[bool] = True
 
     name: Literal["accelerate"] = "accelerate"
-    """accelerate: models of `arch: hf`; one process runs them in plain PyTorch."""
+    """accelerate: models of `arch: hf`; a single process runs them in plain PyTorch."""
 
     strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"
-    """What the ranks share out. ddp: nothing; fsdp2: parameters, gradients, optimizer; zero2: gradients, optimizer."""
+    """What is sharded over the ranks. ddp: nothing; fsdp2: parameters, gradients and optimizer state; zero2: gradients
+    and optimizer state."""
 
     passthrough: dict[str, Any] = Field(default_factory=dict)
-    """Further settings: of DistributedDataParallelKwargs (ddp), of FullyShardedDataParallelPlugin (fsdp2), or of
-    DeepSpeed's zero_optimization (zero2)."""
+    """Further settings of DistributedDataParallelKwargs (ddp), FullyShardedDataParallelPlugin (fsdp2) or DeepSpeed's
+    zero_optimization (zero2)."""
 
     @property
     def flattens(self) -> bool:
-        """Whether parameters lie end to end: under ZeRO."""
+        """See `EngineConfig.flattens`: true for zero2."""
         return self.strategy == "zero2"
 
     def read_passthrough(self, precision: Precision, *, pipelined: bool) -> None:

@@ -1,7 +1,7 @@
-"""The accelerate engine: models of Hugging Face transformers, by Accelerate's DDP, FSDP2 or ZeRO-2.
+"""The accelerate engine: models of Hugging Face transformers under Accelerate's DDP, FSDP2 or ZeRO-2.
 
-BF16: matmuls in BF16 under autocast, parameters, reductions, norms, logits and loss in FP32; FSDP2 gathers the
-parameters in BF16.
+With BF16, matmuls run in BF16 under autocast; parameters, reductions, norms, logits and loss are FP32. FSDP2 gathers
+the parameters in BF16.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 
 
 class AccelerateEngine:
-    """A Hugging Face model and its optimizer on this rank, and the step that all ranks take together."""
+    """Trains a Hugging Face model; each rank holds its part of the model and the optimizer. See `contract.Engine`."""
 
     def __init__(
         self, config: Config, strategy: Plain, *, clip: float | None, seed: int, device: torch.device, ranks: Ranks
@@ -49,11 +49,11 @@ class AccelerateEngine:
 
     @classmethod
     def build(cls, engine: AccelerateConfig, parts: EngineParts) -> AccelerateEngine:
-        """Everything from the config's sections: device, process group, model with its weights, optimizer.
+        """Build device, process group, model with its weights, and optimizer from the config's sections. Collective.
 
         Raises:
-            UserError: The model cannot take the data, its file lacks weights, or Accelerate built something else than
-                was requested.
+            UserError: The model does not fit the data, its file lacks weights, or Accelerate did not build what the
+                config requests.
         """
         model, optimizer, ranks = parts.model, parts.optimizer, parts.ranks
         if not isinstance(model, Config):
@@ -81,7 +81,7 @@ class AccelerateEngine:
         return result
 
     def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
-        """Leave with the strategy the gradient of the sum of losses, averaged over the ranks.
+        """Run forward and backward; the strategy then holds the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
             The sums over this rank's micro-batches.
@@ -100,7 +100,7 @@ class AccelerateEngine:
         return sums
 
     def _counting_over_ranks(self, arrays: MicroBatch, passes: int) -> AbstractContextManager[None]:
-        """Inside it, a loss of the router counts over the global batch."""
+        """A context in which the router's auxiliary loss is computed over the global batch."""
         if self._router is None:
             return nullcontext()
         _, rows = without_fillers(arrays)
@@ -109,9 +109,12 @@ class AccelerateEngine:
         return across(ranks, len(arrays["keys"]), passes)
 
     def _reduce_and_scale(self, sums: Sums, vote: float) -> StepResult:
-        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place."""
+        """Reduce the step's sums in one all-reduce, then turn the gradients into the clipped ones of the mean loss.
+
+        The gradients change in place.
+        """
         gradients = self.strategy.gradients()
-        # What all ranks have counts once.
+        # Only rank 0 counts gradients that all ranks hold.
         counted = gradients if self.strategy.sharded or self.data_parallel_rank == 0 else []
         total = self.reducer.reduce(square_of(counted, self.device), vote, sums)
         bad = total.bad(total.square)
@@ -156,7 +159,7 @@ class AccelerateEngine:
 
 
 def _compute_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Run the model's forward pass under autocast: inside the model, where no wrapper can switch it off."""
+    """Run the model's forward pass under autocast. The context is inside the model, where no wrapper can disable it."""
     forward = model.forward
 
     def cast(*arguments: Any, **named: Any) -> Any:

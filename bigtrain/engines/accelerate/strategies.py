@@ -1,6 +1,6 @@
-"""What each of Accelerate's strategies makes of a model and its optimizer: built, checked, and read by names.
+"""One adapter for each strategy of Accelerate: it checks what Accelerate built, and gives access to state by name.
 
-All of them average gradients over ranks; the engine undoes it.
+All strategies average gradients over the ranks; the engine multiplies by the number of ranks to undo it.
 """
 
 from __future__ import annotations
@@ -27,47 +27,51 @@ from bigtrain.engines.deepspeed.start import import_deepspeed, leave_process_gro
 from bigtrain.models.init import Part
 
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU", "ACCELERATE_USE_MEGATRON_LM")
-"""Variables by which Accelerate overrules its arguments, and which it sets itself."""
+"""Environment variables that override Accelerate's arguments, and that Accelerate itself sets."""
 
 
 class Plain:
-    """One process: the model and the optimizer as they are."""
+    """One process: model and optimizer without wrappers."""
 
     sharded = False
     """Whether this rank holds only a shard of the gradients."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
-        """What is called."""
+        """The model to be called, with its wrapper."""
         self.module = model
-        """What has the parameters, under their own names."""
+        """The model without its wrapper; its parameters have their qualified names."""
         self.optimizer = optimizer
-        """Whose groups take the learning rate."""
+        """The optimizer whose parameter groups take the learning rate."""
         self.inner_optimizer = optimizer
-        """torch's, which updates."""
+        """torch's optimizer, which does the update."""
 
     def check(self) -> None:
-        """Compare what Accelerate built with what the config requests.
+        """Check that Accelerate built what the config requests.
 
         Raises:
-            UserError: Accelerate built something else.
+            UserError: Accelerate did not build what the config requests.
         """
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Holds the reduction of gradients back until the last pass of a step, where that saves messages."""
+        """A context for one micro-batch that delays the reduction of gradients to the last one, if that saves traffic.
+
+        Args:
+            last: Whether this is the last micro-batch of the step.
+        """
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a pass."""
+        """Run the backward pass of a micro-batch, which adds to the gradients."""
         loss.backward()
 
     def gradients(self) -> list[Tensor]:
-        """This rank's part of the mean gradient over ranks, to be clipped in place."""
+        """This rank's gradients or shards of gradients, averaged over the ranks, to be scaled in place."""
         gradients = (parameter.grad for parameter in self.module.parameters())
         return [gradient for gradient in map(_local, gradients) if gradient is not None and gradient.numel()]
 
     def whole_gradients(self) -> dict[str, Tensor]:
-        """The mean gradient over ranks by qualified names, for tests and tools. Collective."""
+        """The full gradients, averaged over the ranks, by qualified name; for tests and tools. Collective."""
         return {
             name: _whole(parameter.grad).detach().clone()
             for name, parameter in self.module.named_parameters()
@@ -75,12 +79,12 @@ class Plain:
         }
 
     def step(self) -> None:
-        """Let the optimizer step, and forget the gradients."""
+        """Run the optimizer's step, and clear the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def after_evaluation(self) -> None:
-        """Give back what a forward pass without a backward pass leaves."""
+        """Free parameters that remain gathered after a forward pass without a backward pass."""
 
     def state(self) -> dict[str, Tensor]:
         """See `contract.Engine.state`. Collective."""
@@ -88,7 +92,7 @@ class Plain:
         return flatten(self.module, self.optimizer)
 
     def state_loaded(self) -> None:
-        """Take over what was loaded into `state`. Collective."""
+        """Update the tensors that compute from `state`, after a load. Collective."""
 
     def close(self) -> None:
         """Leave the process group."""
@@ -97,7 +101,7 @@ class Plain:
 
 
 class Replicated(Plain):
-    """DDP: a copy of everything on each rank."""
+    """DDP: each rank holds a copy of parameters, gradients and optimizer state."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(model, optimizer)
@@ -113,7 +117,7 @@ class Replicated(Plain):
 
 
 class FullySharded(Plain):
-    """FSDP2: parameters, gradients and optimizer as DTensors."""
+    """FSDP2: parameters, gradients and optimizer state are DTensors."""
 
     sharded = True
 
@@ -139,7 +143,10 @@ class FullySharded(Plain):
 
 
 class Zero2(Plain):
-    """DeepSpeed's ZeRO-2: whole parameters; gradients and optimizer in flat parts that cut across parameters."""
+    """DeepSpeed's ZeRO-2: each rank holds full parameters, and flat shards of gradients and optimizer state.
+
+    A shard may begin or end inside a parameter.
+    """
 
     sharded = True
 
@@ -148,7 +155,7 @@ class Zero2(Plain):
         self.module = getattr(model, "module", model)
         self._engine: Any = model
         self._zero: Any = optimizer
-        # Where it is no optimizer of DeepSpeed's, `check` refuses it.
+        # `check` refuses an optimizer that is not DeepSpeed's.
         self.inner_optimizer = getattr(optimizer, "optimizer", optimizer)
         self._shapes = shapes
 
@@ -208,10 +215,11 @@ def prepare(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> Plain:
-    """Have Accelerate prepare the model and its optimizer as `engine.strategy` says, and check that it did.
+    """Let Accelerate prepare the model and its optimizer for `engine.strategy`, and check the result.
 
     Raises:
-        UserError: Accelerate made something else; or `passthrough` has a setting that the strategy has not.
+        UserError: Accelerate did not build what the config requests, or `passthrough` has a setting that the strategy
+            does not have.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
@@ -221,7 +229,8 @@ def prepare(
     given = plugins(engine, device, compute_dtype)
     if engine.strategy == "fsdp2" and given["fsdp_plugin"].transformer_cls_names_to_wrap is None:
         given["fsdp_plugin"].transformer_cls_names_to_wrap = _blocks(model)
-    # With cpu=True Accelerate ignores DeepSpeed; without, it ignores the ranks (except for their group's backend).
+    # On a CPU, Accelerate ignores DeepSpeed with cpu=True; without cpu=True it ignores the other ranks (except for the
+    # backend of their group).
     accelerator = Accelerator(cpu=device.type == "cpu" and engine.strategy != "zero2", **given)
     if engine.strategy == "fsdp2" and accelerator.state.distributed_type is not DistributedType.FSDP:
         # Accelerate shards on accelerators only; on a CPU it would silently use DDP instead.
@@ -242,7 +251,7 @@ def prepare(
 
 
 def plugins(engine: AccelerateConfig, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments for Accelerator.
+    """The arguments of `accelerate.Accelerator` for the engine's strategy.
 
     Raises:
         UserError: `passthrough` has a setting that the strategy does not have.
@@ -254,7 +263,7 @@ def plugins(engine: AccelerateConfig, device: torch.device, compute_dtype: torch
 
 
 def release() -> None:
-    """Reset Accelerate's process-wide state, so that the next engine gets the settings that it requests."""
+    """Reset Accelerate's process-wide state, so that it does not affect the next engine of this process."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -264,7 +273,7 @@ def release() -> None:
 
 
 def _blocks(model: Any) -> list[str]:
-    """The classes of a model's blocks, which are sharded one by one; without those that hold a tied weight."""
+    """Class names of a model's blocks, which FSDP2 shards one by one; without blocks that hold tied weights."""
     tied = {id(parameter) for parameter in _tied(model)}
     named = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in named]
@@ -275,7 +284,7 @@ def _blocks(model: Any) -> list[str]:
 
 
 def _keep_last_block(model: nn.Module, names: Collection[str]) -> None:
-    """The backward pass begins with the last block: given back, it would be gathered again at once."""
+    """Keep the last block gathered after the forward pass: the backward pass begins with it."""
     kinds = {f"FSDP{name}" for name in names}
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if blocks and isinstance(blocks[-1], FSDPModule):
@@ -284,10 +293,10 @@ def _keep_last_block(model: nn.Module, names: Collection[str]) -> None:
 
 @contextmanager
 def _tied_weights_together(model: Any) -> Iterator[None]:
-    """Have Accelerate shard embedding and head with the rest of the model where they are not all that is tied.
+    """Make Accelerate shard embedding and head with the rest of the model, if other modules share weights too.
 
-    Accelerate makes a group of its own of embedding and head. A weight that a third module shares (T5's, of which the
-    encoder and the decoder look up the same; BERT's bias of the head) would be cut in two that no longer are one.
+    Accelerate shards embedding and head as a group of their own. A weight that a third module shares would become two
+    separate parameters. Examples are T5, whose encoder and decoder use the same embedding, and the bias of BERT's head.
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     own = {id(end.weight) for end in ends if end is not None}
@@ -303,7 +312,7 @@ def _tied_weights_together(model: Any) -> Iterator[None]:
 
 
 def _tied(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Parameters that several modules hold, with all their names."""
+    """Parameters that several modules share, each with all its names."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -314,7 +323,7 @@ def _ddp_arguments(passthrough: Mapping[str, Any], _: torch.dtype) -> dict[str, 
     from accelerate.utils import DistributedDataParallelKwargs
 
     _check_passthrough(passthrough, [field.name for field in dataclasses.fields(DistributedDataParallelKwargs)])
-    # Buffers are equal on all ranks from the start, and stay so.
+    # Buffers are equal on all ranks from the start and stay equal, so they need no broadcast.
     return {"kwargs_handlers": [DistributedDataParallelKwargs(**{"broadcast_buffers": False, **passthrough})]}
 
 
@@ -339,7 +348,7 @@ def _zero2_arguments(passthrough: Mapping[str, Any], _: torch.dtype) -> dict[str
 
     _check_passthrough(passthrough, DeepSpeedZeroConfig.model_fields, ("stage",))
     config = {
-        # The engine does passes, ranks and clipping: DeepSpeed gets steps of one pass, which it does not scale.
+        # The engine does gradient accumulation, scaling and clipping, so DeepSpeed is set to one unscaled micro-batch.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO."""
+"""The engine deepspeed: native models under DeepSpeed's ZeRO."""

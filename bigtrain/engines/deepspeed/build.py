@@ -1,4 +1,4 @@
-"""Build a DeepSpeed engine from the config's sections."""
+"""Builds a DeepSpeed engine from the config's sections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bigtrain.parallel.tensor import sum_gradients_as_they_come
 
 
 def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepSpeedEngine:
-    """Build process group, model, optimizer and engine from the config's sections, as `FSDPEngine.build` does.
+    """Build process group, model, optimizer and engine from the config's sections. Collective.
 
     Raises:
         UserError: `passthrough` has a key or a value that DeepSpeed does not accept.
@@ -40,7 +40,7 @@ def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepS
     check_passthrough(config, engine.passthrough)
     built, plan = plan_model(parts.model, parts.vocab_size, layout, mesh)
     unit = ModelParallelUnit(mesh) if mesh is not None and sizes.tp > 1 and sizes.pp == 1 else None
-    # On the full (unsharded) shapes: some of the parameters built so far have only their shard's.
+    # The optimizer needs the full (unsharded) shapes; some of the parameters built so far have the shapes of shards.
     with torch.device("meta"):
         shapes = ((name, nn.Parameter(torch.empty(shape))) for name, shape in plan.shapes.items())
         inner = optimizer.build(shapes, plan.all_names)
@@ -64,7 +64,7 @@ def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepS
 
         module, made = pipeline_module(built, plan, sizes, mesh), PipelinedEngine
     count_once_in_norm(parameters, plan.parts, plan.shared_by_ends & plan.copies)
-    with redirect_stdout(io.StringIO()):  # It prints its use of memory.
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use.
         started, *_ = deepspeed.initialize(model=module, optimizer=inner, config=config, mpu=unit)
     _check_got(started, engine, dtype, sizes)
     if mesh is not None and plan.partial:
@@ -77,7 +77,7 @@ def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepS
 
 
 def _check_got(started: Any, engine: DeepSpeedConfig, dtype: torch.dtype, sizes: Mesh) -> None:
-    """Check that DeepSpeed runs the requested stage, weights and groups: it may replace them silently."""
+    """Check that DeepSpeed uses the requested ZeRO stage, weight dtype and group size; it may replace them silently."""
     got = {parameter.dtype for parameter in started.module.parameters()}
     stage = int(started.zero_optimization_stage())
     if stage != engine.zero or got != {dtype}:

@@ -45,7 +45,7 @@ SET_BY_THE_ENGINE = {
     "zero_optimization.compute_grad_norm": "nothing: the norm is always logged",
     "zero_optimization.memory_efficient_linear": "nothing: it replaces torch's linear for all that follows",
 }
-"""Keys of DeepSpeed's config that `passthrough` may not hold, and the bigtrain key to use instead."""
+"""Keys of DeepSpeed's config that `passthrough` may not contain, each with the bigtrain key to use instead."""
 
 
 @ENGINES.register
@@ -57,18 +57,18 @@ class DeepSpeedConfig(Passthrough):
     name: Literal["deepspeed"] = "deepspeed"
 
     recompute: Recompute = "none"
-    """What is computed again in the backward pass instead of kept. full: each block, from its input. selective: all but
-    matrix products, attention, and what ranks exchange."""
+    """Activations that the backward pass recomputes. full: all of each block, from its input. selective: all but
+    matmuls, attention and what ranks exchange."""
 
     compile: bool = False
-    """Whether each block is compiled (torch.compile); not supported here: use the engine fsdp."""
+    """Whether each block is compiled (torch.compile). This engine does not support it: use the engine fsdp."""
 
     zero: Literal[0, 1, 2, 3] = 2
-    """What is spread over the ranks: 0 nothing; 1 the optimizer's state and FP32 weights; 2 gradients too; 3 also the
-    weights that compute."""
+    """ZeRO stage: what is sharded over the ranks. 0: nothing; 1: optimizer state and FP32 weights; 2: also gradients;
+    3: also the weights used in forward and backward."""
 
     offload: Literal["none", "optimizer"] = "none"
-    """optimizer: its state, the FP32 weights and their update lie on the CPU; with zero 1, 2 or 3."""
+    """optimizer: the CPU holds optimizer state and FP32 weights, and runs the update; needs zero 1, 2 or 3."""
 
     passthrough: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own keys that bigtrain does not set, such as {zero_optimization: {reduce_bucket_size: 5e8}}."""
@@ -89,11 +89,15 @@ class DeepSpeedConfig(Passthrough):
 
     @property
     def flattens(self) -> bool:
-        """Whether parameters lie end to end: at every stage but 0."""
+        """See `EngineConfig.flattens`: true for every ZeRO stage but 0."""
         return self.zero > 0
 
     def check_layout(self, layout: LayoutConfig) -> None:
-        """Refuse what DeepSpeed's pipeline cannot do: it reduces once a step, and knows one schedule."""
+        """Refuse what DeepSpeed's pipeline does not support: ZeRO 2 and 3, offload, and schedules other than 1f1b.
+
+        Raises:
+            UserError: The pipeline does not support ZeRO stage, offload or schedule. The error names the key to change.
+        """
         if layout.pp == 1:
             return
         if self.zero > 1:

@@ -1,10 +1,10 @@
 """The DeepSpeed engine: native models under ZeRO 0 to 3, with the same loss and clipping as under FSDP.
 
-DeepSpeed reduces gradients, spreads what its stage spreads, and calls the optimizer, which is torch's own. It averages
-gradients over the data-parallel ranks; that, and nothing else, is undone: a hook on the optimizer multiplies the
-reduced gradients by ranks / weight and clips them, just before they are used.
+DeepSpeed reduces gradients, shards what its ZeRO stage shards, and calls the optimizer, which is torch's own. It
+averages gradients over the data-parallel ranks. A hook on the optimizer undoes the average: just before the update it
+multiplies the reduced gradients by ranks / weight, and clips them.
 
-Under tensor parallelism the model consists of plain tensors of this rank's parts, as DeepSpeed takes no DTensors.
+Under tensor parallelism the parameters are plain tensors that hold this rank's shards, as DeepSpeed takes no DTensors.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ from bigtrain.parallel.config import Mesh
 
 @dataclass(frozen=True)
 class Started:
-    """What `deepspeed_build` has made."""
+    """The objects that `deepspeed.build` has created for an engine."""
 
     deepspeed: ModuleType
     engine: Any
-    """DeepSpeed's."""
+    """DeepSpeed's engine."""
     model: Any
-    """bigtrain's module inside it; its parameters have their qualified names."""
+    """bigtrain's module inside DeepSpeed's engine; its parameters have their qualified names."""
     optimizer: torch.optim.Optimizer
-    """torch's, inside it."""
+    """torch's optimizer inside DeepSpeed's engine."""
     plan: Plan
     sizes: Mesh
-    """Of the axes over all ranks."""
+    """Sizes of the mesh axes over all ranks."""
     stream_is_part: bool
-    """Whether tensor-parallel ranks share the residual stream."""
+    """Whether the residual stream is sharded over the tp axis (sequence parallelism)."""
 
 
 class DeepSpeedEngine:
     """Model and optimizer inside a DeepSpeed engine; see `contract.Engine`."""
 
     def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
-        """Take over what has been started, and give it the initial weights.
+        """Wrap the started DeepSpeed engine, and set the initial weights.
 
         Args:
+            started: The objects from `deepspeed.build`.
             clip: Largest norm of the gradient; None: no limit.
-            seed: The run's.
-            device: The rank's.
+            seed: The run's seed.
+            device: This rank's device.
         """
         self.engine = started.engine
         self.model = started.model
@@ -97,7 +98,7 @@ class DeepSpeedEngine:
         return self.update(self.backward(step, micro_batches), lr, vote)
 
     def backward(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
-        """Leave with DeepSpeed the gradient of the sum of losses, averaged over the ranks.
+        """Run forward and backward; DeepSpeed then holds the gradient of the sum of losses, averaged over the ranks.
 
         Returns:
             The sums over this rank's micro-batches.
@@ -116,14 +117,14 @@ class DeepSpeedEngine:
         return sums
 
     def update(self, sums: Sums, lr: float, vote: float = 0.0) -> StepResult:
-        """Sum what `backward` returned over the ranks, and let DeepSpeed take the step."""
+        """Sum over the ranks what `backward` returned, and let DeepSpeed run the optimizer's step."""
         self._reduce(sums, vote)
         self._set_lr(lr)
         self.engine.step()
         return self._result()
 
     def _reduce(self, sums: Sums, vote: float) -> None:
-        """One all-reduce of all that a step sums, but for a norm that DeepSpeed computes itself."""
+        """Reduce the step's sums in one all-reduce, without the norm if DeepSpeed computes it."""
         self._total = self.reducer.reduce(self._square_of_gradients(), vote, sums)
 
     def _set_lr(self, lr: float) -> None:
@@ -135,18 +136,18 @@ class DeepSpeedEngine:
         return self._total.result(norm, self._bad())
 
     def _bad(self) -> Tensor:
-        """Whether the step is to be skipped, on all ranks alike; DeepSpeed's own norm is then -1 or infinite."""
+        """Whether the update is to be skipped, equal on all ranks. DeepSpeed reports a bad norm as -1 or infinity."""
         norm = self._mean_norm()
         return self._total.bad(norm) | (norm < 0)
 
     @property
     def _norm_is_native(self) -> bool:
-        """Whether bigtrain computes the norm: at stage 0 DeepSpeed's optimizer is torch's, which computes none."""
+        """Whether bigtrain computes the norm. At ZeRO stage 0 DeepSpeed's optimizer is torch's, which computes none."""
         return self._stage == 0
 
     def _square_of_gradients(self) -> Tensor:
-        """This rank's part of the square of the norm, float64; 0 where DeepSpeed computes it."""
-        # Reduced already, and the same on all data-parallel ranks.
+        """This rank's part of the squared norm, a float64 scalar; 0 if DeepSpeed computes the norm."""
+        # The gradients are already reduced and equal on all data-parallel ranks, so only rank 0 counts them.
         if not self._norm_is_native or self.data_parallel_rank > 0:
             return torch.zeros_like(self._zero)
         copies = self._plan.copies
@@ -156,16 +157,17 @@ class DeepSpeedEngine:
         return square_of([gradient for gradient in gradients if gradient is not None], self.device)
 
     def _mean_norm(self) -> Tensor:
-        """Norm of the gradients as DeepSpeed has them, averaged over the ranks; float64."""
+        """Norm of DeepSpeed's gradients, which are averaged over the ranks; float64 scalar."""
         if self._norm_is_native:
             return self._total.square.sqrt()
         return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def _scale_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """From the mean over ranks of the sum of losses to the clipped gradient of loss / weight, in place.
+        """Turn gradients of the sum of losses, averaged over ranks, into clipped gradients of loss / weight, in place.
 
-        DeepSpeed steps its optimizer part by part, each time with the part's gradients; the norm is known before.
+        This is a hook before the optimizer's step. DeepSpeed steps its optimizer for one part of the parameters after
+        another, each time with the gradients of that part. The global norm is known before the first one.
         """
         self._guard.arm(self._bad())
         scale = self.data_parallel_size / self._total.safe_weight
@@ -193,7 +195,7 @@ class DeepSpeedEngine:
         return self.reducer.totals(sums)
 
     def state(self) -> dict[str, Tensor]:
-        """See `contract.Engine.state`: FP32 weights, as `FlatPart`s where ranks share them."""
+        """See `contract.Engine.state`: FP32 weights and optimizer state, as `FlatPart`s where they are sharded."""
         if self._partitions is not None:
             self._partitions.materialise_optimizer()
             return self._partitions.state()
@@ -205,21 +207,24 @@ class DeepSpeedEngine:
         return state
 
     def gradients(self) -> dict[str, Tensor]:
-        """While the optimizer steps: what it is given, by qualified names, as in `state`; for tests and tools."""
+        """The gradients that the optimizer uses, by qualified name, sharded as in `state`; for tests and tools.
+
+        They exist only while the optimizer steps.
+        """
         if self._partitions is not None:
             return self._partitions.gradients()
         named = self.model.named_parameters()
         return {name: self._shown(name, parameter.grad) for name, parameter in named if parameter.grad is not None}
 
     def _shown(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's shard of a parameter or its gradient, as a part of the full tensor."""
+        """This rank's tp shard of a parameter, its gradient or its optimizer state, as a part of the full tensor."""
         part = self._plan.parts.get(name)
         if part is None:
             return tensor.detach()
         return FlatPart(tensor.detach().view(-1), 0, part.shape, Box(part.offset, part.local_shape))
 
     def state_loaded(self) -> None:
-        """See `contract.Reloaded.state_loaded`: the weights that compute are copies of those in `state`."""
+        """See `contract.Reloaded.state_loaded`: forward and backward use copies of the weights in `state`."""
         if self._partitions is not None:
             self._partitions.refresh()
 
@@ -234,7 +239,10 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """The initial FP32 weights that every layout has; DeepSpeed's own start from rounded or other ones."""
+        """Set the FP32 weights to the initial values that are equal at every layout.
+
+        DeepSpeed's own FP32 weights start from values that are rounded to BF16, or from undefined ones.
+        """
         if self._partitions is None:
             return
         for owned in self._partitions.owned:

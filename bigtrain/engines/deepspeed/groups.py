@@ -1,4 +1,4 @@
-"""How DeepSpeed learns which ranks hold copies of the same parameters, and which hold other parts of the model."""
+"""Tells DeepSpeed which ranks hold copies of the same parameters, and which ranks hold other parts of the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class ModelParallelUnit:
-    """The mesh under the names that DeepSpeed expects (those of Megatron-LM's `mpu`).
+    """The mesh behind the interface that DeepSpeed expects, which is that of Megatron-LM's `mpu`.
 
-    Gradients are averaged, and the model is spread, over the data-parallel group alone; norms are summed over the
+    DeepSpeed averages gradients and shards the model over the data-parallel group only. It sums norms over the
     model-parallel group too.
     """
 
@@ -22,46 +22,46 @@ class ModelParallelUnit:
         self._data: dist.ProcessGroup = mesh["dp_shard"].get_group()
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share each matrix."""
+        """The tensor-parallel group: the ranks that share each matrix."""
         return self._tensor
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """Their number."""
+        """Size of the tensor-parallel group."""
         return self._tensor.size()
 
     def get_tensor_model_parallel_rank(self) -> int:
-        """This one's number among them."""
+        """This rank's index in the tensor-parallel group."""
         return self._tensor.rank()
 
-    # For pipelines DeepSpeed has a unit of its own; without one, tensor parallelism is all of the model parallelism.
+    # DeepSpeed has another `mpu` for pipelines. Without a pipeline, model parallelism is tensor parallelism alone.
     get_model_parallel_group = get_tensor_model_parallel_group
     get_model_parallel_world_size = get_tensor_model_parallel_world_size
     get_model_parallel_rank = get_tensor_model_parallel_rank
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same parts of the model."""
+        """The data-parallel group: the ranks that hold the same part of the model."""
         return self._data
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their numbers among all."""
+        """Global ranks of the data-parallel group."""
         return dist.get_process_group_ranks(self._data)
 
     def get_data_parallel_world_size(self) -> int:
-        """Their number."""
+        """Size of the data-parallel group."""
         return self._data.size()
 
     def get_data_parallel_rank(self) -> int:
-        """This one's number among them."""
+        """This rank's index in the data-parallel group."""
         return self._data.rank()
 
 
 def count_once_in_norm(parameters: dict[str, nn.Parameter], split: Container[str], copies: Container[str]) -> None:
-    """Tell DeepSpeed's norms how parameters lie on the ranks of a model-parallel group.
+    """Mark parameters so that DeepSpeed counts each one once in the norm of the gradient.
 
     Args:
-        parameters: This rank's, by qualified names.
-        split: Those of which each rank of a tp group has another part; of the others the first rank's count.
-        copies: Those that an earlier stage has too.
+        parameters: This rank's parameters, by qualified name.
+        split: Names of parameters that are sharded over the tp axis. Of the others, only tp rank 0 is counted.
+        copies: Names of parameters that an earlier pipeline stage counts.
     """
     for name, parameter in parameters.items():
         marked: Any = parameter

@@ -1,4 +1,4 @@
-"""Our models as DeepSpeed takes them: plain tensors, of this rank's parts where ranks share the matrices."""
+"""Native models in the form that DeepSpeed accepts: plain tensors that hold this rank's shards under tp."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ from bigtrain.parallel.tensor import TensorGroup, split
 
 @dataclass(frozen=True)
 class Plan:
-    """Names and shapes of this rank's parameters, taken before ZeRO 3 empties the tensors of the built model."""
+    """Names and shapes of this rank's parameters, recorded before ZeRO 3 empties the tensors of the built model."""
 
     shapes: dict[str, torch.Size]
     """Full (unsharded) shapes of the parameters of this rank's stage, by qualified name, in the model's order."""
     initialisers: dict[str, Init]
     all_names: tuple[str, ...]
-    """Parameters of all stages."""
+    """Names of the parameters of all stages."""
     parts: Mapping[str, Part] = field(default_factory=dict)
-    """This rank's part of those that are split over tp."""
+    """This rank's shard of each parameter that is sharded over the tp axis, by name."""
     partial: frozenset[str] = frozenset()
-    """Whole ones whose gradients are to be summed over tp."""
+    """Names of parameters that tp does not shard, but whose gradients are to be summed over the tp axis."""
     shared_by_ends: frozenset[str] = frozenset()
-    """Those that the first and the last stage both hold."""
+    """Names of parameters that the first and the last stage both hold."""
     copies: frozenset[str] = frozenset()
-    """Those of this rank that another rank of its tp group, or an earlier stage, has too."""
+    """Names of this rank's parameters that tp rank 0, or an earlier stage, holds too and counts."""
 
     def part(self, name: str) -> Part:
-        """What this rank has of a parameter before ZeRO spreads it."""
+        """This rank's part of a parameter before ZeRO shards it: its tp shard, or the full parameter."""
         return self.parts.get(name) or Part.whole(self.shapes[name])
 
 
 def plan_model(config: ModelConfig, vocab_size: int, layout: LayoutConfig, mesh: DeviceMesh | None) -> tuple[Any, Plan]:
-    """This rank's stage of a model, on the meta device, its matrices split over tp, and what it is made of."""
+    """Build this rank's stage of a model on the meta device, sharded over the tp axis.
+
+    Returns:
+        The stage and the plan of its parameters.
+    """
     with torch.device("meta"):
         model = cast(Any, config.build(vocab_size))
     stages = Cut.nothing(model)
@@ -73,14 +77,14 @@ def spread(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Give a model on meta its memory as ZeRO 3 has it, a block at a time, so that no rank ever holds it whole.
+    """Allocate a model that is on the meta device, sharded by ZeRO 3. Collective; the values are undefined.
 
-    Collective; the values are undefined.
+    The blocks are allocated one at a time, so that no rank ever holds the full model.
 
     Args:
-        config: DeepSpeed's.
-        group: Over which the parameters are spread; None: all ranks.
-        dtype: Of the weights that compute.
+        config: DeepSpeed's config.
+        group: Process group over which the parameters are sharded; None: all ranks.
+        dtype: Dtype of the weights that are used in forward and backward.
     """
     blocks = [list(block.modules()) for _, block in model.blocks()]
     in_blocks = {module for modules in blocks for module in modules}
@@ -95,7 +99,10 @@ def spread(
 
 
 def _hold_with_root(deepspeed: ModuleType, model: Any) -> None:
-    """Gather what is in no block for the whole pass, as FSDP's root does: a head may use another module's weight."""
+    """Keep parameters outside of the blocks gathered during the whole pass, as FSDP's root does.
+
+    A head may use the weight of another module (a tied embedding).
+    """
     in_blocks = {parameter for _, block in model.blocks() for parameter in block.parameters()}
     own = set(model.parameters(recurse=False))
     for parameter in model.parameters():

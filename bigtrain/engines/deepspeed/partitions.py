@@ -1,8 +1,9 @@
-"""Where the FP32 weights and the optimizer's state of each parameter lie inside DeepSpeed, on this rank.
+"""Finds the FP32 weights and the optimizer state of each parameter inside DeepSpeed's flat tensors, on this rank.
 
-ZeRO 1 and 2 lay the parameters of a group end to end and give each rank an equal part of that line; ZeRO 3 gives each
-rank an equal part of every parameter and lays those end to end. Either way a rank holds a run of a parameter's
-elements, inside a flat tensor that DeepSpeed's inner optimizer works on: what is shown here are views of that.
+ZeRO 1 and 2 concatenate the parameters of a group to one flat tensor, and give each rank an equal shard of it. ZeRO 3
+gives each rank an equal shard of every parameter, and concatenates these shards. In both cases a rank holds a
+contiguous range of a parameter's elements, in a flat tensor that DeepSpeed's inner optimizer updates. This module
+returns views of those ranges.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ from bigtrain.models.init import Part
 
 @dataclass(frozen=True)
 class Owned:
-    """The run of a parameter's elements that this rank updates; empty where it updates none."""
+    """The range of a parameter's elements that this rank updates; empty if it updates none."""
 
     name: str
     part: Part
-    """What this rank has of the parameter before ZeRO spreads it."""
+    """This rank's part of the parameter before ZeRO shards it."""
     flat: Tensor
-    """FP32 weights of several parameters, as the inner optimizer knows them."""
+    """FP32 weights of several parameters, 1-D; a parameter of the inner optimizer."""
     start: int
-    """Where the run begins in `flat`."""
+    """Index of the range's first element in `flat`."""
     begin: int
-    """Where it begins in the part."""
+    """Index of the range's first element in the flattened part."""
     length: int
     written: bool = True
-    """Whether a save takes it from this rank."""
+    """Whether a checkpoint saves the range from this rank."""
 
     def view(self, tensor: Tensor) -> FlatPart:
-        """The run, in `flat` or in the optimizer's state of it."""
+        """The range as a view of `flat`, or of a tensor of optimizer state of the same shape."""
         run = tensor.detach().narrow(0, self.start, self.length)
         return FlatPart(run, self.begin, self.part.shape, Box(self.part.offset, self.part.local_shape), self.written)
 
 
 class Partitions:
-    """The partitions of one started DeepSpeed engine, by qualified names.
+    """This rank's shards in a started DeepSpeed engine, by qualified name.
 
     Args:
-        engine: DeepSpeed's.
-        optimizer: The inner optimizer; its groups carry "names".
-        parameters: The model's, by qualified names.
-        part: What this rank has of a parameter before ZeRO spreads it.
-        rank: This one's number among those over which ZeRO spreads.
-        copies: Parameters that another rank of the model-parallel group has too, and saves.
+        engine: DeepSpeed's engine.
+        optimizer: The inner optimizer; its groups have the key "names".
+        parameters: The model's parameters, by qualified name.
+        part: Gives this rank's part of a parameter before ZeRO shards it, by name.
+        rank: This rank's index among the ranks over which ZeRO shards.
+        copies: Names of parameters that another rank of the model-parallel group holds too, and saves.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Partitions:
             self.owned.append(Owned(name, part(name), flat, start, begin, length, name not in copies))
 
     def materialise_optimizer(self) -> None:
-        """Give the optimizer the state that its first step would make; see `checkpoint.state`."""
+        """Create the optimizer state that the first step would create; see `checkpoint.state`."""
         if not self._stage3:
             materialise_optimizer(self._optimizer)
             return
-        # ZeRO 3 shows the optimizer its parts one at a time, only while it steps.
+        # Under ZeRO 3 the optimizer's groups have parameters only during a step, one flat tensor at a time.
         for index, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
             group = self._optimizer.param_groups[self._zero.sub_group_to_group_id[index]]
             group["params"] = [flat]
@@ -87,19 +88,22 @@ class Partitions:
             group["params"] = []
 
     def state(self) -> dict[str, Tensor]:
-        """As `checkpoint.state.flatten`: FP32 weights, and the optimizer's state."""
+        """FP32 weights and optimizer state, with the keys of `checkpoint.state.flatten`."""
         state: dict[str, Tensor] = {f"model.{owned.name}": owned.view(owned.flat) for owned in self.owned}
         for owned in self.owned:
             for key, value in self._optimizer.state.get(owned.flat, {}).items():
                 if value is None:
                     continue
-                # Step counts: one for all that is updated together.
+                # Other shapes are step counts, which all parameters in `flat` share.
                 shown = owned.view(value) if value.shape == owned.flat.shape else value
                 state[f"optimizer.{owned.name}.{key}"] = shown
         return state
 
     def gradients(self) -> dict[str, Tensor]:
-        """While the inner optimizer steps: what it is given, of the parameters that it updates now."""
+        """The gradients that the inner optimizer uses at this moment, by qualified name.
+
+        They exist only during its step. Under ZeRO 3 they are those of one flat tensor at a time.
+        """
         updated = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         return {
             owned.name: owned.view(owned.flat.grad)
@@ -109,7 +113,7 @@ class Partitions:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the weights that compute those that `state` shows. Collective."""
+        """Copy the FP32 weights to the weights that forward and backward use. Collective."""
         if not self._stage3:
             self._zero.update_lp_params()
             return
@@ -121,7 +125,7 @@ class Partitions:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def _by_model(self, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, int]]:
-        """Names in the model's order, each with the number of its group."""
+        """Names of the parameters in the model's order, each with the index of its optimizer group."""
         groups = {name: index for index, group in enumerate(self._optimizer.param_groups) for name in group["names"]}
         return ((name, groups[name]) for name in parameters)
 
@@ -137,6 +141,6 @@ class Partitions:
         index, start, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         flat = self._zero.fp32_partitioned_groups_flat[index]
         share = parameter.ds_tensor.ds_numel
-        # The last parts of a parameter may be filled up, or hold nothing else.
+        # The last shards of a parameter may be padded, or consist of padding only.
         begin = min(self._rank * share, count)
         return flat, start, begin, min(share, count - begin)

@@ -1,7 +1,7 @@
-"""Our stages inside DeepSpeed's pipeline engine, which runs 1F1B over them (Narayanan et al. 2019), with ZeRO 0 or 1.
+"""bigtrain's stages inside DeepSpeed's pipeline engine, which runs 1F1B (Narayanan et al. 2019) with ZeRO 0 or 1.
 
-DeepSpeed sees one layer a stage and passes on the residual stream alone: each stage reads the micro-batches by itself.
-Its own step is all of it in one, so what a step sums is reduced just before its instruction to the optimizer.
+For DeepSpeed each stage is one layer, and stages send only the residual stream. Each stage reads the micro-batches
+itself. DeepSpeed runs a step in one call, so a hook reduces the step's sums just before its optimizer instruction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bigtrain.parallel.pipeline import ends_group
 
 
 class StageLayer(nn.Module):
-    """A `contract.Staged` as the one layer of its stage."""
+    """The only layer of a DeepSpeed stage; it wraps a `contract.Staged` model."""
 
     def __init__(self, stage: Any, first: bool) -> None:
         super().__init__()
@@ -40,12 +40,19 @@ class StageLayer(nn.Module):
         self.sums = Sums(torch.device("cpu"))
 
     def read(self, batches: list[Batch], sums: Sums) -> None:
-        """Take these micro-batches in the passes that follow, and add their losses to `sums`."""
+        """Set the micro-batches of the next forward passes, and the sums to which their losses are added."""
         self._batches = iter(batches)
         self.sums = sums
 
     def forward(self, x: Tensor) -> Tensor:
-        """The residual stream for the next stage, or the sum of losses; `x` means nothing on the first."""
+        """Run the stage on its next micro-batch.
+
+        Args:
+            x: The residual stream from the stage before; the first stage ignores it.
+
+        Returns:
+            The residual stream for the next stage; on the last stage the sum of losses, a scalar.
+        """
         batch = next(self._batches)
         result = self.stage.forward_stage(None if self._first else x, batch)
         if not isinstance(result, LossSum):
@@ -56,12 +63,12 @@ class StageLayer(nn.Module):
 
 
 def pipeline_module(stage: nn.Module, plan: Plan, sizes: Mesh, mesh: DeviceMesh) -> PipelineModule:
-    """DeepSpeed's module of this rank's stage. Collective.
+    """Wrap this rank's stage in DeepSpeed's `PipelineModule`. Collective.
 
-    DeepSpeed orders its ranks as we do: stages outermost, tp innermost.
+    DeepSpeed orders its ranks as bigtrain does: pp outermost, tp innermost.
     """
     own = mesh["pp"].get_local_rank()
-    layers: list[nn.Module | None] = [None] * sizes.pp  # those of other ranks are never looked at
+    layers: list[nn.Module | None] = [None] * sizes.pp  # DeepSpeed never reads the layers of other ranks.
     layers[own] = StageLayer(stage, own == 0)
     topology = PipeModelDataParallelTopology(num_pp=sizes.pp, num_mp=sizes.tp, num_dp=sizes.data_parallel)
     with redirect_stdout(io.StringIO()):
@@ -95,7 +102,7 @@ class PipelinedEngine(DeepSpeedEngine):
         reseed(self._seed, step)
         self._set_lr(lr)
         self._vote = vote
-        # Not through its gradient_accumulation_steps, by which it would divide the loss.
+        # Setting DeepSpeed's gradient_accumulation_steps instead would make it divide the loss by that number.
         self.engine.micro_batches = len(micro_batches)
         with self.reducer.recorder.active():
             self.engine.train_batch(self._read(micro_batches, Sums.of(micro_batches, self.device)))
@@ -112,16 +119,16 @@ class PipelinedEngine(DeepSpeedEngine):
         return self.reducer.totals(sums)
 
     def _read(self, micro_batches: list[MicroBatch], sums: Sums) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand the stage its micro-batches; it adds their losses to `sums`.
+        """Give the stage its micro-batches; the stage adds their losses to `sums`.
 
         Returns:
-            What DeepSpeed takes for inputs and labels.
+            An endless iterator of dummy tensors, which DeepSpeed takes for inputs and labels.
         """
         tensors = [to_device(arrays, self.device) for arrays in micro_batches]
         self._layer.read(tensors, sums)
         shape = tuple(next(iter(tensors[0].values())).shape)
         if shape != self._shape:
-            # Stages tell each other the shape of the stream once, with the first message.
+            # DeepSpeed's stages exchange the shape of the stream only with the first message after this reset.
             self.engine.reset_activation_shape()
             self._shape = shape
         return repeat((self._zero, self._zero))

@@ -1,4 +1,4 @@
-"""DeepSpeed's config: bigtrain's settings, and the user's passthrough, checked by DeepSpeed's own parser."""
+"""DeepSpeed's config: bigtrain's settings and the user's passthrough, which DeepSpeed's own parser checks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bigtrain.engines.deepspeed.config import DeepSpeedConfig
 
 
 def low_precision_weights(engine: DeepSpeedConfig, precision: Precision) -> bool:
-    """Whether DeepSpeed keeps BF16 copies of the weights to compute with.
+    """Whether DeepSpeed keeps BF16 copies of the weights for forward and backward.
 
-    Without them the model casts each weight where it is used, as it does in one process. DeepSpeed's ZeRO 0 could only
-    accumulate gradients in BF16.
+    Without copies, the model casts each weight where it is used, as in one process. ZeRO 0 has no copies, because it
+    would accumulate their gradients in BF16.
     """
     return precision == "bf16" and engine.zero > 0
 
@@ -24,11 +24,11 @@ def low_precision_weights(engine: DeepSpeedConfig, precision: Precision) -> bool
 def deepspeed_config(
     engine: DeepSpeedConfig, precision: Precision, device: torch.device, *, pipelined: bool = False
 ) -> dict[str, Any]:
-    """The dictionary that DeepSpeed is started with.
+    """The config dictionary with which DeepSpeed is started.
 
-    Gradients accumulate and travel in FP32. DeepSpeed neither clips nor divides by the number of passes: the engine
-    marks the last pass of a step by hand. (With any other number of passes than 1 here, ZeRO 0 would divide by it even
-    with that switched off: its hooks on the loss run in the wrong order.)
+    Gradients are accumulated and reduced in FP32. DeepSpeed neither clips nor divides by the number of micro-batches;
+    the engine itself marks the last micro-batch of a step. (With gradient_accumulation_steps above 1, ZeRO 0 would
+    divide by it even if this is disabled, because its hooks on the loss run in the wrong order.)
     """
     native: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -45,10 +45,11 @@ def deepspeed_config(
     if engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if pipelined:
-        # It would cut the stream between two stages once more over tp, where the parts are not equal.
+        # DeepSpeed would split the stream between stages over tp, as if it were equal on all tp ranks. It is not under
+        # sequence parallelism.
         native["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         if engine.zero and not low_precision_weights(engine, precision):
-            # It would sum over the stages by groups of parameters, of which stages may have different numbers.
+            # DeepSpeed would sum the norm over the stages group by group, and stages may have different group counts.
             zero["compute_grad_norm"] = False
     extra = dict(engine.passthrough)
     zero |= extra.pop("zero_optimization", {})
@@ -56,7 +57,7 @@ def deepspeed_config(
 
 
 class _Recorded(dict[str, Any]):
-    """A dictionary that records which keys were read: DeepSpeed's config lists its keys nowhere else."""
+    """A dictionary that records which keys were read, because DeepSpeed has no list of its config's keys."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -76,10 +77,10 @@ class _Recorded(dict[str, Any]):
 
 
 def check_passthrough(config: dict[str, Any], passthrough: dict[str, Any]) -> None:
-    """Have DeepSpeed parse its config, and refuse the keys and values that it does not accept.
+    """Let DeepSpeed parse its config, and refuse keys and values that it does not accept.
 
     Raises:
-        UserError: A key that DeepSpeed never reads, or a value that it refuses.
+        UserError: `passthrough` has a key that DeepSpeed never reads, or DeepSpeed refuses a value of `config`.
     """
     from deepspeed.runtime.config import DeepSpeedConfig as LibraryConfig
 

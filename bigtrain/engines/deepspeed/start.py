@@ -1,4 +1,4 @@
-"""Importing DeepSpeed without its side effects: it prints, picks a device by itself and compiles while it starts."""
+"""Imports DeepSpeed without its side effects: it prints, selects a device by itself and compiles while it starts."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from bigtrain.parallel.mesh import START_TIMEOUT, Ranks
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed for a device, quiet below warnings, with nothing left for it to compile.
+    """Import DeepSpeed for a device, with logging at level WARNING and without its compiled extensions.
 
-    On a CPU it would compile an all-reduce over shared memory, which only its inference calls: that takes a minute,
-    needs a C++ compiler, and leaves a lock behind when it is killed, on which every later start would wait forever.
-    What we ask of it needs no extension, as the optimizers are torch's own; so none is offered.
+    On a CPU DeepSpeed would compile an all-reduce over shared memory, which only its inference uses. That takes a
+    minute and needs a C++ compiler. If it is killed, it leaves a lock file on which every later start waits forever.
+    Training with torch's own optimizers needs no extension, so DeepSpeed's list of extensions is emptied.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Its first lines come before its logger can be reached.
+    # DeepSpeed logs its first lines during the import, before its logger can be configured.
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
 
-    # It calls collectives by the names that they had up to torch 2.12, in every step.
+    # DeepSpeed calls collectives in every step by their names up to torch 2.12, which are deprecated since.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It would be filled on first use, by running compilers.
+    # DeepSpeed would fill this dictionary on first use, by running compilers.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 def join_process_group(deepspeed: ModuleType, ranks: Ranks, device: torch.device) -> None:
-    """Join the default group, which DeepSpeed needs in one process too, and let DeepSpeed use it."""
+    """Join the default process group, which DeepSpeed needs even with one process, and let DeepSpeed use it."""
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -50,10 +50,10 @@ def join_process_group(deepspeed: ModuleType, ranks: Ranks, device: torch.device
 
 
 def leave_process_group(deepspeed: ModuleType) -> None:
-    """Leave the default group, and make DeepSpeed forget it and what it has numbered.
+    """Leave the default process group, and reset DeepSpeed's reference to it and its counters.
 
-    Its numbers of modules and parameters must agree on all ranks, and go on counting in a process that starts another
-    engine, perhaps with ranks of another past.
+    DeepSpeed numbers modules and parameters with counters that never restart in a process. The numbers must agree on
+    all ranks, also if the next engine of this process runs with ranks that have started other engines before.
     """
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 

@@ -1,1 +1,1 @@
-"""PyTorch FSDP2: the default engine."""
+"""The engine fsdp, which is the default: PyTorch's FSDP2."""

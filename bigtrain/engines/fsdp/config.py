@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @ENGINES.register
 class FSDPConfig(EngineConfig):
-    """PyTorch's FSDP2; one process runs without a process group."""
+    """PyTorch's FSDP2; a single process runs plain PyTorch without a process group."""
 
     axes: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "cp", "pp", "tp")
     runs_plain_modules: ClassVar[bool] = True
@@ -27,14 +27,18 @@ class FSDPConfig(EngineConfig):
     name: Literal["fsdp"] = "fsdp"
 
     recompute: Recompute = "none"
-    """What is computed again in the backward pass instead of kept. full: each block, from its input. selective: all but
-    matrix products, attention, and what ranks exchange."""
+    """Activations that the backward pass recomputes. full: all of each block, from its input. selective: all but
+    matmuls, attention and what ranks exchange."""
 
     compile: bool = False
-    """Whether each block is compiled (torch.compile), all with the same code."""
+    """Whether each block is compiled (torch.compile); all blocks share the compiled code."""
 
     def check_layout(self, layout: LayoutConfig) -> None:
-        """Refuse zero-bubble with recompute or compile: it walks a block twice, for inputs and for weights."""
+        """Refuse zero_bubble with recompute or compile: its backward pass runs twice, for inputs and for weights.
+
+        Raises:
+            UserError: `layout.pp_schedule` is zero_bubble, and `recompute` or `compile` is set.
+        """
         if layout.pp == 1 or layout.pp_schedule != "zero_bubble":
             return
         if self.recompute != "none" or self.compile:

@@ -39,7 +39,7 @@ from bigtrain.parallel.tensor import sum_gradients
 
 
 class FSDPEngine:
-    """Model and optimizer on this rank, and the step that all ranks take together."""
+    """Trains a native model or a plain module; each rank holds its shards. See `contract.Engine`."""
 
     def __init__(
         self,
@@ -54,12 +54,17 @@ class FSDPEngine:
         loss_scale: LossScale | None = None,
         stream_is_part: bool = False,
     ) -> None:
-        """Args:
-        optimizer: Of all parameters; or parts, each with its own, in the order of a step.
-        clip: Largest norm of the gradient, where there is one optimizer.
-        loss_scale: FP16's.
-        sizes, mesh: The axes over all ranks; neither where this process is alone.
-        stream_is_part: Whether tensor-parallel ranks share the residual stream.
+        """Wrap a model that is already parallel, and its optimizers.
+
+        Args:
+            model: The model as `parallel.apply` builds it.
+            optimizer: The optimizer of all parameters; or parts with one each, in the order in which a step updates.
+            clip: Largest norm of the gradient; None: no limit. Parts have their own instead.
+            seed: The run's seed.
+            device: This rank's device.
+            sizes, mesh: The mesh axes over all ranks; both None in a single process.
+            loss_scale: The loss scale of FP16; None for other precisions.
+            stream_is_part: Whether the residual stream is sharded over the tp axis (sequence parallelism).
         """
         sizes = sizes or Mesh()
         self.model: Any = model.module
@@ -99,7 +104,7 @@ class FSDPEngine:
 
     @classmethod
     def build(cls, engine: FSDPConfig, parts: EngineParts) -> FSDPEngine:
-        """Everything from the config's sections: device, mesh, model with its initial weights, optimizer."""
+        """Build device, mesh, model with its initial weights, and optimizer from the config's sections. Collective."""
         layout, optimizer = parts.layout, parts.optimizer
         device = pick_device(parts.ranks.local_rank)
         set_determinism(engine, device)
@@ -131,7 +136,7 @@ class FSDPEngine:
         )
 
     def train_step(self, step: int, micro_batches: list[MicroBatch], lr: float, vote: float = 0.0) -> StepResult:
-        """See `contract.Engine.train_step`; each part that is due is updated in turn, by its own loss."""
+        """See `contract.Engine.train_step`. Each part of the model that is due is updated in turn, by its own loss."""
         if self._norms is not None:
             self._norms.begin(step)
         results: dict[str, StepResult] = {}
@@ -145,20 +150,20 @@ class FSDPEngine:
                 self._norms.after_update()
             if self.plain is not None:
                 self.plain.after_update(part.guard.bad)
-            # Of other parts too: the loss of a generator has gradients of the discriminator that it runs through.
+            # Gradients of other parts are cleared too: a generator's loss also has gradients in the discriminator.
             self.model.zero_grad(set_to_none=True)
         if self.plain is not None:
             self.plain.after_step([part.guard.bad for part in self.parts if part.name in results])
         return PartsResult(results) if len(self.parts) > 1 else results[self.parts[0].name]
 
     def backward(self, step: int, micro_batches: list[MicroBatch], part: Part | None = None) -> Sums:
-        """Leave in each parameter's `grad` the gradient of the sum of losses over all ranks, undivided.
+        """Run forward and backward; `grad` then holds the gradient of the sum of losses over all ranks, undivided.
 
         Args:
-            part: Whose loss; None: the first one's.
+            part: The part whose loss is computed; None: the first part.
 
         Returns:
-            The sums over this rank's micro-batches; in FP16 scaled, as the gradients are.
+            The sums over this rank's micro-batches. In FP16 they carry the loss scale, as the gradients do.
         """
         reseed(self._seed, step)
         self.model.train()
@@ -175,7 +180,7 @@ class FSDPEngine:
         return sums
 
     def _passes(self, step: int, micro_batches: list[MicroBatch]) -> Sums:
-        """Forward and backward of each micro-batch."""
+        """Run forward and backward of each micro-batch."""
         if self.pipeline is not None:
             return self.pipeline.backward([self._scaled(to_device(arrays, self.device)) for arrays in micro_batches])
         sums = Sums.of(micro_batches, self.device)
@@ -189,16 +194,20 @@ class FSDPEngine:
         return sums
 
     def reduce_and_scale(self, sums: Sums, vote: float, part: Part | None = None) -> StepResult:
-        """One all-reduce of all that a step sums; then the gradients become those of the clipped mean, in place.
+        """Reduce the step's sums in one all-reduce, then turn the gradients into the clipped ones of the mean loss.
+
+        The gradients change in place.
 
         Args:
-            part: Whose gradients; None: the first one's.
+            sums: What `backward` returned.
+            vote: This rank's vote; see `contract.Engine.train_step`.
+            part: The part whose gradients are scaled; None: the first part.
         """
         part = part or self.parts[0]
         gradients = _gradients(part.parameters)
         counted = _gradients([parameter for parameter in part.parameters if parameter in self._counted])
         total = self.reducer.reduce(square_of(counted, self.device), vote, sums)
-        # One rank's bad gradient has made the sum over all of them bad.
+        # A gradient that is not finite on one rank makes the sum over all ranks not finite.
         bad = total.bad(total.square)
         part.guard.arm(bad)
         scale = 1.0 / total.safe_weight
@@ -210,7 +219,7 @@ class FSDPEngine:
         loss_scale = None
         if self._loss_scale is not None:
             loss_scale = self._loss_scale.scale.double()
-            # A step without a token is skipped, and says nothing about the scale.
+            # A step in which no token counts is skipped too, but is no overflow.
             self._loss_scale.update(bad & (total.weight != 0))
         return total.result(norm, bad, loss_scale)
 
@@ -226,12 +235,12 @@ class FSDPEngine:
             for arrays in (arrays for micro_batches in batches for arrays in micro_batches):
                 for part in reversed(self.parts):
                     self._evaluate(part, arrays, sums, measuring)
-        # Without a backward pass FSDP keeps parameters gathered: `state` wants the shards.
+        # FSDP keeps parameters gathered if no backward pass follows, but `state` needs the shards.
         reshard(self.model)
         return self.reducer.totals(sums)
 
     def _evaluate(self, part: Part, arrays: MicroBatch, sums: Sums, measuring: Measuring) -> None:
-        """One pass for the loss of a part; the first one's counts as the model's, and is measured."""
+        """Run one forward pass for the loss of a part. The first part's loss is the model's; evaluators measure it."""
         if self.plain is not None:
             self.plain.begin(part)
         with self._evaluating(arrays) as batch:
@@ -245,7 +254,7 @@ class FSDPEngine:
                     measure(self.model, batch)
 
     def state(self) -> dict[str, Tensor]:
-        """See `contract.Engine.state`; an optimizer that has not stepped yet gets its state first."""
+        """See `contract.Engine.state`. The state of an optimizer that has not stepped yet is created first."""
         optimizers = [part.optimizer for part in self.parts]
         for optimizer in optimizers:
             materialise_optimizer(optimizer)
@@ -253,7 +262,7 @@ class FSDPEngine:
         return flatten(self.model, *optimizers) | (self._loss_scale.state() if self._loss_scale else {}) | extra
 
     def state_loaded(self) -> None:
-        """See `contract.Reloaded.state_loaded`: modules take what they keep apart from tensors."""
+        """See `contract.Reloaded.state_loaded`: plain modules read their extra state from the loaded tensors."""
         if self.plain is not None:
             self.plain.network.take_extra_state()
 
@@ -261,7 +270,7 @@ class FSDPEngine:
         """See `contract.RecordsNorms.record_norms`.
 
         Raises:
-            UserError: The model has parts: each has a gradient of its own.
+            UserError: The model has several parts, each with its own gradient.
         """
         if len(self.parts) > 1:
             raise UserError(
@@ -284,7 +293,7 @@ class FSDPEngine:
         return nullcontext(self._batch(arrays)) if self.plain is None else self.plain.evaluating(arrays)
 
     def _batch(self, arrays: MicroBatch) -> Batch:
-        """A micro-batch on the device; where ranks share sequences, this one's part of each."""
+        """A micro-batch on the device; under context parallelism, this rank's part of each sequence."""
         batch = to_device(arrays, self.device)
         return batch if self._context is None else self._context.part(batch)
 
@@ -299,15 +308,15 @@ class FSDPEngine:
 
 
 def counts_in_norm(parameter: Tensor) -> bool:
-    """Whether this rank's part of a parameter is the copy that counts: the first one on each axis that has copies."""
+    """Whether this rank counts its part of a parameter in norms: its index is 0 on each axis that replicates it."""
     if not isinstance(parameter, DTensor):
         return True
     place = parameter.device_mesh.get_coordinate()
-    assert place is not None  # a rank has no parameters of meshes that it is not in
+    assert place is not None  # A rank holds only parameters whose mesh contains it.
     return all(at == 0 for at, placement in zip(place, parameter.placements, strict=True) if placement.is_replicate())
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of gradients that lie on this rank, without the empty ones."""
+    """This rank's shards of gradients, without empty ones."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return [part for part in map(local, gradients) if part.numel()]

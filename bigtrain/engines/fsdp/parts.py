@@ -1,4 +1,4 @@
-"""The parts of a model that a step updates one after another, each by its own optimizer; most models are one part."""
+"""The parts of a model that a step updates one after another, each with its own optimizer. Most models are one part."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from bigtrain.optim.schedule import PartRates
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters that one optimizer updates, by one loss."""
+    """The parameters that one optimizer updates, from one loss."""
 
     name: str
-    """As the model names it; empty where it has no parts."""
+    """The model's name for the part; empty if the model has no parts."""
     optimizer: torch.optim.Optimizer
     guard: Guard
     clip: float | None
@@ -31,16 +31,20 @@ class Part:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, clip: float | None, name: str = "", every: int = 1) -> Part:
-        """The part of everything that an optimizer trains."""
+        """The part that consists of all parameters of an optimizer."""
         parameters = tuple(one for group in optimizer.param_groups for one in group["params"])
         return cls(name, optimizer, Guard(optimizer), clip, every, parameters)
 
     def is_due(self, step: int) -> bool:
-        """Whether a step, from 0, updates it."""
+        """Whether a step (counted from 0) updates this part."""
         return (step + 1) % self.every == 0
 
     def update(self, lr: float) -> None:
-        """Take the optimizer's step with a learning rate of the run, or with this part's own in it."""
+        """Run the optimizer's step.
+
+        Args:
+            lr: The run's learning rate, or a `PartRates` with one learning rate for each part.
+        """
         rate = lr.of[self.name] if isinstance(lr, PartRates) else lr
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -56,12 +60,12 @@ def build_parts(
     """The parts of a model on this rank, in the order in which a step updates them.
 
     Args:
-        order: Names of the model's parts; none where it has no parts.
-        named: Parameters of this rank by qualified name.
-        all_names: Of the full model's parameters.
+        order: Names of the model's parts; empty if the model has no parts.
+        named: This rank's parameters, by qualified name.
+        all_names: Names of the full model's parameters.
 
     Raises:
-        UserError: A trained parameter is in no part, or in two; or a part has none.
+        UserError: A trained parameter is in no part, a parameter is in two parts, or a part has no parameters.
     """
     if not order:
         return [Part.of(config.build(named, all_names), config.clip)]
@@ -88,7 +92,7 @@ def build_parts(
 
 
 class PartsResult(StepResult):
-    """The numbers of a step of several updates: the first part's, with the loss and the norm of each as metrics."""
+    """The results of a step that updates several parts: the first part's, and each part's loss and norm as metrics."""
 
     def __init__(self, results: Mapping[str, StepResult]) -> None:
         self._results = dict(results)

@@ -1,4 +1,4 @@
-"""What a step of a plain module needs apart from forward and backward, so that no layout changes what it computes."""
+"""What a step of a plain module needs besides forward and backward, so that its result is equal at every layout."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from bigtrain.models.plain.network import Network, without_fillers
 
 
 class PlainSteps:
-    """The passes of a plain module on this rank; see the methods for what each adds."""
+    """Runs the passes of a plain module on this rank, and adjusts its gradients and buffers."""
 
     def __init__(self, network: Network, mesh: DeviceMesh | None, seed: int, device: torch.device) -> None:
-        """Args:
-        mesh: The axes over which gradients are summed; None where this process is alone.
+        """Collect the parameters and the modules that need special treatment.
+
+        Args:
+            network: The plain module, wrapped.
+            mesh: The axes over which gradients are summed; None in a single process.
+            seed: The run's seed.
+            device: This rank's device.
         """
         self.network = network
         network.is_shared = mesh is not None
@@ -39,18 +44,23 @@ class PlainSteps:
         self.whole: list[Tensor] = (
             [] if mesh is None else [parameter for _, parameter in named if not isinstance(parameter, DTensor)]
         )
-        """Parameters that lie on every rank: FSDP does not sum their gradients."""
+        """Unsharded parameters, which every rank holds; FSDP does not sum their gradients."""
         self._updates: list[Any] = [
             module for module in network.modules() if callable(getattr(module, "after_step", None))
         ]
 
     def begin(self, part: Part) -> None:
-        """Let the passes that follow compute the loss of a part."""
+        """Make the next passes compute the loss of a part."""
         self.network.part = part.name or None
 
     @contextmanager
     def passing(self, step: int, arrays: MicroBatch, number: int, passes: int) -> Iterator[Batch]:
-        """The batch of one training pass; forward and backward belong into the block."""
+        """A context for one training pass, which yields the batch. Forward and backward must run inside it.
+
+        Args:
+            number: Index of the micro-batch in the step, from 0.
+            passes: Number of micro-batches of the step.
+        """
         self._step = step
         part = self.network.part
         with self._passing(f"{step}" if part is None else f"{step} {part}", arrays, number, passes) as batch:
@@ -58,7 +68,7 @@ class PlainSteps:
 
     @contextmanager
     def evaluating(self, arrays: MicroBatch) -> Iterator[Batch]:
-        """The batch of one evaluation pass; with gradients where forward itself differentiates."""
+        """A context for one evaluation pass, which yields the batch. Autograd is on only if `forward` needs it."""
         grad: AbstractContextManager[Any] = torch.set_grad_enabled(self.network.facts.needs_grad)
         with grad, self._passing("evaluation", arrays, 0, 1) as batch:
             yield batch
@@ -68,16 +78,16 @@ class PlainSteps:
         arrays, rows = without_fillers(arrays)
         batch = to_device(arrays, self._device)
         batch["step"] = torch.tensor(self._step, device=self._device)
-        # Every pass of a step, on every rank: one draw for a whole batch is the same at every layout.
+        # All passes of a step start from one seed on all ranks: a draw for the global batch is equal at every layout.
         reseed(self._seed, place)
         with self.network.passing(batch, rows, number, passes):
             yield batch
 
     def after_backward(self, weight: Tensor) -> None:
-        """Make the gradients those of the sum of losses over all ranks, as the module's own hooks change them.
+        """Sum gradients that FSDP does not sum over the ranks, and apply the module's own gradient hooks.
 
         Args:
-            weight: The sum of this rank's weights.
+            weight: Sum of this rank's weights, a scalar.
         """
         if self._mesh is not None:
             for parameter in self.whole:
@@ -97,7 +107,7 @@ class PlainSteps:
                     _change(trained.grad, functions, float(total))
 
     def _forget_unused(self) -> None:
-        """Leave no gradient where no rank used a parameter: an optimizer does not touch it, as in one process."""
+        """Set `grad` to None where no rank used a parameter, so that the optimizer skips it as in one process."""
         flags = torch.tensor(
             [parameter.grad is not None and (name in self.network.reached or bool(local(parameter.grad).any()))
              for name, parameter in self._trained.items()],
@@ -110,18 +120,18 @@ class PlainSteps:
         self.network.reached.clear()
 
     def after_update(self, bad: Tensor) -> None:
-        """Undo what the passes of a skipped update did to buffers.
+        """Restore the buffers that the passes have changed, if the update was skipped.
 
         Args:
-            bad: Boolean, without dimensions: whether it was skipped.
+            bad: Boolean scalar: whether the update was skipped.
         """
         self.network.take_back_where(bad)
 
     def after_step(self, bad: list[Tensor]) -> None:
-        """Let the module do what it does after each step, unless an update was skipped.
+        """Call the `after_step` method of each submodule that has one, unless an update was skipped.
 
         Args:
-            bad: Of each update, as `after_update` takes it.
+            bad: For each update of the step, whether it was skipped; boolean scalars.
         """
         if self._updates and not any(map(bool, bad)):
             with torch.no_grad(), whole_parameters(self.network):
@@ -131,7 +141,7 @@ class PlainSteps:
 
 @contextmanager
 def whole_parameters(network: nn.Module) -> Iterator[None]:
-    """Full FP32 parameters in place of this rank's shards; what the block does to them is kept. Collective."""
+    """A context in which modules hold full (unsharded) FP32 parameters; changes to them are kept. Collective."""
     holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -155,7 +165,7 @@ def whole_parameters(network: nn.Module) -> Iterator[None]:
 
 
 def _box(shard: DTensor) -> tuple[slice, ...]:
-    """Where a shard lies in the full tensor."""
+    """The slices of the full tensor that a shard occupies."""
     sizes, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
     return tuple(slice(at, at + size) for at, size in zip(offset, sizes, strict=True))
 
@@ -167,7 +177,13 @@ def _sum_over(tensor: Tensor, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def _change(gradient: Tensor, functions: list[Callable[[Tensor], Tensor | None]], weight: float) -> None:
-    """Apply hooks to a gradient of the mean loss, as in one process, in place."""
+    """Apply hooks to a gradient, in place. The hooks see the full gradient of the mean loss, as in one process.
+
+    Args:
+        gradient: Gradient of the sum of losses over all ranks; it may be sharded.
+        functions: The hooks. Each returns a new gradient, or None for no change.
+        weight: Sum of weights over all ranks.
+    """
     full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
     mean = full / weight if weight else full
     for function in functions:

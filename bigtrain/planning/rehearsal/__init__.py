@@ -1,10 +1,10 @@
-"""A rehearsal: the real code of some ranks of a run, at its full world size, in one process on fake tensors.
+"""A rehearsal runs the real code of some ranks of a run at its full world size, in one process on fake tensors.
 
     document = rehearse(config, outputs, gpus=16_384)
-    document["faults"]                                   # what would go wrong, in words; empty where nothing
+    document["faults"]                                   # messages about what would go wrong; empty if nothing would
 
-It runs the ranks of the first, a middle and the last place of the pipeline, one after the other, and compares with the
-formulas what each holds, exchanges and saves.
+It runs the first, a middle and the last pp rank, one after the other. It compares each rank's memory and collectives
+with the formulas of `bigtrain plan`, and checks what the rank would save in a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ __all__ = ["rehearsal_text", "rehearse"]
 FORMAT_VERSION = 1
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 MOST_PASSES = 2
-"""Passes of a micro-batch that are rehearsed, as a multiple of the pipeline's ranks: later ones repeat the same."""
+"""Largest number of micro-batches that are rehearsed, as a multiple of pp; more would only repeat the same passes."""
 HELD = ("parameters", "gradients", "optimizer")
-"""Of these kinds of memory the formulas are exact."""
+"""The kinds of memory for which the formulas are exact."""
 
 
 def rehearse(config: Any, outputs: int, gpus: int, plant: Plant | None = None) -> dict[str, Any]:
-    """Rehearse the first, a middle and the last place of a run's pipeline.
+    """Rehearse the first, a middle and the last pp rank of a run.
 
     Args:
-        config: A run's (`RunConfig`).
-        outputs: Entries of the vocabulary, or classes.
-        gpus: Ranks of the run.
-        plant: Breaks each rank's engine, to see that it is found.
+        config: The run's `RunConfig`.
+        outputs: Number of vocabulary entries, or of classes.
+        gpus: World size of the run.
+        plant: Breaks each rank's engine, to test that the rehearsal finds the fault.
 
     Returns:
-        Plain values: `faults`, and of each rank memory by kind and collectives, beside the formulas.
+        Plain values, for JSON: `faults`, and for each rank its memory by kind and its collectives, each with the value
+        of the formulas.
 
     Raises:
-        UserError: What the run's checks refuse anyway, an engine that cannot be rehearsed.
+        UserError: The layout is not possible, or the engine or the model cannot be rehearsed.
     """
     role, sizes, batch_passes = _role(config, outputs, gpus)
     job = _formulas(config, outputs)
@@ -111,7 +112,7 @@ def _role(config: Any, outputs: int, gpus: int) -> tuple[Role, Mesh, int]:
         config.model,
         outputs,
         config.optimizer,
-        # A compiler has no use for tensors without values; it changes no collective.
+        # Blocks are not compiled, because tensors have no values. Compilation does not change collectives.
         engine.model_copy(update={"compile": False}),
         layout,
         config.precision,
@@ -167,7 +168,7 @@ def _compared(seen: Seen, job: Job | None, role: Role, sizes: Mesh, place: int) 
 
 
 def _stage_faults(seen: Seen, role: Role, place: int) -> list[str]:
-    """Stages that hold other blocks than the layout gives them."""
+    """Faults of stages whose number of blocks differs from the layout's."""
     costs: BlockCosts | None = role.model.block_costs(role.outputs)
     if costs is None or role.layout.stages == 1:
         return []
@@ -180,7 +181,7 @@ def _stage_faults(seen: Seen, role: Role, place: int) -> list[str]:
 
 
 def _held_twice(names: dict[int, set[str]], place: int, shared: frozenset[str]) -> list[str]:
-    """Parameters that two stages save, and that are not a tied embedding."""
+    """Faults of parameters that two stages save, except those of a tied embedding."""
     return [
         f"{name} is saved by stage {other} too"
         for other, held in names.items()
@@ -200,7 +201,7 @@ def _size(count: int) -> str:
 
 
 def rehearsal_text(document: dict[str, Any]) -> str:
-    """The document for a terminal."""
+    """The document as text for a terminal."""
     axes = " ".join(f"{axis} {size}" for axis, size in document["mesh"].items() if size > 1) or "one process"
     lines = [
         f"rehearsed on {document['gpus']} ranks ({axes}): {document['passes']} of {document['passes_of_a_step']} "

@@ -1,7 +1,6 @@
-"""Whether the ranks' parts of a checkpoint cover each tensor once, from one rank's state alone.
+"""Checks from one rank's state that the ranks' parts of a checkpoint cover each tensor exactly once.
 
-What the other ranks of a tensor's mesh would write is computed as they would do it: the same call, from their place in
-the mesh.
+The parts of other ranks are computed by the call that those ranks would make, with their coordinates in the mesh.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from torch.distributed.tensor import DTensor
 from bigtrain.checkpoint.shards import local_tensors, plan_items
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes inside a tensor."""
+"""Offsets and sizes of a part inside a tensor."""
 
 
 def checkpoint_faults(state: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the plan of a checkpoint, by tensor: parts that overlap, are missing, or are not the rank's.
+    """Messages about wrong parts in the plan of a checkpoint; empty if it is correct.
+
+    Parts are wrong if they overlap, if one is missing, or if the shape of this rank's part is not that of its tensor.
 
     Args:
-        state: Of one rank (`Engine.state`).
+        state: The state of one rank (`Engine.state`).
     """
     local, found = local_tensors(state), []
     for item in plan_items(state):
@@ -49,7 +50,7 @@ def checkpoint_faults(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def boxes(tensor: DTensor) -> Iterator[Box]:
-    """The part of each rank of a tensor's mesh, replicas once."""
+    """The parts of all ranks of a tensor's mesh; replicas are counted once."""
     mesh = tensor.device_mesh
     own = mesh.get_coordinate()
     assert own is not None
@@ -65,7 +66,7 @@ def boxes(tensor: DTensor) -> Iterator[Box]:
 
 
 def cover_fault(shape: tuple[int, ...], parts: set[Box]) -> str | None:
-    """How some parts fail to make up a tensor, each element once; None where they do."""
+    """A message about parts that overlap, leave a gap, or exceed the tensor; None if they cover each element once."""
     ends = [
         sorted({0, size, *(at[dim] for at, _ in parts), *(at[dim] + count[dim] for at, count in parts)})
         for dim, size in enumerate(shape)
@@ -94,7 +95,7 @@ def _first(cells: np.ndarray, ends: list[list[int]]) -> list[int]:
 
 @contextlib.contextmanager
 def _at(mesh: DeviceMesh, place: tuple[int, ...]) -> Iterator[None]:
-    """Let this process stand at another place of a mesh."""
+    """A context in which this process has other coordinates in a mesh."""
     before = mesh._coordinate_on_dim
     mesh._coordinate_on_dim = place
     try:

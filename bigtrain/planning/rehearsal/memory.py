@@ -1,4 +1,4 @@
-"""The memory that one rank's tensors take, by kind, while it runs; of real and of fake tensors alike.
+"""Tracks the memory of one rank's tensors by kind, for real and for fake tensors.
 
     with TrackedMemory() as memory:
         memory.hold("parameters", model.parameters())
@@ -7,8 +7,8 @@
         engine.train_step(...)
     memory.peak()                      # {"parameters": ..., "activations": ..., "total": ...}
 
-Each operator's results are counted by their storages, from the moment they are made until they are freed, and what is
-resized in between: FSDP gathers into storages that it resizes. Memory inside a kernel is not seen.
+The storages of each operator's results are counted from their creation until they are freed. Resizing is counted too,
+because FSDP gathers into storages that it resizes. Temporary memory inside a kernel is not counted.
 """
 
 from __future__ import annotations
@@ -34,42 +34,44 @@ MemoryKind = Literal[
 KINDS: tuple[MemoryKind, ...] = (
     "parameters", "gradients", "optimizer", "gathered", "gradient_buffers", "activations", "working",
 )  # fmt: skip
-"""gathered: parameters that FSDP has gathered. gradient_buffers: gradients that it reduces. activations: made in a
-forward pass and alive when a backward pass begins. working: the rest, such as logits or what a block computes again."""
+"""gathered: parameters that FSDP has gathered. gradient_buffers: gradients that FSDP reduces. activations: created in a
+forward pass and alive when a backward pass begins. working: the rest, such as logits and recomputed activations."""
 
 SHADOWS = "_propagate_tensor_meta_non_cached"
-"""Where a DTensor learns the shape of a result from full-size tensors without memory, once for each operator."""
+"""Method in which a DTensor infers the shape of a result from full-size tensors without memory, once per operator."""
 OF_OPERATOR: dict[str, MemoryKind] = {"fsdp::all_gather_copy_in": "gathered", "fsdp::chunk_cat": "gradient_buffers"}
-"""What FSDP's own operators fill; the second reads gradients that lie whole on a rank."""
+"""Kind of the results of FSDP's own operators. The arguments of chunk_cat are unsharded gradients of the same kind."""
 
 
 @dataclass
 class _Storage:
-    """What is known of a storage that was seen."""
+    """A tracked storage."""
 
     reference: Any
     size: int
+    """Present size in bytes."""
     in_backward: bool
-    """Whether a backward pass made it."""
+    """Whether a backward pass created the storage."""
     born: int
-    """How many backward passes had begun."""
+    """Number of backward passes that had begun at its creation."""
     died: int | None = None
+    """Number of backward passes that had begun when it was freed; None: it is alive."""
     kind: MemoryKind | None = None
-    """The kind, where it was given or observed; None: the lifetime decides."""
+    """The kind, if it was given or observed; None: the lifetime decides."""
 
 
 class TrackedMemory(TorchDispatchMode):
-    """The storages that operators make inside the `with` block, and those that `hold` names."""
+    """Tracks the storages that operators create inside the `with` block, and those of tensors given to `hold`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._all: list[_Storage] = []
         self._living: dict[int, int] = {}
-        """The number of each living storage, by its address."""
+        """Index in `_all` of each living storage, by its address."""
         self._events: list[tuple[int, int]] = []
-        """Numbers of storages, and how much more memory they take."""
+        """Index in `_all` of the storage, and change of its size in bytes, in the order of time."""
         self._first = 0
-        """The event at which the peak is looked for."""
+        """Index of the event from which on `peak` looks for the peak."""
         self._backward_passes, self._in_backward = 0, False
         self._patches = contextlib.ExitStack()
         self._paused = False
@@ -102,10 +104,10 @@ class TrackedMemory(TorchDispatchMode):
         self._patches.close()
 
     def hold(self, kind: MemoryKind, tensors: Iterable[Tensor | None]) -> int:
-        """Say what some tensors are, on this rank.
+        """Set the kind of some tensors of this rank.
 
         Returns:
-            Their bytes.
+            The size of their storages in bytes.
         """
         total, seen = 0, set()
         for storage in _storages(tensors):
@@ -116,11 +118,11 @@ class TrackedMemory(TorchDispatchMode):
         return total
 
     def begin(self) -> None:
-        """Look for the peak from here on."""
+        """Ignore everything before this call when `peak` looks for the peak."""
         self._first = len(self._events)
 
     def peak(self) -> dict[str, int]:
-        """Bytes at the peak, by kind and in all."""
+        """Bytes at the peak, by kind and in total."""
         at, _ = max(enumerate(self._totals()), key=lambda one: one[1])
         sizes: dict[int, int] = {}
         for number, change in self._events[: self._first + at]:
@@ -131,7 +133,7 @@ class TrackedMemory(TorchDispatchMode):
         return {**found, "total": sum(found.values())}
 
     def _totals(self) -> Iterator[int]:
-        """Bytes at the beginning, and after each event since."""
+        """Total bytes at the last `begin`, and after each event since."""
         total = sum(change for _, change in self._events[: self._first])
         yield total
         for _, change in self._events[self._first :]:
@@ -163,7 +165,7 @@ class TrackedMemory(TorchDispatchMode):
         return result
 
     def _see(self, storage: torch.UntypedStorage, kind: MemoryKind | None) -> int:
-        """Note a storage and its size; returns its number."""
+        """Record a storage and its size, and return its index in `_all`."""
         size, number = storage.nbytes(), self._living.get(storage._cdata)
         if number is None:
             number = self._living[storage._cdata] = len(self._all)

@@ -1,9 +1,9 @@
-"""One rank of a run of any size in this process: the real engine on fake tensors, in a group of fake ranks.
+"""Runs one rank of a run of any world size in this process: the real engine on fake tensors in a fake process group.
 
-The engine's own `build` cuts, splits, shards and recomputes the model on the meta device, and its own `train_step`
-runs forward, backward and optimizer. Only two things are not real: tensors have shapes and no values
-(`FakeTensorMode`), and the process group returns at once (torch's backend "fake"). So what the code would do on that
-rank is seen without its memory and without its neighbours.
+The engine's own `build` applies pp, tp, FSDP and recompute to the model on the meta device, and its own `train_step`
+runs forward, backward and optimizer. Only two things are not real: tensors have shapes but no values
+(`FakeTensorMode`), and collectives return at once (torch's backend "fake"). This shows what the code does on that rank
+without its memory and without the other ranks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from bigtrain.planning.rehearsal.memory import TrackedMemory
 from bigtrain.planning.rehearsal.recorded import RecordedCollectives
 
 START_UP_BYTES = 8
-"""Stages of a pipeline greet their neighbours with one number before the first pass of a process."""
+"""Size of the message that pipeline stages exchange before the first pass of a process, which is not counted."""
 Plant = Callable[[FSDPEngine], None]
-"""Breaks an engine, to see that a rehearsal finds it."""
+"""A function that breaks an engine, to test that a rehearsal finds the fault."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a rehearsed rank is to do."""
+    """The settings of a rehearsed rank."""
 
     model: Any
     outputs: int
-    """Entries of the vocabulary, or classes."""
+    """Number of vocabulary entries, or of classes."""
     optimizer: Any
     engine: FSDPConfig
     layout: LayoutConfig
@@ -60,23 +60,23 @@ class Role:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank did in a step."""
+    """The observations of one rank in a step."""
 
     rank: int
     held: Held
     peak: dict[str, int]
-    """Bytes by kind, at the moment that takes most."""
+    """Peak memory in bytes, by kind."""
     collectives: list[Collective]
     blocks: list[int]
-    """Of each of its stages."""
+    """Number of blocks of each of the rank's stages."""
     state: dict[str, Tensor]
-    """What it would save; to be read while the group lives."""
+    """The state that the rank would save; it must be read before the process group is destroyed."""
     shared: frozenset[str]
-    """Parameters that the first and the last stage both hold."""
+    """Names of parameters that the first and the last stage both hold."""
 
 
 class RehearsalError(Exception):
-    """What the real code raised, and in which phase."""
+    """The real code raised an exception, which is `cause`, in the phase `phase`."""
 
     def __init__(self, phase: str, cause: Exception) -> None:
         super().__init__(f"{phase}: {type(cause).__name__}: {cause}")
@@ -85,14 +85,14 @@ class RehearsalError(Exception):
 
 @contextlib.contextmanager
 def rehearsed(role: Role, rank: int, plant: Plant | None = None) -> Iterator[Seen]:
-    """Build one rank and let it take a step.
+    """Build one rank, and run one step on it.
 
     Yields:
-        What it did. The fake group lives as long as the `with` block.
+        The observations. The fake process group exists until the end of the `with` block.
 
     Raises:
-        RehearsalError: The code failed, as it would on that rank.
-        UserError: Ranks that run in this process, or a model that is not built on the meta device.
+        RehearsalError: The code raised an exception, as it would on that rank.
+        UserError: This process has a process group already, or the model is not built on the meta device.
     """
     if dist.is_initialized():
         raise UserError("A rank of a run cannot rehearse another", fix="Rehearse in a process of its own.")
@@ -119,7 +119,7 @@ def _build(role: Role, rank: int, fake: FakeTensorMode) -> FSDPEngine:
         with fake:
             materialise(model, device, seed, values=False)
 
-    # Meta tensors become fake ones of the device where a real rank allocates them.
+    # Where a real rank would allocate meta tensors on its device, they become fake tensors of the device.
     with patch("bigtrain.parallel.apply.materialise", on_fake_tensors):
         engine = role.engine.build(
             role.model,
@@ -136,7 +136,7 @@ def _build(role: Role, rank: int, fake: FakeTensorMode) -> FSDPEngine:
 
 def _steps(role: Role, rank: int, engine: FSDPEngine, fake: FakeTensorMode) -> Seen:
     batches = _micro_batches(role)
-    # The first step is the one that reads a number on the host, which has no value here.
+    # The first step would read a value on the host, but fake tensors have none.
     engine.reducer.skip_agreement()
     model, optimizer, held = engine.model, engine.optimizer, {}
     with fake, _phase("state to save"):
@@ -163,14 +163,14 @@ def _steps(role: Role, rank: int, engine: FSDPEngine, fake: FakeTensorMode) -> S
 
 
 class _Yes:
-    """In place of a tensor whose value the host reads."""
+    """A stand-in for a tensor whose value the host reads."""
 
     def item(self) -> int:
         return 1
 
 
 def _all_static(*_: Any, **__: Any) -> _Yes:
-    """What the stages agree on before their first pass, from torch 2.13 on: all know their shapes beforehand."""
+    """Replaces an exchange between stages before their first pass, in torch 2.13 and later: all shapes are static."""
     return _Yes()
 
 

@@ -1,13 +1,13 @@
-"""Every collective of this rank, as it is issued: kind, axes of the mesh, bytes, in order.
+"""Records every collective that this rank issues, in order: kind, axes of the mesh, bytes.
 
     with RecordedCollectives(sizes) as record:
         engine.train_step(step, micro_batches, lr)
     assert Counter(record) == total(communication(...))
     assert not record.missed
 
-Collectives are seen where they enter torch's dispatcher, whoever issues them: our own, FSDP2's hooks, DTensor's
-redistributions, DeepSpeed, DDP's C++ reducer, the pipeline's sends; on a CPU the backward pass runs in the calling
-thread and is seen too. Each group of gloo numbers what it does, which proves that nothing was missed.
+Collectives are intercepted in torch's dispatcher, so it does not matter who issues them: bigtrain, FSDP2's hooks,
+DTensor's redistributions, DeepSpeed, DDP's C++ reducer, or the pipeline's sends. On a CPU the backward pass runs in the
+calling thread and is recorded too. Each gloo group counts its collectives, which proves that the record is complete.
 """
 
 from __future__ import annotations
@@ -59,27 +59,30 @@ KINDS: dict[str, Kind] = {
     "all_to_all_single": "all_to_all",
     "broadcast": "broadcast",
 }
-"""Operations of torch's namespaces c10d and _c10d_functional; those of the latter that wait or wrap move nothing."""
+"""Kind of collective of each operator in torch's namespaces c10d and _c10d_functional."""
 NO_EXCHANGE = ("wait_tensor", "_wrap_tensor_autograd")
+"""Operators of _c10d_functional that communicate nothing."""
 
 
 class RecordedCollectives(TorchDispatchMode):
     """The collectives that this rank issues inside the `with` block."""
 
     def __init__(self, sizes: Mesh) -> None:
-        """Args:
-        sizes: The axes of all ranks, by which groups are named.
+        """Prepare the names of the groups.
+
+        Args:
+            sizes: Sizes of the mesh axes, which give groups their names.
         """
         super().__init__()
         self.missed: dict[tuple[str, ...], int] = {}
-        """By axes: how many collectives gloo has run that were not seen; filled at the end of the block."""
+        """Number of collectives that gloo has run but that were not recorded, by axes; set at the end of the block."""
         self._names = _axes_by_ranks(sizes)
         self._seen: list[Collective] = []
         self._of_group: dict[str, int] = {}
         self._begun: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Collective]:
-        """In the order of their issue."""
+        """The collectives in the order in which they were issued."""
         return iter(self._seen)
 
     def __len__(self) -> int:
@@ -101,7 +104,7 @@ class RecordedCollectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            # Let the DTensor act first: what it issues comes by here as well.
+            # DTensor handles the operator first; the collectives that it issues are dispatched here too.
             return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -127,7 +130,7 @@ class RecordedCollectives(TorchDispatchMode):
 
 
 def _axes_by_ranks(sizes: Mesh) -> dict[tuple[int, ...], tuple[str, ...]]:
-    """The axes that a group of ranks spans; those of one rank have no part in a name."""
+    """The axes that each possible group spans, by its ranks; axes of size 1 are omitted."""
     large = [axis for axis, size in asdict(sizes).items() if size > 1]
     places = [sizes.coordinates(rank) for rank in range(sizes.world_size)]
     names: dict[tuple[int, ...], tuple[str, ...]] = {}
@@ -143,7 +146,7 @@ def _axes_by_ranks(sizes: Mesh) -> dict[tuple[int, ...], tuple[str, ...]]:
 
 
 def _gloo_groups() -> list[dist.ProcessGroup]:
-    """The groups of this rank that count what they do."""
+    """This rank's groups with the backend gloo, which count their collectives."""
     if not dist.is_initialized():
         return []
     groups = list(dist.distributed_c10d._world.pg_map)
@@ -151,7 +154,7 @@ def _gloo_groups() -> list[dist.ProcessGroup]:
 
 
 def _count(group: Any) -> int:
-    """How many collectives and messages a group of gloo has begun."""
+    """Number of collectives and messages that a gloo group has begun."""
     return int(group._get_sequence_number_for_group())
 
 
@@ -169,7 +172,7 @@ def _name_of_group(args: Any, kwargs: Any) -> str:
 
 
 def _tensors(values: list[Any]) -> list[Tensor | list[Tensor]]:
-    """Tensors, and lists of them, which count together."""
+    """The tensors, and the lists of tensors, among some values; a list counts as one buffer."""
     found: list[Tensor | list[Tensor]] = []
     for value in values:
         if isinstance(value, Tensor):
