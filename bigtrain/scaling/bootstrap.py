@@ -16,8 +16,7 @@ from bigtrain.scaling.objective import Problem
 
 REPLICATES = 1000
 CHUNK = 125
-"""Replicates that are refitted together. The number is fixed, so that sums round the same for any number of processes.
-"""
+"""Replicates that are refitted together; fixed, so that sums round the same with any number of processes."""
 MIN_CLUSTERS = 8
 """With fewer clusters the intervals are too narrow, and a warning is printed."""
 LEAST_CLUSTERS = 5

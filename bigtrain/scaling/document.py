@@ -1,4 +1,4 @@
-"""Reads and writes law.json, the result of `bigtrain scaling fit`; reading it needs only NumPy."""
+"""Reads and writes law.json, the result of `bigtrain scaling fit`; this needs neither SciPy nor torch."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from bigtrain.tracking.page import Chart, Fact, Page, Series
 LETTERS = {"params": "N", "tokens": "D", "batch": "B", "loss": "L"}
 _PATH = 40
 _CURVES = 12
-"""About the largest number of grids that a chart shows."""
+"""Largest number of grids that a chart shows."""
 
 
 def rates_page(found: dict[str, Any]) -> str:
