@@ -1,4 +1,4 @@
-"""From an optimizer's config and named parameters to a torch optimizer with its parameter groups."""
+"""Builds a torch optimizer with its parameter groups from an optimizer's config and named parameters."""
 
 from __future__ import annotations
 

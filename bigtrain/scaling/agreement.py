@@ -15,12 +15,15 @@ LEVEL = 0.95
 def agreement(found: dict[str, Result]) -> dict[str, Any]:
     """Compare the exponent a and N* at the target between approaches, by paired bootstrap replicates.
 
-    Two approaches agree if the intervals of both differences contain no difference. The interval of approach 2 is
-    widened by the effect of its choice of a window, which resampling does not show. The loss functions of approach 3
-    count as one approach; its first loss function is compared with the others.
+    Two approaches agree if the interval of the difference of a contains 0 and that of the ratio of N* contains 1. The
+    intervals of approach 2 are widened by the effect of its choice of a window, which resampling does not show. The
+    loss functions of approach 3 count as one approach; its first loss function is compared with the others.
 
     Args:
         found: Results by the name of the approach.
+
+    Returns:
+        Plain values for JSON. `agree` is whether all pairs agree, or None without pairs; `pairs` has their comparisons.
     """
     known = {name: one for name, one in found.items() if one.exponent is not None}
     parametric = [name for name in known if name.startswith("a3")]

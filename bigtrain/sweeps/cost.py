@@ -32,7 +32,7 @@ class Clock:
     speeds: dict[int, Speed]
     """Speeds by target N; empty if no speed is known."""
     source: str
-    """Where the speeds come from, for people."""
+    """Where the speeds come from, as text for the user."""
     evaluated_tokens: dict[int, int]
     """Held-out tokens of an evaluation, by target N."""
 
@@ -80,7 +80,7 @@ def clock_of(
     evaluated = {}
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
-        assert config.evaluation.sequences is not None  # load_sweep sees to it
+        assert config.evaluation.sequences is not None  # load_sweep sets a default
         evaluated[target] = config.evaluation.sequences * one.context
     if hardware.mfu is not None:
         device = _device(sweep)

@@ -1,7 +1,7 @@
 """The journal of a sweep: an append-only file of JSON lines, one event each, from which any driver can resume.
 
-    created   format_version, sweep          planned   trial {...}         chose    size, lr, factor
-    started   trial, attempt, slot           ended     trial, code, cause, retry
+    created   format_version, sweep          planned   trial {...}         chose    size, lr, losses
+    started   trial, attempt, slot           ended     trial, code, cause, retry, failures
     finished  trial, result {...}            refused   trial, cause        retry    trial
 
 Each line is synced to disk before the driver continues. A kill can leave an incomplete last line; readers skip it, and

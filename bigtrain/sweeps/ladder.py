@@ -48,7 +48,7 @@ class Rung:
     vocab_size: int
     sequences_per_epoch: int
     deviations: tuple[str, ...] = ()
-    """Differences between this rung and the ladder's rules, for people."""
+    """Differences between this rung and the ladder's rules, as texts for the user."""
     keys: Mapping[str, float] = field(default_factory=dict)
     """Values of `ladder.keys`, by dotted name."""
 

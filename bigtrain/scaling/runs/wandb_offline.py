@@ -62,7 +62,7 @@ def read_runs(path: Path) -> list[WandbRun]:
     """
     from wandb.proto import wandb_internal_pb2
 
-    new_record: Any = vars(wandb_internal_pb2)["Record"]  # its classes are made at run time
+    new_record: Any = vars(wandb_internal_pb2)["Record"]  # protobuf creates its classes at run time
 
     runs: dict[str, WandbRun] = {}
     for file in find_files(path):
