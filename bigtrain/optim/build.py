@@ -1,4 +1,4 @@
-"""From an optimizer's config and named parameters to a torch optimizer with its parameter groups."""
+"""Builds a torch optimizer with its parameter groups from an optimizer's config and named parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
     optimizer = config.make(parameter_groups(config, named_parameters, all_names))
-    # For whoever reads a checkpoint into it before its first step; see `checkpoint.state.materialise_optimizer`.
+    # Needed to read a checkpoint into the optimizer before its first step: `checkpoint.state.materialise_optimizer`.
     optimizer.zero_state = config.zero_state  # type: ignore[attr-defined]
     return optimizer
 
@@ -29,16 +29,22 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
+    """Torch parameter groups: one for each combination of lr_scale and weight_decay.
 
-    Parameters that are frozen, or need no gradient, are in none of them. Where none of those given is trained, there is
-    one group of nothing.
+    Parameters that are frozen or need no gradient are in no group. If no given parameter is trained, the result is a
+    single group without parameters.
 
     Args:
-        all_names: Of the full model's parameters, if those given are a part of them.
+        config: The optimizer section with the rules for groups and frozen parameters.
+        named_parameters: Qualified names and parameters.
+        all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
+
+    Returns:
+        Dicts with the keys params, names, lr, lr_scale and weight_decay.
 
     Raises:
-        UserError: A group's pattern, or a frozen one, matches no parameter of the full model; or nothing is left.
+        UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, or all parameters are
+            frozen.
     """
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -66,13 +72,13 @@ def parameter_groups(
             )
     if all(is_frozen(config, name) for name in names):
         raise UserError("every parameter is frozen: there is nothing to train", "optimizer.frozen", "freeze fewer")
-    # A stage of a pipeline may be frozen as a whole, and torch makes no optimizer of nothing at all.
+    # All parameters of a pipeline stage may be frozen, and torch cannot build an optimizer without a parameter group.
     nothing = {"params": [], "names": [], "lr": config.lr, "lr_scale": 1.0, "weight_decay": 0.0}
     return list(groups.values()) or [nothing]
 
 
 def is_frozen(config: OptimizerConfig, name: str) -> bool:
-    """Whether a parameter, by its qualified name, is not trained."""
+    """Whether the parameter of this qualified name matches a pattern of `frozen`, so that it is not trained."""
     return any(fnmatchcase(name, pattern) for pattern in config.frozen)
 
 

@@ -1,4 +1,7 @@
-"""Whether an optimizer's `zero_state` is the state that its steps make: else a checkpoint of it could not be read."""
+"""A check that an optimizer's `zero_state` matches the state that its steps create.
+
+A resumed run reads its checkpoint into that state, so the two must have the same keys, shapes, dtypes and values.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,20 @@ if TYPE_CHECKING:
     import torch
 
 _SHAPES = ((3, 4), (5,))
-"""A matrix and a vector: optimizers may keep other state for each."""
+"""Shapes of the test parameters: a matrix and a vector, because an optimizer may keep different state for each."""
 _RELATIVE = 1e-6
-"""FP32: a sum with a zero may round otherwise than the sum without it."""
+"""Relative tolerance in FP32: adding a zero state may change the rounding of the first step."""
 
 
 def check_zero_state(config: OptimizerConfig) -> None:
-    """Take one step on a small matrix and a small vector, and one from `zero_state`; both must do the same.
+    """Check that a first step from `zero_state` equals the optimizer's own first step, on a small matrix and vector.
+
+    Args:
+        config: The optimizer to check, usually one of a plugin.
 
     Raises:
-        UserError: `zero_state` is missing, lacks a key, has another shape or type, or leads to another first step.
+        UserError: `zero_state` is missing, differs from a step's state in keys, shapes or dtypes, or leads to a
+            different first step.
     """
     import torch
 

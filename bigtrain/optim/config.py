@@ -24,56 +24,58 @@ NonNegative = Annotated[float, Ge(0)]
 
 
 class ParameterGroup(Section):
-    """Other settings for the parameters whose qualified names match a pattern."""
+    """Settings for the parameters whose qualified names match a pattern, in place of the optimizer's settings."""
 
     pattern: str
     """A shell pattern over the full qualified name ("embedding.*", "*.bias"); the first group that matches applies."""
     lr_scale: NonNegative = 1.0
-    """Factor on the schedule's learning rate."""
+    """Factor by which the schedule's learning rate is multiplied."""
     weight_decay: NonNegative | None = None
-    """Weight decay, for parameters of any shape; null: the optimizer's, for matrices only."""
+    """Weight decay of the group, for parameters of any shape; null: the optimizer's weight decay, which applies only to
+    parameters of two or more dimensions."""
 
 
 class PartConfig(Section):
-    """One part of a model that is updated by itself, such as the generator of a GAN."""
+    """One part of a model with an optimizer and a loss of its own, such as the generator of a GAN."""
 
     parameters: tuple[str, ...] = ()
-    """Shell patterns over qualified names; none: the names that begin with the part's own and a dot."""
+    """Shell patterns over the qualified names of the part's parameters; empty: `NAME.*` for a part called NAME."""
     optimizer: dict[str, Any] = Field(default_factory=dict)
-    """Keys that differ from the section around it: {lr: 4e-4}. With another `name` nothing is taken over."""
+    """Keys that differ from the `optimizer` section around it, such as {lr: 4e-4}. With another `name`, only `frozen`
+    is inherited from that section."""
     schedule: dict[str, Any] | None = None
-    """As the run's section `schedule`; null: the run's own."""
+    """The part's schedule, with the keys of the section `schedule`; null: the run's schedule."""
     every: Annotated[int, Ge(1)] = 1
-    """It is updated once in so many steps, in the last of them."""
+    """Interval between updates of the part, in steps: the last step of each interval updates it."""
 
 
 class OptimizerConfig(Section):
-    """Base of all optimizers; a subclass adds its keys, `make` and `zero_state`.
+    """Base class of all optimizers. A subclass adds its keys, `make` and `zero_state`.
 
-    An optimizer must update each parameter from its own gradient and state by tensor operations. Then fsdp shards it
-    without extra code: parameters, gradients and state are DTensors there.
+    An optimizer must update each parameter from its own gradient and state by tensor operations. The engine fsdp then
+    shards it without extra code: its parameters, gradients and state are DTensors.
     """
 
     elementwise: ClassVar[bool] = True
-    """Whether each element's update depends only on that element's gradient and state. The engine deepspeed, which
-    flattens parameters, supports only such optimizers."""
+    """Whether the update of each element depends only on that element's gradient and state. The engine deepspeed
+    flattens parameters, so it supports only such optimizers."""
 
     name: str
-    """Which optimizer: a file of bigtrain/optim/optimizers, or the name of a plugin's class."""
+    """Name of the optimizer: a file in bigtrain/optim/optimizers, or a class of a plugin."""
     lr: Annotated[float, Gt(0)] = 1e-3
     """Learning rate at the schedule's peak."""
     weight_decay: NonNegative = 0.0
-    """For parameters of two and more dimensions, unless a group sets another."""
+    """Weight decay of parameters of two or more dimensions, unless a group sets another value."""
     clip: Annotated[float, Gt(0)] | None = 1.0
-    """Largest global norm of the gradient, enforced by the engine; null: no limit."""
+    """Maximum global norm of the gradient; the engine clips larger gradients. null: no clipping."""
     groups: tuple[ParameterGroup, ...] = ()
-    """Settings for parameters by pattern; see `ParameterGroup`."""
+    """Settings for groups of parameters, each selected by a pattern; see `ParameterGroup`."""
     frozen: tuple[str, ...] = ()
-    """Shell patterns over qualified names ("embedding.*"): parameters that are not trained. They have no gradient and
-    no optimizer state. Supported by the engine fsdp."""
+    """Shell patterns over the qualified names of parameters that are not trained ("embedding.*"). These parameters have
+    no gradient and no optimizer state. Only the engine fsdp supports this key."""
     parts: dict[str, PartConfig] = Field(default_factory=dict)
-    """Parts of the model that are updated one after another in a step, each by its own loss; see `PartConfig`. A model
-    names its parts and their order. Supported by the engine fsdp."""
+    """Parts of the model that a step updates one after another, each with its own loss; see `PartConfig`. The model
+    defines the names and the order of its parts. Only the engine fsdp supports this key."""
 
     @model_validator(mode="after")
     def _parts_are_sections(self) -> OptimizerConfig:
@@ -86,7 +88,7 @@ class OptimizerConfig(Section):
         return self
 
     def of_part(self, name: str) -> OptimizerConfig:
-        """The optimizer of a part, as a section of its own."""
+        """The complete optimizer section of one part: the part's keys over those that it inherits."""
         given = self.parts[name].optimizer
         own = {key: value for key, value in self.plain().items() if key != "parts"}
         if given.get("name", self.name) != self.name:
@@ -94,10 +96,10 @@ class OptimizerConfig(Section):
         return OPTIMIZERS.read({**own, **given})
 
     def schedule_of(self, schedule: ScheduleConfig, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
-        """The learning rates of a run: of each part by its own schedule, where there are parts.
+        """Build the schedule of a run; a model with parts has one schedule for each part.
 
         Args:
-            schedule: The run's section.
+            schedule: The run's section `schedule`.
             total_steps, to_steps: See `ScheduleConfig.build`.
         """
         from bigtrain.optim.schedule import PartSchedules
@@ -112,7 +114,7 @@ class OptimizerConfig(Section):
         return PartSchedules(first.peak_lr, first.warmup_steps, built)
 
     def ends_at_duration(self, schedule: ScheduleConfig) -> bool:
-        """Whether a longer duration changes the learning rates of earlier steps."""
+        """Whether a longer duration changes the learning rates of earlier steps, in the schedule of any part."""
         return any(one.ends_at_duration for one in self._schedules(schedule).values())
 
     def _schedules(self, schedule: ScheduleConfig) -> dict[str, ScheduleConfig]:
@@ -126,21 +128,21 @@ class OptimizerConfig(Section):
         """Build the optimizer over parameter groups.
 
         Args:
-            groups: Each has "params", "lr", "weight_decay", "lr_scale" and "names". The optimizer must keep the last
-                two.
+            groups: Parameter groups with the keys "params", "lr", "weight_decay", "lr_scale" and "names". The
+                optimizer must keep "lr_scale" and "names" in its param_groups.
         """
         raise TypeError(f"{type(self).__name__} does not build its optimizer: define make()")
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state of one parameter before the first step, by the optimizer's own keys.
+        """The optimizer state of one parameter before the first step, under the optimizer's own keys.
 
-        A checkpoint is read into it, so it must have the keys, shapes and dtypes of the state after a step. A
-        step from it must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps the sharding.
+        A checkpoint is read into this state, so it must have the keys, shapes and dtypes of the state after a step.
+        A step from it must equal the optimizer's own first step. `torch.zeros_like(parameter)` keeps the sharding.
         """
         raise TypeError(f"{type(self).__name__} does not describe its state: define zero_state()")
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of optimizer state of one FP32 parameter of this shape, with step counts."""
+        """Bytes of optimizer state of one FP32 parameter of this shape, step counts included."""
         import torch
 
         state = self.zero_state(torch.empty(shape, dtype=torch.float32, device="meta"))
@@ -149,15 +151,17 @@ class OptimizerConfig(Section):
     def build(
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
     ) -> torch.optim.Optimizer:
-        """Build the optimizer over the given parameters, plain tensors or DTensors.
+        """Build the optimizer over the given parameters.
 
-        Each of its param_groups carries "lr_scale", and "names" in the order of "params".
+        Each of its param_groups has the keys "lr_scale" and "names"; the names are in the order of "params".
 
         Args:
+            named_parameters: Qualified names and parameters, which are plain tensors or DTensors.
             all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
 
         Raises:
-            UserError: A pattern of a group or of `frozen` matches no parameter of the full model, or all are frozen.
+            UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, or all parameters are
+                frozen.
         """
         from bigtrain.optim.build import build_optimizer
 
@@ -165,18 +169,23 @@ class OptimizerConfig(Section):
 
 
 OPTIMIZERS = Registry("optimizer", OptimizerConfig, package="bigtrain.optim.optimizers", default="adamw")
-"""All optimizers by `optimizer.name`."""
+"""Registry of all optimizers, by `optimizer.name`."""
 
 
 @dataclass(frozen=True)
 class Percentage:
-    """A share of the full duration: "20%"."""
+    """A percentage of the run's full duration, such as "20%"."""
 
     value: float
+    """The percentage, from 0 to 100."""
 
     @classmethod
     def parse(cls, text: str) -> Percentage:
-        """Parse "NUMBER%", from 0% to 100%."""
+        """Parse "NUMBER%".
+
+        Raises:
+            ValueError: The text is not a number with an optional %, or the number is not between 0 and 100.
+        """
         try:
             value = float(text.strip().removesuffix("%"))
         except ValueError:
@@ -186,7 +195,7 @@ class Percentage:
         return cls(value)
 
     def of(self, steps: int) -> int:
-        """This share of a number of steps, rounded."""
+        """This percentage of a number of steps, rounded to full steps."""
         return round(self.value / 100 * steps)
 
     def __str__(self) -> str:
@@ -207,14 +216,16 @@ Portion = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "description": 'A part of the duration ("20%"), or "500 steps".'}),
 ]
-"""A share of the full duration ("20%"), or an absolute length ("500 steps")."""
+"""A length in training: a percentage of the run's full duration ("20%"), or an absolute length ("500 steps")."""
 
 
 def in_training(value: Duration) -> Duration:
-    """Refuse a duration that is a time: a schedule is a function of the step.
+    """Return a duration in steps, tokens or epochs as it is; refuse one in wall-clock time.
+
+    A schedule is a function of the step, so its lengths cannot depend on wall-clock time.
 
     Raises:
-        ValueError: The duration is a time.
+        ValueError: The duration is a wall-clock time.
     """
     if value.is_time:
         raise ValueError(f"'{value}' is a time: give steps, tokens or epochs")
@@ -222,15 +233,16 @@ def in_training(value: Duration) -> Duration:
 
 
 class ScheduleConfig(Section):
-    """Base of all schedules; a subclass adds its keys and `build`."""
+    """Base class of all schedules. A subclass adds its keys and `build`."""
 
     ends_at_duration: ClassVar[bool] = False
-    """Whether a longer duration changes the learning rate of earlier steps, from the first one after the warm-up."""
+    """Whether a longer duration changes the learning rate of earlier steps: of all steps after the warm-up."""
 
     name: str
-    """Which schedule: a file of bigtrain/optim/schedules, or the name of a plugin's class."""
+    """Name of the schedule: a file in bigtrain/optim/schedules, or a class of a plugin."""
     warmup: Duration = Field(default=Duration.steps(0))
-    """Length of the linear warm-up: step s has lr * (s + 1) / warmup."""
+    """Length of the linear warm-up, in steps, tokens or epochs. Step s of it has the learning rate
+    lr * (s + 1) / warmup."""
 
     @field_validator("warmup")
     @classmethod
@@ -238,27 +250,28 @@ class ScheduleConfig(Section):
         return in_training(value)
 
     def build(self, base_lr: float, total_steps: int, to_steps: Callable[[Duration], int]) -> Schedule:
-        """The learning rate as a function of the step.
+        """Build the schedule: the learning rate as a function of the step.
 
         Args:
-            base_lr: The optimizer's learning rate, which is the peak.
+            base_lr: The optimizer's learning rate, which is the schedule's peak.
             total_steps: The run's duration in steps.
-            to_steps: Converts a duration of the config to steps.
+            to_steps: A function that converts a duration of the config to steps.
 
         Raises:
-            UserError: The schedule's parts are longer than the run.
+            UserError: The schedule's warm-up and decay together are longer than the run.
         """
         raise TypeError(f"{type(self).__name__} does not build its schedule: define build()")
 
     def check_length(self, parts: int, total_steps: int, what: str) -> None:
-        """Refuse a schedule whose parts are longer than the run.
+        """Refuse a schedule whose warm-up and decay are together longer than the run.
 
         Args:
-            parts: Steps of `what`.
-            what: The keys, for the message: "warmup and decay".
+            parts: Length of the warm-up and decay together, in steps.
+            total_steps: The run's duration in steps.
+            what: Names of the keys that give these lengths, for the message: "warmup and decay".
 
         Raises:
-            UserError: They are longer.
+            UserError: `parts` is larger than `total_steps`.
         """
         if parts > total_steps:
             raise UserError(
@@ -269,4 +282,4 @@ class ScheduleConfig(Section):
 
 
 SCHEDULES = Registry("schedule", ScheduleConfig, package="bigtrain.optim.schedules", default="constant")
-"""All schedules by `schedule.name`."""
+"""Registry of all schedules, by `schedule.name`."""

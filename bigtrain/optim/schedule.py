@@ -1,7 +1,7 @@
 """The learning rate as a function of the step: pure arithmetic, no state, no torch.
 
-All schedules begin with the same linear warm-up: step s < warmup has lr * (s + 1) / warmup, so the first step
-already learns and step warmup - 1 reaches the peak.
+All schedules begin with the same linear warm-up: step s < warmup has lr * (s + 1) / warmup. The learning rate of step 0
+is therefore above zero, and step warmup - 1 reaches the peak.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ DecayShape = Literal["linear", "1-sqrt", "cosine"]
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """The learning rate at each step; steps are counted from 0."""
+    """The learning rate of each step; steps are counted from 0."""
 
     peak_lr: float
     warmup_steps: int
 
     def lr(self, step: int) -> float:
-        """The learning rate that `step` is taken with; of a model in parts a `PartRates`."""
+        """The learning rate of `step`; for a model with parts, a `PartRates`."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         return self.after_warmup(step)
 
     @abstractmethod
     def after_warmup(self, step: int) -> float:
-        """The learning rate of a step that is not in the warm-up."""
+        """The learning rate of a step at or after the end of the warm-up."""
 
 
 class PartRates(float):
-    """The learning rate of a step, where each part of the model has its own; as a number the first part's."""
+    """The learning rates of a step, one for each part of the model. Its float value is that of the first part."""
 
     of: Mapping[str, float]
+    """Learning rate by the name of the part."""
 
     @classmethod
     def make(cls, of: Mapping[str, float]) -> PartRates:
-        """From the learning rate of each part by its name, the first one first."""
+        """Build from the learning rate of each part by name, in the order of the parts."""
         rates = cls(next(iter(of.values())))
         rates.of = dict(of)
         return rates
@@ -48,7 +49,7 @@ class PartRates(float):
 
 @dataclass(frozen=True)
 class PartSchedules(Schedule):
-    """A schedule for each part of a model."""
+    """The schedules of a model with parts, one for each part."""
 
     parts: Mapping[str, Schedule]
 
@@ -62,13 +63,18 @@ class PartSchedules(Schedule):
 
 
 def rates(schedule: Schedule, step: int) -> dict[str, float]:
-    """The learning rates of a step by the names of the parts; "" where the model has none."""
+    """The learning rates of a step, by the name of the part; a model without parts has the single name ""."""
     lr = schedule.lr(step)
     return dict(lr.of) if isinstance(lr, PartRates) else {"": lr}
 
 
 def remaining(shape: DecayShape, progress: float) -> float:
-    """The part of a decay that remains, from 1 at progress 0 to 0 at progress 1 and after."""
+    """The fraction of a decay that remains: 1 up to progress 0, 0 from progress 1 on.
+
+    Args:
+        shape: Form of the decay between the two ends.
+        progress: Fraction of the decay's steps that have passed.
+    """
     progress = min(max(progress, 0.0), 1.0)
     if shape == "linear":
         return 1.0 - progress

@@ -1,4 +1,4 @@
-"""Whether the approaches say the same, judged by intervals that hold what they should."""
+"""The test whether the approaches agree, by the bootstrap intervals of their differences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from bigtrain.scaling.approaches import Result
 from bigtrain.scaling.bootstrap import interval
 
 LEVEL = 0.95
-"""Of all pairs together: each pair's two comparisons share the rest (Bonferroni)."""
+"""Level of all comparisons together; each comparison has an equal share of the error (Bonferroni)."""
 
 
 def agreement(found: dict[str, Result]) -> dict[str, Any]:
-    """Whether two approaches differ in a and in N* at the target by more than their paired replicates do.
+    """Compare the exponent a and N* at the target between approaches, by paired bootstrap replicates.
 
-    Approach 2's interval also holds what its choice of a window changes, which no resampling shows. The loss functions
-    of approach 3 are one approach: the first is compared with the others.
+    Two approaches agree if the interval of the difference of a contains 0 and that of the ratio of N* contains 1. The
+    intervals of approach 2 are widened by the effect of its choice of a window, which resampling does not show. The
+    loss functions of approach 3 count as one approach; its first loss function is compared with the others.
+
+    Args:
+        found: Results by the name of the approach.
+
+    Returns:
+        Plain values for JSON. `agree` is whether all pairs agree, or None without pairs; `pairs` has their comparisons.
     """
     known = {name: one for name, one in found.items() if one.exponent is not None}
     parametric = [name for name in known if name.startswith("a3")]

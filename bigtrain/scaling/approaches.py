@@ -1,4 +1,4 @@
-"""The three approaches as parts of law.json, with the replicates that they are compared by."""
+"""The three approaches: each gives its part of law.json, and the replicates by which approaches are compared."""
 
 from __future__ import annotations
 
@@ -19,43 +19,58 @@ from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.runs.table import RunTable, refuse_collinear
 
 CHECK_REPLICATES = 250
-"""Replicates of the loss functions beside the chosen one: enough to show whether they agree."""
+"""Bootstrap replicates of the loss functions other than the first: enough to test whether they agree with it."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One approach: its part of law.json, and its replicates of (N*, D*) at the target."""
+    """The result of one approach, with its bootstrap replicates at the target."""
 
     result: dict[str, Any]
+    """The approach's part of law.json; with the key "refused" if the approach was not possible."""
     exponent: FloatArray | None = None
-    """Shape (R,)."""
+    """Replicates of the exponent a of N* ~ C^a, shape (R,)."""
     ln_params: FloatArray | None = None
-    """ln N* at the target, shape (R,)."""
+    """Replicates of ln N* at the target, shape (R,)."""
     fitted: parametric.ParametricFit | None = None
+    """The fit of approach 3; None for other approaches."""
     window_spread: tuple[float, float] = (0.0, 0.0)
-    """By how much the choice of approach 2's window moves the exponent and ln N* at the target, either way."""
+    """Largest change of the exponent and of ln N* at the target over the windows that approach 2 tries."""
     frontier: Frontier | None = None
+    """The points of the frontier that approaches 1 and 2 find; None for approach 3."""
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The lowest losses by FLOPs that an approach has found."""
+    """The points of lowest loss at m values of FLOPs that an approach has found."""
 
     flops: FloatArray
-    """Shape (m,)."""
+    """FLOPs of the points, shape (m,)."""
     loss: FloatArray
-    """Shape (m,)."""
+    """Losses of the points, shape (m,)."""
     replicates: FloatArray
-    """Shape (R, m), NaN where a replicate has none; (0, m) where the points are runs themselves."""
+    """Bootstrap replicates of the losses, shape (R, m), NaN where a replicate has no point.
+
+    The shape is (0, m) if the points are measured runs.
+    """
 
 
 def run_approaches(
     table: RunTable, clusters: npt.NDArray[np.int64], target: float, options: FitOptions
 ) -> dict[str, Result]:
-    """Each approach that the options name; with "all" one that the runs do not allow is reported as refused.
+    """Run each approach that the options name; with "all", an approach that is not possible is reported as refused.
+
+    Args:
+        table: The runs.
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        target: The target's FLOPs.
+        options: The approaches and their settings.
+
+    Returns:
+        Results by name: "a1", "a2", and "a3_" with the name of a loss function.
 
     Raises:
-        UserError: A single approach was chosen that these runs do not allow, or none is left.
+        UserError: The chosen approach is not possible with these runs, or no approach is.
     """
     found: dict[str, Result] = {}
     for name, one in (("a1", _envelope), ("a2", _isoflop)):
@@ -71,7 +86,7 @@ def run_approaches(
             try:
                 found[f"a3_{function}"] = _parametric(table, clusters, target, options, function)
             except UserError as error:
-                # A design that refuses the law refuses it for every function; the others may still serve.
+                # The cause lies in the runs and holds for every loss function, but approaches 1 and 2 may be possible.
                 if options.approach == "a3" or options.loss_function is not None or len(found) < 1:
                     raise
                 found[f"a3_{function}"] = Result({"refused": error.what, "fix": error.fix})
@@ -186,7 +201,10 @@ def _parametric(
 
 
 def _refuse_no_optimum(theta: FloatArray, target: float, source: str) -> None:
-    """Refuse a law in which N or D does not count: runs too short, or too alike, for the losses to show it."""
+    """Refuse a law whose optimal N or D at the target is below 1.
+
+    Such a law comes from runs that are too short or too similar to show the effect of N or D.
+    """
     best = {"parameters": float(law.optimal_params(theta, target)), "tokens": float(law.optimal_tokens(theta, target))}
     missing = next((name for name, value in best.items() if not value >= 1.0), None)
     if missing is not None:
@@ -208,11 +226,11 @@ def _at_target(theta: FloatArray, many: FloatArray, flops: float) -> dict[str, A
 
 
 def with_interval(value: float, replicates: FloatArray) -> dict[str, Any]:
-    """A value with its 95 % and 80 % intervals."""
+    """A value with its 95 % and 80 % percentile intervals of replicates of shape (R,)."""
     return {"value": value, "interval": interval(replicates), "interval_80": interval(replicates, 0.8)}
 
 
 def deviation(values: FloatArray) -> float:
-    """Standard deviation of the replicates that are finite."""
+    """Standard deviation of the finite replicates; NaN for fewer than two."""
     known = values[np.isfinite(values)]
     return float(known.std(ddof=1)) if len(known) > 1 else float("nan")

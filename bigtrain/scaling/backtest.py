@@ -1,4 +1,4 @@
-"""Fits of the smaller runs that predict the larger ones: at several factors of FLOPs, and what they say of misfit."""
+"""Back-tests: fits to the smaller runs that predict the larger ones, at several factors of FLOPs, and their misfit."""
 
 from __future__ import annotations
 
@@ -19,63 +19,74 @@ from bigtrain.scaling.parametric import fit as fit_parametric
 from bigtrain.scaling.runs.table import RunTable
 
 HELD_OUT_FACTOR = 3.0
-"""Runs above a third of the largest run's FLOPs are held out for the headline number."""
+"""Runs above a third of the largest run's FLOPs are held out for the main reported error."""
 FACTORS = (HELD_OUT_FACTOR, 10.0, 30.0)
-"""Extrapolation factors of the back-tests."""
+"""Factors of FLOPs over which the back-tests extrapolate."""
 REPLICATES = 200
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a fit of some runs says of all n runs of a table."""
+    """The prediction of all n runs of a table by a fit to some of them."""
 
     loss: FloatArray
-    """Shape (n,)."""
+    """Predicted losses, shape (n,)."""
     replicates: FloatArray
-    """Shape (R, n)."""
+    """Predicted losses of the bootstrap replicates, shape (R, n)."""
     residuals: FloatArray
-    """Of the fitted runs: ln predicted - ln measured."""
+    """ln predicted - ln measured of each fitted run."""
     parameters: int
+    """Number of fitted parameters."""
 
 
 Predictor = Callable[[RunTable, npt.NDArray[np.int64]], Prediction]
-"""Fits those runs, of those clusters, and predicts all runs."""
+"""A function that fits the runs of a table, given their clusters, and predicts all runs."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well the law of the smaller runs predicts the largest."""
+    """The errors of one back-test: of the predictions for the held-out runs, above all for the largest one."""
 
     fitted: int
+    """Number of fitted runs."""
     held_out: int
+    """Number of held-out runs."""
     row: int
-    """The run of the most FLOPs, in the table."""
+    """Index of the run with the most FLOPs."""
     predicted: float
+    """Predicted loss of that run."""
     prediction_interval: list[float]
-    """95 %: the law's own uncertainty and the noise of one run."""
+    """95 % interval of the predicted loss, with the uncertainty of the law and the noise of one run."""
     measured: float
+    """Measured loss of that run."""
     error: float
-    """predicted / measured - 1."""
+    """Relative error, predicted / measured - 1."""
     factor: float
-    """FLOPs of that run over those of the largest fitted one."""
+    """FLOPs of that run divided by those of the largest fitted run."""
     mean_absolute_error: float
-    """Relative, over all runs held out."""
+    """Mean absolute relative error of all held-out runs."""
     nearest_run_error: float
-    """Of taking the loss of the nearest fitted run in (ln N, ln D)."""
+    """Relative error of a baseline: the loss of the fitted run that is nearest in (ln N, ln D)."""
     power_law_error: float
-    """Of a power law in FLOPs alone, through the frontier of the fitted runs."""
+    """Relative error of a baseline: a power law in FLOPs alone, through the frontier of the fitted runs."""
     misfit: float
-    """Root mean square of the log errors beyond the half-widths of their intervals; 0 where the intervals hold."""
+    """Root mean square of the held-out runs' log errors beyond their intervals; 0 if all losses are inside."""
 
     @property
     def left_interval(self) -> bool:
-        """Whether the largest run lies outside its interval."""
+        """Whether the measured loss of the largest run lies outside its interval."""
         low, high = self.prediction_interval
         return not low <= self.measured <= high
 
 
 def parametric_predictor(problem: Problem, table: RunTable, seed: int) -> Predictor:
-    """Approach 3 as the back-tests use it, by the function and delta of a problem."""
+    """The predictor of approach 3, with the loss function and delta of a problem.
+
+    Args:
+        problem: The problem of all runs.
+        table: All runs, which are predicted.
+        seed: Seed of the starts and of the bootstrap.
+    """
 
     def predict(small: RunTable, clusters: npt.NDArray[np.int64]) -> Prediction:
         reduced = Problem.of(
@@ -94,15 +105,18 @@ def parametric_predictor(problem: Problem, table: RunTable, seed: int) -> Predic
 def held_out(
     table: RunTable, clusters: npt.NDArray[np.int64], seed: int, factor: float, predictor: Predictor, parameters: int
 ) -> HeldOut | str:
-    """Fit the runs up to 1/factor of the largest one's FLOPs and predict the rest; or why that is not possible.
+    """Fit the runs up to 1/factor of the largest run's FLOPs and predict the others.
 
     Args:
         table: All runs.
-        clusters: Of each run.
-        seed: Of the noise in the intervals.
-        factor: Of FLOPs.
+        clusters: Cluster of each run, shape (n,).
+        seed: Seed of the noise in the intervals.
+        factor: Ratio of the largest run's FLOPs to the limit of the fitted runs.
         predictor: The fit.
-        parameters: How many it has.
+        parameters: Number of parameters of the fit.
+
+    Returns:
+        The errors, or the reason why too few runs can be fitted.
     """
     last = int(np.argmax(table.flops))
     few = table.flops <= table.flops[last] / factor
@@ -134,7 +148,7 @@ def held_out(
 
 
 def _beyond(measured: float, predicted: float, ends: list[float]) -> float:
-    """The squared log error less the squared half-width of its interval on that side; 0 inside."""
+    """The squared log error minus the squared half-width of its interval on that side; 0 inside the interval."""
     error = math.log(measured / predicted)
     half = math.log((ends[1] if error > 0 else ends[0]) / predicted)
     return max(0.0, error**2 - half**2)
@@ -142,7 +156,7 @@ def _beyond(measured: float, predicted: float, ends: list[float]) -> float:
 
 def _prediction_interval(found: Prediction, row: int, seed: int) -> list[float]:
     sampled = np.random.default_rng((seed, 2)).choice(found.residuals, len(found.replicates))
-    # Small samples fit their own noise: residuals are too short by sqrt((n - p) / n).
+    # A fit of p parameters to n runs makes the residuals too small by a factor sqrt((n - p) / n).
     count = len(found.residuals)
     scale = np.sqrt(count / max(count - found.parameters, 1))
     return interval(found.replicates[:, row] * np.exp(sampled * scale))

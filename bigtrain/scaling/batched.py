@@ -1,8 +1,9 @@
-"""Thousands of refits of one problem at once: variable projection to find the valley, Newton's method to its floor.
+"""Thousands of refits of one problem at once, by variable projection and Newton's method.
 
-A bootstrap replicate is the same runs with other weights. Variable projection needs no starting point: over a grid of
-the two exponents the law is linear in A, B and E, and each replicate's best cell follows from a handful of matrix
-products. Newton's method then goes down from that cell and from the full fit's solution, and the lower end counts.
+A bootstrap replicate consists of the same runs with other weights. Variable projection needs no starting point: for
+each pair of exponents of a grid the law is linear in A, B and E, and a few matrix products give the best pair of each
+replicate. Newton's method then starts from that pair and from the solution of the full fit. The lower of the two minima
+is the result.
 """
 
 from __future__ import annotations
@@ -15,42 +16,43 @@ from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.objective import Problem, terms, value
 
 GRID = np.exp(np.linspace(np.log(0.03), np.log(2.0), 16))
-"""Exponents tried by variable projection: published ones lie between .05 and 1."""
+"""Exponents of the grid of variable projection; published exponents lie between 0.05 and 1."""
 BLOCK = 32
-"""Replicates projected together: their grids fit into a processor's cache."""
+"""Number of replicates that are projected together, so that their grids fit into the CPU's cache."""
 EXPONENT_RANGE = (0.002, 6.0)
 LN_RANGE = 35.0
-"""How far a logarithm of a centred term may lie from 0: beyond it the term is nothing, or all."""
+"""Largest absolute value of ln A, ln B and ln E of centred runs; beyond it a term is negligible or the only one."""
 MAX_STEPS = 200
 ROUNDING = 5 * np.finfo(np.float64).eps
-"""Of the largest eigenvalue of a 5 x 5 matrix: a smaller one cannot be distinguished from zero."""
+"""Ratio to the largest eigenvalue of a 5 x 5 matrix below which an eigenvalue cannot be distinguished from zero."""
 TOLERANCE = 1e-11
-"""Of the objective: a step that would gain less is the last."""
+"""Newton's method ends when a step is expected to reduce the objective by less than this relative amount."""
 SAME = 1e-6
-"""Relative: two ends of a search are one minimum where their objectives differ by less."""
+"""Two searches have reached the same minimum if their objectives differ by less than this relative amount."""
 
 
 @dataclass(frozen=True)
 class Refits:
-    """The ends of R refits."""
+    """The results of R refits."""
 
     theta: FloatArray
-    """Shape (R, 5), centred."""
+    """Centred parameters, shape (R, 5)."""
     objective: FloatArray
-    """Shape (R,), scaled as in `objective.value`."""
+    """Objectives in the scale of `objective.value`, shape (R,)."""
     converged: np.ndarray
-    """Shape (R,), bool."""
+    """Whether each refit converged, bool of shape (R,)."""
     agreed: np.ndarray
-    """Shape (R,), bool: whether the warm start and variable projection ended in the same minimum."""
+    """Whether the warm start and variable projection reached the same minimum, bool of shape (R,)."""
 
 
 def refit(problem: Problem, weights: FloatArray, warm: FloatArray, robust: FloatArray | None = None) -> Refits:
-    """Refit the problem under R sets of weights.
+    """Refit the problem with R sets of weights.
 
     Args:
-        weights: Shape (R, n).
-        warm: Shape (5,), centred: the full fit's solution.
-        robust: Shape (n,), what the full fit makes of each run's outlyingness; see `robust_weights`.
+        problem: The runs and the objective.
+        weights: Weights of the runs, shape (R, n).
+        warm: Centred parameters of the full fit, shape (5,).
+        robust: Additional weights of the runs in variable projection, shape (n,); see `robust_weights`.
     """
     starts = (np.broadcast_to(warm, (len(weights), 5)), project(problem, weights, robust))
     first = problem.deltas[0]
@@ -66,7 +68,12 @@ def refit(problem: Problem, weights: FloatArray, warm: FloatArray, robust: Float
 
 
 def robust_weights(problem: Problem, theta: FloatArray) -> FloatArray:
-    """Weights, shape (n,), by which least squares has the minimum that the problem's own function has at `theta`."""
+    """Weights of the runs, shape (n,), with which least squares has its minimum where the problem's loss function has.
+
+    Args:
+        problem: The runs and the loss function.
+        theta: Centred parameters at that minimum, shape (5,).
+    """
     residual = terms(problem, theta[None]).residual[0]
     if problem.function == "squares":
         return np.ones(len(residual))
@@ -75,10 +82,15 @@ def robust_weights(problem: Problem, theta: FloatArray) -> FloatArray:
 
 
 def project(problem: Problem, weights: FloatArray, robust: FloatArray | None = None) -> FloatArray:
-    """The best cell of a grid of exponents for each set of weights, with A, B, E by non-negative least squares.
+    """Find the best pair of exponents of a grid for each set of weights; A, B, E come from non-negative least squares.
+
+    Args:
+        problem: The runs and the loss function.
+        weights: Weights of the runs, shape (R, n).
+        robust: Additional weights of the runs, shape (n,); None: all are 1.
 
     Returns:
-        Shape (R, 5), centred.
+        Centred parameters, shape (R, 5).
     """
     scale = np.ones(len(problem.ln_loss)) if problem.function == "squares" else np.exp(-problem.ln_loss)
     target = np.exp(problem.ln_loss) * scale
@@ -92,7 +104,7 @@ def project(problem: Problem, weights: FloatArray, robust: FloatArray | None = N
         "vc": (v * scale)[second], "cc": (scale**2)[None], "ut": (u * target)[first], "vt": (v * target)[second],
         "ct": (scale * target)[None],
     }  # fmt: skip
-    # A logarithm cannot start at zero.
+    # The search continues in logarithms, so that no coefficient may be zero.
     floor = 1e-4 * np.exp(problem.ln_loss.mean())
     starts = np.empty((len(weights), 5))
     for low in range(0, len(weights), BLOCK):
@@ -105,10 +117,10 @@ def project(problem: Problem, weights: FloatArray, robust: FloatArray | None = N
 
 
 def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """Non-negative least squares in three unknowns for every cell, by trying every set of them that is not zero.
+    """Non-negative least squares in three unknowns for every pair of exponents, by trying every set of non-zero ones.
 
     Returns:
-        How much each cell explains, shape (R, G), and its (A, B, E), shape (3, R, G).
+        The reduction of the sum of squares by each of the G pairs, shape (R, G), and its (A, B, E), shape (3, R, G).
     """
     uu, vv, uv, uc, vc, ut, vt = (gram[name] for name in ("uu", "vv", "uv", "uc", "vc", "ut", "vt"))
     cc, ct = np.broadcast_to(gram["cc"], uv.shape), np.broadcast_to(gram["ct"], uv.shape)
@@ -116,7 +128,7 @@ def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
     m_uu, m_uv, m_uc = vv * cc - vc**2, vc * uc - uv * cc, uv * vc - vv * uc
     determinant = uu * m_uu + uv * m_uv + uc * m_uc
     m_vv, m_vc, m_cc = uu * cc - uc**2, uv * uc - uu * vc, uu * vv - uv**2
-    # Runs of one N (or one D) in a replicate make columns parallel: such a set has no solution of its own.
+    # If all runs of a replicate have the same N (or D), columns are parallel, and such a set has no unique solution.
     third = _inverse(determinant, uu * vv * cc)
     by_u, by_v, by_c = _inverse(m_uu, vv * cc), _inverse(m_vv, uu * cc), _inverse(m_cc, uu * vv)
     candidates = [
@@ -140,15 +152,20 @@ def _nonnegative(gram: dict[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
 
 
 def _inverse(determinant: FloatArray, scale: FloatArray) -> FloatArray:
-    """1 / determinant; NaN where it is zero but for rounding, in comparison with the product of its diagonal."""
+    """1 / determinant; NaN where the determinant is zero up to rounding, relative to the product of the diagonal."""
     return np.divide(1.0, determinant, out=np.full_like(determinant, np.nan), where=determinant > ROUNDING * scale)
 
 
 def descend(problem: Problem, weights: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray, np.ndarray]:
-    """Damped Newton from R starting points, each replicate with its own damping.
+    """Damped Newton's method from R starting points, each with its own damping.
+
+    Args:
+        problem: The runs and the objective.
+        weights: Weights of the runs, shape (R, n).
+        start: Centred parameters, shape (R, 5).
 
     Returns:
-        Parameters (R, 5), scaled objectives (R,), and whether each converged (R,).
+        Centred parameters, shape (R, 5), scaled objectives, shape (R,), and whether each converged, shape (R,).
     """
     theta = np.array(start)
     done = np.zeros(len(theta), dtype=bool)
@@ -192,10 +209,11 @@ def _newton(
 
 
 def _positive(system: FloatArray, majorant: FloatArray) -> FloatArray:
-    """The system where it is positive definite, else a multiple of the majorant, which always is."""
+    """The matrices of `system`, with the majorant in place of those that are not positive definite."""
     eigenvalues = np.linalg.eigvalsh(system)
     scale = np.trace(majorant, axis1=1, axis2=2)
-    # A replicate of fewer distinct runs than parameters has a singular one, but for rounding, which damping magnifies.
+    # The matrix of a replicate with fewer distinct runs than parameters is singular up to rounding, which damping would
+    # magnify.
     bad = eigenvalues[:, 0] <= np.maximum(1e-13 * scale, ROUNDING * eigenvalues[:, -1])
     if not bad.any():
         return system
@@ -213,7 +231,12 @@ def _bounded(theta: FloatArray) -> FloatArray:
 def _derivatives(
     problem: Problem, weights: FloatArray, theta: FloatArray, delta: float
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Gradient (R, 5), Hessian (R, 5, 5) and the Gauss-Newton matrix of the quadratic that lies above (R, 5, 5)."""
+    """Derivatives of the scaled objective by the five parameters.
+
+    Returns:
+        The gradient, shape (R, 5), the Hessian, shape (R, 5, 5), and the Gauss-Newton matrix of a quadratic upper
+        bound of the loss function, shape (R, 5, 5).
+    """
     at = terms(problem, theta)
     p1, p2, p3 = at.parts
     x, y = problem.ln_n, problem.ln_d
@@ -225,7 +248,7 @@ def _derivatives(
         slope = weights * np.clip(at.residual / delta, -1.0, 1.0)
         above = weights / np.maximum(size, delta)
         curvature = np.where(size <= delta, above, 0.0)
-        # The logarithm bends the sum of exponentials: d2 ln s = sum_k p_k g_k g_k' - J J'.
+        # Second derivative of the logarithm of a sum of exponentials: d2 ln s = sum_k p_k g_k g_k' - J J'.
         gauss = curvature - slope
     jacobian = np.stack([p1, p2, p3, -p1 * x, -p2 * y], axis=1)
     gradient = np.einsum("rkn,rn->rk", jacobian, slope)

@@ -1,13 +1,13 @@
-"""Whether the smallest or shortest runs lie above the law, as a warm-up that is too long for them makes them.
+"""A test whether the smallest or shortest runs lie above the law, for example because their warm-up is too long.
 
-Each form of bias is one more column z of the Jacobian of ln L: tokens lost at the start of every run, tokens lost in
-proportion to N, and small models that reach less than their size allows. The score test asks whether the residuals
-correlate with the part of z that the law's own five parameters cannot imitate. Its variance comes from the clusters
-(White 1980), so that noise may differ from run to run.
+Each form of bias is an additional column z of the Jacobian of ln L: tokens lost at the start of every run, tokens lost
+in proportion to N, and small models whose loss is higher than their size allows. A score test checks whether the
+residuals correlate with the part of z that is orthogonal to the columns of the law's five parameters. Its variance is
+estimated from the clusters (White 1980), so the noise may differ between runs.
 
-The forms are much alike, so the largest of their three scores is compared with the distribution of the largest of
-three correlated variables (Dunnett and Sobel 1954). Three tests at a third of the level would give power away.
-`python -m tests.bench.scaling_bias` prints the share of surfaces that are flagged, beside the share that the best
+The three scores are strongly correlated. The largest of them is therefore compared with the distribution of the largest
+of three correlated normal variables (Dunnett and Sobel 1954); three tests at a third of the level would have less
+power. `python -m tests.bench.scaling_bias` prints the share of surfaces that are flagged, and the share that the best
 possible test would flag.
 """
 
@@ -25,34 +25,45 @@ from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.parametric import ParametricFit, log_jacobian
 
 LEVEL = 0.04
-"""Chance of a false alarm, of all forms together."""
+"""Probability of a false alarm, for all forms together."""
 SAMPLES = 20_000
-"""Of the distribution of the largest score: the critical value varies by a hundredth of a deviation."""
+"""Samples of the distribution of the largest score; with so many the critical value varies by about 0.01."""
 SHORTEST = 0.25
-"""Share of the runs, the shortest or smallest, that the refit excludes."""
+"""Fraction of the runs, the shortest or smallest, that the refit excludes."""
 MIN_LEFT = 8
 _CLIP = 4.0
 
 
 @dataclass(frozen=True)
 class Bias:
-    """A form of bias that the residuals show, and what the law says without the runs that it concerns."""
+    """A form of bias that the residuals show, and the law's prediction without the runs that it affects."""
 
     form: str
+    """Name of the form: "short runs", "runs of few tokens a parameter" or "small models"."""
     standard_errors: float
-    """Size of the score in its own deviation."""
+    """The score in units of its standard error."""
     loss_bias: float
     """Estimated excess of the log loss of the most biased run."""
     runs_left_out: int
+    """Number of runs that the refit excludes; 0 if too few runs would remain for a refit."""
     target_params: float
     """N* at the target, fitted without the shortest or smallest runs."""
     target_loss: float
+    """Loss at the target, fitted without the shortest or smallest runs."""
 
 
 def suspected(
     fitted: ParametricFit, params: FloatArray, tokens: FloatArray, clusters: npt.NDArray[np.int64], target: float
 ) -> list[Bias]:
-    """The forms of bias that the residuals show, the clearest first."""
+    """The forms of bias that the residuals show, the one with the largest score first.
+
+    Args:
+        fitted: The fit of the law.
+        params: N of the runs, shape (n,).
+        tokens: D of the runs, shape (n,).
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        target: The target's FLOPs.
+    """
     forms = _forms(fitted, params, tokens)
     problem = fitted.problem
     jacobian = log_jacobian(fitted.centred, problem.ln_n, problem.ln_d) @ problem.basis
@@ -80,7 +91,7 @@ def suspected(
 
 
 def _forms(fitted: ParametricFit, params: FloatArray, tokens: FloatArray) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Of each form: its column of the Jacobian, shape (n,), and the quantity that is small for the biased runs."""
+    """For each form, its column of the Jacobian and the quantity that is small for the biased runs, each shape (n,)."""
     theta = fitted.theta
     parts = np.exp([
         theta[0] - theta[3] * np.log(params), theta[1] - theta[4] * np.log(tokens), np.full(len(params), theta[2]),
@@ -95,10 +106,10 @@ def _forms(fitted: ParametricFit, params: FloatArray, tokens: FloatArray) -> dic
 
 
 def _critical(directions: FloatArray) -> float:
-    """The value that the largest of correlated normal scores exceeds with probability `LEVEL` where there is no bias.
+    """The value that the largest of k correlated normal scores exceeds with probability `LEVEL` if there is no bias.
 
     Args:
-        directions: The forms' own parts at unit length, shape (n, k).
+        directions: The parts of the forms' columns that are orthogonal to the Jacobian, at unit length; shape (n, k).
     """
     values, vectors = np.linalg.eigh(directions.T @ directions)
     sampled = np.random.default_rng(0).normal(size=(SAMPLES, len(values)))
@@ -106,9 +117,9 @@ def _critical(directions: FloatArray) -> float:
 
 
 def _as_normal(score: float, direction: FloatArray, clusters: npt.NDArray[np.int64]) -> float:
-    """The normal score as rare as a score by t, whose clusters count as fewer the less equally they weigh.
+    """The score of a normal distribution with the same tail probability as a score of the t distribution.
 
-    The degrees of freedom are Satterthwaite's (1946).
+    The degrees of freedom are the number of clusters, reduced if their weights are unequal (Satterthwaite 1946).
     """
     weight = np.bincount(clusters, weights=direction**2)
     dof = max(float(weight.sum() ** 2 / (weight**2).sum()) if weight.any() else 1.0, 2.0)
@@ -118,13 +129,20 @@ def _as_normal(score: float, direction: FloatArray, clusters: npt.NDArray[np.int
 def _score(
     excess: FloatArray, own: FloatArray, jacobian: FloatArray, clusters: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
-    """The score of a column in standard errors, and its coefficient; `own` is orthogonal to the Jacobian."""
+    """The score of a form in standard errors, and its coefficient.
+
+    Args:
+        excess: Log residuals, measured over predicted, shape (n,).
+        own: The part of the form's column that is orthogonal to the Jacobian, shape (n,).
+        jacobian: Jacobian of the law in its p free parameters, shape (n, p).
+        clusters: Cluster of each run, shape (n,).
+    """
     scale = 1.4826 * float(np.median(np.abs(excess))) or 1e-12
     clipped = np.clip(excess, -_CLIP * scale, _CLIP * scale)
     size = float(own @ own)
     rest = clipped - jacobian @ np.linalg.lstsq(jacobian, clipped, rcond=None)[0]
     effect = float(own @ rest) / size
-    # HC2 (MacKinnon and White 1985): the runs that decide have the highest leverage, and the smallest residuals by it.
+    # HC2 (MacKinnon and White 1985): a high leverage shrinks the residuals, and it is highest at the decisive runs.
     basis = np.linalg.qr(np.column_stack([jacobian, own]))[0]
     rest = rest - effect * own
     left = rest / np.sqrt(np.maximum(1 - (basis**2).sum(axis=1), 0.05))

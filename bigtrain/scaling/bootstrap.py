@@ -1,4 +1,4 @@
-"""The bootstrap over runs, by clusters; its result does not depend on the number of processes."""
+"""The bootstrap over clusters of runs; its result does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bigtrain.scaling.objective import Problem
 
 REPLICATES = 1000
 CHUNK = 125
-"""Replicates that are refitted together, whatever the number of processes: sums then round the same."""
+"""Replicates that are refitted together; fixed, so that sums round the same with any number of processes."""
 MIN_CLUSTERS = 8
-"""Below it, intervals are too narrow: a warning says so."""
+"""With fewer clusters the intervals are too narrow, and a warning is printed."""
 LEAST_CLUSTERS = 5
-"""Below it clusters cannot be resampled: single runs are, with a warning."""
+"""With fewer clusters single runs are resampled instead of clusters, and a warning is printed."""
 MIN_DISTINCT = 3
-"""Clusters that a replicate must hold, since two sizes have no exponent; one with fewer is sampled again."""
+"""Least number of distinct clusters in a replicate, since two sizes determine no exponent; others are sampled again."""
 ALONE = 600_000
-"""Runs times replicates below which further processes cost more than they save."""
+"""Largest number of runs times replicates for which one process is faster than several."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,23 @@ class Replicates:
     """The refits of one bootstrap."""
 
     theta: FloatArray
-    """Shape (R, 5), of N and D themselves."""
+    """Parameters of the law for N and D that are not centred, shape (R, 5)."""
     converged: float
-    """Share of refits that converged."""
+    """Fraction of refits that converged."""
     agreed: float
-    """Share of refits whose warm start and variable projection ended in one minimum; the lower one counts."""
+    """Fraction of refits that reached the same minimum from the full fit and from variable projection.
+
+    Where the two differ, the lower minimum is used.
+    """
 
 
 def draw_weights(clusters: npt.NDArray[np.int64], seed: int, replicates: npt.ArrayLike) -> FloatArray:
-    """How often each run counts in each replicate, shape (R, n): clusters are sampled with replacement.
+    """How often each run counts in each replicate, shape (R, n); clusters are sampled with replacement.
 
     Args:
-        clusters: The cluster of each run, shape (n,), numbered from 0.
-        seed: Seed of the bootstrap; each replicate has a generator of its own, from (seed, its number).
-        replicates: Their numbers, shape (R,).
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        seed: Seed of the bootstrap. Each replicate has its own generator, seeded by (seed, its number).
+        replicates: Numbers of the replicates, shape (R,).
     """
     count = int(clusters.max()) + 1
     out = []
@@ -66,13 +69,15 @@ def bootstrap(
     replicates: int = REPLICATES,
     processes: int | None = None,
 ) -> Replicates:
-    """Refit the problem under resampled clusters.
+    """Refit the problem to resampled clusters.
 
     Args:
-        problem: The runs and what is minimised.
-        theta: Shape (5,), centred: the full fit, from which each refit starts (and from variable projection).
-        clusters: Shape (n,).
-        processes: How many to use; None: one a processor.
+        problem: The runs and the objective.
+        theta: Centred parameters of the full fit, shape (5,). Each refit starts from them and from variable projection.
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        seed: Seed of the bootstrap.
+        replicates: Number of replicates.
+        processes: Number of processes; None: one per CPU core, but a single one for small problems.
     """
     chunks = [np.arange(low, min(low + CHUNK, replicates)) for low in range(0, replicates, CHUNK)]
     jobs = [(problem, theta, clusters, seed, chunk) for chunk in chunks]
@@ -81,7 +86,7 @@ def bootstrap(
     if processes == 1:
         parts = [_refit(*job) for job in jobs]
     else:
-        # Not fork: the caller may have threads.
+        # The start method is not fork, because the caller may have threads.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             parts = list(pool.map(_refit, *zip(*jobs, strict=True)))
     return Replicates(
@@ -99,7 +104,7 @@ def _refit(
 
 
 def interval(values: FloatArray, level: float = 0.95) -> list[float]:
-    """The percentile interval of replicates, without those that are not finite."""
+    """The percentile interval of the finite values of replicates, as [low, high]; NaN if no value is finite."""
     known = values[np.isfinite(values)]
     if not len(known):
         return [float("nan"), float("nan")]

@@ -1,4 +1,4 @@
-"""What the bootstrap keeps together: the runs of a model, or single runs."""
+"""The choice of the bootstrap's clusters: the runs of a model, or single runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.runs.table import RunTable, refuse_collinear
 
 ALIKE = 0.05
-"""Level at which the residuals of a model's runs count as alike."""
+"""Level of the test whether the residuals of one model's runs are alike."""
 _CLIP = 4.0
 
 
 def choose_clusters(table: RunTable, options: FitOptions) -> tuple[npt.NDArray[np.int64], str, list[str]]:
-    """The cluster of each row, its kind ("model" or "none"), and warnings.
+    """The cluster of each row, the kind of the clusters ("model" or "none"), and warnings.
 
-    With "auto", models are clusters where the residuals of one model's runs go together (a trunk that branches share,
-    points of a curve), by the F test of a one-way analysis of variance; else single runs, whose intervals are as wide
-    as they need to be and no wider.
+    With "auto", each model is a cluster if the residuals of one model's runs are alike, by the F test of a one-way
+    analysis of variance. This is so for branches that share a trunk, and for points of one curve. Otherwise each run is
+    a cluster, since clusters of models would make the intervals wider than necessary.
     """
     models = table.clusters("model")
     count = int(models.max()) + 1
@@ -44,7 +44,12 @@ def choose_clusters(table: RunTable, options: FitOptions) -> tuple[npt.NDArray[n
 
 
 def alike(residuals: FloatArray, models: npt.NDArray[np.int64]) -> bool:
-    """Whether residuals differ more between models than within them."""
+    """Whether residuals differ significantly more between models than within a model.
+
+    Args:
+        residuals: Log residuals, shape (n,).
+        models: Model of each run, shape (n,), numbered from 0.
+    """
     scale = 1.4826 * float(np.median(np.abs(residuals))) or 1e-12
     clipped = np.clip(residuals, -_CLIP * scale, _CLIP * scale)
     sizes = np.bincount(models)

@@ -1,11 +1,13 @@
-"""The compute multiplier of recipe B over recipe A: how many times B's FLOPs A needs for the same loss.
+"""The compute multiplier of recipe B over recipe A: the ratio of A's to B's FLOPs at the same loss.
 
-Each run's log loss is L(N, D) of one law for both recipes, where B's runs count as runs of m times the compute:
-ln L_B(N, D) = ln L(N m^1/2, D m^1/2), with ln m = u + g (ln C - mean ln C). The law's own misfit is the same for both
-recipes on one grid and so leaves m alone. Two runs that share size, length, seed and so the order of the data (which
-bigtrain guarantees across recipes and sizes) are a pair, and only the difference of the two enters: what the seed does
-to both cancels. Intervals are t intervals of weighted least squares, with the variance that clusters (the pair's, or
-the run's, size and seed) show.
+Both recipes share one law L(N, D), in which a run of B counts as a run with m times the compute:
+ln L_B(N, D) = ln L(N m^1/2, D m^1/2), with ln m = u + g (ln C - mean ln C). At equal tokens, m multiplies D alone. The
+misfit of the law is the same for both recipes on one grid, so it does not bias m.
+
+Two runs with the same size, length and seed are a pair. bigtrain guarantees that they read the data in the same order,
+whatever the recipe and the size. Only the difference within a pair is used, so the effect of the seed cancels.
+Intervals are t intervals of least squares. Their variance is estimated from clusters of runs with the same size and
+seed; without pairs, a cluster also holds only one recipe.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ from bigtrain.scaling.runs.table import RunTable, groups_by_size, refuse_colline
 
 Cost = Literal["flops", "tokens", "time"]
 SAME_LENGTH = 0.02
-"""Relative: token counts of one recipe that are one length."""
+"""Largest relative difference of token counts of one recipe that count as one length."""
 NEAR_SIZE = 0.3
-"""ln of N within which sizes of two recipes are one rung of the ladder, each the nearest to the other."""
+"""Largest difference in ln N of two recipes' sizes that count as one rung, if each is the nearest to the other."""
 NEAR_LENGTH = 0.1
-"""ln of D, or of D/N, within which lengths of two recipes at one rung are one cell; whole batches round D."""
+"""Largest difference in ln D, or in ln D/N, of two recipes' lengths at one rung that count as one cell.
+
+The lengths may differ because D is rounded to full batches.
+"""
 LEVEL = 0.95
 MIN_CELLS = 3
 _TIME = ("seconds", "train_s", "wall_s", "train_seconds", "time_s", "runtime", "_runtime")
@@ -45,34 +50,40 @@ _MAX_SEEDS = 200
 
 @dataclass(frozen=True)
 class Cells:
-    """Runs of both recipes in cells of one size and length, a row a run; shape (n,) each."""
+    """The runs of both recipes, grouped into cells of one size and length; each array has shape (n,)."""
 
     params: FloatArray
     tokens: FloatArray
     ln_loss: FloatArray
     ln_cost: FloatArray
-    """ln of the FLOPs or seconds that a run cost; of 6 N D where tokens are equal."""
+    """ln of a run's FLOPs or seconds; of its 6 N D if the recipes are compared at equal tokens."""
     is_b: npt.NDArray[np.bool_]
+    """Whether a run is of recipe B."""
     cell: npt.NDArray[np.int64]
-    """Size and length."""
+    """Number of the run's cell, which stands for a size and a length."""
     cluster: npt.NDArray[np.int64]
-    """Size and seed, the recipe too where runs are not paired."""
+    """Number of the run's cluster: a size and a seed, and also a recipe if runs are not paired."""
     seed: tuple[str, ...]
     paired: bool
+    """Whether the runs of A and B with the same size, length and seed are pairs."""
 
 
 def compare(first: RunTable, second: RunTable, target: float | None, cost: Cost, pair: bool | None) -> dict[str, Any]:
-    """The multiplier of the second table's recipe over the first's, over the ladder and at a target.
+    """The multiplier of recipe B over recipe A, as the mean over the ladder and at a target.
 
     Args:
         first: Runs of recipe A.
         second: Runs of recipe B.
-        target: FLOPs at which the multiplier is wanted; None: ten times the largest run's.
-        cost: What is equal where the recipes are compared.
-        pair: Whether runs are compared in pairs; None: where seeds are known and shared.
+        target: FLOPs at which the multiplier is extrapolated; None: ten times the FLOPs of the largest run.
+        cost: The quantity that is equal in the comparison.
+        pair: Whether runs are compared in pairs; None: in pairs if enough runs share their seeds.
+
+    Returns:
+        Plain values for JSON: `ladder`, `target`, `points` (one per cell), `resolved`, `advice` and counts of runs.
 
     Raises:
-        UserError: Ladders without common cells, seeds that are not shared, or no times.
+        UserError: The ladders have too few common cells, `pair` is set and too few runs share their seeds, or `cost`
+            is "time" and a table has no measured times.
     """
     cells = match(first, second, cost, pair)
     scale = _Law(cells, cost)
@@ -101,10 +112,11 @@ def _multiplier(value: float, deviation: float, quantile: float) -> dict[str, An
 
 
 def match(first: RunTable, second: RunTable, cost: Cost, pair: bool | None) -> Cells:
-    """The runs of both tables that lie in common cells.
+    """The runs of both tables in cells that both tables have; in pairs only if `Cells.paired`.
 
     Raises:
-        UserError: Too few common cells, or what `pair` or `cost` needs is missing.
+        UserError: There are too few common cells, `pair` is set and too few runs share their seeds, or `cost` is
+            "time" and a table has no measured times.
     """
     sizes = _sizes(first, second)
     lengths = _lengths(first, second, sizes)
@@ -159,7 +171,10 @@ def _cells(tables: Sequence[RunTable], kept: list[tuple[int, int, str, int, int]
 
 
 def _sizes(first: RunTable, second: RunTable) -> tuple[list[int], list[int]]:
-    """The rung of each run: sizes that are each other's nearest, since two recipes rarely have the very same N."""
+    """The rung of each run of both tables.
+
+    Two recipes rarely have exactly the same N, so sizes that are nearest to each other form one rung.
+    """
     ladders = [np.log(sorted({float(name) for name in groups_by_size(table.params)})) for table in (first, second)]
     gaps = np.abs(ladders[0][:, None] - ladders[1])
     rungs = [np.arange(len(ladders[0])), -1 - np.arange(len(ladders[1]))]
@@ -175,9 +190,9 @@ def _sizes(first: RunTable, second: RunTable) -> tuple[list[int], list[int]]:
 
 
 def _lengths(first: RunTable, second: RunTable, sizes: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
-    """The length of each run, numbered within its size.
+    """The number of each run's length within its size, for both tables.
 
-    Two lengths are one where D agrees, or where D/N does: a recipe with a little more N trains a little longer.
+    Two lengths are the same if D or D/N agrees, since a recipe with slightly more N may train slightly longer.
     """
     found: list[list[int]] = [[0] * len(first), [0] * len(second)]
     for size in set(sizes[0]) | set(sizes[1]):
@@ -198,7 +213,7 @@ def _lengths(first: RunTable, second: RunTable, sizes: tuple[list[int], list[int
 
 
 def _distinct(tokens: FloatArray) -> list[float]:
-    """Token counts, those within 2 % of each other once."""
+    """Token counts in rising order, where counts within 2 % of each other appear once."""
     kept: list[float] = []
     for value in np.sort(tokens).tolist():
         if not kept or value > kept[-1] * (1 + SAME_LENGTH):
@@ -221,7 +236,7 @@ def _times(table: RunTable) -> FloatArray:
 
 
 class _Law:
-    """The law that both recipes share, and what a multiplier does to its loss."""
+    """The law that both recipes share, and the effect of a multiplier on its loss."""
 
     def __init__(self, cells: Cells, cost: Cost) -> None:
         self._grows = (0.0, 1.0) if cost == "tokens" else (0.5, 0.5)
@@ -237,7 +252,7 @@ class _Law:
         except UserError:
             parametric_law = False
         self.variants: list[FloatArray] = []
-        """Parameters of the law without each cluster."""
+        """Parameters of the law, refitted without each cluster in turn."""
         for _ in range(_ROUNDS):
             n, d = (np.exp(np.log(column) + grow * shift) for column, grow in
                     zip((cells.params, cells.tokens), self._grows, strict=True))  # fmt: skip
@@ -255,7 +270,14 @@ class _Law:
     def ln_loss(
         self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray, theta: FloatArray | None = None
     ) -> FloatArray:
-        """ln L of runs that count as m times their compute; by other parameters where they are given."""
+        """ln L of runs that count as runs with m times their compute, shape (n,).
+
+        Args:
+            params: N of the runs, shape (n,).
+            tokens: D of the runs, shape (n,).
+            ln_m: ln of the multiplier of each run, shape (n,).
+            theta: Parameters of the law; None: the fitted ones.
+        """
         n, d = params * np.exp(self._grows[0] * ln_m), tokens * np.exp(self._grows[1] * ln_m)
         if self._theta is not None:
             return np.log(law.loss(self._theta if theta is None else theta, n, d))
@@ -264,20 +286,26 @@ class _Law:
     def slope(
         self, params: FloatArray, tokens: FloatArray, ln_m: FloatArray, theta: FloatArray | None = None
     ) -> FloatArray:
-        """-d ln L / d ln m, shape (n,)."""
+        """The derivative -d ln L / d ln m at each run, shape (n,); for arguments see `ln_loss`."""
         ends = [self.ln_loss(params, tokens, ln_m + sign * _STEP, theta) for sign in (-1, 1)]
         return np.maximum((ends[0] - ends[1]) / (2 * _STEP), 1e-6)
 
 
 def _cost_gap(cells: Cells) -> float:
-    """By how much a run of B costs less than one of A in the same cell, in ln."""
+    """Mean over the cells of ln(cost of a run of A / cost of a run of B)."""
     gaps = [cells.ln_cost[(cells.cell == c) & ~cells.is_b].mean() - cells.ln_cost[(cells.cell == c) & cells.is_b].mean()
             for c in np.unique(cells.cell)]  # fmt: skip
     return float(np.mean(gaps))
 
 
 def _estimate(cells: Cells, scale: _Law, at: list[float]) -> tuple[float, float, float]:
-    """ln m at `at` in (1, ln C - mean), its standard error and the t quantile; by Gauss-Newton."""
+    """ln m at one point, its standard error and the quantile of its t distribution, by Gauss-Newton.
+
+    Args:
+        cells: The runs.
+        scale: The law that both recipes share.
+        at: [1.0] for a constant ln m; [1.0, ln C - mean ln C] for a linear one, evaluated at that C.
+    """
     ln_c = np.log(6 * cells.params * cells.tokens)
     terms = np.column_stack([np.ones(len(ln_c)), ln_c - ln_c.mean()])[:, : len(at)]
     labels = np.column_stack([cells.cell, cells.cluster]) if cells.paired else cells.cell[:, None]
@@ -291,7 +319,8 @@ def _estimate(cells: Cells, scale: _Law, at: list[float]) -> tuple[float, float,
             break
     deviation, dof = _robust(design, excess - design @ step, cells.cluster, np.array(at))
     if not cells.paired:
-        # The rows of a cell are less their mean, which lies in several clusters: k / (k - 1), and a mean for each size.
+        # The mean of a cell, over k runs of several clusters, was subtracted from its rows. This makes the deviation
+        # too small by a factor sqrt((k - 1) / k), and takes one degree of freedom per size.
         inside = np.bincount(groups).mean()
         deviation *= math.sqrt(inside / max(inside - 1, 1))
         dof = max(dof - len(set(groups_by_size(cells.params[~cells.is_b]))), 1)
@@ -300,7 +329,7 @@ def _estimate(cells: Cells, scale: _Law, at: list[float]) -> tuple[float, float,
         design, excess = _linear(cells, scale, terms, groups, beta, theta)
         moved.append(float(np.linalg.lstsq(design, excess, rcond=None)[0] @ at))
     if moved:
-        # The jackknife over clusters (Quenouille 1956), of the law alone.
+        # The uncertainty of the law itself, by the jackknife over clusters (Quenouille 1956).
         spread = np.array(moved) - np.mean(moved)
         deviation = math.hypot(deviation, math.sqrt((len(moved) - 1) / len(moved) * float(spread @ spread)))
     gap = _cost_gap(cells)
@@ -311,7 +340,7 @@ def _linear(
     cells: Cells, scale: _Law, terms: FloatArray, groups: npt.NDArray[np.int64], beta: FloatArray,
     theta: FloatArray | None,
 ) -> tuple[FloatArray, FloatArray]:  # fmt: skip
-    """The linear problem around `beta`: derivatives by its elements, shape (n, k), and the excess of the log loss."""
+    """The linear problem around `beta`: derivatives of ln L by `beta`, shape (n, k), and excess log losses, (n,)."""
     ln_m = np.where(cells.is_b, terms @ beta, 0.0)
     slope = scale.slope(cells.params, cells.tokens, ln_m, theta)
     excess = cells.ln_loss - scale.ln_loss(cells.params, cells.tokens, ln_m, theta)
@@ -320,7 +349,7 @@ def _linear(
 
 
 def _within(columns: FloatArray, groups: npt.NDArray[np.int64]) -> FloatArray:
-    """Columns less the mean of each row's group."""
+    """Columns minus the mean of each row's group, shape (n, k)."""
     sizes = np.bincount(groups)
     return np.asarray(
         columns - np.stack([np.bincount(groups, weights=c)[groups] / sizes[groups] for c in columns.T], axis=1)
@@ -330,7 +359,7 @@ def _within(columns: FloatArray, groups: npt.NDArray[np.int64]) -> FloatArray:
 def _robust(
     design: FloatArray, rest: FloatArray, cluster: npt.NDArray[np.int64], at: FloatArray
 ) -> tuple[float, float]:
-    """Deviation of at @ beta by clusters (the jackknife form, CR3), and its degrees of freedom."""
+    """Cluster-robust standard deviation (CR3, the jackknife form) of at @ beta, and its degrees of freedom."""
     inverse = np.linalg.pinv(design.T @ design)
     scores = []
     for c in np.unique(cluster):
@@ -340,7 +369,7 @@ def _robust(
         scores.append(own.T @ np.linalg.pinv(np.eye(int(rows.sum())) - leverage) @ rest[rows])
     table = np.array(scores)
     count_of = len(table)
-    # Clusters that weigh unequally count as fewer (Satterthwaite 1946).
+    # Clusters of unequal weight give fewer degrees of freedom (Satterthwaite 1946).
     weight = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=(design**2)[:, 0])
     dof = max(float(weight.sum() ** 2 / (weight**2).sum()) - len(at), 1.0)
     covariance = (count_of - 1) / count_of * inverse @ (table.T @ table) @ inverse
@@ -348,7 +377,7 @@ def _robust(
 
 
 def _points(cells: Cells, scale: _Law) -> list[dict[str, Any]]:
-    """The multiplier of each cell by itself."""
+    """The multiplier that each cell alone gives, by rising FLOPs."""
     found: list[dict[str, Any]] = []
     for c in np.unique(cells.cell):
         a, b = (cells.cell == c) & ~cells.is_b, (cells.cell == c) & cells.is_b
@@ -368,7 +397,13 @@ def _points(cells: Cells, scale: _Law) -> list[dict[str, Any]]:
 
 
 def _advice(cells: Cells, scale: _Law, estimate: tuple[float, float, float]) -> str:
-    """How many more seeds of the size whose runs say most for their FLOPs would resolve the estimate."""
+    """Advice how many more seeds would resolve the multiplier, at the size where this costs the fewest FLOPs.
+
+    Args:
+        cells: The runs.
+        scale: The law that both recipes share.
+        estimate: The result of `_estimate` for a constant multiplier.
+    """
     value, deviation, quantile = estimate
     slope = scale.slope(cells.params, cells.tokens, np.zeros(len(cells.params)))
     whole = float((slope[cells.is_b] ** 2).sum())

@@ -1,4 +1,4 @@
-"""compare.html: two recipes on one ladder, the multiplier of each cell, over the ladder and at the target."""
+"""compare.html: the multiplier between two recipes in each cell, over the whole ladder and at the target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ COSTS = {"flops": "FLOPs", "tokens": "tokens", "time": "measured time"}
 
 
 def compare_page(found: dict[str, Any]) -> str:
-    """The page of what `compare` found, with `names` of both recipes."""
+    """The HTML page of a comparison.
+
+    Args:
+        found: The result of `compare.compare`, with the `names` of both recipes.
+    """
     ladder, target, points = found["ladder"], found["target"], found["points"]
     first, second = found["names"]
     made = Page(

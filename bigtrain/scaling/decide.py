@@ -1,4 +1,4 @@
-"""What the commands of `bigtrain scaling` beyond fit and predict do, from sources to plain results."""
+"""The commands `tasks`, `compare` and `rates` of `bigtrain scaling`: read sources, and return and write results."""
 
 from __future__ import annotations
 
@@ -33,19 +33,22 @@ RATES_FILE = "rates.json"
 def predict_tasks(
     source: str, params: float, tokens: float, named: Sequence[str], where: str | None, out: Path | None, seed: int
 ) -> dict[str, Any]:
-    """The accuracy of each task of a ladder at (N, D).
+    """Predict the accuracy of each downstream task at (N, D) from a ladder of small models.
 
     Args:
-        source: Checkpoints of a ladder, as `read_source` takes them.
-        params: N.
-        tokens: D.
-        named: Tasks as NAME=LOSS:ACCURACY; none: guessed by the names of columns.
-        where: Which rows.
-        out: A directory for tasks.json.
-        seed: Of the bootstrap.
+        source: Checkpoints of a ladder; see `read_source`.
+        params: N of the prediction.
+        tokens: D of the prediction.
+        named: Tasks in the form NAME=LOSS:ACCURACY; empty: tasks are guessed from the names of the columns.
+        where: An expression that selects rows; see `runs.where`.
+        out: A directory into which tasks.json is written; None: no file.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The content of tasks.json without the bootstrap replicates, and `files`, the paths written.
 
     Raises:
-        UserError: No task, columns that are missing, or a ladder from which no law follows.
+        UserError: There is no task, a column is missing, or the ladder does not determine the laws.
     """
     tasks = [_task(text) for text in named] or guess_tasks(read_columns(source))
     if not tasks:
@@ -79,19 +82,22 @@ def _task(text: str) -> Task:
 def compare_recipes(
     first: str, second: str, target: float | None, cost: Cost, pair: bool | None, where: str | None, out: Path | None
 ) -> dict[str, Any]:
-    """The compute multiplier of the second source's recipe over the first's, as a table and a page.
+    """Estimate the compute multiplier of the second source's recipe over the first's.
 
     Args:
-        first: Runs of recipe A, as `read_source` takes them.
+        first: Runs of recipe A; see `read_source`.
         second: Runs of recipe B.
-        target: FLOPs at which the multiplier is wanted; None: ten times the largest run's.
-        cost: What is equal where the recipes are compared.
-        pair: Whether runs are compared in pairs; None: where seeds are shared.
-        where: Which rows of both.
-        out: A directory for compare.json and compare.html.
+        target: FLOPs at which the multiplier is extrapolated; None: ten times the FLOPs of the largest run.
+        cost: The quantity that is equal in the comparison.
+        pair: Whether runs are compared in pairs; None: in pairs if enough runs share their seeds.
+        where: An expression that selects rows of both sources; see `runs.where`.
+        out: A directory into which compare.json and compare.html are written; None: no files.
+
+    Returns:
+        The content of compare.json, and `files`, the paths written.
 
     Raises:
-        UserError: Bad input, or ladders that have too little in common.
+        UserError: The input is bad, or the ladders have too few common cells.
     """
     tables = [prepare(source, FitOptions(where=where))[1] for source in (first, second)]
     names = [Path(source).name or source for source in (first, second)]
@@ -111,18 +117,22 @@ def compare_recipes(
 def fit_rates(
     source: str, columns: ColumnNames, where: str | None, edges: Edges, at: dict[str, float], out: Path | None
 ) -> dict[str, Any]:
-    """Laws of the best learning rate and batch, as a table and a page.
+    """Fit the laws of the best learning rate and the best batch.
 
     Args:
-        source: Runs that sweep them, as `read_source` takes them; of a sweep's directory, those that tuned its rates.
+        source: Runs that sweep them; see `read_source`. From a sweep's directory, the runs that tuned learning rates.
         columns: Columns that the user has named.
-        where: Which rows.
-        edges: What is done with a best at the edge of its grid.
-        at: A size, length and batch ("params", "tokens", "batch") at which the laws are wanted.
-        out: A directory for rates.json and rates.html.
+        where: An expression that selects rows; see `runs.where`.
+        edges: What to do with an optimum at the edge of its grid.
+        at: Values of "params", "tokens" and "batch" at which the laws are evaluated; empty: nowhere.
+        out: A directory into which rates.json and rates.html are written; None: no files.
+
+    Returns:
+        The content of rates.json, and `files`, the paths written.
 
     Raises:
-        UserError: Bad input, nothing swept, a best at an edge, or a value that a law needs and `at` lacks.
+        UserError: The input is bad, no setting is swept, an optimum lies at an edge and `edges` is "refuse", or `at`
+            lacks a value that a law needs.
     """
     table = read_source(source, columns, "tuning")
     if where is not None:
@@ -154,13 +164,13 @@ def _rate_at(name: str, found: dict[str, Any], at: dict[str, float]) -> dict[str
 
 
 def read_rates(path: Path) -> dict[str, PowerLaw]:
-    """The laws of a rates.json: "lr" and, where it has one in D, "batch".
+    """Read the laws of a rates.json: "lr" and "batch", as far as it has them; the law of the batch is the one in D.
 
     Args:
         path: rates.json, or the directory that holds it.
 
     Raises:
-        UserError: What is not there, or no such file.
+        UserError: The file does not exist, or is not a rates.json.
     """
     file = path / RATES_FILE if path.is_dir() else path
     try:

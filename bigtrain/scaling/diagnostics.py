@@ -16,21 +16,21 @@ from bigtrain.scaling.runs.table import RunTable
 
 DELTAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
 OUTLIER = 5.0
-"""Robust standard deviations of the residual beyond which a run is named."""
+"""A run is an outlier if its residual is larger than so many robust standard deviations."""
 TREND = 3.0
-"""Standard errors beyond which a slope of the residuals is named."""
+"""A slope of the residuals is reported if it is larger than so many standard errors."""
 _NEIGHBOURS = 24
-"""Runs nearest in FLOPs by which a run's own noise is judged."""
+"""Number of runs with the nearest FLOPs from which the noise at a run is estimated."""
 _MAD = 1.4826
 
 
 def noise(residuals: FloatArray) -> float:
-    """Robust standard deviation of the log residuals."""
+    """Robust standard deviation of log residuals of shape (n,), from their median absolute deviation."""
     return float(_MAD * np.median(np.abs(residuals - np.median(residuals))))
 
 
 def local_noise(table: RunTable, residuals: FloatArray) -> FloatArray:
-    """Noise at each run, shape (n,): that of all runs, or of those of like FLOPs where it is larger."""
+    """Noise at each run, shape (n,): the larger of the noise of all runs and that of runs with similar FLOPs."""
     overall = noise(residuals)
     count = len(residuals)
     if count <= _NEIGHBOURS:
@@ -44,7 +44,7 @@ def local_noise(table: RunTable, residuals: FloatArray) -> FloatArray:
 
 
 def delta_sensitivity(fitted: ParametricFit, target: float) -> list[dict[str, float]]:
-    """Parameters and the loss at the target for other deltas of Huber's function."""
+    """The law's parameters and the loss at the target, refitted with each delta of the Huber loss in `DELTAS`."""
     problem = fitted.problem
     found = []
     for delta in DELTAS:
@@ -60,7 +60,7 @@ def delta_sensitivity(fitted: ParametricFit, target: float) -> list[dict[str, fl
 
 
 def influence(fitted: ParametricFit, clusters: npt.NDArray[np.int64], target: float) -> FloatArray:
-    """By how much the loss at the target changes without each cluster, shape (clusters,)."""
+    """Change of the loss at the target if a cluster is excluded, for each cluster; shape (clusters,)."""
     weights = np.array([clusters != c for c in range(int(clusters.max()) + 1)], dtype=np.float64)
     ends = refit(fitted.problem, weights, fitted.centred, robust_weights(fitted.problem, fitted.centred))
     without = law.optimal_loss(fitted.problem.uncentred(ends.theta), target)
@@ -68,7 +68,7 @@ def influence(fitted: ParametricFit, clusters: npt.NDArray[np.int64], target: fl
 
 
 def outliers(table: RunTable, fitted: ParametricFit, target: float) -> dict[str, Any]:
-    """Runs far from the law, and what the law is without them."""
+    """The runs far from the law, and the parameters of the law without them."""
     size = np.abs(fitted.residuals) / np.maximum(local_noise(table, fitted.residuals), 1e-12)
     rows = np.flatnonzero((size > OUTLIER) & (np.abs(fitted.residuals) > 1e-6))
     found: dict[str, Any] = {
@@ -88,7 +88,7 @@ def outliers(table: RunTable, fitted: ParametricFit, target: float) -> dict[str,
 
 
 def trends(table: RunTable, residuals: FloatArray) -> dict[str, dict[str, float]]:
-    """Slopes of the log residuals against N, D and D/N, with their size in standard errors."""
+    """Slopes of the log residuals against ln N, ln D and ln D/N, each also in units of its standard error."""
     found = {}
     clipped = np.clip(residuals, *np.quantile(residuals, [0.01, 0.99]))
     for name, column in (

@@ -1,8 +1,9 @@
-"""How far a law lies from its runs in a systematic way, and what that says of a run near them. NumPy alone.
+"""The systematic difference between a law and its runs, predicted for a new run; needs only NumPy.
 
-The residuals ln L - ln L^ are taken as noise and a smooth function of (ln N, ln D), a Gaussian process (Kennedy and
-O'Hagan 2001: model discrepancy). Its size and its length are those of the highest likelihood; without evidence for it
-(2 units of ln likelihood, as Akaike's criterion asks of two parameters) it is zero and the residuals are noise.
+The residuals ln L - ln L^ are modelled as the sum of noise and a smooth function of (ln N, ln D), a Gaussian process
+(model discrepancy, Kennedy and O'Hagan 2001). The variance and the length scale of the function have the highest
+likelihood of a grid. If they do not raise the log likelihood by 2, as Akaike's criterion requires of two parameters,
+the function is zero and all residuals are noise.
 """
 
 from __future__ import annotations
@@ -14,34 +15,35 @@ import numpy as np
 from bigtrain.scaling.law import FloatArray
 
 LENGTHS = (1.0, 2.0, 4.0)
-"""In ln N and ln D."""
+"""Length scales to try, in units of ln N and ln D."""
 SHARES = (0.25, 1.0, 4.0, 16.0, 64.0)
-"""Variance of the function over that of the noise."""
+"""Ratios to try of the function's variance to the noise's variance."""
 EVIDENCE = 2.0
+"""Least gain of the log likelihood for which the function is used."""
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """The systematic part at one (N, D)."""
+    """The systematic part of the residuals at one (N, D)."""
 
     mean: float
-    """Of ln L - ln L^."""
+    """Mean of the systematic part of ln L - ln L^."""
     deviation: float
-    """Of that mean."""
+    """Standard deviation of the systematic part."""
     noise: float
-    """Standard deviation of one run around law and systematic part, in ln L."""
+    """Standard deviation of ln L of one run around the law and the systematic part."""
 
 
 def discrepancy(params: FloatArray, tokens: FloatArray, residuals: FloatArray, at: tuple[float, float],
                 parameters: int) -> Discrepancy:  # fmt: skip
-    """The systematic part at (N, D).
+    """Predict the systematic part of the residuals at one (N, D).
 
     Args:
         params: N of the runs, shape (n,).
-        tokens: D, likewise.
-        residuals: ln measured - ln predicted, likewise.
-        at: N and D of the run to come.
-        parameters: Of the law, which the residuals have lost.
+        tokens: D of the runs, shape (n,).
+        residuals: ln measured - ln predicted of the runs, shape (n,).
+        at: N and D of the new run.
+        parameters: Number of fitted parameters of the law, by which the degrees of freedom are reduced.
     """
     points = np.column_stack([np.log(params), np.log(tokens)])
     squares = ((points[:, None] - points) ** 2).sum(axis=2)
@@ -50,7 +52,7 @@ def discrepancy(params: FloatArray, tokens: FloatArray, residuals: FloatArray, a
     dof = max(count - parameters, 1)
 
     def fitted(share: float, length: float) -> tuple[float, FloatArray, float]:
-        """The ln likelihood, the covariance over the noise's variance, and that variance."""
+        """The log likelihood, the covariance divided by the noise's variance, and the noise's variance."""
         covariance = share * np.exp(-squares / (2 * length**2)) + np.eye(count)
         variance = float(residuals @ np.linalg.solve(covariance, residuals)) / dof
         return -0.5 * (count * np.log(max(variance, 1e-30)) + np.linalg.slogdet(covariance)[1]), covariance, variance

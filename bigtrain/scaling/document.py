@@ -1,4 +1,4 @@
-"""law.json: written by `scaling fit`, read by `scaling predict` with NumPy alone."""
+"""Reads and writes law.json, the result of `bigtrain scaling fit`; this needs neither SciPy nor torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENCODING = "base64 of float64, little-endian, row by row"
 
 
 def pack(values: FloatArray) -> dict[str, Any]:
-    """An array of replicates as a JSON object, to the last bit."""
+    """An array of replicates as a JSON object that keeps every bit."""
     data = np.ascontiguousarray(values, dtype="<f8").tobytes()
     return {"shape": list(values.shape), "encoding": _ENCODING, "data": base64.b64encode(data).decode()}
 
@@ -32,18 +32,18 @@ def unpack(packed: dict[str, Any]) -> FloatArray:
 
 
 def write_law(path: Path, law: dict[str, Any]) -> None:
-    """Write a law; what is not finite becomes null."""
+    """Write a law as JSON; numbers that are not finite become null."""
     write_json(path, finite(law))
 
 
 def read_law(path: Path) -> dict[str, Any]:
-    """A law that `scaling fit` has written.
+    """Read a law that `bigtrain scaling fit` has written.
 
     Args:
         path: law.json, or the directory that holds it.
 
     Raises:
-        UserError: What is not there, no law, or of a newer format.
+        UserError: The file does not exist, is not a law, or has a newer format.
     """
     file = path / "law.json" if path.is_dir() else path
     try:
@@ -63,7 +63,7 @@ def read_law(path: Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value in plain Python types, with null for what is not finite."""
+    """A value in plain Python types for JSON, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {str(name): finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

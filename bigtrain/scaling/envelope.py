@@ -1,4 +1,4 @@
-"""Approach 1: the lower convex hull of all training curves in (ln FLOPs, ln loss), then a line through its points."""
+"""Approach 1: the lower convex hull of all training curves in (ln FLOPs, ln loss), and lines through its points."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ from bigtrain.scaling.runs.table import RunTable
 
 MIN_POINTS = 4
 MIN_SPAN = 3.0
-"""Least factor of FLOPs between the hull's ends."""
+"""Least ratio of FLOPs between the two ends of the hull."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """The hull's points and the lines through them."""
+    """The points of the hull, and the lines through them."""
 
     rows: npt.NDArray[np.int64]
-    """Which rows of the table lie on it, by rising FLOPs."""
+    """Indices of the table's rows on the hull, by rising FLOPs."""
     lines: Lines
     replicates: FloatArray
-    """Shape (R, 4): slope and intercept of ln N, then of ln D; NaN where a replicate has no hull."""
+    """Slope and intercept of ln N, then of ln D, shape (R, 4); NaN if a replicate's hull has fewer than two points."""
 
 
 def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates: int) -> Envelope:
-    """The frontier of all curves and its intervals.
+    """Fit the lines through the lower hull of all training curves, with bootstrap replicates.
+
+    Args:
+        table: Points of training curves.
+        clusters: Cluster of each row, shape (n,), numbered from 0.
+        seed: Seed of the bootstrap.
+        replicates: Number R of bootstrap replicates.
 
     Raises:
-        UserError: Finished runs without curves, a hull of too few points, or of one model.
+        UserError: The rows are finished runs without curves, the hull has too few points or spans too few FLOPs, or
+            all of its points belong to one model.
     """
     if not table.has_curves():
         raise UserError(
@@ -53,7 +60,7 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
 
 
 def hull(x: FloatArray, y: FloatArray) -> npt.NDArray[np.int64]:
-    """Indices of the lower convex hull of points, by rising x, up to the lowest y."""
+    """Indices of the points on the lower convex hull, by rising x, up to the point with the lowest y."""
     kept: list[int] = []
     for i in np.lexsort((y, x)).tolist():
         if kept and x[i] == x[kept[-1]]:
@@ -75,7 +82,7 @@ def _lines(table: RunTable, rows: npt.NDArray[np.int64]) -> Lines:
 
 def _replicates(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, count: int) -> FloatArray:
     x, y = np.log(table.flops), np.log(table.loss)
-    # A point inside its own model's hull is inside every hull that holds the model.
+    # A point inside the hull of its own cluster is inside every hull of a resample that has the cluster.
     members = [np.flatnonzero(clusters == c) for c in range(int(clusters.max()) + 1)]
     corners = np.concatenate([rows[hull(x[rows], y[rows])] for rows in members])
     out = np.full((count, 4), np.nan)

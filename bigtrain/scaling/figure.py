@@ -1,7 +1,7 @@
-"""The law as one picture, law.svg: the runs, the law at the optimum, and the largest run as it was predicted.
+"""The figure law.svg: the runs, the law at the optimum, and the prediction of the largest run; a README can show it.
 
-Written by hand, since a chart of points and lines needs no library; a README can show it. All lie at 6 N D, the FLOPs
-that the law's optimum is of: exact FLOPs, which count more, would draw the runs to the right of it.
+The SVG is written directly, since a chart of points and lines needs no library. The horizontal axis is 6 N D, because
+the law's optimum is computed from these FLOPs. Exact FLOPs are larger and would move the runs to the right of the law.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bigtrain.scaling.runs.table import RunTable
 WIDTH, HEIGHT = 760, 430
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 58, 52
 MAX_POINTS = 400
-"""Most runs of which each has a point; of more, only some are plotted."""
+"""Largest number of runs that are plotted; of more runs only every second, third, ... one is plotted."""
 _PATH = 60
 _LOW, _HIGH = (158, 195, 238), (18, 63, 128)
 _LAW, _HELD, _TEXT, _QUIET, _GRID = "#c2580a", "#b3261e", "#1c1d1f", "#63666d", "#e3e3e0"
@@ -33,20 +33,20 @@ _TICKS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 
 @dataclass(frozen=True)
 class _Axes:
-    """Both logarithmic: ranges of x and y in the data's units."""
+    """The ranges of the two logarithmic axes, in FLOPs and in nats per token."""
 
     x: tuple[float, float]
     y: tuple[float, float]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point."""
+        """Position of a point in pixels."""
         across = math.log(x / self.x[0]) / math.log(self.x[1] / self.x[0])
         up = math.log(y / self.y[0]) / math.log(self.y[1] / self.y[0])
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
 
 def figure(fitted: Fitted) -> str:
-    """The picture as SVG."""
+    """The figure as SVG text."""
     law, table = fitted.law, fitted.table
     flops = np.exp(np.linspace(np.log(_compute(table).min()), np.log(law["target_flops"]), _PATH))
     curve, ends = _curve(fitted, flops)
@@ -67,7 +67,7 @@ def _compute(table: RunTable) -> FloatArray:
 
 
 def _curve(fitted: Fitted, flops: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The loss at the optimum, shape (P,), and its 95 % interval, shape (2, P); empty where the law gives no loss."""
+    """The loss at the optimum, shape (P,), and its 95 % interval, shape (2, P); empty if the law gives no loss."""
     one = fitted.law["approaches"][fitted.law["primary"]]
     if fitted.law["primary"] == "form":
         best, low, high = form_path(one, flops)["loss"]

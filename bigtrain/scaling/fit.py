@@ -35,7 +35,7 @@ from bigtrain.scaling.runs.where import where as select
 from bigtrain.storage import hash_file
 
 DEFAULT_TARGET = 10.0
-"""The default target, as a multiple of the largest run's FLOPs."""
+"""FLOPs of the default target, as a multiple of the largest run's FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ def fit(source: RunSource, options: FitOptions | None = None, say: Callable[[str
     """Read and check a table of runs, and fit the law by each approach that the options name.
 
     Args:
-        source: As `readers.read_source` takes it: a file, a directory, or a table such as a pandas DataFrame.
+        source: A file, a directory, or a table such as a pandas DataFrame; see `readers.read_source`.
         options: Approaches, selection of runs, target and bootstrap.
-        say: Called with a line of progress at each stage.
+        say: A function that prints a line of progress.
 
     Raises:
-        UserError: The input is bad, or these runs do not allow the chosen approach. With approach "all" that approach
-            is reported as refused; it is an error only where every approach is refused.
+        UserError: The input is bad, or the chosen approach cannot be fitted to these runs. With approach "all" such an
+            approach is reported as refused, and only the refusal of every approach is an error.
     """
     options = options or FitOptions()
     form = Form.parse(options.form) if options.form is not None else None
@@ -110,7 +110,7 @@ def _judge_form(
     form: Form, document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], residuals: FloatArray,
     options: FitOptions,
 ) -> None:  # fmt: skip
-    """Back-tests of an own form, and where it leaves the runs near the frontier."""
+    """Add the back-tests of the user's own form to the document, and warnings about runs near the frontier."""
 
     def predict(few: RunTable, members: npt.NDArray[np.int64]) -> Prediction:
         return predict_rest(form, options.delta, few, members, table, options.seed, REPLICATES)
@@ -120,10 +120,14 @@ def _judge_form(
 
 
 def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable, list[str]]:
-    """The table as it was read, the rows that are fitted, and warnings about them.
+    """The table as it was read, the rows that are fitted, and warnings about odd rows.
+
+    Args:
+        source: See `readers.read_source`.
+        options: The selection of runs and the treatment of copies and swept settings.
 
     Raises:
-        UserError: The table cannot be read or fitted.
+        UserError: The source cannot be read, or its values cannot be fitted.
     """
     read = read_source(source, options.columns)
     table = select(read, options.where) if options.where else read

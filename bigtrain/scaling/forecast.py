@@ -1,13 +1,15 @@
-"""A forecast of one run from a law: its held-out loss, its loss curve with a band, accuracies of tasks.
+"""A forecast of one run from a law: its held-out loss, its loss curve with a band, and accuracies of tasks.
 
-The curve comes from the sweep that the law was fitted to. Each of its runs, as a trunk and its branch, gives the ratio
-of its training loss to the law's loss at its end, averaged over 40 equal shares of its tokens: runs of one schedule
-nearly collapse so, whatever their size (Qiu et al. 2025). For each share a line in ln N and ln D/N predicts the run's
-ratio, with the line's own prediction interval; the law's interval is added in quadrature. The band holds at all shares
-together (Bonferroni), since the errors of one run go together and its shares are watched one after the other.
+The curve comes from the sweep to which the law was fitted. Each run of the sweep is a trunk and its branch. Its
+training loss, divided by the law's loss at the run's end, is averaged over 40 equal shares of its tokens. The resulting
+curves of runs with one schedule are almost the same for all sizes (Qiu et al. 2025). For each share, a linear function
+of ln N and ln D/N predicts the logarithm of the new run's ratio with a prediction interval, and the law's interval is
+added in quadrature. The band has its level for all shares together (Bonferroni), because the shares of one run are
+observed one after another.
 
-The held-out loss at the end has the interval of one run, not of the law: it is moved by the systematic part of the
-residuals near there (`discrepancy`), and that part's uncertainty and the noise of a run are added.
+The forecast of the held-out loss at the end has the interval of a single run, which is wider than that of the law. The
+systematic part of the residuals near its (N, D) is added to the law's loss (see `discrepancy`). The uncertainty of that
+part and the noise of one run are added to the interval.
 """
 
 from __future__ import annotations
@@ -33,21 +35,28 @@ from bigtrain.tracking.metrics import read_run_metrics
 
 FORMAT_VERSION = 1
 LEVEL = 0.95
-"""Of the band at all shares together; two averages in succession outside it are the alarm."""
+"""Level of the band for all shares together. A run has left it after two successive averages outside."""
 LEVELS = {"interval": 0.95, "interval_80": 0.8}
 
 MIN_CURVES = 6
 NOISE_PARTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
-"""Of the variance of a run's ratio, the part that falls with the tokens of a share."""
+"""Values to try for the fraction of a ratio's variance that is inversely proportional to the tokens of a share."""
 
 
 def make_forecast(
     law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a law predicts of a run of N parameters on D tokens in so many steps.
+    """The forecast of a law for one run, as plain values for JSON.
+
+    Args:
+        law_path: law.json, or the directory that holds it.
+        params: N of the run, counted as the law counts it.
+        tokens: D of the run.
+        steps: Number of steps of the run.
+        tasks: Predictions of task accuracies; see `decide.predict_tasks`.
 
     Raises:
-        UserError: A law without a loss away from the optimum.
+        UserError: The law cannot be read, or gives no loss away from its optimum.
     """
     file = law_path / "law.json" if law_path.is_dir() else law_path
     law = read_law(law_path)
@@ -64,7 +73,7 @@ def make_forecast(
 
 
 def _of_one_run(law: dict[str, Any], params: float, tokens: float, loss: dict[str, Any]) -> dict[str, Any]:
-    """A loss of one run: the law's, moved by what its runs near there say, with their noise in its intervals."""
+    """The predicted loss of one run, from the law's loss and its systematic error, with the noise of one run."""
     one = law["approaches"][law["primary"]]
     parameters = len(one.get("constants", NAMES))
     dof = max(law["data"]["runs"] - parameters, 1)
@@ -87,7 +96,10 @@ def _of_one_run(law: dict[str, Any], params: float, tokens: float, loss: dict[st
 def _curve(
     law: dict[str, Any], params: float, tokens: float, loss: dict[str, Any]
 ) -> tuple[list[dict[str, float]], str]:
-    """Loss and band for each share of the run's tokens, or none and why."""
+    """The loss and its band for each share of the run's tokens, and a note on their source.
+
+    If there is no curve, the list is empty and the note gives the reason.
+    """
     sweep = Path(law["source"]["name"])
     if not (sweep / SWEEP_RUNS).exists():
         return [], "no curve: the law was not fitted to a sweep, whose runs have one"
@@ -123,14 +135,16 @@ def _curve(
 def _predicted(
     design: FloatArray, column: FloatArray, at: FloatArray, variances: FloatArray, own: float
 ) -> tuple[float, float]:
-    """A line's value at a point, and half of its prediction interval, at `LEVEL` for all shares together.
+    """The predicted log ratio of the new run in one share, and the half-width of its prediction interval.
+
+    The interval has level `LEVEL` for all shares together.
 
     Args:
-        design: Of the runs, shape (n, 3).
-        column: Their ratios, shape (n,).
-        at: Of the run to come, shape (3,).
-        variances: Relative variances of the ratios, shape (n,).
-        own: That of the run to come.
+        design: Regressors of the sweep's runs, shape (n, 3).
+        column: Log ratios of these runs, shape (n,).
+        at: Regressors of the new run, shape (3,).
+        variances: Relative variances of the log ratios, shape (n,).
+        own: Relative variance of the new run's log ratio.
     """
     beta, inverse, variance, dof = _weighted(design, column, variances)
     half = math.sqrt(variance * (own + float(at @ inverse @ at)))
@@ -140,7 +154,11 @@ def _predicted(
 def _weighted(
     design: FloatArray, column: FloatArray, variances: FloatArray
 ) -> tuple[FloatArray, FloatArray, float, int]:
-    """Weighted least squares: the line, its covariance over the variance, the variance, degrees of freedom."""
+    """Weighted least squares.
+
+    Returns:
+        The coefficients, their covariance divided by the variance, the variance, and the degrees of freedom.
+    """
     weighted = design / variances[:, None]
     inverse = np.asarray(np.linalg.pinv(design.T @ weighted), dtype=np.float64)
     beta = inverse @ weighted.T @ column
@@ -150,10 +168,16 @@ def _weighted(
 
 
 def _variances(design: FloatArray, ratios: FloatArray, tokens: FloatArray, own: float) -> tuple[FloatArray, float]:
-    """Relative variances of the runs' ratios, shape (n,), and of the run to come's.
+    """Relative variances of the runs' log ratios, shape (n,), and of the new run's log ratio.
 
-    A share's mean over few tokens is noisy as one over their square root; the rest of a run's deviation is not. What
-    part is which follows from the likelihood of all shares together.
+    A part of the variance is inversely proportional to the tokens of a share, the other part is the same for all runs.
+    The first part's fraction is the value of `NOISE_PARTS` with the highest likelihood over all shares.
+
+    Args:
+        design: Regressors of the sweep's runs, shape (n, 3).
+        ratios: Log ratios, shape (n, shares); NaN if not known.
+        tokens: D of the runs, shape (n,).
+        own: D of the new run.
     """
     middle = float(np.median(tokens))
     best: tuple[float, FloatArray, float] | None = None
@@ -172,7 +196,10 @@ def _variances(design: FloatArray, ratios: FloatArray, tokens: FloatArray, own: 
 
 
 def _ratios(sweep: Path, row: dict[str, Any], by_law: Callable[[float, float], float]) -> FloatArray | None:
-    """ln of a run's training loss over the law's loss at its end, by shares of its tokens; NaN where none is logged."""
+    """ln of the ratio of a run's training loss to the law's loss at its end, for each share of its tokens.
+
+    The shape is (shares,), with NaN for a share that was logged too rarely. None if the run has no metrics.
+    """
     logged = _whole_curve(sweep, row)
     end = float(row["tokens"])
     if not logged:
@@ -182,19 +209,19 @@ def _ratios(sweep: Path, row: dict[str, Any], by_law: Callable[[float, float], f
         if one.get("loss") is not None and float(one["tokens"]) > tokens[-1]:
             sums.append(sums[-1] + float(one["loss"]) * (float(one["tokens"]) - tokens[-1]))
             tokens.append(float(one["tokens"]))
-    # Logged intervals and shares have other ends: the sum up to each share's end is interpolated.
+    # Logged intervals do not end where shares end, so the sum of losses at the end of each share is interpolated.
     ends = np.interp(np.linspace(0, end, BINS + 1), tokens, sums)
     means = np.diff(ends) / (end / BINS)
     shares = (np.arange(BINS) + 0.5) * end / BINS
     after = np.minimum(np.searchsorted(tokens, shares), len(tokens) - 1)
     wide = np.array(tokens)[after] - np.array(tokens)[np.maximum(after - 1, 0)]
-    # An interval that is longer than a few shares hides how the loss falls inside it.
+    # A logged interval that covers several shares does not show how the loss falls within it.
     means[(wide > MAX_SPARSE * end / BINS) | (shares > tokens[-1])] = np.nan
     return np.asarray(np.log(means / by_law(float(row["params"]), end)), dtype=np.float64)
 
 
 def _whole_curve(sweep: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The logged objects of a run: its trunk's up to where it leaves, then its own."""
+    """The logged metrics of a run from step 0: those of its trunk up to the branch's first step, then its own."""
     own = read_run_metrics(sweep / SWEEP_TRIALS / str(row["run"]))
     if not row.get("parent"):
         return own

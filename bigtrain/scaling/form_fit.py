@@ -1,7 +1,8 @@
-"""The fit of a form of the user's own: Huber on the log loss, from many starts at once, with the same bootstrap.
+"""The fit of the user's own form: the Huber loss of log residuals, minimised from many starts, with the same bootstrap.
 
-Constants in which the form is linear follow from the others by non-negative least squares, so only the others need a
-start (variable projection). Damped Gauss-Newton in the logarithms of all constants ends each start, and each refit.
+Constants in which the form is linear are computed from the others by non-negative least squares, so that only the
+others need a starting value (variable projection). Each start and each refit then ends with damped Gauss-Newton in the
+logarithms of all constants.
 """
 
 from __future__ import annotations
@@ -29,32 +30,34 @@ from bigtrain.scaling.runs.table import RunTable
 STARTS = 64
 MAX_STEPS = 300
 _RANGE = 60.0
-"""Largest logarithm of a constant, either way."""
+"""Largest absolute value of the logarithm of a constant."""
 _SAME = 1e-6
 _STEP = 1.05
-"""Factor of FLOPs over which the exponent of N* at the target is measured."""
+"""Factor of FLOPs between the two points from which the exponent of N* at the target is computed."""
 
 
 @dataclass(frozen=True)
 class FormFit:
-    """A form's constants, and how they were found."""
+    """A form's fitted constants, with diagnostics of the search."""
 
     form: Form
     logs: FloatArray
-    """Shape (k,), logarithms of the constants."""
+    """Logarithms of the constants, shape (k,)."""
     objective: float
-    """The sum of Huber's function of the log residuals, as approach 3 reports it."""
+    """Sum of the Huber loss over the log residuals, in the scale in which approach 3 reports it."""
     converged_starts: float
+    """Fraction of the starts that reached the minimum."""
     condition_number: float
+    """Condition number of the Jacobian with columns of unit length; large if constants are not identifiable."""
     residuals: FloatArray
-    """Shape (n,): ln predicted - ln measured."""
+    """ln predicted - ln measured of each run, shape (n,)."""
 
 
 def data_of(form: Form, table: RunTable) -> dict[str, FloatArray]:
-    """The variables of a form in a table.
+    """The values of a form's variables, by name, each of shape (n,).
 
     Raises:
-        UserError: The form has U and the table has no unique tokens.
+        UserError: The form has U, and a row of the table has no unique tokens.
     """
     if not form.needs_unique:
         return {"N": table.params, "D": table.tokens}
@@ -67,10 +70,18 @@ def data_of(form: Form, table: RunTable) -> dict[str, FloatArray]:
 
 
 def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: int = 0, starts: int = STARTS) -> FormFit:
-    """The constants of a form.
+    """Fit the constants of a form to the runs of a table.
+
+    Args:
+        form: The form.
+        table: The runs.
+        delta: Delta of the Huber loss.
+        seed: Seed of the random starts.
+        starts: Number of starts.
 
     Raises:
-        UserError: Fewer runs than constants, a variable that the table lacks, or no start that is finite.
+        UserError: There are not more runs than constants, the table lacks a variable of the form, or the form is not
+            finite from any start.
     """
     if len(table) <= len(form.constants):
         raise UserError(
@@ -79,7 +90,7 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
     data, losses = data_of(form, table), table.loss
     begins = _starts(form, data, losses, seed, starts)
     weights = np.ones((len(begins), len(losses)))
-    # From a wide valley to the sharp one: with a small delta alone, far starts creep.
+    # A large delta first: with a small delta alone, starts far from the minimum converge too slowly.
     ends, _ = _descend(form, data, losses, weights, begins, max(delta, 0.03))
     ends, reached = _descend(form, data, losses, weights, ends, delta)
     best = int(np.argmin(reached))
@@ -99,7 +110,19 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
 def refit_form(
     fitted: FormFit, table: RunTable, clusters: npt.NDArray[np.int64], delta: float, seed: int, replicates: int
 ) -> FloatArray:
-    """The bootstrap over clusters, each refit from the full fit: logarithms of the constants, shape (R, k)."""
+    """Refit a form to resampled clusters, each time starting from the full fit.
+
+    Args:
+        fitted: The full fit.
+        table: The runs.
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        delta: Delta of the Huber loss.
+        seed: Seed of the bootstrap.
+        replicates: Number R of replicates.
+
+    Returns:
+        Logarithms of the constants, shape (R, k).
+    """
     data = data_of(fitted.form, table)
     found = []
     for low in range(0, replicates, CHUNK):
@@ -112,10 +135,10 @@ def refit_form(
 def form_result(
     form: Form, table: RunTable, clusters: npt.NDArray[np.int64], target: float, options: FitOptions
 ) -> tuple[Result, FloatArray]:
-    """The part of law.json of a form, and its residuals.
+    """Fit a form; returns its part of law.json, and its residuals of shape (n,).
 
     Raises:
-        UserError: See `fit_form`.
+        UserError: `fit_form` fails, or the form has no optimal N at the target.
     """
     fitted = fit_form(form, table, options.delta, options.seed)
     many = refit_form(fitted, table, clusters, options.delta, options.seed, options.replicates)
@@ -157,7 +180,17 @@ def form_result(
 def predict_rest(
     form: Form, delta: float, small: RunTable, clusters: npt.NDArray[np.int64], rest: RunTable, seed: int, count: int
 ) -> Prediction:
-    """What a form fitted to some runs says of others, for a back-test."""
+    """Fit a form to some runs and predict others, for a back-test.
+
+    Args:
+        form: The form.
+        delta: Delta of the Huber loss.
+        small: The runs to fit.
+        clusters: Cluster of each of these runs, numbered from 0.
+        rest: The runs to predict.
+        seed: Seed of the starts and of the bootstrap.
+        count: Number of bootstrap replicates.
+    """
     fitted = fit_form(form, small, delta, seed, starts=STARTS // 2)
     many = refit_form(fitted, small, clusters, delta, seed, count)
     unique = rest.unique_tokens if form.needs_unique and rest.unique_tokens is not None else math.inf
@@ -177,13 +210,14 @@ def _starts(form: Form, data: dict[str, FloatArray], losses: FloatArray, seed: i
         if name in form.exponents:
             begins[:, i] = generator.uniform(math.log(0.05), math.log(1.5), count)
         else:
-            # A constant beside N or D may have their size, one beside a ratio of them about one.
+            # A constant that is compared with N or D may be as large as they are; one that is compared with a ratio
+            # of them is of order 1. Half of the starts assume the one, half the other.
             begins[:, i] = np.where(
                 np.arange(count) % 2 == 0, generator.uniform(-1.0, 4.0, count), generator.uniform(0.0, largest, count)
             )
     if not linear:
         return begins
-    # f = f0 + sum c_i (f_i - f0), with c_i = 1 for one linear constant at a time and the others at next to nothing.
+    # f = f0 + sum c_i (f_i - f0): in f_i the linear constant i is 1 and the other linear constants are almost 0.
     columns = [form.constants.index(name) for name in linear]
     at = np.repeat(begins[:, None], len(columns) + 1, axis=1)
     at[:, :, columns] = -_RANGE
@@ -201,7 +235,7 @@ def _starts(form: Form, data: dict[str, FloatArray], losses: FloatArray, seed: i
 
 
 def _linear_constants(form: Form, data: dict[str, FloatArray], generator: np.random.Generator) -> list[str]:
-    """Constants in all of which together the form is linear, found by differences at a random point."""
+    """Constants in which the form is jointly linear, found by finite differences at a random point."""
     few = {name: column[: min(len(column), 5)] for name, column in data.items()}
     point = generator.uniform(0.3, 0.9, len(form.constants))
     found: list[int] = []
@@ -228,7 +262,12 @@ def _linear_constants(form: Form, data: dict[str, FloatArray], generator: np.ran
 def _descend(
     form: Form, data: dict[str, FloatArray], losses: FloatArray, weights: FloatArray, begins: FloatArray, delta: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Damped Gauss-Newton from R starts: logarithms (R, k) and Huber's sums over delta (R,), infinite or finite."""
+    """Damped Gauss-Newton from R starts.
+
+    Returns:
+        Logarithms of the constants, shape (R, k), and weighted sums of the Huber loss divided by delta, shape (R,);
+        infinite where the form is not finite.
+    """
     logs = np.array(begins)
     ln_loss = np.log(losses)
 

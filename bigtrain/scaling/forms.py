@@ -1,14 +1,16 @@
-"""Laws of the user's own form: an expression in N, D and constants, parsed here and never evaluated as code.
+"""Laws of the user's own form: expressions in N, D and constants, which are parsed and never evaluated as code.
 
     E + A / N**alpha + B / D**beta
     E + A / N**alpha + B / (U + U * R * (1 - exp((1 - D / U) / R)))**beta        "repeats"
 
-N are parameters, D tokens, U unique tokens (at most D). Every other name is a constant, which the fit finds; constants
-are positive: write a minus before one that lowers the loss. There are + - * / ** and parentheses, exp, log, sqrt, min
-and max. Values come with their derivatives by the logarithm of each constant, by the rules of calculus (forward mode).
+N is the number of parameters, D of tokens, U of unique tokens (at most D). Every other name is a constant that is
+fitted. Constants are positive; write a minus before one that lowers the loss. The operators are + - * / ** with
+parentheses, the functions exp, log, sqrt, min and max. An expression is evaluated together with its derivatives by the
+logarithm of each constant (forward-mode differentiation).
 
-"repeats" is Muennighoff et al. 2023, eq. 5: D tokens that are D/U epochs of U teach as D_eff = U + U R (1 - exp(-(D/U
-- 1) / R)) fresh ones; R is the number of repeats after which more of them hardly teach (about 15 there).
+"repeats" is eq. 5 of Muennighoff et al. 2023. D tokens, which are D/U epochs of U unique tokens, have the effect of
+D_eff = U + U R (1 - exp(-(D/U - 1) / R)) unique tokens. R is the number of repeats after which further repeats have
+little effect; it is about 15 in that paper.
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ NAMED = {
     "chinchilla": "E + A / N**alpha + B / D**beta",
     "repeats": "E + A / N**alpha + B / (U + U * R * (1 - exp((1 - D / U) / R)))**beta",
 }
-"""Forms that have a name."""
+"""The forms that `--form` accepts by name."""
 MAX_CONSTANTS = 12
 _FIX = 'write for example --form "E + A / N**alpha + B / D**beta"'
 _GRID = 200
 _PATH_REPLICATES = 200
 _LOW, _HIGH = 1e-4, 1e4
-"""Factors of the square root of C / 6 between which N* is sought."""
+"""Bounds of the search for N*, as multiples of the square root of C / 6."""
 Dual = tuple[FloatArray, FloatArray]
-"""A value, shape (R, n) or what broadcasts to it, and its derivatives, shape (k, R, n) likewise."""
+"""A value and its derivatives, of shapes that broadcast to (R, n) and (k, R, n)."""
 
 
 def _power(left: Dual, right: Dual) -> Dual:
     value = left[0] ** right[0]
     base = right[0] * left[0] ** (right[0] - 1)
-    # The logarithm of a base that is not positive counts only where the exponent has a derivative.
+    # The logarithm of the base, undefined for a base that is not positive, is needed only if the exponent is variable.
     by_exponent = value * np.log(np.where(left[0] > 0, left[0], np.nan)) if np.any(right[1]) else np.zeros_like(value)
     return value, base * left[1] + by_exponent * right[1]
 
@@ -69,21 +71,24 @@ _FUNCTIONS: dict[str, tuple[int, Callable[..., Dual]]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """A parsed expression; its constants in the order of their first appearance."""
+    """A parsed expression."""
 
     text: str
     tree: ast.expr
     constants: tuple[str, ...]
+    """Names of the k constants, in the order of their first appearance."""
     exponents: frozenset[str]
-    """Constants that stand in an exponent."""
+    """Names of the constants that appear in an exponent."""
     variables: frozenset[str]
+    """Those of N, D and U that appear."""
 
     @classmethod
     def parse(cls, text: str) -> Form:
-        """The form of an expression, or of a name in `NAMED`.
+        """Parse an expression, or a name in `NAMED`.
 
         Raises:
-            UserError: What cannot be parsed or is not allowed, at which place.
+            UserError: The expression cannot be parsed, uses something that is not allowed, has no constant or no
+                variable, or has too many constants.
         """
         text = NAMED.get(text.strip(), text).replace("^", "**")
         try:
@@ -108,12 +113,13 @@ class Form:
         """The loss and its derivatives by the logarithms of the constants.
 
         Args:
-            logs: Shape (R, k), logarithms of the constants.
-            data: The variables, shape (n,) or (R, n).
-            derivatives: Whether they are wanted.
+            logs: Logarithms of the constants, shape (R, k).
+            data: Values of the variables by name, each of shape (n,) or (R, n).
+            derivatives: Whether to compute derivatives.
 
         Returns:
-            Shapes (R, n) and (k, R, n), or (0, R, n); not finite where the expression is not.
+            The loss, shape (R, n), and its derivatives, shape (k, R, n), or (0, R, n) without them. Values are not
+            finite where the expression is undefined.
         """
         count = len(self.constants) if derivatives else 0
         known: dict[str, Dual] = {name: (column, np.zeros((1, 1, 1))) for name, column in data.items()}
@@ -128,13 +134,28 @@ class Form:
         return np.broadcast_to(value, shape), np.broadcast_to(slope, (count, *shape))
 
     def loss(self, logs: FloatArray, params: npt.ArrayLike, tokens: npt.ArrayLike, unique: npt.ArrayLike) -> FloatArray:
-        """The loss at (N, D) with so many unique tokens, shape (R, n)."""
+        """The loss at (N, D), shape (R, n).
+
+        Args:
+            logs: Logarithms of the constants, shape (R, k) or (k,).
+            params: N, shape (n,) or (R, n).
+            tokens: D, shape (n,) or (R, n).
+            unique: Unique tokens of the data; U is at most D.
+        """
         d = np.asarray(tokens, dtype=np.float64)
         data = {"N": np.asarray(params, dtype=np.float64), "D": d, "U": np.minimum(unique, d)}
         return np.asarray(self.value(np.atleast_2d(logs), data, derivatives=False)[0])
 
     def optimum(self, logs: FloatArray, flops: float, unique: float) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """N*, D* and the loss there at C = 6 N D, each of shape (R,); NaN where the lowest loss is at no N inside."""
+        """N*, D* and the loss there for C = 6 N D FLOPs, each of shape (R,).
+
+        They are NaN where the lowest loss lies at the edge of the range of N that is searched.
+
+        Args:
+            logs: Logarithms of the constants, shape (R, k).
+            flops: C.
+            unique: Unique tokens of the data; infinity if no token is repeated.
+        """
         middle = np.sqrt(flops / FLOPS_PER_PARAMETER_TOKEN)
         x = np.log(np.geomspace(middle * _LOW, middle * _HIGH, _GRID))
         losses = self.loss(logs, np.exp(x), np.exp(2 * np.log(middle) - x), unique)
@@ -152,12 +173,20 @@ class Form:
 
     @cached_property
     def needs_unique(self) -> bool:
-        """Whether the form has U."""
+        """Whether the form contains U, so that the number of unique tokens must be known."""
         return "U" in self.variables
 
 
 def form_path(one: Mapping[str, Any], flops: FloatArray) -> dict[str, tuple[FloatArray, FloatArray, FloatArray]]:
-    """N*, D* and the loss of an own form along a path of budgets, each with the ends of its 95 % interval."""
+    """N*, D* and the loss of the user's own form at several budgets, with their 95 % intervals.
+
+    Args:
+        one: The form's part of law.json.
+        flops: The budgets in FLOPs, shape (P,).
+
+    Returns:
+        Under "params", "tokens" and "loss" the values and both ends of their intervals, each of shape (P,).
+    """
     form = Form.parse(one["expression"])
     logs = np.concatenate([[one["ln_constants"]], unpack(one["replicates"])[:_PATH_REPLICATES]])
     unique = one["unique_tokens"] or math.inf
@@ -168,7 +197,15 @@ def form_path(one: Mapping[str, Any], flops: FloatArray) -> dict[str, tuple[Floa
 
 
 def _check(node: ast.AST, text: str, names: dict[str, None], exponents: set[str], above: bool) -> None:
-    """Walk the tree, refuse what is not allowed, and collect names; `above`: within an exponent."""
+    """Refuse expressions that are not allowed, and collect names.
+
+    Args:
+        node: The node of the syntax tree to check, with all nodes below it.
+        text: The full expression, for messages.
+        names: Collects all names, in the order of their appearance.
+        exponents: Collects the constants that appear in an exponent.
+        above: Whether the node lies within an exponent.
+    """
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and abs(number) < 1e300:
             return

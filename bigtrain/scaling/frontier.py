@@ -1,7 +1,7 @@
-"""The frontier law L(C) = E + A C^-a through the lowest losses by FLOPs that approaches 1 and 2 find.
+"""The frontier law L(C) = E + A C^-a, fitted to the lowest loss at each FLOPs value that approach 1 or 2 finds.
 
-It takes no form in N and D for granted, and so is a check of approach 3's loss at the optimum. Variable projection:
-for each exponent of a grid E and A follow by non-negative least squares on relative errors.
+It assumes no form in N and D, so it checks the loss of approach 3 at the optimum. The fit is by variable projection:
+for each exponent of a grid, E and A come from non-negative least squares on relative errors.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True)
 class FrontierLaw:
-    """One frontier law, or R of them: arrays of shape () or (R,)."""
+    """R frontier laws, each array of shape (R,)."""
 
     floor: FloatArray
-    """E."""
+    """The irreducible loss E."""
     scale: FloatArray
-    """A, at C in units of `unit`."""
+    """The coefficient A, for C in units of `unit`."""
     exponent: FloatArray
+    """The exponent a."""
     unit: float
+    """Unit of C, in FLOPs."""
 
     def loss(self, flops: float | FloatArray) -> FloatArray:
-        """The loss at C FLOPs; shapes broadcast."""
+        """The loss of each law at C FLOPs; `flops` is broadcast against shape (R,)."""
         return np.asarray(self.floor + self.scale * (np.asarray(flops) / self.unit) ** -self.exponent)
 
 
 def fit_frontier(flops: FloatArray, losses: FloatArray, unit: float) -> FrontierLaw:
-    """The law of m points.
+    """Fit R frontier laws to m points.
 
     Args:
-        flops: Shape (m,).
-        losses: Shape (R, m); NaN where a replicate has no point there.
-        unit: FLOPs by which A is scaled.
+        flops: FLOPs of the points, shape (m,).
+        losses: Losses of the points in each replicate, shape (R, m); NaN if a replicate lacks the point.
+        unit: Unit of C for the coefficient A, in FLOPs.
     """
     powers = (flops / unit) ** -_GRID[:, None]
     known = np.isfinite(losses)
@@ -67,14 +69,14 @@ def fit_frontier(flops: FloatArray, losses: FloatArray, unit: float) -> Frontier
 def frontier_document(
     flops: FloatArray, losses: FloatArray, replicates: FloatArray, target: float, seed: int
 ) -> dict[str, Any] | None:
-    """The frontier law with intervals and back-tests as a part of law.json; None for fewer than four points.
+    """The part of law.json about a frontier law, with intervals and back-tests; None for fewer than four points.
 
     Args:
-        flops: Shape (m,).
-        losses: Shape (m,).
-        replicates: Shape (R, m), resampled losses of the points; none: residuals are resampled.
-        target: FLOPs at which the loss is given.
-        seed: Of that.
+        flops: FLOPs of the points, shape (m,).
+        losses: Losses of the points, shape (m,).
+        replicates: Resampled losses of the points, shape (R, m). If R is 0, residuals are resampled instead.
+        target: FLOPs at which the loss is predicted.
+        seed: Seed of the resampling of residuals.
     """
     if len(flops) < MIN_POINTS:
         return None
@@ -99,7 +101,7 @@ def frontier_document(
 
 
 def _back_tests(flops: FloatArray, losses: FloatArray, replicates: FloatArray, unit: float) -> list[dict[str, Any]]:
-    """Fits of the points up to 1/factor of the largest, and what they predict for it."""
+    """Fits of the points up to 1/factor of the largest FLOPs, each with its prediction for the largest point."""
     last = int(np.argmax(flops))
     found = []
     for factor in FACTORS:

@@ -1,8 +1,8 @@
-"""Approach 2: at each budget a parabola of the loss near its minimum, in ln D and in ln N; a line through the minima.
+"""Approach 2: parabolas of the loss in ln D and in ln N near the minimum of each budget, and lines through the minima.
 
-An IsoFLOP curve is a parabola near its minimum alone. The window of a budget is therefore the points around the lowest
-one whose loss is at most 10 % above it, with no higher point between, and at least two on each side where there are
-any. `sensitivity` shows how the exponent moves with that rule.
+An IsoFLOP curve is a parabola only near its minimum. The parabolas of a budget are therefore fitted to a window: the
+points around the lowest one whose loss is at most 10 % above it, without a higher point in between, and at least two
+points on each side if there are any. `IsoFlop.sensitivity` shows how the lines change with this rule.
 """
 
 from __future__ import annotations
@@ -19,57 +19,64 @@ from bigtrain.scaling.lines import Lines, line
 from bigtrain.scaling.runs.table import RunTable
 
 SAME_BUDGET = 1.1
-"""Runs are of one budget where their FLOPs differ by less."""
+"""Runs belong to one budget if their FLOPs are less than this factor above those of its smallest run."""
 MIN_POINTS, MIN_BUDGETS = 4, 3
 WINDOW = 0.10
-"""Height of a window over its lowest point, relative."""
+"""Relative height of a window above its lowest point."""
 WINDOWS = (0.03, 0.05, WINDOW, 0.20, float("inf"))
-"""Heights that `sensitivity` tries; the last takes all points of a budget."""
+"""Heights of windows for `IsoFlop.sensitivity`; the last one takes all points of a budget."""
 MIN_SIDE = 2
-"""Points that a window has on each side of the lowest, where the budget has them."""
+"""Least number of points of a window on each side of the lowest point, if the budget has as many."""
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The runs of one budget, and the parabolas through its window."""
+    """The runs of one budget, and the parabolas fitted to its window."""
 
     flops: float
-    """Geometric mean of its runs."""
+    """Geometric mean of the runs' FLOPs."""
     rows: npt.NDArray[np.int64]
+    """Indices of the budget's rows in the table."""
     window: npt.NDArray[np.int64]
-    """Those of the rows that the parabolas are fitted to."""
+    """Indices of the rows to which the parabolas are fitted."""
     params: float
     """N at the minimum."""
     tokens: float
     """D at the minimum."""
     loss: float
-    """At the minimum of the parabola in ln D."""
+    """Loss at the minimum of the parabola in ln D."""
     parabola: tuple[float, float, float]
-    """Coefficients of the loss in ln D, the highest power first."""
+    """Coefficients of the parabola in ln D, the highest power first."""
     refused: str = ""
-    """Why its minimum is none."""
+    """Why the budget has no minimum; empty if it has one."""
 
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """The budgets and the lines through their minima."""
+    """The budgets, and the lines through their minima."""
 
     budgets: tuple[Budget, ...]
     lines: Lines
     replicates: FloatArray
-    """Shape (R, 4): slope and intercept of ln N, then of ln D; NaN where fewer than three budgets had a minimum."""
+    """Slope and intercept of ln N, then of ln D, shape (R, 4); NaN if fewer than three budgets have a minimum."""
     minima: FloatArray
-    """Shape (R, budgets that are not refused): the loss at each minimum."""
+    """Loss at the minimum of each budget that is not refused, shape (R, budgets); NaN if there is no minimum."""
     sensitivity: tuple[tuple[str, Lines | None], ...]
-    """The lines by other windows, and by interpolation; None where fewer than three budgets had a minimum."""
+    """Lines from other windows and from interpolation, by name; None if fewer than three budgets have a minimum."""
 
 
 def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates: int) -> IsoFlop:
-    """Minima of all budgets, lines and their intervals.
+    """Find the minimum of each budget, and fit the lines through the minima, with bootstrap replicates.
+
+    Args:
+        table: The runs.
+        clusters: Cluster of each run, shape (n,), numbered from 0.
+        seed: Seed of the bootstrap.
+        replicates: Number R of bootstrap replicates.
 
     Raises:
-        UserError: Fewer than three budgets whose minimum lies inside its points.
+        UserError: Fewer than three budgets, or fewer than half of them, have a minimum inside their points.
     """
     found = budgets_of(table.flops)
     budgets = tuple(_budget(table, rows, WINDOW) for rows in found)
@@ -108,7 +115,10 @@ def _sensitivity(table: RunTable, found: list[npt.NDArray[np.int64]]) -> list[tu
 
 
 def _interpolated(table: RunTable, rows: npt.NDArray[np.int64]) -> tuple[float, float, float] | None:
-    """ln C, ln N and ln D of the lowest point of Akima's curve through all points (Porian et al. 2024)."""
+    """ln C, ln N and ln D at the minimum of an Akima interpolation through all points (Porian et al. 2024).
+
+    None if there are too few points, or the lowest one lies at an end.
+    """
     from scipy.interpolate import Akima1DInterpolator
 
     minima = []
@@ -124,7 +134,7 @@ def _interpolated(table: RunTable, rows: npt.NDArray[np.int64]) -> tuple[float, 
 
 
 def budgets_of(flops: FloatArray) -> list[npt.NDArray[np.int64]]:
-    """Rows of each budget, by rising FLOPs; a budget of fewer than four runs has no parabola."""
+    """Indices of the rows of each budget, by rising FLOPs; budgets with fewer than four runs are skipped."""
     order = np.argsort(flops, kind="stable")
     found: list[list[int]] = []
     for i in order.tolist():
@@ -135,7 +145,13 @@ def budgets_of(flops: FloatArray) -> list[npt.NDArray[np.int64]]:
 
 
 def window_of(x: FloatArray, y: FloatArray, height: float) -> npt.NDArray[np.int64]:
-    """Indices, by rising x, of the points around the lowest y that lie at most `height` above it."""
+    """Indices, by rising x, of the points of a window around the lowest y.
+
+    Args:
+        x: ln D of the points, shape (n,).
+        y: Losses of the points, shape (n,).
+        height: Relative height of the window above the lowest y.
+    """
     order = np.argsort(x, kind="stable")
     low = y[order]
     middle = int(np.argmin(low))
@@ -170,11 +186,16 @@ _REASONS = ("", "its minimum lies at the edge of its points", "its parabola open
 
 
 def _minima(x: FloatArray, y: FloatArray, weights: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64], FloatArray]:
-    """Where R weighted parabolas have their minima.
+    """Fit R weighted parabolas and find their minima.
+
+    Args:
+        x: ln D or ln N of the points, shape (n,).
+        y: Losses of the points, shape (n,).
+        weights: Weights of the points, shape (R, n).
 
     Returns:
-        ln D (or ln N) of the minimum (R,), the reason against it as an index into _REASONS (R,), and coefficients
-        (R, 3), the highest power first.
+        x at the minimum, shape (R,); the reason why it is not a minimum, as an index into _REASONS, shape (R,); and
+        the coefficients, the highest power first, shape (R, 3).
     """
     middle, spread = x.mean(), max(float(np.ptp(x)), 1e-12)
     design = np.column_stack([((x - middle) / spread) ** 2, (x - middle) / spread, np.ones_like(x)])
@@ -198,7 +219,10 @@ def _minima(x: FloatArray, y: FloatArray, weights: FloatArray) -> tuple[FloatArr
 
 
 def _replicates(table: RunTable, budgets: list[Budget], weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Lines (R, 4) of R resamples, and losses at the minima (R, budgets); a budget without a minimum is skipped."""
+    """Lines of R resamples, shape (R, 4), and losses at the minima, shape (R, budgets).
+
+    A line skips the budgets that have no minimum in the resample; their losses are NaN.
+    """
     ln_c = np.log([budget.flops for budget in budgets])
     minima, losses = {}, np.empty((0, 0))
     for name, column in (("params", np.log(table.params)), ("tokens", np.log(table.tokens))):

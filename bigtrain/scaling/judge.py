@@ -1,4 +1,4 @@
-"""What a law is judged by before it is believed: held-out runs, back-tests, diagnostics, and the warnings from them."""
+"""The checks of a fitted law: held-out runs, back-tests and diagnostics, with the warnings that follow from them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from bigtrain.scaling.runs.numbers import count
 from bigtrain.scaling.runs.table import SHOWN, RunTable
 
 FLOPS_DRIFT = 1.15
-"""Factor over which C / 6 N D may vary without a warning."""
+"""Ratio of the largest to the smallest C / 6 N D above which a warning is given."""
 CONDITION, CONVERGED = 1e3, 0.25
-"""Beyond which a parametric fit is warned of: condition number, and the share of starts that reached the minimum."""
+"""A warning is given if a parametric fit has a larger condition number, or if a smaller fraction of starts reached the
+minimum."""
 ZERO_FLOOR = 0.02
-"""Of the lowest loss: an E below it is not determined by the runs."""
+"""Fraction of the lowest loss below which E counts as zero, because the runs do not determine it."""
 NO_FLOOR_SHARE = 0.05
-"""Share of replicates without a floor beyond which a warning says so."""
+"""Fraction of replicates with E at zero above which a warning is given."""
 NEAR = 0.01
-"""Relative height over the lowest loss of a budget within which runs count as near the frontier."""
+"""Largest relative height above the lowest loss of a range of FLOPs at which a run counts as near the frontier."""
 LEAVES = 0.005
-"""Relative distance of law and runs near the frontier beyond which a warning may name them."""
+"""Least mean log residual of the runs near the frontier for a warning."""
 MANY_EPOCHS = 4.0
-"""Beyond it repeated data teach less than fresh (Muennighoff et al. 2023)."""
+"""Number of epochs above which repeated data improve the loss less than new data (Muennighoff et al. 2023)."""
 NORMAL = {"interval": 1.96, "interval_80": 1.2816}
 
 
@@ -43,7 +44,15 @@ def judge(
     document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], fitted: parametric.ParametricFit,
     options: FitOptions,
 ) -> None:  # fmt: skip
-    """Add held-out errors, misfit and diagnostics of the primary fit, with their warnings."""
+    """Add the held-out errors, misfit, diagnostics and warnings of the primary fit to the document.
+
+    Args:
+        document: The content of law.json, which is extended.
+        table: The runs.
+        clusters: Cluster of each run, shape (n,).
+        fitted: The primary fit, by approach 3.
+        options: Options of the fit.
+    """
     predictor = backtest.parametric_predictor(fitted.problem, table, options.seed)
     hold_out(document, table, clusters, options.seed, predictor, fitted.problem.basis.shape[1])
     target, warnings = document["target_flops"], document["warnings"]
@@ -91,7 +100,16 @@ def hold_out(
     document: dict[str, Any], table: RunTable, clusters: npt.NDArray[np.int64], seed: int,
     predictor: backtest.Predictor, parameters: int,
 ) -> None:  # fmt: skip
-    """Back-tests of the primary fit, and their misfit in the intervals of the loss at the target."""
+    """Add the back-tests of the primary fit, and widen the intervals of the loss at the target by their misfit.
+
+    Args:
+        document: The content of law.json, which is extended.
+        table: The runs.
+        clusters: Cluster of each run, shape (n,).
+        seed: Seed of the noise in the intervals.
+        predictor: The fit that is tested.
+        parameters: Number of parameters of the fit.
+    """
     warnings = document["warnings"]
     tests = []
     for factor in backtest.FACTORS:
@@ -117,7 +135,7 @@ def hold_out(
                 f"error {one.error:+.2%}; intervals are widened by this misfit"
             )
     rate = misfit_rate([(one.misfit, one.factor) for one in tests])
-    # By 6 N D, as the law's optimum and forecasts count: exact FLOPs of small models are up to some times more.
+    # In 6 N D, the FLOPs of the law's optimum and of forecasts; exact FLOPs of small models are several times larger.
     largest = FLOPS_PER_PARAMETER_TOKEN * float((table.params * table.tokens).max())
     document["misfit"] = {"rate": rate, "largest_flops": largest, "tests": len(tests)}
     loss = document["approaches"][document["primary"]]["target"]["loss"]
@@ -140,7 +158,15 @@ def _floor(document: dict[str, Any], table: RunTable) -> list[str]:
 
 
 def near_frontier(table: RunTable, residuals: FloatArray) -> list[str]:
-    """Where the law leaves the runs that lie near the frontier, by factors of four in FLOPs."""
+    """A warning about ranges of FLOPs, each a factor of four wide, where the law misses the runs near the frontier.
+
+    Args:
+        table: The runs.
+        residuals: ln predicted - ln measured of each run, shape (n,).
+
+    Returns:
+        One warning, or none.
+    """
     bins = np.floor(np.log(table.flops / table.flops.max() * 1.0000001) / math.log(4.0))
     noise = diagnostics.noise(residuals)
     found = []
@@ -168,7 +194,7 @@ def _equal_exponents(fitted: parametric.ParametricFit, seed: int, target: float)
 
 
 def _unused_budgets(name: str, budgets: Sequence[dict[str, Any]]) -> list[str]:
-    """One warning for each reason that budgets are refused for."""
+    """One warning for each reason for which budgets were refused."""
     reasons: dict[str, list[float]] = {}
     for budget in budgets:
         if budget["refused"]:
@@ -187,7 +213,14 @@ def _unused_budgets(name: str, budgets: Sequence[dict[str, Any]]) -> list[str]:
 def warnings_of(
     table: RunTable, clusters: npt.NDArray[np.int64], found: dict[str, Result], options: FitOptions
 ) -> list[str]:
-    """What the table and the approaches themselves call for."""
+    """The warnings about the table and about the result of each approach.
+
+    Args:
+        table: The runs.
+        clusters: Cluster of each run, shape (n,).
+        found: Results by the name of the approach.
+        options: Options of the fit.
+    """
     warnings = []
     groups = int(clusters.max()) + 1
     if groups < MIN_CLUSTERS:

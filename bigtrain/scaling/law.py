@@ -1,7 +1,8 @@
-"""The law L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 2), for one set of parameters or many.
+"""The law L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, eq. 2), for one or many parameter vectors.
 
-Parameters travel as arrays whose last axis is (ln A, ln B, ln E, alpha, beta): A and B span many decades from one
-bootstrap replicate to the next, their logarithms do not. N in parameters, D in tokens, C in FLOPs, L in nats.
+A parameter vector is an array whose last axis is (ln A, ln B, ln E, alpha, beta). It holds logarithms because A and B
+vary by many orders of magnitude between bootstrap replicates. N is in parameters, D in tokens, C in FLOPs, L in nats
+per token.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ FloatArray = npt.NDArray[np.float64]
 
 NAMES = ("A", "B", "E", "alpha", "beta")
 FLOPS_PER_PARAMETER_TOKEN = 6.0
-"""C = 6 N D (Kaplan et al. 2020): two FLOPs a weight forward and four backward."""
+"""C = 6 N D (Kaplan et al. 2020): per parameter and token, two FLOPs in the forward and four in the backward pass."""
 
 
 def loss(theta: FloatArray, params: npt.ArrayLike, tokens: npt.ArrayLike) -> FloatArray:
-    """The law's loss in nats a token.
+    """The law's loss, in nats per token.
 
     Args:
-        theta: Shape (..., 5), (ln A, ln B, ln E, alpha, beta).
-        params: N, shape that broadcasts with theta's leading axes.
-        tokens: D, likewise.
+        theta: Parameters (ln A, ln B, ln E, alpha, beta), shape (..., 5).
+        params: N, of a shape that broadcasts with the leading axes of `theta`.
+        tokens: D, of a shape that broadcasts with the leading axes of `theta`.
     """
     ln_n, ln_d = np.log(np.asarray(params, dtype=np.float64)), np.log(np.asarray(tokens, dtype=np.float64))
     terms = (theta[..., 0] - theta[..., 3] * ln_n, theta[..., 1] - theta[..., 4] * ln_d, theta[..., 2])
@@ -37,25 +38,25 @@ def optimal_params(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
 
 
 def optimal_tokens(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
-    """D* at C FLOPs, by C = 6 N* D*."""
+    """D* at C FLOPs, from C = 6 N* D*."""
     ln_nd = np.log(np.asarray(flops, dtype=np.float64) / FLOPS_PER_PARAMETER_TOKEN)
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(ln_nd - _ln_optimal_params(theta, flops)), dtype=np.float64)
 
 
 def optimal_loss(theta: FloatArray, flops: npt.ArrayLike) -> FloatArray:
-    """The loss at (N*, D*)."""
+    """The lowest loss at C FLOPs, which is the loss at (N*, D*)."""
     with np.errstate(divide="ignore"):
         return loss(theta, optimal_params(theta, flops), optimal_tokens(theta, flops))
 
 
 def exponent(theta: FloatArray) -> FloatArray:
-    """a of N* ~ C^a: beta / (alpha + beta)."""
+    """The exponent a of N* ~ C^a: beta / (alpha + beta)."""
     return np.asarray(theta[..., 4] / (theta[..., 3] + theta[..., 4]), dtype=np.float64)
 
 
 def natural(theta: FloatArray) -> FloatArray:
-    """(A, B, E, alpha, beta) of (ln A, ln B, ln E, alpha, beta), shape (..., 5)."""
+    """The values (A, B, E, alpha, beta) of a parameter vector, shape (..., 5)."""
     out = np.array(theta, dtype=np.float64)
     with np.errstate(over="ignore"):
         out[..., :3] = np.exp(out[..., :3])

@@ -1,4 +1,4 @@
-"""Lines in ln C, to which approaches 1 and 2 come: ln N* = slope ln C + intercept, and so for D*."""
+"""The lines in ln C that approaches 1 and 2 fit: ln N* = slope ln C + intercept, and the same for ln D*."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigtrain.scaling.law import FloatArray
 
 @dataclass(frozen=True)
 class Lines:
-    """How N* and D* grow with FLOPs."""
+    """The lines of ln N* and ln D* against ln C, with C in FLOPs."""
 
     params_slope: float
     params_intercept: float
@@ -19,12 +19,12 @@ class Lines:
     tokens_intercept: float
 
     def as_array(self) -> FloatArray:
-        """Shape (4,), in the order of the fields."""
+        """The four numbers in the order of the fields, shape (4,)."""
         return np.array([self.params_slope, self.params_intercept, self.tokens_slope, self.tokens_intercept])
 
 
 def line(x: FloatArray, y: FloatArray) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line."""
+    """Slope and intercept of the least-squares line through points (x, y)."""
     middle = x.mean()
     slope = float((x - middle) @ (y - y.mean()) / ((x - middle) @ (x - middle)))
     return slope, float(y.mean() - slope * middle)

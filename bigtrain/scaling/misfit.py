@@ -1,4 +1,7 @@
-"""Model error in intervals: what back-tests saw beyond their own intervals, carried to larger budgets. NumPy alone."""
+"""Model error in intervals: the errors of back-tests beyond their own intervals, extrapolated to larger budgets.
+
+This module needs only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ def misfit_rate(tests: Sequence[tuple[float, float]]) -> float:
     """Misfit of the log loss per e-fold of FLOPs beyond the fitted runs: the root mean square over back-tests.
 
     Args:
-        tests: Misfit (the log error beyond its interval's half-width) and factor of FLOPs of each.
+        tests: For each back-test its misfit, the log error beyond the interval's half-width, and its factor of FLOPs.
     """
     if not tests:
         return 0.0
@@ -19,14 +22,14 @@ def misfit_rate(tests: Sequence[tuple[float, float]]) -> float:
 
 
 def widened(value: float, ends: Sequence[float], rate: float, efolds: float, normal: float = 1.96) -> list[float]:
-    """An interval of a loss with misfit added in quadrature.
+    """The interval of a loss with the misfit added in quadrature.
 
     Args:
-        value: The loss itself.
-        ends: Its interval without misfit.
-        rate: As `misfit_rate` gives it.
-        efolds: ln of the FLOPs over those of the largest fitted run; nothing is added where it is negative.
-        normal: Standard deviations that the interval's half-width stands for.
+        value: The loss.
+        ends: The interval without misfit.
+        rate: The result of `misfit_rate`.
+        efolds: ln of the ratio of the FLOPs to those of the largest fitted run; a negative value adds no misfit.
+        normal: Half-width of the interval in standard deviations of a normal distribution.
     """
     extra = normal * rate * max(efolds, 0.0)
     low, high = (math.log(max(end, 1e-300) / value) for end in ends)

@@ -1,9 +1,9 @@
-"""What the parametric fit (approach 3) minimises, for one set of parameters or for many at once.
+"""The objective of the parametric fit (approach 3), for one or many parameter vectors.
 
-Huber and L1 act on the residual of the log loss, ln L^ - ln L (Hoffmann et al. 2022, eq. 3), squares on that of the
-loss itself. All are sums over the runs, never means: a mean of losses of a few thousandths lies under an optimiser's
-default tolerances, and it stops wherever it began. N and D are centred on their geometric means, which takes most
-of the correlation between A and alpha, and between B and beta, away.
+The loss functions "huber" and "l1" act on the residual of the log loss, ln L^ - ln L (Hoffmann et al. 2022, eq. 3);
+"squares" acts on the residual of the loss. Each objective is a sum over the runs. A mean of such small values would be
+below the default tolerances of an optimiser, which would stop at its start. N and D are centred on their geometric
+means, which removes most of the correlation between A and alpha, and between B and beta.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from bigtrain.scaling.law import FloatArray
 LossFunction = Literal["huber", "l1", "squares"]
 LOSS_FUNCTIONS: tuple[LossFunction, ...] = ("huber", "l1", "squares")
 DEFAULT_DELTA = 1e-3
-"""Hoffmann et al. 2022: residuals of the log loss beyond a thousandth count linearly."""
+"""Delta of the Huber loss (Hoffmann et al. 2022): larger residuals of the log loss count linearly."""
 L1_DELTAS = (1e-4, 1e-5, 1e-6)
-"""L1 is the limit of Huber / delta: followed from DEFAULT_DELTA down to where its parameters stand still."""
+"""Deltas of the L1 fit, after DEFAULT_DELTA. L1 is the limit of Huber / delta for small delta; at the last of these
+deltas the parameters no longer change."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The runs that a law is fitted to, and what is minimised."""
+    """The runs to which a law is fitted, and the objective of the fit."""
 
     ln_n: FloatArray
-    """Shape (n,), centred."""
+    """ln N minus its mean, shape (n,)."""
     ln_d: FloatArray
-    """Shape (n,), centred."""
+    """ln D minus its mean, shape (n,)."""
     ln_loss: FloatArray
-    """Shape (n,)."""
+    """ln of the measured losses, shape (n,)."""
     center: tuple[float, float]
-    """Means of ln N and ln D that were taken away."""
+    """The means of ln N and ln D."""
     function: LossFunction = "huber"
     delta: float = DEFAULT_DELTA
+    """Delta of the Huber loss; the other loss functions ignore it."""
     equal_exponents: bool = False
-    """Whether alpha = beta is required."""
+    """Whether the fit requires alpha = beta."""
 
     @classmethod
     def of(
@@ -51,7 +53,7 @@ class Problem:
         delta: float = DEFAULT_DELTA,
         equal_exponents: bool = False,
     ) -> Problem:
-        """The problem of n runs: N, D and losses of shape (n,)."""
+        """The problem of n runs, with N, D and losses of shape (n,)."""
         ln_n, ln_d = np.log(params), np.log(tokens)
         center = (float(ln_n.mean()), float(ln_d.mean()))
         return cls(
@@ -60,16 +62,19 @@ class Problem:
 
     @property
     def deltas(self) -> Sequence[float]:
-        """The deltas to go through, each from the solution of the one before."""
+        """The deltas to fit with, one after another, each starting from the solution for the previous delta."""
         return (DEFAULT_DELTA, *L1_DELTAS) if self.function == "l1" else (self.delta,)
 
     @property
     def basis(self) -> FloatArray:
-        """Shape (5, p): how the p free parameters make the five; the identity, or alpha = beta joined."""
+        """The matrix, shape (5, p), that maps the p free parameters to (ln A, ln B, ln E, alpha, beta).
+
+        It is the identity, or with `equal_exponents` it maps one free parameter to both alpha and beta.
+        """
         return np.array(np.eye(5)[:, :4] + np.eye(5)[:, 4:] @ np.eye(4)[3:]) if self.equal_exponents else np.eye(5)
 
     def uncentred(self, theta: FloatArray) -> FloatArray:
-        """Parameters of N and D themselves, from those of the centred ones; shape (..., 5)."""
+        """Parameters for N and D, computed from parameters for centred N and D; shape (..., 5)."""
         out = np.array(theta)
         out[..., 0] += out[..., 3] * self.center[0]
         out[..., 1] += out[..., 4] * self.center[1]
@@ -85,19 +90,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Terms:
-    """The law's three terms and the residuals at R sets of parameters."""
+    """The law's three terms and the residuals, for R parameter vectors."""
 
     parts: FloatArray
-    """Shape (3, R, n): the terms themselves for squares, their shares of the loss for Huber and L1."""
+    """The terms for A, B and E, shape (3, R, n); for Huber and L1 divided by the predicted loss."""
     residual: FloatArray
-    """Shape (R, n)."""
+    """Residuals, predicted minus measured, shape (R, n): of the loss for squares, of its logarithm for Huber and L1."""
 
 
 def terms(problem: Problem, theta: FloatArray) -> Terms:
-    """Terms and residuals.
+    """The law's terms and the residuals of each run.
 
     Args:
-        theta: Shape (R, 5), centred.
+        problem: The runs.
+        theta: Centred parameters, shape (R, 5).
     """
     with np.errstate(over="ignore", invalid="ignore"):
         parts = np.empty((3, len(theta), len(problem.ln_n)))
@@ -111,7 +117,10 @@ def terms(problem: Problem, theta: FloatArray) -> Terms:
 
 
 def rho(problem: Problem, residual: FloatArray, delta: float) -> FloatArray:
-    """What one residual costs, same shape. For Huber and L1 divided by delta, so that L1's limit exists."""
+    """The loss function of each residual, in the shape of `residual`.
+
+    For Huber and L1 it is divided by delta, so that the limit for small delta is L1.
+    """
     if problem.function == "squares":
         return 0.5 * residual**2
     size = np.abs(residual)
@@ -119,11 +128,13 @@ def rho(problem: Problem, residual: FloatArray, delta: float) -> FloatArray:
 
 
 def value(problem: Problem, weights: FloatArray, theta: FloatArray, delta: float) -> FloatArray:
-    """The scaled objective at R sets of parameters; infinite where it overflows.
+    """The scaled objective of R parameter vectors, shape (R,); infinite where it overflows.
 
     Args:
-        weights: Shape (R, n), how often each run counts.
-        theta: Shape (R, 5), centred.
+        problem: The runs and the loss function.
+        weights: How often each run counts, shape (R, n).
+        theta: Centred parameters, shape (R, 5).
+        delta: Delta of the Huber loss.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.einsum("rn,rn->r", weights, rho(problem, terms(problem, theta).residual, delta))
@@ -131,16 +142,18 @@ def value(problem: Problem, weights: FloatArray, theta: FloatArray, delta: float
 
 
 def reported(problem: Problem, scaled: FloatArray) -> FloatArray:
-    """The objective as it is published: Huber's sum itself, the sum of |residuals|, the sum of squares."""
+    """The objective in the usual scale: the sum of the Huber loss, of |residual|, or of squared residuals."""
     factor = {"huber": problem.delta, "l1": 1.0, "squares": 2.0}[problem.function]
     return scaled * factor
 
 
 def value_and_gradient(problem: Problem, free: FloatArray, delta: float) -> tuple[float, FloatArray]:
-    """The scaled objective and its analytic gradient at one set of free parameters, for L-BFGS.
+    """The scaled objective and its analytic gradient of shape (p,), for L-BFGS.
 
     Args:
-        free: Shape (p,), centred.
+        problem: The runs and the loss function.
+        free: Centred free parameters, shape (p,).
+        delta: Delta of the Huber loss.
     """
     basis = problem.basis
     at = terms(problem, (basis @ free)[None])

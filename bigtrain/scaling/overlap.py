@@ -1,4 +1,4 @@
-"""What `bigtrain data overlap` found of the held-out data by which a law's losses were measured."""
+"""The finding of `bigtrain data overlap` about the held-out data on which a law's losses were measured."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ FILE = "overlap.json"
 KIND = "bigtrain overlap"
 SWEEP_CONFIG = "sweep.yaml"
 HARMLESS = 0.001
-"""Share of held-out passages in the training text up to which no warning is given."""
+"""Fraction of the held-out passages that may be in the training text without a warning."""
 
 
 def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """The finding for a law's page, and warnings from it.
+    """Read the finding for a law's page, with warnings about it.
 
     Args:
-        source: The source of the runs; a sweep's directory names its data.
-        given: overlap.json, or the held-out shards beside which it lies; None: those of a sweep.
+        source: The source of the runs. If it is a sweep's directory, its config names the shards.
+        given: overlap.json, or the directory of held-out shards that contains it; None: the held-out shards of the
+            sweep.
 
     Returns:
-        None and no warning where nothing is known.
+        The finding and the warnings; None and no warnings if there is no finding.
 
     Raises:
-        UserError: `given` has no finding.
+        UserError: There is no finding at `given`, or the file is not one.
     """
     train: Path | None = None
     if given is not None:
@@ -62,7 +63,7 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
 
 
 def _data_of(source: object) -> dict[str, str] | None:
-    """The training and held-out shards of a sweep, where each is one directory."""
+    """The training and held-out shards of a sweep; None unless each of them is a single directory."""
     file = Path(source) / SWEEP_CONFIG if isinstance(source, str) else None
     if file is None or not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""Approach 3: the law fitted to all runs, from many starts and once more without any."""
+"""Approach 3: the law fitted to all runs, by a search from many starts and by variable projection."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ _PROJECTIONS = 4
 
 @dataclass(frozen=True)
 class ParametricFit:
-    """The minimum, and how it was found."""
+    """The fitted parameters, with diagnostics of the search."""
 
     problem: Problem
     centred: FloatArray
-    """Shape (5,)."""
+    """Parameters for centred N and D, shape (5,)."""
     theta: FloatArray
-    """Shape (5,), (ln A, ln B, ln E, alpha, beta) of N and D themselves."""
+    """Parameters (ln A, ln B, ln E, alpha, beta) for N and D, shape (5,)."""
     objective: float
-    """As it is published: the sum of Huber's function, of |residuals|, of squares."""
+    """Objective at the minimum: the sum of the Huber loss, of |residual|, or of squared residuals."""
     starts: int
+    """Number of random starts."""
     converged_starts: float
-    """Share of the starts from which L-BFGS reached the minimum."""
+    """Fraction of the starts from which L-BFGS reached the minimum."""
     projection_objective: float
-    """What variable projection reached, without a start."""
+    """Objective that variable projection reached, which needs no start."""
     condition_number: float
-    """Of the Jacobian at the minimum, with columns of unit length: large where the parameters are not identifiable."""
+    """Condition number of the Jacobian with columns of unit length; large if parameters are not identifiable."""
     residuals: FloatArray
-    """Shape (n,): ln predicted - ln measured."""
+    """ln predicted - ln measured of each run, shape (n,)."""
 
 
 def fit(problem: Problem, seed: int = 0, starts: int = STARTS) -> ParametricFit:
-    """The law's parameters.
+    """Fit the law's parameters.
 
-    Multi-start L-BFGS with an analytic gradient and variable projection go down independently; Newton's method ends
-    both, and the lower one counts.
+    L-BFGS from many starts and variable projection search independently. Each continues with Newton's method, and the
+    lower of the two minima is the result.
 
     Args:
-        problem: The runs and what is minimised.
-        seed: Of the random starts.
-        starts: How many.
+        problem: The runs and the objective.
+        seed: Seed of the random starts.
+        starts: Number of random starts; 0: variable projection only.
     """
     one = np.ones((1, len(problem.ln_loss)))
     projected = project(problem, one)
@@ -70,7 +71,7 @@ def fit(problem: Problem, seed: int = 0, starts: int = STARTS) -> ParametricFit:
 
 
 def residuals(problem: Problem, theta: FloatArray) -> FloatArray:
-    """ln predicted - ln measured at centred parameters, shape (n,)."""
+    """ln predicted - ln measured of each run, shape (n,), for centred parameters of shape (5,)."""
     at = terms(problem, theta[None])
     if problem.function == "squares":
         return np.asarray(np.log1p(at.residual[0] / np.exp(problem.ln_loss)), dtype=np.float64)
@@ -78,7 +79,7 @@ def residuals(problem: Problem, theta: FloatArray) -> FloatArray:
 
 
 def condition_number(problem: Problem, theta: FloatArray) -> float:
-    """Of the Jacobian of the log loss in the free parameters, columns scaled to unit length."""
+    """Condition number of the Jacobian of ln L in the free parameters, with columns scaled to unit length."""
     jacobian = log_jacobian(theta, problem.ln_n, problem.ln_d) @ problem.basis
     return float(np.linalg.cond(jacobian / np.linalg.norm(jacobian, axis=0)))
 
@@ -87,7 +88,9 @@ def log_jacobian(theta: FloatArray, ln_n: FloatArray, ln_d: FloatArray) -> Float
     """Derivatives of ln L by the five parameters, shape (n, 5).
 
     Args:
-        theta: Shape (5,), in the same centring as ln_n and ln_d.
+        theta: Parameters, shape (5,), centred if and only if `ln_n` and `ln_d` are.
+        ln_n: ln N of the runs, shape (n,).
+        ln_d: ln D of the runs, shape (n,).
     """
     parts = np.exp([theta[0] - theta[3] * ln_n, theta[1] - theta[4] * ln_d, np.full_like(ln_n, theta[2])])
     share = parts / parts.sum(axis=0)
@@ -95,7 +98,7 @@ def log_jacobian(theta: FloatArray, ln_n: FloatArray, ln_d: FloatArray) -> Float
 
 
 def _starts(problem: Problem, seed: int, count: int) -> list[FloatArray]:
-    """Free parameters to start from: exponents over the published range, the loss divided among the terms at random."""
+    """Random starts, as centred free parameters: exponents over the published range, and random shares of the loss."""
     generator = np.random.default_rng((seed, 1))
     middle = float(problem.ln_loss.mean())
     out = []

@@ -1,6 +1,6 @@
 """`bigtrain scaling predict`: a law's loss and allocation at a budget, with intervals, and the most useful next run.
 
-NumPy alone, so that a law can be used where nothing else is installed.
+It needs neither SciPy nor torch, so that a law can be used where they are not installed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ from bigtrain.scaling.misfit import widened
 
 LEVELS = {"interval": 0.95, "interval_80": 0.8}
 MISMATCH = 0.05
-"""How far C may lie from 6 N D where all three are given."""
+"""Largest relative difference between C and 6 N D if all three are given."""
 NORMAL = {"interval": 1.96, "interval_80": 1.2816}
 _CANDIDATES = 40
 _LARGEST_SHARE = 0.05
-"""Of the largest run's FLOPs: a proposed run costs at least this, since cheaper ones lie where laws bend."""
+"""Least cost of a proposed run, as a fraction of the largest run's FLOPs; laws fit cheaper runs less well."""
 _RATIO = 8.0
-"""Factor around the optimal D/N at the target within which a proposed run lies, where the runs reach it."""
+"""Largest factor between the D/N of a proposed run and the optimal D/N, as far as the measured runs cover it."""
 _LONGEST = 2.0
-"""Times the largest N and D of the runs that a proposed run may reach."""
+"""Largest N and D of a proposed run, relative to the largest N and D of the measured runs."""
 
 
 def predict(
     document: dict[str, Any], flops: float | None = None, params: float | None = None, tokens: float | None = None
 ) -> dict[str, Any]:
-    """What to train with C FLOPs, and the loss to expect.
+    """Predict the optimal N and D for C FLOPs and the loss there, and the loss at another N or D.
 
     Args:
-        document: law.json as `document.read_law` gives it.
-        flops: C; None: 6 N D of `params` and `tokens`, or the law's target.
-        params: N, where it is not the optimal one; D follows by C = 6 N D.
-        tokens: D, likewise.
+        document: The content of law.json; see `document.read_law`.
+        flops: C; None: 6 N D of `params` and `tokens` if both are given, otherwise the law's target.
+        params: N of a run away from the optimum; None: it follows from `tokens` by C = 6 N D.
+        tokens: D of a run away from the optimum; None: it follows from `params` by C = 6 N D.
+
+    Returns:
+        Plain values for JSON: `optimal`, `chosen` if `params` or `tokens` is given, `next_run`, and facts about the
+        law.
 
     Raises:
-        UserError: Quantities that cannot be, or a question that this law does not answer.
+        UserError: A value is not a positive number, C is not near 6 N D, or the law has no loss away from its optimum.
     """
     for name, value in (("flops", flops), ("params", params), ("tokens", tokens)):
         if value is not None and not (np.isfinite(value) and value > 0):
@@ -88,10 +92,12 @@ def predict(
 
 
 def loss_function(document: dict[str, Any]) -> Callable[[float, float], float]:
-    """The primary fit's loss at (N, D); of an own form with U, on the most unique tokens of its runs.
+    """A function that returns the loss of the primary fit at (N, D).
+
+    For a form of the user's own with U, U is the largest number of unique tokens of the fitted runs.
 
     Raises:
-        UserError: The law gives N* and D* alone.
+        UserError: The law was fitted by approach 1 or 2, which gives only N* and D*.
     """
     one = document["approaches"][document["primary"]]
     if document["primary"] == "form":
@@ -107,7 +113,7 @@ def _by_form(
     document: dict[str, Any], result: dict[str, Any], form: Form, logs: FloatArray, unique: float,
     params: float | None, tokens: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What an own form says; its first row of constants is the fit, the others the replicates."""
+    """The prediction of the user's own form; the first row of `logs` is the fit, the others are the replicates."""
     flops = result["flops"]
     n, d, loss = form.optimum(logs, flops, unique)
     if not np.isfinite(n[0]):
@@ -132,10 +138,10 @@ def _by_form(
 
 
 def _pair(flops: float, params: float | None, tokens: float | None) -> tuple[float, float]:
-    """N and D of a budget, of which one is given at least.
+    """N and D of a run of C FLOPs, of which at least one is given.
 
     Raises:
-        UserError: Both are given, and do not come to the budget.
+        UserError: Both are given, and 6 N D is not near C.
     """
     k = FLOPS_PER_PARAMETER_TOKEN
     n = params if params is not None else flops / (k * (tokens or 1.0))
@@ -149,7 +155,7 @@ def _pair(flops: float, params: float | None, tokens: float | None) -> tuple[flo
 
 
 def _add_misfit(document: dict[str, Any], result: dict[str, Any]) -> None:
-    """Widen the intervals of losses by the back-tests' errors beyond their intervals."""
+    """Widen the intervals of losses by the misfit of the back-tests."""
     misfit = document.get("misfit") or {"rate": 0.0, "largest_flops": document["data"]["flops"][1]}
     efolds = math.log(result["flops"] / misfit["largest_flops"])
     for part in ("optimal", "chosen"):
@@ -172,7 +178,10 @@ def _optimal(theta: FloatArray, replicates: FloatArray, flops: float) -> dict[st
 def _chosen(
     theta: FloatArray, replicates: FloatArray, flops: float, params: float | None, tokens: float | None
 ) -> dict[str, Any]:
-    """The loss away from the optimum, and its price: FLOPs over those that reach the same loss at the optimum."""
+    """The loss at N and D away from the optimum, and its price.
+
+    The price is the ratio of its FLOPs to the FLOPs that reach the same loss at the optimum.
+    """
     n, d = _pair(flops, params, tokens)
     reached, many = law.loss(theta, n, d), law.loss(replicates, n, d)
     excess = reached - law.optimal_loss(theta, flops)
@@ -186,7 +195,10 @@ def _chosen(
 
 
 def _equal_budget(theta: FloatArray, losses: FloatArray, flops: float) -> FloatArray:
-    """The budget whose optimum has each loss, shape (R,): by eq. 4 of Hoffmann et al. 2022 L* - E is a power of C."""
+    """The FLOPs whose optimum has each loss, shape (R,).
+
+    By Hoffmann et al. 2022, eq. 4, the loss at the optimum minus E is a power of C.
+    """
     fall = theta[:, 3] * theta[:, 4] / (theta[:, 3] + theta[:, 4])
     floor = np.exp(theta[:, 2])
     above = law.optimal_loss(theta, flops) - floor
@@ -195,12 +207,21 @@ def _equal_budget(theta: FloatArray, losses: FloatArray, flops: float) -> FloatA
 
 
 def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray, flops: float) -> dict[str, Any]:
-    """The run, no more expensive than the largest so far, after which the interval of the loss at C would be narrowest.
+    """The next run that would make the interval of the loss at C FLOPs narrowest.
 
-    The replicates' covariance of ln L at a candidate with ln L* at C gives what observing the candidate, with the noise
-    of one run, would leave of the variance (a linear update, as in Bayesian experimental design). Candidates have an N
-    and a D that the runs cover, or up to twice the largest, a D/N that they cover, and a twentieth of the largest
-    run's FLOPs at least. Replicates far out count no more than the 2.5 % quantiles.
+    It costs at most as much as the largest run so far. The covariance, over the replicates, of ln L at a candidate with
+    ln L* at C gives the variance that would remain after the candidate is measured with the noise of one run. This is
+    a linear update, as in Bayesian experimental design.
+
+    The N and D of a candidate lie between the smallest and twice the largest of the measured runs, its D/N within
+    their range, and its FLOPs are at least a twentieth of the largest run's. Replicates beyond the 2.5 % and 97.5 %
+    quantiles are clipped to these.
+
+    Args:
+        document: The content of law.json.
+        theta: Parameters of the law, shape (5,).
+        replicates: Parameters of the bootstrap replicates, shape (R, 5).
+        flops: C.
     """
     data = document["data"]
     noise = float(document["approaches"][document["primary"]]["noise"])
@@ -235,7 +256,7 @@ def next_run(document: dict[str, Any], theta: FloatArray, replicates: FloatArray
 
 
 def _clipped(values: FloatArray) -> FloatArray:
-    """Replicates within their 95 %, shape (R, ...)."""
+    """Replicates of shape (R, ...), clipped to their 2.5 % and 97.5 % quantiles."""
     with np.errstate(invalid="ignore"):
         low, high = np.nanquantile(np.where(np.isfinite(values), values, np.nan), [0.025, 0.975], axis=0)
     return np.asarray(np.clip(values, low, high), dtype=np.float64)

@@ -1,10 +1,10 @@
-"""Laws of the best learning rate and the best batch, from tables that sweep them.
+"""Laws of the best learning rate and the best batch, fitted to tables that sweep them.
 
-At each (N, D, B) a parabola in ln LR through the points around the lowest loss gives LR*; at each (N, D) a parabola in
-ln B through the lowest loss of each batch gives B*. A lowest loss at the edge of its grid has no parabola and is
-refused. Then ln LR* is a linear function of ln N, ln D and ln B (as far as the runs vary them), and ln B* one of ln D,
-or of ln L (McCandlish et al. 2018: B ~ L^-1/alpha; Bi et al. 2024: powers of compute). Intervals are t intervals of
-least squares: the scatter of the optima around the law is their error, whatever its cause.
+At each (N, D, B), a parabola in ln LR through the points around the lowest loss gives the optimum LR*. At each (N, D),
+a parabola in ln B through the lowest loss of each batch gives B*. A lowest loss at the edge of its grid determines no
+parabola and is refused. The law of LR* is linear in ln N, ln D and ln B, as far as the runs vary them. The law of B* is
+linear in ln D or in ln L (McCandlish et al. 2018: B ~ L^-1/alpha; Bi et al. 2024: powers of compute). Intervals are t
+intervals of least squares: the scatter of the optima around the law, whatever its cause, is taken as their error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Setting = Literal["lr", "batch"]
 Edges = Literal["refuse", "drop"]
 NAMES: dict[Setting, str] = {"lr": "learning rate", "batch": "batch"}
 SIDE = 2
-"""Points on each side of the lowest one that a parabola takes."""
+"""Largest number of points on each side of the lowest point to which a parabola is fitted."""
 NEAR = 0.03
-"""Relative height over the lowest loss up to which a point belongs to its parabola."""
+"""Largest relative height above the lowest loss of a point to which a parabola is fitted."""
 MIN_VALUES = 3
 LOSS_SPREAD = 0.02
-"""Least standard deviation of ln L that shows an exponent; of ln N, ln D and ln B see `MIN_SPREAD`."""
+"""Least standard deviation of ln L from which an exponent can be fitted; for ln N, ln D and ln B see `MIN_SPREAD`."""
 LEVEL = 0.95
 
 
@@ -42,40 +42,48 @@ class Optimum:
     params: float
     tokens: float
     batch: float | None
+    """B, for an optimal learning rate of runs whose batch is known; otherwise None."""
     value: float
-    """At the vertex of the parabola; NaN where it is refused."""
+    """The optimal value, at the vertex of the parabola; NaN if the optimum is refused."""
     loss: float
-    """There."""
+    """Loss at the vertex; the lowest measured loss if the optimum is refused."""
     tried: list[float]
+    """The values of the setting that were tried, in rising order."""
     losses: list[float]
-    """Mean over seeds; infinite where runs diverged."""
+    """Loss of each value that was tried, a mean over seeds; infinite if a run diverged."""
     parabola: list[float]
-    """In ln of the setting, highest power first; empty where it is refused."""
+    """Coefficients of the parabola in ln of the setting, the highest power first; empty if the optimum is refused."""
     refused: str = ""
+    """Why there is no optimum; empty if there is one."""
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """ln y = c0 + sum c_i (ln x_i - mean_i), by least squares."""
+    """The power law ln y = c0 + sum c_i (ln x_i - mean_i) of k variables, fitted by least squares."""
 
     names: tuple[str, ...]
-    """Of x: "params", "tokens", "batch", "loss"."""
+    """Names of the variables x: of "params", "tokens", "batch" and "loss"."""
     coefficients: FloatArray
-    """Shape (1 + k,)."""
+    """The coefficients c0, c1, ..., shape (1 + k,)."""
     covariance: FloatArray
+    """Covariance of the coefficients, shape (1 + k, 1 + k)."""
     means: FloatArray
-    """Of ln x, shape (k,)."""
+    """Means of ln x, shape (k,)."""
     deviation: float
-    """Of one optimum around the law, in ln."""
+    """Standard deviation of ln y of one optimum around the law."""
     dof: int
+    """Degrees of freedom of the fit."""
     spans: tuple[tuple[float, float], ...]
-    """Least and greatest x."""
+    """Smallest and largest fitted value of each x."""
 
     def at(self, **values: float) -> dict[str, Any]:
-        """The law's value with its 95 % interval, and whether it lies outside what was fitted.
+        """The law's `value`, its 95 % `interval`, and `outside`: the variables that are outside the fitted range.
+
+        Args:
+            values: A value for each variable of the law, by name; further ones are ignored.
 
         Raises:
-            KeyError: A value that the law needs is missing.
+            KeyError: The value of a variable of the law is missing.
         """
         point = np.concatenate([[1.0], np.log([values[name] for name in self.names]) - self.means])
         ln = float(point @ self.coefficients)
@@ -85,7 +93,7 @@ class PowerLaw:
         return {"value": math.exp(ln), "interval": [math.exp(ln - half), math.exp(ln + half)], "outside": outside}
 
     def plain(self) -> dict[str, Any]:
-        """As rates.json has it: y = value_at_means * product (x / mean)^exponent."""
+        """The law as plain values for rates.json: y = value_at_means * product (x / mean)^exponent."""
         ends = self._quantile * np.sqrt(np.diag(self.covariance))
         return {
             "names": list(self.names), "value_at_means": math.exp(self.coefficients[0]),
@@ -118,11 +126,15 @@ def rate_laws(table: RunTable, edges: Edges) -> dict[str, Any]:
     """The laws of the learning rate and the batch, as far as the table sweeps them.
 
     Args:
-        table: Runs with N, D, loss, and learning rate or batch or both. An infinite or missing loss counts as diverged.
-        edges: What is done with a best at the edge of its grid.
+        table: Runs with N, D, loss, and learning rate or batch or both. A run with an infinite or missing loss counts
+            as diverged.
+        edges: What to do with an optimum at the edge of its grid: refuse the table, or drop the optimum.
+
+    Returns:
+        Plain values for JSON: under "lr" and "batch" the optima and their laws; under "notes" remarks on the fit.
 
     Raises:
-        UserError: Nothing is swept, a best lies at an edge, or too few optima are left for a law.
+        UserError: No setting is swept, an optimum lies at an edge and `edges` is "refuse", or too few optima remain.
     """
     notes: list[str] = []
     found: dict[str, Any] = {}
@@ -146,7 +158,10 @@ def _settings(table: RunTable) -> dict[Setting, FloatArray | None]:
 
 
 def optima(table: RunTable, setting: Setting) -> list[Optimum]:
-    """The best value of each pair (N, D), and of each batch for the learning rate; only where three were tried."""
+    """The optimum of a setting at each (N, D), and for the learning rate at each (N, D, B), by rising N.
+
+    Cells with fewer than three different values are skipped.
+    """
     column = _settings(table)[setting]
     assert column is not None
     sizes, lengths = groups_by_size(table.params), groups_by_size(table.tokens)
@@ -168,7 +183,7 @@ def optima(table: RunTable, setting: Setting) -> list[Optimum]:
 
 
 def _lowest(table: RunTable, rows: list[int], setting: Setting) -> float:
-    """The mean loss over seeds; for a batch, that of its best learning rate."""
+    """The mean loss over the seeds of some rows; for the batch, the lowest such mean over the learning rates."""
     rates: dict[float, list[float]] = {}
     for i in rows:
         rate = float(table.lr[i]) if setting == "batch" and table.lr is not None else 0.0
@@ -225,7 +240,7 @@ def _without_edges(
 
 
 def _laws(setting: Setting, best: Sequence[Optimum], source: str, notes: list[str]) -> dict[str, Any]:
-    """The law of a setting's optima, and for the batch the one in the loss beside it."""
+    """The law of a setting's optima. For the batch, the better of the laws in D and in the loss, and the other one."""
     if setting == "lr":
         columns = {"params": [one.params for one in best], "tokens": [one.tokens for one in best]}
         if all(one.batch is not None for one in best):
@@ -241,10 +256,17 @@ def _laws(setting: Setting, best: Sequence[Optimum], source: str, notes: list[st
 def power_law(
     columns: dict[str, list[float]], best: Sequence[Optimum], setting: Setting, source: str, notes: list[str]
 ) -> PowerLaw:
-    """A power law of the optima in those columns that vary by themselves.
+    """Fit a power law of the optima in those variables that vary independently of the ones before.
+
+    Args:
+        columns: Values of each variable at the optima, by name.
+        best: The optima.
+        setting: The setting, for messages.
+        source: Name of the table, for messages.
+        notes: List to which notes about omitted variables are added.
 
     Raises:
-        UserError: Fewer than three optima, or no column that varies.
+        UserError: There are fewer than three optima, or no variable varies.
     """
     design: FloatArray = np.ones((len(best), 1))
     names: list[str] = []
@@ -252,7 +274,7 @@ def power_law(
     for name, column in columns.items():
         x = np.log(column) - np.log(column).mean()
         own = x - design @ np.linalg.lstsq(design, x, rcond=None)[0]
-        # A parameter for each of three optima leaves no error to judge by.
+        # At least one degree of freedom must remain, from which the error is estimated.
         if float(own.std()) < (LOSS_SPREAD if name == "loss" else MIN_SPREAD) or len(best) < design.shape[1] + 2:
             if float(x.std()) > 0:
                 before = " and ".join(names) or "the others"

@@ -1,4 +1,4 @@
-"""rates.html: the optima of learning rate and batch, their parabolas, and the laws through them."""
+"""rates.html: the optima of the learning rate and the batch, their parabolas, and the laws fitted to them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from bigtrain.tracking.page import Chart, Fact, Page, Series
 LETTERS = {"params": "N", "tokens": "D", "batch": "B", "loss": "L"}
 _PATH = 40
 _CURVES = 12
-"""How many grids get a chart of their own."""
+"""Largest number of grids that a chart shows."""
 
 
 def rates_page(found: dict[str, Any]) -> str:
-    """The page of what `decide.fit_rates` found."""
+    """The HTML page of rate laws.
+
+    Args:
+        found: The content of rates.json; see `decide.fit_rates`.
+    """
     made = Page(title="Learning rate and batch", subtitle=f"optima of swept runs from {found['source']}")
     facts = []
     for setting, one in found["laws"].items():
@@ -80,7 +84,7 @@ def _grids(setting: Setting, optima: list[dict[str, Any]]) -> Chart:
 
 
 def _law_chart(setting: Setting, found: dict[str, Any]) -> Chart:
-    """The optima over the law's first variable; other variables at their means."""
+    """A chart of the optima and the law against the law's first variable, with other variables at their means."""
     law, plain = PowerLaw.parse(found["law"]), found["law"]
     name = law.names[0]
     good = [one for one in found["optima"] if not one["refused"]]

@@ -1,4 +1,4 @@
-"""What `scaling fit` leaves: law.json, law.html, law.svg, and the law as a run of its own in W&B."""
+"""The outputs of `bigtrain scaling fit`: law.json, law.html, law.svg, and a W&B run that records the law."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ TITLES = {
     "a3_squares": "A3 squares",
 }  # fmt: skip
 MAX_CURVES = 24
-"""Models or budgets that a chart draws one by one."""
+"""Largest number of models for which a chart draws each model as a series of its own."""
 _PATH = 80
 _WANDB_LIMIT_S = 60.0
 _MAX_INFLUENCE = 10
 
 
 def write_outputs(fitted: Fitted, out: Path, tracking: TrackingConfig | None = None) -> list[Path]:
-    """Write DIR/law.json, law.html and law.svg, and a W&B run under DIR/wandb where tracked; returns the files."""
+    """Write law.json, law.html and law.svg into a directory, and a W&B run if `tracking` is given.
+
+    Returns:
+        The paths of the three files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_law(out / "law.json", fitted.law)
     write_atomic(out / "law.html", page(fitted))
@@ -43,7 +47,7 @@ def write_outputs(fitted: Fitted, out: Path, tracking: TrackingConfig | None = N
 
 
 def page(fitted: Fitted) -> str:
-    """The law as one self-contained page."""
+    """The law as one self-contained HTML page."""
     law = fitted.law
     source, data = law["source"], law["data"]
     made = Page(
@@ -136,7 +140,7 @@ def _law_charts(fitted: Fitted) -> list[Chart]:
 
 
 def _by_model(fitted: Fitted) -> list[Series]:
-    """The runs' losses: a shade a model where they are few, by size."""
+    """The losses of the runs: one series per model, shaded by size, or one series for all if there are many models."""
     table = fitted.table
     names = sorted(set(table.group), key=lambda name: float(table.params[table.group.index(name)]))
     if len(names) > MAX_CURVES:
@@ -145,7 +149,7 @@ def _by_model(fitted: Fitted) -> list[Series]:
     out = []
     for i, name in enumerate(names):
         rows = np.flatnonzero(group == name)
-        # The least, the middle and the largest name the whole family.
+        # Only the smallest, the middle and the largest model are named in the legend.
         unnamed = i not in (0, len(names) // 2, len(names) - 1)
         size = f"{count(float(table.params[rows[0]]))} parameters"
         out.append(
@@ -352,7 +356,7 @@ def _source_rows(law: dict[str, Any]) -> list[list[str]]:
 
 
 def _to_wandb(fitted: Fitted, out: Path, tracking: TrackingConfig) -> None:
-    """One W&B run: the options as its config, each approach's numbers, the runs as a table and the page of plots."""
+    """Write one W&B run with the options as its config, the results of each approach, a table of runs and the page."""
     from bigtrain.tracking.process import Trackers
 
     law, table = fitted.law, fitted.table

@@ -1,12 +1,12 @@
-"""Accuracy of a task from a ladder of small models, by two laws in a chain (Bhagia et al. 2024).
+"""Prediction of a task's accuracy from a ladder of small models, by a chain of two laws (Bhagia et al. 2024).
 
-    1. task loss:  l(N, D) = E + A/N^alpha + B/D^beta, on the mean of the last five checkpoints of each run;
-    2. accuracy:   acc(l) = b - a / (1 + exp(-k (l - l0))), on moving averages of five over all checkpoints but the
-       first tenth of each run, with one point more: accuracy 1 at loss 0.
+    1. task loss:  l(N, D) = E + A/N^alpha + B/D^beta, fitted to the mean of the last five checkpoints of each run;
+    2. accuracy:   acc(l) = b + a / (1 + exp(-k (l - l0))) with a < 0, fitted to moving averages over five checkpoints
+       of each run without its first tenth, and to one additional point: accuracy 1 at loss 0.
 
-The point at loss 0 settles the upper end, which the runs of a small ladder do not show. The interval holds both steps:
-runs are resampled for each replicate of the chain, every second replicate is without the point at loss 0, since data
-do not decide for it, and residuals of both steps are added.
+The additional point determines the upper end of the accuracy, which the runs of a small ladder do not show. The
+interval covers both steps. Each bootstrap replicate resamples the runs and fits both laws, and residuals of both steps
+are added. Every second replicate has no additional point, because the data do not support it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from bigtrain.scaling.objective import Problem
 from bigtrain.scaling.runs.table import RunTable, refuse_collinear
 
 AVERAGE = 5
-"""Checkpoints of a moving average."""
+"""Number of checkpoints of a moving average."""
 SKIPPED = 0.1
-"""Share of a run's first checkpoints that the second step excludes."""
+"""Fraction of a run's checkpoints, the first ones, that the second law excludes."""
 REPLICATES = 200
 _START = (-0.6, 0.9, 3.0, 1.0)
 _BOUNDS = ([-1.0, 0.0, 0.0, 0.0], [0.0, np.inf, np.inf, 1.0])
@@ -44,34 +44,41 @@ class Task:
 
     name: str
     loss: str
-    """Of its loss: bits per byte, or nats a token."""
+    """Name of the column of the task loss, in bits per byte or nats per token."""
     accuracy: str
+    """Name of the column of the accuracy, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """One task's checkpoints, by run."""
+    """The checkpoints of r runs for one task."""
 
     params: FloatArray
     """N of each run, shape (r,)."""
     tokens: FloatArray
     """D at each run's last checkpoint, shape (r,)."""
     loss: FloatArray
-    """Task loss at the end of each run, shape (r,)."""
+    """Mean task loss of each run's last five checkpoints, shape (r,)."""
     smooth_loss: list[FloatArray]
-    """Of each run, averages that the second step takes."""
+    """For each run, moving averages of the task loss, to which the second law is fitted."""
     smooth_accuracy: list[FloatArray]
+    """For each run, moving averages of the accuracy, to which the second law is fitted."""
 
 
 def sigmoid(parameters: FloatArray, loss: FloatArray | float) -> FloatArray:
-    """Accuracy at a task loss: b + a / (1 + exp(-k (l - l0))) with a < 0; shapes (..., 4) and (...) broadcast."""
+    """Accuracy at a task loss l: b + a / (1 + exp(-k (l - l0))) with a < 0.
+
+    Args:
+        parameters: (a, l0, k, b), shape (..., 4).
+        loss: The task loss, of a shape that broadcasts with the leading axes of `parameters`.
+    """
     a, middle, slope, top = (parameters[..., i] for i in range(4))
     with np.errstate(over="ignore"):
         return np.asarray(a / (1 + np.exp(-slope * (loss - middle))) + top, dtype=np.float64)
 
 
 def guess_tasks(names: Sequence[str]) -> list[Task]:
-    """Tasks whose columns are named TASK_bpb (or _loss) and TASK_accuracy (or _acc), with _, / or . between."""
+    """Tasks whose columns are named like TASK_bpb (or _loss) and TASK_accuracy (or _acc), with _, / or . in between."""
     found = []
     for name in names:
         for ending in ("accuracy", "acc", "acc_norm"):
@@ -87,10 +94,10 @@ def guess_tasks(names: Sequence[str]) -> list[Task]:
 
 
 def ladder(table: RunTable, task: Task) -> Ladder:
-    """The checkpoints of a table as one task's ladder.
+    """The ladder of one task, from a table with one row per checkpoint.
 
     Raises:
-        UserError: A column that is missing, or rows that are no checkpoints of runs.
+        UserError: A column of the task is missing.
     """
     columns = []
     for name in (task.loss, task.accuracy):
@@ -123,17 +130,27 @@ def _number(value: object) -> float:
 
 
 def _average(values: FloatArray) -> FloatArray:
-    """Means of up to five values, each with those before it."""
+    """Moving averages: the mean of each value and up to four values before it."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     low = np.maximum(np.arange(len(values)) - AVERAGE + 1, 0)
     return np.asarray((sums[1:] - sums[low]) / (np.arange(len(values)) - low + 1), dtype=np.float64)
 
 
 def fit_task(table: RunTable, task: Task, params: float, tokens: float, seed: int = 0) -> dict[str, Any]:
-    """Both laws of a task and the accuracy at (N, D), with the interval of the chain.
+    """Fit both laws of a task, and predict the accuracy at (N, D) with an interval that covers both.
+
+    Args:
+        table: A table with one row per checkpoint.
+        task: The task.
+        params: N of the prediction.
+        tokens: D of the prediction.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Plain values for JSON.
 
     Raises:
-        UserError: A ladder of too few runs, or of one D/N.
+        UserError: A column is missing, or the ladder has too few runs or only one D/N.
     """
     made = ladder(table, task)
     rows = np.ones(len(made.params), dtype=bool)
@@ -163,7 +180,7 @@ def fit_task(table: RunTable, task: Task, params: float, tokens: float, seed: in
 def _chain(
     made: Ladder, first: parametric.ParametricFit, second: FloatArray, params: float, tokens: float, seed: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Replicates of the task loss and of the accuracy at (N, D), shape (R,)."""
+    """Bootstrap replicates of the task loss and of the accuracy at (N, D), each of shape (R,)."""
     generator = np.random.default_rng((seed, 4))
     count = len(made.params)
     weights = np.array([np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(REPLICATES)])
@@ -178,8 +195,18 @@ def _chain(
 
 
 def _fit_sigmoid(made: Ladder, weights: FloatArray, anchored: bool, start: FloatArray | None = None) -> FloatArray:
-    """The second step's law, each run's checkpoints weighted."""
-    # Replicates start from the whole fit, and take one of each group of averages that overlap.
+    """Fit the second law.
+
+    Args:
+        made: The ladder.
+        weights: Weight of each run, shape (r,).
+        anchored: Whether to add the point of accuracy 1 at loss 0.
+        start: Parameters to start from; None: for the full fit, default ones.
+
+    Returns:
+        Parameters (a, l0, k, b), shape (4,).
+    """
+    # Replicates start from the full fit, and use only every fourth moving average, since neighbours overlap.
     every = 1 if start is None else AVERAGE - 1
     x = np.concatenate([*(one[::-every] for one in made.smooth_loss), np.zeros(int(anchored))])
     y = np.concatenate([*(one[::-every] for one in made.smooth_accuracy), np.ones(int(anchored))])

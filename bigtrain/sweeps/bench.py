@@ -1,7 +1,7 @@
-"""Tokens a second of each size, measured by the first steps of its own trials, side by side in the sweep's slots.
+"""Measured tokens per second of each size, from the first steps of its trial in the sweep's slots.
 
-What is measured is what will run: the trial's config, engine and loader, in processes of the trials' number and
-threads, with as many neighbours. Kept in the sweep's directory under a key of all that it depends on.
+The measured runs have the trial's config, engine and loader, the same number of ranks and threads, and run in all slots
+at the same time. The results are cached in the sweep's directory, under a key of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -29,24 +29,35 @@ from bigtrain.tracking.metrics import read_metrics
 
 FORMAT_VERSION = 1
 MEASURED_FLOPS = 1e11
-"""Of the steps that are measured: some seconds of a processor's core."""
+"""FLOPs of the measured steps of one size, some seconds of work for one CPU core."""
 MIN_STEPS, MAX_STEPS, WARM_STEPS = 8, 60, 3
 LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the trials of one size run."""
+    """The speed of the trials of one size."""
 
     tokens_per_s: float
     start_s: float
-    """Seconds of a trial beside its steps: its start, its last save, its end."""
+    """Seconds that a trial takes besides its steps: for its start, its last checkpoint and its end."""
 
 
 def measure(
     sweep: Sweep, rungs: Sequence[Rung], directory: SweepDirectory, starter: TrialStarter, say: Callable[[str], None]
 ) -> dict[int, Speed]:
-    """The speed of each size by its target, from the cache where it is known."""
+    """Measure the speed of each size that is not in the cache.
+
+    Args:
+        sweep: The sweep.
+        rungs: The sizes.
+        directory: The sweep's directory, which holds the cache.
+        starter: The slots that run the measured steps.
+        say: A function that prints a line of progress.
+
+    Returns:
+        Speeds by target N; without the sizes that could not be measured.
+    """
     known = _read(directory.bench)
     configs = {one.target: _config(sweep, one) for one in rungs}
     keys = {target: _key(config, sweep, starter.slots) for target, config in configs.items()}
@@ -70,11 +81,11 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
         return dict(value["speeds"]) if value["format_version"] <= FORMAT_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # a cache: measured again
+        return {}  # It is only a cache, so the speeds are measured again.
 
 
 def _config(sweep: Sweep, one: Rung) -> RunConfig:
-    """The first steps of a size's trial, without what a bench should not leave or wait for."""
+    """The config of the measured steps: a short trial without W&B, that evaluates one sequence."""
     steps = round(MEASURED_FLOPS / (one.flops_per_token * one.batch_tokens))
     steps = min(max(steps, MIN_STEPS), MAX_STEPS)
     trial = grid_trials(sweep, one, one.lr, (0,), (steps,))[0]

@@ -1,4 +1,4 @@
-"""A sweep's YAML: a base run, the sizes and token counts, the rules that follow from a size, slots, budget, target."""
+"""The sections of a sweep's YAML: a base run, sizes and token counts, the ladder's rules, slots, budget and target."""
 
 from __future__ import annotations
 
@@ -23,93 +23,97 @@ Target = Annotated[Count, Ge(1000)]
 
 @dataclass(frozen=True)
 class SizeFacts:
-    """What a rule may follow: one size of the ladder."""
+    """The properties of one size of the ladder that a rule may use."""
 
     params: int
     """N, as `ladder.count` counts it."""
     model: Mapping[str, Any]
-    """The keys of `model` that give its shape: layers, width, heads and others."""
+    """The keys of `model` that give the shape: layers, width, heads and others."""
     batch_tokens: int
-    """Tokens of a batch; 0 for the rule that gives the batch."""
+    """Tokens of a global batch; 0 for the rule that gives the batch."""
 
 
 class SweepRule(Section):
-    """Base of the rules by which a quantity of a trial follows from its size; a subclass adds its keys and `of`."""
+    """Base class of the rules, each of which computes a quantity of a trial from its size.
+
+    A subclass adds its keys and `of`.
+    """
 
     name: str
-    """Which rule: a file of bigtrain/sweeps/rules, or the name of a plugin's class."""
+    """Name of the rule: a file in bigtrain/sweeps/rules, or a class of a plugin."""
 
     def of(self, size: SizeFacts) -> float:
-        """The quantity for the trials of one size, in the unit of the key that the rule stands under.
+        """The quantity for the trials of one size, in the unit of the key to which the rule is assigned.
 
         Raises:
-            ValueError: The rule gives none for this size, and why.
+            ValueError: The rule gives no quantity for this size; the text says why.
         """
         raise TypeError(f"{type(self).__name__} gives no quantity: define of()")
 
 
 RULES = Registry("sweep rule", SweepRule, package="bigtrain.sweeps.rules", default="power", where="ladder")
-"""All rules by their names; a rule without a name is a power of N."""
+"""Registry of all rules, by name; a rule without a name is a power of N."""
 
 Rule = Annotated[SweepRule, RULES]
 
 
 def _rule(name: str, **keys: float) -> Any:
-    """A field's default; rules are imported when a ladder is read."""
+    """A field with a rule as its default. The rule's file is imported only when a ladder is read."""
     return Field(default_factory=lambda: RULES.read({"name": name, **keys}))
 
 
 class LadderConfig(Section):
-    """The rules by which shape, batch, learning rate, beta2 and warm-up follow from N.
+    """The rules that compute shape, batch, learning rate, beta2 and warm-up from N.
 
-    Their defaults are those of OLMo's ladder (Bhagia et al. 2024), with its halved learning rate for AdamW.
+    The defaults are those of OLMo's ladder (Bhagia et al. 2024), with its halved learning rate for AdamW.
     """
 
     count: Literal["without_embeddings", "total"] = "without_embeddings"
-    """What N counts, in the rules, in D/N and in the law."""
+    """Which parameters N counts, in the rules, in D/N and in the law."""
     batch: Rule = _rule("power", value=2048 * 160, exponent=2 / 3)
-    """Tokens of a batch; rounded to full sequences."""
+    """Rule of the global batch, in tokens; the result is rounded to full sequences."""
     lr: Rule = _rule("power", value=0.0047 / 2, exponent=-1 / 3)
-    """The learning rate at the peak."""
+    """Rule of the learning rate at the peak."""
     beta2: Annotated[SweepRule, RULES.with_default("by_batch")] = _rule("by_batch")
-    """AdamW's second beta."""
+    """Rule of AdamW's second beta."""
     warmup: Rule = _rule("power", value=1.0, at=1, exponent=1.0)
-    """Tokens of warm-up: N of them."""
+    """Rule of the warm-up, in tokens; by default N tokens."""
     keys: dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]+\.[a-z0-9_]+$")], Rule] = Field(default={})
-    """Rules of further keys of the base run that take a number: {model.init_std: {name: width, value: 0.02}}."""
+    """Rules of other numeric keys of the base run: {model.init_std: {name: width, value: 0.02}}."""
     decay: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """The last part of every D, in which the learning rate decays; what comes before it is the shared trunk."""
+    """Fraction of each run's steps, at its end, in which the learning rate decays. The steps before are the shared
+    trunk."""
     decay_shape: Literal["linear", "1-sqrt", "cosine"] = "linear"
     """Form of the decay."""
     final_lr: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Learning rate at the end, as a part of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     aspect: Positive = 32.0
-    """Width over layers that shapes come near to."""
+    """Wanted ratio of width to layers."""
     head_width: Annotated[int, Ge(2)] = 64
-    """Width of a head; fewer heads than one are made narrower."""
+    """Wanted width of an attention head; a model narrower than this has a single head."""
     width_multiple: Annotated[int, Ge(2)] = 64
-    """Widths are multiples of it."""
+    """Every width is a multiple of this number."""
     mlp_ratio: Positive | None = None
-    """Hidden width of the MLP over the model's; null: 4, or 8/3 where it has a gate."""
+    """Ratio of the MLP's hidden width to the model's width; null: 4, or 8/3 if the MLP has a gate."""
 
 
 class SizeConfig(Section):
     """One size of the ladder."""
 
     params: Target
-    """The N to come near to."""
+    """Target N: the ladder chooses a shape with about so many parameters."""
     tokens_per_param: Ratios | None = None
-    """D/N of its runs; null: the sweep's."""
+    """D/N of the size's runs; null: the sweep's `tokens_per_param`."""
     tokens: TokenCounts | None = None
-    """D of its runs, in place of D/N."""
+    """D of the size's runs in tokens, in place of D/N."""
     seeds: Seeds | None = None
-    """A trunk each; null: the sweep's."""
+    """Seeds of the size's trunks, one trunk each; null: the sweep's `seeds`."""
     model: dict[str, JsonValue] | None = None
-    """Keys of `model` that give its shape, in place of the ladder's; `params` is then its name alone."""
+    """Keys of `model` that give the shape, in place of the ladder's shape. `params` is then only the size's name."""
     lr: Positive | None = None
-    """Learning rate, in place of the ladder's."""
+    """Learning rate, in place of the ladder's rule."""
     batch: BatchSize | None = None
-    """Batch, in place of the ladder's."""
+    """Global batch, in place of the ladder's rule."""
 
     @model_validator(mode="after")
     def _one_kind_of_length(self) -> SizeConfig:
@@ -119,45 +123,50 @@ class SizeConfig(Section):
 
 
 class LearningRates(Section):
-    """A sweep of the learning rate before the grid: the best of each size is taken, one at the edge is refused."""
+    """A sweep of the learning rate before the grid.
+
+    Each size takes the learning rate with the lowest held-out loss. If that is the smallest or the largest one tried,
+    the size gets no grid.
+    """
 
     factors: Annotated[tuple[Positive, ...], MinLen(3)] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    """Of the ladder's learning rate."""
+    """Learning rates to try, as multiples of the ladder's learning rate."""
     tokens_per_param: Positive = 20.0
-    """D/N of these runs."""
+    """D/N of the runs that try a learning rate."""
 
 
 class SlotsConfig(Section):
-    """How many trials run side by side, and on what."""
+    """How many trials run at the same time, and on which machines."""
 
     on: Literal["machine", "ray"] = "machine"
-    """This machine, or the Ray cluster on one of whose nodes the sweep is started (or which RAY_ADDRESS names)."""
+    """machine: this machine. ray: the Ray cluster that this node belongs to or RAY_ADDRESS names."""
     count: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Trials at once; auto: one a GPU, else one for each `procs * threads` cores; on Ray as many as its nodes hold."""
+    """Number of trials that run at the same time. auto: one per `procs` GPUs, without GPUs one per `procs * threads`
+    cores; on Ray as many as the cluster's nodes can hold."""
     procs: Annotated[int, Ge(1)] = 1
-    """Processes (ranks) of a trial; on Ray on each of its `base.job.nodes` nodes."""
+    """Ranks of a trial; on Ray, ranks on each of its `base.job.nodes` nodes."""
     threads: Annotated[int, Ge(1)] = 1
-    """Threads of each process on a CPU."""
+    """CPU threads of each rank."""
     max_failures: Annotated[int, Ge(0)] = 3
-    """Times that a trial is started again after a crash without a new checkpoint between."""
+    """Maximum number of restarts of a trial after crashes without a new checkpoint between them."""
 
 
 class TargetConfig(Section):
-    """What the law is wanted for."""
+    """The large run that the law shall predict."""
 
     flops: Positive
-    """The budget of the run to come, in FLOPs."""
+    """Compute of that run, in FLOPs."""
 
 
 class BudgetConfig(Section):
-    """What the sweep may cost; a plan above it is refused, `sizes: auto` fills it."""
+    """The limits on the sweep's cost. A plan above a limit is refused; `sizes: auto` uses up the FLOPs."""
 
     flops: Positive | None = None
     """FLOPs of all trials together."""
     hours: Positive | None = None
-    """Hours from the first trial to the last."""
+    """Hours from the start of the first trial to the end of the last."""
     usd: Positive | None = None
-    """Money, by `hardware`'s price."""
+    """Cost of all trials in US dollars, by the price of `hardware`."""
 
     @model_validator(mode="after")
     def _limits_something(self) -> BudgetConfig:
@@ -167,82 +176,82 @@ class BudgetConfig(Section):
 
 
 class HardwareConfig(Section):
-    """What the trials will run on, where that is not this machine: the planner's times, and money from time."""
+    """The hardware of the trials, from which a plan computes time and money."""
 
     device: str | None = None
-    """What `bigtrain plan --hardware` takes: an entry (h100), a device ("H100 SXM") or a YAML file; null: this
+    """Hardware as in `bigtrain plan --hardware`: an entry (h100), a device ("H100 SXM") or a YAML file; null: this
     machine."""
     mfu: Annotated[float, Gt(0), Le(1)] | None = None
-    """Share of the device's peak that the trials reach, in place of the planner's times. Where neither it nor another
-    machine's device is given, tokens a second are measured here."""
+    """Fraction of the device's peak FLOPs that the trials reach, in place of the planner's estimate. If this is null
+    and `device` is null or this machine, tokens per second are measured here."""
     usd_per_hour: Positive | None = None
-    """Price of one device for an hour; null: that of the entry, where it has one."""
+    """Price of one device in US dollars per hour; null: the price of the hardware's entry, if it has one."""
     start_s: Annotated[float, Ge(0)] = 60.0
-    """Seconds from the start of a trial to its first step, where they are not measured."""
+    """Seconds from the start of a trial to its first step, if they are not measured."""
 
 
 class ExpectedConfig(Section):
-    """The law and the noise that a plan simulates: how wide an interval comes out depends on them.
+    """The law, loss = E + A / N^alpha + B / D^beta, and the noise from which a plan simulates sweeps.
 
-    The defaults are Chinchilla's law as refitted by Besiroglu et al. 2024, which small models with a small vocabulary
-    do not follow: where an earlier law is known, give its numbers.
+    The width of the expected interval depends on both. The defaults are Chinchilla's law as refitted by Besiroglu et
+    al. 2024. Small models with a small vocabulary do not follow it; set the values of an earlier law if there is one.
     """
 
     A: Positive = 482.0
-    """Of A / N^alpha."""
+    """Coefficient A of the term A / N^alpha."""
     B: Positive = 2085.0
-    """Of B / D^beta."""
+    """Coefficient B of the term B / D^beta."""
     E: Positive = 1.82
-    """The loss that no size goes below."""
+    """Irreducible loss, in nats per token."""
     alpha: Positive = 0.348
-    """Of A / N^alpha."""
+    """Exponent of N in the term A / N^alpha."""
     beta: Positive = 0.366
-    """Of B / D^beta."""
+    """Exponent of D in the term B / D^beta."""
     trunk_noise: Annotated[float, Ge(0)] = 0.002
-    """Relative deviation that all branches of a trunk share."""
+    """Relative standard deviation of the loss that all branches of a trunk share."""
     noise: Annotated[float, Ge(0)] = 0.001
-    """Relative deviation of each run's own."""
+    """Relative standard deviation of the loss of each single run."""
 
 
 class SweepConfig(Section):
-    """A sweep: what is trained, at which sizes and lengths, by which rules, on what."""
+    """A sweep: the base run, the sizes and lengths of its trials, the rules of the ladder, and where trials run."""
 
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    """Name of the sweep: its directory, and its group in the tracker."""
+    """Name of the sweep: the name of its directory, and of its group in the tracker."""
 
     base: dict[str, JsonValue]
-    """A run as `bigtrain train` takes it, without what the sweep sets: name, seed, the model's shape, batch, duration,
-    learning rate, betas, schedule, init."""
+    """The config of a run as for `bigtrain train`, without the keys that the sweep sets: name, seed, the model's shape,
+    batch, duration, learning rate, betas, schedule, init."""
 
     sizes: Literal["auto"] | Annotated[tuple[Target | SizeConfig, ...], MinLen(1)]
-    """The ladder: target Ns, or mappings that say more; auto: chosen to fill the budget."""
+    """The ladder's sizes, each a target N or a mapping with further keys; auto: sizes that use up the budget."""
 
     tokens_per_param: Ratios = (5.0, 10.0, 20.0, 40.0)
     """D/N of each size's runs."""
 
     seeds: Seeds = (1337,)
-    """A trunk with all its branches each."""
+    """Seeds of the trunks. Each size has one trunk with all its branches for each seed."""
 
     learning_rates: LearningRates | None = None
-    """A sweep of the learning rate at each size, before its trunk."""
+    """A sweep of the learning rate at each size, before its trunks; null: the ladder's rule gives it."""
 
     ladder: LadderConfig = Field(default_factory=LadderConfig)
-    """The rules that follow from N."""
+    """The rules that compute shape and hyperparameters from N."""
 
     target: TargetConfig | None = None
-    """What the law is wanted for; null: ten times the largest run."""
+    """The large run that the law shall predict; null: one with ten times the FLOPs of the sweep's largest run."""
 
     budget: BudgetConfig | None = None
-    """What the sweep may cost."""
+    """The limits on the sweep's cost; null: no limits."""
 
     slots: SlotsConfig = SlotsConfig()
-    """How many trials run side by side."""
+    """How many trials run at the same time, and on which machines."""
 
     hardware: HardwareConfig = HardwareConfig()
-    """What they run on."""
+    """The hardware of the trials, for a plan's time and money."""
 
     expected: ExpectedConfig = Field(default=ExpectedConfig())
-    """What a plan takes the law and the noise to be."""
+    """The law and the noise that a plan assumes."""
 
     @field_validator("sizes")
     @classmethod
@@ -261,7 +270,7 @@ class SweepConfig(Section):
         return self
 
     def ladder_sizes(self) -> list[SizeConfig]:
-        """The sizes as mappings, the largest first: its trunk is what the sweep waits for. Empty where auto."""
+        """The sizes as mappings, the largest first because its trunk takes longest; empty if `sizes` is auto."""
         if isinstance(self.sizes, str):
             return []
         found = [size if isinstance(size, SizeConfig) else SizeConfig(params=size) for size in self.sizes]

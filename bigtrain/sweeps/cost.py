@@ -1,4 +1,4 @@
-"""What a sweep costs in FLOPs, time and money, and whether its budget allows that."""
+"""The cost of a sweep in FLOPs, time and money, and the check against its budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bigtrain.sweeps.slots import TrialStarter
 from bigtrain.sweeps.trials import Trial, grid_trials, lengths, trial_config, tuning_trials
 
 EVALUATION_COST = 1 / 3
-"""Of a training token, for a held-out one: the forward pass alone."""
+"""Cost of a held-out token relative to a training token: the forward pass only."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Clock:
     """How long trials take."""
 
     speeds: dict[int, Speed]
-    """By target N; empty where nothing is known."""
+    """Speeds by target N; empty if no speed is known."""
     source: str
+    """Where the speeds come from, as text for the user."""
     evaluated_tokens: dict[int, int]
+    """Held-out tokens of an evaluation, by target N."""
 
     def seconds(self, trial: Trial) -> float | None:
-        """Of one trial, from its start to its end."""
+        """Seconds from a trial's start to its end; None if the speed of its size is not known."""
         speed = self.speeds.get(trial.size)
         if speed is None:
             return None
@@ -47,7 +49,15 @@ def trials_to_run(
     sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], steps: dict[int, list[int]],
     directory: SweepDirectory,
 ) -> list[Trial]:  # fmt: skip
-    """The trials that are still to run, in order."""
+    """The trials of a sweep that have not finished, in the order in which they are started.
+
+    Args:
+        sweep: The sweep.
+        sizes: Its sizes.
+        rungs: The rung of each size, by target N.
+        steps: The numbers of steps of each size's runs, by target N.
+        directory: The sweep's directory, whose journal names the trials that were planned before.
+    """
     state = read_state(directory.journal)
     found: list[Trial] = [record.trial for record in state.trials.values() if record.state != "finished"]
     planned = state.planned()
@@ -70,7 +80,7 @@ def clock_of(
     evaluated = {}
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
-        assert config.evaluation.sequences is not None  # load_sweep sees to it
+        assert config.evaluation.sequences is not None  # load_sweep sets a default
         evaluated[target] = config.evaluation.sequences * one.context
     if hardware.mfu is not None:
         device = _device(sweep)
@@ -96,7 +106,11 @@ def clock_of(
 
 
 def planned_machine(sweep: Sweep) -> Cluster | None:
-    """The machine whose times the planner gives; None where the file names none, this one, or a share of a peak."""
+    """The machine for which the planner estimates times.
+
+    Returns:
+        None if the sweep's `hardware` names no device, names this machine's device, or sets `mfu`.
+    """
     name = sweep.config.hardware.device
     if name is None or sweep.config.hardware.mfu is not None:
         return None
@@ -104,7 +118,7 @@ def planned_machine(sweep: Sweep) -> Cluster | None:
 
 
 def _planned_speed(sweep: Sweep, one: Rung, on: Cluster) -> Speed:
-    """A size's speed by the planner, at the layout of the base run."""
+    """The planner's estimate of a size's speed, with the layout of the base run."""
     shape = {"name": "probe", "duration": "1 steps", "batch": {"size": one.batch_sequences}, "model": one.model}
     try:
         estimate = Job.of(sweep.trial(shape), one.vocab_size).estimate(on, sweep.ranks)
@@ -132,7 +146,7 @@ def _device(sweep: Sweep) -> Device | None:
 
 
 def _price(sweep: Sweep) -> float | None:
-    """US dollars of one device for an hour, by its entry."""
+    """Price of one device in US dollars per hour, from the hardware's entry; None if it has none."""
     name = sweep.config.hardware.device
     device = _device(sweep) if name is None else lookup(name)
     if device is not None or name is None:
@@ -141,7 +155,7 @@ def _price(sweep: Sweep) -> float | None:
 
 
 def cost_of(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> dict[str, Any]:
-    """FLOPs, time and money of the trials; null where not known."""
+    """FLOPs, seconds and US dollars of trials, as plain values for JSON; None where a value is not known."""
     own = sum(trial.own_flops for trial in trials)
     shared = sum(trial.own_flops for trial in trials if trial.kind != "tuning")
     separate = sum(trial.flops for trial in trials if trial.kind == "branch")
@@ -160,9 +174,14 @@ def cost_of(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int) -> 
 
 
 def makespan(trials: Sequence[Trial], seconds: Sequence[float], slots: int) -> float:
-    """Seconds from the first start to the last end, first in, first out.
+    """Seconds from the start of the first trial to the end of the last, if trials start in the given order.
 
-    A branch may start when its trunk has passed the step at which it leaves.
+    A branch may start once its trunk has passed the branch's first step.
+
+    Args:
+        trials: The trials, each trunk before its branches.
+        seconds: Seconds of each trial.
+        slots: Number of trials that run at the same time.
     """
     free = [0.0] * slots
     begun: dict[str, tuple[float, float]] = {}
@@ -180,7 +199,7 @@ def makespan(trials: Sequence[Trial], seconds: Sequence[float], slots: int) -> f
 
     while waiting:
         slot = free.index(min(free))
-        # What is ready first; of those, what stands first.
+        # The trial that is ready first; of several, the first in the list.
         at = [max(free[slot], ready_at(trial)) for trial, _ in waiting]
         chosen = at.index(min(at))
         trial, length = waiting.pop(chosen)
@@ -190,10 +209,10 @@ def makespan(trials: Sequence[Trial], seconds: Sequence[float], slots: int) -> f
 
 
 def check_budget(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int, directory: SweepDirectory) -> None:
-    """Refuse trials that, together with those that have finished, exceed the sweep's budget.
+    """Refuse trials that exceed the sweep's budget, together with the trials that have finished.
 
     Raises:
-        UserError: They do.
+        UserError: The FLOPs, hours or US dollars are above the budget.
     """
     budget = sweep.config.budget
     if budget is None:
@@ -216,10 +235,12 @@ def require_budget(
     sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], directory: SweepDirectory,
     starter: TrialStarter, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """`check_budget` of all that is left of a sweep; tokens a second are measured only if hours or money need them.
+    """Call `check_budget` for all trials that have not finished.
+
+    Tokens per second are measured only if the budget limits hours or money.
 
     Raises:
-        UserError: The budget is exceeded.
+        UserError: The FLOPs, hours or US dollars are above the budget.
     """
     budget = sweep.config.budget
     if budget is None:

@@ -1,9 +1,9 @@
-"""What a grid of runs can be expected to say: the interval at the target, by fitting simulated sweeps as `scaling fit`
-fits real ones, and the grid of a budget that makes it narrowest.
+"""The interval that a grid of runs can be expected to give at the target, and the best grid for a budget.
 
-A linear estimate ranks many grids: least squares at the assumed law, with noise that a trunk's branches share, gives
-the covariance of the parameters and so the deviation of the loss at the target. The best of them, and every plan, are
-then simulated.
+The expected interval comes from simulated sweeps, each fitted as `bigtrain scaling fit` fits a real one. To compare
+many grids, a first-order estimate ranks them: least squares at the assumed law, with noise that the branches of a trunk
+share, gives the covariance of the law's parameters and the variance of the loss at the target. Only the best grids of
+that ranking are then simulated; a plan is always simulated.
 """
 
 from __future__ import annotations
@@ -28,20 +28,28 @@ NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a plan: N, D, FLOPs and trunk of each, shape (n,)."""
+    """The runs of a plan, one array per quantity, each of shape (runs,)."""
 
     params: FloatArray
+    """N of each run."""
     tokens: FloatArray
+    """D of each run."""
     flops: FloatArray
     trunk: npt.NDArray[np.int64]
+    """Index of each run's trunk, from 0."""
 
     @property
     def trunks(self) -> int:
-        """Clusters of the fit's bootstrap."""
+        """Number of trunks, which are the clusters of the fit's bootstrap."""
         return int(self.trunk.max()) + 1
 
     def table(self, truth: FloatArray, source: str) -> RunTable:
-        """The runs as a fit would read them, with the losses of the assumed law."""
+        """The runs in the form that a fit reads, with the losses of an assumed law.
+
+        Args:
+            truth: The law's (ln A, ln B, ln E, alpha, beta).
+            source: Name of the table in messages.
+        """
         names = tuple(str(number) for number in self.trunk)
         return RunTable(
             run=tuple(f"r{i}" for i in range(len(self.params))), group=names, params=self.params, tokens=self.tokens,
@@ -51,21 +59,23 @@ class Grid:
 
 @dataclass(frozen=True)
 class Expected:
-    """The middle 95 % of what simulated sweeps say of the target."""
+    """The predictions of simulated sweeps at the target; each interval holds the middle 95 % of them."""
 
     loss: float
-    """Of the assumed law at the target."""
+    """Loss of the assumed law at the target."""
     loss_interval: tuple[float, float]
     params_interval: tuple[float, float]
-    """Of N*."""
+    """Interval of N*, the optimal number of parameters at the target."""
     params: float
+    """N* of the assumed law at the target."""
     exponent_interval: tuple[float, float]
-    """Of a in N* ~ C^a."""
+    """Interval of a in N* ~ C^a."""
     draws: int
+    """Number of simulated sweeps."""
 
     @property
     def width(self) -> float:
-        """Of the loss's interval, relative."""
+        """Width of the loss's interval, relative to the loss of the assumed law."""
         return (self.loss_interval[1] - self.loss_interval[0]) / self.loss
 
 
@@ -76,7 +86,15 @@ def truth_of(expected: ExpectedConfig) -> FloatArray:
 
 
 def simulate(grid: Grid, expected: ExpectedConfig, target: float, draws: int, seed: int = 0) -> Expected:
-    """Fit simulated sweeps of this grid, each with noise of its own."""
+    """Fit simulated sweeps of a grid, each with independent noise.
+
+    Args:
+        grid: The runs of each sweep.
+        expected: The assumed law and noise.
+        target: The target's FLOPs.
+        draws: Number of simulated sweeps.
+        seed: Seed of the noise.
+    """
     truth = truth_of(expected)
     clean = law.loss(truth, grid.params, grid.tokens)
     found = np.empty((draws, 5))
@@ -98,7 +116,16 @@ def simulate(grid: Grid, expected: ExpectedConfig, target: float, draws: int, se
 
 
 def linear_width(grid: Grid, expected: ExpectedConfig, target: float) -> float:
-    """The relative width of the target loss's 95 % interval, to first order; infinite where the grid cannot tell."""
+    """First-order estimate of the relative width of the 95 % interval of the loss at the target.
+
+    Args:
+        grid: The runs.
+        expected: The assumed law and noise.
+        target: The target's FLOPs.
+
+    Returns:
+        The width; infinite if the grid does not determine all parameters of the law.
+    """
     truth = truth_of(expected)
     ln_n, ln_d = np.log(grid.params), np.log(grid.tokens)
     jacobian = parametric.log_jacobian(truth, ln_n, ln_d)
@@ -118,7 +145,7 @@ def linear_width(grid: Grid, expected: ExpectedConfig, target: float) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """A grid that fills a budget."""
+    """A grid that fills a budget: every size at every D/N, with several seeds."""
 
     sizes: tuple[int, ...]
     tokens_per_param: tuple[float, ...]
@@ -148,11 +175,17 @@ def choose(
     smallest: int,
     say: Callable[[str], None],
 ) -> list[Choice]:
-    """Grids that cost the budget (6 N D, trunks shared), the narrowest interval first.
+    """Grids that cost the budget, the narrowest expected interval first.
+
+    The cost of a run is 6 N D FLOPs; the steps that branches share in a trunk count once.
 
     Args:
-        decay: The part of each D that a branch trains itself.
-        smallest: The least N that a size may have.
+        budget_flops: The budget, in FLOPs of all trials together.
+        expected: The assumed law and noise.
+        target: The target's FLOPs.
+        decay: Fraction of each run's steps that its branch trains itself.
+        smallest: The smallest N that a size may have.
+        say: A function that prints a line of progress.
     """
     candidates = []
     for count, factor, ratios, seeds in itertools.product(SIZE_COUNTS, SIZE_FACTORS, RATIOS, SEED_COUNTS):
@@ -178,7 +211,7 @@ def choose(
 
 
 def regular_grid(sizes: Sequence[int], ratios: Sequence[float], seeds: int) -> Grid:
-    """Every size at every D/N, a trunk for each size and seed."""
+    """The grid of every size at every D/N, with one trunk for each size and seed."""
     params = np.repeat(np.array(sizes, dtype=np.float64), len(ratios) * seeds)
     tokens = params * np.tile(np.array(ratios), len(sizes) * seeds)
     trunk = np.repeat(np.arange(len(sizes) * seeds), len(ratios))

@@ -1,4 +1,4 @@
-"""What a driver shows: on a terminal a table of the running trials, elsewhere plain lines."""
+"""The progress that a driver shows: a live table of the running trials on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LINE_EVERY_S = 20.0
 
 
 class SweepDisplay:
-    """Shows a sweep while it runs.
+    """Shows the progress of a sweep.
 
     Args:
-        directory: The sweep's.
-        stream: A terminal gets a table that redraws itself, anything else plain lines.
-        clock: Seconds, for the time left.
+        directory: The sweep's directory.
+        stream: Where progress is shown: as a live table if it is a terminal, otherwise as plain lines.
+        clock: A function that returns seconds of a monotonic clock.
     """
 
     def __init__(self, directory: SweepDirectory, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,12 +39,12 @@ class SweepDisplay:
         self._before = 0.0
         """FLOPs of the trials that were finished when this driver began."""
         self._parts_before: dict[str, float] = {}
-        """Of each trial that this driver runs, the part that an earlier one had done."""
+        """For each trial that this driver runs, the fraction that an earlier driver had trained."""
         self._next = 0.0
 
     @contextlib.contextmanager
     def shown(self, state: SweepState, slots: int) -> Iterator[None]:
-        """Show while the block lasts."""
+        """Show the table while the `with` block runs, if the stream is a terminal."""
         self._state, self._before = state, _done(state)
         if not self._stream.isatty():
             yield
@@ -60,14 +60,18 @@ class SweepDisplay:
                 self._live = None
 
     def say(self, line: str) -> None:
-        """Show a line between."""
+        """Print one line, above the table if there is one."""
         if self._live is not None:
             self._live.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=self._stream, flush=True)
 
     def update(self, running: Mapping[int, Trial]) -> None:
-        """Show where the running trials are; cheap where nothing is due."""
+        """Show the steps of the running trials; returns at once if the last update was recent.
+
+        Args:
+            running: The running trials by slot.
+        """
         now = self._clock()
         if now < self._next:
             return
@@ -77,7 +81,7 @@ class SweepDisplay:
             rows, _ = follower.follow()
             if rows:
                 self._rows[trial.name] = rows[-1]
-            # A run that resumes cuts back to its checkpoint: what it had done beyond is not there.
+            # A resumed run goes back to its checkpoint, so its fraction may shrink.
             self._parts_before[trial.name] = min(self._part(trial), self._parts_before.get(trial.name, 1.0))
         if self._live is not None:
             self._live.update(self._table(running), refresh=True)

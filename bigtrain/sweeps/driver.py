@@ -1,7 +1,7 @@
-"""`bigtrain sweep run`: plan what is missing, start trials in slots, first in, first out, and fit the law at the end.
+"""`bigtrain sweep run`: plans the missing trials, runs them in slots in the order of the plan, and fits the law.
 
-One thread; the journal is written before what it says is acted on, so that a driver that is killed at any moment goes
-on where it was. The sweep's lease keeps a second driver out, the run's own lease a second launcher.
+The driver has one thread. It writes each event to the journal before it acts on it, so a driver that was killed at any
+moment resumes where it was. The sweep's lease refuses a second driver, and each run's lease a second launcher.
 """
 
 from __future__ import annotations
@@ -42,16 +42,21 @@ LOOK_S = 0.05
 
 
 def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarter | None = None) -> int:
-    """Run a sweep to its end, going on where it is.
+    """Run a sweep to its end; a sweep that was started before is resumed.
 
     Args:
-        starter: Where trials run; as `slots` says where None.
+        sweep: The sweep.
+        runs_dir: The directory that holds the sweep's directory.
+        stream: Where progress is printed.
+        starter: The slots that run the trials; None: the slots of the sweep's section `slots`.
 
     Returns:
-        A code of ExitCode: 0 where every trial has finished, 1 where one failed or was refused, 75 stopped.
+        An exit code of `ExitCode`: 0 if every trial has finished, 1 if a trial failed or was refused or a size has no
+        learning rate, 75 if the sweep was stopped.
 
     Raises:
-        UserError: Anything that is wrong before the first trial is started, a budget that is exceeded among it.
+        UserError: The sweep's file, its directory or its data are wrong, or the sweep would exceed its budget. Raised
+            before the first trial starts.
     """
     directory = SweepDirectory(runs_dir / sweep.config.name)
     check_same(sweep, directory)
@@ -74,26 +79,27 @@ def run_sweep(sweep: Sweep, runs_dir: Path, stream: TextIO, starter: TrialStarte
 
 @dataclass
 class _Slot:
-    """A slot and the trial that fills it."""
+    """The trial that runs in a slot."""
 
     trial: Trial
     process: RunningTrial
     saved_step: int
-    """Step of its newest checkpoint when it was started."""
+    """Step of the trial's newest checkpoint when the trial was started."""
 
 
 @dataclass
 class _Wait:
-    """When a crashed trial may start again."""
+    """The times before which crashed trials are not started again."""
 
     until: dict[str, float] = field(default_factory=dict)
+    """Time of the monotonic clock in seconds, by the name of the trial."""
 
     def over(self, name: str) -> bool:
         return time.monotonic() >= self.until.get(name, 0.0)
 
 
 class Driver:
-    """The loop over one sweep's trials; its lease is held by the caller."""
+    """The loop that runs the trials of one sweep. The caller holds the sweep's lease."""
 
     def __init__(
         self, sweep: Sweep, directory: SweepDirectory, rungs: dict[int, tuple[SizeConfig, Rung]],
@@ -108,7 +114,7 @@ class Driver:
         self._undecided: set[int] = set()
         """Sizes whose learning rate could not be chosen."""
         self._changed = True
-        """Whether a trial has ended since the last planning."""
+        """Whether a trial has ended since trials were last planned."""
         self._journal = Journal(directory.journal)
 
     @property
@@ -116,7 +122,7 @@ class Driver:
         return self._journal.state.trials
 
     def run(self) -> int:
-        """Run to the end; returns the exit code."""
+        """Run all trials of the sweep, and return the exit code; see `run_sweep`."""
         write_record(self._sweep, self._directory)
         if not self._directory.journal.exists():
             self._journal.append("created", format_version=FORMAT_VERSION, sweep=self._directory.name)
@@ -150,13 +156,13 @@ class Driver:
             yield
 
     def _again(self) -> None:
-        """What the last driver left under way, or was stopped, waits again."""
+        """Mark trials as waiting that were running when the last driver ended, or that were stopped."""
         for record in self._records.values():
             if record.state in ("running", "stopped"):
                 record.state = "waiting"
 
     def _plan(self) -> None:
-        """Plan what is missing, now that more is known."""
+        """Plan the trials that are still missing, now that more learning rates may be known."""
         self._changed = False
         for target, (size, one) in self._rungs.items():
             lr = self._rate(target, one)
@@ -167,7 +173,7 @@ class Driver:
             self._add(grid_trials(self._sweep, one, lr, seeds, steps, self._journal.state.planned()), one)
 
     def _rate(self, target: int, one: Rung) -> float | None:
-        """The learning rate of a size; None while it is being chosen, or cannot be."""
+        """The learning rate of a size; None until it is chosen, or if it cannot be chosen."""
         if self._sweep.config.learning_rates is None:
             return one.lr
         chosen = self._journal.state.chosen.get(target)
@@ -191,7 +197,7 @@ class Driver:
         return wanted[best].lr
 
     def _tuning_loss(self, record: TrialRecord) -> float | None:
-        """The held-out loss of a trial of one learning rate: infinite if it diverged, None if it failed otherwise."""
+        """Held-out loss of a tuning trial: infinite if it diverged, None if it failed for another reason."""
         if record.result is not None:
             return float(record.result["val_loss"])
         return math.inf if diverged(self._directory, record) else None
@@ -199,7 +205,7 @@ class Driver:
     def _obstacle(
         self, target: int, trials: list[Trial], records: list[TrialRecord], losses: list[float | None]
     ) -> str | None:
-        """Why no learning rate can be chosen from these losses, with what to do; None where one can."""
+        """The reason why no learning rate can be chosen from these losses, with a remedy; None if one can be chosen."""
         for trial, record, loss in zip(trials, records, losses, strict=True):
             if loss is None:
                 return (
@@ -220,7 +226,7 @@ class Driver:
         return None
 
     def _add(self, trials: list[Trial], one: Rung) -> None:
-        """Journal new trials, refusing those that can never fit and those that need them."""
+        """Write new trials to the journal; refuse trials that can never fit, and trials whose parent is refused."""
         for trial in trials:
             config = trial_config(self._sweep, one, trial)
             self._directory.configs.mkdir(parents=True, exist_ok=True)
@@ -234,7 +240,7 @@ class Driver:
                 self._display.say(f"{trial.name} is refused: {cause}")
 
     def _fill(self) -> None:
-        """Start what is ready in the slots that are free."""
+        """Start trials that are ready in the free slots."""
         for slot in range(self._starter.slots):
             if slot in self._slots:
                 continue
@@ -297,7 +303,7 @@ class Driver:
             self._fail(trial, code, self._cause(trial), 0)
 
     def _crashed(self, one: _Slot, code: int) -> None:
-        """A launcher that a signal ended: what its ranks do wrong, it judges itself."""
+        """Restart or fail a trial whose launcher a signal ended. The launcher itself handles failures of ranks."""
         trial, record = one.trial, self._records[one.trial.name]
         number = -code if code < 0 else code - 128
         cause = f"its launcher was killed by {signal_name(number)}"
@@ -319,7 +325,7 @@ class Driver:
         )
 
     def _cause(self, trial: Trial) -> str:
-        """Why a run failed, in one line: its record's word, else what its launcher printed."""
+        """Why a run failed, in one line: the cause in the run's events, else an error or the last line in its log."""
         events = [
             event
             for event in read_events(self._directory.run(trial.name).events)
@@ -331,7 +337,10 @@ class Driver:
         return str(said) if said else errors[-1] if errors else lines[-1] if lines else "it ended without a message"
 
     def _pass_on_stop(self) -> int:
-        """Pass a request to stop on to the trials, once each level; a signal handler may not."""
+        """Pass a request to stop on to the trials, once for each level; returns the level.
+
+        The loop does this because a signal handler must not.
+        """
         level = self._switch.level
         while self._announced < level:
             self._announced += 1
@@ -356,7 +365,7 @@ class Driver:
         self._display.say(text)
 
     def _conclude(self) -> int:
-        """Say how it went, and fit the law where the sweep is over."""
+        """Report the result, fit the law unless the sweep was stopped, and return the exit code."""
         if self._switch.level:
             self._display.say(
                 f"{self._directory.name}: stopped; `bigtrain sweep resume {self._directory.name}` goes on"
@@ -394,10 +403,10 @@ class Driver:
 
 
 def let_retry(directory: SweepDirectory, trial: str) -> None:
-    """Let a trial that has failed or was refused run again.
+    """Let the next driver run a trial again that has failed or was refused.
 
     Raises:
-        UserError: There is no such trial, it needs no retry, or a driver is at work.
+        UserError: There is no trial of this name, it has neither failed nor been refused, or a driver holds the sweep.
     """
     lease = Lease.acquire(directory, noun="sweep")
     try:

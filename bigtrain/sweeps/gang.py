@@ -1,7 +1,8 @@
-"""One slot's trials, one after another, on agents that it keeps: what slots of this machine and of a cluster share.
+"""The trials of one slot, trained one after another on agents that stay alive between them.
 
-What the next trial waits for is its ranks' start, and not that of a launcher, an agent or a placement. After a trial
-that did not finish the agents are placed again, as they are where one was lost.
+Slots of this machine and slots of a cluster share this code. A trial waits only for the start of its ranks, not for a
+launcher, an agent or a placement. The agents are placed again after a trial that did not finish, and after the loss
+of an agent.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ from bigtrain.run import ExitCode
 Say = Callable[[str], None]
 LOOK_S: Final = 0.05
 BETWEEN_SIGNALS_S: Final = 0.15
-"""Long enough for a controller to take two requests for two."""
+"""Seconds between two requests to stop, long enough for a controller to count them as two."""
 
 
 @dataclass(eq=False)
 class GangTrial:
-    """A trial that a gang is to train."""
+    """A trial that a gang trains, with the requests to stop it."""
 
     config: Path
+    """The trial's YAML."""
     runs_dir: Path
     log: Path
-    """Takes what it prints, after what is there."""
+    """File to which the trial's output is appended."""
     code: int | None = None
-    """How it ended."""
+    """Exit code of the trial; None until it has ended."""
     _asked: int = 0
     _ask: Callable[[], None] | None = None
-    # A signal handler may ask while this thread holds it.
+    # Reentrant, because a signal handler may request a stop while its own thread holds the lock.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def stop(self, now: bool) -> None:
-        """Ask it to save itself and exit, or to end at once."""
+        """Ask the trial to save a checkpoint and exit; with `now`, ask it to exit at once."""
         for press in range(2 if now else 1):
             if press:
                 time.sleep(BETWEEN_SIGNALS_S)
@@ -54,12 +56,12 @@ class GangTrial:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it was asked to stop."""
+        """Whether the trial was asked to stop."""
         return self._asked > 0
 
     @contextlib.contextmanager
     def heard(self, controller: Controller) -> Iterator[None]:
-        """Pass requests to stop on to its controller, also one that came before there was anybody to ask."""
+        """Pass requests to stop on to the trial's controller, including a request that came before the controller."""
         with self._lock:
             self._ask = controller.request_stop
             if self._asked:
@@ -68,10 +70,11 @@ class GangTrial:
 
 
 class Gang:
-    """The trials of one slot.
+    """The agents of one slot, which train its trials one after another.
 
     Args:
-        train: Trains one of them by a placer that it has from `placer`, given where it prints; returns its code.
+        train: A function that trains one trial and returns its exit code. It takes this gang, from which it gets its
+            placer (`Gang.placer`), the trial, and the stream for output.
     """
 
     def __init__(self, train: Callable[[Gang, GangTrial, TextIO], int]) -> None:
@@ -79,13 +82,13 @@ class Gang:
         self._placer: KeptPlacer | None = None
 
     def placer(self, build: Callable[[], KeptPlacer]) -> KeptPlacer:
-        """What keeps the agents; built for the first trial."""
+        """The placer that keeps the agents; `build` makes it for the first trial."""
         if self._placer is None:
             self._placer = build()
         return self._placer
 
     def train(self, trial: GangTrial, stream: TextIO) -> int:
-        """Train a trial; whatever ends it, the slot goes on. Returns its code."""
+        """Train a trial and return its exit code. No failure of the trial ends the slot."""
         code: int = ExitCode.FAILED
         try:
             code = ExitCode.STOPPED if trial.is_stopping else self._train_one(self, trial, stream)
@@ -99,41 +102,42 @@ class Gang:
         return code
 
     def keep(self, seconds: float) -> None:
-        """Wait for the next trial, keeping the agents alive."""
+        """Keep the agents alive for so many seconds, while the slot waits for its next trial."""
         if self._placer is None or not self._placer.keep(seconds):
             time.sleep(seconds)
 
     def close(self) -> None:
-        """Give the agents back."""
+        """Release the agents and their nodes."""
         if self._placer is not None:
             self._placer.close()
 
 
 class KeptPlacer(Placer):
-    """A placer whose agents outlast a run: the next one starts on them at once.
+    """A placer whose agents stay alive after a run, so that the next run starts on them at once.
 
     Args:
-        build: Makes the placer, given what prints a line and what writes an event.
-        placing: Held while nodes are looked for and taken, where others look for the same.
+        build: A function that makes the placer that starts the agents. It takes a function that prints a line and one
+            that writes an event.
+        placing: Lock that is held during a placement, shared by all slots that choose from the same nodes.
     """
 
     def __init__(self, build: Callable[[Say, EventWriter], Placer], placing: threading.Lock | None = None) -> None:
         self._say: Say = lambda line: None
         self._event: EventWriter = lambda event, /, **fields: None
-        # Both change with the run that has the agents.
+        # `begin` replaces both for each run that uses the agents.
         self._inner = build(lambda line: self._say(line), lambda event, /, **fields: self._event(event, **fields))
         self.elastic = self._inner.elastic
         self._placing = placing or threading.Lock()
         self._agents: list[AgentConnection] = []
         self._fresh = False
-        """Whether a run has begun that has no agents yet."""
+        """Whether a run has begun that has not been placed yet."""
 
     def begin(self, say: Say, event: EventWriter) -> None:
-        """Another run has the agents from now on."""
+        """Hand the agents to another run, which prints lines with `say` and records events with `event`."""
         self._say, self._event, self._fresh = say, event, True
 
     def keep(self, seconds: float) -> bool:
-        """Wait, keeping the agents alive; False, at once, where there are none."""
+        """Keep the agents alive for so many seconds; without agents, return False at once."""
         if not self._agents:
             return False
         try:
@@ -144,21 +148,21 @@ class KeptPlacer(Placer):
         return True
 
     def _lost(self, agents: list[AgentConnection]) -> None:
-        """One of them does not answer."""
+        """Distrust all agents, because one of them does not answer."""
         for agent in agents:
             self._inner.distrust(agent.agent)
 
     def drop(self) -> None:
-        """Place anew for the next run."""
+        """Discard the agents, so that the next run is placed again."""
         self._agents = []
 
     def close(self) -> None:
-        """Give the nodes back."""
+        """Release the agents and their nodes."""
         self._agents = []
         self._inner.release()
 
     def place(self, cancelled: Callable[[], bool]) -> list[AgentConnection]:
-        """The agents of the run before, where they live and this run has lost none; see `Placer.place`."""
+        """See `Placer.place`. The first placement of a run reuses the agents of the previous run if they all answer."""
         fresh, self._fresh = self._fresh, False
         if fresh and self.keep(0.0) and self._agents:
             if cancelled():
@@ -176,7 +180,7 @@ class KeptPlacer(Placer):
         return self._agents
 
     def release(self) -> None:
-        """Nothing: the next placement ends this one, and `close` the last."""
+        """Do nothing: the next placement ends these agents, and `close` ends the last ones."""
 
     def distrust(self, agent: str) -> None:
         """See `Placer.distrust`."""

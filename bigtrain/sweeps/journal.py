@@ -1,11 +1,12 @@
-"""What happened in a sweep: an append-only file of JSON lines, synced line by line, from which any driver goes on.
+"""The journal of a sweep: an append-only file of JSON lines, one event each, from which any driver can resume.
 
-    created   format_version, sweep          planned   trial {...}         chose    size, lr, factor
-    started   trial, attempt, slot           ended     trial, code, cause, retry
+    created   format_version, sweep          planned   trial {...}         chose    size, lr, losses
+    started   trial, attempt, slot           ended     trial, code, cause, retry, failures
     finished  trial, result {...}            refused   trial, cause        retry    trial
 
-A kill can tear the last line; it is passed over, and the next one begins on a line of its own. What a torn line would
-have said is found out again: a trial whose end was not recorded is started again, and its run says that it is finished.
+Each line is synced to disk before the driver continues. A kill can leave an incomplete last line; readers skip it, and
+the next event starts on a new line. The lost event is recovered: a trial whose end was not recorded is started again,
+and its run then reports that it has finished.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ State = Literal["waiting", "running", "stopped", "finished", "failed", "refused"
 
 
 class SweepDirectory:
-    """Where a sweep keeps everything."""
+    """The paths of the files in a sweep's directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,16 +36,16 @@ class SweepDirectory:
         self.journal = path / "journal.jsonl"
         self.lease = path / names.LEASE
         self.trials = path / "trials"
-        """A run directory each: the `--runs-dir` of the trials."""
+        """The run directories of the trials; it is their `--runs-dir`."""
         self.configs = path / "configs"
         self.logs = path / names.LOGS
         self.bench = path / "bench.json"
         self.plan = path / "plan.json"
         self.page = path / "plan.html"
         self.runs = path / "runs.jsonl"
-        """A row a finished run, as `bigtrain scaling fit` reads it."""
+        """One row per finished branch, for `bigtrain scaling fit`."""
         self.tuning = path / "tuning.jsonl"
-        """A row a run that tuned a learning rate, as `bigtrain scaling rates` reads it."""
+        """One row per run that tuned a learning rate, for `bigtrain scaling rates`."""
         self.law = path / "law"
 
     @property
@@ -57,19 +58,19 @@ class SweepDirectory:
         return self.journal.exists()
 
     def run(self, trial: str) -> RunDirectory:
-        """The run of a trial."""
+        """The run directory of a trial."""
         return RunDirectory(self.trials / trial)
 
     def log(self, trial: str) -> Path:
-        """What a trial's launcher prints."""
+        """Path of the file with the output of a trial's launcher."""
         return self.logs / f"{trial}.log"
 
 
 def find_sweep(text: str, runs_dir: Path) -> SweepDirectory:
-    """A sweep given by its name under `runs_dir`, or by a path.
+    """Find a sweep by its name under `runs_dir`, or by its path.
 
     Raises:
-        UserError: There is none; names the nearest.
+        UserError: There is no such sweep; the error suggests the nearest name.
     """
     for path in (runs_dir / text, Path(text)):
         if SweepDirectory(path).exists():
@@ -82,45 +83,52 @@ def find_sweep(text: str, runs_dir: Path) -> SweepDirectory:
 
 @dataclass
 class TrialRecord:
-    """What the journal says of one trial."""
+    """The state of one trial, as the journal records it."""
 
     trial: Trial
     state: State = "waiting"
     attempts: int = 0
+    """How often the trial was started."""
     failures: int = 0
-    """Crashes since the last progress or request to retry."""
+    """Crashes since the last new checkpoint or request to retry."""
     cause: str | None = None
+    """Why the trial failed, was stopped or was refused; None otherwise."""
     result: dict[str, Any] | None = None
+    """The trial's row (`bigtrain.sweeps.results.row_of`); None until it has finished."""
 
     @property
     def settled(self) -> bool:
-        """Whether it will not run any more by itself."""
+        """Whether the trial will not run again without a request to retry."""
         return self.state in ("finished", "failed", "refused")
 
 
 @dataclass
 class SweepState:
-    """The state after all lines of the journal, in the order in which trials were planned."""
+    """The state of a sweep after all lines of its journal."""
 
     trials: dict[str, TrialRecord] = field(default_factory=dict)
+    """Trials by name, in the order in which they were planned."""
     chosen: dict[int, float] = field(default_factory=dict)
-    """The learning rate of each size that was tuned."""
+    """The learning rate of each size that was tuned, by target N."""
 
     def complete(self, record: TrialRecord) -> bool:
-        """Whether a trial has done its part: a learning rate that failed has, once its size has another one."""
+        """Whether the sweep needs nothing more from a trial.
+
+        This holds for a trial that has finished, and for a failed tuning trial once its size has a learning rate.
+        """
         return record.state == "finished" or (
             record.state == "failed" and record.trial.kind == "tuning" and record.trial.size in self.chosen
         )
 
     def planned(self) -> list[Trial]:
-        """All trials."""
+        """All trials, in the order in which they were planned."""
         return [record.trial for record in self.trials.values()]
 
     def get(self, name: str) -> TrialRecord:
-        """One trial's record.
+        """The record of one trial.
 
         Raises:
-            UserError: There is none of that name; names the nearest.
+            UserError: There is no trial of this name; the error suggests the nearest name.
         """
         if name not in self.trials:
             close = nearest(name, self.trials)
@@ -132,14 +140,14 @@ class SweepState:
 
 
 class Journal:
-    """The file, and the state that it has come to."""
+    """The journal's file, and the sweep's state after all of its lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = read_state(path)
 
     def append(self, event: str, /, **fields: Any) -> None:
-        """Add one line and sync it; what it says holds when this returns."""
+        """Append one event and sync it to disk before returning; the state is updated as well."""
         line = {"time": round(time.time(), 3), "event": event, **fields}
         storage.append_line(self.path, line)
         storage.fsync_file(self.path)
@@ -147,11 +155,11 @@ class Journal:
 
 
 def read_state(path: Path) -> SweepState:
-    """The state that a journal has come to; that of nothing where there is none.
+    """Read the state of a sweep from its journal; without a file, it is a state without trials.
 
     Raises:
-        UserError: A newer bigtrain wrote it.
-        CorruptionError: It is no journal.
+        UserError: A newer bigtrain wrote the journal.
+        CorruptionError: A line is not a valid event.
     """
     state = SweepState()
     for number, line in enumerate(storage.read_lines(path)):
@@ -195,5 +203,5 @@ def _apply(state: SweepState, line: dict[str, Any]) -> None:
 
 
 def results(records: Iterable[TrialRecord]) -> list[dict[str, Any]]:
-    """Rows of the finished runs that a law is fitted to."""
+    """Rows of the finished branches, to which a law is fitted."""
     return [record.result for record in records if record.result is not None and record.trial.kind == "branch"]

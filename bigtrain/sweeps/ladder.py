@@ -1,4 +1,4 @@
-"""The ladder: from a target N to a shape, a batch, a learning rate, beta2 and a warm-up, by the sweep's rules."""
+"""The ladder: computes the shape, batch, learning rate, beta2 and warm-up of each target N by the sweep's rules."""
 
 from __future__ import annotations
 
@@ -16,55 +16,62 @@ from bigtrain.training.prepare import prepare
 
 MAX_LAYERS = 160
 MAX_DEVIATION = 0.2
-"""Relative: how far a shape's N may lie from its target before it is refused."""
+"""Largest relative difference between a shape's N and its target; a larger one is refused."""
 ASPECT_WEIGHT = 0.02
-"""Of (ln width/layers - ln aspect)^2 beside (ln N/target)^2: a size off by 10 % weighs as much as twice the aspect."""
+"""Weight of ln(width / layers / aspect)^2 relative to ln(N / target)^2 in the choice of a shape.
+
+An N that is off by 10 % counts as much as an aspect that is off by a factor of two.
+"""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One size of a sweep, and what follows from it."""
+    """One size of a sweep, with the shape and hyperparameters of its trials."""
 
     target: int
+    """Target N, which also names the size."""
     model: dict[str, Any]
     """The keys of `model` that give the shape."""
     params: int
-    """N as the law counts it."""
+    """N of the shape, as the law counts it."""
     params_without_embeddings: int
     params_total: int
     flops_per_token: int
-    """Matmul FLOPs of forward and backward, exact, attention over the full square."""
+    """Exact matmul FLOPs of the forward and backward passes, with attention over all pairs of positions."""
     context: int
+    """Tokens per sequence."""
     batch_sequences: int
+    """Sequences of a global batch."""
     lr: float
     beta2: float
     warmup_steps: int
     vocab_size: int
     sequences_per_epoch: int
     deviations: tuple[str, ...] = ()
-    """Where it is not what the rules say, and by how much."""
+    """Differences between this rung and the ladder's rules, as texts for the user."""
     keys: Mapping[str, float] = field(default_factory=dict)
     """Values of `ladder.keys`, by dotted name."""
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens of a global batch, which one step consumes."""
         return self.batch_sequences * self.context
 
     def steps(self, tokens: float) -> int:
-        """Steps of a run of D tokens, rounded."""
+        """Number of steps of a run of D tokens, rounded, and at least 1."""
         return max(1, round(tokens / self.batch_tokens))
 
     def flops(self, steps: int) -> float:
-        """Exact FLOPs of that many steps."""
+        """Exact matmul FLOPs of so many steps."""
         return float(self.flops_per_token) * steps * self.batch_tokens
 
 
 def rung(sweep: Sweep, size: SizeConfig) -> Rung:
-    """The rung of one size, its whole config checked against the data.
+    """Compute the rung of one size; the base run's config is checked against its data.
 
     Raises:
-        UserError: A base run that is wrong, no shape near the target, or a batch that does not fit.
+        UserError: The base run is wrong, no shape has an N near the target, a rule gives no positive value, or the
+            size's batch is not a whole number of sequences.
     """
     ladder = sweep.config.ladder
     vocab_size, context, per_epoch = _data(sweep)
@@ -109,10 +116,10 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
 
 
 def _apply(sweep: Sweep, key: str, rule: SweepRule, facts: SizeFacts) -> float:
-    """What a rule gives for a size.
+    """The value that a rule gives for a size.
 
     Raises:
-        UserError: Nothing, or no positive number.
+        UserError: The rule gives no value, or one that is not positive and finite.
     """
     try:
         found = rule.of(facts)
@@ -132,19 +139,19 @@ _PROBE: dict[str, Any] = {"name": "probe", "duration": "1 steps", "batch": {"siz
 
 
 def count(model: ModelConfig, ladder: LadderConfig, vocab_size: int) -> int:
-    """N as the law counts it."""
+    """N of a model, as the law counts it: with or without embeddings."""
     if ladder.count == "total":
         return model.parameter_count(vocab_size)
     return model.parameter_count_without_embeddings(vocab_size)
 
 
 def _rounded(lr: float) -> float:
-    """Three significant digits, so that a file can repeat it."""
+    """The value rounded to three significant digits, so that it can be written into a file exactly."""
     return float(f"{lr:.3g}")
 
 
 def _data(sweep: Sweep) -> tuple[int, int, int]:
-    """Vocabulary, context and sequences of an epoch of the base run's data."""
+    """Vocabulary size, tokens per sequence and sequences per epoch of the base run's data."""
     smallest = {"layers": 1, "width": sweep.config.ladder.width_multiple, "heads": 1}
     try:
         config = sweep.trial({**_PROBE, "model": smallest})
@@ -158,7 +165,7 @@ def _data(sweep: Sweep) -> tuple[int, int, int]:
 
 
 def _shape(sweep: Sweep, target: int, vocab_size: int) -> dict[str, Any]:
-    """Layers and width near the target N and the ladder's aspect."""
+    """The keys of the shape that comes nearest to the target N and the ladder's aspect."""
     ladder = sweep.config.ladder
     best: tuple[float, dict[str, Any]] | None = None
     for layers in range(1, MAX_LAYERS + 1):
@@ -170,7 +177,7 @@ def _shape(sweep: Sweep, target: int, vocab_size: int) -> dict[str, Any]:
             score = size + ASPECT_WEIGHT * aspect
             if best is None or score < best[0]:
                 best = (score, keys)
-        # Deeper ones are only ever farther from the aspect.
+        # Deeper shapes are only farther from the wanted aspect.
         if best is not None and ASPECT_WEIGHT * _least_aspect(layers + 1, ladder, target) > best[0]:
             break
     assert best is not None
@@ -178,18 +185,21 @@ def _shape(sweep: Sweep, target: int, vocab_size: int) -> dict[str, Any]:
 
 
 def _least_aspect(layers: int, ladder: LadderConfig, target: int) -> float:
-    """(ln width/layers/aspect)^2 of the width that blocks of 12 width^2 have at the target; 0 where it is wide."""
+    """Least value of ln(width / layers / aspect)^2 at the target N, if each block has 12 width^2 parameters.
+
+    It is 0 while the width over the layers is above the aspect.
+    """
     width = math.sqrt(target / (12 * layers))
     return max(0.0, -math.log(width / layers / ladder.aspect)) ** 2
 
 
 def _widths(sweep: Sweep, layers: int, target: int, vocab_size: int) -> set[int]:
-    """The multiples around the width at which this many layers have N parameters."""
+    """The multiples of `width_multiple` next to the width at which so many layers have N parameters."""
     step = sweep.config.ladder.width_multiple
     near = step
     for _ in range(_REFINEMENTS):
         model = sweep.trial({**_PROBE, "model": _keys(sweep, layers, near)}).model
-        # Blocks grow with the square of the width; the rest, and roundings, take more than one look.
+        # The parameters of blocks are quadratic in the width. Other parameters and rounding need further iterations.
         wanted = near * math.sqrt(target / count(model, sweep.config.ladder, vocab_size))
         last, near = near, max(step, round(wanted / step) * step)
         if near == last:
@@ -201,7 +211,7 @@ _REFINEMENTS = 4
 
 
 def _keys(sweep: Sweep, layers: int, width: int) -> dict[str, Any]:
-    """The keys of `model` for a shape of a decoder."""
+    """The keys of `model` for a decoder of this depth and width."""
     ladder = sweep.config.ladder
     heads = max(1, width // ladder.head_width)
     while width % heads or (width // heads) % 2:
@@ -209,7 +219,7 @@ def _keys(sweep: Sweep, layers: int, width: int) -> dict[str, Any]:
     keys: dict[str, Any] = {"layers": layers, "width": width, "heads": heads}
     if ladder.mlp_ratio is not None or _is_gated(sweep):
         ratio = ladder.mlp_ratio or 8 / 3
-        # Not the decoder's own rounding to 256, which makes narrow models mostly MLP.
+        # The decoder's own rounding to multiples of 256 would make narrow models mostly MLP.
         keys["mlp_width"] = max(16, round(ratio * width / 16) * 16)
     return keys
 

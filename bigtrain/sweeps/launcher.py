@@ -1,8 +1,9 @@
-"""The process of a slot of this machine: `python -m bigtrain.sweeps.launcher SLOT PROCS [PLUGIN]`.
+"""The launcher process of a slot of this machine: `python -m bigtrain.sweeps.launcher SLOT PROCS [PLUGIN]`.
 
-Its standard input is a socket to the sweep's driver, which sends a line of JSON for each trial, {config, runs_dir,
-log}, and gets a line back with the trial's code. A trial is trained as `bigtrain train` would, but the agent stays for
-the next one. SIGTERM asks the trial to stop, a second one to end at once. The process ends when the socket does.
+Its standard input is a socket to the sweep's driver. For each trial the driver sends a line of JSON, {config, runs_dir,
+log}, and receives a line with the trial's exit code. A trial is trained as by `bigtrain train`, but its agent stays
+alive for the next trial. SIGTERM asks the trial to save and exit; a second SIGTERM asks it to exit at once. The
+launcher exits when the driver closes the socket.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from bigtrain.sweeps.gang import LOOK_S, Gang, GangTrial, KeptPlacer
 
 
 def serve(train_one: Callable[[GangTrial], int], keep: Callable[[], None]) -> None:
-    """Train the trials that the driver requests, until it closes the socket.
+    """Train the trials that the driver sends, until it closes the socket.
 
     Args:
-        train_one: Trains a trial that may be asked to stop; returns its code.
-        keep: Called several times a second between two trials; does not wait.
+        train_one: A function that trains a trial and returns its exit code.
+        keep: A function that keeps the agents alive. It is called several times a second between two trials, and must
+            not block.
     """
     orders = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
@@ -67,7 +69,7 @@ def serve(train_one: Callable[[GangTrial], int], keep: Callable[[], None]) -> No
 
 
 def print_into(log: Path) -> None:
-    """Have all that this process prints, and what it starts, go to a file, after what is there."""
+    """Append all further output of this process, and of the processes that it starts, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     with open(log, "ab") as file:
@@ -76,7 +78,7 @@ def print_into(log: Path) -> None:
 
 
 class SlotOfThisMachine:
-    """What `bigtrain train` does, with an agent that stays."""
+    """Trains trials as `bigtrain train` does, with an agent that stays alive between them."""
 
     def __init__(self, slot: int, procs: int, plugin: str | None) -> None:
         self._slot, self._procs, self._plugin = slot, procs, plugin
@@ -101,7 +103,7 @@ class SlotOfThisMachine:
 
 
 def main() -> int:
-    """Serve the driver that started this process."""
+    """Serve the driver that started this process, and return the exit code."""
     slot = SlotOfThisMachine(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
     try:
         serve(lambda trial: slot.gang.train(trial, sys.stderr), lambda: slot.gang.keep(0.0))

@@ -1,4 +1,4 @@
-"""From a sweep's YAML to its sections and to the base run, each error with its line."""
+"""Reads a sweep's YAML into its sections and its base run; each error names its line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bigtrain.sweeps.config import SweepConfig
 SHAPE = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
 """Keys of `model` that a rung of the ladder sets."""
 HELD_OUT_SEQUENCES = 4096
-"""Sequences that each trial is evaluated on, unless the base run says how many: all trials on the same ones."""
+"""Default number of held-out sequences for the evaluation of a trial; all trials use the same sequences."""
 _SET: dict[tuple[str, ...], str] = {
     ("name",): "the sweep names its trials",
     ("seed",): "give the sweep's `seeds`",
@@ -34,22 +34,25 @@ _SET: dict[tuple[str, ...], str] = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's config, and its base run as it stands in the file."""
+    """A sweep's config, and its base run as written in the file."""
 
     config: SweepConfig
     document: yaml_file.YamlDocument
-    """Of the base run, with the lines of the sweep's file."""
+    """The base run, with line numbers of the sweep's file."""
 
     @property
     def where(self) -> str:
-        """The file."""
+        """Path of the sweep's file."""
         return self.document.source
 
     def trial(self, sections: dict[str, Any]) -> RunConfig:
-        """The config of one trial: the base run with keys of sections laid over it, one level deep.
+        """The config of one trial: the base run, with keys of its sections overridden.
+
+        Args:
+            sections: Keys and sections of the trial. A section replaces single keys of the base run's section.
 
         Raises:
-            UserError: The base run is wrong, with its line; or the whole does not go together.
+            UserError: The base run is wrong, or does not fit these sections; the error names the line.
         """
         document = yaml_file.YamlDocument(copy.deepcopy(self.document.value), self.document.source, self.document.lines)
         for name, value in sections.items():
@@ -59,7 +62,7 @@ class Sweep:
 
     @property
     def ranks(self) -> int:
-        """Processes of a trial, over all its nodes."""
+        """World size of a trial: its ranks over all nodes."""
         slots = self.config.slots
         return slots.procs * (self.job().nodes if slots.on == "ray" else 1)
 
@@ -67,7 +70,7 @@ class Sweep:
         """The `job` section of all trials.
 
         Raises:
-            UserError: It is wrong, with its line.
+            UserError: The section is wrong; the error names the line.
         """
         lines = {key[1:]: line for key, line in self.document.lines.items() if key[:1] == ("job",)}
         document = yaml_file.YamlDocument(dict(self.document.value.get("job") or {}), self.document.source, lines)
@@ -77,8 +80,13 @@ class Sweep:
 def load_sweep(path: Path, overrides: list[str] | None = None, name: str | None = None) -> Sweep:
     """Read a sweep's YAML.
 
+    Args:
+        path: The file.
+        overrides: key=value pairs that override keys of the file.
+        name: Name of the sweep, in place of the name in the file.
+
     Raises:
-        UserError: Anything wrong in the file, with its line.
+        UserError: The file is wrong, sets a key that the sweep itself sets, or has no held-out data.
     """
     document = load.read_document(path, overrides or [])
     if name is not None:
@@ -108,15 +116,15 @@ def load_sweep(path: Path, overrides: list[str] | None = None, name: str | None 
 
 
 def sweep_schema(run: dict[str, Any]) -> dict[str, Any]:
-    """JSON Schema of a sweep's YAML, for editors.
+    """The JSON Schema of a sweep's YAML, for editors.
 
     Args:
-        run: That of a run (`bigtrain.run.config_schema`), whose sections the base run has.
+        run: The JSON Schema of a run (`bigtrain.run.config_schema`); the base run has its sections.
     """
     schema = {**load.json_schema(SweepConfig), "title": "bigtrain sweep"}
     schema["$defs"] = {**run["$defs"], **schema["$defs"]}
     sections = {key: value for key, value in run["properties"].items() if (key,) not in _SET and key != "model"}
-    # The ladder sets the keys of `model` that a run requires, so that section is not described.
+    # The ladder sets the keys of `model` that a run requires, so the schema does not describe that section.
     schema["properties"]["base"] |= {
         "properties": {**sections, "model": {"type": "object"}}, "required": ["model", "data"],
         "additionalProperties": False,

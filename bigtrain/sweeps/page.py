@@ -1,4 +1,4 @@
-"""A plan as one self-contained page."""
+"""The HTML page of a sweep's plan, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
 
 
 def plan_page(plan: dict[str, Any]) -> str:
-    """The page of a plan, as `plan.make_plan` gives it."""
+    """The HTML of a plan.
+
+    Args:
+        plan: The result of `plan.make_plan`.
+    """
     made = Page(title=plan["name"], subtitle="bigtrain sweep plan")
     if "grids" in plan:
         _grids(made, plan)

@@ -1,4 +1,4 @@
-"""What a pair of ladders can be expected to say of two recipes: the width of their compute multiplier's interval."""
+"""The expected precision of a pair of ladders: the width of the interval of the compute multiplier of two recipes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ _STEP = 1e-4
 
 @dataclass(frozen=True)
 class ExpectedPair:
-    """The 95 % interval of a multiplier over the ladder, to first order."""
+    """First-order estimate of the 95 % interval of the compute multiplier between two recipes on one ladder."""
 
     paired_width: float
-    """Its ends' ratio less 1, where both ladders have the same seeds."""
+    """Ratio of the interval's ends minus 1, if both ladders have the same seeds."""
     unpaired_width: float
-    """Likewise with other seeds."""
+    """Ratio of the interval's ends minus 1, if the ladders have different seeds."""
     flops: float
-    """Of both ladders, 6 N D, without what trunks save."""
+    """FLOPs of both ladders, with every run trained from step 0."""
     clusters: int
+    """Number of trunks of one ladder."""
 
 
 def expect_pair(grid: Grid, expected: ExpectedConfig) -> ExpectedPair:
-    """The widths for this grid trained twice, by the law and noise of `expected`.
+    """The widths for a grid that is trained twice, by the law and noise of `expected`.
 
-    With s = -d ln L / d ln C at each run, ln m is the mean of the pairs' differences over s, weighted by s^2. A trunk's
-    noise is shared by a pair, and so cancels where seeds are the same.
+    With s = -d ln L / d ln C at each run, the estimate of ln m is the mean of (difference of ln L of a pair) / s,
+    weighted by s^2. With the same seeds, the noise of a trunk is the same in both runs of a pair and cancels.
     """
     truth = truth_of(expected)
     half = np.exp(_STEP / 2)

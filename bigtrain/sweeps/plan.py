@@ -1,4 +1,4 @@
-"""`bigtrain sweep plan`: the grid, its cost in FLOPs, time and money, and the interval to be expected of it."""
+"""`bigtrain sweep plan`: the grid, its cost in FLOPs, time and money, and its expected interval at the target."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ from bigtrain.tracking.numbers import short, span
 FORMAT_VERSION = 1
 KIND = "bigtrain sweep plan"
 MANY_EPOCHS = 4.0
-"""Beyond it repeated data teach less than fresh (Muennighoff et al. 2023)."""
+"""Number of epochs above which repeated data improve the loss less than new data (Muennighoff et al. 2023)."""
 DEFAULT_TARGET = 10.0
+"""FLOPs of the target relative to the largest run, if the sweep names no target."""
 LAW_PARAMETERS = 5
+"""Number of the law's parameters: A, B, E, alpha and beta."""
 SMALLEST = 1000
+"""Smallest N of a size that `sizes: auto` proposes."""
 
 
 def make_plan(
@@ -51,15 +54,20 @@ def make_plan(
     """Plan a sweep, and write plan.json and plan.html into its directory.
 
     Args:
-        measure: Whether tokens a second that are not known are measured.
-        compare: Whether the grid is one of a pair, for two recipes.
-        rates: Laws of the learning rate and the batch; None: those of the sweep's own tuning runs, where it has some.
+        sweep: The sweep.
+        runs_dir: The directory that holds the sweep's directory.
+        measure: Whether tokens per second that are not known are measured.
+        say: A function that prints a line of progress.
+        starter: The slots that would run the trials; None: the slots of the sweep's section `slots`.
+        compare: Whether two recipes will be compared on this grid.
+        rates: A file with laws of the learning rate and the batch; None: the law of the sweep's own tuning runs.
 
     Returns:
         Plain values for JSON: sizes, trials, cost, expected interval, warnings.
 
     Raises:
-        UserError: A design from which no law follows, a target inside the data, a budget that is exceeded.
+        UserError: The grid does not determine the law, the target is not above the largest run, or the sweep exceeds
+            its budget.
     """
     starter = starter or starter_of(sweep)
     directory = SweepDirectory(runs_dir / sweep.config.name)
@@ -109,7 +117,7 @@ def _write(directory: SweepDirectory, document: dict[str, Any]) -> dict[str, Any
 def _grid(
     sweep: Sweep, sizes: Sequence[SizeConfig], rungs: dict[int, Rung], steps: dict[int, list[int]]
 ) -> tuple[design.Grid, list[dict[str, Any]]]:
-    """All points, and each as a plain row."""
+    """All runs of the grid, as arrays and as rows of plain values."""
     rows: list[dict[str, Any]] = []
     trunk = 0
     for size in sizes:
@@ -167,7 +175,7 @@ def _warnings(
         )
     for target, one in rungs.items():
         config = sweep.trial({"name": "probe", "duration": "1 steps", "batch": {"size": 1}, "model": one.model})
-        # A plan for other hardware says nothing of this one.
+        # Only a plan for this machine can check its memory.
         if sweep.config.hardware.mfu is None and planned_machine(sweep) is None:
             cause = starter.refusal(config, least_memory_bytes(config, one.vocab_size))
             if cause is not None:
@@ -179,7 +187,7 @@ def _warnings(
 
 
 def _chosen(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
-    """The grids that fill the budget best, for a file that leaves the sizes open."""
+    """The plan of a sweep with `sizes: auto`: the grids that use up the budget, the narrowest interval first."""
     budget = sweep.config.budget
     assert budget is not None
     assert budget.flops is not None
@@ -207,7 +215,7 @@ def _chosen(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """A plan for people."""
+    """A plan as text for a terminal."""
     if "grids" in plan:
         return _grids_text(plan)
     header = (

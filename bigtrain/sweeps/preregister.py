@@ -1,4 +1,4 @@
-"""`bigtrain scaling preregister`: from a law and a run's YAML to the forecast in the run's directory."""
+"""`bigtrain scaling preregister`: writes the forecast of a law for a run into the run's directory, before it starts."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from bigtrain.sweeps.load import load_sweep
 from bigtrain.training.prepare import Prepared, prepare
 
 SAME_RULE = 0.2
-"""ln of a quantity over its rule, within which whole steps and sequences explain the difference."""
+"""Largest |ln(quantity / rule)| that rounding to full steps and sequences can explain."""
 
 
 def preregister_run(
     law: Path, config: Path, overrides: list[str], name: str | None, runs_dir: Path, counted: str, tasks: str | None
 ) -> dict[str, Any]:
-    """Freeze what a law predicts of a run before it starts.
+    """Record what a law predicts for a run, before the run starts.
 
     Args:
         law: law.json, or the directory that holds it.
         config: The run's YAML.
-        overrides: key=value pairs laid over it.
-        name: Of the run, in place of the file's.
-        runs_dir: Where the run will live.
-        counted: What N counts in the law: "without_embeddings" or "total".
-        tasks: Checkpoints of a ladder with tasks, as `predict_tasks` takes them.
+        overrides: key=value pairs that override keys of the YAML.
+        name: Name of the run; None: the name in the YAML.
+        runs_dir: The directory that will hold the run's directory.
+        counted: Which parameters N counts in the law: "without_embeddings" or "total".
+        tasks: Checkpoints of a ladder with downstream tasks, in the form that `predict_tasks` takes; None: no tasks.
+
+    Returns:
+        The forecast, with the run's name and the path of the file written; plain values for JSON.
 
     Raises:
-        UserError: A wrong config, a run that has started, or a law that does not give its loss.
+        UserError: The config is wrong, the run has started or already has a forecast, or the law gives no loss for it.
     """
     loaded = load_config(config, overrides, name)
     prepared = prepare(loaded)
@@ -54,13 +57,15 @@ def preregister_run(
 
 
 def other_recipe(law: Path, prepared: Prepared, params: float, model: Mapping[str, Any]) -> list[str]:
-    """Where a run's rules differ from those of its law's sweep: the law then forecasts another run.
+    """Warnings about a run whose learning rate, batch, warm-up or decay differ from the rules of the law's sweep.
+
+    The forecast of the law then holds for a run by the sweep's rules, not for this run.
 
     Args:
         law: law.json, or the directory that holds it.
-        prepared: The run on its data.
-        params: N as the law counts it.
-        model: The run's section of that name.
+        prepared: The run with its data and schedule.
+        params: The run's N, counted as the law counts it.
+        model: The run's section `model`.
     """
     file = SweepDirectory(Path(read_law(law)["source"]["name"])).config
     if not file.exists():
@@ -91,7 +96,7 @@ def preregister(directory: RunDirectory, forecast: dict[str, Any]) -> Path:
     """Write a forecast into the directory of a run that has not started.
 
     Raises:
-        UserError: The run has started, or has another forecast.
+        UserError: The run has started, or it already has a forecast.
     """
     path = directory.path / names.FORECAST
     if directory.exists():

@@ -1,4 +1,4 @@
-"""Learning rates and batches that measured laws propose for a ladder, beside those of its rules."""
+"""Learning rates and batches that measured laws propose for the sizes of a ladder, next to the values of its rules."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from bigtrain.sweeps.ladder import Rung
 def propose(
     rungs: Sequence[Rung], steps: Sequence[Sequence[int]], rates: Path | None, directory: SweepDirectory
 ) -> dict[str, Any] | None:
-    """What laws of the learning rate and the batch propose for each size, and the ladder's rules that follow.
+    """The learning rate and batch that laws propose for each size, and the ladder's rules that fit the proposals.
 
     Args:
         rungs: The sizes.
-        steps: Of each size, the steps of its runs; one trunk has one learning rate for all of them, so D is their
-            geometric mean.
-        rates: A rates.json or its directory; None: the law of the sweep's own tuning runs, where it has some.
-        directory: The sweep's.
+        steps: For each size, the numbers of steps of its runs. All runs of a size share one learning rate, so the laws
+            are evaluated at the geometric mean of their D.
+        rates: A rates.json or its directory; None: the law of the sweep's own tuning runs, if it has some.
+        directory: The sweep's directory.
 
     Returns:
-        None where there is no law; else `source`, `sizes`, `rules`, or `refused` with the reason.
+        A dict with `source`, `sizes` and `rules`; or with `source` and `refused`, the reason why there is no law; or
+        None if there are neither `rates` nor tuning runs.
 
     Raises:
-        UserError: `rates` is no such file.
+        UserError: `rates` is not a file of such laws.
     """
     if rates is not None:
         laws, source = read_rates(rates), str(rates)
@@ -63,7 +64,7 @@ def _row(one: Rung, steps: Sequence[int], laws: dict[str, PowerLaw]) -> dict[str
 
 
 def _rule(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """The rule of the ladder through the proposals: value * (N / at)^exponent."""
+    """The ladder's rule value * (N / at)^exponent that is fitted to the proposals of all sizes."""
     known = [row for row in rows if f"best_{name}" in row]
     if not known:
         return None
@@ -76,7 +77,7 @@ def _rule(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
 
 
 def proposal_lines(found: dict[str, Any] | None) -> list[str]:
-    """The proposals for people; nothing where there are none."""
+    """The proposals as lines of text; an empty list if there are none."""
     if found is None:
         return []
     if "refused" in found:

@@ -1,4 +1,4 @@
-"""Slots of a Ray cluster: a trial runs on a gang of agents, one a node, whose controller is a thread of the driver."""
+"""Slots of a Ray cluster. A trial runs on a gang of agents, one per node; its controller is a thread of the driver."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from bigtrain.sweeps.slots import RunningTrial
 
 ACCELERATOR_LABEL: Final = "ray.io/accelerator-type"
 CLOSE_S: Final = 30.0
-"""How long gangs may take to end, together."""
+"""Seconds that all gangs together may take to end."""
 
 
 def _connected() -> View:
-    """What there is of the Ray cluster that this process was started in, or that RAY_ADDRESS names.
+    """The nodes of the Ray cluster that this process was started in, or that RAY_ADDRESS names.
 
     Raises:
-        UserError: There is none.
+        UserError: No cluster answers.
     """
     import ray
 
@@ -56,34 +56,38 @@ def _has_gpus(view: View) -> bool:
 
 
 class RaySlots:
-    """Slots of the Ray cluster that this process can reach, connected to when it is first needed; see `TrialStarter`.
+    """Slots of the Ray cluster that this process can reach; see `TrialStarter`. It connects on first use.
 
     Args:
-        config: How many; `procs` is the number of ranks on each of a trial's `job.nodes` nodes.
+        config: The sweep's section `slots`; `procs` is the number of ranks on each of a trial's `job.nodes` nodes.
         job: The `job` section of the trials.
-        plugin: Where the user's own code lies, on every node.
+        plugin: Path of the user's plugin, the same on every node; None: no plugin.
     """
 
     def __init__(self, config: SlotsConfig, job: JobConfig, plugin: str | None = None) -> None:
         self._config, self._job, self._plugin = config, job, plugin
         self._running: dict[int, _Slot] = {}
-        # One at a time: two that look for nodes at once would choose the same.
+        # One placement at a time: two slots that search for nodes at the same time would choose the same nodes.
         self._placing = threading.Lock()
         self.slots = self._auto() if config.count == "auto" else config.count
 
     def _auto(self) -> int:
-        """As many gangs as the nodes that are there could hold."""
+        """Number of gangs that the present nodes of the cluster can hold."""
         view = _connected()
         kind = "GPU" if _has_gpus(view) else "CPU"
         places = sum(int(node.total.get(kind, 0) // self._config.procs) for node in view.nodes)
         return max(1, places // self._job.nodes)
 
     def check(self) -> None:
-        """See `TrialStarter.check`: a cluster that answers."""
+        """See `TrialStarter.check`. Checks that a cluster answers."""
         _connected()
 
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
-        """Memory of the largest nodes; what else a cluster cannot carry is known when its nodes have come."""
+        """See `TrialStarter.refusal`. Compares only memory: of the largest node, or of `procs` of the largest GPUs.
+
+        On a cluster with an autoscaler nothing is refused, because larger nodes may still come. Other limits are
+        checked when nodes are placed.
+        """
         view = _connected()
         if view.kinds is not None:
             return None
@@ -105,7 +109,7 @@ class RaySlots:
         )
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
-        """See `TrialStarter.start`. All nodes must see the runs directory and the shards at these paths."""
+        """See `TrialStarter.start`. The runs directory and the shards must have the same paths on all nodes."""
         log.parent.mkdir(parents=True, exist_ok=True)
         if slot not in self._running:
             self._running[slot] = _Slot(slot, self._config, self._placing, self._plugin)
@@ -115,7 +119,7 @@ class RaySlots:
         return RayTrial(trial)
 
     def close(self) -> None:
-        """Give all nodes back."""
+        """End all trials at once, and release all nodes."""
         for slot in self._running.values():
             slot.end()
         deadline = time.monotonic() + CLOSE_S
@@ -125,7 +129,7 @@ class RaySlots:
 
 
 class RayTrial:
-    """A trial on its slot."""
+    """A trial that a slot of the cluster trains."""
 
     def __init__(self, trial: GangTrial) -> None:
         self._trial = trial
@@ -140,7 +144,7 @@ class RayTrial:
 
 
 class _Slot(threading.Thread):
-    """A slot: its gang's trials, one after another."""
+    """The thread of one slot, which trains its trials one after another on a gang of agents."""
 
     def __init__(self, slot: int, config: SlotsConfig, placing: threading.Lock, plugin: str | None) -> None:
         super().__init__(name=f"slot-{slot}", daemon=True)
@@ -150,14 +154,14 @@ class _Slot(threading.Thread):
         self._running: GangTrial | None = None
 
     def end(self) -> None:
-        """Ask the slot to end, at once."""
+        """Ask the slot to end its trial at once and then to end itself."""
         running = self._running
         if running is not None:
             running.stop(now=True)
         self.waiting.put(None)
 
     def run(self) -> None:
-        """Train what comes until the end is requested; then give the nodes back."""
+        """Train the trials in the queue until the end is requested, then release the nodes."""
         while (trial := self._next()) is not None:
             self._running = trial
             with open(trial.log, "a", encoding="utf-8", buffering=1) as stream:

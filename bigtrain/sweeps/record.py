@@ -1,4 +1,4 @@
-"""What a sweep is, as its directory records it, and whether a file still describes the same one."""
+"""The record of a sweep in its directory, and the check that a sweep's file still matches it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sizes_of(sweep: Sweep) -> list[SizeConfig]:
     """The sizes of a sweep, the largest first.
 
     Raises:
-        UserError: They are left to a plan.
+        UserError: `sizes` is auto, which only `bigtrain sweep plan` supports.
     """
     sizes = sweep.config.ladder_sizes()
     if not sizes:
@@ -33,31 +33,34 @@ def sizes_of(sweep: Sweep) -> list[SizeConfig]:
 
 
 def identity_of(sweep: Sweep) -> dict[str, Any]:
-    """What all trials of a sweep share; points, seeds, slots, target and the rates to try may change."""
+    """The settings that all trials of a sweep share, and that must not change.
+
+    Sizes, lengths, seeds, slots, the target and the learning rates to try are not among them.
+    """
     base = {key: value for key, value in sweep.document.value.items() if key in RECIPE}
     config = sweep.config.plain()
     return {"base": base, "ladder": config["ladder"], "learning_rates": _without_factors(config["learning_rates"])}
 
 
 def _without_factors(rates: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The section `learning_rates` without the factors, which may be widened."""
+    """The section `learning_rates` without its factors, to which a user may add."""
     return None if rates is None else {key: value for key, value in rates.items() if key != "factors"}
 
 
 def _read_ladder(what: dict[str, Any]) -> Any:
-    """The section `ladder` of a record, with the keys that a newer bigtrain has added at their defaults."""
+    """The section `ladder` of a record; keys that a newer bigtrain has added have their defaults."""
     try:
         return LadderConfig.model_validate(what["ladder"]).plain()
     except ValidationError:
-        # A rule that is not registered now: the difference says which.
+        # For example a rule that is no longer registered: the list of differences then names it.
         return what["ladder"]
 
 
 def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
-    """Refuse to go on with a sweep as another one, or in a directory that is none.
+    """Refuse a directory that belongs to a sweep with other shared settings, or to a run.
 
     Raises:
-        UserError: With the keys that differ.
+        UserError: The directory is a run's, or shared settings differ; the text lists the keys that differ.
     """
     if (directory.path / names.RECORD).exists():
         raise UserError(f"{directory.path} is a run, not a sweep", fix="Choose another name for the sweep.")
@@ -75,10 +78,10 @@ def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A sweep's record.
+    """Read a sweep's record.
 
     Raises:
-        UserError: It is damaged, or a newer bigtrain wrote it.
+        UserError: The record is damaged, or a newer bigtrain wrote it.
     """
     try:
         record = json.loads(path.read_text())
@@ -94,7 +97,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(sweep: Sweep, directory: SweepDirectory) -> None:
-    """Write what the sweep is, so that `bigtrain sweep resume` needs no other file."""
+    """Write the sweep's record and its full config, so that `bigtrain sweep resume` needs no other file."""
     directory.path.mkdir(parents=True, exist_ok=True)
     if not directory.record.exists():
         record = {"format_version": FORMAT_VERSION, "name": sweep.config.name, "what": identity_of(sweep)}

@@ -1,4 +1,4 @@
-"""What a finished trial leaves for the fit: its row, the file of rows, the law."""
+"""The results of finished trials: a row for each trial, the files of rows, and the fitted law."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from bigtrain.scaling.fit import Fitted
 
 _NOT_A_NUMBER = re.compile(r"BadStepsError|\bnan\b|\binf\b|not finite|no held-out loss", re.IGNORECASE)
-"""In the causes of runs whose loss diverged."""
+"""Matches the causes of failure of runs whose loss diverged."""
 MIN_RUNS = 6
-"""Fewer finished runs than that have no law."""
+"""Least number of finished runs to which a law is fitted."""
 
 
 def row_of(directory: SweepDirectory, trial: Trial, rung: Rung) -> dict[str, Any] | None:
-    """The row of a trial whose run has finished; None where it has no held-out loss at its end.
+    """The row of a trial whose run has finished; None if the run has no held-out loss at its last step.
 
-    Losses are in nats a token; `flops` counts the whole schedule from step 0, whoever computed it. `tokens` are those
-    that the run has counted, as its tracker has them too: the last sequence of an epoch is shorter than the others, so
-    a run over several epochs trains on fewer than its steps have places for.
+    Losses are in nats per token. `flops` counts all steps from step 0, including those of the trunk. `tokens` is the
+    run's own count, as in its tracker. The last sequence of an epoch may be shorter than the others, so a run over
+    several epochs trains on fewer tokens than its steps times the tokens of a batch.
     """
     rows = read_metrics(directory.run(trial.name).metrics)
     last = rows[-1] if rows else {}
@@ -53,7 +53,7 @@ def row_of(directory: SweepDirectory, trial: Trial, rung: Rung) -> dict[str, Any
 
 
 def diverged(directory: SweepDirectory, record: TrialRecord) -> bool:
-    """Whether a trial failed because its loss grew beyond all numbers, and not for a reason outside of it."""
+    """Whether a trial failed because its loss was not finite, and not for an external reason."""
     if record.state != "failed":
         return False
     rows = read_metrics(directory.run(record.trial.name).metrics)
@@ -63,7 +63,7 @@ def diverged(directory: SweepDirectory, record: TrialRecord) -> bool:
 
 
 def write_runs(directory: SweepDirectory, state: SweepState) -> None:
-    """Write the rows of all finished runs, each once, whatever was there."""
+    """Write the files of rows anew: the finished branches, and the trials that tuned a learning rate, if any."""
     rows = results(state.trials.values())
     storage.write_atomic(directory.runs, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     tuned = [row for record in state.trials.values() if (row := _tuning_row(directory, record)) is not None]
@@ -72,7 +72,7 @@ def write_runs(directory: SweepDirectory, state: SweepState) -> None:
 
 
 def _tuning_row(directory: SweepDirectory, record: TrialRecord) -> dict[str, Any] | None:
-    """The row of a trial that tuned a learning rate: its result, or no loss where it diverged."""
+    """The row of a tuning trial: its result, or a row without a loss if it diverged; None for all other trials."""
     trial = record.trial
     if trial.kind != "tuning":
         return None
@@ -88,13 +88,17 @@ def _tuning_row(directory: SweepDirectory, record: TrialRecord) -> dict[str, Any
 
 
 def saved_flops(trials: list[Trial]) -> tuple[float, float]:
-    """FLOPs of the sweep's trunks and branches, and of as many separate runs."""
+    """FLOPs of the sweep's trunks and branches, and FLOPs of the same runs if each were trained from step 0."""
     own = sum(trial.own_flops for trial in trials if trial.kind != "tuning")
     return own, sum(trial.flops for trial in trials if trial.kind == "branch")
 
 
 def fit_law(directory: SweepDirectory, target_flops: float | None, tracking: TrackingConfig) -> Fitted | str:
-    """Fit the law of the runs so far into DIR/law, and record it as a W&B run; or why it cannot be fitted."""
+    """Fit a law to the finished runs, write it into the sweep's law/, and record it as a W&B run.
+
+    Returns:
+        The fit, or the reason why no law can be fitted.
+    """
     count = sum(1 for _ in storage.read_lines(directory.runs))
     if count < MIN_RUNS:
         return f"{count} finished runs have no law: {MIN_RUNS} are needed"
@@ -111,7 +115,7 @@ def fit_law(directory: SweepDirectory, target_flops: float | None, tracking: Tra
 
 
 def between_trials_s(directory: SweepDirectory) -> list[float]:
-    """Seconds from the end of each run to the first step of the next on its slot."""
+    """Seconds between the end of a run and the first step of the next run in the same slot, for each such pair."""
     slots: dict[int, list[str]] = {}
     for line in storage.read_lines(directory.journal):
         if line.get("event") == "started":
@@ -126,7 +130,7 @@ def between_trials_s(directory: SweepDirectory) -> list[float]:
 
 
 def _span(events: Path) -> tuple[float, float] | None:
-    """When a run took its first step, and when it finished."""
+    """Times of a run's first step and of its end, in seconds; None if an event is missing."""
     known = read_events(events)
     first = next((event["time"] for event in known if event["event"] in ("started", "resumed")), None)
     last = next((event["time"] for event in reversed(known) if event["event"] == "finished"), None)

@@ -1,4 +1,4 @@
-"""Where a trial is started: slots of this machine, or gangs on a cluster (`bigtrain.sweeps.ray_slots`)."""
+"""The slots that trials run in: processes of this machine, or nodes of a Ray cluster (`bigtrain.sweeps.ray_slots`)."""
 
 from __future__ import annotations
 
@@ -26,64 +26,67 @@ from bigtrain.sweeps.gang import BETWEEN_SIGNALS_S
 from bigtrain.sweeps.load import Sweep
 
 CLOSE_S: Final = 5.0
-"""How long a launcher without a trial may take to end its agent; on an idle machine it takes 0.1 s."""
+"""Seconds that a launcher without a trial may take to end its agent; on an idle machine it takes 0.1 s."""
 
 
 class RunningTrial(Protocol):
-    """A trial under way."""
+    """A trial that has been started."""
 
     def poll(self) -> int | None:
-        """Its exit code, one of `bigtrain.run.ExitCode` or minus a signal; None while it runs."""
+        """The trial's exit code: one of `bigtrain.run.ExitCode`, or minus a signal's number; None while it runs."""
         ...
 
     def stop(self, now: bool) -> None:
-        """Ask it to save itself and exit, or to end at once."""
+        """Ask the trial to save a checkpoint and exit; with `now`, ask it to exit at once."""
         ...
 
 
 class TrialStarter(Protocol):
-    """What runs trials: how many at once, what can never fit, and the start of one."""
+    """Starts trials in a fixed number of slots, and refuses trials that can never fit."""
 
     @property
     def slots(self) -> int:
-        """Trials that run side by side."""
+        """Number of trials that can run at the same time."""
         ...
 
     def check(self) -> None:
-        """Look whether there is anything to run trials on.
+        """Check that there is a machine or a cluster to run trials on.
 
         Raises:
-            UserError: There is not.
+            UserError: There is none.
         """
         ...
 
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
-        """Why a trial could never run here, or None.
+        """The reason why a trial can never run in these slots; None if it can.
 
         Args:
-            memory_bytes: What its processes together hold at least.
+            config: The trial's config.
+            memory_bytes: Least memory of the trial, in bytes over all its ranks.
         """
         ...
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
-        """Start the trial of a config file; returns at once.
+        """Start the trial of a config file, without waiting for it.
 
         Args:
-            log: Takes what it prints, after what is there.
-            slot: Which of the slots it fills, from 0.
+            config: The trial's YAML.
+            runs_dir: The directory that holds the trials' run directories.
+            log: File to which the trial's output is appended.
+            slot: Number of the slot that the trial fills, from 0.
         """
         ...
 
     def close(self) -> None:
-        """Give back what is kept between trials; no trial is under way any more, or is ended at once."""
+        """Release all resources that the slots hold. A trial that is still running is ended at once."""
         ...
 
 
 def starter_of(sweep: Sweep) -> TrialStarter:
-    """The slots that a sweep's file configures.
+    """The slots that a sweep's section `slots` describes.
 
     Raises:
-        UserError: They lie on a cluster that does not answer.
+        UserError: The slots are on a Ray cluster, and no cluster answers.
     """
     active = active_plugin()
     plugin = None if active is None else active.place
@@ -95,7 +98,10 @@ def starter_of(sweep: Sweep) -> TrialStarter:
 
 
 class LocalSlots:
-    """Slots of this machine: a launcher each, which the kernel ends with the driver; it keeps its agent."""
+    """Slots of this machine. Each slot has one launcher process, which keeps its agent between trials.
+
+    The kernel ends the launchers when the driver ends.
+    """
 
     def __init__(self, config: SlotsConfig, plugin: str | None = None) -> None:
         self._procs, self._threads = config.procs, config.threads
@@ -109,10 +115,10 @@ class LocalSlots:
         return max(1, units)
 
     def check(self) -> None:
-        """Nothing: this machine is there."""
+        """Do nothing: this machine is always available."""
 
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
-        """Memory and devices; see `TrialStarter.refusal`."""
+        """See `TrialStarter.refusal`. Compares the number of GPUs and the memory."""
         if self._gpus and self._procs > self._gpus:
             return f"it takes {self._procs} GPUs, and this machine has {self._gpus}"
         if self._gpus:
@@ -129,14 +135,17 @@ class LocalSlots:
         )
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:
-        """See `TrialStarter.start`. Only from the main thread: the kernel ends the slot with the thread's death."""
+        """See `TrialStarter.start`.
+
+        Only the main thread may call it: the kernel ends a slot's process when the thread that started it ends.
+        """
         launcher = self._launchers.get(slot)
         if launcher is None or not launcher.lives():
             launcher = self._launchers[slot] = Launcher(self.command(slot), self._environment(slot), log)
         return launcher.train(config.absolute(), runs_dir.absolute(), log)
 
     def close(self) -> None:
-        """End the slots' processes: those that wait give their agents back first."""
+        """End the slots' processes. A launcher without a trial first ends its agent."""
         for launcher in self._launchers.values():
             launcher.close()
         for launcher in self._launchers.values():
@@ -144,12 +153,12 @@ class LocalSlots:
         self._launchers.clear()
 
     def command(self, slot: int) -> list[str]:
-        """The process of a slot (`bigtrain.sweeps.launcher`)."""
+        """The command line of a slot's process (`bigtrain.sweeps.launcher`)."""
         command = module_command("bigtrain.sweeps.launcher", str(slot), str(self._procs))
         return command if self._plugin is None else [*command, self._plugin]
 
     def _environment(self, slot: int) -> Mapping[str, str]:
-        # Trials are short: what their ranks import is imported once a slot.
+        # Trials are short, so their ranks are forked from a process that imports torch once per slot.
         environment = {variables.TEMPLATE: "1", **with_source(os.environ), "OMP_NUM_THREADS": str(self._threads)}
         if self._gpus:
             listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -160,10 +169,12 @@ class LocalSlots:
 
 
 class Launcher:
-    """A slot's process, which trains one trial after another; the kernel ends it with the driver.
+    """The process of one slot, which trains one trial after another. The kernel ends it when the driver ends.
 
     Args:
-        log: Takes what it prints until it has a trial's log.
+        command: The command line of the process.
+        environment: All environment variables of the process.
+        log: File to which the output is appended until the first trial brings a log of its own.
     """
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
@@ -178,19 +189,22 @@ class Launcher:
         self._heard = b""
 
     def lives(self) -> bool:
-        """Whether it can train another trial."""
+        """Whether the process runs, so that it can train another trial."""
         return self.process.poll() is None
 
     def train(self, config: Path, runs_dir: Path, log: Path) -> LocalTrial:
-        """Have it train a trial; returns at once."""
+        """Send the launcher a trial to train, without waiting for it."""
         order = {"config": str(config), "runs_dir": str(runs_dir), "log": str(log)}
-        # One that has just died shows itself at the first look.
+        # If the launcher has just died, the first call of `code` finds out.
         with contextlib.suppress(OSError):
             self._orders.sendall(json.dumps(order).encode() + b"\n")
         return LocalTrial(self)
 
     def code(self) -> int | None:
-        """The code of the trial that it was given last; minus a signal where one ended it; None while it trains."""
+        """Exit code of the newest trial; None while it trains.
+
+        If the launcher itself has ended, this is its own exit code: minus the number of the signal that ended it.
+        """
         died = self.process.poll()
         with contextlib.suppress(OSError):
             self._heard += self._orders.recv(4096)
@@ -198,11 +212,11 @@ class Launcher:
         return int(line) if newline else died
 
     def close(self) -> None:
-        """Have it end once it has nothing to do."""
+        """Ask the launcher to exit once it trains no trial."""
         self._orders.close()
 
     def wait(self) -> None:
-        """Wait for its end, and make it end."""
+        """Wait up to `CLOSE_S` seconds for the launcher to exit, then kill it."""
         try:
             self.process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -211,7 +225,7 @@ class Launcher:
 
 
 class LocalTrial:
-    """A trial in its slot's process."""
+    """A trial that the launcher of a slot trains."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -219,7 +233,7 @@ class LocalTrial:
 
     @property
     def pid(self) -> int:
-        """Of the launcher."""
+        """Process id of the launcher."""
         return self._launcher.process.pid
 
     def poll(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What `bigtrain sweep status` says, from the journal and the trials' own records."""
+"""The result of `bigtrain sweep status`, from the sweep's journal and the metrics of its trials."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from bigtrain.tracking.metrics import read_metrics
 
 
 def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
-    """A sweep's status, under the names that `--json` prints.
+    """The status of a sweep, under the names that `--json` prints.
 
     Returns:
-        Plain values for JSON. `state` is running, waiting (a driver has left trials to do), finished, or failed (none
-        is left to do, and not all have finished or a size has no learning rate). `undecided` are those sizes.
+        Plain values for JSON. `state` is "running" while a driver runs, "waiting" if no driver runs and trials are left
+        to run, "finished" if all trials are done, and "failed" otherwise. `undecided` lists the sizes for which no
+        learning rate was chosen; with one of them the sweep is not "finished".
     """
     state = read_state(directory.journal)
     holder = Lease.holder(directory)
@@ -39,7 +40,7 @@ def sweep_status(directory: SweepDirectory) -> dict[str, Any]:
 
 
 def _goes_on(record: TrialRecord, state: SweepState) -> bool:
-    """Whether a driver would still run a trial: not where its trunk has failed."""
+    """Whether a driver would still run a trial; it does not run a trial whose trunk has failed."""
     if record.settled:
         return False
     parent = state.trials.get(record.trial.parent or "")

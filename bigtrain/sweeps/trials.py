@@ -1,8 +1,9 @@
-"""The trials of a sweep: one trunk for each size and seed, a decay branch for each D, runs that tune the learning rate.
+"""The trials of a sweep: a trunk for each size and seed, a branch for each D, and runs that tune the learning rate.
 
-A trunk trains at a constant rate and saves itself where each branch leaves it; a branch takes all of that state and
-decays to the end of its D. Together they are a run of the warm-up-stable-decay schedule, step for step and bit for
-bit. Points added later get what is missing: a further segment of the trunk, from its nearest saved step.
+A trunk trains at a constant learning rate after its warm-up, and saves a checkpoint at each step where a branch starts.
+A branch starts from the full state of such a checkpoint, and decays the learning rate until the end of its D. A trunk
+and a branch together equal one run of the warm-up-stable-decay schedule, step by step and bit by bit. Lengths that are
+added later get the missing trials: their branches, and a further segment of the trunk from its nearest saved step.
 """
 
 from __future__ import annotations
@@ -29,62 +30,66 @@ class Trial:
     name: str
     kind: Kind
     size: int
-    """Target N of its rung."""
+    """Target N of the trial's rung."""
     seed: int
     lr: float
+    """Learning rate at the peak."""
     group: str
-    """Its trunk: runs of one group share their noise."""
+    """Name of the trunk's group: the runs of a group share the noise of their trunk."""
     steps: int
-    """Steps at its end, those of its parent counted."""
+    """Number of steps at the trial's end, including those before `parent_step`."""
     parent: str | None = None
+    """Name of the trial whose checkpoint this trial starts from; None: it starts at step 0."""
     parent_step: int = 0
+    """Step of that checkpoint; 0 without a parent."""
     save_at: tuple[int, ...] = ()
-    """Steps at which branches leave it."""
+    """Steps at which the trial saves a checkpoint for a branch."""
     params: int = 0
+    """N, as the law counts it."""
     params_without_embeddings: int = 0
     params_total: int = 0
     tokens: int = 0
-    """D at its end, as planned: whole sequences."""
+    """Planned D at the trial's end: its steps times the tokens of a batch."""
     flops: float = 0.0
-    """Exact FLOPs of all steps up to its end."""
+    """Exact FLOPs of all steps up to the trial's end, including those before `parent_step`."""
 
     @property
     def own_steps(self) -> int:
-        """Steps that it trains itself."""
+        """Number of steps that the trial itself trains."""
         return self.steps - self.parent_step
 
     @property
     def own_flops(self) -> float:
-        """FLOPs that it spends itself."""
+        """FLOPs of the steps that the trial itself trains."""
         return self.flops * self.own_steps / self.steps
 
     def plain(self) -> dict[str, Any]:
-        """As the journal keeps it."""
+        """The trial as plain values for JSON, as in the journal."""
         return {**asdict(self), "save_at": list(self.save_at)}
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> Trial:
-        """The inverse of `plain`; keys that a newer version has added are passed over."""
+        """The inverse of `plain`; keys that a newer bigtrain has added are ignored."""
         known = {field.name for field in fields(cls)}
         kept = {name: item for name, item in value.items() if name in known}
         return cls(**{**kept, "save_at": tuple(kept.get("save_at", ()))})
 
 
 def label(target: int) -> str:
-    """Of a size: "n20k"."""
+    """Name of a size, such as "n20k"."""
     return f"n{short(float(target))}"
 
 
 def group_name(target: int, seed: int) -> str:
-    """Of a size and seed: "n20k-s1337"."""
+    """Name of the group of a size and seed, such as "n20k-s1337"."""
     return f"{label(target)}-s{seed}"
 
 
 def lengths(sweep: Sweep, size: SizeConfig, rung: Rung) -> list[int]:
-    """Steps of each D of a size, rising.
+    """Number of steps of each D of a size, in rising order.
 
     Raises:
-        UserError: Two D that come to the same number of steps, or a warm-up that the shortest has no room for.
+        UserError: Two D have the same number of steps, or the warm-up does not end before the shortest run's decay.
     """
     if size.tokens is not None:
         wanted: list[float] = [float(count) for count in size.tokens]
@@ -106,12 +111,12 @@ def lengths(sweep: Sweep, size: SizeConfig, rung: Rung) -> list[int]:
 
 
 def decay_start(sweep: Sweep, steps: int) -> int:
-    """The step at which a run of that length leaves the trunk."""
+    """The step at which the branch of a run of so many steps leaves the trunk."""
     return steps - max(1, round(sweep.config.ladder.decay * steps))
 
 
 def tuning_trials(sweep: Sweep, rung: Rung) -> list[Trial]:
-    """The runs by which a size's learning rate is chosen."""
+    """The runs from which a size's learning rate is chosen, by rising learning rate."""
     rates = sweep.config.learning_rates
     assert rates is not None
     steps = rung.steps(rates.tokens_per_param * rung.params)
@@ -127,15 +132,18 @@ def tuning_trials(sweep: Sweep, rung: Rung) -> list[Trial]:
 def grid_trials(
     sweep: Sweep, rung: Rung, lr: float, seeds: Iterable[int], steps: Sequence[int], planned: Iterable[Trial] = ()
 ) -> list[Trial]:
-    """Trunks and branches that a size still needs, each trunk before its branches.
+    """The trunks and branches that a size still needs, each trunk before its branches.
 
     Args:
-        lr: The peak of the learning rate.
-        steps: Lengths of the runs.
+        sweep: The sweep.
+        rung: The size.
+        lr: The learning rate at the peak.
+        seeds: Seeds of the trunks.
+        steps: Numbers of steps of the runs of each seed.
         planned: Trials that the sweep has already.
 
     Raises:
-        UserError: Those of this size were planned with another shape, batch or learning rate.
+        UserError: Planned trials of this size have another shape, batch or learning rate.
     """
     known = [one for one in planned if one.size == rung.target and one.kind != "tuning"]
     _check_same(sweep, rung, lr, known)
@@ -171,7 +179,7 @@ def grid_trials(
 
 
 def _check_same(sweep: Sweep, rung: Rung, lr: float, known: Sequence[Trial]) -> None:
-    """Refuse to add points to trunks that were trained otherwise."""
+    """Refuse to add runs to a size whose known trials have another N, batch or learning rate."""
     for one in known:
         before = (one.params, one.tokens // one.steps, one.lr)
         now = (rung.params, rung.batch_tokens, lr)
@@ -196,7 +204,7 @@ def trial_config(sweep: Sweep, rung: Rung, trial: Trial) -> RunConfig:
     """The config of a trial.
 
     Raises:
-        UserError: The base run's keys do not go together with it.
+        UserError: The base run is wrong, or does not fit the keys that the sweep sets.
     """
     ladder = sweep.config.ladder
     warmup = f"{rung.warmup_steps} steps"
@@ -223,7 +231,7 @@ def trial_config(sweep: Sweep, rung: Rung, trial: Trial) -> RunConfig:
 
 
 def _optimizer(sweep: Sweep, rung: Rung, trial: Trial) -> dict[str, Any]:
-    """The learning rate, and for Adam's family the betas."""
+    """Keys of the section `optimizer`: the learning rate, and for Adam and AdamW the betas."""
     optimizer: dict[str, Any] = {"lr": trial.lr}
     base = sweep.document.value.get("optimizer")
     if not isinstance(base, dict) or base.get("name", "adamw") in ("adamw", "adam"):
@@ -232,7 +240,7 @@ def _optimizer(sweep: Sweep, rung: Rung, trial: Trial) -> dict[str, Any]:
 
 
 def facts(trial: Trial) -> dict[str, str | int | float]:
-    """What a fit needs to know of a trial, beside its losses: keys of its W&B config."""
+    """The values of a trial that a fit needs besides its losses; they are keys of its W&B config."""
     return {
         "group": trial.group, "kind": trial.kind, "phase": PHASES[trial.kind], "params": trial.params,
         "params_without_embeddings": trial.params_without_embeddings, "params_total": trial.params_total,

@@ -1,1 +1,1 @@
-"""The optimizers: one file each, named by `optimizer.name`."""
+"""The optimizers: one file each, selected by `optimizer.name`."""

@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam, with the weight decay added to the gradient."""
 
 from __future__ import annotations
 

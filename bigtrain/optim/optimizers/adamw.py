@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class AdamFamily(OptimizerConfig):
-    """What Adam and AdamW share: two moments, updated by one fused kernel.
+    """Base class of Adam and AdamW: both keep two moments, which one fused kernel updates.
 
-    The kernel is the fastest on CPU and GPU, and it works element by element, so that no reduction's order can change a
-    bit. It takes DTensors.
+    The fused kernel is the fastest on CPU and GPU. It works element by element, so no order of reduction can change a
+    bit of the result. It supports DTensors.
     """
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """Added to the root of the second moment."""
+    """Value added to the square root of the second moment in the update's denominator."""
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Two moments of zero, and a step count on the parameter's device, where the fused kernel reads it."""
+        """Two moments of zeros, and an FP32 step count on the parameter's device, as the fused kernel requires."""
         import torch
 
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

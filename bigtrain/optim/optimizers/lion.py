@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 @OPTIMIZERS.register
 class LionConfig(OptimizerConfig):
-    """Lion with decoupled weight decay (Chen et al. 2023, algorithm 2); its learning rate is 3 to 10 times smaller
-    than AdamW's."""
+    """Lion with decoupled weight decay (Chen et al. 2023, algorithm 2).
+
+    Its learning rate should be 3 to 10 times smaller than AdamW's.
+    """
 
     name: Literal["lion"] = "lion"
     lr: Annotated[float, Gt(0)] = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    """Weights of the momentum in the update, and of the momentum in its own next value."""
+    """Weight of the old momentum in the update, and its weight in the next momentum."""
     weight_decay: NonNegative = 1.0
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -28,7 +30,7 @@ class LionConfig(OptimizerConfig):
         return _lion(groups, self)
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A momentum of zero."""
+        """A momentum of zeros."""
         import torch
 
         return {"exp_avg": torch.zeros_like(parameter)}

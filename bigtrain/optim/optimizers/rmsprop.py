@@ -1,4 +1,4 @@
-"""RMSprop."""
+"""RMSprop, with and without momentum."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class RMSpropConfig(OptimizerConfig):
     alpha: Fraction = 0.99
     """Decay rate of the second moment."""
     momentum: Fraction = 0.0
-    """Decay rate of the velocity; 0: none."""
+    """Decay rate of the momentum buffer; 0: no momentum."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """Added to the root of the second moment."""
+    """Value added to the square root of the second moment in the update's denominator."""
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """See `OptimizerConfig.make`; torch has no fused kernel."""
+        """See `OptimizerConfig.make`. torch has no fused kernel for RMSprop."""
         import torch
 
         return torch.optim.RMSprop(
@@ -33,10 +33,13 @@ class RMSpropConfig(OptimizerConfig):
         )
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A second moment of zero, a velocity where there is one, and a step count, which torch keeps on the CPU."""
+        """A second moment of zeros, a momentum buffer if `momentum` is set, and a step count.
+
+        torch keeps the step count on the CPU.
+        """
         import torch
 
         keys = ("square_avg", "momentum_buffer") if self.momentum else ("square_avg",)
-        # torch counts in the default dtype.
+        # torch keeps the step count in the default dtype.
         state = {"step": torch.zeros((), dtype=torch.get_default_dtype())}
         return state | {key: torch.zeros_like(parameter) for key in keys}

@@ -18,9 +18,9 @@ class SGDConfig(OptimizerConfig):
 
     name: Literal["sgd"] = "sgd"
     momentum: Fraction = 0.0
-    """Decay rate of the velocity; 0: none."""
+    """Decay rate of the momentum buffer; 0: no momentum."""
     nesterov: bool = False
-    """Nesterov's form; needs momentum."""
+    """Whether to use Nesterov momentum; requires `momentum` above 0."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> SGDConfig:
@@ -29,13 +29,16 @@ class SGDConfig(OptimizerConfig):
         return self
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """See `OptimizerConfig.make`; the fused kernel takes no DTensors."""
+        """See `OptimizerConfig.make`. It is not fused: the fused kernel does not support DTensors."""
         import torch
 
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, foreach=True)
 
     def zero_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A velocity of zero. torch takes the first gradient as the velocity: so does a step from zero, undampened."""
+        """A momentum buffer of zeros if `momentum` is set; otherwise no state.
+
+        torch sets the buffer to the first gradient. Without dampening, a step from zeros gives the same buffer.
+        """
         import torch
 
         return {"momentum_buffer": torch.zeros_like(parameter)} if self.momentum else {}

@@ -1,1 +1,1 @@
-"""The schedules: one file each, named by `schedule.name`."""
+"""The schedules: one file each, selected by `schedule.name`."""

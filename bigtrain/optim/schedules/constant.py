@@ -27,5 +27,5 @@ class Constant(Schedule):
     """Warm-up, then a constant learning rate."""
 
     def after_warmup(self, step: int) -> float:
-        """The peak."""
+        """The peak learning rate; see `Schedule.after_warmup`."""
         return self.peak_lr

@@ -1,4 +1,4 @@
-"""Half a cosine down to the end of the run."""
+"""Warm-up, then half a cosine down to the final learning rate at the end of the run."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class Cosine(Schedule):
     final_lr: float
 
     def after_warmup(self, step: int) -> float:
-        """The cosine; `final_lr` past the end."""
+        """The cosine; `final_lr` from `total_steps` on. See `Schedule.after_warmup`."""
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.final_lr + (self.peak_lr - self.final_lr) * remaining("cosine", progress)

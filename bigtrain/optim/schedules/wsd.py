@@ -1,4 +1,4 @@
-"""Warm-up, stable, decay."""
+"""WSD schedule: warm-up, a stable phase at the peak, decay."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bigtrain.optim.schedule import DecayShape, Schedule, remaining
 
 @SCHEDULES.register
 class WSDConfig(ScheduleConfig):
-    """Warm-up, stable, decay: the run may be lengthened until its decay begins."""
+    """Warm-up, a stable phase at the peak, decay. The run may be lengthened until its decay begins."""
 
     name: Literal["wsd"] = "wsd"
     final_lr: NonNegative = 0.0
     """Learning rate at the end of the run."""
     decay: Portion = Percentage(20.0)
-    """The last part of the run, in which the rate decays: a percentage of the duration, or a duration."""
+    """Length of the decay at the end of the run: a percentage of the run ("20%"), or steps, tokens or epochs."""
     shape: DecayShape = "1-sqrt"
-    """Form of the decay."""
+    """Form of the decay over its steps."""
 
     @field_validator("decay")
     @classmethod
@@ -40,7 +40,7 @@ class WSDConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """Warm-up, the peak, then a decay over the last `decay_steps` (Hu et al. 2024, Haegele et al. 2024)."""
+    """Warm-up, the peak, then a decay over the last `decay_steps` steps (Hu et al. 2024, Haegele et al. 2024)."""
 
     total_steps: int
     decay_steps: int
@@ -49,11 +49,11 @@ class WarmupStableDecay(Schedule):
 
     @property
     def decay_start(self) -> int:
-        """The first step of the decay, still at the peak."""
+        """The first step of the decay, which still has the peak learning rate."""
         return self.total_steps - self.decay_steps
 
     def after_warmup(self, step: int) -> float:
-        """The peak, or the decay; `final_lr` past the end."""
+        """The peak before `decay_start`, then the decay; `final_lr` from `total_steps` on."""
         if step < self.decay_start:
             return self.peak_lr
         progress = (step - self.decay_start) / max(1, self.decay_steps)

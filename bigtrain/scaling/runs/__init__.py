@@ -1,1 +1,1 @@
-"""Runs as one table: read from files, sweeps and W&B, selected and checked before a fit."""
+"""The table of runs for a fit: read from files, sweeps or W&B, then selected and checked."""

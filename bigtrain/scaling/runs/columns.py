@@ -1,4 +1,4 @@
-"""From a source's own columns to the table of runs: which column is which, and what follows from what."""
+"""Builds the table of runs from a source's columns: finds N, D, FLOPs, loss and others, and computes missing ones."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _KNOWN: dict[str, tuple[str, ...]] = {
                                   "params_non_embedding", "n_params_non_embedding", "non_embedding_parameters",
                                   "num_params_non_embedding"),
 }  # fmt: skip
-"""Names by which each column is guessed, in the order of preference."""
+"""Names by which each column is recognised, in order of preference."""
 _LOSS_LIKE = tuple(re.compile(pattern) for pattern in (
     r"(^|_)(val|valid|validation|eval|evaluation|held_out|test)(_.*)?_(loss|nll|ce|cross_entropy)(_|$)",
     r"(^|_)(loss|nll|ce|cross_entropy)(_.*)?_(val|valid|validation|eval|evaluation|held_out|test)(_|$)",
     r"(^|_)(loss|nll|cross_entropy)$",
 ))  # fmt: skip
-"""Forms of a column of losses that no list names, such as `eval/c4/loss` and `smooth loss`."""
+"""Patterns of further names of columns of losses, such as `eval/c4/loss` and `smooth loss`."""
 _NO_LOSS = re.compile(r"(^|_)(aux|z|balanc\w*|router|std|scale|scaler|var|grad|bound|delta)(_|$)")
 _UNIT = re.compile(r"(?P<base>.+)_(?:in_)?(?P<unit>k|m|b|g|t|thousands?|millions?|billions?|trillions?)")
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -53,7 +53,7 @@ _FLOP_UNITS = {
     **dict.fromkeys(("zflops", "zflop", "zettaflops", "zettaflop"), 1e21),
     **dict.fromkeys(("pf_days", "pfs_days", "petaflop_days", "petaflops_days", "petaflop_s_days"), 8.64e19),
 }
-"""Columns of FLOPs whose name is their unit; a PF-day is 1e15 FLOP/s for a day."""
+"""Names of columns of FLOPs that state the unit, with the unit in FLOPs; a PF-day is 1e15 FLOP/s for a day."""
 _NO_NATS = {
     "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
     "bits a byte are no nats a token; laws of tasks take them: bigtrain scaling tasks": re.compile(
@@ -65,7 +65,7 @@ _NAMES_A_RUN = ("run", "run_id", "id", "name", "run_name", "trial", "uuid", "url
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """The columns that the user has named, None where they are guessed, and the units of N and D."""
+    """The columns that the user has named, and the units of N and D; None: the column is recognised by its name."""
 
     params: str | None = None
     tokens: str | None = None
@@ -73,23 +73,24 @@ class ColumnNames:
     loss: str | None = None
     group: str | None = None
     params_unit: float | None = None
-    """What one of the column's units is in parameters; None: one, and the values are checked."""
+    """Number of parameters in one unit of the column; None: 1, or by the column's name, and the values are checked."""
     tokens_unit: float | None = None
+    """Number of tokens in one unit of the column; None: 1, or by the column's name, and the values are checked."""
     lr: str | None = None
     batch: str | None = None
 
 
 def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: str, named: ColumnNames) -> RunTable:
-    """The table of runs of a source's columns.
+    """Build the table of runs from a source's columns.
 
     Args:
         raw: Columns of one length n, as they were read.
-        place: Where each row stands, for messages.
-        source: Where the columns come from.
+        place: Position of each row in the source, for messages.
+        source: Name of the source, for messages.
         named: Columns that the user has named.
 
     Raises:
-        UserError: A column is missing, or its values do not parse as numbers.
+        UserError: There are no rows, or a column that is needed is missing.
     """
     if not place:
         raise UserError("There are no runs in the source", source)
@@ -147,7 +148,7 @@ def _groups(
     raw: Mapping[str, Sequence[object]], found: dict[str, str], numbers: dict[str, FloatArray], notes: list[str],
     place: Sequence[str], params_derived: bool, named: ColumnNames,
 ) -> tuple[str, ...]:  # fmt: skip
-    """The model of each row: a column's, where each of its values has one N, else by size."""
+    """The model of each row: the value of a column whose values have one N each, otherwise by the size of N."""
     if "group" in found:
         group = texts(raw[found["group"]])
         if named.group is not None or params_derived or _one_size_each(group, numbers["params"]):
@@ -162,7 +163,7 @@ def _groups(
 
 
 def _one_size_each(group: tuple[str, ...], params: FloatArray) -> bool:
-    """Whether the values of a column are models: one N each, and not a value for each row of the same N."""
+    """Whether the values of a column are models: most have one N each, and they do not merely number the rows."""
     sizes: dict[str, set[str]] = {}
     by_size = groups_by_size(params)
     for name, size in zip(group, by_size, strict=True):
@@ -173,7 +174,7 @@ def _one_size_each(group: tuple[str, ...], params: FloatArray) -> bool:
 
 
 def _factor(wanted: str, column: str) -> float:
-    """What one of a column is in parameters, tokens or FLOPs, by its name: 1e9 of "params_B" and "N (B)"; else 1."""
+    """The unit of a column in parameters, tokens or FLOPs, by its name: 1e9 for "params_B" and "N (B)", otherwise 1."""
     name = _plain(column)
     if wanted == "flops":
         return _FLOP_UNITS.get(name, 1.0)
@@ -181,7 +182,7 @@ def _factor(wanted: str, column: str) -> float:
     if wanted not in ("params", "tokens", "unique_tokens") or match is None:
         return 1.0
     base, unit = match["base"], match["unit"]
-    # A single letter needs a bracket: "d_b" may be anything, "D (B)" is a unit.
+    # After a single letter the unit must be in brackets: "d_b" may mean anything, but "D (B)" is a unit.
     known = base in _KNOWN[wanted] and (len(base) > 1 or re.search(r"[(\[]", column) is not None)
     return _UNITS[unit[0]] if known else 1.0
 
@@ -218,7 +219,7 @@ def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) 
 
 
 def _losses(plain: Mapping[str, str]) -> list[str]:
-    """Columns that look like losses, held-out ones first."""
+    """Columns whose names look like losses, held-out losses first."""
     known = [name for name in reversed(list(plain)) if not _NO_LOSS.search(name)]
     return [plain[name] for pattern in _LOSS_LIKE for name in known if pattern.search(name)]
 
@@ -226,7 +227,7 @@ def _losses(plain: Mapping[str, str]) -> list[str]:
 def _complete(
     numbers: dict[str, FloatArray], notes: list[str], source: str, raw: Mapping[str, Sequence[object]]
 ) -> bool:
-    """Compute what is missing of N, D and C by C = 6 N D; returns whether N was."""
+    """Compute the missing one of N, D and C by C = 6 N D; returns whether N was the missing one."""
     missing = [name for name in ("params", "tokens", "flops") if name not in numbers]
     if len(missing) > 1:
         flags = " and ".join(f"--{name}" for name in missing)
@@ -251,7 +252,10 @@ def _complete(
 
 
 def _numbers(raw: Mapping[str, Sequence[object]], column: str, bad: list[str], name: str) -> FloatArray:
-    """A column as numbers; a cell that is none becomes NaN, and is refused later if its row is still there."""
+    """A column as numbers, shape (n,). A cell that does not parse becomes NaN, and is noted in `bad`.
+
+    It is refused only after the selection of rows, if its row is still there.
+    """
     out = np.empty(len(bad))
     for i, value in enumerate(raw[column]):
         number = parse_number(value)
@@ -267,14 +271,17 @@ def _list(raw: Mapping[str, Sequence[object]]) -> str:
 
 
 def rows_to_columns(rows: list[tuple[str, dict[str, Any]]]) -> tuple[Columns, list[str]]:
-    """Columns of (place, object) rows; what an object lacks is None. Objects inside are joined by dots."""
+    """Columns and positions of rows, each given as (position, object).
+
+    A key that an object lacks is None in its column. Nested objects become columns with dotted names.
+    """
     flat = [(place, flatten(row)) for place, row in rows]
     names = list(dict.fromkeys(name for _, row in flat for name in row))
     return {name: [row.get(name) for _, row in flat] for name in names}, [place for place, _ in flat]
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects by dotted names."""
+    """A dict without nested dicts, whose keys become dotted names."""
     out: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):

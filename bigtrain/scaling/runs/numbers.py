@@ -1,4 +1,4 @@
-"""Numbers as people write them in tables and on command lines (125M, 7B, 1e21), and one notation to print them."""
+"""Parsing of numbers as people write them in tables and on command lines (125M, 7B, 1e21), and their formatting."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _NUMBER = re.compile(
     r"\s*([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"\s*([kKmMbBgGtT]?)\s*"
 )
-"""Commas divide thousands ("1,000,000"); "3,45" does not parse."""
+"""A comma separates thousands ("1,000,000"), so "3,45" does not parse."""
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _LARGEST = 999.5e12
 
 
 def parse_number(value: object) -> float | None:
-    """The number that a cell or an option holds, NaN where it is empty, None where it does not parse.
+    """The number in a cell or an option; NaN if it is empty, None if it does not parse.
 
-    k, M, B (or G) and T are powers of a thousand, in either case, as in the names of models ("125m", "7B").
+    The suffixes k, M, B (or G) and T, in upper or lower case, are powers of a thousand ("125m", "7B").
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return math.nan
@@ -36,7 +36,7 @@ def parse_number(value: object) -> float | None:
 
 
 def count(value: float, digits: int = 3) -> str:
-    """A count of parameters, tokens or FLOPs: "16.2B"; from a quadrillion on, and below one, "1.3e+20"."""
+    """A count of parameters, tokens or FLOPs as text: "16.2B"; from 1e15 on and below 1e-3 in the form "1.3e+20"."""
     size = abs(value)
     if not math.isfinite(value):
         return "n/a"
@@ -49,5 +49,5 @@ def count(value: float, digits: int = 3) -> str:
 
 
 def nats(value: float) -> str:
-    """A loss, to 5 digits after the point."""
+    """A loss as text, with 5 digits after the decimal point."""
     return f"{value:.5f}" if math.isfinite(value) else "n/a"

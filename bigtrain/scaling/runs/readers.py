@@ -1,4 +1,4 @@
-"""Where runs come from: CSV, JSON lines, a sweep's directory, W&B's offline files, a W&B project."""
+"""Readers of runs from CSV, JSON lines, a sweep's directory, W&B's offline files, a W&B project, or memory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bigtrain.storage import read_lines
 from bigtrain.tracking.metrics import read_run_metrics
 
 SWEEP_TRIALS = "trials"
-"""In a sweep's directory: the runs themselves, whose metrics.jsonl has every evaluation."""
+"""Folder in a sweep's directory with the run directories, whose metrics.jsonl has every evaluation."""
 SWEEP_RUNS = "runs.jsonl"
-"""In a sweep's directory: one object a finished trial, with run, group, params, tokens, flops, loss, phase, seed."""
+"""File in a sweep's directory with one object per finished branch; see `bigtrain.sweeps.results.row_of`."""
 SWEEP_TUNING = "tuning.jsonl"
-"""In a sweep's directory: one object a run that tuned a learning rate; `val_loss` is null where it diverged."""
+"""File in a sweep's directory with one object per run that tuned a learning rate; `val_loss` is null if it diverged."""
 WANDB_PREFIX = "wandb:"
 IN_MEMORY = "a table in memory"
-"""The source of runs that came from no file."""
+"""Name of the source of runs that were not read from a file."""
 
 
 class Frame(Protocol):
     """A table in memory, such as a pandas DataFrame."""
 
     def to_dict(self, orient: Literal["list"], /) -> Mapping[Any, Sequence[Any]]:
-        """Its columns by their names."""
+        """The columns of the table, by name."""
         ...
 
 
@@ -41,17 +41,17 @@ Rows = Literal["runs", "curves", "tuning"]
 
 
 def read_source(source: RunSource, named: ColumnNames | None = None, rows: Rows = "runs") -> RunTable:
-    """The table of runs of a SOURCE as `bigtrain scaling fit` takes it.
+    """Read a table of runs from a SOURCE, as for `bigtrain scaling fit`.
 
     Args:
-        source: A .csv, .jsonl or .json-lines file; a sweep's directory; a directory under which W&B's offline files
-            lie; or wandb:ENTITY/PROJECT. Or a table in memory: a DataFrame, or columns by their names.
+        source: A .csv, .tsv or JSON-lines file; a sweep's directory; a directory with W&B's offline files; or
+            wandb:ENTITY/PROJECT. Or a table in memory: a DataFrame, or columns by name.
         named: Columns that the user has named.
-        rows: What a sweep's directory gives: its finished runs, every evaluation of them, or the runs that tuned its
-            learning rates.
+        rows: Which rows to read from a sweep's directory: its finished runs ("runs"), every evaluation of them
+            ("curves"), or the runs that tuned its learning rates ("tuning").
 
     Raises:
-        UserError: What is not there, or cannot be read.
+        UserError: The source does not exist or cannot be read, or a column that is needed is missing.
     """
     columns, place, notes, native = _read(source, rows)
     table = to_table(columns, place, source if isinstance(source, str) else IN_MEMORY, named or ColumnNames())
@@ -64,7 +64,7 @@ def read_columns(source: str) -> list[str]:
 
 
 def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str], bool]:
-    """Columns, places, notes, and whether bigtrain wrote them."""
+    """The columns, the position of each row in the source, notes, and whether bigtrain wrote the source."""
     if not isinstance(source, str):
         found = source if isinstance(source, Mapping) else source.to_dict("list")
         in_memory: Columns = {str(name): list(values) for name, values in found.items()}
@@ -86,7 +86,7 @@ def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str],
 
 
 def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]:
-    """Columns, places and notes of a sweep's directory or of W&B's offline files."""
+    """The columns, the position of each row, and notes, from a sweep's directory or W&B's offline files."""
     if wanted == "tuning" and (path / SWEEP_RUNS).exists():
         if not (file := path / SWEEP_TUNING).exists():
             raise UserError(
@@ -113,7 +113,7 @@ def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]
 
 
 def _evaluations(path: Path, runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """A row for each evaluation of a sweep's runs: what the run is, and what was measured at that step."""
+    """One row per evaluation of a sweep's runs, with the columns of the run and the metrics of that step."""
     rows = []
     for run in runs:
         name = str(run["run"])

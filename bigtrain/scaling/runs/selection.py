@@ -1,4 +1,4 @@
-"""Which rows of a table a fit takes: copies of a run, and the best of each swept learning rate and batch."""
+"""Selection of the rows to fit: without copies of runs, and with the best of swept learning rates and batches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ Edges = Literal["refuse", "drop", "keep"]
 
 
 def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[str]]:
-    """The table without rows that are one run, and what was done.
+    """The table with each run only once, and notes on the dropped rows.
 
-    Two rows are one run where all columns of the source agree except those that name a run: a learning rate, a batch,
-    a seed or a loss that differs makes two runs.
+    Two rows are the same run if all columns of the source agree, except those that name a run. Rows that differ in
+    learning rate, batch, seed or loss are therefore different runs.
+
+    Args:
+        table: The runs.
+        choice: What to do with copies: refuse the table, drop the copies, or keep them.
 
     Raises:
         UserError: There are copies, and the choice is "refuse".
@@ -59,20 +63,25 @@ def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[
 
 @dataclass(frozen=True)
 class _Cell:
-    """The runs of one (N, D)."""
+    """The runs of one (N, D) and phase."""
 
     rows: npt.NDArray[np.int64]
     best: npt.NDArray[np.int64]
-    """Rows (one a seed) of the best setting."""
+    """Indices of the rows with the best settings, one row per seed."""
     edge: str
-    """Which setting's best lies at the edge of its grid, or nothing."""
+    """Name of the setting whose best value lies at the edge of its grid; empty if none does."""
 
 
 def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable, list[str]]:
-    """The best learning rate and batch of each (N, D), where a table sweeps them; and what was done.
+    """The rows with the best learning rate and batch of each (N, D), and notes on the selection.
+
+    Args:
+        table: The runs.
+        swept: Whether to fit only the best settings, or all.
+        edges: What to do if a best value lies at the edge of its grid: refuse the table, drop the (N, D), or keep it.
 
     Raises:
-        UserError: A best value lies at the edge of its grid, and `edges` is "refuse".
+        UserError: A best value lies at the edge of its grid and `edges` is "refuse", or no (N, D) remains.
     """
     settings = {
         name: column for name, column in (("learning rate", table.lr), ("batch", table.batch)) if column is not None
@@ -112,7 +121,7 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
 
 
 def _cell(table: RunTable, rows: npt.NDArray[np.int64], settings: dict[str, FloatArray]) -> _Cell:
-    """The rows whose setting has the lowest mean loss over its seeds."""
+    """The cell of some rows; its best setting has the lowest mean loss over its seeds."""
     keys = [tuple(float(column[i]) for column in settings.values()) for i in rows.tolist()]
     distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2 or np.isnan(np.array(distinct)).any():

@@ -1,4 +1,4 @@
-"""The one table of runs that every fit reads."""
+"""The table of runs that every fit reads."""
 
 from __future__ import annotations
 
@@ -15,60 +15,65 @@ from bigtrain.scaling.law import FloatArray
 from bigtrain.storage import hash_text
 
 SAME_SIZE = 1.01
-"""Models are one where their sizes differ by less, if nothing names them."""
+"""Ratio of two sizes below which they are the same model, if no column names the models."""
 SHOWN = 5
-"""Rows that a message names."""
+"""Largest number of rows that a message lists."""
 MIN_CURVE = 4
-"""Points of a run that make a training curve."""
+"""Least number of points of a training curve."""
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """Finished runs, or points of their curves, one a row; all columns have one length n."""
+    """Finished runs, or points of their training curves, one per row; all columns have the same length n."""
 
     run: tuple[str, ...]
+    """Names of the runs."""
     group: tuple[str, ...]
-    """The model that a row belongs to: what the bootstrap keeps together."""
+    """The model of each row; a model can be a cluster of the bootstrap."""
     params: FloatArray
-    """N as the law sees it, shape (n,)."""
+    """N as the law counts it, shape (n,)."""
     tokens: FloatArray
+    """D, shape (n,)."""
     flops: FloatArray
-    """Exact where the source gives them, else 6 N D."""
+    """FLOPs of the source, or 6 N D if it gives none, shape (n,)."""
     loss: FloatArray
-    """Nats a token."""
+    """Losses in nats per token, shape (n,)."""
     phase: tuple[str, ...] = ()
-    """Phase of the schedule ("decayed", "stable"); empty where not known."""
+    """Phase of the schedule of each row ("decayed", "stable"); empty if the source has no such column."""
     seed: tuple[str, ...] = ()
     lr: FloatArray | None = None
-    """Peak learning rate; NaN where a row has none."""
+    """Learning rate at the peak; NaN for a row that has none."""
     batch: FloatArray | None = None
-    """Batch size, in the source's own unit."""
+    """Batch size, in the unit of the source."""
     unique_tokens: FloatArray | None = None
-    """Tokens of the data set, where runs repeat it."""
+    """Number of unique tokens of the data that a run may repeat; None if not known."""
     bad: tuple[str, ...] = ()
-    """Of each row, its first cell that is not a number ("'NA' in column 'loss'"), or nothing."""
+    """The first cell of each row that is not a number ("'NA' in column 'loss'"); empty if there is none."""
     params_without_embeddings: FloatArray | None = None
     place: tuple[str, ...] = ()
-    """Where each row stands in the source ("line 7"), for messages."""
+    """Position of each row in the source ("line 7"), for messages."""
     source: str = ""
+    """Name of the source."""
     notes: tuple[str, ...] = ()
-    """What was guessed or computed on reading."""
+    """Notes for the user on columns that were recognised or computed."""
     params_derived: bool = False
+    """Whether N was computed from FLOPs and D."""
     flops_exact: bool = False
+    """Whether the source gave the FLOPs."""
     native: bool = False
-    """Whether bigtrain wrote the source: its units are then known."""
+    """Whether bigtrain wrote the source, so that its units are known."""
     units_confirmed: bool = False
-    """Whether the caller gave the units of N or D."""
+    """Whether the user gave the unit of N or D."""
     identity: tuple[str, ...] = ()
-    """Columns of `raw` that only name a run."""
+    """Names of the columns of `raw` that only name a run."""
     raw: dict[str, tuple[object, ...]] = field(default_factory=dict)
-    """The source's own columns, for `--where`."""
+    """All columns of the source, for `--where`."""
 
     def __len__(self) -> int:
         return len(self.params)
 
     def take(self, rows: npt.ArrayLike) -> RunTable:
-        """The rows of that boolean mask or those indices, in order."""
+        """The table of some rows, given by a boolean mask of shape (n,) or by indices, in that order."""
         index = np.arange(len(self))[np.asarray(rows)]
 
         def pick(column: Sequence[Any]) -> tuple[Any, ...]:
@@ -81,18 +86,18 @@ class RunTable:
         return replace(self, raw={name: pick(column) for name, column in self.raw.items()}, **columns)
 
     def ordered(self) -> RunTable:
-        """The rows in an order of their own, so that a fit does not depend on how its source orders them."""
+        """The table sorted by its values, so that a fit does not depend on the order of the source."""
         keys = zip(self.flops, self.params, self.tokens, self.loss, self.run, strict=True)
         return self.take([i for i, _ in sorted(enumerate(keys), key=lambda one: one[1])])
 
     def clusters(self, kind: str) -> npt.NDArray[np.int64]:
-        """The cluster of each row, numbered from 0: its model's, or with "none" its own."""
+        """The cluster of each row, numbered from 0, shape (n,): with "model" its model, with "none" the row itself."""
         if kind == "none":
             return np.arange(len(self))
         return np.unique(np.array(self.group), return_inverse=True)[1].astype(np.int64)
 
     def has_curves(self) -> bool:
-        """Whether rows are points of training curves: most belong to runs of one N with several token counts each."""
+        """Whether most rows are points of training curves: of runs with one N and several token counts each."""
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(self.run):
             rows.setdefault(name, []).append(i)
@@ -104,12 +109,16 @@ class RunTable:
         return len(curves) >= 2 and sum(len(one) for one in curves) > len(self) / 2
 
     def digest(self) -> str:
-        """The hash of what is fitted: names, models, N, D, FLOPs, losses, in order."""
+        """A hash of the fitted values: names, models, N, D, FLOPs and losses of the rows, in order."""
         rows = zip(self.run, self.group, self.params, self.tokens, self.flops, self.loss, strict=True)
         return hash_text("\n".join("\t".join(v if isinstance(v, str) else repr(float(v)) for v in row) for row in rows))
 
     def drop_highest(self, count: int) -> RunTable:
-        """Without the `count` rows of the highest loss."""
+        """The table without the `count` rows with the highest losses.
+
+        Raises:
+            UserError: No row would remain.
+        """
         if count >= len(self):
             raise UserError(f"--drop-highest {count} would leave nothing of {len(self)} runs", self.source)
         return self.take(np.sort(np.argsort(self.loss, kind="stable")[: len(self) - count]))
@@ -122,7 +131,13 @@ _NUMBER_COLUMNS = (
 
 
 def named_rows(table: RunTable, rows: npt.NDArray[np.int64], *values: FloatArray) -> str:
-    """The first few of those rows by their places and values, for messages."""
+    """Positions and values of the first `SHOWN` of some rows, as text for messages.
+
+    Args:
+        table: The runs.
+        rows: Indices of the rows.
+        values: Columns whose values are shown, each of shape (n,).
+    """
     found = [f"{table.place[i]}: {', '.join(_number(column[i]) for column in values)}" for i in rows[:SHOWN].tolist()]
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return "; ".join(found) + more
@@ -133,7 +148,7 @@ def _number(value: float) -> str:
 
 
 def groups_by_size(params: FloatArray) -> tuple[str, ...]:
-    """Names for models that differ only in size: those within 1 % of each other are one."""
+    """The smallest size of each run's group as text, where sizes within 1 % of it form one group."""
     names = [""] * len(params)
     first = 0.0
     for i in np.argsort(params, kind="stable"):
@@ -144,10 +159,14 @@ def groups_by_size(params: FloatArray) -> tuple[str, ...]:
 
 
 def refuse_collinear(table: RunTable, parameters: int) -> None:
-    """Refuse designs that do not determine the parametric fit.
+    """Refuse a table that does not determine the parameters of the law.
+
+    Args:
+        table: The runs.
+        parameters: Number of parameters of the law.
 
     Raises:
-        UserError: Fewer runs than parameters; fewer than three N or D; one D for each N by one rule.
+        UserError: There are not more runs than parameters, fewer than three different N or D, or D is determined by N.
     """
     if len(table) <= parameters:
         raise UserError(
@@ -171,9 +190,9 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
 
 
 MIN_SPREAD = 0.1
-"""Least standard deviation of (ln N, ln D) across the line that they lie along."""
+"""Least standard deviation of the points (ln N, ln D) perpendicular to their main direction."""
 
 
 def texts(values: Sequence[object]) -> tuple[str, ...]:
-    """A column as texts; what is missing is empty."""
+    """A column as texts; a missing value becomes an empty text."""
     return tuple("" if value is None or value != value else str(value) for value in values)

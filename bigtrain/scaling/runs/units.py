@@ -1,4 +1,4 @@
-"""Whether the values of a table can be what they are taken for: refused by column, named by row."""
+"""Checks that the values of a table are plausible: impossible columns are refused, odd rows are listed in warnings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bigtrain.scaling.runs.numbers import count
 from bigtrain.scaling.runs.table import RunTable, named_rows
 
 RATIO_RANGE = (1e-2, 1e5)
-"""Tokens a parameter of ordinary runs; a median beyond it means that a column's unit is wrong."""
+"""Range of tokens per parameter of ordinary runs; a median outside it shows that a column has another unit."""
 FLOPS_RANGE = (0.05, 30.0)
-"""FLOPs over 6 N D of ordinary runs: a large output head makes it more, N with embeddings less."""
+"""Range of FLOPs / (6 N D) of ordinary runs; a large output head raises the ratio, an N with embeddings lowers it."""
 LEAST_LARGEST_PARAMS, LEAST_LARGEST_TOKENS = 2e4, 1e6
-"""A table whose largest model or longest run is smaller is taken to be in thousands, millions or billions."""
+"""If the largest N or D of a table is smaller, its unit is assumed to be thousands, millions or billions."""
 SMALL_LARGEST_PARAMS = 1e6
-"""A table whose largest model is smaller is warned of."""
+"""A warning is given if the largest N of a table is smaller."""
 MAX_LOSS = 50.0
-"""Nats a token; a higher one is a perplexity, or of a run that diverged."""
+"""Largest plausible loss in nats per token; a larger value is a perplexity, or comes from a run that diverged."""
 _UNITS_FIX = (
     "say the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
     "units: 400000000 parameters, 8e9 tokens"
@@ -27,10 +27,14 @@ _UNITS_FIX = (
 
 
 def check_values(table: RunTable) -> list[str]:
-    """Refuse what no law can be fitted to; returns warnings that name odd rows.
+    """Refuse a table to which no law can be fitted.
+
+    Returns:
+        Warnings about odd rows, which are fitted nevertheless.
 
     Raises:
-        UserError: Values that are missing or not finite, a whole column in an impossible unit, mixed phases.
+        UserError: There are no runs, a value is missing or not a positive number, a column has an impossible unit, or
+            runs of several phases are mixed.
     """
     if not len(table):
         raise UserError("There are no runs to fit", table.source, "check the file, and --where")
@@ -68,7 +72,7 @@ def _check_phases(table: RunTable) -> None:
 
 
 def _check_columns(table: RunTable) -> list[str]:
-    """Refuse a column that is off by a power of ten in all rows."""
+    """Refuse a table with a column in another unit than expected; returns a warning if N is small."""
     if np.median(table.loss) > MAX_LOSS:
         raise UserError(
             f"Losses above {MAX_LOSS:g} nats a token cannot be; {named_rows(table, np.arange(len(table)), table.loss)}",
@@ -99,7 +103,7 @@ def _check_columns(table: RunTable) -> list[str]:
 
 
 def _odd_rows(table: RunTable) -> list[str]:
-    """Rows whose values are unusual beside a column that is right."""
+    """Warnings about rows with unusual values in columns that are plausible as a whole."""
     ratio = table.tokens / table.params
     share = table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)
     found = []

@@ -9,13 +9,18 @@ from bigtrain.scaling.runs.columns import Columns, flatten, rows_to_columns
 
 
 def read_project(path: str) -> tuple[Columns, list[str]]:
-    """One row a finished run: its config, and its summary over it.
+    """Read the finished runs of a W&B project, one row per run, with the columns of its config and its summary.
+
+    The summary has priority over the config.
 
     Args:
         path: ENTITY/PROJECT, or PROJECT of the default entity.
 
+    Returns:
+        The columns, and the id of each row's run.
+
     Raises:
-        UserError: A project that cannot be reached.
+        UserError: The project cannot be read.
     """
     import wandb
 

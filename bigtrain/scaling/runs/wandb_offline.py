@@ -1,7 +1,8 @@
-"""W&B's offline files, read by their record framing and wandb.proto: W&B has no public reader of them.
+"""A reader of W&B's offline files, by their record framing and wandb.proto, since W&B has no public reader.
 
-A .wandb file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, each record cut into pieces that a
-block holds (CRC, length, kind: whole, first, middle, last). A kill leaves a torn tail, which is ignored.
+A .wandb file has a header of 7 bytes and then LevelDB's log format. This consists of blocks of 32 KiB; a record is cut
+into pieces that fit into blocks. Each piece has a CRC, a length and a kind (whole, first, middle or last). A killed
+process leaves an incomplete record at the end, which is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PATTERNS = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb", "*/wandb/*run-
 
 @dataclass
 class WandbRun:
-    """One run by its id, whatever directories its segments have left."""
+    """One W&B run, merged from the files of all its segments."""
 
     id: str
     name: str = ""
@@ -33,35 +34,35 @@ class WandbRun:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
-    """Of its last segment; None where it was killed, or still runs."""
+    """Exit code of the last segment; None if it was killed or still runs."""
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What was logged at each step; a step done again replaces the first."""
+    """Metrics of each step; a resumed run replaces the steps that it repeats, and those after them."""
 
     def row(self) -> dict[str, Any]:
-        """The run as one row: its config, and of each metric the last value."""
+        """The run as one row: its config, and the last value of each metric."""
         metrics: dict[str, Any] = dict(self.summary)
         for step in sorted(self.steps):
             metrics.update(self.steps[step])
         own = {name: value for name, value in metrics.items() if not name.startswith("_")}
-        # Not "group", which is the model: W&B's group of a sweep's runs is the sweep.
+        # The column is not called "group", which stands for the model: W&B's group of a sweep's runs is the sweep.
         group = {"wandb_group": self.group} if self.group else {}
         return {**self.config, **own, "run": self.name or self.id, **group}
 
 
 def find_files(path: Path) -> list[Path]:
-    """The .wandb files under a run's, a sweep's or W&B's own directory, oldest segment first."""
+    """The .wandb files under the directory of a run, of a sweep or of W&B, the oldest segment first."""
     return sorted({file for pattern in _PATTERNS for file in path.glob(pattern)}, key=lambda file: file.parent.name)
 
 
 def read_runs(path: Path) -> list[WandbRun]:
-    """All runs under a directory, those of one id merged.
+    """Read all runs under a directory; segments with the same id are one run.
 
     Raises:
-        CorruptionError: A file that is no W&B file, or damaged before its end.
+        CorruptionError: A file is not a W&B file, or is damaged before its last block.
     """
     from wandb.proto import wandb_internal_pb2
 
-    new_record: Any = vars(wandb_internal_pb2)["Record"]  # its classes are made at run time
+    new_record: Any = vars(wandb_internal_pb2)["Record"]  # protobuf creates its classes at run time
 
     runs: dict[str, WandbRun] = {}
     for file in find_files(path):
@@ -85,7 +86,7 @@ def read_runs(path: Path) -> list[WandbRun]:
             elif run is not None and kind == "history":
                 row = _items(record.history.item)
                 step = int(row.get("_step", record.history.step.num))
-                # A segment that resumes repeats steps: what came after them no longer holds.
+                # A resumed segment repeats steps, so earlier values of this step's successors are discarded.
                 for later in [done for done in run.steps if done > step]:
                     del run.steps[later]
                 run.steps[step] = {**run.steps.get(step, {}), **row}
@@ -93,10 +94,10 @@ def read_runs(path: Path) -> list[WandbRun]:
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The whole records of a .wandb file; a torn tail is ignored.
+    """The complete records of a .wandb file; an incomplete record at its end is ignored.
 
     Raises:
-        CorruptionError: A file that is no W&B file, or whose checksums fail before its last block.
+        CorruptionError: The file is not a W&B file, or a checksum fails before its last block.
     """
     data = path.read_bytes()
     if len(data) < _HEADER_BYTES:
@@ -127,6 +128,6 @@ def _crc(kind: int, piece: bytes) -> int:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    """Keys and values of a record; nested keys by dotted names, objects inside too."""
+    """Keys and values of a record; nested keys and nested objects have dotted names."""
     found = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
     return flatten({name: value for name, value in found.items() if not name.startswith("_wandb")})

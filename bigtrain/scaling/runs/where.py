@@ -1,14 +1,14 @@
-"""`--where`: comparisons of columns joined by "and", "or" and "not". Parsed here, never evaluated as code.
+"""`--where`: comparisons of columns joined by "and", "or" and "not", which are parsed and never evaluated as code.
 
     expression := term ("or" term)*            term := factor ("and" factor)*
     factor     := "not" factor | "(" expression ")" | comparison
     comparison := sum SIGN sum (SIGN sum)*     sum, product: + - * / of columns, numbers and parentheses
 
-A word that is no column stands for itself on the right-hand side: `phase == decayed`. Columns whose names hold other
-characters are recognised by their whole name, or quoted.
+A word that is not the name of a column is a text, if it is on the right-hand side: `phase == decayed`. Columns whose
+names contain other characters than letters, digits and _ are recognised by their whole name, or may be quoted.
 
-A comparison with a value that a row lacks is neither true nor false, as in SQL: `lr < 1` and `not lr < 1` both drop the
-row, and the table's notes count it. `lr == ""` holds for the rows that lack one.
+A comparison with a missing value is neither true nor false, as in SQL: `lr < 1` and `not lr < 1` both drop the row, and
+the table's notes give the number of such rows. `lr == ""` is true for the rows without a value.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _EXAMPLE = 'write comparisons joined by "and" and "or", such as --where "flops <
 _WORD = re.compile(r"\w")
 _SHOWN = 8
 _UNKNOWN = 0.5
-"""The truth of a comparison with an absent value, between false (0) and true (1): "and" is the minimum, "or" the
-maximum, "not" the rest to 1 (Kleene's logic)."""
+"""Truth value of a comparison with a missing value, between false (0) and true (1). In this logic (Kleene's) "and" is
+the minimum, "or" the maximum, and "not x" is 1 - x."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,27 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Value:
-    """One side of a comparison: numbers of all rows, or texts, or both for a column."""
+    """One side of a comparison: numbers, a text, or a column, which may be compared as numbers or as texts."""
 
     numbers: np.ndarray | None
-    """Shape (n,) or (); None where it has none."""
+    """The numbers of all rows, shape (n,), or one number, shape (); None for a text or a column without numbers."""
     text: str | None = None
-    """A text that stands for itself."""
+    """The text or number as written; None for a column or a computed value."""
     column: str | None = None
+    """Name of the column; None for other values."""
 
 
 def where(table: RunTable, expression: str) -> RunTable:
-    """The rows for which the expression holds.
+    """The rows of a table for which an expression is true.
 
     Args:
-        expression: Such as `(tokens / params > 20 or phase == decayed) and flops < 1e21`; names are params, tokens,
-            flops, loss, run, group, phase, seed, or the source's own columns.
+        table: The runs.
+        expression: For example `(tokens / params > 20 or phase == decayed) and flops < 1e21`. Names are params,
+            tokens, flops, loss, run, group, phase, seed, or the columns of the source.
 
     Raises:
-        UserError: An expression that cannot be parsed, a column that is missing, a text that no row has.
+        UserError: The expression cannot be parsed, a column is missing, or no row has a text that a column is compared
+            with.
     """
     parser = _Parser(table, expression)
     truth = np.broadcast_to(parser.expression(), (len(table),))
@@ -94,7 +97,7 @@ class _Parser:
         self._at = 0
 
     def expression(self) -> np.ndarray:
-        """The truth of `or` of terms for each row, shape (n,)."""
+        """Parse an expression; returns its truth value for each row, shape (n,)."""
         found = self._term()
         while self._is("join", "or"):
             self._at += 1
@@ -102,7 +105,7 @@ class _Parser:
         return found
 
     def absent_in(self, rows: np.ndarray) -> list[str]:
-        """The columns of the expression that have no value in one of the rows of that mask."""
+        """Names of the expression's columns that lack a value in any of the rows of a boolean mask."""
         names = dict.fromkeys(token.text for token in self._tokens if token.kind == "column")
         return [name for name in names if (self._is_absent(name) & rows).any()]
 
@@ -112,7 +115,7 @@ class _Parser:
         return empty if numbers is None else np.isnan(numbers)
 
     def expect(self, kind: str, text: str | None = None) -> None:
-        """Consume a token of that kind."""
+        """Consume one token of the given kind and text; any other token is an error."""
         token = self._tokens[self._at]
         if token.kind != kind or (text is not None and token.text != text):
             raise self._error(token.text)
@@ -134,7 +137,7 @@ class _Parser:
             try:
                 return self._comparison()
             except UserError:
-                # Not the parenthesis of a sum but that of a condition.
+                # The parenthesis does not enclose a sum but a condition.
                 self._at = begin + 1
             found = self.expression()
             self.expect("mark", ")")
@@ -214,7 +217,7 @@ class _Parser:
                 f"No row has {left.column} == {right.text}", self._table.source,
                 f"there are: {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
             )  # fmt: skip
-        # An empty text that the expression itself names is a value like others.
+        # An empty text that is written in the expression is a value like any other.
         absent = (one == "") | (other == "") if "" not in (left.text, right.text) else np.zeros_like(found)
         return np.where(absent, _UNKNOWN, ~found if sign == "!=" else found)
 

@@ -1,1 +1,1 @@
-"""The rules by which a quantity of a trial follows from its size: one file each, named by `ladder.KEY.name`."""
+"""The rules that compute a quantity of a trial from its size: one file each, selected by `ladder.KEY.name`."""

@@ -12,15 +12,18 @@ from bigtrain.sweeps.config import RULES, Positive, SizeFacts, SweepRule
 
 @RULES.register
 class ByBatchRule(SweepRule):
-    """By the tokens of a batch; the defaults are AdamW's beta2: small batches want a longer memory."""
+    """One value for small global batches, another for large ones.
+
+    The defaults are those of AdamW's beta2: small batches need an average over more steps.
+    """
 
     name: Literal["by_batch"] = "by_batch"
     small: Positive = 0.99
-    """For batches of fewer than `from_tokens` tokens."""
+    """Value for batches of fewer than `from_tokens` tokens."""
     large: Positive = 0.95
-    """For larger ones."""
+    """Value for batches of `from_tokens` tokens or more."""
     from_tokens: Annotated[Count, Ge(1)] = 524_288
-    """Where the large batches begin."""
+    """Tokens of the smallest large batch."""
 
     def of(self, size: SizeFacts) -> float:
         """See `SweepRule.of`."""

@@ -13,7 +13,7 @@ class ConstantRule(SweepRule):
 
     name: Literal["constant"] = "constant"
     value: Positive
-    """The quantity."""
+    """Value of the quantity."""
 
     def of(self, size: SizeFacts) -> float:
         """See `SweepRule.of`."""

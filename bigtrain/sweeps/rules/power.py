@@ -1,4 +1,4 @@
-"""A power of N, kept between two ends."""
+"""A power of N, clamped between a minimum and a maximum."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from bigtrain.sweeps.config import RULES, Positive, SizeFacts, SweepRule
 
 @RULES.register
 class PowerRule(SweepRule):
-    """value * (N / at)^exponent, kept between least and most."""
+    """The quantity value * (N / at)^exponent, clamped between `least` and `most`."""
 
     name: Literal["power"] = "power"
     value: Positive
-    """The quantity at N = at."""
+    """Value of the quantity at N = at."""
     at: Annotated[Count, Ge(1)] = 108_000_000
-    """N at which `value` holds."""
+    """N at which the quantity is `value`."""
     exponent: float = 0.0
-    """How it grows with N; 0: it does not."""
+    """Exponent of N; 0: the quantity is the same for all sizes."""
     least: Positive | None = None
-    """Lower end; null: none."""
+    """Minimum of the quantity; null: no minimum."""
     most: Positive | None = None
-    """Upper end; null: none."""
+    """Maximum of the quantity; null: no maximum."""
 
     def of(self, size: SizeFacts) -> float:
         """See `SweepRule.of`."""

@@ -1,4 +1,4 @@
-"""A power of the width: hyperparameters that are tuned on a narrow model and carried to wide ones."""
+"""A power of the width, for hyperparameters that are tuned on a narrow model and transferred to wide ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from bigtrain.sweeps.config import RULES, Positive, SizeFacts, SweepRule
 
 @RULES.register
 class WidthRule(SweepRule):
-    """value * (width / at)^exponent: the learning rate of hidden matrices under Adam by default (Yang et al. 2022,
-    table 3)."""
+    """The quantity value * (width / at)^exponent.
+
+    The default exponent is that of the learning rate of hidden matrices under Adam (Yang et al. 2022, table 3).
+    """
 
     name: Literal["width"] = "width"
     value: Positive
-    """The quantity at width = at."""
+    """Value of the quantity at width = at."""
     at: Annotated[int, Ge(1)] = 256
     """Width at which `value` was tuned."""
     exponent: float = -1.0
-    """How it grows with the width; -0.5 for the standard deviation of initial weights."""
+    """Exponent of the width; use -0.5 for the standard deviation of initial weights."""
 
     def of(self, size: SizeFacts) -> float:
         """See `SweepRule.of`."""
