@@ -46,7 +46,7 @@ class _Record(BaseModel):
 
 
 class ShardIndex(_Record):
-    """What is known of a shard directory without opening its shards."""
+    """The content of index.json: all that is known of a shard directory without opening its shards."""
 
     kind: str
     """The name of the sample kind."""

@@ -47,7 +47,7 @@ class PassContext:
 
     engine: Engine
     context: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     batch_size: int
     """Sequences of one micro-batch on one rank."""
     multiple: int

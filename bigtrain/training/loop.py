@@ -187,7 +187,7 @@ class Trainer:
         raise RuntimeError(f"the loader ended at step {self.progress.step} of {self.boundaries.total_steps}")
 
     def _boundary(self, saves: bool) -> Outcome | None:
-        """Save if a checkpoint is due or was voted for. Returns how the run ends, or None if it goes on."""
+        """Save if a checkpoint is due or was voted for. Returns how the run ends, or None if it continues."""
         saves = saves or any(callback.saves_evaluated for callback in self.callbacks)
         for callback in self.callbacks:
             callback.saves_evaluated = False

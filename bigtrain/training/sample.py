@@ -98,7 +98,7 @@ class Writer:
         """The text that new tokens add to the text of the earlier ones, up to its end; and whether it has ended."""
         ends = [place for place, token in enumerate(new) if token in self.ends]
         new = new[: ends[0]] if ends else new
-        # Decoded together: some tokenizers drop the space before the first token of a text.
+        # All tokens are decoded together, because some tokenizers drop the space before the first token of a text.
         before, whole = self.vocabulary.decode(begun), self.vocabulary.decode([*begun, *new])
         text = whole[len(before) :] if whole.startswith(before) else self.vocabulary.decode(new)
         cuts = [place for place in map(text.find, stop) if place >= 0]

@@ -153,7 +153,7 @@ class ChatTemplate:
         before = self._render(messages[:number], tools, True)[0] if number else bare
         after = self._render(messages[: number + 1], tools, False)[0]
         if before == bare:
-            # Without a generation prompt, the begin of the turn can only be found by its text.
+            # Without a generation prompt, the start of the turn can only be found by its text.
             content = str(messages[number].get("content")).strip()
             place = after.find(content, len(before)) if after.startswith(before) else -1
             before = after[:place] if place >= 0 else before

@@ -1,7 +1,7 @@
 """Reads the rows of MDS shards, the format of mosaicml-streaming (version 2).
 
 A directory holds an index.json and shards. A shard begins with little-endian uint32 numbers: the number of samples n,
-then n + 1 offsets (the begin of each sample, and the end of the last one). After these come a description in JSON and
+then n + 1 offsets (the start of each sample, and the end of the last one). After these come a description in JSON and
 the samples. A sample consists of the sizes of its variable-size columns (uint32 each), then the values of all columns.
 Columns of pickles are never decoded; they are skipped.
 """

@@ -118,7 +118,7 @@ def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> I
             end = begin
             file.seek(begin)
             try:
-                # The library starts at the file's current position, and counts offsets from the begin of the file.
+                # The library starts at the file's current position, and counts offsets from the start of the file.
                 with tarfile.open(name, "r:", fileobj=file) as tar:
                     while (info := tar.next()) is not None:
                         tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise

@@ -243,7 +243,7 @@ class Sources:
     def open_reader(
         self, context: int, document_mask: bool, open_shards: int, streaming: StreamingConfig | None
     ) -> Reader:
-        """A reader of all sources."""
+        """Open a reader for all sources."""
         readers = [open_reader(index, context, document_mask, open_shards, streaming) for index in self.indexes]
         return readers[0] if len(readers) == 1 else MixedReader(self, readers)
 
