@@ -1,4 +1,4 @@
-"""From files to batches: formats, sample kinds, packing, the index, the global order, streaming, the loader.
+"""The data pipeline from files to batches: formats, sample kinds, packing, index, global order, streaming, loader.
 
 A batch is a pure function of (seed, data fingerprint, context, batch size, step); see `bigtrain.data.order`.
 """

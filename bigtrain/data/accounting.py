@@ -1,4 +1,4 @@
-"""What packing, indexing and reading pass over: counted and named in one place."""
+"""Records the samples and files that packing, indexing and reading skip."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from typing import Any
 from bigtrain.config import CorruptionError, UserError
 
 NAMED_FILES = 20
-"""Files that are passed over, of each reason, that a message names."""
+"""Maximum number of bad samples, and of skipped files per reason, that a message names."""
 
 BadSample = Callable[[UserError], None]
-"""Called with what is wrong with a sample; raises, or lets it be skipped."""
+"""Called with the error of a bad sample; raises it, or returns so that the sample is skipped."""
 
 
 class PassedOver:
-    """The one account of what is not used.
+    """Counts the samples and files that are not used.
 
-    Bad samples are skipped up to a limit, and one more is an error. Empty samples and files that are no input of the
-    kind are always skipped. All are counted, and the bad ones and the files are named.
+    Bad samples are skipped up to a limit; one more is an error. Empty samples, and files that are no input of the kind,
+    are always skipped. All of them are counted, and bad samples and files are also named.
 
     Args:
-        limit: Bad samples that are skipped; 0: the first is an error.
+        limit: Maximum number of bad samples that are skipped; 0: the first one is an error.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self.bad: list[str] = []
-        """Place and reason of each."""
+        """Location and reason of each bad sample."""
         self.empty = 0
-        """Samples without content."""
+        """Number of samples without content."""
         self.files: dict[str, list[str]] = {}
-        """Files that were not read, by the reason."""
+        """Files that were not read, by reason."""
         self.plain: list[str] = []
-        """Files of JSON or CSV that were read as plain text, each as one document with its syntax."""
+        """JSON or CSV files that were read as plain text, each as one document including its syntax."""
 
     def __call__(self, error: UserError) -> None:
         """Count a bad sample.
 
         Raises:
-            UserError: It is one too many; CorruptionError is never skipped.
+            UserError: There are more bad samples than the limit, or the error is a CorruptionError, which is never
+                skipped.
         """
         if isinstance(error, CorruptionError) or not self.limit:
             raise error
@@ -49,7 +50,7 @@ class PassedOver:
         """Count bad samples that another process has found.
 
         Raises:
-            UserError: They are too many.
+            UserError: There are more bad samples than the limit.
         """
         self.bad += bad
         if len(self.bad) > self.limit:
@@ -65,7 +66,7 @@ class PassedOver:
         self.files.setdefault(reason, []).append(file)
 
     def as_json(self) -> dict[str, Any]:
-        """The keys that commands print."""
+        """The counts as keys of the JSON object that commands print."""
         return {
             "skipped": self.bad,
             "empty": self.empty,
@@ -74,7 +75,7 @@ class PassedOver:
         }
 
     def lines(self) -> list[str]:
-        """What a person should know of it; empty where nothing was passed over."""
+        """The counts as lines for the user; empty if nothing was skipped."""
         found = []
         if self.bad:
             found.append(f"skipped {len(self.bad)} bad samples:")

@@ -1,4 +1,4 @@
-"""What an augmentation is: one class in one file, `augmentations/NAME.py` or a user's `--plugin FILE`.
+"""The base class of augmentations. Each is one class in one file, `augmentations/NAME.py` or a user's `--plugin FILE`.
 
     @AUGMENTATIONS.register
     class InvertConfig(AugmentationConfig):
@@ -8,9 +8,9 @@
         def train(self, image: Image, random: np.random.Generator) -> Image:
             return 255 - image if random.random() < self.p else image
 
-An image is an array (height, width, channels): uint8 from 0 to 255, or float32 once it is normalized. Methods return a
-new array or a view, and change nothing in place. All randomness comes from the generator that they are given: it is
-seeded by the run's seed, the epoch and the sample, so that no layout, worker or resume changes an image.
+An image is an array of shape (height, width, channels): uint8 from 0 to 255, or float32 after `normalize`. Methods
+return a new array or a view, and change nothing in place. All random numbers must come from the given generator. It is
+seeded with the run's seed, the epoch and the sample, so an image does not depend on layout, worker or resume.
 """
 
 from __future__ import annotations
@@ -38,39 +38,42 @@ def _in_order(value: tuple[float, float]) -> tuple[float, float]:
 
 
 RANGE: Final = AfterValidator(_in_order)
-"""Holds a pair of numbers to be the least and the largest."""
+"""Validates that a pair of numbers is a range: the smallest value, then the largest."""
 
 
 class AugmentationConfig(Section):
-    """What all augmentations share; an augmentation adds its keys, and overrides `train`, `evaluate` or `mix`."""
+    """Base class of augmentations. A subclass adds its keys, and overrides `train`, `evaluate` or `mix`."""
 
     mixes: ClassVar[bool] = False
-    """Whether it makes one image of two by `mix`, so that labels become class probabilities."""
+    """Whether `mix` combines two images into one, so that labels become class probabilities."""
 
     name: str
-    """Which augmentation: a file of bigtrain/data/augmentations, or the name of a plugin's class."""
+    """Name of the augmentation: of a file in bigtrain/data/augmentations, or of a plugin's class."""
 
     def train(self, image: Image, random: np.random.Generator) -> Image:
-        """An image of a training batch.
+        """Augment an image of a training batch; by default as in an evaluation.
 
         Raises:
-            ValueError: It does not take images of this size or type.
+            ValueError: The augmentation does not support images of this size or type.
         """
         return self.evaluate(image)
 
     def evaluate(self, image: Image) -> Image:
-        """An image of an evaluation, of the size and type that `train` gives. The default changes nothing.
+        """Prepare an image for an evaluation, with the shape and dtype that `train` returns; by default unchanged.
 
         Raises:
-            ValueError: It does not take images of this size or type.
+            ValueError: The augmentation does not support images of this size or type.
         """
         return image
 
     def mix(self, image: Image, other: Image, random: np.random.Generator) -> tuple[Image, float]:
-        """One training image of two, where `mixes`; and the share of the first one's label in its label.
+        """Combine two training images into one; only called if `mixes`.
 
         Args:
             other: Another image of the same global batch.
+
+        Returns:
+            The mixed image, and the share of the first image's label in its label.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
-"""Runs a config's augmentations on the images of batches; what one augmentation is: `augmentation`.
+"""Applies a config's augmentations to the images of batches; `augmentation` defines what an augmentation is.
 
-A sample's random numbers come from (seed, epoch, shard, number in the shard). Which other sample it is mixed with comes
-from (seed, step, slot in the global batch). Rank, worker and micro-batch are in neither.
+The random numbers of a sample depend on (seed, epoch, shard, number in the shard). The sample that it is mixed with
+depends on (seed, step, slot in the global batch). Neither depends on rank, worker or micro-batch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ Keys = npt.NDArray[np.uint64]
 IMAGES = "images"
 WHERE = "data.augment"
 _SAMPLES, _PARTNERS = 3, 4
-"""What tells these hashes of the seed from each other and from those of the order."""
+"""Constants that make these hashes of the seed differ from each other and from those of the order."""
 
 
 class Augmenter:
     """The augmentations of one loader.
 
     Args:
-        chain: From the config, in their order.
-        index: Shards whose images it is given.
-        classes: Of all sources together.
-        seed: The run's.
-        training: Whether images are changed at random and mixed, or as for an evaluation.
+        chain: The augmentations from the config, in their order.
+        index: The index of shards with such images.
+        classes: Number of classes of all sources together.
+        seed: The run's seed.
+        training: Whether images are augmented at random and mixed, or prepared as for an evaluation.
+        threads: The threads in which images are augmented.
 
     Raises:
         UserError: The images do not fit the chain; see `augmented`.
@@ -64,19 +65,19 @@ class Augmenter:
 
     @property
     def mixes(self) -> bool:
-        """Whether an image needs another one of its global batch."""
+        """Whether each image is mixed with another one of its global batch."""
         return self._mixer is not None
 
     def partners(self, step: int, batch_size: int) -> IntArray:
-        """The slot of the global batch that each slot is mixed with: a permutation."""
+        """The slot of the global batch with which each slot is mixed: a permutation, int64 of shape (batch_size,)."""
         return permutation(batch_size, self._seed, _PARTNERS, step)
 
     def apply(self, arrays: Arrays, draw: Draw | None, partners: IntArray | None = None) -> Arrays:
-        """A batch with its images augmented.
+        """Augment the images of a batch.
 
         Args:
-            draw: The samples of the batch; None: fillers.
-            partners: The row that each of the first rows is mixed with; the result has these rows alone.
+            draw: The positions of the samples in the data; None for fillers.
+            partners: For each of the first rows, the row with which it is mixed; the result has only these first rows.
         """
         images, rows = arrays[IMAGES], len(arrays[IMAGES] if partners is None else partners)
         keys = None
@@ -101,7 +102,10 @@ class Augmenter:
         found[row] = _through(self._chain[first:], image, random)
 
     def _mix(self, images: Image, keys: Keys, partners: IntArray, found: Image, shares: Image) -> None:
-        """Fill `found` and `shares` with mixed images: all go through the chain up to its mixing one, pairs beyond."""
+        """Fill `found` with mixed images, and `shares` with the share of each first image.
+
+        All images pass through the augmentations before the mixing one; only mixed images pass through those after it.
+        """
         assert self._mixer is not None
         before, mixer = self._chain[: self._mixer], self._chain[self._mixer]
         randoms = [_random(keys, row) for row in range(len(images))]
@@ -121,15 +125,15 @@ class Augmenter:
 
 
 def evaluated(chain: Sequence[AugmentationConfig], image: Image) -> Image:
-    """An image as an evaluation shows it to a network."""
+    """An image as a network receives it in an evaluation."""
     return _through(chain, image, None)
 
 
 def augmented(chain: Sequence[AugmentationConfig], index: ShardIndex) -> Image:
-    """A black image after augmentations: the size and type that a network gets.
+    """A black image after all augmentations. It has the shape and dtype that a network receives.
 
     Raises:
-        UserError: The shards hold no images, or no classes to mix; images do not fit an augmentation.
+        UserError: The shards hold no images, or no classes to mix; or an augmentation does not support the images.
     """
     shape = index.sample_kind.image_shape(index)
     if shape is None:
@@ -167,7 +171,7 @@ def augmented(chain: Sequence[AugmentationConfig], index: ShardIndex) -> Image:
 
 
 def with_augmented_size(chain: Sequence[AugmentationConfig], index: ShardIndex) -> ShardIndex:
-    """An index whose images have the size that a network gets.
+    """An index whose images have the size that a network receives, after all augmentations.
 
     Raises:
         UserError: See `augmented`.

@@ -1,4 +1,4 @@
-"""What a run trains on (`data`), and how it is read (`streaming`)."""
+"""The sections `data` (what a run trains on) and `streaming` (how the data is read)."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ class HeldOutConfig(Section):
     """A directory of shards, or its URL."""
 
     name: SourceName | None = None
-    """Its name in metrics (val_loss/NAME); null: as the directory is called, or the one above `train`, `validation`."""
+    """Name in metrics (val_loss/NAME); null: the directory's name, or its parent's for `train` and `validation`."""
 
     @property
     def source(self) -> str:
-        """The name that it goes by."""
+        """The given name, or else the name derived from the path."""
         return self.name or _name_of(self.path)
 
 
 class SourceConfig(HeldOutConfig):
-    """One source of a mixture, or from a step on another weight of it."""
+    """One source of a mixture, or a new weight of a source from a step on."""
 
     weight: Annotated[float, NUMBER_OR_TEXT, Field(ge=0)] = 1.0
-    """Its share of the sequences, relative to the weights of the others; 0: none."""
+    """Share of the sequences, relative to the weights of the other sources; 0: no sequences."""
 
     from_step: Annotated[Count, Ge(0)] = 0
-    """The step from which the weight holds; before its first one a source gives nothing."""
+    """The step from which the weight applies; before its first such step, a source gives no sequences."""
 
 
 def _form(value: Any) -> str:
     return "list" if isinstance(value, (list, tuple)) else "place"
 
 
-# So that an error refers to the form that the user meant.
+# The tags make an error refer to the form that the user meant.
 Train = Annotated[
     Annotated[DataPlace, Tag("place")] | Annotated[tuple[SourceConfig, ...], Tag("list")], Discriminator(_form)
 ]
@@ -80,38 +80,38 @@ HeldOut = Annotated[
 
 
 class ConsumedConfig(Section):
-    """Where the data stood in the run that this one branched off from."""
+    """What the run from which this one branched off had consumed of the data."""
 
     step: Annotated[int, Ge(0)]
     """The step of the branch."""
 
     drawn: dict[str, Annotated[int, Ge(0)]]
-    """Sequences consumed of each source, by its fingerprint."""
+    """Number of sequences consumed from each source, by the source's fingerprint."""
 
 
 class DataConfig(Section):
-    """What is trained on: part of a run's identity, by the data's fingerprint and not by its place."""
+    """The data of a run. The run's identity depends on the data's fingerprint, not on its path."""
 
     train: Train
-    """A directory of shards, as `bigtrain data pack` or `data index` leaves it, or its URL (http, https, s3, gs, or a
+    """A directory of shards, as `bigtrain data pack` or `data index` writes it, or its URL (http, https, s3, gs, or a
     scheme of your own); or a mixture: a list of {path, weight, from_step, name}."""
 
     validation: HeldOut | None = None
-    """A directory or URL of held-out shards, or a list of {path, name}; null where the run is not evaluated."""
+    """A directory or URL of held-out shards, or a list of {path, name}; null: no held-out data."""
 
     document_mask: bool = False
-    """Whether a token sees only its own document inside a packed sequence."""
+    """Whether a token attends only to its own document inside a packed sequence."""
 
     shuffle_window: Annotated[int, Ge(1)] = 8
-    """Shards whose sequences are mixed with each other; a shard is read inside one window an epoch."""
+    """Number of shards whose sequences are shuffled together. Each shard is read inside one window per epoch."""
 
     augment: tuple[Annotated[AugmentationConfig, AUGMENTATIONS], ...] = ()
-    """Changes of the images, one after another: [{name: random_crop, padding: 2}, {name: mixup, alpha: 0.2}]. Random
-    ones apply to training alone; sizes and `normalize` to evaluations too."""
+    """Augmentations of the images, in this order: [{name: random_crop, padding: 2}, {name: mixup, alpha: 0.2}]. Random
+    ones apply only to training; sizes and `normalize` apply to evaluations too."""
 
     consumed: ConsumedConfig | None = None
-    """What an earlier run has consumed of the data, so that it is not read again: written by `--fork` and
-    `init: {state: all}` where data or batch are other ones than before."""
+    """What an earlier run has consumed of the data, which is not read again. `--fork` and `init: {state: all}` write
+    this key if data, batch or seed differ from the earlier run."""
 
     @model_validator(mode="after")
     def _sources_are_possible(self) -> DataConfig:
@@ -123,10 +123,13 @@ class DataConfig(Section):
         return self
 
     def places(self, key: str) -> dict[str, str]:
-        """Paths or URLs by the name of the source, of `train` or `validation`.
+        """Paths or URLs by the name of the source.
+
+        Args:
+            key: "train" or "validation".
 
         Raises:
-            ValueError: Two places have one name, or there is none.
+            ValueError: Two paths have the same name, the list is empty, or a validation set is named twice.
         """
         value: str | tuple[HeldOutConfig, ...] | None = self.train if key == "train" else self.validation
         if value is None or isinstance(value, str):
@@ -142,10 +145,10 @@ class DataConfig(Section):
         return found
 
     def phases(self) -> list[tuple[int, dict[str, float]]]:
-        """First step of each phase, and the weight of each source in it; ascending.
+        """The first step of each phase and the weight of each source in it, in ascending order of steps.
 
         Raises:
-            ValueError: No source has a weight in one of them, or a source has two weights from one step on.
+            ValueError: No source has a weight in a phase, or a source has two weights from the same step on.
         """
         if isinstance(self.train, str):
             return [(0, {"train": 1.0})]
@@ -167,30 +170,30 @@ class DataConfig(Section):
 
 
 class StreamingConfig(Section):
-    """How the data is read: changes nothing of what is trained."""
+    """How the data is read. These keys do not change what is trained."""
 
     verify: Literal["auto", "always", "never"] = "auto"
-    """Hashing every local shard at the start: auto does so up to 4 GB; beyond it, and never, sizes only. What is
-    fetched is always hashed on arrival, and, but for never, again when it comes from the cache."""
+    """Whether to hash every local shard at the start; auto: up to 4 GB in total. Otherwise only sizes are compared.
+    Fetched shards are always hashed on arrival, and again when they are read from the cache, except with never."""
 
     log_samples: bool = False
     """Whether the samples of each step are recorded in samples.jsonl."""
 
     prefetch: Annotated[int, Ge(1)] = 2
-    """Steps that a background thread prepares ahead."""
+    """Number of steps whose batches a background thread prepares ahead."""
 
     threads: Annotated[int, Ge(1)] | None = None
-    """Threads of each rank that decode and augment images; null: one for each of its cores, at most 16, and one
-    alone where images have fewer than 64 x 64 pixels."""
+    """Threads of each rank that decode and augment images; null: one per core of the rank, at most 16, and only one if
+    images have fewer than 64 x 64 pixels."""
 
     cache: Annotated[Bytes, Field(ge=1)] = 20 * 10**9
-    """Size that fetched shards take on this machine's disk at most ("20 GB"), all ranks and runs together."""
+    """Maximum size of fetched shards on this machine's disk ("20 GB"), over all ranks and runs."""
 
     cache_dir: str | None = None
-    """Where they lie, on a local disk; null: BIGTRAIN_CACHE, else ~/.cache/bigtrain."""
+    """Directory of the cache, on a local disk; null: BIGTRAIN_CACHE, else ~/.cache/bigtrain."""
 
     timeout: Annotated[float, BeforeValidator(_seconds), NUMBER_OR_TEXT, Field(gt=0)] = 20.0
-    """Silence of a server, in seconds or as "20 s", after which a request is given up and tried again."""
+    """Time without data from a server, in seconds or as "20 s", after which a request is aborted and retried."""
 
     retries: Annotated[int, Ge(0)] = 8
-    """Failures in a row, without a byte between them, after which a fetch fails; the waits between grow to 30 s."""
+    """Number of retries of a fetch that receives no data; any received byte resets the count. Waits grow to 30 s."""

@@ -1,7 +1,7 @@
-"""Members of tars that WebDataset's own decoding turns into arrays, one registered decoder for each suffix.
+"""Decodes members of tars into arrays with WebDataset, using one registered decoder per suffix.
 
-WebDataset's default `.decode()` unpickles some suffixes and is never used: its `Decoder` runs the registered decoders
-alone. A plugin adds one for a format of its own:
+WebDataset's default `.decode()` unpickles some suffixes, so it is never used: its `Decoder` runs only the registered
+decoders. A plugin can add a decoder for its own format:
 
     @DECODERS.register
     class Point(MemberDecoder):
@@ -27,14 +27,14 @@ from bigtrain.models.batches import Arrays
 
 
 class MemberDecoder(ABC):
-    """Decodes the members of one suffix."""
+    """Decodes the members with one suffix."""
 
     name: ClassVar[str]
     """The suffix, such as "mp"."""
 
     @abstractmethod
     def decode(self, data: bytes) -> Any:
-        """What a member holds: an array, a number, or lists and mappings of them; it may raise anything."""
+        """The value of a member: an array, a number, or lists and mappings of them. It may raise any exception."""
 
 
 DECODERS: Registry[MemberDecoder] = Registry(
@@ -47,16 +47,21 @@ DECODERS: Registry[MemberDecoder] = Registry(
 
 
 def decoder_of(suffix: str) -> str | None:
-    """The name of the decoder for a member's suffix; None where there is none."""
+    """The name of the decoder for a member's suffix; None if there is none."""
     last = suffix.rpartition(".")[2]
     return last if last in DECODERS else None
 
 
 def decode(suffix: str, data: bytes, where: str) -> Arrays:
-    """The arrays of a member by their names: the keys of mappings, the suffix and the place in lists.
+    """The arrays of a member by name.
+
+    In a mapping, the key is the name. Other values are named after the suffix, and items of a list get their index too.
+
+    Args:
+        where: Location of the member, for error messages.
 
     Raises:
-        UserError: The decoder fails, or gives something else than numbers.
+        UserError: The decoder fails, or it returns something other than numbers, too many arrays or invalid names.
     """
     name = decoder_of(suffix)
     assert name is not None
@@ -91,7 +96,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 @cache
 def _decoder(name: str) -> Callable[[str, bytes], Any]:
-    # Imported where a tar needs it: it loads torch.
+    # Imported only when a tar needs it, because it imports torch.
     from webdataset.autodecode import Decoder, gzfilter, handle_extension
 
     handler = handle_extension(name, DECODERS[name]().decode)

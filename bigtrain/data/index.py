@@ -1,10 +1,10 @@
-"""The index of a shard directory: index.json (a superset of wids-shard-index-v1) and one sidecar a shard.
+"""The index of a shard directory: index.json (a superset of wids-shard-index-v1) and one sidecar per shard.
 
-A sidecar is an int64 .npy array with a row for each sample. With it any sample is read without walking the tar; what
-its columns are, is the sample kind's (`data.kind`).
+A sidecar is an int64 .npy array with one row per sample, with which any sample can be read without scanning the tar.
+The sample kind defines the columns (`data.kind`).
 
-The shards lie beside index.json, on this machine or on the server that it came from; or, where it names a `base_url`,
-on a server while the index is here.
+The shards lie beside index.json, on this machine or on the server from which the index was fetched. If a local index
+names a `base_url`, its shards are on that server.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from bigtrain.storage import hash_file, hash_text, write_json
 from bigtrain.storage.scheme import check_url
 
 FORMAT_VERSION = 4
-"""Written for documents with a begin of text and kinds with lengths; 3 is enough for kinds that came after the first,
-2 for shards of text or with a `base_url`, 1 for others."""
+"""Newest version. It is written if tokenizer switches are on (`TokenizerInfo.switches`) and for kinds with lengths;
+else 3 for kinds not in FIRST_KINDS, 2 for shards of text or with a `base_url`, and 1 for all others."""
 FIRST_KINDS = ("tokens", "images")
-"""The kinds that a reader of format 1 knows."""
+"""The kinds that a reader of version 1 knows."""
 MAX_INDEX_BYTES = 1 << 31
 INDEX_NAME = "index.json"
 AUTO_VERIFY_BYTES = 4 * 10**9
@@ -46,108 +46,109 @@ class _Record(BaseModel):
 
 
 class ShardIndex(_Record):
-    """What is known of a shard directory without opening its shards."""
+    """The content of index.json: all that is known of a shard directory without opening its shards."""
 
     kind: str
     """The name of the sample kind."""
     dtype: Literal["<u2", "<u4", "<i4", "<i8"] | None
-    """Of the tokens; None for kinds without tokens."""
+    """Dtype of the tokens; None for kinds without tokens."""
     tokenizer: TokenizerInfo | None
     image: ImageInfo | None
     text_bytes: int | None
-    """UTF-8 bytes of the text that the tokens stand for, ends of text aside; None where not known."""
+    """UTF-8 bytes of the text that the tokens encode, without end-of-text tokens; None if not known."""
     shards: tuple[Shard, ...]
     fingerprint: str
-    """SHA-256 over the shards' hashes, kind, type and tokenizer: the data, wherever it lies."""
+    """SHA-256 over the shards' hashes, kind, dtype and tokenizer; it does not depend on where the data is stored."""
     directory: Path = Field(exclude=True)
-    """Where index.json lies on this machine."""
+    """The local directory that holds index.json."""
     text: bool = False
     """Whether the shards hold text, which is tokenised when a shard is opened."""
     base_url: str | None = None
-    """Where the shards are, if not beside the index."""
+    """URL of the shards, if they do not lie beside the index."""
     arrays: tuple[ArrayInfo, ...] | None = None
-    """What each sample holds by name; None for other kinds."""
+    """Name, type and shape of each array of a sample; None for kinds without arrays."""
     classes: Annotated[int, Field(ge=1)] | None = None
-    """One more than the largest class; None where there are none, and for images, which have them in `image`."""
+    """One more than the largest class; None if there are no classes, and for images, which have them in `image`."""
     class_names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers; None where they are not known."""
+    """Names of the classes in the order of their numbers; None if they are not known."""
     facts: dict[str, Any] | None = None
-    """Whatever else all samples have alike, of a kind of the user's own."""
+    """Other properties that all samples have in common; the sample kind defines them."""
     origin: str | None = Field(default=None, exclude=True)
-    """The URL that the index came from; None where it is this machine's own."""
+    """The URL from which the index was fetched; None for a local index."""
 
     @property
     def place(self) -> str:
-        """Where it is, for people and for the cache."""
+        """URL or path of the index, for messages and for the cache."""
         return self.origin or str(self.directory)
 
     @property
     def shards_url(self) -> str | None:
-        """Where the shards are fetched from; None where they lie beside the index."""
+        """URL from which the shards are fetched; None if they lie beside a local index."""
         return self.origin or self.base_url
 
     @property
     def streams(self) -> bool:
-        """Whether shards go through the cache: they are fetched, or made into tokens."""
+        """Whether shards go through the cache, because they are fetched or tokenised on reading."""
         return self.shards_url is not None or self.text
 
     @property
     def sample_kind(self) -> SampleKind:
-        """What knows how such samples are read."""
+        """The sample kind, which defines how the samples are read."""
         return kind_named(self.kind)
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary, or number of classes, 0 where there are none."""
+        """Size of the vocabulary, or number of classes; 0 if there is neither."""
         return self.sample_kind.outputs(self)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all shards."""
+        """Number of tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def samples(self) -> int:
-        """Documents, images with or without captions, or samples of arrays, of all shards."""
+        """Number of samples in all shards: documents, images with or without captions, samples of arrays, and so on."""
         return sum(shard.nsamples for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Size of all shards in bytes."""
         return sum(shard.filesize for shard in self.shards)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text that a token stands for, on average; None where not known."""
+        """Mean UTF-8 bytes of text per token; None if not known."""
         return None if self.text_bytes is None or not self.tokens else self.text_bytes / self.tokens
 
     def sequence_counts(self, context: int, document_mask: bool = False) -> list[int]:
-        """What a step can consume of each shard: sequences of `context` tokens, or samples of other kinds."""
+        """Number of sequences of `context` tokens in each shard; of samples for kinds without tokens."""
         kind = self.sample_kind
         return kind.packed_counts(self, context) if document_mask else kind.sequence_counts(self, context)
 
     @property
     def columns(self) -> int:
-        """Columns of a sidecar."""
+        """Number of columns of a sidecar."""
         return self.sample_kind.columns(self)
 
     def sidecar_bytes(self, shard: int) -> int:
-        """Size of a shard's sidecar."""
+        """Size of a shard's sidecar in bytes."""
         return _SIDECAR_HEADER_BYTES + 8 * self.columns * self.shards[shard].nsamples
 
     def stored_bytes(self, shard: int) -> int:
-        """Bytes that a shard and its sidecar take in the cache while it is in use, at most."""
+        """Maximum bytes that a shard and its sidecar take in the cache while the shard is in use."""
         entry = self.shards[shard]
         made = entry.tokens * np.dtype(self.dtype).itemsize if self.text else 0
         return entry.filesize + self.sidecar_bytes(shard) + made
 
     def rows(self, shard: int, path: Path | None = None) -> Rows:
-        """A shard's sidecar, int64 (samples, columns).
+        """A shard's sidecar, int64 of shape (samples, columns).
 
         Args:
-            path: Where it is, if not beside the index.
+            path: Path of the sidecar, if it does not lie beside the index.
 
         Raises:
+            UserError: The sidecar is missing.
             CorruptionError: The sidecar is damaged, or points outside its shard.
         """
         entry = self.shards[shard]
@@ -168,33 +169,33 @@ class ShardIndex(_Record):
         return rows
 
     def token_counts(self, rows: Rows) -> Rows:
-        """Tokens of each document or caption of a sidecar."""
+        """Number of tokens of each sample, from the rows of a sidecar."""
         column = self.sample_kind.token_column(self.text)
         assert column is not None
         return rows[:, column]
 
     def all_token_counts(self) -> Iterator[Rows]:
-        """Tokens of each sample, shard by shard; nothing for kinds without tokens."""
+        """Yield the number of tokens of each sample, shard by shard; yield nothing for kinds without tokens."""
         if self.of_tokens:
             for number in range(len(self.shards)):
                 yield self.token_counts(self.rows(number))
 
     @property
     def of_tokens(self) -> bool:
-        """Whether a sample is `model.context` tokens, with or without an image."""
+        """Whether a sample has up to `model.context` tokens, with or without an image."""
         return self.sample_kind.of_tokens
 
     @property
     def is_tokenised_on_reading(self) -> bool:
-        """Whether its texts become tokens when they are read."""
+        """Whether the shards hold texts or captions that are tokenised on reading."""
         return self.of_tokens and any(shard.tokens_hash for shard in self.shards)
 
     def check(self, verify: Verify = "auto", progress: Callable[[str], None] | None = None) -> None:
-        """Compare the files with the index: their sizes, and where `verify` says so their hashes.
+        """Compare the sizes of the files with the index, and their hashes if `verify` says so.
 
         Raises:
             UserError: A shard or sidecar is missing.
-            CorruptionError: One has other bytes than when it was indexed.
+            CorruptionError: A shard or sidecar has changed since it was indexed.
         """
         hashed = verify == "always" or (verify == "auto" and self.bytes <= AUTO_VERIFY_BYTES)
         for shard in self.shards:
@@ -204,7 +205,7 @@ class ShardIndex(_Record):
                 progress(shard.url)
 
     def problems(self, shard: Shard, hashed: bool) -> list[UserError]:
-        """What is wrong with one shard's files; empty where all is well."""
+        """Errors about the files of one shard; empty if there are none."""
         files = {self.directory / shard.index: shard.index_hash}
         path = self.directory / shard.url
         if self.shards_url is None:
@@ -226,10 +227,10 @@ class ShardIndex(_Record):
         ]
 
     def require_same_tokens(self, other: ShardIndex) -> None:
-        """Refuse to use `other` with this where its tokens (or classes) do not mean what they mean here.
+        """Refuse to use `other` together with this index if its tokens (or classes) have another meaning.
 
         Raises:
-            UserError: Another kind of data, tokenizer, or image shape; more classes.
+            UserError: Kind, tokenizer or image shape differ, or `other` has more classes.
         """
         own, others = self.tokenizer, other.tokenizer
         if self.kind != other.kind:
@@ -261,7 +262,7 @@ class ShardIndex(_Record):
         """The tokenizer that made the tokens.
 
         Raises:
-            UserError: A kind without tokens, or tokens made elsewhere.
+            UserError: The kind has no tokens, or the tokens were made by another tool.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.kind} have no tokenizer", where=str(self.directory))
@@ -278,7 +279,7 @@ def write_index(
     arrays: tuple[ArrayInfo, ...] | None = None, classes: int | None = None, facts: dict[str, Any] | None = None,
     class_names: tuple[str, ...] | None = None,
 ) -> ShardIndex:  # fmt: skip
-    """Write index.json, atomically and last, and return what it says."""
+    """Write index.json, atomically and after all other files, and return the index."""
     content: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
@@ -309,7 +310,7 @@ def write_index(
 
 
 def fingerprint(kind: str, dtype: str | None, tokenizer: TokenizerInfo | None, hashes: list[str]) -> str:
-    """Identifies the data: other bytes, shard order or tokenizer give another one; names do not."""
+    """The fingerprint of the data. It depends on the bytes, the order of shards and the tokenizer, but not on names."""
     value: list[Any] = [kind, dtype, None if tokenizer is None else tokenizer.hash, hashes]
     if tokenizer is not None:
         value += tokenizer.switches
@@ -320,7 +321,7 @@ def load_index(directory: str | Path) -> ShardIndex:
     """Read a shard directory's index.json.
 
     Raises:
-        UserError: No such directory, no index in it, or one of a newer format.
+        UserError: There is no such directory, it holds no index, or the index has a newer format.
         CorruptionError: index.json is damaged.
     """
     root = Path(directory)
@@ -330,7 +331,7 @@ def load_index(directory: str | Path) -> ShardIndex:
     if not path.is_file():
         raise UserError(f"the directory holds no {INDEX_NAME}", where=str(directory), fix=_how_to_index(root))
     index = parse_index(path.read_bytes(), root, str(path))
-    # Packing wrote the names of classes into a file of their own before the index had a place for them.
+    # Packing wrote the names of classes into a separate file before the index had a field for them.
     return index if index.class_names else index.model_copy(update={"class_names": read_class_names(root)})
 
 
@@ -338,11 +339,11 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
     """An index from the bytes of its index.json.
 
     Args:
-        root: The directory on this machine that it stands for.
-        where: Where the bytes are from, for errors.
+        root: The local directory of the index.
+        where: Path or URL of the bytes, for error messages.
 
     Raises:
-        UserError: A newer format.
+        UserError: The index has a newer format, or a kind that is not known.
         CorruptionError: The bytes are damaged.
     """
     try:
@@ -366,7 +367,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
         parts |= {name: value.get(name, default) for name, default in _OPTIONAL.items()}
         for name, build in (("tokenizer", TokenizerInfo), ("image", ImageInfo)):
             if parts[name] is not None:
-                # The inner call refuses other names than the fields', the outer one other types.
+                # The inner call refuses unknown names, the outer one wrong types.
                 content = json.dumps(vars(build(**parts[name])))
                 parts[name] = TypeAdapter(build).validate_json(content, strict=True)
         if parts["arrays"] is not None:
@@ -397,7 +398,7 @@ _SHARD_FIELDS = frozenset(("url", "nsamples", "filesize", "hash", "tokens", "ind
 
 
 def _shard_or_object(value: dict[str, Any]) -> Any:
-    """A shard as soon as its entry has been read: the dictionaries of a million would take more than its memory."""
+    """Turn an entry into a `Shard` as soon as it is parsed: a million dictionaries would take too much memory."""
     return Shard(**value) if value.keys() >= _SHARD_FIELDS else value
 
 
@@ -408,7 +409,7 @@ _OPTIONAL: dict[str, Any] = {
 
 
 def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
-    """The fix where files to be packed lie in a directory of shards or above one; None where there are no shards."""
+    """The fix to suggest if files to be packed lie in or above a directory of shards; None if there are no shards."""
     for given in map(Path, inputs):
         place = given if given.is_dir() else given.parent
         if (

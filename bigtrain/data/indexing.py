@@ -1,6 +1,6 @@
-"""Indexing: walking tars once to write down where samples lie (`data index`, and after packing).
+"""Indexing: scans tars once to record where samples lie (`data index`, and after packing).
 
-Tars on a server are fetched one after another, looked at and deleted; their index names where they are.
+Tars on a server are fetched a few at a time, scanned and deleted; their index names the URL of their directory.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ def index_directory(
     passed: PassedOver | None = None,
     kind: str | None = None,
 ) -> ShardIndex:
-    """Index a directory's local, uncompressed tars.
+    """Index the local, uncompressed tars of a directory.
 
-    Each sample kind says which members make a sample (`SampleKind.layout`).
+    Each sample kind defines which members form a sample (`SampleKind.layout`).
 
-    Sidecars and index.json are written beside the tars, which are only read. A directory indexed before keeps
-    its tokenizer unless another is given.
+    Sidecars and index.json are written beside the tars, which are only read. If the directory already has an index,
+    its tokenizer is kept unless another one is given.
 
     Args:
-        directory: Where the tars lie.
-        tokenizer: What made their tokens, where that is known; for text and captions what makes them.
-        text_bytes: UTF-8 bytes of the text that the tokens stand for, where known.
+        directory: The directory of the tars.
+        tokenizer: The tokenizer that made the stored tokens, if known; for text and captions, the one that makes them.
+        text_bytes: UTF-8 bytes of the text that the stored tokens encode, if known.
         progress: Called with each tar's name.
-        passed: What to do with samples that cannot be read; None: raise.
-        kind: The name of the sample kind; None: what the first sample of each tar looks like.
+        passed: Counts or refuses samples that cannot be read; None: the first one is an error.
+        kind: Name of the sample kind; None: the kind that the first sample of each tar looks like.
 
     Raises:
-        UserError: No tars, members that are refused, samples of another kind, images of different sizes.
-        CorruptionError: A tar is damaged or cut short.
+        UserError: There are no tars, a member is refused, kinds differ between tars, or images have different sizes.
+        CorruptionError: A tar is damaged or truncated.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -89,20 +89,21 @@ def index_urls(
     patience: Patience | None = None,
     kind: str | None = None,
 ) -> ShardIndex:
-    """Index tars on a server into a local directory that runs can name; each tar is read once.
+    """Index tars on a server into a local directory that runs can name; each tar is fetched once.
 
     Args:
-        urls: Of tars in one directory of a server; "{000..099}" stands for a range. On s3 and gs a directory may be
-            named, for all tars in it.
+        urls: URLs of tars in one directory of a server; "{000..099}" stands for a range. On s3 and gs, the URL of a
+            directory stands for all tars in it.
         out: A directory that does not exist yet, or is empty.
         tokenizer: See `index_directory`.
         progress: Called with each tar's name, in any order.
-        passed: What to do with samples that cannot be read; None: raise.
-        kind: The name of the sample kind; None: what the first sample of each tar looks like.
-        patience: How long a silent or failing server is retried.
+        passed: Counts or refuses samples that cannot be read; None: the first one is an error.
+        patience: Timeout and number of retries for an unresponsive or failing server.
+        kind: Name of the sample kind; None: the kind that the first sample of each tar looks like.
 
     Raises:
-        UserError: URLs that are refused or lie in several directories; see `index_directory`.
+        UserError: A URL is refused, the URLs lie in several directories, or `out` is not empty; see also
+            `index_directory`.
         RemoteError: The server cannot be read.
     """
     root = Path(out)
@@ -151,7 +152,11 @@ def write_common(
     text_bytes: int | None = None,
     base_url: str | None = None,
 ) -> ShardIndex:
-    """Write the index of shards that were scanned and whose sidecars are written."""
+    """Write the index of shards that have been scanned and whose sidecars are written.
+
+    Args:
+        former: The previous index of the directory, whose tokenizer is kept if `tokenizer` is None.
+    """
     first = scans[0][1]
     image = kind_named(first.kind).common_image(scans)
     largest = max(scan.largest_id for _, scan in scans)
@@ -169,7 +174,7 @@ def write_common(
 
 
 def write_shard(path: Path, scan: Scan, root: Path) -> Shard:
-    """Write a tar's sidecar into `root`; what an index says of the tar."""
+    """Write a tar's sidecar into `root`, and return the tar's entry for the index."""
     sidecar = root / f"{path.name.removesuffix('.tar')}.idx.npy"
     kind = kind_named(scan.kind)
     column = kind.token_column(scan.text)
@@ -217,10 +222,10 @@ def _tokenizer_info(
 
 
 def check_common(scans: list[tuple[Path, Scan]]) -> None:
-    """Refuse shards of several kinds.
+    """Refuse tars whose samples differ in kind or in other properties that must be equal (`SampleKind.common`).
 
     Raises:
-        UserError: Names the first that differs.
+        UserError: A tar differs from the first one.
     """
     first_path, first = scans[0]
     kind = kind_named(first.kind)

@@ -1,4 +1,4 @@
-"""Looking at a shard directory: what it holds (`data inspect`), and whether it is whole (`data verify`)."""
+"""Inspects a shard directory (`data inspect`), and verifies that it is complete and undamaged (`data verify`)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Inspection:
     path: str
     kind: str
     samples: int
-    """Documents, images, captions, or samples of arrays."""
+    """Number of documents, images, captions, samples of arrays, and so on."""
     shards: int
     bytes: int
     fingerprint: str
     vocab_size: int
-    """Or number of classes."""
+    """Size of the vocabulary, or number of classes."""
     dtype: str | None
     tokenizer: str | None
     image: str | None
-    """HEIGHT x WIDTH x CHANNELS."""
+    """Shape of the images, as HEIGHT x WIDTH x CHANNELS."""
     arrays: str | None
-    """Names, types and shapes, and how many classes."""
+    """Names, types and shapes of the arrays, and the number of classes."""
     tokens: int
     bytes_per_token: float | None
     shortest: int
@@ -44,10 +44,10 @@ class Inspection:
     context: int
     sequences: int
     padding: int
-    """Targets of weight zero that fill up the last sequence of each shard, or each caption."""
+    """Number of targets of weight zero that fill up sequences."""
     padding_share: float
     cut: int
-    """Captions of more than `context` tokens, which lose their end."""
+    """Number of samples that are longer than `context` and lose their end."""
     first_lines: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -57,23 +57,23 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a full verification found."""
+    """The result of a full verification."""
 
     path: str
     shards: int
     bytes: int
     problems: list[dict[str, str | None]]
-    """One object a problem: error, where, fix."""
+    """One object per problem, with the keys error, where and fix."""
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return dataclasses.asdict(self)
 
     def raise_for_problems(self) -> None:
-        """Raise what was found.
+        """Raise an error if there are problems.
 
         Raises:
-            CorruptionError: Names the first problem and how many there are.
+            CorruptionError: There are problems; the error names the first one and their number.
         """
         if self.problems:
             first = self.problems[0]
@@ -82,10 +82,10 @@ class Verification:
 
 
 def shard_directories(path: str | Path) -> list[Path]:
-    """The directory itself where it is indexed, else its parts train and validation.
+    """The directory itself if it is indexed, else its subdirectories train and validation.
 
     Raises:
-        UserError: None of them is there.
+        UserError: None of these directories holds an index.
     """
     root = Path(path)
     parts = [root / name for name in ("train", "validation") if (root / name / INDEX_NAME).is_file()]
@@ -95,10 +95,14 @@ def shard_directories(path: str | Path) -> list[Path]:
 
 
 def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection:
-    """Describe one shard directory; the first lines of text are decoded where its tokenizer is known.
+    """Describe one shard directory. The first lines of text are decoded if the tokenizer is known.
+
+    Args:
+        context: Tokens per sequence.
+        lines: Maximum number of lines of text.
 
     Raises:
-        UserError: No index there.
+        UserError: The directory holds no index.
         CorruptionError: The index or a sidecar is damaged.
     """
     index = load_index(path)
@@ -135,10 +139,10 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
 
 
 def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> Verification:
-    """Read all of a shard directory (or of its train and validation): hashes, tars, sidecars, tokenizer.
+    """Verify all files of a shard directory (or of its train and validation): hashes, tars, sidecars, tokenizer.
 
     Raises:
-        UserError: Nothing there.
+        UserError: The directory holds no index.
     """
     problems: list[UserError] = []
     shards = size = 0

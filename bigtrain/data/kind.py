@@ -1,14 +1,14 @@
-"""What a sample kind is: one class in one file, `kinds/NAME.py` or a user's `--plugin FILE`.
+"""The base class of sample kinds. A kind is one class in one file, `kinds/NAME.py` or a user's `--plugin FILE`.
 
-A class that inherits `SampleKind` and is registered says how samples are recognised in a tar and indexed (`scanner`),
-read and batched (`open_reader`), packed (`find`) and checked against a model (`check_model`). A kind whose samples
-stand alone, such as images or sounds, needs little more than a scanner, a reader and an example batch:
+A registered subclass of `SampleKind` defines how samples are recognised in a tar and indexed (`scanner`), read and
+batched (`open_reader`), packed (`find`) and checked against a model (`check_model`). A kind whose samples are
+independent of each other, such as images or sounds, needs little more than a scanner, a reader and an example batch:
 
     @KINDS.register
     class Sounds(SampleKind):
         name = "sounds"
 
-configs/plugin/sounds.py is a complete one.
+configs/plugin/sounds.py is a complete example.
 """
 
 from __future__ import annotations
@@ -39,100 +39,110 @@ if TYPE_CHECKING:
 
 
 class Scanner(ABC):
-    """Looks at the samples of one tar, one after another."""
+    """Scans the samples of one tar, one after another."""
 
     noun: ClassVar[str] = "sample"
-    """What a sample is called in errors."""
+    """Word for a sample in error messages."""
 
     @abstractmethod
     def add(self, sample: TarSample) -> tuple[int, ...] | None:
-        """The sample's row of the sidecar; None: it is empty, and skipped.
+        """The sample's row in the sidecar; None if the sample is empty, so that it is skipped.
 
         Raises:
-            UserError: The sample is bad; it leaves no trace in the result.
+            UserError: The sample is bad. The result must not depend on such a sample.
         """
 
     @abstractmethod
     def result(self, rows: Rows) -> Scan:
-        """What the whole tar holds: `rows` are those of all samples that were not skipped, at least one."""
+        """The scan of the full tar.
+
+        Args:
+            rows: Rows of all samples that were not skipped, int64 of shape (samples, columns); at least one row.
+        """
 
 
 class SampleKind(BatchKind):
-    """How samples of a kind are stored, found and read."""
+    """Base class of sample kinds: how samples of a kind are stored, found and read."""
 
     layout: ClassVar[str] = ""
-    """The members of a sample, for messages: "KEY.png + KEY.cls"."""
+    """The members of a sample, for error messages: "KEY.png + KEY.cls"."""
 
     gives: ClassVar[str | None] = None
-    """The kind whose batches it gives, so that models of that kind take it; None: its own."""
+    """The kind whose batches this kind yields, so that models of that kind accept it; None: its own kind."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """The options of packing that the kind takes, of those that not all kinds take."""
+    """The packing options that this kind accepts, among those that not all kinds accept."""
 
     needs_tokenizer: ClassVar[bool] = False
     """Whether packing needs a tokenizer."""
 
-    # What an index says of the kind.
+    # Properties of an index of this kind.
 
     @abstractmethod
     def columns(self, index: ShardIndex) -> int:
-        """Columns of a sidecar, whose row is a sample's."""
+        """Number of columns of a sidecar, which has one row per sample."""
 
     def rows_fit(self, index: ShardIndex, shard: Shard, rows: Rows) -> bool:
-        """Whether a sidecar of numbers that are not negative, which may come from anywhere, points into its shard."""
+        """Whether the rows of a sidecar point inside their shard. The rows are untrusted, but not negative."""
         return True
 
     def is_complete(self, index: ShardIndex) -> bool:
-        """Whether an index, which may come from anywhere, holds all that the kind needs of it."""
+        """Whether an untrusted index holds all fields that the kind needs."""
         return True
 
     def outputs(self, index: ShardIndex) -> int:
-        """Entries of the vocabulary, or number of classes; 0 where there are none."""
+        """Size of the vocabulary, or number of classes; 0 if there is neither."""
         return index.classes or 0
 
     def sequence_counts(self, index: ShardIndex, context: int) -> list[int]:
-        """What a step can consume of each shard: its samples."""
+        """Number of sequences in each shard that steps can consume; by default, one per sample."""
         return [shard.nsamples for shard in index.shards]
 
     def packed_counts(self, index: ShardIndex, context: int) -> list[int]:
-        """Sequences of each shard where `data.document_mask` is on: as many as without, unless samples share one."""
+        """Number of sequences in each shard with `data.document_mask`; differs only if samples share sequences."""
         return self.sequence_counts(index, context)
 
     def lengths(self, rows: Rows) -> dict[str, int] | None:
-        """How many samples of a sidecar have each length, for kinds whose sequences depend on it."""
+        """Number of samples of each length in a sidecar; None for kinds whose sequences do not depend on it."""
         return None
 
     def token_column(self, text: bool) -> int | None:
-        """The column of a sidecar that counts a sample's tokens; None where samples have none."""
+        """The column of a sidecar that holds the number of tokens of a sample; None for kinds without tokens.
+
+        Args:
+            text: Whether the shards hold text, which is tokenised on reading.
+        """
         return None
 
     def targets(self, index: ShardIndex, context: int) -> int:
-        """Tokens of all sequences that a loss counts; 0 for kinds without tokens."""
+        """Number of tokens in all sequences that count in the loss; 0 for kinds without tokens."""
         return 0
 
     def cut(self, index: ShardIndex, context: int) -> int:
-        """Samples that lose their end at this context."""
+        """Number of samples that are longer than the context and lose their end."""
         return 0
 
     def image_shape(self, index: ShardIndex) -> tuple[int, int, int] | None:
-        """Height, width and channels of the array `images` of a batch, uint8; None for kinds without, which
-        `data.augment` does not take."""
+        """Height, width and channels of the uint8 array `images` of a batch.
+
+        None for kinds without images, for which `data.augment` is refused.
+        """
         image = index.image
         return None if image is None else (image.height, image.width, image.channels)
 
     def describe(self, index: ShardIndex) -> str | None:
-        """Sizes of a sample, in words."""
+        """A text that describes the sizes of a sample; None if there is nothing to describe."""
         return None
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
-        """The first lines of text, where there is some."""
+        """The first lines of text; empty for kinds without text."""
         return []
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """Refuse to use `other` with `index` where a sample does not mean the same.
+        """Refuse to use `other` together with `index` if their samples do not have the same meaning.
 
         Raises:
-            UserError: Names what differs.
+            UserError: The samples of both differ.
         """
         if index.facts != other.facts or (other.classes or 0) > (index.classes or 0):
             raise UserError(
@@ -146,55 +156,63 @@ class SampleKind(BatchKind):
         """Refuse a model that cannot take these samples.
 
         Raises:
-            UserError: Names the sizes of both.
+            UserError: The model does not take samples of this size or content.
         """
 
     # Tars.
 
     @abstractmethod
     def recognises(self, sample: TarSample) -> bool:
-        """Whether a tar whose first sample this is holds samples of the kind."""
+        """Whether a tar that begins with this sample holds samples of this kind."""
 
     @abstractmethod
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
-        """What looks at the samples of one tar.
+        """A scanner for the samples of one tar.
+
+        Args:
+            first: The first sample of the tar.
+            tokenizer: Tokenises text, to count and hash its tokens.
 
         Raises:
-            UserError: A tokenizer is missing.
+            UserError: The kind needs a tokenizer, and there is none.
         """
 
     def common(self, scan: Scan) -> tuple[object, ...]:
-        """What all tars of a directory must have alike."""
+        """The properties that must be equal for all tars of a directory."""
         return scan.kind, scan.dtype, scan.text_bytes is None, scan.arrays, scan.classes is None, scan.facts
 
     def common_image(self, scans: Sequence[tuple[Path, Scan]]) -> ImageInfo | None:
-        """The one shape of the images of several tars; None for kinds without.
+        """The shape that the images of all tars have; None for kinds without images.
 
         Raises:
-            UserError: One has another size.
+            UserError: The images of a tar have another size.
         """
         return None
 
     def named(self, scan: Scan) -> str:
-        """What a tar holds, for an error about one that differs."""
+        """A description of what a tar holds, for the error about a tar that differs."""
         return scan.kind if scan.dtype is None else f"{scan.kind} of type {scan.dtype}"
 
     # Packing.
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """The samples that some inputs hold.
+        """Find the samples in some inputs.
 
         Raises:
-            UserError: There are none, or inputs that the kind does not read.
+            UserError: The inputs hold no samples, or the kind does not read such inputs.
         """
         raise UserError(f"samples of the kind '{self.name}' are not packed", fix="index tars: bigtrain data index")
 
     def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
-        """JSON files to write beside the index of each split, by their names; `samples` are those of `inputs`."""
+        """JSON files to write beside the index of each split, by file name.
+
+        Args:
+            samples: The samples that `find` found in the inputs.
+        """
         return {}
 
     def pack(self, inputs: Sequence[str | Path], out: str | Path, options: PackOptions) -> PackSummary:
-        """Pack samples into OUT/train, and OUT/validation where some are held out.
+        """Pack samples into OUT/train, and into OUT/validation if some are held out.
 
         Raises:
             UserError: See `find` and `packing.samples.pack_samples`.
@@ -210,13 +228,13 @@ class SampleKind(BatchKind):
     def open_reader(
         self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
     ) -> Reader:
-        """What turns places in the data into arrays.
+        """A reader that turns positions in the data into arrays.
 
         Args:
-            context: Tokens of a sequence or caption; unused for kinds without tokens.
-            document_mask: Also yield `documents` and `positions`, of text.
-            open_shards: Shards kept open at once.
-            store: Where the shards come from.
+            context: Tokens per sequence or caption; unused for kinds without tokens.
+            document_mask: Whether batches of text hold the arrays `documents` and `positions`.
+            open_shards: Maximum number of shards that are open at the same time.
+            store: The store that provides the shards.
         """
 
 
@@ -226,10 +244,10 @@ def _made(kind: type[BatchKind]) -> BatchKind:
 
 
 def kind_named(name: str) -> SampleKind:
-    """The sample kind of a name.
+    """The sample kind with a given name.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such kind.
     """
     if name not in KINDS:
         raise UserError(

@@ -1,6 +1,6 @@
-"""The loader: from a global order to each rank's micro-batches, prepared ahead by a thread.
+"""The loader: turns the global order into each rank's micro-batches, which a thread prepares ahead.
 
-It holds no state that a checkpoint needs: the batch of a step is a function of the step.
+The loader holds no state that a checkpoint needs: the batch of a step is a function of the step.
 """
 
 from __future__ import annotations
@@ -28,39 +28,43 @@ from bigtrain.models.batches import Arrays
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a global batch lies over the data-parallel ranks; the same numbers on every rank."""
+    """How a global batch is divided over the data-parallel ranks; equal on every rank.
+
+    A slot is a position in the global batch. If the division is uneven, slots without a sequence are added: fillers,
+    which have weight zero.
+    """
 
     batch_size: int
     ranks: int
     n_micro: int
-    """Micro-batches of each rank."""
+    """Number of micro-batches per rank."""
     micro_batch: int
-    """Sequences of each micro-batch."""
+    """Number of slots per micro-batch."""
 
     @property
     def per_rank(self) -> int:
-        """Slots of a rank, fillers included."""
+        """Number of slots per rank, including fillers."""
         return self.n_micro * self.micro_batch
 
     @property
     def fillers(self) -> int:
-        """Slots of weight zero, over all ranks: the waste of an uneven division."""
+        """Number of fillers over all ranks."""
         return self.per_rank * self.ranks - self.batch_size
 
     def slots(self, rank: int) -> range:
-        """A rank's slots of the global batch; those at or past batch_size are fillers."""
+        """A rank's slots of the global batch; slots at or past batch_size are fillers."""
         return range(rank * self.per_rank, (rank + 1) * self.per_rank)
 
 
 def distribute(batch_size: int, ranks: int, micro_size: int, *, least: int = 1, multiple: int = 1) -> Distribution:
-    """Divide a global batch over ranks in micro-batches of at most `micro_size` sequences, as even as can be.
+    """Divide a global batch over ranks, as evenly as possible, into micro-batches of at most `micro_size` sequences.
 
     Args:
-        least, multiple: The number of micro-batches is at least the one and divisible by the other, as the schedule of
-            a pipeline needs it.
+        least, multiple: The number of micro-batches per rank is at least `least` and divisible by `multiple`, as a
+            pipeline schedule requires.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: An argument is below 1.
     """
     if min(batch_size, ranks, micro_size, least, multiple) < 1:
         raise ValueError(f"batch {batch_size}, ranks {ranks} and micro-batch {micro_size} must be at least 1")
@@ -72,40 +76,47 @@ def distribute(batch_size: int, ranks: int, micro_size: int, *, least: int = 1, 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank gets for one step."""
+    """One rank's part of the global batch of one step."""
 
     step: int
     micro_batches: list[Arrays]
-    """Text: tokens, targets, weights (B, C), keys (B,), and with a document mask documents, positions (B, C).
-    Images: images (B, height, width, channels), uint8, or float32 where they are normalized; labels int64 (B,), or
-    float32 (B, classes) where images are mixed; weights, keys (B,).
-    Captions: images as before, tokens, weights (B, C), keys (B,).
-    Arrays: each by its name (B, ...), labels (B,) where there are classes, weights, keys (B,).
-    Of a mixture also sources (B, S): a one for the source of each sequence."""
+    """The named arrays of each micro-batch of B sequences, with C tokens each and from S sources.
+
+    Text: tokens, targets, weights (B, C), keys (B,); with a document mask also documents, positions (B, C).
+    Images: images (B, height, width, channels), uint8, or float32 if normalized; labels int64 (B,), or float32
+    (B, classes) if images are mixed; weights, keys (B,).
+    Captions: images as before; tokens, weights (B, C), keys (B,).
+    Arrays: each array by its name (B, ...); labels (B,) if there are classes; weights, keys (B,).
+    Classified texts: tokens (B, C); lengths, labels, weights, keys (B,).
+    Preferences: tokens, targets, weights (B, 2, C), keys (B,).
+    Mixtures also have sources (B, S), with a one for the source of each sequence."""
     sample_ids: list[str] = field(default_factory=list)
-    """Of the full global batch, in its order; only when requested."""
+    """Ids of all samples of the global batch, in global order; empty unless requested."""
 
 
 class Loader:
-    """Yields one rank's share of each global batch.
+    """Yields one rank's part of each global batch.
 
     Args:
-        data: A shard directory, its index, or several of them.
-        order: The global order; its counts are those of the index at this context.
-        batch_size: Sequences of the global batch.
-        context: Tokens of a sequence or caption; unused for images and arrays.
-        dp_rank: This rank among those that read different data.
-        dp_size: Their number.
-        micro_size: Sequences that a rank takes in one pass, at most; None: all of its own.
-        least_micro_batches, micro_batch_multiple: Constraints for `distribute`.
-        seed: The run's seed, for the keys of dropout.
-        document_mask: Whether batches say where documents begin.
-        log_samples: Whether batches carry the ids of the global batch.
-        prefetch: Batches prepared ahead.
-        source: Name of the data in sample ids and in the position, where it is one directory.
-        streaming: How shards are fetched that are not here, and how many threads decode.
-        augment: Changes of the images, in their order.
-        training: Whether they are those of training or of an evaluation.
+        data: A shard directory, its index, or several sources.
+        order: The global order; its counts must be those of the data at this context.
+        batch_size: Sequences per global batch.
+        context: Tokens per sequence or caption; unused for images and arrays.
+        dp_rank: This rank's number among the data-parallel ranks, which read different data.
+        dp_size: Number of data-parallel ranks.
+        micro_size: Maximum number of sequences per micro-batch; None: all sequences of the rank.
+        least_micro_batches, micro_batch_multiple: Constraints of `distribute`.
+        seed: The run's seed, for the keys of dropout and for augmentations.
+        document_mask: Whether batches hold the arrays `documents` and `positions`.
+        log_samples: Whether batches carry the sample ids of the global batch.
+        prefetch: Number of batches prepared ahead.
+        source: Name of the data in sample ids and in the position, if the data is a single directory.
+        streaming: Settings for fetching remote shards, and for the number of decoding threads.
+        augment: Augmentations of the images, in their order.
+        training: Whether augmentations are applied as in training or as in an evaluation.
+
+    Raises:
+        ValueError: The order does not fit the data, or `dp_rank` is not below `dp_size`.
     """
 
     def __init__(
@@ -143,7 +154,7 @@ class Loader:
         )
         self._order, self._seed, self._rank = order, seed, dp_rank
         self._log_samples, self._prefetch = log_samples, prefetch
-        # A batch may lie across the border of two windows.
+        # A batch may cross the boundary of two windows.
         self._reader = self.sources.open_reader(context, document_mask, 2 * order.window, streaming)
         self._threads = Threads(_threads_for(self.sources.first, streaming))
         self._reader.use(self._threads)
@@ -154,16 +165,16 @@ class Loader:
                 threads=self._threads,
             )  # fmt: skip
         self._active: _Ahead | None = None
-        # The reader and the order cache what they last used, and the thread of `batches` uses them too.
+        # The reader and the order have caches, and the caller and the thread of `batches` may both use them.
         self._lock = threading.RLock()
 
     @property
     def data_wait_s(self) -> float:
-        """How long the last batch was waited for, in seconds."""
+        """Seconds that the caller waited for the last batch."""
         return 0.0 if self._active is None else self._active.wait_s
 
     def batch(self, step: int) -> StepBatch:
-        """This rank's part of the batch that `step` consumes, read now. Steps count from 0."""
+        """Read this rank's part of the global batch of `step`, without prefetching. Steps are counted from 0."""
         shape = self.distribution
         start, slots = step * shape.batch_size, shape.slots(self._rank)
         own = min(slots.stop, shape.batch_size) - slots.start
@@ -187,7 +198,11 @@ class Loader:
         return StepBatch(step, micro_batches, self.sample_ids(step) if self._log_samples else [])
 
     def _read(self, step: int, first: int, count: int) -> tuple[Arrays, IntArray]:
-        """The samples of `count` slots of a global batch from `first` on, fewer where the data ends; their shards."""
+        """Read the samples of `count` slots of a global batch from slot `first` on; fewer if the data ends.
+
+        Returns:
+            The arrays, and the shard of each sample.
+        """
         batch_size, augmenter = self.distribution.batch_size, self._augmenter
         start, partners = step * batch_size, None
         if augmenter is None or not augmenter.mixes:
@@ -211,21 +226,21 @@ class Loader:
             return self._reader.sample_ids(self.sources.names[0], draw.shard, draw.sequence)
 
     def batches(self, first_step: int = 0, stop_step: int | None = None) -> Iterator[StepBatch]:
-        """The batches from `first_step` on, without end or up to before `stop_step`, prepared ahead.
+        """Yield the batches from `first_step` on, prepared ahead; without end, or up to but excluding `stop_step`.
 
-        An error of the reading thread is raised where its batch would have come. Another call ends this one.
+        An error of the reading thread is raised in place of its batch. A new call ends the iterator of an earlier one.
         """
         self._stop()
         self._active = _Ahead(self.batch, first_step, stop_step, self._prefetch)
         return self._active
 
     def position(self, step: int) -> dict[str, Any]:
-        """Position in the data after `step` steps: the step, and the sequences consumed of each source."""
+        """The position in the data after `step` global batches: the step, and the sequences consumed by source."""
         consumed = self._order.drawn(step * self.distribution.batch_size).tolist()
         return {"step": step, "drawn": dict(zip(self.sources.names, consumed, strict=True))}
 
     def close(self) -> None:
-        """End the reading thread and close open shards."""
+        """Stop the reading thread, and close open shards."""
         self._reader.interrupt()
         self._stop()
         self._threads.close()
@@ -243,13 +258,13 @@ class Loader:
 
 
 class EvaluationLoader:
-    """The first sequences of the held-out data, the same each time, divided over the ranks as in training.
+    """Yields the first sequences of the held-out data, the same ones each time, divided over ranks as in training.
 
     Args:
         data: A shard directory or its index.
-        batches: Global batches of an evaluation, at most; fewer where the data ends, the last one filled up.
-        sequences: As many sequences at most, whatever the size of a batch, in place of `batches`.
-        loader: Arguments of `Loader` other than its order.
+        batches: Maximum number of global batches. If the data ends earlier, fillers complete the last batch.
+        sequences: Maximum number of sequences, independent of the batch size; replaces `batches`.
+        loader: Further arguments of `Loader`.
 
     Raises:
         UserError: The data holds no sequence.
@@ -274,7 +289,7 @@ class EvaluationLoader:
         return self._loader.batches(0, self._count)
 
     def close(self) -> None:
-        """End the reading thread and close open shards."""
+        """Stop the reading thread, and close open shards."""
         self._loader.close()
 
     def __enter__(self) -> EvaluationLoader:
@@ -285,7 +300,7 @@ class EvaluationLoader:
 
 
 def _threads_for(index: ShardIndex, streaming: StreamingConfig | None) -> int | None:
-    """How many threads decode: what the config says, else one for small images; None: one for each core."""
+    """Number of decoding threads: from the config, else one for small images, else None (one per core)."""
     if streaming is not None and streaming.threads is not None:
         return streaming.threads
     height, width, _ = index.sample_kind.image_shape(index) or (0, 0, 0)
@@ -326,7 +341,7 @@ class _Ahead(Iterator[StepBatch]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread; the iterator is over."""
+        """Stop the thread, and end the iterator."""
         self._closing.set()
         while self._thread.is_alive():
             try:

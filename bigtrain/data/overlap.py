@@ -1,13 +1,14 @@
-"""Passages of held-out text that the training text has too: exact copies, near copies and shifted ones.
+"""Finds passages of held-out text that the training text contains too: exact, near and shifted copies.
 
-Texts are compared by hashes of four words in succession ("shingles"), lower case, whatever stands between words. The
-held-out text is cut into passages of 50 words, and its shingles are kept in memory; the training text streams by, and
-each of its shingles that the held-out text has is a match. A passage is found again where one window of training text
-has a share of its shingles: a tenth of the words changed leaves .9^4 = .66 of them, unrelated English some percent.
+Texts are compared by hashes of four consecutive words ("shingles"), in lower case and without what separates words.
+The held-out text is cut into passages of 50 words, and their shingles are kept in memory. The training text is
+streamed, and each of its shingles that the held-out text contains is a match. A passage counts as found if one window
+of training text has a sufficient share of its shingles. If a tenth of the words are changed, .9^4 = .66 of the shingles
+remain; unrelated English text has a few percent.
 
-MinHash (Broder 1997) estimates the same share from sketches, which pays where both sides are too large to be kept.
-Here the held-out side is small: an exact count of its shingles is faster than sketches of every window of the
-training text, and needs no training text in memory. All is NumPy over whole pieces of text.
+MinHash (Broder 1997) estimates the same share from sketches, which pays if both texts are too large for memory. Here
+the held-out text is small. An exact count of its shingles is faster than sketches of every window of the training text,
+and keeps no training text in memory. The code works with NumPy on large pieces of text.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from bigtrain.data.index import ShardIndex, load_index
 from bigtrain.storage import write_json
 
 FILE = "overlap.json"
-"""In the directory of the held-out shards: what was found."""
+"""File with the result, in the directory of the held-out shards."""
 KIND = "bigtrain overlap"
 PASSAGE = 50
-"""Words of a passage."""
+"""Words per passage."""
 SHORTEST = 20
-"""Words of a document's last passage, below which it joins the one before, or is not compared."""
+"""Minimum number of words in a passage. A shorter end of a document is not compared."""
 SHINGLE = 4
 NEAR, EXACT = 0.3, 0.97
-"""Shares of a passage's shingles in one window from which on it is a near copy, and an exact one."""
+"""Minimum share of a passage's shingles in one window for a near copy, and for an exact copy."""
 COMMON = 16
-"""Passages that share a shingle, beyond which it tells nothing."""
+"""A shingle that occurs more often than this in the held-out passages is too common, and is ignored."""
 PIECE = 4 << 20
-"""Characters that are hashed together."""
+"""Number of characters that are hashed at once."""
 SEQUENCE = 1 << 16
-"""Tokens of shards that are decoded together."""
+"""Number of tokens of shards that are decoded at once."""
 _FILTER_BITS = 24
 _SHOWN = 200
 Words = npt.NDArray[np.uint64]
@@ -55,33 +56,33 @@ _LETTERS[128:] = np.arange(128, 256)
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of held-out text that training text has too."""
+    """A passage of held-out text that the training text contains too."""
 
     document: str
     word: int
-    """Of the document, its first."""
+    """Index of the passage's first word in the document."""
     words: int
     train_document: str
     train_word: int
-    """About where, to 50 words."""
+    """Approximate index of the first word in the training document, to within 50 words."""
     share: float
-    """Of its shingles that lie together there."""
+    """Share of the passage's shingles that occur together there."""
     exact: bool
 
 
 def overlap(train: Path, validation: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """The passages of VALIDATION that TRAIN has too.
+    """Find the passages of `validation` that `train` contains too.
 
     Args:
-        train: Shards of text, or files of it as `bigtrain data pack` reads them.
-        validation: Likewise.
-        say: Called with each document of the training text.
+        train: Shards of text, or text files as `bigtrain data pack` reads them.
+        validation: Shards of text, or text files.
+        say: Called with the name of each document of the training text.
 
     Returns:
-        Shares of passages that are exact or near copies, and the passages (at most 200 by name).
+        The contents of FILE: numbers and share of exact and near copies, and the first 200 of the passages found.
 
     Raises:
-        UserError: Data that are no text, or too short to have passages.
+        UserError: The data is no text, or too short for a passage.
     """
     held = _HeldOut.of(texts_of(validation), str(validation))
     found: dict[int, Passage] = {}
@@ -107,7 +108,7 @@ def overlap(train: Path, validation: Path, say: Callable[[str], None] = lambda t
 
 
 def record(found: dict[str, Any], validation: Path) -> Path | None:
-    """Write the finding beside held-out shards; None where they are not shards."""
+    """Write the result into the directory of the held-out shards; returns None if they are not shards."""
     if not (validation / "index.json").exists():
         return None
     write_json(validation / FILE, found)
@@ -119,10 +120,10 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def texts_of(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
-    """The documents of files, or the shards of packed text: a name, and the text in pieces.
+    """Yield the documents of files, or the shards of packed text: a name, and the text in pieces.
 
     Raises:
-        UserError: Shards that are no text.
+        UserError: The shards hold no text.
     """
     if (path / "index.json").exists():
         yield from _texts_of_shards(load_index(path))
@@ -158,7 +159,7 @@ def _texts_of_shards(index: ShardIndex) -> Iterator[tuple[str, Iterator[str]]]:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """The held-out passages, found by their shingles."""
+    """The held-out passages, which can be looked up by their shingles."""
 
     names: list[str]
     """Document of each passage."""
@@ -166,12 +167,12 @@ class _HeldOut:
     """First word of each passage in its document, shape (p,)."""
     words: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
-    """Shingles of each passage."""
+    """Number of shingles of each passage, shape (p,)."""
     hashes: Words
-    """Sorted shingles, shape (s,), and the passage of each."""
+    """All shingles in ascending order, shape (s,); `passages` holds the passage of each."""
     passages: npt.NDArray[np.int64]
     filter: npt.NDArray[np.bool_]
-    """Whether any shingle has those leading bits: most training shingles end here."""
+    """Whether a shingle with these leading bits exists. This filter rules out most shingles of the training text."""
 
     @classmethod
     def of(cls, texts: Iterator[tuple[str, Iterator[str]]], where: str) -> _HeldOut:
@@ -202,18 +203,25 @@ class _HeldOut:
         return cls(names, np.array(begins), np.array(words), np.array(sizes), hashes, owner, known)
 
     def look_up(self, name: str, first: int, hashes: Words, found: dict[int, Passage]) -> None:
-        """Add the passages that this window of training text has, where it has more of their shingles than before."""
+        """Add the passages that a piece of training text contains, if it has a larger share of them than before.
+
+        Args:
+            name: The training document.
+            first: Index of the piece's first word in the document.
+            hashes: The shingles of the piece.
+            found: The best match so far of each passage, by the passage's number; updated in place.
+        """
         place = np.flatnonzero(self.filter[hashes >> np.uint64(64 - _FILTER_BITS)])
         low = np.searchsorted(self.hashes, hashes[place], side="left")
         count = np.searchsorted(self.hashes, hashes[place], side="right") - low
         place, low, count = place[count > 0], low[count > 0], count[count > 0]
         if not len(place):
             return
-        # Every held-out passage that has the shingle: ranges low .. low + count, laid end to end.
+        # Every held-out passage that has the shingle: the concatenated ranges low .. low + count.
         ends = np.cumsum(count)
         entries = np.arange(ends[-1]) - np.repeat(ends - count, count) + np.repeat(low, count)
         owner, at = self.passages[entries], np.repeat(place + first, count)
-        # A shingle counts once in a window; two windows in succession hold a passage wherever it begins.
+        # A shingle counts once per window. Two consecutive windows contain a passage, wherever it begins.
         triples = np.unique(np.column_stack([owner, at // PASSAGE, entries]), axis=0)
         keys, shares = np.unique(triples[:, :2], axis=0, return_counts=True)
         following = np.zeros(len(keys), dtype=np.int64)
@@ -230,11 +238,14 @@ class _HeldOut:
 
 
 def _shingles(pieces: Iterator[str]) -> Iterator[tuple[int, Words]]:
-    """Hashes of every four words in succession, and the number of the first word; pieces overlap by three words."""
+    """Yield the hashes of all sequences of four consecutive words, with the index of the first word.
+
+    Pieces overlap by three words.
+    """
     first, carried, rest = 0, np.empty(0, dtype=np.uint64), b""
     for piece in _chunks(pieces):
         data = rest + piece
-        # A word that a piece cuts is hashed with the next one.
+        # A word that is cut at the end of a piece is hashed with the next piece.
         cut = max(data.rfind(b" "), data.rfind(b"\n")) + 1
         rest = data[cut:]
         words = np.concatenate([carried, _words(data[:cut])])
@@ -255,7 +266,7 @@ def _chunks(pieces: Iterator[str]) -> Iterator[bytes]:
 
 
 def _words(data: bytes) -> Words:
-    """A hash of each word of some text, lower case."""
+    """The hash of each word of a text, in lower case."""
     raw = np.frombuffer(data, dtype=np.uint8)
     letters = _LETTERS[raw]
     # UTF-8's general punctuation (U+2000 to U+203F, E2 80 xx: dashes, quotation marks) is no part of a word.
@@ -274,7 +285,7 @@ def _words(data: bytes) -> Words:
 
 
 def _joined(words: Words) -> Words:
-    """A hash of each four words in succession."""
+    """The hash of each sequence of four consecutive words."""
     count = len(words) - SHINGLE + 1
     total = np.zeros(count, dtype=np.uint64)
     for shift in range(SHINGLE):

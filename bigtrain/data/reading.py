@@ -1,4 +1,4 @@
-"""What readers of all kinds share: shards are opened when they are needed, and samples are read from their place."""
+"""Base classes of the readers of all kinds: they open shards on demand, and read samples by their position."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ T = TypeVar("T")
 
 
 class Reader(Protocol):
-    """Turns places in the data into named arrays whose first axis is the sequence."""
+    """Turns positions in the data into named arrays, whose first axis is the sequence."""
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """The sequences number `indices[i]` of shard `shards[i]`."""
+        """Read the sequences with number `indices[i]` in shard `shards[i]`."""
         ...
 
     def blank(self, count: int) -> Arrays:
-        """Valid content of weight zero."""
+        """Arrays of `count` valid sequences of weight zero, with the names of those of `read`."""
         ...
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/DOCUMENT:OFFSET of the first token of each sequence."""
+        """The id of each sequence: SOURCE/SHARD/DOCUMENT:OFFSET of its first token."""
         ...
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Get these shards ready and let go of all others."""
+        """Prepare these shards, and release all others."""
         ...
 
     def use(self, threads: Threads) -> None:
-        """Decode in these threads, where the kind can."""
+        """Decode in these threads, if the kind supports it."""
         ...
 
     def interrupt(self) -> None:
-        """End a `read` that waits for a shard; from any thread."""
+        """End a `read` that waits for a shard. May be called from any thread."""
         ...
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 
 class Opened(Generic[T]):
-    """The few most recently used shards."""
+    """Keeps the most recently used shards open."""
 
     def __init__(self, open_one: Callable[[int], T], close_one: Callable[[T], None], limit: int) -> None:
         self._open_one, self._close_one, self.limit = open_one, close_one, max(1, limit)
@@ -67,18 +67,18 @@ class Opened(Generic[T]):
         return self._opened[shard]
 
     def keep(self, shards: Iterable[int]) -> None:
-        """Close all others."""
+        """Close all shards except these."""
         for shard in self._opened.keys() - set(shards):
             self._close_one(self._opened.pop(shard))
 
     def close(self) -> None:
-        """Close all."""
+        """Close all shards."""
         while self._opened:
             self._close_one(self._opened.popitem()[1])
 
 
 class ShardReader(ABC, Generic[T]):
-    """What readers have in common: shards are opened on demand, and the most recently used stay open."""
+    """Base class of readers: shards are opened on demand, and the most recently used ones stay open."""
 
     def __init__(self, index: ShardIndex, open_shards: int = 16, store: ShardStore | None = None) -> None:
         self._index = index
@@ -87,7 +87,7 @@ class ShardReader(ABC, Generic[T]):
 
     @abstractmethod
     def _open(self, shard: int) -> T:
-        """A shard, ready to be read."""
+        """Open a shard for reading."""
 
     @abstractmethod
     def _close(self, opened: T) -> None:
@@ -100,7 +100,7 @@ class ShardReader(ABC, Generic[T]):
         self._store.expect(wanted)
 
     def use(self, threads: Threads) -> None:
-        """See `Reader`: most kinds have little to decode."""
+        """See `Reader`. Most kinds have little to decode, so by default the threads are not used."""
 
     def interrupt(self) -> None:
         """See `Reader`."""
@@ -122,16 +122,16 @@ def open_reader(
     """The reader for a shard directory; see `SampleKind.open_reader`.
 
     Args:
-        streaming: How shards are fetched that are not on this machine.
+        streaming: Settings for fetching shards from a server.
     """
     return index.sample_kind.open_reader(index, context, document_mask, open_shards, open_store(index, streaming))
 
 
 class SampleReader(ShardReader[tuple[int, IntArray]]):
-    """What the readers of samples have in common: a sample is read from its place in the tar."""
+    """Base class of readers that read each sample from its position in the tar."""
 
     is_thread_safe: ClassVar[bool] = False
-    """Whether `fill` may run in several threads at once, each for a place of its own."""
+    """Whether `fill` may run in several threads at once, each with another `place`."""
     _threads: Threads = ALONE
 
     def use(self, threads: Threads) -> None:
@@ -141,18 +141,25 @@ class SampleReader(ShardReader[tuple[int, IntArray]]):
 
     @abstractmethod
     def blank(self, count: int) -> Arrays:
-        """Valid content of weight zero."""
+        """See `Reader`."""
 
     @abstractmethod
     def fill(self, arrays: Arrays, place: int, descriptor: int, row: list[int], where: str) -> None:
-        """Write the sample of a sidecar's row, but not its weight, into a place of what `blank` has made."""
+        """Write a sample, except for its weight, into the arrays that `blank` has made.
+
+        Args:
+            place: Index of the sample in the arrays.
+            descriptor: File descriptor of the open shard.
+            row: The sample's row in the sidecar.
+            where: Location of the sample, for error messages.
+        """
 
     def weigh(self, arrays: Arrays, rows: list[list[int]]) -> None:
-        """Set the weights of samples, by their rows."""
+        """Set the weights of the samples from their rows in the sidecar; by default, all weights are 1."""
         arrays["weights"][:] = 1
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """The samples number `indices[i]` of shard `shards[i]`, as `blank` names them."""
+        """Read the samples with number `indices[i]` in shard `shards[i]`."""
         arrays = self.blank(len(shards))
         rows: list[list[int]] = []
         of, numbers = shards.tolist(), indices.tolist()
@@ -171,7 +178,7 @@ class SampleReader(ShardReader[tuple[int, IntArray]]):
         return arrays
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/SAMPLE:0."""
+        """The id of each sample: SOURCE/SHARD/SAMPLE:0."""
         stems = [self._index.shards[shard].stem for shard in shards.tolist()]
         return [f"{source}/{stem}/{index}:0" for stem, index in zip(stems, indices.tolist(), strict=True)]
 
@@ -184,7 +191,7 @@ class SampleReader(ShardReader[tuple[int, IntArray]]):
 
 
 def _parts(shards: list[int], limit: int) -> Iterator[range]:
-    """Ranges of places whose shards, at most `limit` in each, are open at one time."""
+    """Yield ranges of samples that come from at most `limit` shards each, so that these can be open together."""
     first = 0
     seen: set[int] = set()
     for place, shard in enumerate(shards):
@@ -196,10 +203,10 @@ def _parts(shards: list[int], limit: int) -> Iterator[range]:
 
 
 def read_bytes(descriptor: int, offset: int, size: int, where: str) -> bytes:
-    """Some bytes of an open shard.
+    """Read `size` bytes of an open shard at an offset.
 
     Raises:
-        CorruptionError: The shard ends before.
+        CorruptionError: The shard ends before the last of these bytes.
     """
     data = os.pread(descriptor, size, offset)
     if len(data) != size:

@@ -1,4 +1,4 @@
-"""Walking one tar: what kind of samples it holds, and where each of them lies."""
+"""Scans one tar: which kind of samples it holds, and where each sample lies."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from bigtrain.models.batches import KINDS
 
 @dataclass(frozen=True)
 class Scan:
-    """What one walk through a tar finds."""
+    """The result of scanning one tar."""
 
     kind: str
     rows: Rows
-    """The sidecar, int64 (samples, columns)."""
+    """The rows of the sidecar, int64 of shape (samples, columns)."""
     dtype: str | None = None
-    """Of the tokens; None for kinds without."""
+    """Dtype of the tokens; None for kinds without tokens."""
     largest_id: int = -1
     image: ImageInfo | None = None
     text_bytes: int | None = None
-    """UTF-8 bytes of text or of captions; None for stored tokens and kinds without text."""
+    """UTF-8 bytes of the text or the captions; None for stored tokens and for kinds without text."""
     tokens_hash: str | None = None
     arrays: tuple[ArrayInfo, ...] | None = None
     classes: int | None = None
-    """One more than the largest class; None where there are none."""
+    """One more than the largest class; None if there are no classes."""
     facts: dict[str, Any] | None = None
-    """Whatever else all samples of a directory have alike: an object for index.json."""
+    """Other properties that all samples of a directory have in common: an object for index.json."""
 
     @property
     def text(self) -> bool:
-        """Whether the tar holds text alone, which is tokenised when it is read."""
+        """Whether the tar holds only text, which is tokenised on reading."""
         return self.tokens_hash is not None and self.image is None
 
 
 def scan_shard(
     path: Path, tokenizer: Tokenizer | None = None, passed: PassedOver | None = None, kind: str | None = None
 ) -> Scan:
-    """Walk one tar: its kind, and where each sample lies.
+    """Scan one tar: find its kind, and where each sample lies.
 
     Args:
         tokenizer: Tokenises text, to count and hash its tokens.
-        passed: What to do with samples that cannot be read; None: raise.
-        kind: What the samples are, where it is known; None: what the first one looks like.
+        passed: Counts or refuses samples that cannot be read; None: the first one is an error.
+        kind: Name of the sample kind; None: the kind that the first sample looks like.
 
     Raises:
-        UserError: A member or a sample that is refused.
-        CorruptionError: The tar is damaged or cut short.
+        UserError: A member or a sample is refused, or the tar holds no readable sample.
+        CorruptionError: The tar is damaged or truncated.
     """
     passed = passed or PassedOver()
     rows: list[tuple[int, ...]] = []
@@ -81,10 +81,10 @@ def scan_shard(
 
 
 def recognise(sample: TarSample) -> str:
-    """The name of the kind that a sample looks like; kinds of plugins are asked first.
+    """The name of the kind that a sample looks like. Kinds of plugins are checked first.
 
     Raises:
-        UserError: It looks like none.
+        UserError: The sample looks like no known kind.
     """
     names = KINDS.names()
     own = KINDS.builtin()

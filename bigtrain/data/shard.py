@@ -1,4 +1,4 @@
-"""What an index says of one tar."""
+"""The entry of one tar in an index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 class Shard:
     """One tar of a shard directory. The names of the first three fields are those of wids.
 
-    With slots, since an index of a million shards holds a million of these.
+    The class has slots, because the index of a million shards holds a million instances.
     """
 
     url: str
@@ -21,16 +21,16 @@ class Shard:
     nsamples: int = Field(ge=0)
     filesize: int = Field(ge=0)
     hash: str
-    """Of the tar, as `storage.hash_file` writes it."""
+    """Hash of the tar, as `storage.hash_file` computes it."""
     tokens: int = Field(ge=0)
-    """Tokens of all its documents or captions; 0 for images and arrays."""
+    """Number of tokens in all documents or captions of the tar; 0 for images and arrays."""
     index: str
-    """File name of its sidecar."""
+    """File name of the sidecar."""
     index_hash: str
     tokens_hash: str | None = None
-    """Of the tokens that a shard of text, or its captions, become; None for stored tokens, images and arrays."""
+    """Hash of the tokens that text or captions become on reading; None for stored tokens, images and arrays."""
     lengths: dict[str, Annotated[int, Field(ge=1)]] | None = None
-    """How many samples have each length, for kinds that put several into a sequence."""
+    """Number of samples of each length, for kinds that put several samples into a sequence; else None."""
 
     @field_validator("url", "index")
     @classmethod
@@ -40,7 +40,7 @@ class Shard:
         return value
 
     def as_json(self) -> dict[str, Any]:
-        """Its entry in index.json."""
+        """The shard's entry in index.json."""
         named = {field: getattr(self, field) for field in self.__slots__}
         return {field: value for field, value in named.items() if value is not None}
 
@@ -53,5 +53,5 @@ class Shard:
 
     @property
     def stem(self) -> str:
-        """Its name in sample ids."""
+        """The shard's name in sample ids."""
         return self.url.removesuffix(".tar")

@@ -1,4 +1,4 @@
-"""Sidecars: one int64 .npy array a shard, with a row for each sample; what the columns are is the sample kind's."""
+"""Sidecars: one int64 .npy array per shard, with one row per sample. The sample kind defines the columns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,25 @@ Rows = npt.NDArray[np.int64]
 
 
 def spans_fit(offsets: Rows, sizes: Rows, total: int, width: int = 1) -> bool:
-    """Whether spans of so many values of a width lie inside a file of `total` bytes."""
-    # Compared without adding: a hostile sum would wrap around.
+    """Whether spans of values lie inside a file.
+
+    Args:
+        offsets: First byte of each span.
+        sizes: Number of values of each span.
+        total: Bytes of the file.
+        width: Bytes per value.
+    """
+    # Nothing is added: the sum of malicious values could overflow.
     return not bool((offsets > total).any() or (sizes > (total - offsets) // width).any())
 
 
 def sidecar_rows(counts: Rows, width: int) -> Rows:
-    """The sidecar of a file that holds nothing but the tokens of documents of these lengths."""
+    """The sidecar of a file that holds only tokens.
+
+    Args:
+        counts: Number of tokens of each document.
+        width: Bytes per token.
+    """
     ends = np.cumsum(counts)
     return np.stack([(ends - counts) * width, counts], axis=1)
 

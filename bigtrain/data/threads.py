@@ -1,4 +1,4 @@
-"""Threads that decode and augment the samples of a batch: Pillow and NumPy release the interpreter while they work."""
+"""Threads that decode and augment the samples of a batch. Pillow and NumPy release the GIL while they work."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Final
 from bigtrain.hardware.this_machine import available_cores
 
 MOST: Final = 16
-"""Threads beyond which the interpreter, which runs one at a time between calls, is the limit."""
+"""Maximum number of threads. With more threads, the GIL is the limit."""
 WORTH_THREADS: Final = 64 * 64
-"""Pixels of an image below which most of its time is the interpreter's, so that threads only wait for each other."""
+"""Pixels of an image below which threads do not help, because most of the time is spent holding the GIL."""
 _PARTS: Final = 4
-"""Pieces of work for each thread, so that none waits long for the slowest."""
+"""Tasks per thread, so that no thread waits long for the slowest one."""
 
 
 class Threads:
-    """Runs a function for each place of a batch. Threads start at the first batch that needs them.
+    """Calls a function for each index of a batch, in several threads. Threads start with the first batch.
 
     Args:
-        count: How many threads; 1 works in the caller's. None: as many as this rank has cores.
+        count: Number of threads; 1: the calls run in the caller's thread; None: one per core of this rank.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -29,7 +29,10 @@ class Threads:
         self._pool = ThreadPoolExecutor(self.count, "bigtrain-decoder") if self.count > 1 else None
 
     def each(self, work: Callable[[int], None], places: int) -> None:
-        """Call `work(place)` for each place in 0 .. places - 1, in any order; raises the error of the first place."""
+        """Call `work(index)` for each index in 0 .. places - 1, in any order.
+
+        If several calls fail, the error of the lowest index is raised.
+        """
         if self._pool is None or places < 2:
             for place in range(places):
                 work(place)
@@ -46,16 +49,16 @@ class Threads:
             future.result()
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown()
 
 
 ALONE: Final = Threads(1)
-"""The caller's own thread."""
+"""Runs all calls in the caller's thread."""
 
 
 def own_cores() -> int:
-    """This rank's share of the machine's cores, at most MOST."""
+    """Number of CPU cores per rank of this machine, at most MOST."""
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(MOST, available_cores() // ranks))

@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, a tokenizer.json, a SentencePiece model and GPT-2's pair of files behind one small class.
+"""Tokenizers: one class for bytes, a tokenizer.json, a SentencePiece model, and GPT-2's pair of files.
 
-Encoding is of ordinary text: the characters of a special token inside a document (say "<|endoftext|>") are
-encoded as text, so that no document can forge the end of another. `encoding.chat` has the exception.
+By default, the characters of a special token inside a document (such as "<|endoftext|>") are encoded as ordinary text,
+so that no document can forge the end of another. `encoding.chat` is the exception.
 """
 
 from __future__ import annotations
@@ -46,42 +46,42 @@ BYTES_VOCAB_SIZE = 257
 BYTES_END_OF_TEXT = 256
 CHUNK_CHARACTERS = 1 << 20
 
-# A letter, a space or line end, a letter: no byte-level pre-tokenizer in use joins the first letter and what
-# follows into one word, so cutting between them changes no token.
+# A letter, a space or newline, a letter: no common byte-level pre-tokenizer joins the first letter and what follows
+# into one word, so a cut between them changes no token.
 _SAFE_CUT = re.compile(r"[^\W\d_](?=[ \n][^\W\d_])")
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What an index says of the tokenizer that made its tokens."""
+    """The entry of an index about the tokenizer that made its tokens."""
 
     kind: str
-    """"bytes", "tokenizers", or "unknown" for tokens made elsewhere."""
+    """"bytes", "tokenizers", or "unknown" for tokens that other tools made."""
     vocab_size: int
     eot: int | None
-    """Id of the end of text; None where it is not known."""
+    """Id of the end-of-text token; None if it is not known."""
     hash: str
     bos: int | None = None
-    """Id of the begin of text that each document begins with; None: they begin without."""
+    """Id of the begin-of-text token with which each document begins; None: documents begin without one."""
     special: bool = False
     """Whether the text of a special token in a document becomes that token."""
 
     def as_json(self) -> dict[str, Any]:
-        """The object that an index holds, and `data tokenizer --json` prints; without switches that are off."""
+        """The object that an index holds and that `data tokenizer --json` prints, without switches that are off."""
         later = {"bos": self.bos is not None, "special": self.special}
         return {key: value for key, value in asdict(self).items() if later.get(key, True)}
 
     @property
     def switches(self) -> list[Any]:
-        """What changes the tokens of a text apart from the tokenizer itself; empty where nothing is switched on."""
+        """The settings besides the tokenizer itself that change the tokens of a text; empty if all are off."""
         return [self.bos, self.special] if self.bos is not None or self.special else []
 
 
 class Definition(NamedTuple):
-    """What makes a tokenizer again in another process."""
+    """The values from which another process can build the same tokenizer."""
 
     content: str
-    """Of the tokenizer.json."""
+    """Content of the tokenizer.json."""
     eot: str | None
     bos: int | None
     special: bool
@@ -89,18 +89,18 @@ class Definition(NamedTuple):
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
         backend: A tokenizer of the `tokenizers` library; None for bytes.
-        eot: Name of the end-of-text token; found among the usual names where None.
-        where: The file, for errors.
-        companions: The contents of `COMPANIONS`, by name, as far as they are there.
-        bos: Whether documents begin with a begin of text.
+        eot: Name of the end-of-text token; None: it is found among the usual names.
+        where: The file of the tokenizer, for error messages.
+        companions: The contents of the files in `COMPANIONS` that exist, by file name.
+        bos: Whether documents begin with a begin-of-text token.
         special: Whether the text of a special token in a document becomes that token.
 
     Raises:
-        UserError: There is no end-of-text token, or no begin-of-text token where one is required.
+        UserError: There is no end-of-text token, or a begin-of-text token is required and there is none.
     """
 
     def __init__(
@@ -143,16 +143,16 @@ class Tokenizer:
     ) -> Tokenizer:
         """The tokenizer that a user names: "bytes", a tokenizer.json, a SentencePiece model, or a directory.
 
-        A tokenizer.json goes before other files of its directory, these are GPT-2's pair, and tokenizer.model. The end
-        of text is `eot`, else the `eos_token` of the tokenizer_config.json beside it, else found among the usual names.
+        In a directory, tokenizer.json is used first, then GPT-2's pair of files, then tokenizer.model. The end-of-text
+        token is `eot`; else the `eos_token` of the tokenizer_config.json in the same directory; else a usual name.
 
         Args:
-            bos: Whether documents begin with a begin of text.
-            chat_template: A Jinja template to use in place of the one that lies beside the tokenizer.
+            bos: Whether documents begin with a begin-of-text token.
+            chat_template: A Jinja template that replaces the tokenizer's own chat template.
             special: Whether the text of a special token in a document becomes that token.
 
         Raises:
-            UserError: Nothing there, not a tokenizer, or one that is not read.
+            UserError: There is no such file, or it is no tokenizer that can be read.
         """
         if source == "bytes":
             if eot is not None or bos == "yes" or chat_template is not None or special:
@@ -196,17 +196,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path, info: TokenizerInfo) -> Tokenizer:
-        """The tokenizer of a shard directory, checked against what its index says.
+        """The tokenizer of a shard directory, compared with the entry in the index.
 
         Raises:
-            UserError: The tokenizer is not there, or another one than the shards were made with.
+            UserError: The tokenizer is missing, or it is not the one that the shards were made with.
         """
         if info.kind == "bytes":
             return cls()
         path = Path(directory) / FILE_NAME
         if info.kind == "unknown" or not path.is_file():
             raise UserError("the shards carry no tokenizer", where=str(directory), fix="pack the text with bigtrain")
-        # The file's own bytes are hashed: another version of the library may write the same tokenizer otherwise.
+        # The bytes of the file are hashed: another version of the library may write the same tokenizer differently.
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
         backend = read_json(path)
@@ -216,14 +216,14 @@ class Tokenizer:
         return tokenizer
 
     def definition(self) -> Definition | None:
-        """What `from_definition` makes the same tokenizer of, in another process; None for bytes."""
+        """The values from which `from_definition` builds the same tokenizer in another process; None for bytes."""
         if self._backend is None:
             return None
         return Definition(self._definition, self.token_of(self.eot), self.bos, self.info.special, self.companions)
 
     @classmethod
     def from_definition(cls, definition: Definition | None) -> Tokenizer:
-        """The tokenizer whose `definition` this is."""
+        """Build a tokenizer from its `definition`."""
         if definition is None:
             return cls()
         from tokenizers import Tokenizer as Backend
@@ -234,27 +234,27 @@ class Tokenizer:
         return tokenizer
 
     def token_of(self, id: int) -> str | None:
-        """The text of a token, special ones too; None for bytes, and where there is no such token."""
+        """The text of a token, which may be special; None for bytes, or if there is no such token."""
         return None if self._backend is None else self._backend.id_to_token(id)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and what belongs to it into a shard directory; nothing for bytes."""
+        """Write tokenizer.json and its companion files into a shard directory; nothing for bytes."""
         if self._backend is not None:
             write_atomic(Path(directory) / FILE_NAME, self._definition)
             for name, content in self.companions.items():
                 write_atomic(Path(directory) / name, content)
 
     def export(self, directory: str | Path, context: int) -> dict[str, int]:
-        """Write the tokenizer as `from_pretrained` of transformers reads it, so that it gives what was trained on.
+        """Write the tokenizer for `from_pretrained` of transformers, so that it encodes text as in training.
 
-        The written tokenizer adds a begin of text where the stored documents have one, whatever its own rule was.
-        Special tokens and chat template stay as they lay beside the tokenizer.
+        The exported tokenizer adds a begin-of-text token if the stored documents have one, whatever its original rule
+        was. Special tokens and chat template are those of the original files.
 
         Args:
-            context: Tokens of a sequence, for `model_max_length`.
+            context: Tokens per sequence, for `model_max_length`.
 
         Returns:
-            The ids of end and begin of text, for config.json.
+            `eos_token_id` and `bos_token_id`, for config.json.
         """
         place, config = Path(directory), self.config
         definition = json.loads(self._definition)
@@ -282,23 +282,23 @@ class Tokenizer:
 
     @property
     def eot(self) -> int:
-        """Id of the end of text."""
+        """Id of the end-of-text token."""
         assert self.info.eot is not None
         return self.info.eot
 
     @property
     def bos(self) -> int | None:
-        """Id of the begin of text that each document begins with; None: documents begin without."""
+        """Id of the begin-of-text token with which each document begins; None: documents begin without one."""
         return self.info.bos
 
     @property
     def config(self) -> dict[str, Any]:
-        """The object in the tokenizer_config.json that lies beside the tokenizer."""
+        """The content of the tokenizer's tokenizer_config.json; empty if there is none."""
         return config_of(self.companions)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Ids of the special tokens, which plain text never becomes, by their text."""
+        """Ids of the special tokens by their text."""
         if self._backend is None:
             return {}
         found = self._backend.get_added_tokens_decoder()
@@ -306,31 +306,31 @@ class Tokenizer:
 
     @cached_property
     def special_strips(self) -> dict[str, tuple[str, str]]:
-        """Patterns of the white space before and after each special token that belongs to it."""
+        """Patterns of the white space before and after each special token that the token absorbs."""
         assert self._backend is not None
         tokens = [token for token in self._backend.get_added_tokens_decoder().values() if token.special]
         return {one.content: (r"\s*" if one.lstrip else "", r"\s*" if one.rstrip else "") for one in tokens}
 
     @property
     def hash(self) -> str:
-        """Identifies the tokenizer's definition."""
+        """Hash of the tokenizer's definition."""
         return self.info.hash
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest type that shards may store its ids in: uint16 or uint32, little-endian."""
+        """The smaller of the types uint16 and uint32, little-endian, that can store all ids."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def encode(self, text: str) -> Tokens:
-        """The ids of a text, int64, without an end of text."""
+        """The ids of a text, int64, without an end-of-text token."""
         parts = list(self.encode_stream([text]))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[Tokens]:
-        """The ids of one document given as consecutive pieces of text, in one array or several.
+        """Yield the ids of one document, given as consecutive pieces of text, in one array or several.
 
-        Equals encoding the whole document at once. Where the tokenizer splits text at spaces (byte-level BPE) not
-        much more than CHUNK_CHARACTERS are held; bytes are held by the piece, and for any other tokenizer the document.
+        The ids are those of the full document. A tokenizer that splits text at spaces (byte-level BPE) holds little
+        more than CHUNK_CHARACTERS in memory, bytes hold one piece, and all other tokenizers hold the full document.
         """
         if self._backend is None:
             for text in texts:
@@ -352,12 +352,12 @@ class Tokenizer:
 
     def _encode_piece(self, text: str) -> Tokens:
         assert self._backend is not None
-        # A batch of one, since only for batches the library can skip the offsets of tokens in the text.
+        # A batch of one text, because the library can skip the offsets of tokens only for batches.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
     def encode_with_places(self, text: str, special: bool | None = None) -> tuple[Tokens, Tokens, Tokens]:
-        """The ids of a text, and the first character of each and one past its last, all int64.
+        """The ids of a text, the first character of each token, and one past its last character; all int64.
 
         Args:
             special: Whether the text of a special token becomes that token; None: as in documents.
@@ -373,13 +373,13 @@ class Tokenizer:
 
     @cached_property
     def _untrimmed(self) -> HuggingFaceTokenizer:
-        """The same tokenizer without a post-processor: token offsets include the spaces that it would trim."""
+        """The same tokenizer without a post-processor, so that token offsets include spaces at the ends of tokens."""
         from tokenizers import Tokenizer as Backend
 
         return Backend.from_str(json.dumps({**json.loads(self._definition), "post_processor": None}))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        """The text of some ids; the end of text becomes nothing, bytes that are no UTF-8 become U+FFFD."""
+        """The text of some ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
         if self._backend is None:
             of_bytes = values[(values >= 0) & (values < 256)]
@@ -389,7 +389,7 @@ class Tokenizer:
 
 
 def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
-    """Whether a tokenizer gives the ids that the one in a tokenizer.json gives, as far as their definitions say it.
+    """Whether the definitions of a tokenizer and of a tokenizer.json give the same ids.
 
     Raises:
         UserError: The file is not a tokenizer.json.
@@ -402,7 +402,7 @@ def same_encoding(tokenizer: Tokenizer, file: Path) -> bool:
 
 
 def _last_safe_cut(text: str) -> int | None:
-    """The last place where cutting a text changes no token of a byte-level tokenizer."""
+    """The last position at which a cut changes no token of a byte-level tokenizer; None if none was found."""
     window = 4096
     for start in range(max(0, len(text) - window), -window, -window):
         found = list(_SAFE_CUT.finditer(text, max(0, start), start + window + 2))
@@ -415,7 +415,7 @@ def _may_be_chunked(definition: dict[str, Any], special: bool) -> bool:
     """Whether the tokenizer works word by word, so that text may be cut before a space between two words.
 
     Args:
-        special: Whether text may become special tokens.
+        special: Whether the text of special tokens becomes these tokens.
     """
     if definition.get("normalizer") is not None:
         return False

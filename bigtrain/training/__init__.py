@@ -1,1 +1,1 @@
-"""The loop and what hangs on it: evaluation, metrics, checkpoints, the process of one rank."""
+"""The training loop with its callbacks, evaluation, logs and restoring, and the process of one rank."""

@@ -1,4 +1,4 @@
-"""How a rank's loop and its agent talk: through the heartbeat page and SIGTERM."""
+"""Connects a rank's loop with its agent, through the heartbeat page and SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigtrain.training.loop import VOTE_SAVE, VOTE_STOP
 
 
 class AgentLink:
-    """The loop's connection to its agent: heartbeats to it, requests to stop or save from it."""
+    """The loop's connection to its agent: it sends heartbeats and receives requests to stop or to save."""
 
     def __init__(self, heartbeat: Heartbeat, stop: StopRequest, save_every_s: float | None) -> None:
         self._heartbeat = heartbeat
@@ -19,11 +19,11 @@ class AgentLink:
         self._answered = Control.RUN
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Pass a heartbeat on."""
+        """Send a heartbeat to the agent."""
         self._heartbeat.beat(step, phase)
 
     def vote(self) -> float:
-        """This rank's vote: a save that was requested, or is due by the clock, is voted for once."""
+        """This rank's vote. A save that the agent requests, or that is due by the clock, is voted for once."""
         control = self._heartbeat.control()
         saves = control is Control.SAVE and self._answered is not Control.SAVE
         self._answered = control

@@ -1,7 +1,7 @@
 """The policy for bad steps: when a run rolls back or stops, and from which step it continues.
 
-Its inputs are equal on all ranks, and its state is in the checkpoint. So all ranks take the same decision, and a run
-that was killed takes it again.
+The policy's inputs are equal on all ranks, and its state is saved in each checkpoint. So all ranks take the same
+decision, and a resumed run takes it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bigtrain.training.config import BadStepsConfig
 
 
 class BadStepsError(RuntimeError):
-    """The run had more bad steps than the config allows."""
+    """The run had more bad steps than the config allows, or has no checkpoint to roll back to."""
 
 
 @dataclass
@@ -23,18 +23,18 @@ class Record:
     """The state of the policy, saved in every checkpoint."""
 
     skipped: int = 0
-    """Steps that updated nothing."""
+    """Number of steps that updated nothing."""
 
     in_a_row: int = 0
-    """The last steps in a row that updated nothing and count towards the limit."""
+    """Number of consecutive latest steps that updated nothing and count towards the limit."""
 
     roll_backs: int = 0
 
     left_out: int = 0
-    """Batches of the data that were skipped by roll-backs: step s, from 0, consumes batch s + left_out."""
+    """Number of batches that roll-backs have skipped. Step s, counted from 0, consumes batch s + left_out."""
 
     seen: int = 0
-    """Steps that mean and variance cover."""
+    """Number of steps that `mean` and `variance` cover."""
 
     mean: float = 0.0
     """Running mean of the loss."""
@@ -52,9 +52,9 @@ class RollBack:
     """A request to resume from an older checkpoint."""
 
     step: int
-    """The bad step, from 1."""
+    """The bad step, counted from 1."""
     first: int
-    """The first of the bad steps in a row; the checkpoint must be older."""
+    """The first of the consecutive bad steps; the restored checkpoint must be older."""
     wanted: int
     """The newest step whose checkpoint is old enough (`bad_steps.rewind`)."""
     cause: str
@@ -70,10 +70,11 @@ class Policy:
         """Add a step to the record, and return a request where the run should roll back.
 
         Args:
-            step: The number of the step, from 1.
+            step: The number of the step, counted from 1.
 
         Raises:
-            BadStepsError: Too many bad steps, or too many roll-backs.
+            BadStepsError: The limit of bad steps is reached and the config says to stop, or a roll-back is due and the
+                run has already made as many as the config allows.
         """
         request = self._skipped(record, step, numbers) if numbers.skipped else self._spiked(record, step, numbers)
         if request is not None and record.roll_backs >= self.config.max_roll_backs:

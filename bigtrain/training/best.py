@@ -1,4 +1,4 @@
-"""Saves the steps whose evaluation is one of the best, and records the value in each checkpoint."""
+"""Saves the steps whose evaluation is among the best, and records the value in each checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bigtrain.training.progress import Progress
 
 
 class KeepBest(Callback):
-    """Requests a checkpoint of each step that is one of the best so far; what pruning keeps, manifests say.
+    """Requests a checkpoint of each step that is among the best so far. Pruning reads the values from the manifests.
 
-    All ranks see the same values and decide alike. The values so far are in the checkpoints, so a resumed run saves
-    itself at the steps of an undisturbed one.
+    All ranks receive the same values and decide alike. The values so far are saved in the checkpoints, so a resumed
+    run saves the same steps as an uninterrupted one.
     """
 
     order = 10
@@ -27,7 +27,7 @@ class KeepBest(Callback):
         self._value: float | None = None
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """Take the value of an evaluation."""
+        """Record the value of an evaluation, and request a checkpoint if the value is among the best."""
         self._value = None
         if not step.evaluation:
             return
@@ -41,7 +41,7 @@ class KeepBest(Callback):
             self.save_evaluated()
 
     def on_roll_back(self, progress: Progress) -> None:
-        """Forget what was taken back."""
+        """Forget the values of the steps that the roll-back undoes."""
         self._best = [row for row in self._best if row[1] <= progress.step]
 
     def state(self) -> dict[str, Any]:
@@ -49,6 +49,6 @@ class KeepBest(Callback):
         return {**record_of(self._rule, self._value), "so_far": [list(row) for row in self._best]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from the values so far, unless they are of another metric."""
+        """Restore the values so far, unless they belong to another metric or mode."""
         if (state["metric"], state["mode"]) == (self._rule.metric, self._rule.mode):
             self._best = [(float(value), int(step)) for value, step in state["so_far"]][: self._rule.keep]

@@ -1,4 +1,4 @@
-"""At which steps something other than a step happens."""
+"""The steps after which a run evaluates or saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Boundaries:
-    """At which steps something other than a step happens; equal on all ranks."""
+    """The steps after which a run evaluates or saves a checkpoint; equal on all ranks."""
 
     total_steps: int
     evaluate_every: int | None
@@ -15,7 +15,7 @@ class Boundaries:
     keep_every: int | None = None
     """Steps between permanent checkpoints."""
     keep_at: frozenset[int] = frozenset()
-    """Steps of further permanent checkpoints."""
+    """Further steps whose checkpoints are permanent."""
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out loss is measured after `step` steps."""

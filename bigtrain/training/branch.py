@@ -1,4 +1,4 @@
-"""A run that goes on from another one's checkpoint (`init.state: all`, `--fork`): what its data begins after."""
+"""A run that continues another run's checkpoint (`init.state: all`, `--fork`): which data it does not read again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ ORDER_KEYS = ("train", "shuffle_window")
 
 
 def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | None:
-    """What a branch of `source` must not read again; None where its order goes on by itself.
+    """The sequences that a branch of `source` must not read again; None if there are none to record.
 
-    Where data, batch and seed are those of the run before, the order is a function of the step as it was. Otherwise
-    a new phase of the data begins at the step of the branch, after the sequences that were consumed of each source.
+    If data, batch and seed are those of the earlier run, the order stays the same function of the step. Otherwise a
+    new phase of the data begins at the step of the branch, after the sequences that were consumed from each source.
+
+    Raises:
+        UserError: The order changes, and the earlier run had sequences of another length.
     """
     run = RunDirectory(source.run)
     if not run.exists():
@@ -37,7 +40,7 @@ def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | N
             "Take init: {state: weights+optimizer}, which begins the data anew.",
         )
     found = commit.find_checkpoint(source.checkpoints, source.step)
-    assert found is not None  # `resolve_source` has seen it
+    assert found is not None  # `resolve_source` has found it
     progress = read_manifest(found.path).progress
     names = progress.get("sources") or {"train": before["data"]["train"]}
     consumed = {names[name]: int(count) for name, count in progress.get("drawn", {}).items()}

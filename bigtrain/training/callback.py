@@ -1,4 +1,4 @@
-"""Callbacks: what sees each event of the loop, may record metrics, and may vote to save or to stop.
+"""Callbacks: objects that receive each event of the loop, may record metrics, and may vote to save or to stop.
 
 class StopAtLoss(Callback):
     def on_step(self, step, progress):
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """One finished step, as callbacks see it; equal on all ranks but for the times."""
+    """One finished step, as callbacks receive it. All ranks have equal values, except for the times and the batch."""
 
     number: int
-    """Steps done, this one included."""
+    """The step's number, counted from 1."""
 
     batch: StepBatch
     lr: float
@@ -43,28 +43,31 @@ class Step:
     seconds: float
     data_wait_s: float
     skipped: bool = False
-    """Whether nothing was updated: loss or gradient were not finite, or no token counted."""
+    """Whether the step updated nothing: the loss or the gradient was not finite, or no token counted."""
     loss_scale: float | None = None
-    """FP16's."""
+    """The loss scale of FP16 mixed precision; None in other precisions."""
     metrics: Mapping[str, Value] = field(default_factory=dict)
-    """What was recorded by name, over all ranks."""
+    """The metrics that this step carried, by name, reduced over all ranks."""
     evaluation: dict[str, float | None] = field(default_factory=dict)
-    """Held-out metrics (`val_...`), where this step was followed by an evaluation."""
+    """Held-out metrics (`val_...`) if an evaluation followed this step; else empty."""
     units: Mapping[str, str] = field(default_factory=dict)
-    """Units of these, where they have one."""
+    """Units of the held-out metrics that have one, by name."""
     pictures: dict[str, str] = field(default_factory=dict)
-    """PNG files that callbacks of an `order` below 20 have written, by title: trackers get them with this step."""
+    """Paths of PNG files by title. Callbacks of an `order` below 20 add them; trackers receive them with this step."""
 
     @property
     def loss(self) -> float | None:
-        """The mean loss; None where no token counted."""
+        """The mean loss of the global batch; None if no token counted."""
         return self.loss_sum / self.weight if self.weight else None
 
     def held_out(self, metric: str, where: str) -> float | None:
-        """A metric of this step's evaluation; None where nothing counted, or its value is not finite.
+        """A metric of this step's evaluation; None if no token counted or the value is not finite.
+
+        Args:
+            where: The config key that names the metric, for the error message.
 
         Raises:
-            UserError: The evaluation gives no such metric; `where` is the key that names it.
+            UserError: The evaluation gives no such metric.
         """
         if metric not in self.evaluation:
             raise UserError(
@@ -78,24 +81,25 @@ class Step:
 
 @dataclass(frozen=True)
 class CallbackContext:
-    """What a callback may know of its run."""
+    """The parts of a run that a callback may use."""
 
     engine: Engine
     directory: Path
-    """The run's."""
+    """The run directory."""
     total_steps: int
     rank: int
     world_size: int
     device: torch.device
     prepared: Prepared
-    """The run's config, and its data."""
+    """The run's config together with its data."""
 
 
 class Callback:
-    """Sees the events of the loop, on every rank; callbacks run in the order of `order`.
+    """Base class of callbacks. Every rank passes each event of the loop to its callbacks, in ascending `order`.
 
-    `bigtrain.metrics.record_metric` may be called in every event: the next step reduces the value over all ranks. The
-    newest value of a rank counts. Of two steps after an evaluation or a save, the second one has no value.
+    `bigtrain.metrics.record_metric` may be called in every event: the next step to be launched reduces the value over
+    all ranks. If a rank records a metric twice, the newest value counts. The second step after an evaluation or a save
+    carries no values, because it is launched before the callbacks receive the first one.
     """
 
     order: int = 50
@@ -104,44 +108,44 @@ class Callback:
     """The name under which `state` is saved."""
 
     stop_cause: str | None = None
-    """Why this callback wants the run to end, where it does."""
+    """Why this callback wants the run to end; None if it does not."""
 
     wants_save: bool = False
     """Whether this callback wants a checkpoint."""
 
     saves_evaluated: bool = False
-    """Whether this callback wants a checkpoint of the step that was evaluated last."""
+    """Whether this callback wants a checkpoint of the last evaluated step."""
 
     def on_start(self, progress: Progress) -> None:
-        """Before the first step of this process."""
+        """Called before the first step of this process."""
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """After each step, in order; after its evaluation, where it has one."""
+        """Called after each step, in order; if the step has an evaluation, after the evaluation."""
 
     def on_save(self, progress: Progress) -> None:
-        """After a checkpoint has been taken; it may still be on its way to the disk."""
+        """Called after a checkpoint has been taken; its files may not have been written yet."""
 
     def on_roll_back(self, progress: Progress) -> None:
-        """After a roll-back: the steps after `progress.step` will be trained again, on other batches."""
+        """Called after a roll-back: the steps after `progress.step` will be trained again, on other batches."""
 
     def on_end(self, outcome: enum.Enum, progress: Progress) -> None:
-        """After the last step, when everything is saved."""
+        """Called after the last step, when everything is saved."""
 
     def vote_to_stop(self, cause: str) -> None:
-        """Let the run save itself and end as finished; all ranks stop at the same step, also if one alone votes."""
+        """Let the run save a checkpoint and end as finished. One rank's vote stops all ranks, at the same step."""
         self.stop_cause = cause
 
     def vote_to_save(self) -> None:
-        """Let the run save itself at the next step that all ranks can agree on, and go on."""
+        """Let the run save a checkpoint at the next step at which all ranks know of the vote, and continue."""
         self.wants_save = True
 
     def save_evaluated(self) -> None:
-        """Let the run save itself at this step, which was followed by an evaluation; to be called on all ranks."""
+        """Let the run save a checkpoint at this step, which has an evaluation. All ranks must call this method."""
         self.saves_evaluated = True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback, plain values for JSON; rank 0's is saved."""
+        """The state that a checkpoint keeps of this callback, as plain JSON values. The state of rank 0 is saved."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` returned: at a resume and at a roll-back."""
+        """Restore what `state` returned; called at a resume and at a roll-back."""

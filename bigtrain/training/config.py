@@ -27,75 +27,78 @@ class Result:
     """One result of an evaluator."""
 
     value: float | None
-    """None where nothing counts."""
+    """The result; None if no token or sample counts."""
     unit: str = ""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an evaluator sees of one held-out set, or of all together; sums over all ranks."""
+    """The sums over all ranks that an evaluator receives, for one held-out set or for all sets together."""
 
     totals: Totals
-    """Loss, weight, and what was recorded by name."""
+    """Loss, weight, and the metrics that were recorded."""
     text_bytes: float = 0.0
     """Bytes of the text whose tokens count; NaN for other data."""
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """What an evaluator's own pass may use of the run."""
+    """The parts of the run that an evaluator's own pass may use."""
 
     engine: Engine
     context: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     batch_size: int
-    """Sequences of one pass on one rank."""
+    """Sequences of one micro-batch on one rank."""
     multiple: int
-    """The number of a rank's passes must be a multiple of this."""
+    """The number of micro-batches of a rank must be a multiple of this."""
     load_tokenizer: Callable[[], Tokenizer]
-    """The tokenizer of the training data."""
+    """Loads the tokenizer of the training data."""
 
 
 OwnPass = Callable[[], dict[str, Result]]
-"""Results by name, without the prefix `val_`. Collective; equal on all ranks."""
+"""Returns results by name, without the prefix `val_`. Collective; the results are equal on all ranks."""
 
 
 class EvaluatorConfig(Section):
-    """Base of the evaluators. A subclass has a `name`, and overrides what it needs of the following."""
+    """Base class of evaluators. A subclass has a `name`, and overrides the methods that it needs."""
 
     wants: ClassVar[frozenset[str]] = frozenset()
-    """Metrics that the model records only where they are requested (`bigtrain.metrics.wants_metric`)."""
+    """Metrics that the model records only on request (`bigtrain.metrics.wants_metric`)."""
 
     name: str
-    """Which evaluator: a file of bigtrain/training/evaluators, or the name of a plugin's class."""
+    """Name of the evaluator: of a file in bigtrain/training/evaluators, or of a plugin's class."""
 
     def measure(self, model: Any, batch: dict[str, Tensor]) -> None:
-        """Call `record_metric` for one micro-batch; only where overridden, and not with pipeline stages.
+        """Record metrics of one micro-batch with `record_metric`.
+
+        Only called if a subclass overrides it. Such an evaluator cannot run with pipeline stages.
 
         Args:
-            model: The whole model as the engine holds it, without gradients.
-            batch: Its arrays on the device.
+            model: The full model as the engine holds it, in a context without gradients.
+            batch: The arrays of the micro-batch, on the device.
         """
 
     def results(self, held_out: HeldOut) -> dict[str, Result]:
-        """Results by name, without the prefix `val_`; recorded metrics are reported without it."""
+        """Results by name, without the prefix `val_`. Recorded metrics are always reported and need not be repeated."""
         return {}
 
     def own_pass(self, context: PassContext) -> OwnPass | None:
-        """What runs at each evaluation after the held-out sets, on data of the evaluator's own; None: nothing.
+        """A pass over the evaluator's own data, which runs at each evaluation after the held-out sets; or None.
 
-        Called once, on every rank. A run whose evaluators have one is evaluated without `data.validation` too.
+        Called once, on every rank. If an evaluator has such a pass, the run is evaluated even without
+        `data.validation`.
         """
         return None
 
     def check(self, data: ShardIndex) -> None:
-        """Refuse, before a process is started, what this evaluator cannot run on.
+        """Refuse data that this evaluator cannot run on, before any process is started.
 
         Args:
             data: One of the sources of the training data.
 
         Raises:
-            UserError: What does not fit, and what would.
+            UserError: The data does not fit the evaluator.
         """
 
 
@@ -105,27 +108,27 @@ EVALUATORS = Registry(
 
 
 class CallbackConfig(Section):
-    """What all callbacks share; a callback adds its keys and `build`."""
+    """Base class of the config sections of callbacks; a subclass adds its keys and `build`."""
 
     name: str
-    """Which callback: a file of bigtrain/training/callbacks, or the name of a plugin's class."""
+    """Name of the callback: of a file in bigtrain/training/callbacks, or of a plugin's class."""
 
     def check(self, engine: EngineConfig) -> None:
         """Refuse an engine that the callback does not work with, before any process is started.
 
         Raises:
-            UserError: It does not.
+            UserError: The callback does not work with this engine.
         """
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuse a model that the callback does not work with, before any process is started.
 
         Raises:
-            UserError: It does not.
+            UserError: The callback does not work with this model.
         """
 
     def build(self, context: CallbackContext) -> Callback:
-        """The callback of this rank; every rank builds it."""
+        """Build this rank's callback; called on every rank."""
         raise NotImplementedError
 
 
@@ -133,21 +136,21 @@ CALLBACKS = Registry("callback", CallbackConfig, package="bigtrain.training.call
 
 
 class EvaluationConfig(Section):
-    """When the run is evaluated on held-out data, by what, and on how much."""
+    """When and how the run is evaluated on held-out data."""
 
     evaluators: tuple[Annotated[EvaluatorConfig, EVALUATORS], ...] = Field(
         default_factory=lambda: (EVALUATORS["loss"].model_validate({"name": "loss"}),)
     )
-    """What is measured, in one pass over the data: [{name: loss}, {name: accuracy}]."""
+    """The evaluators, which share one pass over the held-out data: [{name: loss}, {name: accuracy}]."""
 
     every: Duration = Duration.steps(250)
-    """Training between evaluations, in steps, tokens or epochs; the last step is always evaluated."""
+    """Interval between evaluations, in steps, tokens or epochs; the last step is always evaluated."""
 
     batches: Annotated[Count, Ge(1)] = 20
-    """Global batches of each evaluation, the same ones every time; at most the whole of the validation data."""
+    """Number of global batches in each evaluation, the same ones every time; at most all validation data."""
 
     sequences: Annotated[Count, Ge(1)] | None = None
-    """Sequences of each evaluation, in place of `batches`: runs of different batch sizes are held against the same."""
+    """Number of sequences in each evaluation, instead of `batches`: runs of different batch sizes can be compared."""
 
     @field_validator("every")
     @classmethod
@@ -158,31 +161,32 @@ class EvaluationConfig(Section):
 
 
 NewRows = Literal["mean", "seed"]
-"""How rows of the vocabulary begin that a source lacks."""
+"""How vocabulary rows that a source lacks are initialized."""
 
 
 class InitConfig(Section):
     """Where the state before the first step comes from."""
 
     source: str | None = None
-    """RUN@STEP, or RUN for its newest checkpoint, by name, path or URL of a store (s3://bucket/prefix/NAME@STEP), also
-    of what `checkpoint import` wrote; or a directory of Hugging Face weights (config.json and safetensors); null:
-    initialized from the seed."""
+    """A checkpoint as RUN@STEP, or RUN for the newest one; or a directory of Hugging Face weights (config.json and
+    safetensors). RUN is a name, a path, a URL of a store (s3://bucket/prefix/NAME), or the output directory of
+    `checkpoint import`. null: all parameters are initialized from the seed."""
 
     hash: str | None = None
-    """Hash of that checkpoint's manifest, or of the weights; a run writes it into its resolved config, and holds to
-    it."""
+    """Hash of that checkpoint's manifest, or of the weights. A run writes it into its resolved config, and refuses a
+    source with another hash."""
 
     state: Literal["weights", "weights+optimizer", "all"] = "weights"
-    """What is taken: all means the step and the position in the data too, so that the run is a branch of the other."""
+    """What is loaded from the source. With all, this includes the step and the position in the data: the run is a
+    branch of the source's run."""
 
     fresh: tuple[str, ...] = ()
-    """Shell patterns over qualified names ("head.*"): parameters that are initialized from the seed instead; with
+    """Shell patterns over qualified names ("head.*"). Matching parameters are initialized from the seed; only with
     state: weights."""
 
     new_rows: NewRows | None = None
-    """Take weights of a vocabulary of another size: a token keeps the row of its id, rows beyond are dropped, and
-    those that are missing are the mean of the source's (mean) or initialized from the seed (seed); null: refused."""
+    """Accept weights with a vocabulary of another size. Each token keeps the row of its id, and surplus rows are
+    dropped. Missing rows are the mean of the source's rows (mean) or initialized from the seed (seed). null: refuse."""
 
     @model_validator(mode="after")
     def _fresh_goes_with_weights(self) -> InitConfig:
@@ -198,30 +202,31 @@ class InitConfig(Section):
 class BadStepsConfig(Section):
     """What a run does about steps whose loss or gradient is not finite, or whose loss jumps.
 
-    A step whose loss or gradient is not finite on any rank updates nothing and is counted; the run goes on with the
-    next batch. A roll-back resumes from an older checkpoint and skips the batches that led to the bad step (Chowdhery
-    et al. 2022, section 5.1).
+    If the loss or the gradient is not finite on any rank, the step updates nothing and is counted as bad; the run goes
+    on with the next batch. A roll-back resumes from an older checkpoint and skips the batches that led to the bad step
+    (Chowdhery et al. 2022, section 5.1).
     """
 
     limit: Annotated[Count, Ge(1)] = 10
-    """Bad steps in a row that are too many. FP16's overflows do not count while the loss scale can still be halved."""
+    """Number of bad steps in a row that triggers `then`. FP16 overflows do not count while the loss scale can still be
+    halved."""
 
     then: Literal["roll_back", "stop"] = "roll_back"
-    """What the run does after too many."""
+    """What the run does after `limit` bad steps in a row."""
 
     spike: Annotated[float, Gt(0)] | None = None
-    """Roll back from a step whose loss lies by more than this many standard deviations above the mean of those before
-    it; null: losses are not looked at."""
+    """Roll back if a step's loss is more than this many standard deviations above the running mean of the losses before
+    it; null: do not check for spikes."""
 
     window: Annotated[Count, Ge(2)] = 100
-    """Steps over which that mean and deviation run; so many pass before the first spike is seen."""
+    """Number of steps over which the running mean and deviation are taken; spikes are detected after so many steps."""
 
     rewind: Annotated[Count, Ge(0)] = 100
-    """A roll-back goes to the newest checkpoint that is older than the bad step by at least this many steps; where
-    there is none, to the newest before the bad steps."""
+    """A roll-back restores the newest checkpoint that is at least this many steps older than the bad step; if there is
+    none, the newest one before the bad steps."""
 
     skip: Annotated[Count, Ge(0)] = 100
-    """Batches that are skipped after those up to the bad step."""
+    """Number of batches after the bad step's batch that a roll-back skips as well."""
 
     max_roll_backs: Annotated[Count, Ge(0)] = 3
-    """Roll-backs of a run; the next one ends it."""
+    """Maximum number of roll-backs in a run; when one more is due, the run ends with an error."""

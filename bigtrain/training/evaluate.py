@@ -1,7 +1,7 @@
-"""Held-out losses of a checkpoint or of Hugging Face weights, at any layout and engine that they load at.
+"""Measures held-out losses of a checkpoint or of Hugging Face weights, at any layout and engine that can load them.
 
-A rank is `python -m bigtrain.training.evaluate REQUEST`, with torchrun's variables where there are several. REQUEST is
-a file of JSON (`Request`); rank 0 writes the result beside it.
+A rank is a process `python -m bigtrain.training.evaluate REQUEST`; several ranks have torchrun's environment variables.
+REQUEST is a JSON file (`Request`). Rank 0 writes the result into the same directory.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from bigtrain.training.prepare import loader_options, pass_context
 logger = logging.getLogger(__name__)
 
 ALL: Final = 1 << 40
-"""More batches than any set has."""
+"""A number of batches that is larger than any set has."""
 MAY_CHANGE: Final = ("batch", "precision", "data.document_mask")
 """Keys of the recipe that an evaluation may change."""
 LONGEST: Final = 1024
-"""Tokens of a sequence of Hugging Face weights at the most, where model.context is not given."""
+"""Maximum context, in tokens, of Hugging Face weights if model.context is not given."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is evaluated, on what."""
+    """The weights to evaluate, and the data to evaluate them on."""
 
     config: str
-    """File of the config, whose `init.source` names the weights."""
+    """Path of the config file, whose `init.source` names the weights."""
     data: dict[str, str]
     """Shard directories by name."""
     outputs: int
-    """Entries of the vocabulary, or classes."""
+    """Size of the vocabulary, or number of classes."""
     batches: int = ALL
     sequences: int | None = None
     tasks: tuple[str, ...] = ()
@@ -58,10 +58,10 @@ class Request:
 def of_run(
     run: RunDirectory, step: int, overrides: Sequence[str], data: Mapping[str, ShardIndex]
 ) -> tuple[RunConfig, int]:
-    """The config that evaluates a run's checkpoint, and the entries of its vocabulary.
+    """The config that evaluates a run's checkpoint, and the size of its vocabulary.
 
     Raises:
-        UserError: An override changes what was trained; the data is of another tokenizer.
+        UserError: An override changes what was trained, or the data has another tokenizer than the training data.
     """
     _refuse_recipe_keys(overrides)
     config = load_config(run.config, list(overrides))
@@ -81,12 +81,13 @@ def of_run(
 
 
 def of_weights(directory: Path, overrides: Sequence[str], data: Mapping[str, ShardIndex]) -> tuple[RunConfig, int]:
-    """The config that evaluates Hugging Face weights, and the rows of their vocabulary.
+    """The config that evaluates Hugging Face weights, and the size of their vocabulary.
 
-    The family of bigtrain's that has the shape is used, at any layout; else transformers' own model.
+    If bigtrain has a native family for the `model_type`, that family is used, at any layout. Otherwise the model is the
+    one of transformers.
 
     Raises:
-        UserError: The data has more tokens than the model.
+        UserError: The vocabulary of the data is larger than that of the model.
     """
     files, first = HfFiles.open(directory), next(iter(data.values()))
     is_native = str(files.config.get("model_type")) in FAMILIES
@@ -131,11 +132,11 @@ def _refuse_recipe_keys(overrides: Sequence[str]) -> None:
 
 
 def measure(request: Request) -> dict[str, dict[str, float | None]]:
-    """Evaluate as one of the ranks. Collective.
+    """Evaluate a request as one of its ranks. Collective.
 
     Returns:
-        `loss` in nats a token (or sample), `perplexity`, and of text `bits_per_byte`: of each set by its name, and of
-        all together under "all"; and of each task under its name what `tasks.score` returns.
+        Results by the name of each set, and by "all" for all sets together: `loss` in nats per token (or sample),
+        `perplexity`, and `bits_per_byte` for text. The key "task NAME" holds what `Scorer.score` returns for a task.
     """
     from bigtrain.data.loader import EvaluationLoader
     from bigtrain.parallel.mesh import Ranks
@@ -180,10 +181,14 @@ def _of_set(values: Mapping[str, float | None], suffix: str) -> dict[str, float 
 
 
 def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks: int) -> None:
-    """Refuse what cannot be evaluated, before a process is started.
+    """Refuse what cannot be evaluated, before any process is started.
+
+    Args:
+        outputs: Size of the vocabulary, or number of classes.
+        ranks: Number of ranks.
 
     Raises:
-        UserError: The data is of another kind; the engine, the layout or the ranks do not fit.
+        UserError: The model takes another kind of data, or the engine, the layout or the number of ranks does not fit.
     """
     model = config.model
     for index in data.values():
@@ -207,7 +212,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
 
 
 def write_request(place: Path, config: RunConfig, request: Request) -> Path:
-    """Write a request and its config into a directory; returns the request's file."""
+    """Write a request and its config into a directory, and return the path of the request."""
     path = place / "request.json"
     (place / request.config).write_text(yaml_file.dump(config.plain()))
     write_json(path, {**asdict(request), "config": str(place / request.config)})
@@ -215,12 +220,12 @@ def write_request(place: Path, config: RunConfig, request: Request) -> Path:
 
 
 def result_of(request: Path) -> Path:
-    """Where rank 0 writes the result."""
+    """The path to which rank 0 writes the result of a request."""
     return request.with_name("result.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this rank to its end; returns a code of ExitCode."""
+    """Run this rank to its end, and return a code of `ExitCode`."""
     import os
 
     (path,) = sys.argv[1:] if arguments is None else arguments

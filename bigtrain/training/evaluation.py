@@ -1,7 +1,7 @@
-"""Evaluation on held-out data: several evaluators on several sets, named metrics out of one pass each.
+"""Evaluation on held-out data: all evaluators share one pass over each held-out set.
 
-Each set is read once, in global batches that are the same at every evaluation. The engine sums losses, weights and what
-is recorded by name over all ranks; evaluators turn the sums into results, for each set and for all together.
+The pass reads a set in global batches that are the same at every evaluation. The engine sums losses, weights and
+recorded metrics over all ranks. Evaluators turn the sums into results, for each set and for all sets together.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 PREFIX = "val_"
-"""How the names of held-out metrics begin; `/SET` ends those of one set among several."""
+"""Prefix of the names of held-out metrics. If there are several sets, the metrics of one set end with `/SET`."""
 
 
 @dataclass
 class Evaluated:
-    """What one evaluation found, by name as metrics.jsonl has it; None where nothing counts."""
+    """Results of one evaluation, by their names in metrics.jsonl; None if no token or sample counts."""
 
     values: dict[str, float | None] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
 
 
 class Evaluation:
-    """The evaluators of a run, and the sets that they are run on.
+    """The evaluators of a run, and the held-out sets on which they run.
 
     Args:
-        engine: Runs the passes.
-        evaluators: From the config.
-        sets: By name: the batches of an evaluation, as a context that yields them, and the bytes of text of a token.
-        warn: Takes one line, at most once for each cause.
-        context: What evaluators' own passes use; None: they have none.
+        engine: The engine that runs the passes.
+        evaluators: The evaluators from the config.
+        sets: The held-out sets by name.
+        warn: Receives a warning line, at most once per missing metric.
+        context: The context of the evaluators' own passes; None: own passes are not run.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Evaluation:
         self._own_passes: list[OwnPass] = [one for one in opened if one is not None]
 
     def run(self) -> Evaluated:
-        """Evaluate on all sets. Collective."""
+        """Evaluate on all sets, then run the evaluators' own passes. Collective."""
         found = {name: self._of_set(held_out) for name, held_out in self._sets.items()}
         evaluated = Evaluated()
         if len(found) > 1:
@@ -82,7 +82,7 @@ class Evaluation:
         return HeldOut(totals, totals.weight * (math.nan if per_token is None else per_token))
 
     def _add(self, evaluated: Evaluated, held_out: HeldOut, suffix: str) -> None:
-        """Add the evaluators' results, and what the model recorded that no evaluator has taken."""
+        """Add the recorded metrics and the evaluators' results; a result replaces a metric of the same name."""
         recorded = held_out.totals.metrics
         results = {name: Result(value.result, value.metric.unit) for name, value in recorded.items()}
         for evaluator in self._evaluators:
@@ -107,13 +107,17 @@ class HeldOutSet:
     """One set of held-out data."""
 
     open: Callable[[], Any]
-    """A context that yields an evaluation's global batches, each with this rank's `micro_batches`."""
+    """Opens a context manager that yields an evaluation's global batches, each with this rank's `micro_batches`."""
     bytes_per_token: float | None = None
-    """Of its text; None for other data."""
+    """Mean bytes of text per token; None for data other than text."""
 
     @classmethod
     def of(cls, open_one: Callable[[ShardIndex], Any], index: ShardIndex, model: ModelConfig) -> HeldOutSet:
-        """The set of a shard directory, for a model."""
+        """Build the held-out set of one shard directory, for a model.
+
+        Args:
+            open_one: Opens the set's batches; see `open`.
+        """
         return cls(partial(open_one, index), index.bytes_per_token if model.predicts_text else None)
 
 

@@ -1,4 +1,4 @@
-"""A run's weights as transformers reads them, with the tokenizer of its data."""
+"""Exports a run's weights in the format of transformers, with the tokenizer of the run's data."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from bigtrain.training.prepare import pins
 logger = logging.getLogger(__name__)
 
 GENERATION_NAME = "generation_config.json"
-"""How transformers samples from a model by default."""
+"""File in which transformers keeps a model's default settings for sampling."""
 
 
 def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     """Write a verified checkpoint of a run as a directory for `from_pretrained`.
 
-    The tokenizer comes along where the data has one that transformers can read, which bytes are not; where the data
-    cannot be reached, the weights are written without it and a warning says so. Where its chat template ends turns by
-    another token than the end of text, `eos_token_id` lists both, so that generation stops at either.
+    The tokenizer is included if transformers can read it; a byte tokenizer has no such format. If the data cannot be
+    reached, the weights are written without a tokenizer, and a warning is logged. If the chat template ends turns with
+    another token than the end-of-text token, `eos_token_id` lists both, so that generation stops at either.
+
+    Returns:
+        The files written.
 
     Raises:
-        UserError: transformers has no such model; `out` is not empty; there is no such step.
-        CorruptionError: The checkpoint does not verify.
+        UserError: transformers has no such model, `out` is not empty, or there is no checkpoint of this step.
+        CorruptionError: The checkpoint fails verification.
     """
     config = load_config(run.config)
 
@@ -50,7 +53,7 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
 
 
 def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write the LoRA adapters of a verified checkpoint of a run as peft reads them; see `export_peft`."""
+    """Write the LoRA adapters of a run's verified checkpoint in the format of peft; see `export_peft`."""
     config = load_config(run.config)
     source = config.init.source
     base = source if source is not None and HfFiles.is_one(Path(source)) else None
@@ -58,10 +61,11 @@ def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
 
 
 def _copy_generation(config: RunConfig, place: Path, ends: list[int]) -> None:
-    """Copy the generation_config.json that lies beside the weights with which the run began.
+    """Copy generation_config.json from the directory of Hugging Face weights from which the run started, if any.
 
     Args:
-        ends: Tokens at which a text ends. Where it stops at others only, the missing ones are added.
+        place: The directory to copy to.
+        ends: Tokens at which a text ends. If the file lists end tokens, the missing ones are added.
     """
     begun = getattr(config.model, "hf", None) or config.init.source
     if begun is None or not HfFiles.is_one(Path(begun)):
@@ -82,7 +86,7 @@ def _copy_generation(config: RunConfig, place: Path, ends: list[int]) -> None:
 
 
 def _tokenizer(run: RunDirectory, config: RunConfig) -> Tokenizer | None:
-    """The tokenizer of a run's data; None for bytes, and where the data is out of reach or has become other data."""
+    """The tokenizer of a run's data; None for bytes, or if the data cannot be reached or has changed."""
     place = next(iter(config.data.places("train").values()))  # All sources of a mixture have one tokenizer.
     try:
         index = open_index(place, config.streaming)

@@ -1,4 +1,4 @@
-"""What torch's flight recorder knows of a rank that hangs: the last collectives of each process group."""
+"""Reads torch's flight recorder: the last collectives of each process group show where a rank hangs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from typing import Any, Final
 
 LAST: Final = 3
-"""Collectives shown of each group."""
+"""Number of collectives that are shown for each group."""
 
 
 def collectives() -> list[dict[str, Any]]:
-    """The flight recorder's entries, oldest first; empty where this torch has none that can be read.
+    """The flight recorder's entries, oldest first; empty if this version of torch has none that can be read.
 
-    Imports nothing that is not there already: it may be called in a rank that hangs, from a thread beside it.
+    This function imports no further module, because another thread of a hanging rank may call it.
     """
     bindings = getattr(sys.modules.get("torch._C"), "_distributed_c10d", None)
     dump = getattr(bindings, "_dump_fr_trace_json", None)
@@ -26,12 +26,12 @@ def collectives() -> list[dict[str, Any]]:
 
 
 def group_of(entry: dict[str, Any]) -> str:
-    """Name of the process group of an entry; the same on all of its ranks."""
+    """Name of the process group of an entry; equal on all ranks of the group."""
     return "/".join(entry["process_group"])
 
 
 def last_collectives() -> str:
-    """One line for each of the last collectives of each group, the unfinished ones said to be; for a person."""
+    """A readable report: one line for each of the last collectives of each group, with unfinished ones marked."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in collectives():
         groups.setdefault(group_of(entry), []).append(entry)

@@ -1,4 +1,4 @@
-"""A picture as PNG."""
+"""Draws a picture as PNG."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 from bigtrain.models.pictures import Picture
 
 SIDE, CAPTIONED_SIDE = 56, 128
-"""Pixels of an image's shorter side in the picture, at least: images are enlarged by whole numbers."""
+"""Minimum pixels of an image's shorter side, without and with captions; images are enlarged by integer factors."""
 GAP = 4
 LINE = 13
 CHARACTERS = 20
-"""Of a line of text under an image."""
+"""Maximum characters per line of a caption."""
 LINES = 4
 GROUND, INK = 255, (70, 70, 70)
 
 
 def png(picture: Picture) -> bytes:
-    """The images of a picture in rows, each above its caption."""
+    """The bytes of a PNG file that shows the images of a picture in rows, each above its caption."""
     images = _bytes(picture)
     count, height, width = images.shape[:3]
     columns = max(1, min(picture.columns, count))
@@ -47,7 +47,7 @@ def png(picture: Picture) -> bytes:
 
 
 def _bytes(picture: Picture) -> npt.NDArray[np.uint8]:
-    """uint8 (N, height, width, 3)."""
+    """The images of a picture as uint8 of shape (N, height, width, 3)."""
     images = picture.images.detach().float().clamp(0, 1).mul(255).round().cpu().numpy().astype(np.uint8)
     images = images.transpose(0, 2, 3, 1)
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images[..., :3]

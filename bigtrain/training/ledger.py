@@ -1,4 +1,4 @@
-"""Where an attempt's time goes, measured on the rank that logs: the `times` of each `saved` event."""
+"""Measures on rank 0 what an attempt spends its time on; each `saved` event carries the result as `times`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Part = Literal["steps_s", "data_s", "saves_s", "evaluation_s"]
 
 
 class Ledger(Callback):
-    """Seconds since the first step of this process by what they went into, all of a monotonic clock.
+    """Seconds that this process spends on steps, data, saves and evaluation, measured with a monotonic clock.
 
-    What a fault throws away is what is not in the ledger of the last save: so each save carries a copy, and
-    `bigtrain.tracking.history` adds up the copies from which the run went on.
+    After a fault, the time since the last save is lost. So each save carries a copy of the ledger, and
+    `bigtrain.tracking.history` adds up the copies of the saves from which the run was resumed.
     """
 
     order = 1
@@ -30,13 +30,13 @@ class Ledger(Callback):
         self._at_save: dict[int, dict[str, float]] = {}
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """Count a step, and apart from it the wait for its data."""
+        """Add the time of a step, and separately the time that it waited for data."""
         self._parts["steps_s"] += max(0.0, step.seconds - step.data_wait_s)
         self._parts["data_s"] += min(step.data_wait_s, step.seconds)
 
     @contextlib.contextmanager
     def measure(self, part: Part) -> Iterator[None]:
-        """Count the time inside to a part."""
+        """Add the time spent inside the context to a part."""
         began = time.monotonic()
         self._open = part, began
         try:
@@ -47,13 +47,13 @@ class Ledger(Callback):
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Count the time that a save keeps the training, and remember how things stood when it let go."""
+        """Add the time for which a save blocks the training, and keep a copy of the ledger at its end."""
         with self.measure("saves_s"):
             yield
         self._at_save[step] = self._now()
 
     def of_save(self, step: int) -> dict[str, float]:
-        """The ledger when the save of `step` let the training go on; the present one where it has not yet."""
+        """The ledger when the save of `step` let the training continue; the current one if it still blocks."""
         return self._at_save.pop(step, None) or self._now()
 
     def _now(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Ledger(Callback):
 
 
 def process_age_s() -> float | None:
-    """Seconds since this process was started, its imports included; None where the system does not tell."""
+    """Seconds since this process was started, including its imports; None if the system does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

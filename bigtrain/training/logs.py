@@ -16,11 +16,11 @@ from bigtrain.training.callback import Callback, Step
 from bigtrain.training.progress import Progress
 
 Utilisation = Callable[[float], float | None]
-"""MFU at a number of tokens (or images) per second; None where the device's peak is not known."""
+"""Returns the MFU at a number of tokens (or images) per second; None if the device's peak is not known."""
 
 
 class SampleLog(Callback):
-    """samples.jsonl: which samples each step consumed, in global order."""
+    """Writes samples.jsonl: the samples that each step consumed, in global order."""
 
     order = 10
 
@@ -28,11 +28,11 @@ class SampleLog(Callback):
         self._log = storage.LineLog(directory.samples)
 
     def on_start(self, progress: Progress) -> None:
-        """Cut back what a resume will consume again."""
+        """Remove the lines of steps that the resumed run will run again."""
         self.on_roll_back(progress)
 
     def on_roll_back(self, progress: Progress) -> None:
-        """Cut back what is taken back."""
+        """Remove the lines of the steps that the roll-back undoes."""
         storage.cut_lines(
             self._log.path, keep=lambda line: not isinstance(line.get("step"), int) or line["step"] <= progress.step
         )
@@ -43,11 +43,11 @@ class SampleLog(Callback):
 
 
 TRACKED_AGAIN: Final = 1000
-"""Objects that the tracker gets once more at a resume: at a hundred a second more than a kill can cost it."""
+"""Number of rows that the tracker receives again at a resume: more than a kill can lose at 100 rows per second."""
 
 
 class MetricsLog(Callback):
-    """metrics.jsonl, and the same objects to the tracker: one object a logged step."""
+    """Writes metrics.jsonl, one object per logged step, and passes the same objects to the tracker."""
 
     order = 20
 
@@ -65,14 +65,14 @@ class MetricsLog(Callback):
         event: Callable[..., None] | None = None,
     ) -> None:
         """Args:
-        every: Steps between logged objects.
-        mfu, mfu_causal: Utilisation at a number of tokens (or images) per second, with attention counted in full
-            and by its causal half.
-        memory_bytes: Peak memory so far of the worst rank, at the last time that the ranks compared it.
-        tracker: Takes each object as well.
-        forecast: That the run is held against.
-        event: Takes the event of a run that leaves its forecast.
-        epochs: How often each source of a mixture has been gone through after so many steps.
+        every: Number of steps between logged objects.
+        mfu, mfu_causal: Return the MFU at a number of tokens (or images) per second. `mfu` counts attention in full,
+            `mfu_causal` only its causal half.
+        memory_bytes: Returns the largest peak memory of all ranks, as of the last time that the ranks compared it.
+        tracker: Receives each object as well.
+        forecast: The forecast with which the run is compared.
+        event: Writes the event `left_forecast` when the run leaves its forecast.
+        epochs: Returns the number of epochs of each source of a mixture after a number of global batches.
         """
         self._file = MetricsFile(directory.metrics)
         self._every = every
@@ -85,9 +85,9 @@ class MetricsLog(Callback):
         self._reset()
 
     def on_start(self, progress: Progress) -> None:
-        """Cut back what a resume will log again; the tracker gets the last objects before it once more.
+        """Remove the rows that the resumed run will log again, and send the last remaining rows to the tracker again.
 
-        A kill may have cost it those: it writes with a delay.
+        The tracker writes with a delay, so a kill may have lost these rows.
         """
         self._file.cut(progress.step)
         self._watch_again()
@@ -96,13 +96,13 @@ class MetricsLog(Callback):
                 self._tracker(row)
 
     def on_roll_back(self, progress: Progress) -> None:
-        """Cut back what is taken back; the tracker keeps it."""
+        """Remove the rows of the steps that the roll-back undoes; the tracker keeps them."""
         self._file.cut(progress.step)
         self._watch_again()
         self._reset()
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """Add the step to the interval, and log the interval where it ends."""
+        """Add the step to the interval, and log the interval if it ends with this step."""
         self._weight += step.weight
         self._seconds += step.seconds
         self._data_wait_s += step.data_wait_s
@@ -140,7 +140,7 @@ class MetricsLog(Callback):
         self._reset()
 
     def _of_sources(self, step: Step, progress: Progress) -> dict[str, float]:
-        """How often each source of a mixture has been gone through, and how many of its tokens have counted."""
+        """The number of epochs of each source of a mixture, and how many of the source's tokens have counted."""
         epochs = self._epochs(step.batch.step + 1)
         tokens = progress.source_tokens or {}
         return {
@@ -149,12 +149,12 @@ class MetricsLog(Callback):
         }
 
     def _forecast(self, tokens: float) -> dict[str, float]:
-        """The forecast's loss and band, for the tracker to draw beside the run's."""
+        """The forecast's loss and band at a number of tokens, which the tracker plots beside the run's loss."""
         band = band_at(self._watch.forecast, tokens) if self._watch is not None else None
         return {f"forecast/{name}": value for name, value in (band or {}).items()}
 
     def _watch_again(self) -> None:
-        """Watch from what is logged, after a resume or a roll-back; what that shows is reported already."""
+        """Rebuild the comparison with the forecast from the logged rows; what these show was reported before."""
         if self._watch is not None:
             self._watch = watch_rows(self._watch.forecast, step_rows(self._file.path))
 
@@ -169,25 +169,25 @@ class MetricsLog(Callback):
 
 
 class Announcements(Callback):
-    """events.jsonl: where this attempt begins. How the run ended is the controller's to say."""
+    """Writes the start and the skipped steps of this attempt to events.jsonl. The controller writes the run's end."""
 
     order = 5
 
     def __init__(self, event: Callable[..., None], total_steps: int, how: dict[str, Any]) -> None:
         """Args:
-        how: What the event says of engine, ranks and nodes.
+        how: Fields of the start event that describe engine, mesh and nodes.
         """
         self._event = event
         self._total_steps = total_steps
         self._how = how
 
     def on_start(self, progress: Progress) -> None:
-        """`started` at step 0, `resumed` later."""
+        """Write `started` at step 0, and `resumed` at later steps."""
         name = "resumed" if progress.step else "started"
         self._event(name, step=progress.step, total_steps=self._total_steps, **self._how)
 
     def on_step(self, step: Step, progress: Progress) -> None:
-        """`skipped`, where a step updated nothing."""
+        """Write `skipped` if the step updated nothing."""
         if step.skipped:
             cause = "loss or gradient are not finite" if step.weight else "no token of the batch counts"
             if step.weight and step.loss_scale is not None:

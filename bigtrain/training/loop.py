@@ -1,17 +1,17 @@
 """The training loop.
 
-    for batch in loader:                       # data/: which samples, a pure function of the step
-        result = engine.train_step(batch, lr)  # engines/: forward, backward, reduce, clip, update
-        finish the step before this one        # read its numbers: loss, norm, votes; bad_steps: go back?
+    for batch in loader:                       # data/: the step's samples, a pure function of the step
+        result = engine.train_step(batch, lr)  # engines/: forward, backward, all-reduce, clip, update
+        finish the step before this one        # read its loss, norm and votes; bad_steps: roll back?
         at a boundary (evaluation, save, end):
             finish this step too
             evaluate                           # evaluation.py
         log                                    # callbacks: metrics.jsonl, samples.jsonl, trackers
         save                                   # checkpoint/
-        stop where a rank has voted for it
+        stop if a rank has voted to stop
 
-The loop knows no model, no mesh and no engine by name. A step's numbers are read while the next step runs, so that the
-device never waits for the host.
+The loop knows no model, no mesh and no engine by name. It reads the results of a step (`StepNumbers`) while the next
+step runs, so that the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from bigtrain.training.progress import Progress, source_loss
 
 VOTE_STOP = 1.0
 VOTE_SAVE = float(1 << 20)
-"""Weight of a vote to save: above any number of ranks, so that one sum carries all kinds of votes."""
+"""Value of a vote to save. It is larger than any number of ranks, so that one sum over ranks carries all votes."""
 VOTE_END = 1.0 / (1 << 20)
-"""Weight of a callback's vote to end the run as finished: all of them together are less than one vote to stop."""
+"""Value of a callback's vote to end the run as finished. Such votes of all ranks sum up to less than VOTE_STOP."""
 
 
 class Outcome(enum.Enum):
@@ -48,15 +48,15 @@ class Outcome(enum.Enum):
 
 
 class UnsavedError(RuntimeError):
-    """The run has ended and its last state is not on the disk."""
+    """The run has ended, and its last state could not be saved."""
 
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step whose numbers have not been read yet."""
+    """A launched step whose results have not been read yet."""
 
     number: int
-    """Steps done when it is."""
+    """The step's number, counted from 1."""
     batch: StepBatch
     lr: float
     result: StepResult
@@ -69,28 +69,28 @@ class BatchLoader(Protocol):
 
     @property
     def data_wait_s(self) -> float:
-        """How long the last batch was waited for, in seconds."""
+        """Seconds that the loop waited for the last batch."""
         ...
 
     def batches(self, first_step: int) -> Iterator[StepBatch]:
-        """The batches from `first_step` on."""
+        """Yield the batches of step `first_step` and of all later steps; steps are counted from 0."""
         ...
 
 
 class LoopControl(Protocol):
-    """How the loop reports its place to the agent, and receives the agent's requests."""
+    """The interface through which the loop reports its position to the agent and receives the agent's requests."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Report that this rank is alive, and in which phase of which step."""
+        """Report that this rank is alive, and which phase of which step it is in."""
         ...
 
     def vote(self) -> float:
-        """VOTE_STOP, VOTE_SAVE, their sum, or 0."""
+        """This rank's vote, which the next step carries: VOTE_STOP, VOTE_SAVE, their sum, or 0."""
         ...
 
 
 class Trainer:
-    """The loop; see the module's docstring."""
+    """Runs the training loop; see the module's docstring."""
 
     def __init__(
         self,
@@ -112,13 +112,13 @@ class Trainer:
         on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
         """Args:
-        drawn: Sequences that so many steps have consumed of each source.
+        drawn: Maps a number of global batches to the sequences that they consume from each source.
         sources: Names of the sources whose losses the engine reports separately.
-        save: Saves the state at `progress`; False where the run must end because it cannot be saved.
-        finish: Waits for saves under way; False where the last one failed.
-        policy: For bad steps.
-        on_event: Writes `ended_early`, with step and cause, where a callback ends the run.
-        roll_back: Restores an older checkpoint, and returns where it stands; None where there is none.
+        save: Saves the state at `progress`. Returns False if the run must end because it cannot be saved.
+        finish: Waits for saves in progress. Returns False if the last one failed.
+        policy: The policy for bad steps.
+        on_event: Writes the event `ended_early`, with step and cause, if a callback ends the run.
+        roll_back: Restores an older checkpoint and returns its progress; None if there is none.
         """
         self.engine = engine
         self.loader = loader
@@ -139,7 +139,12 @@ class Trainer:
         self._mark = 0.0
 
     def fit(self) -> Outcome:
-        """Train to the end, or to the step at which the ranks agree to stop."""
+        """Train to the end, or to the step at which the ranks agree to stop.
+
+        Raises:
+            UnsavedError: The last checkpoint could not be saved.
+            BadStepsError: The policy for bad steps ends the run, or there is no checkpoint to roll back to.
+        """
         self._restore_callbacks()
         self._call(lambda callback: callback.on_start(self.progress))
         outcome = self._steps()
@@ -157,7 +162,7 @@ class Trainer:
         return outcome
 
     def _segment(self) -> Outcome | RollBack:
-        """Steps to the end, or to a bad one."""
+        """Train until the run ends, or until the policy for bad steps requests a roll-back."""
         skipped_batches = self.progress.bad_steps.left_out
         pending: _Launched | None = None
         self._mark = time.perf_counter()
@@ -167,7 +172,7 @@ class Trainer:
             result = self.engine.train_step(done - 1, batch.micro_batches, lr, self._vote())
             self.control.beat(done, "step")
             if pending is not None and (request := self._finish(pending)) is not None:
-                # The step after the bad one is under way: what the ranks voted in it still counts.
+                # The step after the bad one has already been launched: the votes that it carries still count.
                 self._votes += result.read().votes
                 return request
             pending = _Launched(done, batch, lr, result, self.loader.data_wait_s, self._lap())
@@ -182,7 +187,7 @@ class Trainer:
         raise RuntimeError(f"the loader ended at step {self.progress.step} of {self.boundaries.total_steps}")
 
     def _boundary(self, saves: bool) -> Outcome | None:
-        """Save where it is due or voted for; how the run ends, where it does."""
+        """Save if a checkpoint is due or was voted for. Returns how the run ends, or None if it continues."""
         saves = saves or any(callback.saves_evaluated for callback in self.callbacks)
         for callback in self.callbacks:
             callback.saves_evaluated = False
@@ -203,7 +208,7 @@ class Trainer:
         return Outcome.FINISHED
 
     def _vote(self) -> float:
-        """What this rank votes for, the agent's requests and the callbacks' together; each vote is cast once."""
+        """This rank's vote: the agent's and the callbacks' requests together. A request to save is cast only once."""
         vote = self.control.vote()
         if any(callback.wants_save for callback in self.callbacks) and vote < VOTE_SAVE:
             vote += VOTE_SAVE
@@ -214,7 +219,7 @@ class Trainer:
         return vote
 
     def _batches(self, done: int, skipped_batches: int) -> Iterator[StepBatch]:
-        """The batches of the steps after `done`; the heartbeat shows a rank that waits for one."""
+        """Yield the batches of the steps after `done`. While the rank waits for one, its heartbeat phase is "data"."""
         batches = self.loader.batches(done + skipped_batches)
         while True:
             self.control.beat(done, "data")
@@ -238,18 +243,23 @@ class Trainer:
         self._call(lambda callback: callback.on_roll_back(restored))
 
     def _lap(self) -> float:
-        """Seconds since the last call. A step that waits for the one before it lasts as long as that on the device."""
+        """Seconds since the last call.
+
+        The host waits in each step for the step before it, so in the steady state this is the duration of a step on
+        the device.
+        """
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         return seconds
 
     def _finish(self, launched: _Launched, boundary: bool = False, evaluates: bool = False) -> RollBack | None:
-        """Read a step's numbers, move the progress on, and call the callbacks.
+        """Read a step's results, advance the progress, and call the callbacks.
 
-        At a boundary no step runs meanwhile: waiting for the device belongs to this one.
+        At a boundary no other step runs, so the time spent waiting for the device counts towards this step.
 
         Returns:
-            The roll-back that the policy for bad steps requests, if any; nothing else has happened then.
+            The roll-back that the policy for bad steps requests, or None. If there is one, the progress does not
+            advance, and no callback is called.
         """
         numbers = launched.result.read()
         seconds = launched.seconds + (self._lap() if boundary else 0.0)
@@ -282,7 +292,7 @@ class Trainer:
         return None
 
     def _advance(self, done: int, numbers: StepNumbers) -> None:
-        """Add a step's numbers to the progress; a step that was skipped adds no losses and metrics."""
+        """Add a step's results to the progress; a skipped step adds no losses and no metrics."""
         progress = self.progress
         progress.step = done
         progress.tokens += numbers.weight
@@ -308,7 +318,7 @@ class Trainer:
         return saved
 
     def _call(self, event: Callable[[Callback], None]) -> None:
-        """Let each callback see an event; what it records travels with the next step."""
+        """Pass an event to each callback; the next step's all-reduce carries the metrics that callbacks record."""
         with self.engine.reducer.recorder.active(of_ranks=True):
             for callback in self.callbacks:
                 event(callback)

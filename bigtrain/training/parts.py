@@ -1,4 +1,4 @@
-"""The parts of a training run for a loop of one's own: engine, loader, schedule, saves.
+"""The parts of a training run for a custom training loop: engine, loader, schedule, saves.
 
     with TrainingParts(config, run_directory) as parts:
         for batch in parts.batches():
@@ -7,8 +7,8 @@
             if parts.step % 100 == 0:
                 parts.save()
 
-It computes what `bigtrain train` computes, to the bit. What the trainer adds is not in it: metrics, evaluations,
-callbacks, bad steps, restarts.
+This loop gives bitwise the same results as `bigtrain train`. It lacks what the trainer adds: metrics, evaluations,
+callbacks, the policy for bad steps, and restarts.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from bigtrain.training.restoring import Restoring
 
 
 class TrainingParts:
-    """What a loop needs on this rank. As a context manager it waits for the last save and gives all back.
+    """The parts that a training loop needs on this rank. Leaving the context waits for the last save.
 
-    One process trains alone; under torchrun each process is a rank.
+    Without torchrun, one process trains alone; under torchrun, each process is one rank.
 
     Args:
-        config: Of the run.
-        directory: Where it saves itself. A run that is there is resumed.
+        config: The run's config.
+        directory: The run directory. If it already holds a run, this run is resumed.
 
     Raises:
-        UserError: Anything wrong with config or data; another process trains this run, or it trains something else.
+        UserError: The config or the data is invalid, another process trains this run, or the run in the directory
+            trains something else.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
@@ -69,24 +70,24 @@ class TrainingParts:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return self.progress.step
 
     @property
     def total_steps(self) -> int:
-        """Steps of the run's `duration`."""
+        """The run's `duration` in steps."""
         return self.prepared.total_steps
 
     def lr(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """The learning rate of a step; steps are counted from 0."""
         return self.prepared.schedule.lr(step)
 
     def batches(self) -> Iterator[StepBatch]:
-        """This rank's batches of the steps that are left."""
+        """Yield this rank's batches of the remaining steps."""
         return self.loader.batches(self.step, self.total_steps)
 
     def finish_step(self, result: StepResult) -> StepNumbers:
-        """Wait for a step, and count it: `loss / weight` of what this returns is its mean loss."""
+        """Wait for a step, count it, and return its results; `loss / weight` of them is the mean loss."""
         numbers = result.read()
         self.progress.step += 1
         self.progress.tokens += numbers.weight
@@ -94,9 +95,9 @@ class TrainingParts:
         return numbers
 
     def save(self) -> None:
-        """Save weights, optimizer and position, in the background if the config says so. Collective.
+        """Save weights, optimizer state and position, in the background if the config says so. Collective.
 
-        `bigtrain train` and `bigtrain resume` go on from it.
+        `bigtrain train` and `bigtrain resume` can continue from this checkpoint.
         """
         self._saver.save(
             self.step,
@@ -127,5 +128,5 @@ class TrainingParts:
 
 
 def reading(prepared: Prepared, engine: Engine) -> dict[str, Any]:
-    """How a rank reads its part of a global batch: arguments of `Loader`."""
+    """Arguments of `Loader` with which this rank reads its part of each global batch."""
     return loader_options(prepared.config, engine, prepared.batch_sequences, prepared.context)

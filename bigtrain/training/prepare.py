@@ -1,6 +1,6 @@
-"""What a config means on its data: lengths in steps, the vocabulary, the identity; every check that needs no hardware.
+"""Combines a config with its data: lengths in steps, vocabulary, identity, and all checks that need no hardware.
 
-Free of torch, so that the command that starts a run refuses a mistake before any process is spent.
+This module does not import torch, so the command that starts a run refuses mistakes before it starts any process.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ class Prepared:
 
     config: RunConfig
     sources: Sources
-    """What is trained on."""
+    """The sources of the training data."""
     held_out: Sources | None
     batch_sequences: int
     total_steps: int
     sequences_per_epoch: int
-    """Of all sources together."""
+    """Number of sequences in one epoch over all sources together."""
     schedule: Schedule
 
     @property
     def train(self) -> ShardIndex:
-        """One of the sources: what all of them are like."""
+        """The first source; all sources hold the same kind of data and have the same tokenizer."""
         return self.sources.first
 
     @property
     def context(self) -> int:
-        """Positions of one sample: tokens of a sequence or caption, 1 for an image or arrays."""
+        """Positions per sample: the tokens of a sequence or caption; 1 for an image or arrays."""
         return self.config.model.context if self.train.of_tokens else 1
 
     @property
     def outputs(self) -> int:
-        """Entries of the vocabulary, or classes of the labels, 0 where there are none."""
+        """Size of the vocabulary, or number of classes of the labels; 0 if there is neither."""
         return self.sources.vocab_size
 
     @property
     def what(self) -> dict[str, Any]:
-        """What is trained, by content."""
+        """The recipe: what the run trains, with the data named by fingerprints."""
         data = {"train": self._mixture(), "validation": None}
         if self.held_out is not None:
             found = [index.fingerprint for index in self.held_out.indexes]
@@ -74,7 +74,7 @@ class Prepared:
         return recipe_of(self.config, data, self.batch_sequences)
 
     def _mixture(self) -> Any:
-        """The fingerprint of the data; of a mixture the sources' with their weights, by phase."""
+        """The fingerprint of the data; for a mixture, the sources' fingerprints with their weights, by phase."""
         by_name = self.fingerprints
         if not self.is_mixture:
             return next(iter(by_name.values()))
@@ -87,22 +87,22 @@ class Prepared:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether there are several sources."""
+        """Whether the training data has several sources."""
         return len(self.sources.names) > 1
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether there are held-out data, or evaluators with data of their own."""
+        """Whether the run has held-out data, or evaluators with data of their own."""
         return self.held_out is not None or any(map(_has_own_pass, self.config.evaluation.evaluators))
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the sources, by their names."""
+        """Fingerprints of the sources by name."""
         return {name: index.fingerprint for name, index in zip(self.sources.names, self.sources.indexes, strict=True)}
 
     @property
     def identity(self) -> str:
-        """Hash of what is trained."""
+        """Hash of the recipe."""
         return identity(self.what)
 
     def steps(self, duration: Duration) -> int:
@@ -129,20 +129,20 @@ class Prepared:
         return MixedOrder(orders, phases, [before.get(index.fingerprint, 0) for index in self.sources.indexes])
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been gone through after `step` steps."""
+        """The number of epochs of each source, by name, that `step` global batches consume."""
         consumed = self.order.drawn(step * self.batch_sequences).tolist()
         sizes = [sum(self._counts(index)) for index in self.sources.indexes]
         return {name: one / size for name, one, size in zip(self.sources.names, consumed, sizes, strict=True)}
 
     def _counts(self, index: ShardIndex) -> list[int]:
-        """Sequences of each shard."""
+        """Number of sequences in each shard."""
         return index.sequence_counts(self.context, self.config.data.document_mask)
 
     def warnings(self) -> list[str]:
-        """What is legal and probably not meant: samples that lose their end, weights of another tokenizer."""
+        """Warnings about what is probably not intended: samples that are cut, and weights of another tokenizer."""
         found = []
         for name, index in zip(self.sources.names, self.sources.indexes, strict=True):
-            # The sidecars of a remote directory are not here yet.
+            # The sidecars of a remote directory have not been fetched yet.
             cut = index.sample_kind.cut(index, self.context) if index.origin is None else 0
             if cut:
                 found.append(
@@ -152,7 +152,7 @@ class Prepared:
         return found + self._other_tokenizer()
 
     def _other_tokenizer(self) -> list[str]:
-        """Whether Hugging Face weights that the model begins with lie beside another tokenizer than the data's."""
+        """A warning if the Hugging Face weights from which the run starts have another tokenizer than the data."""
         places = (self.config.init.source, getattr(self.config.model, "hf", None))
         info = self.train.tokenizer
         for place in places:
@@ -164,7 +164,7 @@ class Prepared:
         return []
 
     def boundaries(self) -> Boundaries:
-        """When to evaluate and when to save."""
+        """The steps after which the run evaluates or saves."""
         save, keep = self.config.checkpoint.every, self.config.checkpoint.permanent
         return Boundaries(
             total_steps=self.total_steps,
@@ -176,16 +176,17 @@ class Prepared:
 
 
 def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | None = None) -> Prepared:
-    """Open the data of a config and check that both go together.
+    """Open the data of a config, and check that config and data fit together.
 
     Args:
-        verify: Compare the shards with their index as `streaming.verify` says, ask the engine's library what it takes,
-            and try the store of checkpoints; a rank does not, since the command that started it has.
-        pinned: What streamed data must be: the part `data` of what the run trains.
+        verify: Whether to compare the shards with their index (`streaming.verify`), check what the engine's library
+            supports, and test the store of checkpoints. A rank skips this, since the command that started it has
+            done it.
+        pinned: The part `data` of the run's recipe; streamed data must have a fingerprint that it names.
 
     Raises:
-        UserError: Shards missing, changed or out of reach, a model that cannot take them, lengths that do not fit, a
-            store that cannot be written.
+        UserError: Shards are missing, changed or out of reach; the model does not support them; lengths do not fit; or
+            the store of checkpoints cannot be written.
     """
     sources = _open("train", config, verify, pinned)
     held_out = _open("validation", config, verify, pinned) if config.data.validation else None
@@ -222,10 +223,11 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
 
 
 def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, context: int) -> dict[str, Any]:
-    """How a rank reads its part of a global batch: arguments of the loaders.
+    """Arguments of the loaders with which a rank reads its part of each global batch.
 
     Args:
-        context: Positions of one sample.
+        batch_sequences: Sequences per global batch.
+        context: Positions per sample; see `Prepared.context`.
     """
     return {
         "batch_size": batch_sequences,
@@ -244,10 +246,11 @@ def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, cont
 
 
 def pass_context(config: RunConfig, engine: Engine, batch_sequences: int, index: ShardIndex) -> PassContext:
-    """What evaluators' own passes use.
+    """The context that the evaluators' own passes use.
 
     Args:
-        index: Whose tokenizer encodes their texts.
+        batch_sequences: Sequences per global batch.
+        index: The index whose tokenizer encodes the evaluators' texts.
     """
     layout = config.layout
     return PassContext(
@@ -260,7 +263,7 @@ def pass_context(config: RunConfig, engine: Engine, batch_sequences: int, index:
 
 
 def pins(data: Mapping[str, Any], key: str) -> list[str]:
-    """The fingerprints that what is trained names under `train` or `validation`."""
+    """The fingerprints that a recipe's part `data` names under `train` or `validation`."""
     value = data[key]
     if isinstance(value, Mapping):
         return sorted({fingerprint for weights in value.values() for fingerprint in weights})
@@ -270,7 +273,7 @@ def pins(data: Mapping[str, Any], key: str) -> list[str]:
 def _open(key: str, config: RunConfig, first: bool, pinned: Mapping[str, Any] | None) -> Sources:
     streaming = config.streaming
     if first:
-        # A person waits for an answer: a server that is not there is not waited for as long as in training.
+        # A user waits for the answer, so an unreachable server is retried less often than during training.
         streaming = streaming.model_copy(update={"retries": min(2, streaming.retries)})
     places = config.data.places(key)
     try:
@@ -324,7 +327,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
     for index in held_out.indexes if held_out else ():
         train.require_same_tokens(index)
         if index.vocab_size > sources.vocab_size:
-            # Only tokens that were made elsewhere: their vocabulary is known by their largest id alone.
+            # This happens only with tokens made by other tools, whose vocabulary size is known by the largest id alone.
             raise UserError(
                 f"the held-out data holds ids up to {index.vocab_size - 1}, the training data up to "
                 f"{sources.vocab_size - 1}",

@@ -1,4 +1,4 @@
-"""How far a run is: with the weights and the optimizer, all that a resume needs."""
+"""The progress of a run. With the weights and the optimizer state, it is all that a resume needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bigtrain.training.bad_steps import Record
 
 @dataclass
 class Progress:
-    """The position of a run, and what it has summed since the last logged step; saved with each checkpoint."""
+    """The position of a run, and its sums since the last logged step; saved with each checkpoint."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Number of steps done."""
 
     tokens: float = 0.0
     """Sum of the weights of all samples consumed: tokens for text, images for images."""
@@ -24,31 +24,31 @@ class Progress:
     """Sequences consumed from each source of the training data."""
 
     interval_loss: float = 0.0
-    """Sum of the losses since the last logged step, on the rank that logs: a resume may fall between two of them."""
+    """Sum of the losses since the last logged step, on rank 0. It is saved because a resume may start in between."""
 
     interval_weight: float = 0.0
-    """Sum of the weights since the last logged step, without those of steps that were skipped."""
+    """Sum of the weights since the last logged step, without skipped steps."""
 
     bad_steps: Record = field(default_factory=Record)
-    """What the policy for bad steps remembers."""
+    """The state of the policy for bad steps."""
 
     interval_metrics: dict[str, Value] = field(default_factory=dict)
-    """What was recorded by name since the last logged step, without steps that were skipped."""
+    """Metrics recorded since the last logged step, by name, without skipped steps."""
 
     source_tokens: dict[str, float] | None = field(default_factory=dict)
-    """Sum of the weights of each source of a mixture; None in a run that began before they were counted."""
+    """Sum of the weights of each source of a mixture; None if the run began with a bigtrain that did not sum them."""
 
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """The state of the callbacks that have one, by their keys."""
+    """The states of the callbacks that have one, by callback key."""
 
     def end_interval(self) -> None:
-        """Start to sum anew: a step has been logged."""
+        """Reset the sums after a step has been logged."""
         self.interval_loss = self.interval_weight = 0.0
         self.interval_metrics = {}
 
 
 def as_plain(progress: Progress) -> dict[str, Any]:
-    """The progress as a checkpoint's manifest holds it."""
+    """Convert the progress to the plain values that a checkpoint's manifest holds."""
     return {
         "step": progress.step,
         "tokens": progress.tokens,
@@ -65,10 +65,10 @@ def as_plain(progress: Progress) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Progress:
-    """The progress that a checkpoint's manifest holds, also one of an earlier version."""
+    """Read the progress from the plain values of a checkpoint's manifest, also of one by an earlier version."""
     interval = plain.get("interval", {"loss": 0.0, "weight": 0.0})
     values = [Value.from_plain(value) for value in interval.get("metrics", ())]
-    # Earlier versions kept two sums of each source.
+    # Earlier versions stored two sums (loss and weight) for each source.
     values += [
         Value(source_loss(name), float(loss), float(weight))
         for name, (loss, weight) in interval.get("sources", {}).items()
@@ -87,5 +87,5 @@ def from_plain(plain: Mapping[str, Any]) -> Progress:
 
 
 def source_loss(name: str) -> Metric:
-    """The loss of one source of a mixture."""
+    """The metric that holds the loss of one source of a mixture."""
     return Metric(f"loss/{name}", "mean", "nats per token")

@@ -1,7 +1,8 @@
 """The process of one rank: `python -m bigtrain.training.rank`, with torchrun's environment.
 
-BIGTRAIN_RUN names the run directory, whose config.yaml is the resolved config; BIGTRAIN_ATTEMPT and BIGTRAIN_LEASE
-number the attempt and the lease that the launcher holds. It exits with a code of `bigtrain.run.ExitCode`.
+BIGTRAIN_RUN names the run directory, whose config.yaml is the resolved config. BIGTRAIN_ATTEMPT and BIGTRAIN_LEASE are
+the numbers of the attempt and of the lease that the launcher holds. The process exits with a code of
+`bigtrain.run.ExitCode`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bigtrain.training.flight import last_collectives
 
 
 def main() -> int:
-    """Run this rank to its end."""
+    """Run this rank to its end, and return its exit code."""
     stop = install_rank_signals(last_collectives)
     heartbeat = Heartbeat.from_environment()
     heartbeat.beat(0, "start")
@@ -36,13 +37,13 @@ def main() -> int:
 
 
 class _WithoutTeardown:
-    """Ends the process at once where something is raised, after saying what.
+    """Prints an exception and then ends the process at once.
 
-    torch aborts a process that is torn down in the middle of a step or a save, which would hide it.
+    If Python shuts down in the middle of a step or a save, torch aborts the process, which would hide the exception.
     """
 
     def __enter__(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None or isinstance(error, SystemExit):

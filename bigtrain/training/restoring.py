@@ -1,4 +1,4 @@
-"""Where a run begins: its newest sound checkpoint, else what `init` names, else the seed."""
+"""Restores the state from which a run starts: its newest verified checkpoint, else `init.source`, else the seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Restoring:
     """Fills the state of a run's engine from checkpoints and sources.
 
     Args:
-        on_event: Writes `fallback`, with step and cause, where a newer checkpoint is not sound.
+        on_event: Writes the event `fallback`, with step and cause, for each newer checkpoint that fails verification.
     """
 
     def __init__(self, engine: Any, config: RunConfig, directory: RunDirectory, on_event: Callable[..., None]) -> None:
@@ -32,7 +32,7 @@ class Restoring:
         self._event = on_event
 
     def start(self) -> Progress:
-        """Load the newest sound checkpoint, else what `init` names, else start from the seed."""
+        """Load the newest verified checkpoint; if there is none, load what `init` names, or start from the seed."""
         found = find(self.directory.checkpoints)
         if found is not None:
             for warning in found.warnings:
@@ -54,11 +54,15 @@ class Restoring:
                 "Restore it, or choose another --name.",
             )
         found = find(source.checkpoints, source.step)
-        assert found is not None  # find raises where the step is not there
+        assert found is not None  # `find` raises if there is no checkpoint of this step
         return self._take(found)
 
     def older(self, wanted: int, first: int) -> Progress | None:
-        """Load the newest sound checkpoint of at most step `wanted`, else any before step `first`; None without one."""
+        """Load the newest verified checkpoint of at most step `wanted`; if there is none, the newest before `first`.
+
+        Returns:
+            The progress of the checkpoint; None if there is no such checkpoint.
+        """
         checkpoints = self.directory.checkpoints
         found = find(checkpoints, before=wanted) or find(checkpoints, before=first - 1)
         if found is None:
@@ -67,19 +71,19 @@ class Restoring:
         return from_plain(found.manifest.progress)
 
     def _take(self, found: Found) -> Progress:
-        """Take the part of another run's checkpoint that `init.state` names."""
+        """Load the part of another run's checkpoint that `init.state` selects."""
         state = self.engine.state()
         if self.config.init.state == "weights":
             self._take_weights_of(found, state)
             return Progress()
-        # The other run may have been in another precision.
+        # The other run may have used another precision, and have no loss scale.
         saved = saved_names(found)
         state = {name: state[name] for name in state if name in saved or not name.startswith("loss_scale.")}
         self._load(found, state, leave=["loss_scale.*"])
         return from_plain(found.manifest.progress) if self.config.init.state == "all" else Progress()
 
     def _take_weights_of(self, found: Found, state: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint."""
+        """Load only the weights of a checkpoint."""
         init, model = self.config.init, self.config.model
         shapes = {name.removeprefix("model."): shape for name, shape in saved_shapes(found).items()}
         own: dict[str, torch.Tensor] = {}
@@ -90,7 +94,8 @@ class Restoring:
                 own[name] = tensor
             else:
                 copies[source] = tensor
-        # Of a pipeline's ranks not all hold the vocabulary's parameters: what may be left is the same on each.
+        # Not every pipeline stage holds the vocabulary's parameters, but the names that may stay unloaded must be
+        # equal on all ranks.
         rows = [name for name in shapes if init.new_rows is not None and model.has_vocabulary_rows(name)]
         for weights, leave in ((own, init.fresh), (copies, ("*",))):
             others = resized(model, weights, shapes.get) if init.new_rows is not None else set()
@@ -101,7 +106,7 @@ class Restoring:
                 self._load(found, {f"model.{name}": weights[name] for name in weights}, prefix="model.", leave=left)
 
     def _take_weights(self, source: HfSource) -> Progress:
-        """Take Hugging Face weights, compared with the hash that the launcher found."""
+        """Load Hugging Face weights, after comparing them with the hash that the launcher recorded."""
         init, model, files = self.config.init, self.config.model, source.files
         if init.hash is not None:
             verify_hf(files, init.hash)
@@ -122,10 +127,10 @@ class Restoring:
         return Progress()
 
     def _wanted(self, state: dict[str, torch.Tensor], saved: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """The weights that a source provides, by qualified name.
+        """The weights that a source must provide, by qualified name.
 
         Args:
-            saved: Names in the source; adapters that are not among them begin from the seed.
+            saved: Names in the source. Adapters that are not among them start from the seed.
         """
         weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
         begun = {name for name in weights if self.config.model.is_adapter(name) and name not in saved}

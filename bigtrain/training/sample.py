@@ -1,4 +1,4 @@
-"""Texts from a trained run, or from a directory of a Hugging Face model."""
+"""Generates texts with a trained run, or with a directory of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer
 
 Message = dict[str, str]
-"""A turn of a conversation: role and content."""
+"""One turn of a conversation, with the keys `role` and `content`."""
 Prompt = str | list[Message]
 
 
 class Vocabulary(Protocol):
-    """What turns prompts into tokens and tokens into text."""
+    """Turns prompts into tokens, and tokens into text."""
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a text, or of a conversation by the template of the model's tokenizer."""
+        """The tokens of a text, or of a conversation in the chat template of the model's tokenizer."""
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens, without special tokens."""
         ...
 
 
@@ -55,7 +55,7 @@ class Writer:
     ends: frozenset[int]
     """Tokens that end a text."""
     start: int | None
-    """The token that an empty prompt becomes."""
+    """The token that replaces an empty prompt; None: empty prompts are not replaced."""
     device: torch.device
 
     def write(
@@ -68,12 +68,13 @@ class Writer:
         stop: Sequence[str] = (),
         images: torch.Tensor | None = None,
     ) -> list[str]:
-        """What follows each prompt, without the prompt.
+        """The text that the model generates after each prompt, without the prompt.
 
         Args:
-            prompts: All in one batch.
-            tokens: New tokens; a text ends earlier where the model ends it, or before the first of `stop` in it.
-            images: uint8 (B, height, width, channels), for a model of captions.
+            prompts: The prompts, which are processed in one batch.
+            tokens: Maximum number of new tokens. A text ends earlier at a token that ends it.
+            stop: Strings; a text is cut before the first of them.
+            images: uint8 of shape (B, height, width, channels), for a captioning model.
         """
         begun = [self.vocabulary.encode(prompt) for prompt in prompts]
         if self.start is not None:
@@ -94,10 +95,10 @@ class Writer:
         return [self._text(ids, row, stop)[0] for ids, row in zip(begun, generated[:, longest:].tolist(), strict=True)]
 
     def _text(self, begun: list[int], new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
-        """What new tokens add to the text of those before, up to its end, and whether it has ended."""
+        """The text that new tokens add to the text of the earlier ones, up to its end; and whether it has ended."""
         ends = [place for place, token in enumerate(new) if token in self.ends]
         new = new[: ends[0]] if ends else new
-        # Decoded together: some tokenizers drop the space before the first token of a text.
+        # All tokens are decoded together, because some tokenizers drop the space before the first token of a text.
         before, whole = self.vocabulary.decode(begun), self.vocabulary.decode([*begun, *new])
         text = whole[len(before) :] if whole.startswith(before) else self.vocabulary.decode(new)
         cuts = [place for place in map(text.find, stop) if place >= 0]
@@ -108,10 +109,10 @@ def model_of_run(run: RunDirectory, step: int | None) -> tuple[RunConfig, ShardI
     """A run's config, the index of its data, and its model with the weights of a checkpoint, on the CPU.
 
     Args:
-        step: Of the checkpoint; None: the newest sound one.
+        step: Step of the checkpoint; None for the newest verified one.
 
     Raises:
-        UserError: No checkpoint, or the data is not there any more.
+        UserError: There is no checkpoint, or the data is missing or has changed.
     """
     config = load_config(run.config)
     step = newest_of(run) if step is None else step
@@ -122,15 +123,14 @@ def model_of_run(run: RunDirectory, step: int | None) -> tuple[RunConfig, ShardI
 
 
 def writer_of_run(run: RunDirectory, step: int | None, image: bool = False) -> Writer:
-    """The weights of a run's checkpoint, with the tokenizer of its data, on this machine's device.
+    """A writer with the weights of a run's checkpoint and the tokenizer of its data, on this machine's device.
 
     Args:
-        step: Of the checkpoint; None: the newest sound one.
-        image: Whether captions are to be written.
+        step: Step of the checkpoint; None for the newest verified one.
+        image: Whether the prompts come with images.
 
     Raises:
-        UserError: No checkpoint, a model that writes no text, an image where there should be none, or none where one
-            should be.
+        UserError: There is no checkpoint, the model writes no text, or `image` is not what the model needs.
     """
     _refuse_other_kinds(load_config(run.config), image, str(run.path))
     _, _, model = model_of_run(run, step)
@@ -138,10 +138,10 @@ def writer_of_run(run: RunDirectory, step: int | None, image: bool = False) -> W
 
 
 def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) -> Writer:
-    """A run's model with the tokenizer of its data, where the model is.
+    """A writer for a model of a run, with the tokenizer of the run's data, on the model's device.
 
     Raises:
-        UserError: As `writer_of_run`.
+        UserError: The model writes no text or has no `logits(batch)`, or `image` is not what the model needs.
     """
     config = load_config(run.config)
     _refuse_other_kinds(config, image, str(run.path))
@@ -163,10 +163,10 @@ def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) ->
 
 
 def writer_of_directory(directory: Path) -> Writer:
-    """A causal model of transformers with its own tokenizer.
+    """A writer for a causal model of transformers, with the model's own tokenizer.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -185,10 +185,10 @@ def writer_of_directory(directory: Path) -> Writer:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Prompts of a file of JSON lines, each with the key `prompt` (a text) or `messages` (roles and contents).
+    """Read prompts from a file of JSON lines, each with the key `prompt` (a text) or `messages` (roles and contents).
 
     Raises:
-        UserError: A line holds neither.
+        UserError: The file cannot be read or holds no prompt, or a line has neither key.
     """
     prompts: list[Prompt] = []
     try:
@@ -213,10 +213,10 @@ def read_prompts(file: Path) -> list[Prompt]:
 
 
 def index_of_run(run: RunDirectory, config: RunConfig) -> ShardIndex:
-    """The index of a run's training data; of a mixture the first source's, whose tokenizer they all have.
+    """The index of a run's training data; for a mixture that of the first source, since all share one tokenizer.
 
     Raises:
-        UserError: The shards have become others.
+        UserError: The shards are not those that the run was trained on.
     """
     place = next(iter(config.data.places("train").values()))
     index = open_index(place, config.streaming)
@@ -227,7 +227,10 @@ def index_of_run(run: RunDirectory, config: RunConfig) -> ShardIndex:
 
 @dataclass(frozen=True)
 class _OfData:
-    """The tokenizer of a run's data; conversations by its template, else that of the weights the run began from."""
+    """The tokenizer of a run's data.
+
+    Conversations use its chat template, or else that of the weights from which the run started.
+    """
 
     tokenizer: Tokenizer
     template: Path | None
@@ -273,7 +276,7 @@ def _tokenizer_in(directory: Path) -> Any:
 
 
 def _sources(config: RunConfig) -> list[Path]:
-    """Directories that the weights came from."""
+    """The directories or names from which the run's weights came."""
     own = getattr(config.model, "directory", None)
     return [Path(place) for place in (own, config.init.source) if place is not None]
 
@@ -289,10 +292,15 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
 
 
 def caption(run: RunDirectory, prompt: str, image: Path, *, step: int | None, tokens: int, **options: Any) -> str:
-    """What a model of captions writes about an image after a prompt; `options` are those of `Writer.write`.
+    """The caption that a captioning model writes for an image after a prompt.
+
+    Args:
+        step: Step of the checkpoint; None for the newest verified one.
+        tokens: Maximum number of new tokens.
+        options: Further arguments of `Writer.write`.
 
     Raises:
-        UserError: As `writer_of_run`; there is no such image, or it is too large.
+        UserError: `writer_of_run` refuses the run, there is no such image, or the image is too large.
     """
     writer, config = writer_of_run(run, step, image=True), load_config(run.config)
     room = config.model.context - len(writer.vocabulary.encode(prompt))
@@ -302,7 +310,7 @@ def caption(run: RunDirectory, prompt: str, image: Path, *, step: int | None, to
 
 
 def _pixels(file: Path, index: ShardIndex, augment: Sequence[AugmentationConfig]) -> torch.Tensor:
-    """An image as the model was evaluated on them, (1, height, width, channels)."""
+    """An image, prepared as in the model's evaluation, of shape (1, height, width, channels)."""
     info = index.image
     assert info is not None
     if not file.is_file():

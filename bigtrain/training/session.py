@@ -1,4 +1,4 @@
-"""One rank from its config to its end: engine, state, loader, callbacks and loop put together."""
+"""Assembles and runs the training of one rank: engine, state, loader, callbacks and loop."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TRACKER_CLOSE_S = 20.0
 
 
 def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> ExitCode:
-    """Train as one rank of the run in `directory`, from its newest sound checkpoint to its end."""
+    """Train as one rank of the run in `directory`, from its newest verified checkpoint to its end."""
     plugin_of_launcher()
     config = load_config(directory.config)
     _check_unchanged(config, directory)
@@ -59,7 +59,7 @@ def train_rank(directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest)
 
 
 def _check_unchanged(config: RunConfig, directory: RunDirectory) -> None:
-    """A rank that is started again must run the code that the run was started with."""
+    """Refuse to continue a run whose plugins have changed since it was started."""
     recorded = directory.recipe()
     for key, sha256 in plugin_hashes(config, RECIPE).items():
         if recorded[key].get("plugin") != sha256:
@@ -71,7 +71,7 @@ def _check_unchanged(config: RunConfig, directory: RunDirectory) -> None:
 
 
 class Session:
-    """What one rank holds while it trains; leaving it gives everything back."""
+    """The resources of one rank while it trains; leaving the context releases them."""
 
     def __init__(self, prepared: Prepared, directory: RunDirectory, heartbeat: Heartbeat, stop: StopRequest) -> None:
         self.prepared = prepared
@@ -95,7 +95,7 @@ class Session:
             ranks=self.ranks,
         )
         every = config.checkpoint.every
-        # The clock of one rank decides for all.
+        # Only the clock of rank 0 decides when a save is due by time.
         by_clock = every.seconds if every.is_time and self.ranks.rank == 0 else None
         self.link = AgentLink(heartbeat, stop, by_clock)
         self._restoring = Restoring(self.engine, config, directory, self._event)
@@ -121,7 +121,7 @@ class Session:
             self._trackers.close(TRACKER_CLOSE_S)
 
     def train(self) -> Outcome:
-        """Restore, then run the loop."""
+        """Restore the state, then run the training loop to its end."""
         progress = self._restoring.start()
         if progress.step and self._uploader is not None:
             self._uploader.wake()
@@ -151,7 +151,10 @@ class Session:
             return trainer.fit()
 
     def _roll_back(self, request: RollBack) -> Progress | None:
-        """Restore the newest sound checkpoint that is old enough, or any before, and remove those after it."""
+        """Restore the newest verified checkpoint that is old enough, and remove the checkpoints after it.
+
+        If none is old enough, the newest one before the bad steps is restored. Returns None if there is none either.
+        """
         self.saver.wait()
         self._refuse_if_fenced()
         progress = self._restoring.older(request.wanted, request.first)
@@ -178,7 +181,7 @@ class Session:
         return not self.saver.must_stop
 
     def _finish_saving(self) -> bool:
-        """Wait for the last save and its upload; whether the end of the run is safe on the disk."""
+        """Wait for the last save and its upload. Returns False if the last save failed."""
         outcome = self.saver.wait()
         self._refuse_if_fenced()
         if self._uploader is not None:
@@ -188,7 +191,7 @@ class Session:
         return outcome is None or outcome.status == "saved"
 
     def _start_uploader(self) -> Uploader | None:
-        """Where checkpoints go to a store, on the rank that acts for all."""
+        """Start uploading checkpoints to the run's store, on rank 0; None on other ranks or without a store."""
         store = store_of(self.config) if self.ranks.rank == 0 else None
         if store is None:
             return None
@@ -204,7 +207,7 @@ class Session:
             )
 
     def _evaluation(self) -> Evaluation | None:
-        """The run's evaluation; None where nothing is held out and no evaluator has data of its own."""
+        """The run's evaluation; None if there is no held-out data and no evaluator has data of its own."""
         prepared, config = self.prepared, self.config.evaluation
         if not prepared.is_evaluated:
             return None
@@ -236,7 +239,7 @@ class Session:
         return evaluated
 
     def _compare_memory(self) -> None:
-        """Let all ranks know the peak of the worst."""
+        """Update the peak memory to the largest of all ranks, in bytes. Collective."""
         peak = torch.tensor([self.engine.memory_bytes()], dtype=torch.int64, device=self.engine.device)
         if self.ranks.world_size > 1:
             dist.all_reduce(peak, dist.ReduceOp.MAX)
@@ -282,7 +285,7 @@ class Session:
         return callbacks
 
     def _chosen_callbacks(self) -> list[Callback]:
-        """Those of the config, on every rank, with the keys under which their state is saved."""
+        """The callbacks of the config, built on every rank, with the keys under which their states are saved."""
         ranks = self.ranks
         context = CallbackContext(
             self.engine, self.directory.path, self.prepared.total_steps, ranks.rank, ranks.world_size,
@@ -296,7 +299,7 @@ class Session:
         return callbacks
 
     def _how(self) -> dict[str, Any]:
-        """Engine, mesh and nodes, and how long the start of this process took, for the record."""
+        """Fields of the event that records the start: engine, mesh, nodes, and how long this process took to start."""
         sizes = vars(self.config.layout.mesh(self.ranks.world_size))
         mesh = {axis: size for axis, size in sizes.items() if size > 1}
         age_s = process_age_s()
@@ -304,7 +307,10 @@ class Session:
         return {"nodes": self.ranks.nodes, "engine": self.config.engine.name, "mesh": mesh, **start}
 
     def _may_publish(self) -> Callable[[], bool]:
-        """Whether the lease that the launcher took is still held; a gang that torchrun started has none."""
+        """A function that tells whether the launcher still holds its lease.
+
+        Ranks that torchrun started have no lease, and may always publish checkpoints.
+        """
         number = os.environ.get(variables.LEASE)
         return lease_check(self.directory, int(number)) if number else lambda: True
 

@@ -1,4 +1,4 @@
-"""`init.source`: another run's checkpoint, or a directory of Hugging Face weights, as what a run begins with."""
+"""Resolves `init.source`, from which a run starts: another run's checkpoint, or a directory of Hugging Face weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class CheckpointSource:
     run: Path
     step: int
     hash: str
-    """Hash of its manifest, which holds the hashes of all its files."""
+    """Hash of the checkpoint's manifest, which holds the hashes of all files of the checkpoint."""
     url: str | None = None
-    """Of the run, where it lies on an object store, and `run` is what was fetched of it."""
+    """URL of the run on an object store, from which the checkpoint was fetched into `run`; None for a local run."""
 
     @property
     def checkpoints(self) -> Path:
@@ -38,11 +38,11 @@ class CheckpointSource:
 
     @property
     def name(self) -> str:
-        """What `init.source` names it by."""
+        """The value of `init.source` that names this checkpoint."""
         return f"{self.url or self.run}@{self.step}"
 
     def content(self) -> str:
-        """The hash that `init.hash` holds."""
+        """The hash to store in `init.hash`."""
         return self.hash
 
 
@@ -54,22 +54,24 @@ class HfSource:
 
     @property
     def name(self) -> str:
-        """What `init.source` names it by."""
+        """The value of `init.source` that names this directory."""
         return str(self.files.directory)
 
     def content(self) -> str:
-        """The hash that `init.hash` holds; reads every byte."""
+        """The hash to store in `init.hash`. This reads every byte of the weights."""
         return digest(self.files.file_hashes(self.files.all_files))
 
 
 def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
-    """A checkpoint, or a directory of Hugging Face weights.
+    """Resolve the text of `init.source` to a checkpoint or to a directory of Hugging Face weights.
 
     Args:
-        text: RUN, RUN@STEP or RUN@best, by name, path or URL, of which the checkpoint is fetched; or the directory.
+        text: RUN, RUN@STEP or RUN@best, where RUN is a name, a path or a URL; or a directory of Hugging Face weights.
+            The checkpoint of a URL is fetched.
+        runs_dir: The directory in which runs are found by name.
 
     Raises:
-        UserError: No such run, or no such step.
+        UserError: There is no such run, or the run has no such checkpoint.
     """
     text = resolve_best(text, runs_dir)
     if is_url(text):
@@ -103,13 +105,13 @@ def _fetched(text: str) -> CheckpointSource:
 
 
 def _run(name: str, runs_dir: Path) -> RunDirectory:
-    """A run, or a directory of checkpoints that no run has made, as `checkpoint import` writes it."""
+    """A run, or a directory of checkpoints without a run, as `checkpoint import` writes it."""
     alone = RunDirectory(Path(name))
     return alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)
 
 
 def is_fresh(name: str, init: InitConfig) -> bool:
-    """Whether a parameter, by its qualified name, is initialized from the seed although there is a source."""
+    """Whether `init.fresh` matches a parameter's qualified name, so that it is initialized from the seed."""
     return any(fnmatchcase(name, pattern) for pattern in init.fresh)
 
 
@@ -117,7 +119,7 @@ def check_fresh(names: Collection[str], init: InitConfig) -> None:
     """Refuse a pattern of `init.fresh` that no parameter matches.
 
     Raises:
-        UserError: Names the nearest parameter.
+        UserError: A pattern matches no parameter; the error names the nearest one.
     """
     for number, pattern in enumerate(init.fresh):
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -131,13 +133,13 @@ def check_fresh(names: Collection[str], init: InitConfig) -> None:
 
 def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]] | None,
                     init: InitConfig) -> None:  # fmt: skip
-    """Refuse Hugging Face weights that the model cannot begin with, by the headers of their files.
+    """Refuse Hugging Face weights that the model cannot start from. Only the headers of the files are read.
 
     Args:
-        shapes: Of the model's parameters; None where only the built model knows them.
+        shapes: Shapes of the model's parameters by qualified name; None if only the built model knows them.
 
     Raises:
-        UserError: More than weights is requested, or they do not fit.
+        UserError: `init.state` requests more than weights, or the weights do not fit the model.
     """
     if init.state != "weights":
         raise UserError(

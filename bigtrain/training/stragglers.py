@@ -1,9 +1,10 @@
-"""Which rank the others wait for: found in torch's flight recorder, without a clock that all machines share.
+"""Finds the rank that the other ranks wait for, from torch's flight recorder and without a shared clock.
 
-The recorder notes when a rank enters each collective. Ranks leave one together, so one that enters the next after the
-others has taken longer since; summed, that is how long they waited for it. Ranks of one machine share a clock; that of
-another machine is set by the median difference over all collectives. So a rank is found that is late at fewer than half
-of them, but not a machine that is evenly slow at each.
+The recorder notes when a rank enters each collective. All ranks leave a collective together, so a rank that enters the
+next one after the others has taken longer in between. The sum of these delays is how long the others waited for it.
+Ranks of one machine share a clock. The clock of another machine is aligned by the median difference over all
+collectives. So the method finds a rank that is late at fewer than half of the collectives, but not a machine that is
+equally slow at each of them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from bigtrain.training.flight import collectives, group_of
 from bigtrain.training.progress import Progress
 
 EVERY: Final = 100
-"""Steps between two looks."""
+"""Steps between two comparisons."""
 LAST: Final = 200
-"""Collectives that are compared."""
+"""Number of the newest collectives that are compared."""
 SHARE: Final = 0.2
 """Share of the time that the others must have spent waiting for a rank before it is reported."""
 MESSAGE_BYTES: Final = 32_768
 
 Entered = Mapping[str, float]
-"""When a rank entered each collective: "group#number" -> seconds of its clock."""
+"""When a rank entered each collective: "group#number" -> seconds on the clock of the rank's machine."""
 
 
 def entered(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """When this rank entered its last LAST collectives."""
+    """When this rank entered the collectives among the last LAST entries of its flight recorder."""
     return {
         f"{group_of(dict(entry))}#{entry['collective_seq_id']}": entry["time_created_ns"] / 1e9
         for entry in entries[-LAST:]
@@ -42,10 +43,10 @@ def entered(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def lateness(ranks: Sequence[Entered], hosts: Sequence[str]) -> tuple[list[float], float]:
-    """How long others waited for each rank, and over which time, in seconds.
+    """How long the others waited for each rank, and the time span of the comparison, both in seconds.
 
     Args:
-        ranks: When each rank entered which collective.
+        ranks: When each rank entered each collective.
         hosts: The machine of each rank.
     """
     offsets = _offsets(ranks, hosts)
@@ -60,8 +61,10 @@ def lateness(ranks: Sequence[Entered], hosts: Sequence[str]) -> tuple[list[float
 
 
 def _offsets(ranks: Sequence[Entered], hosts: Sequence[str]) -> dict[str, float]:
-    """By how much each machine's clock is ahead of the first rank's; a machine that shares no group with that is not
-    compared with it, so any value will do."""
+    """Seconds by which each machine's clock is ahead of that of the first rank's machine.
+
+    A machine that shares no process group with the first one gets 0; it is never compared with it.
+    """
     offsets = {hosts[0]: 0.0}
     for host in dict.fromkeys(hosts):
         reference = next((rank for rank, place in zip(ranks, hosts, strict=True) if place == hosts[0]))
@@ -77,11 +80,12 @@ def _offsets(ranks: Sequence[Entered], hosts: Sequence[str]) -> dict[str, float]
 
 
 class Stragglers(Callback):
-    """Reports, on rank 0, a rank that the others wait for; nothing is done about it.
+    """Reports, on rank 0, a rank that the other ranks wait for; it only reports.
 
     Args:
-        on_event: Writes `straggler`, with rank, host, step and cause.
-        device: Where the ranks' group takes its tensors.
+        on_event: Writes the event `straggler`, with rank, host, step and cause.
+        device: The device of the tensors that the process group gathers.
+        host: The name of this rank's machine.
     """
 
     order = 90
@@ -108,7 +112,7 @@ class Stragglers(Callback):
             self._event("straggler", step=step.number, rank=worst, host=host, cause=cause)
 
     def _gather(self) -> list[tuple[str, dict[str, float]]]:
-        """Each rank's host and times, on rank 0; else nothing."""
+        """Each rank's host and entry times, on rank 0; an empty list on other ranks. Collective."""
         times = entered(collectives())
         text = json.dumps([self._host, times]).encode()
         while len(text) > MESSAGE_BYTES:

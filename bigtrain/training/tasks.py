@@ -1,12 +1,12 @@
-"""Requests of a context and continuations, scored by the log-likelihood of each continuation.
+"""Scores requests of a context and continuations by the log-likelihood of each continuation.
 
-A file holds a request a line, as JSON:
+A file holds one request per line, as JSON:
 
     {"context": "The capital of France is", "continuations": [" Paris", " Rome"], "gold": 0, "task": "capitals"}
 
-Tokens are those of lm-evaluation-harness: context and continuation are encoded together, spaces at the end of the
-context go to the continuation, and a context that is too long loses its beginning. Every sequence is one source of the
-engine's sums, so that each is scored once, whatever the layout.
+Texts are tokenized as in lm-evaluation-harness: context and continuation are encoded together, spaces at the end of the
+context move to the continuation, and a context that is too long loses its beginning. Every sequence is a separate
+source in the engine's sums, so each is scored exactly once at every layout.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     from bigtrain.engines.contract import MicroBatch
 
 AT_ONCE: Final = 2048
-"""Sequences of one evaluation: a batch's array `sources` has a column for each."""
+"""Maximum number of sequences per evaluation; the array `sources` of a batch has one column for each."""
 DEFAULT_TASK: Final = "requests"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question."""
+    """One request: a context with its continuations, of which one is correct."""
 
     context: str
     continuations: tuple[str, ...]
     gold: int
-    """The number of the right continuation."""
+    """Index of the correct continuation."""
     task: str = DEFAULT_TASK
-    """What it is counted under."""
+    """Name of the task to which the request belongs."""
 
 
 def read_requests(file: Path) -> list[Task]:
-    """The requests of a file.
+    """Read the requests of a file.
 
     Raises:
-        UserError: Names the line that is no request.
+        UserError: The file cannot be read or holds no request, or a line is no valid request.
     """
     fix = 'Write a line like {"context": "1 + 1 =", "continuations": [" 2", " 3"], "gold": 0}.'
     found = []
@@ -78,7 +78,7 @@ def read_requests(file: Path) -> list[Task]:
 
 
 class Scorer:
-    """Scores the same requests as often as needed; they are encoded once."""
+    """Scores the same requests any number of times, but encodes them only once."""
 
     def __init__(self, requests: Sequence[Task], tokenizer: Tokenizer) -> None:
         self._requests = requests
@@ -86,19 +86,19 @@ class Scorer:
         self._rows = [encode_pair(tokenizer, *pair) for pair in pairs]
 
     def score(self, context: PassContext) -> dict[str, dict[str, float]]:
-        """Results of each task by its name; see `results_of`. Collective; equal on all ranks."""
+        """Results of each task by task name; see `results_of`. Collective; the results are equal on all ranks."""
         return results_of(self._requests, log_likelihoods(context, self._rows))
 
 
 def results_of(requests: Sequence[Task], log_likelihoods: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Results of each task by its name.
+    """Results of each task by task name.
 
     Args:
-        log_likelihoods: Of the continuations of all requests, in order.
+        log_likelihoods: Log-likelihoods, in nats, of the continuations of all requests, in order.
 
     Returns:
-        `accuracy` by log-likelihood, `accuracy_per_character` and `accuracy_per_byte` by that over the continuation's
-        length, `bits_per_byte` of the right continuations, and how many `requests` there are.
+        `accuracy` by log-likelihood; `accuracy_per_character` and `accuracy_per_byte` by log-likelihood divided by the
+        continuation's length; `bits_per_byte` of the correct continuations; and `requests`, the number of requests.
     """
     likelihoods = iter(log_likelihoods)
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -121,8 +121,12 @@ def results_of(requests: Sequence[Task], log_likelihoods: Sequence[float]) -> di
 
 
 def log_likelihoods(context: PassContext, rows: Sequence[tuple[list[int], int]]) -> list[float]:
-    """The log-likelihood, in nats, of the last tokens of each row (`encode_pair`) after the others. Collective."""
-    from bigtrain.engines.contract import Measuring  # torch, which the launcher of a run goes without
+    """The log-likelihood of each row's continuation after its context, in nats. Collective.
+
+    Args:
+        rows: Token ids, and how many of the last ones form the continuation; see `encode_pair`.
+    """
+    from bigtrain.engines.contract import Measuring  # imports torch, which the launcher of a run does not load
 
     found: list[float] = []
     for first in range(0, len(rows), AT_ONCE):
@@ -133,11 +137,11 @@ def log_likelihoods(context: PassContext, rows: Sequence[tuple[list[int], int]])
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """The tokens of both, and how many belong to the continuation.
+    """The tokens of context and continuation together, and how many of them belong to the continuation.
 
-    As lm-evaluation-harness has it: white space at the end of the context belongs to the continuation, whose tokens are
-    those that both together have beyond as many as the context has alone. Where a token of both together reaches over
-    the boundary, the context keeps its own, so that all continuations of a context follow the same tokens.
+    As in lm-evaluation-harness, white space at the end of the context belongs to the continuation. Context and
+    continuation are encoded together; the first tokens, as many as the context has alone, are replaced by the tokens of
+    the context alone. So all continuations of a context follow the same tokens, even if a token crosses the boundary.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
@@ -151,7 +155,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 def _passes(place: PassContext, rows: Sequence[tuple[list[int], int]]) -> Iterator[MicroBatch]:
-    """This rank's micro-batches: as many and of one shape on all ranks, filled up with rows that count nothing."""
+    """Yield this rank's micro-batches. All ranks have equally many, of one shape; padding rows have weight 0."""
     ranks, batch_size, context = place.engine.data_parallel_size, place.batch_size, place.context
     count = -(-len(rows) // (batch_size * ranks))
     count = -(-count // place.multiple) * place.multiple

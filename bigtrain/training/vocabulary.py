@@ -1,4 +1,4 @@
-"""A vocabulary of another size than that of the weights a run begins with: rows are kept by their ids."""
+"""Starts a run from weights whose vocabulary has another size; each token keeps the row of its id."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bigtrain.training.config import NewRows
 def resized(
     model: ModelConfig, weights: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, ...] | None]
 ) -> set[str]:
-    """Names of the parameters whose rows are the vocabulary's and whose source has another number of them.
+    """Names of the parameters with one row per vocabulary entry that have another number of rows in the source.
 
     Args:
         weights: This rank's parameters by qualified name.
-        shape_of: The shape of a parameter in the source; None where it lacks it.
+        shape_of: Returns the shape of a parameter in the source; None if the source lacks the parameter.
     """
     found = set()
     for name, tensor in weights.items():
@@ -31,12 +31,12 @@ def resized(
 
 @torch.no_grad()
 def fill_rows(tensor: Tensor, source: Tensor, rule: NewRows) -> None:
-    """Copy the source's rows into this rank's part of a parameter, by their numbers, and begin the others.
+    """Copy the source's rows into this rank's shard of a parameter, by row number, and initialize the new rows.
 
     Args:
-        tensor: Of any layout, with its values from the seed.
-        source: The full parameter of the source, on the CPU; rows that have no place are dropped.
-        rule: "mean": a new row is the mean of all rows of the source (Hewitt 2021); "seed": it keeps its values.
+        tensor: The parameter in any layout, with its initial values from the seed.
+        source: The full (unsharded) parameter of the source, on the CPU; surplus rows are dropped.
+        rule: "mean": a new row is the mean of all rows of the source (Hewitt 2021). "seed": it keeps its values.
     """
     mean = source.double().mean(dim=0).to(source.dtype)
     for (first, *rest), (count, *sizes), target in pieces(tensor):

@@ -1,4 +1,4 @@
-"""Images mirrored left to right."""
+"""Mirrors images left to right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @AUGMENTATIONS.register
 class HorizontalFlipConfig(AugmentationConfig):
-    """Mirrors a share of the training images left to right."""
+    """Mirrors training images left to right, with a probability."""
 
     name: Literal["horizontal_flip"] = "horizontal_flip"
     p: Annotated[float, Ge(0), Le(1)] = 0.5

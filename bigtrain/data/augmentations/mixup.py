@@ -1,4 +1,4 @@
-"""Two images and their labels, averaged (Zhang et al. 2018)."""
+"""Averages two images and their labels (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @AUGMENTATIONS.register
 class MixupConfig(AugmentationConfig):
-    """Averages each training image with another one of its global batch, and their labels alike.
+    """Averages each training image with another one of its global batch, and averages their labels too.
 
-    Labels become class probabilities float32 (B, classes), which `F.cross_entropy` takes.
+    Labels become class probabilities, float32 of shape (B, classes), which `F.cross_entropy` accepts.
     """
 
     mixes: ClassVar[bool] = True
 
     name: Literal["mixup"] = "mixup"
     alpha: Annotated[float, Gt(0)] = 0.2
-    """Both parameters of the beta distribution that an image's share comes from."""
+    """Both parameters of the beta distribution from which the weight of the first image is sampled."""
 
     def mix(self, image: Image, other: Image, random: np.random.Generator) -> tuple[Image, float]:
-        """See `AugmentationConfig`; uint8 images are rounded."""
+        """See `AugmentationConfig`. The mean of uint8 images is rounded."""
         import numpy as np
 
         share = random.beta(self.alpha, self.alpha)

@@ -1,4 +1,4 @@
-"""Pixels less their mean, over their standard deviation."""
+"""Subtracts the mean from pixels, and divides them by the standard deviation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @AUGMENTATIONS.register
 class NormalizeConfig(AugmentationConfig):
-    """Gives float32 images (x / 255 - mean) / std, in training and in evaluation; a network takes them as they are."""
+    """Turns images into float32 values (x / 255 - mean) / std, in training and in evaluation."""
 
     name: Literal["normalize"] = "normalize"
     mean: Annotated[tuple[float, ...], MinLen(1)]
-    """Mean of the pixels on the scale from 0 to 1: of each channel, or one for all: [0.1307]."""
+    """Mean of the pixels on the scale from 0 to 1; one value per channel, or one for all channels: [0.1307]."""
     std: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)]
-    """Their standard deviation, likewise: [0.3081]."""
+    """Standard deviation of the pixels on the same scale; one value per channel, or one for all channels: [0.3081]."""
 
     def evaluate(self, image: Image) -> Image:
         """See `AugmentationConfig`."""

@@ -1,4 +1,4 @@
-"""Images turned, moved, scaled and sheared at random."""
+"""Rotates, translates, scales and shears images at random."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @AUGMENTATIONS.register
 class RandomAffineConfig(AugmentationConfig):
-    """Applies a random affine map around the middle of a training image, with bilinear interpolation."""
+    """Applies a random affine map around the centre of a training image, with bilinear interpolation."""
 
     name: Literal["random_affine"] = "random_affine"
     degrees: Annotated[float, Ge(0), Le(180)] = 0.0
-    """Largest angle of a turn, either way."""
+    """Maximum rotation angle, in degrees, in either direction."""
     translate: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Largest move along each axis, as a share of the image's width or height."""
+    """Maximum translation along each axis, as a share of the image's width or height."""
     scale: Annotated[tuple[Positive, Positive], RANGE] = (1.0, 1.0)
-    """The least and the largest factor of its size."""
+    """Minimum and maximum factor by which the image is scaled."""
     shear: Annotated[float, Ge(0), Lt(90)] = 0.0
-    """Largest angle, in degrees, by which vertical lines lean, either way."""
+    """Maximum shear angle of vertical lines, in degrees, in either direction."""
     fill: Annotated[int, Ge(0), Le(255)] = 0
     """Value of the pixels that lie outside the image."""
 
@@ -40,7 +40,7 @@ class RandomAffineConfig(AugmentationConfig):
         turn, lean, right, down = random.uniform(-1, 1, 4)
         angle, shear = math.radians(turn * self.degrees), math.tan(math.radians(lean * self.shear))
         factor = random.uniform(*self.scale)
-        # From a place in the result back to one in the image: the inverse of turn(angle) shear(shear) factor.
+        # Maps coordinates of the result to coordinates of the image: the inverse of turn(angle) shear(shear) factor.
         cosine, sine = math.cos(angle) / factor, math.sin(angle) / factor
         a, b, c, d = cosine + shear * sine, sine - shear * cosine, -sine, cosine
         x, y = width / 2, height / 2

@@ -1,4 +1,4 @@
-"""A part of the image, after padding: the augmentation of small images (He et al. 2016, section 4.2)."""
+"""Crops a part of the padded image: the usual augmentation of small images (He et al. 2016, section 4.2)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @AUGMENTATIONS.register
 class RandomCropConfig(AugmentationConfig):
-    """Crops a square at random; an evaluation crops the middle."""
+    """Crops a square at a random position; an evaluation crops the centre."""
 
     name: Literal["random_crop"] = "random_crop"
     size: Annotated[int, Ge(1)] | None = None
-    """Height and width of the crop in pixels; null: those of the image, so that padding alone moves it."""
+    """Height and width of the crop in pixels; null: those of the image, so that only padding makes a difference."""
     padding: Annotated[int, Ge(0)] = 0
-    """Pixels that are added on each side before cropping, in training."""
+    """Number of pixels that are added on each side before cropping, in training."""
     fill: Annotated[int, Ge(0), Le(255)] = 0
     """Value of the added pixels."""
 

@@ -1,4 +1,4 @@
-"""A part of the image of random size and shape, scaled: the augmentation of photographs (Szegedy et al. 2015)."""
+"""Crops and scales a part of random size and shape: the usual augmentation of photographs (Szegedy et al. 2015)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 Share = Annotated[float, Gt(0), Le(1)]
 
 TRIES = 10
-"""Shapes that are tried before the middle of the image is taken, as in torchvision."""
+"""Number of random shapes that are tried before the centre of the image is taken, as in torchvision."""
 
 
 @AUGMENTATIONS.register
 class RandomResizedCropConfig(AugmentationConfig):
-    """Crops a rectangle at random and scales it to a square; an evaluation scales the largest square in the middle."""
+    """Crops a random rectangle and scales it to a square; an evaluation scales the largest square at the centre."""
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     size: Annotated[int, Ge(1)]
     """Height and width of the result in pixels."""
     scale: Annotated[tuple[Share, Share], RANGE] = (0.08, 1.0)
-    """The least and the largest share of the image's area that a crop takes."""
+    """Minimum and maximum area of a crop, as a share of the image's area."""
     ratio: Annotated[tuple[Positive, Positive], RANGE] = (3 / 4, 4 / 3)
-    """The least and the largest width of a crop over its height."""
+    """Minimum and maximum ratio of a crop's width to its height."""
 
     def train(self, image: Image, random: np.random.Generator) -> Image:
         """See `AugmentationConfig`."""

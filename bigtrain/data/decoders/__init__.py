@@ -1,1 +1,1 @@
-"""Decoders of members that hold arrays in a format of their own, one file each; see `bigtrain.data.decoding`."""
+"""Decoders of tar members that hold arrays in other formats than .npy, one file each; see `bigtrain.data.decoding`."""

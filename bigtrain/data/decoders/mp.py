@@ -1,4 +1,4 @@
-"""MessagePack."""
+"""Decodes MessagePack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigtrain.data.decoding import DECODERS, MemberDecoder
 
 @DECODERS.register
 class MessagePack(MemberDecoder):
-    """`KEY.mp`: a mapping of numbers and lists of numbers, by its keys."""
+    """Decodes `KEY.mp`: a mapping from names to numbers and lists of numbers."""
 
     name = "mp"
 

@@ -1,4 +1,4 @@
-"""WebDataset's tensor format, tenbin."""
+"""Decodes tenbin, the tensor format of WebDataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigtrain.data.decoding import DECODERS, MemberDecoder
 
 @DECODERS.register
 class Ten(MemberDecoder):
-    """`KEY.ten`: a list of arrays, `ten_0`, `ten_1`, ..."""
+    """Decodes `KEY.ten`: a list of arrays, which become `ten_0`, `ten_1`, ..."""
 
     name = "ten"
 

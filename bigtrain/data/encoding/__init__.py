@@ -1,1 +1,1 @@
-"""From text, conversations and prompts to tokens and their weights; tokenizers learned from text."""
+"""Encodes text, conversations and prompts as tokens with weights, and trains tokenizers on text."""

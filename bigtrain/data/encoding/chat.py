@@ -1,12 +1,12 @@
-"""Conversations as tokens, by a tokenizer's chat template, and which of them the assistant writes.
+"""Encodes conversations with a tokenizer's chat template, and finds the tokens that the assistant writes.
 
-The template alone writes special tokens. In the text of a message, the characters of a special token stay characters:
-before rendering each is replaced by one character of a private area of Unicode, and after it is put back and encoded as
-ordinary text.
+Only the template writes special tokens. If the text of a message contains the characters of a special token, they stay
+ordinary text: before rendering, each occurrence is replaced by one character of a private area of Unicode; afterwards
+it is restored and encoded as ordinary text.
 
-What the assistant writes is what the template marks by {% generation %}. A template without such marks is rendered up
-to each turn of the assistant, with its generation prompt, and up to the turn's end: what is between is the assistant's,
-white space after its last special token aside.
+The assistant's text is what the template marks with {% generation %}. A template without such marks is rendered twice
+for each turn of the assistant: up to the turn with the generation prompt, and up to the turn's end. The difference is
+the assistant's text, without white space after its last special token.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _MARK_IT = "mark what the assistant writes by {% generation %} ... {% endgenerat
 
 Message = Mapping[str, Any]
 Span = tuple[int, int, float]
-"""First character, one past the last, weight."""
+"""First character of a span, one past its last character, and weight."""
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:
-    """The chat template that lies beside a tokenizer; of several the one called "default"."""
+    """The chat template among a tokenizer's files; None if there is none. Of several, the one named "default"."""
     if TEMPLATE_NAME in tokenizer.companions:
         return tokenizer.companions[TEMPLATE_NAME]
     value = tokenizer.config.get("chat_template")
@@ -48,7 +48,7 @@ def template_of(tokenizer: Tokenizer) -> str | None:
 
 
 def ends_of_texts(tokenizer: Tokenizer) -> list[int]:
-    """The tokens at which a generated text ends: the end of text, then what its chat template ends turns with."""
+    """The tokens at which a generated text ends: the end-of-text token, then those that end a turn in the template."""
     turns = ChatTemplate.of(tokenizer).ends_of_turns() if template_of(tokenizer) is not None else set()
     return [tokenizer.eot, *sorted(turns - {tokenizer.eot})]
 
@@ -65,7 +65,7 @@ class ChatTemplate:
         """The template of a tokenizer.
 
         Raises:
-            UserError: It has none.
+            UserError: The tokenizer has no chat template.
         """
         source = template_of(tokenizer)
         if source is None:
@@ -73,15 +73,15 @@ class ChatTemplate:
         return cls(tokenizer, source)
 
     def encode(self, messages: Sequence[Message], weights: Sequence[float], tools: Any = None) -> WeightedTokens:
-        """A conversation as tokens.
+        """Encode a conversation as tokens with weights.
 
         Args:
-            messages: Each with a role and a content, as the template takes them.
-            weights: Of each message; those of other roles than the assistant's do not count.
-            tools: What the template calls `tools`.
+            messages: Messages with a role and a content, as the template expects them.
+            weights: The weight of each message; only the weights of the assistant's messages are used.
+            tools: The value of `tools` in the template.
 
         Raises:
-            UserError: The messages do not fit the template, or it writes earlier turns otherwise once others follow.
+            UserError: The messages do not fit the template, or the template changes a turn when others follow it.
         """
         plain, base = self._hidden([messages, tools])
         hidden, hidden_tools = plain
@@ -90,12 +90,12 @@ class ChatTemplate:
         return WeightedTokens(ids, weights_at(begins, ends, spans, len(whole)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> Tokens:
-        """The tokens of a conversation that the assistant is to continue."""
+        """The tokens of a conversation, with the generation prompt after which the assistant continues."""
         (hidden, hidden_tools), base = self._hidden([messages, tools])
         return self._encoded(self._render(hidden, hidden_tools, True)[0], base)[0]
 
     def ends_of_turns(self) -> set[int]:
-        """The special tokens with which the assistant's turns end; none where the template has no such token."""
+        """The special tokens that end the assistant's turns; empty if the template has no such token."""
         example = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
         try:
             sample = self.encode(example, [0.0, 1.0])
@@ -110,7 +110,7 @@ class ChatTemplate:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """What templates call bos_token, eos_token and so on."""
+        """The values of bos_token, eos_token and so on in templates."""
         found = {key: content_of(value) for key, value in self.tokenizer.config.items() if key.endswith("_token")}
         named = {key: value for key, value in found.items() if value is not None}
         end = self.tokenizer.token_of(self.tokenizer.eot)
@@ -137,7 +137,7 @@ class ChatTemplate:
         return _MARKS.search(self.source) is not None
 
     def _spans(self, messages: Sequence[Message], weights: Sequence[float], tools: Any) -> tuple[str, list[Span]]:
-        """The whole conversation as text, and what the assistant writes of it."""
+        """The full conversation as text, and the spans that the assistant writes."""
         whole, marked = self._render(messages, tools, False)
         turns = [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if not self._has_marks:
@@ -153,7 +153,7 @@ class ChatTemplate:
         before = self._render(messages[:number], tools, True)[0] if number else bare
         after = self._render(messages[: number + 1], tools, False)[0]
         if before == bare:
-            # Without a generation prompt, the turn's own text is all that is known of where it begins.
+            # Without a generation prompt, the start of the turn can only be found by its text.
             content = str(messages[number].get("content")).strip()
             place = after.find(content, len(before)) if after.startswith(before) else -1
             before = after[:place] if place >= 0 else before
@@ -166,7 +166,10 @@ class ChatTemplate:
         return len(before), len(before) + len(trimmed if trimmed.endswith(tuple(self._special)) else turn), weight
 
     def _hidden(self, value: list[Any]) -> tuple[list[Any], int]:
-        """Messages whose special tokens are characters of a private area, and the first of these characters."""
+        """Replace special tokens in messages by private characters. Returns the messages and the first such character.
+
+        The first character is 0 if the messages contain no special token.
+        """
         found = "".join(_strings(value))
         present = [token for token in self._special if token in found]
         if not present:
@@ -180,7 +183,7 @@ class ChatTemplate:
         raise UserError("the messages hold special tokens and characters of both private planes of Unicode")
 
     def _encoded(self, text: str, base: int) -> tuple[Tokens, Tokens, Tokens]:
-        """The tokens of a rendered text, and the first character of each and one past its last."""
+        """The tokens of a rendered text, the first character of each token, and one past its last character."""
         if not base:
             return self.tokenizer.encode_with_places(text, special=True)
         parts: list[tuple[Tokens, Tokens, Tokens]] = []
@@ -193,7 +196,10 @@ class ChatTemplate:
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _segments(self, text: str) -> Iterator[tuple[int, str, str | None]]:
-        """Place and text of what lies between special tokens, and of these, with which one it is."""
+        """Yield the segments of a text: ordinary text and special tokens.
+
+        Each segment has its first character, its text, and the special token (None for ordinary text).
+        """
         last = 0
         for match in self._pattern.finditer(text):
             yield last, text[last : match.start()], None
@@ -208,7 +214,7 @@ class ChatTemplate:
         return re.compile("|".join(f"{strips[one][0]}{re.escape(one)}{strips[one][1]}" for one in self._special))
 
     def _plain(self, segment: str, begin: int, base: int) -> tuple[Tokens, Tokens, Tokens]:
-        """The tokens of text in which special tokens are hidden; places are those of the rendered text."""
+        """The tokens of a segment in which special tokens are replaced, with positions in the rendered text."""
         pieces, places = [], []
         for number, character in enumerate(segment):
             hidden = ord(character) - base
@@ -222,7 +228,7 @@ class ChatTemplate:
 
 
 def message_weights(messages: Sequence[Message], default: float = 1.0) -> Weights:
-    """The weight of each message: its key `weight`, else `default`; 0 for all roles but the assistant's."""
+    """The weight of each message: for the assistant, its key `weight`, else `default`; 0 for other roles."""
     return [float(one.get("weight", default)) if one.get("role") == ASSISTANT else 0.0 for one in messages]
 
 

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: a tokenizer.json and what lies beside it, and GPT-2's pair."""
+"""The files of a tokenizer: a tokenizer.json with its companion files, and GPT-2's pair of files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
 PIECES_NAME = "tokenizer.model"
-"""What a SentencePiece model is called in a directory."""
+"""Name of the file of a SentencePiece model."""
 COMPANIONS = (CONFIG_NAME, TEMPLATE_NAME)
-"""Files that lie beside a tokenizer.json and belong to it: names of special tokens, the chat template."""
+"""Companion files of a tokenizer.json: the names of special tokens, and the chat template."""
 MAX_COMPANION_BYTES = 1 << 24
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
-"""Classes of transformers whose vocab.json and merges.txt mean what GPT-2's do."""
+"""Classes of transformers whose vocab.json and merges.txt have the meaning of GPT-2's files."""
 
 CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
@@ -33,7 +33,11 @@ GPT2_PAIRS = (
 
 
 def read_companions(directory: Path) -> dict[str, str]:
-    """What lies beside a tokenizer.json and belongs to it."""
+    """Read the companion files of a tokenizer.json, by file name.
+
+    Raises:
+        UserError: A file is not UTF-8, or tokenizer_config.json is not JSON.
+    """
     found = {}
     for name in COMPANIONS:
         path = directory / name
@@ -47,10 +51,10 @@ def read_companions(directory: Path) -> dict[str, str]:
 
 
 def config_of(companions: dict[str, str]) -> dict[str, Any]:
-    """The object in tokenizer_config.json.
+    """The object in tokenizer_config.json; empty if there is no such file.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The file is not JSON.
     """
     try:
         value = json.loads(companions.get(CONFIG_NAME, "{}"))

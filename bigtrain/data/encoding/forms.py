@@ -1,4 +1,4 @@
-"""Samples of which the loss counts a part, as they lie in objects of JSON lines, Parquet or Arrow.
+"""Forms of samples whose loss counts only some tokens, as objects of JSON lines, Parquet or Arrow.
 
     messages                  a conversation; the loss is on what the assistant writes       {"messages": [...]}
     prompt, completion        texts, or lists of messages; the loss is on the completion     {"prompt", "completion"}
@@ -6,8 +6,8 @@
     input_ids, labels         tokens; the loss is where the label is the token and not -100  {"input_ids", "labels"}
     input_ids, loss_mask      tokens, and a weight for each                                  {"input_ids", "loss_mask"}
 
-Each form is a class with the names of its columns; the first whose columns an object has is taken. `--columns
-prompt=question,completion=meta.answer` says where columns lie.
+Each form is a class with the names of its columns. An object has the first form whose columns it holds. `--columns
+prompt=question,completion=meta.answer` maps columns to other keys.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bigtrain.data.formats.records import MISSING, under
 from bigtrain.data.tokenizers import Tokenizer
 
 NO_LOSS = -100
-"""The label of a token that the loss does not count, by the convention of PyTorch and transformers."""
+"""The label of a token that does not count in the loss, by the convention of PyTorch and transformers."""
 SHARE_GPT_ROLES = {"human": "user", "gpt": ASSISTANT, "user": "user", "system": "system", "tool": "tool"}
 """Roles of conversations whose messages have `from` and `value`."""
 
 
 class Form(ABC):
-    """One way in which a sample lies in an object."""
+    """One form in which an object can hold a sample."""
 
     columns: ClassVar[tuple[str, ...]]
-    """The names of its columns, all of which an object must have."""
+    """Names of the columns that an object of this form must have."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Columns that an object may have as well."""
 
@@ -43,12 +43,12 @@ class Form(ABC):
         """The tokens of a sample and their weights.
 
         Raises:
-            UserError: The values are not what the form takes.
+            UserError: The values do not have the types or sizes that the form requires.
         """
 
 
 class Conversation(Form):
-    """Messages of roles and contents, also of `from` and `value` as ShareGPT has them."""
+    """Messages with `role` and `content`, or with `from` and `value` as in ShareGPT."""
 
     columns = ("messages",)
     optional = ("tools",)
@@ -61,12 +61,12 @@ class Conversation(Form):
 
 
 class PromptCompletion(Form):
-    """A text that is read, and one that is learned with the end of text after it."""
+    """A prompt without loss, and a completion with loss, which an end-of-text token follows."""
 
     columns = ("prompt", "completion")
 
     def encode(self, values: Mapping[str, Any], tokenizer: Tokenizer) -> WeightedTokens:
-        """See `Form`: both texts are encoded by themselves, as a prompt is when the model is used."""
+        """See `Form`. Prompt and completion are encoded separately, as a prompt is encoded when the model is used."""
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
             before, after = messages_of(prompt), messages_of(completion)
@@ -81,7 +81,7 @@ class PromptCompletion(Form):
 
 
 class MaskedText(Form):
-    """A text and a weight for each of its characters; the end of text has the weight of the last."""
+    """A text and a weight for each of its characters; the end-of-text token has the weight of the last character."""
 
     columns = ("text", "mask")
 
@@ -98,7 +98,7 @@ class MaskedText(Form):
 
 
 class LabelledTokens(Form):
-    """Tokens and their labels, which are not shifted: the label of a token is that token, or -100."""
+    """Tokens and their labels. Labels are not shifted: the label of a token is the token itself, or -100."""
 
     columns = ("input_ids", "labels")
 
@@ -118,7 +118,7 @@ class LabelledTokens(Form):
 
 
 class MaskedTokens(Form):
-    """Tokens and a weight for each, at the token's own place."""
+    """Tokens and a weight for each token. Weights are not shifted."""
 
     columns = ("input_ids", "loss_mask")
 
@@ -132,7 +132,7 @@ class MaskedTokens(Form):
 
 FORMS: tuple[Form, ...] = (Conversation(), PromptCompletion(), LabelledTokens(), MaskedTokens(), MaskedText())
 ALIASES = {"completion": "response", "messages": "conversations"}
-"""Other names of columns, which are taken where an object lacks the first."""
+"""Alternative names of columns, which are used if an object lacks the column itself."""
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -156,7 +156,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def keys_of(columns: Mapping[str, str]) -> list[str]:
-    """All keys under which an object may hold a sample, so that other columns of a table need not be read."""
+    """All keys under which an object may hold parts of a sample. Other columns of a table need not be read."""
     names = [name for form in FORMS for name in (*form.columns, *form.optional)]
     return list(dict.fromkeys([*(columns.get(name, name) for name in names), *ALIASES.values()]))
 
@@ -165,7 +165,7 @@ def encode_record(value: Mapping[str, Any], tokenizer: Tokenizer, columns: Mappi
     """The tokens of an object and their weights.
 
     Raises:
-        UserError: The object is of no form, what it holds is not what its form takes, or nothing is to be learned.
+        UserError: The object has no known form, its values do not fit the form, or all weights are zero.
     """
     for form in FORMS:
         values = {name: _value(value, name, columns) for name in (*form.columns, *form.optional)}
@@ -180,7 +180,7 @@ def encode_record(value: Mapping[str, Any], tokenizer: Tokenizer, columns: Mappi
 
 
 def messages_of(value: Any) -> list[Mapping[str, Any]]:
-    """The messages of a conversation, as chat templates take them.
+    """Convert the messages of a conversation to the form that chat templates expect.
 
     Raises:
         UserError: The value is no list of messages.
@@ -189,7 +189,7 @@ def messages_of(value: Any) -> list[Mapping[str, Any]]:
         raise UserError("messages must be a list of objects with role and content")
     found: list[Mapping[str, Any]] = []
     for message in value:
-        # A table has all keys in all messages, and nothing under those that a message lacks.
+        # In a table, all messages have all keys; keys that a message lacks are None.
         kept = {key: one for key, one in message.items() if one is not None}
         if "role" not in kept and kept.get("from") in SHARE_GPT_ROLES:
             kept = {"role": SHARE_GPT_ROLES[kept["from"]], "content": kept.get("value")}
@@ -209,7 +209,7 @@ def _value(value: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> A
 def _checked(sample: WeightedTokens) -> WeightedTokens:
     if not np.isfinite(sample.weights).all() or (sample.weights < 0).any():
         raise UserError("a weight is negative or not a number")
-    # The first token is predicted from nothing.
+    # The first token is never predicted, so its weight does not count.
     if not sample.weights[1:].any():
         raise UserError("no token of the sample is to be learned", fix="remove it, or allow it with --skip-bad")
     return sample

@@ -1,4 +1,4 @@
-"""Tokenizers learned from text: byte-level BPE, and one token for each character."""
+"""Trains tokenizers on text: byte-level BPE, and one token per character."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bigtrain.data.tokenizers import BYTES_VOCAB_SIZE, Tokenizer
 from bigtrain.storage import write_atomic
 
 UNKNOWN = "<|unknown|>"
-"""What a character becomes that a vocabulary of characters does not have."""
+"""Token of all characters that a vocabulary of characters lacks."""
 MAX_CHARACTERS = 1 << 16
 
 
@@ -21,7 +21,7 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE of `vocab` entries (fewer on little text) and write it as tokenizer.json.
 
-    The 256 bytes and <|endoftext|> are always in it. Deterministic: the same documents give the same file.
+    The vocabulary always contains the 256 bytes and <|endoftext|>. The same documents always give the same file.
 
     Raises:
         UserError: `vocab` is too small, or `out` exists.
@@ -60,7 +60,7 @@ def characters_of(
 ) -> Tokenizer:
     """Write a tokenizer.json with one token for each character of the documents, sorted, and <|endoftext|>.
 
-    A character that other text has and these documents do not becomes <|unknown|>.
+    Characters that do not occur in these documents are encoded as <|unknown|>.
 
     Raises:
         UserError: The text has more than MAX_CHARACTERS different characters, or `out` exists.

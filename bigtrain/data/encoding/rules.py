@@ -1,4 +1,4 @@
-"""Begin of text: which one a tokenizer adds by its own rule, and the rule that an exported tokenizer gets."""
+"""Begin-of-text tokens: the one that a tokenizer adds by its own rule, and the rule of an exported tokenizer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 BeginOfText = Literal["no", "yes", "rule"]
-"""Whether documents begin with a begin of text: never, always, or where the tokenizer's own rule adds one."""
+"""Whether documents begin with a begin-of-text token: never, always, or if the tokenizer's own rule adds one."""
 
 
 def begin_of_text(
     backend: HuggingFaceTokenizer, config: dict[str, Any], bos: BeginOfText, where: str | None
 ) -> int | None:
-    """The id that documents begin with; None: they begin without.
+    """Id of the begin-of-text token of documents; None: documents begin without one.
 
     Args:
-        config: The tokenizer_config.json, which may name a `bos_token`.
+        config: Content of the tokenizer_config.json, which may name a `bos_token`.
+        where: The file of the tokenizer, for error messages.
 
     Raises:
-        UserError: One is required, and the tokenizer has none.
+        UserError: A begin-of-text token is required, and the tokenizer names none.
     """
     if bos == "no":
         return None
@@ -42,10 +43,11 @@ def begin_of_text(
 
 
 def exported_rule(step: dict[str, Any] | None, bos: tuple[str, int] | None) -> dict[str, Any] | None:
-    """The post-processor of a tokenizer that adds `bos`, a token and its id, and no other special token.
+    """A post-processor, as JSON, that adds `bos` and no other special token.
 
     Args:
-        step: The tokenizer's own post-processor, as its JSON.
+        step: The tokenizer's own post-processor, as JSON.
+        bos: The begin-of-text token and its id; None: no token is added.
     """
     kept = without_special_tokens(step)
     if bos is None:

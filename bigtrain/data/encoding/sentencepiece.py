@@ -1,7 +1,7 @@
-"""SentencePiece models (`tokenizer.model`) as tokenizers of the library `tokenizers`.
+"""Converts SentencePiece models (`tokenizer.model`) to tokenizers of the library `tokenizers`.
 
-A model says how text is normalised (NFKC and the like, spaces collapsed, a space before the first word), and whether
-its pieces are those of unigrams or of BPE. Models of words and of characters are refused.
+A model specifies how text is normalised (such as NFKC, collapsed spaces, a space before the first word), and whether
+its type is unigram or BPE. Models of words and of characters are refused.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 UNIGRAM, BPE = 1, 2
-"""`trainer_spec.model_type` of sentencepiece_model.proto."""
+"""Values of `trainer_spec.model_type` in sentencepiece_model.proto."""
 CONTROL, USER_DEFINED = 3, 4
-"""`type` of a piece."""
+"""Values of the `type` of a piece."""
 SPACE = "▁"
 
 
 def read_pieces(path: Path, added: dict[str, Any] | None = None) -> HuggingFaceTokenizer:
-    """The tokenizer of a SentencePiece model; control pieces are its special tokens.
+    """Read the tokenizer of a SentencePiece model; control pieces become special tokens.
 
     Args:
-        added: `added_tokens_decoder` of the tokenizer_config.json: tokens by their id, as text.
+        added: `added_tokens_decoder` of the tokenizer_config.json: tokens by their id as a string.
 
     Raises:
-        UserError: The file is no such model, or one of words or characters; an added token would get another id.
+        UserError: The file is no unigram or BPE model, or an added token would get another id.
     """
     from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Backend
@@ -76,11 +76,11 @@ def _set_steps(backend: HuggingFaceTokenizer, proto: Any) -> None:
     steps: list[Any] = [normalizers.Precompiled(rule.precompiled_charsmap)] if rule.precompiled_charsmap else []
     has_prefix, collapses = bool(rule.add_dummy_prefix), bool(rule.remove_extra_whitespaces)
     if collapses:
-        # A space that stands before the first word is the prefix then, and none is added.
+        # A space before the first word then serves as the prefix, and no other one is added.
         steps += [normalizers.Strip(left=not has_prefix), normalizers.Replace(Regex(" {2,}"), " ")]
     scheme: Any = "first" if has_prefix else "never"
     if has_prefix and not collapses and all(piece.type != USER_DEFINED for piece in proto.pieces):
-        # Here spaces at the beginning stay, after the prefix. The step would repeat the prefix after each such symbol.
+        # Spaces at the beginning are kept, after the prefix. Metaspace would repeat the prefix after each such symbol.
         steps += [normalizers.Replace(" ", SPACE), normalizers.Prepend(SPACE)]
         scheme = "never"
     if steps:

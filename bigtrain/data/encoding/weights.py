@@ -1,4 +1,4 @@
-"""Tokens with a weight each: what a loss counts of a sample."""
+"""Tokens with weights: how much each token of a sample counts in the loss."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ Weights = list[float]
 
 @dataclass(frozen=True)
 class WeightedTokens:
-    """A sample of text."""
+    """The tokens of a sample of text, with their weights."""
 
     ids: Tokens
-    """int64 (n,)."""
+    """Token ids, int64 of shape (n,)."""
     weights: npt.NDArray[np.float32]
-    """(n,): how much the loss counts the prediction of each token; 0 for what is only read."""
+    """How much the prediction of each token counts in the loss, float32 of shape (n,); 0 for tokens of a prompt."""
 
 
 def weights_at(
     begins: Tokens, ends: Tokens, spans: Sequence[tuple[int, int, float]], length: int
 ) -> npt.NDArray[np.float32]:
-    """The weight of each token, by the spans of characters that have one.
+    """The weight of each token, from spans of characters with weights.
 
-    A token that lies partly in a span has its weight; one of no width has that of the character before which it stands.
+    A token that lies partly in a span has the span's weight. A token without characters has the weight of the next
+    character.
 
     Args:
-        begins, ends: First character of each token, and one past its last.
-        spans: First character, one past the last, weight.
-        length: Characters of the text.
+        begins, ends: First character of each token, and one past its last character.
+        spans: First character of each span, one past its last character, and its weight.
+        length: Number of characters of the text.
     """
     by_character = np.zeros(length + 1, np.float32)
     for begin, end, weight in spans:
@@ -44,10 +45,11 @@ def weights_at(
 def weights_of_characters(
     begins: Tokens, ends: Tokens, by_character: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """The weight of each token: the greatest of its characters'.
+    """The weight of each token: the maximum weight of its characters.
 
     Args:
-        by_character: Of each character, and 0 after the last.
+        begins, ends: First character of each token, and one past its last character.
+        by_character: The weight of each character, followed by a 0.
     """
     found = by_character[begins].copy()
     for offset in range(1, int((ends - begins).max(initial=0))):

@@ -1,1 +1,1 @@
-"""File formats, decoded without trust: tars, .npy, compressed files, documents of text, text members, images."""
+"""Decoders of untrusted files: tars, .npy, compressed files, text documents, text members, images."""

@@ -1,4 +1,4 @@
-"""Arrays as members of a tar: `KEY.npy` and `KEY.NAME.npy`, each name of one type and shape in all samples."""
+"""Arrays as members of a tar: `KEY.npy` and `KEY.NAME.npy`. Each name has one type and shape in all samples."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.npy import MAX_DIMENSIONS, NpyLayout
 
 ARRAY_TYPES = ("<f2", "<f4", "<f8", "|u1", "|i1", "<i2", "<i4", "<i8")
-"""Numbers that PyTorch has tensors of."""
+"""Supported types: those that PyTorch has tensors of."""
 ONLY_NAME = "array"
-"""What a batch calls the array of `KEY.npy`."""
+"""Name of the array of `KEY.npy` in a batch."""
 LABELS = "labels"
-"""What a batch calls the classes of `KEY.cls`."""
+"""Name of the classes of `KEY.cls` in a batch."""
 RESERVED = (LABELS, "weights", "keys", "sources")
-"""Names that batches give to something else."""
+"""Names that batches use for other arrays."""
 MAX_ARRAY_BYTES = 1 << 28
 MAX_ARRAYS = 16
-"""Of one sample."""
+"""Maximum number of arrays in a sample."""
 NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 
 _SUFFIX = re.compile(r"(?:(.*)\.)?npy")
@@ -29,31 +29,31 @@ _SUFFIX = re.compile(r"(?:(.*)\.)?npy")
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """The type and shape that the arrays of one name have."""
+    """Type and shape of the arrays with one name."""
 
     name: str
     dtype: str
-    """As NumPy writes it: "<f4"."""
+    """Dtype in NumPy's notation: "<f4"."""
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of one."""
+        """Size of one array in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
         return f"{self.name} {np.dtype(self.dtype).name} {self.shape}"
 
     def as_json(self) -> dict[str, object]:
-        """Its entry in index.json."""
+        """The entry in index.json."""
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
     @classmethod
     def from_json(cls, value: dict[str, object]) -> ArrayInfo:
-        """From its entry in an index.json, which may come from anywhere.
+        """Read an entry of an untrusted index.json.
 
         Raises:
-            ValueError, KeyError, TypeError: It is not one.
+            ValueError, KeyError, TypeError: The value is no such entry.
         """
         name, dtype, shape = value["name"], value["dtype"], value["shape"]
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED or dtype not in ARRAY_TYPES:
@@ -71,10 +71,10 @@ class ArrayInfo:
 
 
 def array_name(suffix: str, where: str) -> str | None:
-    """The name that a member's suffix gives its array; None for another kind of member.
+    """The name of the array in a member, from the member's suffix; None if the member is no array.
 
     Raises:
-        UserError: A name that batches cannot have.
+        UserError: Arrays in batches cannot have this name.
     """
     match = _SUFFIX.fullmatch(suffix)
     if match is None:
@@ -90,10 +90,15 @@ def array_name(suffix: str, where: str) -> str | None:
 
 
 def array_info(name: str, layout: NpyLayout, stored_bytes: int, where: str) -> ArrayInfo:
-    """The array of a member that has this header and so many bytes in all.
+    """Name, type and shape of the array in a member.
+
+    Args:
+        layout: The parsed header of the member.
+        stored_bytes: Size of the member.
+        where: Location of the member, for error messages.
 
     Raises:
-        UserError: Of a type that is not read, empty, too large, or not of the size that its header says.
+        UserError: The array has an unsupported type, is empty or too large, or has another size than its header says.
     """
     if layout.dtype not in ARRAY_TYPES:
         raise UserError(

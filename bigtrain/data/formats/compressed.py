@@ -1,4 +1,4 @@
-"""Compressed files, read as streams that end where a bomb begins; and Parquet's library, where it is installed."""
+"""Reads compressed files as streams of limited size (against decompression bombs), and imports pyarrow if needed."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from bigtrain.config import UserError
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 """Suffixes of compressed files."""
 MAGIC = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"))
-"""How compressed files begin."""
+"""First bytes of compressed files, and their codecs."""
 ZSTD_WINDOW_BYTES = 1 << 27
-"""What pyarrow decompresses; `zstd --long` writes up to 2 GiB."""
+"""Maximum window that pyarrow decompresses; `zstd --long` uses up to 2 GiB."""
 MAX_RATIO = 250
-"""Bytes of text that a compressed byte may stand for; real text stays far below."""
+"""Maximum ratio of decompressed to compressed bytes; real text stays far below."""
 FREE_BYTES = 1 << 28
-"""Up to here any ratio will do."""
+"""Decompressed bytes up to which any ratio is accepted."""
 
 _EXTRA = "pip install -e '.[data]', in the checkout"
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed.
+    """Open a file as a stream of its decompressed bytes.
+
+    Args:
+        codec: One of the values of CODECS; None: the file is not compressed.
 
     Raises:
-        UserError: Damaged, cut short, more than MAX_RATIO times its size, or of a kind whose library is not installed.
+        UserError: The file is damaged or truncated, decompresses to too many bytes, or needs a library that is not
+            installed.
     """
     if codec is None:
         with open(path, "rb") as plain:
@@ -57,7 +61,7 @@ def open_bytes(path: Path, codec: str | None) -> Iterator[IO[bytes]]:
 
 
 def _check_window(path: Path) -> None:
-    """Refuse a zstd file that cannot be decompressed in reasonable memory, by what its frame header says (RFC 8878)."""
+    """Refuse a zstd file whose frame header (RFC 8878) requires too much memory for decompression."""
     with open(path, "rb") as file:
         head = file.read(6)
     if len(head) < 6 or not head.startswith(b"\x28\xb5\x2f\xfd") or head[4] & 0x20:
@@ -73,10 +77,10 @@ def _check_window(path: Path) -> None:
 
 
 def parquet_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """pyarrow.parquet, and what it raises for damaged files.
+    """The module pyarrow.parquet, and the exceptions that it raises for damaged files.
 
     Raises:
-        UserError: It is not installed.
+        UserError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -87,10 +91,10 @@ def parquet_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 def arrow_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """pyarrow.ipc, and what it raises for damaged files.
+    """The module pyarrow.ipc, and the exceptions that it raises for damaged files.
 
     Raises:
-        UserError: It is not installed.
+        UserError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -101,7 +105,7 @@ def arrow_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that is an error beyond a number of bytes."""
+    """A stream that raises an error after more than `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int, path: Path, errors: tuple[type[Exception], ...]) -> None:
         self._stream, self._limit, self._path, self._errors = stream, limit, path, errors

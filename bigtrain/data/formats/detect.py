@@ -1,4 +1,4 @@
-"""What a file holds, by its content: names only decide where the content does not."""
+"""Detects the format of a file by its content; the name only decides if the content does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bigtrain.data.formats.token_files import is_token_file
 
 HEAD_BYTES = 1 << 14
 LINE_BYTES = 1 << 26
-"""Bytes of a first line that are parsed to see whether it is JSON."""
+"""Maximum bytes of a first line that are parsed to see whether it is JSON."""
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 
 Kind = Literal["text", "lines", "records", "parquet", "arrow", "mds", "tar", "ids", "binary"]
@@ -31,19 +31,20 @@ _TAR_MAGIC = slice(257, 262)
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds."""
+    """The format of a file."""
 
     kind: Kind
     codec: str | None = None
-    """How it is compressed: one of the values of `CODECS`."""
+    """Compression of the file: one of the values of `CODECS`; None: not compressed."""
     what: str = ""
-    """Of a binary file: what it is, for messages."""
+    """Description of a binary file, for messages."""
 
 
 def detect(path: Path, key: str = "text") -> Content:
-    """What a file holds.
+    """Detect the format of a file.
 
-    JSON lines are several lines that are objects each, or one that has `key`. A JSON array of objects is records.
+    JSON lines are several lines that each hold an object, or a single line whose object has `key`. A JSON array of
+    objects is of the kind "records".
     """
     if is_token_file(path):
         return Content("ids")
@@ -64,17 +65,17 @@ def detect(path: Path, key: str = "text") -> Content:
             if named is not None:
                 return Content(named, codec)
             if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
-                # A line ends inside the head, or is read on to its end.
+                # If no line ends inside the head, the first line is read to its end.
                 whole = head if b"\n" in head.strip() else head + stream.read(LINE_BYTES)
                 return Content(_json_kind(whole, key, len(whole) < HEAD_BYTES + LINE_BYTES), codec)
     except UserError:
-        # Damaged, cut short, or its library is not installed: reading it will say so.
+        # The file is damaged or truncated, or its library is not installed. Reading it will report that.
         return Content(named or "text", codec)
     return Content("text" if is_text(head) else "binary", codec, "" if is_text(head) else NOT_TEXT)
 
 
 def suffix_of(path: Path) -> str:
-    """A file's suffix in small letters, without that of a compression."""
+    """A file's suffix in lower case, without the suffix of a compression."""
     name = path.name.lower()
     for suffix in CODECS:
         name = name.removesuffix(suffix)
@@ -119,7 +120,7 @@ def _json_kind(data: bytes, key: str, is_whole: bool) -> Kind:
         return "text"
     if len(lines) == 1:
         return "lines" if key.split(".")[0] in first or not is_whole else "text"
-    # The second one may end after the head.
+    # The second line may end after the head.
     return "lines" if lines[1].lstrip().startswith(b"{") else "text"
 
 

@@ -1,7 +1,7 @@
-"""Reading text: from files of many kinds to a sequence of documents in a fixed order.
+"""Reads text from files of many formats, as a sequence of documents in a fixed order.
 
-Nothing is guessed: text is UTF-8 (a byte-order mark is dropped), and what is not is an error that names the file
-and the byte, line, row or sample. What decompresses to far more than text does is refused.
+Encodings are not guessed: text must be UTF-8 (a byte-order mark is dropped). Other text is an error that names the file
+and the byte, line, row or sample. Files that decompress to far more bytes than text does are refused.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ TEXT_SUFFIXES = frozenset({
     ".lean",
 })  # fmt: skip
 RECORD_SUFFIXES = frozenset({".json", ".csv", ".tsv"})
-"""Names of files that mostly hold records, and not one text."""
+"""Suffixes of files that usually hold records, and not a single text."""
 TABLE_NOTES = frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
-"""What `datasets` writes beside its Arrow files."""
+"""Metadata files that the library `datasets` writes beside its Arrow files."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name: a file's path under its input, or FILE:LINE of a JSON-lines file.
+    """One text with a name, such as a file's path under its input, or FILE:LINE of a JSON-lines file.
 
-    Either `text` holds it, or it is read from `path` when needed, or it is tokens already.
+    The text is in `text`, or is read from `path` when needed, or is already tokenised (`ids`).
     """
 
     name: str
@@ -60,13 +60,13 @@ class Document:
     text: str | None = None
     codec: str | None = None
     ids: Ids | None = None
-    """Its tokens, with or without an end of text, of a file of tokens."""
+    """Stored tokens of the document, with or without an end-of-text token; None: the document is text."""
 
     def pieces(self) -> Iterator[str]:
-        """The text in order, in pieces of a few MiB, so that memory does not grow with the document.
+        """Yield the text in pieces of a few MiB, so that a large file does not have to fit into memory.
 
         Raises:
-            UserError: The file is binary or not UTF-8; names the byte.
+            UserError: The file is binary or not UTF-8; the error names the byte.
         """
         if self.text is not None:
             yield self.text
@@ -82,7 +82,7 @@ def documents(inputs: Sequence[str | Path], key: str = "text") -> Iterator[Docum
         key: The key of an object, or the column of a table, that holds the text; dots join keys (`records.under`).
 
     Raises:
-        UserError: See `sources`; something that is not text, or a line without text under `key`.
+        UserError: See `sources`; or a document is not text, or an object has no text under `key`.
     """
     for source in sources(inputs, key=key):
         yield from documents_of(source, key)
@@ -123,7 +123,7 @@ def sources(
 
 
 def _given(inputs: Sequence[str | Path], passed: PassedOver, key: str, token_type: str | None) -> Iterator[Source]:
-    """The files of all inputs, those that two inputs name too."""
+    """Yield the files of all inputs; a file that two inputs name comes twice."""
     for given in inputs:
         path = Path(given)
         if path.is_dir():
@@ -147,8 +147,9 @@ def documents_of(
     """The documents of one source.
 
     Args:
-        passed: Counts what is empty, and says whether a bad line, object, row or sample is skipped; None: raise it.
-        eot: The end of text, at which a file of tokens is divided.
+        passed: Counts empty documents, and counts or refuses bad lines, objects, rows or samples; None: the first bad
+            one is an error.
+        eot: Id of the end-of-text token, at which files of tokens are divided into documents.
 
     Raises:
         UserError: See `documents`.
@@ -169,7 +170,10 @@ def documents_of(
 
 
 def parts(source: Source, part_bytes: int) -> Iterator[Source]:
-    """A source in parts of about `part_bytes` where it can be read from the middle: JSON lines, Parquet, tokens."""
+    """Divide a source into parts of about `part_bytes`, if its format can be read from the middle.
+
+    These formats are JSON lines, Parquet (one part per row group), and files of tokens.
+    """
 
     def part(start: int, stop: int, size: int) -> Source:
         return replace(source, start=start, stop=stop, bytes=size)
@@ -197,7 +201,7 @@ def _source(path: Path, name: str, content: Content, token_type: str | None = No
 
 
 def _named(path: Path, name: str, key: str, token_type: str | None) -> Source:
-    """A file that the user has named: what is no text is an error."""
+    """A file that the user has named itself. A file that is not text is an error."""
     if path.suffix == ".bin" and token_type is not None:
         return _source(path, name, Content("ids"), token_type)
     content = detect(path, key)
@@ -209,7 +213,7 @@ def _named(path: Path, name: str, key: str, token_type: str | None) -> Source:
 
 
 def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str | None) -> Iterator[Source]:
-    """Files of text below a directory, by path. Links to directories are not followed: they may form a cycle."""
+    """Yield the text files below a directory, sorted by path. Links to directories are not followed (cycles)."""
     found = 0
     if (directory / MDS_INDEX).is_file() and (shards := mds_files(directory)):
         for path in shards:
@@ -250,10 +254,10 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
 
 
 def _reason_to_skip(path: Path, content: Content) -> str | None:
-    """Why a file of a directory is not read; None: it is."""
+    """The reason why a file of a directory is not read; None: it is read."""
     suffix = suffix_of(path)
     if content.kind == "binary":
-        # A file that is named like text and holds something else is a mistake, which reading it reports.
+        # A file that has a suffix of text but other content is a mistake, which reading it reports.
         return None if suffix in TEXT_SUFFIXES and content.what == NOT_TEXT else content.what
     if content.kind == "text" and suffix not in TEXT_SUFFIXES and suffix:
         return "text of another suffix: name it to read it"
@@ -303,7 +307,7 @@ def _objects(source: Source, key: str, passed: PassedOver) -> Iterator[Document]
 
 
 def _text_under(record: Record, key: str) -> str:
-    """The text of an object under a key (`records.under`); of a list of texts, these as lines."""
+    """The text of an object under a key (`records.under`); a list of texts is joined as lines."""
     value = record.value
     if not isinstance(value, dict):
         fix = f'write {{"{key}": "..."}} on each line'
@@ -322,7 +326,7 @@ def _text_under(record: Record, key: str) -> str:
 
 
 def _keys(value: dict[str, Any]) -> list[str]:
-    """The keys of an object, those of objects in it joined by dots."""
+    """The keys of an object; keys of nested objects are joined by dots."""
     found = []
     for name, inner in value.items():
         found += [f"{name}.{one}" for one in inner] if isinstance(inner, dict) else [name]

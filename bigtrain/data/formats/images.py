@@ -1,4 +1,4 @@
-"""Images and labels as members of a tar: explicit decoders for PNG and JPEG, and for a class number."""
+"""Images and labels as members of a tar: decoders for PNG and JPEG, and for a class number."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ MAX_LABEL_BYTES = 1 << 16
 MAX_PIXELS = 1 << 26
 MAX_CLASSES = 1 << 24
 CLASSES_NAME = "classes.json"
-"""Names of the classes of images, in the order of their numbers."""
+"""File with the names of the classes, in the order of their numbers."""
 
 _OTHERS = tuple((re.compile(start, re.DOTALL), what) for start, what in (
     (rb"RIFF....WEBP", "WebP"), (rb"GIF8", "GIF"), (rb"BM", "BMP"), (rb"II\*\0|MM\0\*", "TIFF"),
     (rb"....ftyp(heic|heix|mif1|avif)", "HEIF or AVIF"), (rb"\s*<(!DOCTYPE|html|\?xml|svg)", "HTML or XML"),
 ))  # fmt: skip
-"""How files of other kinds begin, whatever they are called."""
+"""First bytes of files of other formats, for error messages."""
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
-"""Values of EXIF's orientation that exchange height and width."""
+"""Values of the EXIF orientation that swap height and width."""
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "RGBA": 3, "LA": 3, "CMYK": 3, "YCbCr": 3}
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """The one shape that all images of a shard directory have, and how many classes their labels name."""
+    """The shape that all images of a shard directory have, and the number of classes of their labels."""
 
     height: int
     width: int
@@ -48,20 +48,20 @@ class ImageInfo:
 
 
 def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
-    """Height, width and channels (1 for grey, else 3) from an image's header, as it is seen: turned by its EXIF.
+    """Height, width and channels (1 for grey, else 3) of an image, from its header, after the EXIF rotation.
 
     Raises:
-        UserError: Not a PNG or JPEG, too many pixels, or a mode such as 16-bit grey.
+        UserError: The data is no PNG or JPEG, or has too many pixels or an unsupported mode such as 16-bit grey.
     """
     with _open(data, where) as image:
         return *_seen_size(image), _CHANNELS[image.mode]
 
 
 def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uint8]:
-    """The pixels, uint8 (height, width, channels).
+    """The pixels of an image, uint8 of shape (height, width, channels).
 
     Raises:
-        UserError: Not an image, or not of the shape that the index names.
+        UserError: The data is no image, or the image has another size than the index says.
     """
     with _open(data, where) as image:
         height, width = _seen_size(image)
@@ -78,10 +78,10 @@ def decode_image(data: bytes, info: ImageInfo, where: str) -> npt.NDArray[np.uin
 
 
 def picture_of(pixels: npt.NDArray[np.uint8]) -> Image:
-    """Pixels (height, width, channels) as Pillow has them.
+    """Convert pixels of shape (height, width, channels) to a Pillow image.
 
     Raises:
-        ValueError: They are no bytes.
+        ValueError: The pixels are not uint8.
     """
     from PIL import Image
 
@@ -91,20 +91,20 @@ def picture_of(pixels: npt.NDArray[np.uint8]) -> Image:
 
 
 def array_of(picture: Image) -> npt.NDArray[np.uint8]:
-    """The inverse of `picture_of`: uint8 (height, width, channels)."""
+    """The inverse of `picture_of`: the pixels as uint8 of shape (height, width, channels)."""
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
 def image_suffix(data: bytes) -> str:
-    """The suffix of an image that is stored as it is: png or jpg."""
+    """The suffix for the bytes of an image file: png or jpg."""
     return "png" if data.startswith(b"\x89PNG") else "jpg"
 
 
 def squared(data: bytes, size: int, where: str) -> bytes:
-    """Scale an image by its shorter side and crop its centre; returns a PNG of `size` x `size` pixels.
+    """Scale an image by its shorter side and crop its centre. Returns a PNG of `size` x `size` pixels.
 
     Raises:
-        UserError: Not an image.
+        UserError: The data is no image.
     """
     with _open(data, where) as image:
         try:
@@ -119,12 +119,12 @@ def squared(data: bytes, size: int, where: str) -> bytes:
 
 
 def _seen_size(image: Image) -> tuple[int, int]:
-    """Height and width after the rotation that the image's EXIF data gives."""
+    """Height and width of an image after its EXIF rotation."""
     return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
 
 
 def _turned(image: Image) -> Image:
-    """The image as it is seen: cameras store the pixels as the sensor lay and note the turn in the EXIF data."""
+    """The image after its EXIF rotation: cameras store unrotated pixels, and note the rotation in the EXIF data."""
     if _orientation(image) == 1:
         return image
     from PIL import ImageOps
@@ -133,7 +133,7 @@ def _turned(image: Image) -> Image:
 
 
 def _orientation(image: Image) -> int:
-    # Asking a PNG for EXIF data that its header does not have would decode all of it.
+    # Requesting EXIF data that the header of a PNG does not have would decode the full image.
     if image.format != "JPEG" and "exif" not in image.info:
         return 1
     value = image.getexif().get(_ORIENTATION, 1)
@@ -141,10 +141,10 @@ def _orientation(image: Image) -> int:
 
 
 def decode_label(data: bytes, suffix: str, where: str) -> int:
-    """The class of a sample: ASCII digits (cls), or JSON that is a number or an object with `label` or `cls`.
+    """The class of a sample, from ASCII digits (cls), or from JSON: a number, or an object with `label` or `cls`.
 
     Raises:
-        UserError: Anything else, or a class outside 0 .. MAX_CLASSES - 1.
+        UserError: The data has another form, or the class is outside 0 .. MAX_CLASSES - 1.
     """
     fix = "write the class as a whole number, from 0"
     try:
@@ -163,7 +163,7 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
 
 
 def read_class_names(root: Path) -> tuple[str, ...] | None:
-    """The names of the classes that packing has written beside the shards; None where there are none."""
+    """The names of the classes that packing has written beside the shards; None if there are none."""
     path = root / CLASSES_NAME
     if not path.is_file():
         return None

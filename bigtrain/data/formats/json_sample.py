@@ -1,4 +1,4 @@
-"""Samples that are one JSON object with token ids."""
+"""Parses samples that are a single JSON object with token ids."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.tar import TarSample
 
 MAX_BYTES: Final = 16 << 20
-"""Of the JSON of one sample, and of a line of a file."""
+"""Maximum bytes of the JSON of one sample, and of a line of a file."""
 MAX_ID: Final = 2**31 - 1
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """The object.
+    """Parse a JSON object.
 
     Raises:
-        UserError: It is too large, or no JSON object.
+        UserError: The data is too large, or no JSON object.
     """
     if len(data) > MAX_BYTES:
         raise UserError(f"the sample has more than {MAX_BYTES} bytes", where)
@@ -32,10 +32,10 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
-    """The ids under a key, at least one.
+    """The token ids under a key; at least one id.
 
     Raises:
-        UserError: There are none.
+        UserError: There are no valid token ids under the key.
     """
     ids = value.get(key)
     if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
@@ -44,7 +44,11 @@ def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
 
 
 def is_one(sample: TarSample, parse: Callable[[bytes, str], object]) -> bool:
-    """Whether a sample is a JSON object alone that `parse`, given its bytes and its place, does not refuse."""
+    """Whether a sample has only a member `.json`, which `parse` accepts.
+
+    Args:
+        parse: Called with the bytes of the member and the sample's location; raises UserError to refuse them.
+    """
     if sample.suffixes != {"json"}:
         return False
     try:

@@ -1,8 +1,9 @@
-"""Rows of an MDS shard, the format of mosaicml-streaming (version 2).
+"""Reads the rows of MDS shards, the format of mosaicml-streaming (version 2).
 
-A directory holds an index.json and shards. A shard is, in little-endian uint32: the number of its samples n; n + 1
-offsets of where samples begin and the last ends; and after a description, the samples. A sample is the sizes of its
-columns of variable size, each uint32, then the values of all columns. Columns of pickles are refused.
+A directory holds an index.json and shards. A shard begins with little-endian uint32 numbers: the number of samples n,
+then n + 1 offsets (the start of each sample, and the end of the last one). After these come a description in JSON and
+the samples. A sample consists of the sizes of its variable-size columns (uint32 each), then the values of all columns.
+Columns of pickles are never decoded; they are skipped.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ ARRAY_TYPES = {
     8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 18: "<f2", 32: "<u4", 33: "<i4", 34: "<f4", 64: "<u8", 65: "<i8",
     66: "<f8",
 }  # fmt: skip
-"""Types of arrays by the number that stands before their values."""
+"""Types of arrays by the type code that precedes their values."""
 
 
 def mds_files(directory: Path) -> list[Path]:
-    """The shards of an MDS directory, in the order of its index; none where it is no such directory."""
+    """The shards of an MDS directory, in the order of its index; empty if it is no MDS directory.
+
+    Raises:
+        UserError: The index names files outside the directory.
+    """
     try:
         value = json.loads((directory / INDEX_NAME).read_bytes())
         shards = value["shards"]
@@ -47,10 +52,10 @@ def mds_files(directory: Path) -> list[Path]:
 
 
 def mds_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a shard: texts, numbers, JSON values, and lists of numbers for arrays of one axis.
+    """Yield the rows of a shard: texts, numbers, JSON values, and lists of numbers for one-dimensional arrays.
 
     Raises:
-        UserError: The shard is damaged, or none of its columns can be read.
+        UserError: The shard is damaged, or holds an array with several axes.
     """
     codec = {".zstd": "zstd", ".zst": "zstd", ".gz": "gzip", ".bz2": "bzip2"}.get(path.suffix)
     with open_bytes(path, codec) as file:
@@ -82,7 +87,7 @@ def _row(data: bytes, columns: list[tuple[str, str, int | None]]) -> dict[str, A
 
 
 def _value(encoding: str, data: bytes) -> Any:
-    """A value of a column; None for encodings that are not read."""
+    """The value of a column; None for encodings that are not supported."""
     kind, *rest = encoding.split(":")
     if kind == "str":
         return data.decode("utf-8")
@@ -94,14 +99,14 @@ def _value(encoding: str, data: bytes) -> Any:
 
 
 def _list(data: bytes, rest: list[str]) -> list[Any]:
-    """The values of an array of one axis, whose type and shape stand before them where the column does not fix them."""
+    """The values of a one-dimensional array. Its type and shape precede the values unless the column defines them."""
     place = 0
     if rest:
         dtype = SCALARS[rest[0]]
     else:
         dtype, place = ARRAY_TYPES[data[0]], 1
     if len(rest) < 2:
-        # The number of axes, and in the last two bits the size of the numbers that are the shape.
+        # One byte holds the number of axes, and in its last two bits the size of the numbers that form the shape.
         axes, width = data[place] >> 2, 1 << (data[place] & 3)
         place += 1 + axes * width
     else:

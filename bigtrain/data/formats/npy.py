@@ -1,4 +1,4 @@
-"""The header of a .npy array, read without evaluating it: arrays of objects (pickles) are seen and refused."""
+"""Parses the header of a .npy array without evaluating it, so that arrays of objects (pickles) can be refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from bigtrain.config import UserError
 
 HEADER_BYTES = 4096
-"""Where an array must begin at the latest."""
+"""Maximum bytes of the header, before the values."""
 MAX_DIMENSIONS = 8
 
 _MAGIC = b"\x93NUMPY"
@@ -24,30 +24,31 @@ _HEADER = re.compile(
 
 @dataclass(frozen=True)
 class NpyLayout:
-    """What an array's header says."""
+    """The content of an array's header."""
 
     dtype: str
-    """As NumPy writes it ("<f4"); "unknown" where it is no simple type."""
+    """Dtype in NumPy's notation ("<f4"); "unknown" if it is no simple type."""
     shape: tuple[int, ...]
     fortran: bool
-    """Whether the first axis runs fastest."""
+    """Whether the values are stored in Fortran order (first axis contiguous)."""
     begin: int
     """Byte at which the values begin."""
 
     @property
     def values(self) -> int:
-        """How many there are."""
+        """Number of values."""
         return math.prod(self.shape)
 
 
 def npy_layout(head: bytes, where: str) -> NpyLayout:
-    """The layout of the array whose first bytes these are.
+    """The layout of an array, from its first bytes.
 
     Args:
-        head: HEADER_BYTES of it, or all that there are.
+        head: The first HEADER_BYTES of the array, or all of its bytes.
+        where: Location of the array, for error messages.
 
     Raises:
-        UserError: Not a .npy array.
+        UserError: The bytes are not those of a .npy array.
     """
     version = head[6] if len(head) > 12 else 0
     if not head.startswith(_MAGIC) or version not in (1, 2, 3):
@@ -64,8 +65,8 @@ def npy_layout(head: bytes, where: str) -> NpyLayout:
 
 
 def npy_bytes(values: np.ndarray) -> bytes:
-    """An array as the bytes of a .npy file."""
+    """The bytes of a .npy file with an array."""
     buffer = io.BytesIO()
-    # Not ascontiguousarray, which makes one number an array of one axis.
+    # np.ascontiguousarray is not used, because it turns a scalar into a one-dimensional array.
     np.lib.format.write_array(buffer, np.asarray(values, order="C"), allow_pickle=False)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Images and classes in Parquet files, as `datasets` writes them: a column of bytes or {bytes, path}, and a number."""
+"""Images and classes in Parquet files of `datasets`: a column of bytes or {bytes, path}, and a column of numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bigtrain.config import UserError
 from bigtrain.data.formats.records import parquet_file
 
 KEPT_BYTES = 1 << 30
-"""Of images that a process keeps: samples are packed in another order than they lie in."""
+"""Maximum bytes of images that a process caches, because samples are packed in another order than they are stored."""
 _KEPT: OrderedDict[tuple[Path, int, int, str], list[bytes | None]] = OrderedDict()
-"""Images of row groups, those that were needed last at the end."""
+"""Cached images of row groups, the most recently used last."""
 LABELS = ("label", "labels", "cls", "class", "fine_label")
-"""Names that a column of classes may have."""
+"""Accepted names of the column of classes."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,28 @@ class Cell:
 
     path: Path
     size: int
-    """Bytes of the image."""
+    """Size of the image in bytes."""
     group: int
     row: int
-    """Of its row group."""
+    """Number of the row in its row group."""
     column: str
 
     def read(self) -> bytes:
-        """The image as it is stored; its row group is read for all of its images."""
+        """Read the bytes of the image file. This reads and caches all images of the row group."""
         return _images(self.path, self.group, self.column)[self.row] or b""
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file begins as Parquet does."""
+    """Whether a file begins with the magic bytes of Parquet."""
     with open(path, "rb") as file:
         return file.read(4) == b"PAR1"
 
 
 def rows(path: Path) -> Iterator[tuple[Cell | None, Any, str]]:
-    """Of each row the image (None: there is none), what stands as its class, and where it lies.
+    """Yield for each row the image (None if there is none), the value of the class, and the location for errors.
 
     Raises:
-        UserError: Not one column of images, or none of classes.
+        UserError: The file does not have exactly one column of images, or has no column of classes.
     """
     with parquet_file(path) as file:
         image, label = _columns(file.schema_arrow, path)
@@ -61,7 +61,7 @@ def rows(path: Path) -> Iterator[tuple[Cell | None, Any, str]]:
 
 
 def class_names(path: Path) -> list[str] | None:
-    """The names of the classes, where `datasets` has noted them in the schema."""
+    """The names of the classes from the metadata that `datasets` adds to the schema; None if there are none."""
     with parquet_file(path) as file:
         _, label = _columns(file.schema_arrow, path)
         noted = (file.schema_arrow.metadata or {}).get(b"huggingface")

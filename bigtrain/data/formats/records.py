@@ -1,4 +1,4 @@
-"""Objects in files: JSON lines, JSON arrays, Parquet, Arrow (files of the library `datasets`), MDS, tars of `.json`."""
+"""Reads objects from JSON lines, JSON arrays, Parquet, Arrow (as the library `datasets` saves it), MDS and tars."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from bigtrain.data.formats.tar import TarSample, samples
 READ_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
 MAX_ARRAY_BYTES = 1 << 30
-"""Of a JSON array, which is parsed as a whole."""
+"""Maximum bytes of a JSON array, which is parsed at once."""
 TABLE_ROWS = 256
 MISSING: Final = object()
-"""What an object holds under a key that it does not have."""
+"""Marks that an object does not have a key."""
 EACH = "*"
-"""In a key: each entry of a list."""
+"""Part of a key that stands for each entry of a list."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of documents or objects, or a part of one: always the same parts for the same file."""
+    """A file of documents or objects, or a part of one."""
 
     path: Path
     name: str
-    """For people: its path under the input."""
+    """Name for messages: the file's path under the input."""
     kind: Kind
     codec: str | None = None
-    """How it is compressed: one of the values of CODECS."""
+    """Compression of the file: one of the values of CODECS; None: not compressed."""
     start: int = 0
-    """First byte of JSON lines or of tokens, first row group of Parquet, first document of indexed tokens."""
+    """First byte of JSON lines, first token of tokens, first row group of Parquet, first document of indexed tokens."""
     stop: int | None = None
-    """One past the last; None: to the end."""
+    """One past the last byte, token, row group or document; None: to the end."""
     bytes: int = 0
-    """Size of the file, or of this part of it."""
+    """Size of the file, or of this part of it, in bytes."""
     token_type: str | None = None
-    """Of a file of tokens alone: the type of its ids."""
+    """Integer type of the ids, for a file that holds only tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class Record:
     source: Source
     value: Any
     noun: str
-    """"line", "object", "row" or "sample"."""
+    """Word for the record in messages: "line", "object", "row" or "sample"."""
     number: int | str
-    """Its number, from 1, in the part of the file; of a sample in a tar its key."""
+    """Number of the record in this part of the file, counted from 1; the key of a sample in a tar."""
 
     @property
     def name(self) -> str:
-        """FILE:NUMBER; FILE:BYTE+NUMBER in the middle of JSON lines."""
+        """Name of the record: FILE:NUMBER, or FILE:BYTE+NUMBER for a later part of a file of JSON lines."""
         begin = f"{self.source.start}+" if self.noun == "line" and self.source.start else ""
         return f"{self.source.name}:{begin}{self.number}"
 
     @property
     def where(self) -> str:
-        """Its place, for errors."""
+        """Location of the record, for error messages."""
         number = self.number
         if self.noun == "line" and self.source.start and isinstance(number, int):
             number += _lines_before(self.source.path, _first_line(self.source))
@@ -78,11 +78,11 @@ class Record:
 
 
 def records_of(source: Source, passed: PassedOver, keys: Sequence[str] = ()) -> Iterator[Record]:
-    """The objects of a source.
+    """Yield the objects of a source.
 
     Args:
-        passed: Says whether one that cannot be read is skipped.
-        keys: What is read of the columns of a table; none: all.
+        passed: Counts or refuses objects that cannot be read.
+        keys: Keys for which columns of a table are read; empty: all columns.
 
     Raises:
         UserError: The source or an object cannot be read.
@@ -91,9 +91,10 @@ def records_of(source: Source, passed: PassedOver, keys: Sequence[str] = ()) -> 
 
 
 def under(value: Any, key: str) -> Any:
-    """What an object holds under a key, or under the keys that dots join; MISSING where there is nothing.
+    """The value of an object under a key, or under keys that are joined by dots; MISSING if there is none.
 
-    `data.text` is a key of an object in it, `choices.0.text` an entry of a list, `parts.*.text` a list of all entries.
+    `data.text` names a key of a nested object, `choices.0.text` an entry of a list, and `parts.*.text` a list with a
+    value from each entry.
     """
     if isinstance(value, dict) and key in value:
         return value[key]
@@ -113,7 +114,7 @@ def under(value: Any, key: str) -> Any:
 def _json_lines(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
     with open_bytes(source.path, source.codec) as file:
         if source.start:
-            # A line belongs to the part that its first byte lies in.
+            # A line belongs to the part that contains its first byte.
             file.seek(source.start - 1)
             while (skipped := file.readline(READ_BYTES)) and not skipped.endswith(b"\n"):
                 continue
@@ -137,10 +138,10 @@ def _json_lines(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iter
 
 
 def parse_json(data: bytes, record: Record) -> Any:
-    """The value of a line or a member.
+    """Parse the JSON of a line or a member.
 
     Raises:
-        UserError: It is no JSON.
+        UserError: The data is not JSON.
     """
     try:
         return json.loads(data.decode("utf-8"))
@@ -153,7 +154,7 @@ def parse_json(data: bytes, record: Record) -> Any:
 
 
 def _json_array(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
-    """The objects of one JSON array, which is read as a whole."""
+    """Yield the objects of a JSON array, which is read at once."""
     with open_bytes(source.path, source.codec) as file:
         data = file.read(MAX_ARRAY_BYTES + 1)
     fix = f"write it as JSON lines: jq -c '.[]' {source.path.name} > {source.path.stem}.jsonl"
@@ -169,10 +170,10 @@ def _json_array(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iter
 
 @contextlib.contextmanager
 def parquet_file(path: Path) -> Iterator[Any]:
-    """An open Parquet file.
+    """Open a Parquet file.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     parquet, errors = parquet_module(path)
     try:
@@ -183,7 +184,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
 
 
 def _columns(names: Sequence[str], keys: Sequence[str], path: Path) -> list[str]:
-    """The columns that hold what lies under some keys; all of them for none."""
+    """The columns that hold the values of some keys; all columns if there are no keys."""
     wanted = [key if key in names else key.split(".")[0] for key in keys]
     found = [name for name in names if not keys or name in wanted]
     if not found:
@@ -209,7 +210,7 @@ def _parquet(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterato
 
 
 def _arrow(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
-    """The rows of an Arrow stream, as `datasets` caches and saves tables, or of an Arrow file."""
+    """Yield the rows of an Arrow stream, the format in which `datasets` saves tables, or of an Arrow file."""
     _refuse_codec(source, "Arrow")
     ipc, errors = arrow_module(source.path)
     try:
@@ -237,7 +238,7 @@ def _mds(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Re
 
 
 def _tar(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
-    """The members .json of a tar, one an object."""
+    """Yield the objects of a tar, one per member `.json`."""
     for sample in tar_samples(source, passed):
         record = Record(source, None, "sample", sample.key)
         try:
@@ -249,7 +250,7 @@ def _tar(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Re
 
 
 def tar_samples(source: Source, passed: PassedOver) -> Iterator[TarSample]:
-    """The samples of a tar, which is decompressed to a temporary file where it is compressed."""
+    """Yield the samples of a tar. A compressed tar is decompressed to a temporary file first."""
     with contextlib.ExitStack() as stack:
         path = source.path
         if source.codec is not None:

@@ -1,4 +1,4 @@
-"""Tokens as one-dimensional arrays in .npy members of a tar."""
+"""Reads tokens that are stored as one-dimensional arrays in .npy members of a tar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_ID = 2**31 - 1
 
 
 class StoredTokens:
-    """Lists of tokens in .npy members, all of one type."""
+    """Checks the lists of tokens in .npy members, which must all have one type, and finds the largest id."""
 
     def __init__(self) -> None:
         self.dtype: str | None = None
@@ -21,10 +21,12 @@ class StoredTokens:
         self._next: tuple[str, int] = ("", -1)
 
     def place(self, sample: TarSample) -> tuple[int, int, int]:
-        """Byte offset in the tar, number and width of a sample's tokens; counted once `keep` is called.
+        """Byte offset in the tar, number, and bytes per token of a sample's tokens.
+
+        The sample is only counted if `keep` is called afterwards.
 
         Raises:
-            UserError: Not a list of tokens, or of another type than those before.
+            UserError: The member is no list of tokens, or has another type than earlier ones.
         """
         member, where = sample.one("npy"), sample.where
         layout = npy_layout(read_at(sample.path, member.offset, min(member.size, HEADER_BYTES)), where)
@@ -44,17 +46,17 @@ class StoredTokens:
         return offset, count, width
 
     def keep(self) -> None:
-        """Count the tokens that `place` was last called for."""
+        """Count the tokens of the last call of `place`."""
         self.dtype, self.largest = self._next[0], max(self.largest, self._next[1])
 
 
 def needs_tokenizer(sample: TarSample) -> UserError:
-    """The error of text in a tar for which no tokenizer was named."""
+    """The error for text in a tar without a named tokenizer."""
     return UserError("text inside tars needs a tokenizer", sample.where, "name one with --tokenizer")
 
 
 def _largest_id(tokens: np.ndarray, where: str) -> int:
-    """The largest of some tokens, -1 for none."""
+    """The largest of some token ids; -1 if there are none."""
     if not len(tokens):
         return -1
     low, high = int(tokens.min()), int(tokens.max())

@@ -1,7 +1,7 @@
-"""Reading the structure of local, uncompressed tars: where members lie, and whether they are all there.
+"""Reads the structure of local, uncompressed tars: where members lie, and whether the tar is complete.
 
-Members are never extracted and their names never become paths. What could reach outside the tar (links,
-devices, absolute names, "..") is refused, and so is a tar that was cut short, at whichever place.
+Members are never extracted, and their names never become paths. Members that could reach outside the tar (links,
+devices, absolute names, "..") are refused, and so is a tar that is truncated at any position.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_MEMBER_BYTES = 1 << 34
 # WebDataset's own rule: the key ends at the first dot of the last path component.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
-# Metadata of the tar as a whole, which WebDataset skips too.
+# Metadata of the full tar, which WebDataset skips too.
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -33,11 +33,11 @@ class Member(NamedTuple):
     """One regular file of a tar."""
 
     key: str
-    """What the members of one sample share."""
+    """The part of the name that all members of a sample share."""
     suffix: str
-    """The rest of the name, lower case, without its first dot."""
+    """The rest of the name in lower case, without its first dot."""
     offset: int
-    """Byte of the tar at which its data begins."""
+    """Byte of the tar at which the member's data begins."""
     size: int
 
 
@@ -52,19 +52,19 @@ class TarSample:
 
     @property
     def where(self) -> str:
-        """The sample's place, for errors."""
+        """Location of the sample, for error messages."""
         return f"{self.path}, sample {self.key!r}"
 
     @property
     def suffixes(self) -> set[str]:
-        """The suffixes of its members."""
+        """The suffixes of the sample's members."""
         return {member.suffix for member in self.members}
 
     def one(self, *suffixes: str) -> Member:
-        """The one member that has one of these suffixes.
+        """The only member that has one of these suffixes.
 
         Raises:
-            UserError: There is none, or several.
+            UserError: There is no such member, or there are several.
         """
         found = [member for member in self.members if member.suffix in suffixes]
         if len(found) != 1:
@@ -76,7 +76,7 @@ class TarSample:
         """The bytes of a member.
 
         Raises:
-            UserError: It has more than `limit` bytes.
+            UserError: The member has more than `limit` bytes.
         """
         if limit is not None and member.size > limit:
             raise UserError(f"the member .{member.suffix} has more than {limit} bytes", self.where)
@@ -84,10 +84,10 @@ class TarSample:
 
 
 def samples(path: Path, passed: PassedOver | None = None) -> Iterator[TarSample]:
-    """The samples of a tar in their order: consecutive members of one key.
+    """Yield the samples of a tar in their order: groups of consecutive members with the same key.
 
     Raises:
-        UserError: See `members`; a tar without a sample.
+        UserError: See `members`; or the tar holds no sample.
     """
     found = False
     for key, group in itertools.groupby(members(path, passed), key=lambda member: member.key):
@@ -98,15 +98,15 @@ def samples(path: Path, passed: PassedOver | None = None) -> Iterator[TarSample]
 
 
 def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> Iterator[Member]:
-    """The regular files of a tar in their order, checked as they come; of joined tars (`cat a.tar b.tar`) all.
+    """Yield the regular files of a tar in their order, and check each one; also of joined tars (`cat a.tar b.tar`).
 
     Args:
-        passed: Counts the members that WebDataset skips too: hidden ones, such as the ._NAME of a Mac, and those
+        passed: Counts the members that WebDataset skips too: hidden ones, such as the ._NAME files of macOS, and those
             without a suffix.
 
     Raises:
-        UserError: Not an uncompressed tar; a member that is refused.
-        CorruptionError: The tar is damaged or cut short.
+        UserError: The file is compressed, or a member is refused.
+        CorruptionError: The tar is damaged or truncated.
     """
     name = os.fspath(path)
     total = os.path.getsize(name)
@@ -118,7 +118,7 @@ def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> I
             end = begin
             file.seek(begin)
             try:
-                # The library begins where the file stands, and counts offsets from the file's beginning.
+                # The library starts at the file's current position, and counts offsets from the start of the file.
                 with tarfile.open(name, "r:", fileobj=file) as tar:
                     while (info := tar.next()) is not None:
                         tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
@@ -128,14 +128,14 @@ def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> I
                         if member is not None:
                             yield member
             except (tarfile.TarError, ValueError, OverflowError) as error:
-                # The last two are of extended headers: lengths that no file has, bytes that are no text.
+                # Extended headers raise the last two: impossible lengths, and bytes that are no text.
                 raise CorruptionError(f"the tar is damaged or cut short: {error}", name, _FETCH_AGAIN) from None
             _check_end(name, end, total, count)
             begin = _next_part(file, end + 2 * BLOCK_BYTES)
 
 
 def _next_part(file: BinaryIO, start: int) -> int | None:
-    """Where the next of several joined tars begins; None where only zeros follow."""
+    """The byte at which the next of several joined tars begins; None if only zeros follow."""
     file.seek(start)
     position = start
     while block := file.read(1 << 20):
@@ -147,10 +147,10 @@ def _next_part(file: BinaryIO, start: int) -> int | None:
 
 
 def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
-    """Some bytes of a file.
+    """Read `size` bytes of a file at an offset.
 
     Raises:
-        CorruptionError: The file ends before.
+        CorruptionError: The file ends before the last of these bytes.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -210,7 +210,7 @@ def _checked(
 
 
 def _check_end(name: str, end: int, total: int, count: int) -> None:
-    """A whole tar ends in two blocks of zeros: without them members may be missing, and no reader notices."""
+    """Refuse a tar without two blocks of zeros at its end: members may be missing, which no reader would notice."""
     if count == 0:
         raise UserError("the tar holds no member", where=name)
     if read_tail(name, end) != bytes(2 * BLOCK_BYTES):
@@ -222,7 +222,7 @@ def _check_end(name: str, end: int, total: int, count: int) -> None:
 
 
 def read_tail(name: str, end: int) -> bytes:
-    """Up to two blocks that follow the last member."""
+    """Read up to two blocks after the last member."""
     with open(name, "rb") as file:
         file.seek(end)
         return file.read(2 * BLOCK_BYTES)

@@ -1,4 +1,4 @@
-"""Text that lies as members in tars (`KEY.txt`, `KEY.txt.gz`): reading a member, tokenising a shard."""
+"""Text as members of tars (`KEY.txt`, `KEY.txt.gz`): reads a member, and tokenises a shard."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer, Tokens
 
 TEXT_MEMBERS = {"txt": False, "text": False, "txt.gz": True, "text.gz": True}
-"""Suffixes of members that are text, and whether they are gzip."""
+"""Suffixes of text members, and whether they are compressed with gzip."""
 MAX_TEXT_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 16
-"""Of a caption, as it is stored and decompressed."""
+"""Maximum bytes of a caption, both stored and decompressed."""
 
 
 def read_text(path: Path, offset: int, size: int, compressed: bool, where: str) -> str:
     """The text of a member, without a byte-order mark.
 
     Raises:
-        UserError: Larger than MAX_TEXT_BYTES when decompressed, binary, or not UTF-8.
+        UserError: The text is larger than MAX_TEXT_BYTES (stored or decompressed), binary, or not UTF-8.
     """
     if size > MAX_TEXT_BYTES:
         raise UserError(f"the text has more than {MAX_TEXT_BYTES} bytes", where=where)
@@ -34,10 +34,10 @@ def read_text(path: Path, offset: int, size: int, compressed: bool, where: str) 
 
 
 def decode_caption(data: bytes, compressed: bool, where: str) -> str:
-    """A caption without white space around it.
+    """The text of a caption, without white space at its ends.
 
     Raises:
-        UserError: Empty, larger than MAX_CAPTION_BYTES, binary, or not UTF-8.
+        UserError: The caption is empty, larger than MAX_CAPTION_BYTES, binary, or not UTF-8.
     """
     if len(data) > MAX_CAPTION_BYTES:
         raise UserError(f"the caption has more than {MAX_CAPTION_BYTES} bytes", where=where)
@@ -60,10 +60,10 @@ def _decoded(data: bytes, compressed: bool, limit: int, where: str) -> str:
 
 
 def gunzip(data: bytes, limit: int, where: str) -> bytes:
-    """Decompress gzip of one or several parts.
+    """Decompress gzip data of one or several parts.
 
     Raises:
-        UserError: Not gzip, cut short, or larger than `limit` bytes.
+        UserError: The data is not gzip, is truncated, or decompresses to more than `limit` bytes.
     """
     whole = bytearray()
     while data:
@@ -81,19 +81,20 @@ def gunzip(data: bytes, limit: int, where: str) -> bytes:
 
 
 def encode_document(text: str, tokenizer: Tokenizer) -> Tokens:
-    """The tokens of a document and the end of text, after a begin of text where the tokenizer has one."""
+    """The tokens of a document, with a begin-of-text token if the tokenizer adds one, and the end-of-text token."""
     begin = [] if tokenizer.bos is None else [np.asarray([tokenizer.bos], dtype=np.int64)]
     return np.concatenate([*begin, *tokenizer.encode_stream([text]), np.asarray([tokenizer.eot], dtype=np.int64)])
 
 
 def tokenise_shard(path: Path, rows: np.ndarray, tokenizer: Tokenizer, file: BinaryIO) -> None:
-    """Write the tokens of a shard of text, document after document, as the tokenizer's type.
+    """Write the tokens of all documents of a shard of text, in the tokenizer's dtype.
 
     Args:
-        rows: Its sidecar.
+        rows: The shard's sidecar.
+        file: The file to write to.
 
     Raises:
-        CorruptionError: A document has another number of tokens than indexed.
+        CorruptionError: The number of tokens of a document differs from the index.
     """
     for number, (offset, size, tokens, compressed) in enumerate(rows.tolist()):
         where = f"{path}, document {number}"

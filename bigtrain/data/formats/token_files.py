@@ -1,11 +1,11 @@
-"""Files of token ids: Megatron's `.bin` with `.idx`, llm.c's `.bin` with a header, and nanoGPT's `.bin` of ids alone.
+"""Reads files of token ids: Megatron's `.bin` with `.idx`, llm.c's `.bin` with a header, nanoGPT's `.bin` of ids only.
 
     Megatron .idx   "MMIDIDX\\0\\0", version 1 (u8); type (u1); sequences, documents + 1 (u8 each); lengths (i4) and
-                    places in bytes (i8) of the sequences; numbers (i8) of the sequences at which documents begin
+                    byte offsets (i8) of the sequences; numbers (i8) of the sequences at which documents begin
     llm.c .bin      256 numbers (i4): magic, version, tokens; then the ids, uint16 or uint32 by the magic
     nanoGPT .bin    ids of the type that `--token-type` names
 
-Without an index, documents are what lies between ends of text. All numbers are little-endian.
+Without an index, end-of-text tokens separate documents. All numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LLMC_TYPES = {20240520: "<u2", 20240801: "<u4"}
 LLMC_HEADER_BYTES = 1024
 TOKEN_TYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "int32": "<i4", "int64": "<i8"}
-"""What `--token-type` may name."""
+"""Dtypes by the names that `--token-type` accepts."""
 INDEX_SUFFIX = ".idx"
 
 Ids = npt.NDArray[Any]
@@ -34,26 +34,26 @@ Ids = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of tokens, mapped."""
+    """A memory-mapped file of tokens."""
 
     path: Path
     ids: Ids
-    """All of them, as they are stored."""
+    """All token ids, in their stored dtype."""
     bounds: npt.NDArray[np.int64] | None
-    """Where documents begin, and where the last one ends; None: at the ends of text."""
+    """First token of each document, and the end of the last one; None: documents end at end-of-text tokens."""
 
     @property
     def size(self) -> int:
-        """How many documents, or without bounds tokens, there are."""
+        """Number of documents; without bounds, number of tokens."""
         return len(self.ids) if self.bounds is None else len(self.bounds) - 1
 
     def documents(self, start: int, stop: int | None, eot: int) -> Iterator[tuple[int, Ids]]:
-        """Documents with their number from 1, or with the place of their first token.
+        """Yield documents with their number, counted from 1; without bounds, with the index of their first token.
 
         Args:
-            start, stop: Of the documents; without bounds of the tokens: a document belongs to the part that its first
-                token lies in.
-            eot: The end of text, which closes a document.
+            start, stop: Range of documents; without bounds, range of tokens. A document belongs to the range that
+                contains its first token.
+            eot: Id of the end-of-text token, which ends a document.
         """
         last = self.size if stop is None else stop
         if self.bounds is not None:
@@ -69,7 +69,7 @@ class TokenFile:
             begin = end
 
     def _after(self, place: int, eot: int, chunk: int = 1 << 20) -> int:
-        """One past the next end of text."""
+        """The index after the next end-of-text token; the number of tokens if there is none."""
         while place < len(self.ids):
             found = np.flatnonzero(self.ids[place : place + chunk] == eot)
             if len(found):
@@ -79,18 +79,18 @@ class TokenFile:
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether a `.bin` file says by an index or a header what it holds."""
+    """Whether a file is a `.bin` file of tokens with an index or a header."""
     return path.suffix == ".bin" and (_has_index(path) or _llmc_type(path) is not None)
 
 
 def open_token_file(path: Path, token_type: str | None = None) -> TokenFile:
-    """A file of tokens.
+    """Open a file of tokens.
 
     Args:
-        token_type: A name of TOKEN_TYPES, for files that do not say it.
+        token_type: A key of TOKEN_TYPES, for files without index or header.
 
     Raises:
-        UserError: The type is not known, or the index does not fit the file.
+        UserError: The type of the tokens is not known, or the index does not fit the file.
     """
     if _has_index(path):
         return _megatron(path)

@@ -1,1 +1,1 @@
-"""Sample kinds, one file each: how samples of a kind are packed, indexed, read, batched and checked."""
+"""Sample kinds, one file each. A kind defines how its samples are packed, indexed, read, batched and checked."""

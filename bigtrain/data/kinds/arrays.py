@@ -1,6 +1,6 @@
-"""Arrays of one type and shape each: `KEY.npy` or `KEY.NAME.npy`, and `KEY.cls` where there are classes.
+"""Samples of named arrays: `KEY.npy` or `KEY.NAME.npy`, and `KEY.cls` if there are classes.
 
-A row of the sidecar is the byte offset of each array's values, in the order of their names, and the class.
+A row of the sidecar holds the byte offset of each array's values, in the order of the names, and the class.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 Held = tuple[tuple[ArrayInfo, ...], bool]
-"""The arrays of a sample by their names, and whether it has a class."""
+"""The arrays of a sample in the order of their names, and whether the sample has a class."""
 
 
 @KINDS.register
 class ArraySamples(SampleKind):
-    """Named arrays, each of one type and shape, and a class where there is one."""
+    """Named arrays, each of one type and shape, and an optional class."""
 
     name = "arrays"
     layout = "KEY.NAME.npy, or KEY.npy that is no list of whole numbers; KEY.cls"
@@ -72,12 +72,12 @@ class ArraySamples(SampleKind):
         return inside and (index.classes is None or int(rows[:, -1].max()) < index.classes)
 
     def describe(self, index: ShardIndex) -> str | None:
-        """Names, types and shapes, and how many classes."""
+        """Names, types and shapes of the arrays, and the number of classes."""
         classes = [] if index.classes is None else [f"labels of {index.classes} classes"]
         return ", ".join([*map(str, index.arrays or ()), *classes])
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """Equal names, types and shapes, and no more classes."""
+        """Require equal names, types and shapes, and no more classes in `other`."""
         if (index.arrays, index.classes is None) != (other.arrays, other.classes is None) or (
             (other.classes or 0) > (index.classes or 0)
         ):
@@ -88,7 +88,7 @@ class ArraySamples(SampleKind):
             )
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
-        """The shards hold what the model takes, in its shapes."""
+        """Require all arrays that the model takes, in the model's shapes."""
         found = {info.name: info.shape for info in index.arrays or ()}
         if index.classes is not None:
             found[LABELS] = ()
@@ -107,7 +107,7 @@ class ArraySamples(SampleKind):
                 )
 
     def recognises(self, sample: TarSample) -> bool:
-        """The .npy members are arrays and not tokens: they have names, classes, other types or axes."""
+        """Whether the .npy members are arrays and not tokens: they have names, classes, other types or other axes."""
         if sample.suffixes & set(IMAGE_SUFFIXES):
             return False
         if any(suffix.endswith(".npy") for suffix in sample.suffixes):
@@ -128,9 +128,9 @@ class ArraySamples(SampleKind):
         return "arrays: " + _listed(scan.arrays or (), scan.classes is not None)
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """NAME.npy files of equal first axes, which count the samples; or one folder of KEY.npy, KEY.NAME.npy, KEY.cls.
+        """Find samples in NAME.npy files, whose first axis is the sample, or in one folder of KEY[.NAME].npy, KEY.cls.
 
-        `labels.npy`, whole numbers, becomes the classes.
+        The integers of `labels.npy` become the classes.
         """
         paths = [Path(given) for given in inputs]
         folder = len(paths) == 1 and paths[0].is_dir()
@@ -149,7 +149,7 @@ class ArraySamples(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """Each array by its name float32 (B, ...), labels, keys int64 (B,), weights float32 (B,)."""
+        """Each array by its name, float32 (B, ...); labels, keys int64 (B,); weights float32 (B,)."""
         batch: Arrays = {"keys": random.integers(0, 2**62, count), "weights": np.ones(count, np.float32)}
         for name, shape in config.sample_arrays.items():
             batch[name] = random.normal(size=(count, *shape)).astype(np.float32)
@@ -159,10 +159,10 @@ class ArraySamples(SampleKind):
 
 
 class ArrayReader(SampleReader):
-    """Arrays by their names, and a class where there is one."""
+    """Reads arrays by name, and classes if there are any."""
 
     def blank(self, count: int) -> Arrays:
-        """Each array as it is stored, (n, ...), zeros; with classes labels int64 (n,); weights float32 (n,)."""
+        """Zeros: each array in its stored dtype (n, ...); with classes, labels int64 (n,); weights float32 (n,)."""
         arrays: Arrays = {
             info.name: np.zeros((count, *info.shape), np.dtype(info.dtype)) for info in self._index.arrays or ()
         }
@@ -204,7 +204,7 @@ class _ArrayScanner(Scanner):
 
 
 def _arrays(sample: TarSample) -> tuple[tuple[ArrayInfo, ...], tuple[int, ...]]:
-    """The arrays of a sample by their names, and where the values of each begin."""
+    """The arrays of a sample in the order of their names, and the byte offset of each array's values."""
     found: dict[str, tuple[ArrayInfo, int]] = {}
     for member in sample.members:
         name = array_name(member.suffix, sample.where)
@@ -236,7 +236,7 @@ def _unlike(held: Held, first: Held, where: str) -> UserError:
 
 
 def _listed(arrays: tuple[ArrayInfo, ...], labelled: bool) -> str:
-    """Names, types and shapes, for errors."""
+    """Names, types and shapes, for error messages."""
     return ", ".join([*map(str, arrays), *([LABELS] if labelled else [])])
 
 
@@ -246,23 +246,23 @@ def _by(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A file whose first axis counts the samples."""
+    """A .npy file whose first axis is the sample."""
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample."""
     begin: int
     """Byte at which the first sample begins."""
 
     @property
     def bytes(self) -> int:
-        """Size of one sample."""
+        """Size of one sample in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def member(self, row: int) -> PackedMember:
-        """What the sample number `row` holds of it."""
+        """The member with the values of sample number `row`."""
         data = read_at(self.path, self.begin + row * self.bytes, self.bytes)
         values = np.frombuffer(data, self.dtype).reshape(self.shape)
         if self.name != LABELS:
@@ -274,7 +274,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of files that hold all."""
+    """One sample from files that each hold one array of all samples."""
 
     columns: tuple[Column, ...]
     row: int
@@ -296,7 +296,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Files:
-    """One sample of a folder: its files by their suffixes."""
+    """One sample from a folder: its files with their suffixes."""
 
     found: tuple[tuple[str, Span], ...]
 
@@ -312,14 +312,14 @@ class Files:
 
     @property
     def where(self) -> str:
-        """The first of its files, for errors."""
+        """The first of the sample's files, for error messages."""
         return str(self.found[0][1].path)
 
     def held(self) -> Held:
-        """What its files hold by their headers.
+        """The arrays of the files, from their headers, and whether there is a class.
 
         Raises:
-            UserError: A file that is no array of a type that is read, or no array at all.
+            UserError: A file holds no array of a supported type, or there is no file .npy.
         """
         infos = []
         for suffix, span in self.found:
@@ -358,7 +358,7 @@ def _in_folder(folder: Path, options: PackOptions) -> Iterator[Files]:
     first: Held | None = None
     for _, group in groupby(sorted(found, key=lambda path: (key(path), path.name)), key=key):
         sample = Files(tuple((path.name.split(".", 1)[1].lower(), Span.whole(path)) for path in group))
-        # Here, so that an error names the file that the user has, and not a shard that is being written.
+        # Checked here, so that an error names the user's file, and not a shard that is being written.
         try:
             held = sample.held()
             if first is not None and held != first:

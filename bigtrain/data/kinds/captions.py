@@ -1,6 +1,7 @@
-"""Images with a caption: `KEY.png` or `.jpg` beside `KEY.txt`, or beside the caption's tokens in `KEY.npy`.
+"""Images with a caption: `KEY.png` or `.jpg` with `KEY.txt`, or with the caption's tokens in `KEY.npy`.
 
-A row of the sidecar is byte offset and bytes of the image; byte offset, bytes, tokens and `CaptionForm` of the caption.
+A row of the sidecar holds byte offset and bytes of the image, then byte offset, bytes, number of tokens and
+`CaptionForm` of the caption.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 IMAGE_KEYS = ("image", "file_name")
-"""Keys under which a JSON line may name its image."""
+"""Keys under which a JSON line can name its image."""
 MAX_LINE_BYTES = 1 << 20
 PREVIEW_TOKENS = 256
 TOKENS_COLUMN = 4
@@ -65,7 +66,7 @@ class CaptionForm(IntEnum):
     TEXT = 0
     GZIP = 1
     TOKENS = 2
-    """Little-endian, of the index's `dtype`."""
+    """Little-endian token ids of the index's `dtype`."""
 
 
 @KINDS.register
@@ -87,7 +88,7 @@ class Captions(SampleKind):
         return all((index.dtype, index.tokenizer, index.image))
 
     def outputs(self, index: ShardIndex) -> int:
-        """Entries of the vocabulary."""
+        """Size of the vocabulary."""
         assert index.tokenizer is not None
         return index.tokenizer.vocab_size
 
@@ -115,11 +116,11 @@ class Captions(SampleKind):
         return sum(int(np.minimum(counts, context).sum()) for counts in index.all_token_counts())
 
     def cut(self, index: ShardIndex, context: int) -> int:
-        """Captions of more than `context` tokens."""
+        """Number of captions that are longer than `context` tokens."""
         return sum(int((counts > context).sum()) for counts in index.all_token_counts())
 
     def describe(self, index: ShardIndex) -> str | None:
-        """HEIGHT x WIDTH x CHANNELS."""
+        """Shape of the images, as HEIGHT x WIDTH x CHANNELS."""
         return image_text(index)
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
@@ -137,15 +138,15 @@ class Captions(SampleKind):
         return found
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """Equal shapes."""
+        """Require images of equal shape."""
         require_same_images(index, other)
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
-        """The images have the size that the model takes."""
+        """Require images of the size that the model takes."""
         check_image_size(index, config)
 
     def recognises(self, sample: TarSample) -> bool:
-        """An image and a text."""
+        """Whether the sample has an image and a caption."""
         return bool(sample.suffixes & set(IMAGE_SUFFIXES)) and has_caption(sample)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -165,7 +166,7 @@ class Captions(SampleKind):
         return "captions as text" if scan.text_bytes is not None else super().named(scan)
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """Folders of NAME.png|jpg and NAME.txt, tars of such pairs, JSON lines that name an image."""
+        """Find folders and tars of NAME.png|jpg with NAME.txt, and JSON lines that name an image."""
         images: list[CaptionedImage] = []
         for given in inputs:
             path = Path(given)
@@ -200,7 +201,7 @@ class Captions(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """images uint8 (B, height, width, channels), tokens int64, weights float32 (B, T), keys (B,)."""
+        """images uint8 (B, height, width, channels); tokens int64, weights float32 (B, C); keys int64 (B,)."""
         keys = random.integers(0, 2**62, count)
         images = example_images(config, count, random)
         lengths = random.integers(1, config.context + 1, (count, 1))
@@ -213,7 +214,7 @@ class Captions(SampleKind):
 
 
 class CaptionReader(SampleReader):
-    """Images with their caption, which is cut or padded to `context` tokens."""
+    """Reads images with captions, which are cut or padded to `context` tokens."""
 
     is_thread_safe: ClassVar[bool] = True
 
@@ -222,10 +223,10 @@ class CaptionReader(SampleReader):
         self._context = context
 
     def blank(self, count: int) -> Arrays:
-        """images uint8 (n, height, width, channels), tokens int64 (n, T), weights float32 (n, T).
+        """images uint8 (n, height, width, channels); tokens int64 (n, C); weights float32 (n, C).
 
-        A caption is its tokens and the end of text, of weight one, then tokens 0 of weight zero; one that is longer
-        than T loses its end.
+        The tokens of a caption and its end-of-text token have weight one; padding is token 0 with weight zero. A
+        caption of more than C tokens loses its end.
         """
         return {
             "images": black(self._index, count),
@@ -257,7 +258,7 @@ class CaptionReader(SampleReader):
 
 
 class _StoredCaptions(Scanner):
-    """Captions as tokens that were made elsewhere."""
+    """Scans captions that are stored as tokens."""
 
     noun = "image with a caption"
 
@@ -281,7 +282,7 @@ class _StoredCaptions(Scanner):
 
 
 class _WrittenCaptions(Scanner):
-    """Captions as text, which is tokenised when it is read."""
+    """Scans captions that are stored as text, which is tokenised on reading."""
 
     noun = "image with a caption"
 
@@ -313,14 +314,14 @@ class _WrittenCaptions(Scanner):
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image file and its caption: text, or where it lies."""
+    """An image file with its caption, before it is packed. The caption is a text, or a span of a file."""
 
     image: Span
     caption: Span | str
     where: str
     compressed: bool = False
     size: tuple[int, int] | None = None
-    """Height and width that the image must have; None where it is scaled."""
+    """Required height and width of the image; None: the image is scaled."""
 
     @property
     def bytes(self) -> int:
@@ -393,7 +394,7 @@ def _named_in_line(line: bytes, key: str, where: str, folder: Path) -> tuple[Pat
     if not isinstance(caption, str) or not _is_utf8(caption):
         raise UserError(f"the line has no text under {key!r}", where, "name the caption's key with --key")
     path = folder / names[0]
-    # A list from elsewhere could name any file of this machine.
+    # An untrusted file could name any file of this machine.
     if not path.resolve().is_relative_to(folder):
         raise UserError(f"the image {names[0][:80]!r} does not lie below the file", where, "move the file above it")
     if not path.is_file():
@@ -402,7 +403,7 @@ def _named_in_line(line: bytes, key: str, where: str, folder: Path) -> tuple[Pat
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether a text has a UTF-8 form: JSON can hold half a character."""
+    """Whether a text can be encoded as UTF-8. JSON can hold half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""Texts with a class, as token ids and a number in `KEY.json`: {"tokens": [5, 17, 40], "class": 2}.
+"""Texts with a class, as token ids and a class number in `KEY.json`: {"tokens": [5, 17, 40], "class": 2}.
 
-A row of the sidecar is byte offset and bytes of the JSON, tokens, and the class.
+A row of the sidecar holds byte offset and bytes of the JSON, the number of tokens, and the class.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOKENS, CLASS = 2, 3
 
 @KINDS.register
 class Classified(SampleKind):
-    """Texts, each of a class."""
+    """Texts with one class each."""
 
     name = "classified"
     unit = "texts"
@@ -62,7 +62,7 @@ class Classified(SampleKind):
         return bool(
             spans_fit(rows[:, 0], rows[:, 1], shard.filesize)
             and (rows[:, 1] <= MAX_BYTES).all()
-            # An id takes a byte at least.
+            # An id takes at least one byte.
             and (rows[:, TOKENS] <= rows[:, 1]).all()
             and int(rows[:, TOKENS].sum()) == shard.tokens
             and int(rows[:, CLASS].max()) < (index.classes or 0)
@@ -73,21 +73,21 @@ class Classified(SampleKind):
         return TOKENS
 
     def cut(self, index: ShardIndex, context: int) -> int:
-        """Texts of more than `context` tokens."""
+        """Number of texts that are longer than `context` tokens."""
         return sum(int((counts > context).sum()) for counts in index.all_token_counts())
 
     def describe(self, index: ShardIndex) -> str | None:
-        """How many classes, and their names."""
+        """Number of classes, and their names."""
         names = ", ".join(index.class_names or ())
         return f"{index.classes} classes" + (f": {names}" if names else "")
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """No more classes, and the same by name."""
+        """Require no more classes in `other`, and the same names of classes."""
         super().require_same(index, other)
         require_same_names(index, other)
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
-        """The model knows all tokens."""
+        """Require a model whose vocabulary contains all tokens."""
         known = getattr(config, "vocabulary", None)
         if known is not None and index.tokenizer is not None and index.tokenizer.vocab_size > known:
             raise UserError(
@@ -97,7 +97,7 @@ class Classified(SampleKind):
             )
 
     def recognises(self, sample: TarSample) -> bool:
-        """A JSON object with both keys."""
+        """Whether the sample is a JSON object with both keys."""
         return is_one(sample, _parsed)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -105,7 +105,7 @@ class Classified(SampleKind):
         return _Scanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """Objects with the columns `text` and `label`: a number, or a name of which the sorted ones are numbered."""
+        """Find objects with the columns `text` and `label`: a class number, or a name (numbered in sorted order)."""
         columns = {"text": "text", "label": "label", **options.columns}
         unknown = sorted(columns.keys() - {"text", "label"})
         if unknown:
@@ -130,7 +130,7 @@ class Classified(SampleKind):
         return [replace(one, number=numbers[one.label] if isinstance(one.label, str) else one.label) for one in found]
 
     def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
-        """The names of the classes, where they have some."""
+        """The names of the classes, if labels are names."""
         names = _names(one for one in samples if isinstance(one, Text))
         return {CLASSES_NAME: names} if names else {}
 
@@ -143,7 +143,7 @@ class Classified(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """tokens int64 (B, C), lengths, labels, keys int64 (B,), weights float32 (B,)."""
+        """tokens int64 (B, C); lengths, labels, keys int64 (B,); weights float32 (B,)."""
         return {
             "tokens": random.integers(0, max(1, getattr(config, "vocabulary", 1)), (count, config.context)),
             "lengths": random.integers(1, config.context + 1, count),
@@ -154,14 +154,17 @@ class Classified(SampleKind):
 
 
 class TextReader(SampleReader):
-    """Texts with their class, cut or padded to `context` tokens."""
+    """Reads texts with their class; texts are cut or padded to `context` tokens."""
 
     def __init__(self, index: ShardIndex, context: int, open_shards: int = 16, store: ShardStore | None = None) -> None:
         super().__init__(index, open_shards, store)
         self._context = context
 
     def blank(self, count: int) -> Arrays:
-        """tokens int64 (n, C), of which the first `lengths` int64 (n,) are the text's; labels, weights float32 (n,)."""
+        """tokens int64 (n, C); lengths, labels int64 (n,); weights float32 (n,).
+
+        The first `lengths` tokens of a row are those of the text; the others are padding.
+        """
         return {
             "tokens": np.zeros((count, self._context), np.int64),
             "lengths": np.ones(count, np.int64),
@@ -204,7 +207,7 @@ class Text:
     path: Path
     where: str
     number: int = 0
-    """Of the class."""
+    """Number of the class."""
 
     @property
     def bytes(self) -> int:
@@ -248,15 +251,15 @@ def _columns(record: Record, columns: dict[str, str]) -> tuple[str, str | int]:
 
 
 def _names(texts: Iterable[Text]) -> list[str]:
-    """The names of the classes, by number; none where numbers are all that is known."""
+    """The names of the classes in the order of their numbers; empty if labels are numbers."""
     return sorted({one.label for one in texts if isinstance(one.label, str)})
 
 
 def _parsed(data: bytes, where: str) -> tuple[list[int], int]:
-    """Token ids and class of a sample.
+    """Parse the token ids and the class of a sample.
 
     Raises:
-        UserError: It is no such object.
+        UserError: The data is no such object.
     """
     value = json_object(data, where)
     ids, label = token_ids(value, "tokens", where), value.get("class")

@@ -1,7 +1,7 @@
-"""Arrays in formats that a decoder reads (`data.decoding`): WebDataset's `KEY.ten` and `KEY.mp`, or a plugin's.
+"""Arrays in formats with a decoder (`data.decoding`): WebDataset's `KEY.ten` and `KEY.mp`, or a plugin's format.
 
-A row of the sidecar is byte offset and bytes of each decoded member, by its suffix, and the class. Samples are decoded
-when they are read, and become the same batches as those of the kind `arrays`.
+A row of the sidecar holds byte offset and bytes of each decoded member, in the order of the suffixes, and the class.
+Samples are decoded on reading, and give the same batches as those of the kind `arrays`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.models.batches import KINDS, Arrays
 
 MEMBERS = "members"
-"""The suffixes of the decoded members in `facts`, sorted."""
+"""Key in `facts` with the sorted suffixes of the decoded members."""
 
 
 @KINDS.register
 class DecodedArrays(ArraySamples):
-    """Named arrays out of members that a decoder reads."""
+    """Named arrays from members that a decoder reads."""
 
     name = "decoded"
     gives = "arrays"
@@ -56,7 +56,7 @@ class DecodedArrays(ArraySamples):
         return inside and small and (index.classes is None or int(rows[:, -1].max()) < index.classes)
 
     def recognises(self, sample: TarSample) -> bool:
-        """A member has a suffix that a decoder reads."""
+        """Whether a member has a suffix with a decoder."""
         return any(decoder_of(suffix) for suffix in sample.suffixes)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -64,7 +64,7 @@ class DecodedArrays(ArraySamples):
         return _DecodedScanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """Such tars are indexed as they are."""
+        """Refuse packing: such tars are indexed without packing."""
         raise UserError("decoded members are not packed", fix="index their tars: bigtrain data index DIR")
 
     def open_reader(
@@ -83,7 +83,7 @@ class DecodedArrays(ArraySamples):
 
 
 class DecodedReader(ArrayReader):
-    """Arrays by their names, decoded, and a class where there is one."""
+    """Reads and decodes arrays by name, and classes if there are any."""
 
     def fill(self, arrays: Arrays, place: int, descriptor: int, row: list[int], where: str) -> None:
         """See `SampleReader`."""

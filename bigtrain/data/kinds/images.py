@@ -1,4 +1,4 @@
-"""Images with a class: `KEY.png` or `.jpg` beside `KEY.cls` (or a class number in `KEY.json`)."""
+"""Images with a class: `KEY.png` or `.jpg` with `KEY.cls` (or with a class number in `KEY.json`)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Images(SampleKind):
     options = frozenset({"image_size"})
 
     def columns(self, index: ShardIndex) -> int:
-        """Byte offset, bytes, class."""
+        """Three columns: byte offset and bytes of the image, and the class."""
         return 3
 
     def is_complete(self, index: ShardIndex) -> bool:
@@ -63,7 +63,7 @@ class Images(SampleKind):
         return index.image is not None
 
     def outputs(self, index: ShardIndex) -> int:
-        """The number of classes."""
+        """Number of classes."""
         assert index.image is not None
         return index.image.classes
 
@@ -72,20 +72,20 @@ class Images(SampleKind):
         return spans_fit(rows[:, 0], rows[:, 1], shard.filesize) and int(rows[:, 2].max()) < self.outputs(index)
 
     def describe(self, index: ShardIndex) -> str | None:
-        """HEIGHT x WIDTH x CHANNELS."""
+        """Shape of the images, as HEIGHT x WIDTH x CHANNELS."""
         return image_text(index)
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """Equal shapes, no more classes, and the same classes by name where both name them."""
+        """Require equal shapes, no more classes in `other`, and the same names of classes if both have names."""
         require_same_images(index, other)
         require_same_names(index, other, "pack both with the same class folders: an empty folder counts as a class")
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
-        """The images have the size that the model takes."""
+        """Require images of the size that the model takes."""
         check_image_size(index, config)
 
     def recognises(self, sample: TarSample) -> bool:
-        """An image, and no caption; a class number goes before a caption: it is there for no other purpose."""
+        """Whether the sample has an image, and a class or no caption. A member .cls takes precedence over a caption."""
         return bool(sample.suffixes & set(IMAGE_SUFFIXES)) and not has_caption(sample)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -97,7 +97,7 @@ class Images(SampleKind):
         return common_size(scans)
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """FOLDER/CLASS/IMAGE.png|jpg, classes numbered by their sorted names; or tars and Parquet with classes."""
+        """Find images in FOLDER/CLASS/IMAGE.png|jpg (classes in sorted order), or in tars and Parquet with classes."""
         found = _in_files(inputs, options) if _are_files(inputs) else _in_folder(inputs, options)
         size = first_size((one.image for one in found), options)
         if len(found) < 2:
@@ -109,7 +109,7 @@ class Images(SampleKind):
         return [replace(one, size=size) for one in found]
 
     def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
-        """The names of the classes, where folders name them."""
+        """The names of the classes, if folders or the schema of a Parquet file name them."""
         first = Path(inputs[0])
         if not _are_files(inputs):
             return {CLASSES_NAME: _classes(first)}
@@ -125,7 +125,7 @@ class Images(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """images uint8 (B, height, width, channels), labels, keys int64 (B,), weights float32 (B,)."""
+        """images uint8 (B, height, width, channels); labels, keys int64 (B,); weights float32 (B,)."""
         return {
             "keys": random.integers(0, 2**62, count),
             "images": example_images(config, count, random),
@@ -135,12 +135,12 @@ class Images(SampleKind):
 
 
 class ImageReader(SampleReader):
-    """Images with their class."""
+    """Reads images with their class."""
 
     is_thread_safe: ClassVar[bool] = True
 
     def blank(self, count: int) -> Arrays:
-        """images uint8 (n, height, width, channels), black; labels int64 (n,), weights float32 (n,)."""
+        """Zeros: images uint8 (n, height, width, channels); labels int64 (n,); weights float32 (n,)."""
         return {
             "images": black(self._index, count),
             LABELS: np.zeros(count, np.int64),
@@ -162,7 +162,7 @@ class _ImageScanner(Scanner):
         self._classes = 0
 
     def add(self, sample: TarSample) -> tuple[int, ...]:
-        # Before the image is opened: a sample without its label is reported by what it lacks.
+        # Done before the image is opened, so that a sample without a label is reported as such.
         image, label = sample.one(*IMAGE_SUFFIXES), label_member(sample)
         number = decode_label(sample.read(label, MAX_LABEL_BYTES), label.suffix, sample.where)
         self._sizes.add(sample, image)
@@ -174,17 +174,17 @@ class _ImageScanner(Scanner):
 
 
 class ImageSizes:
-    """The size that all images of a tar have: that of the first."""
+    """Checks that all images of a tar have the size of the first one."""
 
     def __init__(self) -> None:
         self._first: tuple[int, int] | None = None
         self._channels = 1
 
     def add(self, sample: TarSample, image: Member) -> None:
-        """Look at one more image.
+        """Check one more image.
 
         Raises:
-            UserError: Not an image, or of another size.
+            UserError: The member is no image, or the image has another size.
         """
         height, width, channels = image_shape(sample.read(image, MAX_IMAGE_BYTES), sample.where)
         if self._first not in (None, (height, width)):
@@ -193,20 +193,20 @@ class ImageSizes:
         self._first, self._channels = (height, width), max(self._channels, channels)
 
     def info(self, classes: int) -> ImageInfo:
-        """What an index says of them."""
+        """The entry of an index about these images."""
         assert self._first is not None
         return ImageInfo(*self._first, self._channels, classes=classes)
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and its class."""
+    """An image and its class, before it is packed."""
 
     image: Span | picture_tables.Cell
     label: int
     where: str
     size: tuple[int, int] | None = None
-    """Height and width that it must have; None where it is scaled."""
+    """Required height and width of the image; None: the image is scaled."""
 
     @property
     def bytes(self) -> int:
@@ -225,10 +225,10 @@ class LabelledImage:
 
 
 def common_size(scans: Sequence[tuple[Path, Scan]]) -> ImageInfo:
-    """The one shape of the images of several tars, and how many classes they have together.
+    """The common shape of the images of several tars, and the number of classes in all of them.
 
     Raises:
-        UserError: One has another size.
+        UserError: The images of a tar have another size.
     """
     infos = [(path, scan.image) for path, scan in scans if scan.image is not None]
     first = infos[0][1]
@@ -243,26 +243,26 @@ def common_size(scans: Sequence[tuple[Path, Scan]]) -> ImageInfo:
 
 
 def has_caption(sample: TarSample) -> bool:
-    """Whether an image has a caption beside it, and no class."""
+    """Whether a sample has a caption and no member .cls."""
     return "cls" not in sample.suffixes and bool(sample.suffixes & {*TEXT_MEMBERS, "npy"})
 
 
 def label_member(sample: TarSample) -> Member:
-    """The member that holds the class: `.cls`, whatever lies beside it, else `.json`.
+    """The member that holds the class: `.cls` if there is one, else `.json`.
 
     Raises:
-        UserError: There is none, or several.
+        UserError: There is no such member, or there are several.
     """
     return sample.one("cls") if "cls" in sample.suffixes else sample.one(*LABEL_SUFFIXES)
 
 
 def first_size(images: Iterable[Span | picture_tables.Cell], options: PackOptions) -> tuple[int, int] | None:
-    """Height and width that all images must have: those of the first that can be read; None where they are scaled."""
+    """Required height and width of all images: those of the first readable image; None if images are scaled."""
     if options.image_size is not None:
         return None
     for image in images:
         if image.size <= MAX_IMAGE_BYTES:
-            # One that cannot be read is reported when it is packed.
+            # An image that cannot be read is reported when it is packed.
             with contextlib.suppress(UserError):
                 return image_shape(image.read(), str(image.path))[:2]
     return None
@@ -271,10 +271,10 @@ def first_size(images: Iterable[Span | picture_tables.Cell], options: PackOption
 def packed_image(
     image: Span | picture_tables.Cell, means: Means, where: str, size: tuple[int, int] | None
 ) -> PackedMember:
-    """An image as it is stored in a shard: as its file is, or a PNG of the size that was chosen.
+    """The member of a shard that holds an image: the unchanged file, or a PNG scaled to the requested size.
 
     Raises:
-        UserError: Not an image, too large, or of another height and width than `size`.
+        UserError: The file is no image or too large, or the image does not have height and width `size`.
     """
     if image.size > MAX_IMAGE_BYTES:
         raise UserError(f"the image has more than {MAX_IMAGE_BYTES} bytes", where)
@@ -305,33 +305,33 @@ def images_under(folder: Path, options: PackOptions) -> list[Path]:
 
 
 def black(index: ShardIndex, count: int) -> np.ndarray:
-    """Images of zeros, uint8 (count, height, width, channels)."""
+    """Black images, uint8 of shape (count, height, width, channels)."""
     assert index.image is not None
     return np.zeros((count, index.image.height, index.image.width, index.image.channels), np.uint8)
 
 
 def read_image(index: ShardIndex, descriptor: int, offset: int, size: int, where: str) -> np.ndarray:
-    """An image of an open shard, uint8 (height, width, channels)."""
+    """Read an image of an open shard, uint8 of shape (height, width, channels)."""
     assert index.image is not None
     return decode_image(read_bytes(descriptor, offset, size, where), index.image, where)
 
 
 def example_images(config: ModelConfig, count: int, random: np.random.Generator) -> np.ndarray:
-    """Random pixels of the size that a model takes."""
+    """Random images of the size that a model takes, uint8 of shape (count, height, width, channels)."""
     return random.integers(0, 256, (count, *(config.sample_shape or (32, 32, 3))), dtype=np.uint8)
 
 
 def image_text(index: ShardIndex) -> str | None:
-    """HEIGHT x WIDTH x CHANNELS."""
+    """Shape of the images, as HEIGHT x WIDTH x CHANNELS; None if there are no images."""
     image = index.image
     return None if image is None else f"{image.height} x {image.width} x {image.channels}"
 
 
 def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
-    """Refuse images of another shape, or of more classes.
+    """Refuse images of another shape, or with more classes.
 
     Raises:
-        UserError: Names both.
+        UserError: The shapes differ, or `other` has more classes.
     """
     assert index.image is not None
     assert other.image is not None
@@ -345,10 +345,10 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
 
 
 def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack both at once") -> None:
-    """Refuse classes of other names, where both are named; `other` may lack the last ones.
+    """Refuse different names of classes, if both indexes have names. `other` may lack the last classes.
 
     Raises:
-        UserError: Names the first that differs.
+        UserError: The names differ; the error names the first difference.
     """
     names, other_names = index.class_names, other.class_names
     if names and other_names and other_names != names[: len(other_names)]:
@@ -368,7 +368,7 @@ def check_image_size(index: ShardIndex, config: ModelConfig) -> None:
     """Refuse a model that takes images of another size.
 
     Raises:
-        UserError: Names both.
+        UserError: The sizes of the images and of the model differ.
     """
     assert index.image is not None
     shape = (index.image.height, index.image.width, index.image.channels)

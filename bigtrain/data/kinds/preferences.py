@@ -1,9 +1,9 @@
-"""Preferences: a prompt with an answer that was chosen and one that was rejected, as token ids in `KEY.json`.
+"""Preferences: a prompt with a chosen and a rejected answer, as token ids in `KEY.json`.
 
     {"prompt": [5, 17], "chosen": [40, 2], "rejected": [61, 2]}
 
-A row of the sidecar is byte offset and bytes of the JSON; tokens of prompt, chosen and rejected; and tokens of both
-sequences together, each of which is the prompt and an answer.
+A row of the sidecar holds byte offset and bytes of the JSON; the numbers of tokens of prompt, chosen and rejected; and
+the total number of tokens of both sequences. Each sequence is the prompt followed by one answer.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 PARTS: Final = ("prompt", "chosen", "rejected")
 TOTAL: Final = 5
-"""The column of all tokens."""
+"""The column with the total number of tokens."""
 
 
 @KINDS.register
 class Preferences(SampleKind):
-    """Pairs of answers to a prompt, of which one was chosen."""
+    """Prompts with pairs of answers, of which one was chosen."""
 
     name = "preferences"
     unit = "pairs"
@@ -59,7 +59,7 @@ class Preferences(SampleKind):
         return index.tokenizer is not None
 
     def outputs(self, index: ShardIndex) -> int:
-        """Entries of the vocabulary."""
+        """Size of the vocabulary."""
         assert index.tokenizer is not None
         return index.tokenizer.vocab_size
 
@@ -73,19 +73,19 @@ class Preferences(SampleKind):
         return bool(
             spans_fit(rows[:, 0], rows[:, 1], shard.filesize)
             and (rows[:, 1] <= MAX_BYTES).all()
-            # An id takes a byte at least, so no sum can wrap around.
+            # An id takes at least one byte, so no sum can overflow.
             and (rows[:, 2:TOTAL] <= rows[:, 1:2]).all()
             and (rows[:, TOTAL] == 2 * prompt + chosen + rejected).all()
             and int(rows[:, TOTAL].sum()) == shard.tokens
         )
 
     def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`: the tokens of answers."""
+        """See `SampleKind`. Only the tokens of the answers count."""
         rows = (index.rows(number)[:, 3:TOTAL] for number in range(len(index.shards)))
         return sum(int(np.minimum(one, context).sum()) for one in rows)
 
     def cut(self, index: ShardIndex, context: int) -> int:
-        """Pairs of which a sequence has more than `context` + 1 tokens."""
+        """Number of pairs with a sequence of more than `context` + 1 tokens."""
         found = 0
         for number in range(len(index.shards)):
             rows = index.rows(number)
@@ -93,7 +93,7 @@ class Preferences(SampleKind):
         return found
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
-        """The first pairs: prompt, chosen and rejected, a line each."""
+        """The first pairs, with one line each for prompt, chosen and rejected."""
         reader = PreferenceReader(index, 1)
         tokenizer, found = index.load_tokenizer(), []
         shard = next(number for number, entry in enumerate(index.shards) if entry.nsamples)
@@ -103,7 +103,7 @@ class Preferences(SampleKind):
         return found[:lines]
 
     def recognises(self, sample: TarSample) -> bool:
-        """A JSON object with the three keys."""
+        """Whether the sample is a JSON object with the three keys."""
         return is_one(sample, _parsed)
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -111,7 +111,7 @@ class Preferences(SampleKind):
         return _Scanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """JSON lines with the texts `prompt`, `chosen` and `rejected`."""
+        """Find JSON lines with the texts `prompt`, `chosen` and `rejected`."""
         found: list[Pair] = []
         for given in inputs:
             path = Path(given)
@@ -131,7 +131,7 @@ class Preferences(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """tokens, targets int64, weights float32 (B, 2, C), keys (B,)."""
+        """tokens, targets int64, weights float32 (B, 2, C); keys int64 (B,)."""
         shape = (count, 2, config.context)
         begins = random.integers(0, config.context, (count, 2, 1))
         places = np.arange(config.context)
@@ -144,17 +144,18 @@ class Preferences(SampleKind):
 
 
 class PreferenceReader(SampleReader):
-    """Two sequences a sample: the prompt with the chosen answer, then with the rejected one."""
+    """Reads two sequences per sample: the prompt with the chosen answer, then the prompt with the rejected answer."""
 
     def __init__(self, index: ShardIndex, context: int, open_shards: int = 16, store: ShardStore | None = None) -> None:
         super().__init__(index, open_shards, store)
         self._context = context
 
     def blank(self, count: int) -> Arrays:
-        """tokens, targets int64, weights float32 (n, 2, C).
+        """Zeros: tokens, targets int64, weights float32 (n, 2, C).
 
-        Targets are the tokens one place later; those of the answers have weight one. Where a sequence is longer than
-        C + 1 tokens, the prompt loses its beginning, and an answer that is longer by itself its end.
+        When filled, targets are the tokens shifted by one position, and the targets of answers have weight one. An
+        answer of more than C tokens loses its end. If a sequence then has more than C + 1 tokens, the prompt loses its
+        beginning.
         """
         shape = (count, 2, self._context)
         return {
@@ -170,7 +171,7 @@ class PreferenceReader(SampleReader):
             raise CorruptionError("the sample has other lengths than were indexed", where, REINDEX)
         for side, part in enumerate(PARTS[1:]):
             answer = found[part][: self._context]
-            # At least one token stands before the answer: the first is never a target.
+            # At least one token precedes the answer, because the first token is never a target.
             prompt = found["prompt"][-(self._context + 1 - len(answer)) :]
             ids = np.asarray(prompt + answer, np.int64)
             end = len(ids) - 1
@@ -178,10 +179,10 @@ class PreferenceReader(SampleReader):
             arrays["weights"][place, side, end - len(answer) : end] = 1
 
     def weigh(self, arrays: Arrays, rows: list[list[int]]) -> None:
-        """Nothing: `fill` has set the weights."""
+        """Do nothing, because `fill` has set the weights."""
 
     def ids(self, shard: int, sample: int) -> dict[str, list[int]]:
-        """The token ids of one sample."""
+        """The token ids of one sample, under "prompt", "chosen" and "rejected"."""
         descriptor, rows = self._shards[shard]
         offset, size = rows[sample, :2].tolist()
         where = f"{self._index.shards[shard].url}, sample {sample}"
@@ -224,13 +225,13 @@ class Pair:
         return (self.path,)
 
     def members(self, means: Means) -> list[PackedMember]:
-        """See `Sample`: prompt and answers are encoded one by one, and an end of text follows each answer."""
+        """See `Sample`. Prompt and answers are encoded separately, and each answer ends with an end-of-text token."""
         tokenizer = means.tokenizer
         assert tokenizer is not None
         prompt, chosen, rejected = ([int(id) for id in tokenizer.encode(text)] for text in self.texts)
         begin = [] if tokenizer.bos is None else [tokenizer.bos]
         ids = {
-            # Something must stand before an answer: without a prompt and a begin of text, an end of text.
+            # A token must precede an answer: an end-of-text token if there is neither prompt nor begin-of-text token.
             "prompt": [*begin, *prompt] or [tokenizer.eot],
             "chosen": [*chosen, tokenizer.eot],
             "rejected": [*rejected, tokenizer.eot],
@@ -265,10 +266,10 @@ def _texts(value: dict[str, Any], where: str) -> tuple[str, str, str]:
 
 
 def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
-    """The token ids of a sample.
+    """Parse the token ids of a sample.
 
     Raises:
-        UserError: It is no such object.
+        UserError: The data is no such object.
     """
     value = json_object(data, where)
     return {part: token_ids(value, part, where) for part in PARTS}

@@ -1,11 +1,11 @@
-"""Text of which the loss counts a part: tokens in `KEY.npy`, and in `KEY.weights` a .npy array with a weight for each.
+"""Text with a loss on some tokens: tokens in `KEY.npy`, and one weight per token as a .npy array in `KEY.weights`.
 
-A row of the sidecar is byte offset and number of the tokens, byte offset of the weights, and bytes of one weight: 1 for
+A row of the sidecar holds byte offset and number of the tokens, byte offset of the weights, and bytes per weight: 1 for
 uint8 (0 or 1), 4 for float32.
 
-A sample of n tokens has n - 1 positions: each token but the last is read, and each but the first predicted. A sequence
-is one sample, padded; with `data.document_mask` as many whole samples as fit (`order.bins`), which do not see each
-other. What of a sample does not fit into the context is cut off.
+A sample of n tokens has n - 1 positions: all tokens but the last are inputs, and all but the first are targets. A
+sequence is one padded sample. With `data.document_mask`, it is as many complete samples as fit (`order.bins`), which do
+not attend to each other. A sample that is longer than the context loses its end.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 WEIGHTS = "weights"
 """Suffix of the member with the weights."""
 WEIGHT_TYPES = {"|u1": 1, "<f4": 4}
-"""Types of the weights, and their bytes."""
+"""Dtypes of the weights, and their bytes per weight."""
 
 
 @KINDS.register
 class SupervisedSamples(TokenSequences):
-    """Prompts with completions, conversations, and tokens with a mask of the loss."""
+    """Prompts with completions, conversations, and tokens with a loss mask."""
 
     name = "supervised"
     unit = "samples"
@@ -74,16 +74,16 @@ class SupervisedSamples(TokenSequences):
         return counted and all((index.dtype, index.tokenizer))
 
     def lengths(self, rows: Rows) -> dict[str, int]:
-        """How many samples there are of each number of positions."""
+        """Number of samples for each number of positions."""
         values, counts = np.unique(rows[:, 1] - 1, return_counts=True)
         return {str(value): count for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
 
     def sequence_counts(self, index: ShardIndex, context: int) -> list[int]:
-        """One for each sample."""
+        """Number of sequences in each shard: one per sample."""
         return [shard.nsamples for shard in index.shards]
 
     def packed_counts(self, index: ShardIndex, context: int) -> list[int]:
-        """Sequences that the samples of each shard fill together."""
+        """Number of sequences that the samples of each shard fill when they share sequences."""
         key = index.fingerprint, context
         if key not in self._counts:
             self._counts[key] = [count_bins(_histogram(shard), context) for shard in index.shards]
@@ -107,17 +107,17 @@ class SupervisedSamples(TokenSequences):
         )
 
     def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`: every token but the first of each sample, of whatever weight."""
+        """See `SampleKind`. All tokens but the first of each sample count, whatever their weights."""
         return sum(
             min(length, context) * count for shard in index.shards for length, count in _histogram(shard).items()
         )
 
     def cut(self, index: ShardIndex, context: int) -> int:
-        """Samples of more than `context` positions."""
+        """Number of samples with more than `context` positions."""
         return sum(count for shard in index.shards for length, count in _histogram(shard).items() if length > context)
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
-        """Refuse tasks that tell padding from text by the weights, and would hide a prompt."""
+        """Refuse tasks other than causal: they take positions of weight zero for padding, and would hide the prompt."""
         task = getattr(config, "task", "causal")
         if task != "causal":
             raise UserError(
@@ -134,7 +134,7 @@ class SupervisedSamples(TokenSequences):
         return index.load_tokenizer().decode(tokens[:length]).splitlines()[:lines]
 
     def recognises(self, sample: TarSample) -> bool:
-        """Tokens beside weights."""
+        """Whether the sample has tokens and weights."""
         return {"npy", WEIGHTS} <= sample.suffixes
 
     def scanner(self, first: TarSample, tokenizer: Tokenizer | None) -> Scanner:
@@ -146,7 +146,7 @@ class SupervisedSamples(TokenSequences):
         return SampleKind.named(self, scan)
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """The objects of JSON lines, JSON arrays, Parquet, Arrow, MDS, and `.json` members of tars."""
+        """Find the objects in JSON lines, JSON arrays, Parquet, Arrow, MDS, and `.json` members of tars."""
         found: list[RecordSample] = []
         columns, keys = tuple(options.columns.items()), keys_of(options.columns)
         for source in sources(inputs, options.passed):
@@ -180,7 +180,7 @@ class RecordSample:
     """One object, before it is packed."""
 
     content: str
-    """As JSON."""
+    """The object as JSON."""
     where: str
     file: Path
     columns: tuple[tuple[str, str], ...]
@@ -214,15 +214,15 @@ class RecordSample:
 @dataclass(frozen=True)
 class _SupervisedShard:
     stored: npt.NDArray[np.uint8]
-    """The whole tar, mapped."""
+    """The bytes of the full tar, memory-mapped."""
     rows: Rows
     sequences: list[list[int]] | None
-    """The samples of each sequence; None: one each."""
+    """The samples of each sequence; None: one sample per sequence."""
     name: str
 
 
 class SupervisedReader(ShardReader[_SupervisedShard]):
-    """Sequences of one sample, or with a document mask of several."""
+    """Reads sequences of one sample, or of several samples with a document mask."""
 
     def __init__(
         self,
@@ -236,9 +236,9 @@ class SupervisedReader(ShardReader[_SupervisedShard]):
         self._context, self._document_mask = context, document_mask
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64.
+        """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64 (n, C).
 
-        `documents` numbers a sequence's samples from 0, padding as one more; `positions` restart at each.
+        `documents` numbers the samples of a sequence from 0; padding counts as one more. `positions` restart at each.
         """
         arrays = self.blank(len(shards))
         for place, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
@@ -265,7 +265,7 @@ class SupervisedReader(ShardReader[_SupervisedShard]):
         return blank_sequences(count, self._context, self._document_mask)
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/SAMPLE:0, or SOURCE/SHARD/SAMPLE+SAMPLE:0 of several in one sequence."""
+        """The id of each sequence: SOURCE/SHARD/SAMPLE:0, or SOURCE/SHARD/SAMPLE+SAMPLE:0 for several samples."""
         found = []
         for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
             opened = self._shards[shard]
@@ -291,7 +291,7 @@ class SupervisedReader(ShardReader[_SupervisedShard]):
         return _SupervisedShard(stored, found.rows, sequences, str(found.path))
 
     def _close(self, opened: _SupervisedShard) -> None:
-        # The mapping ends with the last array over it.
+        # The memory map ends with the last array that uses it.
         pass
 
 
@@ -329,5 +329,5 @@ def _histogram(shard: Shard) -> dict[int, int]:
 
 
 def _refuse(value: object) -> Any:
-    # A column of bytes or dates beside those that are read.
+    # Called for bytes or dates, in a value that JSON cannot represent.
     return repr(value)

@@ -1,7 +1,7 @@
-"""Text: documents as tokens (`KEY.npy`), or as text that is tokenised when it is read (`KEY.txt`, `KEY.txt.gz`).
+"""Text: documents as tokens (`KEY.npy`), or as text that is tokenised on reading (`KEY.txt`, `KEY.txt.gz`).
 
-A row of the sidecar is byte offset and tokens; of text byte offset, bytes, tokens, and 1 where the member is gzip.
-Sequences are formed when they are read, from a shard, its sidecar and the context.
+A row of the sidecar holds byte offset and number of tokens. For text, it holds byte offset, bytes, number of tokens,
+and 1 if the member is compressed with gzip. Sequences are formed on reading, from a shard, its sidecar and the context.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
 LONG_DOCUMENT = 64
-"""Tokens of a shard's documents, on average, from which on copying them one by one is faster than one gather."""
+"""Mean tokens per document, from which on copying documents one by one is faster than one gather."""
 PREVIEW_TOKENS = 256
 PASSED_ON = ("validation", "shard_bytes", "seed", "key", "token_type", "skip_bad")
-"""Options that packing takes as they are."""
+"""Options that are passed to `packing.documents.pack` unchanged."""
 
 
 @KINDS.register
 class TokenSequences(SampleKind):
-    """Sequences of tokens."""
+    """Sequences of tokens from a stream of documents."""
 
     name = "tokens"
     unit = "tokens"
@@ -64,12 +64,12 @@ class TokenSequences(SampleKind):
         return hashed and all((index.dtype, index.tokenizer))
 
     def outputs(self, index: ShardIndex) -> int:
-        """Entries of the vocabulary."""
+        """Size of the vocabulary."""
         assert index.tokenizer is not None
         return index.tokenizer.vocab_size
 
     def sequence_counts(self, index: ShardIndex, context: int) -> list[int]:
-        """Sequences of `context` tokens in each shard: ceil((tokens - 1) / context)."""
+        """Number of sequences of `context` tokens in each shard: ceil((tokens - 1) / context)."""
         return [-(-max(0, shard.tokens - 1) // context) for shard in index.shards]
 
     def token_column(self, text: bool) -> int | None:
@@ -87,7 +87,7 @@ class TokenSequences(SampleKind):
         )
 
     def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`: every token but the first of each shard."""
+        """See `SampleKind`. All tokens but the first of each shard count."""
         return sum(max(0, shard.tokens - 1) for shard in index.shards)
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
@@ -100,10 +100,10 @@ class TokenSequences(SampleKind):
         return index.load_tokenizer().decode(tokens).splitlines()[:lines]
 
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
-        """Tokens mean the same where the tokenizers are equal, which is compared for all kinds."""
+        """Require nothing more: equal tokenizers give tokens the same meaning, and are required for all kinds."""
 
     def recognises(self, sample: TarSample) -> bool:
-        """A list of whole numbers in .npy, or a text, and neither image nor class."""
+        """Whether the sample has a list of integers in .npy, or a text, and neither an image nor a class."""
         if sample.suffixes & {*IMAGE_SUFFIXES, "cls"}:
             return False
         if "npy" in sample.suffixes:
@@ -142,7 +142,10 @@ class TokenSequences(SampleKind):
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """tokens, targets int64, weights float32 (B, C), keys (B,); with documents also documents, positions (B, C)."""
+        """tokens, targets int64, weights float32 (B, C); keys int64 (B,).
+
+        With documents, also documents int32, positions int64 (B, C).
+        """
         shape = (count, config.context)
         batch: Arrays = {
             "tokens": random.integers(0, max(1, vocabulary), shape),
@@ -162,7 +165,7 @@ class TokenSequences(SampleKind):
         return batch
 
     def units(self, context: int) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens per sequence."""
         return context
 
 
@@ -171,19 +174,19 @@ class _TokenShard:
     """A shard's documents as one stream of tokens."""
 
     stored: npt.NDArray[Any]
-    """The whole tar seen as an array of tokens, mapped."""
+    """The full tar as a memory-mapped array of tokens."""
     starts: IntArray
-    """Position in the stream of each document's first token."""
+    """Position of each document's first token in the stream."""
     ends: IntArray
     shift: IntArray
-    """Added to a stream position inside a document, gives the position in `stored`."""
+    """Offset of each document from its position in the stream to its position in `stored`."""
 
 
 class TokenReader(ShardReader[_TokenShard]):
-    """Sequences of tokens.
+    """Reads sequences of tokens.
 
-    Sequence i of a shard covers positions i*C .. i*C + C of its stream: C inputs and, one later, C targets.
-    The last is padded with weight zero.
+    Sequence i of a shard covers positions i*C .. i*C + C of the shard's stream of tokens: C inputs, and the C targets
+    that follow them. The last sequence is padded with weight zero.
     """
 
     def __init__(
@@ -200,10 +203,10 @@ class TokenReader(ShardReader[_TokenShard]):
         self._context, self._document_mask = context, document_mask
 
     def read(self, shards: IntArray, indices: IntArray) -> Arrays:
-        """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64.
+        """tokens, targets int64, weights float32 (n, C); with the mask also documents int32, positions int64 (n, C).
 
-        `documents` numbers a sequence's documents from 0, padding as one more; `positions` restart at each.
-        The target after a document's end has weight zero then.
+        `documents` numbers the documents of a sequence from 0; padding counts as one more. `positions` restart at each
+        document. With the mask, the first token of the next document has weight zero as a target.
         """
         count, length = len(shards), self._context + 1
         block = np.zeros((count, length), dtype=np.int64)
@@ -236,7 +239,10 @@ class TokenReader(ShardReader[_TokenShard]):
         return blank_sequences(count, self._context, self._document_mask)
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """SOURCE/SHARD/DOCUMENT:OFFSET; DOCUMENT counts the shard's members, OFFSET tokens in it."""
+        """The id of each sequence: SOURCE/SHARD/DOCUMENT:OFFSET of its first token.
+
+        DOCUMENT is the number of a member in the shard, OFFSET the index of a token in the member.
+        """
         ids = []
         for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
             opened = self._shards[shard]
@@ -257,7 +263,7 @@ class TokenReader(ShardReader[_TokenShard]):
         return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
 
     def _close(self, opened: _TokenShard) -> None:
-        # Arrays over a mapping that others may still look at: the last of them ends it.
+        # Other arrays may still use the memory map, which ends with the last of them.
         pass
 
     def _copy(
@@ -300,10 +306,10 @@ class TokenReader(ShardReader[_TokenShard]):
         documents: npt.NDArray[np.int32] | None,
         positions: IntArray | None,
     ) -> None:
-        """Fill the given rows from one shard, all at once.
+        """Fill the given rows from one shard, with a single gather.
 
-        A sequence is a run of pieces, each a range of one document. A token's place is its piece's
-        shift plus its position in the stream, so that one gather reads them all.
+        A sequence consists of consecutive pieces, each a range of one document. The index of a token in `stored` is its
+        position in the stream plus the shift of its document.
         """
         length = self._context + 1
         begins = indices * self._context
@@ -316,7 +322,7 @@ class TokenReader(ShardReader[_TokenShard]):
         document = first[owner] + within
         piece_begin = np.maximum(opened.starts[document], begins[owner])
         piece_size = np.minimum(opened.ends[document], stops[owner]) - piece_begin
-        # Pieces are written one after another, so a token's rank in its piece is its rank minus `written`.
+        # Pieces are written consecutively, so a token's index in its piece is its overall index minus `written`.
         written = np.cumsum(piece_size) - piece_size
         place = np.arange(int(sizes.sum())) + np.repeat(piece_begin + opened.shift[document] - written, piece_size)
         tokens = opened.stored[place]
@@ -335,7 +341,7 @@ class TokenReader(ShardReader[_TokenShard]):
 
 
 def blank_sequences(count: int, context: int, document_mask: bool) -> Arrays:
-    """Sequences of token 0 and weight zero, (count, context)."""
+    """Sequences of token 0 and weight zero, of shape (count, context)."""
     shape = (count, context)
     arrays: Arrays = {"tokens": np.zeros(shape, np.int64), "targets": np.zeros(shape, np.int64)}
     if document_mask:
@@ -348,7 +354,7 @@ def blank_sequences(count: int, context: int, document_mask: bool) -> Arrays:
 def _scatter(
     target: npt.NDArray[Any], rows: IntArray, inside: npt.NDArray[np.bool_] | None, values: npt.NDArray[Any]
 ) -> None:
-    """Write values, row after row, into rows of target where `inside` holds (everywhere where None)."""
+    """Write values, row by row, into rows of `target` where `inside` is True; None: everywhere."""
     if inside is None:
         target[rows] = values.reshape(len(rows), -1)
     else:

@@ -1,7 +1,7 @@
-"""Which samples share a sequence: best fit, the longest first.
+"""Determines which samples share a sequence: best-fit packing, with the longest samples first.
 
 Each sample goes into the fullest sequence that still has room for it (Ding et al. 2024, "Fewer Truncations Improve
-Language Modeling", section 3). The number of sequences depends on the lengths alone, not on which sample has which.
+Language Modeling", section 3). The number of sequences depends only on the histogram of lengths.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from bigtrain.data.order.sample_order import IntArray
 
 
 def bins(lengths: IntArray, size: int) -> list[list[int]]:
-    """The samples of each sequence, ascending.
+    """The samples of each sequence, in ascending order.
 
     Args:
-        lengths: int64 (samples,), each at most `size`.
-        size: Positions of a sequence.
+        lengths: Length of each sample, int64 of shape (samples,); each is at most `size`.
+        size: Positions per sequence.
     """
     found: list[list[int]] = []
-    # Sequences by the room that they have left, and the rooms that there are.
+    # Sequences by their number of free positions, and the ascending list of these numbers.
     by_room: dict[int, list[int]] = {}
     rooms: list[int] = []
     order = np.argsort(-lengths, kind="stable")
@@ -45,10 +45,11 @@ def bins(lengths: IntArray, size: int) -> list[list[int]]:
 
 
 def count_bins(histogram: Mapping[int, int], size: int) -> int:
-    """How many sequences samples of these lengths fill; a longer sample is cut to `size`.
+    """The number of sequences that samples of these lengths fill; a longer sample is cut to `size`.
 
     Args:
-        histogram: How many samples there are of each length.
+        histogram: Number of samples of each length.
+        size: Positions per sequence.
     """
     lengths = np.repeat(
         np.fromiter((min(length, size) for length in histogram), np.int64, len(histogram)),

@@ -1,8 +1,8 @@
-"""Mixtures: how much of each source a step consumes, and which of its sequences.
+"""Mixtures: how many sequences of each source a step consumes, and which ones.
 
-The sequences of a phase are dealt to the sources by a pattern that repeats: a source of share w has given, after any p
-sequences, less than one more or less than w p (Tijdeman 1980, "The chairman assignment problem"). What a step consumes
-of a source are the next ones of that source's own order, so each source goes through its epochs by itself.
+A repeating pattern assigns the sequences of a phase to the sources. After any p sequences, a source of share w has
+given w p sequences, with an error below one (Tijdeman 1980, "The chairman assignment problem"). A step consumes the
+next sequences in each source's own order, so each source passes through its own epochs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from bigtrain.data.threads import Threads
 from bigtrain.models.batches import Arrays
 
 MAX_PERIOD = 1 << 16
-"""Sequences after which a pattern repeats, at most: shares that need more are rounded to whole parts of so many."""
+"""Maximum length of a pattern, in sequences. Shares that need a longer pattern are rounded."""
 
 
 def parts(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as the smallest whole numbers of the same ratios, their sum at most MAX_PERIOD.
+    """The smallest integers with the same ratios as the weights.
 
-    Beyond that they are rounded by largest remainder, what is not zero to one at least.
+    If their sum would exceed MAX_PERIOD, they are rounded by largest remainder; a weight that is not zero gets at
+    least one.
 
     Raises:
-        ValueError: None is positive.
+        ValueError: No weight is positive.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     total = sum(exact)
@@ -58,11 +59,11 @@ def parts(weights: Sequence[float]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def pattern(shares: tuple[int, ...]) -> IntArray:
-    """Which source gives each sequence of one period: int64 (sum of shares,).
+    """The source of each sequence of one period: int64 of shape (sum of shares,).
 
-    The j-th sequence of a source of a parts in Q may come from floor(j Q / a) on and must come before
-    ceil((j + 1) Q / a); the one that must come first goes first, which meets them all since together the shares are
-    one (Baruah et al. 1996, "Proportionate progress").
+    Let a source have `a` of `Q` parts. Its j-th sequence may come at position floor(j Q / a) or later, and must come
+    before ceil((j + 1) Q / a). The sequence with the earliest deadline comes first. This meets all deadlines, because
+    the shares sum up to one (Baruah et al. 1996, "Proportionate progress").
     """
     period = sum(shares)
     released: list[tuple[int, int, int]] = []
@@ -84,9 +85,9 @@ class _Phase:
 
     def __init__(self, start: int, base: IntArray, shares: tuple[int, ...]) -> None:
         """Args:
-        start: Its first position, in sequences since the run began.
-        base: Sequences consumed of each source before it.
-        shares: See `parts`.
+        start: First position of the phase, in sequences since the start of the run.
+        base: Sequences consumed from each source before the phase, int64 of shape (S,).
+        shares: Integer shares of the sources; see `parts`.
         """
         self.start, self.base = start, base
         self.shares = np.asarray(shares, dtype=np.int64)
@@ -94,23 +95,23 @@ class _Phase:
         self._places = [np.flatnonzero(self.pattern == source) for source in range(len(shares))]
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences consumed of each source before a position, int64 (S,)."""
+        """Sequences consumed from each source before a position, int64 of shape (S,)."""
         periods, rest = divmod(position - self.start, len(self.pattern))
         begun = [int(np.searchsorted(places, rest)) for places in self._places]
         return self.base + periods * self.shares + np.asarray(begun, dtype=np.int64)
 
     def sources(self, position: int, count: int) -> IntArray:
-        """The source of each of `count` sequences from a position on."""
+        """The source of each of the `count` sequences from a position on, int64 of shape (count,)."""
         return self.pattern[np.arange(position - self.start, position - self.start + count) % len(self.pattern)]
 
 
 class MixedOrder:
-    """The order of a mixture; shards are numbered through all sources.
+    """The global order of a mixture. Shards are numbered consecutively over all sources.
 
     Args:
         orders: The order of each source.
-        phases: First position of each phase, in sequences, and the weights of the sources in it; ascending.
-        drawn: Sequences consumed of each source before the first phase, by an earlier run.
+        phases: First position of each phase, in sequences, and the weights of the sources in it; in ascending order.
+        drawn: Sequences that an earlier run consumed from each source, before the first phase.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class MixedOrder:
             self._phases.append(_Phase(start, base, parts(weights)))
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences consumed of each source before a position, int64 (S,)."""
+        """Sequences consumed from each source before a position, int64 of shape (S,)."""
         return self._phase(position)[0].drawn(position)
 
     def take(self, start: int, count: int) -> Draw:
@@ -153,7 +154,7 @@ class MixedOrder:
         return Draw(shard, sequence, epoch)
 
     def upcoming(self, start: int, count: int) -> IntArray:
-        """The shards that these positions come from, and those that come next, source by source."""
+        """The shards of these positions and the shards that follow them, source by source."""
         before, after = self.drawn(start), self.drawn(start + count)
         active = self._phase(start + count)[0].shares > 0
         found = [
@@ -166,7 +167,7 @@ class MixedOrder:
         return np.concatenate(found)
 
     def _phase(self, position: int) -> tuple[_Phase, int | None]:
-        """The phase of a position, and where the next one begins."""
+        """The phase of a position, and the first position of the next phase (None for the last phase)."""
         if position < self._phases[0].start:
             raise ValueError(f"position {position} lies before the mixture's beginning at {self._phases[0].start}")
         number = next(n for n in reversed(range(len(self._phases))) if self._phases[n].start <= position)
@@ -175,59 +176,59 @@ class MixedOrder:
 
 @dataclass(frozen=True)
 class Sources:
-    """The shard directories that a run reads, each by its name; shards are numbered through all of them."""
+    """The shard directories that a run reads, with their names. Shards are numbered consecutively over all of them."""
 
     names: tuple[str, ...]
     indexes: tuple[ShardIndex, ...]
 
     @classmethod
     def of(cls, data: Sources | ShardIndex | str | Path, name: str) -> Sources:
-        """One source, where `data` is not several already."""
+        """Build a single source with this name, unless `data` is already a `Sources`."""
         if isinstance(data, Sources):
             return data
         return cls((name,), (data if isinstance(data, ShardIndex) else load_index(data),))
 
     @classmethod
     def by_content(cls, named: Mapping[str, ShardIndex]) -> Sources:
-        """In the order of their fingerprints, so that no place and no name changes the order of samples."""
+        """Build sources in the order of their fingerprints, so that the order of samples depends on no path or name."""
         ordered = sorted(named.items(), key=lambda pair: pair[1].fingerprint)
         return cls(tuple(name for name, _ in ordered), tuple(index for _, index in ordered))
 
     @property
     def first(self) -> ShardIndex:
-        """One of them: what kind of data and which tokenizer they all have."""
+        """The first source; all sources hold the same kind of data and have the same tokenizer."""
         return self.indexes[0]
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary or classes, of all together; sources with one tokenizer have the same."""
+        """Size of the vocabulary, or number of classes: the maximum over all sources."""
         return max(index.vocab_size for index in self.indexes)
 
     @property
     def streams(self) -> bool:
-        """Whether shards of one of them go through the cache."""
+        """Whether the shards of any source go through the cache."""
         return any(index.streams for index in self.indexes)
 
     def sequence_counts(self, context: int, document_mask: bool = False) -> list[int]:
-        """Sequences of `context` tokens in each shard of each source."""
+        """Number of sequences of `context` tokens in each shard of each source."""
         return [count for index in self.indexes for count in index.sequence_counts(context, document_mask)]
 
     def sources_of(self, shards: IntArray) -> IntArray:
-        """The number of each shard's source."""
+        """The source number of each shard, int64."""
         ends = np.cumsum([len(index.shards) for index in self.indexes])
         return np.searchsorted(ends, shards, side="right").astype(np.int64)
 
     def one_hot(self, shards: IntArray, slots: int) -> np.ndarray:
-        """float32 (slots, S): a one for the source of each sequence, and nothing for slots beyond them."""
+        """The source of each sequence as a one-hot row: float32 of shape (slots, S); rows of fillers are zero."""
         rows = np.zeros((slots, len(self.names)), dtype=np.float32)
         rows[np.arange(len(shards)), self.sources_of(shards)] = 1
         return rows
 
     def require_same_samples(self) -> None:
-        """Refuse sources that one model cannot learn together.
+        """Refuse sources that cannot be mixed.
 
         Raises:
-            UserError: Another tokenizer or shape; the same data twice.
+            UserError: Tokenizers or shapes differ, or two sources are the same data.
         """
         seen: dict[str, str] = {}
         for name, index in zip(self.names, self.indexes, strict=True):
@@ -242,13 +243,13 @@ class Sources:
     def open_reader(
         self, context: int, document_mask: bool, open_shards: int, streaming: StreamingConfig | None
     ) -> Reader:
-        """A reader of all of them."""
+        """Open a reader for all sources."""
         readers = [open_reader(index, context, document_mask, open_shards, streaming) for index in self.indexes]
         return readers[0] if len(readers) == 1 else MixedReader(self, readers)
 
 
 class MixedReader:
-    """Reads the shards of several sources; see `sequences.Reader`."""
+    """Reads the shards of several sources; see `reading.Reader`."""
 
     def __init__(self, sources: Sources, readers: Sequence[Reader]) -> None:
         self._sources, self._readers = sources, tuple(readers)
@@ -271,7 +272,7 @@ class MixedReader:
         return self._readers[0].blank(count)
 
     def sample_ids(self, source: str, shards: IntArray, indices: IntArray) -> list[str]:
-        """See `Reader.sample_ids`; the source is each one's own."""
+        """See `Reader.sample_ids`. Each id names the sequence's own source, and `source` is ignored."""
         ids = []
         for of, shard, index in zip(
             self._sources.sources_of(shards).tolist(), shards.tolist(), indices.tolist(), strict=True

@@ -1,11 +1,11 @@
-"""The global order: which sequences a step consumes, as arithmetic.
+"""The global order: computes which sequences a step consumes.
 
-Each epoch permutes the shards, takes `window` consecutive ones at a time and permutes the sequences inside
-that window. Nothing but (seed, fingerprint, counts, window) enters, so world size, workers, engine and layout
-cannot change the order, and a reader with room for one window reads each shard once an epoch.
+Each epoch permutes the shards, takes `window` consecutive shards at a time, and permutes the sequences inside
+that window. The order depends only on (seed, fingerprint, counts, window). So world size, workers, engine and layout
+cannot change it, and a reader that can hold one window reads each shard once per epoch.
 
-A permutation is the argsort of a splitmix64 hash (Steele, Lea, Flood 2014), written out here so that no
-release of numpy changes it.
+A permutation is the argsort of a splitmix64 hash (Steele, Lea, Flood 2014). The hash is implemented here, so that no
+release of NumPy can change it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _CACHED_WINDOWS = 3
 
 
 class Draw(NamedTuple):
-    """Positions of the global order: three int64 arrays of equal length."""
+    """Sequences of the global order: shard, number and epoch of each, as int64 arrays of equal length."""
 
     shard: IntArray
     sequence: IntArray
-    """Number of the sequence inside its shard."""
+    """Number of each sequence inside its shard."""
     epoch: IntArray
 
 
@@ -45,25 +45,25 @@ class Order(Protocol):
     """A global order of sequences."""
 
     counts: IntArray
-    """Sequences of each shard."""
+    """Number of sequences in each shard."""
     window: int
-    """Shards that neighbouring sequences may come from."""
+    """Number of shards whose sequences are shuffled together."""
 
     def take(self, start: int, count: int) -> Draw:
         """The sequences at positions start .. start + count - 1."""
         ...
 
     def upcoming(self, start: int, count: int) -> IntArray:
-        """The shards that these positions come from, and those that come next, in the order of their need."""
+        """The shards of these positions and the shards that follow them, in the order in which they are needed."""
         ...
 
     def drawn(self, position: int) -> IntArray:
-        """Sequences consumed of each source before a position."""
+        """Sequences consumed from each source before a position, int64 of shape (S,)."""
         ...
 
 
 def splitmix64(values: npt.ArrayLike) -> _Words:
-    """The splitmix64 finaliser of each 64-bit word; wraps modulo 2**64."""
+    """The splitmix64 finalizer of each 64-bit word; arithmetic is modulo 2**64."""
     mixed = np.atleast_1d(np.asarray(values, dtype=np.uint64)) + _GAMMA
     mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
@@ -71,7 +71,7 @@ def splitmix64(values: npt.ArrayLike) -> _Words:
 
 
 def hash_words(*words: int | npt.ArrayLike) -> _Words:
-    """One 64-bit hash of a tuple of integers; arrays broadcast. Negative integers count modulo 2**64."""
+    """The 64-bit hash of a tuple of integers. Arrays broadcast; negative integers are taken modulo 2**64."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
         value = word % 2**64 if isinstance(word, int) else np.asarray(word).astype(np.uint64)
@@ -80,13 +80,13 @@ def hash_words(*words: int | npt.ArrayLike) -> _Words:
 
 
 def permutation(count: int, *key: int) -> IntArray:
-    """A permutation of range(count), int64, fixed by `key` and stable across machines and versions."""
+    """A permutation of range(count), int64. It depends only on `key`, and not on machine or version."""
     ranks = hash_words(*key, np.arange(count, dtype=np.uint64))
     return np.argsort(ranks, kind="stable").astype(np.int64)
 
 
 def sequence_keys(seed: int, step: int, slots: npt.ArrayLike) -> IntArray:
-    """The source of a sequence's random bits: int64 hash of (seed, step, index in the global batch)."""
+    """The key of each sequence's random numbers: the int64 hash of (seed, step, slot in the global batch)."""
     return hash_words(seed, step, slots).view(np.int64)
 
 
@@ -95,9 +95,9 @@ class SampleOrder:
 
     Args:
         seed: The run's seed.
-        fingerprint: The data's fingerprint: other data, another order.
-        counts: Sequences of each shard, in the index's order.
-        window: Shards that are mixed with each other.
+        fingerprint: The data's fingerprint; other data has another order.
+        counts: Number of sequences in each shard, in the order of the index.
+        window: Number of shards whose sequences are shuffled together.
 
     Raises:
         UserError: No shard holds a sequence.
@@ -117,7 +117,7 @@ class SampleOrder:
         self._windows: OrderedDict[tuple[int, int], tuple[IntArray, IntArray]] = OrderedDict()
 
     def take(self, start: int, count: int) -> Draw:
-        """The sequences at positions start .. start + count - 1; epochs follow each other without end."""
+        """The sequences at positions start .. start + count - 1. The number of epochs is unlimited."""
         shards, indices, epochs = [], [], []
         position, end = start, start + count
         while position < end:
@@ -135,7 +135,7 @@ class SampleOrder:
         return Draw(*(np.concatenate([empty, *parts]) for parts in (shards, indices, epochs)))
 
     def upcoming(self, start: int, count: int) -> IntArray:
-        """The shards of the windows that positions start .. start + count - 1 lie in, and of the window after them."""
+        """The shards of the windows of positions start .. start + count - 1, and of the window after them."""
         found = []
         position, last = start, start + max(1, count) - 1
         while True:
@@ -149,7 +149,7 @@ class SampleOrder:
             position = epoch * self.sequences_per_epoch + int(after)
 
     def drawn(self, position: int) -> IntArray:
-        """See `Order`: all from one source."""
+        """See `Order`. There is only one source."""
         return np.asarray([position], dtype=np.int64)
 
     def _epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
@@ -162,7 +162,7 @@ class SampleOrder:
         return self._epochs[epoch]
 
     def _window(self, epoch: int, number: int) -> tuple[IntArray, IntArray]:
-        """Shard and index of each sequence of a window, permuted."""
+        """The shard of each sequence of a window, and its number in the shard, in permuted order."""
         key = (epoch, number)
         if key not in self._windows:
             shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
@@ -177,11 +177,11 @@ class SampleOrder:
 
 
 class FixedOrder:
-    """Shard after shard, sequence after sequence, once: the order of evaluation.
+    """The order of evaluation: all shards and their sequences in storage order, once.
 
     Args:
-        counts: Sequences of each shard.
-        most: Sequences after which it ends; null: where the data ends.
+        counts: Number of sequences in each shard.
+        most: Maximum number of sequences; None: all.
     """
 
     window = 1
@@ -193,7 +193,7 @@ class FixedOrder:
         self.sequences_per_epoch = total if most is None else min(most, total)
 
     def take(self, start: int, count: int) -> Draw:
-        """The sequences at positions start .. start + count - 1; fewer where the data ends."""
+        """The sequences at positions start .. start + count - 1; fewer if the data ends."""
         positions = np.arange(start, max(start, min(start + count, self.sequences_per_epoch)), dtype=np.int64)
         shard = np.searchsorted(self._ends, positions, side="right").astype(np.int64)
         return Draw(shard, positions - (self._ends - self.counts)[shard], np.zeros_like(positions))
@@ -207,7 +207,7 @@ class FixedOrder:
         return filled[first : last + 3].astype(np.int64)
 
     def drawn(self, position: int) -> IntArray:
-        """See `Order`: all from one source."""
+        """See `Order`. There is only one source."""
         return np.asarray([position], dtype=np.int64)
 
 

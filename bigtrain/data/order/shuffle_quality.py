@@ -1,4 +1,4 @@
-"""How well an order shuffles, measured against a full permutation of the same sequences."""
+"""Measures how well an order shuffles, compared with a full permutation of the same sequences."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import numpy.typing as npt
 from bigtrain.data.order.sample_order import IntArray, Order, permutation
 
 MAX_SEQUENCES = 1 << 22
-"""Sequences from the start of the order that are looked at, at most."""
+"""Maximum number of sequences that are measured."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How sequences that lie together in storage are spread over the steps."""
+    """How far sequences that are neighbours in a shard are spread over the training."""
 
     travel_median: float
-    """Sequences between two neighbours of a shard in the order of training, in the middle of all pairs."""
+    """Distance of two neighbours in the order of training, in sequences: the median over all pairs."""
     travel_10th: float
-    """The same of the tenth of the pairs that stay closest."""
+    """The same distance: the 10th percentile over all pairs."""
     same_batch: float
-    """Share of neighbours that one batch holds both of."""
+    """Share of the pairs of neighbours that are in the same batch."""
     shards_per_batch: float
-    """Distinct shards that a batch comes from, on average."""
+    """Mean number of distinct shards per batch."""
     source_deviation: float
-    """Standard deviation, over the batches, of a source's sequences in a batch; the worst source."""
+    """Standard deviation, over batches, of the number of sequences of a source; the maximum over all sources."""
 
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """An order beside a full permutation of all its sequences."""
+    """The measurement of an order, and of a full permutation of the same sequences."""
 
     sequences: int
     batch: int
@@ -42,17 +42,17 @@ class ShuffleQuality:
 
 
 def shuffle_quality(order: Order, batch: int, source_of_shard: Sequence[int] = (), start: int = 0) -> ShuffleQuality:
-    """Measure an order over one epoch of its sequences.
+    """Measure an order over as many sequences as one epoch has, but at most MAX_SEQUENCES.
 
     Args:
-        batch: Sequences of a step.
-        source_of_shard: The source of each shard, where there are several.
-        start: The first position that is looked at.
+        batch: Sequences per step.
+        source_of_shard: The source of each shard, if there are several sources.
+        start: The first position that is measured.
     """
     count = min(int(order.counts.sum()), MAX_SEQUENCES)
     draw = order.take(start, count)
     firsts = np.cumsum(order.counts) - order.counts
-    # An epoch of its own for each pass over a source, so that a neighbour is of the same pass.
+    # Epochs are kept apart, so that only sequences of the same pass over a source are neighbours.
     place = draw.epoch * int(order.counts.sum()) + firsts[draw.shard] + draw.sequence
     sources = np.asarray(source_of_shard or np.zeros(len(order.counts)), dtype=np.int64)
     shuffled = permutation(count, 0)
@@ -83,7 +83,7 @@ def _mixing(place: IntArray, shard: IntArray, source: IntArray, batch: int) -> M
 
 
 def table(quality: ShuffleQuality) -> str:
-    """The measurement as people read it."""
+    """The measurement as a text table."""
     rows = [
         ("neighbours are apart, median", "travel_median", ",.0f", " sequences"),
         ("the closest tenth of them", "travel_10th", ",.0f", " sequences"),

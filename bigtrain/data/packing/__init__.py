@@ -1,1 +1,1 @@
-"""Packing: input files become shards (`bigtrain data pack`)."""
+"""Packing: turns input files into shards (`bigtrain data pack`)."""

@@ -1,12 +1,13 @@
-"""Packing: documents become shards of tokens (`bigtrain data pack`).
+"""Packing: turns documents into shards of tokens (`bigtrain data pack`).
 
-    survey    each part of the input is hashed, where documents are held out        parts/N.survey.npy
-    tokenise  each part becomes its tokens and the lengths of its documents         parts/N.tokens, N.npy, N.json
-    plan      from the lengths alone: which tokens make which member of which shard
-    write     each shard is written, indexed and synced by itself                   train/shard-N.tar, ...
+    survey    hash the documents of each part of the input, if some are held out    parts/N.survey.npy
+    tokenise  write the tokens of each part and the lengths of its documents        parts/N.tokens, N.npy, N.json
+    plan      assign tokens to the members of shards, from the lengths only
+    write     write, index and sync each shard separately                           train/shard-N.tar, ...
 
-Parts are fixed by the input and shards by the lengths, so that any number of processes writes the same bytes. What is
-finished has its last file in place, and a start after a kill goes on from there. In the end one rename publishes all.
+Parts depend only on the input, and shards only on the lengths, so any number of processes writes the same bytes. A task
+is finished when its last file exists, and a start after a kill continues from there. At the end, one rename publishes
+all files.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MIN_SHARD_BYTES = 1 << 10
 PART_BYTES = 8 << 20
 SMALLEST_PART_BYTES = 1 << 20
 PARTS_OF_SMALL_INPUT = 64
-"""Parts that an input is divided into at least, so that all workers end at about the same time."""
+"""Minimum number of parts of an input, so that all workers end at about the same time."""
 SMALL_INPUT_BYTES = 4 << 20
 
 
@@ -62,29 +63,30 @@ def pack(
     part_bytes: int | None = None,
     progress: ReportProgress | None = None,
 ) -> PackSummary:
-    """Tokenise documents into OUT/train, and OUT/validation where `validation` is above zero.
+    """Tokenise documents into OUT/train, and into OUT/validation if `validation` is above zero.
 
-    After a kill the same call goes on where it was; with other inputs or arguments it begins again.
+    After a kill, the same call continues where it stopped; with other inputs or arguments, it starts again.
 
     Args:
-        inputs: Files, directories, patterns: see `sources`.
+        inputs: Files, directories or patterns; see `sources`.
         out: A directory that does not exist yet, or is empty.
-        tokenizer: What encodes the text; copied into each split.
-        validation: Share of the documents to hold out ("1%" or 0.01), at least one, chosen by a hash of
-            their text and `seed`, so that copies of a text fall on the same side. A single document gives up
-            its tail.
-        shard_bytes: Size that a shard exceeds by its headers at most; a longer document goes on in the next.
-        seed: Another choice of held-out documents.
+        tokenizer: The tokenizer that encodes the text; it is copied into each split.
+        validation: Share of the documents to hold out ("1%" or 0.01), at least one document. They are chosen by a hash
+            of their text and `seed`, so copies of a text are in the same split. A single document is divided, and its
+            end is held out.
+        shard_bytes: Maximum bytes of a shard apart from headers; a longer document spans several shards.
+        seed: Seed for the choice of held-out documents.
         key: The key of an object, or the column of a table, that holds the text; dots join keys (`records.under`).
-        token_type: Of files `.bin` that hold tokens alone; see `token_files`.
-        skip_bad: Documents that may be bad, and are passed over and counted; one more is an error.
-        workers: Processes; the bytes written do not depend on it.
-        part_bytes: Input that one process takes at a time; None: by the size of the input.
-        progress: Called after each piece of work.
+        token_type: Integer type of `.bin` files that hold only tokens; see `token_files`.
+        skip_bad: Maximum number of bad documents that are skipped and counted; one more is an error.
+        workers: Number of processes. The bytes written do not depend on it.
+        part_bytes: Bytes of input that one process takes at a time; None: chosen by the size of the input.
+        progress: Called after each task.
 
     Raises:
-        UserError: Bad input (see `documents`), no text at all, `out` is not empty or being packed by another process.
-        PackError: A process died; the same call goes on.
+        UserError: The input is bad (see `documents`) or holds no text, or `out` is not empty or is being packed by
+            another process.
+        PackError: A process died. The same call can continue.
     """
     share = parse_share(validation)
     target = Path(out)
@@ -106,7 +108,7 @@ def pack(
 
 
 class _Packing:
-    """One packing, from its survey to its summary."""
+    """Runs one packing, from the survey to the summary."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class _Packing:
         return PackSummary(str(target), self._tokenizer.vocab_size, how, splits, self._passed)
 
     def _parts(self, method: str, stage: str, *arguments: Any) -> Iterator[int]:
-        """Have a method done on all parts, a few at a time; yields the parts in their order, each when it is done."""
+        """Call a worker's method on all parts, a few at a time. Yields each part when it is done, in their order."""
         total = len(self._job.parts)
         under_way: deque[Future[None]] = deque()
         submitted = 0
@@ -173,7 +175,7 @@ class _Packing:
         return Survey(hashes, characters)
 
     def _plan(self, part: int, held_out: set[int], divided: bool) -> None:
-        """Give the documents of a part their places, and have the shards written that are full."""
+        """Assign the documents of a part to shards, and submit the shards that are full for writing."""
         note = json.loads(self._scratch.part(part, ".json").read_bytes())
         self._passed.empty += note["empty"]
         self._passed.skip(note["bad"])
@@ -196,7 +198,7 @@ class _Packing:
                 self._writing.popleft()[1].result()
 
     def _forget(self, part: int) -> None:
-        """Delete the tokens of parts that no shard needs any more."""
+        """Delete the tokens of parts that no unwritten shard needs."""
         while self._writing and self._writing[0][1].done():
             self._writing.popleft()[1].result()
         needed = [shard.pieces[0].part for shard, _ in self._writing]
@@ -224,10 +226,10 @@ class _Packing:
 
 
 def parse_share(value: float | str) -> float:
-    """A share such as "1%" or 0.01 as a number in [0, 1).
+    """Parse a share such as "1%" or 0.01 into a number in [0, 1).
 
     Raises:
-        UserError: Anything else.
+        UserError: The value is no such share.
     """
     text = str(value).strip()
     try:
@@ -244,7 +246,7 @@ def _no_text() -> UserError:
 
 
 def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> Iterator[tuple[Source, ...]]:
-    """The input in parts of about one size: small files together, large ones divided where that can be."""
+    """Yield parts of the input of about equal size: small files are grouped, and large files divided if possible."""
     group: list[Source] = []
     size = 0
     for source in found:
@@ -259,7 +261,7 @@ def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> It
 
 
 def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
-    """The parts of a source; none where it cannot be opened and is skipped."""
+    """The parts of a source; an empty list if the source cannot be opened and is skipped."""
     try:
         return list(parts(source, part_bytes))
     except UserError as error:
@@ -268,7 +270,7 @@ def _parts(source: Source, part_bytes: int, passed: PassedOver) -> list[Source]:
 
 
 def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
-    """Identifies a packing: its files as they are now, and its arguments."""
+    """A hash that identifies a packing: the current state of its files, and its arguments."""
     files = []
     for source in found:
         status = source.path.stat()
@@ -279,10 +281,12 @@ def _identity(found: Sequence[Source], arguments: list[Any]) -> str:
 
 @contextlib.contextmanager
 def workplace(target: Path, identity: str) -> Iterator[Scratch]:
-    """A directory beside `target`, locked while it is used; after a kill or a full disk it stays, to be gone on with.
+    """A temporary directory beside `target`, locked while it is used.
+
+    After a kill or a full disk it is kept, so that the packing can continue.
 
     Args:
-        identity: Of the packing; what another one left is removed.
+        identity: Identity of the packing. Files of a packing with another identity are removed.
 
     Raises:
         UserError: `target` is not empty, or another process packs to it.
@@ -302,7 +306,7 @@ def workplace(target: Path, identity: str) -> Iterator[Scratch]:
         except PackError:
             raise
         except UserError:
-            # The user repairs the input, which makes it another packing.
+            # The user has to repair the input, which changes the identity of the packing.
             shutil.rmtree(root, ignore_errors=True)
             raise
 
@@ -324,7 +328,7 @@ def _alone(lock: Path, target: Path) -> Iterator[None]:
 
 
 def publish(root: Path, target: Path) -> None:
-    """Put what is finished in its place, all at once."""
+    """Move the finished splits to `target`, with a single rename."""
     shutil.rmtree(root / "parts")
     (root / "job.json").unlink()
     fsync_directory(root)

@@ -1,4 +1,4 @@
-"""How samples of any kind are packed."""
+"""Options for packing samples of any kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bigtrain.data.tokenizers import Tokenizer
 SHARD_BYTES = 64 << 20
 
 ReportProgress = Callable[[str, int, int], None]
-"""Called after each piece of work with the stage, and how many of how many are done."""
+"""Called after each task with the name of the stage, the number of finished tasks, and the total number of tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,28 +19,28 @@ class PackOptions:
     """The options of `bigtrain data pack`."""
 
     tokenizer: Tokenizer | None = None
-    """What encodes text."""
+    """The tokenizer that encodes text."""
     image_size: int | None = None
-    """Scale and crop all images to squares of this many pixels; None: they have one size already."""
+    """Side in pixels of the squares to which all images are scaled and cropped; None: they already have one size."""
     key: str = "text"
     """The key of an object, or the column of a table, that holds the text; dots join keys (`records.under`)."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Where the columns of `encoding.forms` lie, for samples of which the loss counts a part."""
+    """The key of each column in an object, by column name, where it is not the column's name; see `encoding.forms`."""
     token_type: str | None = None
-    """Of files `.bin` that hold tokens alone; see `formats.token_files`."""
+    """Integer type of `.bin` files that hold only tokens; see `formats.token_files`."""
     validation: float | str = 0.0
-    """Share of the samples to hold out ("1%" or 0.01), at least one."""
+    """Share of the samples to hold out ("1%" or 0.01), at least one sample."""
     shard_bytes: int = SHARD_BYTES
-    """Size that a shard exceeds by its headers at most."""
+    """Maximum bytes of a shard apart from headers; only a larger sample exceeds it."""
     seed: int = 0
-    """Another choice of held-out samples, and another permutation of samples that stand alone."""
+    """Seed for the choice of held-out samples, and for the permutation of independent samples."""
     skip_bad: int = 0
-    """Bad samples that are skipped and counted; one more is an error."""
+    """Maximum number of bad samples that are skipped and counted; one more is an error."""
     workers: int = 1
-    """Processes; the bytes written do not depend on it."""
+    """Number of processes. The bytes written do not depend on it."""
     progress: ReportProgress | None = None
     passed: PassedOver = field(default_factory=PassedOver)
-    """The account of what is not used; `limit` is `skip_bad`."""
+    """Counts the samples and files that are not used; its `limit` is `skip_bad`."""
 
     def __post_init__(self) -> None:
         self.passed.limit = self.skip_bad

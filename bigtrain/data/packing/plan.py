@@ -1,4 +1,4 @@
-"""Which documents are held out, and which tokens make which shard: arithmetic on lengths, without a token read."""
+"""Plans which documents are held out and which tokens go into which shard, from the lengths of documents only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ NPY_HEADER_BYTES = 128
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first reading of all documents finds out."""
+    """Hash and number of characters of each document, from a first pass over the input."""
 
     hashes: list[int]
     characters: list[int]
 
     def held_out(self, share: float) -> set[int]:
-        """The documents to hold out, by number: those of the smallest hashes."""
+        """The numbers of the documents to hold out: those with the smallest hashes."""
         count = len(self.hashes)
         ranked = sorted(range(count), key=lambda number: (self.hashes[number], number))
         wanted = min(max(1, round(share * count)), count - 1)
@@ -25,7 +25,7 @@ class Survey:
         return set(chosen + copies if wanted + len(copies) < count else chosen)
 
     def tail_boundary(self, share: float) -> int | None:
-        """Where a single document is divided, in characters; None where there are several."""
+        """The character (or stored token) at which an only document is divided; None if there are several."""
         if len(self.hashes) != 1:
             return None
         return min(max(1, int(self.characters[0] * (1 - share))), self.characters[0] - 1)
@@ -33,7 +33,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that become one member: a range of one part."""
+    """A range of tokens of one part, which becomes one member of a shard."""
 
     part: int
     start: int
@@ -52,7 +52,7 @@ class PlannedShard:
 
 @dataclass
 class Counts:
-    """What a split holds."""
+    """Counts of what a split contains."""
 
     documents: int = 0
     characters: int = 0
@@ -64,8 +64,8 @@ class SplitPlan:
     """Fills the shards of one split, document after document.
 
     Args:
-        width: Bytes of a stored token.
-        shard_bytes: What members may fill; a document longer than that goes on in the next shard.
+        width: Bytes per stored token.
+        shard_bytes: Maximum bytes of a shard's members; a longer document spans several shards.
     """
 
     def __init__(self, split: str, width: int, shard_bytes: int) -> None:
@@ -77,13 +77,13 @@ class SplitPlan:
 
     @property
     def oldest_part(self) -> int | None:
-        """The first part that the shard under way needs; None where there is none."""
+        """The first part that the unfinished shard needs; None if there is no unfinished shard."""
         return self._open.pieces[0].part if self._open is not None else None
 
     def add(self, part: int, start: int, tokens: int) -> Iterator[PlannedShard]:
-        """Append a document, its end of text included; yields the shards that are full by it."""
+        """Append a document with its end-of-text token. Yields the shards that become full."""
         while tokens > 0:
-            # The last member holds more than the end of text only, or that alone.
+            # The last member of a long document may be short, and hold only the end-of-text token.
             count = self._member_tokens if tokens > self._member_tokens else tokens
             size = NPY_HEADER_BYTES + count * self._width
             if self._open is not None and self._used + size > self._shard_bytes:
@@ -99,7 +99,7 @@ class SplitPlan:
             start, tokens = start + count, tokens - count
 
     def finish(self) -> Iterator[PlannedShard]:
-        """The last shard."""
+        """Yield the last, unfinished shard, if there is one."""
         if self._open is not None:
             yield self._open
             self._open = None

@@ -1,4 +1,4 @@
-"""One sample before it is packed: where it is read from, and the members that it becomes."""
+"""A sample before it is packed: the files that it is read from, and the tar members that it becomes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Span:
 
     @classmethod
     def whole(cls, path: Path) -> Span:
-        """A file as it is now."""
+        """A full file, with its current size."""
         return cls(path, path.stat().st_size)
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The bytes of the span."""
         return read_at(self.path, self.offset, self.size)
 
 
 @dataclass(frozen=True)
 class Means:
-    """What workers make members with."""
+    """The options and tools with which workers make members."""
 
     image_size: int | None = None
     tokenizer: Tokenizer | None = None
@@ -38,32 +38,32 @@ class Means:
 
 @dataclass(frozen=True)
 class PackedMember:
-    """One file of a sample."""
+    """One tar member of a sample."""
 
     suffix: str
     data: bytes
     text_bytes: int = 0
-    """UTF-8 bytes of the text that it stands for."""
+    """UTF-8 bytes of the text that the member encodes."""
     characters: int = 0
 
 
 class Sample(Protocol):
-    """One sample, before it is packed."""
+    """A sample before it is packed."""
 
     @property
     def bytes(self) -> int:
-        """Its size in a shard, about."""
+        """Approximate size of the sample in a shard, in bytes."""
         ...
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from: another sample where one of them has changed."""
+        """The files that the sample is read from. If one of them changes, the packing starts again."""
         ...
 
     def members(self, means: Means) -> list[PackedMember]:
-        """Its members in their order.
+        """The members of the sample, in their order.
 
         Raises:
-            UserError: It is bad.
+            UserError: The sample is bad.
         """
         ...

@@ -1,7 +1,7 @@
-"""Packing samples that stand alone, of any kind: images with classes or captions, arrays, sounds.
+"""Packs independent samples of any kind, such as images with classes or captions, arrays, sounds.
 
-Samples are mixed once, by a permutation, since a folder holds them class after class. Shards are fixed by the samples
-and their sizes, so that any number of processes writes the same bytes; after a kill a finished one is not written
+Samples are shuffled once, by a permutation, because a folder holds them class by class. Shards depend only on the
+samples and their sizes, so any number of processes writes the same bytes. After a kill, finished shards are not written
 again.
 """
 
@@ -41,7 +41,7 @@ from bigtrain.data.tokenizers import Definition, Tokenizer
 from bigtrain.storage import fsync_directory, fsync_file, write_json
 
 HEADERS_BYTES = 2048
-"""What the members of a sample take in a tar apart from their own bytes, about."""
+"""Approximate bytes of headers and padding of one sample in a tar."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PlannedSamples:
 
 
 class SampleWorker:
-    """Writes shards."""
+    """Writes planned shards, in this process or another."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SampleWorker:
         plugin: str | None,
     ) -> None:
         if plugin is not None:
-            # A worker is a new process, where a kind of the user's own is not known yet.
+            # A worker process is new, so it does not know the kinds of the user's plugin yet.
             load_plugin(plugin)
         self._scratch, self._kind, self._skip_bad = scratch, kind, skip_bad
         self._means = Means(size, None if tokenizer is None else Tokenizer.from_definition(tokenizer[0]))
@@ -108,14 +108,15 @@ class SampleWorker:
 def pack_samples(
     kind: str, samples: Sequence[Sample], out: str | Path, options: PackOptions, notes: dict[str, Any]
 ) -> PackSummary:
-    """Pack samples into OUT/train, and OUT/validation where some are held out.
+    """Pack samples into OUT/train, and into OUT/validation if some are held out.
 
     Args:
-        kind: The name of what they are.
-        notes: JSON files to write into each split, by their names.
+        kind: Name of the sample kind.
+        notes: JSON files to write into each split, by file name.
 
     Raises:
-        UserError: A bad sample, samples of several shapes, or what `documents.pack` raises for its output.
+        UserError: There are too many bad samples, samples have different shapes, or `out` is refused as in
+            `documents.pack`.
     """
     share = parse_share(options.validation)
     target, tokenizer = Path(out), options.tokenizer
@@ -152,7 +153,7 @@ def pack_samples(
 
 
 def _scan_json(scan: Scan) -> dict[str, Any]:
-    """A scan without its rows, as a shard's entry holds it."""
+    """A scan without its rows, as JSON values for the note about a finished shard."""
     return {
         "dtype": scan.dtype,
         "largest_id": scan.largest_id,
@@ -173,7 +174,7 @@ def _scan_of(kind: str, value: dict[str, Any]) -> Scan:
 
 
 def _identity(samples: Sequence[Sample], arguments: list[Any]) -> str:
-    """Identifies a packing: its samples, their files as they are now, and its arguments."""
+    """A hash that identifies a packing: its samples, the current state of their files, and its arguments."""
     digest = hashlib.sha256(json.dumps(arguments).encode())
     known: dict[Path, str] = {}
     for sample in samples:
@@ -218,7 +219,7 @@ class _Finishing:
         self._passed = passed
 
     def finish(self, split: str, count: int) -> SplitSummary:
-        """Write the index of a split of so many shards."""
+        """Write the index of a split with `count` shards."""
         root = self._scratch.root / split
         scans, shards = [], []
         text_bytes = characters = 0

@@ -1,4 +1,4 @@
-"""What a packing has written."""
+"""The summary of what a packing has written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bigtrain.data.accounting import PassedOver
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What one split holds."""
+    """The contents of one split."""
 
     directory: str
     documents: int
-    """Or samples of another kind."""
+    """Number of documents, or of samples of another kind."""
     tokens: int
-    """Ends of text included."""
+    """Number of tokens, including end-of-text tokens."""
     characters: int
     shards: int
     bytes: int
@@ -25,21 +25,21 @@ class SplitSummary:
 
     @property
     def characters_per_token(self) -> float | None:
-        """How far the tokenizer compresses the text; ends of text are no characters. None where there is no text."""
+        """Mean characters per token, including end-of-text tokens; None if there are no tokens."""
         return self.characters / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What `pack` wrote."""
+    """What a packing has written, and what it has skipped."""
 
     out: str
     vocab_size: int
     held_out: str | None
-    """How the validation data was chosen: "documents", "tail" of the only document, the kind of samples, or None."""
+    """What was held out: "documents", the "tail" of the only document, samples (the kind's name), or None."""
     splits: dict[str, SplitSummary]
     passed: PassedOver
-    """What was not used."""
+    """The samples and files that were not used."""
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""

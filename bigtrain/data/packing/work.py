@@ -1,4 +1,4 @@
-"""The pieces of work of a packing: each reads files, writes files, and is finished when its last file is there."""
+"""The tasks of a packing. Each task reads files and writes files, and is finished when its last file exists."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ from bigtrain.data.tokenizers import Definition, Tokenizer
 from bigtrain.storage import fsync_file, write_json
 
 ID_CHUNK = 1 << 18
-"""Tokens of a file of tokens that are decoded at once, to count the characters that they stand for."""
+"""Number of stored tokens that are decoded at once, to count their characters."""
 SHARD_NAME = "shard-{:06d}.tar"
 
 
 @dataclass(frozen=True)
 class PackJob:
-    """What every worker knows."""
+    """The settings and inputs that every worker has."""
 
     key: str
     skip_bad: int
     seed: int
     parts: tuple[tuple[Source, ...], ...]
-    """Pieces of the input that one worker takes at a time."""
+    """The parts of the input; a worker takes one part at a time."""
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where a packing keeps what it has done."""
+    """The temporary directory of a packing."""
 
     root: Path
 
     def part(self, number: int, suffix: str) -> Path:
-        """A file of one part."""
+        """Path of a file of one part."""
         return self.root / "parts" / f"{number:08d}{suffix}"
 
     def shard(self, split: str, number: int) -> Path:
-        """A finished shard."""
+        """Path of a shard."""
         return self.root / split / SHARD_NAME.format(number)
 
     def entry(self, split: str, number: int) -> Path:
-        """What the index will say of a shard; there once the shard is finished."""
+        """Path of the note with a shard's entry for the index. It exists once the shard is finished."""
         return self.root / "parts" / f"{split}-{number:08d}.json"
 
 
 class Worker:
-    """Does pieces of work, in this process or another."""
+    """Runs tasks, in this process or another."""
 
     def __init__(self, job: PackJob, scratch: Scratch, tokenizer: Tokenizer) -> None:
         self.job, self.scratch, self.tokenizer = job, scratch, tokenizer
 
     def survey(self, number: int) -> None:
-        """Hash and count the documents of a part."""
+        """Hash the documents of a part, and count their characters (or stored tokens)."""
         done = self.scratch.part(number, ".survey.npy")
         if done.exists():
             return
@@ -89,7 +89,11 @@ class Worker:
         _save(done, np.asarray(found, dtype=np.uint64).reshape(-1, 2))
 
     def encode(self, number: int, boundary: int | None) -> None:
-        """Tokenise the documents of a part; with a boundary, the only document as two."""
+        """Tokenise the documents of a part.
+
+        Args:
+            boundary: The character (or stored token) at which the only document is divided into two; None: no division.
+        """
         done = self.scratch.part(number, ".json")
         if done.exists():
             return
@@ -124,12 +128,12 @@ class Worker:
         stored: dict[int, Any] = {}
         rows: list[tuple[int, int]] = []
         largest, position = -1, 0
-        # Written here: importing WebDataset's TarWriter loads torch, seconds and 300 MB for each worker, and it writes
-        # the members of a sample in another order than shards that exist already.
+        # WebDataset's TarWriter is not used: its import loads torch, which takes seconds and 300 MB in each worker. It
+        # also writes the members of a sample in another order than existing shards have.
         with open(path, "wb") as file:
             for member, piece in enumerate(shard.pieces, shard.first_member):
                 if piece.part not in stored:
-                    # Pieces come in the order of the parts. A plain array over the mapped one is cheap to slice.
+                    # Pieces come in the order of the parts. A plain array view of the memory map is cheap to slice.
                     tokens = np.memmap(self.scratch.part(piece.part, ".tokens"), dtype, mode="r")
                     stored = {piece.part: np.asarray(tokens)}
                 ids = stored[piece.part][piece.start : piece.start + piece.count]
@@ -145,7 +149,7 @@ class Worker:
             end = position + 2 * tarfile.BLOCKSIZE
             file.truncate(end + -end % tarfile.RECORDSIZE)
         fsync_file(path)
-        # As scan_shard finds it, without reading the shard over.
+        # Equal to the result of scan_shard, without reading the shard again.
         scan = Scan("tokens", np.asarray(rows, dtype=np.int64), dtype=dtype.str, largest_id=largest)
         recorded = write_shard(path, scan, path.parent)
         write_json(entry, {"shard": recorded.as_json(), "largest_id": scan.largest_id})
@@ -157,11 +161,15 @@ class Worker:
                     if not self.job.skip_bad or _is_sound(document, passed):
                         yield document, document.pieces()
             except UserError as error:
-                # The file itself cannot be read, or not to its end.
+                # The file itself cannot be read, or cannot be read to its end.
                 passed(error)
 
     def _encode_one(self, pieces: Iterable[str], file: Any) -> tuple[int, int, int] | None:
-        """Write a document's tokens and its end of text; tokens, characters, bytes, or None where it is empty."""
+        """Write a document's tokens and its end-of-text token.
+
+        Returns:
+            Numbers of tokens, characters and UTF-8 bytes; None if the document is empty.
+        """
         characters = text_bytes = tokens = 0
 
         def counted() -> Iterator[str]:
@@ -178,14 +186,14 @@ class Worker:
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
         if not characters:
-            # What was written is not part of any document's length: it is taken back.
+            # The begin-of-text token that was written belongs to no document, so it is removed.
             file.seek(-tokens * dtype.itemsize, os.SEEK_CUR)
             file.truncate()
             return None
         return tokens + self._write_ids(np.asarray([self.tokenizer.eot]), file), characters, text_bytes
 
     def _copy_ids(self, ids: np.ndarray, document: Document, file: Any) -> tuple[int, int, int] | None:
-        """Write the tokens of a file of tokens, which end with the end of text in any case."""
+        """Write stored tokens, and add an end-of-text token if they do not end with one; see `_encode_one`."""
         if not len(ids) or (len(ids) == 1 and int(ids[0]) == self.tokenizer.eot):
             return None
         low, high = int(ids.min()), int(ids.max())
@@ -209,19 +217,19 @@ class Worker:
 
 
 def text_worker(job: PackJob, scratch: Scratch, tokenizer: Definition | None) -> Worker:
-    """A worker from what can be sent to a process; see `Tokenizer.definition`."""
+    """Build a worker from arguments that can be sent to another process; see `Tokenizer.definition`."""
     return Worker(job, scratch, Tokenizer.from_definition(tokenizer))
 
 
 def _contents(document: Document, pieces: Iterator[str], boundary: int | None) -> Iterable[Iterator[str] | np.ndarray]:
-    """What is stored of a document: itself, or two parts of it."""
+    """The contents to store of a document: the full document, or its two parts at a boundary."""
     if document.ids is not None:
         return [document.ids] if boundary is None else [document.ids[:boundary], document.ids[boundary:]]
     return [pieces] if boundary is None else _divided(document, boundary)
 
 
 def _is_sound(document: Document, passed: PassedOver) -> bool:
-    """Whether a document can be read to its end: one that cannot is skipped as a whole."""
+    """Whether a document can be read to its end. If not, it is counted as bad and skipped completely."""
     if document.text is None and document.ids is None:
         try:
             for _ in document.pieces():
@@ -233,7 +241,7 @@ def _is_sound(document: Document, passed: PassedOver) -> bool:
 
 
 def _divided(document: Document, boundary: int) -> tuple[Iterator[str], Iterator[str]]:
-    """A document's first `boundary` characters and the others, each as pieces."""
+    """The first `boundary` characters of a document, and the rest, both as pieces of text."""
 
     def cut(first: int, last: int | None) -> Iterator[str]:
         position = 0
@@ -247,7 +255,7 @@ def _divided(document: Document, boundary: int) -> tuple[Iterator[str], Iterator
 
 
 def finished_shards(scratch: Scratch, split: str, count: int, dtype: str) -> list[tuple[Path, Scan, Shard]]:
-    """The shards of a split, with what their index needs to know."""
+    """The path, scan and index entry of each shard of a split. The scans have no rows."""
     none: Rows = np.zeros((0, 2), dtype=np.int64)
     found = []
     for number in range(count):
@@ -259,7 +267,7 @@ def finished_shards(scratch: Scratch, split: str, count: int, dtype: str) -> lis
 
 @functools.lru_cache(1 << 14)
 def _npy_head(dtype: str, count: int) -> bytes:
-    """What stands before the values of a .npy file of one axis."""
+    """The header of a .npy file with a one-dimensional array."""
     buffer = io.BytesIO()
     layout = {"descr": dtype, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(buffer, layout)

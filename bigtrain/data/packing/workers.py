@@ -1,4 +1,4 @@
-"""Workers for a packing: processes, or this one."""
+"""Runs the workers of a packing in several processes, or in this process."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from bigtrain.config import UserError
 
 
 class PackError(UserError):
-    """A worker that died: exit code 1, since the same command goes on."""
+    """A worker process has died. The exit code is 1, because the same command can continue."""
 
     exit_code = 1
 
 
 class Pool(Protocol):
-    """Does the methods of a worker by name."""
+    """Calls methods of a worker by name."""
 
     ahead: int
-    """Pieces of work to have under way."""
+    """Number of tasks that should be in progress at the same time."""
 
     def submit(self, method: str, *arguments: Any) -> Future[None]:
-        """Have one piece of work done."""
+        """Submit one task: a call of a worker's method."""
         ...
 
 
 class _Here:
-    """Does each piece of work when its result is requested, in this process."""
+    """Runs each task in this process, when it is submitted."""
 
     ahead = 1
 
@@ -57,9 +57,10 @@ class _Processes:
 
 @contextlib.contextmanager
 def open_pool(workers: int, make: Callable[[], Any]) -> Iterator[Pool]:
-    """Workers; they end with the block, or with this process.
+    """Start workers, which end with the context or with this process.
 
     Args:
+        workers: Number of processes; 1: this process.
         make: Makes the worker, in each process.
 
     Raises:
@@ -83,12 +84,12 @@ def open_pool(workers: int, make: Callable[[], Any]) -> Iterator[Pool]:
 
 
 _worker: Any = None
-"""Of a worker process, which serves one packing."""
+"""The worker of this process, which serves one packing."""
 
 
 def _start(make: Callable[[], Any]) -> None:
     global _worker
-    # The workers share the cores among them; without this, each would hand every text to threads of its own.
+    # The workers share the CPU cores. Without this setting, each worker would start threads for every text.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _worker = make()
     threading.Thread(target=_end_with_parent, daemon=True).start()

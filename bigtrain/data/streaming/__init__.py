@@ -1,1 +1,1 @@
-"""Shards from a server: fetching, the cache on disk, and the store that the readers take shards from."""
+"""Shards on a server: fetching, the cache on disk, and the store that provides shards to readers."""

@@ -1,12 +1,13 @@
 """A directory of fetched files with a size limit, shared by all ranks and runs of a machine.
 
-    ROOT/.lock                          held while room is made: who counts and evicts, does so alone
+    ROOT/.lock                          held by the one process that counts and evicts files
     ROOT/KEY/index.json, ...            small files of one source, never evicted
-    ROOT/KEY/shard.tar                  whole and verified; its users hold a shared lock on it
-    ROOT/KEY/.shard.tar.part-SIZE       under way; counts as SIZE, so that its existence reserves the room
-    ROOT/KEY/.shard.tar.lock            held by who fetches it; others wait, then find it there
+    ROOT/KEY/shard.tar                  complete and verified; its users hold a shared lock on it
+    ROOT/KEY/.shard.tar.part-SIZE       incomplete; counts as SIZE bytes, so that it reserves the space
+    ROOT/KEY/.shard.tar.lock            held by the process that fetches the shard, while others wait for the shard
 
-Locks are flock's and end with their holder, however it ends: what a killed process leaves is gone on with or evicted.
+Locks are flock locks, which end with the process that holds them, however it ends. An incomplete file of a killed
+process is completed by the next process that needs it, or evicted.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from bigtrain.storage.objects import Cancelled
 logger = logging.getLogger(__name__)
 
 ARRIVALS = 3
-"""Times that a file is fetched whole before other bytes than the index's are an error."""
+"""Number of fetches of a file, after which a hash that differs from the index is an error."""
 REMOVALS = 100
-"""Times that the cache may be removed while one file is fetched: whoever does so more often does not mean to end."""
+"""How often other processes may empty the cache while one file is fetched, before the fetch fails."""
 _POLL_S = 0.02
 _PART = ".part-"
 
 
 class NoRoom(Exception):
-    """All that is in the cache is in use; worth another try when a part is released."""
+    """All files of the cache are in use. A retry can succeed after one of them is released."""
 
 
 class HeldShard:
@@ -47,7 +48,7 @@ class HeldShard:
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Let the file be evicted. Mappings of it stay valid."""
+        """Allow the eviction of the file. Memory maps of the file stay valid."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -57,11 +58,12 @@ class Cache:
     """See the module's docstring.
 
     Args:
-        root: A directory on a local disk; made where it is not there.
-        limit_bytes: Room for the files of all sources. More is taken only where all is in use and a batch waits.
+        root: A directory on a local disk; created if it does not exist.
+        limit_bytes: Maximum bytes of the files of all sources. It is exceeded only for an urgent file, if all other
+            files are in use.
 
     Raises:
-        UserError: The directory cannot be made or written.
+        UserError: The directory cannot be created or written.
     """
 
     def __init__(self, root: Path, limit_bytes: int) -> None:
@@ -69,14 +71,14 @@ class Cache:
         self._prepare(root)
 
     def _prepare(self, directory: Path) -> None:
-        """Make the root, and a directory in it, where they are not there."""
+        """Create the root, and a directory in it, if they do not exist."""
         for removals_left in reversed(range(REMOVALS + 1)):
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
                 return
             except OSError as error:
-                # Whoever empties the cache may do so between the two.
+                # Another process may empty the cache between the two calls.
                 if isinstance(error, (FileNotFoundError, FileExistsError)) and removals_left:
                     continue
                 raise UserError(
@@ -86,8 +88,13 @@ class Cache:
                 ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:
-        """Where the files of one source lie: of a URL or path, and the data found there."""
-        # The source's name keeps one that forges hashes from planting shards for another.
+        """The directory for the files of one source.
+
+        Args:
+            source: URL or path of the data.
+            fingerprint: Fingerprint of the data.
+        """
+        # The key includes the source, so that a source with forged hashes cannot plant shards for another one.
         key = hashlib.sha256(f"{source}\n{fingerprint}".encode()).hexdigest()[:32]
         path = self.root / key
         self._prepare(path)
@@ -104,24 +111,24 @@ class Cache:
         check: bool = True,
         cancelled: threading.Event | None = None,
     ) -> HeldShard:
-        """The file at `path`, made by `fill` where it is not there.
+        """The file at `path`; if it does not exist, `fill` makes it.
 
         Args:
-            size: Bytes to reserve for it.
-            hash: What it must hash to; None where `fill` vouches for it.
-            fill: Completes a file that may hold its first bytes.
-            urgent: Take the room even where everything is in use.
-            check: Hash a file that is there already.
-            cancelled: Ends the waiting for another process with Cancelled.
+            size: Bytes to reserve for the file.
+            hash: The hash that the file must have; None if `fill` guarantees the content.
+            fill: Completes the file, which may already hold its first bytes.
+            urgent: Whether to exceed the limit if all files are in use.
+            check: Whether to hash a file that already exists.
+            cancelled: When it is set, waiting for another process ends with Cancelled.
 
         Raises:
-            NoRoom: Not urgent, and all is in use.
-            CorruptionError: `fill` brought other bytes, each of ARRIVALS times.
+            NoRoom: All files are in use, and the file is not urgent.
+            CorruptionError: The content from `fill` had another hash, ARRIVALS times in a row.
         """
         for _ in range(REMOVALS):
             with contextlib.suppress(FileNotFoundError):
                 return self._get(path, size, hash, fill, urgent, check, cancelled)
-            # Someone has emptied the cache meanwhile, as one does with caches.
+            # Another process has emptied the cache in the meantime.
             self._prepare(path.parent)
         return self._get(path, size, hash, fill, urgent, check, cancelled)
 
@@ -163,7 +170,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _alone(self, path: Path, cancelled: threading.Event | None) -> Iterator[None]:
-        """Hold the right to make a file."""
+        """Hold the lock of the only process that may make a file."""
         lock = path.with_name(f".{path.name}.lock")
         while True:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -177,7 +184,7 @@ class Cache:
         try:
             yield
         finally:
-            # Where the cache was emptied, the lock at this place may be another's.
+            # If the cache was emptied, the lock file at this path may belong to another process.
             if _is_at(lock, descriptor):
                 lock.unlink(missing_ok=True)
             os.close(descriptor)
@@ -207,7 +214,7 @@ class Cache:
         return self._lease(path)
 
     def _reserve(self, part: Path, size: int, urgent: bool) -> None:
-        """Make `part`, after evicting what was used longest ago."""
+        """Create `part`, after evicting the least recently used files if space is needed."""
         with locks.locked(self.root / ".lock"):
             if part.exists():
                 return
@@ -227,7 +234,7 @@ class Cache:
             part.touch()
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """Time of last use, bytes and path of all that counts."""
+        """Yield time of last use (ns), bytes and path of all files that count towards the limit."""
         for directory in os.scandir(self.root):
             if not directory.is_dir(follow_symlinks=False):
                 continue
@@ -244,7 +251,7 @@ class Cache:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a file that nobody uses; whether it is gone."""
+    """Remove a file if no process uses it. Returns whether it is gone."""
     lock = path
     if _PART in path.name:
         lock = path.with_name(path.name.partition(_PART)[0] + ".lock")
@@ -264,7 +271,7 @@ def _evict(path: Path) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one that the path names."""
+    """Whether the path still refers to the open file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The tars that URLs name; see `bigtrain.storage.scheme` for the schemes."""
+"""Finds the tars that URLs name; see `bigtrain.storage.scheme` for the schemes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 
 
 def tars_at(urls: Sequence[str], patience: Patience) -> tuple[Place, list[str]]:
-    """The directory and the names of the tars that some URLs name.
+    """The directory and the file names of the tars that some URLs name.
 
     Raises:
-        UserError: Not a tar, several directories, a name twice, a pattern of too many.
+        UserError: A URL names no tar, the tars lie in several directories, a name occurs twice, or a range is too long.
         RemoteError: A directory of an object store cannot be listed.
     """
     found = [url for pattern in urls for url in _expanded(pattern)]
@@ -56,10 +56,10 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def exists(place: Place, name: str, size: int, patience: Patience) -> None:
-    """Look whether a file is there with the right size, without reading it.
+    """Check that a file exists with the right size, without reading it.
 
     Raises:
-        RemoteError: It is not.
+        RemoteError: The file does not exist, or has another size.
     """
 
     def look() -> None:

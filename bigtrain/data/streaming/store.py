@@ -1,4 +1,4 @@
-"""Where the reader finds its shards: in their directory, or in a cache that a few threads fill ahead of it."""
+"""Provides shards to the reader, from their directory or from a cache that threads fill ahead of the reader."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ class StoredShard:
     """A shard that can be read now."""
 
     path: Path
-    """The tar, or for text its tokens alone."""
+    """Path of the tar; for text, of a file with only its tokens."""
     rows: Rows
-    """The shard's sidecar; for text the places in the file of tokens."""
+    """The shard's sidecar; for text, the sidecar of the file of tokens."""
 
 
 class ShardStore(Protocol):
-    """Gives the reader its shards."""
+    """Provides shards to a reader."""
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Get these shards ready, the first first, and let go of all others."""
+        """Prepare these shards in this order, and release all others."""
         ...
 
     def open(self, shard: int) -> StoredShard:
-        """A shard, waited for where it is not there yet.
+        """A shard; waits if it is not ready yet.
 
         Raises:
-            UserError: It is missing.
-            CorruptionError: It is not what the index says.
-            RemoteError: It could not be fetched.
+            UserError: The shard is missing.
+            CorruptionError: The shard is not the one that was indexed.
+            RemoteError: The shard could not be fetched.
         """
         ...
 
     def interrupt(self) -> None:
-        """End the waiting in `open` with Cancelled; from any thread."""
+        """End the waiting in `open` with Cancelled. May be called from any thread."""
         ...
 
     def close(self) -> None:
-        """End all work and let go of all shards."""
+        """End all work, and release all shards."""
         ...
 
 
@@ -84,7 +84,7 @@ class LocalStore:
         self._index = index
 
     def expect(self, shards: Iterable[int]) -> None:
-        """See `ShardStore`: they are there."""
+        """See `ShardStore`. Local shards need no preparation."""
 
     def open(self, shard: int) -> StoredShard:
         """See `ShardStore`."""
@@ -93,7 +93,7 @@ class LocalStore:
         return StoredShard(path, self._index.rows(shard))
 
     def interrupt(self) -> None:
-        """See `ShardStore`: nothing is waited for."""
+        """See `ShardStore`. `open` never waits."""
 
     def close(self) -> None:
         """See `ShardStore`."""
@@ -108,7 +108,7 @@ class _Wanted:
 
 
 class CachedStore:
-    """Shards that are fetched, or text that is tokenised, into a cache by threads."""
+    """Shards that threads fetch into a cache, and text that they tokenise into it."""
 
     def __init__(self, index: ShardIndex, streaming: StreamingConfig) -> None:
         self._index = index
@@ -132,7 +132,7 @@ class CachedStore:
                 _let_go(self._wanted.pop(shard))
             for shard in kept:
                 wanted = self._wanted.setdefault(shard, _Wanted())
-                # No result: there was no room for it the last time.
+                # A result of None means that the cache had no space for the shard the last time.
                 if wanted.result is None or (wanted.result.done() and _value(wanted.result) is None):
                     wanted.result = self._pool.submit(self._get, shard, wanted.cancelled, False)
 
@@ -143,7 +143,7 @@ class CachedStore:
             result = wanted.result
         found = None if result is None else result.result()
         if found is not None and not found[0].path.exists():
-            # Someone has emptied the cache since it was fetched.
+            # Another process has emptied the cache since the shard was fetched.
             found[1].release()
             found = None
         if found is None:
@@ -168,7 +168,7 @@ class CachedStore:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _get(self, shard: int, cancelled: threading.Event, urgent: bool) -> tuple[StoredShard, HeldShard] | None:
-        """The shard and the lease on it; None where there is no room and it is not urgent."""
+        """The shard with its lease; None if it was cancelled, or not urgent and the cache has no space."""
         entry = self._index.shards[shard]
         get = partial(self._cache.get, urgent=urgent, check=self._check, cancelled=cancelled)
         try:
@@ -210,12 +210,12 @@ class CachedStore:
             except UserError:
                 if lease.path.exists():
                     raise
-                # Someone has emptied the cache between the two: once more.
+                # Another process has emptied the cache between the two calls, so try again.
             finally:
                 lease.release()
 
     def _tokens(self, shard: int, rows: Rows, get: Any, cancelled: threading.Event) -> tuple[StoredShard, HeldShard]:
-        """The tokens of a shard of text, from the cache or made now."""
+        """The tokens of a shard of text, from the cache or tokenised now."""
         entry, index = self._index.shards[shard], self._index
         assert self._tokenizer is not None
         assert index.dtype is not None
@@ -261,14 +261,14 @@ def _let_go(wanted: _Wanted) -> None:
 
 
 def cache_root(streaming: StreamingConfig) -> Path:
-    """The cache that a config means."""
+    """The directory of the cache that a config names."""
     if streaming.cache_dir is not None:
         return Path(streaming.cache_dir)
     return cache_home()
 
 
 def patience(streaming: StreamingConfig) -> Patience:
-    """How long reads from a failing server are retried in training."""
+    """Timeout and number of retries for a failing server during training."""
     return Patience(streaming.timeout, streaming.retries)
 
 
@@ -280,10 +280,12 @@ def open_index(
     A remote index.json is fetched once into the cache, under its fingerprint.
 
     Args:
-        pinned: The fingerprints of which it must have one; a cached index is taken then, without asking the server.
+        pinned: Fingerprints, one of which a remote index must have. A cached index with such a fingerprint is used
+            without a request to the server.
 
     Raises:
-        UserError: See `load_index`; a URL of a scheme that is not allowed; other data than pinned.
+        UserError: See `load_index`; or the URL has a scheme that is not allowed, or the remote data has another
+            fingerprint.
         RemoteError: The server cannot be read.
     """
     if not is_url(str(place)):
@@ -328,10 +330,10 @@ def _come_from(url: str, index: ShardIndex) -> ShardIndex:
 
 
 def read_small(place: Place, name: str, limit: int, patience: Patience) -> bytes:
-    """A whole remote file.
+    """Read a full remote file.
 
     Raises:
-        RemoteError: It is not there, or larger than `limit` bytes.
+        RemoteError: The file does not exist, or is larger than `limit` bytes.
     """
     with tempfile.TemporaryFile() as file:
         fetch(place, name, file, size=None, limit=limit, patience=patience)
@@ -340,14 +342,14 @@ def read_small(place: Place, name: str, limit: int, patience: Patience) -> bytes
 
 
 def check_remote(held: Sequence[tuple[ShardIndex, int]], streaming: StreamingConfig) -> None:
-    """What can be seen of streamed data before a run: its first shards are there, and the cache holds what is in use.
+    """Check streamed data before a run: the first shards exist, and the cache is large enough for all shards in use.
 
     Args:
-        held: The sources, and how many shards of each a rank holds at once; see `shards_at_once`.
+        held: The sources, and how many shards of each source a rank uses at once; see `shards_at_once`.
 
     Raises:
         UserError: The cache is too small.
-        RemoteError: A shard is not there.
+        RemoteError: A shard does not exist.
     """
     streamed = [(index, shards) for index, shards in held if index.streams]
     needed = 0
@@ -369,28 +371,30 @@ def check_remote(held: Sequence[tuple[ShardIndex, int]], streaming: StreamingCon
 
 
 def shards_at_once(counts: Sequence[int], window: int, batch_sequences: int) -> int:
-    """Shards of the windows that a batch lies in, and of the one fetched ahead, at most.
+    """Maximum number of shards in use at once: those in the windows of a batch, and in the window fetched ahead.
 
     Args:
-        counts: Sequences of each shard.
+        counts: Number of sequences in each shard.
+        window: Shards per window.
+        batch_sequences: Sequences per global batch.
     """
     sizes = np.sort(np.asarray([count for count in counts if count], dtype=np.int64))
     if not len(sizes):
         return 0
-    # A batch that begins at the end of a window reaches over the smallest shards first, at worst.
+    # In the worst case, a batch begins at the end of a window and then covers the smallest shards.
     beyond = int(np.searchsorted(np.cumsum(sizes), batch_sequences)) + 1
     windows = 2 + -(-beyond // window)
     return min(len(sizes), windows * window)
 
 
 def expect_size(path: os.PathLike[str], size: int) -> None:
-    """Refuse a shard of another size than indexed.
+    """Refuse a shard whose size differs from the index.
 
     Raises:
-        UserError: It is missing.
-        CorruptionError: It has become shorter or longer.
+        UserError: The shard is missing.
+        CorruptionError: The shard has another size.
     """
-    # A mapped file that has become shorter ends the process with SIGBUS, so its size is looked at first.
+    # Reading a memory-mapped file that has become shorter kills the process with SIGBUS, so the size is checked first.
     try:
         found = os.stat(path).st_size
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Power, temperature and memory of the GPUs, read beside the training."""
+"""Records power, temperature and memory of the GPUs during the training."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ METRICS: tuple[tuple[str, Literal["sum", "max"], str], ...] = (
     ("device_temperature", "max", "°C"),
     ("device_memory", "max", "bytes"),
 )
-"""Name, reduction and unit: of all devices together, and of the worst."""
+"""Name, reduction over ranks, and unit. Power is summed over all devices; the others are those of the worst device."""
 
 Read = Callable[[], Mapping[str, float]]
-"""Values by the metrics' names; raises OSError where they can no longer be read."""
+"""Returns values by metric name; raises OSError if the device can no longer be read."""
 
 
 @CALLBACKS.register
 class DeviceConfig(CallbackConfig):
-    """Records power (of all GPUs together), temperature and memory in use (of the worst); nothing on a CPU."""
+    """Records the power of all GPUs together, and temperature and used memory of the worst GPU; nothing on a CPU."""
 
     name: Literal["device"] = "device"
     every_s: Annotated[float, Gt(0)] = 2.0
     """Seconds between two readings."""
 
     def build(self, context: CallbackContext) -> Callback:
-        """On each rank for its own GPU."""
+        """Build the callback that reads this rank's GPU."""
         return DeviceMetrics(reader(context.device), self.every_s)
 
 
 def reader(device: Any) -> Read | None:
-    """Reads a torch device's GPU; None where the driver does not answer."""
+    """A function that reads the GPU of a torch device; None if the device is no GPU, or the driver does not answer."""
     if device.type != "cuda":
         return None
     import torch
@@ -56,7 +56,7 @@ def reader(device: Any) -> Read | None:
 
 
 class DeviceMetrics(Callback):
-    """Reads in a thread, since the driver may take milliseconds, and records the newest values with each step."""
+    """Reads the GPU in a thread, since the driver may take milliseconds, and records the newest values at each step."""
 
     def __init__(self, read: Read | None, every_s: float) -> None:
         self._read = read
@@ -65,13 +65,13 @@ class DeviceMetrics(Callback):
         self._stopped = threading.Event()
 
     def on_start(self, progress: Any) -> None:
-        """Begin to read."""
+        """Start the thread that reads."""
         if self._read is not None:
             self._take(self._read)
             threading.Thread(target=self._watch, args=(self._read,), name="device", daemon=True).start()
 
     def on_step(self, step: Step, progress: Any) -> None:
-        """Record the newest values; they travel with the next step."""
+        """Record the newest values; the next step's all-reduce carries them."""
         from bigtrain.metrics import record_metric
 
         for name, reduction, unit in METRICS:
@@ -79,7 +79,7 @@ class DeviceMetrics(Callback):
                 record_metric(name, self._newest[name], reduction, unit=unit)
 
     def on_end(self, outcome: Any, progress: Any) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stopped.set()
 
     def _watch(self, read: Read) -> None:

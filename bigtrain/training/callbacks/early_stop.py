@@ -24,10 +24,10 @@ class EarlyStopConfig(CallbackConfig):
     patience: Annotated[Count, Ge(1)] = 3
     """Evaluations in a row without an improvement after which the run ends."""
     min_delta: Annotated[float, Ge(0)] = 0.0
-    """Smallest change that is an improvement."""
+    """A change must be larger than this to be an improvement."""
 
     def build(self, context: CallbackContext) -> Callback:
-        """All ranks see the same values, so they vote alike."""
+        """Build the callback. All ranks receive the same values, so they vote alike."""
         return _EarlyStop(self)
 
 

@@ -1,4 +1,4 @@
-"""Norms of gradients, weights and updates, by group of parameters."""
+"""Records norms of gradients, weights and updates by group of parameters."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @CALLBACKS.register
 class NormsConfig(CallbackConfig):
-    """Records gradient_norm/GROUP, weight_norm/GROUP and update_norm/GROUP, and the last two of all parameters.
+    """Records gradient_norm/GROUP, weight_norm/GROUP, update_norm/GROUP; and weight_norm, update_norm over all groups.
 
-    A row of metrics.jsonl shows those of the step before: they travel with the next step's all-reduce. Gradients are
-    those of the mean loss, before clipping. Frozen parameters are not counted.
+    A row of metrics.jsonl shows the norms of the step before, because the next step's all-reduce carries them.
+    Gradients are those of the mean loss, before clipping. Frozen parameters are not counted.
     """
 
     name: Literal["norms"] = "norms"
     every: Annotated[Count, Ge(1)] = 10
-    """Steps between two records: rows of steps that this divides show them."""
+    """Number of steps between two records. Rows of steps that are divisible by this number show the norms."""
     depth: Annotated[int, Ge(1)] = 1
-    """Parts of a parameter's name that make its group: 1 "layers", 2 "layers.0"."""
+    """Number of parts of a parameter's name that form its group: 1 gives "layers", 2 gives "layers.0"."""
     norms: Annotated[tuple[Literal["gradient", "weight", "update"], ...], MinLen(1)] = ("gradient", "weight", "update")
-    """Which norms. An update's takes memory for a copy of the weights."""
+    """Which norms to record. The norm of updates needs memory for a copy of the weights."""
 
     def check(self, engine: EngineConfig) -> None:
-        """Refuse an engine that records none."""
+        """Refuse an engine that records no norms."""
         if not engine.records_norms:
             raise UserError(
                 f"The engine '{engine.name}' records no norms by group of parameters",
@@ -40,7 +40,7 @@ class NormsConfig(CallbackConfig):
             )
 
     def build(self, context: CallbackContext) -> Callback:
-        """On each rank for its own parts."""
+        """Build this rank's callback, which covers the rank's own shards of the parameters."""
         return _Norms(self, context)
 
 

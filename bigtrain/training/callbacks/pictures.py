@@ -1,4 +1,4 @@
-"""Pictures of what a model makes, at each evaluation: RUN/pictures, the report, and the trackers."""
+"""Renders pictures of a model's outputs at each evaluation, for RUN/pictures, the report and the trackers."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 @CALLBACKS.register
 class PicturesConfig(CallbackConfig):
-    """Shows at each evaluation what the model makes of the same samples and the same noise.
+    """Renders at each evaluation what the model produces from the same samples and the same noise.
 
-    The first rank renders them, with a copy of the full weights on its device; the others wait for it.
+    Rank 0 renders the pictures, with a copy of the full (unsharded) weights on its device; the other ranks wait.
     """
 
     name: Literal["pictures"] = "pictures"
     count: Annotated[Count, Ge(1)] = 32
-    """Images of a picture, at most: of held-out samples, the first ones."""
+    """Maximum number of images in a picture; they show the first held-out samples."""
 
     def check(self, engine: EngineConfig) -> None:
-        """Refuse an engine whose state is not the model's tensors."""
+        """Refuse an engine whose state does not hold the model's tensors."""
         if not engine.keeps_tensors:
             raise UserError(
                 f"The engine '{engine.name}' gives no full weights to make pictures with",
@@ -47,7 +47,7 @@ class PicturesConfig(CallbackConfig):
             )
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a family that shows nothing."""
+        """Refuse a model family that offers no pictures."""
         from bigtrain.models.config import ModelConfig
 
         if type(model).pictures is ModelConfig.pictures:
@@ -59,13 +59,13 @@ class PicturesConfig(CallbackConfig):
             )
 
     def build(self, context: CallbackContext) -> Callback:
-        """On each rank: all of them gather the weights."""
+        """Build this rank's callback; all ranks take part in gathering the weights."""
         return _Pictures(self, context)
 
 
 class _Pictures(Callback):
     order = 15
-    """Before the metrics of a step go to the trackers."""
+    """Below that of `MetricsLog`, which sends the pictures of a step to the trackers."""
 
     def __init__(self, config: PicturesConfig, context: CallbackContext) -> None:
         self._config, self._context = config, context
@@ -74,18 +74,18 @@ class _Pictures(Callback):
         self._shown: Shown | None = None
 
     def on_start(self, progress: Any) -> None:
-        """Remove what a resume will render again."""
+        """Remove the pictures of steps that the resumed run will render again."""
         self.on_roll_back(progress)
 
     def on_roll_back(self, progress: Any) -> None:
-        """Remove the pictures of steps that are taken back."""
+        """Remove the pictures of the steps that the roll-back undoes."""
         if self._context.rank == 0 and self._folder.is_dir():
             for file in self._folder.iterdir():
                 if (found := names.PICTURE.match(file.name)) and int(found["step"]) > progress.step:
                     file.unlink(missing_ok=True)
 
     def on_step(self, step: Step, progress: Any) -> None:
-        """Gather the weights, and render where this is the first rank."""
+        """Gather the weights after an evaluation, and render the pictures on rank 0."""
         if not step.evaluation:
             return
         weights = self._weights()
@@ -97,7 +97,7 @@ class _Pictures(Callback):
                 logger.warning("the pictures of step %d could not be written: %s", step.number, error)
 
     def _weights(self) -> dict[str, Tensor]:
-        """The model's parameters and buffers in full, by qualified name. Collective."""
+        """The model's full (unsharded) parameters and buffers by qualified name, on rank 0; else empty. Collective."""
         from torch.distributed.tensor import DTensor
 
         prefix = "model."
@@ -110,7 +110,7 @@ class _Pictures(Callback):
         return found
 
     def _rendered(self, step: int, weights: dict[str, Tensor]) -> dict[str, str]:
-        """Write the pictures of a step; their places by title."""
+        """Write the pictures of a step, and return their paths by title."""
         import torch
 
         from bigtrain.training.grid import png
@@ -130,7 +130,7 @@ class _Pictures(Callback):
         return places
 
     def _samples(self) -> Shown:
-        """The first held-out samples, of the training data where nothing is held out."""
+        """The first held-out samples, or the first training samples if there is no held-out data."""
         from bigtrain.data.loader import EvaluationLoader
         from bigtrain.engines.rank import to_device
         from bigtrain.models.pictures import Shown
@@ -151,7 +151,7 @@ class _Pictures(Callback):
 
 
 def _decoder(index: Any) -> Any:
-    """Turns tokens into text, up to the end of text."""
+    """A function that turns tokens into text, up to the first end-of-text token."""
     if index.tokenizer is None:
         return lambda tokens: ""
     tokenizer = index.load_tokenizer()
@@ -165,7 +165,7 @@ def _decoder(index: Any) -> Any:
 
 @contextmanager
 def _drawing_apart(device: Any, seed: int) -> Iterator[None]:
-    """Draws from the run's seed that leave the generators of the training as they were."""
+    """Seed the random generators with the run's seed, and restore the training's random states afterwards."""
     import torch
 
     from bigtrain.models.plain.family import seeded

@@ -1,4 +1,4 @@
-"""The share of tokens (or images) whose right answer has the largest logit."""
+"""The share of tokens (or images) for which the correct class has the largest logit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigtrain.training.config import EVALUATORS, EvaluatorConfig
 
 @EVALUATORS.register
 class AccuracyConfig(EvaluatorConfig):
-    """Accuracy of tokens, or of classes; the families' loss records it at every layout."""
+    """Accuracy of tokens or of classes. The model families record it with their loss, at every layout."""
 
     wants: ClassVar[frozenset[str]] = frozenset({"accuracy"})
 

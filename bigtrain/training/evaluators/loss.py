@@ -1,4 +1,4 @@
-"""The held-out loss, and for text the bits per byte."""
+"""The held-out loss, and bits per byte for text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from bigtrain.training.config import EVALUATORS, EvaluatorConfig, HeldOut, Resul
 
 @EVALUATORS.register
 class LossConfig(EvaluatorConfig):
-    """The held-out loss; for text also in bits per byte, which tokenizers do not change."""
+    """The held-out loss; for text also in bits per byte, which is comparable between tokenizers."""
 
     name: Literal["loss"] = "loss"
 
     def results(self, held_out: HeldOut) -> dict[str, Result]:
-        """`loss` in nats per token (or image), `bits_per_byte` of text."""
+        """`loss` in nats per token (or image), and `bits_per_byte` for text."""
         totals = held_out.totals
         found = {"loss": Result(totals.mean_loss, "nats per token")}
         if held_out.text_bytes > 0:
-            # Nats over the bytes of the text, in bits.
+            # The sum of losses in nats, divided by the bytes of the text and converted to bits.
             found["bits_per_byte"] = Result(totals.loss / held_out.text_bytes / math.log(2), "bits per byte")
         return found

@@ -1,4 +1,4 @@
-"""Accuracy on tasks: requests of a context and continuations, scored by log-likelihood."""
+"""Accuracy on tasks, whose requests are a context and its continuations, scored by log-likelihood."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ UNITS = {"bits_per_byte": "bits per byte"}
 
 @EVALUATORS.register
 class TasksConfig(EvaluatorConfig):
-    """Scores the requests of files, each once over all ranks: `val_task/NAME/accuracy` and the like of each task."""
+    """Scores the requests of files, and reports `val_task/NAME/accuracy` and similar metrics for each task."""
 
     name: Literal["tasks"] = "tasks"
     files: Annotated[tuple[str, ...], MinLen(1)]
-    """Files of requests, a JSON object a line (`bigtrain.training.tasks`); every node reads them at these paths."""
+    """Files of requests, one JSON object per line (`bigtrain.training.tasks`); every node reads them at these paths."""
 
     @field_validator("files")
     @classmethod
@@ -37,7 +37,7 @@ class TasksConfig(EvaluatorConfig):
         return tuple(os.path.abspath(file) for file in files)
 
     def check(self, data: ShardIndex) -> None:
-        """See `EvaluatorConfig.check`: the files are read, and the data must have a tokenizer."""
+        """Refuse data without a tokenizer, and files that hold no valid requests."""
         if data.tokenizer is None or data.tokenizer.kind == "unknown":
             raise UserError(
                 "The evaluator 'tasks' encodes text, and the training data has no tokenizer",
@@ -48,7 +48,7 @@ class TasksConfig(EvaluatorConfig):
             read_requests(Path(file))
 
     def own_pass(self, context: PassContext) -> OwnPass:
-        """See `EvaluatorConfig.own_pass`."""
+        """A pass that scores all requests, each once over all ranks; see `EvaluatorConfig.own_pass`."""
         requests = [request for file in self.files for request in read_requests(Path(file))]
         scorer = Scorer(requests, context.load_tokenizer())
 
