@@ -44,7 +44,7 @@ class Inspection:
     context: int
     sequences: int
     padding: int
-    """Number of targets of weight zero that fill up sequences."""
+    """Number of positions without a token, at the ends of sequences."""
     padding_share: float
     cut: int
     """Number of samples that are longer than `context` and lose their end."""
@@ -109,7 +109,8 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
     kind = index.sample_kind
     lengths = [part for part in index.all_token_counts() if len(part)]
     sequences = sum(index.sequence_counts(context))
-    padding = sequences * context - kind.targets(index, context) if index.of_tokens else 0
+    positions = sequences * kind.texts * context if index.of_tokens else 0
+    padding = positions - kind.filled(index, context) if positions else 0
     image = index.image
     is_readable = index.tokenizer is None or index.tokenizer.kind != "unknown"
     first_lines = kind.preview(index, lines) if is_readable and any(index.sequence_counts(1)) else []
@@ -132,7 +133,7 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
         context=context,
         sequences=sequences,
         padding=padding,
-        padding_share=padding / (sequences * context) if padding else 0.0,
+        padding_share=padding / positions if padding else 0.0,
         cut=kind.cut(index, context),
         first_lines=first_lines,
     )

@@ -73,6 +73,9 @@ class SampleKind(BatchKind):
     options: ClassVar[frozenset[str]] = frozenset()
     """The packing options that this kind accepts, among those that not all kinds accept."""
 
+    texts: ClassVar[int] = 1
+    """Number of token sequences in a sample of a batch: 2 for pairs."""
+
     needs_tokenizer: ClassVar[bool] = False
     """Whether packing needs a tokenizer."""
 
@@ -114,8 +117,8 @@ class SampleKind(BatchKind):
         """
         return None
 
-    def targets(self, index: ShardIndex, context: int) -> int:
-        """Number of tokens in all sequences that count in the loss; 0 for kinds without tokens."""
+    def filled(self, index: ShardIndex, context: int) -> int:
+        """Number of positions of all sequences that hold a token of a sample; the other positions are padding."""
         return 0
 
     def cut(self, index: ShardIndex, context: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bigtrain.config import UserError
@@ -52,7 +52,6 @@ class Found:
     """Number of legal executions, whether they fit or not."""
     too_large: int = 0
     """Number of legal executions that do not fit."""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> Estimate | None:

@@ -28,9 +28,10 @@ def compare_page(found: dict[str, Any]) -> str:
         Fact(f"At {target['flops']:.3g} FLOPs", f"{target['value']:.3f}", f"{_span(target)}, extrapolated"),
         Fact("The difference is", "resolved" if found["resolved"] else "not resolved", f"{found['clusters']} clusters"),
     ])  # fmt: skip
+    scaled = "L_A(N, D m)" if found["cost"] == "tokens" else "L_A(N m^1/2, D m^1/2)"
     made.note(
-        f"L_B(N, D) = L_A(N m^1/2, D m^1/2): {first} needs m times the {COSTS[found['cost']]} of {second} for the same "
-        "loss. Intervals: 95 %."
+        f"L_B(N, D) = {scaled}: {first} needs m times the {COSTS[found['cost']]} of {second} for the same loss. "
+        "Intervals: 95 %."
     )
     if found["advice"]:
         made.note(f"{found['advice'][0].upper()}{found['advice'][1:]}.")

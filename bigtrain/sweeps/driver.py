@@ -10,7 +10,6 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -149,11 +148,6 @@ class Driver:
                 time.sleep(LOOK_S)
         write_runs(self._directory, self._journal.state)
         return self._conclude()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        with on_signals(self._switch.press, *STOP_SIGNALS), on_hangup(self._switch.press_first):
-            yield
 
     def _again(self) -> None:
         """Mark trials as waiting that were running when the last driver ended, or that were stopped."""

@@ -94,7 +94,11 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
     facts = SizeFacts(params, shape, 0)
     wanted = _apply(sweep, "batch", ladder.batch, facts)
     if size.batch is not None:
-        batch = size.batch.sequences(context)
+        try:
+            batch = size.batch.sequences(context)
+        except ValueError as error:
+            where = f"{sweep.where}: sizes[].batch of the size {size.params:,}"
+            raise UserError(str(error), where, "Give a number of sequences, or a multiple of model.context.") from None
         deviations.append("batch given in the file")
     else:
         batch = max(1, round(wanted / context))

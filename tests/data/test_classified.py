@@ -11,6 +11,7 @@ import pytest
 
 from bigtrain.config import UserError
 from bigtrain.data.index import load_index
+from bigtrain.data.inspect import inspect
 from bigtrain.data.kind import kind_named
 from bigtrain.data.loader import Loader
 from bigtrain.data.order.sample_order import FixedOrder
@@ -51,6 +52,7 @@ def test_objects_become_texts_with_a_class(tmp_path: Path, numbered: bool) -> No
         found.add((bytes(tokens[:length].astype(np.uint8)).decode(), names[label]))
     assert found == {(text[:12], name) for text, name in ROWS}
     assert batch["weights"].tolist() == [1.0] * len(ROWS)
+    assert inspect(index.directory, context=12).padding == 12 * len(ROWS) - batch["lengths"].sum()
 
 
 def test_validation_follows_the_classes_of_training(tmp_path: Path) -> None:

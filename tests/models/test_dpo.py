@@ -21,6 +21,7 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.data.formats.tar import samples
 from bigtrain.data.index import load_index
+from bigtrain.data.inspect import inspect
 from bigtrain.data.kind import kind_named
 from bigtrain.data.kinds.preferences import PreferenceReader
 from bigtrain.data.packing.options import PackOptions
@@ -137,6 +138,8 @@ def test_pairs_are_packed_read_and_refused(tmp_path: Path) -> None:
         """What each side of each pair reads, what of it counts, and whether that ends the text."""
         reader, found = PreferenceReader(index, context), set()
         batch = reader.read(np.zeros(41, np.int64), np.arange(41))
+        ends = [np.flatnonzero(weights)[-1] + 1 for weights in batch["weights"].reshape(82, -1)]
+        assert inspect(index.directory, context).padding == 82 * context - sum(ends)
         for arrays in zip(*(batch[name].reshape(82, -1) for name in ("tokens", "targets", "weights")), strict=True):
             tokens, targets, weights = arrays
             counted = targets[weights > 0]

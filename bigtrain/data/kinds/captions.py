@@ -111,7 +111,7 @@ class Captions(SampleKind):
             and int(counts.sum()) == shard.tokens
         )
 
-    def targets(self, index: ShardIndex, context: int) -> int:
+    def filled(self, index: ShardIndex, context: int) -> int:
         """See `SampleKind`."""
         return sum(int(np.minimum(counts, context).sum()) for counts in index.all_token_counts())
 

@@ -72,6 +72,10 @@ class Classified(SampleKind):
         """See `SampleKind`."""
         return TOKENS
 
+    def filled(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`."""
+        return sum(int(np.minimum(counts, context).sum()) for counts in index.all_token_counts())
+
     def cut(self, index: ShardIndex, context: int) -> int:
         """Number of texts that are longer than `context` tokens."""
         return sum(int((counts > context).sum()) for counts in index.all_token_counts())

@@ -48,6 +48,7 @@ class Preferences(SampleKind):
     unit = "pairs"
     layout = "token ids of prompt, chosen and rejected in KEY.json"
     of_tokens = needs_tokenizer = True
+    texts = 2
     options = frozenset({"tokenizer"})
 
     def columns(self, index: ShardIndex) -> int:
@@ -79,10 +80,10 @@ class Preferences(SampleKind):
             and int(rows[:, TOTAL].sum()) == shard.tokens
         )
 
-    def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`. Only the tokens of the answers count."""
-        rows = (index.rows(number)[:, 3:TOTAL] for number in range(len(index.shards)))
-        return sum(int(np.minimum(one, context).sum()) for one in rows)
+    def filled(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`. The last token of an answer is a target and no input."""
+        rows = (index.rows(number) for number in range(len(index.shards)))
+        return sum(int(np.minimum(one[:, 2:3] + one[:, 3:TOTAL] - 1, context).sum()) for one in rows)
 
     def cut(self, index: ShardIndex, context: int) -> int:
         """Number of pairs with a sequence of more than `context` + 1 tokens."""

@@ -106,8 +106,8 @@ class SupervisedSamples(TokenSequences):
             and self.lengths(rows) == shard.lengths
         )
 
-    def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`. All tokens but the first of each sample count, whatever their weights."""
+    def filled(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`. The positions of a sample are its inputs, whatever the weights of their targets."""
         return sum(
             min(length, context) * count for shard in index.shards for length, count in _histogram(shard).items()
         )

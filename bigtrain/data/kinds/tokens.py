@@ -86,8 +86,8 @@ class TokenSequences(SampleKind):
             and int(counts.sum()) == shard.tokens
         )
 
-    def targets(self, index: ShardIndex, context: int) -> int:
-        """See `SampleKind`. All tokens but the first of each shard count."""
+    def filled(self, index: ShardIndex, context: int) -> int:
+        """See `SampleKind`. A shard of n tokens has n - 1 positions with a token and its target."""
         return sum(max(0, shard.tokens - 1) for shard in index.shards)
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:

@@ -99,5 +99,5 @@ def check_passthrough(config: dict[str, Any], passthrough: dict[str, Any]) -> No
             raise UserError(
                 f"DeepSpeed knows no key {key!r}",
                 f"engine.passthrough.{key}",
-                f"did you mean {close!r}?" if close else "see DeepSpeed's documentation of its config",
+                f"Did you mean {close!r}?" if close else "See DeepSpeed's documentation of its config.",
             )
