@@ -24,9 +24,13 @@ def bench_train(context: typer.Context) -> None:
 
 @app.command("hardware")
 def bench_hardware(
-    out: Annotated[Path | None, typer.Option(help="Write the entry here, as YAML for `plan --hardware`.")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a GPU, else one a core.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the entry; by default the host's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="YAML file that the entry is written to, for `plan --hardware`.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or one per core.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the entry; default: the host name.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine (matrix products, memory, collectives) for `bigtrain plan`."""

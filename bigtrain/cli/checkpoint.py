@@ -108,11 +108,13 @@ def _inspected(found: dict[str, Any]) -> str:
 
 @app.command("prune")
 def checkpoint_prune(
-    run: Annotated[str, typer.Argument(help="A run that is not under way, or its URL on a store.")],
+    run: Annotated[str, typer.Argument(help="A run that is not running, or its URL on a store.")],
     keep_last: Annotated[
-        int | None, typer.Option(min=1, help="Sound checkpoints to keep; by default as the run's config says.")
+        int | None, typer.Option(min=1, help="Number of verified checkpoints to keep; default: from the run's config.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be deleted, and delete nothing.")
+    ] = False,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -158,7 +160,7 @@ def _pruned_store(url: str, keep_last: int | None, dry_run: bool) -> list[int]:
 @app.command("export")
 def checkpoint_export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    out: Annotated[Path, typer.Option(help="Output directory, which must not exist.")],
     form: Annotated[
         Literal["bigtrain", "hf", "peft"],
         typer.Option(
@@ -195,8 +197,8 @@ def checkpoint_export(
 @app.command("convert")
 def checkpoint_convert(
     run: RunArgument,
-    to: Annotated[Literal["deepspeed"], typer.Option("--to", help="Whose format.")],
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    to: Annotated[Literal["deepspeed"], typer.Option("--to", help="Format to write.")],
+    out: Annotated[Path, typer.Option(help="Output directory, which must not exist.")],
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -220,12 +222,12 @@ def checkpoint_import(
     source: Annotated[
         Path, typer.Argument(help="Hugging Face weights, peft's adapters, or a universal checkpoint of DeepSpeed's.")
     ],
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    out: Annotated[Path, typer.Option(help="Output directory, which must not exist.")],
     base: Annotated[
-        Path | None, typer.Option(help="The weights that peft's adapters belong to; by default those that they name.")
+        Path | None, typer.Option(help="Base weights of peft's adapters; default: those that the adapters name.")
     ] = None,
     trust_checkpoint: Annotated[
-        bool, typer.Option(help="You trust whoever wrote the pickles of a DeepSpeed checkpoint.")
+        bool, typer.Option(help="Load the pickles of a DeepSpeed checkpoint, which can run code of their author.")
     ] = False,
     as_json: Json = False,
 ) -> None:

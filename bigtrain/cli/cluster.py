@@ -10,18 +10,18 @@ import typer
 
 from bigtrain.cli.common import Json, errors, show
 
-app = typer.Typer(help="Raise a Ray cluster on this machine to try things on, and take it down.", no_args_is_help=True)
+app = typer.Typer(help="Start and stop a Ray cluster on this machine, for trials.", no_args_is_help=True)
 
-Directory = Annotated[Path | None, typer.Option("--dir", help="Where the cluster is recorded.")]
+Directory = Annotated[Path | None, typer.Option("--dir", help="Directory of the cluster's record.")]
 
 
 @app.command()
 def local(
-    nodes: Annotated[int, typer.Option(min=1, max=64, help="Ray nodes.")] = 3,
-    procs_per_node: Annotated[int, typer.Option(min=1, help="Ranks that a node takes.")] = 2,
-    isolated: Annotated[bool, typer.Option("--isolated", help="Each node in namespaces of its own.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Number of Ray nodes.")] = 3,
+    procs_per_node: Annotated[int, typer.Option(min=1, help="Number of ranks on each node.")] = 2,
+    isolated: Annotated[bool, typer.Option("--isolated", help="Give each node its own namespaces (Linux).")] = False,
     shared: Annotated[
-        list[Path] | None, typer.Option(help="A directory under /tmp that isolated nodes share; may be repeated.")
+        list[Path] | None, typer.Option(help="Directory under /tmp that isolated nodes share; may be repeated.")
     ] = None,
     directory: Directory = None,
     as_json: Json = False,

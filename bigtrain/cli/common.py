@@ -12,19 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where runs live.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to stderr.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs laid over the file.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Directory of the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; other output goes to stderr.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the file.")]
 PluginOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", metavar="MODULE", help="Your own code (a .py file, a package or a module); may be given again."
+        "--plugin", metavar="MODULE", help="Your own code (a .py file, a package or a module); may be repeated."
     ),
 ]
-RunName = Annotated[str | None, typer.Option("--name", help="Name of the run, instead of the file's.")]
-NewName = Annotated[str | None, typer.Option("--name", help="Name of the sweep, instead of the file's.")]
-Nproc = Annotated[int | None, typer.Option("--nproc", help="Processes on this machine.")]
-Now = Annotated[bool, typer.Option("--now", help="At once, without a save.")]
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; default: the file's.")]
+NewName = Annotated[str | None, typer.Option("--name", help="Name of the sweep; default: the file's.")]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="Number of processes on this machine.")]
+Now = Annotated[bool, typer.Option("--now", help="End the ranks at once, without a save.")]
 RUNS = Path("runs")
 
 

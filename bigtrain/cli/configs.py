@@ -59,7 +59,9 @@ def config_validate(
 @app.command("schema")
 def config_schema(
     plugin: PluginOption = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep's YAML instead.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Print the schema of a sweep's YAML instead of a run's.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of a run's YAML, for editors."""
     with errors():

@@ -24,18 +24,25 @@ INPUTS = (
 TOKENIZER = "bytes, a tokenizer.json, a SentencePiece .model, or a directory with one of them or with GPT-2's files."
 BeginOfTextOption = Annotated[
     str,
-    typer.Option("--bos", help="Begin documents with a begin of text: no, yes, or as its rule says (rule)."),
+    typer.Option(
+        "--bos", help="Begin documents with the begin-of-text token: no, yes, or by the tokenizer's rule (rule)."
+    ),
 ]
 
 SpecialTokens = Annotated[
-    bool, typer.Option("--special-tokens", help="In text, the name of a special token such as <|sep|> is that token.")
+    bool,
+    typer.Option(
+        "--special-tokens", help="Encode the name of a special token in text, such as <|sep|>, as that token."
+    ),
 ]
 
-app = typer.Typer(help="Pack text into shards, index tars, look into both.", no_args_is_help=True)
+app = typer.Typer(help="Pack data into shards, index tars, inspect and verify both.", no_args_is_help=True)
 
 
-EndOfText = Annotated[str | None, typer.Option(help="The tokenizer's end of text, if its directory does not say.")]
-SkipBad = Annotated[int, typer.Option(min=0, help="Bad samples that are skipped and named.")]
+EndOfText = Annotated[
+    str | None, typer.Option(help="End-of-text token, if the tokenizer's directory does not name it.")
+]
+SkipBad = Annotated[int, typer.Option(min=0, help="Number of bad samples that are skipped and named.")]
 KindOption = Annotated[
     str | None,
     typer.Option(
@@ -50,20 +57,20 @@ ArraysOption = Annotated[
     bool, typer.Option("--arrays", help="--kind arrays: NAME.npy files of all samples, or a folder of KEY.npy.")
 ]
 ColumnsOption = Annotated[
-    str | None, typer.Option(help="Where columns lie, for --kind supervised: prompt=question,completion=answer.")
+    str | None, typer.Option(help="Keys of the columns, for --kind supervised: prompt=question,completion=answer.")
 ]
 ChatTemplateOption = Annotated[
-    Path | None, typer.Option(help="A Jinja file in place of the tokenizer's chat template.")
+    Path | None, typer.Option(help="Jinja file used instead of the tokenizer's chat template.")
 ]
 TokenTypeOption = Annotated[
-    str | None, typer.Option(help="Of .bin files of token ids alone: uint16, uint32, and so on.")
+    str | None, typer.Option(help="Type of the token ids in .bin files: uint16, uint32, and so on.")
 ]
 
 
 @app.command("pack")
 def data_pack(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
-    out: Annotated[Path, typer.Option(help="A new directory; gets train/ and validation/.")],
+    out: Annotated[Path, typer.Option(help="Output directory; gets train/ and validation/.")],
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     eot: EndOfText = None,
     kind: KindOption = None,
@@ -72,7 +79,9 @@ def data_pack(
     ] = False,
     captions: CaptionsOption = False,
     arrays: ArraysOption = False,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Make images squares of so many pixels.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to squares with this many pixels a side.")
+    ] = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
     columns: ColumnsOption = None,
@@ -80,8 +89,8 @@ def data_pack(
     bos: BeginOfTextOption = "no",
     special_tokens: SpecialTokens = False,
     token_type: TokenTypeOption = None,
-    shard_size: Annotated[str, typer.Option(help="Size of a shard.")] = "64 MiB",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores where not given.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest size of a shard.")] = "64 MiB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per core.")] = None,
     skip_bad: SkipBad = 0,
     plugin: PluginOption = None,
     as_json: Json = False,
@@ -171,8 +180,8 @@ def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
 @app.command("tokenizer")
 def data_tokenizer(
     inputs: Annotated[list[str], typer.Argument(help=INPUTS)],
-    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary, for bpe.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write, a tokenizer.json.")],
+    vocab: Annotated[int | None, typer.Option(help="Size of the vocabulary, for bpe.")] = None,
     kind: Annotated[str, typer.Option(help="bpe of bytes, or characters: one token for each.")] = "bpe",
     key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
     as_json: Json = False,
@@ -193,14 +202,16 @@ def data_tokenizer(
 
 @app.command("index")
 def data_index(
-    places: Annotated[list[str], typer.Argument(help="A directory of tars made elsewhere, or URLs of tars.")],
-    out: Annotated[Path | None, typer.Option(help="For URLs: a new directory for the index.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For text, or what made the tokens.")] = None,
+    places: Annotated[list[str], typer.Argument(help="Directory of tars from another tool, or URLs of tars.")],
+    out: Annotated[
+        Path | None, typer.Option(help="For URLs: output directory of the index, which must not exist.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of text, or the one that made the tokens.")] = None,
     eot: EndOfText = None,
     bos: BeginOfTextOption = "no",
     special_tokens: SpecialTokens = False,
     kind: Annotated[
-        str | None, typer.Option("--kind", help="What samples are, where their members do not say it.")
+        str | None, typer.Option("--kind", help="Sample kind, if the members' names do not determine it.")
     ] = None,
     skip_bad: SkipBad = 0,
     plugin: PluginOption = None,
@@ -252,10 +263,12 @@ def _counted(index: ShardIndex) -> str:
 @app.command("inspect")
 def data_inspect(
     path: Annotated[Path, typer.Argument(help="A shard directory; with --shuffle also a run's YAML.")],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, to count them.")] = 1024,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="Measure the order against a full permutation.")] = False,
-    window: Annotated[int, typer.Option(min=1, help="data.shuffle_window, for --shuffle.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step, for --shuffle.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence, to count sequences.")] = 1024,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Compare the order of samples with a full permutation.")
+    ] = False,
+    window: Annotated[int, typer.Option(min=1, help="Value of data.shuffle_window, for --shuffle.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step, for --shuffle.")] = 512,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
@@ -311,8 +324,10 @@ def data_verify(
 
 @app.command("overlap")
 def data_overlap(
-    train: Annotated[Path, typer.Argument(help="Shards of text, or files of it.")],
-    validation: Annotated[Path, typer.Argument(help="Held-out shards or files; shards get the finding beside them.")],
+    train: Annotated[Path, typer.Argument(help="Shards or files of training text.")],
+    validation: Annotated[
+        Path, typer.Argument(help="Shards or files of held-out text; the result is stored with shards.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Find passages of held-out text that also occur in the training text: exact, near and shifted copies."""

@@ -18,7 +18,7 @@ app = typer.Typer()
 def doctor(
     address: Address = None,
     token_file: TokenFile = None,
-    secrets_file: Annotated[Path | None, typer.Option(help="Keys for the ranks, on the nodes.")] = None,
+    secrets_file: Annotated[Path | None, typer.Option(help="File of secret keys for the ranks, on the nodes.")] = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
 ) -> None:

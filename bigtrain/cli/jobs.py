@@ -42,7 +42,7 @@ app = typer.Typer()
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(help="A run; all of them without it.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a run; default: all runs.")] = None,
     address: Address = None,
     token_file: TokenFile = None,
     runs_dir: RunsDir = RUNS,
@@ -95,13 +95,14 @@ def _event_line(event: dict[str, Any]) -> str:
 @app.command()
 def logs(
     name: Annotated[str, typer.Argument(help="A run.")],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on to the end of the run.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the log to the end of the run.")] = False,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="A rank's own output; else the driver's on a cluster, rank 0's here.")
+        int | None,
+        typer.Option(min=0, help="Rank whose log is shown; default: the driver on a cluster, rank 0 on this machine."),
     ] = None,
-    attempt: Annotated[int | None, typer.Option(min=0, help="Of which attempt; the newest without it.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="Number of the attempt; default: the newest.")] = None,
     submission: Annotated[
-        str | None, typer.Option(metavar="N", help="On a cluster: of an earlier submission, by its number or id.")
+        str | None, typer.Option(metavar="N", help="On a cluster: number or id of an earlier submission.")
     ] = None,
     address: Address = None,
     token_file: TokenFile = None,
@@ -165,15 +166,15 @@ def _brought_here(url: str, runs_dir: Path) -> RunDirectory:
 @app.command()
 def resume(
     name: Annotated[str, typer.Argument(help="A run, or its URL on a store: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")],
-    step: Annotated[int | None, typer.Option(min=0, help="Go back to the checkpoint of this step.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Resume from the checkpoint of this step.")] = None,
     nproc: Nproc = None,
     address: Address = None,
     token_file: TokenFile = None,
     follow: Annotated[bool, typer.Option("--follow", help="On a cluster: show the run until it ends.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="On a cluster: exit with the run's code.")] = False,
-    secrets_file: Annotated[Path | None, typer.Option(help="Keys for the ranks, on the nodes.")] = None,
+    secrets_file: Annotated[Path | None, typer.Option(help="File of secret keys for the ranks, on the nodes.")] = None,
     plugin: PluginOption = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Directory of the runs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Resume a run from its newest checkpoint, or from an older one, with its recorded config."""

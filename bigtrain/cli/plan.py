@@ -18,19 +18,24 @@ app = typer.Typer()
 def plan(
     config: Annotated[Path, typer.Argument(help="A run's YAML.")],
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many; else as many as the file's job has.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs; default: from the file's section `job`.")
+    ] = None,
     hardware: Annotated[
         str, typer.Option(help="An entry (a100, h100, h200, b200, mi300x, cpu) or a YAML file.")
     ] = "h100",
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Entries of the vocabulary, if the data is not here.")
+        int | None, typer.Option(min=1, help="Size of the vocabulary, if the data is not on this machine.")
     ] = None,
-    sweep_gpus: Annotated[str | None, typer.Option(metavar="A..B", help="Also each doubling from A to B.")] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, help="US dollars for one GPU and hour.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the best execution here, as YAML.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write the plan as an HTML page.")] = None,
+    sweep_gpus: Annotated[
+        str | None, typer.Option(metavar="A..B", help="Also plan each doubling of GPUs from A to B.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Price of one GPU for one hour, in US dollars.")] = None,
+    out: Annotated[Path | None, typer.Option(help="YAML file that the best execution is written to.")] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML page that the plan is written to.")] = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Do not search: run the file's own execution there on fake tensors.")
+        bool,
+        typer.Option("--rehearse", help="Do not search: run the code of the file's own execution on fake tensors."),
     ] = False,
     plugin: PluginOption = None,
     as_json: Json = False,

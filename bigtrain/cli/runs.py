@@ -39,13 +39,15 @@ def train(
     overrides: Overrides = None,
     name: RunName = None,
     nproc: Nproc = None,
-    fork: Annotated[str | None, typer.Option(help="Start a new run from the newest checkpoint.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would run, and stop.")] = False,
+    fork: Annotated[str | None, typer.Option(help="Name of a new run that starts from the newest checkpoint.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would run, and exit.")
+    ] = False,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Run the code of some ranks on fake tensors, and stop.")
+        bool, typer.Option("--rehearse", help="Run the code of some ranks on fake tensors, and exit.")
     ] = False,
     plugin: PluginOption = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Where runs live.")] = None,
+    runs_dir: Annotated[Path | None, typer.Option(help="Directory of the runs.")] = None,
 ) -> None:
     """Train a run on this machine; a run that exists is resumed."""
     with errors():
@@ -63,20 +65,30 @@ def sample(
     run: Annotated[
         str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL; or a directory of a Hugging Face model.")
     ],
-    prompt: Annotated[str, typer.Option(help="What the text begins with; with --chat, a user's message.")] = "",
+    prompt: Annotated[str, typer.Option(help="Beginning of the text; with --chat, a user's message.")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines, all in one batch: {"prompt": ...} or {"messages": [...]}.')
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Answer by the chat template of the model's tokenizer.")] = False,
-    image: Annotated[Path | None, typer.Option(help="The image to be captioned, for a model of captions.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose among the likeliest, together of this share.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Choose among those of this share of the likeliest's.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Over 1: what was written becomes less likely.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    seed: Annotated[int, typer.Option(help="Another text for another number.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Format the prompt by the chat template of the model's tokenizer.")
+    ] = False,
+    image: Annotated[Path | None, typer.Option(help="Image file to describe, for a captioner.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of new tokens.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens that together have this probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample from tokens with at least this share of the highest probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Values above 1 make tokens that were written before less likely.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -123,14 +135,14 @@ def evaluate(
             help="RUN, RUN@STEP or directories of Hugging Face weights; and key=value pairs, such as layout.tp=2."
         ),
     ],
-    data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be given again.")],
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be repeated.")],
+    nproc: Annotated[int, typer.Option(min=1, help="Number of processes on this machine.")] = 1,
     tasks: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON lines of requests: context, continuations, gold; and task; may be given again."),
+        typer.Option(help="JSON lines of requests: context, continuations, gold; and task; may be repeated."),
     ] = None,
-    batches: Annotated[int | None, typer.Option(min=1, help="Global batches of each set, at most.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences of each set, at most.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Largest number of global batches of each set.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Largest number of sequences of each set.")] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -183,7 +195,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="A run.")],
-    beside: Annotated[str | None, typer.Argument(help="A second run, to show both side by side.")] = None,
+    beside: Annotated[str | None, typer.Argument(help="Second run, which is shown beside the first.")] = None,
     runs_dir: RunsDir = RUNS,
 ) -> None:
     """Write the report of a run, or the comparison of two runs, as one HTML file that opens offline."""

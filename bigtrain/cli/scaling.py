@@ -13,18 +13,18 @@ from bigtrain.cli.common import Json, errors, show
 
 app = typer.Typer(help="Fit scaling laws to runs, compare recipes, and predict.", no_args_is_help=True)
 
-Column = typer.Option(metavar="COL", help="A column's name; guessed and reported where not given.")
-Unit = typer.Option(metavar="UNIT", help="What the column counts in: M, B, ... or 1, which also skips the check.")
+Column = typer.Option(metavar="COL", help="Name of the column; default: guessed, and reported.")
+Unit = typer.Option(metavar="UNIT", help="Unit of the column: M, B, ..., or 1, which also skips the check.")
 Where = typer.Option(help='Which runs: "tokens / params > 10 and (phase == decayed or lr < 1e-3)".')
-Number = typer.Option(metavar="NUMBER", help="Such as 7B, 1.4T or 1e21.")
+Number = typer.Option(metavar="NUMBER", help="A number such as 7B, 1.4T or 1e21.")
 Duplicates = Annotated[
-    Literal["refuse", "drop", "keep"], typer.Option(help="What is done with two rows that are one run.")
+    Literal["refuse", "drop", "keep"], typer.Option(help="What happens if two rows are the same run.")
 ]
 Swept = Annotated[
-    Literal["best", "all"], typer.Option(help="Rows to fit where learning rate or batch are swept at one N and D.")
+    Literal["best", "all"], typer.Option(help="Rows to fit if learning rate or batch are swept at one N and D.")
 ]
 Edges = Annotated[
-    Literal["refuse", "drop", "keep"], typer.Option(help="What is done with a best at the edge of its grid.")
+    Literal["refuse", "drop", "keep"], typer.Option(help="What happens if the best value is at the edge of its grid.")
 ]
 Form = Annotated[
     str | None,
@@ -35,7 +35,7 @@ Form = Annotated[
 @app.command("fit")
 def scaling_fit(
     source: Annotated[str, typer.Argument(help="A .csv or .jsonl file, a sweep, W&B files, wandb:ENTITY/PROJECT.")],
-    out: Annotated[Path, typer.Option(help="A directory; gets law.json, law.html and law.svg.")],
+    out: Annotated[Path, typer.Option(help="Output directory; gets law.json, law.html and law.svg.")],
     params: Annotated[str | None, Column] = None,
     tokens: Annotated[str | None, Column] = None,
     flops: Annotated[str | None, Column] = None,
@@ -43,28 +43,31 @@ def scaling_fit(
     group: Annotated[str | None, Column] = None,
     params_unit: Annotated[str | None, Unit] = None,
     tokens_unit: Annotated[str | None, Unit] = None,
-    drop_highest: Annotated[int, typer.Option(min=0, help="Exclude the K highest losses.")] = 0,
+    drop_highest: Annotated[int, typer.Option(min=0, help="Number of rows with the highest losses to exclude.")] = 0,
     where: Annotated[str | None, Where] = None,
     duplicates: Duplicates = "refuse",
     swept: Swept = "best",
     edges: Edges = "refuse",
-    approach: Annotated[Literal["a1", "a2", "a3", "all"], typer.Option(help="Envelope, IsoFLOP, parametric.")] = "all",
+    approach: Annotated[
+        Literal["a1", "a2", "a3", "all"], typer.Option(help="Approaches: 1 envelope, 2 IsoFLOP, 3 parametric.")
+    ] = "all",
     loss_function: Annotated[
-        Literal["huber", "l1", "squares"] | None, typer.Option(help="Of approach 3; all three where not given.")
+        Literal["huber", "l1", "squares"] | None, typer.Option(help="Objective of approach 3; default: all three.")
     ] = None,
-    delta: Annotated[float, typer.Option(help="Huber's delta on the log loss.")] = 1e-3,
+    delta: Annotated[float, typer.Option(help="Delta of Huber's loss, on the log of the loss.")] = 1e-3,
     cluster: Annotated[
-        Literal["auto", "model", "none"], typer.Option(help="What the bootstrap keeps together.")
+        Literal["auto", "model", "none"], typer.Option(help="Rows that the bootstrap resamples together.")
     ] = "auto",
     target_flops: Annotated[str | None, Number] = None,
-    equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Require alpha = beta.")] = False,
+    equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Fit with alpha = beta.")] = False,
     form: Form = None,
     overlap: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What `data overlap` found; a sweep's own is found by itself.")
+        str | None,
+        typer.Option(metavar="FILE", help="Result of `data overlap`; default: the one stored with a sweep's data."),
     ] = None,
-    replicates: Annotated[int, typer.Option(min=100, help="Of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and the starts.")] = 0,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Record the law as a W&B run too.")] = False,
+    replicates: Annotated[int, typer.Option(min=100, help="Number of bootstrap samples.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap and of the starting points.")] = 0,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Also record the law as a W&B run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fit a scaling law by three approaches, with confidence intervals."""
@@ -134,10 +137,12 @@ def _unit(name: str, text: str | None) -> float | None:
 
 @app.command("predict")
 def scaling_predict(
-    law: Annotated[Path, typer.Argument(help="A law.json, or the directory that holds it.")],
-    flops: Annotated[str | None, typer.Option(metavar="NUMBER", help="The budget; the target where not given.")] = None,
-    params: Annotated[str | None, typer.Option(metavar="NUMBER", help="N, where it is not the optimal one.")] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="D, where it is not the optimal one.")] = None,
+    law: Annotated[Path, typer.Argument(help="File law.json, or its directory.")],
+    flops: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Compute budget; default: the law's target.")
+    ] = None,
+    params: Annotated[str | None, typer.Option(metavar="NUMBER", help="Parameters N; default: the optimum.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="Tokens D; default: the optimum.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print the best model size and number of tokens for a compute budget, and the predicted loss."""

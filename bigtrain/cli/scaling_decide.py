@@ -21,14 +21,14 @@ def register(app: typer.Typer) -> None:
 
 def scaling_tasks(
     source: Annotated[str, typer.Argument(help="Checkpoints of a ladder: a .csv or .jsonl file, or a sweep.")],
-    at_params: Annotated[str, typer.Option(metavar="NUMBER", help="N to predict.")],
-    at_tokens: Annotated[str, typer.Option(metavar="NUMBER", help="D to predict.")],
+    at_params: Annotated[str, typer.Option(metavar="NUMBER", help="Parameters N to predict for.")],
+    at_tokens: Annotated[str, typer.Option(metavar="NUMBER", help="Tokens D to predict for.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=LOSS:ACCURACY", help="A task's columns; guessed by NAME_bpb, NAME_accuracy."),
+        typer.Option(metavar="NAME=LOSS:ACCURACY", help="Columns of a task; default: NAME_bpb and NAME_accuracy."),
     ] = None,
     where: Annotated[str | None, typer.Option(help='Which rows: "role == ladder".')] = None,
-    out: Annotated[Path | None, typer.Option(help="A directory; gets tasks.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory; gets tasks.json.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
@@ -56,17 +56,18 @@ def _tasks_text(result: dict[str, Any]) -> str:
 def scaling_compare(
     first: Annotated[str, typer.Argument(metavar="A", help="Runs of recipe A: a sweep, or a table.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Runs of recipe B at the same sizes and lengths.")],
-    out: Annotated[Path | None, typer.Option(help="A directory; gets compare.json and compare.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory; gets compare.json and compare.html.")] = None,
     target_flops: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Ten times the largest run's where not given.")
+        str | None, typer.Option(metavar="NUMBER", help="Target compute; default: ten times the largest run's.")
     ] = None,
     equal: Annotated[
-        Literal["flops", "tokens", "time"], typer.Option(help="What is equal where the recipes are compared.")
+        Literal["flops", "tokens", "time"], typer.Option(help="Cost at which the recipes are compared.")
     ] = "flops",
     paired: Annotated[
-        bool | None, typer.Option("--paired/--unpaired", help="Whether runs of one seed are pairs; as seeds allow.")
+        bool | None,
+        typer.Option("--paired/--unpaired", help="Whether runs with the same seed are pairs; default: if seeds match."),
     ] = None,
-    where: Annotated[str | None, typer.Option(help="Which rows of both.")] = None,
+    where: Annotated[str | None, typer.Option(help="Condition on the rows of both tables.")] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate how many times recipe B's compute recipe A needs for the same loss, with an interval."""
@@ -98,14 +99,14 @@ def _compare_text(result: dict[str, Any]) -> str:
 
 
 def scaling_preregister(
-    law: Annotated[Path, typer.Argument(help="A law.json, or the directory that holds it.")],
-    run: Annotated[Path, typer.Option("--run", metavar="CONFIG", help="The YAML of the run to come.")],
+    law: Annotated[Path, typer.Argument(help="File law.json, or its directory.")],
+    run: Annotated[Path, typer.Option("--run", metavar="CONFIG", help="YAML of the planned run.")],
     overrides: Overrides = None,
     name: RunName = None,
     count: Annotated[
-        Literal["without_embeddings", "total"], typer.Option(help="What N counts in the law.")
+        Literal["without_embeddings", "total"], typer.Option(help="Parameters that N counts in the law.")
     ] = "without_embeddings",
-    tasks: Annotated[str | None, typer.Option(metavar="SOURCE", help="A ladder's checkpoints, for tasks.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="SOURCE", help="Checkpoints of a ladder, for tasks.")] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -135,19 +136,26 @@ def _forecast_text(result: dict[str, Any]) -> str:
 
 def scaling_rates(
     source: Annotated[str, typer.Argument(help="Runs that sweep learning rate or batch: a table, or a tuned sweep.")],
-    out: Annotated[Path | None, typer.Option(help="A directory; gets rates.json and rates.html.")] = None,
-    at_params: Annotated[str | None, typer.Option(metavar="NUMBER", help="N to give the best values for.")] = None,
-    at_tokens: Annotated[str | None, typer.Option(metavar="NUMBER", help="D of it.")] = None,
-    at_batch: Annotated[str | None, typer.Option(metavar="NUMBER", help="Its batch, in the source's unit.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output directory; gets rates.json and rates.html.")] = None,
+    at_params: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Parameters N for which the best values are given.")
+    ] = None,
+    at_tokens: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Tokens D for which the best values are given.")
+    ] = None,
+    at_batch: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER", help="Batch for which the best learning rate is given, in the source's unit."),
+    ] = None,
     params: Annotated[str | None, Column] = None,
     tokens: Annotated[str | None, Column] = None,
     flops: Annotated[str | None, Column] = None,
     loss: Annotated[str | None, Column] = None,
     lr: Annotated[str | None, Column] = None,
     batch: Annotated[str | None, Column] = None,
-    where: Annotated[str | None, typer.Option(help="Which rows.")] = None,
+    where: Annotated[str | None, typer.Option(help="Condition on the rows.")] = None,
     edges: Annotated[
-        Literal["refuse", "drop"], typer.Option(help="What is done with a best at the edge of its grid.")
+        Literal["refuse", "drop"], typer.Option(help="What happens if the best value is at the edge of its grid.")
     ] = "refuse",
     as_json: Json = False,
 ) -> None:

@@ -42,7 +42,9 @@ LauncherOption = Annotated[
 ]
 EnvOption = Annotated[
     list[str] | None,
-    typer.Option("--env", metavar="NAME=VALUE", help="A variable for the ranks; NAME alone: as it is here."),
+    typer.Option(
+        "--env", metavar="NAME=VALUE", help="Environment variable for the ranks; NAME alone takes its value here."
+    ),
 ]
 
 
@@ -54,20 +56,28 @@ def submit(
     name: RunName = None,
     address: Address = None,
     token_file: TokenFile = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the run until it ends; Ctrl-C only detaches.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end, and exit with its code.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, say what would be submitted, and stop.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the run until it ends; Ctrl-C stops only the display.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the run ends, and exit with its code.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be submitted, and exit.")
+    ] = False,
     max_duration: Annotated[str | None, typer.Option(metavar="D", help='Stop after "2 h"; it can be resumed.')] = None,
     secrets_file: Annotated[
-        Path | None, typer.Option(help="Keys for the ranks: a file or a mounted Secret, on the nodes.")
+        Path | None, typer.Option(help="Secret keys for the ranks: a file or a mounted Secret, on the nodes.")
     ] = None,
-    script: Annotated[str | None, typer.Option(help="Run this script of your own; its arguments follow --.")] = None,
+    script: Annotated[
+        str | None, typer.Option(help="Submit this script instead of a run's YAML; its arguments follow --.")
+    ] = None,
     module: Annotated[bool, typer.Option("--module", help="--script names a module, as python -m does.")] = False,
     launcher: LauncherOption = "torchrun",
     env: EnvOption = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="With --script: nodes.")] = None,
-    procs_per_node: Annotated[int | None, typer.Option(min=1, help="With --script: ranks on each node.")] = None,
-    working_dir: Annotated[Path | None, typer.Option(help="With --script: a directory of source to ship.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="With --script: number of nodes.")] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(min=1, help="With --script: number of ranks on each node.")
+    ] = None,
+    working_dir: Annotated[Path | None, typer.Option(help="With --script: directory of source code to ship.")] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
     as_json: Json = False,
@@ -288,9 +298,11 @@ def _end_line(view: ClusterView) -> str:
 @app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
 def run_here(
     words: Annotated[list[str], typer.Argument(metavar="[job.KEY=VALUE]... SCRIPT [ARGS]...")],
-    nproc: Annotated[int | None, typer.Option(min=1, help="Ranks on this machine; by default one a GPU.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of this Slurm job.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; by default that of the script.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks on this machine; default: one per GPU.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes of this Slurm job.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the script's.")] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT names a module, as python -m does.")] = False,
     launcher: LauncherOption = "torchrun",
     env: EnvOption = None,

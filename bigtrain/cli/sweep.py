@@ -14,7 +14,7 @@ app = typer.Typer(help="Sweeps of small runs that end in a scaling law.", no_arg
 
 SweepFile = Annotated[Path, typer.Argument(help="A sweep's YAML.")]
 SweepName = Annotated[str, typer.Argument(help="A sweep's name under --runs-dir, or its path.")]
-TrialName = Annotated[str, typer.Argument(help="A trial, as `sweep status` names it.")]
+TrialName = Annotated[str, typer.Argument(help="Name of a trial, as in `sweep status`.")]
 
 
 @app.command("plan")
@@ -22,12 +22,22 @@ def sweep_plan(
     sweep: SweepFile,
     overrides: Overrides = None,
     name: NewName = None,
-    measure: Annotated[bool, typer.Option(help="Measure tokens a second here, where not known; else no times.")] = True,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            help="Measure tokens per second on this machine if they are not known; otherwise no times are printed."
+        ),
+    ] = True,
     compare: Annotated[
-        bool, typer.Option("--compare", help="As one of a pair for two recipes: the width of their multiplier.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Plan one of a pair of sweeps for two recipes: print the expected width of their multiplier.",
+        ),
     ] = False,
     rates: Annotated[
-        Path | None, typer.Option(metavar="LAWS", help="What `scaling rates` wrote: proposes learning rates, batches.")
+        Path | None,
+        typer.Option(metavar="LAWS", help="Directory of `scaling rates`, which proposes learning rates and batches."),
     ] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,
