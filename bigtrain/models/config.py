@@ -80,6 +80,18 @@ class ModelConfig(Section):
     predicts_text: ClassVar[bool] = True
     """Whether a loss on text is that of each token given those before it: bits per byte are reported of no other."""
 
+    vocabulary_name: ClassVar[str] = "embedding.weight"
+    """The qualified name of a parameter that has a row for each token of the vocabulary."""
+
+    hides_tokens: ClassVar[bool] = False
+    """Whether it learns text by guessing tokens that a mask token stands for (`mask`: its id in the vocabulary)."""
+
+    hf_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of the section whose values must be those of a config.json, and their names in it."""
+
+    hf_unused: ClassVar[str] = r"lm_head\.weight"
+    """A regular expression: tensors that Hugging Face weights may hold and the model has no use for."""
+
     later_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
 
@@ -165,8 +177,16 @@ class ModelConfig(Section):
         """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
+    def hf_zeros(self) -> dict[str, tuple[int, ...]]:
+        """Shapes, by name, of tensors of that state dict which are zero, since no parameter corresponds to them."""
+        return {}
+
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """The config.json of that model, whose embedding has `rows` rows."""
+        """The config.json of that model, where the parameter `vocabulary_name` has `rows` rows.
+
+        Raises:
+            ValueError: transformers has no such model.
+        """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
     @classmethod
