@@ -143,7 +143,7 @@ class ModelConfig(Section):
         return False
 
     def check_source(self, vocab_size: int) -> None:
-        """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.
+        """Refuse a model that does not fit the vocabulary of the data: by the file that it is read from, or by its ids.
 
         Raises:
             UserError: What does not fit, and what would.
@@ -236,6 +236,15 @@ class ModelConfig(Section):
         Args:
             network: What `build` returns, with the run's full weights, in evaluation mode and without gradients.
             shown: Held-out samples. Random draws of torch are the same at each call.
+        """
+        return {}
+
+    def attention_pictures(self, network: nn.Module, shown: Shown) -> Mapping[str, Picture]:
+        """What the callback `pictures` shows with `attention: true`, by title: where the last layer looks.
+
+        Args:
+            network: As `pictures` takes it.
+            shown: As `pictures` takes it.
         """
         return {}
 

@@ -188,9 +188,9 @@ def test_a_model_that_does_not_fit_its_source_is_refused(
 
 def test_ids_that_are_no_tokens_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.mask is 7, and the vocabulary has 7 tokens"):
-        Config(context=8, **MODEL).check(MASK)
+        Config(context=8, **MODEL).check_source(MASK)
     with pytest.raises(UserError, match=r"model\.first is 60, and the vocabulary has 50 tokens"):
-        Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=60).check(3)
+        Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=60).check_source(3)
     with pytest.raises(ValueError, match="max_positions 4 is less than context 8"):
         Config(context=8, max_positions=4)
     with pytest.raises(ValueError, match="max_positions 8 must exceed context 8"):

@@ -110,8 +110,8 @@ class Config(PlainConfig):
         losses = F.cross_entropy(logits.transpose(1, 2), batch["tokens"], reduction="none") * weights
         return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
 
-    def check(self, vocab_size: int, across_layouts: bool = False) -> None:
-        """See `PlainConfig.check`; the ids that keys name must be tokens."""
+    def check_source(self, vocab_size: int) -> None:
+        """See `ModelConfig.check_source`; the ids that keys name must be tokens."""
         vocabulary = getattr(self, "vocabulary", vocab_size)
         for key in ("mask", "first"):
             id = getattr(self, key, None)
@@ -121,7 +121,6 @@ class Config(PlainConfig):
                     f"model.{key}",
                     f"Pack the data with the tokenizer of the weights, or set model.{key} to null.",
                 )
-        super().check(vocab_size, across_layouts)
 
     def has_vocabulary_rows(self, name: str) -> bool:
         """See `ModelConfig.has_vocabulary_rows`; where the mask stands behind the vocabulary, ids are not rows."""
