@@ -19,6 +19,7 @@ from bigtrain.models.families.bert import Bert, Config
 from bigtrain.models.families.bert_classifier import Config as Classifier
 from bigtrain.models.hf_files import HfFiles
 from bigtrain.models.huggingface import to_hf
+from bigtrain.training.vocabulary import fill_rows, resized
 
 VOCABULARY, MASK, CLS = 50, 7, 5
 SAME_LOGITS = 1e-5
@@ -184,6 +185,21 @@ def test_a_model_that_does_not_fit_its_source_is_refused(
     config = Config(context=8, **{**MODEL, **keys})
     with pytest.raises(UserError, match=said):
         HfFiles.open(directory).check_fit(config, config.parameter_shapes(vocabulary))
+
+
+def test_a_larger_vocabulary_keeps_the_rows_of_its_ids(hf_model: Any, directory: Path) -> None:
+    """`init.new_rows`; a mask behind the vocabulary is no row by id."""
+    config, files = Config(context=8, **MODEL), HfFiles.open(directory)
+    names = config.hf_names()
+    weights = {name: torch.zeros(shape) for name, shape in config.parameter_shapes(VOCABULARY + 3).items()}
+    found = resized(config, weights, lambda name: files.shape_of(names[name]))
+    assert found == {"tokens.weight", "bias"}
+    assert not resized(Config(context=8), weights, lambda name: files.shape_of(names[name]))
+    for name, source in (("tokens.weight", hf_model.bert.embeddings.word_embeddings.weight),
+                         ("bias", hf_model.cls.predictions.bias)):  # fmt: skip
+        fill_rows(weights[name], source.detach(), "mean")
+        assert torch.equal(weights[name][:VOCABULARY], source)
+        assert torch.allclose(weights[name][VOCABULARY:], source.mean(0).expand_as(weights[name][VOCABULARY:]))
 
 
 def test_ids_that_are_no_tokens_are_refused() -> None:
