@@ -113,19 +113,25 @@ class HfFiles:
         Raises:
             UserError: bigtrain has no model of its kind.
         """
-        kind = str(self.config.get("model_type"))
+        family = self._family
+        stated = self._stated
+        if family.hides_tokens and "mask_token_id" not in stated:
+            last = int(stated.get("vocab_size", 1)) - 1
+            logger.warning(
+                "nothing beside %s says which token is the mask: the last one, %d, is taken for it (model.mask)",
+                self.directory / CONFIG_NAME, last,
+            )  # fmt: skip
+            stated = {**stated, "mask_token_id": last}
         try:
-            stated = self._stated
-            if FAMILIES[kind].hides_tokens and "mask_token_id" not in stated:
-                last = int(stated.get("vocab_size", 1)) - 1
-                logger.warning(
-                    "no tokenizer beside %s says which token is the mask: the last one, %d, is taken for it. Set "
-                    "model.mask to the right one.", self.directory / CONFIG_NAME, last,
-                )  # fmt: skip
-                stated = {**stated, "mask_token_id": last}
-            return {**FAMILIES[kind].from_hf_config(stated), **self._padding()}
+            return {**family.from_hf_config(stated), **self._padding()}
         except (ValueError, KeyError) as error:
             raise UserError(f"bigtrain cannot build this model: {error}", str(self.directory)) from None
+
+    @property
+    def _family(self) -> type[ModelConfig]:
+        kind = str(self.config.get("model_type"))
+        try:
+            return FAMILIES[kind]
         except UserError:
             raise UserError(
                 f"bigtrain has no model of transformers' type '{kind}'",
@@ -135,10 +141,11 @@ class HfFiles:
 
     @cached_property
     def _stated(self) -> dict[str, Any]:
-        """config.json, with the id of the mask token where it is known from the tokenizer alone."""
-        if "mask_token_id" in self.config or (found := mask_token(self.directory)) is None:
+        """config.json, with the id of the mask token where the family needs it and only the tokenizer tells it."""
+        if not self._family.hides_tokens or "mask_token_id" in self.config:
             return self.config
-        return {**self.config, "mask_token_id": found}
+        found = mask_token(self.directory)
+        return self.config if found is None else {**self.config, "mask_token_id": found}
 
     def _padding(self) -> dict[str, int]:
         """`vocab_multiple`, where the embedding has more rows than the tokenizer beside the weights has tokens."""
@@ -199,7 +206,7 @@ class HfFiles:
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
-        hf = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self._stated)
+        hf = self._family.from_hf_config(self._stated)
         config = config.base
         for key in dict.fromkeys((*config.hf_keys, *_CONSTANTS, *sorted(config.later_keys))):
             native = config.plain().get(key)
@@ -263,19 +270,27 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def mask_token(directory: Path) -> int | None:
-    """The id of the mask token of the tokenizer that lies beside weights; None where there is none."""
+    """The id of the mask token of the tokenizer that lies beside weights; None where there is none.
+
+    Raises:
+        UserError: The tokenizer's files are damaged.
+    """
     paths = (directory / name for name in (TOKENIZER_CONFIG_NAME, TOKENIZER_NAME))
     config, definition = (read_object(path) if path.is_file() else {} for path in paths)
-    name = config.get("mask_token", "[MASK]")
-    name = name.get("content") if isinstance(name, dict) else name
-    vocabulary = definition.get("model", {}).get("vocab", {})
-    ids = {one["content"]: int(one["id"]) for one in definition.get("added_tokens", [])}
-    ids |= {one["content"]: int(id) for id, one in config.get("added_tokens_decoder", {}).items()}
-    if name not in ids and isinstance(vocabulary, dict) and name in vocabulary:
-        ids[name] = int(vocabulary[name])
-    if name not in ids and (words := directory / WORDS_NAME).is_file():
-        ids |= {word: id for id, word in enumerate(words.read_text(encoding="utf-8").splitlines())}
-    return ids.get(name)
+    try:
+        name = config.get("mask_token", "[MASK]")
+        name = name.get("content") if isinstance(name, dict) else name
+        vocabulary = definition.get("model", {}).get("vocab")
+        ids: dict[str, Any] = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        ids |= {one["content"]: one["id"] for one in definition.get("added_tokens", [])}
+        ids |= {one["content"]: id for id, one in config.get("added_tokens_decoder", {}).items()}
+        if name not in ids and (words := directory / WORDS_NAME).is_file():
+            ids |= {word: id for id, word in enumerate(words.read_text(encoding="utf-8").splitlines())}
+        return int(ids[name]) if name in ids else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Its tokenizer cannot be read: {error}", str(directory), "Repair it, or set mask_token_id in config.json."
+        ) from None
 
 
 def _fix_shape(stored: tuple[int, ...], wanted: tuple[int, ...], hides_tokens: bool) -> str:

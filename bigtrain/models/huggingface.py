@@ -89,5 +89,6 @@ def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[st
             rows.append(rows[0].new_tensor(target.padding))
         tensor = torch.cat(rows)
         for name, part in zip(target.names, tensor.chunk(len(target.names)), strict=True):
-            hf[name] = (part.t() if target.transposed else part).clone(memory_format=torch.contiguous_format)
+            own = part.clone() if target.below else part  # a file's tensors share no memory
+            hf[name] = (own.t() if target.transposed else own).contiguous()
     return hf

@@ -17,7 +17,7 @@ from bigtrain.config import UserError
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.families.bert import Bert, Config
 from bigtrain.models.families.bert_classifier import Config as Classifier
-from bigtrain.models.hf_files import HfFiles
+from bigtrain.models.hf_files import HfFiles, mask_token
 from bigtrain.models.huggingface import to_hf
 from bigtrain.training.vocabulary import fill_rows, resized
 
@@ -165,6 +165,23 @@ def test_a_config_that_the_family_does_not_have_is_refused(keys: dict[str, Any],
     config = Config(context=8, **MODEL)
     with pytest.raises(UserError, match=said):
         files.check_fit(config, config.parameter_shapes(VOCABULARY))
+
+
+def test_a_mask_is_found_in_any_file_of_a_tokenizer(tmp_path: Path) -> None:
+    files = {
+        "vocab.txt": "[PAD]\n[MASK]\n",
+        "tokenizer.json": json.dumps({"added_tokens": [{"content": "[MASK]", "id": 3}], "model": {"vocab": {"a": 0}}}),
+        "tokenizer_config.json": json.dumps({"mask_token": {"content": "<m>"}, "added_tokens_decoder": {
+            "5": {"content": "<m>"}}}),
+    }  # fmt: skip
+    found = []
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        found.append(mask_token(tmp_path))
+    assert found == [1, 3, 5]
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": [1]}')
+    with pytest.raises(UserError, match="Its tokenizer cannot be read"):
+        mask_token(tmp_path)
 
 
 @pytest.mark.parametrize(
