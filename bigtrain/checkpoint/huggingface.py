@@ -79,25 +79,29 @@ def load_hf(
 @torch.no_grad()
 def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
     """Read weights into this rank's tensors, as `load_hf`, but without collectives."""
-    wanted: dict[str, list[str]] = defaultdict(list)
+    wanted: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for name in state:
-        wanted[files.files[cast(str, files.place(names[name].name))]].append(name)
+        for number, stored in enumerate(cast(list[str], files.places(names[name]))):
+            wanted[files.files[stored]].append((name, number, stored))
     for file, parameters in wanted.items():
         try:
             with safe_open(files.directory / file, framework="pt") as opened:
-                for name in parameters:
-                    for offset, sizes, target in pieces(state[name]):
-                        target.copy_(_cut(opened, files, names[name], offset, sizes))
+                for name, number, stored in parameters:
+                    rows = names[name].shape_of(files.shapes[stored])[0]
+                    for piece in pieces(state[name]):
+                        _fill(piece, opened.get_slice(stored), names[name], number * rows, rows)
         except Exception as error:
             # safetensors and torch raise different types; all mean that the file does not hold such tensors.
             raise CorruptionError(f"the weights cannot be read: {error}", str(files.directory / file)) from error
 
 
-def _cut(opened: Any, files: HfFiles, place: HfTensor, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    stored = cast(str, files.place(place.name))
-    rows = place.shape_of(files.shapes[stored])[0]
-    piece: Tensor = opened.get_slice(stored)[place.index(offset, sizes, rows)]
-    return piece.t() if place.transposed else piece
+def _fill(piece: Piece, stored: Any, place: HfTensor, first: int, rows: int) -> None:
+    """Copy what a stored tensor, which has `rows` rows of a parameter from `first` on, holds of a rectangle of it."""
+    (top, *offset), (count, *sizes), target = piece
+    begin, end = max(top, first), min(top + count, first + rows)
+    if begin < end:
+        found: Tensor = stored[place.index((begin - first, *offset), (end - begin, *sizes), rows)]
+        target[begin - top : end - top].copy_(found.t() if place.transposed else found)
 
 
 def pieces(tensor: Tensor) -> Iterator[Piece]:
@@ -141,8 +145,7 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
         keys = {**keys, "adapter": adapters.keys(names)}
         for name, matrix in adapters.places(names).items():
             others[name] = adapters.shapes[matrix], partial(adapters.read, matrix)
-    shapes = {name: place.shape_of(files.shapes[stored]) for name, place in names.items()
-              if (stored := files.place(place.name)) is not None}  # fmt: skip
+    shapes = {name: shape for name, place in names.items() if (shape := files.shape_of(place)) is not None}
     files.check_fit(config, {name: shapes.get(name, ()) for name in names})
     with torch.device("meta"):
         state = {f"{PREFIX}{name}": torch.empty(shape) for name, shape in shapes.items()}
@@ -212,7 +215,8 @@ def export_hf(
         CorruptionError: The checkpoint is damaged.
     """
     try:
-        names = config.hf_names()
+        names, zeros = config.hf_names(), config.hf_zeros()
+        config.hf_config(rows=0)  # refused before anything is read
     except ValueError as error:
         raise UserError(
             f"This model has no form in transformers: {error}", str(directory), "Export without --format hf."
@@ -225,10 +229,11 @@ def export_hf(
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
         if adapter is not None:
             native = {name: _merged(reader, adapter, name, value) for name, value in native.items()}
-        return to_hf({name: names[name] for name in part}, native)
+        own = to_hf({name: names[name] for name in part}, native)
+        return own | {name: torch.zeros(shape) for name, shape in zeros.items() if part is parts[0]}
 
-    embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")
-    rows = 0 if embedding is None else cast(TensorStorageMetadata, embedding).size[0]
+    vocabulary = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}{config.vocabulary_name}")
+    rows = 0 if vocabulary is None else cast(TensorStorageMetadata, vocabulary).size[0]
     with appears_whole(out) as temporary:
         notes = {"format": "pt", "bigtrain": bigtrain.__version__, "step": str(step)}
         written = write_files((tensors(part) for part in parts), len(parts), temporary, notes)

@@ -34,7 +34,7 @@ from bigtrain.data.encoding.files import (
     read_gpt2,
     read_json,
 )  # fmt: skip
-from bigtrain.data.encoding.rules import BeginOfText, begin_of_text, exported_rule
+from bigtrain.data.encoding.rules import BeginOfText, add_mask, begin_of_text, exported_rule
 from bigtrain.storage import hash_text, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Tokenizer:
             for name, content in self.companions.items():
                 write_atomic(Path(directory) / name, content)
 
-    def export(self, directory: str | Path, context: int) -> dict[str, int]:
+    def export(self, directory: str | Path, context: int, mask: int | None = None) -> dict[str, int]:
         """Write the tokenizer for `from_pretrained` of transformers, so that it encodes text as in training.
 
         The exported tokenizer adds a begin-of-text token if the stored documents have one, whatever its original rule
@@ -252,14 +252,19 @@ class Tokenizer:
 
         Args:
             context: Tokens per sequence, for `model_max_length`.
+            mask: Id of the mask token of a masked language model. The tokenizer then has this token and keeps its own
+                rule for begin-of-text and end-of-text tokens.
 
         Returns:
-            `eos_token_id` and `bos_token_id`, for config.json.
+            `eos_token_id` and `bos_token_id`, and with a mask `pad_token_id`, for config.json.
         """
-        place, config = Path(directory), self.config
-        definition = json.loads(self._definition)
+        assert self._backend is not None
+        place, config, definition = Path(directory), self.config, json.loads(self._definition)
         bos = None if self.bos is None else (str(self.token_of(self.bos)), self.bos)
-        definition["post_processor"] = exported_rule(definition.get("post_processor"), bos)
+        if mask is None:
+            definition["post_processor"] = exported_rule(definition.get("post_processor"), bos)
+        else:
+            add_mask(self._backend, definition, config, mask)
         write_atomic(place / FILE_NAME, json.dumps(definition, ensure_ascii=False))
         name = self.token_of(self.eot)
         begin = self.token_of(self.bos) if self.bos is not None else content_of(config.get("bos_token")) or name
@@ -271,9 +276,11 @@ class Tokenizer:
         write_json(place / CONFIG_NAME, config)
         if TEMPLATE_NAME in self.companions:
             write_atomic(place / TEMPLATE_NAME, self.companions[TEMPLATE_NAME])
-        assert self._backend is not None
         id = self._backend.token_to_id(begin) if begin is not None else None
-        return {"eos_token_id": self.eot, "bos_token_id": self.eot if id is None else id}
+        ids = {"eos_token_id": self.eot, "bos_token_id": self.eot if id is None else id}
+        padding = content_of(config.get("pad_token")) if mask is not None else None
+        pad = self._backend.token_to_id(padding) if padding is not None else None
+        return ids if pad is None else {**ids, "pad_token_id": pad}
 
     @property
     def vocab_size(self) -> int:

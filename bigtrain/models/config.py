@@ -80,6 +80,18 @@ class ModelConfig(Section):
     predicts_text: ClassVar[bool] = True
     """Whether a loss on text is that of each token given those before it: bits per byte are reported of no other."""
 
+    vocabulary_name: ClassVar[str] = "embedding.weight"
+    """The qualified name of a parameter that has a row for each token of the vocabulary."""
+
+    hides_tokens: ClassVar[bool] = False
+    """Whether it learns text by guessing tokens that a mask token stands for (`mask`: its id in the vocabulary)."""
+
+    hf_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of the section whose values must be those of a config.json, and their names in it."""
+
+    hf_unused: ClassVar[str] = r"lm_head\.weight"
+    """A regular expression: tensors that Hugging Face weights may hold and the model has no use for."""
+
     later_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
 
@@ -131,7 +143,7 @@ class ModelConfig(Section):
         return False
 
     def check_source(self, vocab_size: int) -> None:
-        """Refuse a model that is read from a file, where the file does not fit the data; others have no such file.
+        """Refuse a model that does not fit the vocabulary of the data: by the file that it is read from, or by its ids.
 
         Raises:
             UserError: What does not fit, and what would.
@@ -165,8 +177,16 @@ class ModelConfig(Section):
         """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
+    def hf_zeros(self) -> dict[str, tuple[int, ...]]:
+        """Shapes, by name, of tensors of that state dict which are zero, since no parameter corresponds to them."""
+        return {}
+
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """The config.json of that model, whose embedding has `rows` rows."""
+        """The config.json of that model, where the parameter `vocabulary_name` has `rows` rows.
+
+        Raises:
+            ValueError: transformers has no such model.
+        """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
     @classmethod
@@ -216,6 +236,15 @@ class ModelConfig(Section):
         Args:
             network: What `build` returns, with the run's full weights, in evaluation mode and without gradients.
             shown: Held-out samples. Random draws of torch are the same at each call.
+        """
+        return {}
+
+    def attention_pictures(self, network: nn.Module, shown: Shown) -> Mapping[str, Picture]:
+        """What the callback `pictures` shows with `attention: true`, by title: where the last layer looks.
+
+        Args:
+            network: As `pictures` takes it.
+            shown: As `pictures` takes it.
         """
         return {}
 

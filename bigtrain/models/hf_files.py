@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +18,19 @@ from bigtrain.storage import hash_file, hash_text
 if TYPE_CHECKING:
     from bigtrain.models.huggingface import HfTensor
 
+logger = logging.getLogger(__name__)
+
 CONFIG_NAME = "config.json"
 ONE_FILE = "model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, WORDS_NAME = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
 _CONSTANTS = ("norm_eps", "rope_theta", "rope_scaling", "heads", "tied")
 HEAD_NAME = "lm_head.weight"
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
+_NORM = re.compile(r"(?<=LayerNorm\.)(weight|bias)$")
+_OLDER = {"weight": "gamma", "bias": "beta"}
 _NO_PARAMETERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
 """Constants that older files hold as tensors."""
 
@@ -62,18 +68,28 @@ class HfFiles:
         return cls(directory.resolve(), config, files, shapes)
 
     def place(self, name: str) -> str | None:
-        """The name under which a tensor is stored: a base model's files omit the first part of it."""
-        short = name.partition(".")[2]
-        if name in self.files or short in self.files:
-            return name if name in self.files else short
+        """The name under which a tensor is stored: a base model's files omit the first part of it.
+
+        A norm's weight and bias were once called gamma and beta.
+        """
+        older = _NORM.sub(lambda found: _OLDER[found[0]], name)
+        for one in (name, older):
+            short = one.partition(".")[2]
+            if one in self.files or short in self.files:
+                return one if one in self.files else short
         # One matrix may serve as embedding and head; a file holds it under either name.
         is_embedding = _EMBEDDING.fullmatch(name) is not None
         return HEAD_NAME if is_embedding and HEAD_NAME in self.files and self._is_tied else None
 
+    def places(self, place: HfTensor) -> list[str] | None:
+        """The names under which all tensors that make up a parameter are stored; None where one is not here."""
+        found = [stored for name in place.names if (stored := self.place(name)) is not None]
+        return found if len(found) == len(place.names) else None
+
     def shape_of(self, place: HfTensor) -> tuple[int, ...] | None:
         """The shape of a parameter as it is stored here; None where it is not."""
-        stored = self.place(place.name)
-        return None if stored is None else place.shape_of(self.shapes[stored])
+        stored = self.places(place)
+        return None if stored is None else place.shape_of(*(self.shapes[name] for name in stored))
 
     @property
     def _is_tied(self) -> bool:
@@ -97,17 +113,39 @@ class HfFiles:
         Raises:
             UserError: bigtrain has no model of its kind.
         """
-        kind = str(self.config.get("model_type"))
+        family = self._family
+        stated = self._stated
+        if family.hides_tokens and "mask_token_id" not in stated:
+            last = int(stated.get("vocab_size", 1)) - 1
+            logger.warning(
+                "nothing beside %s says which token is the mask: the last one, %d, is taken for it (model.mask)",
+                self.directory / CONFIG_NAME, last,
+            )  # fmt: skip
+            stated = {**stated, "mask_token_id": last}
         try:
-            return {**FAMILIES[kind].from_hf_config(self.config), **self._padding()}
+            return {**family.from_hf_config(stated), **self._padding()}
         except (ValueError, KeyError) as error:
             raise UserError(f"bigtrain cannot build this model: {error}", str(self.directory)) from None
+
+    @property
+    def _family(self) -> type[ModelConfig]:
+        kind = str(self.config.get("model_type"))
+        try:
+            return FAMILIES[kind]
         except UserError:
             raise UserError(
                 f"bigtrain has no model of transformers' type '{kind}'",
                 str(self.directory / CONFIG_NAME),
                 "Train it as it is: model: {arch: hf, hf: DIR, context: N}, engine: {name: accelerate}.",
             ) from None
+
+    @cached_property
+    def _stated(self) -> dict[str, Any]:
+        """config.json, with the id of the mask token where the family needs it and only the tokenizer tells it."""
+        if not self._family.hides_tokens or "mask_token_id" in self.config:
+            return self.config
+        found = mask_token(self.directory)
+        return self.config if found is None else {**self.config, "mask_token_id": found}
 
     def _padding(self) -> dict[str, int]:
         """`vocab_multiple`, where the embedding has more rows than the tokenizer beside the weights has tokens."""
@@ -140,25 +178,25 @@ class HfFiles:
             self._check_numbers(config, own_head="head.weight" not in shapes)
         except ValueError as error:
             raise UserError(f"init.source: {error}", str(self.directory), "Change 'model'.") from None
-        found = {name: self.place(names[name].name) for name in shapes}
-        for name, place in found.items():
-            if place is None:
+        for name, shape in shapes.items():
+            stored = self.shape_of(names[name]) if name in names else None
+            if stored is None:
+                lacking = f"'{names[name].name}', which is {name} here" if name in names else name
                 raise UserError(
-                    f"The weights lack '{names[name].name}', which is {name} here",
+                    f"The weights lack {lacking}",
                     str(self.directory),
                     "Change 'model', or add the name to init.fresh to draw it from the seed.",
                 )
-            stored = names[name].shape_of(self.shapes[place])
-            if stored != tuple(shapes[name]):
+            if stored != tuple(shape):
                 raise UserError(
-                    f"{name} is {stored} in the weights and {tuple(shapes[name])} here",
+                    f"{name} is {stored} in the weights and {tuple(shape)} here",
                     str(self.directory),
-                    _fix_shape(stored, tuple(shapes[name])),
+                    _fix_shape(stored, tuple(shape), config.hides_tokens),
                 )
-        known = {self.place(place.name) for place in names.values()}
-        spare = sorted(self.files.keys() - known - {"lm_head.weight"})
+        known = {stored for place in names.values() for stored in self.places(place) or ()}
+        spare = sorted(name for name in self.files.keys() - known if not re.fullmatch(config.base.hf_unused, name))
         if spare:
-            close = nearest(spare[0], [place.name for place in names.values()])
+            close = nearest(spare[0], [one for place in names.values() for one in place.names])
             raise UserError(
                 f"The weights hold '{spare[0]}', for which a model of arch '{config.arch}' has no place",
                 str(self.directory),
@@ -168,14 +206,17 @@ class HfFiles:
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
-        hf = FAMILIES[str(self.config.get("model_type"))].from_hf_config(self.config)
+        hf = self._family.from_hf_config(self._stated)
         config = config.base
-        for key in (*_CONSTANTS, *sorted(config.later_keys)):
+        for key in dict.fromkeys((*config.hf_keys, *_CONSTANTS, *sorted(config.later_keys))):
             native = config.plain().get(key)
             if key == "tied" and not native and own_head:
                 continue
+            if key in config.hf_keys and key == "max_positions" and native is None:
+                native = config.context
             if key in hf and hf[key] != native:
-                raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}")
+                stated = f" ({config.hf_keys[key]} of config.json)" if key in config.hf_keys else ""
+                raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}{stated}")
 
 
 def digest(hashes: Mapping[str, str]) -> str:
@@ -228,8 +269,37 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _fix_shape(stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def mask_token(directory: Path) -> int | None:
+    """The id of the mask token of the tokenizer that lies beside weights; None where there is none.
+
+    Raises:
+        UserError: The tokenizer's files are damaged.
+    """
+    paths = (directory / name for name in (TOKENIZER_CONFIG_NAME, TOKENIZER_NAME))
+    config, definition = (read_object(path) if path.is_file() else {} for path in paths)
+    try:
+        name = config.get("mask_token", "[MASK]")
+        name = name.get("content") if isinstance(name, dict) else name
+        vocabulary = definition.get("model", {}).get("vocab")
+        ids: dict[str, Any] = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        ids |= {one["content"]: one["id"] for one in definition.get("added_tokens", [])}
+        ids |= {one["content"]: id for id, one in config.get("added_tokens_decoder", {}).items()}
+        if name not in ids and (words := directory / WORDS_NAME).is_file():
+            ids |= {word: id for id, word in enumerate(words.read_text(encoding="utf-8").splitlines())}
+        return int(ids[name]) if name in ids else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Its tokenizer cannot be read: {error}", str(directory), "Repair it, or set mask_token_id in config.json."
+        ) from None
+
+
+def _fix_shape(stored: tuple[int, ...], wanted: tuple[int, ...], hides_tokens: bool) -> str:
     """What to do about a parameter whose stored shape is another one."""
+    if hides_tokens and stored[1:] == wanted[1:]:
+        return (
+            "These are rows of the vocabulary (vocab_size of config.json): pack the data with the tokenizer of the "
+            "weights, and set model.mask to its mask token and a classifier's model.vocabulary; or set init.new_rows."
+        )
     if stored[1:] == wanted[1:] and stored[0] > wanted[0]:
         return f"If these are rows of the vocabulary, set model.vocab_multiple to {stored[0]}; else change 'model'."
     if stored[1:] == wanted[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +19,21 @@ class HfTensor:
     """Whether it is stored (in, out), as GPT-2's Conv1D does."""
     part: tuple[int, int] = (0, 1)
     """(i, n): it is the i-th of n equal parts along the output dimension."""
+    below: tuple[str, ...] = ()
+    """Stored tensors of the same shape whose rows follow: the parameter is all of them, one below the other."""
+    padding: tuple[float, ...] = ()
+    """Rows (of a vector) that the stored tensor has below the parameter's; they are not read."""
 
-    def shape_of(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the parameter, given that of the stored tensor."""
-        rows, *rest = stored[::-1] if self.transposed else stored
-        return (rows // self.part[1], *rest)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All stored tensors that make up the parameter, in order."""
+        return (self.name, *self.below)
+
+    def shape_of(self, *stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the parameter, given those of its stored tensors (`names`)."""
+        shapes = [shape[::-1] if self.transposed else shape for shape in stored]
+        rows = sum(shape[0] for shape in shapes) - len(self.padding)
+        return (rows // self.part[1], *shapes[0][1:])
 
     def index(self, offset: tuple[int, ...], sizes: tuple[int, ...], rows: int) -> tuple[slice, ...]:
         """Where a rectangle of the parameter, which has `rows` rows in all, lies in the stored tensor."""
@@ -53,12 +63,14 @@ def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[
     Raises:
         KeyError: `state` lacks a tensor.
     """
+    import torch
+
     native = {}
     for name, source in names.items():
-        tensor = state[source.name]
+        tensor = torch.cat([state[one] for one in source.names]) if source.below else state[source.name]
         tensor = tensor.t() if source.transposed else tensor
         index, count = source.part
-        native[name] = tensor.chunk(count)[index].contiguous()
+        native[name] = tensor[: len(tensor) - len(source.padding)].chunk(count)[index].contiguous()
     return native
 
 
@@ -68,10 +80,15 @@ def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[st
 
     parts: dict[HfTensor, dict[int, Tensor]] = {}
     for name, target in names.items():
-        whole = HfTensor(target.name, target.transposed)
+        whole = replace(target, part=(0, 1))
         parts.setdefault(whole, {})[target.part[0]] = state[name]
     hf = {}
     for target, pieces in parts.items():
-        tensor = torch.cat([pieces[index] for index in sorted(pieces)])
-        hf[target.name] = (tensor.t() if target.transposed else tensor).contiguous()
+        rows = [pieces[index] for index in sorted(pieces)]
+        if target.padding:
+            rows.append(rows[0].new_tensor(target.padding))
+        tensor = torch.cat(rows)
+        for name, part in zip(target.names, tensor.chunk(len(target.names)), strict=True):
+            own = part.clone() if target.below else part  # a file's tensors share no memory
+            hf[name] = (own.t() if target.transposed else own).contiguous()
     return hf

@@ -258,14 +258,30 @@ class Attention(Branch):
         """
         if self.enter is not None:
             x = self.enter(x)
-        query, key = self._normalised(self.query(x), self.query_norm), self._normalised(self.key(x), self.key_norm)
+        query, key = self._queries_and_keys(x, rotary)
         value = self.value(x).unflatten(-1, (-1, self.head_width))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        if self.query_scale != 1:
-            query = query * self.query_scale
         output: Tensor = self.output(self.attend(query, key, value, mask, self.causal).flatten(2))
         return output
+
+    def probabilities(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """How much of each key each query of x (B, C, W) takes, FP32 (B, H, C, C): softmax(Q K^T / sqrt(D)).
+
+        Vaswani et al. 2017, eq. 1; for looking at it, since `forward` never holds it. Arguments are those of `forward`.
+        """
+        query, key = (heads.float().transpose(1, 2) for heads in self._queries_and_keys(x, rotary))
+        scores = query @ key.repeat_interleave(self.heads // self.kv_heads, 1).mT / math.sqrt(self.head_width)
+        if mask is None and self.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+    def _queries_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Queries (B, C, H, D) and keys, as their products are taken."""
+        query, key = self._normalised(self.query(x), self.query_norm), self._normalised(self.key(x), self.key_norm)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return (query if self.query_scale == 1 else query * self.query_scale), key
 
     def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """Heads (B, C, H, D) of joined heads (B, C, H * D), normalised."""

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from bigtrain.config import UserError, yaml_file
 from bigtrain.config.plugin import plugin_of_launcher
@@ -109,8 +109,8 @@ def of_weights(directory: Path, overrides: Sequence[str], data: Mapping[str, Sha
         config = load_config(path, list(overrides))
     outputs = first.vocab_size
     if is_native:
-        stored = files.place(config.model.hf_names()["embedding.weight"].name)
-        outputs = files.shapes[cast(str, stored)][0]
+        shape = files.shape_of(config.model.hf_names()[config.model.vocabulary_name])
+        outputs = 0 if shape is None else shape[0]
     for index in data.values():
         if index.vocab_size > outputs:
             raise UserError(

@@ -46,7 +46,10 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
         _copy_generation(config, place, ends)
         if tokenizer is None:
             return {}
-        keys: dict[str, Any] = dict(tokenizer.export(place, config.model.context))
+        mask = getattr(config.model, "mask", None)
+        if config.model.hides_tokens and mask is None:
+            mask = tokenizer.vocab_size
+        keys: dict[str, Any] = dict(tokenizer.export(place, config.model.context, mask))
         return keys if len(ends) == 1 else {**keys, "eos_token_id": ends}
 
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)

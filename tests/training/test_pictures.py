@@ -16,7 +16,12 @@ from bigtrain.config import UserError
 from bigtrain.engines.config import ENGINES
 from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.config import FAMILIES
+from bigtrain.models.families.captioner import Captioner
 from bigtrain.models.families.vae import Config as Vae
+from bigtrain.models.families.vit import VisionTransformer
+from bigtrain.models.init import initialise
+from bigtrain.models.layers import Attention
+from bigtrain.models.patches import cut
 from bigtrain.models.pictures import Picture, one_above_the_other
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
@@ -103,7 +108,105 @@ def test_images_lie_in_rows_of_one_size() -> None:
     assert taller.height > shown.shape[0]
 
 
+IMAGES = {"image_size": 8, "channels": 3, "patch": 4, "layers": 2, "width": 16, "heads": 4}
+PATCHES, TOKENS = 4, 5
+SAME_SHARES = 1e-6
+"""Absolute, of shares up to 1: FP32 against float64."""
+
+
+def attention_by_hand(layer: Any, x: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(d)) of a block, the mean over heads (B, C, C), in float64.
+
+    Args:
+        sees: Boolean, which query (row) sees which key.
+    """
+    attention: Attention = layer.attention
+    norm = layer.attention_norm
+    x = torch.nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    split = (*x.shape[:2], attention.heads, -1)
+    query = (x @ attention.query.weight.T + attention.query.bias).view(split)
+    key = (x @ attention.key.weight.T + attention.key.bias).view(split)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    shares = torch.where(sees, scores.exp(), 0.0)
+    return (shares / shares.sum(-1, keepdim=True)).mean(1)
+
+
+def drawn(arch: str, outputs: int) -> tuple[Any, Any, torch.Tensor]:
+    """A model of random weights in float64, its samples, and the maps that are drawn beside the images."""
+    config = FAMILIES[arch](**IMAGES, **({"context": TOKENS} if arch == "captioner" else {}))
+    model = config.build(outputs)
+    initialise(model, seed=1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    lengths = torch.tensor([1, 5, 3])
+    batch = {
+        "images": torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8),
+        "tokens": torch.randint(0, outputs, (3, TOKENS)),
+        "weights": (torch.arange(TOKENS) < lengths[:, None]).float(),
+    }
+    with torch.no_grad():
+        pictures = config.attention_pictures(model, SimpleNamespace(batch=batch))  # type: ignore[arg-type]
+    pairs = pictures["attention"].images.view(3, 2, 3, 8, 8)
+    assert torch.allclose(pairs[:, 0], batch["images"].permute(0, 3, 1, 2) / 255)
+    model.compute_dtype = torch.float64
+    return model.double(), batch, pairs[:, 1]
+
+
+def same_maps(maps: torch.Tensor, shares: torch.Tensor) -> None:
+    """A map's every patch has one brightness: its share of the attention (B, patches) over the largest one."""
+    expected = (shares / shares.amax(1, keepdim=True)).view(-1, 1, 2, 2)
+    for row in range(8):
+        for column in range(8):
+            found = maps[:, :, row, column]
+            assert (found - expected[:, :, row // 4, column // 4]).abs().max() <= SAME_SHARES
+
+
+@torch.no_grad()
+def test_the_attention_of_patches_is_softmax_of_their_products() -> None:
+    model, batch, maps = drawn("vit", 3)
+    assert isinstance(model, VisionTransformer)
+    x = model.embedding(cut(batch["images"], 4, torch.float64)) + model.position_embedding.weight
+    x = model.layers[0](x)
+    same_maps(maps, attention_by_hand(model.layers[1], x, torch.ones(PATCHES, PATCHES, dtype=torch.bool)).mean(1))
+
+
+@torch.no_grad()
+def test_the_attention_of_a_caption_is_that_of_what_writes_its_tokens() -> None:
+    model, batch, maps = drawn("captioner", 7)
+    assert isinstance(model, Captioner)
+    patches = model.patch_embedding(cut(batch["images"], 4, torch.float64))
+    x = torch.cat([patches, model.embedding.weight[batch["tokens"][:, :-1]]], 1) + model.position_embedding.weight
+    places = torch.arange(x.shape[1])
+    sees = (places < PATCHES) | (places[:, None] >= places)
+    found = attention_by_hand(model.layers[1], model.layers[0](x, sees[None, None]), sees)
+    shares = torch.stack([
+        found[row, PATCHES - 1 : PATCHES - 1 + length, :PATCHES].mean(0) for row, length in enumerate((1, 5, 3))
+    ])  # fmt: skip
+    same_maps(maps, shares)
+
+
+def test_attention_is_rendered_where_it_is_requested(tmp_path: Path) -> None:
+    model = FAMILIES["vit"](**(IMAGES | {"image_size": SIZE, "patch": 3, "channels": 1}))
+    weights = model.build(3)
+    initialise(weights, seed=1)
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(model=model, seed=1), outputs=3)
+    engine: Any = SimpleNamespace(state=lambda: {f"model.{name}": x for name, x in weights.state_dict().items()})
+    context = CallbackContext(engine, tmp_path, 9, 0, 1, torch.device("cpu"), prepared)
+    step: Any = SimpleNamespace(number=4, evaluation={"val_loss": 1.0}, pictures={})
+    config = PicturesConfig(attention=True)
+    config.check_model(model)
+    Shown(config, context).on_step(step, Progress())
+    assert list(step.pictures) == ["attention"]
+    assert Image.open(step.pictures["attention"]).width == 8 * (60 + GAP) + GAP
+
+
 def test_what_offers_no_pictures_is_refused_before_the_start() -> None:
+    with pytest.raises(UserError, match="'vae' offers no pictures of its attention"):
+        PicturesConfig(attention=True).check_model(Vae(image_size=SIZE, width=8, latent=2))
+    with pytest.raises(UserError, match=r"offers no pictures\n.*\n.*attention: true"):
+        PicturesConfig().check_model(FAMILIES["vit"](image_size=28))
     with pytest.raises(UserError, match="'vit' offers no pictures"):
         PicturesConfig().check_model(FAMILIES["vit"](image_size=28))
     with pytest.raises(UserError, match="'deepspeed' gives no full weights"):

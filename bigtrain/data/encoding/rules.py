@@ -1,4 +1,4 @@
-"""Begin-of-text tokens: the one that a tokenizer adds by its own rule, and the rule of an exported tokenizer."""
+"""Begin-of-text and mask tokens: those that a tokenizer adds by its own rule, and those of an exported tokenizer."""
 
 from __future__ import annotations
 
@@ -40,6 +40,36 @@ def begin_of_text(
             "the tokenizer names no begin of text", where, "omit --bos, or name bos_token in tokenizer_config.json"
         )
     return int(id)
+
+
+BERT_NAMES = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+"""What BERT's files leave to the class of its tokenizer."""
+
+
+def add_mask(backend: HuggingFaceTokenizer, definition: dict[str, Any], config: dict[str, Any], mask: int) -> None:
+    """Make what is exported of a tokenizer name its special tokens, for a model that guesses hidden tokens.
+
+    Args:
+        definition: The tokenizer.json, to which the mask is added where it lies behind the vocabulary: as [MASK], or
+            <mask> where that is taken.
+        config: The tokenizer_config.json, whose names stay.
+        mask: The id of the mask.
+    """
+    for key, usual in BERT_NAMES.items():
+        if backend.token_to_id(content_of(config.get(key)) or usual) is not None:
+            config.setdefault(key, usual)
+    name = backend.id_to_token(mask)
+    if name is None:
+        name = "[MASK]" if backend.token_to_id("[MASK]") is None else "<mask>"
+        marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        definition["added_tokens"].append({"id": mask, "content": name, **marks, "special": True})
+    config["mask_token"] = name
 
 
 def exported_rule(step: dict[str, Any] | None, bos: tuple[str, int] | None) -> dict[str, Any] | None:

@@ -1,22 +1,28 @@
 """BERT's encoder with a head that tells the class of a text (Devlin et al. 2019, section 4.1).
 
-A vector of its own, [CLS], stands before the text, and the class is read from what the last block makes of it. Names
-are those of `bert`, so a run begins with the weights of a masked language model by
+[CLS] stands before the text, and the class is read from what the last block makes of it. Names are those of `bert`, so
+a run begins with the weights of a masked language model by
 
     init: {source: RUN, fresh: [start, classes, bias]}
+
+or, where `first` names the vocabulary's own [CLS], with those of transformers' BertForMaskedLM by
+
+    init: {source: DIR, fresh: [classes, bias]}
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES, DataKind
 from bigtrain.models.families import bert
+from bigtrain.models.huggingface import HfTensor
 from bigtrain.models.loss import class_losses
 from bigtrain.models.plain import Batch
 
@@ -26,14 +32,38 @@ class Config(bert.Config):
     """The keys of `bert`; `context` is the tokens of a text without [CLS]."""
 
     data_kind: ClassVar[DataKind] = "classified"
+    vocabulary_name: ClassVar[str] = "tokens.weight"
+    later_keys: ClassVar[frozenset[str]] = bert.Config.later_keys | {"first"}
+    hf_unused: ClassVar[str] = rf"{bert.Config.hf_unused}|cls\.predictions\.bias"
 
     arch: Literal["bert_classifier"] = "bert_classifier"  # type: ignore[assignment]
     vocabulary: Annotated[int, Ge(1)]
     """Entries of the tokenizer's vocabulary."""
+    first: Annotated[int, Ge(0)] | None = None
+    """Id of the vocabulary's own [CLS], which stands at the first position (BERT's own: 101); null: a vector without a
+    position, which begins from the seed."""
+
+    @model_validator(mode="after")
+    def _first_has_a_position(self) -> Config:
+        if self.first is not None and self.position_count <= self.context:
+            raise ValueError(f"max_positions {self.position_count} must exceed context {self.context}: [CLS] takes one")
+        return self
 
     def build(self, vocab_size: int) -> BertClassifier:
         """The encoder and its head; `vocab_size` is the number of classes."""
         return BertClassifier(self, vocab_size)
+
+    def has_vocabulary_rows(self, name: str) -> bool:
+        """See `ModelConfig.has_vocabulary_rows`; `bias` is that of the classes."""
+        return name == "tokens.weight" and super().has_vocabulary_rows(name)
+
+    def hf_names(self) -> dict[str, HfTensor]:
+        """Where what it shares with a masked language model lies in the state dict of that one in transformers."""
+        return {name: place for name, place in super().hf_names().items() if name != "bias"}
+
+    def hf_config(self, rows: int) -> dict[str, Any]:
+        """See `ModelConfig.hf_config`."""
+        raise ValueError("its head reads [CLS] through the transform of the masked language model")
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens (B, C), and how many of them are the text's (B,)."""
@@ -50,14 +80,18 @@ class BertClassifier(bert.Bert):
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__(config, config.vocabulary)
         std = bert.initial_std(config.width)
-        self.start = nn.Parameter(std * torch.randn(config.width))
+        self.first = config.first
+        self.start = nn.Parameter(std * torch.randn(config.width)) if self.first is None else None
         self.classes = nn.Parameter(std * torch.randn(classes, config.width))
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (B, classes) of tokens (B, C), of which the first `lengths` (B,) are the text's."""
-        start = self.start.expand(len(tokens), 1, -1)
-        x = self.dropout(self.norm(torch.cat([start, self.embedded(tokens)], 1)))
+        if self.start is None:
+            x = self.embedded(F.pad(tokens, (1, 0), value=self.first))
+        else:
+            x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embedded(tokens)], 1)
+        x = self.dropout(self.norm(x))
         empty = torch.arange(x.shape[1], device=tokens.device) > lengths[:, None]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=empty)

@@ -11,7 +11,7 @@ Shapes: B images, P patches of an image, T tokens of a caption, W width.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
 from bigtrain.models.patches import ImageConfig, cut
-from bigtrain.models.pictures import Picture, Shown
+from bigtrain.models.pictures import Picture, Shown, attention_of, beside_attention
 from bigtrain.models.sampling import Choice, generate
 from bigtrain.models.sums import by_sequence
 
@@ -74,6 +74,15 @@ class Config(ImageConfig):
         written = generate(network, nothing, self.context, Choice(0), given={"images": images})
         captions = tuple(shown.text(row) for row in written.tolist())
         return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 4, captions)}
+
+    def attention_pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
+        """Images, beside each what the last layer takes of its patches: the mean over heads and what writes a token."""
+        model, batch = cast(Captioner, network), shown.batch
+        images, weights = batch["images"], batch["weights"]
+        layer = cast(Block, model.layers[-1]).attention
+        found = attention_of(layer, lambda: model.hidden(images, batch["tokens"][:, :-1]))
+        writing = found[:, self.patches - 1 :, : self.patches] * weights[..., None]
+        return {"attention": beside_attention(images, writing.sum(1) / weights.sum(1, keepdim=True).clamp(min=1))}
 
 
 class Block(nn.Module):

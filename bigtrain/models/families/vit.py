@@ -12,7 +12,7 @@ Shapes: B images, T patches of an image, W width.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy, class_losses
 from bigtrain.models.patches import ImageConfig, cut
+from bigtrain.models.pictures import Picture, Shown, attention_of, beside_attention
 from bigtrain.models.sums import by_sequence
 
 
@@ -52,6 +53,12 @@ class Config(ImageConfig):
         dense = 6 * self.patches * (self.patch_values * self.width + self.layers * 12 * self.width**2)
         total = dense + 12 * self.layers * self.width * self.patches**2 + 6 * self.width * vocab_size
         return Flops(total, total)
+
+    def attention_pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
+        """Images, beside each what the last layer takes of its patches: the mean over heads and patches that look."""
+        model, images = cast(VisionTransformer, network), shown.batch["images"]
+        found = attention_of(cast(Block, model.layers[-1]).attention, lambda: model.hidden(images))
+        return {"attention": beside_attention(images, found.mean(1))}
 
 
 class Block(nn.Module):

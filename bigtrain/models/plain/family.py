@@ -169,6 +169,13 @@ class PlainConfig(ModelConfig):
         """Exact number of parameters, a tied weight counted once."""
         return sum(parameter.numel() for parameter in self._counted(vocab_size).parameters())
 
+    def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """The shape of what a run begins with, parameters and saved buffers, by qualified names; a tied one once."""
+        module = self._counted(vocab_size).network
+        saved = module.state_dict().keys()
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in saved}
+
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
         """Parameters without the tables of `nn.Embedding`s."""
         module = self._counted(vocab_size)

@@ -36,6 +36,8 @@ class PicturesConfig(CallbackConfig):
     name: Literal["pictures"] = "pictures"
     count: Annotated[Count, Ge(1)] = 32
     """Maximum number of images in a picture; they show the first held-out samples."""
+    attention: bool = False
+    """Whether a second picture shows, beside each image, the attention of the last layer to each patch."""
 
     def check(self, engine: EngineConfig) -> None:
         """Refuse an engine whose state does not hold the model's tensors."""
@@ -47,14 +49,24 @@ class PicturesConfig(CallbackConfig):
             )
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a model family that offers no pictures."""
+        """Refuse a model family that offers none of the requested pictures."""
         from bigtrain.models.config import ModelConfig
 
-        if type(model).pictures is ModelConfig.pictures:
+        shows_attention = type(model).attention_pictures is not ModelConfig.attention_pictures
+        if self.attention and not shows_attention:
+            raise UserError(
+                f"The model of arch '{model.arch}' offers no pictures of its attention",
+                "callbacks",
+                "Remove 'attention' of the callback 'pictures', or define attention_pictures(self, network, shown) in "
+                "its Config (bigtrain/models/pictures.py).",
+            )
+        if not self.attention and type(model).pictures is ModelConfig.pictures:
             raise UserError(
                 f"The model of arch '{model.arch}' offers no pictures",
                 "callbacks",
-                "Define pictures(self, network, shown) in its Config (bigtrain/models/pictures.py), or remove the "
+                "Add attention: true to the callback 'pictures'."
+                if shows_attention
+                else "Define pictures(self, network, shown) in its Config (bigtrain/models/pictures.py), or remove the "
                 "callback 'pictures'.",
             )
 
@@ -119,7 +131,10 @@ class _Pictures(Callback):
         with _drawing_apart(device, self._prepared.config.seed), torch.no_grad():
             network: nn.Module = model.build(self._prepared.outputs)
             network.load_state_dict(weights, strict=False)
-            made = model.pictures(network.eval().to(device), self._samples())
+            network.eval().to(device)
+            made = dict(model.pictures(network, self._samples()))
+            if self._config.attention:
+                made |= model.attention_pictures(network, self._samples())
         self._folder.mkdir(exist_ok=True)
         places = {}
         for title, picture in made.items():
