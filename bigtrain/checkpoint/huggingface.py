@@ -28,10 +28,13 @@ from bigtrain.checkpoint.shards import plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.models.adapter import AdapterConfig
 from bigtrain.models.config import FAMILIES, ModelConfig
-from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, digest
+from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, copy_companions, digest
 from bigtrain.models.huggingface import HfTensor, to_hf
+from bigtrain.run.names import MODEL
 from bigtrain.storage import write_json
 
+FORMAT_VERSION = 1
+"""Of model.json."""
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 """Offset and sizes of a rectangle of a parameter, and the memory on this rank that it fills."""
 
@@ -111,9 +114,10 @@ def pieces(tensor: Tensor) -> Iterator[Piece]:
 
 
 def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tuple[int, dict[str, Any]]:
-    """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`, for `init.source`.
+    """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`.
 
-    One tensor is in memory at a time; all become FP32.
+    One tensor is in memory at a time; all become FP32. Beside it are model.json, with the section `model` and the rows
+    of the vocabulary, and the tokenizer's files.
 
     Args:
         adapters: Adapters of these weights, which the checkpoint holds beside them.
@@ -145,6 +149,9 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
         lazy = _Lazy(files, names, state, {name: read for name, (_, read) in others.items()})
         records, _ = write_shards(RankGroup(None), place, plan_items(state), lazy, lambda phase: None)
         commit.publish(place, Manifest(step=0, files=records, config_hash="", identity=""))
+        copy_companions(files.directory, temporary)
+        described = {"format_version": FORMAT_VERSION, "model": keys, "rows": shapes["embedding.weight"][0]}
+        write_json(temporary / MODEL, described)
     return 0, keys
 
 

@@ -25,6 +25,10 @@ from bigtrain.run.names import RECORD
 
 app = typer.Typer()
 
+WEIGHTS = (
+    "RUN, RUN@STEP or RUN@best, by name, path or URL; or a directory of Hugging Face weights or of `checkpoint import`."
+)
+
 
 def runs_dir_of(config: Path, runs_dir: Path | None) -> Path:
     """Where the run of a config lives: beside its siblings, where the config is that of an existing run."""
@@ -60,9 +64,7 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[
-        str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL; or a directory of a Hugging Face model.")
-    ],
+    run: Annotated[str, typer.Argument(help=WEIGHTS)],
     prompt: Annotated[str, typer.Option(help="What the text begins with; with --chat, a user's message.")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines, all in one batch: {"prompt": ...} or {"messages": [...]}.')
@@ -83,12 +85,9 @@ def sample(
 ) -> None:
     """Continue prompts, or write an image's caption, with the weights of a run."""
     with errors(as_json):
-        from bigtrain.checkpoint.restore import run_at
-        from bigtrain.models.hf_files import HfFiles
-
         load_plugins(plugin)
         from bigtrain.models.sampling import Choice  # torch, which takes seconds
-        from bigtrain.training.sample import Prompt, caption, read_prompts, writer_of_directory, writer_of_run
+        from bigtrain.training.sample import Prompt, caption, read_prompts, writer_at
 
         try:
             choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -98,11 +97,10 @@ def sample(
             raise UserError(str(error)) from None
         options: dict[str, Any] = {"tokens": tokens, "choice": choice, "seed": seed, "stop": stop or []}
         if image is not None:
-            directory, step = run_at(run, runs_dir)
-            text = prompt + caption(directory, prompt, image, step=step, **options)
+            text = prompt + caption(run, runs_dir, prompt, image, **options)
             show({"text": text}, as_json, lambda result: result["text"])
             return
-        writer = writer_of_directory(Path(run)) if HfFiles.is_one(Path(run)) else writer_of_run(*run_at(run, runs_dir))
+        writer = writer_at(run, runs_dir)
         first: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
         given = [first] if prompts is None else read_prompts(prompts)
         found = [
@@ -119,9 +117,7 @@ def sample(
 def evaluate(
     what: Annotated[
         list[str],
-        typer.Argument(
-            help="RUN, RUN@STEP or directories of Hugging Face weights; and key=value pairs, such as layout.tp=2."
-        ),
+        typer.Argument(help=f"{WEIGHTS} And key=value pairs, such as layout.tp=2."),
     ],
     data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be given again.")],
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,

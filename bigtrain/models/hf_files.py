@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 ONE_FILE = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+COMPANIONS = (
+    *(CONFIG_NAME, "generation_config.json", TOKENIZER_NAME, "tokenizer_config.json", "tokenizer.model"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+"""What lies beside weights: their config and the files of their tokenizer."""
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
@@ -176,6 +182,13 @@ class HfFiles:
                 continue
             if key in hf and hf[key] != native:
                 raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}")
+
+
+def copy_companions(directory: Path, place: Path) -> None:
+    """Copy `COMPANIONS` into another directory."""
+    for name in COMPANIONS:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, place / name)
 
 
 def digest(hashes: Mapping[str, str]) -> str:

@@ -13,6 +13,9 @@ CONFIG: Final = "config.yaml"
 RECORD: Final = "run.json"
 """The recipe and the identity, written when the run is first started."""
 
+MODEL: Final = "model.json"
+"""The model of a checkpoint that no run has made, which `checkpoint import` writes in place of CONFIG and RECORD."""
+
 LEASE: Final = "lease.json"
 """Who may write to the directory."""
 

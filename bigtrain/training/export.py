@@ -13,10 +13,11 @@ from bigtrain.config import UserError
 from bigtrain.data.encoding.chat import ends_of_texts
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.models.hf_files import HfFiles
+from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, copy_companions, read_object
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_atomic
 from bigtrain.training.prepare import pins
+from bigtrain.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ GENERATION_NAME = "generation_config.json"
 
 
 def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write a verified checkpoint of a run as a directory for `from_pretrained`.
+    """Write a verified checkpoint, of a run or imported, as a directory for `from_pretrained`.
 
     The tokenizer comes along where the data has one that transformers can read, which bytes are not; where the data
     cannot be reached, the weights are written without it and a warning says so. Where its chat template ends turns by
@@ -35,6 +36,8 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
         UserError: transformers has no such model; `out` is not empty; there is no such step.
         CorruptionError: The checkpoint does not verify.
     """
+    if not run.exists():
+        return _export_imported(Weights.of((run, step)), out)
     config = load_config(run.config)
 
     def companions(place: Path) -> dict[str, Any]:
@@ -49,8 +52,23 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)
 
 
+def _export_imported(weights: Weights, out: Path) -> list[Path]:
+    """Weights of `checkpoint import`, with the tokenizer's files that it has copied."""
+    assert weights.step is not None
+
+    def companions(place: Path) -> dict[str, Any]:
+        copy_companions(weights.directory, place)
+        config = read_object(weights.directory / CONFIG_NAME)
+        return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+
+    checkpoints = RunDirectory(weights.directory).checkpoints
+    return export_hf(checkpoints, weights.step, out, config=weights.config(), companions=companions)
+
+
 def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
     """Write the LoRA adapters of a verified checkpoint of a run as peft reads them; see `export_peft`."""
+    if not run.exists():
+        return export_peft(run.checkpoints, step, out, config=Weights.of((run, step)).config())
     config = load_config(run.config)
     source = config.init.source
     base = source if source is not None and HfFiles.is_one(Path(source)) else None
