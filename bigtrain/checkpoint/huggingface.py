@@ -218,12 +218,11 @@ def export_hf(
         ) from None
     reader = loader.verified_reader(directory, step)
     parts = _split(reader, names, max_file_bytes)
-    adapter: AdapterConfig | None = getattr(config, "adapter", None)
 
     def tensors(part: list[str]) -> dict[str, Tensor]:
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
-        if adapter is not None:
-            native = {name: _merged(reader, adapter, name, value) for name, value in native.items()}
+        if getattr(config, "adapter", None) is not None:
+            native = {name: _merged(reader, config, name, value) for name, value in native.items()}
         return to_hf({name: names[name] for name in part}, native)
 
     embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")
@@ -237,13 +236,17 @@ def export_hf(
     return [out / name for name in written]
 
 
-def _merged(reader: SafeReader, adapter: AdapterConfig, name: str, value: Tensor) -> Tensor:
+def _merged(reader: SafeReader, config: Any, name: str, value: Tensor) -> Tensor:
     """The value of a parameter, with the adapter of its layer merged into a matrix that has one."""
+    adapter: AdapterConfig = config.adapter
     module, _, own = name.rpartition(".")
     names = [f"{PREFIX}{module}.{part}" for part in adapter.own]
     if own != "weight" or names[0] not in reader.read_metadata().state_dict_metadata:
         return value
-    return adapter.merged(value, loader.read_full(reader, names, f"{PREFIX}{module}."))
+    parameters = loader.read_full(reader, names, f"{PREFIX}{module}.")
+    if config.has_inputs_first(name):
+        return adapter.merged(value.t(), parameters).t().contiguous()
+    return adapter.merged(value, parameters)
 
 
 def _split(reader: SafeReader, names: Mapping[str, HfTensor], max_file_bytes: int) -> list[list[str]]:

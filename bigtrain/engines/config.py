@@ -48,7 +48,7 @@ class EngineConfig(Section):
     runs_plain_modules: ClassVar[bool] = False
     """Whether it runs plain modules of PyTorch (`models.plain`)."""
     freezes: ClassVar[bool] = False
-    """Whether it can leave parameters as they are (`optimizer.frozen`)."""
+    """Whether it can leave parameters as they are (`optimizer.frozen`), where it does not lay them end to end."""
     records_norms: ClassVar[bool] = False
     """Whether it records norms by group of parameters (`contract.RecordsNorms`)."""
     keeps_tensors: ClassVar[bool] = False

@@ -70,7 +70,7 @@ def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
     if not run.exists():
         return export_peft(run.checkpoints, step, out, config=Weights.of((run, step)).config())
     config = load_config(run.config)
-    source = config.init.source
+    source = getattr(config.model, "hf", None) or config.init.source
     base = source if source is not None and HfFiles.is_one(Path(source)) else None
     return export_peft(run.checkpoints, step, out, config=config.model, base=base)
 
