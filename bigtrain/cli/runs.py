@@ -123,7 +123,9 @@ def evaluate(
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     tasks: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON lines of requests: context, continuations, gold; and task; may be given again."),
+        typer.Option(
+            help="JSON lines of requests (context, continuations, gold, task), or OLMo's requests.jsonl.gz; repeatable."
+        ),
     ] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Global batches of each set, at most.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Sequences of each set, at most.")] = None,

@@ -20,7 +20,7 @@ from bigtrain.data.streaming.store import open_index
 from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RunConfig, RunDirectory
 from bigtrain.training.evaluate import ALL, Request, check, of_run, of_weights, result_of, write_request
-from bigtrain.training.tasks import read_requests
+from bigtrain.training.requests import read_requests
 from bigtrain.training.weights import Weights
 
 RANK = "bigtrain.training.evaluate"

@@ -153,7 +153,8 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
     found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
     if request.tasks:
-        from bigtrain.training.tasks import Scorer, read_requests
+        from bigtrain.training.requests import read_requests
+        from bigtrain.training.tasks import Scorer
 
         requests = [one for file in request.tasks for one in read_requests(Path(file))]
         place = pass_context(config, engine, config.batch.size.sequences(context), next(iter(indexes.values())))
