@@ -86,9 +86,8 @@ def stored(name: str) -> str:
     return f"base_model.model.{module}.lora_{own[-1].upper()}.default.weight"
 
 
-@pytest.mark.parametrize(
-    "kind", ["gpt2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("llama", "bert", "t5"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TARGETS)
 def test_three_steps_are_those_of_peft(kind: str, models: Callable[[str], Path], ranks: RankPool) -> None:
     case = AdapterCase(models(kind))
     begun = case.config.build_for_engine(61, SEED)
