@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,20 +11,25 @@ from torch import nn
 
 from bigtrain.api.config import load_plugins
 from bigtrain.api.runs import RUNS_DIR
-from bigtrain.checkpoint.restore import run_at
+from bigtrain.checkpoint.restore import weights_at
+from bigtrain.models.hf_files import HfFiles
 from bigtrain.models.sampling import Choice
-from bigtrain.run import RunDirectory
-from bigtrain.training.sample import model_of_run, writer_of_model
+from bigtrain.training.sample import Writer, model_of_run, writer_beside, writer_of_model
+from bigtrain.training.weights import Weights
 
 if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer
 
 
 class TextGenerator:
-    """Generates continuations of texts with a model from `load`."""
+    """Continues texts with a model that `load` returned.
 
-    def __init__(self, run: RunDirectory, model: nn.Module) -> None:
-        self._run, self._model = run, model
+    Args:
+        make: Returns the model with its tokenizer, where the model is now.
+    """
+
+    def __init__(self, make: Callable[[], Writer]) -> None:
+        self._make = make
 
     def __call__(
         self, prompt: str = "", tokens: int = 100, *, temperature: float = 0.8, top_k: int | None = None,
@@ -47,16 +52,15 @@ class TextGenerator:
         Raises:
             UserError: The model does not generate text.
         """
-        writer = writer_of_model(self._run, self._model)
         choice = Choice(temperature=temperature, top_k=top_k)
-        return prompt + writer.write([prompt], tokens=tokens, choice=choice, seed=seed, stop=stop)[0]
+        return prompt + self._make().write([prompt], tokens=tokens, choice=choice, seed=seed, stop=stop)[0]
 
 
 class LoadedModel(nn.Module):
     """The type of the models that `load` returns: the model's own class with two additional attributes."""
 
     tokenizer: Tokenizer | None
-    """The tokenizer of the training data; None for images and arrays."""
+    """What made its tokens; None for images and arrays, and where none lies beside weights without a run."""
 
     generate: TextGenerator
     """Generates a continuation of a text: `model.generate("Once", tokens=20)`."""
@@ -71,23 +75,31 @@ def load(
     """Load the model of a run's checkpoint, on the CPU and in evaluation mode, with FP32 weights.
 
     Args:
-        run: RUN, RUN@STEP or RUN@best, where RUN is a name, a path, or a URL on an object store. RUN alone is the
-            newest intact checkpoint.
-        runs_dir: The directory that holds the runs.
-        plugin: Your own code that defines the model, one or several values of `--plugin`.
+        run: RUN or RUN@STEP, by name, by path, or by URL on a store; without a step the newest sound checkpoint. Or a
+            directory of Hugging Face weights, or one that `checkpoint import` wrote.
+        runs_dir: The directory in which runs live.
+        plugin: The code of a model of your own, as `--plugin` takes it.
 
     Returns:
-        The module that the config describes; its parameters have their qualified names. `model.tokenizer` is the
-        tokenizer of the data, and `model.generate(text)` continues a text.
+        The module that the config describes, its parameters under their qualified names; of weights without a run
+        bigtrain's own of that shape, else transformers'. `model.tokenizer` is that of the data, or the one beside the
+        weights, and `model.generate(text)` continues a text.
 
     Raises:
         UserError: There is no such run or checkpoint, or its data are not found.
         CorruptionError: The checkpoint is damaged.
     """
     load_plugins(plugin)
-    directory, step = run_at(os.fspath(run), Path(runs_dir))
+    found = weights_at(os.fspath(run), Path(runs_dir))
+    if isinstance(found, HfFiles) or not found[0].exists():
+        weights = Weights.of(found)
+        model = cast(LoadedModel, weights.build())
+        model.tokenizer = weights.tokenizer()
+        model.generate = TextGenerator(lambda: writer_beside(weights.directory, model))
+        return model
+    directory, step = found
     _, index, module = model_of_run(directory, step)
     model = cast(LoadedModel, module.eval())
     model.tokenizer = None if index.tokenizer is None else index.load_tokenizer()
-    model.generate = TextGenerator(directory, module)
+    model.generate = TextGenerator(lambda: writer_of_model(directory, model))
     return model

@@ -28,10 +28,13 @@ from bigtrain.checkpoint.shards import plan_items, write_shards
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.models.adapter import AdapterConfig
 from bigtrain.models.config import FAMILIES, ModelConfig
-from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, digest
+from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, copy_companions, digest
 from bigtrain.models.huggingface import HfTensor, to_hf
+from bigtrain.run.names import MODEL
 from bigtrain.storage import write_json
 
+FORMAT_VERSION = 1
+"""Of model.json."""
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 """Offsets and sizes of a rectangle of a parameter, and this rank's tensor of that rectangle."""
 
@@ -121,9 +124,10 @@ def pieces(tensor: Tensor) -> Iterator[Piece]:
 
 
 def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tuple[int, dict[str, Any]]:
-    """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`, for `init.source`.
+    """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`.
 
-    One tensor at a time is in memory. All tensors are converted to FP32.
+    One tensor is in memory at a time; all become FP32. Beside it are model.json, with the section `model` and the rows
+    of the vocabulary, and the tokenizer's files.
 
     Args:
         source: The directory of weights.
@@ -156,6 +160,9 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
         lazy = _Lazy(files, names, state, {name: read for name, (_, read) in others.items()})
         records, _ = write_shards(RankGroup(None), place, plan_items(state), lazy, lambda phase: None)
         commit.publish(place, Manifest(step=0, files=records, config_hash="", identity=""))
+        copy_companions(files.directory, temporary)
+        described = {"format_version": FORMAT_VERSION, "model": keys, "rows": shapes["embedding.weight"][0]}
+        write_json(temporary / MODEL, described)
     return 0, keys
 
 
@@ -223,12 +230,11 @@ def export_hf(
         ) from None
     reader = loader.verified_reader(directory, step)
     parts = _split(reader, names, max_file_bytes)
-    adapter: AdapterConfig | None = getattr(config, "adapter", None)
 
     def tensors(part: list[str]) -> dict[str, Tensor]:
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
-        if adapter is not None:
-            native = {name: _merged(reader, adapter, name, value) for name, value in native.items()}
+        if getattr(config, "adapter", None) is not None:
+            native = {name: _merged(reader, config, name, value) for name, value in native.items()}
         own = to_hf({name: names[name] for name in part}, native)
         return own | {name: torch.zeros(shape) for name, shape in zeros.items() if part is parts[0]}
 
@@ -243,13 +249,17 @@ def export_hf(
     return [out / name for name in written]
 
 
-def _merged(reader: SafeReader, adapter: AdapterConfig, name: str, value: Tensor) -> Tensor:
-    """The value of a parameter; a matrix with an adapter has the adapter merged into it."""
+def _merged(reader: SafeReader, config: Any, name: str, value: Tensor) -> Tensor:
+    """The value of a parameter, with the adapter of its layer merged into a matrix that has one."""
+    adapter: AdapterConfig = config.adapter
     module, _, own = name.rpartition(".")
     names = [f"{PREFIX}{module}.{part}" for part in adapter.own]
     if own != "weight" or names[0] not in reader.read_metadata().state_dict_metadata:
         return value
-    return adapter.merged(value, loader.read_full(reader, names, f"{PREFIX}{module}."))
+    parameters = loader.read_full(reader, names, f"{PREFIX}{module}.")
+    if config.has_inputs_first(name):
+        return adapter.merged(value.t(), parameters).t().contiguous()
+    return adapter.merged(value, parameters)
 
 
 def _split(reader: SafeReader, names: Mapping[str, HfTensor], max_file_bytes: int) -> list[list[str]]:

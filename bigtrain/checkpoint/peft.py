@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,7 @@ CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _LAYER = re.compile(r"(?:.*?\.\d+\.)(.*)")
+_TASKS: Final = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 _OWN: Final = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 _FREE: Final = frozenset(
@@ -169,7 +170,8 @@ def export_peft(directory: Path, step: int, out: Path, *, config: ModelConfig, b
         raise UserError("The run trains no LoRA adapter", str(directory), "Export with --format hf.")
     try:
         names = config.hf_names()
-        places = _places(names, strict=True, only=adapter.targets)
+        adapted = config.adapted_weights()
+        places = _places(names, only=adapted)
     except ValueError as error:
         raise UserError(
             f"The adapters have no form in peft: {error}", str(directory), "Export with --format hf, which merges them."
@@ -181,25 +183,27 @@ def export_peft(directory: Path, step: int, out: Path, *, config: ModelConfig, b
         save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt", "bigtrain": bigtrain.__version__})
         (temporary / WEIGHTS_NAME).chmod(0o644)
         fsync_file(temporary / WEIGHTS_NAME)
-        write_json(temporary / CONFIG_NAME, _facts(adapter, names, base))
+        write_json(temporary / CONFIG_NAME, _facts(config, adapter, {name: names[name] for name in adapted}, base))
     return [out / WEIGHTS_NAME, out / CONFIG_NAME]
 
 
-def _facts(adapter: LoRAConfig, names: Mapping[str, HfTensor], base: str | None) -> dict[str, Any]:
-    adapted = [
-        place for name, place in names.items()
-        if name.endswith(".weight") and name.split(".")[-2] in adapter.targets and name.startswith("layers.")
-    ]  # fmt: skip
-    modules = {re.sub(_LAYER, r"\1", place.name.removesuffix(".weight")) for place in adapted}
+def _facts(
+    config: ModelConfig, adapter: LoRAConfig, adapted: Mapping[str, HfTensor], base: str | None
+) -> dict[str, Any]:
+    modules = {re.sub(_LAYER, r"\1", place.name.removesuffix(".weight")) for place in adapted.values()}
+    if all(place.name == name for name, place in adapted.items()):
+        # The parameters have transformers' own names, and the targets those of peft.
+        modules = set(adapter.targets)
+    inputs_first = [place.transposed or config.has_inputs_first(name) for name, place in adapted.items()]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[getattr(config, "task", "causal")],
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(modules),
-        "fan_in_fan_out": any(place.transposed for place in adapted),
+        "fan_in_fan_out": any(inputs_first),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -207,26 +211,22 @@ def _facts(adapter: LoRAConfig, names: Mapping[str, HfTensor], base: str | None)
     }
 
 
-def _places(
-    names: Mapping[str, HfTensor], *, strict: bool = False, only: tuple[str, ...] | None = None
-) -> dict[str, str]:
-    """The stored name of each possible adapter matrix, by its qualified name.
+def _places(names: Mapping[str, HfTensor], *, only: Collection[str] | None = None) -> dict[str, str]:
+    """The stored name of each matrix that an adapter may have, by its qualified name.
 
     Args:
-        names: Location of each parameter of the base model in transformers' state dict, by qualified name.
-        strict: Whether to refuse a layer that is a part of a larger layer in transformers; otherwise it is skipped.
-        only: Last name parts of the adapted layers; None: all layers.
+        only: The weights of the layers that have one; None: all that may have one.
 
     Raises:
-        ValueError: With `strict`, a layer is a part of a larger layer in transformers.
+        ValueError: One of `only` is a part of a larger layer in transformers.
     """
     found = {}
     for name, place in names.items():
         module, _, own = name.rpartition(".")
-        if own != "weight" or not name.startswith("layers.") or (only and module.rpartition(".")[2] not in only):
+        if own != "weight" or (name not in only if only is not None else not name.startswith("layers.")):
             continue
         if place.part != (0, 1):
-            if strict:
+            if only is not None:
                 raise ValueError(f"{module} is a part of {place.name} in transformers")
             continue
         for own, peft_name in _OWN.items():

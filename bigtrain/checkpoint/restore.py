@@ -14,7 +14,8 @@ from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.store import HASTE, RunStore
 from bigtrain.config import CorruptionError, UserError
 from bigtrain.config.urls import is_url
-from bigtrain.run import Lease, RunConfig, RunDirectory, find_run, split_run_step
+from bigtrain.models.hf_files import HfFiles
+from bigtrain.run import Lease, RunConfig, RunDirectory, find_checkpoints, split_run_step
 from bigtrain.storage.locks import locked
 from bigtrain.storage.objects import RemoteError, cache_home
 
@@ -92,8 +93,7 @@ def resolve_best(run: str, runs_dir: Path) -> str:
         with _as_mistake(name):
             found = RunStore(name, HASTE).best()
     else:
-        alone = RunDirectory(Path(name))
-        found = best_checkpoints((alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)).checkpoints)
+        found = best_checkpoints(find_checkpoints(name, runs_dir).checkpoints)
     if not found:
         raise UserError(
             f"The run '{name}' keeps no best checkpoint",
@@ -103,11 +103,24 @@ def resolve_best(run: str, runs_dir: Path) -> str:
     return f"{name}@{found[0].step}"
 
 
-def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
-    """The directory and step of RUN, RUN@STEP or RUN@best; the checkpoint of a URL is fetched into a cache first.
+def weights_at(text: str, runs_dir: Path) -> HfFiles | tuple[RunDirectory, int | None]:
+    """The weights that a user names: a directory of Hugging Face weights, or what `checkpoint_at` takes.
 
-    Returns:
-        The run's directory, and the step; None where a name or path gives no step.
+    Every command that reads weights takes these sources. A run of that name under `runs_dir` goes first.
+
+    Raises:
+        UserError: As `checkpoint_at`; or the headers of the weights cannot be read.
+        CorruptionError: As `checkpoint_at`.
+    """
+    if HfFiles.is_one(Path(text)) and not RunDirectory(runs_dir / text).exists():
+        return HfFiles.open(Path(text))
+    return checkpoint_at(text, runs_dir)
+
+
+def checkpoint_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
+    """The run that RUN, RUN@STEP or RUN@best names, and the step; what a URL names is fetched into a cache first.
+
+    A directory that `checkpoint import` wrote stands for a run; it has no record (`exists()` is false).
 
     Raises:
         UserError: There is no such run or checkpoint, or the store cannot be read.
@@ -115,7 +128,7 @@ def run_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
     """
     name, step = split_run_step(resolve_best(run, runs_dir))
     if not is_url(name):
-        return find_run(name, runs_dir), step
+        return find_checkpoints(name, runs_dir), step
     with _as_mistake(name):
         return fetch_into_cache(name, step)
 

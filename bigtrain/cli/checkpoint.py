@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 RunArgument = Annotated[
     str,
     typer.Argument(
-        help="A run, RUN@STEP or RUN@best: by name, by path, or by URL on a store (s3://BUCKET/PREFIX/NAME)."
+        help="A run, RUN@STEP or RUN@best: by name, by path, or by URL on a store (s3://BUCKET/PREFIX/NAME); or a "
+        "directory of `checkpoint import`."
     ),
 ]
 
@@ -32,10 +33,10 @@ def checkpoint_list(
     with errors(as_json):
         from bigtrain.checkpoint.survey import survey, survey_store
         from bigtrain.config.urls import is_url
-        from bigtrain.run import find_run
+        from bigtrain.run import find_checkpoints
 
         load_plugins(plugin)
-        states = survey_store(run, hashes=False) if is_url(run) else survey(find_run(run, runs_dir).checkpoints)
+        states = survey_store(run, hashes=False) if is_url(run) else survey(find_checkpoints(run, runs_dir).checkpoints)
         rows = [
             {"step": state.step, "verified": state.verified, "bytes": state.bytes, "best": state.best}
             for state in states
@@ -62,16 +63,16 @@ def checkpoint_verify(
         from bigtrain.checkpoint.restore import resolve_best
         from bigtrain.checkpoint.survey import survey, survey_store, verify_all
         from bigtrain.config.urls import is_url
-        from bigtrain.run import find_run, split_run_step
+        from bigtrain.run import find_checkpoints, split_run_step
 
         load_plugins(plugin)
         name, step = split_run_step(resolve_best(run, runs_dir))
         if is_url(name):
             steps = verify_all(survey_store(name, step), name)
         else:
-            found = find_run(name, runs_dir)
+            found = find_checkpoints(name, runs_dir)
             steps = verify_all(survey(found.checkpoints, step), str(found.checkpoints))
-            for one in steps:
+            for one in steps if found.exists() else ():
                 found.check_checkpoint(one, read_manifest(found.checkpoints / step_name(one)).identity)
         show(
             {"verified": steps},
@@ -231,7 +232,7 @@ def checkpoint_import(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint of another library, so that a run can start from it with `init.source: OUT`."""
+    """Make a checkpoint of others one that `init.source: OUT`, evaluate, sample and export take."""
     with errors(as_json):
         from bigtrain.checkpoint.peft import PeftFiles
         from bigtrain.models.hf_files import HfFiles
@@ -269,11 +270,8 @@ def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[st
 
 
 def _checkpoint_of(run: str, runs_dir: Path) -> tuple[RunDirectory, int]:
-    """The run directory and the step of a checkpoint.
+    """A run, fetched where a URL names it, and the step that is meant: the newest where none is given."""
+    from bigtrain.checkpoint.restore import checkpoint_at, newest_of
 
-    A run that is named by a URL is fetched. If no step is given, it is that of the newest checkpoint.
-    """
-    from bigtrain.checkpoint.restore import newest_of, run_at
-
-    found, step = run_at(run, runs_dir)
+    found, step = checkpoint_at(run, runs_dir)
     return found, newest_of(found) if step is None else step

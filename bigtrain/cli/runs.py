@@ -25,6 +25,10 @@ from bigtrain.run.names import RECORD
 
 app = typer.Typer()
 
+WEIGHTS = (
+    "RUN, RUN@STEP or RUN@best, by name, path or URL; or a directory of Hugging Face weights or of `checkpoint import`."
+)
+
 
 def runs_dir_of(config: Path, runs_dir: Path | None) -> Path:
     """The directory of runs for a config: `runs_dir` if given, or else the one that holds the config's run, or RUNS."""
@@ -62,10 +66,8 @@ def train(
 
 @app.command()
 def sample(
-    run: Annotated[
-        str, typer.Argument(help="A run, or RUN@STEP; a name, a path or a URL; or a directory of a Hugging Face model.")
-    ],
-    prompt: Annotated[str, typer.Option(help="Beginning of the text; with --chat, a user's message.")] = "",
+    run: Annotated[str, typer.Argument(help=WEIGHTS)],
+    prompt: Annotated[str, typer.Option(help="What the text begins with; with --chat, a user's message.")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines, all in one batch: {"prompt": ...} or {"messages": [...]}.')
     ] = None,
@@ -95,12 +97,9 @@ def sample(
 ) -> None:
     """Generate text that continues prompts, or a caption of an image, with the weights of a run."""
     with errors(as_json):
-        from bigtrain.checkpoint.restore import run_at
-        from bigtrain.models.hf_files import HfFiles
-
         load_plugins(plugin)
-        from bigtrain.models.sampling import Choice  # imports torch, which takes seconds
-        from bigtrain.training.sample import Prompt, caption, read_prompts, writer_of_directory, writer_of_run
+        from bigtrain.models.sampling import Choice  # torch, which takes seconds
+        from bigtrain.training.sample import Prompt, caption, read_prompts, writer_at
 
         try:
             choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -110,11 +109,10 @@ def sample(
             raise UserError(str(error)) from None
         options: dict[str, Any] = {"tokens": tokens, "choice": choice, "seed": seed, "stop": stop or []}
         if image is not None:
-            directory, step = run_at(run, runs_dir)
-            text = prompt + caption(directory, prompt, image, step=step, **options)
+            text = prompt + caption(run, runs_dir, prompt, image, **options)
             show({"text": text}, as_json, lambda result: result["text"])
             return
-        writer = writer_of_directory(Path(run)) if HfFiles.is_one(Path(run)) else writer_of_run(*run_at(run, runs_dir))
+        writer = writer_at(run, runs_dir)
         first: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
         given = [first] if prompts is None else read_prompts(prompts)
         found = [
@@ -131,15 +129,15 @@ def sample(
 def evaluate(
     what: Annotated[
         list[str],
-        typer.Argument(
-            help="RUN, RUN@STEP or directories of Hugging Face weights; and key=value pairs, such as layout.tp=2."
-        ),
+        typer.Argument(help=f"{WEIGHTS} And key=value pairs, such as layout.tp=2."),
     ],
     data: Annotated[list[str], typer.Option(help="Shards, or NAME=SHARDS; may be repeated.")],
     nproc: Annotated[int, typer.Option(min=1, help="Number of processes on this machine.")] = 1,
     tasks: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON lines of requests: context, continuations, gold; and task; may be repeated."),
+        typer.Option(
+            help="JSON lines of requests (context, continuations, gold, task), or OLMo's requests.jsonl.gz; repeatable."
+        ),
     ] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Largest number of global batches of each set.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Largest number of sequences of each set.")] = None,

@@ -41,11 +41,13 @@ def check_support(
     _check_model(engine, arch, document_mask)
     _check_axes(engine, layout)
     engine.check_layout(layout)
-    if (optimizer.frozen or frozen) and not engine.freezes:
+    if (optimizer.frozen or frozen) and (engine.flattens or not engine.freezes):
         raise UserError(
-            f"The engine '{engine.name}' trains all parameters: it lays them end to end, frozen ones too",
+            f"The engine '{engine.name}' trains all parameters here: it lays them end to end, frozen ones too",
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
-            f"Use engine: {_names('freezes')}, which freezes parameters at every layout.",
+            "Set engine.strategy to ddp or fsdp2."
+            if engine.runs_transformers
+            else "Use engine: {name: fsdp}, which freezes parameters at every layout.",
         )
     _check_parts(engine, arch, optimizer, precision)
     if not optimizer.elementwise and engine.flattens:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.restore import newest_of, run_at
+from bigtrain.checkpoint.restore import newest_of, weights_at
 from bigtrain.children import module_command, with_source
 from bigtrain.config import UserError
 from bigtrain.config.plugin import plugin_environment
@@ -20,7 +20,8 @@ from bigtrain.data.streaming.store import open_index
 from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RunConfig, RunDirectory
 from bigtrain.training.evaluate import ALL, Request, check, of_run, of_weights, result_of, write_request
-from bigtrain.training.tasks import read_requests
+from bigtrain.training.requests import read_requests
+from bigtrain.training.weights import Weights
 
 RANK = "bigtrain.training.evaluate"
 
@@ -39,15 +40,12 @@ def evaluate(
     """Evaluate each checkpoint on each data set; the results are appended to events.jsonl of the checkpoints' runs.
 
     Args:
-        checkpoints: RUN or RUN@STEP, where RUN is a name, path or URL; or a directory of Hugging Face weights.
-        data: Shard directories, as DIRECTORY or NAME=DIRECTORY.
-        overrides: key=value pairs that override each run's config. Of a run's recipe, only the keys of
-            `training.evaluate.MAY_CHANGE` may change.
-        runs_dir: The directory that holds the run directories.
-        procs: Number of ranks of each evaluation.
-        batches: Largest number of batches of each set; None: no limit.
-        sequences: Largest number of sequences of each set; None: no limit.
-        tasks: Files of requests that are also scored (`training.tasks`), with the tokenizer of the sets.
+        checkpoints: Each as `weights_at` takes it: RUN, RUN@STEP (a name, path or URL), or a directory of weights.
+        data: Shard directories, or NAME=DIRECTORY.
+        overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
+        procs: Ranks of each evaluation.
+        batches, sequences: Of each set, at most; None: all of it.
+        tasks: Files of requests that are scored as well (`training.tasks`), with the tokenizer of the sets.
 
     Returns:
         One dictionary for each checkpoint, with its name as `checkpoint`, its `step` (None for weights), and as `sets`
@@ -91,9 +89,11 @@ def _open(data: Sequence[str]) -> dict[str, ShardIndex]:
 def _prepare(
     text: str, overrides: Sequence[str], data: dict[str, ShardIndex], runs_dir: Path
 ) -> tuple[RunDirectory | None, int | None, RunConfig, int]:
-    if HfFiles.is_one(Path(text)):
-        return None, None, *of_weights(Path(text), overrides, data)
-    run, step = run_at(text, runs_dir)
+    found = weights_at(text, runs_dir)
+    if isinstance(found, HfFiles) or not found[0].exists():
+        weights = Weights.of(found)
+        return None, weights.step, *of_weights(weights, overrides, data)
+    run, step = found
     step = newest_of(run) if step is None else step
     return run, step, *of_run(run, step, overrides, data)
 

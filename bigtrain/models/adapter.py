@@ -1,4 +1,4 @@
-"""Adapters: small trained parameters beside the frozen weights of a decoder's linear layers. Free of torch.
+"""Adapters: small trained parameters beside the frozen weights of a model's linear layers. Free of torch.
 
 An adapter is one file in adapters/, chosen by `model.adapter`. A family that has the key needs nothing else: shapes,
 roles under tensor parallelism, first values and export follow from the adapter.
@@ -7,7 +7,7 @@ roles under tensor parallelism, first values and export follow from the adapter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from bigtrain.config import Registry, Section
 from bigtrain.models.config import TensorRole
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bigtrain.models.contract import Init
     from bigtrain.models.layers import Linear
 
-Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
-"""A linear layer of each block, by the last part of its qualified name."""
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+"""The linear layers of each block of a native decoder, by the last part of their qualified names."""
 SPLIT_BY_ROWS: frozenset[str] = frozenset(("output", "down"))
 """Layers whose inputs tensor parallelism splits; the outputs of the others are."""
 
@@ -32,8 +32,9 @@ class AdapterConfig(Section):
 
     name: str
     """Which adapter: a file of bigtrain/models/adapters, or the name of a plugin's class."""
-    targets: tuple[Target, ...] = ("query", "value")
-    """The linear layers of each block that are adapted."""
+    targets: tuple[str, ...] = ("query", "value")
+    """The linear layers of each block that are adapted: query, key, value, output, gate, up, down. Of a model of
+    `arch: hf` by the names that peft's `target_modules` has, such as q_proj."""
 
     def shapes(self, weight: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """The parameters of an adapted layer, by `own` names.
@@ -54,6 +55,10 @@ class AdapterConfig(Section):
     def adapted(self, linear: Linear) -> Linear:
         """The layer that takes a layer's place: its weight and bias under their names, and the adapter's parameters."""
         raise TypeError(f"{type(self).__name__} does not build its layer: define adapted()")
+
+    def beside(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """What is added to the output of a layer of transformers for its input x (..., inputs), by `own` names."""
+        raise TypeError(f"{type(self).__name__} does not go with arch 'hf': define beside()")
 
     def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a layer without adapter that computes the same, in the dtype of `weight`."""

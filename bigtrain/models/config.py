@@ -142,6 +142,18 @@ class ModelConfig(Section):
         """Whether a parameter, by its qualified name, is one of an adapter's: weights of a base model lack it."""
         return False
 
+    def adapted_weights(self) -> list[str]:
+        """The matrices that have an adapter, by qualified name.
+
+        Raises:
+            ValueError: As `hf_names`.
+        """
+        return []
+
+    def has_inputs_first(self, name: str) -> bool:
+        """Whether a matrix, by its qualified name, is (inputs, outputs), as transformers' Conv1D of GPT-2."""
+        return False
+
     def check_source(self, vocab_size: int) -> None:
         """Refuse a model that does not fit the vocabulary of the data: by the file that it is read from, or by its ids.
 

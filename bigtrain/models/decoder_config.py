@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import model_validator
 
 from bigtrain.config import Section
-from bigtrain.models.adapter import ADAPTERS, AdapterConfig
+from bigtrain.models.adapter import ADAPTERS, TARGETS, AdapterConfig
 from bigtrain.models.config import BlockCosts, Flops, ModelConfig, TensorRole
 
 if TYPE_CHECKING:
@@ -167,6 +167,10 @@ class DecoderConfig(ModelConfig):
                 self.rotary_width % 2 == 1 or self.rotary_width == 0
             ),
         }
+        for target in self.adapter.targets if self.adapter is not None else ():
+            needs[f"adapter.targets has {target!r}, and a decoder's layers are {', '.join(TARGETS)}"] = (
+                target not in TARGETS
+            )
         for message, broken in needs.items():
             if broken:
                 raise ValueError(message)
@@ -180,6 +184,12 @@ class DecoderConfig(ModelConfig):
     def has_vocabulary_rows(self, name: str) -> bool:
         """See `ModelConfig.has_vocabulary_rows`."""
         return name in ("embedding.weight", "head.weight", "head.bias")
+
+    def adapted_weights(self) -> list[str]:
+        """See `ModelConfig.adapted_weights`."""
+        targets = self.adapter.targets if self.adapter is not None else ()
+        ends = tuple(f".{target}.weight" for target in targets)
+        return [name for name in self.hf_names() if name.startswith("layers.") and name.endswith(ends)]
 
     def is_adapter(self, name: str) -> bool:
         """See `ModelConfig.is_adapter`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 ONE_FILE = "model.safetensors"
 TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, WORDS_NAME = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
+COMPANIONS = (
+    *(CONFIG_NAME, "generation_config.json", TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, "tokenizer.model", WORDS_NAME),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+"""Files that belong to weights: their config and the files of their tokenizer."""
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
@@ -217,6 +223,13 @@ class HfFiles:
             if key in hf and hf[key] != native:
                 stated = f" ({config.hf_keys[key]} of config.json)" if key in config.hf_keys else ""
                 raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}{stated}")
+
+
+def copy_companions(directory: Path, place: Path) -> None:
+    """Copy `COMPANIONS` into another directory."""
+    for name in COMPANIONS:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, place / name)
 
 
 def digest(hashes: Mapping[str, str]) -> str:

@@ -15,8 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bigtrain.config import UserError
 from bigtrain.metrics import record_metric, wants_metric
+from bigtrain.models.adapter import AdapterConfig
 from bigtrain.models.config import Flops
 from bigtrain.models.contract import Batch, LossSum
+from bigtrain.models.hf_adapters import adapt
 from bigtrain.models.plain.across import real_rows, sum_over_batch
 from bigtrain.models.random import keep_mask
 from bigtrain.models.sums import by_sequence
@@ -201,15 +203,17 @@ def load(config: Config) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if config.adapter is not None:
+        adapt(model, config.adapter)
     return model
 
 
 def flops(config: Config, model: PreTrainedModel) -> Flops:
     """Forward and backward matmul FLOPs a token of the sequence.
 
-    6 a matmul parameter and token that it multiplies, 12 a channel of attention and pair of tokens. Of a
-    sequence-to-sequence model a token is either source or target; cross-attention's keys and values are counted once a
-    target. `Flops.unknown()` of other models.
+    6 a matmul parameter and token that it multiplies, 4 where it is frozen; 12 a channel of attention and pair of
+    tokens. Of a sequence-to-sequence model a token is either source or target; cross-attention's keys and values are
+    counted once a target. `Flops.unknown()` of other models.
     """
     shape = model.config.get_text_config()
     heads = getattr(shape, "num_attention_heads", None)
@@ -219,20 +223,26 @@ def flops(config: Config, model: PreTrainedModel) -> Flops:
     width = heads * (getattr(shape, "d_kv", None) or getattr(shape, "head_dim", None) or shape.hidden_size // heads)
     context, layers = config.context, shape.num_hidden_layers
     if config.task != "seq2seq":
-        dense = 6 * _matmul_parameters(model)
+        dense = _dense(model, config.adapter)
         attention = 12 * layers * width * context
         return Flops(dense + attention, dense + (attention // 2 if config.task == "causal" else attention))
     source = config.source_tokens
     target = context - source + 1
     decoder_layers = getattr(shape, "num_decoder_layers", None) or getattr(shape, "decoder_layers", layers)
-    encoder = _matmul_parameters(model.get_encoder())
-    dense = 6 * (encoder * source + (_matmul_parameters(model) - encoder) * target)
+    encoder = _dense(model.get_encoder(), config.adapter)
+    dense = encoder * source + (_dense(model, config.adapter) - encoder) * target
     crossed = 12 * width * (layers * source**2 + decoder_layers * target * source)
     itself = 12 * width * decoder_layers * target**2
     return Flops((dense + crossed + itself) // context, (dense + crossed + itself // 2) // context)
 
 
-def _matmul_parameters(model: nn.Module) -> int:
-    """Numbers in the matrices that are multiplied with: of linear layers, a tied head too, not of look-ups."""
+def _dense(model: nn.Module, adapter: AdapterConfig | None) -> int:
+    """FLOPs of a token in the matrices that are multiplied with: of linear layers, a tied head too, not of look-ups.
+
+    Frozen ones beside an adapter need no gradient of their own, as `DecoderConfig.flops_per_token` counts.
+    """
     weights = (getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding))
-    return sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)
+    numbers = sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)
+    if adapter is None:
+        return 6 * numbers
+    return 4 * numbers + 6 * sum(one.numel() for name, one in model.named_parameters() if adapter.is_own(name))

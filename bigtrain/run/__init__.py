@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from bigtrain.run.config import BatchConfig, RunConfig
-    from bigtrain.run.directory import FORMAT_VERSION, RunDirectory, find_run, list_runs, split_run_step
+    from bigtrain.run.directory import (
+        FORMAT_VERSION,
+        RunDirectory,
+        find_checkpoints,
+        find_run,
+        list_runs,
+        split_run_step,
+    )
     from bigtrain.run.events import append_event, boot_hash
     from bigtrain.run.exits import ExitCode
     from bigtrain.run.lease import (
@@ -59,6 +66,7 @@ __all__ = [
     "config_of",
     "config_schema",
     "differences",
+    "find_checkpoints",
     "find_run",
     "identity",
     "in_use",
@@ -72,7 +80,7 @@ __all__ = [
 
 _FILES: Final = {
     "config": ("BatchConfig", "RunConfig"),
-    "directory": ("FORMAT_VERSION", "RunDirectory", "find_run", "list_runs", "split_run_step"),
+    "directory": ("FORMAT_VERSION", "RunDirectory", "find_checkpoints", "find_run", "list_runs", "split_run_step"),
     "events": ("append_event", "boot_hash"),
     "exits": ("ExitCode",),
     "lease": ("LEASE_LIFE_S", "LEASE_RENEWAL_S", "Lease", "LeaseHolder", "Leased", "in_use", "lease_check"),

@@ -158,6 +158,17 @@ class RunDirectory:
         return {"forecast": storage.hash_file(forecast)} if forecast.exists() else {}
 
 
+def find_checkpoints(name: str, runs_dir: Path) -> RunDirectory:
+    """A run by name or path, or a directory of checkpoints that no run has made, as `checkpoint import` writes it.
+
+    Raises:
+        UserError: There is neither.
+    """
+    alone = RunDirectory(Path(name))
+    is_run = (runs_dir / name / names.RECORD).exists() or alone.exists()
+    return find_run(name, runs_dir) if is_run or not alone.checkpoints.is_dir() else alone
+
+
 def find_run(run: str, runs_dir: Path) -> RunDirectory:
     """Find the directory of a run by its name under `runs_dir`, or by a path.
 
@@ -168,12 +179,29 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
         if (path / names.RECORD).exists():
             # Path(".").name is empty.
             return RunDirectory(path if path.name not in ("", "..") else os.path.abspath(path))
+    _refuse_other_weights(Path(run))
     known_names = [path.parent.name for path in runs_dir.glob(f"*/{names.RECORD}")]
     close = nearest(run, known_names)
     known = f"There are: {', '.join(sorted(known_names)[:MAX_NAMED])}."
     if not known_names:
         known = "There are none; see --runs-dir."
     raise UserError(f"There is no run '{run}'", str(runs_dir), f"Did you mean '{close}'?" if close else known)
+
+
+def _refuse_other_weights(path: Path) -> None:
+    """Refuse, in place of a run, what commands that read weights take as well."""
+    if (path / names.CHECKPOINTS).is_dir():
+        raise UserError(
+            "The directory holds an imported checkpoint, and no run",
+            str(path),
+            "Use it with evaluate, sample, load, init.source, checkpoint export, convert, inspect, list or verify.",
+        )
+    if (path / "config.json").is_file():
+        raise UserError(
+            "The directory holds Hugging Face weights, and no run",
+            str(path),
+            "Use them with evaluate, sample, load and init.source, or make a checkpoint of them: checkpoint import.",
+        )
 
 
 def list_runs(runs_dir: Path) -> list[RunDirectory]:

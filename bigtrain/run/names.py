@@ -13,6 +13,9 @@ CONFIG: Final = "config.yaml"
 RECORD: Final = "run.json"
 """File of the recipe and the identity, written at the run's first start."""
 
+MODEL: Final = "model.json"
+"""The model of a checkpoint that no run has made, which `checkpoint import` writes in place of CONFIG and RECORD."""
+
 LEASE: Final = "lease.json"
 """File that names the process that may write to the directory."""
 

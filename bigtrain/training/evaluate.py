@@ -1,4 +1,4 @@
-"""Measures held-out losses of a checkpoint or of Hugging Face weights, at any layout and engine that can load them.
+"""Held-out losses of a checkpoint or of weights without a run, at any layout and engine that they load at.
 
 A rank is a process `python -m bigtrain.training.evaluate REQUEST`; several ranks have torchrun's environment variables.
 REQUEST is a JSON file (`Request`). Rank 0 writes the result into the same directory.
@@ -22,12 +22,11 @@ from bigtrain.data.augmenter import with_augmented_size
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
 from bigtrain.engines.support import check_support
-from bigtrain.models.config import FAMILIES
-from bigtrain.models.hf_files import HfFiles
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_json
 from bigtrain.training.config import InitConfig
 from bigtrain.training.prepare import loader_options, pass_context
+from bigtrain.training.weights import LONGEST, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +34,6 @@ ALL: Final = 1 << 40
 """A number of batches that is larger than any set has."""
 MAY_CHANGE: Final = ("batch", "precision", "data.document_mask")
 """Keys of the recipe that an evaluation may change."""
-LONGEST: Final = 1024
-"""Maximum context, in tokens, of Hugging Face weights if model.context is not given."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +77,16 @@ def of_run(
     return config.model_copy(update={"init": init, "checkpoint": alone}), outputs
 
 
-def of_weights(directory: Path, overrides: Sequence[str], data: Mapping[str, ShardIndex]) -> tuple[RunConfig, int]:
-    """The config that evaluates Hugging Face weights, and the size of their vocabulary.
+def of_weights(weights: Weights, overrides: Sequence[str], data: Mapping[str, ShardIndex]) -> tuple[RunConfig, int]:
+    """The config that evaluates weights without a run, and the rows of their vocabulary.
 
-    If bigtrain has a native family for the `model_type`, that family is used, at any layout. Otherwise the model is the
-    one of transformers.
+    bigtrain's own family of that shape is used, at any layout; else transformers' own model.
 
     Raises:
         UserError: The vocabulary of the data is larger than that of the model.
     """
-    files, first = HfFiles.open(directory), next(iter(data.values()))
-    is_native = str(files.config.get("model_type")) in FAMILIES
-    model: dict[str, Any] = files.keys() if is_native else {"arch": "hf", "hf": str(files.directory)}
-    positions = model.get("context") or files.config.get("max_position_embeddings") or LONGEST
-    model["context"] = min(LONGEST, positions)
+    first = next(iter(data.values()))
+    model = weights.keys | {"context": min(LONGEST, weights.keys["context"])}
     document: dict[str, Any] = {
         "name": "evaluation",
         "model": model,
@@ -102,23 +95,20 @@ def of_weights(directory: Path, overrides: Sequence[str], data: Mapping[str, Sha
         "duration": "1 steps",
         "precision": "fp32",
     }
-    document |= {"init": {"source": str(files.directory)}} if is_native else {"engine": {"name": "accelerate"}}
+    is_native = weights.source is not None
+    document |= {"init": {"source": weights.source}} if is_native else {"engine": {"name": "accelerate"}}
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "config.yaml"
         path.write_text(yaml_file.dump(document))
         config = load_config(path, list(overrides))
-    outputs = first.vocab_size
-    if is_native:
-        shape = files.shape_of(config.model.hf_names()[config.model.vocabulary_name])
-        outputs = 0 if shape is None else shape[0]
     for index in data.values():
-        if index.vocab_size > outputs:
+        if index.vocab_size > weights.rows:
             raise UserError(
-                f"The data has {index.vocab_size} different tokens, and the model {outputs}",
+                f"The data has {index.vocab_size} different tokens, and the model {weights.rows}",
                 index.place,
                 "Pack the data with the tokenizer of the model.",
             )
-    return config, outputs
+    return config, weights.rows if is_native else first.vocab_size
 
 
 def _refuse_recipe_keys(overrides: Sequence[str]) -> None:
@@ -163,7 +153,8 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
     found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
     if request.tasks:
-        from bigtrain.training.tasks import Scorer, read_requests
+        from bigtrain.training.requests import read_requests
+        from bigtrain.training.tasks import Scorer
 
         requests = [one for file in request.tasks for one in read_requests(Path(file))]
         place = pass_context(config, engine, config.batch.size.sequences(context), next(iter(indexes.values())))

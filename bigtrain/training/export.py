@@ -13,10 +13,11 @@ from bigtrain.config import UserError
 from bigtrain.data.encoding.chat import ends_of_texts
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
-from bigtrain.models.hf_files import HfFiles
+from bigtrain.models.hf_files import CONFIG_NAME, HfFiles, copy_companions, read_object
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_atomic
 from bigtrain.training.prepare import pins
+from bigtrain.training.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ GENERATION_NAME = "generation_config.json"
 
 
 def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write a verified checkpoint of a run as a directory for `from_pretrained`.
+    """Write a verified checkpoint, of a run or imported, as a directory for `from_pretrained`.
 
     The tokenizer is included if transformers can read it; a byte tokenizer has no such format. If the data cannot be
     reached, the weights are written without a tokenizer, and a warning is logged. If the chat template ends turns with
@@ -38,6 +39,8 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
         UserError: transformers has no such model, `out` is not empty, or there is no checkpoint of this step.
         CorruptionError: The checkpoint fails verification.
     """
+    if not run.exists():
+        return _export_imported(Weights.of((run, step)), out)
     config = load_config(run.config)
 
     def companions(place: Path) -> dict[str, Any]:
@@ -55,10 +58,25 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
     return export_hf(run.checkpoints, step, out, config=config.model, companions=companions)
 
 
+def _export_imported(weights: Weights, out: Path) -> list[Path]:
+    """Weights of `checkpoint import`, with the tokenizer's files that it has copied."""
+    assert weights.step is not None
+
+    def companions(place: Path) -> dict[str, Any]:
+        copy_companions(weights.directory, place)
+        config = read_object(weights.directory / CONFIG_NAME)
+        return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+
+    checkpoints = RunDirectory(weights.directory).checkpoints
+    return export_hf(checkpoints, weights.step, out, config=weights.config(), companions=companions)
+
+
 def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write the LoRA adapters of a run's verified checkpoint in the format of peft; see `export_peft`."""
+    """Write the LoRA adapters of a verified checkpoint of a run as peft reads them; see `export_peft`."""
+    if not run.exists():
+        return export_peft(run.checkpoints, step, out, config=Weights.of((run, step)).config())
     config = load_config(run.config)
-    source = config.init.source
+    source = getattr(config.model, "hf", None) or config.init.source
     base = source if source is not None and HfFiles.is_one(Path(source)) else None
     return export_peft(run.checkpoints, step, out, config=config.model, base=base)
 

@@ -1,4 +1,4 @@
-"""Generates texts with a trained run, or with a directory of a Hugging Face model."""
+"""Texts from a trained run, or from weights without a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from bigtrain.checkpoint.loader import read_tensors
-from bigtrain.checkpoint.restore import newest_of
+from bigtrain.checkpoint.restore import checkpoint_at, newest_of, weights_at
 from bigtrain.config import UserError
 from bigtrain.data.augmenter import evaluated
 from bigtrain.data.encoding.chat import ChatTemplate, ends_of_texts, template_of
 from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_shape, squared
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
+from bigtrain.models.hf_files import HfFiles
 from bigtrain.models.sampling import Choice, generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.run import RunConfig, RunDirectory, load_config
 from bigtrain.training.prepare import pins
+from bigtrain.training.weights import Weights
 
 if TYPE_CHECKING:
     from bigtrain.data.augmentation import AugmentationConfig
@@ -173,15 +175,48 @@ def writer_of_directory(directory: Path) -> Writer:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, **options)
-        tokenizer = _tokenizer_in(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"transformers cannot read the model: {error}", str(directory)) from None
-    ends = model.generation_config.eos_token_id
+    return writer_beside(directory, model.eval().to(pick_device(0)))
+
+
+def writer_beside(directory: Path, model: nn.Module) -> Writer:
+    """A model with the tokenizer, and the ends of texts, of the directory that its weights came from.
+
+    Raises:
+        UserError: transformers reads no tokenizer there.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        tokenizer = _tokenizer_in(directory)
+        if (directory / "generation_config.json").is_file():
+            settings = GenerationConfig.from_pretrained(directory)
+        else:
+            settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers cannot read the tokenizer: {error}", str(directory)) from None
+    ends = settings.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
-    device = pick_device(0)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     found = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return Writer(model.eval().to(device), _OfTransformers(tokenizer, str(directory)), found, start, device)
+    place = next(model.parameters()).device
+    return Writer(model, _OfTransformers(tokenizer, str(directory)), found, start, place)
+
+
+def writer_at(text: str, runs_dir: Path) -> Writer:
+    """A writer of any weights that `weights_at` finds.
+
+    Raises:
+        UserError: As `weights_at`, `writer_of_run` and `writer_of_directory`.
+    """
+    found = weights_at(text, runs_dir)
+    if isinstance(found, HfFiles):
+        return writer_of_directory(found.directory)
+    if found[0].exists():
+        return writer_of_run(*found)
+    weights = Weights.of(found)
+    return writer_beside(weights.directory, weights.build().to(pick_device(0)))
 
 
 def read_prompts(file: Path) -> list[Prompt]:
@@ -291,22 +326,23 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
         raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
 
 
-def caption(run: RunDirectory, prompt: str, image: Path, *, step: int | None, tokens: int, **options: Any) -> str:
-    """The caption that a captioning model writes for an image after a prompt.
+def caption(text: str, runs_dir: Path, prompt: str, image: Path, *, tokens: int, **options: Any) -> str:
+    """What a run's model of captions writes about an image after a prompt; `options` are those of `Writer.write`.
 
     Args:
-        step: Step of the checkpoint; None for the newest verified one.
-        tokens: Maximum number of new tokens.
-        options: Further arguments of `Writer.write`.
+        text: RUN or RUN@STEP.
 
     Raises:
-        UserError: `writer_of_run` refuses the run, there is no such image, or the image is too large.
+        UserError: As `writer_of_run`; weights without a run; there is no such image, or it is too large.
     """
+    run, step = checkpoint_at(text, runs_dir)
+    if not run.exists():
+        raise UserError("Only a run's model writes captions; these weights were imported", str(run.path))
     writer, config = writer_of_run(run, step, image=True), load_config(run.config)
     room = config.model.context - len(writer.vocabulary.encode(prompt))
     shown = _pixels(image, index_of_run(run, config), config.data.augment)
-    (text,) = writer.write([prompt], tokens=max(0, min(tokens, room)), images=shown, **options)
-    return text
+    (written,) = writer.write([prompt], tokens=max(0, min(tokens, room)), images=shown, **options)
+    return written
 
 
 def _pixels(file: Path, index: ShardIndex, augment: Sequence[AugmentationConfig]) -> torch.Tensor:

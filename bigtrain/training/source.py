@@ -10,13 +10,12 @@ from pathlib import Path
 from bigtrain import storage
 from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.manifest import MANIFEST_NAME
-from bigtrain.checkpoint.restore import resolve_best, run_at
+from bigtrain.checkpoint.restore import weights_at
 from bigtrain.config import UserError, nearest
 from bigtrain.config.urls import is_url
 from bigtrain.models.config import ModelConfig
 from bigtrain.models.hf_files import HfFiles, digest
-from bigtrain.run import RunDirectory, find_run, split_run_step
-from bigtrain.run.names import RECORD
+from bigtrain.run import RunDirectory
 from bigtrain.training.config import InitConfig
 
 
@@ -73,13 +72,11 @@ def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
     Raises:
         UserError: There is no such run, or the run has no such checkpoint.
     """
-    text = resolve_best(text, runs_dir)
-    if is_url(text):
-        return _fetched(text)
-    if not (runs_dir / text / RECORD).exists() and HfFiles.is_one(Path(text)):
-        return HfSource(HfFiles.open(Path(text)))
-    name, step = split_run_step(text)
-    run = _run(name, runs_dir)
+    weights = weights_at(text, runs_dir)
+    if isinstance(weights, HfFiles):
+        return HfSource(weights)
+    run, step = weights
+    name = text.rpartition("@")[0] or text
     found = commit.list_checkpoints(run.checkpoints)
     steps = [checkpoint.step for checkpoint in found]
     if not steps:
@@ -93,21 +90,8 @@ def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
             f"It has {', '.join(map(str, steps))}.",
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
-    return CheckpointSource(run.path.absolute(), step, storage.hash_file(path / MANIFEST_NAME))
-
-
-def _fetched(text: str) -> CheckpointSource:
-    fetched, step = run_at(text, Path())
-    assert step is not None  # what is fetched is one step
-    manifest = fetched.checkpoints / commit.step_name(step) / MANIFEST_NAME
-    url = split_run_step(text)[0].rstrip("/")
-    return CheckpointSource(fetched.path.absolute(), step, storage.hash_file(manifest), url)
-
-
-def _run(name: str, runs_dir: Path) -> RunDirectory:
-    """A run, or a directory of checkpoints without a run, as `checkpoint import` writes it."""
-    alone = RunDirectory(Path(name))
-    return alone if alone.checkpoints.is_dir() else find_run(name, runs_dir)
+    url = name.rstrip("/") if is_url(name) else None
+    return CheckpointSource(run.path.absolute(), step, storage.hash_file(path / MANIFEST_NAME), url)
 
 
 def is_fresh(name: str, init: InitConfig) -> bool:

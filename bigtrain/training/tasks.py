@@ -1,8 +1,4 @@
-"""Scores requests of a context and continuations by the log-likelihood of each continuation.
-
-A file holds one request per line, as JSON:
-
-    {"context": "The capital of France is", "continuations": [" Paris", " Rome"], "gold": 0, "task": "capitals"}
+"""Requests of a context and continuations (requests.py), scored by the log-likelihood of each continuation.
 
 Texts are tokenized as in lm-evaluation-harness: context and continuation are encoded together, spaces at the end of the
 context move to the continuation, and a context that is too long loses its beginning. Every sequence is a separate
@@ -11,70 +7,22 @@ source in the engine's sums, so each is scored exactly once at every layout.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from bigtrain.config import UserError
 from bigtrain.training.config import PassContext
+from bigtrain.training.requests import Task
 
 if TYPE_CHECKING:
     from bigtrain.data.tokenizers import Tokenizer
     from bigtrain.engines.contract import MicroBatch
 
 AT_ONCE: Final = 2048
-"""Maximum number of sequences per evaluation; the array `sources` of a batch has one column for each."""
-DEFAULT_TASK: Final = "requests"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One request: a context with its continuations, of which one is correct."""
-
-    context: str
-    continuations: tuple[str, ...]
-    gold: int
-    """Index of the correct continuation."""
-    task: str = DEFAULT_TASK
-    """Name of the task to which the request belongs."""
-
-
-def read_requests(file: Path) -> list[Task]:
-    """Read the requests of a file.
-
-    Raises:
-        UserError: The file cannot be read or holds no request, or a line is no valid request.
-    """
-    fix = 'Write a line like {"context": "1 + 1 =", "continuations": [" 2", " 3"], "gold": 0}.'
-    found = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The requests cannot be read: {error}", str(file)) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            texts, gold = tuple(value["continuations"]), value["gold"]
-            request = Task(value["context"], texts, gold, value.get("task", DEFAULT_TASK))
-        except (ValueError, TypeError, KeyError):
-            raise UserError("The line is no request", f"{file}:{number}", fix) from None
-        strings = (request.context, request.task, *texts)
-        if not texts or not all(isinstance(text, str) for text in strings) or not all(texts):
-            raise UserError("context and continuations must be texts, the latter not empty", f"{file}:{number}", fix)
-        if not isinstance(gold, int) or not 0 <= gold < len(texts):
-            raise UserError(f"gold is {gold!r}, the number of no continuation", f"{file}:{number}", fix)
-        found.append(request)
-    if not found:
-        raise UserError("The file holds no request", str(file), fix)
-    return found
+"""Sequences of one evaluation: a batch's array `sources` has a column for each."""
 
 
 class Scorer:
@@ -82,8 +30,11 @@ class Scorer:
 
     def __init__(self, requests: Sequence[Task], tokenizer: Tokenizer) -> None:
         self._requests = requests
-        pairs = [(request.context, text) for request in requests for text in request.continuations]
-        self._rows = [encode_pair(tokenizer, *pair) for pair in pairs]
+        self._rows = [
+            (encode_apart if request.apart else encode_pair)(tokenizer, request.context, text)
+            for request in requests
+            for text in request.continuations
+        ]
 
     def score(self, context: PassContext) -> dict[str, dict[str, float]]:
         """Results of each task by task name; see `results_of`. Collective; the results are equal on all ranks."""
@@ -152,6 +103,17 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     before = [int(token) for token in tokenizer.encode(context)]
     after = whole[len(before) :] or [int(token) for token in tokenizer.encode(continuation)]
     return before + after, len(after)
+
+
+def encode_apart(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
+    """As `encode_pair`, each of the two encoded by itself, as OLMo's in-loop evaluation has it.
+
+    The context has the begin of text where the tokenizer names one that the data has.
+    """
+    before, after = ([int(token) for token in tokenizer.encode(text)] for text in (context, continuation))
+    if tokenizer.bos is not None and before[:1] != [tokenizer.bos]:
+        before = [tokenizer.bos, *before]
+    return [*(before or [tokenizer.eot]), *after], len(after)
 
 
 def _passes(place: PassContext, rows: Sequence[tuple[list[int], int]]) -> Iterator[MicroBatch]:

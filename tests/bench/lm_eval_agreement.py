@@ -27,13 +27,16 @@ from bigtrain.data.config import StreamingConfig
 from bigtrain.data.packing.documents import pack
 from bigtrain.data.streaming.store import open_index
 from bigtrain.data.tokenizers import Tokenizer
+from bigtrain.models.hf_files import HfFiles
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.run import RunDirectory
 from bigtrain.storage import read_lines
 from bigtrain.training.evaluate import of_weights
 from bigtrain.training.prepare import pass_context
+from bigtrain.training.requests import read_requests
 from bigtrain.training.restoring import Restoring
-from bigtrain.training.tasks import encode_pair, log_likelihoods, read_requests
+from bigtrain.training.tasks import encode_pair, log_likelihoods
+from bigtrain.training.weights import Weights
 
 CLOSE = 1e-4
 """Nats."""
@@ -114,7 +117,7 @@ def harness(python: str, model: Path, tasks: Path, out: Path) -> dict[str, tuple
 def own(model: Path, shards: Path, files: list[Path]) -> dict[str, list[float]]:
     """Log-likelihoods by task of an exported model, as bigtrain finds them."""
     index = open_index(str(shards), StreamingConfig())
-    config, rows = of_weights(model, [], {"held out": index})
+    config, rows = of_weights(Weights.of(HfFiles.open(model)), [], {"held out": index})
     engine = config.engine.build(
         config.model, rows, config.optimizer, layout=config.layout, precision="fp32", seed=0,
         ranks=Ranks.from_environment(),

@@ -242,17 +242,17 @@ def test_what_a_url_names_is_fetched_once_and_again_where_it_changed(
     upload(run)
     server.requests.clear()
     for _ in range(2):
-        found, step = restore.run_at(f"{URL}@1", tmp_path)
+        found, step = restore.checkpoint_at(f"{URL}@1", tmp_path)
         assert step == 1
         assert contents(found.checkpoints / "step_00000001") == contents(path)
     assert server.requests["__0_0.distcp"] == 1
     commit.remove(path)
     path = save(run, 1, salt=3)
     upload(run)
-    found, _ = restore.run_at(URL, tmp_path)
+    found, _ = restore.checkpoint_at(URL, tmp_path)
     assert contents(found.checkpoints / "step_00000001") == contents(path)
     with pytest.raises(UserError, match="no checkpoint of step 7") as caught:
-        restore.run_at(f"{URL}@7", tmp_path)
+        restore.checkpoint_at(f"{URL}@7", tmp_path)
     assert caught.value.fix == "There are: 1"
 
 

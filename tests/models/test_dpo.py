@@ -17,8 +17,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bigtrain.checkpoint.huggingface import read_hf
 from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
+from bigtrain.data.encoding.pairs import TextPair, read_pair
 from bigtrain.data.formats.tar import samples
 from bigtrain.data.index import load_index
 from bigtrain.data.inspect import inspect
@@ -36,6 +38,8 @@ from bigtrain.testing.equivalence import How, What, deviations, record
 from bigtrain.testing.ranks import RankPool
 from bigtrain.training.export import export_run
 from bigtrain.training.prepare import prepare
+from tests.data.chats import TURN_ENDS, write_tokenizer
+from tests.data.chats import reference as conversation_of
 
 CONTEXT, VOCAB, BETA = 24, 61, 0.3
 CLOSE = 1e-5
@@ -158,6 +162,97 @@ def test_pairs_are_packed_read_and_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}))
     with pytest.raises(UserError, match="no preference"):
         kind.find([file], options)
+
+
+CHATS = [
+    [
+        {"role": "user", "content": f"two and {number}?"},
+        {"role": "assistant", "content": "Four."},
+        {"role": "user", "content": " And three\n\nmore? "},
+    ]
+    for number in range(3)
+]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("Seven.\nÜber-seven!", "Red, or a deep  blue.")]
+FORMS: dict[str, Callable[[list[dict[str, str]]], dict[str, Any]]] = {
+    "explicit": lambda chat: {"prompt": chat, "chosen": ANSWERS[0], "rejected": ANSWERS[1]},
+    "implicit": lambda chat: {"chosen": chat + ANSWERS[0], "rejected": chat + ANSWERS[1]},
+    "both": lambda chat: {"prompt": chat, "chosen": chat + ANSWERS[0], "rejected": chat + ANSWERS[1]},
+    "text beside": lambda chat: {
+        "prompt": chat[0]["content"], "chosen": chat + ANSWERS[0], "rejected": chat + ANSWERS[1]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TURN_ENDS)
+def test_the_loss_of_chats_is_that_of_transformers_with_its_chat_template(kind: str, tmp_path: Path) -> None:
+    directory = write_tokenizer(kind, tmp_path / "tokenizer")
+    pack_options = PackOptions(tokenizer=Tokenizer.open(str(directory)))
+    samples_kind, fingerprints = kind_named("preferences"), set()
+    for name, form in FORMS.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(form(chat)) for chat in CHATS))
+        samples_kind.pack([tmp_path / f"{name}.jsonl"], tmp_path / name, pack_options)
+        fingerprints.add(load_index(tmp_path / name / "train").fingerprint)
+    assert len(fingerprints) == 1, "the forms of one preference are the same tokens"
+    index = load_index(tmp_path / "explicit" / "train")
+    batch = PreferenceReader(index, 96).read(np.zeros(3, np.int64), np.arange(3))
+    arrays = {key: torch.as_tensor(value) for key, value in batch.items()}
+
+    torch.manual_seed(2)
+    shape = transformers.LlamaConfig(
+        vocab_size=index.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=56, max_position_embeddings=96, initializer_range=0.2,
+    )  # fmt: skip
+    policy, held = (transformers.LlamaForCausalLM(shape).eval() for _ in range(2))
+    policy.save_pretrained(tmp_path / "policy")
+    held.save_pretrained(tmp_path / "held")
+    files = HfFiles.open(tmp_path / "policy")
+    config = FAMILIES["dpo"](**model({**files.keys(), "context": 96}))
+    native = config.build(index.vocab_size)
+    read_hf(files, config.policy.hf_names(), {name: native.get_parameter(name) for name in config.policy.hf_names()})
+    reference = native.reference
+    read_hf(HfFiles.open(tmp_path / "held"), config.policy.hf_names(), dict(reference.named_parameters()))
+
+    def likelihood_of(network: Any, conversation: list[dict[str, str]]) -> Tensor:
+        ids, mask = conversation_of(kind, directory, conversation)
+        first = len(ids) - mask[::-1].index(1) - 1
+        while mask[first - 1]:
+            first -= 1  # the last turn alone
+        tokens = torch.tensor([ids])
+        logs = network(tokens).logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        return (logs * torch.tensor(mask[1:]))[first - 1 :].sum()
+
+    with torch.no_grad():
+        losses = []
+        for chat in CHATS:
+            ratios = [likelihood_of(policy, chat + one) - likelihood_of(held, chat + one) for one in ANSWERS]
+            losses.append(-F.logsigmoid(BETA * (ratios[0] - ratios[1])).item())
+        result = native({**arrays, "keys": torch.arange(3)})
+    assert max(losses) - min(losses) > 0.01, "the pairs must differ"
+    assert result.weight.item() == 3
+    assert result.loss.item() == pytest.approx(sum(losses), rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": ANSWERS[0], "rejected": ANSWERS[1]}, "no common beginning"),
+        ({"prompt": CHATS[0], "chosen": ANSWERS[0] + CHATS[1], "rejected": ANSWERS[1]}, "not one turn"),
+        ({"prompt": CHATS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[0]}, "not one turn"),
+        ({"prompt": CHATS[0], "chosen": CHATS[0][:1], "rejected": ANSWERS[0]}, "not one turn"),
+        ({"prompt": CHATS[0], "chosen": "Yes.", "rejected": "No."}, "no preference"),
+        ({"chosen": "same", "rejected": "same"}, "answer is empty"),
+        ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": ANSWERS[0]}, "no role"),
+    ],
+)
+def test_what_is_no_preference_is_refused(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_pair(record)
+
+
+def test_texts_without_a_prompt_share_their_beginning() -> None:
+    assert read_pair({"chosen": "The sky is blue.", "rejected": "The sky is green."}) == TextPair(
+        "The sky is", " blue.", " green."
+    )
 
 
 @pytest.mark.slow

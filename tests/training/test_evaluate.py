@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 
 from bigtrain.checkpoint.huggingface import import_hf
+from bigtrain.checkpoint.restore import weights_at
 from bigtrain.config import UserError
+from bigtrain.data.index import load_index
 from bigtrain.data.loader import EvaluationLoader
 from bigtrain.jobs.evaluate import evaluate
 from bigtrain.testing.ranks import RankPool
-from bigtrain.training.evaluate import Request, measure
+from bigtrain.training.evaluate import Request, measure, of_weights, write_request
+from bigtrain.training.weights import Weights
 
 CONTEXT = 32
 PERPLEXITY = 1e-5
@@ -59,12 +62,12 @@ def by_transformers(weights: Path, shards: Path) -> float:
     return total / count
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "dp2": (2, {}),
-    "tp2": (2, {"layout": {"tp": 2}}),
-    "pp2": (2, {"layout": {"pp": 2}}),
-    "ZeRO-3": (2, {"engine": {"name": "deepspeed", "zero": 3}}),
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, ["layout.tp=2"]),
+    "pp2": (2, ["layout.pp=2"]),
+    "ZeRO-3": (2, ["engine.name=deepspeed", "engine.zero=3"]),
 }
 
 
@@ -74,22 +77,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_perplexity_at_a_layout_is_that_of_transformers(
     layout: str, weights: Path, text_shards: Path, tmp_path: Path, ranks: RankPool
 ) -> None:
-    step, model = import_hf(weights, tmp_path / "native")
-    count, sections = LAYOUTS[layout]
-    config = tmp_path / "config.yaml"
-    written = {
-        "name": "evaluation",
-        "model": model,
-        "data": {"train": str(text_shards / "train")},
-        "batch": {"size": 4},
-        "duration": "1 steps",
-        "precision": "fp32",
-        "init": {"source": f"{tmp_path / 'native'}@{step}"},
-        **sections,
-    }
-    config.write_text(yaml.safe_dump(written))
-    request = Request(str(config), {"held out": str(text_shards / "validation")}, 257)
-    found = ranks.run(measure, request, ranks=count)
+    import_hf(weights, tmp_path / "native")
+    count, overrides = LAYOUTS[layout]
+    held_out = {"held out": load_index(text_shards / "validation")}
+    imported = Weights.of(weights_at(str(tmp_path / "native"), tmp_path))
+    config, rows = of_weights(imported, ["batch.size=4", *overrides], held_out)
+    request = Request("config.yaml", {"held out": str(text_shards / "validation")}, rows)
+    write_request(tmp_path, config, request)
+    found = ranks.run(measure, replace(request, config=str(tmp_path / "config.yaml")), ranks=count)
     expected = by_transformers(weights, text_shards / "validation")
     assert all(one == found[0] for one in found)
     assert found[0]["all"]["loss"] == pytest.approx(expected, rel=PERPLEXITY)
@@ -106,14 +101,16 @@ def test_a_run_and_its_export_are_one_table_and_the_run_records_it(
 ) -> None:
     assert bigtrain("train", write_config(duration="4 steps")).returncode == 0
     assert bigtrain("checkpoint", "export", "tiny", "--format", "hf", "--out", "out").returncode == 0
+    assert bigtrain("checkpoint", "import", "out", "--out", "back").returncode == 0
     data = ("--data", f"held={text_shards / 'validation'}", "--data", text_shards / "train")
     found = bigtrain("evaluate", "tiny", "out", *data, "--json", "--nproc", 2, "--sequences", 60, "model.context=32")
     assert found.returncode == 2
     assert "says what was trained" in json.loads(found.stdout)["error"]
-    found = bigtrain("evaluate", "tiny", "out", *data, "--json", "--sequences", 60, "--nproc", 2, "layout.tp=2")
+    found = bigtrain("evaluate", "tiny", "out", "back", *data, "--json", "--sequences", 60, "--nproc", 2, "layout.tp=2")
     assert found.returncode == 0, found.stderr
-    run, exported = json.loads(found.stdout)["checkpoints"]
-    assert (run["step"], exported["step"]) == (4, None)
+    run, exported, imported = json.loads(found.stdout)["checkpoints"]
+    assert (run["step"], exported["step"], imported["step"]) == (4, None, 0)
+    assert imported["sets"] == exported["sets"]
     assert run["sets"].keys() == {"held", "train", "all"}
     for name, numbers in run["sets"].items():
         assert numbers == pytest.approx(exported["sets"][name], rel=PERPLEXITY)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from bigtrain.api.models import load
 from bigtrain.config import UserError
 from bigtrain.models.sampling import Choice
-from bigtrain.training.sample import Prompt, Writer, read_prompts, writer_of_directory
+from bigtrain.training.sample import Prompt, Writer, read_prompts, writer_at, writer_of_directory
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -50,14 +53,14 @@ def writer(directory: Path) -> Writer:
     return writer_of_directory(directory)
 
 
-def expected(directory: Path, prompt: Prompt) -> str:
+def expected(directory: Path, prompt: Prompt, tokens: int = 24) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True
     )  # fmt: skip
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    new = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    new = model.generate(**ids, max_new_tokens=tokens, do_sample=False)[0, ids["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -80,3 +83,43 @@ def test_prompts_come_from_json_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no object with a prompt") as refused:
         read_prompts(file)
     assert str(refused.value.where).endswith(":2")
+
+
+def test_imported_weights_go_wherever_those_of_their_directory_go(
+    directory: Path, writer: Writer, tmp_path: Path, bigtrain_here: Callable[..., Any]
+) -> None:
+    done = bigtrain_here("checkpoint", "import", directory, "--out", "taken")
+    assert done.returncode == 0, done.stderr
+    chat: Prompt = [{"role": "user", "content": "Hello there"}]
+    taken = writer_at(str(tmp_path / "taken"), tmp_path)
+    answer = writer.write([chat], **GREEDY)
+    assert taken.write([chat], **GREEDY) == answer
+    assert (taken.ends, taken.start) == (writer.ends, writer.start)
+
+    tokens = torch.arange(40)[None] % 97
+    for place in (directory, tmp_path / "taken"):
+        model = load(place)
+        assert model.tokenizer is not None
+        with torch.no_grad():
+            assert torch.allclose(model.logits({"tokens": tokens}), writer.model(tokens).logits, atol=1e-4)
+
+    assert model.generate("It was", tokens=4, temperature=0) == "It was" + expected(directory, "It was", tokens=4)
+    done = bigtrain_here("checkpoint", "export", "taken@0", "--format", "hf", "--out", "back")
+    assert done.returncode == 0, done.stderr
+    again, first = (transformers.AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "back", directory))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+    assert again.config.eos_token_id == first.config.eos_token_id
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+    for command in ("list", "verify"):
+        assert bigtrain_here("checkpoint", command, "taken").returncode == 0
+
+
+def test_a_command_for_runs_alone_says_what_weights_go_with(
+    directory: Path, tmp_path: Path, bigtrain_here: Callable[..., Any]
+) -> None:
+    done = bigtrain_here("checkpoint", "export", directory, "--out", "out")
+    assert done.returncode == 2
+    assert "holds Hugging Face weights, and no run" in done.stderr
+    (tmp_path / "other/checkpoints").mkdir(parents=True)
+    assert "imported checkpoint, and no run" in bigtrain_here("report", "other").stderr
+    assert "does not say which model" in bigtrain_here("sample", "other").stderr

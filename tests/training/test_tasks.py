@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,8 @@ from bigtrain.data.formats.documents import documents
 from bigtrain.data.tokenizers import Tokenizer
 from bigtrain.testing.ranks import RankPool
 from bigtrain.training.evaluate import Request, measure
-from bigtrain.training.tasks import Task, encode_pair, read_requests
+from bigtrain.training.requests import Task, read_requests
+from bigtrain.training.tasks import encode_pair
 
 CONTEXT = 24
 SAME = 1e-4
@@ -31,6 +33,12 @@ REQUESTS = [
     {"context": "A context that is much longer than the model's own:", "continuations": [" b", " c"], "gold": 0},
     {"context": "x", "continuations": ["y" * 40, "z"], "gold": 1, "task": "long"},
 ]
+OLMO = [
+    {"context": "Seven and one are ", "continuations": ["eight", "nine of them", "\u00fcber"], "label": 1},
+    {"context": "Question: what?\nAnswer:", "continuations": [" b"], "label": None},
+    {"context": "A context that is much longer than the model's own:", "continuations": [" b", " cc"], "label": 0},
+]
+"""As OLMo's in-loop evaluation has them: a line for each continuation."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
@@ -52,6 +60,39 @@ def alone(model: Any, context: str, continuation: str) -> float:
         found = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
     targets = torch.tensor(ids[1:])
     return float(found[torch.arange(len(targets)), targets][-counted:].sum())
+
+
+def write_olmo(file: Path) -> Path:
+    lines = [
+        {
+            "request_type": "loglikelihood", "doc": {}, "doc_id": document, "idx": number, "label": one["label"],
+            "request": {"context": one["context"], "continuation": text},
+        }
+        for document, one in enumerate(OLMO)
+        for number, text in enumerate(one["continuations"])
+    ]  # fmt: skip
+    lines.append({**lines[0], "doc_id": 1_000_000})
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    return file
+
+
+def by_olmo(model: Any) -> dict[str, float]:
+    """The metrics of olmo_eval/metrics.py that have a name here: acc, len_norm and bpb, of version 2."""
+    rows = []
+    for one in OLMO:
+        gold, values = one["label"] or 0, []
+        for text in one["continuations"]:
+            context, continuation = list(one["context"].encode()), list(text.encode())
+            query = (context + continuation[:-1])[-CONTEXT:]
+            with torch.no_grad():
+                logs = model(torch.tensor([query])).logits[0].double().log_softmax(-1)[-len(continuation) :]
+            values.append(float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()))
+        lengths = [(1, len(text), len(text.encode())) for text in one["continuations"]]
+        right = [float(max(range(len(values)), key=lambda n: values[n] / lengths[n][by]) == gold) for by in range(3)]
+        rows.append([*right, -values[gold] / lengths[gold][2] / math.log(2), float(len(OLMO))])
+    keys = ("accuracy", "accuracy_per_character", "accuracy_per_byte", "bits_per_byte", "requests")
+    return dict(zip(keys, (sum(column) / len(rows) for column in zip(*rows, strict=True)), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +131,8 @@ def test_scores_at_a_layout_are_those_of_requests_one_by_one(
     }
     config.write_text(yaml.safe_dump(written))
     sets = {"held out": str(text_shards / "validation")}
-    found = ranks.run(measure, Request(str(config), sets, 257, batches=1, tasks=(str(file),)), ranks=count)
+    files = (str(file), str(write_olmo(tmp_path / "arc" / "rc_5shot" / "requests.jsonl.gz")))
+    found = ranks.run(measure, Request(str(config), sets, 257, batches=1, tasks=files), ranks=count)
     assert all(one == found[0] for one in found)
 
     torch.set_num_threads(1)
@@ -112,6 +154,8 @@ def test_scores_at_a_layout_are_those_of_requests_one_by_one(
         assert [scores[key] for key in keys] == pytest.approx(means)
         assert scores["bits_per_byte"] == pytest.approx(bits, abs=SAME)
         assert scores["requests"] == len(rows)
+    scores = found[0]["task arc_rc_5shot"]
+    assert scores == pytest.approx(by_olmo(hf_model), abs=SAME)
 
 
 def test_spaces_between_context_and_continuation_belong_to_the_continuation() -> None:
@@ -149,3 +193,22 @@ def test_a_line_that_is_no_request_is_named(line: str, message: str, tmp_path: P
     assert str(refused.value.where).endswith(":2")
     file.write_text(json.dumps(good))
     assert read_requests(file) == [Task("a", ("b", "c"), 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"request_type": "generate_until"}, "'generate_until'"), ({"idx": "a"}, "no request"), ({"label": 7}, "gold"),
+     ({"request": {"context": "a"}}, "must be texts")],
+)  # fmt: skip
+def test_a_line_of_olmo_s_that_is_no_request_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    line = {
+        "request_type": "loglikelihood", "doc_id": 0, "idx": 0, "label": 0,
+        "request": {"context": "a", "continuation": " b"},
+    }  # fmt: skip
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(line))
+    assert read_requests(file) == [Task("a", (" b",), 0, "mine", apart=True)]
+    file.write_text(json.dumps({**line, **change}))
+    with pytest.raises(UserError, match=message) as refused:
+        read_requests(file)
+    assert str(refused.value.where).endswith(":1")

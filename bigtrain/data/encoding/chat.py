@@ -141,7 +141,8 @@ class ChatTemplate:
         whole, marked = self._render(messages, tools, False)
         turns = [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
         if not self._has_marks:
-            return whole, [self._turn(messages, number, whole, weights[number], tools) for number in turns]
+            counted = [number for number in turns if weights[number]]
+            return whole, [self._turn(messages, number, whole, weights[number], tools) for number in counted]
         if len(marked) == len(turns):
             return whole, [(*span, weights[turn]) for span, turn in zip(marked, turns, strict=True)]
         if len({weights[turn] for turn in turns}) > 1:

@@ -9,16 +9,18 @@ the total number of tokens of both sequences. Each sequence is the prompt follow
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from bigtrain.config import CorruptionError, UserError
-from bigtrain.data.accounting import BadSample
+from bigtrain.data.encoding.pairs import PARTS, ChatPair, TextPair, read_pair
+from bigtrain.data.formats.documents import sources
 from bigtrain.data.formats.json_sample import MAX_BYTES, is_one, json_object, token_ids
+from bigtrain.data.formats.records import READERS, records_of
 from bigtrain.data.formats.tar import TarSample
 from bigtrain.data.index import REINDEX, ShardIndex
 from bigtrain.data.kind import SampleKind, Scanner
@@ -35,7 +37,6 @@ from bigtrain.models.batches import KINDS, Arrays
 if TYPE_CHECKING:
     from bigtrain.models.config import ModelConfig
 
-PARTS: Final = ("prompt", "chosen", "rejected")
 TOTAL: Final = 5
 """The column with the total number of tokens."""
 
@@ -49,7 +50,7 @@ class Preferences(SampleKind):
     layout = "token ids of prompt, chosen and rejected in KEY.json"
     of_tokens = needs_tokenizer = True
     texts = 2
-    options = frozenset({"tokenizer"})
+    options = frozenset({"tokenizer", "chat_template"})
 
     def columns(self, index: ShardIndex) -> int:
         """See the module's docstring."""
@@ -112,15 +113,20 @@ class Preferences(SampleKind):
         return _Scanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """Find JSON lines with the texts `prompt`, `chosen` and `rejected`."""
+        """The objects of JSON lines, JSON arrays, Parquet, Arrow, MDS and tars, in the forms of `encoding.pairs`."""
         found: list[Pair] = []
-        for given in inputs:
-            path = Path(given)
-            if not path.is_file() or path.suffix not in (".jsonl", ".ndjson"):
-                raise UserError("preferences are not read from this", str(given), "give a .jsonl file")
-            found += _pairs_in_lines(path, options.passed)
+        for source in sources(inputs, options.passed):
+            if source.kind not in READERS:
+                options.passed.ignore(source.name, "it holds no objects")
+                continue
+            for record in records_of(source, options.passed, [*PARTS, "tools"]):
+                try:
+                    found.append(Pair(read_pair(record.value), source.path, record.where))
+                except UserError as error:
+                    options.passed(UserError(error.what, record.where, error.fix))
         if len(found) < 2:
-            raise UserError("there are no preferences", ", ".join(map(str, inputs)), f"write lines with {_keys()}")
+            fix = "write objects as bigtrain/data/encoding/pairs.py says"
+            raise UserError("there are no preferences", ", ".join(map(str, inputs)), fix)
         return found
 
     def open_reader(
@@ -209,16 +215,16 @@ class _Scanner(Scanner):
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its two answers, as text."""
+    """A prompt and its two answers, before they are packed."""
 
-    texts: tuple[str, str, str]
+    content: TextPair | ChatPair
     path: Path
     where: str
 
     @property
     def bytes(self) -> int:
         """See `Sample`."""
-        return sum(map(len, self.texts))
+        return sum(map(len, self.content.texts))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -226,44 +232,15 @@ class Pair:
         return (self.path,)
 
     def members(self, means: Means) -> list[PackedMember]:
-        """See `Sample`. Prompt and answers are encoded separately, and each answer ends with an end-of-text token."""
-        tokenizer = means.tokenizer
-        assert tokenizer is not None
-        prompt, chosen, rejected = ([int(id) for id in tokenizer.encode(text)] for text in self.texts)
-        begin = [] if tokenizer.bos is None else [tokenizer.bos]
-        ids = {
-            # A token must precede an answer: an end-of-text token if there is neither prompt nor begin-of-text token.
-            "prompt": [*begin, *prompt] or [tokenizer.eot],
-            "chosen": [*chosen, tokenizer.eot],
-            "rejected": [*rejected, tokenizer.eot],
-        }
-        text_bytes = sum(len(text.encode("utf-8")) for text in self.texts)
-        return [PackedMember("json", json.dumps(ids).encode(), text_bytes, sum(map(len, self.texts)))]
-
-
-def _pairs_in_lines(file: Path, bad: BadSample) -> Iterator[Pair]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                texts = _texts(json_object(line, where), where)
-            except UserError as error:
-                bad(error)
-                continue
-            yield Pair(texts, file, where)
-
-
-def _texts(value: dict[str, Any], where: str) -> tuple[str, str, str]:
-    prompt, chosen, rejected = found = [value.get(part) for part in PARTS]
-    if not all(isinstance(text, str) for text in found) or not (chosen and rejected):
-        raise UserError("the line is no preference", where, f"write {_keys()}; answers are not empty")
-    try:
-        "".join(map(str, found)).encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("the line holds half a character", where) from None
-    return str(prompt), str(chosen), str(rejected)
+        """See `Sample`."""
+        assert means.tokenizer is not None
+        try:
+            ids = self.content.encode(means.tokenizer)
+        except UserError as error:
+            raise UserError(error.what, self.where, error.fix) from None
+        texts = self.content.texts
+        text_bytes = sum(len(text.encode("utf-8")) for text in texts)
+        return [PackedMember("json", json.dumps(ids).encode(), text_bytes, sum(map(len, texts)))]
 
 
 def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
@@ -274,7 +251,3 @@ def _parsed(data: bytes, where: str) -> dict[str, list[int]]:
     """
     value = json_object(data, where)
     return {part: token_ids(value, part, where) for part in PARTS}
-
-
-def _keys() -> str:
-    return ", ".join(f'"{part}"' for part in PARTS) + " as texts"

@@ -17,6 +17,7 @@ class AccelerateConfig(Passthrough):
     """Hugging Face models, trained through Accelerate's plugins."""
 
     runs_transformers: ClassVar[bool] = True
+    freezes: ClassVar[bool] = True
 
     name: Literal["accelerate"] = "accelerate"
     """accelerate: models of `arch: hf`; a single process runs them in plain PyTorch."""

@@ -27,6 +27,7 @@ from bigtrain.models.hf_tasks import RouterLoss, examples, loss_sum
 from bigtrain.models.plain.across import AllRanks, BatchRanks, OneProcess, across
 from bigtrain.models.plain.network import without_fillers
 from bigtrain.models.sums import Sums
+from bigtrain.optim.build import is_frozen
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 
 
@@ -61,7 +62,10 @@ class AccelerateEngine:
         device = pick_device(ranks.local_rank)
         set_determinism(engine, device)
         _, mesh = build_mesh(parts.layout, ranks, device)
-        built = model.build(parts.vocab_size).to(device)
+        built = model.build_for_engine(parts.vocab_size, parts.seed).to(device)
+        for name, parameter in built.named_parameters():
+            if is_frozen(optimizer, name):
+                parameter.requires_grad_(False)
         compute_dtype = COMPUTE_DTYPES[parts.precision]
         if compute_dtype is not torch.float32:
             _compute_in(built, device, compute_dtype)

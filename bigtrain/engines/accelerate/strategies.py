@@ -132,7 +132,7 @@ class FullySharded(Plain):
                 raise _replaced(
                     "fsdp2", f"{name!r} as {parameter.placements} over {parameter.device_mesh.size()} ranks"
                 )
-        own = {id(parameter) for parameter in self.module.parameters()}
+        own = {id(parameter) for parameter in self.module.parameters() if parameter.requires_grad}
         if {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]} != own:
             raise _replaced("fsdp2", "an optimizer of other tensors than the sharded parameters")
 

@@ -56,6 +56,12 @@ class LoRAConfig(AdapterConfig):
 
         return LoRALinear(linear, self.rank, self.scale)
 
+    def beside(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """See `AdapterConfig.beside`: scale * (x A^T) B^T."""
+        from torch.nn.functional import linear
+
+        return self.scale * linear(linear(x, parameters["lora_a"]), parameters["lora_b"])
+
     def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """W + scale * B A; the product in FP64."""
         product = parameters["lora_b"].double() @ parameters["lora_a"].double()

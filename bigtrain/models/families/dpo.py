@@ -87,6 +87,10 @@ class Config(ModelConfig):
         """The reference; with an adapter all of the policy but that."""
         return self.policy.frozen if self.adapter is not None else (f"{REFERENCE}*",)
 
+    def adapted_weights(self) -> list[str]:
+        """See `ModelConfig.adapted_weights`."""
+        return self.policy.adapted_weights()
+
     def is_adapter(self, name: str) -> bool:
         """See `ModelConfig.is_adapter`."""
         return self.policy.is_adapter(name)

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import field_validator, model_validator
 
 from bigtrain.config import UserError
+from bigtrain.models.adapter import ADAPTERS, AdapterConfig
 from bigtrain.models.config import FAMILIES, Flops, ModelConfig
 from bigtrain.storage import hash_file
 
@@ -33,6 +34,7 @@ class Config(ModelConfig):
     """A model of transformers; its shape is that of its directory."""
 
     keeps_contract: ClassVar[bool] = False
+    later_keys: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     arch: Literal["hf"] = "hf"
     hf: str
@@ -45,6 +47,9 @@ class Config(ModelConfig):
     """The token that stands for a hidden one; null: as the directory's tokenizer.json names it ([MASK] or <mask>)."""
     source: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Share of a sequence that the encoder reads (task seq2seq); what follows is learned."""
+    adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
+    """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [q_proj, v_proj]}, where
+    targets are those of peft's `target_modules`; null: all weights are trained."""
     dropout: float = 0.0
     """Only 0: see the error."""
 
@@ -171,10 +176,34 @@ class Config(ModelConfig):
         return min([*tables, *([said] if said is not None else [])], default=None)
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Every parameter under its own name."""
+        """Every parameter but the adapter's, under its own name."""
         from bigtrain.models.huggingface import HfTensor
 
-        return {name: HfTensor(name) for name, _ in self.meta_model.named_parameters()}
+        names = [name for name, _ in self.meta_model.named_parameters()]
+        return {name: HfTensor(name) for name in names if not self.is_adapter(name)}
+
+    def is_adapter(self, name: str) -> bool:
+        """See `ModelConfig.is_adapter`."""
+        return self.adapter is not None and self.adapter.is_own(name)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """See `ModelConfig.frozen`."""
+        return () if self.adapter is None else tuple(self.hf_names())
+
+    def adapted_weights(self) -> list[str]:
+        """See `ModelConfig.adapted_weights`."""
+        if self.adapter is None:
+            return []
+        from bigtrain.models.hf_adapters import adapted_layers
+
+        return [f"{name}.weight" for name in adapted_layers(self.meta_model, self.adapter)]
+
+    def has_inputs_first(self, name: str) -> bool:
+        """See `ModelConfig.has_inputs_first`."""
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.meta_model.get_submodule(name.rpartition(".")[0]), Conv1D)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
         """The config.json of the directory that the model began with."""
@@ -182,7 +211,7 @@ class Config(ModelConfig):
         return config
 
     def build(self, vocab_size: int) -> PreTrainedModel:
-        """The model with the weights of its directory, FP32, on the CPU.
+        """The model with the weights of its directory, FP32, on the CPU; an adapter's parameters are zero.
 
         Raises:
             UserError: As `check_source`; or the file lacks parameters, which transformers would draw at random.
@@ -191,6 +220,19 @@ class Config(ModelConfig):
         from bigtrain.models.hf_tasks import load
 
         return load(self)
+
+    def build_for_engine(self, vocab_size: int, seed: int) -> PreTrainedModel:
+        """As `build`; an adapter's parameters have their first values.
+
+        Raises:
+            UserError: As `build`.
+        """
+        model = self.build(vocab_size)
+        if self.adapter is not None:
+            from bigtrain.models.hf_adapters import begin
+
+            begin(model, self.adapter, seed)
+        return model
 
     def parameter_count(self, vocab_size: int) -> int:
         """Exact number of parameters, a tied weight counted once."""
@@ -215,13 +257,21 @@ class Config(ModelConfig):
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
-        """The model without any values."""
+        """The model without any values.
+
+        Raises:
+            UserError: A target of the adapter names no linear layer.
+        """
         import torch
 
+        from bigtrain.models.hf_adapters import adapt
         from bigtrain.models.hf_tasks import auto_class
 
         with torch.device("meta"):
-            return auto_class(self.task).from_config(self.shape)
+            model: PreTrainedModel = auto_class(self.task).from_config(self.shape)
+            if self.adapter is not None:
+                adapt(model, self.adapter)
+        return model
 
 
 def _fetch(name: str) -> Path:

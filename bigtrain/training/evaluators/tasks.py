@@ -12,7 +12,8 @@ from pydantic import field_validator
 from bigtrain.config import UserError
 from bigtrain.config.urls import is_url
 from bigtrain.training.config import EVALUATORS, EvaluatorConfig, OwnPass, PassContext, Result
-from bigtrain.training.tasks import Scorer, read_requests
+from bigtrain.training.requests import read_requests
+from bigtrain.training.tasks import Scorer
 
 if TYPE_CHECKING:
     from bigtrain.data.index import ShardIndex
