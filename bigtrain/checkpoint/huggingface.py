@@ -217,6 +217,7 @@ def export_hf(
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
         if adapter is not None:
             native = {name: _merged(reader, adapter, name, value) for name, value in native.items()}
+        native = {name: config.folded(name, value) for name, value in native.items()}
         return to_hf({name: names[name] for name in part}, native)
 
     embedding = reader.read_metadata().state_dict_metadata.get(f"{PREFIX}embedding.weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,9 +16,10 @@ def build_optimizer(
     config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
-    optimizer = config.make(parameter_groups(config, named_parameters, all_names))
+    optimizer = config.make(parameter_groups(config, named_parameters, all_names, lr_scale))
     # For whoever reads a checkpoint into it before its first step; see `checkpoint.state.materialise_optimizer`.
     optimizer.zero_state = config.zero_state  # type: ignore[attr-defined]
     return optimizer
@@ -28,6 +29,7 @@ def parameter_groups(
     config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """Parameters with equal settings together: dicts of params, names, lr, lr_scale and weight_decay.
 
@@ -36,9 +38,11 @@ def parameter_groups(
 
     Args:
         all_names: Of the full model's parameters, if those given are a part of them.
+        lr_scale: See `OptimizerConfig.build`.
 
     Raises:
-        UserError: A group's pattern, or a frozen one, matches no parameter of the full model; or nothing is left.
+        UserError: A group's pattern, or a frozen one, matches no parameter of the full model; or nothing is left; or
+            the model scales learning rates, and not for this optimizer.
     """
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -47,8 +51,11 @@ def parameter_groups(
         if is_frozen(config, name) or not parameter.requires_grad:
             continue
         rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
-        scale = 1.0 if rule is None else rule.lr_scale
-        decay = _weight_decay(config, rule, parameter)
+        factor = lr_scale(name)
+        if factor != 1:
+            config.check_mup()
+        scale = factor * (1.0 if rule is None else rule.lr_scale)
+        decay = _weight_decay(config, rule, parameter) / factor
         empty = {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)

@@ -57,6 +57,9 @@ class OptimizerConfig(Section):
     elementwise: ClassVar[bool] = True
     """Whether each element's update depends only on that element's gradient and state. The engine deepspeed, which
     flattens parameters, supports only such optimizers."""
+    follows_mup: ClassVar[bool] = False
+    """Whether muP's learning rates (`model.mup`) are meant for it: the size of its updates does not depend on that of
+    the gradient, and weight decay is apart from the gradient."""
 
     name: str
     """Which optimizer: a file of bigtrain/optim/optimizers, or the name of a plugin's class."""
@@ -146,8 +149,25 @@ class OptimizerConfig(Section):
         state = self.zero_state(torch.empty(shape, dtype=torch.float32, device="meta"))
         return sum(value.numel() * value.element_size() for value in state.values())
 
+    def check_mup(self) -> None:
+        """Refuse an optimizer for which muP has other learning rates.
+
+        Raises:
+            UserError: It is one.
+        """
+        if not self.follows_mup:
+            known = " or ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].follows_mup)
+            raise UserError(
+                f"model.mup sets learning rates by the rule of AdamW, and the optimizer '{self.name}' follows another",
+                "optimizer.name",
+                f"Use {known} (AdamW with weight_decay: 0 is Adam), or remove model.mup.",
+            )
+
     def build(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        all_names: Collection[str] | None = None,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
     ) -> torch.optim.Optimizer:
         """Build the optimizer over the given parameters, plain tensors or DTensors.
 
@@ -155,13 +175,15 @@ class OptimizerConfig(Section):
 
         Args:
             all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
+            lr_scale: The model's own factor on the learning rate of each parameter; weight decay is divided by it
+                (`ModelConfig.lr_scale`).
 
         Raises:
             UserError: A pattern of a group or of `frozen` matches no parameter of the full model, or all are frozen.
         """
         from bigtrain.optim.build import build_optimizer
 
-        return build_optimizer(self, named_parameters, all_names)
+        return build_optimizer(self, named_parameters, all_names, lr_scale)
 
 
 OPTIMIZERS = Registry("optimizer", OptimizerConfig, package="bigtrain.optim.optimizers", default="adamw")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class LionConfig(OptimizerConfig):
     """Lion with decoupled weight decay (Chen et al. 2023, algorithm 2); its learning rate is 3 to 10 times smaller
     than AdamW's."""
+
+    follows_mup: ClassVar[bool] = True
 
     name: Literal["lion"] = "lion"
     lr: Annotated[float, Gt(0)] = 1e-4
