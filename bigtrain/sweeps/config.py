@@ -28,7 +28,7 @@ class SizeFacts:
     params: int
     """N, as `ladder.count` counts it."""
     model: Mapping[str, Any]
-    """The keys of `model` that give its shape: layers, width, heads and others."""
+    """The keys of `model`: layers, width, heads and others."""
     batch_tokens: int
     """Tokens of a batch; 0 for the rule that gives the batch."""
 
