@@ -121,12 +121,11 @@ def _panel(widths: list[int], values: dict[str, list[float]], title: str, left: 
     for width in widths:
         x, _ = axes.at(width, low)
         parts += [polyline([(x, _TOP), (x, _BOTTOM)], GRID, 1), label(x, _BOTTOM + 18, str(width), QUIET, "middle")]
-    for power in range(int(np.ceil(np.log10(low))), int(np.floor(np.log10(high))) + 1):
-        _, y = axes.at(widths[0], 10.0**power)
-        parts += [
-            polyline([(left, y), (left + _PANEL, y)], GRID, 1),
-            label(left - 8, y + 4, f"1e{power}", QUIET, "end"),
-        ]
+    powers = range(int(np.floor(np.log10(low))), int(np.floor(np.log10(high))) + 1)
+    for tick in (tick for power in powers for tick in (10.0**power, 3 * 10.0**power) if low < tick < high):
+        _, y = axes.at(widths[0], tick)
+        parts.append(polyline([(left, y), (left + _PANEL, y)], GRID, 1))
+        parts.append(label(left - 8, y + 4, f"{tick:g}", QUIET, "end"))
     for place, row in values.items():
         points = [axes.at(width, one) for width, one in zip(widths, row, strict=True) if np.isfinite(one) and one > 0]
         parts.append(polyline(points, _COLORS[place.rpartition(".")[2]], 1.5))

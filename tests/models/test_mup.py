@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigtrain.checkpoint.peft import export_peft
 from bigtrain.config import UserError
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.contract import Normal
@@ -149,3 +150,18 @@ def test_the_key_is_part_of_the_identity_only_where_it_is_set(write_config: Call
     assert "mup" not in prepare(load_config(config), verify=False).what["model"]
     found = prepare(load_config(config, ["model.mup.base_width=16"]), verify=False).what["model"]["mup"]
     assert found == {"base_width": 16, "base_head_width": None}
+
+
+def test_a_policy_of_preferences_has_its_decoder_s_factors() -> None:
+    policy = {"arch": "llama", "layers": 1, "width": 64, "heads": 4, "context": 16, "mup": BASE}
+    config = FAMILIES["dpo"](policy=policy)
+    assert config.follows_mup
+    assert (config.lr_scale("layers.0.mlp.up.weight"), config.lr_scale("embedding.weight")) == (0.5, 1.0)
+    assert torch.equal(config.folded("norm.weight", torch.ones(64)), torch.full((64,), 0.5))
+
+
+def test_adapters_beside_constants_that_peft_does_not_know_are_not_exported(tmp_path: Path) -> None:
+    shape = {"layers": 1, "width": 64, "heads": 4, "context": 16, "mup": BASE, "adapter": {"name": "lora"}}
+    with pytest.raises(UserError, match="no constants of") as refused:
+        export_peft(tmp_path, 1, tmp_path / "out", config=FAMILIES["llama"](**shape))
+    assert refused.value.fix == "Export with --format hf, which merges them."
