@@ -33,7 +33,7 @@ def judge(measured: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `measured` with `slopes` (for `size` and `change`, by place and by steps done; None where a value is zero or
         not finite), `verdicts` by place (flat, grows, shrinks) after the last step, and `flat`, whether all are. Logits
-        that shrink before the first step, by the root of the width, are muP's own: what shrinks is told by changes.
+        that shrink before the first step, by the root of the width, are muP's own: only a change is judged to shrink.
     """
     slopes = {
         kind: {place: _slopes(measured["widths"], measured[kind][place]) for place in measured["places"]}
