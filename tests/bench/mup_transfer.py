@@ -22,6 +22,8 @@ WIDTHS, BASE = (32, 64, 128), 32
 RATES = tuple(2.0**power for power in range(-9, -2))
 SEEDS = (1,)
 STEPS, SEQUENCES, CONTEXT, WARMUP, VOCABULARY = 100, 8, 32, 10, 256
+INIT_STD = 0.1
+"""Of the base width: about 1 / (2 sqrt(32)), as configs/sweeps/laptop.yaml has it for narrow models."""
 LAST = 20
 """Steps whose mean loss counts."""
 
@@ -37,7 +39,14 @@ def text() -> torch.Tensor:
 def final_loss(data: torch.Tensor, width: int, lr: float, seed: int, mup: bool) -> float:
     """Mean loss of the last steps, in nats; infinity where it diverges."""
     keys: dict[str, Any] = {"mup": {"base_width": BASE}} if mup else {}
-    shape = {"layers": 2, "width": width, "heads": width // 16, "mlp_width": 3 * width, "context": CONTEXT}
+    shape: dict[str, Any] = {
+        "layers": 2,
+        "width": width,
+        "heads": width // 16,
+        "mlp_width": 3 * width,
+        "context": CONTEXT,
+        "init_std": INIT_STD,
+    }
     config = FAMILIES["llama"](**shape, **keys)
     model = config.build(VOCABULARY)
     initialise(model, seed)
@@ -67,23 +76,24 @@ def main() -> None:
     """Print a table for both, and how far the best learning rate moves."""
     torch.set_num_threads(1)
     data = text()
-    print(f"Llamas of 2 layers, {STEPS} steps of {SEQUENCES} x {CONTEXT} bytes, {len(SEEDS)} seed, base width {BASE}")
+    steps = f"{STEPS} steps of {SEQUENCES} x {CONTEXT} bytes, {len(SEEDS)} seed"
+    print(f"Llamas of 2 layers, {steps}, base width {BASE}, std {INIT_STD}")
     print(f"mean loss of the last {LAST} steps, in nats a byte, by learning rate")
     for mup in (False, True):
         print(("muP" if mup else "standard").rjust(8), *(f"{lr:8.5f}" for lr in RATES), "   best (parabola)")
         for width in WIDTHS:
             found = [np.mean([final_loss(data, width, lr, seed, mup) for seed in SEEDS]) for lr in RATES]
-            print(f"{width:8}", *(f"{loss:8.4f}" for loss in found), f"   {_best(found):.5f}", flush=True)
+            print(f"{width:8}", *(f"{loss:8.4f}" for loss in found), f"   {_best(found)}", flush=True)
 
 
-def _best(losses: list[Any]) -> float:
+def _best(losses: list[Any]) -> str:
     """The learning rate at the vertex of the parabola through the lowest loss and its neighbours."""
     at = int(np.argmin(losses))
     if at in (0, len(losses) - 1):
-        return RATES[at]
+        return f"{RATES[at]:.5f}, at the edge"
     before, lowest, after = losses[at - 1 : at + 2]
     shift = 0.5 * (before - after) / (before - 2 * lowest + after) if math.isfinite(before + after) else 0.0
-    return float(RATES[at] * 2.0**shift)
+    return f"{RATES[at] * 2.0**shift:.5f}"
 
 
 if __name__ == "__main__":
