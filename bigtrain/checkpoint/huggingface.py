@@ -235,6 +235,7 @@ def export_hf(
         native = loader.read_full(reader, [PREFIX + name for name in part], PREFIX)
         if getattr(config, "adapter", None) is not None:
             native = {name: _merged(reader, config, name, value) for name, value in native.items()}
+        native = {name: config.folded(name, value) for name, value in native.items()}
         own = to_hf({name: names[name] for name in part}, native)
         return own | {name: torch.zeros(shape) for name, shape in zeros.items() if part is parts[0]}
 

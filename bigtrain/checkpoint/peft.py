@@ -169,6 +169,8 @@ def export_peft(directory: Path, step: int, out: Path, *, config: ModelConfig, b
     if not isinstance(adapter, LoRAConfig):
         raise UserError("The run trains no LoRA adapter", str(directory), "Export with --format hf.")
     try:
+        if config.follows_mup:
+            raise ValueError("a model of transformers has no constants of model.mup")
         names = config.hf_names()
         adapted = config.adapted_weights()
         places = _places(names, only=adapted)

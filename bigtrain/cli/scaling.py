@@ -89,7 +89,7 @@ def scaling_fit(
             number("target-flops", target_flops), equal_exponents, replicates, seed,
             duplicates=duplicates, swept=swept, edges=edges, form=form, overlap=overlap,
         )  # fmt: skip
-        fitted = fit(source, options, _progress)
+        fitted = fit(source, options, progress)
         from bigtrain.tracking.config import TrackingConfig
 
         files = write_outputs(fitted, out, TrackingConfig() if wandb else None)
@@ -107,7 +107,8 @@ def _slim(law: dict[str, Any]) -> dict[str, Any]:
     return dict(one(law))
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """Show a stage where a person watches."""
     if sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The `bigtrain scaling` commands for decisions: task accuracy, comparisons of recipes, forecasts, learning rates."""
+"""The `bigtrain scaling` commands for decisions: task accuracy, comparisons, forecasts, learning rates and muP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bigtrain.cli.common import RUNS, Json, Overrides, PluginOption, RunName, RunsDir, errors, load_plugins, show
-from bigtrain.cli.scaling import Column, number, quantities
+from bigtrain.cli.scaling import Column, number, progress, quantities
 
 
 def register(app: typer.Typer) -> None:
@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(scaling_compare)
     app.command("preregister")(scaling_preregister)
     app.command("rates")(scaling_rates)
+    app.command("coordinate-check")(scaling_coordinate_check)
 
 
 def scaling_tasks(
@@ -194,3 +195,47 @@ def _rates_text(result: dict[str, Any]) -> str:
             if best["outside"]:
                 text.append(f"  warning: {' and '.join(best['outside'])} lie outside the fitted runs")
     return "\n".join([*text, *result["files"]])
+
+
+def scaling_coordinate_check(
+    config: Annotated[Path, typer.Argument(help="A run's YAML, of a decoder.")],
+    overrides: Overrides = None,
+    widths: Annotated[str, typer.Option(metavar="W,W,...", help="Widths, two or more.")] = "64,128,256,512",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training at each width.")] = 5,
+    sequences: Annotated[int, typer.Option(min=1, help="Of each step, in place of batch.size.")] = 8,
+    keep: Annotated[
+        Literal["head_width", "heads"], typer.Option(help="What wider models have in common.")
+    ] = "head_width",
+    random_tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="VOCAB", help="Random tokens, in place of the config's data.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A directory; gets coordinates.json and coordinates.svg.")] = None,
+    plugin: PluginOption = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model at several widths for some steps, and show whether activations change alike: muP, or not."""
+    with errors(as_json):
+        from bigtrain.run import load_config
+        from bigtrain.scaling.coordinates import coordinates_text, judge, write_coordinates
+        from bigtrain.training.coordinates import measure_coordinates
+
+        load_plugins(plugin)
+        loaded = load_config(config, [*(overrides or []), f"batch.size={sequences}"])
+        measured = measure_coordinates(
+            loaded, _widths(widths), steps, keep=keep, random_tokens=random_tokens, say=progress
+        )
+        result = judge(measured)
+        result["files"] = [] if out is None else [str(path) for path in write_coordinates(result, out)]
+        show(result, as_json, coordinates_text)
+
+
+def _widths(text: str) -> list[int]:
+    from bigtrain.config import UserError
+
+    parts = text.split(",")
+    found = sorted({int(part) for part in parts if part.strip().isdecimal() and int(part)})
+    if len(found) < max(2, len(parts)):
+        raise UserError(
+            f"--widths must be two or more different widths, not {text}", "command line", "write for example 64,128,256"
+        )
+    return found

@@ -15,7 +15,7 @@ from bigtrain.config import Registry, Section, UserError, nearest
 from bigtrain.models.batches import batch_kind
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from bigtrain.models.huggingface import HfTensor
     from bigtrain.models.pictures import Picture, Shown
@@ -133,6 +133,23 @@ class ModelConfig(Section):
     def has_vocabulary_rows(self, name: str) -> bool:
         """Whether the rows of a parameter, by its qualified name, are those of the vocabulary."""
         return False
+
+    @property
+    def follows_mup(self) -> bool:
+        """Whether muP (mup.py) sets its constants and the learning rates of its parameters."""
+        return False
+
+    def lr_scale(self, name: str) -> float:
+        """muP's factor on the learning rate of a parameter, by its qualified name; weight decay is divided by it."""
+        return 1.0
+
+    def folded(self, name: str, value: Tensor) -> Tensor:
+        """The value of a parameter, by its qualified name, in a model without muP's constants that computes the same.
+
+        Args:
+            value: The full (unsharded) parameter, an adapter merged into it.
+        """
+        return value
 
     def source_name(self, name: str) -> str:
         """The name in a source of what a parameter begins with, where the source does not have its own name."""

@@ -49,6 +49,13 @@ def _mlp(config: DecoderConfig) -> nn.Module:
     return MLP(config.width, config.hidden_width, config.mlp, bias=config.bias)
 
 
+def _score_width(config: DecoderConfig) -> float | None:
+    """Whose root divides the scores: under muP they fall with the width of a head, and not with its root."""
+    if config.head_factor == 1:
+        return config.score_width
+    return (config.score_width or config.width_of_head) / config.head_factor
+
+
 def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
     normalised: Tensor = x if norm is None else norm(x)
     return normalised
@@ -91,7 +98,7 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             qk_norm=partial(RMSNorm, eps=config.norm_eps, offset=float(config.norm_offset)) if config.qk_norm else None,
             qk_norm_over_heads=config.qk_norm_over == "heads",
-            score_width=config.score_width,
+            score_width=_score_width(config),
         )
         self.attention_output_norm = _norm(config) if after else None
         self.mlp_norm = _norm(config) if before and not self.parallel else None
@@ -217,7 +224,7 @@ class DecoderModel(nn.Module):
         assert self.embedding is not None  # the first stage has it
         x: Tensor = self.embedding(tokens, self.compute_dtype)
         if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.width)
+            x = x * math.sqrt(self.config.width * self.config.width_factor)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions, self.compute_dtype)
         return x
@@ -237,8 +244,13 @@ class DecoderModel(nn.Module):
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     def _read_by_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream and the head's matrix on this rank; a bias is one more column, which one more channel reads."""
+        """The stream and the head's matrix on this rank; a bias is one more column, which one more channel reads.
+
+        muP's factor of the logits is on the stream, so that the bias is without it.
+        """
         head = local(self.output_weight)
+        if self.config.width_factor != 1:
+            hidden = hidden * self.config.width_factor
         bias = None if self.head is None else self.head.bias
         if bias is None:
             return hidden, head
@@ -266,9 +278,11 @@ class DecoderModel(nn.Module):
         Weights from a normal of std 0.02 (`init_std`), in the last layer of each branch divided by
         sqrt(2 * layers), since that many branches add up in the residual stream (Radford et al. 2019, section
         2.3); biases 0. GPT-2's own code draws positions at 0.01; transformers and nanoGPT at 0.02, as here.
+        muP has its factor on the matrices of the blocks.
         """
         std, adapter = self.config.init_std, self.config.adapter
-        branch_end = Normal(std / math.sqrt(2 * self.config.layers))
+        hidden = std * math.sqrt(self.config.width_factor)
+        branch_end = Normal(hidden / math.sqrt(2 * self.config.layers))
         rules: dict[str, Init] = {}
         for name, parameter in self.named_parameters():
             if adapter is not None and adapter.is_own(name):
@@ -280,7 +294,7 @@ class DecoderModel(nn.Module):
             elif name.endswith(("attention.output.weight", "mlp.down.weight")):
                 rules[name] = branch_end
             else:
-                rules[name] = Normal(std)
+                rules[name] = Normal(hidden if self.config.is_hidden(name) else std)
         return rules
 
     def _for_attention(

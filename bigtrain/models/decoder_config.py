@@ -11,8 +11,11 @@ from pydantic import model_validator
 from bigtrain.config import Section
 from bigtrain.models.adapter import ADAPTERS, TARGETS, AdapterConfig
 from bigtrain.models.config import BlockCosts, Flops, ModelConfig, TensorRole
+from bigtrain.models.mup import MupConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bigtrain.models.decoder import DecoderModel
 
 Positive = Annotated[int, Ge(1)]
@@ -64,7 +67,7 @@ class DecoderConfig(ModelConfig):
         [
             *("qkv_bias", "head_bias", "norm_at", "norm_offset", "qk_norm_over", "parallel_block", "sliding_window"),
             *("full_attention_every", "rope_local_theta", "rotary_part", "no_rotary_every", "score_width"),
-            *("scale_embedding", "adapter"),
+            *("scale_embedding", "adapter", "mup"),
         ]
     )
 
@@ -138,6 +141,8 @@ class DecoderConfig(ModelConfig):
     adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
     """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [query, value]}; null:
     all weights are trained."""
+    mup: MupConfig | None = None
+    """The maximal update parametrization (mup.py): {base_width: 256}; null: the standard one."""
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> DecoderConfig:
@@ -190,6 +195,46 @@ class DecoderConfig(ModelConfig):
         targets = self.adapter.targets if self.adapter is not None else ()
         ends = tuple(f".{target}.weight" for target in targets)
         return [name for name in self.hf_names() if name.startswith("layers.") and name.endswith(ends)]
+
+    @property
+    def follows_mup(self) -> bool:
+        """See `ModelConfig.follows_mup`."""
+        return self.mup is not None
+
+    @property
+    def width_factor(self) -> float:
+        """muP's base width over the width: the factor of the logits, and of the learning rate of hidden matrices."""
+        return 1.0 if self.mup is None else self.mup.base_width / self.width
+
+    @property
+    def head_factor(self) -> float:
+        """muP's base width of a head over that of this model: its root is the factor of attention's scores."""
+        base = None if self.mup is None else self.mup.base_head_width
+        return 1.0 if base is None else base / self.width_of_head
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether a parameter, by its qualified name, is a matrix of a block: its inputs and outputs grow with the
+        width."""
+        module, _, own = name.rpartition(".")
+        return own == "weight" and module.rpartition(".")[2] in TARGETS
+
+    def lr_scale(self, name: str) -> float:
+        """See `ModelConfig.lr_scale`; an adapter's parameters are not scaled."""
+        return self.width_factor if self.is_hidden(name) else 1.0
+
+    def folded(self, name: str, value: Tensor) -> Tensor:
+        """See `ModelConfig.folded`: queries, or the norm after them, take the factor of the scores, the norm before the
+        head that of the logits. A scaled embedding takes its own, which a tied head then has too."""
+        embedding = math.sqrt(self.width_factor) if self.scale_embedding else 1.0
+        factor = 1.0
+        if name.endswith(".attention.query_norm.weight" if self.qk_norm else (".query.weight", ".query.bias")):
+            factor = math.sqrt(self.head_factor)
+        elif name in ("norm.weight", "norm.bias"):
+            factor = self.width_factor / (embedding if self.tied else 1.0)
+        elif name == "embedding.weight":
+            factor = embedding
+        offset = float(self.norm_offset and value.ndim == 1)
+        return value if factor == 1 else (value + offset) * factor - offset
 
     def is_adapter(self, name: str) -> bool:
         """See `ModelConfig.is_adapter`."""

@@ -212,6 +212,8 @@ class HfFiles:
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
         """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
+        if config.follows_mup:
+            raise ValueError("model.mup has constants that these weights were not trained with: remove model.mup")
         hf = self._family.from_hf_config(self._stated)
         config = config.base
         for key in dict.fromkeys((*config.hf_keys, *_CONSTANTS, *sorted(config.later_keys))):

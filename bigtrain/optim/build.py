@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,9 +16,10 @@ def build_optimizer(
     config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` describes; see `OptimizerConfig.build`."""
-    optimizer = config.make(parameter_groups(config, named_parameters, all_names))
+    optimizer = config.make(parameter_groups(config, named_parameters, all_names, lr_scale))
     # Needed to read a checkpoint into the optimizer before its first step: `checkpoint.state.materialise_optimizer`.
     optimizer.zero_state = config.zero_state  # type: ignore[attr-defined]
     return optimizer
@@ -28,6 +29,7 @@ def parameter_groups(
     config: OptimizerConfig,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     all_names: Collection[str] | None = None,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """Torch parameter groups: one for each combination of lr_scale and weight_decay.
 
@@ -38,13 +40,14 @@ def parameter_groups(
         config: The optimizer section with the rules for groups and frozen parameters.
         named_parameters: Qualified names and parameters.
         all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
+        lr_scale: The model's factor on the learning rate of each parameter; see `OptimizerConfig.build`.
 
     Returns:
         Dicts with the keys params, names, lr, lr_scale and weight_decay.
 
     Raises:
-        UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, or all parameters are
-            frozen.
+        UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, all parameters are
+            frozen, or the model scales learning rates and the optimizer does not support that.
     """
     names: list[str] = []
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -53,8 +56,11 @@ def parameter_groups(
         if is_frozen(config, name) or not parameter.requires_grad:
             continue
         rule = next((group for group in config.groups if fnmatchcase(name, group.pattern)), None)
-        scale = 1.0 if rule is None else rule.lr_scale
-        decay = _weight_decay(config, rule, parameter)
+        factor = lr_scale(name)
+        if factor != 1:
+            config.check_mup()
+        scale = factor * (1.0 if rule is None else rule.lr_scale)
+        decay = _weight_decay(config, rule, parameter) / factor
         empty = {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)

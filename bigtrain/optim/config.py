@@ -59,6 +59,9 @@ class OptimizerConfig(Section):
     elementwise: ClassVar[bool] = True
     """Whether the update of each element depends only on that element's gradient and state. The engine deepspeed
     flattens parameters, so it supports only such optimizers."""
+    follows_mup: ClassVar[bool] = False
+    """Whether the learning rates of muP (`model.mup`) hold for this optimizer: the size of its updates does not depend
+    on the size of the gradient, and its weight decay is decoupled from the gradient."""
 
     name: str
     """Name of the optimizer: a file in bigtrain/optim/optimizers, or a class of a plugin."""
@@ -148,8 +151,25 @@ class OptimizerConfig(Section):
         state = self.zero_state(torch.empty(shape, dtype=torch.float32, device="meta"))
         return sum(value.numel() * value.element_size() for value in state.values())
 
+    def check_mup(self) -> None:
+        """Refuse an optimizer for which muP has other learning rates.
+
+        Raises:
+            UserError: It is one.
+        """
+        if not self.follows_mup:
+            known = " or ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].follows_mup)
+            raise UserError(
+                f"model.mup sets learning rates by the rule of AdamW, and the optimizer '{self.name}' follows another",
+                "optimizer.name",
+                f"Use {known} (AdamW with weight_decay: 0 is Adam), or remove model.mup.",
+            )
+
     def build(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], all_names: Collection[str] | None = None
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        all_names: Collection[str] | None = None,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
     ) -> torch.optim.Optimizer:
         """Build the optimizer over the given parameters.
 
@@ -158,6 +178,8 @@ class OptimizerConfig(Section):
         Args:
             named_parameters: Qualified names and parameters, which are plain tensors or DTensors.
             all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
+            lr_scale: The model's own factor on the learning rate of each parameter; weight decay is divided by it
+                (`ModelConfig.lr_scale`).
 
         Raises:
             UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, or all parameters are
@@ -165,7 +187,7 @@ class OptimizerConfig(Section):
         """
         from bigtrain.optim.build import build_optimizer
 
-        return build_optimizer(self, named_parameters, all_names)
+        return build_optimizer(self, named_parameters, all_names, lr_scale)
 
 
 OPTIMIZERS = Registry("optimizer", OptimizerConfig, package="bigtrain.optim.optimizers", default="adamw")

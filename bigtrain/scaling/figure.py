@@ -6,10 +6,7 @@ the law's optimum is computed from these FLOPs. Exact FLOPs are larger and would
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +17,7 @@ from bigtrain.scaling.forms import form_path
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.runs.numbers import count
 from bigtrain.scaling.runs.table import RunTable
+from bigtrain.scaling.svg import GRID, QUIET, Axes, label, picture, polyline
 
 WIDTH, HEIGHT = 760, 430
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 58, 52
@@ -27,22 +25,8 @@ MAX_POINTS = 400
 """Largest number of runs that are plotted; of more runs only every second, third, ... one is plotted."""
 _PATH = 60
 _LOW, _HIGH = (158, 195, 238), (18, 63, 128)
-_LAW, _HELD, _TEXT, _QUIET, _GRID = "#c2580a", "#b3261e", "#1c1d1f", "#63666d", "#e3e3e0"
+_LAW, _HELD = "#c2580a", "#b3261e"
 _TICKS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """The ranges of the two logarithmic axes, in FLOPs and in nats per token."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Position of a point in pixels."""
-        across = math.log(x / self.x[0]) / math.log(self.x[1] / self.x[0])
-        up = math.log(y / self.y[0]) / math.log(self.y[1] / self.y[0])
-        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
 
 def figure(fitted: Fitted) -> str:
@@ -52,14 +36,10 @@ def figure(fitted: Fitted) -> str:
     curve, ends = _curve(fitted, flops)
     losses = np.concatenate([table.loss, curve, ends.ravel()])
     x, y = (float(flops[0]) / 1.2, float(flops[-1]) * 1.2), (float(losses.min()) * 0.97, float(losses.max()) * 1.03)
-    axes = _Axes(x, y)
+    axes = Axes(x, y, _LEFT, WIDTH - _RIGHT, _TOP, HEIGHT - _BOTTOM)
     parts = [*_frame(axes), *_law(axes, flops, curve, ends), *_runs(axes, fitted), *_legend(fitted, len(curve) > 0)]
-    title = html.escape(f"Loss of {len(table)} runs against compute, and the law fitted to them")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{_TEXT}" role="img">\n<title>{title}</title>\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    title = f"Loss of {len(table)} runs against compute, and the law fitted to them"
+    return picture(title, WIDTH, HEIGHT, parts)
 
 
 def _compute(table: RunTable) -> FloatArray:
@@ -79,34 +59,34 @@ def _curve(fitted: Fitted, flops: FloatArray) -> tuple[FloatArray, FloatArray]:
     return formula.optimal_loss(np.array(one["theta"]), flops), np.quantile(many, [0.025, 0.975], axis=0)
 
 
-def _frame(axes: _Axes) -> list[str]:
+def _frame(axes: Axes) -> list[str]:
     parts = []
     low, high = axes.x
     for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
         x, _ = axes.at(10.0**power, axes.y[0])
-        parts.append(_line([(x, _TOP), (x, HEIGHT - _BOTTOM)], _GRID, 1))
-        parts.append(_text(x, HEIGHT - _BOTTOM + 18, f"1e{power}", _QUIET, "middle"))
+        parts.append(polyline([(x, _TOP), (x, HEIGHT - _BOTTOM)], GRID, 1))
+        parts.append(label(x, HEIGHT - _BOTTOM + 18, f"1e{power}", QUIET, "middle"))
     ticks = [tick * 10.0**power for power in range(-3, 3) for tick in _TICKS]
     for tick in (tick for tick in ticks if axes.y[0] < tick < axes.y[1]):
         _, y = axes.at(low, tick)
-        parts.append(_line([(_LEFT, y), (WIDTH - _RIGHT, y)], _GRID, 1))
-        parts.append(_text(_LEFT - 8, y + 4, f"{tick:g}", _QUIET, "end"))
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs, 6 N D", _QUIET, "middle"))
-    parts.append(_text(14, 20, "loss, nats a token", _QUIET))
+        parts.append(polyline([(_LEFT, y), (WIDTH - _RIGHT, y)], GRID, 1))
+        parts.append(label(_LEFT - 8, y + 4, f"{tick:g}", QUIET, "end"))
+    parts.append(label((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs, 6 N D", QUIET, "middle"))
+    parts.append(label(14, 20, "loss, nats a token", QUIET))
     return parts
 
 
-def _law(axes: _Axes, flops: FloatArray, curve: FloatArray, ends: FloatArray) -> list[str]:
+def _law(axes: Axes, flops: FloatArray, curve: FloatArray, ends: FloatArray) -> list[str]:
     if not len(curve):
         return []
     there = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[0], strict=True)]
     back = [axes.at(float(x), float(y)) for x, y in zip(flops, ends[1], strict=True)][::-1]
     shade = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*there, *back])
     points = [axes.at(float(x), float(y)) for x, y in zip(flops, curve, strict=True)]
-    return [f'<polygon points="{shade}" fill="{_LAW}" fill-opacity="0.16"/>', _line(points, _LAW, 2)]
+    return [f'<polygon points="{shade}" fill="{_LAW}" fill-opacity="0.16"/>', polyline(points, _LAW, 2)]
 
 
-def _runs(axes: _Axes, fitted: Fitted) -> list[str]:
+def _runs(axes: Axes, fitted: Fitted) -> list[str]:
     table, held = fitted.table, fitted.law["held_out"] or {}
     compute, parts = _compute(table), []
     for i in range(0, len(table), -(-len(table) // MAX_POINTS)):
@@ -116,8 +96,8 @@ def _runs(axes: _Axes, fitted: Fitted) -> list[str]:
         largest = FLOPS_PER_PARAMETER_TOKEN * held["params"] * held["tokens"]
         x, y = axes.at(largest, held["measured"])
         low, high = (axes.at(largest, end)[1] for end in held["prediction_interval"])
-        parts.append(_line([(x, low), (x, high)], _HELD, 2))
-        parts += [_line([(x - 5, end), (x + 5, end)], _HELD, 2) for end in (low, high)]
+        parts.append(polyline([(x, low), (x, high)], _HELD, 2))
+        parts += [polyline([(x - 5, end), (x + 5, end)], _HELD, 2) for end in (low, high)]
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{_HELD}" stroke-width="1.5"/>')
     return parts
 
@@ -132,15 +112,15 @@ def _legend(fitted: Fitted, has_curve: bool) -> list[str]:
     table, held = fitted.table, fitted.law["held_out"] or {}
     x, y = WIDTH - _RIGHT + 16, _TOP + 8
     sizes = sorted(set(table.params.tolist()))
-    parts = [_text(x, y, "parameters", _QUIET)]
+    parts = [label(x, y, "parameters", QUIET)]
     for params in sizes if len(sizes) <= 8 else (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
         y += 18
         parts.append(f'<circle cx="{x + 4}" cy="{y - 4}" r="3.5" fill="{_shade(fitted, params)}"/>')
-        parts.append(_text(x + 16, y, count(params)))
+        parts.append(label(x + 16, y, count(params)))
     if has_curve:
         y += 28
-        parts += [_line([(x - 2, y - 4), (x + 10, y - 4)], _LAW, 2), _text(x + 16, y, "law at the best N")]
-        parts.append(_text(x + 16, y + 15, "and 95 %", _QUIET))
+        parts += [polyline([(x - 2, y - 4), (x + 10, y - 4)], _LAW, 2), label(x + 16, y, "law at the best N")]
+        parts.append(label(x + 16, y + 15, "and 95 %", QUIET))
         y += 15
     if "error" in held:
         low, high = held["prediction_interval"]
@@ -148,14 +128,5 @@ def _legend(fitted: Fitted, has_curve: bool) -> list[str]:
             f"largest run, from runs of at most 1/{held['factor']:.1f} of its FLOPs: {held['predicted']:.4f} "
             f"[{low:.4f}, {high:.4f}]; measured {held['measured']:.4f}, error {held['error']:+.2%}"
         )
-        parts.append(_text(14, 40, said, _HELD))
+        parts.append(label(14, 40, said, _HELD))
     return parts
-
-
-def _line(points: Sequence[tuple[float, float]], color: str, width: float) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"/>'
-
-
-def _text(x: float, y: float, text: str, color: str = _TEXT, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}">{html.escape(text)}</text>'

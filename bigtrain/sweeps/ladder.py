@@ -9,7 +9,7 @@ from typing import Any
 
 from bigtrain.config import UserError
 from bigtrain.models.config import ModelConfig
-from bigtrain.models.decoder_config import GATED
+from bigtrain.models.decoder_config import GATED, DecoderConfig
 from bigtrain.sweeps.config import LadderConfig, SizeConfig, SizeFacts, SweepRule
 from bigtrain.sweeps.load import Sweep
 from bigtrain.training.prepare import prepare
@@ -51,6 +51,8 @@ class Rung:
     """Differences between this rung and the ladder's rules, as texts for the user."""
     keys: Mapping[str, float] = field(default_factory=dict)
     """Values of `ladder.keys`, by dotted name."""
+    hidden_lr: float | None = None
+    """Learning rate of the blocks' matrices, where the base run's `model.mup` gives them their own."""
 
     @property
     def batch_tokens(self) -> int:
@@ -91,7 +93,7 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
         )  # fmt: skip
     if abs(off) > 0.005:
         deviations.append(f"N {off:+.1%} from its target")
-    facts = SizeFacts(params, shape, 0)
+    facts = SizeFacts(params, model.plain(), 0)
     wanted = _apply(sweep, "batch", ladder.batch, facts)
     if size.batch is not None:
         try:
@@ -116,6 +118,7 @@ def rung(sweep: Sweep, size: SizeConfig) -> Rung:
         size.params, shape, params, model.parameter_count_without_embeddings(vocab_size),
         model.parameter_count(vocab_size), model.flops_per_token(vocab_size).full, context, batch,
         _rounded(lr), beta2, warmup, vocab_size, per_epoch, tuple(deviations), keys,
+        _rounded(lr * model.width_factor) if isinstance(model, DecoderConfig) and model.follows_mup else None,
     )  # fmt: skip
 
 

@@ -85,11 +85,16 @@ def _size(one: dict[str, Any]) -> list[str]:
     return [
         f"{one['params']:,}", f"{one['params_total']:,}",
         ", ".join(f"{key} {value}" for key, value in one["model"].items()),
-        f"{one['flops_over_6n']:.2f}", f"{one['batch_tokens']:,}", f"{one['lr']:g}", f"{one['beta2']:g}",
+        f"{one['flops_over_6n']:.2f}", f"{one['batch_tokens']:,}", lr_text(one), f"{one['beta2']:g}",
         f"{one['warmup_steps']}", ", ".join(f"{ratio:.3g}" for ratio in one["tokens_per_param"]),
         f"{one['epochs']:.2f}",
         short(one["tokens_per_s"]) if one["tokens_per_s"] else "n/a", "; ".join(one["deviations"]),
     ]  # fmt: skip
+
+
+def lr_text(one: dict[str, Any]) -> str:
+    """The learning rate of a size, and under muP that of its hidden matrices."""
+    return f"{one['lr']:g}" + (f", hidden {one['hidden_lr']:g}" if one["hidden_lr"] else "")
 
 
 def _trial(one: dict[str, Any]) -> list[str]:

@@ -157,7 +157,8 @@ def _size_row(sweep: Sweep, one: Rung, steps: Sequence[int], clock: Clock) -> di
         "target": one.target, "model": one.model, "params": one.params,
         "params_without_embeddings": one.params_without_embeddings, "params_total": one.params_total,
         "flops_per_token": one.flops_per_token, "flops_over_6n": one.flops_per_token / (6 * one.params),
-        "batch_tokens": one.batch_tokens, "lr": one.lr, "beta2": one.beta2, "warmup_steps": one.warmup_steps,
+        "batch_tokens": one.batch_tokens, "lr": one.lr, "hidden_lr": one.hidden_lr, "beta2": one.beta2,
+        "warmup_steps": one.warmup_steps,
         "steps": list(steps), "tokens": [count * one.batch_tokens for count in steps],
         "tokens_per_param": [count * one.batch_tokens / one.params for count in steps],
         "epochs": longest / (one.sequences_per_epoch * one.context), "deviations": list(one.deviations),
@@ -231,12 +232,14 @@ def plan_text(plan: dict[str, Any]) -> str:
         "longest D",
         "tokens/s",
     )
+    from bigtrain.sweeps.page import lr_text
+
     rows = [header]
     for one in plan["sizes"]:
         shape = one["model"]
         rows.append((
             f"{one['params']:,}", f"{one['params_total']:,}", f"{shape.get('layers', '')} x {shape.get('width', '')}",
-            f"{one['flops_over_6n']:.2f}", f"{one['batch_tokens']:,}", f"{one['lr']:g}", f"{one['beta2']:g}",
+            f"{one['flops_over_6n']:.2f}", f"{one['batch_tokens']:,}", lr_text(one), f"{one['beta2']:g}",
             f"{one['warmup_steps']} steps", " ".join(f"{ratio:.3g}" for ratio in one["tokens_per_param"]),
             short(one["tokens"][-1]), short(one["tokens_per_s"]) if one["tokens_per_s"] else "n/a",
         ))  # fmt: skip

@@ -343,6 +343,8 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         precision=config.precision,
         frozen=model.frozen,
     )
+    if model.follows_mup:
+        config.optimizer.check_mup()
     for optimizer in (config.optimizer, *map(config.optimizer.of_part, config.optimizer.parts)):
         if hasattr(optimizer, "plugin"):
             check_zero_state(optimizer)

@@ -101,6 +101,24 @@ def test_weights_go_in_and_out_and_every_logit_stays(kind: str, tmp_path: Path) 
     assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama tied", "qwen2", "qwen3", "gemma3"])
+def test_an_export_of_a_model_with_mup_has_its_constants_in_the_weights(kind: str, tmp_path: Path) -> None:
+    random_model(kind).save_pretrained(tmp_path / "hf_model")
+    step, keys = import_hf(tmp_path / "hf_model", tmp_path / "native")
+    config = FAMILIES[keys["arch"]](**keys, mup={"base_width": 20, "base_head_width": 5})
+    directory = tmp_path / "native" / "checkpoints"
+    model = config.build(VOCAB)
+    model.load_state_dict(read_tensors(directory, step))
+    tokens = torch.randint(VOCAB, (2, 32))
+    export_hf(directory, step, tmp_path / "out", config=config)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = model.logits({"tokens": tokens})
+        assert (back(tokens).logits - expected).abs().max() < LOGITS
+    with pytest.raises(UserError, match="constants that these weights were not trained with"):
+        HfFiles.open(tmp_path / "out").check_fit(config, {})
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_three_steps_of_training_equal_those_of_transformers(kind: str, tmp_path: Path) -> None:
     hf_model = random_model(kind)

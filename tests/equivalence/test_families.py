@@ -19,23 +19,34 @@ MODELS = {
     "gemma3": What({**GEMMA, "full_attention_every": 2, "score_width": 12}, documents=True),
     "phi": What({**SHAPE, "arch": "phi"}),
     "olmo2": What({**SHAPE, "arch": "olmo2", "kv_heads": 2, "mlp_width": 56}),
+    "mup": What({**SHAPE, "arch": "llama", "mlp_width": 56, "mup": {"base_width": 12, "base_head_width": 4}}),
     "qwen2": What({**SHAPE, "arch": "qwen2", "kv_heads": 2, "mlp_width": 56}),
 }
-FAST = [("gemma3", How(2, {"tp": 2})), ("phi", How(2, {"pp": 2})), ("olmo2", How(2))]
+FAST = [("gemma3", How(2, {"tp": 2})), ("phi", How(2, {"pp": 2})), ("olmo2", How(2)), ("mup", How(2, {"tp": 2}))]
 CASES = [
     *FAST,
     ("gemma3", How(2, {"pp": 2})),
     ("phi", How(2, {"tp": 2, "loss_parallel": False})),
     ("phi", How(2, {"cp": 2})),
     ("qwen2", How(2, {"tp": 2, "sequence_parallel": False})),
+    ("mup", How(2)),
+    ("mup", How(2, {"pp": 2})),
+    ("mup", How(2, {"cp": 2})),
+    ("mup", How(2, {}, {"name": "deepspeed", "zero": 1})),
+    ("mup", How(2, {}, {"name": "deepspeed", "zero": 3})),
 ]
 
 
 @pytest.mark.parametrize(
     ("model", "how"),
     [
-        pytest.param(*case, id=f"{case[0]} {case[1].layout or 'dp2'}", marks=[] if case in FAST else pytest.mark.slow)
-        for case in CASES
+        pytest.param(
+            model,
+            how,
+            id=f"{model} {how.layout or how.engine or 'dp2'}",
+            marks=[] if (model, how) in FAST else pytest.mark.slow,
+        )
+        for model, how in CASES
     ],
 )
 def test_a_layout_computes_what_one_process_computes(

@@ -102,3 +102,18 @@ def test_a_record_from_before_rules_had_names_is_the_same_sweep(write: Callable[
     check_same(sweep, directory)
     with pytest.raises(UserError, match=r"ladder\.lr\.name"):
         check_same(load_sweep(write(lr={"name": "constant", "value": 0.003})), directory)
+
+
+def test_a_ladder_keeps_one_learning_rate_that_mup_carries(write: Callable[..., Path]) -> None:
+    path = write(lr={"name": "mup", "value": 0.004})
+    with pytest.raises(UserError, match=r"set base.model.mup: \{base_width: WIDTH\}"):
+        trial_of(path)
+    document = json.loads(path.read_text())
+    document["base"]["model"]["mup"] = {"base_width": 8}
+    path.write_text(json.dumps(document))
+    sweep = load_sweep(path)
+    for size in sizes_of(sweep):
+        one = rung(sweep, size)
+        config = trial_config(sweep, one, grid_trials(sweep, one, one.lr, [1], [99])[0])
+        assert (config.optimizer.lr, config.model.plain()["mup"]["base_width"]) == (0.004, 8)
+        assert one.hidden_lr == pytest.approx(0.004 * 8 / one.model["width"], rel=5e-3)

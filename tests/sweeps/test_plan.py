@@ -106,6 +106,19 @@ def test_the_linear_estimate_ranks_grids_as_simulation_does() -> None:
     assert design.linear_width(design.regular_grid([10**7, 10**8, 10**9], (20.0,), 1), EXPECTED, 1e23) == np.inf
 
 
+def test_a_plan_shows_the_learning_rates_that_mup_gives(write_sweep: WriteSweep, tmp_path: Path) -> None:
+    path = write_sweep(sizes=[1300, 3000, 6000, 12000], tokens_per_param=[2, 4, 8, 16])
+    document = yaml.safe_load(path.read_text())
+    document["base"]["model"]["mup"] = {"base_width": 8}
+    document["ladder"]["lr"] = {"name": "mup", "value": 0.004}
+    path.write_text(yaml.safe_dump(document))
+    plan = planned(path, tmp_path)
+    for size in plan["sizes"]:
+        assert size["hidden_lr"] == pytest.approx(0.004 * 8 / size["model"]["width"], rel=5e-3)
+        assert f"0.004, hidden {size['hidden_lr']:g}" in plan_text(plan)
+        assert f"0.004, hidden {size['hidden_lr']:g}" in Path(plan["files"][1]).read_text()
+
+
 def test_a_plan_states_grid_cost_and_interval(write_sweep: WriteSweep, tmp_path: Path) -> None:
     path = write_sweep(
         sizes=[1300, 3000, 8000], tokens_per_param=[4, 8, 16],

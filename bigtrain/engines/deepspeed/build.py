@@ -43,7 +43,7 @@ def build_deepspeed_engine(engine: DeepSpeedConfig, parts: EngineParts) -> DeepS
     # The optimizer needs the full (unsharded) shapes; some of the parameters built so far have the shapes of shards.
     with torch.device("meta"):
         shapes = ((name, nn.Parameter(torch.empty(shape))) for name, shape in plan.shapes.items())
-        inner = optimizer.build(shapes, plan.all_names)
+        inner = optimizer.build(shapes, plan.all_names, parts.model.lr_scale)
     dtype = torch.bfloat16 if low_precision_weights(engine, precision) else torch.float32
     if engine.zero == 3:
         group = None if unit is None else unit.get_data_parallel_group()

@@ -126,7 +126,7 @@ class FSDPEngine:
                 parameter.requires_grad_(False)
         return cls(
             built,
-            build_parts(optimizer, parts.model.parts, named, built.all_names),
+            build_parts(optimizer, parts.model.parts, named, built.all_names, parts.model.lr_scale),
             seed=parts.seed,
             device=device,
             sizes=sizes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -56,6 +56,7 @@ def build_parts(
     order: Sequence[str],
     named: Sequence[tuple[str, nn.Parameter]],
     all_names: Collection[str] | None = None,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[Part]:
     """The parts of a model on this rank, in the order in which a step updates them.
 
@@ -63,12 +64,13 @@ def build_parts(
         order: Names of the model's parts; empty if the model has no parts.
         named: This rank's parameters, by qualified name.
         all_names: Names of the full model's parameters.
+        lr_scale: The model's factor on each learning rate (`ModelConfig.lr_scale`).
 
     Raises:
         UserError: A trained parameter is in no part, a parameter is in two parts, or a part has no parameters.
     """
     if not order:
-        return [Part.of(config.build(named, all_names), config.clip)]
+        return [Part.of(config.build(named, all_names, lr_scale), config.clip)]
     patterns = {name: config.parts[name].parameters or (f"{name}.*",) for name in order}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in order}
     for name, parameter in named:
@@ -87,7 +89,7 @@ def build_parts(
             fix = f"No parameter fits {', '.join(patterns[name])}: set optimizer.parts.{name}.parameters."
             raise UserError(f"the part '{name}' has no parameters", "optimizer.parts", fix)
         section = config.of_part(name)
-        parts.append(Part.of(section.build(own, all_names), section.clip, name, config.parts[name].every))
+        parts.append(Part.of(section.build(own, all_names, lr_scale), section.clip, name, config.parts[name].every))
     return parts
 
 

@@ -23,6 +23,8 @@ from bigtrain.models.config import FAMILIES, DataKind, Flops, ModelConfig, prese
 from bigtrain.models.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bigtrain.models.huggingface import HfTensor
     from bigtrain.models.preferences import PreferenceModel
 
@@ -94,6 +96,19 @@ class Config(ModelConfig):
     def is_adapter(self, name: str) -> bool:
         """See `ModelConfig.is_adapter`."""
         return self.policy.is_adapter(name)
+
+    @property
+    def follows_mup(self) -> bool:
+        """The policy's."""
+        return self.policy.follows_mup
+
+    def lr_scale(self, name: str) -> float:
+        """The policy's."""
+        return self.policy.lr_scale(name)
+
+    def folded(self, name: str, value: Tensor) -> Tensor:
+        """The policy's."""
+        return self.policy.folded(name, value)
 
     @property
     def base(self) -> ModelConfig:

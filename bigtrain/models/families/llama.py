@@ -62,7 +62,7 @@ def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **
     Raises:
         ValueError: Names the key.
     """
-    defaults = {key: DecoderConfig.model_fields[key].default for key in DecoderConfig.later_keys - {"adapter"}}
+    defaults = {key: DecoderConfig.model_fields[key].default for key in DecoderConfig.later_keys - {"adapter", "mup"}}
     llama = {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False, "qk_norm": False}
     for key, value in {**defaults, **llama, **parts}.items():
         own = getattr(config, key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt
 
@@ -35,6 +35,8 @@ class AdamFamily(OptimizerConfig):
 @OPTIMIZERS.register
 class AdamWConfig(AdamFamily):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    follows_mup: ClassVar[bool] = True
 
     name: Literal["adamw"] = "adamw"
     weight_decay: NonNegative = 0.1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt
 
@@ -18,6 +18,8 @@ class LionConfig(OptimizerConfig):
 
     Its learning rate should be 3 to 10 times smaller than AdamW's.
     """
+
+    follows_mup: ClassVar[bool] = True
 
     name: Literal["lion"] = "lion"
     lr: Annotated[float, Gt(0)] = 1e-4
