@@ -161,7 +161,7 @@ def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tup
         records, _ = write_shards(RankGroup(None), place, plan_items(state), lazy, lambda phase: None)
         commit.publish(place, Manifest(step=0, files=records, config_hash="", identity=""))
         copy_companions(files.directory, temporary)
-        described = {"format_version": FORMAT_VERSION, "model": keys, "rows": shapes["embedding.weight"][0]}
+        described = {"format_version": FORMAT_VERSION, "model": keys, "rows": shapes[config.vocabulary_name][0]}
         write_json(temporary / MODEL, described)
     return 0, keys
 

@@ -110,7 +110,7 @@ def launch_here(
     kept: Placer | None = None,
     **options: Any,
 ) -> int:
-    """Run a job's ranks on the nodes of `job.placer`: by default this machine or the Slurm job of this process.
+    """Run a job's ranks on the nodes of `job.placer`: see `placer_kinds.kind_of` for the default.
 
     Args:
         run_dir: The run directory.

@@ -50,14 +50,15 @@ class Weights:
     def _of_files(cls, files: HfFiles) -> Weights:
         if str(files.config.get("model_type")) in FAMILIES:
             keys = files.keys()
-            stored = files.place(FAMILIES[keys["arch"]](**keys).hf_names()["embedding.weight"].name)
-            if stored is None:
-                raise UserError("The weights lack an embedding of tokens", str(files.directory))
-            return cls(files.directory, keys, files.shapes[stored][0], files)
+            model = FAMILIES[keys["arch"]](**keys)
+            shape = files.shape_of(model.hf_names()[model.vocabulary_name])
+            if shape is None:
+                raise UserError("The weights have no vocabulary", str(files.directory))
+            return cls(files.directory, keys, shape[0], files)
         context = files.config.get("max_position_embeddings") or LONGEST
         keys = {"arch": "hf", "hf": str(files.directory), "context": context}
-        shape: Any = FAMILIES["hf"](**keys)
-        return cls(files.directory, keys, shape.shape.get_text_config().vocab_size, files)
+        foreign: Any = FAMILIES["hf"](**keys)
+        return cls(files.directory, keys, foreign.shape.get_text_config().vocab_size, files)
 
     @classmethod
     def _imported(cls, run: RunDirectory, step: int | None) -> Weights:
