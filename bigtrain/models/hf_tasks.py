@@ -118,7 +118,7 @@ def loss_sum(model: nn.Module, example: Example, router: RouterLoss | None = Non
 
 
 class RouterLoss(NamedTuple):
-    """The load-balancing loss of experts (Fedus et al. 2021, eq. 4), computed as in transformers over the full batch."""
+    """The load-balancing loss of experts over the global batch (Fedus et al. 2021, eq. 4), as in transformers."""
 
     coefficient: float
     experts_per_token: int
