@@ -113,7 +113,7 @@ class Preferences(SampleKind):
         return _Scanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """Find the pairs in JSON lines, JSON arrays, Parquet, Arrow, MDS and tars, in the formats of `encoding.pairs`."""
+        """Find the pairs of `encoding.pairs` in JSON lines, JSON arrays, Parquet, Arrow, MDS and tars."""
         found: list[Pair] = []
         for source in sources(inputs, options.passed):
             if source.kind not in READERS:
