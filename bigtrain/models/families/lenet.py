@@ -34,7 +34,7 @@ class Config(ClassifierConfig):
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation after each layer except the last."""
     pool: Literal["average", "max"] = "average"
-    """How two by two pixels become one after each convolution."""
+    """Pooling of 2 x 2 pixels after each convolution."""
     batch_norm: bool = False
     """Whether each convolution is followed by BatchNorm (Ioffe and Szegedy 2015), before its activation."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
