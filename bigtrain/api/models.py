@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class TextGenerator:
-    """Continues texts with a model that `load` returned.
+    """Generates text with a model that `load` returned.
 
     Args:
-        make: Returns the model with its tokenizer, where the model is now.
+        make: Returns a writer for the model, with its tokenizer and on its current device.
     """
 
     def __init__(self, make: Callable[[], Writer]) -> None:
@@ -60,7 +60,7 @@ class LoadedModel(nn.Module):
     """The type of the models that `load` returns: the model's own class with two additional attributes."""
 
     tokenizer: Tokenizer | None
-    """What made its tokens; None for images and arrays, and where none lies beside weights without a run."""
+    """The model's tokenizer; None for images and arrays, or if a directory of weights has no tokenizer."""
 
     generate: TextGenerator
     """Generates a continuation of a text: `model.generate("Once", tokens=20)`."""
@@ -75,15 +75,15 @@ def load(
     """Load the model of a run's checkpoint, on the CPU and in evaluation mode, with FP32 weights.
 
     Args:
-        run: RUN or RUN@STEP, by name, by path, or by URL on a store; without a step the newest sound checkpoint. Or a
+        run: RUN or RUN@STEP, by name, by path, or by URL on a store; without a step, the newest intact checkpoint. Or a
             directory of Hugging Face weights, or one that `checkpoint import` wrote.
-        runs_dir: The directory in which runs live.
-        plugin: The code of a model of your own, as `--plugin` takes it.
+        runs_dir: The directory that contains the runs.
+        plugin: The code of your own model; the value of `--plugin`.
 
     Returns:
-        The module that the config describes, its parameters under their qualified names; of weights without a run
-        bigtrain's own of that shape, else transformers'. `model.tokenizer` is that of the data, or the one beside the
-        weights, and `model.generate(text)` continues a text.
+        The module that the run's config describes. Weights without a run become a native model if bigtrain has one of
+        that shape, else a model of transformers. `model.tokenizer` is the tokenizer of the data, or that in the
+        directory of weights. `model.generate(text)` generates a continuation of a text.
 
     Raises:
         UserError: There is no such run or checkpoint, or its data are not found.

@@ -34,7 +34,7 @@ from bigtrain.run.names import MODEL
 from bigtrain.storage import write_json
 
 FORMAT_VERSION = 1
-"""Of model.json."""
+"""Version of the format of model.json."""
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 """Offsets and sizes of a rectangle of a parameter, and this rank's tensor of that rectangle."""
 
@@ -81,7 +81,7 @@ def load_hf(
 
 @torch.no_grad()
 def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
-    """Read weights into this rank's tensors, as `load_hf`, but without collectives."""
+    """Read weights into this rank's tensors, like `load_hf`, but without collectives."""
     wanted: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for name in state:
         for number, stored in enumerate(cast(list[str], files.places(names[name]))):
@@ -99,7 +99,13 @@ def read_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, T
 
 
 def _fill(piece: Piece, stored: Any, place: HfTensor, first: int, rows: int) -> None:
-    """Copy what a stored tensor, which has `rows` rows of a parameter from `first` on, holds of a rectangle of it."""
+    """Copy the part of a piece that a stored tensor contains.
+
+    Args:
+        piece: A rectangle of the parameter, and the tensor to fill.
+        stored: A slice object of safetensors; it contains `rows` rows of the parameter, from row `first` on.
+        place: Position of the parameter in transformers' state dict.
+    """
     (top, *offset), (count, *sizes), target = piece
     begin, end = max(top, first), min(top + count, first + rows)
     if begin < end:
@@ -126,8 +132,8 @@ def pieces(tensor: Tensor) -> Iterator[Piece]:
 def import_hf(source: Path, out: Path, adapters: PeftFiles | None = None) -> tuple[int, dict[str, Any]]:
     """Write a directory of Hugging Face weights as a checkpoint of step 0, under `out/checkpoints`.
 
-    One tensor is in memory at a time; all become FP32. Beside it are model.json, with the section `model` and the rows
-    of the vocabulary, and the tokenizer's files.
+    Only one tensor is in memory at a time; all are converted to FP32. `out` also gets the tokenizer's files, and a
+    model.json with the section `model` and the number of rows of the vocabulary.
 
     Args:
         source: The directory of weights.
@@ -223,7 +229,7 @@ def export_hf(
     """
     try:
         names, zeros = config.hf_names(), config.hf_zeros()
-        config.hf_config(rows=0)  # refused before anything is read
+        config.hf_config(rows=0)  # raises before anything is read
     except ValueError as error:
         raise UserError(
             f"This model has no form in transformers: {error}", str(directory), "Export without --format hf."
@@ -251,7 +257,7 @@ def export_hf(
 
 
 def _merged(reader: SafeReader, config: Any, name: str, value: Tensor) -> Tensor:
-    """The value of a parameter, with the adapter of its layer merged into a matrix that has one."""
+    """The value of a parameter; if it is a matrix with an adapter, the adapter is merged into it."""
     adapter: AdapterConfig = config.adapter
     module, _, own = name.rpartition(".")
     names = [f"{PREFIX}{module}.{part}" for part in adapter.own]

@@ -194,7 +194,7 @@ def _facts(
 ) -> dict[str, Any]:
     modules = {re.sub(_LAYER, r"\1", place.name.removesuffix(".weight")) for place in adapted.values()}
     if all(place.name == name for name, place in adapted.items()):
-        # The parameters have transformers' own names, and the targets those of peft.
+        # A model of transformers: parameters have its names, so targets already have the names that peft expects.
         modules = set(adapter.targets)
     inputs_first = [place.transposed or config.has_inputs_first(name) for name, place in adapted.items()]
     return {
@@ -214,13 +214,14 @@ def _facts(
 
 
 def _places(names: Mapping[str, HfTensor], *, only: Collection[str] | None = None) -> dict[str, str]:
-    """The stored name of each matrix that an adapter may have, by its qualified name.
+    """The names in peft of the adapters' matrices, by qualified name.
 
     Args:
-        only: The weights of the layers that have one; None: all that may have one.
+        names: Position of each parameter in transformers' state dict, by qualified name.
+        only: Names of the adapted weights; None: all weights that an adapter supports.
 
     Raises:
-        ValueError: One of `only` is a part of a larger layer in transformers.
+        ValueError: A weight of `only` is a part of a larger layer in transformers.
     """
     found = {}
     for name, place in names.items():

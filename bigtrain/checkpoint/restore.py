@@ -104,13 +104,14 @@ def resolve_best(run: str, runs_dir: Path) -> str:
 
 
 def weights_at(text: str, runs_dir: Path) -> HfFiles | tuple[RunDirectory, int | None]:
-    """The weights that a user names: a directory of Hugging Face weights, or what `checkpoint_at` takes.
+    """Find the weights that a user names: a directory of Hugging Face weights, or a checkpoint (`checkpoint_at`).
 
-    Every command that reads weights takes these sources. A run of that name under `runs_dir` goes first.
+    All commands that read weights accept these sources. A run of that name under `runs_dir` has precedence.
 
     Raises:
-        UserError: As `checkpoint_at`; or the headers of the weights cannot be read.
-        CorruptionError: As `checkpoint_at`.
+        UserError: There is no such run, checkpoint or directory, the store cannot be read, or the headers of the
+            weights cannot be read.
+        CorruptionError: The checkpoint on the store is damaged.
     """
     if HfFiles.is_one(Path(text)) and not RunDirectory(runs_dir / text).exists():
         return HfFiles.open(Path(text))
@@ -118,9 +119,9 @@ def weights_at(text: str, runs_dir: Path) -> HfFiles | tuple[RunDirectory, int |
 
 
 def checkpoint_at(run: str, runs_dir: Path) -> tuple[RunDirectory, int | None]:
-    """The run that RUN, RUN@STEP or RUN@best names, and the step; what a URL names is fetched into a cache first.
+    """The run and the step that RUN, RUN@STEP or RUN@best names; a URL is first downloaded into a cache.
 
-    A directory that `checkpoint import` wrote stands for a run; it has no record (`exists()` is false).
+    A directory that `checkpoint import` wrote is accepted as a run; it has no run.json (`exists()` is false).
 
     Raises:
         UserError: There is no such run or checkpoint, or the store cannot be read.

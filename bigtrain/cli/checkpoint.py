@@ -232,7 +232,7 @@ def checkpoint_import(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a checkpoint of others one that `init.source: OUT`, evaluate, sample and export take."""
+    """Convert foreign weights into a checkpoint that `init.source: OUT`, evaluate, sample and export accept."""
     with errors(as_json):
         from bigtrain.checkpoint.peft import PeftFiles
         from bigtrain.models.hf_files import HfFiles
@@ -270,7 +270,7 @@ def _how_to_begin(out: Path, step: int, model: dict[str, Any] | None) -> list[st
 
 
 def _checkpoint_of(run: str, runs_dir: Path) -> tuple[RunDirectory, int]:
-    """A run, fetched where a URL names it, and the step that is meant: the newest where none is given."""
+    """A run, downloaded if named by a URL, and the step: the newest intact one if none is given."""
     from bigtrain.checkpoint.restore import checkpoint_at, newest_of
 
     found, step = checkpoint_at(run, runs_dir)

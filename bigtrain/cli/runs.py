@@ -98,7 +98,7 @@ def sample(
     """Generate text that continues prompts, or a caption of an image, with the weights of a run."""
     with errors(as_json):
         load_plugins(plugin)
-        from bigtrain.models.sampling import Choice  # torch, which takes seconds
+        from bigtrain.models.sampling import Choice  # imports torch, which takes seconds
         from bigtrain.training.sample import Prompt, caption, read_prompts, writer_at
 
         try:

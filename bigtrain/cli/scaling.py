@@ -108,7 +108,7 @@ def _slim(law: dict[str, Any]) -> dict[str, Any]:
 
 
 def progress(text: str) -> None:
-    """Show a stage where a person watches."""
+    """Print the current phase to stderr, if it is a terminal."""
     if sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 

@@ -213,7 +213,7 @@ def scaling_coordinate_check(
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model at several widths for some steps, and show whether activations change alike: muP, or not."""
+    """Train a decoder at several widths for some steps, and report whether activations change equally, as in muP."""
     with errors(as_json):
         from bigtrain.run import load_config
         from bigtrain.scaling.coordinates import coordinates_text, judge, write_coordinates

@@ -40,12 +40,12 @@ def evaluate(
     """Evaluate each checkpoint on each data set; the results are appended to events.jsonl of the checkpoints' runs.
 
     Args:
-        checkpoints: Each as `weights_at` takes it: RUN, RUN@STEP (a name, path or URL), or a directory of weights.
+        checkpoints: Sources of weights (`weights_at`): RUN, RUN@STEP (a name, path or URL), or a directory of weights.
         data: Shard directories, or NAME=DIRECTORY.
-        overrides: key=value pairs laid over each run's config: how it is run, not what was trained.
-        procs: Ranks of each evaluation.
-        batches, sequences: Of each set, at most; None: all of it.
-        tasks: Files of requests that are scored as well (`training.tasks`), with the tokenizer of the sets.
+        overrides: key=value pairs applied to each run's config; they change how the model is run, not what was trained.
+        procs: Number of ranks of each evaluation.
+        batches, sequences: Maximum number of global batches, and of sequences, of each set; None: the full set.
+        tasks: Files of requests that are scored too (`training.tasks`), with the tokenizer of the sets.
 
     Returns:
         One dictionary for each checkpoint, with its name as `checkpoint`, its `step` (None for weights), and as `sets`

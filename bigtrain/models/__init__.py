@@ -1,4 +1,5 @@
-"""Model families, one file each, and what they share: layers, loss, initial weights, random bits, sampling.
+"""Model families, one file each, and their shared code: layers, loss, initial weights, random bits, sampling.
 
-`config.family(arch)` finds the file `ARCH.py`; what a built module must offer is `contract.Model`.
+`config.FAMILIES[arch]` is the config class of a family, in families/ARCH.py. The modules that it builds implement
+`contract.Model`.
 """

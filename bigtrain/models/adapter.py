@@ -1,7 +1,7 @@
-"""Adapters: small trained parameters beside the frozen weights of a model's linear layers. Free of torch.
+"""Adapters: small trained parameters beside the frozen weights of linear layers. Does not import torch.
 
-An adapter is one file in adapters/, chosen by `model.adapter`. A family that has the key needs nothing else: shapes,
-roles under tensor parallelism, first values and export follow from the adapter.
+An adapter is one file in adapters/, chosen by `model.adapter`. A family only needs this key: the adapter defines its
+shapes, its roles under tensor parallelism, its initial values, and its export.
 """
 
 from __future__ import annotations
@@ -21,55 +21,78 @@ if TYPE_CHECKING:
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 """The linear layers of each block of a native decoder, by the last part of their qualified names."""
 SPLIT_BY_ROWS: frozenset[str] = frozenset(("output", "down"))
-"""Layers whose inputs tensor parallelism splits; the outputs of the others are."""
+"""Layers whose inputs tensor parallelism splits; it splits the outputs of the others."""
 
 
 class AdapterConfig(Section):
-    """Base of the adapters. All parameters of the model but the adapter's own are frozen."""
+    """Base class of adapters. Only the adapter's own parameters are trained; all others are frozen."""
 
     own: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters that it adds to a layer, in their order in the module; neither weight nor bias."""
+    """Names of the parameters that the adapter adds to a layer, in module order; they must not be weight or bias."""
 
     name: str
-    """Which adapter: a file of bigtrain/models/adapters, or the name of a plugin's class."""
+    """The adapter: name of a file in bigtrain/models/adapters, or of a plugin's class."""
     targets: tuple[str, ...] = ("query", "value")
-    """The linear layers of each block that are adapted: query, key, value, output, gate, up, down. Of a model of
-    `arch: hf` by the names that peft's `target_modules` has, such as q_proj."""
+    """The linear layers of each block that are adapted: query, key, value, output, gate, up, down. For `arch: hf`,
+    names as in peft's `target_modules`, such as q_proj."""
 
     def shapes(self, weight: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The parameters of an adapted layer, by `own` names.
+        """Shapes of the adapter's parameters in one layer, by the names in `own`.
 
         Args:
-            weight: Shape of its frozen matrix (outputs, inputs).
+            weight: Shape (outputs, inputs) of the layer's frozen matrix.
         """
         raise TypeError(f"{type(self).__name__} does not say what it adds: define shapes()")
 
     def roles(self, by_rows: bool) -> dict[str, TensorRole]:
-        """How these lie where ranks share the matrix: split by its inputs (`by_rows`), or by its outputs."""
+        """Tensor-parallel roles of the adapter's parameters, by the names in `own`.
+
+        Args:
+            by_rows: Whether the inputs of the layer's frozen matrix are split; otherwise its outputs are.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it is split: define roles()")
 
     def initialiser(self, own: str, shape: tuple[int, ...]) -> Init:
-        """The first values of one of these; the adapted layer must begin as the frozen one."""
+        """Initialisation rule of one of the adapter's parameters.
+
+        An adapted layer must initially compute the same as the frozen layer.
+
+        Args:
+            own: Name of the parameter, one of `own`.
+            shape: Its full (unsharded) shape.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it begins: define initialiser()")
 
     def adapted(self, linear: Linear) -> Linear:
-        """The layer that takes a layer's place: its weight and bias under their names, and the adapter's parameters."""
+        """The layer that replaces `linear`: it keeps the names weight and bias, and has the adapter's parameters."""
         raise TypeError(f"{type(self).__name__} does not build its layer: define adapted()")
 
     def beside(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What is added to the output of a layer of transformers for its input x (..., inputs), by `own` names."""
+        """What the adapter adds to the output of a layer of a transformers model.
+
+        Args:
+            x: Input of the layer, (..., inputs).
+            parameters: The adapter's parameters in this layer, by the names in `own`.
+        """
         raise TypeError(f"{type(self).__name__} does not go with arch 'hf': define beside()")
 
     def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The matrix of a layer without adapter that computes the same, in the dtype of `weight`."""
+        """The frozen matrix with the adapter merged into it, in the dtype of `weight`.
+
+        A layer without an adapter computes the same with this matrix.
+
+        Args:
+            weight: The frozen matrix (outputs, inputs).
+            parameters: The adapter's parameters in this layer, by the names in `own`.
+        """
         raise TypeError(f"{type(self).__name__} cannot be merged: define merged()")
 
     def is_own(self, name: str) -> bool:
-        """Whether a parameter, by its qualified name, is the adapter's."""
+        """Whether a parameter, by its qualified name, belongs to the adapter."""
         return name.rpartition(".")[2] in self.own
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """The roles of the adapter's parameters, by patterns over qualified names."""
+        """Tensor-parallel roles of the adapter's parameters, by patterns over qualified names."""
         return {
             f"layers.*.{target}.{own}": role
             for target in self.targets
@@ -78,4 +101,4 @@ class AdapterConfig(Section):
 
 
 ADAPTERS = Registry("adapter", AdapterConfig, package="bigtrain.models.adapters", where="model.adapter.name")
-"""All adapters by `model.adapter.name`."""
+"""All adapters, by `model.adapter.name`."""

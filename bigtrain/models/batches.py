@@ -1,4 +1,4 @@
-"""The sample kinds, and what a batch of each looks like to a model; how a kind is stored and read: `data.kind`."""
+"""The sample kinds as models see them; see `data.kind` for how samples of a kind are stored and read."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class BatchKind(ABC):
-    """The half of a sample kind that models see."""
+    """The part of a sample kind that models see."""
 
     name: ClassVar[str]
-    """What `data_kind` of a model, index.json and `bigtrain data pack --kind` call it."""
+    """Name of the kind in a model's `data_kind`, in index.json, and in `bigtrain data pack --kind`."""
 
     unit: ClassVar[str] = "samples"
-    """What a step is counted in, in messages."""
+    """The unit in which messages count the data of a step."""
 
     of_tokens: ClassVar[bool] = False
-    """Whether a sample holds `model.context` tokens, so that a model of it can write text."""
+    """Whether a sample contains `model.context` tokens, so that its model can generate text."""
 
     takes_image: ClassVar[bool] = False
-    """Whether text is written about an image."""
+    """Whether the text of a sample describes an image."""
 
     @abstractmethod
     def example_batch(
         self, config: ModelConfig, vocabulary: int, count: int, random: np.random.Generator, documents: bool = False
     ) -> Arrays:
-        """Random valid content by the names, types and shapes of the loader's batches.
+        """A batch of random valid values, with the names, dtypes and shapes of the loader's batches.
 
         Args:
-            vocabulary: Entries of the vocabulary, or classes.
-            count: Samples.
-            documents: Whether sequences hold several documents; only kinds with a document mask respect it.
+            vocabulary: Size of the vocabulary, or number of classes.
+            count: Number of samples.
+            documents: Whether sequences contain several documents; kinds without a document mask ignore it.
         """
 
     def units(self, context: int) -> int:
-        """How many of `unit` one sample counts for."""
+        """Number of `unit`s that one sample counts for."""
         return 1
 
 
@@ -58,7 +58,7 @@ KINDS: Registry[BatchKind] = Registry(
 
 
 def batch_kind(config: ModelConfig | type[ModelConfig]) -> BatchKind:
-    """The kind of data that a model learns from.
+    """The sample kind that a model is trained on.
 
     Raises:
         UserError: There is no such kind.

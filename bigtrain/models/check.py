@@ -1,4 +1,7 @@
-"""Whether a family keeps the contract: what would otherwise show as wrong numbers, or not at all."""
+"""Checks that a model keeps the contract `contract.Model`.
+
+Without them, a violation would show up late as wrong results, or never.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ from bigtrain.models.contract import Batch, Model
 
 
 def check_model(config: ModelConfig, vocab_size: int, across_layouts: bool = False) -> None:
-    """Refuse a model that would compute something else than its author means; see `ModelConfig.check`."""
+    """Refuse a model that would not compute what its author intends; see `ModelConfig.check`."""
     config.check(vocab_size, across_layouts)
 
 
 def check_contract(config: ModelConfig, vocab_size: int) -> None:
-    """Build a model on the meta device, which takes no memory, and hold it against `contract.Model`.
+    """Build a model on the meta device, which takes no memory, and check it against `contract.Model`.
 
     Raises:
-        UserError: With the first thing that is wrong, by its qualified name.
+        UserError: The model violates the contract. The error describes the first violation found.
     """
     if not config.keeps_contract:
         return
@@ -41,7 +44,7 @@ def check_contract(config: ModelConfig, vocab_size: int) -> None:
     calls: Counter[str] = Counter()
     for name, block in cast(Model, module).blocks():
         block.register_forward_pre_hook(partial(_count, calls, name))
-    # The families of this package are known, and looking at each operation takes the larger of them seconds.
+    # Native families are known to draw no random bits; inspecting each operation would take seconds for large ones.
     watched: AbstractContextManager[Any] = nullcontext() if config.plugin is None else _NoRandomBits(where)
     with users_code(config, where, "forward()"), watched:
         result = module(example_batch(config))
@@ -60,13 +63,20 @@ def check_contract(config: ModelConfig, vocab_size: int) -> None:
 
 
 def _count(calls: Counter[str], name: str, *_: object) -> None:
-    # A call without gradients is gathered by itself, and nothing of it is recomputed.
+    # A call without gradients does not count: FSDP gathers its parameters separately, and nothing is recomputed.
     calls[name] += torch.is_grad_enabled()
 
 
 @contextmanager
 def users_code(config: ModelConfig, where: str, what: str) -> Iterator[None]:
-    """Show what the user's code raises as the user's mistake, with the line of it."""
+    """Turn an exception raised by a plugin's code into a `UserError` that names the line.
+
+    Exceptions of native families pass unchanged.
+
+    Args:
+        where: File of the plugin.
+        what: The call that runs inside the context, such as "build()".
+    """
     try:
         yield
     except UserError:
@@ -90,14 +100,15 @@ def users_code(config: ModelConfig, where: str, what: str) -> Iterator[None]:
 
 
 class _NoRandomBits(TorchDispatchMode):
-    """Finds operations that draw from torch's generator, whose bits differ from layout to layout."""
+    """Refuses operations that draw from torch's generator, because their bits would differ between layouts."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self._where = where
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # On meta, attention is plain products: its fused kernels carry the tag even where they drop nothing.
+        # Attention raises no false alarm: fused kernels carry the tag even without dropout, but on the meta device
+        # attention runs as plain matmuls.
         if torch.Tag.nondeterministic_seeded in function.tags:
             raise UserError(
                 f"forward() draws random bits by {function.name()}, which differ from layout to layout",
@@ -108,10 +119,13 @@ class _NoRandomBits(TorchDispatchMode):
 
 
 def check_module(module: nn.Module, where: str) -> None:
-    """Hold a built module against `contract.Model`; `where` is named in errors.
+    """Check a built module against `contract.Model`.
+
+    Args:
+        where: What errors name as the place of the violation.
 
     Raises:
-        UserError: With the first thing that is wrong.
+        UserError: The module violates the contract. The error describes the first violation found.
     """
     model = cast(Model, module)
     for method in ("blocks", "initialisers"):
@@ -158,7 +172,7 @@ def check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str)
 
 
 def example_batch(config: ModelConfig) -> Batch:
-    """Two samples without values, by the names, shapes and types of the loader's."""
+    """A batch of two samples on the meta device, with the names, shapes and dtypes of the loader's batches."""
     arrays = batch_kind(config).example_batch(config, 1, 2, np.random.default_rng(0))
     return {name: torch.from_numpy(values).to("meta") for name, values in arrays.items()}
 

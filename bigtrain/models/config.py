@@ -1,4 +1,4 @@
-"""What is common to all model families, without torch: the config, counts, families, presets."""
+"""The base config of all model families, their registry, and the presets; does not import torch."""
 
 from __future__ import annotations
 
@@ -24,82 +24,83 @@ DataKind = str
 """The name of a sample kind (`batches.KINDS`)."""
 
 TensorRole = Literal["column", "row", "vocab", "whole", "heads"]
-"""How a parameter lies on the ranks that share each matrix.
+"""How a parameter is split over the ranks of a tensor-parallel group.
 
-column: a linear layer's outputs are split (its weight and bias, dim 0). row: its inputs are (its weight, dim 1).
-vocab: the rows of an embedding or head are. whole: not split, and applied to the residual stream, of which
-each rank may hold a slice. heads: not split, and applied to the rank's own heads."""
+column: a linear layer's outputs are split (dim 0 of its weight and bias). row: a linear layer's inputs are split (dim 1
+of its weight). vocab: the rows of an embedding or head are split. whole: not split; the parameter is applied to the
+residual stream, of which each rank may hold a slice. heads: not split; it is applied to the rank's own heads."""
 
 
 class Flops(NamedTuple):
-    """Matmul FLOPs of forward and backward together, a token (tokens, captions) or a sample (images, arrays)."""
+    """Matmul FLOPs of the forward and backward pass, per token (tokens, captions) or per sample (images, arrays)."""
 
     full: int
-    """Attention counted over the whole square: the convention of MFU (PaLM, torchtitan, MPT)."""
+    """Attention is counted over the full square: the convention of MFU (PaLM, torchtitan, MPT)."""
     causal: int
-    """Attention counted over the causal half alone: what must be computed."""
+    """Attention is counted only over the causal half, the part that must be computed."""
 
     @classmethod
     def unknown(cls) -> Flops:
-        """Of a model that cannot be counted: utilisation is not available."""
+        """The value for a model whose FLOPs cannot be counted; its utilisation is not reported."""
         return cls(0, 0)
 
 
 class BlockCosts(NamedTuple):
-    """What a pipeline shares out, in units of the cost of one block."""
+    """Costs by which a pipeline distributes blocks over stages, in units of the cost of one block."""
 
     blocks: int
-    """Blocks, all of one cost."""
+    """Number of blocks, all of equal cost."""
     before: float
-    """Cost of what the first stage holds as well."""
+    """Cost of the modules before the blocks, which the first stage holds in addition."""
     after: float
-    """Cost of what the last stage holds as well."""
+    """Cost of the modules after the blocks, which the last stage holds in addition."""
 
 
 class ModelConfig(Section):
-    """What every family's `Config` inherits. `vocab_size` below is the number of classes for images and arrays."""
+    """Base class of every family's `Config`. For images and arrays, `vocab_size` below is the number of classes."""
 
     data_kind: ClassVar[DataKind] = "tokens"
-    """The kind of data that the family learns from."""
+    """The sample kind that the family is trained on."""
 
     keeps_contract: ClassVar[bool] = True
-    """Whether what it builds is a `contract.Model`; models of transformers are not."""
+    """Whether `build` returns a `contract.Model`; models of transformers are none."""
 
     is_plain: ClassVar[bool] = False
-    """Whether it builds a plain module of PyTorch (`plain.PlainModel`), which knows nothing of ranks."""
+    """Whether `build` returns a plain PyTorch module (see `models.plain`), whose code is independent of ranks."""
 
     parts: ClassVar[tuple[str, ...]] = ()
-    """Names of what a step updates one after another, each by its own loss (`optimizer.parts`); of a plain module."""
+    """Names of the parts that a step updates one after another, each with its own loss (`optimizer.parts`). Only plain
+    modules have parts."""
 
     takes_documents: ClassVar[bool] = False
     """Whether `forward` supports the batch's `documents` and `positions` (`data.document_mask`)."""
 
     begins_from_weights: ClassVar[bool] = False
-    """Whether a run must have an `init.source`: its loss compares the model with the weights that it began with."""
+    """Whether a run must set `init.source`, because the loss compares the model with its initial weights."""
 
     predicts_text: ClassVar[bool] = True
-    """Whether a loss on text is that of each token given those before it: bits per byte are reported of no other."""
+    """Whether a loss on text is that of each token given the tokens before it. Only then bits per byte are reported."""
 
     vocabulary_name: ClassVar[str] = "embedding.weight"
-    """The qualified name of a parameter that has a row for each token of the vocabulary."""
+    """Qualified name of a parameter with one row for each token of the vocabulary."""
 
     hides_tokens: ClassVar[bool] = False
-    """Whether it learns text by guessing tokens that a mask token stands for (`mask`: its id in the vocabulary)."""
+    """Whether the model is trained to predict masked tokens. Its key `mask` is then the id of the mask token."""
 
     hf_keys: ClassVar[Mapping[str, str]] = {}
-    """Keys of the section whose values must be those of a config.json, and their names in it."""
+    """Keys of the section whose values must equal those of a config.json, and their names in config.json."""
 
     hf_unused: ClassVar[str] = r"lm_head\.weight"
-    """A regular expression: tensors that Hugging Face weights may hold and the model has no use for."""
+    """Regular expression for the names of tensors that Hugging Face weights may contain but the model does not use."""
 
     later_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that were added after runs had begun: at their defaults they are not part of a run's identity."""
+    """Keys that were added when runs without them existed: at their defaults they are not part of a run's identity."""
 
     arch: str
     """The family: the name of a file in bigtrain/models/families, or of a plugin's class."""
 
     context: Annotated[int, Ge(1)] = 1
-    """Tokens of one training sequence, or of a caption; a family of another kind of data has none to set."""
+    """Number of tokens of one training sequence or caption; only for families that are trained on tokens."""
 
     @model_validator(mode="after")
     def _context_is_for_tokens(self) -> ModelConfig:
@@ -112,118 +113,127 @@ class ModelConfig(Section):
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape (height, width, channels) of the images that the model requires; None if it takes any sample."""
+        """Shape (height, width, channels) of the images that the model requires; None if it accepts any sample."""
         return None
 
     @property
     def sample_arrays(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the arrays of a sample that the model takes (kind `arrays`); a class is `labels`, ()."""
+        """Names and shapes of the arrays in a sample of kind `arrays`; a class label is `labels`, of shape ()."""
         return {}
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Shell patterns over qualified names: the parameters that stay as they are, whatever `optimizer.frozen`."""
+        """Shell patterns over qualified names: parameters that are frozen in addition to `optimizer.frozen`."""
         return ()
 
     @property
     def base(self) -> ModelConfig:
-        """The section of the model whose weights this one begins with: itself, or the one inside it."""
+        """The section of the model whose weights this model starts from: this section, or one nested in it."""
         return self
 
     def has_vocabulary_rows(self, name: str) -> bool:
-        """Whether the rows of a parameter, by its qualified name, are those of the vocabulary."""
+        """Whether a parameter, by its qualified name, has one row for each token of the vocabulary."""
         return False
 
     @property
     def follows_mup(self) -> bool:
-        """Whether muP (mup.py) sets its constants and the learning rates of its parameters."""
+        """Whether the model uses muP (mup.py), which sets constants of the model and learning rates of parameters."""
         return False
 
     def lr_scale(self, name: str) -> float:
-        """muP's factor on the learning rate of a parameter, by its qualified name; weight decay is divided by it."""
+        """muP's factor of a parameter's learning rate, by qualified name; the weight decay is divided by it."""
         return 1.0
 
     def folded(self, name: str, value: Tensor) -> Tensor:
-        """The value of a parameter, by its qualified name, in a model without muP's constants that computes the same.
+        """The value of a parameter after muP's constants are folded into the weights.
+
+        A model without muP computes the same function with these values.
 
         Args:
-            value: The full (unsharded) parameter, an adapter merged into it.
+            name: Qualified name of the parameter.
+            value: The full (unsharded) parameter, with an adapter merged into it if there is one.
         """
         return value
 
     def source_name(self, name: str) -> str:
-        """The name in a source of what a parameter begins with, where the source does not have its own name."""
+        """The tensor of `init.source` that a parameter starts from, if the source has none of the parameter's own name.
+
+        Both are qualified names.
+        """
         return name
 
     def is_adapter(self, name: str) -> bool:
-        """Whether a parameter, by its qualified name, is one of an adapter's: weights of a base model lack it."""
+        """Whether a parameter, by its qualified name, belongs to an adapter, so that a base model's weights lack it."""
         return False
 
     def adapted_weights(self) -> list[str]:
-        """The matrices that have an adapter, by qualified name.
+        """Qualified names of the matrices that have an adapter.
 
         Raises:
-            ValueError: As `hf_names`.
+            ValueError: transformers has no model of this shape.
         """
         return []
 
     def has_inputs_first(self, name: str) -> bool:
-        """Whether a matrix, by its qualified name, is (inputs, outputs), as transformers' Conv1D of GPT-2."""
+        """Whether a matrix, by its qualified name, has shape (inputs, outputs), as in transformers' Conv1D."""
         return False
 
     def check_source(self, vocab_size: int) -> None:
-        """Refuse a model that does not fit the vocabulary of the data: by the file that it is read from, or by its ids.
+        """Check that the model's weights file and its token ids fit the vocabulary of the data.
 
         Raises:
-            UserError: What does not fit, and what would.
+            UserError: Something does not fit. The error says how to fix it.
         """
 
     def fingerprint(self) -> dict[str, str]:
-        """Keys of the section that name a file, and the hash of what they name: a run's identity is by content."""
+        """Keys of the section that name a file, with a hash of its content, which enters the run's identity."""
         return {}
 
     def tensor_parallel_sizes(self) -> dict[str, int] | None:
-        """The keys whose sizes tensor parallelism divides, so that tp must divide them; None without a tensor plan."""
+        """Sizes, by key, that tensor parallelism splits and `layout.tp` must divide; None without a tensor plan."""
         return None
 
     def context_parallel_heads(self) -> tuple[int, int] | None:
-        """Query heads and key heads of a layer, which ranks that share a sequence share too.
+        """Number of query heads and of key heads of a layer, which context parallelism splits.
 
-        None where they cannot: tokens must meet in a causal `layers.Attention` alone, and `forward` must use the
-        batch's `sequence_positions` and `mask`.
+        None if the family does not support context parallelism. A family supports it if tokens interact only in a
+        causal `layers.Attention`, and `forward` uses the batch's `sequence_positions` and `mask`.
         """
         return None
 
     def block_costs(self, vocab_size: int) -> BlockCosts | None:
-        """What a cut into stages goes by; None for a family that cannot be cut (`contract.Staged`)."""
+        """Costs by which the model is cut into pipeline stages; None for a family that is not `contract.Staged`."""
         return None
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Where each parameter lies in the state dict of the model that transformers has of this shape.
+        """Position of each parameter in the state dict of transformers' model of this shape, by qualified name.
 
         Raises:
-            ValueError: It has none.
+            ValueError: transformers has no model of this shape.
         """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
     def hf_zeros(self) -> dict[str, tuple[int, ...]]:
-        """Shapes, by name, of tensors of that state dict which are zero, since no parameter corresponds to them."""
+        """Names and shapes of tensors of transformers' state dict without a parameter here; their values are zero."""
         return {}
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """The config.json of that model, where the parameter `vocabulary_name` has `rows` rows.
+        """The config.json of transformers' model of this shape.
+
+        Args:
+            rows: Number of rows of the parameter `vocabulary_name`.
 
         Raises:
-            ValueError: transformers has no such model.
+            ValueError: transformers has no model of this shape.
         """
         raise ValueError(f"transformers has no model for arch '{self.arch}'")
 
     @classmethod
     def from_hf_config(cls, hf: dict[str, Any]) -> dict[str, Any]:
-        """The keys of `model` that a config.json of this family stands for.
+        """Convert a config.json of this family to keys of `model`.
 
         Raises:
-            ValueError: It needs a feature that the family does not have.
+            ValueError: The config.json needs a feature that the family does not have.
         """
         raise ValueError(f"no arch of bigtrain's is transformers' '{hf.get('model_type')}'")
 
@@ -232,10 +242,10 @@ class ModelConfig(Section):
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")
 
     def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
-        """The module as engines take it: on the meta device, its values to be filled in by `init.materialise`.
+        """The module as engines expect it: on the meta device; `init.materialise` fills in its values later.
 
         Raises:
-            UserError: It does not keep the contract (`contract.Model`).
+            UserError: The module does not keep the contract (`contract.Model`).
         """
         import torch
 
@@ -247,51 +257,52 @@ class ModelConfig(Section):
         return module
 
     def check(self, vocab_size: int, across_layouts: bool = False) -> None:
-        """Refuse a model that would compute something else than its author means, before any rank starts.
+        """Refuse a model that would not compute what its author intends, before any rank starts.
 
         Args:
-            across_layouts: Whether every draw must be the same at all layouts, as those of the families here are.
+            across_layouts: Whether every random draw must be equal in all layouts, as it is for native families.
 
         Raises:
-            UserError: The first thing that is wrong, by its qualified name.
+            UserError: The model violates a rule. The error describes the first violation found.
         """
         from bigtrain.models.check import check_contract
 
         check_contract(self, vocab_size)
 
     def pictures(self, network: nn.Module, shown: Shown) -> Mapping[str, Picture]:
-        """What the callback `pictures` shows, by title; a family that overrides nothing offers none.
+        """The pictures that the callback `pictures` shows, by title; a family without pictures returns none.
 
         Args:
-            network: What `build` returns, with the run's full weights, in evaluation mode and without gradients.
-            shown: Held-out samples. Random draws of torch are the same at each call.
+            network: The module that `build` returns, with the run's full (unsharded) weights, in evaluation mode and
+                without gradients.
+            shown: Held-out samples. torch's generator starts from the same seed at each call.
         """
         return {}
 
     def attention_pictures(self, network: nn.Module, shown: Shown) -> Mapping[str, Picture]:
-        """What the callback `pictures` shows with `attention: true`, by title: where the last layer looks.
+        """Pictures of the last layer's attention, by title: shown by the callback `pictures` with `attention: true`.
 
         Args:
-            network: As `pictures` takes it.
-            shown: As `pictures` takes it.
+            network: See `pictures`.
+            shown: See `pictures`.
         """
         return {}
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Parameters of the module that `build` returns, a tied weight counted once."""
+        """Number of parameters of the module that `build` returns; a tied weight is counted once."""
         raise TypeError(f"{type(self).__name__} does not count its parameters: define parameter_count()")
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the input embeddings (tokens and positions), as scaling laws count them."""
+        """Number of parameters without the input embeddings (tokens and positions), as scaling laws count them."""
         return self.parameter_count(vocab_size)
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs of forward and backward for one token, of captions too; for images and arrays, one sample."""
+        """Matmul FLOPs of the forward and backward pass, per token (tokens, captions) or sample (images, arrays)."""
         raise TypeError(f"{type(self).__name__} does not count its FLOPs: define flops_per_token()")
 
 
 FAMILIES = Registry("model family", ModelConfig, package="bigtrain.models.families", tag="arch", where="model.arch")
-"""All model families by their `arch`. One of a user's own comes with --plugin FILE."""
+"""All model families by their `arch`. Users add their own with --plugin FILE."""
 
 
 @cache
@@ -307,7 +318,7 @@ def presets() -> list[str]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The keys of `model` that the preset `name` stands for; a new dict, to be overridden at will.
+    """The keys of `model` that the preset `name` defines, as a new dict that the caller may change.
 
     Raises:
         UserError: There is no such preset.

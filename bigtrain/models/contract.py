@@ -23,8 +23,8 @@ class LossSum(NamedTuple):
     weight: Tensor
     """FP32 scalar: the sum of weights."""
     by_sequence: Tensor | None = None
-    """FP32 (B, 2): what each sequence adds to both, without gradient. A model may omit it: then the losses of a
-    mixture's sources are not known."""
+    """FP32 (B, 2): loss and weight of each sequence, without gradient. A model may omit it; then the losses of a
+    mixture's sources are not reported."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ Init = Normal | Zeros | Ones
 
 
 class Model(Protocol):
-    """An nn.Module: parameters stored in FP32, matmuls and residual stream in `compute_dtype`."""
+    """An nn.Module with parameters in FP32, and matmuls and residual stream in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     """Set by the engine; float32 until then. Weights and rotary tables must reach the model in FP32, so
@@ -60,62 +60,67 @@ class Model(Protocol):
         ...
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """Qualified names and modules, in order, that are sharded, recomputed and compiled one by one."""
+        """Qualified names and modules of the blocks, in order; each is sharded, recomputed and compiled separately."""
         ...
 
     def initialisers(self) -> dict[str, Init]:
-        """How each parameter, by its qualified name, is initialised; a tied one under its first name."""
+        """The initialisation rule of each parameter, by qualified name; a tied parameter has only its first name."""
         ...
 
 
 class Splittable(Model, Protocol):
-    """A model whose matrices several ranks can share."""
+    """A model whose matrices can be split over the ranks of a tensor-parallel group."""
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """How each parameter lies, by patterns over qualified names; the first that matches counts."""
+        """How each parameter is split, by patterns over qualified names; the first matching pattern applies."""
         ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive blocks of a model, at least one.
+    """A pipeline stage: one or more consecutive blocks of a model.
 
-    The first stage also holds what comes before all blocks, the last what comes after.
+    The first stage also holds the modules before all blocks, the last stage those after them.
     """
 
     first: int
-    """Number of its first block."""
+    """Index of the stage's first block, from 0."""
     last: int
-    """One past its last."""
+    """Index of the stage's last block, plus one."""
     blocks: int
-    """Blocks of the full model, over all stages."""
+    """Number of blocks of the full model, over all stages."""
 
     @property
     def is_first(self) -> bool:
-        """Whether it takes the batch itself."""
+        """Whether this is the first stage, which embeds the batch."""
         return self.first == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it computes the loss."""
+        """Whether this is the last stage, which computes the loss."""
         return self.last == self.blocks
 
 
 class Staged(Model, Protocol):
-    """A model that can be cut between its blocks, so that several ranks compute one after the other."""
+    """A model that can be cut between its blocks into pipeline stages."""
 
     def keep(self, stage: Stage) -> None:
-        """Drop, in place, all that the stage does not hold; what stays keeps its qualified names.
+        """Drop, in place, all modules that the stage does not hold; the others keep their qualified names.
 
-        A parameter that both ends need, such as a tied embedding, stays at both under its one name.
+        A parameter that the first and the last stage need, such as a tied embedding, stays on both under one name.
         """
         ...
 
     def forward_stage(self, x: Tensor | None, batch: Batch) -> Tensor | LossSum:
-        """From the residual stream that the stage before has returned (None on the first) to the next one's.
+        """Run this stage's part of the forward pass.
 
-        Every stage is given the whole micro-batch. The last one returns its sums. The stream is in `compute_dtype`, and
-        of one shape between all stages.
+        Args:
+            x: The residual stream that the previous stage returned; None on the first stage.
+            batch: The full micro-batch, on every stage.
+
+        Returns:
+            The sums of the micro-batch on the last stage; on other stages the residual stream, in `compute_dtype` and
+            of the same shape between all stages.
         """
         ...
 
@@ -125,7 +130,7 @@ class Staged(Model, Protocol):
 
 
 class Decoder(Model, Protocol):
-    """A model of tokens that can continue a text."""
+    """A model of tokens that can generate text."""
 
     context: int
 

@@ -50,7 +50,10 @@ def _mlp(config: DecoderConfig) -> nn.Module:
 
 
 def _score_width(config: DecoderConfig) -> float | None:
-    """Whose root divides the scores: under muP they fall with the width of a head, and not with its root."""
+    """The width whose square root divides attention scores; None: that of a head.
+
+    Under muP it is chosen so that scores are divided in proportion to the head's width, not to its square root.
+    """
     if config.head_factor == 1:
         return config.score_width
     return (config.score_width or config.width_of_head) / config.head_factor
@@ -63,23 +66,23 @@ def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all blocks of one forward pass read; rotary tables stay in FP32."""
+    """Inputs that all blocks of one forward pass share; rotary tables stay in FP32."""
 
     rotary: tuple[Tensor, Tensor] | None
     mask: Mask | None
     local_rotary: tuple[Tensor, Tensor] | None
-    """For layers with a sliding window, likewise `local_mask`."""
+    """Rotary table of the layers with a sliding window; `local_mask` is their mask."""
     local_mask: Mask | None
     keys: Tensor | None
     sequence_positions: Tensor
-    """int64 (C,): where the tokens lie in their sequences that the residual stream holds."""
+    """int64 (C,), positions in their sequences of the tokens that this rank's residual stream holds."""
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    With `norm_at` the norm stands behind the branch, or before and behind it. A parallel block adds both branches of
-    one normalised x.
+    `norm_at` moves the norm after the branch, or puts a norm before and after it. In a parallel block, attention and
+    MLP both read the same normalised x.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -106,7 +109,7 @@ class Block(nn.Module):
         self.mlp_output_norm = _norm(config) if after else None
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        """One block; x (B, C, W)."""
+        """Apply the block to x (B, C, W)."""
         rotary, mask = (shared.local_rotary, shared.local_mask) if self.windowed else (shared.rotary, shared.mask)
         normalised = _apply(self.attention_norm, x)
         branch = _apply(self.attention_output_norm, self.attention(normalised, rotary if self.rotary else None, mask))
@@ -120,19 +123,24 @@ class Block(nn.Module):
 
 
 class SharedMatrices(Protocol):
-    """What the model needs from the ranks that share its matrices: `parallel.tensor.TensorGroup`."""
+    """Operations of a tensor-parallel group that the model needs; `parallel.tensor.TensorGroup` implements them."""
 
     def positions(self, count: int) -> slice:
-        """The positions of a sequence of `count` that this rank's residual stream holds."""
+        """The positions of a sequence of `count` tokens that this rank's residual stream holds."""
         ...
 
     def loss(self, hidden: Tensor, head: Tensor, rows: int, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of cross-entropies of the full sequence, from this rank's slice and its part of the head's rows; and
-        what each sequence adds, (B, ...)."""
+        """The sum of cross-entropies over the full sequences, and the losses that it sums, (B, ...).
+
+        Args:
+            hidden: This rank's residual stream.
+            head: This rank's rows of the head.
+            rows: Number of rows of the full head.
+        """
         ...
 
     def logits(self, hidden: Tensor, head: Tensor, rows: int) -> Tensor:
-        """The logits of the full sequence, computed likewise."""
+        """The logits of the full sequences; the arguments are those of `loss`."""
         ...
 
 
@@ -140,7 +148,7 @@ class DecoderModel(nn.Module):
     """A decoder-only transformer (`contract.Decoder`, `contract.Splittable`, `contract.Staged`)."""
 
     tensor: SharedMatrices | None = None
-    """Set where ranks share the matrices."""
+    """The tensor-parallel group; None without tensor parallelism."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -151,7 +159,7 @@ class DecoderModel(nn.Module):
         self.embedding: Embedding | None = Embedding(rows, config.width)
         learned = config.positions == "learned"
         self.position_embedding = Embedding(config.position_count, config.width) if learned else None
-        # Keyed by number, so that the layers of a stage keep their numbers.
+        # A dict by layer index, so that the layers of a pipeline stage keep their names.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
         self.norm: nn.Module | None = _norm(config)
         self.head = None if config.tied else Linear(config.width, rows, bias=config.head_bias)
@@ -159,7 +167,7 @@ class DecoderModel(nn.Module):
             adapt(self, config.adapter)
 
     def keep(self, stage: Stage) -> None:
-        """Drop what the stage does not hold; a tied embedding stays on the first and on the last."""
+        """Drop all modules that the stage does not hold; a tied embedding stays on the first and the last stage."""
         self.stage = stage
         self.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in range(stage.first, stage.last)})
         if not stage.is_first:
@@ -170,29 +178,33 @@ class DecoderModel(nn.Module):
             self.norm = self.head = None
 
     def forward(self, batch: Batch) -> LossSum:
-        """Sum of the cross-entropies of `targets` (B, C), in nats, and of their `weights` (B, C).
+        """Weighted sum of the cross-entropies of `targets`, in nats, and sum of `weights`.
 
         Args:
-            batch: tokens, targets int64 (B, C); weights FP32 (B, C); keys int64 (B,) where dropout is on;
-                documents and positions (B, C) where sequences hold several documents. Where ranks share sequences, C
-                is this rank's tokens, sequence_positions int64 (C,) says where they lie, and mask (as
-                `layers.Attention` takes it) replaces documents.
+            batch: tokens and targets, int64 (B, C); weights, FP32 (B, C); keys, int64 (B,), needed for dropout;
+                documents and positions (B, C), if attention is limited to documents. Under context parallelism, C
+                counts this rank's tokens, sequence_positions int64 (C,) holds their positions in the sequences, and
+                mask (see `layers.attend`) replaces documents.
         """
         return self._sums(self.hidden(batch), batch)
 
     def forward_stage(self, x: Tensor | None, batch: Batch) -> Tensor | LossSum:
-        """This stage's part of `forward`; x (B, C, W), or this rank's slice, is what the stage before returned."""
+        """Run this stage's part of `forward`.
+
+        Args:
+            x: The residual stream that the previous stage returned, (B, C, W) or this rank's slice; None on the first.
+        """
         x = self._blocks(x, batch)
         return self._sums(self._normalised(x), batch) if self.stage.is_last else x
 
     def stream_shape(self, batch: Batch) -> tuple[int, ...]:
-        """(B, C, W), or of this rank's slice of the sequence."""
+        """Shape (B, C, W) of the residual stream, where C counts the positions that this rank holds."""
         sequences, positions = batch["tokens"].shape
         mine = slice(0, positions) if self.tensor is None else self.tensor.positions(positions)
         return sequences, mine.stop - mine.start, self.config.width
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits (B, C, vocabulary) in FP32, without the vocabulary's padding."""
+        """FP32 logits (B, C, vocabulary), without the padding of the vocabulary."""
         hidden, head = self._read_by_head(self.hidden(batch))
         if self.tensor is None:
             logits = F.linear(hidden, head.to(hidden.dtype))
@@ -205,7 +217,11 @@ class DecoderModel(nn.Module):
         return self._normalised(self._blocks(None, batch))
 
     def _blocks(self, x: Tensor | None, batch: Batch) -> Tensor:
-        """The residual stream after this stage's layers; x: after those of the stage before."""
+        """The residual stream after this stage's layers.
+
+        Args:
+            x: The residual stream of the previous stage; None on the first stage.
+        """
         tokens, keys = batch["tokens"], batch.get("keys")
         places = batch.get("sequence_positions")
         if places is None:
@@ -244,9 +260,10 @@ class DecoderModel(nn.Module):
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     def _read_by_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream and the head's matrix on this rank; a bias is one more column, which one more channel reads.
+        """The input of the head, and this rank's rows of the head's matrix.
 
-        muP's factor of the logits is on the stream, so that the bias is without it.
+        A bias becomes an additional column of the matrix, and the input gets an additional channel of ones. muP's
+        factor of the logits multiplies the input, so that it does not scale the bias.
         """
         head = local(self.output_weight)
         if self.config.width_factor != 1:
@@ -259,7 +276,7 @@ class DecoderModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The head's matrix (padded vocabulary, W): the token embedding's where tied."""
+        """The head's matrix (padded vocabulary, W); the token embedding if the head is tied."""
         module = self.embedding if self.head is None else self.head
         assert module is not None  # the last stage has it
         return module.weight
@@ -273,12 +290,12 @@ class DecoderModel(nn.Module):
         return self.config.tensor_plan()
 
     def initialisers(self) -> dict[str, Init]:
-        """GPT-2's rule, which serves Llama shapes too.
+        """GPT-2's rule, which is used for Llama shapes too.
 
-        Weights from a normal of std 0.02 (`init_std`), in the last layer of each branch divided by
-        sqrt(2 * layers), since that many branches add up in the residual stream (Radford et al. 2019, section
-        2.3); biases 0. GPT-2's own code draws positions at 0.01; transformers and nanoGPT at 0.02, as here.
-        muP has its factor on the matrices of the blocks.
+        Weights are normal with std `init_std`; biases are zero. In the last layer of each branch, the std is divided by
+        sqrt(2 * layers), because that many branches add up in the residual stream (Radford et al. 2019, section 2.3).
+        Learned positions use `init_std` too, as in transformers and nanoGPT; GPT-2's own code uses 0.01. Under muP,
+        the std of the blocks' matrices is scaled (see mup.py).
         """
         std, adapter = self.config.init_std, self.config.adapter
         hidden = std * math.sqrt(self.config.width_factor)
@@ -300,7 +317,7 @@ class DecoderModel(nn.Module):
     def _for_attention(
         self, batch: Batch, positions: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, Mask | None, tuple[Tensor, Tensor] | None, Mask | None]:
-        """Rotary table and mask, first of layers with full causal attention, then of those with a sliding window."""
+        """Rotary table and mask of layers with full attention, then of layers with a sliding window."""
         config = self.config
         options: dict[str, Any] = {"head_width": config.width_of_head, "dtype": self.compute_dtype}
         mask: Mask | None = batch.get("mask")

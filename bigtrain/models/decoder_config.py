@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, without torch: keys, checks, parameter and FLOP counts."""
+"""Config of a decoder-only transformer: keys, checks, parameter and FLOP counts. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Ge(1)]
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"]
 GATED: frozenset[str] = frozenset(("swiglu", "geglu"))
-"""Activations of which the MLP has a gate."""
+"""Activations that make the MLP gated."""
 
 TENSOR_PLAN: dict[str, TensorRole] = {
     "embedding.weight": "vocab",
@@ -37,18 +37,20 @@ TENSOR_PLAN: dict[str, TensorRole] = {
     "layers.*.mlp.down.weight": "row",
     "*": "whole",
 }
-"""Heads, the MLP's channels and the vocabulary are split; all else is whole. The first pattern that matches counts."""
+"""Tensor parallelism splits heads, the MLP's hidden channels and the vocabulary; other parameters are not split. The
+first matching pattern applies."""
 
 
 class RopeScaling(Section):
-    """Llama 3.1's scaling of rotary wavelengths to a longer context (after its reference code)."""
+    """Llama 3.1's scaling of rotary wavelengths to a longer context, as in its reference code."""
 
     factor: Annotated[float, Ge(1)] = 8.0
     """Factor by which wavelengths longer than the original context are scaled."""
     low_freq_factor: Annotated[float, Gt(0)] = 1.0
-    """Wavelengths over original_context / low_freq_factor are scaled by the full factor."""
+    """Wavelengths above original_context / low_freq_factor are scaled by the full factor."""
     high_freq_factor: Annotated[float, Gt(0)] = 4.0
-    """Wavelengths under original_context / high_freq_factor are kept; between the two, interpolated."""
+    """Wavelengths below original_context / high_freq_factor are not scaled; between the two, the factor is
+    interpolated."""
     original_context: Positive = 8192
     """Context before the scaling, in tokens."""
 
@@ -60,7 +62,7 @@ class RopeScaling(Section):
 
 
 class DecoderConfig(ModelConfig):
-    """A decoder-only transformer; a family gives the defaults of its shape."""
+    """Keys of a decoder-only transformer; each family sets the defaults of its own shape."""
 
     takes_documents: ClassVar[bool] = True
     later_keys: ClassVar[frozenset[str]] = frozenset(
@@ -72,77 +74,77 @@ class DecoderConfig(ModelConfig):
     )
 
     layers: Positive
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     width: Positive
     """Width of the residual stream."""
     heads: Positive
-    """Query heads."""
+    """Number of query heads."""
     context: Positive
-    """Tokens of one training sequence."""
+    """Number of tokens of one training sequence."""
     kv_heads: Positive | None = None
-    """Key and value heads (grouped-query attention, Ainslie et al. 2023); null: as many as query heads."""
+    """Number of key and value heads (grouped-query attention, Ainslie et al. 2023); null: as many as query heads."""
     head_width: Positive | None = None
     """Width of one head; null: width / heads."""
     max_positions: Positive | None = None
-    """Positions that the model has; null: as many as `context`."""
+    """Maximum sequence length of the model, in tokens; null: `context`."""
     mlp: Activation = "gelu"
-    """Activation of the MLP; swiglu (SiLU) and geglu (tanh's GELU) have a gate (Shazeer 2020)."""
+    """Activation of the MLP; swiglu (SiLU) and geglu (GELU by tanh) make it gated (Shazeer 2020)."""
     mlp_width: Positive | None = None
-    """Hidden width of the MLP; null: 4 * width, or with a gate 8/3 * width rounded up to a multiple of 256."""
+    """Hidden width of the MLP; null: 4 * width, or if gated, 8/3 * width rounded up to a multiple of 256."""
     parallel_block: bool = False
     """Whether attention and MLP read the same normalised stream, and both are added to it (Wang and Komatsuzaki
     2021)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of each branch and before the head."""
+    """Normalisation of each branch, and before the head."""
     norm_eps: Annotated[float, Gt(0)] = 1e-5
-    """Added to the variance."""
+    """Added to the variance, or to the mean square of RMSNorm, for numerical stability."""
     norm_at: Literal["before", "after", "both"] = "before"
-    """Whether a branch's input is normalised, its output (OLMo 2), or both (Gemma 3)."""
+    """Where a branch is normalised: its input (before), its output (after, OLMo 2), or both (Gemma 3)."""
     norm_offset: bool = False
-    """Whether an RMSNorm multiplies by 1 + weight (Gemma), with weights of zero at first."""
+    """Whether an RMSNorm multiplies by 1 + weight (Gemma); its weights then start at zero."""
     positions: Literal["rotary", "learned"] = "rotary"
-    """Rotary (Su et al. 2021) or a learned table."""
+    """Rotary positions (Su et al. 2021), or a learned table."""
     rope_theta: Annotated[float, Gt(1)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
-    """Scaling of the rotary wavelengths."""
+    """Scaling of the rotary wavelengths to a longer context; null: none."""
     rope_local_theta: Annotated[float, Gt(1)] | None = None
-    """Base of the rotary wavelengths of layers with a sliding window, which are then not scaled; null: as others."""
+    """Base of the rotary wavelengths in layers with a sliding window, without scaling; null: as in other layers."""
     rotary_part: Annotated[float, Gt(0), Le(1)] = 1.0
-    """The part of a head's channels that is rotated, the first ones."""
+    """Fraction of a head's channels that is rotated, counted from the first channel."""
     no_rotary_every: Positive | None = None
-    """Every layer of this number and its multiples, from 1, has no positions at all (SmolLM 3); null: none."""
+    """Every n-th layer, counted from 1, has no rotary positions (SmolLM 3); null: all layers have them."""
     sliding_window: Positive | None = None
-    """Tokens that a query sees, itself included (Beltagy et al. 2020); null: all before it."""
+    """Number of tokens that a query sees, itself included (Beltagy et al. 2020); null: all up to itself."""
     full_attention_every: Positive | None = None
-    """Every layer of this number and its multiples, from 1, has no sliding window (Gemma 3); null: all have it."""
+    """Every n-th layer, counted from 1, has no sliding window (Gemma 3); null: all layers have it."""
     score_width: Positive | None = None
-    """Attention scores are divided by the square root of this; null: by that of the head's width."""
+    """Attention scores are divided by the square root of this; null: of the head's width."""
     scale_embedding: bool = False
     """Whether token embeddings are multiplied by the square root of the width (Gemma)."""
     tied: bool = False
-    """Whether the output head is the token embedding."""
+    """Whether the output head shares the matrix of the token embedding."""
     bias: bool = False
-    """Whether linear layers and LayerNorms have a bias, but not the head."""
+    """Whether linear layers and LayerNorms have a bias; for the head, see `head_bias`."""
     qkv_bias: bool = False
-    """Whether the projections to queries, keys and values have a bias, whatever `bias` is (Qwen 2)."""
+    """Whether query, key and value projections have a bias even if `bias` is false (Qwen 2)."""
     head_bias: bool = False
     """Whether the output head has a bias."""
     qk_norm: bool = False
     """Whether queries and keys are normalised (RMSNorm)."""
     qk_norm_over: Literal["head", "heads"] = "head"
-    """What `qk_norm` normalises: each head by itself, or all heads together (OLMo 2)."""
+    """Whether `qk_norm` normalises each head separately, or all heads together (OLMo 2)."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Rate of dropout after the embedding and on each branch's output (not on attention weights)."""
+    """Dropout rate after the embedding and on each branch's output, but not on attention weights."""
     init_std: Annotated[float, Gt(0), Le(1)] = 0.02
-    """Standard deviation of initial weights; in the branches' last layers divided by sqrt(2 * layers)."""
+    """Standard deviation of initial weights; divided by sqrt(2 * layers) in the last layer of each branch."""
     vocab_multiple: Positive = 1
-    """The vocabulary is padded up to a multiple of this; the padding is in the softmax, never in a sample."""
+    """The vocabulary is padded to a multiple of this. The softmax includes the padding; generated text never does."""
     adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
     """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [query, value]}; null:
     all weights are trained."""
     mup: MupConfig | None = None
-    """The maximal update parametrization (mup.py): {base_width: 256}; null: the standard one."""
+    """The maximal update parametrization (mup.py), such as {base_width: 256}; null: standard parametrization."""
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> DecoderConfig:
@@ -183,7 +185,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """See `ModelConfig.frozen`: all but the adapter's parameters are called weight or bias."""
+        """See `ModelConfig.frozen`. All parameters except an adapter's are named weight or bias."""
         return () if self.adapter is None else ("*.weight", "*.bias")
 
     def has_vocabulary_rows(self, name: str) -> bool:
@@ -203,18 +205,18 @@ class DecoderConfig(ModelConfig):
 
     @property
     def width_factor(self) -> float:
-        """muP's base width over the width: the factor of the logits, and of the learning rate of hidden matrices."""
+        """muP's base width / width: the factor of the logits, and of the learning rate of hidden matrices."""
         return 1.0 if self.mup is None else self.mup.base_width / self.width
 
     @property
     def head_factor(self) -> float:
-        """muP's base width of a head over that of this model: its root is the factor of attention's scores."""
+        """muP's base head width / head width; its square root is the factor of attention scores."""
         base = None if self.mup is None else self.mup.base_head_width
         return 1.0 if base is None else base / self.width_of_head
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a parameter, by its qualified name, is a matrix of a block: its inputs and outputs grow with the
-        width."""
+        """Whether a parameter, by its qualified name, is a matrix of a block; both its dimensions grow with the width.
+        Parameters of an adapter are not included."""
         module, _, own = name.rpartition(".")
         return own == "weight" and module.rpartition(".")[2] in TARGETS
 
@@ -223,8 +225,9 @@ class DecoderConfig(ModelConfig):
         return self.width_factor if self.is_hidden(name) else 1.0
 
     def folded(self, name: str, value: Tensor) -> Tensor:
-        """See `ModelConfig.folded`: queries, or the norm after them, take the factor of the scores, the norm before the
-        head that of the logits. A scaled embedding takes its own, which a tied head then has too."""
+        """See `ModelConfig.folded`. Query layers, or the norms of queries, absorb the factor of attention scores; the
+        norm before the head absorbs the factor of the logits. A scaled embedding absorbs its own factor, which a tied
+        head then has too."""
         embedding = math.sqrt(self.width_factor) if self.scale_embedding else 1.0
         factor = 1.0
         if name.endswith(".attention.query_norm.weight" if self.qk_norm else (".query.weight", ".query.bias")):
@@ -242,17 +245,17 @@ class DecoderConfig(ModelConfig):
 
     @property
     def rotary_width(self) -> int:
-        """Channels of a head that are rotated."""
+        """Number of channels of a head that are rotated."""
         return int(self.width_of_head * self.rotary_part)
 
     @property
     def window(self) -> int | None:
-        """The sliding window; None where no sequence is long enough to notice it."""
+        """The sliding window, in tokens; None if no sequence is longer than it."""
         return None if self.sliding_window is None or self.sliding_window >= self.context else self.sliding_window
 
     @property
     def windowed_layers(self) -> frozenset[int]:
-        """Numbers of the layers that have the sliding window, from 0."""
+        """Indices, from 0, of the layers with the sliding window."""
         if self.sliding_window is None:
             return frozenset()
         every = self.full_attention_every
@@ -260,14 +263,14 @@ class DecoderConfig(ModelConfig):
 
     @property
     def rotary_layers(self) -> frozenset[int]:
-        """Numbers of the layers that rotate queries and keys, from 0."""
+        """Indices, from 0, of the layers that rotate queries and keys."""
         every = self.no_rotary_every
         layers = range(self.layers) if self.positions == "rotary" else ()
         return frozenset(layer for layer in layers if every is None or (layer + 1) % every)
 
     @property
     def key_value_heads(self) -> int:
-        """Key and value heads."""
+        """Number of key and value heads."""
         return self.kv_heads or self.heads
 
     @property
@@ -277,7 +280,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def position_count(self) -> int:
-        """Positions that the model has."""
+        """Maximum sequence length of the model, in tokens."""
         return self.max_positions or self.context
 
     @property
@@ -288,21 +291,21 @@ class DecoderConfig(ModelConfig):
         return -(-8 * self.width // 768) * 256 if self.mlp in GATED else 4 * self.width
 
     def padded_vocab(self, vocab_size: int) -> int:
-        """Rows of the token embedding."""
+        """Number of rows of the token embedding."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """Heads stay whole, and all queries of a key's group with it.
+        """See `ModelConfig.tensor_parallel_sizes`. A rank holds complete heads, and with a key head all its queries.
 
         Raises:
-            ValueError: All heads are normalised together.
+            ValueError: `qk_norm_over` normalises all heads together.
         """
         if self.qk_norm and self.qk_norm_over == "heads":
             raise ValueError("layout.tp: model.qk_norm_over 'heads' normalises over the heads of all ranks: use tp 1")
         return {"heads": self.heads, "kv_heads": self.key_value_heads, "mlp_width": self.hidden_width}
 
     def context_parallel_heads(self) -> tuple[int, int]:
-        """All layers alike.
+        """See `ModelConfig.context_parallel_heads`; all layers have equally many heads.
 
         Raises:
             ValueError: Sequences are longer than the sliding window.
@@ -315,10 +318,11 @@ class DecoderConfig(ModelConfig):
         return self.heads, self.key_value_heads
 
     def block_costs(self, vocab_size: int) -> BlockCosts:
-        """By matmul FLOPs, and for the embedding, which has none, by parameters up to those of one block.
+        """See `ModelConfig.block_costs`. The costs of blocks and head are their matmul FLOPs.
 
-        The first stage keeps the activations of the most micro-batches, so what it holds weighs too: Llama 3
-        (Dubey et al. 2024, section 3.3.2) takes one block from the first stage and one from the last.
+        The embedding has no matmul; its cost is its parameter count relative to a block, at most 1. It matters because
+        the first stage keeps the activations of the most micro-batches: Llama 3 (Dubey et al. 2024, section 3.3.2)
+        removes one block from the first and one from the last stage.
         """
         parameters = self._layer_matmul_parameters()
         block = 6 * parameters + 12 * self.heads * self.width_of_head * self.context
@@ -332,7 +336,7 @@ class DecoderConfig(ModelConfig):
         return DecoderModel(self, vocab_size)
 
     def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by its qualified name, in the module's order; a tied head is the embedding."""
+        """The shape of each parameter, by qualified name, in the module's order; a tied head is not listed."""
         rows, width = self.padded_vocab(vocab_size), self.width
         shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (rows, width)}
         if self.positions == "learned":
@@ -350,24 +354,24 @@ class DecoderConfig(ModelConfig):
         return TENSOR_PLAN if self.adapter is None else {**self.adapter.tensor_plan(), **TENSOR_PLAN}
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Exact number of parameters, a tied head counted once."""
+        """Exact number of parameters; a tied head is counted once."""
         return self._embedding_parameters(vocab_size) + self.parameter_count_without_embeddings(vocab_size)
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the token and position embeddings; an untied head is counted."""
+        """Number of parameters without the token and position embeddings; an untied head is counted."""
         per_layer = sum(math.prod(shape) for shape in self._layer_shapes().values())
         norm = sum(math.prod(shape) for shape in self._norm_shapes("norm", self.width).values())
         head = 0 if self.tied else self.padded_vocab(vocab_size) * (self.width + self.head_bias)
         return self.layers * per_layer + norm + head
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Exact matmul FLOPs a token of a sequence of `context` tokens, forward and backward.
+        """Exact matmul FLOPs per token of a sequence of `context` tokens, forward and backward.
 
-        6 for each parameter that multiplies (2 forward, 4 backward; the head counted, embedding look-ups
-        not), plus 12 * layers * (heads * head_width) * context for attention: Chowdhery et al. 2022 (PaLM),
-        appendix B; Narayanan et al. 2021, appendix. Recomputation is not counted. Beside an adapter the frozen
-        parameters count 4 (they have no gradient of their own), the adapter's 6. A sliding window of w tokens leaves
-        w * context - w^2 / 2 of the pairs of a query and a key, which the causal figure counts.
+        They are 6 for each parameter of a matmul (2 forward, 4 backward), the head included, embedding look-ups not.
+        Attention adds 12 * layers * (heads * head_width) * context (Chowdhery et al. 2022 (PaLM), appendix B; Narayanan
+        et al. 2021, appendix). Recomputation is not counted. With an adapter, frozen parameters count 4, because they
+        need no gradient of their own, and the adapter's count 6. `causal` counts only the query-key pairs inside a
+        sliding window of w tokens: w * context - w^2 / 2 for each sequence.
         """
         head = self.padded_vocab(vocab_size) * self.width
         dense = 6 * (self.layers * self._layer_matmul_parameters() + head)

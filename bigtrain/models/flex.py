@@ -1,12 +1,12 @@
-"""Document masks as blocks: FlexAttention (Dong et al. 2024) visits only the blocks of queries and keys that meet.
+"""Document masks for FlexAttention (Dong et al. 2024), which skips blocks of queries and keys without a visible pair.
 
-A dense mask costs a byte a pair of tokens and shuts the flash kernels out. A block mask says for each pair of blocks of
-128 tokens whether none of its pairs is visible (it is not visited), all are (no mask is computed), or some (the rule is
-asked). It is worked out here from the first and last document of each block, without a dense mask and without waiting
-for the device, and it is built once a pass for all layers.
+A dense mask costs one byte per pair of tokens and excludes the flash kernels. A block mask classifies each pair of
+blocks of 128 tokens by its visible pairs of tokens: none (the block is skipped), all (no mask is computed), or some
+(the mask function is evaluated). It is computed from the first and last document of each block, without a dense mask
+and without a host synchronisation, once per forward pass for all layers.
 
-No GPU has run this code yet: on a CPU, where FlexAttention has no backward pass, its masks and its forward pass are
-compared with the dense form, and tests marked `gpu` compare both passes where there is one.
+This code has not run on a GPU yet. Tests on a CPU, where FlexAttention has no backward pass, compare its masks and its
+forward pass with the dense form. Tests marked `gpu` compare both passes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def mask_of_documents(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> Mask:
-    """What `layers.attend` takes to keep attention causal and inside documents: the one place that chooses its form.
+    """The mask for `layers.attend` that keeps attention causal and inside documents, as blocks if supported.
 
     Args:
-        documents, queries, window: As `layers.document_mask` takes them.
-        head_width: Of the attention that the mask is for.
-        dtype: Of its queries.
+        documents, queries, window: See `layers.document_mask`.
+        head_width: Width of one attention head.
+        dtype: Dtype of the queries.
     """
     count = documents.shape[1] if queries is None else len(queries)
     if serves(documents.device, dtype, head_width, count, documents.shape[1]):
@@ -49,10 +49,11 @@ def mask_of_documents(
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_width: int, queries: int, keys: int) -> bool:
-    """Whether FlexAttention is used: on CUDA, in BF16 or FP16, for heads of 16, 32, 64, 128 or 256 and whole blocks.
+    """Whether FlexAttention is used.
 
-    FP32 stays with the dense mask, since it is there for comparisons; and so do runs that must be deterministic, since
-    nobody has seen that the kernel's backward pass is.
+    It needs CUDA, BF16 or FP16, a head width of 16, 32, 64, 128 or 256, and numbers of queries and keys that are
+    multiples of `BLOCK`. FP32, which serves for comparisons, uses the dense mask. So do deterministic runs, because it
+    is not established that the kernel's backward pass is deterministic.
     """
     return (
         device.type == "cuda"
@@ -65,9 +66,10 @@ def serves(device: torch.device, dtype: torch.dtype, head_width: int, queries: i
 
 
 def block_mask(documents: Tensor, queries: Tensor | None = None, window: int | None = None) -> BlockMask:
-    """The mask that `layers.document_mask` gives for the same arguments, as blocks; lengths are multiples of BLOCK.
+    """The mask of `layers.document_mask` for the same arguments, as blocks. Lengths must be multiples of `BLOCK`.
 
-    It is right for documents in any order, and visits the fewest blocks where they ascend, as those of the loader do.
+    The mask is correct for documents in any order. It skips the most blocks if document indices ascend, as they do in
+    the loader's batches.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -95,19 +97,25 @@ def block_mask(documents: Tensor, queries: Tensor | None = None, window: int | N
 
 
 def _edges(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of each block of values (B, C), each (B, blocks)."""
+    """Minimum and maximum over each block of values (B, C), each (B, blocks)."""
     low, high = values.unflatten(1, (-1, BLOCK)).aminmax(dim=2)
     return low, high
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, int32 (B, 1, Q), and their numbers first, int32 (B, 1, Q, K)."""
+    """Number of key blocks of each query block, int32 (B, 1, Q), and the indices of key blocks, int32 (B, 1, Q, K).
+
+    The selected key blocks come first among the indices.
+
+    Args:
+        blocks: Boolean (B, Q, K), true for the selected pairs of query block and key block.
+    """
     numbers = blocks.int().argsort(dim=2, descending=True, stable=True)
     return blocks.sum(dim=2, dtype=torch.int32)[:, None], numbers.int()[:, None]
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """`layers.attend` with a block mask."""
+    """The implementation of `layers.attend` for a block mask."""
     from torch.nn.attention.flex_attention import flex_attention
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -116,8 +124,9 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) ->
     if torch.compiler.is_compiling() or not query.is_cuda:
         attended = flex_attention(*heads, **options)
     else:
-        # Uncompiled it would hold all scores, and nothing is compiled under a dispatch mode, as selective recompute
-        # sets one: so that does not see it, and computes it again.
+        # Uncompiled, flex_attention would materialise all scores. torch does not compile under a dispatch mode, which
+        # selective recompute sets, so modes are disabled here. Selective recompute then does not see the operator, and
+        # recomputes it.
         with _disable_current_modes():
             attended = _compiled()(*heads, **options)
     result: Tensor = attended.transpose(1, 2)

@@ -1,6 +1,6 @@
-"""Adapters beside the linear layers of a model of transformers, whose targets are named as peft names them.
+"""Adapters for the linear layers of a model of transformers; targets have the names that peft uses.
 
-A hook adds to a layer's output, so that the layer and its weights keep their class and their names.
+A forward hook adds the adapter's product to a layer's output, so the layer keeps its class and its parameter names.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ WHERE = "model.adapter.targets"
 
 
 def adapted_layers(model: PreTrainedModel, adapter: AdapterConfig) -> dict[str, nn.Module]:
-    """The layers that `targets` names, by qualified name: the name itself, or its end after a dot, as in peft.
+    """The layers that the adapter's `targets` name, by qualified name.
+
+    As in peft, a target is a qualified name, or its end after a dot.
 
     Raises:
-        UserError: A target names no layer, one that is not linear, or a head that is the embedding too.
+        UserError: A target matches no layer, a layer that is not linear, or a head that is tied to an embedding.
     """
     modules = dict(model.named_modules())
     linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
@@ -51,10 +53,10 @@ def adapted_layers(model: PreTrainedModel, adapter: AdapterConfig) -> dict[str, 
 
 
 def adapt(model: PreTrainedModel, adapter: AdapterConfig) -> None:
-    """Freeze the parameters of a model, and add the adapter's, which are zero until `begin`.
+    """Freeze the parameters of a model, and add the adapter's parameters, which stay zero until `begin` is called.
 
     Raises:
-        UserError: As `adapted_layers`.
+        UserError: A target is not valid; see `adapted_layers`.
     """
     layers = adapted_layers(model, adapter)
     model.requires_grad_(False)
@@ -67,7 +69,7 @@ def adapt(model: PreTrainedModel, adapter: AdapterConfig) -> None:
 
 
 def begin(model: nn.Module, adapter: AdapterConfig, seed: int) -> None:
-    """Give the adapter's parameters their first values, which no layout changes."""
+    """Initialise the adapter's parameters; the values do not depend on the layout."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if adapter.is_own(name):

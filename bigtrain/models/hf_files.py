@@ -1,4 +1,4 @@
-"""Reads a directory of Hugging Face weights (config.json, one safetensors file or numbered parts) without torch."""
+"""Reads a directory of Hugging Face weights (config.json, one or several safetensors files) without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPANIONS = (
     *(CONFIG_NAME, "generation_config.json", TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, "tokenizer.model", WORDS_NAME),
     *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
-"""Files that belong to weights: their config and the files of their tokenizer."""
+"""Files that accompany weights: configs and the files of the tokenizer."""
 INDEX_NAME = f"{ONE_FILE}.index.json"
 MAX_JSON_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
@@ -38,30 +38,30 @@ _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte)\.weight")
 _NORM = re.compile(r"(?<=LayerNorm\.)(weight|bias)$")
 _OLDER = {"weight": "gamma", "bias": "beta"}
 _NO_PARAMETERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
-"""Constants that older files hold as tensors."""
+"""Names of constants that older files store as tensors; they are ignored."""
 
 
 @dataclass(frozen=True)
 class HfFiles:
-    """What lies in such a directory, by its headers; no weight is read."""
+    """The content of a directory of Hugging Face weights, read from config.json and file headers, without weights."""
 
     directory: Path
     config: dict[str, Any]
     files: Mapping[str, str]
-    """The file of each tensor."""
+    """Name of the file that contains each tensor, by tensor name."""
     shapes: Mapping[str, tuple[int, ...]]
 
     @staticmethod
     def is_one(directory: Path) -> bool:
-        """Whether a directory looks like one of Hugging Face weights."""
+        """Whether a directory contains config.json and safetensors files."""
         return (directory / CONFIG_NAME).is_file() and any(directory.glob("*.safetensors"))
 
     @classmethod
     def open(cls, directory: Path) -> HfFiles:
-        """Read config and headers.
+        """Read config.json and the headers of all safetensors files.
 
         Raises:
-            UserError: Something is missing or damaged.
+            UserError: A file is missing or damaged.
         """
         config = read_object(directory / CONFIG_NAME)
         names = _part_names(directory)
@@ -74,26 +74,27 @@ class HfFiles:
         return cls(directory.resolve(), config, files, shapes)
 
     def place(self, name: str) -> str | None:
-        """The name under which a tensor is stored: a base model's files omit the first part of it.
+        """The name under which a tensor is stored here; None if it is not.
 
-        A norm's weight and bias were once called gamma and beta.
+        Files of a base model omit the first component of the name. Older files name the weight and bias of a norm gamma
+        and beta. A tied embedding may be stored under the name of the head.
         """
         older = _NORM.sub(lambda found: _OLDER[found[0]], name)
         for one in (name, older):
             short = one.partition(".")[2]
             if one in self.files or short in self.files:
                 return one if one in self.files else short
-        # One matrix may serve as embedding and head; a file holds it under either name.
+        # A tied matrix may be stored under the name of the embedding or of the head.
         is_embedding = _EMBEDDING.fullmatch(name) is not None
         return HEAD_NAME if is_embedding and HEAD_NAME in self.files and self._is_tied else None
 
     def places(self, place: HfTensor) -> list[str] | None:
-        """The names under which all tensors that make up a parameter are stored; None where one is not here."""
+        """The stored names of all tensors that make up a parameter; None if a tensor is missing."""
         found = [stored for name in place.names if (stored := self.place(name)) is not None]
         return found if len(found) == len(place.names) else None
 
     def shape_of(self, place: HfTensor) -> tuple[int, ...] | None:
-        """The shape of a parameter as it is stored here; None where it is not."""
+        """The shape of a parameter according to its stored tensors; None if a tensor is missing."""
         stored = self.places(place)
         return None if stored is None else place.shape_of(*(self.shapes[name] for name in stored))
 
@@ -105,19 +106,19 @@ class HfFiles:
             return bool(self.config.get("tie_word_embeddings"))
 
     def file_hashes(self, names: list[str]) -> dict[str, str]:
-        """The hash of each of these files; reads all of their bytes."""
+        """The content hash of each of these files, which are read completely."""
         return {name: hash_file(self.directory / name) for name in names}
 
     @property
     def all_files(self) -> list[str]:
-        """config.json and the files with weights, in a fixed order."""
+        """Names of config.json and of the files with weights, in a fixed order."""
         return [CONFIG_NAME, *sorted(set(self.files.values()))]
 
     def keys(self) -> dict[str, Any]:
-        """The section `model` that builds this shape.
+        """The keys of `model` that build a model of this shape.
 
         Raises:
-            UserError: bigtrain has no model of its kind.
+            UserError: bigtrain has no model of this type, or its family lacks a feature that config.json requires.
         """
         family = self._family
         stated = self._stated
@@ -147,14 +148,14 @@ class HfFiles:
 
     @cached_property
     def _stated(self) -> dict[str, Any]:
-        """config.json, with the id of the mask token where the family needs it and only the tokenizer tells it."""
+        """config.json; for a family that masks tokens, with the mask token's id from the tokenizer if it lacks one."""
         if not self._family.hides_tokens or "mask_token_id" in self.config:
             return self.config
         found = mask_token(self.directory)
         return self.config if found is None else {**self.config, "mask_token_id": found}
 
     def _padding(self) -> dict[str, int]:
-        """`vocab_multiple`, where the embedding has more rows than the tokenizer beside the weights has tokens."""
+        """The key `vocab_multiple`, if the embedding has more rows than the directory's tokenizer has tokens."""
         rows = next((shape[0] for name, shape in self.shapes.items() if _EMBEDDING.fullmatch(name)), 0)
         rows = rows or self.shapes.get(HEAD_NAME, (0,))[0]
         path = self.directory / TOKENIZER_NAME
@@ -170,14 +171,18 @@ class HfFiles:
         return {"vocab_multiple": next(usual, rows)}
 
     def check_fit(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, HfTensor]:
-        """The places of the parameters named in `shapes`, which must be here in these shapes.
+        """Check that the weights fit a model.
 
         Args:
-            config: The model's.
-            shapes: Of the parameters that are to be read, by qualified names.
+            config: Config of the model.
+            shapes: Shapes of the parameters to be read, by qualified name.
+
+        Returns:
+            `config.hf_names()`: the position of each parameter in the weights, by qualified name.
 
         Raises:
-            UserError: A tensor is missing, has another shape, or is not a parameter of the model.
+            UserError: A tensor is missing, has another shape, or is not a parameter of the model; or a key of `model`
+                differs from config.json.
         """
         try:
             names = config.hf_names()
@@ -211,7 +216,11 @@ class HfFiles:
         return names
 
     def _check_numbers(self, config: ModelConfig, own_head: bool) -> None:
-        """Check the constants that no shape shows, such as `norm_eps`: they change what the same weights compute."""
+        """Check constants that do not appear in any shape, such as `norm_eps`, but change what the model computes.
+
+        Args:
+            own_head: Whether a head of the model may be initialised instead of read, so that `tied` may differ.
+        """
         if config.follows_mup:
             raise ValueError("model.mup has constants that these weights were not trained with: remove model.mup")
         hf = self._family.from_hf_config(self._stated)
@@ -228,14 +237,14 @@ class HfFiles:
 
 
 def copy_companions(directory: Path, place: Path) -> None:
-    """Copy `COMPANIONS` into another directory."""
+    """Copy the files of `COMPANIONS` that exist into another directory."""
     for name in COMPANIONS:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, place / name)
 
 
 def digest(hashes: Mapping[str, str]) -> str:
-    """One hash of the hashes of several files."""
+    """One hash over the names and hashes of several files."""
     listed = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
     return hash_text(listed)
 
@@ -266,10 +275,10 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The one JSON object of a file.
+    """Read a file that contains one JSON object.
 
     Raises:
-        UserError: It is missing, too large, or holds something else.
+        UserError: The file is missing, too large, or contains no JSON object.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -285,7 +294,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def mask_token(directory: Path) -> int | None:
-    """The id of the mask token of the tokenizer that lies beside weights; None where there is none.
+    """The id of the mask token of the tokenizer in a directory; None if there is no tokenizer or no mask token.
 
     Raises:
         UserError: The tokenizer's files are damaged.
@@ -309,7 +318,7 @@ def mask_token(directory: Path) -> int | None:
 
 
 def _fix_shape(stored: tuple[int, ...], wanted: tuple[int, ...], hides_tokens: bool) -> str:
-    """What to do about a parameter whose stored shape is another one."""
+    """Advice for a parameter whose stored shape differs from the shape of the model."""
     if hides_tokens and stored[1:] == wanted[1:]:
         return (
             "These are rows of the vocabulary (vocab_size of config.json): pack the data with the tokenizer of the "

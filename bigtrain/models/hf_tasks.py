@@ -1,6 +1,6 @@
-"""What a Hugging Face model learns from a batch of tokens, and the sum of its losses.
+"""Training tasks of Hugging Face models: inputs and targets made from a batch of tokens, and the sum of losses.
 
-Shapes: B sequences of C tokens; S of them are the source of a sequence-to-sequence model.
+Shapes: B sequences of C tokens; for a sequence-to-sequence model, the first S tokens are the source.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ _CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 _HIDING = 1
-"""The place of the draw that hides tokens, among those that `models.random` knows by number."""
+"""The argument `layer` of `random.keep_mask` for the draw that masks tokens."""
 
 
 class Example(NamedTuple):
-    """A micro-batch as its task reads it."""
+    """The inputs and targets that a task makes from a micro-batch."""
 
     arguments: dict[str, Tensor]
-    """What the model is called with."""
+    """Keyword arguments of the model's forward pass."""
     targets: Tensor
-    """int64 (B, T), what its logits (B, T, V) are to name."""
+    """int64 (B, T), the tokens that the logits (B, T, V) must predict."""
     weights: Tensor
-    """FP32 (B, T)."""
+    """FP32 (B, T), weight of each target in the loss."""
 
 
 def examples(config: Config, batch: Batch) -> Example:
-    """The task of `config` on a micro-batch of `tokens`, `targets`, `weights` (B, C) and `keys` (B,).
+    """Apply the task of `config` to a micro-batch of `tokens`, `targets`, `weights` (B, C) and `keys` (B,).
 
-    causal: position i names token i + 1, as the batch says.
+    causal: position i predicts token i + 1, which is the batch's target.
 
-    masked: each token is hidden with probability `masked`, sampled from its sequence's key, so alike in every layout.
-    All hidden tokens become the mask token, and only they have a loss (Devlin et al. 2019; Wettig et al. 2023 show
-    that none of them need stay or become other tokens). The batch's last target is not an input and is not used.
+    masked: each token is masked with probability `masked`. The draw depends on the key of its sequence, so it is the
+    same in every layout. All masked tokens become the mask token, and only they have a loss (Devlin et al. 2019;
+    Wettig et al. 2023 show that it is not necessary to keep or replace some of them). The batch's last target is not
+    an input and is not used.
 
-    seq2seq: the encoder reads the first S tokens, the decoder names those that follow, the last target too: the
-    prefix language modelling of Raffel et al. 2020, section 3.2.3.
+    seq2seq: the encoder reads the first S tokens, and the decoder predicts the tokens after them, including the last
+    target. This is the prefix language modelling of Raffel et al. 2020, section 3.2.3.
 
     Raises:
-        UserError: The batch comes with masks of documents.
+        UserError: The batch has a document mask.
     """
     if "documents" in batch:
         raise UserError(
@@ -67,12 +68,13 @@ def examples(config: Config, batch: Batch) -> Example:
         )
     tokens, targets, weights = batch["tokens"], batch["targets"], batch["weights"]
     if config.task == "causal":
-        # Padding comes last, so what counts never looks at it.
+        # Padding comes last, so tokens with a loss never see it.
         return Example({"input_ids": tokens}, targets, weights)
-    # Token i is the target of position i - 1 and counts as it does; the first one counts where anything does.
+    # Token i is the target of position i - 1 and has that target's weight. The first token, which is no target, has
+    # the weight of the second.
     of_tokens = torch.cat([weights[:, :1], weights[:, :-1]], dim=1)
     seen = of_tokens > 0
-    # A sequence of padding alone (a filler) looks at its first token: attention to nothing would be NaN.
+    # A filler sequence, which is only padding, sees its first token: attention over no keys would give NaN.
     seen[:, 0] = True
     if config.task == "masked":
         hidden = ~keep_mask(torch.Size([*tokens.shape, 1]), config.masked, batch["keys"], _HIDING)[..., 0]
@@ -94,10 +96,11 @@ def examples(config: Config, batch: Batch) -> Example:
 
 
 def loss_sum(model: nn.Module, example: Example, router: RouterLoss | None = None) -> LossSum:
-    """Sums of losses, in nats, and of weights; transformers' own losses are means and not used.
+    """Weighted sum of cross-entropies, in nats, and sum of weights. The losses of transformers are means, so they are
+    not used.
 
     Args:
-        router: What is added in training to keep experts in balance; an evaluation has the cross-entropy alone.
+        router: Load-balancing loss of the experts, added in training; an evaluation uses only the cross-entropy.
     """
     balance = router is not None and model.training
     more = {"output_router_logits": True} if balance else {}
@@ -115,14 +118,14 @@ def loss_sum(model: nn.Module, example: Example, router: RouterLoss | None = Non
 
 
 class RouterLoss(NamedTuple):
-    """The loss that balances experts (Fedus et al. 2021, eq. 4), as transformers computes it over a whole batch."""
+    """The load-balancing loss of experts over the global batch (Fedus et al. 2021, eq. 4), as in transformers."""
 
     coefficient: float
     experts_per_token: int
 
     @classmethod
     def of(cls, shape: PretrainedConfig) -> RouterLoss | None:
-        """The router loss of a config with `output_router_logits` and a coefficient; else None."""
+        """The router loss of a transformers config; None if it has no coefficient or no `output_router_logits`."""
         coefficient = getattr(shape, "router_aux_loss_coef", None)
         chosen = getattr(shape, "num_experts_per_tok", None)
         if not coefficient or chosen is None or not getattr(shape, "output_router_logits", False):
@@ -130,13 +133,15 @@ class RouterLoss(NamedTuple):
         return cls(float(coefficient), int(chosen))
 
     def share(self, logits: tuple[Tensor, ...], sequences: int, weight: Tensor) -> Tensor:
-        """What this rank's tokens add to the sum of losses.
+        """This rank's contribution to the sum of losses.
 
-        The shares of all ranks add up to coefficient * loss * (sum of all weights): how often an expert is chosen is
-        counted over the global batch.
+        The contributions of all ranks add up to coefficient * loss * (sum of all weights). How often each expert is
+        chosen is counted over the global batch.
 
         Args:
-            logits: Of each layer's router, (sequences * C, experts).
+            logits: Router logits of each layer, (sequences * C, experts).
+            sequences: Number of sequences in the micro-batch, fillers included.
+            weight: FP32 scalar, the sum of weights of the micro-batch.
         """
         own = real_rows(sequences)
         of_tokens = torch.cat([layer[: len(layer) // sequences * own] for layer in logits]).float().softmax(-1)
@@ -149,19 +154,20 @@ class RouterLoss(NamedTuple):
 
 
 def auto_class(task: Task) -> Any:
-    """transformers' class that knows the models of a task."""
+    """The auto class of transformers for a task, such as AutoModelForCausalLM."""
     return getattr(transformers, _CLASSES[task])
 
 
 def check_task(config: Config, shape: PretrainedConfig) -> None:
-    """Refuse a task that the model was not made for.
+    """Check that the model supports its task.
 
     Raises:
-        UserError: transformers has no such model for the task; or one that sees the token it is to name.
+        UserError: transformers has no model of this type for the task, or the model would see the token that it must
+            predict, or a config for seq2seq has no `decoder_start_token_id`.
     """
     able = [task for task in _CLASSES if type(shape) in auto_class(task)._model_mapping]  # type: ignore[arg-type]
     if "masked" in able and "causal" in able and not getattr(shape, "is_decoder", False):
-        # An encoder that can be turned into a decoder: as it is, each token sees those after it.
+        # An encoder that could be configured as a decoder: as configured, each token sees the tokens after it.
         able.remove("causal")
     if config.task not in able:
         raise UserError(
@@ -178,10 +184,10 @@ def check_task(config: Config, shape: PretrainedConfig) -> None:
 
 
 def load(config: Config) -> PreTrainedModel:
-    """The model with its weights in FP32, every dropout 0.
+    """Load the model with its weights in FP32 and without dropout; an adapter's parameters are zero.
 
     Raises:
-        UserError: The file lacks parameters.
+        UserError: The weights lack parameters of the model.
     """
     transformers.utils.logging.disable_progress_bar()
     model, info = auto_class(config.task).from_pretrained(
@@ -209,16 +215,17 @@ def load(config: Config) -> PreTrainedModel:
 
 
 def flops(config: Config, model: PreTrainedModel) -> Flops:
-    """Forward and backward matmul FLOPs a token of the sequence.
+    """Matmul FLOPs per token of the sequence, forward and backward.
 
-    6 a matmul parameter and token that it multiplies, 4 where it is frozen; 12 a channel of attention and pair of
-    tokens. Of a sequence-to-sequence model a token is either source or target; cross-attention's keys and values are
-    counted once a target. `Flops.unknown()` of other models.
+    They are 6 per matmul parameter and token that it multiplies, or 4 if the parameter is frozen, and 12 per channel of
+    attention and pair of tokens. In a sequence-to-sequence model, a token is either source or target; the keys and
+    values of cross-attention are counted once per target. `Flops.unknown()` for models whose FLOPs this formula does
+    not describe.
     """
     shape = model.config.get_text_config()
     heads = getattr(shape, "num_attention_heads", None)
     if heads is None or any(parameter.ndim > 2 for parameter in model.parameters()):
-        # No attention, convolutions, or experts of which a token meets a few: the formula below does not hold for them.
+        # The formula below does not hold without attention, with convolutions, or with experts.
         return Flops.unknown()
     width = heads * (getattr(shape, "d_kv", None) or getattr(shape, "head_dim", None) or shape.hidden_size // heads)
     context, layers = config.context, shape.num_hidden_layers
@@ -237,9 +244,9 @@ def flops(config: Config, model: PreTrainedModel) -> Flops:
 
 
 def _dense(model: nn.Module, adapter: AdapterConfig | None) -> int:
-    """FLOPs of a token in the matrices that are multiplied with: of linear layers, a tied head too, not of look-ups.
+    """FLOPs per token in all matmuls with weights: linear layers and a tied head, but not embedding look-ups.
 
-    Frozen ones beside an adapter need no gradient of their own, as `DecoderConfig.flops_per_token` counts.
+    With an adapter, frozen matrices need no gradient of their own; see `DecoderConfig.flops_per_token`.
     """
     weights = (getattr(module, "weight", None) for module in model.modules() if not isinstance(module, nn.Embedding))
     numbers = sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.ndim == 2)

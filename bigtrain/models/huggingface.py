@@ -1,4 +1,4 @@
-"""Conversion between bigtrain's state dict and a Hugging Face model's: names and tensor layouts."""
+"""Conversion of names and tensor layouts between the state dicts of bigtrain and of Hugging Face models."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Where a parameter of bigtrain lies in a Hugging Face state dict."""
+    """Position of a bigtrain parameter in a Hugging Face state dict."""
 
     name: str
     transposed: bool = False
-    """Whether it is stored (in, out), as GPT-2's Conv1D does."""
+    """Whether the tensor is stored as (in, out), as in GPT-2's Conv1D."""
     part: tuple[int, int] = (0, 1)
-    """(i, n): it is the i-th of n equal parts along the output dimension."""
+    """(i, n): the parameter is the i-th of n equal parts of the stored tensor along the output dimension."""
     below: tuple[str, ...] = ()
-    """Stored tensors of the same shape whose rows follow: the parameter is all of them, one below the other."""
+    """Names of further stored tensors of the same shape; the parameter is the concatenation of all along dim 0."""
     padding: tuple[float, ...] = ()
-    """Rows (of a vector) that the stored tensor has below the parameter's; they are not read."""
+    """Values at the end of a stored vector that the parameter does not have; they are written, but not read."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All stored tensors that make up the parameter, in order."""
+        """Names of all stored tensors that make up the parameter, in order."""
         return (self.name, *self.below)
 
     def shape_of(self, *stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the parameter, given those of its stored tensors (`names`)."""
+        """The shape of the parameter, given the shapes of its stored tensors in the order of `names`."""
         shapes = [shape[::-1] if self.transposed else shape for shape in stored]
         rows = sum(shape[0] for shape in shapes) - len(self.padding)
         return (rows // self.part[1], *shapes[0][1:])
 
     def index(self, offset: tuple[int, ...], sizes: tuple[int, ...], rows: int) -> tuple[slice, ...]:
-        """Where a rectangle of the parameter, which has `rows` rows in all, lies in the stored tensor."""
+        """Slices of the stored tensor that hold a rectangle of the parameter.
+
+        Args:
+            offset: Index of the rectangle's first element, in each dimension of the parameter.
+            sizes: Shape of the rectangle.
+            rows: Number of rows of the full parameter.
+        """
         first = offset[0] + self.part[0] * rows
         cut = (
             slice(first, first + sizes[0]),
@@ -46,10 +52,10 @@ class HfTensor:
 
 
 def require(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a config.json whose value for a key is not the one that this family supports.
+    """Check that a config.json has the values that the family supports; a missing key is accepted.
 
     Raises:
-        ValueError: Names the key, its value, and the supported value.
+        ValueError: A key has another value.
     """
     for key, value in expected.items():
         found = hf.get(key, value)
@@ -58,7 +64,7 @@ def require(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a Hugging Face state dict to bigtrain's names. Tensors may share memory with `state`.
+    """Convert a Hugging Face state dict to bigtrain's names and layouts. Tensors may share memory with `state`.
 
     Raises:
         KeyError: `state` lacks a tensor.
@@ -75,7 +81,7 @@ def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[
 
 
 def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a bigtrain state dict to Hugging Face's names: the inverse of `from_hf`."""
+    """Convert a bigtrain state dict to Hugging Face's names and layouts: the inverse of `from_hf`."""
     import torch
 
     parts: dict[HfTensor, dict[int, Tensor]] = {}
@@ -89,6 +95,6 @@ def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[st
             rows.append(rows[0].new_tensor(target.padding))
         tensor = torch.cat(rows)
         for name, part in zip(target.names, tensor.chunk(len(target.names)), strict=True):
-            own = part.clone() if target.below else part  # a file's tensors share no memory
+            own = part.clone() if target.below else part  # tensors of one file must not share memory
             hf[name] = (own.t() if target.transposed else own).contiguous()
     return hf

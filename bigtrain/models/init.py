@@ -1,7 +1,7 @@
-"""Initial weights that do not depend on the layout: sampled in blocks of rows, each by a generator of its own.
+"""Initial weights that do not depend on the layout: they are sampled in blocks of rows, each with its own generator.
 
-Block b of a parameter comes from a CPU generator seeded by a hash of (seed, qualified name, b), so a rank
-samples only the blocks that its shard overlaps, and any sharding yields the same numbers.
+Block b of a parameter comes from a CPU generator seeded with a hash of (seed, qualified name, b). So a rank samples
+only the blocks that its shard overlaps, and any sharding yields the same values.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ ROWS_PER_BLOCK = 256
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a parameter a plain tensor is, where the rest lies on other ranks."""
+    """Which part of a full parameter a plain tensor holds; other ranks hold the rest."""
 
     shape: tuple[int, ...]
     """Shape of the full (unsharded) parameter."""
     offset: tuple[int, ...]
-    """Where the part begins in it."""
+    """Index, in each dimension of the full parameter, at which the part begins."""
     local_shape: tuple[int, ...]
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Part:
-        """All of it."""
+        """A part that is the full parameter."""
         return cls(tuple(shape), (0,) * len(shape), tuple(shape))
 
 
 def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = None) -> None:
-    """Give every parameter of a `contract.Model` its first value, in place; plain tensors and DTensors.
+    """Initialise every parameter of a `contract.Model` in place; parameters may be plain tensors or DTensors.
 
     Args:
-        parts: The plain tensors, by qualified name, that are parts of larger ones.
+        parts: By qualified name, the parameters that are plain tensors but hold only a part of the full parameter.
 
     Raises:
-        ValueError: A parameter without a rule, or a rule without a parameter.
+        ValueError: A parameter has no rule, or a rule has no parameter.
     """
     rules = cast(Model, model).initialisers()
     parameters = dict(model.named_parameters())
@@ -60,12 +60,13 @@ def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = N
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int, *, values: bool = True) -> None:
-    """Give a module its first values on `device`, in place: its own where it has them, else those of its rules.
+    """Move a module to `device` and initialise it, in place.
 
-    Holders of one parameter keep sharing it.
+    A module that already has values, with no parameter on the meta device, keeps them. Otherwise the module's rules
+    initialise all parameters. Tied parameters stay tied.
 
     Args:
-        values: Whether parameters get their first values; False leaves fake tensors, which have none, as they are.
+        values: Whether parameters are initialised; False is for fake tensors, which have no values.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.to(device)
@@ -83,12 +84,12 @@ def materialise(model: nn.Module, device: torch.device, seed: int, *, values: bo
 
 
 def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: Init, seed: int, name: str) -> None:
-    """Give one part of a parameter its first values, in place.
+    """Initialise one part of a parameter in place.
 
     Args:
-        part: A plain tensor, the values of the parameter that begin at `offset`.
+        part: A plain tensor that holds the part of the parameter that begins at `offset`.
         shape: Shape of the full (unsharded) parameter.
-        name: Its qualified name.
+        name: Qualified name of the parameter.
     """
     if isinstance(rule, Normal):
         _fill_normal(part, offset, shape, rule.std, seed, name)
@@ -97,13 +98,13 @@ def fill(part: Tensor, offset: tuple[int, ...], shape: tuple[int, ...], rule: In
 
 
 def block_seed(seed: int, name: str, block: int) -> int:
-    """The 63-bit seed of one block of rows. (The CPU generator of torch 2 uses the lower 32 of them.)"""
+    """The 63-bit seed of one block of rows. (The CPU generator of torch 2 uses only the lower 32 bits.)"""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The part of a parameter that lies on this rank, and where it begins in the whole."""
+    """This rank's part of a parameter, and the index in each dimension of the full parameter at which it begins."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -1,10 +1,12 @@
-"""The parts of a transformer.
+"""The layers of a transformer.
 
-Parameters are stored in FP32. Every layer casts its weights to the dtype of its input (`weight.to(x.dtype)`),
-which costs nothing in FP32 and where FSDP has cast them already, so one code serves every precision. They compute on
-the part of a weight that lies on this rank (`local`); what is exchanged between ranks that share a weight goes through
-`enter` and `leave`, which `parallel.tensor` sets and which are None otherwise; between ranks that share a sequence,
-through `Attention.attend`, which `parallel.context` sets.
+Parameters are stored in FP32. Every layer casts its weights to the dtype of its input (`weight.to(x.dtype)`), so the
+same code runs in every precision. The cast is free in FP32, and when FSDP has already cast the weights.
+
+Layers compute on the part of a weight that this rank holds (`local`). Ranks that split a weight (tensor parallelism)
+communicate through `enter` and `leave`, which `parallel.tensor` sets and which are None otherwise. Ranks that share
+a sequence (context parallelism) communicate through `Attention.attend`, which `parallel.context` replaces.
+
 Shapes: B sequences, C tokens, W width, H heads, D width of a head.
 """
 
@@ -26,15 +28,15 @@ if TYPE_CHECKING:
 
 
 Exchange = Callable[[Tensor], Tensor]
-"""An exchange of activations (B, C, ...) between ranks."""
+"""A function that communicates activations (B, C, ...) between ranks."""
 
 
 Mask = Union[Tensor, "BlockMask"]
-"""What `attend` takes."""
+"""A mask as `attend` accepts it: dense, or as blocks."""
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that lies on this rank: all of it, unless ranks share it."""
+    """The part of a parameter that this rank holds: the full parameter, unless it is sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -44,17 +46,18 @@ def cast(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class Branch(nn.Module):
-    """A module that takes the residual stream (B, C, W) and gives what is added to it."""
+    """A module that reads the residual stream (B, C, W) and returns what is added to it."""
 
     enter: Exchange | None = None
-    """From this rank's part of the stream to what its columns take; once for all layers that read it."""
+    """Under tensor parallelism: turns this rank's residual stream into the input of its column-split layers. It is
+    applied once for all layers that read the stream."""
 
 
 class Linear(nn.Linear):
     """x (..., in) -> (..., out), with the matmul in the dtype of x."""
 
     leave: Exchange | None = None
-    """Where ranks share the inputs: from this rank's part of the product to the sum."""
+    """If ranks split the layer's inputs: sums the partial products of all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
@@ -73,16 +76,16 @@ class Embedding(nn.Embedding):
     """Indices (...) -> rows of the table (..., width)."""
 
     first_row: int = 0
-    """Where this rank's part of the rows begins."""
+    """Index of the first row that this rank holds."""
     leave: Exchange | None = None
-    """Where ranks share the rows: from the rows found on this rank, zeros elsewhere, to the sum."""
+    """If ranks split the rows: sums the look-ups of all ranks, which are zero for rows of other ranks."""
 
     def forward(self, indices: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        """Look the rows up, in `dtype` before ranks exchange them: a row and zeros have the same sum in any.
+        """Look up rows in `dtype`. The cast comes before the sum over ranks: a row plus zeros is exact in any dtype.
 
-        A row's gradient is a sum over all its occurrences. A GPU takes it in FP32 whatever the dtype, but a CPU takes
-        it in the table's: in BF16, where FSDP has cast the table, a frequent token's would stop growing (measured: 6 %
-        off for 4,096 tokens of a vocabulary of 61, against 0.3 %).
+        On a CPU the look-up uses an FP32 table. The gradient of a row is the sum over all its occurrences, which a GPU
+        accumulates in FP32 but a CPU in the table's dtype. In BF16, if FSDP has cast the table, the gradient of a
+        frequent token would stop growing. Measured for 4,096 tokens of a vocabulary of 61: 6 % error, against 0.3 %.
         """
         table = local(self.weight)
         if table.device.type == "cpu":
@@ -102,7 +105,7 @@ class RMSNorm(nn.Module):
     """RMS normalisation over the last dimension (Zhang and Sennrich 2019); statistics in FP32.
 
     Args:
-        offset: What is added to the weight: 1 in Gemma, whose weights begin at zero.
+        offset: Added to the weight; 1 in Gemma, whose norm weights start at zero.
     """
 
     def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
@@ -111,7 +114,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; the result has its dtype."""
+        """Normalise x; the result has the dtype of x."""
         weight = local(self.weight)
         weight = weight + self.offset if self.offset else weight
         return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
@@ -127,14 +130,14 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x; the result has its dtype."""
+        """Normalise x; the result has the dtype of x."""
         return F.layer_norm(x, self.weight.shape, cast(self.weight, x), cast(self.bias, x), self.eps)
 
 
 def rotary_frequencies(head_width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Radians a position for each pair of channels: FP32 (head_width / 2,).
+    """Rotation angle per position of each channel pair, in radians: FP32 (head_width / 2,).
 
-    Su et al. 2021, section 3.2.2; the scaling of long wavelengths as in Llama 3.1's reference code.
+    Su et al. 2021, section 3.2.2. Long wavelengths are scaled as in Llama 3.1's reference code.
     """
     exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
     frequencies = 1.0 / theta**exponents
@@ -153,9 +156,9 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + R/2) of x (B, C, H, D), in FP32: the channel order of Hugging Face's Llama.
+    """Rotate the channel pairs (i, i + R/2) of x (B, C, H, D), in FP32, in the channel order of Hugging Face's Llama.
 
-    R is twice the width of the table; channels from R on stay as they are.
+    R, the number of rotated channels, is twice the last dimension of the tables. Channels from R on stay unchanged.
     """
     cos, sin = table
     rest = x[..., 2 * cos.shape[-1] :]
@@ -165,12 +168,12 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def document_mask(documents: Tensor, queries: Tensor | None = None, window: int | None = None) -> Tensor:
-    """Boolean (B, 1, Q, C), true where a query may see a key: not later, and in the same document.
+    """Boolean (B, 1, Q, C), true where the key is in the query's document and not later than the query.
 
     Args:
-        documents: (B, C), the number of each token's document inside its sequence.
+        documents: (B, C), index of each token's document inside its sequence.
         queries: int64 (Q,), the positions of the queries; None: all positions.
-        window: Tokens that a query sees at the most, itself included.
+        window: Maximum number of tokens that a query sees, itself included; None: no limit.
     """
     places = torch.arange(documents.shape[1], device=documents.device)
     queries = places if queries is None else queries
@@ -180,16 +183,19 @@ def document_mask(documents: Tensor, queries: Tensor | None = None, window: int 
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask | None, bool], Tensor]
-"""`attend`, or what stands in its place where ranks share each sequence."""
+"""Type of `attend`, and of the function that replaces it under context parallelism."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None, causal: bool = True) -> Tensor:
-    """What each query (B, Q, H, D) gathers from keys and values (B, K, H or a divisor of H, D): as `query`.
+    """Attention of queries (B, Q, H, D) over keys and values (B, K, H or a divisor of H, D).
 
     Args:
-        mask: Boolean (B, 1, Q, K), true where attention is allowed, or blocks of it (`flex.block_mask`); it replaces
-            the causal mask.
-        causal: Whether, without a mask, query i sees the keys up to the i-th alone.
+        mask: Boolean (B, 1, Q, K), true where attention is allowed, or a block mask (`flex.block_mask`). A mask
+            replaces the causal mask.
+        causal: Whether, without a mask, query i sees only the keys 0 to i.
+
+    Returns:
+        A tensor of the shape of `query`.
     """
     if mask is not None and not isinstance(mask, Tensor):
         from bigtrain.models.flex import attend_blocks
@@ -207,10 +213,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None, 
 
 
 class Attention(Branch):
-    """Multi-head attention with `kv_heads` shared by groups of query heads (Ainslie et al. 2023)."""
+    """Multi-head attention in which groups of query heads share a key and value head (Ainslie et al. 2023)."""
 
     attend: Attend = staticmethod(attend)
-    """From queries, keys and values of this rank's tokens to what they gather; `parallel.context` sets another."""
+    """The attention function, applied to this rank's queries, keys and values; `parallel.context` replaces it."""
 
     def __init__(
         self,
@@ -226,13 +232,13 @@ class Attention(Branch):
         qk_norm_over_heads: bool = False,
         score_width: float | None = None,
     ) -> None:
-        """Make the layers.
+        """Create the layers.
 
         Args:
-            qkv_bias: Whether query, key and value have a bias where the output has none.
-            qk_norm: Makes the norm of queries or keys of a width.
-            qk_norm_over_heads: Whether all heads are normalised together.
-            score_width: Scores are divided by its square root; None: by that of `head_width`.
+            qkv_bias: Whether the query, key and value layers have a bias even if `bias` is False.
+            qk_norm: Creates a norm of the given width for queries or keys; None: they are not normalised.
+            qk_norm_over_heads: Whether one norm covers all heads together; otherwise it covers each head separately.
+            score_width: Scores are divided by its square root; None: by the square root of `head_width`.
         """
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads or heads
@@ -250,11 +256,11 @@ class Attention(Branch):
         self.query_norm, self.key_norm = (None if qk_norm is None else qk_norm(one) for one in widths)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Mask | None = None) -> Tensor:
-        """Attend within x (B, C, W).
+        """Self-attention over x (B, C, W).
 
         Args:
-            rotary: A `rotary_table` that fits (B, C, H, D), or None for no rotation.
-            mask: As `attend` takes it.
+            rotary: A `rotary_table` that broadcasts to (B, C, H, D), or None for no rotation.
+            mask: The `mask` of `attend`.
         """
         if self.enter is not None:
             x = self.enter(x)
@@ -266,9 +272,10 @@ class Attention(Branch):
     def probabilities(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """How much of each key each query of x (B, C, W) takes, FP32 (B, H, C, C): softmax(Q K^T / sqrt(D)).
+        """Attention weights of the queries of x (B, C, W), FP32 (B, H, C, C): softmax(Q K^T / sqrt(D)).
 
-        Vaswani et al. 2017, eq. 1; for looking at it, since `forward` never holds it. Arguments are those of `forward`.
+        Vaswani et al. 2017, eq. 1. They serve for pictures only: `forward` never materialises them. The arguments are
+        those of `forward`.
         """
         query, key = (heads.float().transpose(1, 2) for heads in self._queries_and_keys(x, rotary))
         scores = query @ key.repeat_interleave(self.heads // self.kv_heads, 1).mT / math.sqrt(self.head_width)
@@ -277,14 +284,14 @@ class Attention(Branch):
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
 
     def _queries_and_keys(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries (B, C, H, D) and keys, as their products are taken."""
+        """Queries (B, C, H, D) and keys (B, C, kv_heads, D), normalised, rotated and scaled for the scores."""
         query, key = self._normalised(self.query(x), self.query_norm), self._normalised(self.key(x), self.key_norm)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         return (query if self.query_scale == 1 else query * self.query_scale), key
 
     def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """Heads (B, C, H, D) of joined heads (B, C, H * D), normalised."""
+        """Split x (B, C, H * D) into heads (B, C, H, D), normalised if there is a norm."""
         split = (-1, self.head_width)
         if norm is None:
             return x.unflatten(-1, split)
@@ -293,7 +300,7 @@ class Attention(Branch):
 
 
 class MLP(Branch):
-    """up, activation, down; x (..., W) -> (..., W)."""
+    """down(activation(up(x))); x (..., W) -> (..., W)."""
 
     def __init__(self, width: int, hidden_width: int, activation: str = "gelu", *, bias: bool = False) -> None:
         super().__init__()
@@ -318,7 +325,7 @@ class GatedMLP(Branch):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020); x (..., W) -> (..., W).
 
     Args:
-        activation: "swiglu" for SiLU, "geglu" for tanh's GELU.
+        activation: "swiglu" for SiLU, "geglu" for the tanh approximation of GELU.
     """
 
     def __init__(self, width: int, hidden_width: int, activation: str = "swiglu", *, bias: bool = False) -> None:

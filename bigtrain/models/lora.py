@@ -1,4 +1,4 @@
-"""The linear layer of LoRA, and the placing of adapted layers in a decoder."""
+"""The linear layer of LoRA, and the replacement of a decoder's layers by adapted ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from bigtrain.models.layers import Linear, cast, local
 class LoRALinear(Linear):
     """x (..., in) -> x W^T + bias + scale * (x A^T) B^T, with W and bias frozen.
 
-    Under tensor parallelism this rank's part of the product is added to its part of x W^T before ranks exchange
-    anything: where outputs are split, B is; where inputs are split, A is, and the sum over ranks sums both products.
+    Under tensor parallelism, each rank adds its part of the adapter's product to its part of x W^T before any
+    communication. If the layer's outputs are split, B is split. If its inputs are split, A is split, and one sum over
+    the ranks completes both products.
     """
 
     is_on: bool = True
-    """Whether the product is added; without it the layer is the frozen one."""
+    """Whether the adapter's product is added; if False, the layer computes what the frozen layer computes."""
 
     def __init__(self, linear: Linear, rank: int, scale: float) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -41,7 +42,7 @@ class LoRALinear(Linear):
 
 
 def adapt(model: nn.Module, adapter: AdapterConfig) -> None:
-    """Freeze a decoder's parameters, and put adapted layers in place of the targets."""
+    """Freeze all parameters of a decoder, and replace the target layers by adapted ones, in place."""
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits."""
+"""Cross-entropy over a large vocabulary that never materialises all logits."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from bigtrain.models.contract import Batch
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rows of a head that lie on this rank, where the ranks of a group share them."""
+    """The rows of a head that this rank holds, if a tensor-parallel group splits the vocabulary."""
 
     group: dist.ProcessGroup
     first_row: int
 
     def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The softmax over the rows of all ranks.
+        """The log softmax over the vocabulary of all ranks. Collective.
 
         Args:
-            logits: (T, V), of this rank's rows; overwritten.
-            targets: int64 (T, 1), among the rows of all ranks.
+            logits: (T, V), logits of this rank's rows; overwritten.
+            targets: int64 (T, 1), indices in the full vocabulary.
 
         Returns:
-            The log probabilities of this rank's rows (T, V); then, each (T, 1): that of the target, log Z, the target's
-            row on this rank (any, where it lies elsewhere), 1 where it lies here, 0 elsewhere, and the largest log
-            probability over the rows of all ranks.
+            The log probabilities of this rank's rows, (T, V). Then five tensors (T, 1): the target's log probability;
+            log Z; the target's index among this rank's rows (arbitrary if another rank holds it); 1 if this rank holds
+            the target, else 0; and the largest log probability over the full vocabulary.
         """
         highest = logits.amax(dim=1, keepdim=True)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
@@ -60,35 +60,33 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of cross-entropies of `targets` under the logits `hidden @ weight.T`, in nats.
 
-    The logits exist for one chunk of tokens at a time. Where gradients are needed they are formed in the
-    forward pass, chunk by chunk, so that the head is multiplied as often as in the plain form (3 matmuls) and
-    no logit is kept. Matmuls run in the dtype of `hidden`; softmax, loss and the sums over chunks in FP32, or
-    FP64 for FP64.
+    The logits exist for one chunk of tokens at a time. If gradients are needed, the forward pass computes them, chunk
+    by chunk. So no logits are stored, and the number of matmuls stays 3, as in the plain form. Matmuls run in the dtype
+    of `hidden`; softmax, loss and sums over chunks are in FP32, or FP64 for FP64. If the metric `accuracy` is
+    requested, it is recorded: the share of tokens whose target has the largest logit.
 
     Args:
         hidden: (..., W).
         weight: (V, W), in any dtype.
-        targets: int64 (...), each in [0, V), also where the weight is 0.
+        targets: int64 (...), each in [0, V), even where the weight is 0.
         weights: (...), the factor of each token's loss.
-        chunk_tokens: Tokens of one chunk; None chooses by device and V.
-        z_loss: Factor of log(Z)^2, added to each token's loss (Chowdhery et al. 2022, section 5).
-        part: Which rows of a larger matrix `weight` is, where ranks share it; `targets` count in the larger one.
-        tp: Whether the ranks of a tensor-parallel group are given the same tokens or each its part of them.
-
-    Where the metric `accuracy` is requested, it is recorded: the share of tokens whose target has the largest logit.
+        chunk_tokens: Number of tokens of one chunk; None: chosen by device and V.
+        z_loss: Factor of log(Z)^2, which is added to each token's loss (Chowdhery et al. 2022, section 5).
+        part: If ranks split the head, the rows that `weight` holds; `targets` are then indices in the full vocabulary.
+        tp: "copy" if all ranks of a tensor-parallel group get the same tokens, "part" if each gets its own part.
 
     Returns:
-        The sum, a scalar in FP32 (FP64 for FP64), equal on all ranks, and what it sums (...), which has no gradient.
-        Each gradient of the sum can be had once, in one backward pass or in two, as schedules of pipelines have it:
-        this rank's rows of that of `weight`, and for `hidden` what these rows add to it: the sum over the ranks is the
-        gradient.
+        The sum, a scalar in FP32 (FP64 for FP64), equal on all ranks; and the losses that it sums, (...), without
+        gradient. Each gradient can be computed only once, but both in separate backward passes, as pipeline schedules
+        do. With `part`, the gradient of `weight` is that of this rank's rows. The gradient of `hidden` is then a
+        partial one: its sum over the ranks is the gradient.
     """
     if chunk_tokens is None:
         chunk_tokens = chunks.chunk_tokens(weight.shape[0], hidden.device.type == "cpu")
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     right = torch.empty(targets.numel(), device=hidden.device) if wants_metric("accuracy") else None
     options = chunk_tokens, z_loss, part, needs_gradient, right
-    # Views, since autograd does not tell whether a backward pass needs a leaf's gradient.
+    # Views, because autograd does not report whether a backward pass needs the gradient of a leaf.
     views = hidden.view_as(hidden), weight.view_as(weight)
     loss, losses = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
     if right is not None:
@@ -99,11 +97,11 @@ def chunked_cross_entropy(
 def class_losses(logits: Tensor, batch: Batch) -> Tensor:
     """The cross-entropy of each sample, FP32 (B,), in nats.
 
+    If the metric `accuracy` is requested, it is recorded: the share of samples whose class has the largest logit.
+
     Args:
         logits: (B, classes).
-        batch: Holds `labels`: int64 (B,), or class probabilities (B, classes) where images are mixed; `weights` (B,).
-
-    Where the metric `accuracy` is requested, it is recorded: the share of samples whose class has the largest logit.
+        batch: Has `weights` (B,) and `labels`: int64 (B,), or class probabilities (B, classes) for mixed images.
     """
     labels = batch["labels"]
     if wants_metric("accuracy"):
@@ -161,7 +159,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logit_grad *= 1 + 2 * z_loss * log_z
             logit_grad.scatter_add_(1, index, -hits)
             logit_grad = logit_grad.to(hidden.dtype)
-            # The factors go to the narrow side of both products: W columns, not V.
+            # The factors multiply the narrow operand of both products: W columns, not V.
             factors = factors.to(hidden.dtype)
             torch.mm(logit_grad, matrix, out=hidden_grad[chunk]).mul_(factors)
             scaled = rows * factors
@@ -185,7 +183,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + left @ right, in `dtype`; the total may be changed in place."""
+    """total + left @ right, in `dtype`; `total` may be changed in place."""
     if total is None:
         return (left @ right).to(dtype)
     if left.dtype == dtype:
@@ -195,7 +193,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch
 
 
 def _handed_over(ctx: Any, place: int, grad: Tensor) -> Tensor | None:
-    """A gradient of the inputs times `grad`, in place; None where this backward pass does not need it."""
+    """A stored input gradient, multiplied by `grad` in place; None if this backward pass does not need it."""
     node = ctx.next_functions[place][0]
     if node is None or not torch._C._will_engine_execute_node(node):
         return None

@@ -20,15 +20,15 @@ class ImageConfig(ModelConfig):
     image_size: Positive
     """Height and width of an image, in pixels."""
     channels: Positive = 3
-    """Colours of a pixel."""
+    """Number of colour channels."""
     patch: Positive = 4
     """Height and width of a patch, in pixels."""
     layers: Positive = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     width: Positive = 128
     """Width of the residual stream; the MLP's hidden layer is four times as wide."""
     heads: Positive = 4
-    """Attention heads."""
+    """Number of attention heads."""
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> ImageConfig:
@@ -45,19 +45,19 @@ class ImageConfig(ModelConfig):
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch) ** 2
 
     @property
     def patch_values(self) -> int:
-        """Numbers in a patch."""
+        """Number of values in a patch, over all channels."""
         return self.patch**2 * self.channels
 
 
 def cut(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """Images (B, S, S, channels) as patches (B, T, patch * patch * channels), row after row.
+    """Cut images (B, S, S, channels) into patches (B, T, patch * patch * channels), row by row.
 
-    Bytes become -1 to 1; what `data.augment` has normalized stays as it is.
+    uint8 values are scaled to [-1, 1]; floats, which `data.augment` has already normalized, stay unchanged.
     """
     side, channels = images.shape[1] // patch, images.shape[3]
     patches = images.reshape(-1, side, patch, side, patch, channels).transpose(2, 3)

@@ -1,4 +1,4 @@
-"""What a family shows of itself: grids of images, with a text under each where it writes one, and its attention."""
+"""The pictures that a model family can show: grids of images, with captions if it writes text, and its attention."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from bigtrain.models.layers import Attention
 
 @dataclass(frozen=True)
 class Shown:
-    """What a picture is made from."""
+    """The inputs from which a family makes its pictures."""
 
     batch: Batch
     """The first held-out samples, on the network's device, with the names and shapes of the run's batches."""
     text: Callable[[Sequence[int]], str]
-    """The text of tokens, up to the end of text."""
+    """Decodes token ids into text, up to the end-of-text token."""
 
     @property
     def count(self) -> int:
-        """Samples of the batch."""
+        """Number of samples in the batch."""
         return len(self.batch["weights"])
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Images in rows."""
+    """A grid of images, filled row by row."""
 
     images: Tensor
-    """(N, channels, height, width) from 0 to 1, of 1 or 3 channels; others are clipped."""
+    """Floats (N, channels, height, width) with 1 or 3 channels. Values outside [0, 1] are clipped."""
     columns: int = 8
     captions: tuple[str, ...] = ()
-    """A text under each image; none: no text."""
+    """One caption per image, shown below it; empty: no captions."""
 
 
 def one_above_the_other(upper: Tensor, lower: Tensor, columns: int = 8) -> Picture:
-    """Pairs of images, each in the same column: a row of `upper`, below it the same row of `lower`."""
+    """A grid in which each row of `upper` images stands above the same row of `lower` images.
+
+    Args:
+        upper, lower: Equally many images, (N, channels, height, width).
+    """
     rows = zip(upper.split(columns), lower.split(columns), strict=True)
     blank = upper.new_ones((-len(upper) % columns, *upper.shape[1:]))
     filled = [torch.cat([row, blank]) if len(row) < columns else row for pair in rows for row in pair]
@@ -49,10 +53,10 @@ def one_above_the_other(upper: Tensor, lower: Tensor, columns: int = 8) -> Pictu
 
 
 def attention_of(attention: Attention, run: Callable[[], object]) -> Tensor:
-    """The mean over heads of `Attention.probabilities` (B, C, C) of a layer in a pass.
+    """Attention weights of one layer in a forward pass, averaged over heads: FP32 (B, C, C).
 
     Args:
-        run: Makes the pass.
+        run: Runs the forward pass.
     """
     found: list[Tensor] = []
 
@@ -68,11 +72,11 @@ def attention_of(attention: Attention, run: Callable[[], object]) -> Tensor:
 
 
 def beside_attention(images: Tensor, attention: Tensor) -> Picture:
-    """Each image with its attention beside it, patch by patch: brighter is more, white is the most of this image.
+    """Each image, with a map of its attention to the right. The brightest patch of an image is white.
 
     Args:
         images: (B, S, S, channels), uint8, or floats from 0 to 1.
-        attention: (B, patches) of square patches, row after row.
+        attention: (B, patches), attention to each square patch, row by row.
     """
     side = math.isqrt(attention.shape[1])
     shares = (attention / attention.amax(1, keepdim=True).clamp(min=1e-9)).view(-1, 1, side, side)

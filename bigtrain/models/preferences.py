@@ -19,10 +19,11 @@ from bigtrain.models.lora import LoRALinear
 
 
 class PreferenceModel(DecoderModel):
-    """A decoder, which is the policy, with a frozen copy of itself as the reference.
+    """A decoder, the policy, with a frozen copy of itself as the reference.
 
     Args:
-        config: The policy's. With an adapter there is no copy: the reference is the policy without the adapter.
+        config: Config of the policy. If it has an adapter, there is no copy: the reference is the policy without the
+            adapter.
         beta: Factor of the log-likelihood ratios.
     """
 
@@ -34,13 +35,13 @@ class PreferenceModel(DecoderModel):
             self.reference = DecoderModel(config, vocab_size).requires_grad_(False)
 
     def forward(self, batch: Batch) -> LossSum:
-        """Sum of the losses of pairs, in nats, and the number of pairs.
+        """Sum of the losses over pairs, in nats, and the number of pairs.
 
         Args:
-            batch: tokens, targets int64 (B, 2, C), weights FP32 (B, 2, C), one where the target belongs to an answer;
-                keys (B,). A pair without any weight does not count.
+            batch: tokens and targets, int64 (B, 2, C); weights, FP32 (B, 2, C), positive where the target belongs to an
+                answer; keys (B,). A pair whose weights are all zero does not count.
         """
-        # In FP16 weights carry the loss scale, which belongs to the pairs and not to log-likelihoods.
+        # In FP16 the weights include the loss scale. It must scale the losses of pairs, not the log-likelihoods.
         counts = batch["weights"].amax(dim=(1, 2))
         sides: Batch = {name: batch[name].flatten(0, 1) for name in ("tokens", "targets")}
         sides["weights"] = (batch["weights"].flatten(0, 1) > 0).float()
@@ -55,8 +56,8 @@ class PreferenceModel(DecoderModel):
         record_metric("reward_accuracy", (margins > 0).float(), weight=counts)
         total = losses.sum()
         if torch.is_grad_enabled():
-            # d loss / d (negative log-likelihood) is +-beta sigmoid(-margin): the factors of a weighted cross-entropy,
-            # which has the gradient of the loss and not its value.
+            # d loss / d (negative log-likelihood) is +-beta sigmoid(-margin). A cross-entropy weighted by these factors
+            # has the gradient of the loss, but another value.
             slopes = self.beta * torch.sigmoid(-margins) * counts
             factors = torch.stack((slopes, -slopes), dim=1).flatten()[:, None]
             with not_recorded():
@@ -72,18 +73,18 @@ class PreferenceModel(DecoderModel):
         return _losses(self.reference._sums(self.reference.hidden(sides), sides))
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The blocks of the reference, then those of the policy, with which a backward pass begins."""
+        """The blocks of the reference, then the blocks of the policy, where the backward pass begins."""
         reference = [] if self.reference is None else self.reference.blocks()
         return [(f"reference.{name}", block) for name, block in reference] + super().blocks()
 
     def tensor_plan(self) -> dict[str, TensorRole]:
-        """The policy's roles, for the reference too."""
+        """The tensor plan of the policy, which also applies to the reference."""
         plan = super().tensor_plan()
         return {f"reference.{pattern}": role for pattern, role in plan.items() if pattern != "*"} | plan
 
 
 def _losses(sums: LossSum) -> Tensor:
-    """Negative log-likelihoods of the answers (B, 2), of the chosen and the rejected one."""
+    """Negative log-likelihoods (B, 2) of the chosen and the rejected answer of each pair."""
     return cast(Tensor, sums.by_sequence)[:, 0].view(-1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Points and boxes that say which part of an image is meant; places are row and column from 0 to 1."""
+"""Points and boxes that prompt a segmentation model; coordinates are (row, column), relative, from 0 to 1."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def at(point: Tensor, mask: Tensor) -> Tensor:
-    """The pixels (B, S, S) of points (B, 2)."""
+    """Boolean (B, S, S), true only at the pixel that contains each point (B, 2)."""
     row, column = ((point[:, axis, None, None] * mask.shape[1]).long() for axis in (0, 1))
     number = torch.arange(mask.shape[1], device=mask.device)
     return (number[:, None] == row) & (number == column)
 
 
 def point_in(mask: Tensor) -> Tensor:
-    """A point (B, 2) drawn from each mask (B, S, S): row and column of a pixel's centre, from 0 to 1."""
+    """The centre (B, 2) of a random pixel inside each mask (B, S, S); any pixel of the image if the mask is empty."""
     side = mask.shape[1]
     inside = mask.flatten(1)
     drawn = torch.rand(inside.shape, device=mask.device) + inside.float()
@@ -23,7 +23,10 @@ def point_in(mask: Tensor) -> Tensor:
 
 
 def box_around(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last corner (B, 2) of what is in each mask (B, S, S); the image's where that is empty."""
+    """First and last corner, each (B, 2), of the bounding box of each mask (B, S, S).
+
+    If a mask is empty, they are the corners of the image.
+    """
     mask = mask | ~mask.any((1, 2), keepdim=True)
     side = mask.shape[1]
     filled = torch.stack([mask.any(2), mask.any(1)], 1).float()

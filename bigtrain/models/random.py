@@ -1,8 +1,8 @@
-"""Random bits of a forward pass that no layout changes: a hash of where a number lies, no generator's state.
+"""Random bits of a forward pass that do not depend on the layout: hashes of coordinates, without a generator's state.
 
-A bit is a function of (key of the sequence, place in the model, position, channel), and the key one of (seed,
-step, index in the global batch). So a recomputed, split or sliced activation has the same bits as the full one,
-on every device: the hash is integer arithmetic modulo 2^32 and 2^64.
+A bit is a function of (key of the sequence, number of the draw in the model, position, channel). The key is a function
+of (seed, step, index in the global batch). So a recomputed, split or sliced activation has the same bits as the full
+one. The bits are also equal on every device: the hash is integer arithmetic modulo 2^32 and 2^64.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ def dropout(
     """Zero each value with probability p and scale the others by 1 / (1 - p).
 
     Args:
-        x: (B, C, W), or a part of it: tokens at `positions`, channels from `first_channel` on.
-        keys: int64 (B,), one a sequence; needed only when values are dropped.
-        layer: The number of the place in the model where this dropout stands.
-        positions: int64 (C,), where the tokens lie in their sequences; None: from 0 on.
+        x: (B, C, W), the full activation or a slice: the tokens at `positions`, the channels from `first_channel` on.
+        p: Probability, from 0 to 1.
+        keys: int64 (B,), one per sequence; may be None if no value is dropped.
+        layer: Number of this dropout in the model; dropouts with other numbers are independent.
+        training: Whether values are dropped; if False, x is returned unchanged.
+        positions: int64 (C,), positions of the tokens in their sequences; None: 0 to C - 1.
+        first_channel: Index of the first channel of x in the full activation.
 
     Raises:
-        ValueError: Values are to be dropped and there are no keys.
+        ValueError: `keys` is None, but values must be dropped.
     """
     if p == 0.0 or not training:
         return x
@@ -46,7 +49,7 @@ def dropout(
 def keep_mask(
     shape: torch.Size, p: float, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
 ) -> Tensor:
-    """Boolean (B, C, W), true with probability 1 - p (to 2^-32)."""
+    """Boolean (B, C, W), true with probability 1 - p (exact to 2^-32); the arguments are those of `dropout`."""
     return random_bits(shape, keys, layer, positions, first_channel) >= round(p * 2**32) - 2**31
 
 
@@ -58,10 +61,11 @@ def random_bits(
     device = keys.device
     if positions is None:
         positions = torch.arange(tokens, device=device)
-    # A tensor's product wraps by itself; a compiler to which `layer` is a symbol cannot do so with Python's integers.
+    # The product is computed on a tensor, where it wraps around. If a compiler treats `layer` as a symbol, a product of
+    # Python integers would not.
     rows = _splitmix64(keys + torch.full_like(keys, layer) * _wrap64(0xD1342543DE82EF95))[:, None]
     rows = _splitmix64(rows + positions)
-    # 64 bits choose the row; they enter the 32-bit hash of each channel in two halves, between its rounds.
+    # A row has a 64-bit hash. Its two halves enter the 32-bit hash of each channel at different rounds.
     low, high = rows.to(torch.int32)[..., None], (rows >> 32).to(torch.int32)[..., None]
     columns = torch.arange(first_channel, first_channel + channels, device=device, dtype=torch.int32)
     bits = low + columns * _wrap32(0x9E3779B9)
@@ -72,26 +76,27 @@ def random_bits(
 
 
 def uniform(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
-    """Float64 of `shape`, uniform in (0, 1), 32 random bits each.
+    """Float64 tensor of `shape`, uniform in (0, 1), with 32 random bits per value.
 
     Args:
         shape: (B * G, ...): G consecutive rows for each of the B sequences.
-        keys: int64 (B,), one a sequence.
-        layer: The number of the draw in the model; draws with other numbers are independent.
+        keys: int64 (B,), one per sequence.
+        layer: Number of this draw in the model; draws with other numbers are independent.
 
     Raises:
-        ValueError: The first dimension is no multiple of B.
+        ValueError: The first dimension is not a multiple of B.
     """
     return _bits_of(shape, keys, layer).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
 def normal(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
-    """FP32 of `shape` from the standard normal distribution; the arguments are those of `uniform`."""
+    """FP32 tensor of `shape` from the standard normal distribution; the arguments are those of `uniform`."""
     return torch.special.ndtri(uniform(shape, keys, layer)).float()
 
 
 def integers(low: int, high: int, shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
-    """Int64 of `shape`, low <= value < high, uniform to (high - low) / 2^32; the arguments are those of `uniform`."""
+    """Int64 tensor of `shape`, low <= value < high. It is uniform up to (high - low) / 2^32; other arguments are those
+    of `uniform`."""
     return uniform(shape, keys, layer).mul_(high - low).floor_().to(torch.int64).clamp_(max=high - low - 1).add_(low)
 
 
@@ -112,7 +117,7 @@ def _wrap64(value: int) -> int:
 
 
 def _round32(bits: Tensor, shift: int, factor: int) -> Tensor:
-    """One xor-shift and multiplication, in place; the factors are those of lowbias32 (Wellons 2018)."""
+    """One round of xor-shift and multiplication, in place; the constants are those of lowbias32 (Wellons 2018)."""
     bits ^= (bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)
     return bits.mul_(_wrap32(factor))
 

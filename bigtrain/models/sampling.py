@@ -1,4 +1,4 @@
-"""Continuing texts, token by token."""
+"""Text generation, token by token."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ if TYPE_CHECKING:
 
 
 class Reader(Protocol):
-    """Reads texts and says what may follow."""
+    """A callable that reads tokens and returns the logits of the next one."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of the token after `tokens` (B, T): those of the call before, and new ones."""
+        """Logits (B, V) of the token after `tokens` (B, T), which start with the tokens of the previous call."""
         ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen; transformers' rules, in its order."""
+    """How the next token is chosen: the rules of transformers, applied in the order of transformers."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_k: int | None = None
-    """Choose among the k most probable tokens only."""
+    """Choose only among the k most probable tokens; None: no limit."""
     top_p: float | None = None
-    """Choose among the most probable tokens that have this probability together (Holtzman et al. 2020)."""
+    """Choose only among the most probable tokens whose probabilities add up to this (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Choose among tokens of at least this share of the greatest probability (Nguyen et al. 2024)."""
+    """Choose only among tokens with at least this fraction of the largest probability (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Logits of tokens in the text are divided by this, negative ones multiplied (Keskar et al. 2019)."""
+    """Positive logits of tokens that the text contains are divided by this, negative ones multiplied (Keskar et al.
+    2019)."""
 
     def __post_init__(self) -> None:
         shares = [share for share in (self.top_p, self.min_p) if share is not None]
@@ -52,7 +53,11 @@ class Choice:
             )
 
     def processors(self, padding: Tensor | None) -> LogitsProcessorList | None:
-        """What changes logits given the text; None for nothing."""
+        """The logits processors of transformers for these rules; None if the logits stay unchanged.
+
+        Args:
+            padding: int64 (B,), number of padding tokens at the start of each sequence.
+        """
         if self in (Choice(), Choice(0.0)):
             return None
         from transformers.generation import logits_process as hf
@@ -83,23 +88,23 @@ def generate(
 ) -> Tensor:
     """Append up to n tokens to each sequence.
 
-    Keys and values of tokens are kept while a text fits into the model's context; of a longer text the last
-    `model.context` tokens are read again for each new one. Random numbers come from a CPU generator of the call's
-    own, so a seed gives one text and nothing else is disturbed.
+    Keys and values are cached while the text fits into the model's context. For a longer text, the model reads the
+    last `model.context` tokens again for each new token. Random numbers come from a CPU generator private to the call:
+    the seed determines the text, and the global generators stay unchanged.
 
     Args:
-        model: A `contract.Decoder`, or a causal model of transformers; its training mode is put back afterwards.
-        tokens: int64 (B, T), T >= 1, or 0 where something else is given.
-        padding: int64 (B,), how many tokens at the beginning of each sequence are none; None: 0.
-        ended: Is given the new tokens (B, t) after each, and says whether that is enough.
-        given: What the model is to look at as well, such as `images` (B, H, W, channels).
-        cache: Whether keys and values are kept where the model can.
+        model: A `contract.Decoder`, or a causal model of transformers. Its training mode is restored afterwards.
+        tokens: int64 (B, T), the prompts. T may be 0 only if `given` is not empty.
+        padding: int64 (B,), number of padding tokens at the start of each sequence; None: 0.
+        ended: Called after each new token with all new tokens (B, t); generation stops when it returns True.
+        given: Other inputs of the model, such as `images` (B, H, W, channels).
+        cache: Whether keys and values are cached, if the model supports it.
 
     Returns:
-        int64 (B, T + n): the given tokens and the new ones, fewer where `ended` said so.
+        int64 (B, T + n), the prompts and the new tokens; fewer than n new tokens if `ended` stopped the generation.
 
     Raises:
-        ValueError: An empty prompt; padding that the model cannot skip.
+        ValueError: The prompt is empty, or the model cannot skip padding.
     """
     if tokens.ndim != 2 or (tokens.shape[1] == 0 and not given):
         raise ValueError("generate needs tokens of shape (B, T) with T of at least 1")
@@ -138,7 +143,7 @@ def _reader(
 
 @contextmanager
 def _again(model: Decoder, padding: Tensor | None, given: Batch) -> Iterator[Reader]:
-    """Reads the last `context` tokens for each new one."""
+    """A reader without a cache: it runs the model on the last `context` tokens for each new token."""
     if padding is not None and not isinstance(model, DecoderModel):
         raise ValueError("this model reads no texts of several lengths together: give them one by one")
 
@@ -155,7 +160,7 @@ def _again(model: Decoder, padding: Tensor | None, given: Batch) -> Iterator[Rea
 
 @contextmanager
 def _cached(model: DecoderModel, padding: Tensor | None) -> Iterator[Reader]:
-    """Keeps keys and values of the tokens read, while there is room in the model's context."""
+    """A reader that caches the keys and values of the tokens read, while the text fits into the model's context."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -191,11 +196,17 @@ def _cached(model: DecoderModel, padding: Tensor | None) -> Iterator[Reader]:
 
 
 def _around_padding(model: DecoderModel, padding: Tensor, first: int, end: int) -> Batch:
-    """Positions and masks of the tokens from `first` to `end`, which see those from the end of the padding on."""
+    """Positions (B, Q) and masks (B, 1, Q, end) of the Q tokens from `first` to `end`.
+
+    A token sees itself and the earlier tokens that are not padding.
+
+    Args:
+        padding: int64 (B,), number of padding tokens at the start of each sequence.
+    """
     places = torch.arange(end, device=padding.device)
     queries, padding = places[first:], padding[:, None]
     seen = (queries[:, None] >= places) & (places >= padding[:, None])
-    # Padding sees itself: attention to nothing is not a number, and would be passed on by a weight of zero.
+    # Padding sees itself: attention over no keys gives NaN, and NaN times an attention weight of zero is still NaN.
     seen = seen | (queries[:, None] == places)
     local = seen if model.config.window is None else seen & (queries[:, None] - places < model.config.window)
     positions = (queries - padding).clamp(min=0)
@@ -204,7 +215,7 @@ def _around_padding(model: DecoderModel, padding: Tensor, first: int, end: int) 
 
 @contextmanager
 def _of_transformers(model: nn.Module, padding: Tensor | None) -> Iterator[Reader]:
-    """A causal model of transformers, with its own cache."""
+    """A reader of a causal model of transformers, which uses the model's own cache."""
     known, cache = 0, None
 
     def read(tokens: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def parameter_groups(
         config: The optimizer section with the rules for groups and frozen parameters.
         named_parameters: Qualified names and parameters.
         all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
-        lr_scale: The model's factor on the learning rate of each parameter; see `OptimizerConfig.build`.
+        lr_scale: The model's factor of the learning rate of a parameter; see `OptimizerConfig.build`.
 
     Returns:
         Dicts with the keys params, names, lr, lr_scale and weight_decay.

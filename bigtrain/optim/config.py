@@ -60,8 +60,8 @@ class OptimizerConfig(Section):
     """Whether the update of each element depends only on that element's gradient and state. The engine deepspeed
     flattens parameters, so it supports only such optimizers."""
     follows_mup: ClassVar[bool] = False
-    """Whether the learning rates of muP (`model.mup`) hold for this optimizer: the size of its updates does not depend
-    on the size of the gradient, and its weight decay is decoupled from the gradient."""
+    """Whether muP's rule of learning rates (`model.mup`) is valid for this optimizer: the size of its updates does not
+    depend on the size of the gradient, and its weight decay is decoupled."""
 
     name: str
     """Name of the optimizer: a file in bigtrain/optim/optimizers, or a class of a plugin."""
@@ -152,10 +152,10 @@ class OptimizerConfig(Section):
         return sum(value.numel() * value.element_size() for value in state.values())
 
     def check_mup(self) -> None:
-        """Refuse an optimizer for which muP has other learning rates.
+        """Check that muP's rule of learning rates is valid for this optimizer.
 
         Raises:
-            UserError: It is one.
+            UserError: The rule is not valid for it.
         """
         if not self.follows_mup:
             known = " or ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].follows_mup)
@@ -178,8 +178,8 @@ class OptimizerConfig(Section):
         Args:
             named_parameters: Qualified names and parameters, which are plain tensors or DTensors.
             all_names: Names of the full model's parameters, if `named_parameters` are only some of them.
-            lr_scale: The model's own factor on the learning rate of each parameter; weight decay is divided by it
-                (`ModelConfig.lr_scale`).
+            lr_scale: The model's factor of the learning rate of a parameter, by qualified name; its weight decay is
+                divided by the factor (`ModelConfig.lr_scale`).
 
         Raises:
             UserError: A pattern of `groups` or `frozen` matches no parameter of the full model, or all parameters are

@@ -159,10 +159,10 @@ class RunDirectory:
 
 
 def find_checkpoints(name: str, runs_dir: Path) -> RunDirectory:
-    """A run by name or path, or a directory of checkpoints that no run has made, as `checkpoint import` writes it.
+    """Find a run by name or path, or a directory with checkpoints without a run, as `checkpoint import` writes it.
 
     Raises:
-        UserError: There is neither.
+        UserError: There is no such run or directory.
     """
     alone = RunDirectory(Path(name))
     is_run = (runs_dir / name / names.RECORD).exists() or alone.exists()
@@ -189,7 +189,7 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
 
 
 def _refuse_other_weights(path: Path) -> None:
-    """Refuse, in place of a run, what commands that read weights take as well."""
+    """Raise an error if a directory is no run, but contains weights that other commands accept."""
     if (path / names.CHECKPOINTS).is_dir():
         raise UserError(
             "The directory holds an imported checkpoint, and no run",

@@ -14,7 +14,7 @@ RECORD: Final = "run.json"
 """File of the recipe and the identity, written at the run's first start."""
 
 MODEL: Final = "model.json"
-"""The model of a checkpoint that no run has made, which `checkpoint import` writes in place of CONFIG and RECORD."""
+"""File of the model of an imported checkpoint; `checkpoint import` writes it instead of CONFIG and RECORD."""
 
 LEASE: Final = "lease.json"
 """File that names the process that may write to the directory."""

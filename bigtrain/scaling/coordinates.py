@@ -1,8 +1,9 @@
-"""A coordinate check: how activations and their changes grow with the width, as numbers and as a picture.
+"""A coordinate check: how activations and their changes grow with the width, as a table and as a picture.
 
-Under muP each coordinate of an activation changes by as much at all widths (Yang et al. 2022, appendix D.1): the slope
-of ln |change| over ln width is 0. In the standard parametrization under Adam the changes of hidden activations and
-logits grow with the width, a slope of 1: all entries of a matrix move by the same size, and its inputs are summed.
+Under muP, each coordinate of an activation changes by the same size at all widths (Yang et al. 2022, appendix D.1): the
+slope of ln |change| over ln width is 0. In the standard parametrization with Adam, the changes of hidden activations
+and logits grow with the width, with slope 1. The reason is that all entries of a matrix change by the same size, and
+their products with the inputs are summed.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from bigtrain.storage import write_atomic, write_json
 
 KIND, FORMAT_VERSION = "bigtrain coordinate check", 1
 FLAT = 0.35
-"""Largest slope that counts as flat: narrow widths are up to 0.25 from their limit, and a factor that lacks a root of
-the width gives 0.5."""
+"""Largest slope that counts as flat. At small widths, slopes differ from their limit by up to 0.25; a missing factor of
+sqrt(width) changes a slope by 0.5."""
 _COLORS = {"embedding": "#63666d", "attention": "#12408a", "mlp": "#c2580a", "logits": "#b3261e"}
 _PANEL, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LEGEND = 300, 380, 62, 56, 328, 130
 
 
 def judge(measured: dict[str, Any]) -> dict[str, Any]:
-    """Slopes over the width, and a verdict for each place.
+    """Compute the slopes over the width, and a verdict for each place (embedding, a branch of a layer, logits).
 
     Args:
-        measured: As `training.coordinates.measure_coordinates` returns it, of two widths or more.
+        measured: The result of `training.coordinates.measure_coordinates`, for two or more widths.
 
     Returns:
-        `measured` with `slopes` (for `size` and `change`, by place and by steps done; None where a value is zero or
-        not finite), `verdicts` by place (flat, grows, shrinks) after the last step, and `flat`, whether all are. Logits
-        that shrink before the first step, by the root of the width, are muP's own: only a change is judged to shrink.
+        `measured` with these keys added. `slopes`: slopes of `size` and `change`, by place and number of steps done;
+        None if a value is zero or not finite. `verdicts`: flat, grows or shrinks after the last step, by place; a slope
+        of None counts as grows. `flat`: whether all verdicts are flat. Only a change can be judged as shrinking,
+        because under muP the initial logits shrink with sqrt(width).
     """
     slopes = {
         kind: {place: _slopes(measured["widths"], measured[kind][place]) for place in measured["places"]}
@@ -55,7 +57,7 @@ def write_coordinates(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _slopes(widths: list[int], values: list[list[float]]) -> list[float | None]:
-    """By steps done; values are by width."""
+    """The slope over the width after each number of steps; `values` are by width, then by number of steps."""
     found: list[float | None] = []
     for column in np.array(values).T:
         fits = np.isfinite(column).all() and (column > 0).all()
@@ -70,7 +72,7 @@ def _verdict(size: float | None, change: float | None) -> str:
 
 
 def coordinates_text(result: dict[str, Any]) -> str:
-    """The table for people: of the start, the first step and the last; the JSON has all steps."""
+    """A table of the values before training, after the first step and after the last; the JSON contains all steps."""
     widths, steps = result["widths"], result["steps"]
     rows = [["", "steps", *(str(width) for width in widths), "slope", ""]]
     for place in result["places"]:
@@ -97,7 +99,7 @@ def coordinates_text(result: dict[str, Any]) -> str:
 
 
 def coordinates_picture(result: dict[str, Any]) -> str:
-    """Mean |activation| and mean |change| after the last step over the width, as SVG; a line for each place."""
+    """An SVG with mean |activation| and mean |change| after the last step against the width, one line per place."""
     parts = []
     for number, (kind, title) in enumerate((("size", "mean |activation|"), ("change", "mean |change|"))):
         values = {place: [row[-1] for row in result[kind][place]] for place in result["places"]}

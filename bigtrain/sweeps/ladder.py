@@ -52,7 +52,7 @@ class Rung:
     keys: Mapping[str, float] = field(default_factory=dict)
     """Values of `ladder.keys`, by dotted name."""
     hidden_lr: float | None = None
-    """Learning rate of the blocks' matrices, where the base run's `model.mup` gives them their own."""
+    """Learning rate of the blocks' matrices under muP; None if the base run has no `model.mup`."""
 
     @property
     def batch_tokens(self) -> int:

@@ -93,7 +93,7 @@ def _size(one: dict[str, Any]) -> list[str]:
 
 
 def lr_text(one: dict[str, Any]) -> str:
-    """The learning rate of a size, and under muP that of its hidden matrices."""
+    """The learning rate of a size, and under muP also the learning rate of its hidden matrices."""
     return f"{one['lr']:g}" + (f", hidden {one['hidden_lr']:g}" if one["hidden_lr"] else "")
 
 

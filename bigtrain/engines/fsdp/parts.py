@@ -64,7 +64,7 @@ def build_parts(
         order: Names of the model's parts; empty if the model has no parts.
         named: This rank's parameters, by qualified name.
         all_names: Names of the full model's parameters.
-        lr_scale: The model's factor on each learning rate (`ModelConfig.lr_scale`).
+        lr_scale: The model's factor of the learning rate of a parameter, by qualified name (`ModelConfig.lr_scale`).
 
     Raises:
         UserError: A trained parameter is in no part, a parameter is in two parts, or a part has no parameters.

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2022): to each adapted matrix W is added the product of two narrow ones, scale * B A."""
+"""LoRA (Hu et al. 2022): each adapted matrix W becomes W + scale * B A, where B and A are narrow matrices."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ if TYPE_CHECKING:
 
 @ADAPTERS.register
 class LoRAConfig(AdapterConfig):
-    """Adapters as peft's LoRA has them, without dropout: W x + alpha / rank * B (A x), with B zero at first."""
+    """LoRA as in peft, without dropout: W x + alpha / rank * B (A x), where B is initially zero."""
 
     own: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
 
     name: Literal["lora"] = "lora"
     rank: Annotated[int, Ge(1)] = 8
-    """Rows of A, columns of B."""
+    """Number of rows of A and of columns of B."""
     alpha: Annotated[float, Gt(0)] = 16.0
-    """The product is scaled by alpha / rank."""
+    """The product B A is scaled by alpha / rank."""
 
     @property
     def scale(self) -> float:
-        """Factor of the product B A."""
+        """The factor of the product B A."""
         return self.alpha / self.rank
 
     def shapes(self, weight: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """A (rank, inputs) and B (outputs, rank)."""
+        """Shapes of A, (rank, inputs), and B, (outputs, rank)."""
         outputs, inputs = weight
         return {"lora_a": (self.rank, inputs), "lora_b": (outputs, self.rank)}
 
     def roles(self, by_rows: bool) -> dict[str, TensorRole]:
-        """One of the two is split with W; the other one meets a part of the channels on each rank ("heads")."""
+        """See `AdapterConfig.roles`. A or B is split like W. The other is not split, and its gradients are summed over
+        the ranks ("heads")."""
         return {"lora_a": "row", "lora_b": "heads"} if by_rows else {"lora_a": "heads", "lora_b": "column"}
 
     def initialiser(self, own: str, shape: tuple[int, ...]) -> Init:
-        """A normal with the variance of peft's uniform distribution, 1 / (3 inputs); B zero."""
+        """See `AdapterConfig.initialiser`. A is normal with variance 1 / (3 * inputs), as in peft's uniform
+        distribution; B is zero."""
         from bigtrain.models.contract import Normal, Zeros
 
         return Zeros() if own == "lora_b" else Normal(1.0 / math.sqrt(3 * shape[1]))

@@ -1,10 +1,11 @@
-"""BERT's encoder as a masked language model (Devlin et al. 2019): every token sees all others, some must be guessed.
+"""BERT's encoder as a masked language model (Devlin et al. 2019): every token sees all others; some must be predicted.
 
-Of the tokens `masked` are chosen in each pass; 80 % of these are replaced by a mask, 10 % by any token, and 10 % stay
-(section 3.1 of the paper). The choice is keyed by sequence: it is the same at every layout, and in every evaluation.
-Blocks normalise after the addition, and the head shares the matrix of the token embedding. There is no next-sentence
-task, as in RoBERTa (Liu et al. 2019). Weights are exchanged with transformers' BertForMaskedLM: the four keys from
-`mask` on are those of BERT models that were trained elsewhere.
+Each forward pass chooses a share `masked` of the tokens. Of these, 80 % are replaced by the mask token, 10 % by a
+random token, and 10 % stay unchanged (section 3.1 of the paper). The choice depends on the key of the sequence, so it
+is the same in every layout and in every evaluation. Blocks normalise after the residual addition (post-norm), and the
+head shares the matrix of the token embedding. As in RoBERTa (Liu et al. 2019), there is no next-sentence task. Weights
+can be converted from and to transformers' BertForMaskedLM; the keys from `mask` on serve for BERT models that were
+trained elsewhere.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from bigtrain.models.plain.encoder import encoder_layers
 from bigtrain.models.sums import by_sequence
 
 EPS = 1e-12
-"""Of the norms, as in the paper's code."""
+"""Epsilon of LayerNorm, as in the paper's code."""
 REPLACED, BY_ANY = 0.8, 0.1
 NEVER = -1e4
-"""The logit of a token that is never guessed: its probability is zero in every precision."""
+"""Bias of a token that is never predicted: its probability is zero in every precision."""
 HF_LAYER = {
     "self_attn.out_proj": "attention.output.dense",
     "norm1": "attention.output.LayerNorm",
@@ -38,7 +39,7 @@ HF_LAYER = {
     "linear2": "output.dense",
     "norm2": "output.LayerNorm",
 }
-"""Modules of a block, and transformers' names of them."""
+"""Modules of a block, and their names in transformers."""
 HF_OWN = {
     "norm": "bert.embeddings.LayerNorm",
     "transform.0": "cls.predictions.transform.dense",
@@ -69,22 +70,23 @@ class Config(PlainConfig):
 
     arch: Literal["bert"] = "bert"
     layers: Annotated[int, Ge(1)] = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     width: Annotated[int, Ge(1)] = 128
     """Width of the residual stream; the MLP's hidden layer is four times as wide."""
     heads: Annotated[int, Ge(1)] = 4
-    """Attention heads."""
+    """Number of attention heads."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Of embeddings, attention and branches."""
+    """Dropout rate of embeddings, attention weights and branches."""
     masked: Annotated[float, Gt(0), Lt(1)] = 0.15
-    """Share of the tokens that the loss counts."""
+    """Share of the tokens that are chosen to be predicted; only they have a loss."""
     mask: Annotated[int, Ge(0)] | None = None
-    """Id of the mask where it is a token of the vocabulary ([MASK] of BERT's own: 103); null: a token of its own behind
-    the vocabulary."""
+    """Id of the mask token, if the vocabulary has one (BERT's own [MASK]: 103); null: an additional token after the
+    vocabulary."""
     max_positions: Annotated[int, Ge(1)] | None = None
-    """Positions that the model has; null: as many as `context`."""
+    """Maximum sequence length of the model, in tokens; null: `context`."""
     token_types: Annotated[int, Ge(0)] = 0
-    """Rows of the table that tells sentences of a pair apart, whose first is added to every token; BERT has 2."""
+    """Number of rows of the table that distinguishes the sentences of a pair (BERT: 2). The first row is added to every
+    token; 0: no table."""
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> Config:
@@ -96,22 +98,22 @@ class Config(PlainConfig):
 
     @property
     def position_count(self) -> int:
-        """Rows of the table of positions."""
+        """Number of rows of the position table."""
         return self.context if self.max_positions is None else self.max_positions
 
     def build(self, vocab_size: int) -> Bert:
-        """Weights from a normal, biases zero."""
+        """The model, with weights from a normal distribution (see `initial_std`) and biases zero."""
         return Bert(self, vocab_size)
 
     def loss(self, output: tuple[Tensor, Tensor], batch: Batch) -> LossSum:
-        """Cross-entropy of the chosen tokens."""
+        """Sum of the cross-entropies of the chosen tokens, in nats, and of their weights."""
         logits, chosen = output
         weights = batch["weights"] * chosen
         losses = F.cross_entropy(logits.transpose(1, 2), batch["tokens"], reduction="none") * weights
         return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
 
     def check_source(self, vocab_size: int) -> None:
-        """See `ModelConfig.check_source`; the ids that keys name must be tokens."""
+        """See `ModelConfig.check_source`. Token ids set by keys must be in the vocabulary."""
         vocabulary = getattr(self, "vocabulary", vocab_size)
         for key in ("mask", "first"):
             id = getattr(self, key, None)
@@ -123,13 +125,13 @@ class Config(PlainConfig):
                 )
 
     def has_vocabulary_rows(self, name: str) -> bool:
-        """See `ModelConfig.has_vocabulary_rows`; where the mask stands behind the vocabulary, ids are not rows."""
+        """See `ModelConfig.has_vocabulary_rows`. It is always False if the mask token is an additional row."""
         return self.mask is not None and name in ("tokens.weight", "bias")
 
     # Weights of transformers.
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Where each parameter lies in the state dict of transformers' BertForMaskedLM."""
+        """Position of each parameter in the state dict of transformers' BertForMaskedLM, by qualified name."""
         names = {
             "tokens.weight": HfTensor("bert.embeddings.word_embeddings.weight"),
             "positions.weight": HfTensor("bert.embeddings.position_embeddings.weight"),
@@ -147,11 +149,11 @@ class Config(PlainConfig):
         return names
 
     def hf_zeros(self) -> dict[str, tuple[int, ...]]:
-        """transformers adds a token type to every token."""
+        """See `ModelConfig.hf_zeros`. transformers always adds a token type; without `token_types` it is zero."""
         return {} if self.token_types else {HF_TYPES: (1, self.width)}
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a BertForMaskedLM; `mask_token_id` and `mask_is_predicted` are read by bigtrain alone."""
+        """The config.json of a BertForMaskedLM. Only bigtrain reads `mask_token_id` and `mask_is_predicted`."""
         own_mask = self.mask is None
         return {
             "architectures": ["BertForMaskedLM"],
@@ -197,15 +199,15 @@ class Config(PlainConfig):
 
 
 def initial_std(width: int) -> float:
-    """Standard deviation of initial weights: 0.02 at the paper's width of 768, and as one over the root of others.
+    """Standard deviation of initial weights: 0.02 at the paper's width of 768, else scaled by 1 / sqrt(width).
 
-    A narrow encoder that begins with 0.02 stays for thousands of steps at what the frequencies of tokens give.
+    A narrow encoder initialised with 0.02 predicts only token frequencies for thousands of steps.
     """
     return 0.02 * math.sqrt(768 / width)
 
 
 class Bert(nn.Module):
-    """Embeddings, blocks, and the head that guesses tokens."""
+    """Embeddings, transformer blocks, and a head that predicts tokens."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         super().__init__()
@@ -226,7 +228,7 @@ class Bert(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C, vocabulary) of tokens (B, C), and which of them were chosen."""
+        """Logits (B, C, vocabulary) for tokens (B, C), and a boolean (B, C), true for the chosen tokens."""
         chosen = torch.rand(tokens.shape, device=tokens.device) < self.masked
         fate = torch.rand(tokens.shape, device=tokens.device)
         anything = torch.randint(self.vocabulary, tokens.shape, device=tokens.device)
@@ -234,13 +236,13 @@ class Bert(nn.Module):
         return self.guess(torch.where(chosen, shown, tokens)), chosen
 
     def guess(self, tokens: Tensor) -> Tensor:
-        """Logits (B, C, vocabulary) for tokens (B, C), of which some are `mask`."""
+        """Logits (B, C, vocabulary) for tokens (B, C), some of which are the mask token."""
         x = self.dropout(self.norm(self.embedded(tokens)))
         for layer in self.layers:
             x = layer(x)
         return F.linear(self.transform(x), self.tokens.weight[: self.vocabulary], self.bias)
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        """What stands for tokens (B, C) and their places (B, C, width)."""
+        """Sum of token, position and type embeddings (B, C, width) of tokens (B, C)."""
         embedded: Tensor = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         return embedded if self.types is None else embedded + self.types.weight[0]

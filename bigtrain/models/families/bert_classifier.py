@@ -1,11 +1,11 @@
-"""BERT's encoder with a head that tells the class of a text (Devlin et al. 2019, section 4.1).
+"""BERT's encoder with a head that classifies texts (Devlin et al. 2019, section 4.1).
 
-[CLS] stands before the text, and the class is read from what the last block makes of it. Names are those of `bert`, so
-a run begins with the weights of a masked language model by
+[CLS] precedes the text, and the head reads the last block's output at [CLS]. Parameters have the same names as in
+`bert`. So a run can start from the weights of a masked language model with
 
     init: {source: RUN, fresh: [start, classes, bias]}
 
-or, where `first` names the vocabulary's own [CLS], with those of transformers' BertForMaskedLM by
+or, if `first` is the vocabulary's own [CLS], from the weights of transformers' BertForMaskedLM with
 
     init: {source: DIR, fresh: [classes, bias]}
 """
@@ -29,7 +29,7 @@ from bigtrain.models.plain import Batch
 
 @FAMILIES.register
 class Config(bert.Config):
-    """The keys of `bert`; `context` is the tokens of a text without [CLS]."""
+    """The keys of `bert`, and those of the classifier; `context` does not count [CLS]."""
 
     data_kind: ClassVar[DataKind] = "classified"
     vocabulary_name: ClassVar[str] = "tokens.weight"
@@ -38,10 +38,10 @@ class Config(bert.Config):
 
     arch: Literal["bert_classifier"] = "bert_classifier"  # type: ignore[assignment]
     vocabulary: Annotated[int, Ge(1)]
-    """Entries of the tokenizer's vocabulary."""
+    """Size of the tokenizer's vocabulary."""
     first: Annotated[int, Ge(0)] | None = None
-    """Id of the vocabulary's own [CLS], which stands at the first position (BERT's own: 101); null: a vector without a
-    position, which begins from the seed."""
+    """Id of the vocabulary's own [CLS] token, which takes the first position (BERT's own: 101); null: a trained vector
+    without a position, initialised from the seed."""
 
     @model_validator(mode="after")
     def _first_has_a_position(self) -> Config:
@@ -54,28 +54,28 @@ class Config(bert.Config):
         return BertClassifier(self, vocab_size)
 
     def has_vocabulary_rows(self, name: str) -> bool:
-        """See `ModelConfig.has_vocabulary_rows`; `bias` is that of the classes."""
+        """See `ModelConfig.has_vocabulary_rows`. `bias` has one row per class here."""
         return name == "tokens.weight" and super().has_vocabulary_rows(name)
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Where what it shares with a masked language model lies in the state dict of that one in transformers."""
+        """Position in the state dict of transformers' BertForMaskedLM of each parameter that the two models share."""
         return {name: place for name, place in super().hf_names().items() if name != "bias"}
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """See `ModelConfig.hf_config`."""
+        """See `ModelConfig.hf_config`; it always raises ValueError."""
         raise ValueError("its head reads [CLS] through the transform of the masked language model")
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens (B, C), and how many of them are the text's (B,)."""
+        """Tokens (B, C), and the number of tokens of each text (B,), without padding."""
         return batch["tokens"], batch["lengths"]
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:  # type: ignore[override]
-        """The cross-entropy of each text."""
+        """The cross-entropy of each text, FP32 (B,), in nats."""
         return class_losses(output, batch)
 
 
 class BertClassifier(bert.Bert):
-    """Logits of classes."""
+    """BERT's encoder with [CLS] before the text, and a linear head on the transformed output at [CLS]."""
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__(config, config.vocabulary)
@@ -86,7 +86,7 @@ class BertClassifier(bert.Bert):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits (B, classes) of tokens (B, C), of which the first `lengths` (B,) are the text's."""
+        """Logits (B, classes) for tokens (B, C); only the first `lengths` (B,) tokens are text, the rest is padding."""
         if self.start is None:
             x = self.embedded(F.pad(tokens, (1, 0), value=self.first))
         else:

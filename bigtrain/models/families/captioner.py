@@ -1,9 +1,9 @@
-"""A small transformer that writes captions of images.
+"""A small transformer that generates captions of images.
 
-One stack of pre-norm blocks reads the patches of an image, as a vision transformer does, and behind them the caption:
-patches see all patches, tokens see all patches and what is before them (the prefix language model of SimVLM, Wang et
-al. 2022; patches are embedded by one linear layer). The loss is a sum over the tokens of captions, so it is exact at
-every layout, which a contrastive loss is not: that one compares the samples of a micro-batch with each other.
+One stack of pre-norm blocks reads the patches of an image, followed by the tokens of the caption. Patches see all
+patches; tokens see all patches and the earlier tokens. This is the prefix language model of SimVLM (Wang et al. 2022),
+but one linear layer embeds the patches. The loss is a sum over the tokens of captions, so it is exact in every layout.
+A contrastive loss is not, because it compares the samples of a micro-batch with each other.
 
 Shapes: B images, P patches of an image, T tokens of a caption, W width.
 """
@@ -29,7 +29,7 @@ from bigtrain.models.sums import by_sequence
 
 @FAMILIES.register
 class Config(ImageConfig):
-    """Patches of an image before the tokens of its caption, in one stack; `context` is the tokens of a caption."""
+    """One stack of blocks over patches and caption; `context` is the number of tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
 
@@ -37,7 +37,7 @@ class Config(ImageConfig):
 
     @property
     def positions(self) -> int:
-        """Places of the stack: patches, and tokens but for the last, which nothing follows."""
+        """Number of positions of the stack: all patches, and all tokens except the last, which is only a target."""
         return self.patches + self.context - 1
 
     def build(self, vocab_size: int) -> Captioner:
@@ -50,15 +50,16 @@ class Config(ImageConfig):
         return embeddings + self.parameter_count_without_embeddings(vocab_size)
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the tables of tokens and positions."""
+        """Number of parameters without the tables of tokens and positions."""
         block = 12 * self.width**2 + 13 * self.width
         return (self.patch_values + 1) * self.width + self.layers * block + (2 + vocab_size) * self.width
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs of an image and its caption, forward and backward, over the caption's tokens.
+        """Matmul FLOPs of an image and its caption, forward and backward, divided by the caption's `context` tokens.
 
-        6 a parameter and place; attention 12 * layers * W for each pair of places, in the causal count for each that
-        sees the other. Padding is computed too and is no token of a run's metrics: in MFU it is waste.
+        They are 6 per parameter and position, and 12 * layers * W for attention per pair of positions; `causal` counts
+        only pairs in which one sees the other. Padding is computed too, but metrics do not count it as tokens, so it
+        lowers MFU.
         """
         patches, places = self.patches, self.positions
         dense = 6 * (patches * self.patch_values * self.width + places * self.layers * 12 * self.width**2)
@@ -68,7 +69,7 @@ class Config(ImageConfig):
         return Flops(full // self.context, causal // self.context)
 
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Images, each above the caption that the model finds most probable."""
+        """Images, with captions by greedy decoding below them."""
         images = shown.batch["images"]
         nothing = torch.zeros((shown.count, 0), dtype=torch.int64, device=images.device)
         written = generate(network, nothing, self.context, Choice(0), given={"images": images})
@@ -76,7 +77,7 @@ class Config(ImageConfig):
         return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 4, captions)}
 
     def attention_pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Images, beside each what the last layer takes of its patches: the mean over heads and what writes a token."""
+        """Images, beside each the last layer's attention to its patches, averaged over heads and predicted tokens."""
         model, batch = cast(Captioner, network), shown.batch
         images, weights = batch["images"], batch["weights"]
         layer = cast(Block, model.layers[-1]).attention
@@ -102,7 +103,7 @@ class Block(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Patches and tokens, positions, blocks, vocabulary (`contract.Model`)."""
+    """Embeddings of patches, tokens and positions, transformer blocks, and a head (`contract.Model`)."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
@@ -122,12 +123,12 @@ class Captioner(nn.Module):
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits (B, T + 1, vocabulary) in FP32, of each of `tokens` (B, T < context) and of the one that follows."""
+        """FP32 logits (B, T + 1, vocabulary) that predict each of `tokens` (B, T < context) and the next token."""
         hidden = self.hidden(batch["images"], batch["tokens"])
         return F.linear(hidden, self.head.weight.to(hidden.dtype)).float()
 
     def hidden(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The residual stream (B, T + 1, W) that the head reads: of the last patch and of tokens (B, T)."""
+        """The normalised residual stream (B, T + 1, W) that the head reads: at the last patch and at tokens (B, T)."""
         patches = self.patch_embedding(cut(images, self.config.patch, self.compute_dtype))
         x = torch.cat((patches, self.embedding(tokens, self.compute_dtype)), dim=1)
         places = torch.arange(x.shape[1], device=x.device)
@@ -143,7 +144,7 @@ class Captioner(nn.Module):
         return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
 
     def initialisers(self) -> dict[str, Init]:
-        """Tables from a normal of std 0.02, matrices of variance 1 / inputs; norms 1, biases 0."""
+        """Tables are normal with std 0.02, matrices normal with variance 1 / inputs; norms are 1, biases 0."""
         rules: dict[str, Init] = {}
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight") and not name.startswith("patch"):

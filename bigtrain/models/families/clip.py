@@ -1,8 +1,9 @@
-"""Contrastive language-image pre-training (CLIP, Radford et al. 2021): each pair is classified among those of a batch.
+"""Contrastive language-image pre-training (CLIP, Radford et al. 2021): images and captions of a batch are matched.
 
-A transformer reads the patches of an image, another the tokens of its caption, and the mean of each becomes a unit
-vector. The loss of a pair is the mean of two cross-entropies: of its caption among all captions of the global batch,
-and of its image among all images (figure 3 of the paper). `layout.micro_size` must leave a rank's part in one pass.
+One transformer reads the patches of an image, another the tokens of its caption. The mean of each output becomes a unit
+vector. The loss of a pair is the mean of two cross-entropies: its caption among all captions of the global batch, and
+its image among all images (figure 3 of the paper). `layout.micro_size` must be large enough that each rank processes
+its part of the global batch in one micro-batch.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ from bigtrain.models.plain.encoder import encoder_layers
 from bigtrain.models.sums import by_sequence
 
 HIGHEST_SCALE = 100.0
-"""Of the similarities, as in the paper (section 2.5)."""
+"""Maximum scale of the similarities, as in the paper (section 2.5)."""
 
 
 @FAMILIES.register
 class Config(PlainConfig, ImageConfig):
-    """Two transformers of one width; `context` is the tokens of a caption."""
+    """Two transformers of the same width; `context` is the number of tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
     predicts_text: ClassVar[bool] = False
 
     arch: Literal["clip"] = "clip"
     text_layers: Annotated[int, Ge(1)] = 2
-    """Blocks that read the caption; `layers` read the image."""
+    """Number of blocks that read the caption; `layers` blocks read the image."""
     embedding: Annotated[int, Ge(1)] = 64
     """Length of the vectors that are compared."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Of both transformers."""
+    """Dropout rate of both transformers."""
 
     def build(self, vocab_size: int) -> CLIP:
-        """Both transformers, with torch's own initial values."""
+        """Both transformers, initialised mostly by torch's defaults."""
         return CLIP(self, vocab_size)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, channels, S, S) from -1 to 1, tokens (B, T), and which of them are the caption's."""
+        """Pixels (B, channels, S, S) from -1 to 1, tokens (B, T), and a boolean (B, T), false for padding."""
         return 2 * pixels(batch) - 1, batch["tokens"], batch["weights"] > 0
 
     def loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> LossSum:
-        """A sum over pairs; the negatives of each are those of all ranks."""
+        """Sum of losses over pairs, in nats, and number of pairs; negatives come from the batches of all ranks."""
         images, texts, scale = output
         all_images, first = gather_batch(images)
         all_texts, _ = gather_batch(texts)
@@ -62,14 +63,14 @@ class Config(PlainConfig, ImageConfig):
         return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
 
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Images, each above the nearest of their captions."""
+        """Images, with the most similar of all captions shown below each."""
         images, texts, _ = network(*self.inputs(shown.batch))
         tokens = shown.batch["tokens"][(images @ texts.T).argmax(1)]
         return {"nearest captions": Picture(pixels(shown.batch), 4, tuple(map(shown.text, tokens.tolist())))}
 
 
 class CLIP(nn.Module):
-    """`image_vectors` and `text_vectors` are what similarity is computed from."""
+    """Two encoders: the similarity of `image_vectors` and `text_vectors` is their dot product."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class CLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images: Tensor, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors (B, embedding) of images and captions, and the scale of their products."""
+        """Unit vectors (B, embedding) of images and of captions, and the scale (a scalar) of their dot products."""
         scale = self.log_scale.clamp(max=math.log(HIGHEST_SCALE)).exp()
         return self.image_vectors(images), self.text_vectors(tokens, present), scale
 
@@ -103,7 +104,7 @@ class CLIP(nn.Module):
 
     def text_vectors(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Unit vectors (B, embedding) of tokens (B, T); those where `present` (B, T) is false are ignored."""
-        # A caption without a token has its first place, so that attention has something to look at.
+        # In a caption without tokens, the first position counts as present: attention over no keys would give NaN.
         present = present | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
         x = self.tokens(tokens) + self.text_positions[: tokens.shape[1]]
         for layer in self.text_layers:

@@ -1,8 +1,9 @@
-"""Images from captions (DALL-E, Ramesh et al. 2021): a discrete autoencoder, then a decoder of captions and codes.
+"""Images from captions (DALL-E, Ramesh et al. 2021): a discrete autoencoder, and a decoder of captions and codes.
 
-With `learns: autoencoder` an image becomes a grid of codes and an image again; codes are drawn by the Gumbel-softmax
-relaxation (Jang et al. 2017), whose temperature falls from 1 to 1/16. With `learns: decoder` a causal transformer
-learns the tokens of a caption and behind them the codes of its image, by the autoencoder of a run before:
+With `learns: autoencoder`, an autoencoder is trained to encode an image as a grid of codes and to reconstruct it. Codes
+are sampled by the Gumbel-softmax relaxation (Jang et al. 2017), whose temperature falls from 1 to 1/16. With `learns:
+decoder`, a causal transformer is trained on the tokens of a caption, followed by the codes of its image. The codes come
+from the autoencoder of an earlier run:
 
     init: {source: RUN, fresh: ["decoder.*"]}
     optimizer: {frozen: ["autoencoder.*"], ...}
@@ -29,27 +30,27 @@ from bigtrain.models.sums import by_sequence
 
 COLDEST = 1 / 16
 IMAGE_SHARE = 7 / 8
-"""Of the loss that codes have; the rest is the caption's (section 2.2 of the paper)."""
+"""Weight of the codes in the loss; the rest is the weight of the caption (section 2.2 of the paper)."""
 
 
 @FAMILIES.register
 class Config(PlainConfig, ImageConfig):
-    """`patch` pixels square are one code; `context` is the tokens of a caption."""
+    """One code stands for `patch` * `patch` pixels; `context` is the number of tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
     predicts_text: ClassVar[bool] = False
 
     arch: Literal["dalle"] = "dalle"
     learns: Literal["autoencoder", "decoder"] = "autoencoder"
-    """Which of the two; the decoder takes the codes of an autoencoder that stays as it is."""
+    """The part that is trained; the decoder uses the codes of a frozen autoencoder."""
     codes: Annotated[int, Ge(2)] = 128
-    """How many different codes there are."""
+    """Number of different codes."""
     maps: Positive = 64
-    """Channels of the autoencoder."""
+    """Number of channels of the autoencoder's hidden layers."""
     cooling: Positive = 1000
-    """Steps in which the temperature falls."""
+    """Number of steps in which the temperature falls to its final value."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Of the transformer."""
+    """Dropout rate of the transformer."""
 
     @model_validator(mode="after")
     def _patch_is_halved(self) -> Config:
@@ -60,15 +61,15 @@ class Config(PlainConfig, ImageConfig):
         return self
 
     def build(self, vocab_size: int) -> DallE:
-        """Both parts, with torch's own initial values."""
+        """Autoencoder and decoder, initialised mostly by torch's defaults."""
         return DallE(self, vocab_size)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Pixels (B, channels, S, S) from -1 to 1, tokens (B, T), which are the caption's (B, T), and the step."""
+        """Pixels (B, channels, S, S) from -1 to 1, tokens (B, T), a boolean (B, T), false for padding, and the step."""
         return 2 * pixels(batch) - 1, batch["tokens"], batch["weights"] > 0, batch["step"]
 
     def loss(self, output: tuple[Tensor, ...], batch: Batch) -> LossSum:
-        """A sum over pairs: the squared error of pixels, or the cross-entropy of codes and tokens."""
+        """Sum over pairs of the squared error of pixels, or of the cross-entropy of codes and tokens in nats."""
         weights = (batch["weights"] > 0).any(1).float()
         if self.learns == "autoencoder":
             losses = ((output[0] - 2 * pixels(batch) + 1) ** 2).mean((1, 2, 3))
@@ -83,7 +84,7 @@ class Config(PlainConfig, ImageConfig):
         return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
 
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Reconstructions below their images, or images for captions."""
+        """Images above their reconstructions, or images generated from captions."""
         images, tokens, present, step = self.inputs(shown.batch)
         made = cast(DallE, network)
         if self.learns == "autoencoder":
@@ -97,7 +98,7 @@ class Config(PlainConfig, ImageConfig):
 
 
 class Decoder(nn.Module):
-    """A causal transformer over the tokens of a caption, then codes."""
+    """A causal transformer over the tokens of a caption, followed by the codes of its image."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         super().__init__()
@@ -111,11 +112,15 @@ class Decoder(nn.Module):
         self.next_token, self.next_code = nn.Linear(width, vocabulary), nn.Linear(width, config.codes)
 
     def forward(self, tokens: Tensor, present: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of tokens 1 to T - 1, and of codes 0 to n, given tokens (B, T) and n codes (B, n)."""
+        """Logits that predict tokens 1 to T - 1, and codes 0 to n, given tokens (B, T) and codes (B, n).
+
+        Args:
+            present: Boolean (B, T), false for padding.
+        """
         x = torch.cat([self.tokens(tokens), self.codes(codes)], 1)
         x = x + self.positions[: x.shape[1]]
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        # A caption without a token has its first place, so that attention has something to look at.
+        # In a caption without tokens, the first position counts as present: attention over no keys would give NaN.
         present = present | (torch.arange(tokens.shape[1], device=x.device) == 0)
         absent = torch.cat([~present, torch.zeros_like(codes, dtype=torch.bool)], 1)
         for layer in self.layers:
@@ -126,7 +131,7 @@ class Decoder(nn.Module):
 
 
 class DallE(nn.Module):
-    """`autoencoder` and `decoder`, of which one learns."""
+    """The modules `autoencoder` and `decoder`, of which one is trained."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         super().__init__()
@@ -137,7 +142,7 @@ class DallE(nn.Module):
         )
 
     def forward(self, images: Tensor, tokens: Tensor, present: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """Images again; or logits of tokens and of codes, and the codes."""
+        """The reconstructed images; or, for the decoder, logits of tokens, logits of codes, and the codes."""
         if self.learns == "decoder":
             codes = self.autoencoder.codes(images)
             return *self.decoder(tokens, present, codes[:, :-1]), codes
@@ -150,7 +155,11 @@ class DallE(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, present: Tensor, temperature: float = 0.7) -> Tensor:
-        """An image (B, channels, S, S) from -1 to 1 for each caption (B, T), its codes drawn one after another."""
+        """Sample the codes of an image for each caption (B, T), one by one, and decode them.
+
+        Returns:
+            Pixels (B, channels, S, S), about -1 to 1.
+        """
         codes = tokens.new_zeros(len(tokens), 0)
         for _ in range(self.side**2):
             logits = self.decoder(tokens, present, codes)[1][:, -1]

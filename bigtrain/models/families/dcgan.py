@@ -1,7 +1,7 @@
-"""A generative adversarial network of convolutions (DCGAN, Radford et al. 2016): two parts, updated in turn.
+"""A convolutional generative adversarial network (DCGAN, Radford et al. 2016): two parts, updated alternately.
 
-`optimizer.parts` names both; the discriminator comes first in a step. Its loss and the generator's are those of
-Goodfellow et al. (2014), the generator's the one that does not saturate.
+`optimizer.parts` configures both parts; each step updates the discriminator first. The losses are those of Goodfellow
+et al. (2014), for the generator the non-saturating one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bigtrain.models.plain import Batch, PlainConfig, pixels
 
 @FAMILIES.register
 class Config(PlainConfig):
-    """Square images, from a vector of noise."""
+    """A network that generates square images from noise vectors."""
 
     data_kind: ClassVar[DataKind] = "images"
     parts: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
@@ -29,27 +29,27 @@ class Config(PlainConfig):
     image_size: Annotated[int, Gt(0), MultipleOf(4)] = 28
     """Height and width of the images in pixels; a multiple of 4, since both networks halve or double it twice."""
     channels: Annotated[int, Ge(1)] = 1
-    """Colours of a pixel."""
+    """Number of colour channels."""
     width: Annotated[int, Ge(1)] = 32
-    """Channels of the largest maps; the smaller ones have twice as many."""
+    """Number of channels of the largest feature maps; the smaller ones have twice as many."""
     latent: Annotated[int, Ge(1)] = 64
-    """Length of the noise that an image is made of."""
+    """Length of the noise vector from which an image is generated."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
+        """Height, width and channels of an image."""
         return (self.image_size, self.image_size, self.channels)
 
     def build(self, vocab_size: int) -> DCGAN:
-        """Both networks, with weights of standard deviation 0.02 as in the paper; classes are not used."""
+        """Both networks, with weights of standard deviation 0.02 as in the paper; `vocab_size` is not used."""
         return DCGAN(self)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """Images from -1 to 1, as the generator's tanh gives them, and the part."""
+        """Images (B, channels, S, S) from -1 to 1, the range of the generator's tanh, and the part to update."""
         return 2 * pixels(batch) - 1, batch["part"]
 
     def loss(self, output: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        """Of the discriminator: -log D(x) - log(1 - D(G(z))); of the generator: -log D(G(z))."""
+        """Losses (B,) of the discriminator, -log D(x) - log(1 - D(G(z))), or of the generator, -log D(G(z))."""
         fooled, *real = output
         return F.softplus(fooled) + F.softplus(-real[0]) if real else F.softplus(-fooled)
 
@@ -85,7 +85,7 @@ class DCGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor, part: str) -> tuple[Tensor, ...]:
-        """Scores (B,) of generated images; in the discriminator's turn those of the real ones as well."""
+        """Discriminator scores (B,) of generated images, and for the discriminator's update also of real images."""
         noise = torch.randn(len(images), self.latent, 1, 1, device=images.device)
         if part == "generator":
             return (self.discriminator(self.generator(noise)),)

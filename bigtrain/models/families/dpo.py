@@ -1,14 +1,15 @@
-"""Direct preference optimisation (Rafailov et al. 2023): a decoder that learns from pairs of answers.
+"""Direct preference optimisation (Rafailov et al. 2023): a decoder is trained on pairs of answers.
 
-For a prompt with a chosen and a rejected answer, with the log-likelihoods log p of the policy and log q of the frozen
-reference, the loss of a pair is (eq. 7)
+A sample is a prompt with a chosen and a rejected answer. With the log-likelihoods log p of the policy and log q of the
+frozen reference, the loss of a pair is (eq. 7)
 
     -log sigmoid(beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected))))
 
-The policy's parameters have the names of the decoder alone, the reference's begin with "reference."; both begin with
-the weights of `init.source`. With an adapter the reference is the policy without it, and there is one copy of weights.
+Parameters of the policy have the names of the decoder; names of the reference's parameters start with "reference.".
+Both start from the weights of `init.source`. With an adapter, the reference is the policy without the adapter, so that
+there is only one copy of the weights.
 
-Shapes: B pairs, C tokens; sequences 2 i and 2 i + 1 of 2 B are the chosen and the rejected one of pair i.
+Shapes: B pairs, C tokens; sequences 2 i and 2 i + 1 of 2 B are the chosen and the rejected answer of pair i.
 """
 
 from __future__ import annotations
@@ -49,21 +50,22 @@ Policy = Annotated[
     PlainSerializer(lambda policy: policy.plain()),
     WithJsonSchema({"type": "object", "description": "The keys of a decoder, as `model` has them."}),
 ]
-"""The section of a decoder, read by its `arch`. (The registry's own annotation would hold this family again.)"""
+"""The section of a decoder, read by its `arch`. (The registry's own annotation would include this family.)"""
 
 
 @FAMILIES.register
 class Config(ModelConfig):
-    """A policy that is a decoder, and the strength with which it is held to the reference."""
+    """A decoder as the policy, and the strength that keeps it near the reference."""
 
     data_kind: ClassVar[DataKind] = "preferences"
     begins_from_weights: ClassVar[bool] = True
 
     arch: Literal["dpo"] = "dpo"
     policy: Policy
-    """The decoder that is trained, as `model` names one: {arch: llama, ...}, or {preset: NAME}; its context counts."""
+    """The decoder that is trained, with the keys of `model`: {arch: llama, ...}, or {preset: NAME}. It also sets
+    `context`."""
     beta: Annotated[float, Gt(0)] = 0.1
-    """Factor of the log-likelihood ratios: a larger one keeps the policy nearer to the reference."""
+    """Factor of the log-likelihood ratios; a larger value keeps the policy nearer to the reference."""
 
     @model_validator(mode="before")
     @classmethod
@@ -86,7 +88,7 @@ class Config(ModelConfig):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The reference; with an adapter all of the policy but that."""
+        """See `ModelConfig.frozen`: the reference, or with an adapter, all parameters except the adapter's."""
         return self.policy.frozen if self.adapter is not None else (f"{REFERENCE}*",)
 
     def adapted_weights(self) -> list[str]:
@@ -99,15 +101,15 @@ class Config(ModelConfig):
 
     @property
     def follows_mup(self) -> bool:
-        """The policy's."""
+        """See `ModelConfig.follows_mup`; the value of the policy."""
         return self.policy.follows_mup
 
     def lr_scale(self, name: str) -> float:
-        """The policy's."""
+        """See `ModelConfig.lr_scale`; the value of the policy."""
         return self.policy.lr_scale(name)
 
     def folded(self, name: str, value: Tensor) -> Tensor:
-        """The policy's."""
+        """See `ModelConfig.folded`; the value of the policy."""
         return self.policy.folded(name, value)
 
     @property
@@ -124,15 +126,15 @@ class Config(ModelConfig):
         return name.removeprefix(REFERENCE)
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """The policy's."""
+        """See `ModelConfig.tensor_parallel_sizes`; the sizes of the policy."""
         return self.policy.tensor_parallel_sizes()
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """The policy's: it is what is exported."""
+        """See `ModelConfig.hf_names`; only the policy is exported."""
         return self.policy.hf_names()
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """The policy's."""
+        """See `ModelConfig.hf_config`; the config.json of the policy."""
         return self.policy.hf_config(rows)
 
     def build(self, vocab_size: int) -> PreferenceModel:
@@ -142,17 +144,20 @@ class Config(ModelConfig):
         return PreferenceModel(self.policy, vocab_size, self.beta)
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Exact number of parameters, the reference's included."""
+        """Exact number of parameters, including the reference."""
         copies = 1 if self.adapter is not None else 2
         return copies * self.policy.parameter_count(vocab_size)
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Of the policy alone."""
+        """Number of parameters of the policy without its input embeddings."""
         return self.policy.parameter_count_without_embeddings(vocab_size)
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs of a pair, which is what a run counts: two sequences through the policy, forward and backward,
-        and through the reference, forward alone, which is a third of that."""
+        """Matmul FLOPs per pair, the unit in which a run counts its data.
+
+        Two sequences pass through the policy, forward and backward, and through the reference, forward only, which is a
+        third of the policy's cost.
+        """
         policy = self.policy.model_copy(update={"adapter": None}).flops_per_token(vocab_size)
         full, causal = (2 * self.context * (flops + flops // 3) for flops in policy)
         return Flops(full, causal)

@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025), text: local and global layers in turn, norms before and after, scaled embeddings."""
+"""Gemma 3 (Gemma Team 2025), text only: local and global attention layers, norms before and after each branch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTPUT_NORMS = {
 }
 ACTIVATION = "gelu_pytorch_tanh"
 PATTERN = 6
-"""Every layer of this number and its multiples is global where config.json has no `layer_types`."""
+"""If config.json has no `layer_types`, every layer of this interval has full attention."""
 
 
 @FAMILIES.register
@@ -50,7 +50,7 @@ class Config(DecoderConfig):
     tied: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' Gemma3ForCausalLM.
+        """Position of each parameter in the state dict of transformers' Gemma3ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Gemma 3 does not have.
@@ -61,7 +61,7 @@ class Config(DecoderConfig):
         return names_in_llama(self, PARTS | NORMS | OUTPUT_NORMS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a Gemma3ForCausalLM."""
+        """The config.json of a Gemma3ForCausalLM of this shape."""
         common = config_of_llama(self, rows)
         del common["hidden_act"]
         default = {"rope_type": "default", "rope_theta": self.rope_local_theta or self.rope_theta}

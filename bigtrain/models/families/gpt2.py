@@ -22,7 +22,7 @@ class Config(DecoderConfig):
     bias: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Map qualified names to names in the state dict of transformers' GPT2LMHeadModel.
+        """Position of each parameter in the state dict of transformers' GPT2LMHeadModel, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that GPT-2 does not have.
@@ -51,7 +51,7 @@ class Config(DecoderConfig):
         return names
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a GPT2LMHeadModel."""
+        """The config.json of a GPT2LMHeadModel of this shape."""
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",

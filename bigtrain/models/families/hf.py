@@ -1,8 +1,8 @@
-"""Any language model of Hugging Face transformers, from a directory (or a name on the hub) with its weights.
+"""Any language model of Hugging Face transformers, loaded with its weights from a directory or the hub.
 
-These models initialise themselves, so their first weights come from a file: a model that is to begin from scratch is
-made once with transformers and saved (`AutoModelForCausalLM.from_config(config).save_pretrained(PATH)`).
-They run on the engine `accelerate`.
+transformers initialises these models itself, so bigtrain reads their initial weights from a file. To train from
+scratch, create a model with transformers and save it:
+`AutoModelForCausalLM.from_config(config).save_pretrained(PATH)`. These models run on the engine `accelerate`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Task = Literal["causal", "masked", "seq2seq"]
 
 @FAMILIES.register
 class Config(ModelConfig):
-    """A model of transformers; its shape is that of its directory."""
+    """A model of transformers, whose shape is defined by the config.json in its directory."""
 
     keeps_contract: ClassVar[bool] = False
     later_keys: ClassVar[frozenset[str]] = frozenset({"adapter"})
@@ -40,18 +40,19 @@ class Config(ModelConfig):
     hf: str
     """Directory with config.json and *.safetensors, or the name of a model on the hub."""
     task: Task = "causal"
-    """causal: the next token; masked: hidden tokens; seq2seq: the second part of a sequence from its first."""
+    """What is predicted. causal: the next token; masked: masked tokens; seq2seq: the second part of a sequence from the
+    first."""
     masked: Annotated[float, Gt(0), Lt(1)] = 0.15
-    """Share of the tokens that are hidden and learned (task masked)."""
+    """Share of the tokens that are masked and predicted (task masked)."""
     mask_token: Annotated[int, Ge(0)] | None = None
-    """The token that stands for a hidden one; null: as the directory's tokenizer.json names it ([MASK] or <mask>)."""
+    """Id of the mask token; null: read from the directory's tokenizer.json ([MASK] or <mask>)."""
     source: Annotated[float, Gt(0), Lt(1)] = 0.5
-    """Share of a sequence that the encoder reads (task seq2seq); what follows is learned."""
+    """Share of a sequence that the encoder reads (task seq2seq); the decoder predicts the rest."""
     adapter: Annotated[AdapterConfig, ADAPTERS] | None = None
-    """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [q_proj, v_proj]}, where
-    targets are those of peft's `target_modules`; null: all weights are trained."""
+    """Train small parameters beside frozen weights: {name: lora, rank: 8, alpha: 16, targets: [q_proj, v_proj]}, with
+    targets as in peft's `target_modules`; null: all weights are trained."""
     dropout: float = 0.0
-    """Only 0: see the error."""
+    """Must be 0: dropout of these models would depend on the layout."""
 
     @field_validator("hf")
     @classmethod
@@ -72,15 +73,15 @@ class Config(ModelConfig):
 
     @property
     def source_tokens(self) -> int:
-        """Tokens of a sequence that the encoder reads (task seq2seq)."""
+        """Number of tokens of a sequence that the encoder reads (task seq2seq)."""
         return round(self.source * self.context)
 
     @cached_property
     def directory(self) -> Path:
-        """Where config.json and the weights are; a model named by its name on the hub is fetched once.
+        """Directory of config.json and the weights; a model on the hub is downloaded once.
 
         Raises:
-            UserError: It is neither, or has no safetensors.
+            UserError: `hf` is neither a directory nor a model on the hub, or it has no config.json or no safetensors.
         """
         path = Path(self.hf)
         if not path.is_dir():
@@ -96,17 +97,17 @@ class Config(ModelConfig):
         return path
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash of the shape and the weights, wherever they lie: what `hf` means for a run's identity."""
+        """See `ModelConfig.fingerprint`: a hash of config.json and the weights, independent of their path."""
         files = [self.directory / "config.json", *sorted(self.directory.glob("*.safetensors"))]
         listed = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
         return {"hf": hashlib.sha256(listed.encode()).hexdigest()}
 
     @cached_property
     def hidden_token(self) -> int:
-        """The token that stands for a hidden one.
+        """Id of the mask token.
 
         Raises:
-            UserError: Neither the config nor the directory says which.
+            UserError: Neither the config nor the directory's tokenizer.json defines it.
         """
         if self.mask_token is not None:
             return self.mask_token
@@ -121,10 +122,10 @@ class Config(ModelConfig):
 
     @cached_property
     def shape(self) -> PretrainedConfig:
-        """The shape as transformers reads it, with every dropout 0.
+        """The config object of transformers, with all dropout rates set to 0.
 
         Raises:
-            UserError: transformers does not know the model.
+            UserError: transformers cannot read config.json, or does not know this type of model.
         """
         from transformers import AutoConfig
 
@@ -136,10 +137,11 @@ class Config(ModelConfig):
         return config
 
     def check_source(self, vocab_size: int) -> None:
-        """Refuse what the model cannot do, without building it.
+        """See `ModelConfig.check_source`; the model is not built with weights.
 
         Raises:
-            UserError: More tokens than it knows, a longer context than its positions, a task that is not its own.
+            UserError: The data has more tokens than the model's vocabulary, `context` exceeds its positions, or it does
+                not support the task.
         """
         config = self.shape
         text = config.get_text_config()
@@ -165,7 +167,11 @@ class Config(ModelConfig):
             )
 
     def _positions(self, said: int | None) -> int | None:
-        """Positions that a sequence may have; a table with a padding row, as RoBERTa's, begins behind that row."""
+        """Maximum sequence length; None: unlimited. A position table with a padding row (RoBERTa) starts after it.
+
+        Args:
+            said: `max_position_embeddings` of config.json, if it has one.
+        """
         from torch import nn
 
         tables = [
@@ -176,7 +182,7 @@ class Config(ModelConfig):
         return min([*tables, *([said] if said is not None else [])], default=None)
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Every parameter but the adapter's, under its own name."""
+        """See `ModelConfig.hf_names`: all parameters except an adapter's, under their own names."""
         from bigtrain.models.huggingface import HfTensor
 
         names = [name for name, _ in self.meta_model.named_parameters()]
@@ -206,15 +212,16 @@ class Config(ModelConfig):
         return isinstance(self.meta_model.get_submodule(name.rpartition(".")[0]), Conv1D)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """The config.json of the directory that the model began with."""
+        """The config.json of the directory from which the model was loaded."""
         config: dict[str, Any] = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         return config
 
     def build(self, vocab_size: int) -> PreTrainedModel:
-        """The model with the weights of its directory, FP32, on the CPU; an adapter's parameters are zero.
+        """The model with the weights of its directory, in FP32 on the CPU; an adapter's parameters are zero.
 
         Raises:
-            UserError: As `check_source`; or the file lacks parameters, which transformers would draw at random.
+            UserError: The model is not suitable (see `check_source`), or its weights lack parameters, which
+                transformers would initialise randomly.
         """
         self.check_source(vocab_size)
         from bigtrain.models.hf_tasks import load
@@ -222,10 +229,10 @@ class Config(ModelConfig):
         return load(self)
 
     def build_for_engine(self, vocab_size: int, seed: int) -> PreTrainedModel:
-        """As `build`; an adapter's parameters have their first values.
+        """The model of `build`, with an adapter's parameters initialised.
 
         Raises:
-            UserError: As `build`.
+            UserError: See `build`.
         """
         model = self.build(vocab_size)
         if self.adapter is not None:
@@ -235,11 +242,11 @@ class Config(ModelConfig):
         return model
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Exact number of parameters, a tied weight counted once."""
+        """Exact number of parameters; a tied weight is counted once."""
         return sum(parameter.numel() for parameter in self.meta_model.parameters())
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the tables of tokens and positions; an untied head is counted."""
+        """Number of parameters without the tables of tokens and positions; an untied head is counted."""
         from torch import nn
 
         tables = {
@@ -250,14 +257,14 @@ class Config(ModelConfig):
         return self.parameter_count(vocab_size) - sum(tables.values())
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs a token of the sequence, by the convention of `DecoderConfig.flops_per_token`."""
+        """Matmul FLOPs per token of the sequence, by the convention of `DecoderConfig.flops_per_token`."""
         from bigtrain.models.hf_tasks import flops
 
         return flops(self, self.meta_model)
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
-        """The model without any values.
+        """The model on the meta device, without values.
 
         Raises:
             UserError: A target of the adapter names no linear layer.

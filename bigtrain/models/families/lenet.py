@@ -1,7 +1,7 @@
 """A small convolutional network (LeNet-5, LeCun et al. 1998): convolutions and pooling, then dense layers.
 
-The defaults are the paper's sizes. `{maps: [32, 64], kernel: 3, hidden: [128], activation: relu, pool: max, dropout:
-0.5}` is the kind that Keras' example of MNIST made known.
+The defaults are the sizes of the paper. `{maps: [32, 64], kernel: 3, hidden: [128], activation: relu, pool: max,
+dropout: 0.5}` is similar to the network of Keras' MNIST example.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ POOLS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 @FAMILIES.register
 class Config(ClassifierConfig):
-    """Convolutions that each halve the image, then dense layers."""
+    """Convolutions, each followed by pooling that halves the image, then dense layers."""
 
     arch: Literal["lenet"] = "lenet"
     maps: Annotated[tuple[Positive, ...], MinLen(1)] = (6, 16)
-    """Channels after each convolution."""
+    """Number of channels after each convolution."""
     kernel: Positive = 5
-    """Height and width of the convolutions; the first one pads the image, so that its size stays."""
+    """Height and width of the convolutions, in pixels; the first one pads the image, so that its size stays."""
     hidden: tuple[Positive, ...] = (120, 84)
     """Widths of the dense layers before the last one."""
     activation: Literal["tanh", "relu"] = "tanh"
-    """What follows each layer but the last."""
+    """Activation after each layer except the last."""
     pool: Literal["average", "max"] = "average"
-    """How two by two pixels become one after each convolution."""
+    """Pooling of 2 x 2 pixels after each convolution."""
     batch_norm: bool = False
     """Whether each convolution is followed by BatchNorm (Ioffe and Szegedy 2015), before its activation."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -51,19 +51,19 @@ class Config(ClassifierConfig):
 
     @property
     def last_size(self) -> int:
-        """Height and width of the last maps, in pixels."""
+        """Height and width of the last feature maps, in pixels."""
         size = (self.image_size + 2 * (self.kernel // 2) - self.kernel + 1) // 2
         for _ in self.maps[1:]:
             size = (size - self.kernel + 1) // 2
         return size
 
     def build(self, vocab_size: int) -> LeNet:
-        """The classifier for `vocab_size` classes, with torch's own first values."""
+        """The classifier for `vocab_size` classes, initialised by torch's defaults."""
         return LeNet(self, vocab_size)
 
 
 class LeNet(nn.Module):
-    """`features`, then `classifier`."""
+    """The modules `features` (convolutions), then `classifier` (dense layers)."""
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class Config(DecoderConfig):
     mlp: Activation = "swiglu"
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' LlamaForCausalLM.
+        """Position of each parameter in the state dict of transformers' LlamaForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Llama does not have.
@@ -40,7 +40,7 @@ class Config(DecoderConfig):
         return names_in_llama(self, PARTS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a LlamaForCausalLM."""
+        """The config.json of a LlamaForCausalLM of this shape."""
         facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
         return facts | config_of_llama(self, rows)
 
@@ -52,15 +52,15 @@ class Config(DecoderConfig):
 
 
 def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **parts: Any) -> None:
-    """Refuse a shape that was overridden into one that a model of transformers does not have.
+    """Check that a decoder still has a shape that transformers' model of its family supports.
 
     Args:
-        name: The model's, for the message.
-        free: Keys that transformers has too, at any value.
-        parts: The values of keys that differ from Llama's.
+        name: Name of the family, for the message.
+        free: Keys that transformers supports at any value.
+        parts: Values that keys must have, where they differ from Llama's.
 
     Raises:
-        ValueError: Names the key.
+        ValueError: A key has a value that transformers' model does not support.
     """
     defaults = {key: DecoderConfig.model_fields[key].default for key in DecoderConfig.later_keys - {"adapter", "mup"}}
     llama = {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False, "qk_norm": False}
@@ -71,7 +71,11 @@ def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **
 
 
 def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, HfTensor]:
-    """Qualified names and their places, where a layer consists of `parts`."""
+    """Position of each parameter in the state dict of a Llama-like model of transformers, by qualified name.
+
+    Args:
+        parts: Modules of a layer, and their names in transformers.
+    """
     names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
     for layer in range(config.layers):
         for native, hf in parts.items():
@@ -83,7 +87,7 @@ def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, Hf
 
 
 def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
-    """What the config.json of Llama and its descendants have in common; rotary keys as all versions read them."""
+    """The keys that Llama and its descendants share in config.json; rotary keys suit all versions of transformers."""
     rotary = rotary_of(config)
     return {
         "vocab_size": rows,
@@ -100,7 +104,7 @@ def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        # Some classes of transformers set token ids of their own vocabulary where these keys are absent.
+        # If these keys are absent, some classes of transformers use the token ids of their original vocabulary.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else rotary,
@@ -109,7 +113,7 @@ def config_of_llama(config: DecoderConfig, rows: int) -> dict[str, Any]:
 
 
 def rotary_of(config: DecoderConfig) -> dict[str, Any]:
-    """The scaling of rotary wavelengths, in config.json's keys."""
+    """The scaling of rotary wavelengths, as keys of config.json."""
     rotary: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
@@ -124,13 +128,13 @@ def rotary_of(config: DecoderConfig) -> dict[str, Any]:
 
 
 def keys_of_llama(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
-    """The keys of `model` that such a config.json stands for.
+    """Convert the config.json of Llama or a descendant to keys of `model`.
 
     Args:
-        theta: The rotary base where config.json has none.
+        theta: The rotary base, if config.json has none.
 
     Raises:
-        ValueError: A bias, another activation, rotary wavelengths scaled by another rule.
+        ValueError: The config.json has a bias, another activation, or another rule of rotary scaling.
     """
     require(hf, {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False})
     rotary = hf.get("rope_parameters") or {}
@@ -169,10 +173,10 @@ def keys_of_llama(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
 
 
 def full_attention_every(types: list[str]) -> int | None:
-    """`full_attention_every` for the `layer_types` of a config.json.
+    """The key `full_attention_every` that corresponds to the `layer_types` of a config.json.
 
     Raises:
-        ValueError: Layers without a sliding window do not come in a fixed interval.
+        ValueError: The layers with full attention are not every n-th layer.
     """
     full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
     every = full[0] + 1 if full else None
@@ -187,6 +191,6 @@ def full_attention_every(types: list[str]) -> int | None:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """The inverse of `full_attention_every`."""
+    """The `layer_types` of a decoder for config.json: the inverse of `full_attention_every`."""
     windowed = config.windowed_layers
     return ["sliding_attention" if layer in windowed else "full_attention" for layer in range(config.layers)]

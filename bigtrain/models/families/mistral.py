@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama's parts, and in some versions a sliding window in every layer."""
+"""Mistral (Jiang et al. 2023): like Llama; some versions have a sliding window in every layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Config(DecoderConfig):
     mlp: Activation = "swiglu"
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' MistralForCausalLM.
+        """Position of each parameter in the state dict of transformers' MistralForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Mistral does not have.
@@ -27,7 +27,7 @@ class Config(DecoderConfig):
         return names_in_llama(self, PARTS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a MistralForCausalLM."""
+        """The config.json of a MistralForCausalLM of this shape."""
         facts = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
         return facts | config_of_llama(self, rows) | {"sliding_window": self.sliding_window}
 

@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team 2024): norms behind the branches, queries and keys normalised over all heads."""
+"""OLMo 2 (OLMo Team 2024): norms after the branches; queries and keys are normalised over all heads together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Config(DecoderConfig):
     rope_theta: Annotated[float, Gt(1)] = 5e5
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' Olmo2ForCausalLM.
+        """Position of each parameter in the state dict of transformers' Olmo2ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that OLMo 2 does not have.
@@ -41,7 +41,7 @@ class Config(DecoderConfig):
         return names_in_olmo(self)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of an Olmo2ForCausalLM."""
+        """The config.json of an Olmo2ForCausalLM of this shape."""
         facts = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
         return config_of_llama(self, rows) | facts
 
@@ -52,6 +52,6 @@ class Config(DecoderConfig):
 
 
 def names_in_olmo(config: DecoderConfig) -> dict[str, HfTensor]:
-    """Qualified names and their places in OLMo 2 and 3."""
+    """Position of each parameter in the state dicts of transformers' OLMo 2 and 3, by qualified name."""
     parts = {native: hf for native, hf in PARTS.items() if not native.endswith("_norm")}
     return names_in_llama(config, parts | NORMS | OUTPUT_NORMS)

@@ -1,4 +1,4 @@
-"""OLMo 3 (OLMo Team 2025): OLMo 2's parts, and a sliding window in three layers of four."""
+"""OLMo 3 (OLMo Team 2025): like OLMo 2, with a sliding window in three of four layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bigtrain.models.families.olmo2 import SHAPE, names_in_olmo
 from bigtrain.models.huggingface import HfTensor
 
 EVERY = 4
-"""Every layer of this number and its multiples attends in full where config.json has no `layer_types`."""
+"""If config.json has no `layer_types`, every layer of this interval has full attention."""
 
 
 @FAMILIES.register
@@ -39,7 +39,7 @@ class Config(DecoderConfig):
     full_attention_every: Positive | None = EVERY
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' Olmo3ForCausalLM.
+        """Position of each parameter in the state dict of transformers' Olmo3ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that OLMo 3 does not have.
@@ -48,7 +48,7 @@ class Config(DecoderConfig):
         return names_in_olmo(self)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of an Olmo3ForCausalLM."""
+        """The config.json of an Olmo3ForCausalLM of this shape."""
         local = self.rope_local_theta or self.rope_theta
         return config_of_llama(self, rows) | {
             "architectures": ["Olmo3ForCausalLM"],

@@ -1,4 +1,4 @@
-"""Phi 1, 1.5 and 2 (Li et al. 2023): parallel blocks, LayerNorm, partial rotary positions, biases, the head's too."""
+"""Phi 1, 1.5 and 2 (Li et al. 2023): parallel blocks, LayerNorm, partial rotary positions, biases also in the head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Config(DecoderConfig):
     rotary_part: Annotated[float, Gt(0), Le(1)] = 0.5
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' PhiForCausalLM.
+        """Position of each parameter in the state dict of transformers' PhiForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Phi does not have.
@@ -56,7 +56,7 @@ class Config(DecoderConfig):
         return names
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a PhiForCausalLM."""
+        """The config.json of a PhiForCausalLM of this shape."""
         common = config_of_llama(self, rows)
         rotary = {**common["rope_parameters"], "partial_rotary_factor": self.rotary_part}
         dropped = ("attention_bias", "rms_norm_eps", "head_dim")

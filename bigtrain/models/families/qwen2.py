@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5 (Yang et al. 2024), dense: Llama's parts, and a bias on queries, keys and values."""
+"""Qwen 2 and 2.5 (Yang et al. 2024), dense models: like Llama, with a bias on queries, keys and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Config(DecoderConfig):
     qkv_bias: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' Qwen2ForCausalLM.
+        """Position of each parameter in the state dict of transformers' Qwen2ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Qwen 2 does not have.
@@ -37,7 +37,7 @@ class Config(DecoderConfig):
         return names
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a Qwen2ForCausalLM, whose bias no key says."""
+        """The config.json of a Qwen2ForCausalLM of this shape. It has no key for the bias, which Qwen 2 always has."""
         facts = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
         common = config_of_llama(self, rows)
         if common.pop("head_dim") != self.width // self.heads:

@@ -1,4 +1,4 @@
-"""Qwen 3 (Yang et al. 2025), dense: Llama's parts, and queries and keys normalised per head."""
+"""Qwen 3 (Yang et al. 2025), dense models: like Llama, with queries and keys normalised per head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Config(DecoderConfig):
     qk_norm: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' Qwen3ForCausalLM.
+        """Position of each parameter in the state dict of transformers' Qwen3ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that Qwen 3 does not have.
@@ -34,7 +34,7 @@ class Config(DecoderConfig):
         return names_in_llama(self, PARTS | NORMS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a Qwen3ForCausalLM."""
+        """The config.json of a Qwen3ForCausalLM of this shape."""
         facts = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
         return facts | config_of_llama(self, rows)
 

@@ -1,6 +1,7 @@
-"""Residual networks with BatchNorm (He et al. 2016), for photographs or for small images (section 4.2 there).
+"""Residual networks with BatchNorm (He et al. 2016), for photographs or small images (section 4.2 of the paper).
 
-Parameters have the names and shapes of torchvision's ResNets, which put a bottleneck's stride on its 3x3 convolution.
+Parameters have the names and shapes of torchvision's ResNets. As there, the 3x3 convolution of a bottleneck has the
+stride.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ class Config(ClassifierConfig):
 
     arch: Literal["resnet"] = "resnet"
     blocks: Annotated[tuple[Positive, ...], MinLen(1)] = (2, 2, 2, 2)
-    """Residual blocks of each stage; all stages but the first halve the image and double the width."""
+    """Number of residual blocks of each stage; all stages except the first halve the image and double the width."""
     block: Literal["basic", "bottleneck"] = "basic"
-    """Two 3x3 convolutions; or 1x1, 3x3 and 1x1 with four times the width outside."""
+    """basic: two 3x3 convolutions. bottleneck: 1x1, 3x3 and 1x1, with four times as many channels outside."""
     width: Positive = 64
-    """Channels of the first stage."""
+    """Number of channels of the first stage."""
     stem: Literal["7x7", "3x3"] = "7x7"
-    """The first convolution: 7x7 of stride 2 and max pooling for photographs, or 3x3 for small images."""
+    """The first convolution: 7x7 with stride 2 and max pooling for photographs, or 3x3 for small images."""
     stem_stride: Positive = 1
     """Stride of a 3x3 stem."""
 
     def build(self, vocab_size: int) -> ResNet:
-        """The classifier for `vocab_size` classes; convolutions begin as in He et al. (2015)."""
+        """The classifier for `vocab_size` classes; convolutions are initialised as in He et al. (2015)."""
         return ResNet(self, vocab_size)
 
 
@@ -42,7 +43,7 @@ def _convolution(before: int, after: int, kernel: int, stride: int = 1) -> nn.Co
 
 
 class Basic(nn.Module):
-    """x + f(x), for f of two 3x3 convolutions."""
+    """relu(x + f(x)), where f has two 3x3 convolutions."""
 
     expansion = 1
 
@@ -60,7 +61,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """x + f(x), for f of 1x1, 3x3 and 1x1 convolutions."""
+    """relu(x + f(x)), where f has 1x1, 3x3 and 1x1 convolutions."""
 
     expansion = 4
 
@@ -80,11 +81,14 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(before: int, after: int, stride: int) -> nn.Module:
-    """The identity, or a 1x1 convolution where sizes change (option B of the paper), of every `stride`-th pixel."""
+    """The shortcut of a block: the identity, or a 1x1 convolution if sizes change (option B of the paper).
+
+    The caller passes only every `stride`-th pixel.
+    """
     if before == after and stride == 1:
         return nn.Identity()
-    # Its stride is taken before: channels last, torch 2.13 on CPUs writes out of bounds where a strided 1x1 convolution
-    # has few channels.
+    # The convolution itself has stride 1: with channels-last inputs, torch 2.13 on a CPU writes out of bounds if a
+    # strided 1x1 convolution has few channels.
     return nn.Sequential(_convolution(before, after, 1), nn.BatchNorm2d(after))
 
 
@@ -94,7 +98,8 @@ BLOCKS: dict[str, type[Basic] | type[Bottleneck]] = {"basic": Basic, "bottleneck
 class ResNet(nn.Module):
     """A stem, stages `layer1`, `layer2`, ... of blocks, the mean over pixels, and a dense layer `fc`.
 
-    The last BatchNorm of a block begins at zero, so that each block begins as its shortcut (Goyal et al. 2017).
+    The weight of the last BatchNorm of a block is initially zero, so that each block starts as its shortcut (Goyal et
+    al. 2017).
     """
 
     def __init__(self, config: Config, classes: int) -> None:
@@ -120,7 +125,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, channels, size, size)."""
-        # Channels last: the layout that kernels of convolutions on CPUs and GPUs compute in.
+        # Convolution kernels on CPUs and GPUs compute in the channels-last layout.
         x = self.conv1(images).contiguous(memory_format=torch.channels_last)
         x = self.maxpool(F.relu(self.bn1(x)))
         for stage in range(self.stages):

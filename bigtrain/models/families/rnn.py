@@ -1,6 +1,7 @@
 """Recurrent language models: simple units (Elman 1990), LSTM (Hochreiter, Schmidhuber 1997), GRU (Cho et al. 2014).
 
-Dropout lies between the layers and not in time (Zaremba et al. 2014). Each sequence begins with a state of zero.
+Dropout is applied between layers, not between time steps (Zaremba et al. 2014). Each sequence starts from a state of
+zero.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ CELLS: dict[str, Any] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 @FAMILIES.register
 class Config(PlainConfig):
-    """Embedding, recurrent layers, head."""
+    """A model with an embedding, recurrent layers, and a head."""
 
     arch: Literal["rnn"] = "rnn"
     cell: Literal["rnn", "gru", "lstm"] = "lstm"
-    """The units of the layers; rnn: tanh of a weighted sum."""
+    """Type of the recurrent units; rnn: tanh of a weighted sum."""
     layers: Annotated[int, Ge(1)] = 2
-    """Recurrent layers, one on the other."""
+    """Number of stacked recurrent layers."""
     width: Annotated[int, Ge(1)] = 256
-    """Units of a layer, and width of the embedding."""
+    """Number of units of a layer, and width of the embedding."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Share of each layer's output that is dropped before the next one and before the head."""
+    """Dropout rate of each layer's output, before the next layer and before the head."""
 
     def build(self, vocab_size: int) -> RecurrentLM:
-        """With torch's own initial values."""
+        """The model, initialised by torch's defaults."""
         return RecurrentLM(self, vocab_size)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy (B, C) of the token that follows each one."""
+        """Cross-entropies (B, C) of the targets, in nats."""
         return F.cross_entropy(output.transpose(1, 2), batch["targets"], reduction="none")
 
 
@@ -58,5 +59,5 @@ class RecurrentLM(nn.Module):
         return self.head(self.dropout(hidden))
 
     def logits(self, batch: Batch) -> Tensor:
-        """What `bigtrain sample` continues a text by."""
+        """FP32 logits (B, C, vocabulary) for text generation (`bigtrain sample`)."""
         return self(batch["tokens"]).float()

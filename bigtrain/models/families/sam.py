@@ -1,8 +1,9 @@
-"""Segmentation of the object that a point or a box prompts (Segment Anything, Kirillov et al. 2023).
+"""Segmentation of the object that a point or a box indicates (Segment Anything, Kirillov et al. 2023).
 
-A transformer reads the patches of an image. A decoder of two-way attention (figure 14 of the paper) reads these and
-the prompt, and gives a few masks, since a point may mean a thing or its part, with a guess of how good each is. The
-prompt is drawn for each sample: a point of its mask, or the box around it; where a mask is empty, a point anywhere.
+A transformer reads the patches of an image. A decoder with two-way attention (figure 14 of the paper) reads its output
+and the prompt. It returns several masks, because a point may mean an object or a part of it, and an estimate of the
+IoU of each mask. The prompt is sampled for each sample: a point inside its mask, or the bounding box of the mask. If
+the mask is empty, the point is anywhere in the image.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from bigtrain.models.plain.encoder import TwoWayBlock, encoder_layers
 from bigtrain.models.prompts import at, box_around, point_in
 
 FOCAL_WEIGHT, FOCUS = 20.0, 2.0
-"""Of the focal loss beside the dice loss (section 3), and its exponent (Lin et al. 2017)."""
+"""Weight of the focal loss relative to the dice loss (section 3), and exponent of the focal loss (Lin et al. 2017)."""
 POINT, NO_POINT, FIRST_CORNER, LAST_CORNER = range(4)
 
 
 @FAMILIES.register
 class Config(PlainConfig, ImageConfig):
-    """Images and the mask of one object in each: arrays `image` (S, S, channels) and `mask` (S, S), not 0 inside."""
+    """Samples are arrays `image` (S, S, channels) and `mask` (S, S), which is nonzero inside one object."""
 
     data_kind: ClassVar[DataKind] = "arrays"
 
     arch: Literal["sam"] = "sam"
     decoder_layers: Positive = 2
-    """Blocks of two-way attention."""
+    """Number of blocks of two-way attention."""
     masks: Positive = 3
-    """Masks for a prompt; the best of them is trained (section 3), and the one with the best guess is taken."""
+    """Number of masks per prompt. The mask with the lowest loss is trained (section 3); the result is the mask with the
+    highest estimated IoU."""
     boxes: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Share of samples that a box prompts in training; in evaluations it is always a point."""
+    """Share of training samples whose prompt is a box; in evaluations it is always a point."""
 
     @model_validator(mode="after")
     def _masks_grow_to_the_image(self) -> Config:
@@ -54,21 +56,21 @@ class Config(PlainConfig, ImageConfig):
 
     @property
     def sample_arrays(self) -> dict[str, tuple[int, ...]]:
-        """An image and its mask."""
+        """See `ModelConfig.sample_arrays`: an image and its mask."""
         return {"image": (self.image_size, self.image_size, self.channels), "mask": (self.image_size, self.image_size)}
 
     def build(self, vocab_size: int) -> SAM:
-        """Encoder and decoder; classes are not used."""
+        """Encoder and decoder; `vocab_size` is not used."""
         return SAM(self)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pixels (B, channels, S, S), those of bytes from -1 to 1, and masks (B, S, S)."""
+        """Pixels (B, channels, S, S), where uint8 values are scaled to [-1, 1], and boolean masks (B, S, S)."""
         image = batch["image"]
         image = image.float() if image.is_floating_point() else image.float() / 127.5 - 1
         return image.permute(0, 3, 1, 2), batch["mask"] != 0
 
     def loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
-        """Focal and dice loss of the best mask, and the squared error of the guesses (B,); records `iou`."""
+        """Losses (B,): focal and dice loss of the best mask, plus squared error of the IoU estimates. Records `iou`."""
         logits, guesses, _ = output
         mask = (batch["mask"] != 0).float()[:, None].expand_as(logits)
         entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
@@ -82,7 +84,7 @@ class Config(PlainConfig, ImageConfig):
         return (FOCAL_WEIGHT * focal + dice).amin(1) + ((guesses - iou) ** 2).mean(1)
 
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Each mask in red over its image, with the point in green, below the true one."""
+        """Images with the true mask in red; below each, the predicted mask, with the prompt's point in green."""
         image, mask = self.inputs(shown.batch)
         logits, guesses, prompt = network(image, mask)
         found = logits[torch.arange(len(logits)), guesses.argmax(1)] > 0
@@ -93,7 +95,7 @@ class Config(PlainConfig, ImageConfig):
 
 
 class SAM(nn.Module):
-    """`encoder` reads images alone, so that several prompts can be asked of one."""
+    """An encoder and a decoder; the encoder reads only the image, so several prompts can share its output."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -121,7 +123,10 @@ class SAM(nn.Module):
         self.quality = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.masks))
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of masks (B, M, S, S), guesses of their IoU (B, M), and the prompt: a point or corners (B, 2, 2)."""
+        """Logits of M masks (B, M, S, S), estimates of their IoU (B, M), and the prompts (B, 2, 2).
+
+        A prompt is a point, repeated, or two corners of a box.
+        """
         box = torch.rand(len(mask), 1, 1, device=mask.device) < self.boxes * self.training
         point = point_in(mask)[:, None].expand(-1, 2, -1)
         where = torch.where(box, torch.stack(box_around(mask), 1), point)
@@ -129,7 +134,7 @@ class SAM(nn.Module):
         return logits, quality, where
 
     def encode(self, image: Tensor) -> Tensor:
-        """Patches (B, T, W) of pixels (B, channels, S, S)."""
+        """Encoded patches (B, T, W) of pixels (B, channels, S, S)."""
         x = self.patches(image).flatten(2).transpose(1, 2) + self.positions
         for layer in self.encoder:
             x = layer(x)
@@ -137,7 +142,13 @@ class SAM(nn.Module):
         return encoded
 
     def decode(self, image: Tensor, where: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks and guesses from patches (B, T, W), points (B, 2, 2) and whether they are the corners of a box."""
+        """Logits of masks (B, M, S, S), and estimates of their IoU (B, M).
+
+        Args:
+            image: Encoded patches (B, T, W).
+            where: Prompts (B, 2, 2), see `forward`.
+            box: Boolean (B, 1, 1), whether a prompt is a box.
+        """
         kinds = self.kinds.weight
         corners = self.place(where) + kinds[FIRST_CORNER:]
         points = torch.cat([self.place(where[:, :1]) + kinds[POINT], kinds[NO_POINT].expand(len(where), 1, -1)], 1)
@@ -153,7 +164,7 @@ class SAM(nn.Module):
         return torch.einsum("bmc,bchw->bmhw", weights, grown).float(), self.quality(tokens[:, 0]).float()
 
     def place(self, where: Tensor) -> Tensor:
-        """Fourier features (..., W) of rows and columns (..., 2) from 0 to 1 (Tancik et al. 2020)."""
+        """Fourier features (..., W) of relative coordinates (..., 2) from 0 to 1 (Tancik et al. 2020)."""
         frequencies = cast(Tensor, self.frequencies)
         angles = 2 * math.pi * (2 * where - 1).to(frequencies.dtype) @ frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)

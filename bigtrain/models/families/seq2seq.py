@@ -1,7 +1,7 @@
-"""Sequence to sequence (Sutskever et al. 2014): an LSTM reads the source, another writes the answer from its state.
+"""Sequence to sequence (Sutskever et al. 2014): an LSTM reads the source, another one generates the answer.
 
-It learns from samples of the kind `supervised`: the prompt is the source, and the completion the answer. As in the
-paper, the source is read backwards unless `reverse: false`.
+It is trained on samples of the kind `supervised`: the prompt is the source, the completion is the answer. As in the
+paper, the source is read backwards unless `reverse: false` is set.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ from bigtrain.models.sums import by_sequence
 
 @FAMILIES.register
 class Config(PlainConfig):
-    """An encoder and a decoder of the same size; `context` is the tokens of a source and its answer together."""
+    """Encoder and decoder of the same size; `context` is the number of tokens of source and answer together."""
 
     arch: Literal["seq2seq"] = "seq2seq"
     layers: Annotated[int, Ge(1)] = 1
-    """LSTM layers of the encoder, and of the decoder."""
+    """Number of LSTM layers of the encoder, and of the decoder."""
     width: Annotated[int, Ge(1)] = 128
-    """Units of a layer, and width of the embedding."""
+    """Number of units of a layer, and width of the embedding."""
     reverse: bool = True
-    """Whether the source is read from its end to its beginning."""
+    """Whether the encoder reads the source backwards."""
 
     def build(self, vocab_size: int) -> Seq2Seq:
-        """With torch's own initial values."""
+        """The model, initialised by torch's defaults."""
         return Seq2Seq(self, vocab_size)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Tokens (B, C), and how many of them are the source (B,): all up to the first that predicts an answer."""
+        """Tokens (B, C), and lengths of the sources (B,).
+
+        The source ends with the first token whose target belongs to the answer.
+        """
         return {"tokens": batch["tokens"], "source": 1 + (batch["weights"] > 0).int().argmax(1)}
 
     def loss(self, output: tuple[Tensor, Tensor], batch: Batch) -> LossSum:
-        """Cross-entropy of the answers' tokens; records the share of answers that are right in all of them."""
+        """Sum of the cross-entropies of the answers' tokens, in nats. Records the share of fully correct answers."""
         logits, places = output
         inside = places < batch["tokens"].shape[1]
         places = places.clamp(max=batch["tokens"].shape[1] - 1)
@@ -53,7 +56,7 @@ class Config(PlainConfig):
 
 
 class Seq2Seq(nn.Module):
-    """The encoder's last state is the decoder's first."""
+    """Two LSTMs; the decoder starts from the encoder's last state."""
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         super().__init__()
@@ -64,7 +67,11 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(config.width, vocabulary)
 
     def forward(self, tokens: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C, vocabulary) of each step of the decoder, and the place (B, C) of the token that it reads."""
+        """Logits (B, C, vocabulary) of each decoder step, and the positions (B, C) in `tokens` that the steps read.
+
+        Args:
+            source: int64 (B,), lengths of the sources.
+        """
         steps, last = torch.arange(tokens.shape[1], device=tokens.device), source[:, None] - 1
         read = (last - steps).clamp(min=0) if self.reverse else steps.expand_as(tokens)
         packed = pack_padded_sequence(

@@ -1,4 +1,4 @@
-"""SmolLM 3 (Bakouch et al. 2025): Llama's parts, and each fourth layer without positions. SmolLM 1 and 2: llama."""
+"""SmolLM 3 (Bakouch et al. 2025): like Llama, with every fourth layer without positions. For SmolLM 1 and 2: llama."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Config(DecoderConfig):
     tied: bool = True
 
     def hf_names(self) -> dict[str, HfTensor]:
-        """Qualified names and their places in the state dict of transformers' SmolLM3ForCausalLM.
+        """Position of each parameter in the state dict of transformers' SmolLM3ForCausalLM, by qualified name.
 
         Raises:
             ValueError: The shape was overridden into one that SmolLM 3 does not have.
@@ -35,7 +35,7 @@ class Config(DecoderConfig):
         return names_in_llama(self, PARTS)
 
     def hf_config(self, rows: int) -> dict[str, Any]:
-        """config.json of a SmolLM3ForCausalLM."""
+        """The config.json of a SmolLM3ForCausalLM of this shape."""
         facts = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "use_sliding_window": False}
         rotated = [int(layer in self.rotary_layers) for layer in range(self.layers)]
         return facts | config_of_llama(self, rows) | {"no_rope_layers": rotated, "mlp_bias": False}

@@ -1,9 +1,9 @@
 """A variational autoencoder (Kingma and Welling 2014), or with `variational: false` a plain autoencoder.
 
-An encoder gives the mean and the log variance of an image's code, and a decoder the probability of each pixel to be
-white. The loss is the negative bound of the paper's eq. 10 with one draw, in nats an image: the cross-entropy of the
-pixels, and the divergence of the code from a standard normal (appendix B). A plain autoencoder (Hinton and
-Salakhutdinov 2006) decodes the mean, and has the cross-entropy alone.
+An encoder returns the mean and the log variance of an image's code. A decoder returns the probability that a pixel is
+white. The loss is the negative bound of the paper's eq. 10 with one sample, in nats per image: the cross-entropy of the
+pixels, plus the divergence of the code from a standard normal (appendix B). A plain autoencoder (Hinton and
+Salakhutdinov 2006) decodes the mean, and its loss is only the cross-entropy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bigtrain.models.plain import Batch, PlainConfig, pixels
 
 @FAMILIES.register
 class Config(PlainConfig):
-    """Square images through a short code, by networks of one hidden layer."""
+    """An encoder and a decoder of square images, each with one hidden layer."""
 
     data_kind: ClassVar[DataKind] = "images"
 
@@ -31,29 +31,29 @@ class Config(PlainConfig):
     image_size: Annotated[int, Ge(1)] = 28
     """Height and width of the images in pixels."""
     channels: Annotated[int, Ge(1)] = 1
-    """Colours of a pixel."""
+    """Number of colour channels."""
     width: Annotated[int, Ge(1)] = 400
-    """Units of the hidden layers."""
+    """Number of units of the hidden layers."""
     latent: Annotated[int, Ge(1)] = 20
     """Length of the code."""
     variational: bool = True
-    """Whether the code is sampled from a distribution; false: a plain autoencoder."""
+    """Whether the code is sampled from a normal distribution; false: a plain autoencoder."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
+        """Height, width and channels of an image."""
         return (self.image_size, self.image_size, self.channels)
 
     def build(self, vocab_size: int) -> VAE:
-        """Encoder and decoder; classes are not used."""
+        """Encoder and decoder; `vocab_size` is not used."""
         return VAE(self.image_size**2 * self.channels, self.width, self.latent, self.variational)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """Pixels (B, P) from 0 to 1."""
+        """Pixels (B, P), all channels together, from 0 to 1."""
         return pixels(batch).flatten(1)
 
     def loss(self, output: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
-        """The negative bound (B,); its divergence is also recorded."""
+        """The loss (B,), in nats; a variational autoencoder also records its divergence."""
         logits, mean, log_variance = output
         cross_entropy = F.binary_cross_entropy_with_logits(logits, self.inputs(batch), reduction="none").sum(1)
         if not self.variational:
@@ -63,7 +63,7 @@ class Config(PlainConfig):
         return cross_entropy + divergence
 
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Images above their reconstructions; images that are decoded from noise."""
+        """Images above their reconstructions; and, if variational, images decoded from random codes."""
         images = pixels(shown.batch)
         logits, _, _ = network(self.inputs(shown.batch))
         found = {"reconstructions": one_above_the_other(images, logits.sigmoid().view_as(images))}
@@ -85,7 +85,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(latent, width), nn.ReLU(), nn.Linear(width, pixels))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the pixels (B, P), mean and log variance of the codes (B, latent)."""
+        """Logits of the pixels (B, P), and mean and log variance of the codes, each (B, latent)."""
         hidden = self.encoder(x)
         mean, log_variance = self.mean(hidden), self.log_variance(hidden)
         code = mean

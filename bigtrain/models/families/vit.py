@@ -1,10 +1,10 @@
 """A small vision transformer (Dosovitskiy et al. 2021) that classifies images.
 
-It is also the example of a new family. A family is one file, found by its name (`model.arch: vit`), with:
-1. `Config`: the keys under `model` in the YAML, what they build, and exact counts of parameters and FLOPs;
-2. the module: `forward(batch)` returns the sums of losses and weights and scales nothing; `blocks()` names
-   what is sharded and recomputed one by one; `initialisers()` gives a rule for every parameter; and
-   `compute_dtype` is set by the engine.
+It also serves as an example for new families. A family is one file, selected by its name (`model.arch: vit`), with:
+1. `Config`: the keys under `model` in the YAML, the module that they build, and exact counts of parameters and FLOPs;
+2. the module: `forward(batch)` returns the sums of losses and weights, without scaling the loss; `blocks()` lists the
+   modules that are sharded and recomputed separately; `initialisers()` returns a rule for every parameter; and the
+   engine sets `compute_dtype`.
 
 Shapes: B images, T patches of an image, W width.
 """
@@ -29,7 +29,7 @@ from bigtrain.models.sums import by_sequence
 
 @FAMILIES.register
 class Config(ImageConfig):
-    """A pre-norm ViT without a class token: the mean over patches is classified."""
+    """A pre-norm ViT without a class token: the head reads the mean over patches."""
 
     data_kind: ClassVar[DataKind] = "images"
 
@@ -44,18 +44,18 @@ class Config(ImageConfig):
         return self.patches * self.width + self.parameter_count_without_embeddings(vocab_size)
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the table of positions."""
+        """Number of parameters without the position table."""
         block = 12 * self.width**2 + 13 * self.width
         return (self.patch_values + 1) * self.width + self.layers * block + (2 + vocab_size) * self.width
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs an image, forward and backward: 6 a parameter and patch, 12 * layers * W * T^2."""
+        """Matmul FLOPs per image, forward and backward: 6 per parameter and patch, plus 12 * layers * W * T^2."""
         dense = 6 * self.patches * (self.patch_values * self.width + self.layers * 12 * self.width**2)
         total = dense + 12 * self.layers * self.width * self.patches**2 + 6 * self.width * vocab_size
         return Flops(total, total)
 
     def attention_pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
-        """Images, beside each what the last layer takes of its patches: the mean over heads and patches that look."""
+        """Images, beside each the last layer's attention to its patches, averaged over heads and query patches."""
         model, images = cast(VisionTransformer, network), shown.batch["images"]
         found = attention_of(cast(Block, model.layers[-1]).attention, lambda: model.hidden(images))
         return {"attention": beside_attention(images, found.mean(1))}
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, positions, blocks, mean, classes (`contract.Model`)."""
+    """Patch and position embeddings, transformer blocks, mean over patches, and a head (`contract.Model`)."""
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ class VisionTransformer(nn.Module):
         return LossSum(loss, weights.sum(), by_sequence(losses, weights))
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits (B, classes) in FP32 of a batch of `images` alone."""
+        """FP32 logits (B, classes); of the batch, only `images` is needed."""
         hidden = self.hidden(batch["images"])
         return F.linear(hidden, self.head.weight.to(hidden.dtype)).float()
 
     def hidden(self, images: Tensor) -> Tensor:
-        """What the head reads (B, W) of images (B, H, W, channels)."""
+        """The features (B, W) that the head reads, for images (B, height, width, channels)."""
         patches = self.embedding(cut(images, self.config.patch, self.compute_dtype))
         x = patches + self.position_embedding.weight.to(self.compute_dtype)
         for layer in self.layers:
@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
         return [(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
 
     def initialisers(self) -> dict[str, Init]:
-        """Linear layers from a normal of variance 1 / inputs, positions of std 0.02; norms 1, biases 0."""
+        """Matrices are normal with variance 1 / inputs, positions normal with std 0.02; norms are 1, biases 0."""
         rules: dict[str, Init] = {}
         for name, parameter in self.named_parameters():
             if name == "position_embedding.weight":

@@ -1,4 +1,4 @@
-"""Plain PyTorch modules as models: a network as its author wrote it, and a few lines beside it.
+"""Plain PyTorch modules as models: an unchanged network, and a few lines of config.
 
     from my_network import Network                # an nn.Module
 
@@ -15,7 +15,7 @@
         def loss(self, output: Tensor, batch: Batch) -> Tensor:
             return F.cross_entropy(output, batch["labels"], reduction="none")
 
-A module may instead take the batch itself and return a `LossSum`; `PlainModel` is a base class for that.
+A module may also read the batch itself and return a `LossSum`; `PlainModel` is a base class for such modules.
 """
 
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros

@@ -1,4 +1,4 @@
-"""What couples the sequences of a batch, computed over the global batch: sums and gathers over ranks, batch statistics.
+"""Operations that couple the sequences of the global batch: sums and gathers over ranks, and batch statistics.
 
     from bigtrain.models.plain import gather_batch
 
@@ -7,8 +7,8 @@
     own = first + torch.arange(len(text_features), device=texts.device)
     losses = F.cross_entropy(scale * text_features @ images.T, own, reduction="none")     # of this rank's rows
 
-One process gets what it gives. A module that uses one of these, or BatchNorm, needs each rank's part of a global batch
-in one pass; the engine refuses more than one micro-batch.
+In a single process they return their input. A module that uses one of them, or BatchNorm, needs each rank's part of the
+global batch in one forward pass; the engine refuses more than one micro-batch per step.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from bigtrain.models.plain.modes import StaysOn
 
 
 class BatchRanks(Protocol):
-    """The ranks that share a global batch, in one pass."""
+    """The ranks that share a global batch, during one forward pass."""
 
     rank: int
     rows: list[int]
-    """Sequences of each rank that are no fillers."""
+    """Number of sequences of each rank, without fillers."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, with gradient. Collective."""
+        """The sum of x over the ranks, with gradient. Collective."""
         ...
 
 
 class OneProcess:
-    """A process that has the whole batch."""
+    """A `BatchRanks` of one process, which has the full global batch."""
 
     rank = 0
 
@@ -49,12 +49,12 @@ class OneProcess:
         self.rows = [rows]
 
     def sum(self, x: Tensor) -> Tensor:
-        """What it was given."""
+        """Return x."""
         return x
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce; the gradient of a sum that all ranks use is the sum of their gradients."""
+    """All-reduce with gradient: all ranks use the sum, so its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ class _Sum(torch.autograd.Function):
 
 
 class AllRanks:
-    """All ranks of the process group: a plain module is laid out over data-parallel ranks alone."""
+    """A `BatchRanks` of all ranks of the process group, since plain modules support only data parallelism."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        """Exchange the numbers of rows. Collective."""
+        """Exchange the number of rows of each rank. Collective."""
         self.rank = dist.get_rank()
         counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
         counts[self.rank] = rows
@@ -88,10 +88,10 @@ class AllRanks:
 class _Local(threading.local):
     ranks: BatchRanks | None = None
     own: int = 0
-    """Rows of the batch of this pass, fillers included."""
+    """Number of rows in the batch of this pass, fillers included."""
     passes: int = 1
     used = False
-    """Whether the pass has coupled sequences."""
+    """Whether this pass has coupled sequences."""
 
 
 _here = _Local()
@@ -99,9 +99,14 @@ _here = _Local()
 
 @contextmanager
 def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
-    """Let the block's pass over a batch of `batch` rows, one of `passes` of a step, sum over `ranks`."""
+    """A context in which a forward pass sums over `ranks`.
+
+    Args:
+        batch: Number of rows in the batch of the pass, fillers included.
+        passes: Number of forward passes of the step.
+    """
     _here.ranks, _here.own, _here.passes, _here.used = ranks, batch, passes, False
-    # The defaults of other threads: on a GPU autograd computes activations again in a thread of its own.
+    # Set the defaults of other threads too: on a GPU, autograd recomputes activations in a thread of its own.
     _Local.ranks, _Local.own, _Local.passes = ranks, batch, passes
     try:
         with _BatchNorm():
@@ -111,15 +116,18 @@ def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
 
 
 def couples() -> bool:
-    """Whether the last pass of this thread has coupled the sequences of its batch by this module."""
+    """Whether the last pass of this thread has used one of this module's operations."""
     return _here.used
 
 
 def _use(what: str) -> None:
-    """Note that the pass couples sequences.
+    """Record that the pass couples sequences.
+
+    Args:
+        what: Name of the operation, for messages.
 
     Raises:
-        UserError: A step has several passes, none of which sees the global batch.
+        UserError: The step has several passes, so no pass sees the global batch.
     """
     _here.used = True
     if _here.passes > 1:
@@ -131,14 +139,19 @@ def _use(what: str) -> None:
 
 
 def real_rows(batch: int) -> int:
-    """Of `batch` sequences of this pass, how many are no fillers; those come last."""
+    """Number of sequences of this pass that are no fillers; fillers come last.
+
+    Args:
+        batch: Number of sequences of this pass, fillers included.
+    """
     return batch if _here.ranks is None else _here.ranks.rows[_here.ranks.rank]
 
 
 def sum_over_batch(x: Tensor, what: str = "sum_over_batch()") -> Tensor:
-    """The sum over all ranks of what each has summed over its own part of the batch, with gradient. Collective.
+    """The sum of x over all ranks, with gradient. Collective.
 
     Args:
+        x: A sum over this rank's part of the global batch.
         what: Name of the caller, for messages.
     """
     _use(what)
@@ -146,13 +159,13 @@ def sum_over_batch(x: Tensor, what: str = "sum_over_batch()") -> Tensor:
 
 
 def gather_batch(x: Tensor) -> tuple[Tensor, int]:
-    """The rows of all ranks, with gradient, and the number of this rank's first row among them. Collective.
+    """The rows of all ranks, with gradient, and the index of this rank's first row among them. Collective.
 
     Args:
-        x: (B, ...), a row for each sequence of this rank's batch. Rows of fillers are dropped.
+        x: (B, ...), one row for each sequence of this rank's batch. Rows of fillers are dropped.
 
     Raises:
-        UserError: Another number of rows.
+        UserError: x has another number of rows than the batch has sequences.
     """
     _use("gather_batch()")
     ranks = _here.ranks
@@ -167,12 +180,12 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
     first, own = sum(ranks.rows[: ranks.rank]), ranks.rows[ranks.rank]
     everything = x.new_zeros((sum(ranks.rows), *x.shape[1:]))
     everything = torch.cat([everything[:first], x[:own], everything[first + own :]])
-    # A rank that has a filler alone counts it as the last row: its targets are to exist.
+    # A rank with only a filler uses the index of the last row, so that its targets exist.
     return ranks.sum(everything), min(first, len(everything) - 1)
 
 
 class _BatchNorm(StaysOn):
-    """Batch statistics over the global batch, wherever a module takes them."""
+    """Makes BatchNorm and InstanceNorm compute their statistics over the global batch."""
 
     def call(self, function: Any, args: Any, kwargs: Any) -> Any:
         """See `StaysOn.call`."""
@@ -193,13 +206,14 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`; in training with the mean and the variance over the rows of all ranks, without fillers."""
+    """`F.batch_norm`, in training with mean and variance over the rows of all ranks, without fillers."""
     ranks = _here.ranks
     if training:
         _use("BatchNorm")
     if not training or ranks is None or (len(ranks.rows) == 1 and ranks.rows[0] == _here.own):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    # A pass has fillers only where there is nothing else. Rows are counted here: data may decide on their number.
+    # A pass contains a filler only if the rank has no sequence. Rows are counted in x, since their number may depend on
+    # the data.
     own = x.shape[0] if ranks.rows[ranks.rank] else 0
     dims = [dim for dim in range(x.ndim) if dim != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
@@ -237,7 +251,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.instance_norm`; running statistics follow the mean over the sequences of all ranks."""
+    """`F.instance_norm`, with running statistics updated by the mean over the sequences of all ranks."""
     if not use_input_stats or running_mean is None or running_var is None or _here.ranks is None:
         return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     _use("InstanceNorm with running statistics")

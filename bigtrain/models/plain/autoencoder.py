@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module):
-    """Convolutions from pixels to logits of codes, and from codes to pixels.
+    """A convolutional encoder from pixels to logits of codes, and a decoder from codes to pixels.
 
     Args:
-        patch: Height and width that a code stands for, in pixels; a power of two.
+        channels: Number of channels of an image.
+        maps: Number of channels of the hidden layers.
+        codes: Number of different codes.
+        patch: Height and width of the patch that a code stands for, in pixels; a power of two.
     """
 
     def __init__(self, channels: int, maps: int, codes: int, patch: int) -> None:
@@ -25,12 +28,12 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*up, nn.Conv2d(maps, channels, 3, padding=1))
 
     def codes(self, images: Tensor) -> Tensor:
-        """The likeliest codes (B, P) of pixels (B, channels, S, S), row after row."""
+        """The most probable codes (B, P) of pixels (B, channels, S, S), row by row."""
         codes: Tensor = self.encoder(images).argmax(1).flatten(1)
         return codes
 
     def images(self, codes: Tensor, side: int) -> Tensor:
-        """Pixels (B, channels, S, S) of codes (B, side * side)."""
+        """Decode codes (B, side * side) into pixels (B, channels, S, S)."""
         grid = F.one_hot(codes, self.kinds).float().transpose(1, 2).unflatten(2, (side, side))
         images: Tensor = self.decoder(grid)
         return images

@@ -1,8 +1,9 @@
-"""Whether a plain module computes the same at every layout: tiny real batches on the CPU, before any rank starts.
+"""Checks that a plain module computes the same in every layout, with tiny batches on the CPU, before any rank starts.
 
-A pass is compared with itself after another one (state that a checkpoint would lose), with two passes over its parts
-that sum over each other as ranks do (what couples a batch), with parameters and attributes before it. A module that is
-built without values (`initialisers()`) runs on the meta device, and values are not compared.
+A pass is repeated after another pass, which reveals state that a checkpoint would lose. It is compared with two passes
+over parts of the batch that sum over each other like ranks, which reveals coupling inside a batch. And parameters and
+attributes are compared with those before the pass. A module that is built without values (`initialisers()`) runs on the
+meta device, and values are not compared.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARTS = (3, 2)
-"""Sequences of the two parts of the compared batch."""
+"""Number of sequences in each of the two parts of the compared batch."""
 SEED, OTHER_SEED = 20, 21
-"""The second where draws of NumPy or `random` decide what the pass computes: one value may hide what another shows."""
+"""Seeds of the passes. The second is used if draws of NumPy or `random` decide what a pass computes, because one draw
+may hide an error that another reveals."""
 
 
 def check_plain(config: PlainConfig, vocab_size: int, across_layouts: bool = False) -> Facts:
     """Refuse a module whose losses would depend on the layout, or whose state a resume would lose.
 
     Args:
-        across_layouts: Whether draws that differ from layout to layout are refused; otherwise they are reported.
+        across_layouts: Whether random draws that differ between layouts are errors; otherwise they are warnings.
 
     Raises:
-        UserError: The first thing that is wrong, by its qualified name, and what to do instead.
+        UserError: The module violates a rule. The error describes the first violation and its fix.
     """
     where = config.plugin.place if config.plugin is not None else type(config).__module__
     with users_code(config, where, "build()"):
@@ -133,7 +135,7 @@ def _check_parts(network: Network, where: str) -> None:
 
 
 def _check_repeats(network: Network, again: Network, where: str) -> None:
-    """Each rank builds the module: values that differ from build to build would differ from rank to rank."""
+    """Check that building the module twice gives the same values; otherwise they would differ between ranks."""
     first, second = (dict((*one.named_parameters(), *one.named_buffers())) for one in (network, again))
     for name, value in first.items():
         if name not in second or not equal(value.detach(), second[name].detach()):
@@ -145,7 +147,7 @@ def _check_repeats(network: Network, again: Network, where: str) -> None:
 
 
 class _Passes:
-    """The compared passes of one module."""
+    """Runs passes of one module and compares them."""
 
     def __init__(
         self, config: PlainConfig, vocab_size: int, facts: Facts, where: str, across_layouts: bool, part: str | None
@@ -163,10 +165,10 @@ class _Passes:
         self._batch, self._other = (example_batch(config, vocab_size, sum(PARTS), seed) for seed in (0, 1))
 
     def check(self) -> None:
-        """Compare, in training and in evaluation.
+        """Compare passes in training mode and in evaluation mode.
 
         Raises:
-            UserError: A pass depends on what should not matter.
+            UserError: A pass depends on the layout, or on state that no checkpoint contains.
         """
         for training in (True, False):
             network = self._new()
@@ -191,7 +193,7 @@ class _Passes:
                 self._seed = SEED
 
     def _pass(self, network: Network, batch: Batch, ranks: BatchRanks | None = None, constant: bool = False) -> Result:
-        """Forward and backward, from the generators' state at a step's beginning."""
+        """Run forward and backward, with all generators in their state at the start of a step."""
         rows = len(batch["keys"])
         network.zero_grad(set_to_none=True)
         with (
@@ -217,7 +219,7 @@ class _Passes:
         return Result(float(result.loss.detach()), float(result.weight), gradients, buffers)
 
     def _in_parts(self, training: bool, constant: bool) -> Result:
-        """The step of two ranks, each with a part of the batch."""
+        """Run the step as two ranks would, each with a part of the batch."""
         networks = [self._new() for _ in PARTS]
         first, second = ({name: _rows(x, sum(PARTS), part) for name, x in self._batch.items()} for part in _PARTS)
         losses: list[LossSum] = []
@@ -233,7 +235,7 @@ class _Passes:
             ):
                 result: LossSum = network(batch)
                 if training and result.loss.requires_grad and not self._facts.couples:
-                    # Here, where what the module computes again (torch.utils.checkpoint) draws as before.
+                    # Inside the contexts, so that recomputation (torch.utils.checkpoint) repeats the same draws.
                     result.loss.backward()
                     return LossSum(result.loss.detach(), *result[1:])
                 return result
@@ -282,7 +284,7 @@ class _Passes:
         )
 
     def _report_draws(self) -> None:
-        """Draws that `Draws` took for keyed and that do not follow the sequences, such as time before batch."""
+        """Report draws that `Draws` keyed by sequence although their first dimension is not the batch."""
         what = "forward() draws by rows that are not the batch's: other layouts draw otherwise"
         if self._across_layouts:
             raise UserError(what, self._where, "Draw tensors whose first dimension is the batch.")
@@ -357,7 +359,7 @@ _PARTS = (slice(0, PARTS[0]), slice(PARTS[0], sum(PARTS)))
 
 
 class _Constant(Draws):
-    """The same value for each draw: what is left of a difference does not come from draws."""
+    """Makes every draw return the same value, so that a remaining difference does not come from draws."""
 
     def __init__(self) -> None:
         super().__init__(torch.zeros(1, dtype=torch.int64))

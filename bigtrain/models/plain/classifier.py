@@ -1,4 +1,4 @@
-"""The keys that networks which classify square images share."""
+"""The config keys that all classifiers of square images share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Positive = Annotated[int, Ge(1)]
 
 
 class ClassifierConfig(PlainConfig):
-    """A network from images (B, channels, image_size, image_size) to logits (B, classes)."""
+    """A network that maps images (B, channels, image_size, image_size) to logits (B, classes)."""
 
     data_kind: ClassVar[DataKind] = "images"
 
     image_size: Positive
     """Height and width of an image, in pixels."""
     channels: Positive = 3
-    """Colours of a pixel."""
+    """Number of colour channels."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -31,9 +31,9 @@ class ClassifierConfig(PlainConfig):
         return self.image_size, self.image_size, self.channels
 
     def inputs(self, batch: Batch) -> Tensor:
-        """The images."""
+        """The images, FP32 (B, channels, image_size, image_size)."""
         return pixels(batch)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """The cross-entropy of each image."""
+        """The cross-entropy of each image, FP32 (B,), in nats."""
         return class_losses(output, batch)

@@ -1,4 +1,4 @@
-"""What passes of a plain module gave and left behind, and how it is compared."""
+"""Results and state of passes of a plain module, and their comparison."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from bigtrain.models.plain.facts import attributes, dense
 from bigtrain.models.plain.network import Network
 
 LOSS_BAND, GRADIENT_BAND = 1e-4, 1e-3
-"""Relative, in FP32: parts are summed in another order. What couples a batch is off by far more."""
+"""Relative tolerances in FP32, because parts are summed in another order. Coupling inside a batch causes far larger
+differences."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass gave."""
+    """The result of a pass."""
 
     loss: float
     weight: float
@@ -29,7 +30,8 @@ class Result:
     buffers: dict[str, Tensor]
 
     def away(self, other: Result) -> tuple[float, float]:
-        """How far another result is: of the loss, relative above 1; of all gradients, relative to their norm."""
+        """Differences to another result: of the loss, relative if it is above 1, and of all gradients, relative to the
+        norm of this result's gradients."""
         loss = abs(self.loss - other.loss) / max(1.0, abs(self.loss))
         names = self.gradients.keys() | other.gradients.keys()
         zero = torch.zeros(())
@@ -44,7 +46,7 @@ class Result:
 
 
 def host_state() -> Any:
-    """How far NumPy's and `random`'s own generators have come."""
+    """The states of the global generators of NumPy and `random`."""
     _, keys, position, *_ = np.random.get_state()
     return bytes(np.asarray(keys)), position, random.getstate()
 
@@ -52,7 +54,7 @@ def host_state() -> Any:
 @dataclass(frozen=True)
 class State:
     parameters: dict[str, tuple[Tensor, int, int]]
-    """Values, version and address."""
+    """Values, version counter and data address of each parameter."""
     buffers: dict[str, Tensor]
     extra: dict[str, Any]
 
@@ -74,7 +76,7 @@ def restore(network: Network, state: State) -> None:
 
 
 def attributes_of(network: Network) -> dict[str, Any]:
-    """Copies of what modules keep apart from parameters and buffers, by qualified names."""
+    """Copies of the attributes of all modules, by qualified name, without parameters and buffers."""
     found = {}
     for prefix, module in network.network.named_modules():
         for name, value in attributes(module).items():
@@ -88,7 +90,7 @@ def has_tensor(leaves: list[Any]) -> bool:
 
 
 def alike(a: list[Any], b: list[Any] | None) -> bool:
-    """Whether two attributes hold the same; objects of other kinds are not compared."""
+    """Whether two attributes have equal leaves; leaves that are neither tensors, numbers nor texts are not compared."""
     if b is None or len(a) != len(b):
         return False
     for one, other in zip(a, b, strict=True):

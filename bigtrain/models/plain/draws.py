@@ -1,15 +1,18 @@
-"""The random draws of a module's own forward pass, so that no layout changes them.
+"""Replaces the random draws of a module's forward pass, so that they do not depend on the layout.
 
-`Draws` watches every operator of a pass. A draw whose first dimension counts sequences (the batch, or B * G rows with
-the G rows of a sequence next to each other, as attention's heads lie) is made from the keys of the batch, as
-`models.random` does: each sequence gets the same values in any micro-batch on any rank. So is one whose second
-dimension is the batch, where time comes first: in torch's recurrent layers, and where passes of two sizes show it. A
-draw of a fixed shape (noise on a weight, one number for the whole batch) comes from torch's generator, which every pass
-of a step finds in the same state on all ranks.
-Any other draw comes from that generator too: it repeats at one layout and differs at others, and `varying` names it.
+`Draws` intercepts every operator of a pass. It distinguishes three kinds of draws by their shape:
 
-The number of a draw in the pass is itself taken from torch's CPU generator: where torch restores that generator to
-compute activations again, the second pass meets the draws of the first.
+- The first dimension is the batch, or B * G with the G rows of a sequence next to each other, as for attention heads.
+  Such a draw is made from the keys of the batch, as in `models.random`: a sequence gets the same values in any
+  micro-batch on any rank. The same holds if the second dimension is the batch and time is the first. This is known for
+  torch's recurrent layers, and is detected by passes with two batch sizes.
+- The shape does not depend on the batch, such as noise on a weight, or one value for all sequences. Such a draw comes
+  from torch's generator, which is in the same state on all ranks at the start of every pass of a step.
+- Any other draw comes from torch's generator too. It is reproducible in one layout, but differs between layouts;
+  `varying` lists these draws.
+
+The number that identifies a draw within the pass is itself drawn from torch's CPU generator. When torch restores that
+generator to recompute activations, the recomputation therefore gets the same draws.
 """
 
 from __future__ import annotations
@@ -28,21 +31,21 @@ from bigtrain.models.random import uniform
 
 Shape = tuple[int, ...]
 Drawn = tuple[str, Shape]
-"""The operator of a draw, and the shape that it fills."""
+"""The operator of a draw, and the shape of the drawn values."""
 
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
 class Draws(TorchDispatchMode):
-    """Makes the draws of one pass; see the module's docstring."""
+    """Makes the random draws of one pass; see the module's docstring."""
 
     def __init__(
         self, keys: Tensor | None, fixed: frozenset[Drawn] = frozenset(), second: frozenset[Drawn] = frozenset()
     ) -> None:
         """Args:
-        keys: int64 (B,), of the pass's sequences; None leaves every draw to torch's generator.
-        fixed: Draws whose shape does not follow the batch.
-        second: Draws whose second dimension is the batch; see `without_second`.
+        keys: int64 (B,), keys of the sequences; None: every draw comes from torch's generator.
+        fixed: Draws whose shape does not depend on the batch.
+        second: Draws whose second dimension is the batch, in the form of `without_second`.
         """
         super().__init__()
         self._keys = keys
@@ -52,9 +55,9 @@ class Draws(TorchDispatchMode):
         self.is_recurrent = False
         self.seen: list[Drawn] = []
         self.varying: list[Drawn] = []
-        """Those made by no key, and not in `fixed`."""
+        """Draws that were not made from keys and are not in `fixed`."""
         self.own_generator: str | None = None
-        """An operator that was given a generator of the module's own."""
+        """Name of an operator that the module called with its own generator, if any."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,7 +77,7 @@ class Draws(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _fits(self, drawn: Drawn) -> bool:
-        """Whether a draw follows the sequences; finds the dimension of the batch."""
+        """Whether a dimension of a draw is the batch; sets `_batch_dim` to that dimension."""
         assert self._keys is not None
         count, shape = len(self._keys), drawn[1]
         is_second = without_second(drawn, count) in self._second
@@ -84,7 +87,7 @@ class Draws(TorchDispatchMode):
         return is_second or (bool(shape) and shape[0] > 0 and shape[0] % count == 0)
 
     def _uniform(self, shape: Sequence[int], device: Any = None) -> Tensor:
-        """Float64 of `shape`, uniform in (0, 1), by the keys."""
+        """Float64 tensor of `shape`, uniform in (0, 1), made from the keys."""
         assert self._keys is not None
         number = int(torch.randint(1 << 62, ()))
         if self._batch_dim:
@@ -95,7 +98,7 @@ class Draws(TorchDispatchMode):
 
 
 class _Recurrent(StaysOn):
-    """Tells `Draws` that a recurrent layer of torch runs: inside it time comes first."""
+    """Informs `Draws` while a recurrent layer of torch runs; inside it, time is the first dimension."""
 
     def __init__(self, draws: Draws) -> None:
         super().__init__()
@@ -114,19 +117,19 @@ class _Recurrent(StaysOn):
 
 @contextmanager
 def drawing(draws: Draws) -> Iterator[Draws]:
-    """Make every draw of the block by `draws`; both a forward pass and its backward pass belong into it."""
+    """A context in which `draws` makes every random draw; it must include the forward and the backward pass."""
     with _Recurrent(draws), draws:
         yield draws
 
 
 def without_second(drawn: Drawn, count: int) -> Drawn | None:
-    """A draw without its second dimension, where that is `count` sequences; None elsewhere."""
+    """A draw with its second dimension removed, if that dimension has size `count`; else None."""
     name, shape = drawn
     return (name, (shape[0], *shape[2:])) if len(shape) > 1 and shape[1] == count else None
 
 
 def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator that may draw does not: attention and recurrent kernels with a dropout of zero."""
+    """Whether an operator that may draw does not, such as an attention or recurrent kernel with dropout 0."""
     for position, argument in enumerate(function._schema.arguments):
         if argument.name in ("dropout_p", "dropout"):
             given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -135,13 +138,13 @@ def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _shape(args: Any) -> Shape:
-    """The shape that an operator fills: of its first tensor, or the list of sizes that it is given."""
+    """The shape of the drawn values: that of the operator's first tensor, or the list of sizes in its arguments."""
     for argument in args:
         if isinstance(argument, Tensor) and argument.ndim:
             return tuple(argument.shape)
         if isinstance(argument, (list, tuple, torch.Size)) and all(isinstance(size, int) for size in argument):
             return tuple(argument)
-    # A permutation is requested by its length.
+    # randperm gets the length of the permutation.
     return args[:1] if args and isinstance(args[0], int) else ()
 
 
@@ -153,7 +156,7 @@ def _normal(uniform: Tensor) -> Tensor:
 
 
 def _in_place(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Callable[..., Tensor]:
-    """A maker of an operator that fills its first argument."""
+    """Wrap a function of uniform values for an operator that fills its first argument in place."""
 
     def make(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         target: Tensor = args[0]
@@ -163,7 +166,7 @@ def _in_place(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> 
 
 
 def _new(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Callable[..., Tensor]:
-    """A maker of an operator that returns a new tensor, of the requested dtype and on the requested device."""
+    """Wrap a function of uniform values for an operator that returns a new tensor of the requested dtype and device."""
 
     def make(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         like = next((argument for argument in args if isinstance(argument, Tensor)), None)
@@ -178,7 +181,7 @@ def _new(values: Callable[[Tensor, list[Any], dict[str, Any]], Tensor]) -> Calla
 
 
 def _named(function: Any, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, with the defaults of its schema."""
+    """The arguments of a call by name, including the defaults of the operator's schema."""
     found = {}
     for position, argument in enumerate(function._schema.arguments):
         given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -210,7 +213,7 @@ def _dropout(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, A
 
 
 def _multinomial(draw: _Uniform, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
-    """Rows of categories: by the inverse of the distribution with replacement, by an exponential race without."""
+    """Sample categories: with replacement by the inverse cumulative distribution, without by an exponential race."""
     named = _named(function, args, kwargs)
     weights, count = named["self"].double(), named["num_samples"]
     if named["replacement"] or count == 1:
@@ -242,4 +245,4 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "native_dropout": _dropout,
     "multinomial": _multinomial,
 }
-"""How an operator's values follow from uniform numbers, by the operator's name."""
+"""By operator name, the function that computes the operator's random values from uniform values."""

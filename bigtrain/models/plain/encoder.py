@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 
 def encoder_layers(count: int, width: int, heads: int, **options: Any) -> nn.ModuleList:
-    """Blocks for x (B, T, width) with GELU and an MLP four times as wide; `options` are `TransformerEncoderLayer`'s."""
+    """`count` transformer blocks for x (B, T, width), with GELU and an MLP of four times the width.
+
+    Args:
+        options: Further arguments of `nn.TransformerEncoderLayer`.
+    """
     block: dict[str, Any] = {"activation": "gelu", "batch_first": True, **options}
     return nn.ModuleList(nn.TransformerEncoderLayer(width, heads, 4 * width, **block) for _ in range(count))
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens look at each other and at the image; then the image looks at the tokens."""
+    """Tokens attend to each other and to the image; then the image attends to the tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -25,7 +29,12 @@ class TwoWayBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
 
     def forward(self, tokens: Tensor, image: Tensor, prompt: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, W) and patches (B, T, W); what they were at first, and the places, go to every attention."""
+        """Update tokens (B, N, W) and image patches (B, T, W).
+
+        Args:
+            prompt: The initial tokens (B, N, W), added to queries and keys of tokens in every attention.
+            places: Position features (T, W), added to queries and keys of the image in every attention.
+        """
         asking = tokens + prompt
         tokens = self.norms[0](tokens + self.of_tokens(asking, asking, tokens, need_weights=False)[0])
         tokens = self.norms[1](tokens + self.to_image(tokens + prompt, image + places, image, need_weights=False)[0])

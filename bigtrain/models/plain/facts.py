@@ -1,4 +1,4 @@
-"""What a pass of a tiny batch shows of a module: which parts may be sharded apart, what it draws, what it couples."""
+"""Properties of a module, observed in passes over tiny batches: separable blocks, random draws, coupled sequences."""
 
 from __future__ import annotations
 
@@ -25,45 +25,48 @@ _LOOKS_AT_VALUES = frozenset((
     "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "is_nonzero", "equal", "bincount", "_unique",
     "_unique2", "unique_dim", "unique_consecutive", "argwhere",
 ))  # fmt: skip
-"""Operators whose result's shape, or whose reader's next step, depends on values."""
+"""Operators whose result has a shape that depends on values, or whose result Python code may branch on."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What engines need to know of a plain module."""
+    """The properties of a plain module that engines need."""
 
     blocks: tuple[str, ...] = ()
-    """Modules that run once a pass and whose parameters nothing else reads: gathered and recomputed one by one."""
+    """Names of modules that run once per pass and whose parameters no other code reads. They can be gathered and
+    recomputed separately."""
     by_data: bool = False
-    """Whether the pass looks at values, so that ranks may run other parts of the module."""
+    """Whether the pass reads values of tensors, so that different ranks may run different parts of the module."""
     needs_grad: bool = False
-    """Whether forward differentiates, in evaluation too."""
+    """Whether forward itself computes gradients, in evaluation too."""
     draws: bool = False
+    """Whether the pass draws random values."""
     fixed: frozenset[Drawn] = frozenset()
-    """Draws whose shape does not follow the batch."""
+    """Draws whose shape does not depend on the batch."""
     second: frozenset[Drawn] = frozenset()
-    """Draws whose second dimension is the batch, without it."""
+    """Draws whose second dimension is the batch, in the form of `draws.without_second`."""
     varying: tuple[Drawn, ...] = ()
-    """Draws of a training pass that differ from layout to layout."""
+    """Draws of a training pass that differ between layouts."""
     own_generator: str | None = None
+    """Name of an operator that the module called with its own generator, if any."""
     couples: bool = False
-    """Whether the module sums over the ranks of a pass, as BatchNorm does."""
+    """Whether the module sums over the ranks during a pass, as BatchNorm does."""
     moving: tuple[str, ...] = ()
     """Buffers that a training pass changes."""
 
 
 def unknown(module: nn.Module) -> Facts:
-    """What is assumed of a module that no example batch runs through: right for any, and slower."""
+    """The assumptions about a module that fails on example batches: valid for any module, but slower."""
     moving = tuple(name for name, buffer in module.named_buffers() if buffer.layout is torch.strided)
     return Facts(by_data=True, needs_grad=True, draws=True, couples=True, moving=moving)
 
 
 def observe(make: Callable[[], Network], batches: Mapping[int, Batch]) -> Facts:
-    """Run a training pass and an evaluation pass of each batch.
+    """Observe a training pass and an evaluation pass on each batch.
 
     Args:
-        make: A new module for each pass, since passes may leave something behind.
-        batches: By their number of sequences, two or more.
+        make: Creates a new module for each pass, because passes may change a module.
+        batches: Two or more batches, by their number of sequences.
     """
     sizes = sorted(batches)
     found: dict[tuple[bool, int], tuple[Facts, list[Drawn]]] = {}
@@ -95,12 +98,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """A tensor as comparisons take it."""
+    """A strided tensor with the values of x, for comparisons."""
     return x if x.layout is torch.strided else x.to_dense()
 
 
 def joined(found: Sequence[Facts]) -> Facts:
-    """What holds of several passes, or of the parts of a model."""
+    """Combine the facts of several passes, or of the parts of a model."""
     return Facts(
         blocks=tuple(name for name in found[0].blocks if all(name in other.blocks for other in found)),
         by_data=any(one.by_data for one in found),
@@ -153,7 +156,7 @@ def _pass(network: Network, batch: Batch) -> tuple[Facts, list[Drawn]]:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees which blocks run, how often, and what else reads their parameters."""
+    """Observes which blocks run, how often, and whether other code reads their parameters."""
 
     def __init__(self, network: nn.Module, blocks: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -163,7 +166,7 @@ class _Watch(TorchDispatchMode):
         self._active: list[str] = []
         self._calls: Counter[str] = Counter()
         self._mixed: set[str] = set()
-        """Blocks that something else reads, or whose results FSDP could not follow."""
+        """Names of blocks whose parameters other code reads, or whose results FSDP cannot process."""
         self._owner = {
             parameter.untyped_storage()._cdata: name
             for name, block in blocks.items()
@@ -171,7 +174,7 @@ class _Watch(TorchDispatchMode):
         }
 
     def apart(self) -> tuple[str, ...]:
-        """The blocks that may be treated one by one."""
+        """Names of the blocks that can be gathered and recomputed separately."""
         return tuple(name for name in self._blocks if self._calls[name] == 1 and name not in self._mixed)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,7 +192,7 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def calls(self) -> Iterator[None]:
-        """Count the calls of the blocks within."""
+        """A context in which calls of blocks are counted."""
         handles = []
         for name, block in self._blocks.items():
             handles.append(block.register_forward_pre_hook(self._enter(name)))
@@ -212,7 +215,7 @@ class _Watch(TorchDispatchMode):
             self._active.remove(name)
             kept = [value for part in block.modules() for value in tree_leaves(attributes(part))]
             if any(isinstance(value, Tensor) and value.grad_fn is not None for value in kept):
-                self._mixed.add(name)  # a second loss, kept on the block
+                self._mixed.add(name)  # such as an auxiliary loss, kept as an attribute of the block
             if any(not isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in tree_leaves(result)):
                 self._mixed.add(name)
 
@@ -220,7 +223,7 @@ class _Watch(TorchDispatchMode):
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps apart from parameters, buffers, submodules and hooks."""
+    """The attributes of a module, without parameters, buffers, submodules and hooks."""
     own = {*nn.Module().__dict__, "_compute_dtype", "_flat_weights", "_flat_weight_refs"}
     return {name: value for name, value in vars(module).items() if name not in own and name != "forward"}
 

@@ -1,4 +1,4 @@
-"""The config section of a plain module: how it is built, called and counted."""
+"""Base config of plain modules: building, calling, and counting parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -28,26 +28,33 @@ logger = logging.getLogger(__name__)
 
 
 class PlainConfig(ModelConfig):
-    """The keys of a plain module; counts are taken from the module that it builds."""
+    """Base class for the config of a plain module; parameters and FLOPs are counted on the built module."""
 
     is_plain: ClassVar[bool] = True
 
     gives_way: ClassVar[bool] = True
-    """Whether a plugin's family may have the name of this one: a network that is added here breaks no plugin."""
+    """Whether a plugin's family may reuse the name of this one, so that networks added to bigtrain break no plugin."""
 
     loss_is: ClassVar[Literal["mean", "sum"] | None] = None
-    """What a single loss is that the module returns: the mean over what counts in its batch (samples, or tokens whose
-    target is not -100), or the sum."""
+    """Meaning of a scalar loss that the module returns: the mean over its batch (over samples, or over tokens whose
+    target is not -100), or the sum. None: the module returns no scalar loss."""
 
     def inputs(self, batch: Batch) -> Any:
-        """What `forward` is called with: a tensor, a tuple, or a dict by the names of its arguments.
+        """The arguments of `forward`: a tensor, a tuple, or a dict by argument name.
 
-        None, the default, takes each argument from the batch by its name, with x for the sample and y for its answer.
+        None, the default: each argument is the batch's array of the same name; x means the sample, y its target.
         """
         return None
 
     def loss(self, output: Any, batch: Batch) -> Tensor | LossSum:
-        """Losses (B,) or (B, C), as `batch["weights"]` is, from what `forward` returned."""
+        """Losses of the shape of `batch["weights"]`, (B,) or (B, C).
+
+        Args:
+            output: What `forward` returned.
+
+        Raises:
+            UserError: Neither `loss_is` nor this method is defined for the output.
+        """
         if self.loss_is is not None:
             return _single_loss(output)
         raise UserError(
@@ -58,10 +65,14 @@ class PlainConfig(ModelConfig):
         )
 
     def as_loss_sum(self, output: Any, batch: Batch, where: str) -> LossSum:
-        """What `forward` returned, as sums over the batch by its weights.
+        """Sums of weighted losses and of weights over the batch.
+
+        Args:
+            output: What `forward` returned.
+            where: File of the module, for messages.
 
         Raises:
-            UserError: `loss` gave something else than one loss for each weight.
+            UserError: `loss` did not return one loss for each weight.
         """
         loss = self.loss(output, batch)
         if isinstance(loss, LossSum):
@@ -86,16 +97,16 @@ class PlainConfig(ModelConfig):
     # Building.
 
     def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
-        """The module with its own first values, as torch seeded with `seed` gives them; with its facts.
+        """The module with its facts, and with the values that its `__init__` sets under `seed`.
 
-        One that has `initialisers()` is on the meta device, where it keeps nothing apart from parameters.
+        A module with `initialisers()` is on the meta device instead, if its only tensors are parameters.
         """
         network = self.wrapped(vocab_size, seed)
         network.facts = self.observed_facts(vocab_size, seed)
         return network
 
     def wrapped(self, vocab_size: int, seed: int) -> Network:
-        """A new module, wrapped; its facts are not known yet."""
+        """A new module, wrapped as a `Network`; its facts are not known yet."""
         if self._on_meta.get(vocab_size, True):
             without_values = self._without_values(vocab_size)
             rules = without_values is not None and has_rules(without_values)
@@ -112,13 +123,13 @@ class PlainConfig(ModelConfig):
         return network
 
     def check(self, vocab_size: int, across_layouts: bool = False) -> None:
-        """Run tiny batches through the module and refuse what would be wrong at some layout; see `plain.check`."""
+        """Run tiny batches through the module, and refuse it if some layout would change results; see `plain.check`."""
         from bigtrain.models.plain.check import check_plain
 
         check_plain(self, vocab_size, across_layouts)
 
     def observed_facts(self, vocab_size: int, seed: int) -> Facts:
-        """What tiny batches show of the module; what holds for any module where they do not run."""
+        """The facts observed with tiny batches; if the module fails on them, facts that hold for any module."""
         key = vocab_size, seed
         if key not in self._facts:
             try:
@@ -138,7 +149,7 @@ class PlainConfig(ModelConfig):
         return joined([observe(partial(self.of_part, part, vocab_size, seed), batches) for part in parts])
 
     def of_part(self, part: str | None, vocab_size: int, seed: int) -> Network:
-        """A new module, wrapped, whose passes compute the loss of a part."""
+        """A new module, wrapped as a `Network`, whose passes compute the loss of one part."""
         network = self.wrapped(vocab_size, seed)
         network.part = part
         return network
@@ -149,7 +160,7 @@ class PlainConfig(ModelConfig):
 
     @cached_property
     def _on_meta(self) -> dict[int, bool]:
-        """Whether the module is built without values."""
+        """Whether the module is built without values, by vocabulary size."""
         return {}
 
     @cached_property
@@ -166,27 +177,27 @@ class PlainConfig(ModelConfig):
     # Counts.
 
     def parameter_count(self, vocab_size: int) -> int:
-        """Exact number of parameters, a tied weight counted once."""
+        """Exact number of parameters; a tied weight is counted once."""
         return sum(parameter.numel() for parameter in self._counted(vocab_size).parameters())
 
     def parameter_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """The shape of what a run begins with, parameters and saved buffers, by qualified names; a tied one once."""
+        """Shapes of parameters and persistent buffers, by qualified name; a tied parameter is listed once."""
         module = self._counted(vocab_size).network
         saved = module.state_dict().keys()
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
         return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in saved}
 
     def parameter_count_without_embeddings(self, vocab_size: int) -> int:
-        """Parameters without the tables of `nn.Embedding`s."""
+        """Number of parameters without the tables of `nn.Embedding` modules."""
         module = self._counted(vocab_size)
         tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
         return self.parameter_count(vocab_size) - sum(table.numel() for table in tables)
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Three times the matmul FLOPs of a forward pass, for the gradients are two products for one.
+        """Three times the matmul FLOPs of a forward pass: the backward pass needs two matmuls for each one.
 
-        Attention is counted as the module computes it, so the causal count is the full one. `Flops.unknown()` where
-        the module cannot be counted.
+        Attention is counted as the module computes it, so `causal` equals `full`. The result is `Flops.unknown()` if
+        the module's FLOPs cannot be counted.
         """
         network = self.wrapped(vocab_size, 0)
         network.facts = unknown(network)
@@ -211,27 +222,28 @@ class PlainConfig(ModelConfig):
 
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
-    """Counts products. oneDNN runs a recurrent layer as one operator; torch's own kernels are products."""
+    """A context that counts matmul FLOPs. oneDNN is off: it runs a recurrent layer as one operator, without matmuls."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the switch says of TF32
+        warnings.simplefilter("ignore")  # switching oneDNN off warns about TF32
         with FlopCounterMode(display=False) as counter, torch.backends.mkldnn.flags(enabled=False):
             yield counter
 
 
 def pixels(batch: Batch) -> Tensor:
-    """The images of a batch as most networks take them: FP32 (B, channels, height, width), contiguous.
+    """The images of a batch in the form that most networks expect: FP32 (B, channels, height, width), contiguous.
 
-    Bytes become 0 to 1; what `data.augment` has normalized stays as it is.
+    uint8 values are scaled to [0, 1]; floats, which `data.augment` has already normalized, stay unchanged.
     """
     images = batch["images"].permute(0, 3, 1, 2)
-    # Strides as well: those of one channel would pass for channels-last, whose results `view` does not take.
+    # Strides are made contiguous too: the permuted strides of a one-channel image count as channels-last, and `view`
+    # fails on channels-last results.
     values = images.to(torch.float32, memory_format=torch.contiguous_format)
     return values if images.is_floating_point() else values / 255
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and `random` alike, and put their states back afterwards."""
+    """A context in which torch, NumPy and `random` are seeded; their states are restored afterwards."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -245,17 +257,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def example_batch(config: ModelConfig, vocab_size: int, rows: int, seed: int = 0) -> Batch:
-    """Made-up content by the names, shapes and types of the loader's batches."""
+    """A batch of made-up values, with the names, shapes and dtypes of the loader's batches."""
     arrays = batch_kind(config).example_batch(config, max(1, vocab_size), rows, np.random.default_rng([seed, rows]))
     for name in config.sample_arrays.keys() & arrays.keys():
         if arrays[name].dtype.kind == "f":
-            arrays[name] = np.abs(arrays[name]) % 1.0  # a number of an embedding's row as well
+            arrays[name] = np.abs(arrays[name]) % 1.0  # valid as a row index of an embedding too
     batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
     return {**batch, "step": torch.zeros((), dtype=torch.int64)}
 
 
 def _holds_values(module: nn.Module | None) -> bool:
-    """Whether a module keeps tensors or arrays apart from its parameters, which the meta device would lose."""
+    """Whether a module has tensors or arrays other than parameters, whose values the meta device would lose."""
     if module is None or any(True for _ in module.buffers()):
         return True
     kept = [value for part in module.modules() for value in attributes(part).values()]
@@ -263,7 +275,7 @@ def _holds_values(module: nn.Module | None) -> bool:
 
 
 def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) -> None:
-    """Let layers that find their sizes at the first pass find them."""
+    """Run a pass so that lazy layers, which infer their sizes from the first input, get their sizes."""
     if not any(nn.parameter.is_lazy(x) for x in (*network.parameters(), *network.buffers())):
         return
     batch = example_batch(config, vocab_size, 2)
@@ -277,14 +289,14 @@ def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) ->
 
 
 def _make_contiguous(module: nn.Module) -> None:
-    """FSDP takes contiguous parameters alone; channels-last ones hold the same values."""
+    """Make parameters contiguous, because FSDP accepts no others, such as channels-last ones."""
     for parameter in module.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
 
 
 def _single_loss(output: Any) -> Tensor:
-    """The loss in what a module returns: a tensor, `output.loss`, `output["loss"]`, or the first of a tuple."""
+    """The scalar loss in a module's output: the tensor itself, `output.loss`, `output["loss"]`, or `output[0]`."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):

@@ -1,4 +1,4 @@
-"""A base class for modules that take the batch itself, and what is worked out from any module."""
+"""A base class for modules that read the batch itself, and defaults derived from the structure of any module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bigtrain.models import layers
 from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
 
 STD = 0.02
-"""Of all matrices under the default rules of `PlainModel.initialisers`, as GPT-2's (Radford et al. 2019)."""
+"""Standard deviation of matrices under the default rules of `PlainModel`, as in GPT-2 (Radford et al. 2019)."""
 
 _MATRICES = (
     nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase,
@@ -29,12 +29,12 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, layers.LayerNorm, layers.RMSNo
 class PlainModel(nn.Module):
     """An nn.Module whose `forward(batch)` returns the sums of losses and weights.
 
-    Its layers may be torch's own. In BF16 matmuls run under autocast, and embeddings give BF16.
+    It may use torch's own layers. In BF16, matmuls run under autocast, and embeddings return BF16.
     """
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the matmuls and of what embeddings give; set by the engine."""
+        """Dtype of matmuls and of the output of embeddings; the engine sets it."""
         return self.__dict__.get("_compute_dtype", torch.float32)
 
     @compute_dtype.setter
@@ -46,37 +46,37 @@ class PlainModel(nn.Module):
         """Run `forward` under autocast.
 
         Raises:
-            UserError: It did not return two sums, the losses' in FP32.
+            UserError: `forward` did not return a sum of losses in FP32 and a sum of weights.
         """
         with autocast(self, self.compute_dtype):
             result = super().__call__(batch)
         return as_sums(result, inspect.getfile(type(self).forward))
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """The entries of `nn.ModuleList`s, in order, but for those that share a parameter with another module.
+        """The entries of `nn.ModuleList`s, in order, without those that share a parameter with another module.
 
-        They are gathered one by one under FSDP, recomputed and compiled one by one.
+        Each is sharded by FSDP, recomputed and compiled separately.
         """
         return list_entries(self)
 
     def initialisers(self) -> dict[str, Init]:
-        """Rules by the type of a parameter's module: matrices normal of std 0.02, norms one, biases zero.
+        """Rules by the type of a parameter's module: matrices are normal with std 0.02, norms one, biases zero.
 
-        A module keeps the values that its `__init__` gives it unless it overrides this method. One that does is built
-        without values, which takes no memory, and each rank fills only its own part.
+        A module that does not override this method keeps the values of its `__init__`. A module that overrides it is
+        built without values, which takes no memory, and each rank initialises only its own shard.
         """
         return rules_by_type(self)
 
 
 def autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Autocast to `dtype` on the module's device; nothing in FP32 and without values."""
+    """An autocast context to `dtype` on the module's device; it does nothing in FP32 or on the meta device."""
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     lower = dtype is not torch.float32 and device != "meta"
     return torch.autocast(device if lower else "cpu", dtype if lower else None, enabled=lower)
 
 
 def look_up_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let every `nn.Embedding` give `dtype`."""
+    """Make every `nn.Embedding` in a module return `dtype`."""
     for part in module.modules():
         if type(part) is nn.Embedding:
             if dtype is torch.float32:
@@ -86,10 +86,10 @@ def look_up_in(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def as_sums(result: Any, where: str) -> LossSum:
-    """What a forward pass returned, as sums.
+    """Convert the result of a forward pass to a `LossSum`.
 
     Raises:
-        UserError: It is no pair of sums, the losses' in FP32.
+        UserError: The result is not a sum of losses in FP32 and a sum of weights.
     """
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise UserError(
@@ -107,7 +107,7 @@ def as_sums(result: Any, where: str) -> LossSum:
 
 
 def rules_by_type(module: nn.Module) -> dict[str, Init]:
-    """Initialisers of the parameters that lie in torch's own kinds of layers."""
+    """Initialisation rules for the parameters of known layer types, by qualified name."""
     rules: dict[str, Init] = {}
     named = {parameter: name for name, parameter in module.named_parameters()}
     for part in module.modules():
@@ -123,7 +123,7 @@ def rules_by_type(module: nn.Module) -> dict[str, Init]:
 
 
 def list_entries(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost entries of `nn.ModuleList`s that share no parameter with another module, by qualified name."""
+    """The outermost entries of `nn.ModuleList`s that share no parameter with another module, with qualified names."""
     entries = list(_entries(module, ""))
     uses = Counter(id(entry) for _, entry in entries)
     holders: Counter[nn.Parameter] = Counter()
@@ -148,7 +148,7 @@ def _entries(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _look_up(embedding: nn.Embedding, dtype: torch.dtype, indices: Tensor) -> Tensor:
-    """Rows in `dtype`; on a CPU by a table in FP32, for the reason that `layers.Embedding` gives."""
+    """Look up rows in `dtype`; on a CPU in an FP32 table, for the reason given in `layers.Embedding`."""
     table: Tensor = embedding.weight
     if table.device.type == "cpu":
         table = table.to(torch.promote_types(table.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A plain module as engines run it: its parameters under its own names, its forward pass as sums of losses."""
+"""The wrapper in which engines run a plain module: parameters keep their names, and forward returns sums of losses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from bigtrain.models.plain.family import PlainConfig
 
 IGNORED = -100
-"""What stands for a target that does not count, as in torch's own losses."""
+"""Value of a target that does not count, as in torch's own losses."""
 EXTRA_BYTES = 16384
-"""Room for what `get_extra_state` of one module returns, as JSON."""
+"""Maximum size of the `get_extra_state` of one module, as JSON, in bytes."""
 
 
 class Network(nn.Module):
-    """Wraps the user's module without a change to it; qualified names are the module's own."""
+    """Wraps the user's module without changing its qualified names."""
 
     def __init__(self, network: nn.Module, config: PlainConfig, where: str) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class Network(nn.Module):
         self.where = where
         self._config = config
         self.part: str | None = next(iter(config.parts), None)
-        """Whose loss a pass computes, where the model has parts: `batch["part"]`."""
+        """The part whose loss a pass computes, given to the model as `batch["part"]`; None if it has no parts."""
         self._compute_dtype = torch.float32
         self._kept = _parameters_in_lists(network)
         self.is_shared = False
-        """Whether other ranks take part in a step; set by the engine."""
+        """Whether several ranks take part in a step; the engine sets it."""
         self._empty = False
         self._before: dict[str, Tensor] = {}
         self._after: dict[str, Tensor] = {}
         self._extra_before: dict[str, Any] = {}
         self.gradient_hooks = _taken_hooks(network)
-        """Of parameters, by name; each takes and returns the gradient of the mean loss over the global batch."""
+        """Gradient hooks, by parameter name; each gets and returns the gradient of the global batch's mean loss."""
         self.reached: set[str] = set()
-        """Names of parameters that a pass since the last step has used; known where `facts.by_data`."""
+        """Names of the parameters used in a pass since the last step; only recorded if `facts.by_data`."""
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As of the user's module: the wrapper adds nothing to names."""
+        """The names of the user's module: the wrapper adds no prefix."""
         memo = set() if memo is None else memo
         if self in memo:
             return
@@ -64,12 +64,12 @@ class Network(nn.Module):
         yield from self.network.named_modules(memo, prefix, remove_duplicate)
 
     def has_no_values(self) -> bool:
-        """Whether it is on the meta device."""
+        """Whether the module is on the meta device."""
         return any(parameter.is_meta for parameter in self.parameters())
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the matmuls and of what embeddings give."""
+        """Dtype of matmuls and of the output of embeddings."""
         return self._compute_dtype
 
     @compute_dtype.setter
@@ -80,7 +80,10 @@ class Network(nn.Module):
         look_up_in(self.network, dtype)
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """What is sharded and recomputed one by one: of the module's own list, what its facts allow."""
+        """The modules that are sharded and recomputed separately: those that the facts allow.
+
+        A `PlainModel` that lists its blocks restricts them further.
+        """
         modules = dict(self.network.named_modules())
         own = getattr(self.network, "blocks", None)
         listed = [name for name, _ in own()] if isinstance(self.network, PlainModel) and callable(own) else None
@@ -92,7 +95,7 @@ class Network(nn.Module):
         ]
 
     def initialisers(self) -> dict[str, Init]:
-        """The module's own rules, where it has any: see `has_rules`."""
+        """The module's own initialisation rules; empty if it has none (see `has_rules`)."""
         return cast(Any, self.network).initialisers() if has_rules(self.network) else {}
 
     def forward(self, batch: Batch) -> LossSum:
@@ -110,7 +113,7 @@ class Network(nn.Module):
                 result = _call(self.network, arguments, batch, self.where)
         sums = self._sums(result, batch)
         if self._empty:
-            # A rank without a sequence of its own: its filler counts for nothing, whatever the loss does with weights.
+            # This rank has only a filler. It must not count, even if the loss ignores weights.
             sums = LossSum(sums.loss * 0, sums.weight * 0)
         if self.training and self.facts.moving:
             named = dict(self.named_buffers())
@@ -132,22 +135,23 @@ class Network(nn.Module):
         return self._config.as_loss_sum(result, batch, self.where)
 
     def _relink(self) -> None:
-        """Let what lists hold of the parameters be what FSDP has gathered."""
+        """Replace parameters in the module's lists and dicts by those that FSDP has gathered."""
         for (container, key), (module, name), _ in self._kept:
             container[key] = getattr(module, name)
 
-    # A step, as the engine takes it.
+    # Calls of the engine during a step.
 
     @contextmanager
     def passing(self, batch: Batch, rows: int, number: int = 0, passes: int = 1) -> Iterator[None]:
-        """What forward and backward of one micro-batch run inside: keyed draws, sums over ranks, state kept right.
+        """A context for forward and backward of one micro-batch: keyed draws, sums over ranks, consistent buffers.
 
-        A buffer that a pass changes is changed once a step: each pass of a step starts from what the step began with.
+        A buffer that passes change is updated only once per step: each pass starts from its value at the start of the
+        step.
 
         Args:
-            rows: Sequences of the batch that are no fillers.
-            number: Of this micro-batch in its step.
-            passes: Micro-batches of the step.
+            rows: Number of sequences of the batch, without fillers.
+            number: Index of this micro-batch in its step, from 0.
+            passes: Number of micro-batches of the step.
         """
         facts = self.facts
         self._keep_state(number)
@@ -160,7 +164,7 @@ class Network(nn.Module):
             if facts.draws:
                 stack.enter_context(drawing(Draws(batch["keys"], facts.fixed, facts.second)))
             yield
-        # A block that is computed again in the backward pass changes its buffers again.
+        # A block that is recomputed in the backward pass has changed its buffers a second time.
         self._put_back(self._after)
         self._after = {}
 
@@ -184,14 +188,19 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def take_back_where(self, bad: Tensor) -> None:
-        """Undo what a step did to buffers where its loss or gradient was not finite; `bad` is a flag on the device."""
+        """Restore the buffers to their values before the step, if its loss or gradient was not finite.
+
+        Args:
+            bad: Boolean scalar on the device, true if the step must be undone.
+        """
         named = dict(self.named_buffers())
         for name, value in self._before.items():
             named[name].copy_(torch.where(bad, value, named[name]))
         self._before = {}
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
-        """The loss, with gradients of zero for parameters that this pass has not used: ranks reduce the same ones."""
+        """The loss, with zero gradients for parameters that this pass has not used, so that all ranks reduce the same
+        ones."""
         leaves = _reached(loss)
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.reached.update(name for name, parameter in trained.items() if parameter in leaves)
@@ -205,10 +214,10 @@ class Network(nn.Module):
         return [(name, part) for name, part in self.network.named_modules() if type(part).get_extra_state is not own]
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What `get_extra_state` of each module returns, as uint8 tensors of one size, to be saved or loaded in place.
+        """The `get_extra_state` of each module, as uint8 tensors of equal size, to be saved or loaded in place.
 
         Raises:
-            UserError: It is no JSON, or too long.
+            UserError: An extra state is not JSON-serialisable, or longer than `EXTRA_BYTES`.
         """
         self._extra = {}
         for name, module in self._with_extra_state():
@@ -230,20 +239,23 @@ class Network(nn.Module):
         return {f"extra.{name}": tensor for name, tensor in self._extra.items()}
 
     def take_extra_state(self) -> None:
-        """Give modules what has been loaded into the tensors of the last `extra_state`."""
+        """Set the modules' extra states from the tensors of the last `extra_state`, after they were loaded."""
         for name, module in self._with_extra_state():
             if name in self._extra:
                 module.set_extra_state(json.loads(self._extra[name].numpy().tobytes().decode()))
 
 
 def has_rules(module: nn.Module) -> bool:
-    """Whether a module says itself how its parameters begin, so that it may be built without values."""
+    """Whether a module defines `initialisers()` itself, so that it can be built without values."""
     own = getattr(type(module), "initialisers", None)
     return callable(own) and own is not PlainModel.initialisers
 
 
 def without_fillers(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    """A micro-batch without the fillers at its end, but for one where there is nothing else; and its real sequences."""
+    """A micro-batch without the fillers at its end, and its number of sequences without fillers.
+
+    If there are only fillers, one is kept and the number is 0.
+    """
     weights = arrays["weights"]
     counted = np.flatnonzero(weights.reshape(len(weights), -1).any(axis=1))
     rows = int(counted[-1]) + 1 if len(counted) else 0
@@ -251,7 +263,7 @@ def without_fillers(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndar
 
 
 def moved(module: nn.Module, device: torch.device) -> None:
-    """Move a module to a device, its tensors that are plain attributes too."""
+    """Move a module to a device, including tensors that are plain attributes."""
     module.to(device)
     if device.type == "cpu":
         return
@@ -262,7 +274,7 @@ def moved(module: nn.Module, device: torch.device) -> None:
 
 
 class _Touch(torch.autograd.Function):
-    """The first argument, with gradients of zero for the others."""
+    """Returns the first argument, and gives the others gradients of zero."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
@@ -275,7 +287,7 @@ class _Touch(torch.autograd.Function):
 
 
 def _reached(loss: Tensor) -> set[Tensor]:
-    """The leaves of a loss's graph."""
+    """The leaves of the autograd graph of a loss."""
     seen: set[Any] = set()
     leaves: set[Tensor] = set()
     waiting = [loss.grad_fn] if loss.grad_fn is not None else []
@@ -291,7 +303,7 @@ def _reached(loss: Tensor) -> set[Tensor]:
 
 
 def _taken_hooks(network: nn.Module) -> dict[str, list[Any]]:
-    """Take hooks on gradients off the parameters: an engine runs them on the full gradient of a step."""
+    """Remove gradient hooks from the parameters and return them; the engine runs them on a step's full gradient."""
     found = {}
     for name, parameter in network.named_parameters():
         hooks = parameter._backward_hooks
@@ -302,7 +314,10 @@ def _taken_hooks(network: nn.Module) -> dict[str, list[Any]]:
 
 
 def _parameters_in_lists(network: nn.Module) -> list[tuple[tuple[Any, Any], tuple[nn.Module, str], nn.Parameter]]:
-    """Where lists and dicts that modules keep hold registered parameters: the place, and the owner."""
+    """Registered parameters that modules also keep in lists or dicts.
+
+    Each entry is (container, key), (owning module, parameter name), parameter.
+    """
     owners = {
         parameter: (module, name)
         for module in network.modules()
@@ -325,7 +340,10 @@ def _parameters_in_lists(network: nn.Module) -> list[tuple[tuple[Any, Any], tupl
 
 
 def _with_ignored_targets(batch: Batch) -> Batch:
-    """Targets of weight zero become -100, which torch's losses exclude from a mean; all of them would make it NaN."""
+    """Replace targets of weight zero by -100, which torch's losses exclude from a mean.
+
+    If all weights are zero, targets stay unchanged, because the mean would be NaN.
+    """
     if "targets" not in batch:
         return batch
     counts = batch["weights"] > 0
@@ -350,7 +368,7 @@ _ANSWERS = ("y", "target", "targets", "label", "labels")
 
 
 def _call(network: nn.Module, arguments: Any, batch: Batch, where: str) -> Any:
-    """Call a module with what `Config.inputs` gave, or by the names of its arguments."""
+    """Call a module with the result of `Config.inputs`; if that is None, with arguments from the batch by name."""
     if isinstance(arguments, Mapping):
         return network(**arguments)
     if isinstance(arguments, tuple):
@@ -361,10 +379,10 @@ def _call(network: nn.Module, arguments: Any, batch: Batch, where: str) -> Any:
 
 
 def by_name(network: nn.Module, batch: Batch, where: str) -> dict[str, Tensor]:
-    """The arguments of a module's forward, by their names in the batch; x and y stand for the sample and its answer.
+    """The arguments of a module's forward, taken from the batch by name; x means the sample, y its target.
 
     Raises:
-        UserError: An argument has no counterpart.
+        UserError: The batch has no array for a required argument.
     """
     beside = ("weights", "keys", "step", "part", "sources", "labels", "targets")
     sample = next(name for name in ("tokens", "images", *batch) if name in batch and name not in beside)

@@ -1,4 +1,4 @@
-"""A step of several ranks in one process: passes that take turns, and sum over each other where ranks would."""
+"""Simulates a step of several ranks in one process: passes run in turn, and exchange sums where ranks would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Rehearsed:
-    """One of the ranks that `together` runs; see `across.BatchRanks`."""
+    """A simulated rank of `together`; it implements `across.BatchRanks`."""
 
     def __init__(self, stage: _Stage, rank: int, rows: list[int]) -> None:
         self.rank = rank
@@ -24,14 +24,14 @@ class Rehearsed:
         self._round = 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, with gradient to each."""
+        """The sum of x over the ranks, with gradient to each rank."""
         total = self._stage.exchange(self.rank, self._round, x)
         self._round += 1
         return total
 
 
 class _Stage:
-    """Whose turn it is, and what has been exchanged."""
+    """State shared by the simulated ranks: whose turn it is, and the exchanged tensors."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
@@ -75,10 +75,14 @@ class _Stage:
 
 
 def together(functions: Sequence[Callable[[Rehearsed], T]], rows: list[int]) -> list[T]:
-    """What each function returns, called as one of the ranks that share a global batch.
+    """Run each function as one of the ranks that share a global batch, and return their results.
+
+    Args:
+        functions: One function per rank; each gets its simulated rank.
+        rows: Number of sequences of each rank.
 
     Raises:
-        Exception: What the first of them has raised.
+        Exception: A function raised it; if several did, that of the lowest rank.
     """
     stage = _Stage(len(functions))
     results: dict[int, T] = {}

@@ -1,4 +1,4 @@
-"""One value for all widths, which muP carries: `model.mup` of the base run has the factors."""
+"""One learning rate for all widths, for base runs with muP (`model.mup`), which scales it by parameter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from bigtrain.sweeps.config import RULES, Positive, SizeFacts, SweepRule
 
 @RULES.register
 class MupRule(SweepRule):
-    """The learning rate that was tuned at `base.model.mup.base_width`, for all widths (Yang et al. 2022, table 8)."""
+    """Use the learning rate tuned at `base.model.mup.base_width` for all widths (Yang et al. 2022, table 8)."""
 
     name: Literal["mup"] = "mup"
     value: Positive
-    """The quantity."""
+    """The value for all sizes."""
 
     def of(self, size: SizeFacts) -> float:
         """See `SweepRule.of`."""
