@@ -202,14 +202,19 @@ def scaling_coordinate_check(
     overrides: Overrides = None,
     widths: Annotated[str, typer.Option(metavar="W,W,...", help="Widths, two or more.")] = "64,128,256,512",
     steps: Annotated[int, typer.Option(min=1, help="Steps of training at each width.")] = 5,
-    sequences: Annotated[int, typer.Option(min=1, help="Of each step, in place of batch.size.")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences per step; replaces batch.size.")] = 8,
     keep: Annotated[
         Literal["head_width", "heads"], typer.Option(help="What wider models have in common.")
     ] = "head_width",
     random_tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="VOCAB", help="Random tokens, in place of the config's data.")
+        int | None,
+        typer.Option(
+            min=2, metavar="VOCAB", help="Train on random tokens of this vocabulary, not on the config's data."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A directory; gets coordinates.json and coordinates.svg.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output directory; gets coordinates.json and coordinates.svg.")
+    ] = None,
     plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:

@@ -37,7 +37,7 @@ def check_contract(config: ModelConfig, vocab_size: int) -> None:
     """
     if not config.keeps_contract:
         return
-    where = config.plugin.place if config.plugin is not None else f"bigtrain/models/{config.arch}.py"
+    where = config.plugin.place if config.plugin is not None else f"bigtrain/models/families/{config.arch}.py"
     with users_code(config, where, "build()"), torch.device("meta"):
         module = config.build(vocab_size)
     check_module(module, where)
