@@ -414,7 +414,7 @@ def test_a_damaged_newest_checkpoint_is_reported_where_an_older_one_is_used(plac
     file.unlink()
     if not missing:
         file.write_bytes(data[:-1])
-    damaged = "checkpoint of step 4 is damaged and passed over"
+    damaged = "checkpoint of step 4 is damaged and is skipped"
     tried = run_here("train", "tiny.yaml", "--dry-run", cwd=place)
     assert (tried.returncode, "resuming after step 2" in tried.stderr) == (0, True)
     assert f"warning: {damaged}: {file.name}" in tried.stderr

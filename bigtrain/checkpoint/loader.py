@@ -206,7 +206,9 @@ def _candidates(directory: Path, step: int | None) -> list[Checkpoint]:
     wanted = [found for found in checkpoints if found.step == step]
     if not wanted:
         steps = ", ".join(str(found.step) for found in checkpoints) or "none"
-        raise UserError(f"there is no checkpoint of step {step}", str(directory), f"there are: {steps}")
+        raise UserError(
+            f"there is no checkpoint of step {step}", str(directory), f"Choose one of these steps: {steps}."
+        )
     return wanted
 
 
@@ -245,7 +247,7 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
                 "load it into the model and optimizer it was saved from",
             )
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise CorruptionError(f"the pieces of {name!r} do not make up the whole", str(path))
+            raise CorruptionError(f"the shards of {name!r} do not cover the full tensor", str(path))
 
 
 def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: str, leave: Sequence[str]) -> None:
@@ -255,7 +257,7 @@ def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: 
         if name.startswith(prefix) and name not in wanted:
             close = nearest(name, wanted)
             raise UserError(
-                f"the checkpoint holds {name!r}, for which there is no place here",
+                f"the checkpoint holds {name!r}, which this model or optimizer does not have",
                 str(path),
                 f"the nearest name here is {close!r}" if close else "load it into the model it was saved from",
             )

@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     def _are_plain_names(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
             if not _FILE_NAME.fullmatch(name) or name in (".", "..", MANIFEST_NAME):
-                raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+                raise ValueError(f"{name!r} is not a valid name for a file of a checkpoint")
         return files
 
     @property

@@ -165,7 +165,7 @@ class ShardIndex(_Record):
             or (rows < 0).any()
             or (len(rows) and not self.sample_kind.rows_fit(self, entry, rows))
         ):
-            raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
+            raise CorruptionError("the sidecar does not match its shard", where=str(path), fix=REINDEX)
         return rows
 
     def token_counts(self, rows: Rows) -> Rows:
@@ -212,11 +212,13 @@ class ShardIndex(_Record):
             files = {path: shard.hash, **files}
         for file in files:
             if not file.is_file():
-                fix = "put it back" if file == path else REINDEX
+                fix = "Restore it." if file == path else REINDEX
                 return [UserError(f"{file.name} is missing", where=str(self.directory), fix=fix)]
         if path in files and (size := path.stat().st_size) != shard.filesize:
             return [
-                CorruptionError(f"{shard.url} has {size} bytes; indexed were {shard.filesize}", str(path), _CHANGED)
+                CorruptionError(
+                    f"{shard.url} has {size} bytes, but the index says {shard.filesize}", str(path), _CHANGED
+                )
             ]
         if not hashed:
             return []
@@ -235,7 +237,7 @@ class ShardIndex(_Record):
         own, others = self.tokenizer, other.tokenizer
         if self.kind != other.kind:
             raise UserError(
-                f"one directory holds {self.kind}, the other {other.kind}", where=f"{self.place} and {other.place}"
+                f"one directory holds {self.kind}, but the other {other.kind}", where=f"{self.place} and {other.place}"
             )
         if own and others and own.hash != others.hash:
             raise UserError(
@@ -270,7 +272,10 @@ class ShardIndex(_Record):
 
 
 REINDEX = "run `bigtrain data index` on the directory"
-_CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
+_CHANGED = (
+    "Restore the file. If the change is intended, run `bigtrain data index`: the directory then counts as "
+    "different data."
+)
 
 
 def write_index(
@@ -382,7 +387,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise CorruptionError(f"the index is damaged: {error}", where=where, fix=REINDEX) from None
     if fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards]) != index.fingerprint:
-        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
+        raise CorruptionError("the index is inconsistent", where=where, fix=REINDEX)
     if index.kind not in KINDS:
         raise UserError(
             f"the shards hold samples of the kind '{index.kind}', which is not known",
@@ -390,7 +395,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
             fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
         )
     if not index.sample_kind.is_complete(index):
-        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
+        raise CorruptionError("the index is inconsistent", where=where, fix=REINDEX)
     return index
 
 

@@ -149,10 +149,10 @@ class SampleKind(BatchKind):
         """
         if index.facts != other.facts or (other.classes or 0) > (index.classes or 0):
             raise UserError(
-                f"the samples ({self.describe(other) or other.facts}) are not like the others "
+                f"the samples ({self.describe(other) or other.facts}) differ from the others "
                 f"({self.describe(index) or index.facts})",
                 where=f"{other.place} and {index.place}",
-                fix="make both in the same way",
+                fix="Make the samples of both directories in the same way.",
             )
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:

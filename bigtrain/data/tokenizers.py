@@ -184,14 +184,16 @@ class Tokenizer:
             return cls(read_pieces(pieces, added), eot, source, companions, bos, special)
         if pair is None:
             raise UserError(
-                "the directory holds no tokenizer that is read",
+                "the directory holds no tokenizer of a supported format",
                 where=source,
                 fix=f"it needs {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
                 + ", ".join(" + ".join(names) for names in GPT2_PAIRS),
             )
         kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
-            raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, CONVERT)
+            raise UserError(
+                f"the vocab.json and merges.txt of a {kind} are not supported by themselves", source, CONVERT
+            )
         return cls(read_gpt2(*pair), eot, source, companions, bos, special)
 
     @classmethod
@@ -205,7 +207,7 @@ class Tokenizer:
             return cls()
         path = Path(directory) / FILE_NAME
         if info.kind == "unknown" or not path.is_file():
-            raise UserError("the shards carry no tokenizer", where=str(directory), fix="pack the text with bigtrain")
+            raise UserError("the shards contain no tokenizer", where=str(directory), fix="pack the text with bigtrain")
         # The bytes of the file are hashed: another version of the library may write the same tokenizer differently.
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))

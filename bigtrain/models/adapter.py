@@ -58,7 +58,7 @@ class AdapterConfig(Section):
 
     def beside(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """What is added to the output of a layer of transformers for its input x (..., inputs), by `own` names."""
-        raise TypeError(f"{type(self).__name__} does not go with arch 'hf': define beside()")
+        raise TypeError(f"{type(self).__name__} does not support arch 'hf': define beside()")
 
     def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The matrix of a layer without adapter that computes the same, in the dtype of `weight`."""

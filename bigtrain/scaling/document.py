@@ -56,7 +56,7 @@ def read_law(path: Path) -> dict[str, Any]:
         raise UserError("The file is not a law", str(file), "give the law.json that `bigtrain scaling fit` wrote")
     if law.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
-            f"The law has format {law['format_version']}, this version reads up to {FORMAT_VERSION}", str(file),
+            f"The law has format {law['format_version']}, but this bigtrain reads up to {FORMAT_VERSION}", str(file),
             "use a newer bigtrain",
         )  # fmt: skip
     return law

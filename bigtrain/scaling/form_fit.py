@@ -63,7 +63,7 @@ def data_of(form: Form, table: RunTable) -> dict[str, FloatArray]:
         return {"N": table.params, "D": table.tokens}
     if table.unique_tokens is None or not (table.unique_tokens > 0).all():
         raise UserError(
-            "The form has U, and the table has no column of unique tokens in every row", table.source,
+            "The form has U, but the table has no column of unique tokens with a value in every row", table.source,
             "call the column unique_tokens: tokens of the data set that a run repeats",
         )  # fmt: skip
     return {"N": table.params, "D": table.tokens, "U": np.minimum(table.unique_tokens, table.tokens)}
@@ -95,7 +95,7 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
     ends, reached = _descend(form, data, losses, weights, ends, delta)
     best = int(np.argmin(reached))
     if not math.isfinite(reached[best]):
-        raise UserError(f"The form {form.text!r} is not finite on these runs", table.source, "check its expression")
+        raise UserError(f"The form {form.text!r} is not finite on these runs", table.source, "Check its expression.")
     logs = ends[best]
     value, slope = form.value(logs[None], data)
     jacobian = (slope[:, 0] / value[0]).T

@@ -71,7 +71,7 @@ def predict(
     if not document["primary"].startswith("a3"):
         if params is not None or tokens is not None:
             raise UserError(
-                f"This law ({document['primary']}) gives N* and D* alone: it has no loss away from them",
+                f"This law ({document['primary']}) predicts only N* and D*, not the loss at other N and D",
                 "--params, --tokens", "fit with --approach a3",
             )  # fmt: skip
         own = np.array([approach[k] for k in ("a", "ln_params_at_1_flop", "b", "ln_tokens_at_1_flop")])
@@ -149,7 +149,7 @@ def _pair(flops: float, params: float | None, tokens: float | None) -> tuple[flo
     if abs(k * n * d / flops - 1) > MISMATCH:
         raise UserError(
             f"{n:.4g} parameters on {d:.4g} tokens are {k * n * d:.4g} FLOPs (6 N D), not {flops:.4g}", "command line",
-            "give --params or --tokens alone: the other follows",
+            "Give only one of --params and --tokens: the other follows.",
         )  # fmt: skip
     return n, d
 

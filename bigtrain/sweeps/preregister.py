@@ -101,7 +101,7 @@ def preregister(directory: RunDirectory, forecast: dict[str, Any]) -> Path:
     path = directory.path / names.FORECAST
     if directory.exists():
         raise UserError(
-            f"The run '{directory.name}' has started: a forecast is made before it", str(directory.path),
+            f"The run '{directory.name}' has started: a forecast must be made before the start", str(directory.path),
             "give the run another --name",
         )  # fmt: skip
     if path.exists():

@@ -127,7 +127,7 @@ def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, t
     """
     if init.state != "weights":
         raise UserError(
-            f"init.state is {init.state}, and {source.name} holds weights alone",
+            f"init.state is {init.state}, but {source.name} holds only weights",
             "init.state",
             "Set init.state to weights.",
         )

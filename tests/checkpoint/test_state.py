@@ -154,5 +154,5 @@ def test_what_cannot_be_materialised_is_refused() -> None:
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model, _ = fresh(maker("adamw"), 0)
     _, optimizer = fresh(maker("adamw"), 0)
-    with pytest.raises(UserError, match="no parameter of the model"):
+    with pytest.raises(UserError, match="not a parameter of the model"):
         flatten(model, optimizer)

@@ -152,7 +152,7 @@ def test_what_is_stored_with_other_bytes_is_found_before_it_counts_and_before_it
     sizes = store.listing()[2]
     assert store.problems(2, sizes, hashes=False) == []
     assert store.problems(2, sizes, hashes=True) == ["__0_0.distcp does not match its hash"]
-    with pytest.raises(CorruptionError, match="other bytes"):
+    with pytest.raises(CorruptionError, match="bytes that differ from its manifest"):
         store.fetch(2, tmp_path)
     assert list(tmp_path.glob("step_*")) == []
     lost = RunDirectory(tmp_path / "elsewhere" / "tiny")

@@ -60,8 +60,8 @@ ALIASES = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "says", "where"),
     [
-        ("a: 1\nb: 2\na: 3\n", "'a' stands twice", "run.yaml, line 3"),
-        ("a:\n  b: 1\n  'b': 2\n", "'b' stands twice", "run.yaml, line 3"),
+        ("a: 1\nb: 2\na: 3\n", "'a' appears twice", "run.yaml, line 3"),
+        ("a:\n  b: 1\n  'b': 2\n", "'b' appears twice", "run.yaml, line 3"),
         ("a: 1\nb: !!python/object/apply:os.system ['true']\n", "not YAML|tag", "run.yaml"),
         ("a: !!python/name:os.system x\n", "tag .* is not allowed", "run.yaml, line 1"),
         ("a: 1\nb: !secret x\n", "tag '!secret' is not allowed", "run.yaml, line 2"),

@@ -180,7 +180,7 @@ def test_a_mask_is_found_in_any_file_of_a_tokenizer(tmp_path: Path) -> None:
         found.append(mask_token(tmp_path))
     assert found == [1, 3, 5]
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": [1]}')
-    with pytest.raises(UserError, match="Its tokenizer cannot be read"):
+    with pytest.raises(UserError, match="The tokenizer of the weights cannot be read"):
         mask_token(tmp_path)
 
 
@@ -244,5 +244,5 @@ def test_a_classifier_reads_what_transformers_makes_of_cls(hf_model: Any, direct
         assert (network(tokens, lengths) - expected).abs().max() <= SAME_LOGITS
     with pytest.raises(UserError, match=r"The weights lack (bias|classes)"):
         files.check_fit(config, config.parameter_shapes(3))
-    with pytest.raises(UserError, match="has no form in transformers"):
+    with pytest.raises(UserError, match="cannot be exported to transformers"):
         export_hf(directory, 0, directory / "out", config=config)

@@ -124,7 +124,7 @@ class _Bounded(io.RawIOBase):
             raise UserError(
                 f"the file decompresses to more than {self._limit} bytes",
                 str(self._path),
-                "decompress it, if it is meant",
+                "Decompress the file first if its size is intended.",
             )
         buffer[: len(data)] = data
         return len(data)

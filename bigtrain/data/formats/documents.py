@@ -223,7 +223,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
     for path in sorted(directory.rglob("*"), key=lambda path: path.relative_to(directory).parts):
         name = str(path.relative_to(directory))
         if path.is_symlink() and not path.is_file():
-            passed.ignore(name, "a link to a directory, or to nothing")
+            passed.ignore(name, "a link to a directory, or a broken link")
         elif path.is_dir():
             continue
         elif any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts):
@@ -233,7 +233,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
         elif not path.stat().st_size:
             passed.empty += 1
         elif has_tables and path.name in TABLE_NOTES:
-            passed.ignore(name, "a note beside Arrow files")
+            passed.ignore(name, "a metadata file of an Arrow data set")
         elif path.suffix == ".bin" and token_type is not None:
             found += 1
             yield _source(path, name, Content("ids"), token_type)
@@ -337,7 +337,7 @@ def _whole(text: str, record: Record) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the text holds half a character: {error.reason}", where=record.where) from None
+        raise UserError(f"the text holds an unpaired surrogate: {error.reason}", where=record.where) from None
     return text
 
 

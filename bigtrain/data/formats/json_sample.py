@@ -25,9 +25,9 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}", where) from None
+        raise UserError(f"the sample is not JSON: {error}", where) from None
     if not isinstance(value, dict):
-        raise UserError("it is not a JSON object", where)
+        raise UserError("the sample is not a JSON object", where)
     return value
 
 

@@ -40,7 +40,9 @@ class StoredTokens:
         if layout.begin + count * width != member.size or offset % width:
             raise UserError("the array's header does not fit its bytes", where=where)
         if self.dtype not in (None, layout.dtype):
-            raise UserError(f"the tokens are stored as {layout.dtype}, those before as {self.dtype}", where=where)
+            raise UserError(
+                f"the tokens are stored as {layout.dtype}, but those of earlier samples as {self.dtype}", where=where
+            )
         tokens = np.frombuffer(read_at(sample.path, offset, count * width), layout.dtype)
         self._next = layout.dtype, _largest_id(tokens, where)
         return offset, count, width
@@ -64,6 +66,6 @@ def _largest_id(tokens: np.ndarray, where: str) -> int:
         raise UserError(
             f"{low if low < 0 else high} is not a token",
             where=where,
-            fix="an array that is no tokens needs a name: KEY.x.npy",
+            fix="Give an array that holds no tokens a name: KEY.x.npy.",
         )
     return high

@@ -163,7 +163,7 @@ def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
     finally:
         os.close(descriptor)
     if len(data) != size:
-        raise CorruptionError("the shard ends before its index says", where=f"{path}, byte {offset + len(data)}")
+        raise CorruptionError("the shard is shorter than its index says", where=f"{path}, byte {offset + len(data)}")
     return data
 
 
@@ -188,7 +188,7 @@ def _checked(
 ) -> Member | None:
     where = f"{name}, member {info.name!r}"
     if info.name.startswith("/") or ".." in Path(info.name).parts or "\0" in info.name:
-        raise UserError("the member's name leads out of the tar", where=where, fix="do not use this tar")
+        raise UserError("the member's name points outside the tar", where=where, fix="do not use this tar")
     if info.isdir() or _META.match(info.name):
         return None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

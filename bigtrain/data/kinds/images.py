@@ -294,7 +294,7 @@ def images_under(folder: Path, options: PackOptions) -> list[Path]:
         if path.is_dir() and not path.is_symlink():
             continue
         if not path.is_file():
-            options.passed.ignore(str(path), "a link to a directory, or to nothing")
+            options.passed.ignore(str(path), "a link to a directory, or a broken link")
         elif any(part.startswith(".") for part in path.relative_to(folder).parts):
             options.passed.ignore(str(path), "hidden")
         elif path.suffix.lower()[1:] in IMAGE_SUFFIXES:
@@ -337,10 +337,10 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
     assert other.image is not None
     if image_text(index) != image_text(other) or other.image.classes > index.image.classes:
         raise UserError(
-            f"the images ({image_text(other)}, {other.image.classes} classes) are not like the others "
+            f"the images ({image_text(other)}, {other.image.classes} classes) differ from the others "
             f"({image_text(index)}, {index.image.classes} classes)",
             where=f"{other.place} and {index.place}",
-            fix="make both of images of one size, with the classes that the first one has",
+            fix="Give both directories images of one size, with the classes of the first one.",
         )
 
 
@@ -374,7 +374,7 @@ def check_image_size(index: ShardIndex, config: ModelConfig) -> None:
     shape = (index.image.height, index.image.width, index.image.channels)
     if config.sample_shape and shape != config.sample_shape:
         raise UserError(
-            f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(config.sample_shape)}",
+            f"The images are {_by(shape)} (height, width, channels), but the model takes {_by(config.sample_shape)}",
             index.place,
             "Change the sizes under 'model'.",
         )
@@ -442,7 +442,7 @@ def _classes(root: Path) -> list[str]:
 
 def _other_size(where: str, found: tuple[int, int], first: tuple[int, int]) -> UserError:
     return UserError(
-        f"the image has {found[1]} x {found[0]} pixels; the first has {first[1]} x {first[0]}",
+        f"the image has {found[1]} x {found[0]} pixels, but the first has {first[1]} x {first[0]}",
         where=where,
-        fix="scale all images of a directory to one size",
+        fix="Scale all images of a directory to one size.",
     )

@@ -317,7 +317,7 @@ def _alone(lock: Path, target: Path) -> Iterator[None]:
     try:
         if not locks.lock(descriptor, wait=False):
             raise UserError(
-                "another process is packing to this place", str(target), "wait for it, or choose another --out"
+                "another process is packing to this directory", str(target), "wait for it, or choose another --out"
             )
         try:
             yield
@@ -335,5 +335,5 @@ def publish(root: Path, target: Path) -> None:
     try:
         os.replace(root, target)
     except OSError as error:
-        raise UserError(f"the output cannot be put in place: {error.strerror}", where=str(target)) from None
+        raise UserError(f"the output cannot be moved to its final path: {error.strerror}", where=str(target)) from None
     fsync_directory(target.parent)

@@ -56,7 +56,7 @@ _FLOP_UNITS = {
 """Names of columns of FLOPs that state the unit, with the unit in FLOPs; a PF-day is 1e15 FLOP/s for a day."""
 _NO_NATS = {
     "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
-    "bits a byte are no nats a token; laws of tasks take them: bigtrain scaling tasks": re.compile(
+    "bits per byte are not nats per token; only laws of tasks take them: bigtrain scaling tasks": re.compile(
         r"(^|_)(bpb|bits_per_byte)(_|$)"
     ),
 }

@@ -53,7 +53,7 @@ def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[
     more = f" and {len(pairs) - SHOWN} more pairs" if len(pairs) > SHOWN else ""
     if choice == "refuse":
         raise UserError(
-            f"Two rows are one run: {shown}{more}", table.source,
+            f"Two rows are the same run: {shown}{more}", table.source,
             "give --duplicates drop to fit each run once; a run that counts twice narrows every interval",
         )  # fmt: skip
     keep = np.ones(len(table), dtype=bool)

@@ -21,7 +21,7 @@ SMALL_LARGEST_PARAMS = 1e6
 MAX_LOSS = 50.0
 """Largest plausible loss in nats per token; a larger value is a perplexity, or comes from a run that diverged."""
 _UNITS_FIX = (
-    "say the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
+    "Give the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
     "units: 400000000 parameters, 8e9 tokens"
 )
 
@@ -75,7 +75,8 @@ def _check_columns(table: RunTable) -> list[str]:
     """Refuse a table with a column in another unit than expected; returns a warning if N is small."""
     if np.median(table.loss) > MAX_LOSS:
         raise UserError(
-            f"Losses above {MAX_LOSS:g} nats a token cannot be; {named_rows(table, np.arange(len(table)), table.loss)}",
+            f"Losses above {MAX_LOSS:g} nats a token are not plausible; "
+            f"{named_rows(table, np.arange(len(table)), table.loss)}",
             table.source, "give the loss in nats a token, not a perplexity",
         )  # fmt: skip
     if table.native:
@@ -86,8 +87,8 @@ def _check_columns(table: RunTable) -> list[str]:
     small = n < LEAST_LARGEST_PARAMS or d < LEAST_LARGEST_TOKENS
     if (small or not RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]) and not confirmed:
         raise UserError(
-            f"N and D cannot be in these units: the largest N is {n:.6g}, the largest D {d:.6g}, the median of D/N "
-            f"{ratio:.3g}; {named_rows(table, np.arange(len(table)), table.params, table.tokens)} as N, D",
+            f"N and D are not plausible in these units: the largest N is {n:.6g}, the largest D {d:.6g}, the median "
+            f"of D/N {ratio:.3g}; {named_rows(table, np.arange(len(table)), table.params, table.tokens)} as N, D",
             table.source, _UNITS_FIX,
         )  # fmt: skip
     share = float(np.median(table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)))

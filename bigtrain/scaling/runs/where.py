@@ -273,6 +273,6 @@ class _Parser:
     def _unknown(self, name: str) -> UserError:
         close = nearest(name, self._columns)
         return UserError(
-            f"--where names a column '{name}' that is not there", self._table.source,
+            f"--where names a column '{name}' that does not exist", self._table.source,
             f"Did you mean '{close}'?" if close else f"there are: {', '.join(self._columns)}",
         )  # fmt: skip
