@@ -244,7 +244,7 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
                 f"{name!r} is {tuple(entry.size)} {entry.properties.dtype} in the checkpoint "
                 f"and {tuple(tensor.shape)} {tensor.dtype} here",
                 str(path),
-                "load it into the model and optimizer it was saved from",
+                "Load it into the model and optimizer that it was saved from.",
             )
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             raise CorruptionError(f"the shards of {name!r} do not cover the full tensor", str(path))
@@ -259,7 +259,9 @@ def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: 
             raise UserError(
                 f"the checkpoint holds {name!r}, which this model or optimizer does not have",
                 str(path),
-                f"the nearest name here is {close!r}" if close else "load it into the model it was saved from",
+                f"The nearest name in this model is {close!r}."
+                if close
+                else "Load it into the model that it was saved from.",
             )
 
 

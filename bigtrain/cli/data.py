@@ -174,7 +174,7 @@ def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
         if value is not None and name not in kind.options:
             raise UserError(f"{option} does not apply to {kind.name}", fix=f"omit {option}")
     if kind.needs_tokenizer and given["tokenizer"] is None:
-        raise UserError(f"packing {kind.name} needs a tokenizer", fix="name one with --tokenizer, for example bytes")
+        raise UserError(f"packing {kind.name} needs a tokenizer", fix="Give one with --tokenizer, for example bytes.")
 
 
 @app.command("tokenizer")
@@ -230,7 +230,7 @@ def data_index(
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:
-                    raise UserError("the index of URLs needs a directory", fix="name one with --out")
+                    raise UserError("the index of URLs needs a directory", fix="Give one with --out.")
                 index = index_urls(places, out, opened, count, passed, kind=kind)
             elif len(places) > 1 or out is not None:
                 raise UserError(

@@ -271,7 +271,7 @@ class ShardIndex(_Record):
         return Tokenizer.load(self.directory, self.tokenizer)
 
 
-REINDEX = "run `bigtrain data index` on the directory"
+REINDEX = "Run `bigtrain data index` on the directory."
 _CHANGED = (
     "Restore the file. If the change is intended, run `bigtrain data index`: the directory then counts as "
     "different data."
@@ -392,7 +392,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
         raise UserError(
             f"the shards hold samples of the kind '{index.kind}', which is not known",
             where=where,
-            fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
+            fix=f"Name the file that defines it with --plugin. Known kinds: {', '.join(KINDS.names())}.",
         )
     if not index.sample_kind.is_complete(index):
         raise CorruptionError("the index is inconsistent", where=where, fix=REINDEX)

@@ -61,7 +61,7 @@ def index_directory(
     paths = sorted(root.glob("*.tar"))
     if not paths:
         packed = [path.name for path in sorted(root.glob("*.t*gz"))]
-        fix = f"decompress {packed[0]}: samples are read at their offset in an uncompressed .tar" if packed else None
+        fix = f"Decompress {packed[0]}: samples are read at their offset in an uncompressed .tar." if packed else None
         raise UserError("the directory holds no .tar file", where=str(directory), fix=fix)
     if not os.access(root, os.W_OK):
         raise UserError("the directory is not writable, but its index is stored there", where=str(directory))
@@ -202,7 +202,7 @@ def _former_index(root: Path, tokenizer: Tokenizer | None) -> ShardIndex | None:
         raise UserError(
             f"the existing index, which records the tokenizer, is damaged: {error.what}",
             where=error.where,
-            fix=f"name the tokenizer, or delete {INDEX_NAME} first",
+            fix=f"Give the tokenizer, or delete {INDEX_NAME} first.",
         ) from None
 
 
@@ -216,7 +216,7 @@ def _tokenizer_info(
         raise UserError(
             f"the shards hold the token id {largest_id}, but the tokenizer has {info.vocab_size} tokens",
             where=str(root),
-            fix="name the tokenizer that the tokens were made with",
+            fix="Give the tokenizer that the tokens were made with.",
         )
     return info
 

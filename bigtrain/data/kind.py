@@ -255,6 +255,6 @@ def kind_named(name: str) -> SampleKind:
     if name not in KINDS:
         raise UserError(
             f"no sample kind is called '{name}'",
-            fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
+            fix=f"Name the file that defines it with --plugin. Known kinds: {', '.join(KINDS.names())}.",
         )
     return cast(SampleKind, _made(KINDS[name]))

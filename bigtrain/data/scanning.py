@@ -95,5 +95,5 @@ def recognise(sample: TarSample) -> str:
     raise UserError(
         f"samples of {', '.join(sorted(sample.suffixes))} are not supported",
         where=sample.where,
-        fix=f"samples are {layouts}; a plugin can define another kind (--plugin)",
+        fix=f"Store samples as {layouts}, or give a plugin that defines another kind with --plugin.",
     )

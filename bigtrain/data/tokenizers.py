@@ -186,14 +186,12 @@ class Tokenizer:
             raise UserError(
                 "the directory holds no tokenizer of a supported format",
                 where=source,
-                fix=f"it needs {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
+                fix=f"Give a directory with {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
                 + ", ".join(" + ".join(names) for names in GPT2_PAIRS),
             )
         kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
-            raise UserError(
-                f"the vocab.json and merges.txt of a {kind} are not supported by themselves", source, CONVERT
-            )
+            raise UserError(f"vocab.json and merges.txt of a {kind} are not supported by themselves", source, CONVERT)
         return cls(read_gpt2(*pair), eot, source, companions, bos, special)
 
     @classmethod
@@ -449,4 +447,4 @@ def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | N
         if found is not None:
             return int(found)
     wanted = repr(name) if name is not None else " or ".join(END_OF_TEXT_NAMES)
-    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it with --eot TOKEN")
+    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="Give it with --eot TOKEN.")

@@ -314,6 +314,6 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in _presets():
         near = nearest(name, _presets())
-        hint = f"did you mean {near!r}? " if near else ""
+        hint = f"Did you mean {near!r}? " if near else ""
         raise UserError(f"unknown preset {name!r}", "model.preset", f"{hint}presets: {', '.join(presets())}")
     return dict(_presets()[name])

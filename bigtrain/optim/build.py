@@ -74,7 +74,7 @@ def parameter_groups(
             raise UserError(
                 f"the pattern {pattern!r} matches no parameter",
                 place,
-                f"the nearest name is {near!r}" if near else f"names look like {', '.join(names[:3])}",
+                f"The nearest name is {near!r}." if near else f"Use names such as {', '.join(names[:3])}.",
             )
     if all(is_frozen(config, name) for name in names):
         raise UserError(

@@ -230,7 +230,7 @@ def _times(table: RunTable) -> FloatArray:
     if name is None:
         raise UserError(
             "There is no column of measured times", table.source,
-            f"call it one of {', '.join(_TIME[:4])}, or compare by FLOPs",
+            f"Name the column one of {', '.join(_TIME[:4])}, or compare by FLOPs.",
         )  # fmt: skip
     return np.array([parse_number(value) or math.nan for value in table.raw[name]])
 

@@ -159,7 +159,7 @@ def _rate_at(name: str, found: dict[str, Any], at: dict[str, float]) -> dict[str
         law, missing = PowerLaw.parse(found["others"]["tokens"]), []
     if missing:
         flags = " and ".join(f"--at-{one}" for one in missing)
-        raise UserError(f"The law of {name} needs {' and '.join(missing)}", "command line", f"give {flags} too")
+        raise UserError(f"The law of {name} needs {' and '.join(missing)}", "command line", f"Give {flags} too.")
     return law.at(**{one: at[one] for one in law.names})
 
 

@@ -64,7 +64,7 @@ def data_of(form: Form, table: RunTable) -> dict[str, FloatArray]:
     if table.unique_tokens is None or not (table.unique_tokens > 0).all():
         raise UserError(
             "The form has U, but the table has no column of unique tokens with a value in every row", table.source,
-            "call the column unique_tokens: tokens of the data set that a run repeats",
+            "Name the column unique_tokens: the tokens of the data set that a run repeats.",
         )  # fmt: skip
     return {"N": table.params, "D": table.tokens, "U": np.minimum(table.unique_tokens, table.tokens)}
 
@@ -172,7 +172,7 @@ def form_result(
     else:
         raise UserError(
             f"By the form {form.text!r} no N is best at {target:.3g} FLOPs: the loss falls to the end of all N tried",
-            table.source, "check that both N and D lower the loss; more data, or a simpler form",
+            table.source, "Check that both N and D lower the loss, add runs, or use a simpler form.",
         )  # fmt: skip
     return Result(result), fitted.residuals
 

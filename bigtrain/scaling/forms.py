@@ -36,7 +36,7 @@ NAMED = {
 }
 """The forms that `--form` accepts by name."""
 MAX_CONSTANTS = 12
-_FIX = 'write for example --form "E + A / N**alpha + B / D**beta"'
+_FIX = 'Write for example --form "E + A / N**alpha + B / D**beta"'
 _GRID = 200
 _PATH_REPLICATES = 200
 _LOW, _HIGH = 1e-4, 1e4

@@ -34,7 +34,7 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
         file = Path(given) / FILE if Path(given).is_dir() else Path(given)
         if not file.exists():
             raise UserError(
-                f"There is no result of `bigtrain data overlap` at '{given}'", str(file), "run: bigtrain data overlap"
+                f"There is no result of `bigtrain data overlap` at '{given}'", str(file), "Run: bigtrain data overlap"
             )
     else:
         data = _data_of(source)
@@ -49,7 +49,7 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
         found = None
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(
-            "The file is not a result of `bigtrain data overlap`", str(file), "write it again: bigtrain data overlap"
+            "The file is not a result of `bigtrain data overlap`", str(file), "Write it again: bigtrain data overlap"
         )
     kept = {name: found[name] for name in ("train", "validation", "passages", "exact", "near", "share", "rule")}
     kept["file"] = str(file)

@@ -118,7 +118,9 @@ def _by_form(
     n, d, loss = form.optimum(logs, flops, unique)
     if not np.isfinite(n[0]):
         raise UserError(
-            f"By {form.text} no N is best at {flops:.4g} FLOPs", "--flops", "give --params and --tokens: the loss there"
+            f"By {form.text} no N is best at {flops:.4g} FLOPs",
+            "--flops",
+            "Give --params and --tokens to get the loss there.",
         )
     result["optimal"] = {
         name: _with_intervals(values[0], values[1:])

@@ -148,7 +148,8 @@ def rate_laws(table: RunTable, edges: Edges) -> dict[str, Any]:
     if not found:
         raise UserError(
             "No learning rate and no batch is swept: each pair (N, D) has fewer than three values", table.source,
-            "train each size at three learning rates at least, such as learning_rates: in a sweep's YAML",
+            "Train each size at three or more learning rates, for example with the section learning_rates of a "
+            "sweep's YAML.",
         )  # fmt: skip
     return {**found, "notes": notes}
 

@@ -322,7 +322,7 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
         raise UserError(f"bigtrain cannot sample from this model of arch '{model.arch}'", where)
     captions = model.data_kind == "captions"
     if captions != has_image:
-        fix = "name one with --image" if captions else "remove --image"
+        fix = "Give one with --image." if captions else "Remove --image."
         raise UserError(f"a model of arch '{model.arch}' {'needs an' if captions else 'takes no'} image", fix=fix)
 
 

@@ -111,7 +111,7 @@ def check_fresh(names: Collection[str], init: InitConfig) -> None:
             raise UserError(
                 f"the pattern {pattern!r} matches no parameter",
                 f"init.fresh.{number}",
-                f"the nearest name is {near!r}" if near else None,
+                f"The nearest name is {near!r}." if near else None,
             )
 
 

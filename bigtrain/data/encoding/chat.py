@@ -28,8 +28,8 @@ ASSISTANT = "assistant"
 PRIVATE_AREAS = (0xF0000, 0x100000)
 """First characters of the two private planes of Unicode."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_NO_TEMPLATE = "name a template with --chat-template FILE, or a tokenizer that has one"
-_MARK_IT = "mark what the assistant writes by {% generation %} ... {% endgeneration %} in a --chat-template FILE"
+_NO_TEMPLATE = "Give a template with --chat-template FILE, or a tokenizer that has one."
+_MARK_IT = "Mark what the assistant writes with {% generation %} ... {% endgeneration %} in a --chat-template FILE."
 
 Message = Mapping[str, Any]
 Span = tuple[int, int, float]

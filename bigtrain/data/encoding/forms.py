@@ -149,7 +149,7 @@ def parse_columns(text: str) -> dict[str, str]:
             raise UserError(
                 f"{part!r} is not of the form COLUMN=KEY",
                 "--columns",
-                f"write prompt=question,completion=answer; columns are {', '.join(known)}",
+                f"Write for example prompt=question,completion=answer. Columns are {', '.join(known)}.",
             )
         found[name] = key
     return found
@@ -175,7 +175,7 @@ def encode_record(value: Mapping[str, Any], tokenizer: Tokenizer, columns: Mappi
     forms = "; ".join(", ".join(form.columns) for form in FORMS)
     raise UserError(
         f"the object has the keys {', '.join(map(str, value))}, which do not form a sample",
-        fix=f"name columns with --columns; samples are {forms}",
+        fix=f"Name the columns with --columns. Samples are {forms}.",
     )
 
 

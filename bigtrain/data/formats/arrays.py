@@ -84,7 +84,7 @@ def array_name(suffix: str, where: str) -> str | None:
         raise UserError(
             f"an array cannot have the name {name[:80]!r}",
             where=where,
-            fix=f"name it as in KEY.x.npy: letters, digits and '_', and none of {', '.join(RESERVED)}",
+            fix=f"Name it as in KEY.x.npy: lower-case letters, digits and '_', and none of {', '.join(RESERVED)}.",
         )
     return name
 
@@ -104,7 +104,7 @@ def array_info(name: str, layout: NpyLayout, stored_bytes: int, where: str) -> A
         raise UserError(
             f"the array {name!r} is of type {layout.dtype}, which is not supported",
             where=where,
-            fix=f"store one of {', '.join(ARRAY_TYPES)}; objects are pickles, and never read",
+            fix=f"Store one of {', '.join(ARRAY_TYPES)}. Arrays of objects are pickles, which are never read.",
         )
     info = ArrayInfo(name, layout.dtype, layout.shape)
     if layout.fortran and len(layout.shape) > 1:

@@ -25,7 +25,7 @@ MAX_RATIO = 250
 FREE_BYTES = 1 << 28
 """Decompressed bytes up to which any ratio is accepted."""
 
-_EXTRA = "pip install -e '.[data]', in the checkout"
+_EXTRA = "In the checkout, run pip install -e '.[data]'."
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
         raise UserError(
             "the directory holds no text",
             where=str(directory),
-            fix="files with suffixes such as .txt, .md, .py, .jsonl, .parquet are read; name others one by one",
+            fix="Name files one by one if their suffix is not one such as .txt, .md, .py, .jsonl or .parquet.",
         )
 
 
@@ -320,7 +320,7 @@ def _text_under(record: Record, key: str) -> str:
         raise UserError(
             f"the {record.noun} has no text under {key!r}",
             where=where,
-            fix=f"name the key with --key; its keys are {', '.join(_keys(value)[:20]) or 'none'}",
+            fix=f"Name the key with --key. Its keys are {', '.join(_keys(value)[:20]) or 'none'}.",
         )
     return _whole(text, record)
 

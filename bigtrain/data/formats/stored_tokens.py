@@ -34,7 +34,7 @@ class StoredTokens:
             raise UserError(
                 f"the array is not a list of tokens (type {layout.dtype}, {len(layout.shape)} dimensions)",
                 where=where,
-                fix=f"store one dimension of {', '.join(TOKEN_TYPES)}",
+                fix=f"Store an array of one dimension of type {', '.join(TOKEN_TYPES)}.",
             )
         width, offset, count = np.dtype(layout.dtype).itemsize, member.offset + layout.begin, layout.shape[0]
         if layout.begin + count * width != member.size or offset % width:
@@ -54,7 +54,7 @@ class StoredTokens:
 
 def needs_tokenizer(sample: TarSample) -> UserError:
     """The error for text in a tar without a named tokenizer."""
-    return UserError("text inside tars needs a tokenizer", sample.where, "name one with --tokenizer")
+    return UserError("text inside tars needs a tokenizer", sample.where, "Give one with --tokenizer.")
 
 
 def _largest_id(tokens: np.ndarray, where: str) -> int:

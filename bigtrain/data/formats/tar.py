@@ -94,7 +94,7 @@ def samples(path: Path, passed: PassedOver | None = None) -> Iterator[TarSample]
         found = True
         yield TarSample(path, key, tuple(group))
     if not found:
-        raise UserError("the tar holds no sample", str(path), "its members need names such as 000123.txt")
+        raise UserError("the tar holds no sample", str(path), "Give its members names such as 000123.txt.")
 
 
 def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> Iterator[Member]:
@@ -167,7 +167,7 @@ def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
     return data
 
 
-_FETCH_AGAIN = "fetch or make the tar again, then run `bigtrain data index` again"
+_FETCH_AGAIN = "Download or make the tar again, then run `bigtrain data index` again."
 
 
 def _refuse_compressed(name: str) -> None:

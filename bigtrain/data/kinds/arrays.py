@@ -137,7 +137,7 @@ class ArraySamples(SampleKind):
         folder = len(paths) == 1 and paths[0].is_dir()
         samples: list[Any] = list(_in_folder(paths[0], options)) if folder else _in_columns(paths)
         if len(samples) < 2:
-            fix = advice_on_shards(inputs) or "give NAME.npy files, or a folder of KEY.npy files"
+            fix = advice_on_shards(inputs) or "Give NAME.npy files, or a folder of KEY.npy files."
             raise UserError("there are no samples", ", ".join(map(str, inputs)), fix)
         return samples
 

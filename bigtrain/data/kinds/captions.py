@@ -187,7 +187,7 @@ class Captions(SampleKind):
                 "there are no images with captions",
                 ", ".join(map(str, inputs)),
                 advice_on_shards(inputs)
-                or "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or JSON lines with `image`",
+                or "Give NAME.png or .jpg and NAME.txt in folders or tars, or JSON lines with `image`.",
             )
         size = first_size((one.image for one in images), options)
         return [replace(one, size=size) for one in images]
@@ -353,7 +353,7 @@ def _pairs_in_folder(folder: Path, options: PackOptions) -> Iterator[CaptionedIm
         if text.is_file():
             yield CaptionedImage(Span.whole(path), Span.whole(text), str(path))
         else:
-            fix = f"write it to {text.name} beside the image"
+            fix = f"Write it to {text.name} beside the image."
             options.passed(UserError("the image has no caption", str(path), fix))
 
 

@@ -113,7 +113,9 @@ class Classified(SampleKind):
         columns = {"text": "text", "label": "label", **options.columns}
         unknown = sorted(columns.keys() - {"text", "label"})
         if unknown:
-            raise UserError(f"texts with a class have no column '{unknown[0]}'", "--columns", "name text and label")
+            raise UserError(
+                f"texts with a class have no column '{unknown[0]}'", "--columns", "Name the columns text and label."
+            )
         found: list[Text] = []
         for record in _records(inputs, options):
             try:
@@ -121,7 +123,7 @@ class Classified(SampleKind):
             except UserError as error:
                 options.passed(error)
         if len(found) < 2:
-            fix = "write objects with a `text` and a `label`, or name the columns with --columns"
+            fix = "Write objects with a `text` and a `label`, or name the columns with --columns."
             raise UserError("there are no texts with a class", ", ".join(map(str, inputs)), fix)
         odd = next((one for one in found if type(one.label) is not type(found[0].label)), None)
         if odd is not None:

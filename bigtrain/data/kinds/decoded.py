@@ -77,7 +77,7 @@ class DecodedArrays(ArraySamples):
             raise UserError(
                 f"no decoder is known for the members .{', .'.join(missing)}",
                 index.place,
-                f"name the file that defines it with --plugin; known are {known}",
+                f"Name the file that defines one with --plugin. Known suffixes: {known}.",
             )
         return DecodedReader(index, open_shards, store)
 

@@ -101,10 +101,7 @@ class Images(SampleKind):
         found = _in_files(inputs, options) if _are_files(inputs) else _in_folder(inputs, options)
         size = first_size((one.image for one in found), options)
         if len(found) < 2:
-            fix = (
-                advice_on_shards(inputs)
-                or f"they are read from FOLDER/CLASS/NAME.png or .jpg, from tars of {self.layout}, and from Parquet"
-            )
+            fix = advice_on_shards(inputs) or f"Give FOLDER/CLASS/NAME.png or .jpg, tars of {self.layout}, or Parquet."
             raise UserError("there are no images", ", ".join(map(str, inputs)), fix)
         return [replace(one, size=size) for one in found]
 

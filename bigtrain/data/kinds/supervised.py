@@ -162,7 +162,7 @@ class SupervisedSamples(TokenSequences):
             raise UserError(
                 "there are no samples",
                 ", ".join(map(str, inputs)),
-                "they are objects of JSON lines, Parquet or Arrow with the columns of bigtrain/data/encoding/forms.py",
+                "Give objects of JSON lines, Parquet or Arrow with the columns of bigtrain/data/encoding/forms.py.",
             )
         return found
 

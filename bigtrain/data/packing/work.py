@@ -201,7 +201,7 @@ class Worker:
             raise UserError(
                 f"the token ids range from {low} to {high}, but the tokenizer has {self.tokenizer.vocab_size} tokens",
                 f"{document.path}, {document.name}",
-                "name the tokenizer that made them; or, of a file of tokens alone, another --token-type",
+                "Give the tokenizer that made them, or, for a file of tokens, another --token-type.",
             )
         characters = text_bytes = 0
         for first in range(0, len(ids), ID_CHUNK):

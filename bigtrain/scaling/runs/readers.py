@@ -90,7 +90,9 @@ def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]
     if wanted == "tuning" and (path / SWEEP_RUNS).exists():
         if not (file := path / SWEEP_TUNING).exists():
             raise UserError(
-                "The sweep has tuned no learning rate", str(path), "give its YAML a section learning_rates, and run it"
+                "The sweep has tuned no learning rate",
+                str(path),
+                "Add a section learning_rates to its YAML, and run it.",
             )
         return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
     if (file := path / SWEEP_RUNS).exists() and wanted == "curves":

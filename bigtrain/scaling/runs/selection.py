@@ -54,7 +54,7 @@ def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[
     if choice == "refuse":
         raise UserError(
             f"Two rows are the same run: {shown}{more}", table.source,
-            "give --duplicates drop to fit each run once; a run that counts twice narrows every interval",
+            "Give --duplicates drop to fit each run once: a run that counts twice narrows every interval.",
         )  # fmt: skip
     keep = np.ones(len(table), dtype=bool)
     keep[[b for _, b in pairs]] = False

@@ -171,13 +171,15 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
     if len(table) <= parameters:
         raise UserError(
             f"{len(table)} runs cannot give the law's {parameters} parameters", table.source,
-            f"fit at least {parameters + 1} runs, better 20",
+            f"Fit at least {parameters + 1} runs, and preferably 20.",
         )  # fmt: skip
     for name, values in (("sizes N", table.params), ("token counts D", table.tokens)):
         distinct = len(set(groups_by_size(values)))
         if distinct < 3:
             raise UserError(
-                f"The runs have {distinct} different {name}: an exponent needs three", table.source, "add runs"
+                f"The runs have {distinct} different {name}: an exponent needs three",
+                table.source,
+                "Add runs with other values.",
             )
     x, y = np.log(table.params), np.log(table.tokens)
     design = np.column_stack([x - x.mean(), y - y.mean()])

@@ -37,16 +37,16 @@ def check_values(table: RunTable) -> list[str]:
             runs of several phases are mixed.
     """
     if not len(table):
-        raise UserError("There are no runs to fit", table.source, "check the file, and --where")
+        raise UserError("There are no runs to fit", table.source, "Check the file, and --where.")
     if table.bad:
         rows = [i for i, cell in enumerate(table.bad) if cell]
         if rows:
             shown = "; ".join(f"{table.place[i]}: {table.bad[i]}" for i in rows[:3])
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             column = table.bad[rows[0]].rpartition("in column '")[2].rstrip("'")
-            fix = f'exclude those rows, for example with --where "{column} > 0"'
+            fix = f'Exclude those rows, for example with --where "{column} > 0"'
             if len(rows) == len(table):
-                fix = "write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss"
+                fix = "Write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss."
             raise UserError(f"A cell is not a number ({shown}{more})", table.source, fix)
     for name in ("loss", "params", "tokens", "flops"):
         values = getattr(table, name)
@@ -75,9 +75,9 @@ def _check_columns(table: RunTable) -> list[str]:
     """Refuse a table with a column in another unit than expected; returns a warning if N is small."""
     if np.median(table.loss) > MAX_LOSS:
         raise UserError(
-            f"Losses above {MAX_LOSS:g} nats a token are not plausible; "
+            f"Losses above {MAX_LOSS:g} nats per token are not plausible; "
             f"{named_rows(table, np.arange(len(table)), table.loss)}",
-            table.source, "give the loss in nats a token, not a perplexity",
+            table.source, "Give the loss in nats per token, not a perplexity.",
         )  # fmt: skip
     if table.native:
         return []
