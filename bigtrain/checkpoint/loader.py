@@ -75,7 +75,7 @@ def find(
             raise CorruptionError(
                 f"the checkpoint of step {step} is damaged: {problems[0]}",
                 str(candidates[0].path),
-                "use another step",
+                "Use another step.",
             )
         chosen, warnings = candidates[0], list[str]()
     else:
@@ -182,7 +182,7 @@ def verified_reader(directory: Path, step: int) -> SafeReader:
         raise CorruptionError(
             f"the checkpoint of step {step} is damaged: {problems[0]}",
             str(candidate.path),
-            "use another step",
+            "Use another step.",
         )
     return SafeReader(candidate.path, read_manifest(candidate.path).files)
 
@@ -236,7 +236,7 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
             raise UserError(
                 f"the checkpoint has no {name!r}",
                 str(path),
-                f"did you mean {close!r}?" if close else "it was written by another model or optimizer",
+                f"Did you mean {close!r}?" if close else "It was written by another model or optimizer.",
             )
         entry = cast(TensorStorageMetadata, saved[name])
         if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:

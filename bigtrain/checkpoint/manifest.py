@@ -103,7 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(
             f"the checkpoint has format version {version}, this bigtrain reads up to {FORMAT_VERSION}",
             str(path),
-            "read it with the bigtrain that wrote it, or a newer one",
+            "Read it with the bigtrain that wrote it, or a newer one.",
         )
     if checksum != _checksum(value):
         raise CorruptionError("the manifest does not match its checksum", str(path))

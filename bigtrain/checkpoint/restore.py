@@ -218,7 +218,11 @@ def _require_committed(store: RunStore, step: int | None) -> int:
     if not steps:
         raise UserError("There is no checkpoint", store.url, "Name a run: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")
     if step is not None and step not in steps:
-        raise UserError(f"There is no checkpoint of step {step}", store.url, f"There are: {', '.join(map(str, steps))}")
+        raise UserError(
+            f"There is no checkpoint of step {step}",
+            store.url,
+            f"Choose one of these steps: {', '.join(map(str, steps))}.",
+        )
     return steps[-1] if step is None else step
 
 

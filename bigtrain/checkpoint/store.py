@@ -293,7 +293,7 @@ class RunStore:
         raise CorruptionError(
             f"{target.name} was downloaded {ARRIVALS} times, each time with bytes that differ from its manifest",
             f"{self.url}/{_object(step, target.name)}",
-            "use another step",
+            "Use another step.",
         )
 
     def _fetch_whole(self, path: str, target: Path, size: int | None = None, limit: int = 1 << 62) -> None:
@@ -320,7 +320,7 @@ class RunStore:
                 break
             except CorruptionError as error:
                 if arrival == ARRIVALS:
-                    raise CorruptionError(error.what, f"{self.url}/{path}", "use another step") from None
+                    raise CorruptionError(error.what, f"{self.url}/{path}", "Use another step.") from None
         if manifest.step != step:
             raise CorruptionError(f"the manifest belongs to step {manifest.step}", f"{self.url}/{path}")
         return manifest

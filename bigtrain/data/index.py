@@ -243,7 +243,7 @@ class ShardIndex(_Record):
             raise UserError(
                 "the tokenizers of the shards differ",
                 where=f"{self.place} and {other.place}",
-                fix="pack all data of a run with one tokenizer",
+                fix="Pack all data of a run with one tokenizer.",
             )
         self.sample_kind.require_same(self, other)
 
@@ -332,7 +332,7 @@ def load_index(directory: str | Path) -> ShardIndex:
     root = Path(directory)
     path = root / INDEX_NAME
     if not root.is_dir():
-        raise UserError(f"no data at {str(directory)!r}", fix="make it with `bigtrain data pack`, or correct the path")
+        raise UserError(f"no data at {str(directory)!r}", fix="Make it with `bigtrain data pack`, or correct the path.")
     if not path.is_file():
         raise UserError(f"the directory holds no {INDEX_NAME}", where=str(directory), fix=_how_to_index(root))
     index = parse_index(path.read_bytes(), root, str(path))
@@ -360,7 +360,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
             raise UserError(
                 f"the index has format {version}; this bigtrain reads up to {FORMAT_VERSION}",
                 where=where,
-                fix="use a newer bigtrain",
+                fix="Use a newer bigtrain.",
             )
         shards = tuple(value.pop("shardlist"))
         for number, shard in enumerate(shards):
@@ -428,7 +428,7 @@ def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
 def _how_to_index(root: Path) -> str:
     for name in ("train", "validation"):
         if (root / name / INDEX_NAME).is_file():
-            return f"name {root / 'train'}"
+            return f"Name {root / 'train'}."
     if any(root.glob("*.tar")):
-        return f"run `bigtrain data index {root}`"
-    return "make shards with `bigtrain data pack`"
+        return f"Run `bigtrain data index {root}`."
+    return "Make shards with `bigtrain data pack`."

@@ -108,7 +108,7 @@ def index_urls(
     """
     root = Path(out)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{str(out)!r} exists and is not empty", fix="choose another --out, or delete it")
+        raise UserError(f"{str(out)!r} exists and is not empty", fix="Choose another --out, or delete it.")
     patience = patience or Patience(retries=5)
     place, names = tars_at(urls, patience)
     root.mkdir(parents=True, exist_ok=True)

@@ -204,7 +204,7 @@ class SampleKind(BatchKind):
         Raises:
             UserError: The inputs hold no samples, or the kind does not read such inputs.
         """
-        raise UserError(f"samples of the kind '{self.name}' are not packed", fix="index tars: bigtrain data index")
+        raise UserError(f"samples of the kind '{self.name}' are not packed", fix="Index tars: bigtrain data index")
 
     def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
         """JSON files to write beside the index of each split, by file name.

@@ -158,14 +158,14 @@ class Tokenizer:
             if eot is not None or bos == "yes" or chat_template is not None or special:
                 raise UserError(
                     "bytes have a fixed end of text, no begin of text and no special tokens for a chat template",
-                    fix="omit --eot, --bos, --chat-template and --special-tokens, or name a tokenizer.json",
+                    fix="Omit --eot, --bos, --chat-template and --special-tokens, or name a tokenizer.json.",
                 )
             return cls()
         path = Path(source)
         if not path.exists():
             raise UserError(
                 f"no tokenizer at {source!r}",
-                fix="give 'bytes', a tokenizer.json, a SentencePiece .model, or a directory with one or GPT-2's files",
+                fix="Give 'bytes', a tokenizer.json, a SentencePiece .model, or a directory with one or GPT-2's files.",
             )
         directory = path if path.is_dir() else path.parent
         pair = gpt2_pair(directory, None if path.is_dir() else path.name)
@@ -205,7 +205,7 @@ class Tokenizer:
             return cls()
         path = Path(directory) / FILE_NAME
         if info.kind == "unknown" or not path.is_file():
-            raise UserError("the shards contain no tokenizer", where=str(directory), fix="pack the text with bigtrain")
+            raise UserError("the shards contain no tokenizer", where=str(directory), fix="Pack the text with bigtrain.")
         # The bytes of the file are hashed: another version of the library may write the same tokenizer differently.
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))

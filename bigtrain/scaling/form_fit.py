@@ -85,7 +85,7 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
     """
     if len(table) <= len(form.constants):
         raise UserError(
-            f"{len(table)} runs cannot give the form's {len(form.constants)} constants", table.source, "fit more runs"
+            f"{len(table)} runs cannot give the form's {len(form.constants)} constants", table.source, "Fit more runs."
         )
     data, losses = data_of(form, table), table.loss
     begins = _starts(form, data, losses, seed, starts)

@@ -227,7 +227,7 @@ def _check(node: ast.AST, text: str, names: dict[str, None], exponents: set[str]
             part = ast.get_source_segment(text, node) or text
             raise UserError(
                 f"--form does not allow {part!r}", "command line",
-                f"use N, D, U, constants, + - * / ** and {', '.join(_FUNCTIONS)}",
+                f"Use N, D, U, constants, + - * / ** and {', '.join(_FUNCTIONS)}.",
             )  # fmt: skip
 
 

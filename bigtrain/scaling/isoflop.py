@@ -87,7 +87,7 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
         raise UserError(
             f"{len(good)} of {len(budgets)} budgets of {MIN_POINTS} runs and more have a minimum, approach 2 needs "
             f"{MIN_BUDGETS} and half of them" + (f" ({reasons})" if reasons else ""),
-            table.source, f"train at least {MIN_POINTS} sizes at each of {MIN_BUDGETS} equal budgets of FLOPs",
+            table.source, f"Train at least {MIN_POINTS} sizes at each of {MIN_BUDGETS} equal budgets of FLOPs.",
         )  # fmt: skip
     weights = draw_weights(clusters, seed, np.arange(replicates))
     ends, minima = _replicates(table, good, weights)

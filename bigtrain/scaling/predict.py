@@ -72,7 +72,7 @@ def predict(
         if params is not None or tokens is not None:
             raise UserError(
                 f"This law ({document['primary']}) predicts only N* and D*, not the loss at other N and D",
-                "--params, --tokens", "fit with --approach a3",
+                "--params, --tokens", "Fit with --approach a3.",
             )  # fmt: skip
         own = np.array([approach[k] for k in ("a", "ln_params_at_1_flop", "b", "ln_tokens_at_1_flop")])
         n, d = lines.params_at(own, flops), lines.tokens_at(own, flops)
@@ -104,7 +104,7 @@ def loss_function(document: dict[str, Any]) -> Callable[[float, float], float]:
         form, logs, unique = Form.parse(one["expression"]), np.array(one["ln_constants"]), one["unique_tokens"]
         return lambda n, d: float(form.loss(logs, [n], [d], unique or math.inf)[0, 0])
     if not document["primary"].startswith("a3"):
-        raise UserError(f"This law ({document['primary']}) has no loss", "law.json", "fit with --approach a3")
+        raise UserError(f"This law ({document['primary']}) has no loss", "law.json", "Fit with --approach a3.")
     theta = np.array(one["theta"])
     return lambda n, d: float(law.loss(theta, n, d))
 

@@ -235,7 +235,7 @@ def _without_edges(
     more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     text = f"{len(refused)} of {len(best)} grids of the {NAMES[setting]} have no optimum inside: {shown}{more}"
     if edges == "refuse":
-        raise UserError(text, source, "train beyond those edges, or give --edges drop to fit the others")
+        raise UserError(text, source, "Train beyond those edges, or give --edges drop to fit the others.")
     notes.append(f"{text}; they are not fitted")
     return [one for one in best if not one.refused]
 
@@ -287,7 +287,7 @@ def power_law(
     if not names:
         raise UserError(
             f"{len(best)} optima of the {NAMES[setting]} give no law: three at different {' or '.join(columns)} are "
-            "needed", source, "sweep it at more sizes",
+            "needed", source, "Sweep it at more sizes.",
         )  # fmt: skip
     y = np.log([one.value for one in best])
     inverse = np.linalg.inv(design.T @ design)

@@ -332,7 +332,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
                 f"the held-out data has token ids up to {index.vocab_size - 1}, but the training data only up to "
                 f"{sources.vocab_size - 1}",
                 index.place,
-                "index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
+                "Index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
             )
     check_support(
         config.engine,

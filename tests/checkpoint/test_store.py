@@ -253,7 +253,7 @@ def test_what_a_url_names_is_fetched_once_and_again_where_it_changed(
     assert contents(found.checkpoints / "step_00000001") == contents(path)
     with pytest.raises(UserError, match="no checkpoint of step 7") as caught:
         restore.checkpoint_at(f"{URL}@7", tmp_path)
-    assert caught.value.fix == "There are: 1"
+    assert caught.value.fix == "Choose one of these steps: 1."
 
 
 @pytest.mark.slow

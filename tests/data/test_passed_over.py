@@ -139,7 +139,7 @@ def test_the_advice_for_utf_16_names_its_conversion(tmp_path: Path) -> None:
     [
         ("labels", np.array([0.0, 1.0]), "labels.astype"),
         ("labels", np.array([[0], [1]]), "labels.astype"),
-        ("x", np.array(["2020-01-01"] * 2, dtype="M8[D]"), "store one of <f2"),
+        ("x", np.array(["2020-01-01"] * 2, dtype="M8[D]"), "Store one of <f2"),
     ],
 )
 def test_an_array_that_is_not_read_is_refused_by_what_it_is(

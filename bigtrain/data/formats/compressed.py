@@ -72,7 +72,7 @@ def _check_window(path: Path) -> None:
         raise UserError(
             f"the zstd file was written with a window of {window >> 20} MiB; up to {ZSTD_WINDOW_BYTES >> 20} are read",
             str(path),
-            f"compress it again: zstd -dc --long=31 {path.name} | zstd -o NEW.zst",
+            f"Compress it again: zstd -dc --long=31 {path.name} | zstd -o NEW.zst",
         )
 
 

@@ -146,7 +146,7 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
     Raises:
         UserError: The data has another form, or the class is outside 0 .. MAX_CLASSES - 1.
     """
-    fix = "write the class as a whole number, from 0"
+    fix = "Write the class as a whole number, from 0."
     try:
         if suffix == "cls":
             text = data.decode("utf-8").strip()
@@ -182,7 +182,7 @@ def _open(data: bytes, where: str) -> Image:
     except UnidentifiedImageError:
         # Pillow's own message names a buffer in memory.
         what = next((f" but {what}" for start, what in _OTHERS if start.match(data)), "")
-        raise UserError(f"not a PNG or JPEG image{what}", where, "convert it to PNG or JPEG") from None
+        raise UserError(f"not a PNG or JPEG image{what}", where, "Convert it to PNG or JPEG.") from None
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"the member is not a PNG or JPEG image: {error}", where=where) from None
     if image.width * image.height > MAX_PIXELS:

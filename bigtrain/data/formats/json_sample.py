@@ -39,7 +39,7 @@ def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
     """
     ids = value.get(key)
     if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
-        raise UserError(f"the sample has no token ids under '{key}'", where, "make it with bigtrain data pack")
+        raise UserError(f"the sample has no token ids under '{key}'", where, "Make it with bigtrain data pack.")
     return ids
 
 

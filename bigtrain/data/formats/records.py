@@ -263,7 +263,7 @@ def tar_samples(source: Source, passed: PassedOver) -> Iterator[TarSample]:
 
 def _refuse_codec(source: Source, what: str) -> None:
     if source.codec is not None:
-        raise UserError(f"the {what} file is compressed with {source.codec}", str(source.path), "decompress it")
+        raise UserError(f"the {what} file is compressed with {source.codec}", str(source.path), "Decompress it.")
 
 
 def _first_line(source: Source) -> int:

@@ -52,7 +52,7 @@ def _decoded(data: bytes, compressed: bool, limit: int, where: str) -> str:
         data = gunzip(data, limit, where)
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data:
-        raise UserError("the text is binary", where=where, fix="give UTF-8 text")
+        raise UserError("the text is binary", where=where, fix="Give UTF-8 text.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -377,7 +377,9 @@ def _in_columns(paths: Sequence[Path]) -> list[Row]:
         if not path.is_file():
             raise UserError(f"no such file: {str(path)!r}")
         if path.suffix != ".npy":
-            raise UserError("arrays cannot be read from this file", str(path), "give .npy files, or one folder of them")
+            raise UserError(
+                "arrays cannot be read from this file", str(path), "Give .npy files, or one folder of them."
+            )
         column, count = _column(path)
         columns.append(column)
         counts.append(count)
@@ -396,7 +398,7 @@ def _column(path: Path) -> tuple[Column, int]:
     where, size = str(path), path.stat().st_size
     layout = npy_layout(read_at(path, 0, min(size, HEADER_BYTES)), where)
     if layout.dtype == "unknown":
-        raise UserError("the type of the array is not supported", where, f"store one of {', '.join(ARRAY_TYPES)}")
+        raise UserError("the type of the array is not supported", where, f"Store one of {', '.join(ARRAY_TYPES)}.")
     if layout.fortran:
         raise UserError(
             "the array is stored in column-major (Fortran) order", where, "Store np.ascontiguousarray(array)."

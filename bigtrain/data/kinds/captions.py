@@ -180,7 +180,7 @@ class Captions(SampleKind):
                 images += _pairs_in_lines(path, options.key, options.passed)
             else:
                 raise UserError(
-                    "captions cannot be read from this file", str(path), "give a folder, a .tar, or a .jsonl file"
+                    "captions cannot be read from this file", str(path), "Give a folder, a .tar, or a .jsonl file."
                 )
         if len(images) < 2:
             raise UserError(
@@ -394,7 +394,7 @@ def _named_in_line(line: bytes, key: str, where: str, folder: Path) -> tuple[Pat
         raise UserError(f"the line has no image under {' or '.join(IMAGE_KEYS)}", where)
     caption = value.get(key)
     if not isinstance(caption, str) or not _is_utf8(caption):
-        raise UserError(f"the line has no text under {key!r}", where, "name the caption's key with --key")
+        raise UserError(f"the line has no text under {key!r}", where, "Name the caption's key with --key.")
     path = folder / names[0]
     # An untrusted file could name any file of this machine.
     if not path.resolve().is_relative_to(folder):

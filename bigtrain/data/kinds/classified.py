@@ -247,7 +247,7 @@ def _columns(record: Record, columns: dict[str, str]) -> tuple[str, str | int]:
         raise UserError(f"there is no text under '{columns['text']}'", record.where)
     if isinstance(label, bool) or not (isinstance(label, str) or (isinstance(label, int) and 0 <= label < MAX_CLASSES)):
         raise UserError(
-            f"there is no class under '{columns['label']}'", record.where, "write a name, or a number from 0"
+            f"there is no class under '{columns['label']}'", record.where, "Write a name, or a number from 0."
         )
     try:
         text.encode("utf-8")
@@ -270,5 +270,5 @@ def _parsed(data: bytes, where: str) -> tuple[list[int], int]:
     value = json_object(data, where)
     ids, label = token_ids(value, "tokens", where), value.get("class")
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
-        raise UserError("the sample has no class under 'class'", where, "make it with bigtrain data pack")
+        raise UserError("the sample has no class under 'class'", where, "Make it with bigtrain data pack.")
     return ids, label

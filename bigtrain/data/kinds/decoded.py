@@ -65,7 +65,7 @@ class DecodedArrays(ArraySamples):
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
         """Refuse packing: such tars are indexed without packing."""
-        raise UserError("decoded members are not packed", fix="index their tars: bigtrain data index DIR")
+        raise UserError("decoded members are not packed", fix="Index their tars: bigtrain data index DIR")
 
     def open_reader(
         self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore

@@ -78,7 +78,7 @@ class Images(SampleKind):
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
         """Require equal shapes, no more classes in `other`, and the same names of classes if both have names."""
         require_same_images(index, other)
-        require_same_names(index, other, "pack both with the same class folders: an empty folder counts as a class")
+        require_same_names(index, other, "Pack both with the same class folders: an empty folder counts as a class.")
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
         """Require images of the size that the model takes."""
@@ -341,7 +341,7 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
         )
 
 
-def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack both at once") -> None:
+def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "Pack both at once.") -> None:
     """Refuse different names of classes, if both indexes have names. `other` may lack the last classes.
 
     Raises:
@@ -352,7 +352,7 @@ def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack bo
         number = next(n for n, name in enumerate(other_names) if n >= len(names) or name != names[n])
         missing = sorted({*other_names} - {*names})
         if missing:
-            fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
+            fix = f"The classes {', '.join(missing[:5])} are not among those of training. {fix}"
         expected = names[number] if number < len(names) else "none"
         raise UserError(
             f"class {number} is '{other_names[number]}' in one directory and '{expected}' in the other",

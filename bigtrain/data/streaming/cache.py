@@ -84,7 +84,7 @@ class Cache:
                 raise UserError(
                     f"the cache of shards cannot be written: {error.strerror}",
                     str(self.root),
-                    "set streaming.cache_dir",
+                    "Set streaming.cache_dir.",
                 ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:

@@ -26,7 +26,7 @@ def tars_at(urls: Sequence[str], patience: Patience) -> tuple[Place, list[str]]:
         place = open_url(found[0], patience)
         if not isinstance(place, ObjectPlace):
             raise UserError(
-                "a web server does not list a directory", found[0], "name its tars: .../shard-{000000..000099}.tar"
+                "a web server does not list a directory", found[0], "Name its tars: .../shard-{000000..000099}.tar"
             )
         names = [name for name in place.names() if name.endswith(".tar")]
         if not names:
@@ -70,7 +70,7 @@ def exists(place: Place, name: str, size: int, patience: Patience) -> None:
                 raise RemoteError(
                     f"the file has {body.total} bytes, but the index says {size}",
                     f"{place.url}/{name}",
-                    "upload the shard and its index again",
+                    "Upload the shard and its index again.",
                 )
 
     patiently(look, patience, f"{place.url}/{name}")

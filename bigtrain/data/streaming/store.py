@@ -303,10 +303,10 @@ def open_index(
         raise UserError(
             "the index refers to shards at another location, which only an index on this machine may do",
             f"{server.url}/{INDEX_NAME}",
-            "download the index and name its directory",
+            "Download the index and name its directory.",
         )
     if pinned is not None and index.fingerprint not in pinned:
-        raise UserError("the data at this URL has changed since the run began", server.url, "restore it")
+        raise UserError("the data at this URL has changed since the run began", server.url, "Restore it.")
     directory = cache.directory(server.url, index.fingerprint)
     if index.tokenizer is not None and index.tokenizer.kind == "tokenizers":
         tokenizer = directory / TOKENIZER_NAME

@@ -80,7 +80,7 @@ def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str],
     if not path.exists():
         raise UserError(
             f"'{source}' does not exist", source,
-            "give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT",
+            "Give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT.",
         )  # fmt: skip
     return (*(_read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)), [], False)
 

@@ -109,14 +109,14 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
             raise UserError(
                 f"The best value lies at the edge of its grid in {len(at_edge)} of {len(several)} pairs (N, D): "
                 f"{shown}{more}", table.source,
-                "train beyond the edge there, or give --edges drop (drops these pairs) or --edges keep",
+                "Train beyond the edge there, or give --edges drop (drops these pairs) or --edges keep.",
             )  # fmt: skip
         notes.append(f"{len(at_edge)} pairs (N, D) are dropped, their best lies at the edge of its grid: {shown}{more}")
         found = [cell for cell in found if not cell.edge]
     elif at_edge:
         notes.append(f"in {len(at_edge)} pairs (N, D) the best value lies at the edge of its grid")
     if not found:
-        raise UserError("No pair (N, D) is left", table.source, "train wider grids of learning rates and batches")
+        raise UserError("No pair (N, D) is left", table.source, "Train wider grids of learning rates and batches.")
     return table.take(np.sort(np.concatenate([cell.best for cell in found]))), notes
 
 

@@ -187,7 +187,7 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
         ratio = table.tokens / table.params
         raise UserError(
             f"D follows from N in all runs (tokens a parameter {ratio.min():.3g} to {ratio.max():.3g}): A and B "
-            "cannot be fitted separately", table.source, "train some sizes at other D/N, over a factor of 4 at least",
+            "cannot be fitted separately", table.source, "Train some sizes at other D/N, over a factor of 4 at least.",
         )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def check_values(table: RunTable) -> list[str]:
             finite = f" and {name} < 1e40" if np.isinf(values).any() else ""
             raise UserError(
                 f"{name} must be a positive number in every row; {named_rows(table, np.flatnonzero(bad), values)}",
-                table.source, f'drop those rows, for example with --where "{name} > 0{finite}"',
+                table.source, f'Drop those rows, for example with --where "{name} > 0{finite}".',
             )  # fmt: skip
     _check_phases(table)
     return [*_check_columns(table), *_odd_rows(table)]
@@ -96,7 +96,7 @@ def _check_columns(table: RunTable) -> list[str]:
         raise UserError(
             f"FLOPs do not fit N and D: the median is {share:.3g} times 6 N D; "
             f"{named_rows(table, np.arange(len(table)), table.flops)}",
-            table.source, "give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days)",
+            table.source, "Give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days).",
         )  # fmt: skip
     if n < SMALL_LARGEST_PARAMS and not confirmed:
         return [f"the largest model has {count(n)} parameters: if N is in thousands or millions, give --params-unit"]
