@@ -229,7 +229,9 @@ def _set_aside(directory: RunDirectory, step: int) -> None:
     for checkpoint in reversed(later):
         checkpoint.path.rename(aside / checkpoint.path.name)
     commit.rewind(directory.checkpoints, step)
-    directory.event("resumed", step=step, cause=f"asked to go back; later checkpoints are in {aside}")
+    directory.event(
+        "resumed", step=step, cause=f"went back to step {step} on request; later checkpoints are in {aside}"
+    )
 
 
 def _is_sound(directory: RunDirectory, step: int) -> bool:

@@ -279,7 +279,7 @@ class Controller:
         if saved > 0:
             self._say(f"{self._run_name}: the steps after step {saved} are lost")
             return self._stopped(outcome.step)
-        return self._failed("it was ended before its first checkpoint")
+        return self._failed("the run was ended before its first checkpoint")
 
     def _kill_cause(self, outcome: GenerationOutcome) -> str | None:
         """Why the ranks of a user's own script were killed after a request to stop; None if they were not."""

@@ -217,7 +217,7 @@ def _optimum(
             if np.isfinite(y[i]):
                 window.append(i)
     if min(window) == lowest or max(window) == lowest:
-        return refused(f"all runs beside the best {NAMES[setting]}, {tried[lowest]:.3g}, diverged on one side")
+        return refused(f"all runs on one side of the best {NAMES[setting]}, {tried[lowest]:.3g}, diverged")
     parabola = np.polyfit(x[window], y[window], 2)
     vertex = -parabola[1] / (2 * parabola[0])
     if parabola[0] <= 0 or not x[min(window)] <= vertex <= x[max(window)]:
