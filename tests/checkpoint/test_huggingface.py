@@ -203,7 +203,7 @@ DAMAGES = {
     "positions in some layers": (turn_into("smollm3", no_rope_layers=[0, 1]), "no_rope_layers"),
     "normalised keys": (turn_into("phi", hidden_act="gelu_new", qk_layernorm=True), "qk_layernorm"),
     "a tensor too few": (lose_a_tensor, "lack"),
-    "a tensor too many": (add_a_bias, "q_proj.bias.*no place"),
+    "a tensor too many": (add_a_bias, "q_proj.bias.*does not have"),
     "a part missing": (lambda place: next(iter(place.glob("*.safetensors"))).unlink(), "missing"),
     "a part cut off": (
         lambda place: next(iter(place.glob("*.safetensors"))).write_bytes(b"\x00" * 100), "cannot be read",

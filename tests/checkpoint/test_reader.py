@@ -112,7 +112,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_opened(
         place.relative_path = "unverified"
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     forge(path)
-    with pytest.raises(CorruptionError, match="does not name"):
+    with pytest.raises(CorruptionError, match="does not list"):
         loader.load(path.parent, 1, state_at(0))
 
 

@@ -147,7 +147,7 @@ def test_materialising_leaves_state_that_is_there() -> None:
 
 
 def test_what_cannot_be_materialised_is_refused() -> None:
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         materialise_optimizer(LBFGS(Tied().parameters()))
 
 

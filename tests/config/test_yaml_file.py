@@ -98,7 +98,7 @@ def test_a_value_of_the_command_line_is_read_like_one_of_the_file() -> None:
     assert [parse_value(text) for text in ("1e-3", "off", "", "{a: 1}", "512k tokens")] == [
         0.001, "off", None, {"a": 1}, "512k tokens",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="one value"):
+    with pytest.raises(UserError, match="not a single value"):
         parse_value("1\nname: x")
 
 

@@ -194,5 +194,5 @@ def test_an_index_that_lies_about_arrays_is_refused(write_tar: WriteTar) -> None
     path.write_text(json.dumps(value))
     for offset in (index.shards[0].filesize - 8, 2**62, -1):
         write_sidecar(index.directory / index.shards[0].index, np.asarray([[0], [offset]]))
-        with pytest.raises(CorruptionError, match="does not fit"):
+        with pytest.raises(CorruptionError, match="does not match its shard"):
             index.rows(0)

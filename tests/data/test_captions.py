@@ -181,7 +181,7 @@ def test_a_sidecar_that_points_elsewhere_is_found(write_tar: Callable[..., Path]
         rows[1, column] = value
         write_sidecar(index.directory / shard.index, rows)
         assert hash_file(index.directory / shard.index) != shard.index_hash
-        with pytest.raises(CorruptionError, match="does not fit"):
+        with pytest.raises(CorruptionError, match="does not match its shard"):
             index.rows(0)
 
 

@@ -74,7 +74,7 @@ def test_a_sidecar_that_changed_is_found(packed: ShardIndex) -> None:
     with pytest.raises(CorruptionError, match=r"shard-000001.idx.npy has changed"):
         packed.check()
     flip_bit(packed.directory / packed.shards[1].index, 130)
-    with pytest.raises(CorruptionError, match="does not fit"):
+    with pytest.raises(CorruptionError, match="does not match its shard"):
         packed.rows(1)
 
 

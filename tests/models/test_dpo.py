@@ -160,7 +160,7 @@ def test_pairs_are_packed_read_and_refused(tmp_path: Path) -> None:
     assert ("What is 7 plus 1? "[-1:], PAIRS[0]["rejected"][:16], False) in short
     assert kind.cut(index, 16) == 40
     file.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}))
-    with pytest.raises(UserError, match="no preference"):
+    with pytest.raises(UserError, match="not a preference"):
         kind.find([file], options)
 
 
@@ -242,7 +242,7 @@ def test_the_loss_of_chats_is_that_of_transformers_with_its_chat_template(kind: 
         ),
         ({"prompt": CHATS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[0]}, "exactly one more turn"),
         ({"prompt": CHATS[0], "chosen": CHATS[0][:1], "rejected": ANSWERS[0]}, "exactly one more turn"),
-        ({"prompt": CHATS[0], "chosen": "Yes.", "rejected": "No."}, "no preference"),
+        ({"prompt": CHATS[0], "chosen": "Yes.", "rejected": "No."}, "not a preference"),
         ({"chosen": "same", "rejected": "same"}, "answer is empty"),
         ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": ANSWERS[0]}, "no role"),
     ],
