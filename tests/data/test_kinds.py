@@ -140,7 +140,7 @@ def test_a_decoder_of_a_users_own_gives_arrays(write_tar: Callable[..., Path]) -
 
     entries = [(f"{number}.pair", f"{number} {number + 1}".encode()) for number in range(3)]
     directory = write_tar(*entries, ("3.pair", b"nonsense"))
-    with pytest.raises(UserError, match=r"samples of pair are not read"):
+    with pytest.raises(UserError, match=r"samples of pair are not supported"):
         index_directory(directory)
     DECODERS.register(Pair)
     with pytest.raises(UserError, match="cannot be decoded: ValueError"):
