@@ -74,7 +74,7 @@ def search(job: Job, on: Cluster, gpus: int) -> Found:
     """
     if on.device.peak(job.precision) is None:
         kinds = ", ".join(on.device.peak_flops)
-        raise UserError(f"{on.device.name} has no units for {job.precision}", "precision", f"It has {kinds}.")
+        raise UserError(f"{on.device.name} has no units for {job.precision}", "precision", f"Use one of: {kinds}.")
     found = Found(job, on, gpus, [], None, 0)
     least: tuple[int, Job] | None = None
     bound = math.inf

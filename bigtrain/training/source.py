@@ -87,7 +87,7 @@ def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
         raise UserError(
             f"init.source: the run '{name}' has no checkpoint of step {step}",
             str(run.checkpoints),
-            f"It has {', '.join(map(str, steps))}.",
+            f"Choose one of these steps: {', '.join(map(str, steps))}.",
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
     url = name.rstrip("/") if is_url(name) else None

@@ -196,7 +196,8 @@ class Dashboard:
         return UserError(
             f"No Ray dashboard answers at {self.url}: {why}",
             "--address",
-            "Is the cluster up, and its port 8265 reachable from here (kubectl port-forward, an ssh tunnel)?",
+            "Check that the cluster is up, and that its port 8265 is reachable from here (kubectl port-forward, an "
+            "ssh tunnel).",
         )
 
     def require_authentication(self) -> None:

@@ -160,7 +160,7 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
         raise UserError(
             f"gather_batch() got {len(x)} rows for the {_here.own} sequences of a batch",
             "forward()",
-            "Give it one row for each sequence; of several views call it once for each.",
+            "Pass one row for each sequence; with several views, call it once for each view.",
         )
     if ranks is None or len(ranks.rows) == 1:
         return x, 0
