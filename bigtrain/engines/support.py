@@ -43,7 +43,7 @@ def check_support(
     engine.check_layout(layout)
     if (optimizer.frozen or frozen) and (engine.flattens or not engine.freezes):
         raise UserError(
-            f"The engine '{engine.name}' cannot freeze parameters here: it flattens all parameters into one tensor",
+            f"The engine '{engine.name}' cannot freeze parameters here: it flattens all of them, including frozen ones",
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
             "Set engine.strategy to ddp or fsdp2."
             if engine.runs_transformers
