@@ -147,7 +147,7 @@ def test_an_array_that_is_not_read_is_refused_by_what_it_is(
 ) -> None:
     np.save(tmp_path / "y.npy", np.ones(2, np.float32))
     np.save(tmp_path / f"{name}.npy", values)
-    with pytest.raises(UserError, match=r"not a list|not read") as caught:
+    with pytest.raises(UserError, match=r"not a list|not supported") as caught:
         kind_named("arrays").pack([tmp_path / "y.npy", tmp_path / f"{name}.npy"], tmp_path / "o", PackOptions())
     assert said in (caught.value.fix or "")
 
