@@ -152,7 +152,7 @@ def test_files_as_bert_was_published_are_read(hf_model: Any, tmp_path: Path) -> 
         ({"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
         ({"add_cross_attention": True}, "add_cross_attention: True"),
         ({"is_decoder": True}, "is_decoder: True"),
-        ({"intermediate_size": 48}, "intermediate_size: 48.*64 alone"),
+        ({"intermediate_size": 48}, "intermediate_size: 48.*only 64"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps: 1e-05"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: False"),
     ],
@@ -220,7 +220,7 @@ def test_a_larger_vocabulary_keeps_the_rows_of_its_ids(hf_model: Any, directory:
 
 
 def test_ids_that_are_no_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.mask is 7, and the vocabulary has 7 tokens"):
+    with pytest.raises(UserError, match=r"model\.mask is 7, but the vocabulary has 7 tokens"):
         Config(context=8, **MODEL).check_source(MASK)
     with pytest.raises(UserError, match=r"model\.first is 60, and the vocabulary has 50 tokens"):
         Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=60).check_source(3)

@@ -55,7 +55,7 @@ def check_values(table: RunTable) -> list[str]:
             finite = f" and {name} < 1e40" if np.isinf(values).any() else ""
             raise UserError(
                 f"{name} must be a positive number in every row; {named_rows(table, np.flatnonzero(bad), values)}",
-                table.source, f'Drop those rows, for example with --where "{name} > 0{finite}".',
+                table.source, f'Drop those rows, for example with --where "{name} > 0{finite}"',
             )  # fmt: skip
     _check_phases(table)
     return [*_check_columns(table), *_odd_rows(table)]
