@@ -496,7 +496,7 @@ def test_bf16_stays_in_its_band(
     [
         ("fsdp", "hf", {}, False, "does not run on the engine 'fsdp'"),
         ("accelerate", "llama", {}, False, "does not run on the engine 'accelerate'"),
-        ("accelerate", "hf", {"dp_replicate": 2}, False, "over layout.dp_shard alone"),
+        ("accelerate", "hf", {"dp_replicate": 2}, False, "only over layout.dp_shard"),
         ("accelerate", "hf", {}, True, "does not support a document mask"),
     ],
 )

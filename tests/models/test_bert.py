@@ -222,7 +222,7 @@ def test_a_larger_vocabulary_keeps_the_rows_of_its_ids(hf_model: Any, directory:
 def test_ids_that_are_no_tokens_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.mask is 7, but the vocabulary has 7 tokens"):
         Config(context=8, **MODEL).check_source(MASK)
-    with pytest.raises(UserError, match=r"model\.first is 60, and the vocabulary has 50 tokens"):
+    with pytest.raises(UserError, match=r"model\.first is 60, but the vocabulary has 50 tokens"):
         Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=60).check_source(3)
     with pytest.raises(ValueError, match="max_positions 4 is less than context 8"):
         Config(context=8, max_positions=4)

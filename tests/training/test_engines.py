@@ -135,10 +135,10 @@ def test_a_run_in_stages_moves_and_shows_the_losses_of_one_process(
     ("how", "said"),
     [
         (("layout.tp=3",), "tp 3 does not divide model.heads 4 and model.kv_heads 2"),
-        (("layout.dp_replicate=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
+        (("layout.dp_replicate=2", "engine.name=deepspeed"), "only over layout.dp_shard or layout.pp or layout.tp"),
         (("engine.name=accelerate",), "does not run on the engine 'accelerate'"),
         (("layout.cp=3",), "cannot divide 4 query and 2 key heads; cp may be 1, 2, 4, or"),
-        (("layout.cp=2", "engine.name=deepspeed"), "over layout.dp_shard or layout.pp or layout.tp alone"),
+        (("layout.cp=2", "engine.name=deepspeed"), "only over layout.dp_shard or layout.pp or layout.tp"),
         (("layout.pp=4",), "makes 4 stages of 2 blocks; with 1 for each rank, pp may be 1, 2"),
         (("layout.pp=2", "engine.name=deepspeed"), "DeepSpeed's pipeline supports ZeRO 0 and 1, not 2"),
         (("layout.pp=2", "engine.name=deepspeed", "engine.zero=1", "engine.offload=optimizer"), "optimizer on the CPU"),
