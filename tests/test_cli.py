@@ -137,7 +137,7 @@ PACK = ("--out", "packed", "--tokenizer", "bytes")
 BAD_INPUT: dict[str, tuple[Callable[[Path], None] | None, tuple[object, ...], tuple[str, ...]]] = {
     "typo in a key": (None, (*NEW, "optimzer.lr=1"), ("'optimzer'", "Did you mean 'optimizer'", "command line")),
     "wrong type": (None, (*NEW, "model.layers=many"), ("model.layers", "'many'")),
-    "unknown preset": (None, (*NEW, "model={preset: llama3-9b}"), ("'llama3-9b'", "did you mean 'llama3-8b'")),
+    "unknown preset": (None, (*NEW, "model={preset: llama3-9b}"), ("'llama3-9b'", "Did you mean 'llama3-8b'")),
     "unknown arch": (None, (*NEW, "model.arch=lama"), ("'lama'", "Did you mean 'llama'")),
     "unknown precision": (None, (*NEW, "precision=fp99"), ("precision", "'fp99'", "'bf16'")),
     "no such config": (None, ("train", "absent.yaml"), ("There is no file", "absent.yaml")),
@@ -414,7 +414,7 @@ def test_a_damaged_newest_checkpoint_is_reported_where_an_older_one_is_used(plac
     file.unlink()
     if not missing:
         file.write_bytes(data[:-1])
-    damaged = "checkpoint of step 4 is damaged and passed over"
+    damaged = "checkpoint of step 4 is damaged and is skipped"
     tried = run_here("train", "tiny.yaml", "--dry-run", cwd=place)
     assert (tried.returncode, "resuming after step 2" in tried.stderr) == (0, True)
     assert f"warning: {damaged}: {file.name}" in tried.stderr

@@ -144,7 +144,7 @@ def _a_newest_checkpoint_that_is_gone_is_reported(
     (runs / "tiny" / "checkpoints" / "step_00000008").symlink_to(runs / "moved")
     done = bigtrain("train", write_config(duration="6 steps"))
     assert done.returncode == 0, done.stderr
-    assert "warning: LATEST names step 8, and step_00000008 is a link" in done.stderr
-    assert "the run goes on from step 4" in done.stderr
+    assert "warning: LATEST refers to step 8, but step_00000008 is a symbolic link" in done.stderr
+    assert "the run continues from step 4" in done.stderr
     (found,) = [event for event in read_lines(runs / "tiny" / "events.jsonl") if event["event"] == "fallback"]
-    assert "LATEST names step 8" in found["cause"]
+    assert "LATEST refers to step 8" in found["cause"]

@@ -263,11 +263,11 @@ BROKEN = {
         f"        weights = weights * torch.from_numpy(np.random.rand(*weights.shape))\n{EMBED}",
         "loss",
     ),
-    "a clock": (EMBED, f"        weights = weights + time.time() % 1e-2\n{EMBED}", "looks at a clock"),
+    "a clock": (EMBED, f"        weights = weights + time.time() % 1e-2\n{EMBED}", "reads a clock"),
     "a generator of its own": (
         EMBED,
         f"        weights = weights + torch.rand(1, generator=torch.Generator().manual_seed(1))\n{EMBED}",
-        "a generator of its own",
+        "from its own generator",
     ),
     "a codebook": (
         HEAD,
@@ -277,7 +277,7 @@ BROKEN = {
     "values that nothing seeds": (
         HEAD,
         f"        self.positions.weight.data.mul_(time.time() % 1)\n{HEAD}",
-        "other values each",
+        "different values in two calls",
     ),
 }
 

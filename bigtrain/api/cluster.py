@@ -58,7 +58,7 @@ class ClusterRun:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._view.active():
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"The run '{self.name}' is still under way after {timeout_s:g} s")
+                raise TimeoutError(f"The run '{self.name}' has not ended after {timeout_s:g} s")
             time.sleep(LOOK_S)
         return self
 

@@ -101,7 +101,7 @@ class Run:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while self._is_active(Lease.holder(self._directory)):
             if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"The run '{self.name}' is still under way after {timeout_s:g} s")
+                raise TimeoutError(f"The run '{self.name}' has not ended after {timeout_s:g} s")
             time.sleep(LOOK_S)
         if self._process is not None and self._process.returncode not in (ExitCode.FINISHED, ExitCode.STOPPED):
             raise RunFailedError(f"The run '{self.name}' failed: {self._cause()}")
@@ -185,7 +185,7 @@ def train(
         return run.wait()
     except KeyboardInterrupt:
         if process.poll() is None:
-            print(f"{run.name}: stopping; it saves itself first", file=sys.stderr)
+            print(f"{run.name}: stopping; the run saves a checkpoint first", file=sys.stderr)
             process.terminate()
             process.wait()
         raise
@@ -205,7 +205,7 @@ def _started(process: subprocess.Popen[bytes], directory: RunDirectory) -> Run:
             break
         time.sleep(LOOK_S)
     if process.poll() == ExitCode.USER:
-        raise UserError(f"The run '{directory.name}' was refused: see above")
+        raise UserError(f"The run '{directory.name}' did not start: see the error above")
     run = Run(directory.path)
     run._process = process
     return run

@@ -104,7 +104,7 @@ def verify(path: Path, *, names: Collection[str] | None = None, hashes: bool = T
     if match and int(match[1]) != manifest.step:
         return [f"{path.name} holds the manifest of step {manifest.step}"]
     if not manifest.files:
-        return ["the manifest names no file"]
+        return ["the manifest lists no files"]
     wanted = manifest.files if names is None else {name: manifest.files[name] for name in names}
     problems = []
     for name, record in wanted.items():
@@ -120,7 +120,7 @@ def _verify_file(path: Path, size: int, expected: str | None) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return "is not a regular file"
         if status.st_size != size:
-            return f"has {status.st_size} bytes, the manifest says {size}"
+            return f"has {status.st_size} bytes, but the manifest says {size}"
         if expected is not None and hash_file(path) != expected:
             return "does not match its hash"
     except FileNotFoundError:
@@ -161,9 +161,9 @@ def choose(
         warnings.append(passed_over(candidate, problems))
     if warnings or (directory / LATEST).exists():
         raise CorruptionError(
-            "no checkpoint is sound: " + ("; ".join(warnings) or "LATEST names one, and none is there"),
+            "no checkpoint is intact: " + ("; ".join(warnings) or "LATEST refers to one, but none exists"),
             str(directory),
-            "restore a checkpoint's directory, or move this one away to start again from step 0",
+            "Restore the directory of a checkpoint, or move this directory away to start again from step 0.",
         )
     return None, warnings
 
@@ -171,7 +171,7 @@ def choose(
 def passed_over(checkpoint: Checkpoint, problems: Sequence[str]) -> str:
     """The warning that this damaged checkpoint is not used, and an older one is used instead."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"checkpoint of step {checkpoint.step} is damaged and passed over: {problems[0]}{more}"
+    return f"checkpoint of step {checkpoint.step} is damaged and is skipped: {problems[0]}{more}"
 
 
 def missing_latest(directory: Path) -> str | None:
@@ -183,17 +183,17 @@ def missing_latest(directory: Path) -> str | None:
     except CorruptionError as error:
         return f"{error.what}: a newer checkpoint may be missing"
     if not isinstance(step, int):
-        return "LATEST names no step: a newer checkpoint may be missing"
+        return "LATEST holds no valid step: a newer checkpoint may be missing"
     found = list_checkpoints(directory)
     if found and found[-1].step >= step:
         return None
     path = directory / step_name(step)
-    why = "is not there"
+    why = "does not exist"
     if path.is_symlink():
-        why = "is a link, and links are not followed: move it here, or mount it"
+        why = "is a symbolic link, which is not followed: move the directory here, or mount it"
     elif path.exists():
         why = "is not a directory"
-    return f"LATEST names step {step}, and {path.name} {why}"
+    return f"LATEST refers to step {step}, but {path.name} {why}"
 
 
 def publish(
@@ -414,7 +414,7 @@ def _refuse_if_fenced(directory: Path, final: Path, manifest: Manifest, may_publ
     if (final / MANIFEST_NAME).exists():
         found.append(_lease_of(final))
     if max(found) > manifest.lease:
-        raise FencedError(f"lease {max(found)} has published here already; this attempt holds {manifest.lease}")
+        raise FencedError(f"lease {max(found)} has already published here; this attempt holds lease {manifest.lease}")
 
 
 def published_lease(directory: Path) -> int:

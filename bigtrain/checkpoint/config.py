@@ -69,7 +69,7 @@ class CheckpointConfig(Section):
     def _are_lengths_of_training(cls, value: tuple[Duration, ...]) -> tuple[Duration, ...]:
         for one in value:
             if one.is_time or one.value <= 0:
-                raise ValueError(f"'{one}' is no length of training: use steps, tokens or epochs")
+                raise ValueError(f"'{one}' is not a training length: use steps, tokens or epochs")
         return value
 
     @field_validator("storage")
@@ -81,14 +81,14 @@ class CheckpointConfig(Section):
     @classmethod
     def _is_an_interval(cls, value: Duration) -> Duration:
         if value.unit not in ("steps", "tokens") and not value.is_time:
-            raise ValueError(f"'{value}' is no interval between checkpoints: use steps, tokens or a time")
+            raise ValueError(f"'{value}' is not an interval between checkpoints: use steps, tokens or a time")
         if value.value <= 0:
-            raise ValueError(f"'{value}' must be more than nothing")
+            raise ValueError(f"'{value}' must be greater than zero")
         return value
 
     @field_validator("permanent")
     @classmethod
     def _is_counted_in_training(cls, value: Duration | None) -> Duration | None:
         if value is not None and (value.unit not in ("steps", "tokens") or value.value <= 0):
-            raise ValueError(f"'{value}' is no interval between permanent checkpoints: use steps or tokens")
+            raise ValueError(f"'{value}' is not an interval between permanent checkpoints: use steps or tokens")
         return value

@@ -102,9 +102,9 @@ def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
     """
     if not trusted:
         raise UserError(
-            "A DeepSpeed checkpoint is made of pickles, which can run code when they are read",
+            "A DeepSpeed checkpoint consists of pickles, which can run code when they are loaded",
             str(source),
-            "Where you trust whoever wrote it, add --trust-checkpoint.",
+            "If you trust its author, add --trust-checkpoint.",
         )
     place = _step_directory(source)
     shapes = dict(_shapes(place))
@@ -116,7 +116,7 @@ def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
         state[f"optimizer.{name}.step"] = _count(place, folder)
     counts = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
     if len(counts) != 1:
-        raise UserError(f"The parameters have been updated {sorted(counts)} times, not all alike", str(place))
+        raise UserError(f"The parameters have different numbers of updates: {sorted(counts)}", str(place))
     (step,) = counts
     with appears_whole(out) as temporary:
         saver = Saver(temporary / "checkpoints", CheckpointConfig(asynchronous=False))
@@ -144,7 +144,7 @@ def _check_adam(entries: dict[str, TensorStorageMetadata], names: list[str], pat
     if not names or kept != {"step", *MOMENTS}:
         found = ", ".join(sorted(kept)) or "no optimizer"
         raise UserError(
-            f"DeepSpeed's universal checkpoints hold Adam's moments, and this one holds {found}",
+            f"A universal checkpoint of DeepSpeed needs Adam's moments, but this checkpoint holds {found}",
             str(path),
             "Use `bigtrain checkpoint export` for the weights.",
         )
@@ -185,9 +185,9 @@ def _step_directory(source: Path) -> Path:
     place = source / latest.read_text().strip() if latest.is_file() else source
     if place.resolve().parent not in (source.resolve(), source.resolve().parent) or not (place / "zero").is_dir():
         raise UserError(
-            "There is no universal checkpoint of DeepSpeed's",
+            "There is no DeepSpeed universal checkpoint",
             str(source),
-            "Convert what save_checkpoint wrote: python -m deepspeed.checkpoint.ds_to_universal --input_folder STEP "
+            "Convert the output of save_checkpoint: python -m deepspeed.checkpoint.ds_to_universal --input_folder STEP "
             "--output_folder DIR",
         )
     return place
@@ -197,7 +197,10 @@ def _parameters(place: Path) -> list[str]:
     found = sorted(path.name for path in (place / "zero").iterdir() if path.is_dir())
     wrong = [name for name in found if not _PLAIN_NAME.fullmatch(name)]
     if wrong or not found:
-        raise CorruptionError(f"{wrong[0]!r} is no parameter's name" if wrong else "it holds no parameter", str(place))
+        raise CorruptionError(
+            f"{wrong[0]!r} is not the name of a parameter" if wrong else "The checkpoint holds no parameters",
+            str(place),
+        )
     return found
 
 
@@ -213,11 +216,14 @@ def _tensor(path: Path, shape: torch.Size | None) -> Tensor:
     value = _load(path)
     tensor = value.get("param") if isinstance(value, dict) else value
     if not isinstance(tensor, Tensor):
-        raise CorruptionError("It holds no tensor", str(path))
+        raise CorruptionError("The file holds no tensor", str(path))
     if shape is None or tensor.shape == shape:
         return tensor
     if tensor.numel() != shape.numel():
-        raise CorruptionError(f"It holds {tuple(tensor.shape)}, and the parameter is {tuple(shape)}", str(path))
+        raise CorruptionError(
+            f"The file holds a tensor of shape {tuple(tensor.shape)}, but the parameter has shape {tuple(shape)}",
+            str(path),
+        )
     return tensor.view(shape)
 
 
@@ -230,7 +236,9 @@ def _count(place: Path, folder: Path) -> Tensor:
         try:
             value = facts["optimizer_state_dict"]["state"][0]["step"]
         except (KeyError, TypeError, IndexError):
-            raise UserError("It does not say how many steps its optimizer has taken", str(place)) from None
+            raise UserError(
+                "The checkpoint does not record how many steps its optimizer has taken", str(place)
+            ) from None
     return torch.as_tensor(float(value), dtype=torch.float32)
 
 
@@ -243,4 +251,4 @@ def _load(path: Path) -> Any:
     except Exception as error:
         # A damaged zip archive, or a pickle in it, may raise almost any exception.
         reason = str(error).splitlines()[0]
-        raise CorruptionError(f"It cannot be read as tensors and plain values: {reason}", str(path)) from error
+        raise CorruptionError(f"The file cannot be read as tensors and plain values: {reason}", str(path)) from error

@@ -70,7 +70,7 @@ def appears_whole(out: Path) -> Iterator[Path]:
         UserError: `out` exists and is not an empty directory.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty", str(out), "give a new directory")
+        raise UserError(f"{out} exists and is not empty", str(out), "Give a new directory.")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()

@@ -55,7 +55,7 @@ def verify_hf(files: HfFiles, expected: str, process_group: dist.ProcessGroup | 
     found = ranks.share(digest({name: value for part in parts for name, value in part.items()}) if parts else None)
     if found != expected:
         raise UserError(
-            "init.source does not hold the weights that this run began with",
+            "init.source does not hold the weights that this run started from",
             str(files.directory),
             "Restore them, or choose another --name.",
         )
@@ -232,7 +232,7 @@ def export_hf(
         config.hf_config(rows=0)  # raises before anything is read
     except ValueError as error:
         raise UserError(
-            f"This model has no form in transformers: {error}", str(directory), "Export without --format hf."
+            f"This model cannot be exported to transformers: {error}", str(directory), "Export without --format hf."
         ) from None
     reader = loader.verified_reader(directory, step)
     parts = _split(reader, names, max_file_bytes)

@@ -75,7 +75,7 @@ def find(
             raise CorruptionError(
                 f"the checkpoint of step {step} is damaged: {problems[0]}",
                 str(candidates[0].path),
-                "use another step",
+                "Use another step.",
             )
         chosen, warnings = candidates[0], list[str]()
     else:
@@ -182,7 +182,7 @@ def verified_reader(directory: Path, step: int) -> SafeReader:
         raise CorruptionError(
             f"the checkpoint of step {step} is damaged: {problems[0]}",
             str(candidate.path),
-            "use another step",
+            "Use another step.",
         )
     return SafeReader(candidate.path, read_manifest(candidate.path).files)
 
@@ -206,7 +206,9 @@ def _candidates(directory: Path, step: int | None) -> list[Checkpoint]:
     wanted = [found for found in checkpoints if found.step == step]
     if not wanted:
         steps = ", ".join(str(found.step) for found in checkpoints) or "none"
-        raise UserError(f"there is no checkpoint of step {step}", str(directory), f"there are: {steps}")
+        raise UserError(
+            f"there is no checkpoint of step {step}", str(directory), f"Choose one of these steps: {steps}."
+        )
     return wanted
 
 
@@ -234,7 +236,7 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
             raise UserError(
                 f"the checkpoint has no {name!r}",
                 str(path),
-                f"did you mean {close!r}?" if close else "it was written by another model or optimizer",
+                f"Did you mean {close!r}?" if close else "It was written by another model or optimizer.",
             )
         entry = cast(TensorStorageMetadata, saved[name])
         if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
@@ -242,10 +244,10 @@ def _check_fit(metadata: Metadata, state: Mapping[str, Tensor], path: Path) -> N
                 f"{name!r} is {tuple(entry.size)} {entry.properties.dtype} in the checkpoint "
                 f"and {tuple(tensor.shape)} {tensor.dtype} here",
                 str(path),
-                "load it into the model and optimizer it was saved from",
+                "Load it into the model and optimizer that it was saved from.",
             )
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise CorruptionError(f"the pieces of {name!r} do not make up the whole", str(path))
+            raise CorruptionError(f"the shards of {name!r} do not cover the full tensor", str(path))
 
 
 def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: str, leave: Sequence[str]) -> None:
@@ -255,9 +257,11 @@ def _check_all_wanted(metadata: Metadata, wanted: set[str], path: Path, prefix: 
         if name.startswith(prefix) and name not in wanted:
             close = nearest(name, wanted)
             raise UserError(
-                f"the checkpoint holds {name!r}, for which there is no place here",
+                f"the checkpoint holds {name!r}, which this model or optimizer does not have",
                 str(path),
-                f"the nearest name here is {close!r}" if close else "load it into the model it was saved from",
+                f"The nearest name in this model is {close!r}."
+                if close
+                else "Load it into the model that it was saved from.",
             )
 
 

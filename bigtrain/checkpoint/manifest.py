@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     def _are_plain_names(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
             if not _FILE_NAME.fullmatch(name) or name in (".", "..", MANIFEST_NAME):
-                raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+                raise ValueError(f"{name!r} is not a valid name for a file of a checkpoint")
         return files
 
     @property
@@ -103,7 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(
             f"the checkpoint has format version {version}, this bigtrain reads up to {FORMAT_VERSION}",
             str(path),
-            "read it with the bigtrain that wrote it, or a newer one",
+            "Read it with the bigtrain that wrote it, or a newer one.",
         )
     if checksum != _checksum(value):
         raise CorruptionError("the manifest does not match its checksum", str(path))

@@ -103,7 +103,7 @@ class PeftFiles:
         for name in names:
             module, _, own = name.rpartition(".")
             if own == "weight" and module.rpartition(".")[2] in targets and module not in modules:
-                raise UserError(f"{module} has no adapter, and other layers have one", str(self.directory))
+                raise UserError(f"{module} has no adapter, but other layers have one", str(self.directory))
         return {
             "name": "lora", "rank": self.facts["r"], "alpha": float(self.facts["lora_alpha"]), "targets": targets
         }  # fmt: skip
@@ -123,19 +123,19 @@ class PeftFiles:
         for stored, shape in self.shapes.items():
             if stored not in known:
                 raise UserError(
-                    f"The adapters hold '{stored}', for which bigtrain's model has no place",
+                    f"The adapters hold '{stored}', which bigtrain's model does not have",
                     str(self.directory / WEIGHTS_NAME),
-                    "Merge them with peft (merge_and_unload), and begin with the merged weights.",
+                    "Merge them with peft (merge_and_unload), and start from the merged weights.",
                 )
             name = known[stored]
             rank = shape[0 if name.endswith("lora_a") else 1]
             if rank != self.facts["r"]:
-                raise UserError(f"'{stored}' has rank {rank}, and r is {self.facts['r']}", str(self.directory))
+                raise UserError(f"'{stored}' has rank {rank}, but r is {self.facts['r']}", str(self.directory))
             found[name] = stored
         for name in found:
             other = name[:-1] + ("b" if name.endswith("a") else "a")
             if other not in found:
-                raise UserError(f"The adapters hold {name}, and not {other}", str(self.directory / WEIGHTS_NAME))
+                raise UserError(f"The adapters hold {name}, but not {other}", str(self.directory / WEIGHTS_NAME))
         if not found:
             raise UserError("The file holds no adapter", str(self.directory / WEIGHTS_NAME))
         return found
@@ -170,13 +170,15 @@ def export_peft(directory: Path, step: int, out: Path, *, config: ModelConfig, b
         raise UserError("The run trains no LoRA adapter", str(directory), "Export with --format hf.")
     try:
         if config.follows_mup:
-            raise ValueError("a model of transformers has no constants of model.mup")
+            raise ValueError("a model of transformers does not have the constants of model.mup")
         names = config.hf_names()
         adapted = config.adapted_weights()
         places = _places(names, only=adapted)
     except ValueError as error:
         raise UserError(
-            f"The adapters have no form in peft: {error}", str(directory), "Export with --format hf, which merges them."
+            f"The adapters cannot be exported to peft: {error}",
+            str(directory),
+            "Export with --format hf, which merges them.",
         ) from None
     reader = loader.verified_reader(directory, step)
     native = loader.read_full(reader, [PREFIX + name for name in places], PREFIX)
@@ -240,7 +242,7 @@ def _places(names: Mapping[str, HfTensor], *, only: Collection[str] | None = Non
 def _refuse_unknown(facts: Mapping[str, Any], where: Path) -> None:
     """Refuse an adapter_config.json with a setting that changes the adapters' result and that bigtrain lacks."""
     if facts.get("peft_type") != "LORA":
-        raise UserError(f"peft_type is {facts.get('peft_type')!r}, and bigtrain has LORA alone", str(where))
+        raise UserError(f"peft_type is {facts.get('peft_type')!r}, but bigtrain supports only LORA", str(where))
     for key in ("r", "lora_alpha"):
         if not isinstance(facts.get(key), int | float):
             raise UserError(f"The key '{key}' is missing", str(where))
@@ -252,7 +254,7 @@ def _refuse_unknown(facts: Mapping[str, Any], where: Path) -> None:
         is_neutral = value in (_BEGINS if key == "init_lora_weights" else _NEUTRAL)
         if key not in _FREE and not is_neutral:
             raise UserError(
-                f"{key} is {value!r}, which bigtrain's LoRA does not have",
+                f"{key} is {value!r}, which bigtrain's LoRA does not support",
                 str(where),
-                "Merge the adapters with peft (merge_and_unload), and begin with the merged weights.",
+                "Merge the adapters with peft (merge_and_unload), and start from the merged weights.",
             )

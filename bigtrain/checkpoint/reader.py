@@ -98,7 +98,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _FUNCTIONS[module, name]
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is none of DCP's own types")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not one of DCP's types")
 
     def persistent_load(self, key: Any) -> Any:
         raise pickle.UnpicklingError("it refers to an object outside itself")
@@ -128,7 +128,7 @@ def read_metadata(directory: Path) -> Metadata:
         raise CorruptionError(
             f"{METADATA_NAME} is refused: {error}",
             str(path),
-            "use another checkpoint; this one is not bigtrain's",
+            "Use another checkpoint: bigtrain did not write this one.",
         ) from error
 
 
@@ -195,13 +195,13 @@ def _as_place(place: Any) -> _StorageInfo:
 
 def _of(value: Any, kind: str) -> _Record:
     if not isinstance(value, _Record) or getattr(value, "kind", None) != kind:
-        raise pickle.UnpicklingError(f"a {type(value).__name__} stands where a {kind} should")
+        raise pickle.UnpicklingError(f"a {type(value).__name__} was found where a {kind} is expected")
     return value
 
 
 def _expect(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind):
-        raise pickle.UnpicklingError(f"a {type(value).__name__} stands where a {kind.__name__} should")
+        raise pickle.UnpicklingError(f"a {type(value).__name__} was found where a {kind.__name__} is expected")
     return value
 
 
@@ -250,11 +250,11 @@ class SafeReader(StorageReader):
         for item in plan.items:
             place = places.get(item.storage_index)
             if place is None:
-                raise CorruptionError(f"{item.storage_index.fqn} lies in no file", str(self.path))
+                raise CorruptionError(f"{item.storage_index.fqn} is not stored in any file", str(self.path))
             per_file.setdefault(place.relative_path, []).append((place, item))
         for name, requests in per_file.items():
             if self._files is not None and name not in self._files:
-                raise CorruptionError(f"{METADATA_NAME} points to {name}, which the manifest does not name")
+                raise CorruptionError(f"{METADATA_NAME} points to {name}, which the manifest does not list")
             with open(self.path / name, "rb") as file:
                 for place, item in sorted(requests, key=lambda request: request[0].offset):
                     self._read_item(file, place, item, planner)
@@ -274,7 +274,7 @@ class SafeReader(StorageReader):
             raise CorruptionError(f"{name} cannot be read: {error}", str(self.path / place.relative_path)) from error
         expected = cast(TensorStorageMetadata, self.read_metadata().state_dict_metadata[name])
         if type(saved) is not Tensor or saved.dtype != expected.properties.dtype:
-            raise CorruptionError(f"{name} is not the tensor it should be", str(self.path / place.relative_path))
+            raise CorruptionError(f"{name} is not a tensor of the expected dtype", str(self.path / place.relative_path))
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             saved = saved.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()

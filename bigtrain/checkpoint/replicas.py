@@ -78,7 +78,9 @@ def _compare(collected: list[dict[Piece, int]]) -> str | None:
             usual = max(set(values), key=values.count)
             certain = values.count(usual) > len(values) / 2
             odd = [rank for rank, value in held if value != usual or not certain]
-            others = "the others" if certain else "each other, and which is right is unknown"
+            others = "the others" if certain else "each other, and no majority shows which copy is correct"
             plural = "s" if len(odd) > 1 else ""
-            return f"rank{plural} {', '.join(map(str, odd))}: other bits of {name!r} at {list(offset)} than {others}"
+            return (
+                f"rank{plural} {', '.join(map(str, odd))}: {name!r} at {list(offset)} differs in its bits from {others}"
+            )
     return None

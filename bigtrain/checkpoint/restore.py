@@ -75,7 +75,7 @@ def bring_back_from(url: str, runs_dir: Path) -> tuple[RunDirectory, str]:
         store = RunStore(place, HASTE)
         run = RunDirectory(runs_dir / store.url.rpartition("/")[2])
         if run.exists() or run.is_foreign():
-            raise UserError(f"There is a run '{run.name}' here already", str(run.path), f"bigtrain resume {run.name}")
+            raise UserError(f"A run '{run.name}' already exists here", str(run.path), f"bigtrain resume {run.name}")
         _require_committed(store, step)
         return run, _restore(RunStore(place), run, step)
 
@@ -98,7 +98,8 @@ def resolve_best(run: str, runs_dir: Path) -> str:
         raise UserError(
             f"The run '{name}' keeps no best checkpoint",
             run,
-            "Name a step; or set checkpoint.best: {metric: val_loss}, and the run keeps its best one from then on.",
+            "Give a step; or set checkpoint.best: {metric: val_loss}, so that the run keeps its best checkpoint from "
+            "now on.",
         )
     return f"{name}@{found[0].step}"
 
@@ -184,9 +185,9 @@ def refuse_unrestored(config: RunConfig) -> None:
     steps = store.committed() if store is not None else []
     if store is not None and steps:
         raise UserError(
-            f"The run '{config.name}' has no checkpoint here, and that of step {steps[-1]} on its store",
+            f"The run '{config.name}' has no checkpoint on this machine, but its store holds one of step {steps[-1]}",
             store.url,
-            f"Fetch it before the run is started: bigtrain resume {store.url}; or choose another --name.",
+            f"Fetch it with `bigtrain resume {store.url}`, or choose another --name.",
         )
 
 
@@ -204,11 +205,11 @@ def _restore(store: RunStore, run: RunDirectory, step: int | None = None) -> str
             except CorruptionError as error:
                 problems.append(f"step {candidate}: {error.what}")
                 continue
-            passed = f"; passed over, as damaged: {'; '.join(problems)}" if problems else ""
+            passed = f"; skipped because they are damaged: {'; '.join(problems)}" if problems else ""
             cause = f"the checkpoint of step {candidate} was fetched from {store.url}{passed}"
             run.event("restored", step=candidate, cause=cause)
             return f"{run.name}: {cause}"
-        raise CorruptionError("no checkpoint of the store is sound: " + "; ".join(problems), store.url)
+        raise CorruptionError("no checkpoint on the store is intact: " + "; ".join(problems), store.url)
     finally:
         lease.release()
 
@@ -218,7 +219,11 @@ def _require_committed(store: RunStore, step: int | None) -> int:
     if not steps:
         raise UserError("There is no checkpoint", store.url, "Name a run: s3://BUCKET/PREFIX/NAME, or NAME@STEP.")
     if step is not None and step not in steps:
-        raise UserError(f"There is no checkpoint of step {step}", store.url, f"There are: {', '.join(map(str, steps))}")
+        raise UserError(
+            f"There is no checkpoint of step {step}",
+            store.url,
+            f"Choose one of these steps: {', '.join(map(str, steps))}.",
+        )
     return steps[-1] if step is None else step
 
 

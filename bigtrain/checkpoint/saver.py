@@ -269,7 +269,11 @@ class Saver:
         self.fenced = self.fenced or self.last.status == "fenced"
         self.failures += 1
         if self.failures >= self.config.max_failed_saves:
-            logger.error("the last %d saves failed; training goes on unsaved: %s", self.failures, self.last.cause)
+            logger.error(
+                "the last %d saves failed; training continues without a new checkpoint: %s",
+                self.failures,
+                self.last.cause,
+            )
             self._emit("unsaved", step=self.last.step, failures=self.failures, cause=self.last.cause)
 
     def _run(self, job: _Job) -> None:
@@ -372,7 +376,7 @@ class Saver:
         try:
             commit.clean(self.directory)
         except OSError as error:
-            logger.warning("leftovers of dead saves could not be removed: %s", error)
+            logger.warning("temporary files of interrupted saves could not be removed: %s", error)
 
     def _emit(self, event: str, **fields: Any) -> None:
         if self._on_event is None or not self._ranks.first:
@@ -381,7 +385,7 @@ class Saver:
             self._on_event(event, **fields)
         except OSError as error:
             # A disk that is too full for a checkpoint may also be too full for the event.
-            logger.warning("%s of step %s could not be recorded: %s", event, fields.get("step"), error)
+            logger.warning("the event '%s' of step %s could not be recorded: %s", event, fields.get("step"), error)
 
 
 def _verify_from_disk(path: Path, names: list[str]) -> None:
@@ -389,4 +393,4 @@ def _verify_from_disk(path: Path, names: list[str]) -> None:
     commit.drop_from_cache(path, names)
     problems = commit.verify(path, names=names)
     if problems:
-        raise CorruptionError(f"what was written does not read back: {problems[0]}", str(path))
+        raise CorruptionError(f"the checkpoint on disk differs from what was written: {problems[0]}", str(path))

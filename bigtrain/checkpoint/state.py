@@ -36,7 +36,7 @@ def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
     state |= {f"model.{qualified_name(name)}": buffer for name, buffer in _persistent_buffers(model)}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if any(parameter not in names for group in groups for parameter in group["params"]):
-        raise UserError("the optimizer trains a tensor that is no parameter of the model")
+        raise UserError("the optimizer trains a tensor that is not a parameter of the model")
     # In the order of the model's parameters, not of the parameter groups.
     kept = {
         parameter: (optimizer, own) for optimizer in optimizers for parameter, own in optimizer.state.items() if own
@@ -53,7 +53,7 @@ def flatten(model: nn.Module, *optimizers: Optimizer) -> dict[str, Tensor]:
                 raise UserError(
                     f"{type(optimizer).__name__} keeps {key!r} as {kind}, not as a tensor",
                     name,
-                    "keep it as a tensor, as a checkpoint does",
+                    "Keep it as a tensor: a checkpoint stores only tensors.",
                 )
             state[f"optimizer.{name}.{key}"] = value
     return state
@@ -70,7 +70,7 @@ def materialise_optimizer(optimizer: Optimizer) -> None:
     zero_state: Callable[[Tensor], dict[str, Tensor]] | None = getattr(optimizer, "zero_state", None)
     if zero_state is None:
         raise UserError(
-            f"The state of {type(optimizer).__name__} cannot be made without a step",
+            f"The state of {type(optimizer).__name__} cannot be created without an optimizer step",
             fix="Build it from an OptimizerConfig, whose zero_state() describes its state.",
         )
     for group in optimizer.param_groups:

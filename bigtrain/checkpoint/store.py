@@ -125,7 +125,7 @@ class RunStore:
             if name not in sizes:
                 found.append(f"{name} is missing")
             elif sizes[name] != record.bytes:
-                found.append(f"{name} has {sizes[name]} bytes, the manifest says {record.bytes}")
+                found.append(f"{name} has {sizes[name]} bytes, but the manifest says {record.bytes}")
             elif hashes and self._hash(_object(step, name)) != record.hash:
                 found.append(f"{name} does not match its hash")
         return found
@@ -270,7 +270,7 @@ class RunStore:
                 if body.total != record.bytes:
                     raise Transient(f"{body.total} of {record.bytes} bytes were stored")
             if read_back and self._read_hash(path) != record.hash:
-                raise Transient("what was stored does not read back")
+                raise Transient("the stored object differs from what was written")
 
         self._try(put_and_compare, path)
 
@@ -291,9 +291,9 @@ class RunStore:
                 return
             target.unlink()
         raise CorruptionError(
-            f"{target.name} arrived with other bytes than its manifest says, {ARRIVALS} times",
+            f"{target.name} was downloaded {ARRIVALS} times, each time with bytes that differ from its manifest",
             f"{self.url}/{_object(step, target.name)}",
-            "use another step",
+            "Use another step.",
         )
 
     def _fetch_whole(self, path: str, target: Path, size: int | None = None, limit: int = 1 << 62) -> None:
@@ -320,9 +320,9 @@ class RunStore:
                 break
             except CorruptionError as error:
                 if arrival == ARRIVALS:
-                    raise CorruptionError(error.what, f"{self.url}/{path}", "use another step") from None
+                    raise CorruptionError(error.what, f"{self.url}/{path}", "Use another step.") from None
         if manifest.step != step:
-            raise CorruptionError(f"the manifest is that of step {manifest.step}", f"{self.url}/{path}")
+            raise CorruptionError(f"the manifest belongs to step {manifest.step}", f"{self.url}/{path}")
         return manifest
 
     def _is_permanent(self, step: int) -> bool:

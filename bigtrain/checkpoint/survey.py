@@ -47,7 +47,9 @@ def survey(directory: Path, step: int | None = None) -> list[CheckpointState]:
         steps = [checkpoint.step for checkpoint in found]
         found = [checkpoint for checkpoint in found if checkpoint.step == step]
         if not found:
-            known = f"There are: {', '.join(map(str, steps))}." if steps else "There is none at all."
+            known = (
+                f"Choose one of these steps: {', '.join(map(str, steps))}." if steps else "There are no checkpoints."
+            )
             raise UserError(f"There is no checkpoint of step {step}", str(directory), known)
     return [
         CheckpointState(
@@ -75,7 +77,11 @@ def survey_store(url: str, step: int | None = None, *, hashes: bool = True) -> l
     listing = {one: sizes for one, sizes in store.listing().items() if MANIFEST_NAME in sizes}
     if step is not None:
         if step not in listing:
-            known = f"There are: {', '.join(map(str, listing))}." if listing else "There is none at all."
+            known = (
+                f"Choose one of these steps: {', '.join(map(str, listing))}."
+                if listing
+                else "There are no checkpoints."
+            )
             raise UserError(f"There is no checkpoint of step {step}", store.url, known)
         listing = {step: listing[step]}
     best = {one.step for one in store.best()}
@@ -101,7 +107,7 @@ def inspect(directory: Path, step: int) -> dict[str, Any]:
     found = commit.find_checkpoint(directory, step)
     if found is None:
         survey(directory, step)  # raises UserError, which lists the existing steps
-        raise CorruptionError(f"the checkpoint of step {step} has gone", str(directory))
+        raise CorruptionError(f"the checkpoint of step {step} no longer exists", str(directory))
     manifest = read_manifest(found.path)
     from bigtrain.checkpoint.reader import read_metadata  # imports torch, which takes seconds
 
@@ -142,6 +148,6 @@ def verify_all(states: Sequence[CheckpointState], where: str) -> list[int]:
         raise CorruptionError(
             f"{len(damaged)} of {len(states)} checkpoints are damaged:\n    {listed}",
             where,
-            "A resume passes over damaged checkpoints; remove their directories to silence this.",
+            "A resume skips damaged checkpoints. Remove their directories to stop this error.",
         )
     return [state.step for state in states]

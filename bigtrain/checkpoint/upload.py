@@ -204,7 +204,7 @@ class Uploader:
         cause = " ".join(str(error).split())
         self._on_event("upload_failed", step=self._under_way, cause=cause, failures=self.failures)
         if self.failures >= self._config.max_failed_saves:
-            logger.error("the last %d uploads failed; checkpoints are on this disk alone: %s", self.failures, cause)
+            logger.error("the last %d uploads failed; checkpoints exist only on this disk: %s", self.failures, cause)
             self._on_event("not_uploaded", step=self._under_way, failures=self.failures, cause=cause)
 
 

@@ -77,7 +77,7 @@ def checkpoint_verify(
         show(
             {"verified": steps},
             as_json,
-            lambda _: f"{len(steps)} checkpoints are sound: steps {', '.join(map(str, steps))}",
+            lambda _: f"{len(steps)} checkpoints are intact: steps {', '.join(map(str, steps))}",
         )
 
 
@@ -258,7 +258,7 @@ def _with_adapters(adapters: PeftFiles, base: Path | None, out: Path) -> tuple[i
     weights = base or adapters.base
     if weights is None:
         raise UserError(
-            "The adapters name no directory of base weights that is here", str(adapters.directory), "Add --base DIR."
+            "The adapters do not name an existing directory of base weights", str(adapters.directory), "Add --base DIR."
         )
     return import_hf(weights, out, adapters)
 

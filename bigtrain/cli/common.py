@@ -42,7 +42,7 @@ def errors(as_json: bool = False) -> Iterator[None]:
         if isinstance(error, OSError):
             if error.filename is None:
                 raise
-            error = UserError(error.strerror or "The file cannot be used", str(error.filename))
+            error = UserError(error.strerror or "The file cannot be read or written", str(error.filename))
         if as_json:
             print(json.dumps(error.as_json()))
         else:

@@ -109,7 +109,7 @@ def data_pack(
         special = {"columns": columns, "chat_template": chat_template, "token_type": token_type}
         _refuse_options(chosen, {"tokenizer": tokenizer, "image_size": image_size, **special})
         if token_type is not None and token_type not in TOKEN_TYPES:
-            raise UserError(f"{token_type!r} is no type of tokens", "--token-type", f"use {', '.join(TOKEN_TYPES)}")
+            raise UserError(f"{token_type!r} is not a token type", "--token-type", f"Use {', '.join(TOKEN_TYPES)}.")
         try:
             shard_bytes = parse_bytes(shard_size)
         except ValueError as error:
@@ -142,7 +142,7 @@ def _one_kind(kind: str | None, flags: dict[str, bool]) -> str:
 
     named = [*([kind] if kind else []), *(name for name, given in flags.items() if given and name != kind)]
     if len(named) > 1:
-        raise UserError(f"{' and '.join(named)} are different sample kinds", fix="give one of them")
+        raise UserError(f"{' and '.join(named)} are different sample kinds", fix="Give one of them.")
     return named[0] if named else "tokens"
 
 
@@ -152,7 +152,7 @@ def _tokenizer(source: str, eot: str | None, bos: str, special: bool, chat_templ
     from bigtrain.data.tokenizers import Tokenizer
 
     if bos not in get_args(BeginOfText):
-        raise UserError(f"--bos is {bos!r}", fix=f"use {', '.join(get_args(BeginOfText))}")
+        raise UserError(f"--bos cannot be {bos!r}", fix=f"Use {', '.join(get_args(BeginOfText))}.")
     try:
         template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -172,9 +172,9 @@ def _refuse_options(kind: SampleKind, given: dict[str, object]) -> None:
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
         if value is not None and name not in kind.options:
-            raise UserError(f"{kind.name} are packed without {option}", fix=f"omit {option}")
+            raise UserError(f"{option} does not apply to {kind.name}", fix=f"Omit {option}.")
     if kind.needs_tokenizer and given["tokenizer"] is None:
-        raise UserError(f"packing {kind.name} needs a tokenizer", fix="name one with --tokenizer, for example bytes")
+        raise UserError(f"packing {kind.name} needs a tokenizer", fix="Give one with --tokenizer, for example bytes.")
 
 
 @app.command("tokenizer")
@@ -193,7 +193,7 @@ def data_tokenizer(
         from bigtrain.data.formats.documents import documents
 
         if kind not in ("bpe", "characters") or (kind == "bpe") != (vocab is not None):
-            raise UserError("a tokenizer is --kind bpe with --vocab, or --kind characters without")
+            raise UserError("--kind bpe needs --vocab, and --kind characters does not take it")
         found = documents(inputs, key)
         learned = characters_of(found, out) if vocab is None else train_bpe(found, vocab, out)
         result = {"out": str(out), "vocab_size": learned.vocab_size}
@@ -230,10 +230,12 @@ def data_index(
         with counting("indexing") as count:
             if any(is_url(place) for place in places):
                 if out is None:
-                    raise UserError("the index of URLs needs a directory", fix="name one with --out")
+                    raise UserError("the index of URLs needs a directory", fix="Give one with --out.")
                 index = index_urls(places, out, opened, count, passed, kind=kind)
             elif len(places) > 1 or out is not None:
-                raise UserError("one local directory is indexed, and its index lies in it", fix="remove --out")
+                raise UserError(
+                    "--out is only for URLs: the index of a local directory is written into it", fix="Remove --out."
+                )
             else:
                 index = index_directory(places[0], opened, progress=count, passed=passed, kind=kind)
         result = {

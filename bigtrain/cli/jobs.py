@@ -115,7 +115,7 @@ def logs(
 
         if submission is not None:
             if not isinstance(view, ClusterView):
-                fix = "Name the cluster with --address; here --attempt chooses among a run's starts."
+                fix = "Give the cluster with --address. On this machine, use --attempt to choose a start of the run."
                 raise UserError("Only a cluster has submissions", "--submission", fix)
             view = view.submission(submission)
         try:

@@ -60,7 +60,7 @@ def plan(
         document = plan_document(job, on, count, tokens_of(loaded, job), _doublings(sweep_gpus))
         if out is not None:
             if not document["fits"]:
-                raise UserError("Nothing fits, so no execution is written", str(out), document["would_have_to_give"][0])
+                raise UserError("No execution fits, so none is written", str(out), document["would_have_to_give"][0])
             out.write_text(execution_yaml(document, on.per_node), encoding="utf-8")
             print(f"wrote {out}", file=sys.stderr)
         if page is not None:
@@ -125,7 +125,7 @@ def _doublings(text: str | None) -> list[int]:
         return []
     first, dots, last = text.partition("..")
     if not dots or not first.isdigit() or not last.isdigit() or not 0 < int(first) <= int(last):
-        raise UserError(f"{text!r} is no range of GPUs", "--sweep-gpus", "Write for example 8..16384.")
+        raise UserError(f"{text!r} is not a range of GPU counts", "--sweep-gpus", "Write for example 8..16384.")
     sizes = [int(first)]
     while sizes[-1] * 2 <= int(last):
         sizes.append(sizes[-1] * 2)

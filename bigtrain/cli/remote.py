@@ -47,7 +47,7 @@ def open_dashboard(address: str, token_file: Path | None) -> Dashboard:
 
     dashboard = Dashboard(address, token_file)
     if dashboard.is_exposed:
-        say("warning: the token travels in the clear to a public address: use TLS or a private network")
+        say("warning: the token is sent unencrypted to a public address: use TLS or a private network")
     return dashboard
 
 
@@ -116,7 +116,7 @@ def _forecast_text(held: dict[str, Any]) -> str:
     if left is None:
         return f"forecast: {held['state']}"
     band = f"{left['low']:.4f} to {left['high']:.4f}"
-    return f"forecast: left at step {left['step']}, {left['what']} {left['measured']:.4f} beside {band}"
+    return f"forecast: left at step {left['step']}, {left['what']} {left['measured']:.4f} outside {band}"
 
 
 def driver_lines(chunks: Iterator[bytes]) -> Iterator[str]:

@@ -127,7 +127,7 @@ def number(name: str, text: str | None) -> float | None:
     value = parse_number(text)
     if value is None or not (math.isfinite(value) and value > 0):
         raise UserError(
-            f"--{name} must be a positive number, not {text}", "command line", "write for example 7B or 1e21"
+            f"--{name} must be a positive number, not {text}", "command line", "Write for example 7B or 1e21."
         )
     return value
 

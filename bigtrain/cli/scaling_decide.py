@@ -241,6 +241,8 @@ def _widths(text: str) -> list[int]:
     found = sorted({int(part) for part in parts if part.strip().isdecimal() and int(part)})
     if len(found) < max(2, len(parts)):
         raise UserError(
-            f"--widths must be two or more different widths, not {text}", "command line", "write for example 64,128,256"
+            f"--widths must be two or more different widths, not {text}",
+            "command line",
+            "Write for example 64,128,256.",
         )
     return found

@@ -103,7 +103,7 @@ def submit(
             raise UserError("There is nothing to submit", "CONFIG", "Name a run's YAML, or a script with --script.")
         elif nodes is not None or procs_per_node is not None or working_dir is not None or module:
             raise UserError(
-                "--nodes, --procs-per-node, --working-dir and --module go with --script",
+                "--nodes, --procs-per-node, --working-dir and --module need --script",
                 fix="Write job.nodes=N job.procs_per_node=P.",
             )
         else:
@@ -140,7 +140,7 @@ def request_maker(
         except ValueError as error:
             raise UserError(str(error), "--max-duration", 'Write a time: "90 min", "2 h".') from None
         if not duration.is_time:
-            raise UserError(f"'{max_duration}' is no time", "--max-duration", 'Write "90 min", or "2 h".')
+            raise UserError(f"'{max_duration}' is not a duration", "--max-duration", 'Write "90 min", or "2 h".')
         seconds = duration.seconds
 
     def make(name: str, runs_dir: Path, plugin: str | None = None) -> Request:
@@ -177,7 +177,7 @@ def _of_script(
     from bigtrain.run import NAME_PATTERN
 
     if name is None or not re.match(NAME_PATTERN, name):
-        raise UserError("A script needs a name", "--name", "Use letters, digits, '.', '_' and '-'.")
+        raise UserError("A script needs a valid name", "--name", "Use letters, digits, '.', '_' and '-'.")
     return of_script(call, directory, job, launcher, lambda: make(name, runs_dir.absolute()))
 
 
@@ -215,7 +215,7 @@ def send(dashboard: Dashboard, submission: Submission, dry_run: bool, follow: bo
             show({**result, "bytes": shipped, "waits_for": lacking}, as_json, _would)
             return 0
         if lacking is not None:
-            say(f"{request.name} will have to wait: {lacking}")
+            say(f"{request.name} has to wait: {lacking}")
         view = submission.send(dashboard)
         sent = time.time()
         say(f"{request.name}: submitted as {id}")
@@ -243,7 +243,7 @@ def send(dashboard: Dashboard, submission: Submission, dry_run: bool, follow: bo
 
 
 def _would(result: dict[str, Any]) -> str:
-    waits = f"\nit would wait: {result['waits_for']}" if result["waits_for"] else ""
+    waits = f"\nit would have to wait: {result['waits_for']}" if result["waits_for"] else ""
     return (
         f"would submit {result['submission']} to {result['address']}: {result['nodes']} nodes x "
         f"{result['procs_per_node']} processes, {result['bytes'] / 1e6:.2f} MB of source{waits}"
@@ -251,7 +251,10 @@ def _would(result: dict[str, Any]) -> str:
 
 
 def _how_to_follow(view: ClusterView, dashboard: Dashboard) -> str:
-    return f"it runs; see `bigtrain status {view.name}` and `bigtrain logs {view.name} -f`, --address {dashboard.url}"
+    return (
+        f"the run has started; see `bigtrain status {view.name}` and `bigtrain logs {view.name} -f`, --address "
+        f"{dashboard.url}"
+    )
 
 
 def _follow(view: ClusterView) -> int:
@@ -261,7 +264,7 @@ def _follow(view: ClusterView) -> int:
         for line in driver_lines(view.follow_driver()):
             say(line)
     except KeyboardInterrupt:
-        say(f"detached; {view.name} goes on: `bigtrain status {view.name}`")
+        say(f"detached; {view.name} continues: `bigtrain status {view.name}`")
         return DETACHED
     view.refresh()
     return exit_code(view.job, view.board())
@@ -274,7 +277,7 @@ def _wait(view: ClusterView) -> int:
     try:
         return wait_for_end(view, GONE_S)
     except KeyboardInterrupt:
-        say(f"detached; {view.name} goes on: `bigtrain status {view.name}`")
+        say(f"detached; {view.name} continues: `bigtrain status {view.name}`")
         return DETACHED
 
 
@@ -329,7 +332,7 @@ def _call_here(words: list[str], module: bool, env: list[str] | None) -> ScriptC
 
     if not words or (not module and not Path(words[0]).is_file()):
         what = f"There is no script {words[0]}" if words else "No script is named"
-        raise UserError(what, "SCRIPT", "Options of `bigtrain run` and job.KEY=VALUE stand before SCRIPT.")
+        raise UserError(what, "SCRIPT", "Write options of `bigtrain run` and job.KEY=VALUE before SCRIPT.")
     environment = parse_environment(env, os.environ)
     return ScriptCall(words[0], words[1:], str(Path.cwd()), module, environment=environment)
 

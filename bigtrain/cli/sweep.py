@@ -153,7 +153,7 @@ def _status_text(status: dict[str, Any]) -> str:
     ]
     if status["undecided"] and status["state"] != "running":
         sizes = ", ".join(map(str, status["undecided"]))
-        lines.append(f"no learning rate chosen, and no grid: size {sizes}")
+        lines.append(f"no learning rate was chosen, so the grid is missing: size {sizes}")
     width = max((len(row["trial"]) for row in status["trials"]), default=0)
     for row in status["trials"]:
         shown = row["val_loss"] if row["val_loss"] is not None else row["loss"]

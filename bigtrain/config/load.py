@@ -122,7 +122,7 @@ def _describe(
         if error["type"] == "missing_name":
             return f"The key '{_key(place)}' is missing", where, names
         close = f"Did you mean '{context['nearest']}'? " if context["nearest"] else ""
-        fix = f"{close}{names} One of your own comes with --plugin FILE."
+        fix = f"{close}{names} Add one of your own with --plugin FILE."
         return f"Unknown {context['point']} '{context['name']}'", document.where(place), fix
     message = _MESSAGES.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message

@@ -201,6 +201,6 @@ def source_hash(path: Path) -> str:
 
 def _hash(module: ModuleType, place: str) -> str:
     if module.__file__ is None or not module.__file__.endswith(".py"):
-        raise UserError("A plugin is Python source, and this module has none", place)
+        raise UserError("A plugin must be Python source, but this module has none", place)
     file = Path(module.__file__)
     return source_hash(file.parent if file.name == "__init__.py" else file)

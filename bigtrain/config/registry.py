@@ -94,7 +94,7 @@ class Registry(Generic[T]):
         place = f"{value.__module__}.{value.__qualname__}"
         if not issubclass(value, self.base):
             fix = f"Write class {value.__name__}({self.base.__name__})."
-            raise UserError(f"{value.__name__} is no {self.point}", place, fix)
+            raise UserError(f"{value.__name__} is not a subclass of {self.base.__name__}", place, fix)
         name = self._name_of(value)
         if name is None:
             fix = f'Give it {self.tag}: Literal["my-name"] = "my-name".' if self.tag else 'Give it name = "my-name".'
@@ -105,7 +105,9 @@ class Registry(Generic[T]):
             return value
         if name in self.builtin() and not getattr(self._import(name), "gives_way", False):
             raise UserError(
-                f"The name '{name}' of this {self.point} is that of one of bigtrain's own", place, "Give it another."
+                f"The name '{name}' of this {self.point} is already used by one of bigtrain's own",
+                place,
+                "Give it another name.",
             )
         self.found[name] = value
         recording = _recording.get()
@@ -164,7 +166,7 @@ class Registry(Generic[T]):
         if name not in self.found:
             close = nearest(name, self.names())
             hint = f"Did you mean '{close}'? " if close else ""
-            own = "One of your own comes with --plugin FILE."
+            own = "Add one of your own with --plugin FILE."
             raise UserError(
                 f"Unknown {self.point} '{name}'", self.where, f"{hint}Known: {', '.join(self.names())}. {own}"
             )
@@ -223,7 +225,9 @@ class Registry(Generic[T]):
         assert self.tag is not None
         name = value.get(self.tag, self.default)
         if name is None:
-            raise PydanticCustomError("missing_name", "the key '{tag}' is missing: one of {names}", self._context(name))
+            raise PydanticCustomError(
+                "missing_name", "the key '{tag}' is missing: use one of {names}", self._context(name)
+            )
         if name not in self:
             raise PydanticCustomError("unknown_name", "unknown {point} '{name}'", self._context(name))
         section: Any = self[str(name)]

@@ -158,7 +158,7 @@ class Duration(_Quantity):
             if sequences_per_epoch is None:
                 raise ValueError("a duration in epochs needs data of known size")
             return math.ceil(self.value * sequences_per_epoch / sequences_per_step)
-        raise ValueError(f"'{self}' is a time: it does not give a number of steps")
+        raise ValueError(f"'{self}' is a time, which does not determine a number of steps")
 
     def __str__(self) -> str:
         number = repr(int(self.value)) if self.value == int(self.value) else repr(self.value)

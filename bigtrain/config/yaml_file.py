@@ -170,7 +170,7 @@ class _Reader:
             key = key_node.value
             if key in result:
                 raise UserError(
-                    f"The key '{key}' stands twice", f"{self.source}, line {line}", "Remove one of the two."
+                    f"The key '{key}' appears twice", f"{self.source}, line {line}", "Remove one of the two."
                 )
             self.lines[(*path, key)] = line
             result[key] = self.read(value_node, (*path, key))
@@ -202,7 +202,7 @@ def parse_value(text: str) -> Any:
     """
     value = parse(f"value: {text}", f"'{text}'").value
     if len(value) > 1:
-        raise UserError(f"{text!r} is not one value", "command line")
+        raise UserError(f"{text!r} is not a single value", "command line")
     return value["value"]
 
 

@@ -58,7 +58,7 @@ class PassedOver:
             raise UserError(
                 f"more than {self.limit} samples are bad; the last: {what}",
                 None if last is None else last.where,
-                last.fix if last is not None and last.fix else "repair them, or allow more with --skip-bad",
+                last.fix if last is not None and last.fix else "Repair them, or allow more with --skip-bad.",
             ) from None
 
     def ignore(self, file: str, reason: str) -> None:
@@ -85,7 +85,7 @@ class PassedOver:
             found.append(f"skipped {self.empty} empty samples")
         found += [f"not read ({reason}): {_named(files)}" for reason, files in self.files.items()]
         if self.plain:
-            found.append(f"read as plain text, with its syntax, one document each: {_named(self.plain)}")
+            found.append(f"read as plain text, including its syntax, one document for each file: {_named(self.plain)}")
         return found
 
 

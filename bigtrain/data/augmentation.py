@@ -33,7 +33,7 @@ Positive = Annotated[float, Gt(0)]
 
 def _in_order(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"{list(value)} is no range: write the smaller number first")
+        raise ValueError(f"{list(value)} is not a range: write the smaller number first")
     return value
 
 

@@ -138,11 +138,11 @@ def augmented(chain: Sequence[AugmentationConfig], index: ShardIndex) -> Image:
     shape = index.sample_kind.image_shape(index)
     if shape is None:
         raise UserError(
-            f"data.augment changes images, and the shards hold {index.kind}", index.place, "Remove data.augment."
+            f"data.augment is for images, but the shards hold {index.kind}", index.place, "Remove data.augment."
         )
     mixing = [one.name for one in chain if one.mixes]
     if mixing and (index.sample_kind.gives or index.kind) != IMAGES:
-        raise UserError(f"'{mixing[0]}' mixes the classes of images, and these have none", WHERE, "Remove it.")
+        raise UserError(f"'{mixing[0]}' mixes the classes of images, but these images have none", WHERE, "Remove it.")
     if len(mixing) > 1:
         raise UserError(f"{' and '.join(mixing)} both mix images", WHERE, "Keep one of them.")
     black: Image = np.zeros(shape, np.uint8)
@@ -157,15 +157,15 @@ def augmented(chain: Sequence[AugmentationConfig], index: ShardIndex) -> Image:
         found.append(image)
     if found[0].shape != found[1].shape or found[0].dtype != found[1].dtype:
         raise UserError(
-            f"images of training would be {_named(found[1])}, and those of an evaluation {_named(found[0])}",
+            f"training images would be {_named(found[1])}, but evaluation images {_named(found[0])}",
             WHERE,
-            "Let `evaluate` of the augmentation give what its `train` gives.",
+            "Return images of the same shape and dtype from `evaluate` and `train` of the augmentation.",
         )
     if found[0].ndim != 3 or found[0].dtype not in (np.uint8, np.float32):
         raise UserError(
-            f"the augmentations give {_named(found[0])}",
+            f"the augmentations return {_named(found[0])}",
             WHERE,
-            "Give uint8 or float32 arrays of (height, width, channels).",
+            "Return uint8 or float32 arrays of shape (height, width, channels).",
         )
     return found[0]
 

@@ -119,7 +119,7 @@ class DataConfig(Section):
         for key in ("train", "validation"):
             named = self.places(key)
             if len(set(named.values())) != len(named):
-                raise ValueError(f"{key}: a path has two names: one source is one entry for each of its weights")
+                raise ValueError(f"{key}: one path has two names: use one name for a source in all its entries")
         return self
 
     def places(self, key: str) -> dict[str, str]:
@@ -137,11 +137,11 @@ class DataConfig(Section):
         found: dict[str, str] = {}
         for entry in value:
             if found.setdefault(entry.source, entry.path) != entry.path:
-                raise ValueError(f"{key}: two places go by the name '{entry.source}': give each a name of its own")
+                raise ValueError(f"{key}: two sources have the name '{entry.source}': give each its own name")
         if not found:
             raise ValueError(f"{key}: the list is empty")
         if key == "validation" and len(found) != len(value):
-            raise ValueError("validation: a place is named twice")
+            raise ValueError("validation: a source is listed twice")
         return found
 
     def phases(self) -> list[tuple[int, dict[str, float]]]:

@@ -74,11 +74,11 @@ def decode(suffix: str, data: bytes, where: str) -> Arrays:
         array = np.asarray(one)
         if array.dtype.newbyteorder("<").str not in ARRAY_TYPES or key in found or len(found) == MAX_ARRAYS:
             raise UserError(
-                f"the member .{suffix} holds {key!r} of type {array.dtype}, which is not read", where,
-                f"a sample has at most {MAX_ARRAYS} arrays of {', '.join(ARRAY_TYPES)}, each under a name of its own",
+                f"the member .{suffix} holds {key!r} of type {array.dtype}, which is not supported", where,
+                f"Store at most {MAX_ARRAYS} arrays of {', '.join(ARRAY_TYPES)} in a sample, each under its own name.",
             )  # fmt: skip
         if not NAME.fullmatch(key) or key in RESERVED:
-            raise UserError(f"an array cannot be called {key[:80]!r}", where)
+            raise UserError(f"an array cannot have the name {key[:80]!r}", where)
         found[key] = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return found
 

@@ -165,7 +165,7 @@ class ShardIndex(_Record):
             or (rows < 0).any()
             or (len(rows) and not self.sample_kind.rows_fit(self, entry, rows))
         ):
-            raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
+            raise CorruptionError("the sidecar does not match its shard", where=str(path), fix=REINDEX)
         return rows
 
     def token_counts(self, rows: Rows) -> Rows:
@@ -212,11 +212,13 @@ class ShardIndex(_Record):
             files = {path: shard.hash, **files}
         for file in files:
             if not file.is_file():
-                fix = "put it back" if file == path else REINDEX
+                fix = "Restore it." if file == path else REINDEX
                 return [UserError(f"{file.name} is missing", where=str(self.directory), fix=fix)]
         if path in files and (size := path.stat().st_size) != shard.filesize:
             return [
-                CorruptionError(f"{shard.url} has {size} bytes; indexed were {shard.filesize}", str(path), _CHANGED)
+                CorruptionError(
+                    f"{shard.url} has {size} bytes, but the index says {shard.filesize}", str(path), _CHANGED
+                )
             ]
         if not hashed:
             return []
@@ -235,13 +237,13 @@ class ShardIndex(_Record):
         own, others = self.tokenizer, other.tokenizer
         if self.kind != other.kind:
             raise UserError(
-                f"one directory holds {self.kind}, the other {other.kind}", where=f"{self.place} and {other.place}"
+                f"one directory holds {self.kind}, but the other {other.kind}", where=f"{self.place} and {other.place}"
             )
         if own and others and own.hash != others.hash:
             raise UserError(
                 "the tokenizers of the shards differ",
                 where=f"{self.place} and {other.place}",
-                fix="pack all data of a run with one tokenizer",
+                fix="Pack all data of a run with one tokenizer.",
             )
         self.sample_kind.require_same(self, other)
 
@@ -269,8 +271,11 @@ class ShardIndex(_Record):
         return Tokenizer.load(self.directory, self.tokenizer)
 
 
-REINDEX = "run `bigtrain data index` on the directory"
-_CHANGED = "restore the file; or, where the change is meant, run `bigtrain data index`: it becomes other data"
+REINDEX = "Run `bigtrain data index` on the directory."
+_CHANGED = (
+    "Restore the file. If the change is intended, run `bigtrain data index`: the directory then counts as "
+    "different data."
+)
 
 
 def write_index(
@@ -327,7 +332,7 @@ def load_index(directory: str | Path) -> ShardIndex:
     root = Path(directory)
     path = root / INDEX_NAME
     if not root.is_dir():
-        raise UserError(f"no data at {str(directory)!r}", fix="make it with `bigtrain data pack`, or correct the path")
+        raise UserError(f"no data at {str(directory)!r}", fix="Make it with `bigtrain data pack`, or correct the path.")
     if not path.is_file():
         raise UserError(f"the directory holds no {INDEX_NAME}", where=str(directory), fix=_how_to_index(root))
     index = parse_index(path.read_bytes(), root, str(path))
@@ -355,7 +360,7 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
             raise UserError(
                 f"the index has format {version}; this bigtrain reads up to {FORMAT_VERSION}",
                 where=where,
-                fix="use a newer bigtrain",
+                fix="Use a newer bigtrain.",
             )
         shards = tuple(value.pop("shardlist"))
         for number, shard in enumerate(shards):
@@ -382,15 +387,15 @@ def parse_index(data: bytes, root: Path, where: str) -> ShardIndex:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise CorruptionError(f"the index is damaged: {error}", where=where, fix=REINDEX) from None
     if fingerprint(index.kind, index.dtype, index.tokenizer, [shard.hash for shard in shards]) != index.fingerprint:
-        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
+        raise CorruptionError("the index is inconsistent", where=where, fix=REINDEX)
     if index.kind not in KINDS:
         raise UserError(
             f"the shards hold samples of the kind '{index.kind}', which is not known",
             where=where,
-            fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
+            fix=f"Name the file that defines it with --plugin. Known kinds: {', '.join(KINDS.names())}.",
         )
     if not index.sample_kind.is_complete(index):
-        raise CorruptionError("the index contradicts itself", where=where, fix=REINDEX)
+        raise CorruptionError("the index is inconsistent", where=where, fix=REINDEX)
     return index
 
 
@@ -423,7 +428,7 @@ def advice_on_shards(inputs: Iterable[str | Path]) -> str | None:
 def _how_to_index(root: Path) -> str:
     for name in ("train", "validation"):
         if (root / name / INDEX_NAME).is_file():
-            return f"name {root / 'train'}"
+            return f"Name {root / 'train'}."
     if any(root.glob("*.tar")):
-        return f"run `bigtrain data index {root}`"
-    return "make shards with `bigtrain data pack`"
+        return f"Run `bigtrain data index {root}`."
+    return "Make shards with `bigtrain data pack`."

@@ -61,10 +61,10 @@ def index_directory(
     paths = sorted(root.glob("*.tar"))
     if not paths:
         packed = [path.name for path in sorted(root.glob("*.t*gz"))]
-        fix = f"decompress {packed[0]}: samples are read by their place in a plain .tar" if packed else None
+        fix = f"Decompress {packed[0]}: samples are read at their offset in an uncompressed .tar." if packed else None
         raise UserError("the directory holds no .tar file", where=str(directory), fix=fix)
     if not os.access(root, os.W_OK):
-        raise UserError("the directory cannot be written to; its index lies there", where=str(directory))
+        raise UserError("the directory is not writable, but its index is stored there", where=str(directory))
     former = _former_index(root, tokenizer)
     if tokenizer is None and former is not None and former.is_tokenised_on_reading:
         tokenizer = former.load_tokenizer()
@@ -108,7 +108,7 @@ def index_urls(
     """
     root = Path(out)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{str(out)!r} exists and is not empty", fix="choose another --out, or delete it")
+        raise UserError(f"{str(out)!r} exists and is not empty", fix="Choose another --out, or delete it.")
     patience = patience or Patience(retries=5)
     place, names = tars_at(urls, patience)
     root.mkdir(parents=True, exist_ok=True)
@@ -200,9 +200,9 @@ def _former_index(root: Path, tokenizer: Tokenizer | None) -> ShardIndex | None:
         if tokenizer is not None:
             return None
         raise UserError(
-            f"the index that is there is damaged, and with it what tokenizer was used: {error.what}",
+            f"the existing index, which records the tokenizer, is damaged: {error.what}",
             where=error.where,
-            fix=f"name the tokenizer, or delete {INDEX_NAME} first",
+            fix=f"Give the tokenizer, or delete {INDEX_NAME} first.",
         ) from None
 
 
@@ -214,9 +214,9 @@ def _tokenizer_info(
         return TokenizerInfo("unknown", largest_id + 1, None, "unknown")
     if largest_id >= info.vocab_size:
         raise UserError(
-            f"the shards hold the token {largest_id}, the tokenizer has {info.vocab_size}",
+            f"the shards hold the token id {largest_id}, but the tokenizer has {info.vocab_size} tokens",
             where=str(root),
-            fix="name the tokenizer that the tokens were made with",
+            fix="Give the tokenizer that the tokens were made with.",
         )
     return info
 
@@ -232,7 +232,8 @@ def check_common(scans: list[tuple[Path, Scan]]) -> None:
     for path, scan in scans:
         if scan.kind != first.kind or kind.common(scan) != kind.common(first):
             raise UserError(
-                f"the shard holds {kind_named(scan.kind).named(scan)}; {first_path.name} holds {kind.named(first)}",
+                f"this shard holds {kind_named(scan.kind).named(scan)}, but {first_path.name} holds "
+                f"{kind.named(first)}",
                 where=str(path),
-                fix="keep one kind and type in a directory",
+                fix="Keep samples of one kind and type in a directory.",
             )

@@ -177,9 +177,12 @@ def _structure(index: ShardIndex, number: int, shard: Shard) -> list[UserError]:
         same = found == (index.kind, index.dtype, shard.tokens_hash, index.arrays)
         same = same and np.array_equal(scan.rows, index.rows(number))
         if not same:
-            raise CorruptionError("the sidecar does not fit its shard", str(path), REINDEX)
+            raise CorruptionError("the sidecar does not match its shard", str(path), REINDEX)
         if index.of_tokens and scan.largest_id >= index.vocab_size:
-            raise CorruptionError(f"the shard holds the token {scan.largest_id} of {index.vocab_size}", str(path))
+            raise CorruptionError(
+                f"the shard holds the token id {scan.largest_id}, but the vocabulary has {index.vocab_size} tokens",
+                str(path),
+            )
 
     return _collected(compare)
 

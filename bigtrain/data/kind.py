@@ -149,10 +149,10 @@ class SampleKind(BatchKind):
         """
         if index.facts != other.facts or (other.classes or 0) > (index.classes or 0):
             raise UserError(
-                f"the samples ({self.describe(other) or other.facts}) are not like the others "
+                f"the samples ({self.describe(other) or other.facts}) differ from the others "
                 f"({self.describe(index) or index.facts})",
                 where=f"{other.place} and {index.place}",
-                fix="make both in the same way",
+                fix="Make the samples of both directories in the same way.",
             )
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
@@ -204,7 +204,7 @@ class SampleKind(BatchKind):
         Raises:
             UserError: The inputs hold no samples, or the kind does not read such inputs.
         """
-        raise UserError(f"samples of the kind '{self.name}' are not packed", fix="index tars: bigtrain data index")
+        raise UserError(f"samples of the kind '{self.name}' are not packed", fix="Index tars: bigtrain data index")
 
     def notes(self, inputs: Sequence[str | Path], samples: Sequence[Sample]) -> dict[str, Any]:
         """JSON files to write beside the index of each split, by file name.
@@ -255,6 +255,6 @@ def kind_named(name: str) -> SampleKind:
     if name not in KINDS:
         raise UserError(
             f"no sample kind is called '{name}'",
-            fix=f"name the file that defines it with --plugin; known are {', '.join(KINDS.names())}",
+            fix=f"Name the file that defines it with --plugin. Known kinds: {', '.join(KINDS.names())}.",
         )
     return cast(SampleKind, _made(KINDS[name]))

@@ -277,7 +277,9 @@ class EvaluationLoader:
         order = FixedOrder(index.sequence_counts(context, loader.get("document_mask", False)), sequences)
         self._loader = Loader(index, order, context=context, **{"source": "validation", "training": False, **loader})
         if not order.sequences_per_epoch:
-            raise UserError("the validation data holds no sequence", where=str(index.directory), fix="hold out more")
+            raise UserError(
+                "the validation data holds no sequence", where=str(index.directory), fix="Hold out more data."
+            )
         batch_size = self._loader.distribution.batch_size
         whole = -(-order.sequences_per_epoch // batch_size)
         self._count = min(batches, whole) if sequences is None else whole

@@ -140,7 +140,9 @@ def _texts_of_shards(index: ShardIndex) -> Iterator[tuple[str, Iterator[str]]]:
     if not isinstance(reader, TokenReader) or index.tokenizer is None:
         reader.close()
         raise UserError(
-            "Overlap is of plain text, and these shards have none", str(index.directory), "give shards of it, or files"
+            "Overlap is measured on plain text, but these shards hold none",
+            str(index.directory),
+            "Give shards or files of plain text.",
         )
     tokenizer = index.load_tokenizer()
     counts = index.sequence_counts(SEQUENCE)

@@ -216,4 +216,4 @@ def read_bytes(descriptor: int, offset: int, size: int, where: str) -> bytes:
 
 def too_short(where: str) -> CorruptionError:
     """The error of a shard that is shorter than its index says."""
-    return CorruptionError("the shard ends before its index says", where=where)
+    return CorruptionError("the shard is shorter than its index says", where=where)

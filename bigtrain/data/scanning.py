@@ -93,7 +93,7 @@ def recognise(sample: TarSample) -> str:
             return name
     layouts = ", ".join(f"{name} ({kind_named(name).layout})" for name in names)
     raise UserError(
-        f"samples of {', '.join(sorted(sample.suffixes))} are not read",
+        f"samples of {', '.join(sorted(sample.suffixes))} are not supported",
         where=sample.where,
-        fix=f"samples are {layouts}; a plugin can define another kind (--plugin)",
+        fix=f"Store samples as {layouts}, or give a plugin that defines another kind with --plugin.",
     )

@@ -158,14 +158,14 @@ class Tokenizer:
             if eot is not None or bos == "yes" or chat_template is not None or special:
                 raise UserError(
                     "bytes have a fixed end of text, no begin of text and no special tokens for a chat template",
-                    fix="omit --eot, --bos, --chat-template and --special-tokens, or name a tokenizer.json",
+                    fix="Omit --eot, --bos, --chat-template and --special-tokens, or name a tokenizer.json.",
                 )
             return cls()
         path = Path(source)
         if not path.exists():
             raise UserError(
                 f"no tokenizer at {source!r}",
-                fix="give 'bytes', a tokenizer.json, a SentencePiece .model, or a directory with one or GPT-2's files",
+                fix="Give 'bytes', a tokenizer.json, a SentencePiece .model, or a directory with one or GPT-2's files.",
             )
         directory = path if path.is_dir() else path.parent
         pair = gpt2_pair(directory, None if path.is_dir() else path.name)
@@ -184,14 +184,14 @@ class Tokenizer:
             return cls(read_pieces(pieces, added), eot, source, companions, bos, special)
         if pair is None:
             raise UserError(
-                "the directory holds no tokenizer that is read",
+                "the directory holds no tokenizer of a supported format",
                 where=source,
-                fix=f"it needs {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
+                fix=f"Give a directory with {FILE_NAME} ({CONVERT}), {PIECES_NAME}, or one of "
                 + ", ".join(" + ".join(names) for names in GPT2_PAIRS),
             )
         kind = config_of(companions).get("tokenizer_class")
         if kind not in GPT2_CLASSES:
-            raise UserError(f"the vocab.json and merges.txt of a {kind} are not read by themselves", source, CONVERT)
+            raise UserError(f"vocab.json and merges.txt of a {kind} are not supported by themselves", source, CONVERT)
         return cls(read_gpt2(*pair), eot, source, companions, bos, special)
 
     @classmethod
@@ -205,7 +205,7 @@ class Tokenizer:
             return cls()
         path = Path(directory) / FILE_NAME
         if info.kind == "unknown" or not path.is_file():
-            raise UserError("the shards carry no tokenizer", where=str(directory), fix="pack the text with bigtrain")
+            raise UserError("the shards contain no tokenizer", where=str(directory), fix="Pack the text with bigtrain.")
         # The bytes of the file are hashed: another version of the library may write the same tokenizer differently.
         if _hash(path.read_bytes()) != info.hash:
             raise UserError("the tokenizer is not the one that the shards were made with", where=str(path))
@@ -447,4 +447,4 @@ def _end_of_text(backend: HuggingFaceTokenizer, name: str | None, where: str | N
         if found is not None:
             return int(found)
     wanted = repr(name) if name is not None else " or ".join(END_OF_TEXT_NAMES)
-    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="name it with --eot TOKEN")
+    raise UserError(f"the tokenizer has no end-of-text token {wanted}", where=where, fix="Give it with --eot TOKEN.")

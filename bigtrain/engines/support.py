@@ -43,7 +43,7 @@ def check_support(
     engine.check_layout(layout)
     if (optimizer.frozen or frozen) and (engine.flattens or not engine.freezes):
         raise UserError(
-            f"The engine '{engine.name}' trains all parameters here: it lays them end to end, frozen ones too",
+            f"The engine '{engine.name}' cannot freeze parameters here: it flattens all of them, including frozen ones",
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
             "Set engine.strategy to ddp or fsdp2."
             if engine.runs_transformers
@@ -52,14 +52,15 @@ def check_support(
     _check_parts(engine, arch, optimizer, precision)
     if not optimizer.elementwise and engine.flattens:
         raise UserError(
-            f"The engine '{engine.name}' lays parameters end to end here, and the optimizer '{optimizer.name}' needs "
+            f"The engine '{engine.name}' flattens the parameters here, but the optimizer '{optimizer.name}' needs "
             "their shapes",
             "optimizer.name",
             "Use engine: {name: fsdp}, or an optimizer that works element by element.",
         )
     if precision not in engine.precisions:
         raise UserError(
-            f"{precision.upper()} is not run on the engine '{engine.name}': its loss scale would be in no checkpoint",
+            f"The engine '{engine.name}' does not support {precision.upper()}: its checkpoints would not hold the "
+            "loss scale",
             "precision",
             "Set precision to bf16, or use engine: {name: fsdp}.",
         )
@@ -83,7 +84,8 @@ def _check_model(engine: EngineConfig, arch: str, document_mask: bool) -> None:
         )
     if engine.runs_transformers and document_mask:
         raise UserError(
-            "A Hugging Face model takes no mask of documents: each model of transformers builds its own attention",
+            "A Hugging Face model does not support a document mask: each model of transformers builds its own "
+            "attention",
             "data.document_mask",
             "Set data.document_mask to false, or train a native model on the engine 'fsdp'.",
         )
@@ -96,14 +98,14 @@ def _check_parts(engine: EngineConfig, arch: str, optimizer: OptimizerConfig, pr
         return
     if not engine.steps_parts:
         raise UserError(
-            f"The engine '{engine.name}' has one optimizer, and a model of arch '{arch}' has the parts "
+            f"The engine '{engine.name}' has one optimizer, but a model of arch '{arch}' has the parts "
             f"{', '.join(wanted or optimizer.parts)}",
             "engine.name",
             f"Use engine: {_names('steps_parts')}.",
         )
     if set(wanted) != set(optimizer.parts):
         raise UserError(
-            f"optimizer.parts has {', '.join(optimizer.parts) or 'nothing'}, and a model of arch '{arch}' has "
+            f"optimizer.parts has {', '.join(optimizer.parts) or 'nothing'}, but a model of arch '{arch}' has "
             + (f"the parts {', '.join(wanted)}" if wanted else "no parts"),
             "optimizer.parts",
             "Write optimizer.parts: {" + ", ".join(f"{name}: {{}}" for name in wanted) + "}."
@@ -112,13 +114,13 @@ def _check_parts(engine: EngineConfig, arch: str, optimizer: OptimizerConfig, pr
         )
     if optimizer.parts[wanted[0]].every != 1:
         raise UserError(
-            f"The part '{wanted[0]}' comes first, and is not updated in every step",
+            f"The first part, '{wanted[0]}', is not updated in every step",
             f"optimizer.parts.{wanted[0]}.every",
             "Set it to 1; other parts may be updated more rarely.",
         )
     if precision == "fp16":
         raise UserError(
-            "FP16 has one loss scale, and each part of a model has a loss of its own",
+            "FP16 has one loss scale, but each part of a model has its own loss",
             "precision",
             "Set precision to bf16 or fp32.",
         )
@@ -135,7 +137,8 @@ def _check_axes(engine: EngineConfig, layout: LayoutConfig) -> None:
         if axis not in engine.axes and size != 1:
             others = " or ".join(f"layout.{other}" for other in engine.axes)
             raise UserError(
-                f"layout.{axis} is {size}, and the engine '{engine.name}' takes more than one rank over {others} alone",
+                f"layout.{axis} is {size}, but the engine '{engine.name}' supports more than one rank only over "
+                f"{others}",
                 f"layout.{axis}",
                 f"Set layout.{axis} to 1, or train a native model on the engine 'fsdp'.",
             )

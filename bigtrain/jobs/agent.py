@@ -246,7 +246,7 @@ class Agent:
         if self._terminated:
             self._terminated = False
             if self._parent is not None and os.getppid() != self._parent:
-                raise PeerLost("the process that held this node for it has ended")
+                raise PeerLost("the process that reserved this node has ended")
             self._channel.send("notice", signal=int(signal.SIGTERM))
         if self._gang is None:
             self._channel.keep_alive()

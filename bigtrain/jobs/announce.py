@@ -42,7 +42,7 @@ def say_start(run: CheckedRun, count: int, stream: TextIO) -> None:
     lines += [f"warning: {line}" for line in prepared.warnings()]
     if waste := _filler_share(prepared, count):
         lines.append(
-            f"{waste:.1%} of each step is filler: {_divisor(prepared, count)} not divide a batch of "
+            f"{waste:.1%} of each step is padding: {_divisor(prepared, count)} not divide a batch of "
             f"{prepared.batch_sequences}"
         )
     print("\n".join([*lines, *_surprises(run)]), file=stream, flush=True)
@@ -52,7 +52,10 @@ def _surprises(run: CheckedRun) -> Iterator[str]:
     """Warnings about the run: a copied or renamed directory, slow BF16, damaged or missing checkpoints."""
     directory = run.directory
     if directory.exists() and (started := directory.read_record().get("name", directory.name)) != directory.name:
-        yield f"{directory.path} is a copy of the run '{started}', or it was renamed; it goes on as '{directory.name}'"
+        yield (
+            f"{directory.path} is a copy of the run '{started}', or the run was renamed; it continues as "
+            f"'{directory.name}'"
+        )
     config = run.prepared.config
     by_bf16 = config.precision == "bf16" and kind_of(config.job).name == "local"
     if by_bf16 and not multiplies_bf16() and this_machine().n_devices == 0:
@@ -66,11 +69,11 @@ def _surprises(run: CheckedRun) -> Iterator[str]:
             yield f"warning: {commit.passed_over(checkpoint, problems)}"
     missing = commit.missing_latest(directory.checkpoints)
     if missing is not None:
-        yield f"warning: {missing}" + ("" if run.newest is None else f"; the run goes on from step {run.newest}")
+        yield f"warning: {missing}" + ("" if run.newest is None else f"; the run continues from step {run.newest}")
 
 
 def _divisor(prepared: Prepared, count: int) -> str:
-    return f"{count} ranks do" if prepared.config.layout.pp == 1 else "the micro-batches that its pipeline takes do"
+    return f"{count} ranks do" if prepared.config.layout.pp == 1 else "the micro-batches of its pipeline do"
 
 
 def _axes(prepared: Prepared, count: int) -> str:

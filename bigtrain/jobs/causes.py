@@ -107,7 +107,7 @@ def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = T
     if message["signal"] is not None:
         kind, what = Kind.SIGNAL, f"was killed by {signal_name(int(message['signal']))}"
     elif message["code"] == ExitCode.USER and reports_steps:
-        kind, what = Kind.USER, "refused what it was given (exit code 2)"
+        kind, what = Kind.USER, "refused its config or data (exit code 2)"
     else:
         kind, what = Kind.EXCEPTION, f"exited with {message['code']}"
         # A rank that knows what is wrong prints one line that starts with "error: ", without a traceback.
@@ -118,7 +118,7 @@ def fault_of_exit(message: Mapping[str, Any], host: str, reports_steps: bool = T
             if _OUT_OF_MEMORY.search(last):
                 what = f"ran out of memory ({_LESS_MEMORY}): {_shortened(last)}"
             elif _PORT_TAKEN.search(last):
-                what = f"found its port taken by another process: {_shortened(last)}"
+                what = f"could not listen on its port, which is in use: {_shortened(last)}"
         elif own_lines and reports_steps:
             what, traceback = f"reported: {_shortened(own_lines[-1].removeprefix('error: '))}", own_lines[-1]
     return Fault(kind, f"rank {rank} on host {host} {what}{place}", host, rank, step, traceback, tail)
@@ -129,7 +129,7 @@ def fault_of_hang(message: Mapping[str, Any], host: str) -> Fault:
     rank, step = int(message["rank"]), int(message["step"])
     state = ", its process is stopped" if message["stopped"] else ""
     cause = (
-        f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no sign of life for "
+        f"rank {rank} on host {host} hangs in phase {message['phase']} at step {step}: no heartbeat for "
         f"{message['age_s']:.0f} s (limit {message['limit_s']:g} s{state})"
     )
     silent_s = round(float(message["age_s"]), 3)
@@ -145,7 +145,7 @@ def fault_of_early_exit(exited: Mapping[str, Any], host: str, then: Fault | None
         then: The fault of another rank that followed from the exit, if there is one.
     """
     rank, step = int(exited["rank"]), int(exited["step"])
-    cause = f"rank {rank} on host {host} exited with {exited['code']} at step {step} while other ranks went on"
+    cause = f"rank {rank} on host {host} exited with {exited['code']} at step {step} while other ranks continued"
     if then is None:
         return Fault(Kind.EARLY_EXIT, cause, host, rank, step, None, str(exited["tail"]))
     return Fault(Kind.EARLY_EXIT, f"{cause} ({then.cause})", host, rank, step, then.traceback, then.tail)
@@ -206,7 +206,7 @@ class RetryBudget:
     def judge(self, fault: Fault) -> Verdict:
         """Count a fault, and decide whether to restart the run."""
         if fault.kind is Kind.USER:
-            return Verdict(False, reason="a retry would not repair it")
+            return Verdict(False, reason="a retry would fail in the same way")
         if fault.kind is Kind.PREEMPTED:
             return Verdict(True)
         signature = fault.signature() if self._reports_steps else None

@@ -114,7 +114,7 @@ def check(config: RunConfig, runs_dir: Path, *, fork: str | None = None, step: i
         _check_checkpoint(directory, newest)
     if not finished and directory.is_foreign():
         raise UserError(
-            f"{directory.path} holds files and is not a run",
+            f"{directory.path} holds files, but is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
     return CheckedRun(prepared, directory, newest, finished, step)
@@ -162,7 +162,7 @@ def _check_source(prepared: Prepared, directory: RunDirectory) -> None:
         check_hf_source(source, config.model, shapes, init)
     elif init.state == "all" and source.step >= prepared.total_steps:
         raise UserError(
-            f"The run would begin after step {source.step}, and its duration ends at {prepared.total_steps}",
+            f"The run would start after step {source.step}, but its duration ends at step {prepared.total_steps}",
             f"init.source {init.source}",
             "Give a longer duration, for example duration='2000 steps'.",
         )
@@ -180,7 +180,7 @@ def _check_duration(directory: RunDirectory, prepared: Prepared) -> None:
     if changed is not None:
         raise UserError(
             f"The duration cannot change from '{old.duration}' to '{prepared.config.duration}': the learning rate of "
-            f"step {changed}, which is done, would have been another",
+            f"step {changed}, which is finished, would change",
             str(directory.path),
             "Fork from a checkpoint before the decay: --fork NEW.",
         )
@@ -210,7 +210,9 @@ def _check_step(directory: RunDirectory, step: int) -> None:
     """Refuse to go back to a step that has no verified checkpoint."""
     steps = [checkpoint.step for checkpoint in commit.list_checkpoints(directory.checkpoints)]
     if step not in steps:
-        known = f"It has those of {', '.join(map(str, steps))}." if steps else "It has none yet."
+        known = (
+            f"Choose one of these steps: {', '.join(map(str, steps))}." if steps else "The run has no checkpoints yet."
+        )
         raise UserError(f"The run '{directory.name}' has no checkpoint of step {step}", str(directory.path), known)
     if not _is_sound(directory, step):
         raise UserError(f"The checkpoint of step {step} is damaged", str(directory.path), "See `checkpoint verify`.")
@@ -227,7 +229,9 @@ def _set_aside(directory: RunDirectory, step: int) -> None:
     for checkpoint in reversed(later):
         checkpoint.path.rename(aside / checkpoint.path.name)
     commit.rewind(directory.checkpoints, step)
-    directory.event("resumed", step=step, cause=f"asked to go back; later checkpoints are in {aside}")
+    directory.event(
+        "resumed", step=step, cause=f"went back to step {step} on request; later checkpoints are in {aside}"
+    )
 
 
 def _is_sound(directory: RunDirectory, step: int) -> bool:

@@ -165,7 +165,7 @@ class Controller:
             self._attempt += 1
             self._record("restarted", cause=cause)
             place = f", from step {self._progress()}" if self._launch.reports_steps else ""
-            self._say(f"{self._run_name}: starting again, attempt {self._attempt}{place}")
+            self._say(f"{self._run_name}: restarting, attempt {self._attempt}{place}")
 
     def _place(self) -> int | None:
         """Get agents from the placer. Returns the run's exit code if there are none, otherwise None."""
@@ -242,7 +242,7 @@ class Controller:
         if self._membership.elastic:
             self._membership.on_agent_notice(agent)
             return
-        self._say(f"{self._run_name}: host {agent.host} was asked to stop")
+        self._say(f"{self._run_name}: host {agent.host} was requested to stop")
         self.request_save_and_stop()
 
     def _conclude(self, outcome: GenerationOutcome) -> int | None:
@@ -277,9 +277,9 @@ class Controller:
             return self._stopped(outcome.step, self._kill_cause(outcome))
         saved = self._progress()
         if saved > 0:
-            self._say(f"{self._run_name}: what came after step {saved} is lost")
+            self._say(f"{self._run_name}: the steps after step {saved} are lost")
             return self._stopped(outcome.step)
-        return self._failed("it was ended before its first checkpoint")
+        return self._failed("the run was ended before its first checkpoint")
 
     def _kill_cause(self, outcome: GenerationOutcome) -> str | None:
         """Why the ranks of a user's own script were killed after a request to stop; None if they were not."""

@@ -31,14 +31,14 @@ def parse_environment(words: Iterable[str] | None, here: Mapping[str, str]) -> d
     for word in words or ():
         name, equals, value = word.partition("=")
         if not _NAME.fullmatch(name):
-            raise UserError(f"'{word}' is no variable", "--env", "Write --env NAME=VALUE.")
+            raise UserError(f"'{word}' is not an environment variable", "--env", "Write --env NAME=VALUE.")
         if name in _PLACES or name.startswith(("BIGTRAIN_", "TORCHELASTIC_")):
-            raise UserError(f"{name} is set by the launcher", "--env", "Remove it.")
+            raise UserError(f"the launcher sets {name} itself", "--env", "Remove it.")
         if _SECRET.search(name):
             raise UserError(
-                f"{name} seems to be a secret, and --env travels and is recorded in the clear",
+                f"{name} looks like a secret, but --env is sent and recorded unencrypted",
                 "--env",
-                "Set it on the nodes, or put it into the file of --secrets-file.",
+                "Set it on the nodes, or write it to the file of --secrets-file.",
             )
         if not equals:
             if name not in here:

@@ -108,6 +108,6 @@ def _run(config: RunConfig, request: Request, procs: int) -> dict[str, Any]:
         environment = with_source({"OMP_NUM_THREADS": "1", **os.environ, **plugin_environment()})
         code = subprocess.run(command, env=environment, check=False).returncode
         if code or not result_of(path).exists():
-            raise UserError("The evaluation failed; its ranks say why above", fix="Try again with --nproc 1.")
+            raise UserError("The evaluation failed: see the errors of its ranks above", fix="Try again with --nproc 1.")
         found: dict[str, Any] = json.loads(result_of(path).read_text())
         return found

@@ -87,8 +87,8 @@ class Membership:
                 self._placer.distrust(agent)
         gone = next((self._notices[agent] for agent in [fault.agent, *lost] if agent in self._notices), None)
         if gone is not None:
-            within = "" if gone.seconds is None else f" (its notice was of {gone.seconds:.0f} s)"
-            cause = f"host {gone.host} was taken away before the run had saved{within}: {fault.cause}"
+            within = "" if gone.seconds is None else f" (notice period: {gone.seconds:.0f} s)"
+            cause = f"host {gone.host} was preempted before the run had saved{within}: {fault.cause}"
             return replace(fault, kind=Kind.PREEMPTED, cause=cause, traceback=None), True
         # If there was a reason to leave the placement already, leave it now.
         return fault, bool(lost) | self._strike(fault) | (self._reason is not None)
@@ -98,9 +98,9 @@ class Membership:
             return
         self._notices[notice.agent] = notice
         when = "soon" if notice.seconds is None else f"in {max(0.0, notice.seconds):.0f} s"
-        self._reason = f"host {notice.host} will be taken away {when}"
+        self._reason = f"host {notice.host} will be preempted {when}"
         self._event("notice", host=notice.host, cause=self._reason)
-        self._say(f"{self._reason}: the run saves, and goes on without it")
+        self._say(f"{self._reason}: the run saves a checkpoint, and continues without it")
 
     def _look_for_more(self, placer: Placer, now: float) -> None:
         larger = placer.larger()
@@ -109,8 +109,8 @@ class Membership:
         elif self._larger_since is None:
             self._larger_since = now
         elif now - self._larger_since >= GROW_AFTER_S:
-            self._reason = f"{larger} nodes can be had"
-            self._say(f"{self._reason}: the run saves, and goes on with them")
+            self._reason = f"{larger} nodes are available"
+            self._say(f"{self._reason}: the run saves a checkpoint, and continues with them")
 
     def _strike(self, fault: Fault) -> bool:
         """Count a failure against its node; returns whether that node is now excluded."""
@@ -120,8 +120,10 @@ class Membership:
         if self._strikes[fault.agent] < STRIKES:
             return False
         if not self._placer.exclude(fault.agent):
-            self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times; the run cannot do without it")
+            self._say(
+                f"host {fault.host} failed {self._strikes[fault.agent]} times, but the run cannot continue without it"
+            )
             return False
         self._event("excluded", host=fault.host, cause=f"{STRIKES} failures: {fault.cause}")
-        self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times: it is not used any more")
+        self._say(f"host {fault.host} failed {self._strikes[fault.agent]} times and is excluded")
         return True

@@ -142,10 +142,10 @@ def missing(nodes: Sequence[Node], need: Need, kinds: Sequence[NodeKind] | None,
     if reachable != UNLIMITED and reachable < least:
         largest = {name: max((node.total.get(name, 0.0) for node in nodes), default=0.0) for name in need.each}
         having = ", ".join(f"{amount:g} {name}" for name, amount in largest.items())
-        scaler = "" if kinds is None else f", and its autoscaler can bring {reachable} in all"
+        scaler = "" if kinds is None else f", and its autoscaler can provide {reachable} in all"
         return Missing(
-            f"it takes {wanted}; the cluster has {len(able)} such among its {len(nodes)} (at most {having} on one)"
-            f"{scaler}",
+            f"the run needs {wanted}; the cluster has {len(able)} such nodes among its {len(nodes)} (at most {having} "
+            f"on one){scaler}",
             never=True,
         )
     excluded = [f"{node.host} {avoid[node.name]}" for node in able if node.name in avoid]
@@ -155,9 +155,9 @@ def missing(nodes: Sequence[Node], need: Need, kinds: Sequence[NodeKind] | None,
     reasons += excluded
     if len(able) < least:
         reasons.append(
-            f"{least - len(able)} not there" if kinds is None else f"{least - len(able)} asked of the autoscaler"
+            f"{least - len(able)} missing" if kinds is None else f"{least - len(able)} requested from the autoscaler"
         )
-    return Missing(f"it takes {wanted}, and {free} are free ({'; '.join(reasons)})", never=False)
+    return Missing(f"the run needs {wanted}, but {free} are free ({'; '.join(reasons)})", never=False)
 
 
 def _most(kinds: Sequence[NodeKind], there: int) -> int:

@@ -126,7 +126,7 @@ def notify(
             pipe.write(json.dumps(order, default=str).encode())
         failed = process.wait(wait_s)
     except subprocess.TimeoutExpired:
-        return f"the notification is still under way, for at most {3 * limit_s:.0f} s; see {log_path}"
+        return f"the notification is still being sent, for at most {3 * limit_s:.0f} s; see {log_path}"
     except OSError as error:
         return f"the notification could not be sent: {error}"
     return f"the notification was not sent; see {log_path}" if failed else None
@@ -195,7 +195,7 @@ def _post(url: str, body: dict[str, Any], limit_s: float) -> list[str]:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return ["the webhook's address is no http or https URL"]
+        return ["the webhook's address is not an http or https URL"]
     opener = urllib.request.build_opener(_NoRedirect)
     headers = {"Content-Type": "application/json", "User-Agent": "bigtrain"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -233,7 +233,7 @@ def _alert(order: dict[str, Any], limit_s: float) -> list[str]:
     config, body = order["config"], order["body"]
     tracking = TrackingConfig.model_validate(config["tracking"])
     if choose_mode(tracking.wandb, os.environ) != "online":
-        return ["W&B is not online here (no key, or tracking.wandb says so): no alert"]
+        return ["no alert was sent: W&B is not online here (there is no key, or tracking.wandb is not online)"]
     failure = send_alert(
         Path(order["directory"]), config, tracking, title=f"{body['run']}: {body['state']}", text=body["text"],
         failed=body["state"] == "failed", timeout_s=limit_s,

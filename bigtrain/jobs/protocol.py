@@ -265,15 +265,15 @@ def _check_proof(message: Message, expected: bytes) -> None:
     proof = message.get("proof")
     # compare_digest does not accept non-ASCII text, so compare bytes.
     if not isinstance(proof, str) or not hmac.compare_digest(proof.encode(), expected.hex().encode()):
-        raise ProtocolError("the other side does not hold the run's token")
+        raise ProtocolError("the peer does not have the run's token")
 
 
 def _check_version(message: Message) -> str:
     if message.get("version") != VERSION:
-        raise ProtocolError(f"the other side has protocol version {message.get('version')!r}, this one {VERSION}")
+        raise ProtocolError(f"the peer has protocol version {message.get('version')!r}, but this process has {VERSION}")
     nonce = message.get("nonce")
     if not isinstance(nonce, str) or len(nonce) != 64:
-        raise ProtocolError("the other side sent no nonce")
+        raise ProtocolError("the peer sent no nonce")
     return nonce
 
 

@@ -39,7 +39,7 @@ def outlast(directory: Leased, say: Callable[[str], None]) -> bool:
             said = True
             say(
                 f"waiting {LEASE_LIFE_S - age_s:.0f} s: process {last.pid} on {last.host} holds '{directory.name}', "
-                f"has not been heard of for {age_s:.0f} s, and counts as dead after {LEASE_LIFE_S:.0f}"
+                f"has sent no heartbeat for {age_s:.0f} s, and counts as dead after {LEASE_LIFE_S:.0f}"
             )
         waited = True
         time.sleep(LOOK_S)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bigtrain.jobs.torchrun")
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key=value pairs laid over the file")
+    parser.add_argument("overrides", nargs="*", help="key=value pairs that override the file")
     parser.add_argument("--name")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--plugin", action="append")
@@ -61,8 +61,8 @@ def _rank(options: argparse.Namespace, stop: StopRequest) -> int:
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} not in the environment: this is a rank's process",
-            fix="Start it by torchrun, or use `bigtrain train`, which starts its ranks itself.",
+            f"The environment lacks {', '.join(missing)}, which the process of a rank needs",
+            fix="Start it with torchrun, or use `bigtrain train`, which starts its ranks itself.",
         )
     if options.plugin:
         load_plugin(os.pathsep.join(options.plugin))

@@ -74,7 +74,7 @@ class AdapterConfig(Section):
             x: Input of the layer, (..., inputs).
             parameters: The adapter's parameters in this layer, by the names in `own`.
         """
-        raise TypeError(f"{type(self).__name__} does not go with arch 'hf': define beside()")
+        raise TypeError(f"{type(self).__name__} does not support arch 'hf': define beside()")
 
     def merged(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The frozen matrix with the adapter merged into it, in the dtype of `weight`.

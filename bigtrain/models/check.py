@@ -52,14 +52,15 @@ def check_contract(config: ModelConfig, vocab_size: int) -> None:
     for name, count in calls.items():
         if count > 1:
             raise UserError(
-                f"forward() calls the block '{name}' {count} times, and it is gathered and recomputed once a pass",
+                f"forward() calls the block '{name}' {count} times, but a block is gathered and recomputed once in "
+                "each pass",
                 where,
                 "Remove it from what blocks() returns.",
             )
     count = sum(parameter.numel() for parameter in module.parameters())
     counted = config.parameter_count(vocab_size)
     if count != counted:
-        raise UserError(f"parameter_count() says {counted}, and the model has {count} parameters", where)
+        raise UserError(f"parameter_count() returns {counted}, but the model has {count} parameters", where)
 
 
 def _count(calls: Counter[str], name: str, *_: object) -> None:
@@ -93,7 +94,7 @@ def users_code(config: ModelConfig, where: str, what: str) -> Iterator[None]:
         raise UserError(
             f"{what} fails: {type(error).__name__}: {error}",
             lines[-1] if lines else where,
-            "The module is built and run without values here (torch.device('meta')): it may not look at any."
+            "Do not depend on values: the module is built and run here on torch.device('meta'), which has none."
             if "meta" in str(error) and not config.is_plain
             else None,
         ) from error
@@ -111,7 +112,7 @@ class _NoRandomBits(TorchDispatchMode):
         # attention runs as plain matmuls.
         if torch.Tag.nondeterministic_seeded in function.tags:
             raise UserError(
-                f"forward() draws random bits by {function.name()}, which differ from layout to layout",
+                f"forward() draws random bits by {function.name()}, which differ between layouts",
                 self._where,
                 "Use dropout() of bigtrain/models/random.py with the batch's keys.",
             )
@@ -143,7 +144,7 @@ def check_module(module: nn.Module, where: str) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
             raise UserError(
-                f"'{name}' is {type(part).__name__}, whose random bits differ from layout to layout",
+                f"'{name}' is {type(part).__name__}, whose random bits differ between layouts",
                 where,
                 "Use dropout() of bigtrain/models/random.py with the batch's keys.",
             )
@@ -155,9 +156,9 @@ def check_module(module: nn.Module, where: str) -> None:
         if modules.get(name) is not block:
             close = nearest(name, modules)
             raise UserError(
-                f"blocks() names a module '{name}' that is not there by this name",
+                f"blocks() names a module '{name}', which does not exist",
                 where,
-                f"Did you mean '{close}'?" if close else "Give the qualified name, as named_modules() does.",
+                f"Did you mean '{close}'?" if close else "Give the qualified name of named_modules().",
             )
 
 
@@ -167,7 +168,7 @@ def check_embedding(name: str, part: nn.Embedding | nn.EmbeddingBag, where: str)
             raise UserError(
                 f"'{name}' is an {type(part).__name__} with {option}, which depends on how the batch is divided",
                 where,
-                f"Leave {option} out.",
+                f"Remove {option}.",
             )
 
 
@@ -199,5 +200,5 @@ def check_names(
     for name in sorted(given.keys() - real.keys()):
         close = nearest(name, real)
         raise UserError(
-            f"{what} has a rule for '{name}', which is no {kind}", where, close and f"Did you mean '{close}'?"
+            f"{what} has a rule for '{name}', which is not a {kind}", where, close and f"Did you mean '{close}'?"
         )

@@ -106,7 +106,7 @@ class ModelConfig(Section):
     def _context_is_for_tokens(self) -> ModelConfig:
         of_tokens = batch_kind(self).of_tokens
         if not of_tokens and "context" in self.model_fields_set and self.context != 1:
-            raise ValueError(f"context has no meaning for {self.arch}, which learns from {self.data_kind}")
+            raise ValueError(f"{self.arch} does not take context, because it learns from {self.data_kind}")
         if of_tokens and "context" not in self.model_fields_set:
             raise ValueError("the key 'context', tokens of one training sequence, is missing")
         return self
@@ -235,7 +235,7 @@ class ModelConfig(Section):
         Raises:
             ValueError: The config.json needs a feature that the family does not have.
         """
-        raise ValueError(f"no arch of bigtrain's is transformers' '{hf.get('model_type')}'")
+        raise ValueError(f"bigtrain has no arch for the transformers model type '{hf.get('model_type')}'")
 
     def build(self, vocab_size: int) -> nn.Module:
         """The module (`contract.Model`) on torch's current default device; its parameters are not yet initialized."""
@@ -325,6 +325,6 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in _presets():
         near = nearest(name, _presets())
-        hint = f"did you mean {near!r}? " if near else ""
+        hint = f"Did you mean {near!r}? " if near else ""
         raise UserError(f"unknown preset {name!r}", "model.preset", f"{hint}presets: {', '.join(presets())}")
     return dict(_presets()[name])

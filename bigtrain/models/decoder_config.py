@@ -149,7 +149,9 @@ class DecoderConfig(ModelConfig):
     @model_validator(mode="after")
     def _shape_is_possible(self) -> DecoderConfig:
         if self.head_width is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}: or set head_width")
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}: change one of them, or set head_width"
+            )
         if self.heads % self.key_value_heads:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.width_of_head % 2:
@@ -164,18 +166,17 @@ class DecoderConfig(ModelConfig):
             "no_rotary_every needs positions: rotary": bool(self.no_rotary_every) and self.positions != "rotary",
             "full_attention_every needs a sliding_window": bool(self.full_attention_every) and not self.sliding_window,
             "rope_local_theta needs a sliding_window": bool(self.rope_local_theta) and not self.sliding_window,
-            f"an MLP of {self.mlp} has no gate: remove it from adapter.targets": (
+            f"an MLP of {self.mlp} has no gate: remove gate from adapter.targets": (
                 self.adapter is not None and "gate" in self.adapter.targets and self.mlp not in GATED
             ),
             "norm_offset needs norm: rmsnorm": self.norm_offset and self.norm != "rmsnorm",
             "parallel_block needs norm_at: before": self.parallel_block and self.norm_at != "before",
             "head_bias needs tied: false": self.head_bias and self.tied,
-            f"rotary_part {self.rotary_part} of a head's {self.width_of_head} channels is no even number of them": (
-                self.rotary_width % 2 == 1 or self.rotary_width == 0
-            ),
+            f"rotary_part {self.rotary_part} of a head's {self.width_of_head} channels is not an even number of "
+            "channels": (self.rotary_width % 2 == 1 or self.rotary_width == 0),
         }
         for target in self.adapter.targets if self.adapter is not None else ():
-            needs[f"adapter.targets has {target!r}, and a decoder's layers are {', '.join(TARGETS)}"] = (
+            needs[f"adapter.targets has {target!r}, but a decoder's layers are {', '.join(TARGETS)}"] = (
                 target not in TARGETS
             )
         for message, broken in needs.items():
@@ -312,8 +313,8 @@ class DecoderConfig(ModelConfig):
         """
         if self.window is not None:
             raise ValueError(
-                f"layout.cp: ranks that share a sequence have no sliding window (model.sliding_window {self.window}): "
-                "use cp 1, or a model.context that is not longer"
+                "layout.cp: ranks that share a sequence do not support a sliding window (model.sliding_window "
+                f"{self.window}): use cp 1, or a model.context that is not longer"
             )
         return self.heads, self.key_value_heads
 

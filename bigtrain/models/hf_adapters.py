@@ -43,11 +43,9 @@ def adapted_layers(model: PreTrainedModel, adapter: AdapterConfig) -> dict[str, 
         for name, module in named.items():
             if not isinstance(module, (nn.Linear, Conv1D)):
                 fix = f"Its linear layers are {', '.join(sorted(linear))}."
-                raise UserError(
-                    f"{name} is a {type(module).__name__}, and adapters lie beside linear layers", WHERE, fix
-                )
+                raise UserError(f"{name} is a {type(module).__name__}, but adapters need linear layers", WHERE, fix)
             if id(module.weight) in tables:
-                raise UserError(f"The matrix of {name} is that of an embedding too", WHERE, "Adapt other layers.")
+                raise UserError(f"{name} shares its matrix with an embedding", WHERE, "Adapt other layers.")
         found |= named
     return found
 

@@ -125,7 +125,7 @@ class HfFiles:
         if family.hides_tokens and "mask_token_id" not in stated:
             last = int(stated.get("vocab_size", 1)) - 1
             logger.warning(
-                "nothing beside %s says which token is the mask: the last one, %d, is taken for it (model.mask)",
+                "no file beside %s names the mask token: the last token, %d, is used as model.mask",
                 self.directory / CONFIG_NAME, last,
             )  # fmt: skip
             stated = {**stated, "mask_token_id": last}
@@ -209,7 +209,7 @@ class HfFiles:
         if spare:
             close = nearest(spare[0], [one for place in names.values() for one in place.names])
             raise UserError(
-                f"The weights hold '{spare[0]}', for which a model of arch '{config.arch}' has no place",
+                f"The weights hold '{spare[0]}', which a model of arch '{config.arch}' does not have",
                 str(self.directory),
                 f"The nearest name here is '{close}'." if close else "Change 'model'.",
             )
@@ -222,7 +222,7 @@ class HfFiles:
             own_head: Whether a head of the model may be initialised instead of read, so that `tied` may differ.
         """
         if config.follows_mup:
-            raise ValueError("model.mup has constants that these weights were not trained with: remove model.mup")
+            raise ValueError("these weights were not trained with the constants of model.mup: remove model.mup")
         hf = self._family.from_hf_config(self._stated)
         config = config.base
         for key in dict.fromkeys((*config.hf_keys, *_CONSTANTS, *sorted(config.later_keys))):
@@ -233,7 +233,7 @@ class HfFiles:
                 native = config.context
             if key in hf and hf[key] != native:
                 stated = f" ({config.hf_keys[key]} of config.json)" if key in config.hf_keys else ""
-                raise ValueError(f"model.{key} is {native}, and the weights were trained with {hf[key]}{stated}")
+                raise ValueError(f"model.{key} is {native}, but the weights were trained with {hf[key]}{stated}")
 
 
 def copy_companions(directory: Path, place: Path) -> None:
@@ -254,7 +254,7 @@ def _part_names(directory: Path) -> list[str]:
         return [ONE_FILE]
     names = read_object(directory / INDEX_NAME).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise UserError("It names no file", str(directory / INDEX_NAME))
+        raise UserError("The index lists no files", str(directory / INDEX_NAME))
     files = sorted({str(name) for name in names.values()})
     for name in files:
         if not _PLAIN_NAME.fullmatch(name):
@@ -282,14 +282,14 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"It is over {MAX_JSON_BYTES} bytes", str(path))
+            raise UserError(f"The file is larger than {MAX_JSON_BYTES} bytes", str(path))
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no {path.name}", str(path.parent)) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"It cannot be read: {error}", str(path)) from None
+        raise UserError(f"The file cannot be read: {error}", str(path)) from None
     if not isinstance(value, dict):
-        raise UserError("It is not a JSON object", str(path))
+        raise UserError("The file is not a JSON object", str(path))
     return value
 
 
@@ -313,7 +313,9 @@ def mask_token(directory: Path) -> int | None:
         return int(ids[name]) if name in ids else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"Its tokenizer cannot be read: {error}", str(directory), "Repair it, or set mask_token_id in config.json."
+            f"The tokenizer of the weights cannot be read: {error}",
+            str(directory),
+            "Repair it, or set mask_token_id in config.json.",
         ) from None
 
 

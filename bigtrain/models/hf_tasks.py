@@ -64,7 +64,9 @@ def examples(config: Config, batch: Batch) -> Example:
     """
     if "documents" in batch:
         raise UserError(
-            "A Hugging Face model takes no mask of documents", "data.document_mask", "Set data.document_mask to false."
+            "A Hugging Face model does not support a document mask",
+            "data.document_mask",
+            "Set data.document_mask to false.",
         )
     tokens, targets, weights = batch["tokens"], batch["targets"], batch["weights"]
     if config.task == "causal":
@@ -171,13 +173,13 @@ def check_task(config: Config, shape: PretrainedConfig) -> None:
         able.remove("causal")
     if config.task not in able:
         raise UserError(
-            f"A model of type '{shape.model_type}' does not learn by task '{config.task}'",
+            f"A model of type '{shape.model_type}' does not support task '{config.task}'",
             "model.task",
             f"Set model.task to {' or '.join(able)}." if able else "Choose a language model.",
         )
     if config.task == "seq2seq" and getattr(shape, "decoder_start_token_id", None) is None:
         raise UserError(
-            "The model does not say with which token its decoder starts",
+            "The config of the model does not name the token with which its decoder starts",
             str(config.directory / "config.json"),
             "Add decoder_start_token_id.",
         )

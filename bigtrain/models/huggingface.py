@@ -60,7 +60,7 @@ def require(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         found = hf.get(key, value)
         if found not in (value, None):
-            raise ValueError(f"its config.json says {key}: {found!r}, and this family has {value!r} alone")
+            raise ValueError(f"its config.json says {key}: {found!r}, but this family supports only {value!r}")
 
 
 def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

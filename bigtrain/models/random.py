@@ -103,7 +103,7 @@ def integers(low: int, high: int, shape: Sequence[int], keys: Tensor, layer: int
 def _bits_of(shape: Sequence[int], keys: Tensor, layer: int) -> Tensor:
     count = len(keys)
     if not shape or shape[0] % count:
-        raise ValueError(f"a draw of shape {tuple(shape)} is not for a batch of {count}")
+        raise ValueError(f"a draw of shape {tuple(shape)} does not match a batch of {count}")
     row = math.prod(shape) // count
     return random_bits(torch.Size((count, 1, row)), keys, layer).view(tuple(shape))
 

@@ -145,7 +145,7 @@ def _reader(
 def _again(model: Decoder, padding: Tensor | None, given: Batch) -> Iterator[Reader]:
     """A reader without a cache: it runs the model on the last `context` tokens for each new token."""
     if padding is not None and not isinstance(model, DecoderModel):
-        raise ValueError("this model reads no texts of several lengths together: give them one by one")
+        raise ValueError("this model cannot read texts of different lengths in one batch: give them one by one")
 
     def read(tokens: Tensor) -> Tensor:
         dropped = max(0, tokens.shape[1] - model.context)

@@ -74,10 +74,12 @@ def parameter_groups(
             raise UserError(
                 f"the pattern {pattern!r} matches no parameter",
                 place,
-                f"the nearest name is {near!r}" if near else f"names look like {', '.join(names[:3])}",
+                f"The nearest name is {near!r}." if near else f"Use names such as {', '.join(names[:3])}.",
             )
     if all(is_frozen(config, name) for name in names):
-        raise UserError("every parameter is frozen: there is nothing to train", "optimizer.frozen", "freeze fewer")
+        raise UserError(
+            "every parameter is frozen: there is nothing to train", "optimizer.frozen", "Freeze fewer parameters."
+        )
     # All parameters of a pipeline stage may be frozen, and torch cannot build an optimizer without a parameter group.
     nothing = {"params": [], "names": [], "lr": config.lr, "lr_scale": 1.0, "weight_decay": 0.0}
     return list(groups.values()) or [nothing]

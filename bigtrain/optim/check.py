@@ -43,16 +43,17 @@ def check_zero_state(config: OptimizerConfig) -> None:
         made, given = _forms(state), _forms(described)
         if made != given:
             raise UserError(
-                f"zero_state() gives {_named(given)}, and a step makes {_named(made)}",
+                f"zero_state() returns {_named(given)}, but a step creates {_named(made)}",
                 where,
-                "Return the state of one parameter before its first step, with the keys, shapes and types of after it.",
+                "Return the state of one parameter before its first step, with the same keys, shapes and types as "
+                "after it.",
             )
         again, _ = _first_step(config, shape, described)
         if not torch.allclose(stepped, again, rtol=_RELATIVE, atol=0):
             raise UserError(
                 "the first step from zero_state() is not the optimizer's own first step",
                 where,
-                "Return the values that the optimizer itself begins with, so that a resumed run goes on alike.",
+                "Return the optimizer's own initial values, so that a resumed run continues identically.",
             )
 
 

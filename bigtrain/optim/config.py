@@ -84,7 +84,9 @@ class OptimizerConfig(Section):
     def _parts_are_sections(self) -> OptimizerConfig:
         for name, part in self.parts.items():
             if {"parts", "frozen"} & part.optimizer.keys():
-                raise ValueError(f"parts.{name}.optimizer takes neither parts nor frozen: set frozen beside parts")
+                raise ValueError(
+                    f"parts.{name}.optimizer takes neither parts nor frozen: set frozen at the level of parts"
+                )
             self.of_part(name)
             if part.schedule is not None:
                 SCHEDULES.read(part.schedule)
@@ -160,7 +162,7 @@ class OptimizerConfig(Section):
         if not self.follows_mup:
             known = " or ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].follows_mup)
             raise UserError(
-                f"model.mup sets learning rates by the rule of AdamW, and the optimizer '{self.name}' follows another",
+                f"model.mup sets learning rates by the rule of AdamW, but the optimizer '{self.name}' follows another",
                 "optimizer.name",
                 f"Use {known} (AdamW with weight_decay: 0 is Adam), or remove model.mup.",
             )
@@ -297,9 +299,9 @@ class ScheduleConfig(Section):
         """
         if parts > total_steps:
             raise UserError(
-                f"the schedule's {what} takes {parts} steps and the run has {total_steps}",
+                f"the schedule's {what} takes {parts} steps, but the run has {total_steps}",
                 "schedule",
-                f"shorten {what} or lengthen duration",
+                f"Shorten {what} or lengthen duration.",
             )
 
 

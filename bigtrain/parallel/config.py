@@ -120,7 +120,7 @@ class LayoutConfig(Section):
     @classmethod
     def _is_a_size(cls, value: int) -> int:
         if value == 0 or value < -1:
-            raise ValueError(f"{value} is no size: give a number of ranks, or -1 for all that are left")
+            raise ValueError(f"{value} is not a size: give a number of ranks, or -1 for all that are left")
         return value
 
     @model_validator(mode="after")
@@ -136,7 +136,7 @@ class LayoutConfig(Section):
                 "pp_schedule interleaved needs pp_stages_per_rank of 2 or more; with 1 the schedule is 1f1b"
             )
         if self.pp_split != "auto" and len(self.pp_split) != self.stages:
-            raise ValueError(f"pp_split names {len(self.pp_split)} stages, and the layout has {self.stages}")
+            raise ValueError(f"pp_split names {len(self.pp_split)} stages, but the layout has {self.stages}")
         return self
 
     @property
@@ -166,15 +166,15 @@ class LayoutConfig(Section):
             fits = f"pp may be {_listed(list(range(1, most + 1)))}" if most > 1 else "use pp 1"
             raise ValueError(
                 f"layout.pp {self.pp} with pp_stages_per_rank {per_rank} makes {self.stages} stages of "
-                f"{costs.blocks} blocks; with {per_rank} a rank, {fits}"
+                f"{costs.blocks} blocks; with {per_rank} for each rank, {fits}"
             )
         if self.pp_split == "auto":
             return balanced(costs, self.stages)
         if sum(self.pp_split) != costs.blocks:
             suggestion = list(balanced(costs, self.stages))
             raise ValueError(
-                f"layout.pp_split adds up to {sum(self.pp_split)} blocks, and the model has {costs.blocks}; "
-                f"auto makes it {suggestion}"
+                f"layout.pp_split adds up to {sum(self.pp_split)} blocks, but the model has {costs.blocks}; auto "
+                f"makes it {suggestion}"
             )
         return self.pp_split
 
@@ -215,7 +215,7 @@ class LayoutConfig(Section):
             costs = model.block_costs(outputs)
             if costs is None:
                 raise ValueError(
-                    f"layout.pp is {self.pp}, and a model of arch '{model.arch}' cannot be cut into stages: use pp 1"
+                    f"layout.pp is {self.pp}, but a model of arch '{model.arch}' cannot be split into stages: use pp 1"
                 )
             self.split(costs)
         elif self.pp_split != "auto":
@@ -226,7 +226,7 @@ class LayoutConfig(Section):
             return
         sizes = model.tensor_parallel_sizes()
         if sizes is None:
-            raise ValueError(f"layout.tp is {self.tp}, and a model of arch '{model.arch}' has no tensor plan: use tp 1")
+            raise ValueError(f"layout.tp is {self.tp}, but a model of arch '{model.arch}' has no tensor plan: use tp 1")
         whole = math.gcd(*sizes.values())
         fits = [tp for tp in _divisors(whole) if _rows_for_all(outputs, tp)]
         wrong = [f"model.{name} {size}" for name, size in sizes.items() if size % self.tp]
@@ -248,15 +248,18 @@ class LayoutConfig(Section):
             return
         heads = model.context_parallel_heads()
         if heads is None:
-            raise ValueError(f"layout.cp is {self.cp}, and a model of arch '{model.arch}' has no plan for it: use cp 1")
+            raise ValueError(
+                f"layout.cp is {self.cp}, but a model of arch '{model.arch}' does not support context "
+                "parallelism: use cp 1"
+            )
         query, key = (count // self.tp for count in heads)
         wrong = []
         multiple = self._multiple(self.cp, self.cp_kind)
         if model.context % multiple:
-            wrong.append(f"wants model.context {model.context} to be a multiple of {multiple}")
+            wrong.append(f"needs model.context {model.context} to be a multiple of {multiple}")
         if self.cp_kind == "ulysses" and not _shares_heads(query, key, self.cp):
             whose = f" of a rank under tp {self.tp}" if self.tp > 1 else ""
-            wrong.append(f"cannot share out {query} query and {key} key heads{whose}")
+            wrong.append(f"cannot divide {query} query and {key} key heads{whose}")
         if wrong:
             other: ContextKind = "all_gather" if self.cp_kind == "ulysses" else "ulysses"
             fits: dict[ContextKind, str] = {"ulysses": "", "all_gather": ""}

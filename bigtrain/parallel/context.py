@@ -185,7 +185,9 @@ def share_sequences(model: nn.Module, kind: ContextKind, group: dist.ProcessGrou
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers or not all(layer.causal for layer in layers):
-        raise ValueError("context parallelism wants models whose tokens meet in causal layers.Attention alone")
+        raise ValueError(
+            "context parallelism supports only models whose tokens interact only in causal layers.Attention"
+        )
 
     def mask_of(documents: Tensor, queries: Tensor | None) -> Mask:
         width, dtype = layers[0].head_width, cast(Any, model).compute_dtype

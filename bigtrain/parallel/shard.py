@@ -94,7 +94,8 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     rows, width = parameter.shape
     if width % ranks:
         raise UserError(
-            f"tp does not divide the {rows} rows of the vocabulary, nor do {ranks} ranks the model's width {width}",
+            f"tp does not divide the {rows} rows of the vocabulary, and {ranks} ranks do not divide the model's width "
+            f"{width}",
             "layout",
             fix="Set model.vocab_multiple to layout.tp (in a new run), or change dp_shard.",
         )

@@ -81,7 +81,7 @@ class TensorGroup:
         if not self.sequence_parallel:
             return slice(0, count)
         if count % self.size:
-            raise ValueError(f"sequence parallelism over {self.size} ranks cannot share {count} positions")
+            raise ValueError(f"sequence parallelism over {self.size} ranks cannot divide {count} positions")
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 

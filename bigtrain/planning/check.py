@@ -45,10 +45,10 @@ def check_memory(config: Any, outputs: int, gpus: int, device_name: str) -> None
     term = memory.largest
     stage = f" (stage {place})" if sizes.pp > 1 else ""
     raise UserError(
-        f"The run needs about {memory.total / 2**30:.0f} GiB on a rank{stage}, and {on.device.name} has "
-        f"{limit / 2**30:.0f} GiB; most is {term}, {getattr(memory, term) / 2**30:.1f} GiB",
+        f"The run needs about {memory.total / 2**30:.0f} GiB on a rank{stage}, but {on.device.name} has "
+        f"{limit / 2**30:.0f} GiB; the largest part is {term}, {getattr(memory, term) / 2**30:.1f} GiB",
         "layout",
-        f"It takes {ADVICE.get(term, 'a device with more memory')}. `bigtrain plan` finds what fits.",
+        f"Use {ADVICE.get(term, 'a device with more memory')}. `bigtrain plan` finds an execution that fits.",
     )
 
 

@@ -140,7 +140,7 @@ def _why(rows: list[dict[str, Any]]) -> list[str]:
         slower = other["step_s"] / best["step_s"] - 1
         terms = {name: other["seconds"][name] - best["seconds"][name] for name in LIMITS}
         worst = max(terms, key=lambda name: terms[name])
-        lines.append(f"the runner-up takes {slower:.1%} longer: it loses {terms[worst]:.3g} s of a step to {worst}")
+        lines.append(f"the second best takes {slower:.1%} longer: it loses {terms[worst]:.3g} s of a step to {worst}")
     return lines
 
 

@@ -74,7 +74,7 @@ def search(job: Job, on: Cluster, gpus: int) -> Found:
     """
     if on.device.peak(job.precision) is None:
         kinds = ", ".join(on.device.peak_flops)
-        raise UserError(f"{on.device.name} has no units for {job.precision}", "precision", f"It has {kinds}.")
+        raise UserError(f"{on.device.name} has no units for {job.precision}", "precision", f"Use one of: {kinds}.")
     found = Found(job, on, gpus, [], None, 0)
     least: tuple[int, Job] | None = None
     bound = math.inf
@@ -220,7 +220,7 @@ def _no_layout(job: Job, on: Cluster, gpus: int) -> UserError:
     near = next((size for size in _around(gpus) if next(_all_executions(job, on, size), None) is not None), None)
     most = job.batch * job.model.layers * on.per_node
     fix = (
-        f"The nearest number that has one is {near}."
+        f"Use {near} GPUs, the nearest number with a legal layout."
         if near
         else f"A batch of {job.batch} sequences takes at most {most}."
     )
@@ -261,7 +261,7 @@ def would_have_to_give(found: Found) -> list[str]:
     term = memory.largest
     lines = [
         f"the smallest execution needs {memory.total / 2**30:.1f} GiB on a GPU, {over / 2**30:.1f} GiB more than the "
-        f"{tightest.limit_bytes / 2**30:.1f} GiB that it can use; most is {term} "
+        f"{tightest.limit_bytes / 2**30:.1f} GiB that it can use; the largest part is {term} "
         f"({getattr(memory, term) / 2**30:.1f} GiB)"
     ]
     more = fewest_gpus(found.job, found.on, found.gpus)

@@ -110,7 +110,7 @@ class RunDirectory:
             changed = [line.replace(fingerprint, name) for line in changed]
         if changed:
             raise UserError(
-                f"The run '{self.name}' trains something else:\n    " + "\n    ".join(changed),
+                f"The config trains something else than the run '{self.name}':\n    " + "\n    ".join(changed),
                 str(self.path),
                 "Undo the change, give the run another --name, or start a new run from this one with --fork NEW.",
             )
@@ -131,7 +131,7 @@ class RunDirectory:
                 f"The checkpoint of step {step} was saved by a run that trains something else: its identity is "
                 f"{found[:12]}, that of '{self.name}' {expected[:12]}",
                 str(self.checkpoints),
-                "Move it away, or begin a new run from it with init.source.",
+                "Move it away, or start a new run from it with init.source.",
             )
 
     def write(self, config: RunConfig, recipe: dict[str, Any]) -> None:
@@ -182,9 +182,9 @@ def find_run(run: str, runs_dir: Path) -> RunDirectory:
     _refuse_other_weights(Path(run))
     known_names = [path.parent.name for path in runs_dir.glob(f"*/{names.RECORD}")]
     close = nearest(run, known_names)
-    known = f"There are: {', '.join(sorted(known_names)[:MAX_NAMED])}."
+    known = f"Choose one of: {', '.join(sorted(known_names)[:MAX_NAMED])}."
     if not known_names:
-        known = "There are none; see --runs-dir."
+        known = "There are no runs; see --runs-dir."
     raise UserError(f"There is no run '{run}'", str(runs_dir), f"Did you mean '{close}'?" if close else known)
 
 
@@ -192,13 +192,13 @@ def _refuse_other_weights(path: Path) -> None:
     """Raise an error if a directory is no run, but contains weights that other commands accept."""
     if (path / names.CHECKPOINTS).is_dir():
         raise UserError(
-            "The directory holds an imported checkpoint, and no run",
+            "The directory holds an imported checkpoint, not a run",
             str(path),
             "Use it with evaluate, sample, load, init.source, checkpoint export, convert, inspect, list or verify.",
         )
     if (path / "config.json").is_file():
         raise UserError(
-            "The directory holds Hugging Face weights, and no run",
+            "The directory holds Hugging Face weights, not a run",
             str(path),
             "Use them with evaluate, sample, load and init.source, or make a checkpoint of them: checkpoint import.",
         )

@@ -63,8 +63,8 @@ def _require_plugin(document: yaml_file.YamlDocument, path: Path) -> None:
     places = {one.place for one in loaded.sources} if loaded is not None else set()
     if not places.issuperset(source["place"].split(os.pathsep)) and not _all_known(document):
         raise UserError(
-            f"This run (model.arch '{model.get('arch')}') uses the user's own code, which is loaded only where it is "
-            "named",
+            f"This run (model.arch '{model.get('arch')}') uses the user's own code, which is loaded only if --plugin "
+            "names it",
             str(path),
             f"Add --plugin {source['place']}",
         )

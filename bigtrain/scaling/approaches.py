@@ -209,8 +209,8 @@ def _refuse_no_optimum(theta: FloatArray, target: float, source: str) -> None:
     missing = next((name for name, value in best.items() if not value >= 1.0), None)
     if missing is not None:
         raise UserError(
-            f"The losses do not show what more {missing} are good for: the best number of them for {target:.3g} FLOPs "
-            f"would be {best[missing]:.1g}", source, "train longer, and sizes further apart",
+            f"The losses do not show the effect of more {missing}: the best number of them for {target:.3g} FLOPs "
+            f"would be {best[missing]:.1g}", source, "Train longer, and at sizes that are further apart.",
         )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def choose_clusters(table: RunTable, options: FitOptions) -> tuple[npt.NDArray[n
         kind = "model" if residuals is None or alike(residuals, models) else "none"
     if kind == "model" and count < LEAST_CLUSTERS:
         text = (
-            f"{count} models are too few to resample: intervals are over single runs, and too narrow where a model's "
-            "runs err together"
+            f"{count} models are too few to resample: intervals are over single runs, and too narrow if the errors of "
+            "a model's runs are correlated"
         )
         return table.clusters("none"), "none", [text]
     return table.clusters(kind), kind, []

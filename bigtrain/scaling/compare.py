@@ -130,7 +130,7 @@ def match(first: RunTable, second: RunTable, cost: Cost, pair: bool | None) -> C
     if len(common) < MIN_CELLS:
         raise UserError(
             f"The two ladders have {len(common)} pairs (N, D) in common, {MIN_CELLS} are needed", second.source,
-            "train both recipes at the same sizes and token counts: bigtrain sweep plan --compare",
+            "Train both recipes at the same sizes and token counts: bigtrain sweep plan --compare",
         )  # fmt: skip
     keyed = [{row[:3] for row in rows if row[3] == recipe and row[:2] in set(common)} for recipe in (0, 1)]
     shared = keyed[0] & keyed[1]
@@ -139,7 +139,7 @@ def match(first: RunTable, second: RunTable, cost: Cost, pair: bool | None) -> C
     if pair and len(shared) < MIN_CELLS:
         raise UserError(
             f"{len(shared)} runs of the ladders share size, length and seed", second.source,
-            "give both sweeps the same seeds, or compare with --unpaired",
+            "Give both sweeps the same seeds, or compare with --unpaired.",
         )  # fmt: skip
     kept = [row for row in rows if (row[:3] in shared if paired else row[:2] in set(common))]
     return _cells((first, second), kept, cost, paired)
@@ -230,7 +230,7 @@ def _times(table: RunTable) -> FloatArray:
     if name is None:
         raise UserError(
             "There is no column of measured times", table.source,
-            f"call it one of {', '.join(_TIME[:4])}, or compare by FLOPs",
+            f"Name the column one of {', '.join(_TIME[:4])}, or compare by FLOPs.",
         )  # fmt: skip
     return np.array([parse_number(value) or math.nan for value in table.raw[name]])
 

@@ -54,7 +54,7 @@ def predict_tasks(
     if not tasks:
         raise UserError(
             "There are no pairs of columns of a task's loss and accuracy", source,
-            "name them: --task hellaswag=hellaswag_bpb:hellaswag_accuracy",
+            "Name them: --task hellaswag=hellaswag_bpb:hellaswag_accuracy",
         )  # fmt: skip
     table = read_source(source, ColumnNames(loss=tasks[0].loss), "curves")
     if where is not None:
@@ -75,7 +75,7 @@ def _task(text: str) -> Task:
     name, mark, columns = text.partition("=")
     loss, colon, accuracy = columns.partition(":")
     if not (mark and colon and name and loss and accuracy):
-        raise UserError(f"--task cannot be {text!r}", "command line", "write NAME=LOSS:ACCURACY")
+        raise UserError(f"--task cannot be {text!r}", "command line", "Write NAME=LOSS:ACCURACY.")
     return Task(name, loss, accuracy)
 
 
@@ -159,7 +159,7 @@ def _rate_at(name: str, found: dict[str, Any], at: dict[str, float]) -> dict[str
         law, missing = PowerLaw.parse(found["others"]["tokens"]), []
     if missing:
         flags = " and ".join(f"--at-{one}" for one in missing)
-        raise UserError(f"The law of {name} needs {' and '.join(missing)}", "command line", f"give {flags} too")
+        raise UserError(f"The law of {name} needs {' and '.join(missing)}", "command line", f"Give {flags} too.")
     return law.at(**{one: at[one] for one in law.names})
 
 
@@ -178,7 +178,7 @@ def read_rates(path: Path) -> dict[str, PowerLaw]:
     except (FileNotFoundError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("kind") != RATES_KIND:
-        raise UserError(f"There are no rate laws at '{path}'", str(file), "write them: bigtrain scaling rates --out")
+        raise UserError(f"There are no rate laws at '{path}'", str(file), "Write them: bigtrain scaling rates --out")
     laws = {name: PowerLaw.parse(one["law"]) for name, one in found["laws"].items()}
     if "batch" in laws and laws["batch"].names != ("tokens",):
         laws["batch"] = PowerLaw.parse(found["laws"]["batch"]["others"]["tokens"])

@@ -49,15 +49,15 @@ def read_law(path: Path) -> dict[str, Any]:
     try:
         law = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no law at '{path}'", str(file), "write one: bigtrain scaling fit") from None
+        raise UserError(f"There is no law at '{path}'", str(file), "Write one: bigtrain scaling fit") from None
     except ValueError as error:
         raise UserError(f"The file is not JSON: {error}", str(file)) from None
     if not isinstance(law, dict) or law.get("kind") != KIND:
-        raise UserError("The file is not a law", str(file), "give the law.json that `bigtrain scaling fit` wrote")
+        raise UserError("The file is not a law", str(file), "Give the law.json that `bigtrain scaling fit` wrote.")
     if law.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(
-            f"The law has format {law['format_version']}, this version reads up to {FORMAT_VERSION}", str(file),
-            "use a newer bigtrain",
+            f"The law has format {law['format_version']}, but this bigtrain reads up to {FORMAT_VERSION}", str(file),
+            "Use a newer bigtrain.",
         )  # fmt: skip
     return law
 

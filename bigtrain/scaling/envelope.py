@@ -45,17 +45,22 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
     if not table.has_curves():
         raise UserError(
             "The rows are finished runs: without points along their training, the hull follows the grid of N and D",
-            table.source, "approach 1 needs several rows of each run, with the run's name in a column such as 'run'",
+            table.source, "Give several rows of each run to approach 1, with the run's name in a column such as 'run'.",
         )  # fmt: skip
     rows = hull(np.log(table.flops), np.log(table.loss))
     if len(rows) < MIN_POINTS or table.flops[rows[-1]] < MIN_SPAN * table.flops[rows[0]]:
         raise UserError(
             f"The lower hull of the curves has {len(rows)} points over a factor of "
-            f"{table.flops[rows[-1]] / table.flops[rows[0]]:.3g} of FLOPs: no line can be fitted", table.source,
-            f"approach 1 needs {MIN_POINTS} points over a factor of {MIN_SPAN:g}: several points of each run's curve",
+            f"{table.flops[rows[-1]] / table.flops[rows[0]]:.3g} of FLOPs, too few to fit a line", table.source,
+            f"Give {MIN_POINTS} points over a factor of {MIN_SPAN:g} to approach 1: several points of each run's "
+            "curve.",
         )  # fmt: skip
     if len({table.group[i] for i in rows}) < 2:
-        raise UserError("One model makes the whole hull: its N cannot grow with FLOPs", table.source, "add models")
+        raise UserError(
+            "One model forms the whole hull, so N cannot be fitted against FLOPs",
+            table.source,
+            "Add models of other sizes.",
+        )
     return Envelope(rows, _lines(table, rows), _replicates(table, clusters, seed, replicates))
 
 

@@ -147,7 +147,7 @@ def _target(table: RunTable, options: FitOptions) -> float:
     if not math.isfinite(options.target_flops) or options.target_flops <= largest:
         raise UserError(
             f"The target of {options.target_flops:.4g} FLOPs lies inside the data, which reaches {largest:.4g}: no law "
-            "is needed there", "--target-flops", f"give more than {largest:.4g}, or none: ten times that",
+            "is needed there", "--target-flops", f"Give more than {largest:.4g}, or no target (ten times that).",
         )  # fmt: skip
     return options.target_flops
 

@@ -63,8 +63,8 @@ def data_of(form: Form, table: RunTable) -> dict[str, FloatArray]:
         return {"N": table.params, "D": table.tokens}
     if table.unique_tokens is None or not (table.unique_tokens > 0).all():
         raise UserError(
-            "The form has U, and the table has no column of unique tokens in every row", table.source,
-            "call the column unique_tokens: tokens of the data set that a run repeats",
+            "The form has U, but the table has no column of unique tokens with a value in every row", table.source,
+            "Name the column unique_tokens: the tokens of the data set that a run repeats.",
         )  # fmt: skip
     return {"N": table.params, "D": table.tokens, "U": np.minimum(table.unique_tokens, table.tokens)}
 
@@ -85,7 +85,7 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
     """
     if len(table) <= len(form.constants):
         raise UserError(
-            f"{len(table)} runs cannot give the form's {len(form.constants)} constants", table.source, "fit more runs"
+            f"{len(table)} runs cannot give the form's {len(form.constants)} constants", table.source, "Fit more runs."
         )
     data, losses = data_of(form, table), table.loss
     begins = _starts(form, data, losses, seed, starts)
@@ -95,7 +95,7 @@ def fit_form(form: Form, table: RunTable, delta: float = DEFAULT_DELTA, seed: in
     ends, reached = _descend(form, data, losses, weights, ends, delta)
     best = int(np.argmin(reached))
     if not math.isfinite(reached[best]):
-        raise UserError(f"The form {form.text!r} is not finite on these runs", table.source, "check its expression")
+        raise UserError(f"The form {form.text!r} is not finite on these runs", table.source, "Check its expression.")
     logs = ends[best]
     value, slope = form.value(logs[None], data)
     jacobian = (slope[:, 0] / value[0]).T
@@ -172,7 +172,7 @@ def form_result(
     else:
         raise UserError(
             f"By the form {form.text!r} no N is best at {target:.3g} FLOPs: the loss falls to the end of all N tried",
-            table.source, "check that both N and D lower the loss; more data, or a simpler form",
+            table.source, "Check that both N and D lower the loss, add runs, or use a simpler form.",
         )  # fmt: skip
     return Result(result), fitted.residuals
 

@@ -36,7 +36,7 @@ NAMED = {
 }
 """The forms that `--form` accepts by name."""
 MAX_CONSTANTS = 12
-_FIX = 'write for example --form "E + A / N**alpha + B / D**beta"'
+_FIX = 'Write for example --form "E + A / N**alpha + B / D**beta"'
 _GRID = 200
 _PATH_REPLICATES = 200
 _LOW, _HIGH = 1e-4, 1e4
@@ -227,7 +227,7 @@ def _check(node: ast.AST, text: str, names: dict[str, None], exponents: set[str]
             part = ast.get_source_segment(text, node) or text
             raise UserError(
                 f"--form does not allow {part!r}", "command line",
-                f"use N, D, U, constants, + - * / ** and {', '.join(_FUNCTIONS)}",
+                f"Use N, D, U, constants, + - * / ** and {', '.join(_FUNCTIONS)}.",
             )  # fmt: skip
 
 

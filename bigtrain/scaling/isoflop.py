@@ -85,9 +85,9 @@ def fit(table: RunTable, clusters: npt.NDArray[np.int64], seed: int, replicates:
         bad = [f"{budget.flops:.3g} FLOPs: {budget.refused}" for budget in budgets if budget.refused]
         reasons = "; ".join(bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
         raise UserError(
-            f"{len(good)} of {len(budgets)} budgets of {MIN_POINTS} runs and more have a minimum, approach 2 needs "
-            f"{MIN_BUDGETS} and half of them" + (f" ({reasons})" if reasons else ""),
-            table.source, f"train at least {MIN_POINTS} sizes at each of {MIN_BUDGETS} equal budgets of FLOPs",
+            f"{len(good)} of {len(budgets)} budgets with {MIN_POINTS} or more runs have a minimum, but approach 2 "
+            f"needs at least {MIN_BUDGETS}, and half of them" + (f" ({reasons})" if reasons else ""),
+            table.source, f"Train at least {MIN_POINTS} sizes at each of {MIN_BUDGETS} equal budgets of FLOPs.",
         )  # fmt: skip
     weights = draw_weights(clusters, seed, np.arange(replicates))
     ends, minima = _replicates(table, good, weights)

@@ -82,15 +82,15 @@ def judge(
     for one in biases[:1]:
         own = float(law.optimal_params(fitted.theta, target))
         warnings.append(
-            f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors), as a "
-            f"warm-up or a batch that is too long for them does: without the {one.runs_left_out} nearest to it N* at "
-            f"the target is {count(one.target_params)} in place of {count(own)}; exclude them, or train them again"
+            f"{one.form} lie above the law ({one.standard_errors:.1f} standard errors), as if their warm-up or batch "
+            f"were too long: without the {one.runs_left_out} most extreme of them N* at the target is "
+            f"{count(one.target_params)} in place of {count(own)}; exclude them, or train them again"
         )
     for name, slope in slopes.items():
         if abs(slope["standard_errors"]) > diagnostics.TREND and not biases:
             warnings.append(
-                f"residuals go with {name}: {slope['slope']:+.2e} of the loss per e-fold "
-                f"({abs(slope['standard_errors']):.1f} standard errors): the law's form misses something"
+                f"residuals depend on {name}: {slope['slope']:+.2e} of the loss per e-fold "
+                f"({abs(slope['standard_errors']):.1f} standard errors): the form of the law does not fit the runs"
             )
     warnings += _floor(document, table)
     warnings += near_frontier(table, fitted.residuals)
@@ -130,9 +130,9 @@ def hold_out(
         if one.left_interval:
             low, high = one.prediction_interval
             warnings.append(
-                f"the largest run ({table.run[one.row]}) leaves the interval that runs below 1/{one.factor:.3g} of its "
-                f"FLOPs predict: {one.measured:.5f} measured, {one.predicted:.5f} [{low:.5f}, {high:.5f}] predicted, "
-                f"error {one.error:+.2%}; intervals are widened by this misfit"
+                f"the largest run ({table.run[one.row]}) lies outside the interval that runs below 1/{one.factor:.3g} "
+                f"of its FLOPs predict: {one.measured:.5f} measured, {one.predicted:.5f} [{low:.5f}, {high:.5f}] "
+                f"predicted, error {one.error:+.2%}; intervals are widened by this misfit"
             )
     rate = misfit_rate([(one.misfit, one.factor) for one in tests])
     # In 6 N D, the FLOPs of the law's optimum and of forecasts; exact FLOPs of small models are several times larger.
@@ -178,7 +178,7 @@ def near_frontier(table: RunTable, residuals: FloatArray) -> list[str]:
             found.append(f"{mean:+.2%} around {table.flops[near].mean():.2g} FLOPs")
     if not found:
         return []
-    return [f"the law leaves the runs near the frontier: predicted over measured is {'; '.join(found)}"]
+    return [f"the law deviates from the runs near the frontier: predicted over measured is {'; '.join(found)}"]
 
 
 def _equal_exponents(fitted: parametric.ParametricFit, seed: int, target: float) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def warnings_of(
         epochs = float(np.nanmax(table.tokens / table.unique_tokens))
         if epochs > MANY_EPOCHS:
             warnings.append(
-                f"runs read their data up to {epochs:.1f} times, and the law takes all tokens as fresh (Muennighoff "
+                f"runs read their data up to {epochs:.1f} times, but the law takes all tokens as fresh (Muennighoff "
                 f'et al. 2023): fit with --form repeats, or exclude them: --where "tokens / unique_tokens < '
                 f'{MANY_EPOCHS:g}"'
             )

@@ -33,7 +33,9 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
     if given is not None:
         file = Path(given) / FILE if Path(given).is_dir() else Path(given)
         if not file.exists():
-            raise UserError(f"There is no finding on overlap at '{given}'", str(file), "run: bigtrain data overlap")
+            raise UserError(
+                f"There is no result of `bigtrain data overlap` at '{given}'", str(file), "Run: bigtrain data overlap"
+            )
     else:
         data = _data_of(source)
         if data is None:
@@ -46,7 +48,9 @@ def overlap_of(source: object, given: str | None) -> tuple[dict[str, Any] | None
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise UserError("The file is no finding on overlap", str(file), "write it again: bigtrain data overlap")
+        raise UserError(
+            "The file is not a result of `bigtrain data overlap`", str(file), "Write it again: bigtrain data overlap"
+        )
     kept = {name: found[name] for name in ("train", "validation", "passages", "exact", "near", "share", "rule")}
     kept["file"] = str(file)
     current = _fingerprint(train) if train is not None else None

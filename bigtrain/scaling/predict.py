@@ -71,8 +71,8 @@ def predict(
     if not document["primary"].startswith("a3"):
         if params is not None or tokens is not None:
             raise UserError(
-                f"This law ({document['primary']}) gives N* and D* alone: it has no loss away from them",
-                "--params, --tokens", "fit with --approach a3",
+                f"This law ({document['primary']}) predicts only N* and D*, not the loss at other N and D",
+                "--params, --tokens", "Fit with --approach a3.",
             )  # fmt: skip
         own = np.array([approach[k] for k in ("a", "ln_params_at_1_flop", "b", "ln_tokens_at_1_flop")])
         n, d = lines.params_at(own, flops), lines.tokens_at(own, flops)
@@ -104,7 +104,7 @@ def loss_function(document: dict[str, Any]) -> Callable[[float, float], float]:
         form, logs, unique = Form.parse(one["expression"]), np.array(one["ln_constants"]), one["unique_tokens"]
         return lambda n, d: float(form.loss(logs, [n], [d], unique or math.inf)[0, 0])
     if not document["primary"].startswith("a3"):
-        raise UserError(f"This law ({document['primary']}) has no loss", "law.json", "fit with --approach a3")
+        raise UserError(f"This law ({document['primary']}) has no loss", "law.json", "Fit with --approach a3.")
     theta = np.array(one["theta"])
     return lambda n, d: float(law.loss(theta, n, d))
 
@@ -118,7 +118,9 @@ def _by_form(
     n, d, loss = form.optimum(logs, flops, unique)
     if not np.isfinite(n[0]):
         raise UserError(
-            f"By {form.text} no N is best at {flops:.4g} FLOPs", "--flops", "give --params and --tokens: the loss there"
+            f"By {form.text} no N is best at {flops:.4g} FLOPs",
+            "--flops",
+            "Give --params and --tokens to get the loss there.",
         )
     result["optimal"] = {
         name: _with_intervals(values[0], values[1:])
@@ -149,7 +151,7 @@ def _pair(flops: float, params: float | None, tokens: float | None) -> tuple[flo
     if abs(k * n * d / flops - 1) > MISMATCH:
         raise UserError(
             f"{n:.4g} parameters on {d:.4g} tokens are {k * n * d:.4g} FLOPs (6 N D), not {flops:.4g}", "command line",
-            "give --params or --tokens alone: the other follows",
+            "Give only one of --params and --tokens: the other follows.",
         )  # fmt: skip
     return n, d
 

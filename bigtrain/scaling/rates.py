@@ -148,7 +148,8 @@ def rate_laws(table: RunTable, edges: Edges) -> dict[str, Any]:
     if not found:
         raise UserError(
             "No learning rate and no batch is swept: each pair (N, D) has fewer than three values", table.source,
-            "train each size at three learning rates at least, such as learning_rates: in a sweep's YAML",
+            "Train each size at three or more learning rates, for example with the section learning_rates of a "
+            "sweep's YAML.",
         )  # fmt: skip
     return {**found, "notes": notes}
 
@@ -216,7 +217,7 @@ def _optimum(
             if np.isfinite(y[i]):
                 window.append(i)
     if min(window) == lowest or max(window) == lowest:
-        return refused(f"all runs beside the best {NAMES[setting]}, {tried[lowest]:.3g}, diverged on one side")
+        return refused(f"all runs on one side of the best {NAMES[setting]}, {tried[lowest]:.3g}, diverged")
     parabola = np.polyfit(x[window], y[window], 2)
     vertex = -parabola[1] / (2 * parabola[0])
     if parabola[0] <= 0 or not x[min(window)] <= vertex <= x[max(window)]:
@@ -234,7 +235,7 @@ def _without_edges(
     more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     text = f"{len(refused)} of {len(best)} grids of the {NAMES[setting]} have no optimum inside: {shown}{more}"
     if edges == "refuse":
-        raise UserError(text, source, "train beyond those edges, or give --edges drop to fit the others")
+        raise UserError(text, source, "Train beyond those edges, or give --edges drop to fit the others.")
     notes.append(f"{text}; they are not fitted")
     return [one for one in best if not one.refused]
 
@@ -286,7 +287,7 @@ def power_law(
     if not names:
         raise UserError(
             f"{len(best)} optima of the {NAMES[setting]} give no law: three at different {' or '.join(columns)} are "
-            "needed", source, "sweep it at more sizes",
+            "needed", source, "Sweep it at more sizes.",
         )  # fmt: skip
     y = np.log([one.value for one in best])
     inverse = np.linalg.inv(design.T @ design)

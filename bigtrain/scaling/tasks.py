@@ -102,7 +102,7 @@ def ladder(table: RunTable, task: Task) -> Ladder:
     columns = []
     for name in (task.loss, task.accuracy):
         if name not in table.raw:
-            raise UserError(f"There is no column '{name}' of the task {task.name}", table.source, "check --task")
+            raise UserError(f"There is no column '{name}' of the task {task.name}", table.source, "Check --task.")
         columns.append(np.array([_number(value) for value in table.raw[name]]))
     loss, accuracy = columns
     known = np.isfinite(loss) & np.isfinite(accuracy)

@@ -58,7 +58,7 @@ class LineLog:
                 self._waiting.popleft()
         except OSError as error:
             if first:
-                logger.warning("%s cannot be written, its lines wait in memory: %s", self.path, error)
+                logger.warning("%s cannot be written; its lines are kept in memory: %s", self.path, error)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

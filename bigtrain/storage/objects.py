@@ -168,7 +168,7 @@ class ObjectPlace:
         except FileNotFoundError:
             raise RemoteError(missing, url, "Correct the URL, or put the object there.") from None
         except PermissionError as error:
-            raise RemoteError(f"access is refused: {error}", url, "see the credentials in the environment") from None
+            raise RemoteError(f"access is refused: {error}", url, "Check the credentials in the environment.") from None
         except Exception as error:  # noqa: BLE001 - each store's library raises kinds of its own
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                 raise RemoteError(f"there are no credentials: {error}", url) from None
@@ -244,7 +244,7 @@ def fetch(
                 raise RemoteError(
                     f"the file could not be read ({failures} failures in a row): {problem}",
                     f"{place.url}/{name}",
-                    "see whether the server is up; the same command goes on from where it was",
+                    "Check that the server is up, and run the same command again: it continues from where it stopped.",
                 ) from None
             if cancelled.wait(patience.backoff_s(failures, problem.wait_s)):
                 raise Cancelled from None
@@ -263,7 +263,7 @@ def _attempt(place: Place, name: str, file: BinaryIO, size: int | None, limit: i
         have = 0
     with place.open(name, have) as body:
         if body.total is not None and body.total != (body.total if size is None else size):
-            raise Transient(f"the server says that the file has {body.total} bytes; indexed were {size}")
+            raise Transient(f"the server says that the file has {body.total} bytes, but the index says {size}")
         wanted = body.total if size is None else size
         if (wanted or 0) > limit:
             raise RemoteError(f"the file has {wanted} bytes; at most {limit} are read", f"{place.url}/{name}")
@@ -275,7 +275,7 @@ def _attempt(place: Place, name: str, file: BinaryIO, size: int | None, limit: i
                 raise Cancelled
             have += len(chunk)
             if have > (limit if wanted is None else wanted):
-                raise Transient("the server sends more bytes than the file has", start_again=True)
+                raise Transient("the server sent more bytes than the file has", start_again=True)
             file.write(chunk)
     if wanted is not None and have < wanted:
         raise Transient(f"the file ended after {have} of {wanted} bytes")

@@ -75,7 +75,9 @@ class FsspecScheme(Scheme):
     def open(self, url: str, patience: Patience) -> ObjectPlace:
         """Open the directory of a checked URL; see `Scheme.open`."""
         if self.library is not None and importlib.util.find_spec(self.library) is None:
-            fix = f"pip install -e '.[{self.extra}]', in the checkout" if self.extra else f"Install {self.library}."
+            fix = (
+                f"In the checkout, run pip install -e '.[{self.extra}]'." if self.extra else f"Install {self.library}."
+            )
             raise UserError(f"{self.name}:// needs {self.library}", url, fix)
         return ObjectPlace(url, *self.filesystem(url, patience.timeout_s))
 

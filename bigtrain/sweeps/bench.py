@@ -134,7 +134,7 @@ def _run(
                     speed = _speed(RunDirectory(place / "runs" / label(target)), began) if code == 0 else None
                     if speed is None:
                         log = (place / f"{label(target)}.log").read_text(errors="replace").strip().splitlines()
-                        say(f"{label(target)} could not be measured: {log[-1] if log else 'no word'}")
+                        say(f"{label(target)} could not be measured: {log[-1] if log else 'no message'}")
                         process.stop(now=True)
                     else:
                         found[target] = speed

@@ -48,7 +48,7 @@ class SweepRule(Section):
         Raises:
             ValueError: The rule gives no quantity for this size; the text says why.
         """
-        raise TypeError(f"{type(self).__name__} gives no quantity: define of()")
+        raise TypeError(f"{type(self).__name__} does not compute its quantity: define of()")
 
 
 RULES = Registry("sweep rule", SweepRule, package="bigtrain.sweeps.rules", default="power", where="ladder")
@@ -118,7 +118,7 @@ class SizeConfig(Section):
     @model_validator(mode="after")
     def _one_kind_of_length(self) -> SizeConfig:
         if self.tokens is not None and self.tokens_per_param is not None:
-            raise ValueError("tokens and tokens_per_param both say how long its runs are: give one")
+            raise ValueError("tokens and tokens_per_param both set the length of its runs: give one")
         return self
 
 
@@ -260,7 +260,7 @@ class SweepConfig(Section):
             targets = [size.params if isinstance(size, SizeConfig) else size for size in value]
             twice = next((target for target in targets if targets.count(target) > 1), None)
             if twice is not None:
-                raise ValueError(f"the size {twice} stands twice: join the two")
+                raise ValueError(f"the size {twice} appears twice: merge the two")
         return value
 
     @model_validator(mode="after")

@@ -86,7 +86,7 @@ def clock_of(
         device = _device(sweep)
         if device is None:
             raise UserError(
-                "hardware.mfu is a share of a device's peak, and no device is named", f"{sweep.where}, hardware",
+                "hardware.mfu is a share of a device's peak, but no device is given", f"{sweep.where}, hardware",
                 f"Give hardware.device: {', '.join(known.name for known in known_devices())}.",
             )  # fmt: skip
         precision = str(sweep.document.value.get("precision", "bf16"))
@@ -226,7 +226,7 @@ def check_budget(sweep: Sweep, trials: Sequence[Trial], clock: Clock, slots: int
     ):  # fmt: skip
         if limit is not None and planned is not None and planned > limit:
             raise UserError(
-                f"The sweep would cost {planned:.4g} {name}{spent}, and the budget is {limit:.4g}",
+                f"The sweep would cost {planned:.4g} {name}{spent}, but the budget is {limit:.4g}",
                 f"{sweep.where}, budget.{name}", "Drop the largest size or the longest runs, or raise the budget.",
             )  # fmt: skip
 

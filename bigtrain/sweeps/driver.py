@@ -182,7 +182,7 @@ class Driver:
         obstacle = self._obstacle(target, wanted, records, losses)
         if obstacle is not None:
             self._undecided.add(target)
-            self._display.say(f"size {target}: no grid: {obstacle}")
+            self._display.say(f"size {target}: no grid is trained: {obstacle}")
             return None
         best = min(range(len(losses)), key=lambda index: losses[index] or 0.0)
         known = [loss if loss is not None and math.isfinite(loss) else None for loss in losses]
@@ -310,7 +310,7 @@ class Driver:
         delay = 0.0 if failures == 1 else min(BACKOFF_FIRST_S * 2 ** (failures - 2), BACKOFF_MOST_S)
         self._wait.until[trial.name] = time.monotonic() + delay
         self._journal.append("ended", trial=trial.name, code=code, cause=cause, retry=True, failures=failures)
-        self._display.say(f"{trial.name}: {cause}; it is started again")
+        self._display.say(f"{trial.name}: {cause}; it is restarted")
 
     def _fail(self, trial: Trial, code: int, cause: str, failures: int) -> None:
         self._journal.append("ended", trial=trial.name, code=code, cause=cause, retry=False, failures=failures)
@@ -362,7 +362,7 @@ class Driver:
         """Report the result, fit the law unless the sweep was stopped, and return the exit code."""
         if self._switch.level:
             self._display.say(
-                f"{self._directory.name}: stopped; `bigtrain sweep resume {self._directory.name}` goes on"
+                f"{self._directory.name}: stopped; `bigtrain sweep resume {self._directory.name}` continues it"
             )
             return ExitCode.STOPPED
         gaps = between_trials_s(self._directory)
@@ -390,7 +390,9 @@ class Driver:
             for target in sorted(self._undecided):
                 self._display.say(f"  size {target}: no learning rate was chosen, so its grid is missing")
             for record in left:
-                self._display.say(f"  {record.trial.name}: {record.state}: {record.cause or 'its trunk is not there'}")
+                self._display.say(
+                    f"  {record.trial.name}: {record.state}: {record.cause or 'its trunk does not exist'}"
+                )
             return ExitCode.FAILED
         self._display.say(f"{self._directory.name}: finished")
         return ExitCode.FINISHED
@@ -407,7 +409,7 @@ def let_retry(directory: SweepDirectory, trial: str) -> None:
         journal = Journal(directory.journal)
         record = journal.state.get(trial)
         if record.state not in ("failed", "refused"):
-            raise UserError(f"The trial '{trial}' is {record.state}: it needs no retry", str(directory.path))
+            raise UserError(f"The trial '{trial}' is {record.state}, so it cannot be retried", str(directory.path))
         journal.append("retry", trial=trial)
     finally:
         lease.release()

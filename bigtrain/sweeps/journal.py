@@ -77,7 +77,7 @@ def find_sweep(text: str, runs_dir: Path) -> SweepDirectory:
             return SweepDirectory(path)
     names = [path.parent.name for path in runs_dir.glob("*/journal.jsonl")]
     close = nearest(text, names)
-    known = f"There are: {', '.join(sorted(names))}." if names else "There are none; see --runs-dir."
+    known = f"Choose one of: {', '.join(sorted(names))}." if names else "There are no sweeps; see --runs-dir."
     raise UserError(f"There is no sweep '{text}'", str(runs_dir), f"Did you mean '{close}'?" if close else known)
 
 
@@ -172,7 +172,9 @@ def read_state(path: Path) -> SweepState:
         try:
             _apply(state, line)
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptionError(f"Line {number + 1} of the journal makes no sense: {error!r}", str(path)) from None
+            raise CorruptionError(
+                f"Line {number + 1} of the journal is not a valid entry: {error!r}", str(path)
+            ) from None
     return state
 
 

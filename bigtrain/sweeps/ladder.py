@@ -137,7 +137,8 @@ def _apply(sweep: Sweep, key: str, rule: SweepRule, facts: SizeFacts) -> float:
             return found
         message = f"it gives {found!r}"
     raise UserError(
-        f"The rule '{rule.name}' of ladder.{key} gives no value for the size of {facts.params:,} parameters: {message}",
+        f"The rule '{rule.name}' of ladder.{key} has no valid value for the size of {facts.params:,} parameters: "
+        f"{message}",
         sweep.where, "Change the rule.",
     )  # fmt: skip
 

@@ -183,7 +183,9 @@ def _warnings(
                 found.append(f"size {target} can never run here: {cause}")
         epochs = steps[target][-1] * one.batch_sequences / one.sequences_per_epoch
         if epochs > MANY_EPOCHS:
-            found.append(f"size {target}: its longest run reads the data {epochs:.1f} times; the law is of fresh data")
+            found.append(
+                f"size {target}: its longest run reads the data {epochs:.1f} times; the law assumes fresh data"
+            )
     return found
 
 
@@ -194,7 +196,7 @@ def _chosen(sweep: Sweep, say: Callable[[str], None]) -> dict[str, Any]:
     assert budget.flops is not None
     if sweep.config.target is None:
         raise UserError(
-            "sizes: auto chooses the grid by the interval at the target, and there is none", sweep.where,
+            "sizes: auto chooses the grid by the interval at the target, but no target is given", sweep.where,
             "Give target: {flops: ...}.",
         )  # fmt: skip
     target = sweep.config.target.flops

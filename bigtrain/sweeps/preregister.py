@@ -101,13 +101,13 @@ def preregister(directory: RunDirectory, forecast: dict[str, Any]) -> Path:
     path = directory.path / names.FORECAST
     if directory.exists():
         raise UserError(
-            f"The run '{directory.name}' has started: a forecast is made before it", str(directory.path),
-            "give the run another --name",
+            f"The run '{directory.name}' has started: a forecast must be made before the start", str(directory.path),
+            "Give the run another --name.",
         )  # fmt: skip
     if path.exists():
         raise UserError(
             f"The run '{directory.name}' has a forecast of {json.loads(path.read_text())['created']}", str(path),
-            "remove the file to make another, or give the run another --name",
+            "Remove the file to make another, or give the run another --name.",
         )  # fmt: skip
     directory.path.mkdir(parents=True, exist_ok=True)
     write_json(path, forecast)

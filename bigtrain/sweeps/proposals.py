@@ -81,7 +81,7 @@ def proposal_lines(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
     if "refused" in found:
-        return [f"rates   {found['source']} gives no law: {found['refused']}"]
+        return [f"rates   {found['source']} has no law: {found['refused']}"]
     lines = [f"rates   by {found['source']}:"]
     for row in found["sizes"]:
         for name, label in (("lr", "learning rate"), ("batch", "batch in tokens")):

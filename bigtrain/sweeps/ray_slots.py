@@ -45,8 +45,8 @@ def _connected() -> View:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"slots.on is ray, and no cluster answers: {str(error).splitlines()[0]}", "slots.on",
-            "Start the sweep on a node of the cluster, or set RAY_ADDRESS; or say slots.on=machine.",
+            f"slots.on is ray, but no cluster answers: {str(error).splitlines()[0]}", "slots.on",
+            "Start the sweep on a node of the cluster, or set RAY_ADDRESS; or set slots.on=machine.",
         ) from None  # fmt: skip
     return look()
 
@@ -104,8 +104,8 @@ class RaySlots:
             return None
         nodes = f"each of {config.job.nodes} nodes" if config.job.nodes > 1 else "a node"
         return (
-            f"its parameters, gradients and optimizer take {each / 1e9:.1f} GB on {nodes}, and the largest of the "
-            f"cluster has {available / 1e9:.1f} GB"
+            f"its parameters, gradients and optimizer take {each / 1e9:.1f} GB on {nodes}, but the largest node of "
+            f"the cluster has {available / 1e9:.1f} GB"
         )
 
     def start(self, config: Path, runs_dir: Path, log: Path, slot: int) -> RunningTrial:

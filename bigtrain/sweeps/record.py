@@ -72,9 +72,10 @@ def check_same(sweep: Sweep, directory: SweepDirectory) -> None:
     changed = list(differences(known, identity_of(sweep)))
     if changed:
         raise UserError(
-            f"The sweep '{directory.name}' trains something else:\n    " + "\n    ".join(changed), str(directory.path),
+            f"The config trains something else than the sweep '{directory.name}':\n    " + "\n    ".join(changed),
+            str(directory.path),
             "Undo the change, or give the sweep another name. Sizes, lengths, seeds and slots may change.",
-        )  # fmt: skip
+        )
 
 
 def read_record(path: Path) -> dict[str, Any]:

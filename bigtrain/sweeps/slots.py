@@ -120,7 +120,7 @@ class LocalSlots:
     def refusal(self, config: RunConfig, memory_bytes: int) -> str | None:
         """See `TrialStarter.refusal`. Compares the number of GPUs and the memory."""
         if self._gpus and self._procs > self._gpus:
-            return f"it takes {self._procs} GPUs, and this machine has {self._gpus}"
+            return f"it needs {self._procs} GPUs, but this machine has {self._gpus}"
         if self._gpus:
             device = lookup(this_machine().device_name)
             available = device.memory_bytes * self._procs if device is not None else None
@@ -130,7 +130,7 @@ class LocalSlots:
         if available is None or memory_bytes <= available:
             return None
         return (
-            f"its parameters, gradients and optimizer take {memory_bytes / 1e9:.1f} GB, and {place} "
+            f"its parameters, gradients and optimizer take {memory_bytes / 1e9:.1f} GB, but {place} "
             f"{available / 1e9:.1f} GB"
         )
 

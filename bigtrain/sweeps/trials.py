@@ -99,7 +99,8 @@ def lengths(sweep: Sweep, size: SizeConfig, rung: Rung) -> list[int]:
     where = f"{sweep.where}, size {size.params}"
     if len(set(steps)) < len(steps):
         raise UserError(
-            f"Two lengths come to {max(steps, key=steps.count)} steps of {rung.batch_tokens} tokens", where,
+            f"Two lengths round to the same number of steps, {max(steps, key=steps.count)} steps of "
+            f"{rung.batch_tokens} tokens", where,
             "Move them apart, or lower ladder.batch.",
         )  # fmt: skip
     if rung.warmup_steps > decay_start(sweep, steps[0]):

@@ -99,13 +99,14 @@ def plan_proof(config: RunConfig, ranks: int, plugin: str | None = None) -> tupl
     """
     if config.engine.runs_transformers:
         raise UserError(
-            "A model of transformers is not proven: it does not run in native layouts",
+            "A model of transformers cannot be proven: it does not run in native layouts",
             "engine.name",
             "Prove a run of the engine fsdp or deepspeed.",
         )
     if config.model.parts:
         raise UserError(
-            f"A model of parts ({', '.join(config.model.parts)}) is not proven: each is updated by its own loss",
+            f"A model of parts ({', '.join(config.model.parts)}) cannot be proven: each part is updated by its own "
+            "loss",
             "model.arch",
             "Compare the losses of `bigtrain train` with --nproc 1 and --nproc 2.",
         )

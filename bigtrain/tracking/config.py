@@ -127,7 +127,7 @@ class TrackingConfig(Section):
     def _each_once(cls, value: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
         names = [tracker.name for tracker in value]
         if "wandb" in names:
-            raise ValueError("Weights & Biases has keys of its own: set tracking.wandb")
+            raise ValueError("Weights & Biases has its own keys: set tracking.wandb")
         if len(names) != len(set(names)):
             raise ValueError("a tracker is named twice")
         return value

@@ -7,9 +7,9 @@ from typing import Any
 from bigtrain.tracking.page import Chart, Page, Series
 
 _STATES = {
-    "waiting": "The run has not come far enough to be held against its forecast.",
-    "inside": "The run is inside its forecast's band.",
-    "left": "The run has left its forecast's band.",
+    "waiting": "The run is too short so far to be compared with its forecast.",
+    "inside": "The run is inside the band of its forecast.",
+    "left": "The run has left the band of its forecast.",
     "changed": "The forecast is not the one that the run was started with: its hash differs from that in run.json.",
 }
 

@@ -144,7 +144,7 @@ class TrackerProcess:
             self._process.kill()
         self._thread.join(1.0)
         self._warn_once(
-            f"{self._label} did not finish within {timeout_s:.0f} s and was left; what it has written is in "
+            f"{self._label} did not finish within {timeout_s:.0f} s and was stopped; its files are in "
             f"{self._directory}{self._advice}"
         )
 
@@ -160,12 +160,14 @@ class TrackerProcess:
                 self._relay()
             self._finish()
         except _Abandoned:
-            _log.debug("%s was left while it was starting", self._label)
+            _log.debug("%s was stopped while it was starting", self._label)
         except BrokenPipeError:
             self._explain_end()
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             if not self._abandoned.is_set():
-                self._warn_once(f"{self._label} is off from here: {type(error).__name__}: {redact_text(str(error))}")
+                self._warn_once(
+                    f"{self._label} is disabled from now on: {type(error).__name__}: {redact_text(str(error))}"
+                )
         finally:
             self._discard()
 
@@ -185,8 +187,8 @@ class TrackerProcess:
                 return process
             if number == len(self._starts):
                 raise RuntimeError(failure)
-            self._warn_once(f"{self._label} cannot be reached, going on offline ({failure}){self._advice}")
-        raise RuntimeError("there is no way to start it")
+            self._warn_once(f"{self._label} cannot be reached; continuing offline ({failure}){self._advice}")
+        raise RuntimeError("the tracker defines no way to start")
 
     def _try_start(self, start: dict[str, Any]) -> tuple[subprocess.Popen[bytes], str | None]:
         self._process = process = self._launch()
@@ -253,7 +255,8 @@ class TrackerProcess:
         self._relay()
         if code and not self._abandoned.is_set() and not self._warned:
             self._warn_once(
-                f"{self._label} is off from here: its process ended with {code}; see {self._directory}/client.log"
+                f"{self._label} is disabled from now on: its process ended with {code}; see "
+                f"{self._directory}/client.log"
             )
 
     def _discard(self) -> None:

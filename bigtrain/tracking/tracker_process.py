@@ -46,7 +46,7 @@ def main() -> int:
     try:
         tracker.close(_serve(tracker, lines))
     except Exception as error:  # noqa: BLE001 - one line for the user, the rest for the log
-        print(f"{tracker_label(first)} is off from here: {_brief(error)}", file=answers)
+        print(f"{tracker_label(first)} is disabled from now on: {_brief(error)}", file=answers)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -79,7 +79,7 @@ class Policy:
         request = self._skipped(record, step, numbers) if numbers.skipped else self._spiked(record, step, numbers)
         if request is not None and record.roll_backs >= self.config.max_roll_backs:
             count = record.roll_backs
-            raise BadStepsError(f"{request.cause}; the run has rolled back {count} times already. {_ADVICE}")
+            raise BadStepsError(f"{request.cause}; the run has already rolled back {count} times. {_ADVICE}")
         return request
 
     def after(self, record: Record, request: RollBack, restored: Record, step: int) -> Record:
@@ -102,7 +102,7 @@ class Policy:
         record.in_a_row += 1
         if record.in_a_row < self.config.limit:
             return None
-        lacked = "finite gradient" if numbers.weight else "token that counts"
+        lacked = "finite gradient" if numbers.weight else "token with a weight"
         cause = f"{record.in_a_row} steps in a row had no {lacked}, the last one step {step}"
         if self.config.then == "stop":
             raise BadStepsError(f"{cause}. {_ADVICE}")
@@ -115,7 +115,7 @@ class Policy:
         loss, deviation = numbers.loss / numbers.weight, math.sqrt(record.variance)
         if record.seen >= self.config.window and loss > record.mean + self.config.spike * deviation:
             cause = (
-                f"the loss of step {step} is {loss:.4g}, where the {self.config.window} steps before had a mean of "
+                f"the loss of step {step} is {loss:.4g}, but the {self.config.window} steps before it had a mean of "
                 f"{record.mean:.4g} and a deviation of {deviation:.2g}"
             )
             return self._request(step, step, cause)

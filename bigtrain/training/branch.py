@@ -37,7 +37,7 @@ def consumed(prepared: Prepared, source: CheckpointSource) -> ConsumedConfig | N
         raise UserError(
             "the earlier run had sequences of another length, so the sequences that it consumed cannot be skipped",
             "model.context",
-            "Take init: {state: weights+optimizer}, which begins the data anew.",
+            "Set init: {state: weights+optimizer}, which starts the data from the beginning.",
         )
     found = commit.find_checkpoint(source.checkpoints, source.step)
     assert found is not None  # `resolve_source` has found it

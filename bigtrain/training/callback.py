@@ -71,7 +71,7 @@ class Step:
         """
         if metric not in self.evaluation:
             raise UserError(
-                f"No evaluation gives the metric '{metric}'",
+                f"No evaluation records the metric '{metric}'",
                 where,
                 f"Known: {', '.join(self.evaluation)}. Others come with evaluation.evaluators.",
             )

@@ -156,7 +156,7 @@ class EvaluationConfig(Section):
     @classmethod
     def _is_a_length_of_training(cls, value: Duration) -> Duration:
         if value.is_time or value.value <= 0:
-            raise ValueError(f"'{value}' is no interval between evaluations: use steps, tokens or epochs")
+            raise ValueError(f"'{value}' is not an interval between evaluations: use steps, tokens or epochs")
         return value
 
 

@@ -60,7 +60,7 @@ def measure_coordinates(
     model = config.model
     if not isinstance(model, DecoderConfig) or model.adapter is not None:
         raise UserError(
-            f"A coordinate check widens a decoder that is trained in full, and this is arch '{model.arch}'"
+            f"A coordinate check needs a decoder without an adapter, but this is arch '{model.arch}'"
             + (" with an adapter" if isinstance(model, DecoderConfig) else ""),
             "model.arch",
             "Choose a config with arch llama, gpt2 or another decoder, without model.adapter.",

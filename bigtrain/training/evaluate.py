@@ -104,7 +104,7 @@ def of_weights(weights: Weights, overrides: Sequence[str], data: Mapping[str, Sh
     for index in data.values():
         if index.vocab_size > weights.rows:
             raise UserError(
-                f"The data has {index.vocab_size} different tokens, and the model {weights.rows}",
+                f"The data has {index.vocab_size} different tokens, but the model has {weights.rows}",
                 index.place,
                 "Pack the data with the tokenizer of the model.",
             )
@@ -116,7 +116,7 @@ def _refuse_recipe_keys(overrides: Sequence[str]) -> None:
         key = override.partition("=")[0]
         if key.split(".")[0] in RECIPE and not key.startswith(MAY_CHANGE):
             raise UserError(
-                f"'{key}' says what was trained, and an evaluation does not change it",
+                f"'{key}' is a key of the training, which an evaluation cannot change",
                 fix="Override layout, engine, precision, batch or data.document_mask.",
             )
 
@@ -184,7 +184,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
     model = config.model
     for index in data.values():
         if model.data_kind not in (index.kind, index.sample_kind.gives):
-            raise UserError(f"The shards hold {index.kind}, and the model takes {model.data_kind}", index.place)
+            raise UserError(f"The shards hold {index.kind}, but the model takes {model.data_kind}", index.place)
         with_augmented_size(config.data.augment, index)
     check_support(
         config.engine,

@@ -98,7 +98,7 @@ def _copy_generation(config: RunConfig, place: Path, ends: list[int]) -> None:
     try:
         settings = dict(json.loads(text))
     except (ValueError, TypeError):
-        raise UserError("The file holds no JSON object", str(file), "repair it, or remove it") from None
+        raise UserError("The file holds no JSON object", str(file), "Repair it, or remove it.") from None
     stops = settings.get("eos_token_id")
     known = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if known and (missing := [one for one in ends if one not in known]):

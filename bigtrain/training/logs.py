@@ -189,7 +189,7 @@ class Announcements(Callback):
     def on_step(self, step: Step, progress: Progress) -> None:
         """Write `skipped` if the step updated nothing."""
         if step.skipped:
-            cause = "loss or gradient are not finite" if step.weight else "no token of the batch counts"
+            cause = "loss or gradient are not finite" if step.weight else "no token of the batch has a weight"
             if step.weight and step.loss_scale is not None:
                 cause += f" at a loss scale of {step.loss_scale:g}"
             self._event("skipped", step=step.number, cause=cause, skipped_steps=progress.bad_steps.skipped)

@@ -236,7 +236,7 @@ class Trainer:
         before = self.progress.bad_steps
         restored = self.roll_back(request)
         if restored is None:
-            raise BadStepsError(f"{request.cause}, and there is no checkpoint before it to go back to")
+            raise BadStepsError(f"{request.cause}, and there is no checkpoint before that step to roll back to")
         restored.bad_steps = self.policy.after(before, request, restored.bad_steps, restored.step)
         self.progress = restored
         self._restore_callbacks()

@@ -160,7 +160,7 @@ class Prepared:
             if path is None or not path.is_file() or info is None or info.kind == "unknown":
                 continue
             if not same_encoding(self.train.load_tokenizer(), path):
-                return [f"the data has another tokenizer than the {TOKENIZER_NAME} that lies beside the weights"]
+                return [f"the data has another tokenizer than the {TOKENIZER_NAME} beside the weights"]
         return []
 
     def boundaries(self) -> Boundaries:
@@ -308,18 +308,18 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
     model, train = config.model, sources.first
     if model.data_kind not in (train.kind, train.sample_kind.gives):
         raise UserError(
-            f"data.train holds {train.kind}, and a model of arch '{model.arch}' takes {model.data_kind}",
+            f"data.train holds {train.kind}, but a model of arch '{model.arch}' takes {model.data_kind}",
             train.place,
             "Choose another model.arch, or other shards.",
         )
     if config.data.document_mask and not model.takes_documents:
         raise UserError(
-            f"data.document_mask is on, and a model of arch '{model.arch}' does not support it",
+            f"data.document_mask is on, but a model of arch '{model.arch}' does not support it",
             fix="Turn it off, or choose an arch that does, such as llama.",
         )
     if model.begins_from_weights and config.init.source is None:
         raise UserError(
-            f"A model of arch '{model.arch}' is compared with the weights that it began with, and there are none",
+            f"A model of arch '{model.arch}' needs initial weights to compare with, but init.source is not set",
             "init.source",
             "Name a run's checkpoint, or a directory of Hugging Face weights.",
         )
@@ -329,10 +329,10 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         if index.vocab_size > sources.vocab_size:
             # This happens only with tokens made by other tools, whose vocabulary size is known by the largest id alone.
             raise UserError(
-                f"the held-out data holds ids up to {index.vocab_size - 1}, the training data up to "
+                f"the held-out data has token ids up to {index.vocab_size - 1}, but the training data only up to "
                 f"{sources.vocab_size - 1}",
                 index.place,
-                "index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
+                "Index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
             )
     check_support(
         config.engine,
@@ -356,7 +356,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
         _check_evaluators(evaluators, config.layout.pp, train)
     elif config.checkpoint.best is not None:
         raise UserError(
-            "The best checkpoint is known by evaluations, and this run has none",
+            "The best checkpoint is chosen by an evaluation, but this run has none",
             "checkpoint.best",
             "Set data.validation, or remove checkpoint.best.",
         )
@@ -375,7 +375,7 @@ def _check_evaluators(evaluators: Sequence[EvaluatorConfig], stages: int, train:
         evaluator.check(train)
         if stages > 1 and type(evaluator).measure is not EvaluatorConfig.measure:
             raise UserError(
-                f"The evaluator '{evaluator.name}' calls the whole model, and layout.pp is {stages}",
+                f"The evaluator '{evaluator.name}' needs the full model on one rank, but layout.pp is {stages}",
                 "evaluation.evaluators",
                 "Remove it, set layout.pp to 1, or let the model record the metric (bigtrain/training/README.md).",
             )

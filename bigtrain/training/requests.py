@@ -68,7 +68,7 @@ def read_requests(file: Path) -> list[Task]:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise UserError("The line is no request", f"{file}:{number}", _FIX)
+            raise UserError("The line is not a request", f"{file}:{number}", _FIX)
         values.append((value, f"{file}:{number}"))
     if not values:
         raise UserError("The file holds no request", str(file), _FIX)
@@ -81,7 +81,7 @@ def _request(value: dict[str, Any], where: str) -> Task:
     try:
         request = Task(value["context"], tuple(value["continuations"]), value["gold"], value.get("task", DEFAULT_TASK))
     except (TypeError, KeyError):
-        raise UserError("The line is no request", where, _FIX) from None
+        raise UserError("The line is not a request", where, _FIX) from None
     _check(request, where)
     return request
 
@@ -95,7 +95,7 @@ def _check(request: Task, where: str) -> None:
     ):
         raise UserError("context and continuations must be texts, the latter not empty", where, _FIX)
     if not isinstance(request.gold, int) or not 0 <= request.gold < len(texts):
-        raise UserError(f"gold is {request.gold!r}, the number of no continuation", where, _FIX)
+        raise UserError(f"gold is {request.gold!r}, which is not the index of a continuation", where, _FIX)
 
 
 def _of_olmo(values: Sequence[tuple[dict[str, Any], str]], file: Path) -> list[Task]:
@@ -109,12 +109,12 @@ def _of_olmo(values: Sequence[tuple[dict[str, Any], str]], file: Path) -> list[T
     documents: dict[int, dict[int, tuple[dict[str, Any], str]]] = {}
     skipped = 0
     for value, where in values:
-        fix = "Give the file as OLMo-in-loop-evals has it: request_type, request, doc_id, idx, label."
+        fix = "Use the format of OLMo-in-loop-evals: request_type, request, doc_id, idx, label."
         kind, document, number = (value.get(key) for key in ("request_type", "doc_id", "idx"))
         if kind not in LIKELIHOODS:
-            raise UserError(f"The request_type is {kind!r}, and log-likelihoods alone are scored", where, fix)
+            raise UserError(f"The request_type is {kind!r}, but only log-likelihoods are scored", where, fix)
         if type(document) is not int or type(number) is not int or not isinstance(value.get("request"), dict):
-            raise UserError("The line is no request", where, fix)
+            raise UserError("The line is not a request", where, fix)
         if document >= UNCONDITIONAL:
             skipped += 1
             continue

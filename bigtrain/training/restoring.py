@@ -49,7 +49,7 @@ class Restoring:
             return self._take_weights(source)
         if init.hash not in (None, source.hash):
             raise UserError(
-                "init.source is not the checkpoint that this run began with",
+                "init.source is not the checkpoint that this run started from",
                 f"{source.run}@{source.step}",
                 "Restore it, or choose another --name.",
             )

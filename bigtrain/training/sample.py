@@ -149,9 +149,9 @@ def writer_of_model(run: RunDirectory, model: nn.Module, image: bool = False) ->
     _refuse_other_kinds(config, image, str(run.path))
     if config.model.keeps_contract and not callable(getattr(model, "logits", None)):
         raise UserError(
-            f"A model of arch '{config.model.arch}' has no logits(batch), from which a text could be continued",
+            f"A model of arch '{config.model.arch}' has no logits(batch), which is needed to continue a text",
             str(run.path),
-            "Give the module one: FP32 logits (B, C, vocabulary) for a batch of tokens alone.",
+            "Define it in the module: it returns FP32 logits (B, C, vocabulary) for a batch of tokens.",
         )
     tokenizer = index_of_run(run, config).load_tokenizer()
     template = next((place for place in _sources(config) if (place / "tokenizer_config.json").is_file()), None)
@@ -240,7 +240,7 @@ def read_prompts(file: Path) -> list[Prompt]:
         found = value.get("prompt", value.get("messages")) if isinstance(value, dict) else None
         if not isinstance(found, (str, list)) or not found:
             fix = 'Write a line like {"prompt": "It was"} or {"messages": [{"role": "user", "content": "Hello"}]}.'
-            raise UserError("The line is no object with a prompt or messages", f"{file}:{number}", fix)
+            raise UserError("The line is not a JSON object with a prompt or messages", f"{file}:{number}", fix)
         prompts.append(found)
     if not prompts:
         raise UserError("The file holds no prompt", str(file))
@@ -322,8 +322,8 @@ def _refuse_other_kinds(config: RunConfig, has_image: bool, where: str) -> None:
         raise UserError(f"bigtrain cannot sample from this model of arch '{model.arch}'", where)
     captions = model.data_kind == "captions"
     if captions != has_image:
-        fix = "name one with --image" if captions else "remove --image"
-        raise UserError(f"a model of arch '{model.arch}' takes {'an' if captions else 'no'} image", fix=fix)
+        fix = "Give one with --image." if captions else "Remove --image."
+        raise UserError(f"a model of arch '{model.arch}' {'needs an' if captions else 'takes no'} image", fix=fix)
 
 
 def caption(text: str, runs_dir: Path, prompt: str, image: Path, *, tokens: int, **options: Any) -> str:
@@ -339,7 +339,7 @@ def caption(text: str, runs_dir: Path, prompt: str, image: Path, *, tokens: int,
     """
     run, step = checkpoint_at(text, runs_dir)
     if not run.exists():
-        raise UserError("Only a run's model writes captions; these weights were imported", str(run.path))
+        raise UserError("Captions need the model of a run, but these weights were imported", str(run.path))
     writer, config = writer_of_run(run, step, image=True), load_config(run.config)
     room = config.model.context - len(writer.vocabulary.encode(prompt))
     shown = _pixels(image, index_of_run(run, config), config.data.augment)

@@ -201,9 +201,9 @@ class Session:
     def _refuse_if_fenced(self) -> None:
         if self.saver.fenced:
             raise UserError(
-                "Another launcher has taken the run over; this one ends",
+                "Another launcher has taken over the run, so this one ends",
                 str(self.directory.path),
-                "See `bigtrain status`; one launcher at a time may train a run.",
+                "See `bigtrain status`: only one launcher at a time may train a run.",
             )
 
     def _evaluation(self) -> Evaluation | None:

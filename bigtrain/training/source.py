@@ -87,7 +87,7 @@ def resolve_source(text: str, runs_dir: Path) -> CheckpointSource | HfSource:
         raise UserError(
             f"init.source: the run '{name}' has no checkpoint of step {step}",
             str(run.checkpoints),
-            f"It has {', '.join(map(str, steps))}.",
+            f"Choose one of these steps: {', '.join(map(str, steps))}.",
         )
     path = next(checkpoint.path for checkpoint in found if checkpoint.step == step)
     url = name.rstrip("/") if is_url(name) else None
@@ -111,7 +111,7 @@ def check_fresh(names: Collection[str], init: InitConfig) -> None:
             raise UserError(
                 f"the pattern {pattern!r} matches no parameter",
                 f"init.fresh.{number}",
-                f"the nearest name is {near!r}" if near else None,
+                f"The nearest name is {near!r}." if near else None,
             )
 
 
@@ -127,7 +127,7 @@ def check_hf_source(source: HfSource, model: ModelConfig, shapes: Mapping[str, t
     """
     if init.state != "weights":
         raise UserError(
-            f"init.state is {init.state}, and {source.name} holds weights alone",
+            f"init.state is {init.state}, but {source.name} holds only weights",
             "init.state",
             "Set init.state to weights.",
         )

@@ -54,7 +54,7 @@ class Weights:
             model = FAMILIES[keys["arch"]](**keys)
             shape = files.shape_of(model.hf_names()[model.vocabulary_name])
             if shape is None:
-                raise UserError("The weights have no vocabulary", str(files.directory))
+                raise UserError("The weights have no token embedding", str(files.directory))
             return cls(files.directory, keys, shape[0], files)
         context = files.config.get("max_position_embeddings") or LONGEST
         keys = {"arch": "hf", "hf": str(files.directory), "context": context}
@@ -67,11 +67,11 @@ class Weights:
             raise UserError(
                 f"The checkpoint does not say which model it holds: it has no {MODEL}",
                 str(run.path),
-                "Import the weights again; or begin a run with it: init: {source: DIR}.",
+                "Import the weights again, or start a run from them: init: {source: DIR}.",
             )
         value = read_object(run.path / MODEL)
         if value.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError("A newer bigtrain wrote it", str(run.path / MODEL), "Upgrade bigtrain.")
+            raise UserError("A newer bigtrain wrote the checkpoint", str(run.path / MODEL), "Upgrade bigtrain.")
         return cls(run.path, value["model"], value["rows"], step=newest_of(run) if step is None else step)
 
     @property

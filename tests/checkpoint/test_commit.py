@@ -104,7 +104,7 @@ def test_what_reads_a_run_reports_the_newer_checkpoint_that_it_does_not_use(
     damage_flipped(run.checkpoints / "step_00000002" / "__0_0.distcp")
     assert newest_of(run) == 1
     (message,) = caplog.messages
-    assert message.startswith("checkpoint of step 2 is damaged and passed over")
+    assert message.startswith("checkpoint of step 2 is damaged and is skipped")
     assert message.endswith("the checkpoint of step 1 is used")
 
 

@@ -126,6 +126,6 @@ def test_a_trusted_checkpoint_runs_nothing_all_the_same(tmp_path: Path) -> None:
 
 
 def test_what_is_no_universal_checkpoint_is_refused_with_the_way_to_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no universal checkpoint") as refused:
+    with pytest.raises(UserError, match="no DeepSpeed universal checkpoint") as refused:
         from_deepspeed(tmp_path, tmp_path / "out", trusted=True)
     assert "ds_to_universal" in str(refused.value)

@@ -152,7 +152,7 @@ def test_what_is_stored_with_other_bytes_is_found_before_it_counts_and_before_it
     sizes = store.listing()[2]
     assert store.problems(2, sizes, hashes=False) == []
     assert store.problems(2, sizes, hashes=True) == ["__0_0.distcp does not match its hash"]
-    with pytest.raises(CorruptionError, match="other bytes"):
+    with pytest.raises(CorruptionError, match="bytes that differ from its manifest"):
         store.fetch(2, tmp_path)
     assert list(tmp_path.glob("step_*")) == []
     lost = RunDirectory(tmp_path / "elsewhere" / "tiny")
@@ -253,7 +253,7 @@ def test_what_a_url_names_is_fetched_once_and_again_where_it_changed(
     assert contents(found.checkpoints / "step_00000001") == contents(path)
     with pytest.raises(UserError, match="no checkpoint of step 7") as caught:
         restore.checkpoint_at(f"{URL}@7", tmp_path)
-    assert caught.value.fix == "There are: 1"
+    assert caught.value.fix == "Choose one of these steps: 1."
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_an_unknown_choice_of_a_union_is_named_with_the_nearest(
     ("instead", "says"),
     [
         (MINIMAL.replace("arch: llama", "arch: lama"), "Did you mean 'llama'"),
-        (MINIMAL.replace("arch: llama", "preset: lama3-8b"), "did you mean 'llama3-8b'"),
+        (MINIMAL.replace("arch: llama", "preset: lama3-8b"), "Did you mean 'llama3-8b'"),
         (MINIMAL.replace("arch: llama", "layers: 1").replace("  layers: 2\n", ""), "'model.arch' is missing"),
         (MINIMAL.replace("arch: llama", "arch: [llama]"), "Unknown model family"),
     ],

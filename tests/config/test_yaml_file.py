@@ -60,8 +60,8 @@ ALIASES = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "says", "where"),
     [
-        ("a: 1\nb: 2\na: 3\n", "'a' stands twice", "run.yaml, line 3"),
-        ("a:\n  b: 1\n  'b': 2\n", "'b' stands twice", "run.yaml, line 3"),
+        ("a: 1\nb: 2\na: 3\n", "'a' appears twice", "run.yaml, line 3"),
+        ("a:\n  b: 1\n  'b': 2\n", "'b' appears twice", "run.yaml, line 3"),
         ("a: 1\nb: !!python/object/apply:os.system ['true']\n", "not YAML|tag", "run.yaml"),
         ("a: !!python/name:os.system x\n", "tag .* is not allowed", "run.yaml, line 1"),
         ("a: 1\nb: !secret x\n", "tag '!secret' is not allowed", "run.yaml, line 2"),
@@ -98,7 +98,7 @@ def test_a_value_of_the_command_line_is_read_like_one_of_the_file() -> None:
     assert [parse_value(text) for text in ("1e-3", "off", "", "{a: 1}", "512k tokens")] == [
         0.001, "off", None, {"a": 1}, "512k tokens",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="one value"):
+    with pytest.raises(UserError, match="not a single value"):
         parse_value("1\nname: x")
 
 

@@ -116,20 +116,20 @@ HUGE = npy(np.zeros((2, 2), "<f4")).replace(b"(2, 2), }        ", b"(99999, 9999
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (("b.npy", npy(np.asarray([[Trap()]], dtype=object))), r"type \|O, which is not read"),
-        (("b.npy", npy(np.zeros((2, 3), "<f4"))), r"holds array float32 \(2, 3\); the first .* \(2, 2\)"),
+        (("b.npy", npy(np.asarray([[Trap()]], dtype=object))), r"type \|O, which is not supported"),
+        (("b.npy", npy(np.zeros((2, 3), "<f4"))), r"holds array float32 \(2, 3\), but the first .* \(2, 2\)"),
         (("b.npy", npy(np.zeros((2, 2), "<f8"))), "holds array float64"),
         (("b.npy", npy(np.zeros((2, 2), "<c8"))), "type <c8"),
         (("b.npy", npy(np.zeros((2, 2), ">f4"))), "type >f4"),
         (("b.npy", npy(np.zeros((2, 2), [("a", "<f4")]))), "type unknown"),
-        (("b.npy", npy(np.asfortranarray(np.arange(4.0).reshape(2, 2)))), "column by column"),
+        (("b.npy", npy(np.asfortranarray(np.arange(4.0).reshape(2, 2)))), "column-major"),
         (("b.npy", HUGE), "39999200004 bytes; 1 to 268435456"),
         (("b.npy", npy(np.zeros((0, 2), "<f4"))), "0 bytes"),
         (("b.npy", npy(np.zeros((2, 2), "<f4"))[:-4]), "does not fit its bytes"),
         (("b.npy", b"\x93NUMPY"), "not a .npy"),
         (("b.x.npy", npy(np.zeros((2, 2), "<f4"))), "holds x float32"),
-        (("b.labels.npy", npy(np.zeros((2, 2), "<f4"))), "cannot be called 'labels'"),
-        (("b.a-b.npy", npy(np.zeros((2, 2), "<f4"))), "cannot be called 'a-b'"),
+        (("b.labels.npy", npy(np.zeros((2, 2), "<f4"))), "cannot have the name 'labels'"),
+        (("b.a-b.npy", npy(np.zeros((2, 2), "<f4"))), "cannot have the name 'a-b'"),
         (("b.json", b"{}"), r"no member \.npy"),
     ],
     ids=["pickle", "shape", "type", "complex", "order of bytes", "structure", "columns", "huge", "empty", "cut short",
@@ -155,11 +155,11 @@ def test_arrays_that_are_not_read_are_refused_by_name(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"x": np.zeros((4, 2), "<f4"), "y": np.zeros(3, "<f4")}, "3 samples; x.npy has 4"),
+        ({"x": np.zeros((4, 2), "<f4"), "y": np.zeros(3, "<f4")}, "3 samples, but x.npy has 4"),
         ({"x": np.asarray([Trap()] * 4, dtype=object)}, r"type \|O"),
         ({"x": np.zeros((4, 2), "<f4"), "labels": np.zeros(4, "<f4")}, "not a list of whole numbers"),
         ({"x": np.zeros((4, 2), "<f4"), "labels": np.full(4, -1)}, "-1 is not a class"),
-        ({"x": np.asfortranarray(np.zeros((4, 2), "<f4"))}, "column by column"),
+        ({"x": np.asfortranarray(np.zeros((4, 2), "<f4"))}, "column-major"),
         ({"labels": np.zeros(4, "<i8")}, "no arrays"),
         ({"x": np.float32(1)}, "no axis"),
     ],
@@ -189,10 +189,10 @@ def test_an_index_that_lies_about_arrays_is_refused(write_tar: WriteTar) -> None
         with pytest.raises(CorruptionError, match="damaged"):
             load_index(index.directory)
     path.write_text(json.dumps({**value, "arrays": None}))
-    with pytest.raises(CorruptionError, match="contradicts"):
+    with pytest.raises(CorruptionError, match="inconsistent"):
         load_index(index.directory)
     path.write_text(json.dumps(value))
     for offset in (index.shards[0].filesize - 8, 2**62, -1):
         write_sidecar(index.directory / index.shards[0].index, np.asarray([[0], [offset]]))
-        with pytest.raises(CorruptionError, match="does not fit"):
+        with pytest.raises(CorruptionError, match="does not match its shard"):
             index.rows(0)

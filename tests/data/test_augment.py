@@ -167,10 +167,10 @@ def test_a_mixture_of_sources_is_augmented_as_one(index: ShardIndex, write_image
     ("entries", "words"),
     [
         ([{"name": "random_crop", "size": 13}], "random_crop: the image is smaller than the crop of 13 x 13"),
-        ([{"name": "random_crop", "padding": 12}], "crops without image"),
-        ([{"name": "normalize", "mean": [0.1, 0.2], "std": [1]}], "mean has 2 numbers, and the image 1 channels"),
-        ([NORMALIZE, NORMALIZE], "normalized already"),
-        ([NORMALIZE, {"name": "random_affine", "degrees": 5}], "name normalize after"),
+        ([{"name": "random_crop", "padding": 12}], "crops that contain only padding"),
+        ([{"name": "normalize", "mean": [0.1, 0.2], "std": [1]}], "mean has 2 numbers, but the image has 1 channels"),
+        ([NORMALIZE, NORMALIZE], "already normalized"),
+        ([NORMALIZE, {"name": "random_affine", "degrees": 5}], "list normalize after"),
         ([MIXUP, MIXUP], "mixup and mixup both mix"),
     ],
 )
@@ -201,7 +201,7 @@ def test_tokens_are_not_augmented_and_classes_are_needed_to_mix(packed: ShardInd
     with pytest.raises(UserError, match="the shards hold tokens"):
         augmented(chain(CROP), packed)
     captions = index.model_copy(update={"kind": "captions"})
-    with pytest.raises(UserError, match="mixes the classes of images, and these have none"):
+    with pytest.raises(UserError, match="mixes the classes of images, but these images have none"):
         augmented(chain(MIXUP), captions)
 
 

@@ -147,7 +147,7 @@ def test_packed_pairs_hold_the_tokens_and_are_what_the_tar_holds(
         ([("a.png", png(0)), ("a.txt", b"\xff")], "UTF-8"),
         ([("a.png", png(0)), ("a.txt", b"x" * 70_000)], "more than 65536"),
         ([("a.png", png(0)), ("a.txt.gz", gzip.compress(b"x" * 70_000))], "more than 65536"),
-        ([("a.png", b"x"), ("a.txt", b"x")], "no PNG or JPEG image"),
+        ([("a.png", b"x"), ("a.txt", b"x")], "not a PNG or JPEG image"),
         ([("a.png", png(0)), ("a.txt", b"x"), ("b.png", png(1, side=6)), ("b.txt", b"x")], "6 x 6 pixels"),
     ],
 )
@@ -165,7 +165,7 @@ def test_lines_name_images_below_their_file_only(tmp_path: Path) -> None:
     good = file.read_text(encoding="utf-8")
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         file.write_text(good + "\n" + json.dumps({"image": name, "title": "x"}), encoding="utf-8")
-        with pytest.raises(UserError, match="below the file") as caught:
+        with pytest.raises(UserError, match="in the directory of the file") as caught:
             pack_captions([file], tmp_path / "out", Tokenizer(), key="title")
         assert "line 5" in str(caught.value.where)
     file.write_text(good + '\n{"image": "sub/0.png", "title": "\\ud800"}', encoding="utf-8")
@@ -181,7 +181,7 @@ def test_a_sidecar_that_points_elsewhere_is_found(write_tar: Callable[..., Path]
         rows[1, column] = value
         write_sidecar(index.directory / shard.index, rows)
         assert hash_file(index.directory / shard.index) != shard.index_hash
-        with pytest.raises(CorruptionError, match="does not fit"):
+        with pytest.raises(CorruptionError, match="does not match its shard"):
             index.rows(0)
 
 

@@ -85,10 +85,10 @@ def test_a_bad_object_is_named_or_passed_over_and_counted(tmp_path: Path, bad: d
 
 
 def test_names_and_numbers_are_not_mixed_and_the_model_knows_all_tokens(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the label is 1, and that of other texts 'sea'"):
+    with pytest.raises(UserError, match="the label is 1, but that of other texts is 'sea'"):
         pack([{"text": "a", "label": "sea"}, {"text": "b", "label": 1}], tmp_path / "mixed")
     pack([{"text": text, "label": name} for text, name in ROWS], tmp_path / "out")
     index = load_index(tmp_path / "out" / "train")
     kind_named("classified").check_model(index, Config(vocabulary=257, context=8))
-    with pytest.raises(UserError, match=r"257 different tokens, and model\.vocabulary is 256"):
+    with pytest.raises(UserError, match=r"257 different tokens, but model\.vocabulary is 256"):
         kind_named("classified").check_model(index, Config(vocabulary=256, context=8))

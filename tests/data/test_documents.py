@@ -51,7 +51,7 @@ def test_a_character_across_two_reads_is_whole(tmp_path: Path) -> None:
         ("a.jsonl", b'{"body": "a"}\n', "no text under 'text'", "line 1"),
         ("a.jsonl", b'{"text": 5}\n', "no text under 'text'", "line 1"),
         ("a.jsonl", b'{"text": "\xff"}\n', "UTF-8", "line 1"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "half a character", "line 1"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "an unpaired surrogate", "line 1"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "nested too deeply", "line 1"),
     ],
 )

@@ -74,14 +74,14 @@ def test_a_sidecar_that_changed_is_found(packed: ShardIndex) -> None:
     with pytest.raises(CorruptionError, match=r"shard-000001.idx.npy has changed"):
         packed.check()
     flip_bit(packed.directory / packed.shards[1].index, 130)
-    with pytest.raises(CorruptionError, match="does not fit"):
+    with pytest.raises(CorruptionError, match="does not match its shard"):
         packed.rows(1)
 
 
 def test_sizes_are_compared_even_where_hashes_are_not(packed: ShardIndex) -> None:
     path = packed.directory / packed.shards[0].url
     path.write_bytes(path.read_bytes()[:-512])
-    with pytest.raises(CorruptionError, match="indexed were"):
+    with pytest.raises(CorruptionError, match="but the index says"):
         packed.check("never")
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_index_is_refused(packed: ShardIndex, data: bytes) -> None:
     (packed.directory / "index.json").write_bytes(data)
     with pytest.raises(CorruptionError, match="damaged"):
         load_index(packed.directory)
-    with pytest.raises(UserError, match="what tokenizer"):
+    with pytest.raises(UserError, match="which records the tokenizer, is damaged"):
         index_directory(packed.directory)
 
 

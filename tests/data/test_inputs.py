@@ -77,7 +77,7 @@ def test_arrow_and_parquet_of_structs_and_lists(tmp_path: Path) -> None:
         assert read(place, key="lines") == [f"x\n{text}" for text in TEXTS]
     passed = PassedOver()
     list(sources([saved], passed))
-    assert passed.files == {"a note beside Arrow files": ["dataset_info.json", "state.json"]}
+    assert passed.files == {"a metadata file of an Arrow data set": ["dataset_info.json", "state.json"]}
     with pytest.raises(UserError, match="no column 'body'"):
         read(saved, key="body")
     whole = (tmp_path / "file.arrow").read_bytes()
@@ -154,11 +154,11 @@ def test_megatrons_documents_become_the_shards_of_their_text(tmp_path: Path, cod
 def test_token_files_without_an_index_are_divided_at_ends_of_text(tmp_path: Path) -> None:
     plain = tmp_path / "train.bin"
     plain.write_bytes(np.asarray(IDS[:-1], "<u2").tobytes())
-    with pytest.raises(UserError, match="of which type its tokens are"):
+    with pytest.raises(UserError, match="does not state the type of its tokens"):
         pack([plain], tmp_path / "no", Tokenizer())
     pack([plain], tmp_path / "out", Tokenizer(), token_type="uint16")
     assert stored(tmp_path / "out" / "train") == IDS
-    with pytest.raises(UserError, match="and the tokenizer has 257"):
+    with pytest.raises(UserError, match="but the tokenizer has 257 tokens"):
         pack([plain], tmp_path / "no", Tokenizer(), token_type="uint32")
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(IDS)

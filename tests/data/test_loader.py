@@ -102,7 +102,7 @@ def test_an_error_of_the_thread_reaches_the_consumer_and_close_ends_the_thread(p
     with loader(packed) as broken:
         batches = broken.batches()
         for _ in range(2):
-            with pytest.raises(CorruptionError, match="indexed were"):
+            with pytest.raises(CorruptionError, match="but the index says"):
                 next(batches)
     assert threading.active_count() == before
 

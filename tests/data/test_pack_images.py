@@ -134,7 +134,7 @@ def test_packing_images_goes_on_after_a_kill_with_the_same_bytes(folder: Path, t
 
 def test_images_of_two_sizes_and_files_that_are_no_images_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "bee" / "bad.png").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no PNG or JPEG image") as caught:
+    with pytest.raises(UserError, match="not a PNG or JPEG image") as caught:
         pack_images(folder, tmp_path / "out")
     assert "bad.png" in str(caught.value.where)
     summary = pack_images(folder, tmp_path / "out", skip_bad=1)

@@ -93,7 +93,7 @@ def test_what_a_directory_holds_besides_is_counted_by_reason(tmp_path: Path) -> 
     assert summary.passed.files == {
         "a PNG image": ["picture.png"],
         "hidden": [".hidden.txt"],
-        "a link to a directory, or to nothing": ["link"],
+        "a link to a directory, or a broken link": ["link"],
         "text of another suffix: name it to read it": ["notes.log"],
     }
     lines = "\n".join(summary.passed.lines())
@@ -111,7 +111,9 @@ def test_records_that_are_read_as_text_with_their_syntax_are_named(tmp_path: Pat
     (folder / "a.py").write_text("x = 1")
     summary = pack([folder], tmp_path / "out", Tokenizer())
     assert summary.passed.plain == ["nested.json", "strings.json.gz", "table.csv"]
-    assert "read as plain text, with its syntax, one document each: 3 files" in "\n".join(summary.passed.lines())
+    assert "read as plain text, including its syntax, one document for each file: 3 files" in "\n".join(
+        summary.passed.lines()
+    )
     assert pack([folder / "table.csv"], tmp_path / "one", Tokenizer()).passed.plain == ["table.csv"]
 
 
@@ -137,7 +139,7 @@ def test_the_advice_for_utf_16_names_its_conversion(tmp_path: Path) -> None:
     [
         ("labels", np.array([0.0, 1.0]), "labels.astype"),
         ("labels", np.array([[0], [1]]), "labels.astype"),
-        ("x", np.array(["2020-01-01"] * 2, dtype="M8[D]"), "store one of <f2"),
+        ("x", np.array(["2020-01-01"] * 2, dtype="M8[D]"), "Store one of <f2"),
     ],
 )
 def test_an_array_that_is_not_read_is_refused_by_what_it_is(
@@ -145,12 +147,12 @@ def test_an_array_that_is_not_read_is_refused_by_what_it_is(
 ) -> None:
     np.save(tmp_path / "y.npy", np.ones(2, np.float32))
     np.save(tmp_path / f"{name}.npy", values)
-    with pytest.raises(UserError, match=r"not a list|not read") as caught:
+    with pytest.raises(UserError, match=r"not a list|not supported") as caught:
         kind_named("arrays").pack([tmp_path / "y.npy", tmp_path / f"{name}.npy"], tmp_path / "o", PackOptions())
     assert said in (caught.value.fix or "")
 
 
-@pytest.mark.parametrize(("form", "said"), [("WEBP", "but WebP"), ("GIF", "but GIF"), ("", "no PNG or JPEG image")])
+@pytest.mark.parametrize(("form", "said"), [("WEBP", "but WebP"), ("GIF", "but GIF"), ("", "not a PNG or JPEG image")])
 def test_an_image_of_another_format_under_a_name_of_png_is_refused_by_what_it_is(
     tmp_path: Path, form: str, said: str
 ) -> None:
@@ -182,7 +184,7 @@ def test_what_no_array_or_image_is_made_of_is_named(tmp_path: Path) -> None:
     assert options.passed.files == {
         "not in a class folder": [str(tmp_path / "images" / "outside.png")],
         "hidden": [str(tmp_path / "images" / "cat" / ".3.png")],
-        "a link to a directory, or to nothing": [str(tmp_path / "images" / "cat" / "more")],
+        "a link to a directory, or a broken link": [str(tmp_path / "images" / "cat" / "more")],
     }
 
 
@@ -289,7 +291,9 @@ def test_a_sample_of_another_shape_is_skipped_by_the_name_of_its_file(tmp_path: 
     (folder / "6.npy").write_bytes(b"nothing")
     (folder / "7.cls").write_bytes(b"1")
     kind = kind_named("arrays")
-    with pytest.raises(UserError, match=r"holds array float32 \(4,\); the first holds array float32 \(3,\)") as refused:
+    with pytest.raises(
+        UserError, match=r"holds array float32 \(4,\), but the first holds array float32 \(3,\)"
+    ) as refused:
         kind.pack([folder], tmp_path / "out", PackOptions())
     assert refused.value.where == str(folder / "5.npy")
     summary = kind.pack([folder], tmp_path / "out", PackOptions(skip_bad=3))
@@ -312,7 +316,7 @@ def test_an_image_of_another_size_is_skipped_by_the_name_of_its_file(tmp_path: P
         kind_named(kind).pack([given], tmp_path / "out", PackOptions(**options))
     summary = kind_named(kind).pack([given], tmp_path / "out", PackOptions(skip_bad=2, **options))
     assert {one.split(":")[0] for one in summary.passed.bad} == {str(folder / "0.png"), str(folder / "2.png")}
-    assert any("6 x 5 pixels; the first has 4 x 4" in one for one in summary.passed.bad)
+    assert any("6 x 5 pixels, but the first has 4 x 4" in one for one in summary.passed.bad)
     assert summary.splits["train"].documents == 2
 
 

@@ -201,7 +201,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizers: dict[str,
     )
     tokenizer = Tokenizer.open(str(tokenizers["chatml"]), chat_template=forgetful)
     encode_record({"messages": CONVERSATIONS[0]}, tokenizer, {})
-    with pytest.raises(UserError, match="otherwise once others follow") as refused:
+    with pytest.raises(UserError, match="differently when other turns follow") as refused:
         encode_record({"messages": CONVERSATIONS[1]}, tokenizer, {})
     assert "{% generation %}" in str(refused.value.fix)
     with pytest.raises(UserError, match="do not fit the chat template"):
@@ -233,15 +233,15 @@ def test_forms_of_samples(record: dict[str, Any], columns: str, ids: list[int], 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"input_ids": [7, 8, 9], "labels": [8, 9, -100]}, "shifted by one place"),
+        ({"input_ids": [7, 8, 9], "labels": [8, 9, -100]}, "shifted by one position"),
         ({"input_ids": [7, 8, 9], "labels": [-100, 1, 9]}, "neither the tokens themselves"),
         ({"input_ids": [7, 8, 9], "labels": [-100, 8]}, "3 input_ids and 2 labels"),
-        ({"input_ids": [7, 8], "loss_mask": [1, 0]}, "no token of the sample is to be learned"),
+        ({"input_ids": [7, 8], "loss_mask": [1, 0]}, "no token of the sample has a weight above zero"),
         ({"input_ids": [7, 300], "loss_mask": [1, 1]}, "the tokenizer has 257"),
         ({"input_ids": [7, 8], "loss_mask": [0, -1]}, "negative"),
         ({"prompt": "a", "completion": 3}, "neither two texts"),
         ({"text": "ab", "mask": [1]}, "a number for each character"),
-        ({"title": "a"}, "keys title, which are no sample"),
+        ({"title": "a"}, "keys title, which do not form a sample"),
     ],
 )
 def test_what_is_no_sample_is_refused(record: dict[str, Any], message: str) -> None:
@@ -252,7 +252,7 @@ def test_what_is_no_sample_is_refused(record: dict[str, Any], message: str) -> N
 def test_columns_of_the_command_line() -> None:
     assert parse_columns("prompt=q, completion=meta.a") == {"prompt": "q", "completion": "meta.a"}
     for wrong in ("prompt", "prompt=", "answer=a"):
-        with pytest.raises(UserError, match="does not say where a column lies"):
+        with pytest.raises(UserError, match="is not of the form COLUMN=KEY"):
             parse_columns(wrong)
     assert {"messages", "prompt", "input_ids"} <= set(forms.keys_of({}))
 
@@ -297,7 +297,7 @@ def test_shards_are_verified_streamed_and_the_same_with_workers(tmp_path: Path, 
     assert content["format_version"] == 4
     content["shardlist"][0]["lengths"] = {"3": 1}
     (index.directory / "index.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="contradicts itself"):
+    with pytest.raises(UserError, match="index is inconsistent"):
         load_index(index.directory)
 
 
@@ -305,15 +305,15 @@ def test_what_takes_no_part_of_the_tokens_is_refused(tmp_path: Path) -> None:
     index = pack([{"prompt": "a", "completion": "b"}], tmp_path / "out", Tokenizer())
     kind = index.sample_kind
     kind.check_model(index, SimpleNamespace(task="causal"))
-    with pytest.raises(UserError, match="task 'masked' does not learn a part"):
+    with pytest.raises(UserError, match="task 'masked' does not support samples in which only some tokens are learned"):
         kind.check_model(index, SimpleNamespace(task="masked"))
-    with pytest.raises(UserError, match="Overlap is of plain text"):
+    with pytest.raises(UserError, match="Overlap is measured on plain text"):
         next(texts_of(index.directory))
 
 
 def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}, {"prompt": "c", "completion": "d"}]
-    with pytest.raises(UserError, match="which are no sample") as refused:
+    with pytest.raises(UserError, match="which do not form a sample") as refused:
         pack(lines, tmp_path / "out", Tokenizer())
     assert str(refused.value.where).endswith("out.jsonl, line 2")
     index = pack(lines, tmp_path / "out", Tokenizer(), skip_bad=1)

@@ -117,7 +117,7 @@ def test_a_rule_that_adds_nothing_begins_nothing(directory: Path) -> None:
     assert Tokenizer.open(str(directory), bos="rule").bos is None
     assert Tokenizer.open(str(directory), bos="yes").bos == 256
     (directory / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(UserError, match="names no begin of text"):
+    with pytest.raises(UserError, match="has no begin-of-text token"):
         Tokenizer.open(str(directory), bos="yes")
     with pytest.raises(UserError, match="no begin of text"):
         Tokenizer.open("bytes", bos="yes")

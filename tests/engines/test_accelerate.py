@@ -427,7 +427,7 @@ def test_a_run_moves_between_strategies(
 @pytest.mark.parametrize(
     ("strategy", "fault", "says"),
     [
-        ("fsdp2", "ddp", "configured for fsdp2 and built a model that is DistributedDataParallel"),
+        ("fsdp2", "ddp", "configured for fsdp2, but built a model that is DistributedDataParallel"),
         pytest.param("ddp", "unwrapped", "configured for ddp", marks=pytest.mark.slow),
         pytest.param("zero2", "unwrapped", "configured for zero2", marks=pytest.mark.slow),
     ],
@@ -496,8 +496,8 @@ def test_bf16_stays_in_its_band(
     [
         ("fsdp", "hf", {}, False, "does not run on the engine 'fsdp'"),
         ("accelerate", "llama", {}, False, "does not run on the engine 'accelerate'"),
-        ("accelerate", "hf", {"dp_replicate": 2}, False, "over layout.dp_shard alone"),
-        ("accelerate", "hf", {}, True, "no mask of documents"),
+        ("accelerate", "hf", {"dp_replicate": 2}, False, "only over layout.dp_shard"),
+        ("accelerate", "hf", {}, True, "does not support a document mask"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -119,5 +119,5 @@ def test_wrong_patterns_and_other_engines_are_refused() -> None:
         assert said in str(caught.value)
     for engine in (DeepSpeedConfig(), AccelerateConfig(strategy="zero2")):
         arch = "hf" if engine.name == "accelerate" else "llama"
-        with pytest.raises(UserError, match="trains all parameters"):
+        with pytest.raises(UserError, match="cannot freeze parameters"):
             check_support(engine, arch, LayoutConfig(), optimizer=AdamWConfig(frozen=("*",)))

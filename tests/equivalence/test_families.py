@@ -59,7 +59,7 @@ def test_a_layout_computes_what_one_process_computes(
 @pytest.mark.parametrize(
     ("model", "layout", "message"),
     [
-        ({**GEMMA, "context": 24}, {"cp": 2}, "no sliding window .*sliding_window 8.*: use cp 1"),
+        ({**GEMMA, "context": 24}, {"cp": 2}, "do not support a sliding window .*sliding_window 8.*: use cp 1"),
         ({**SHAPE, "arch": "olmo2", "context": 24}, {"tp": 2}, "qk_norm_over 'heads' normalises over the heads of all"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_name_of_bigtrain_s_own_and_a_name_given_twice_are_refused(tmp_path: P
     (tmp_path / "taken.py").write_text(text.replace('Literal["nadam"] = "nadam"', 'Literal["adam"] = "adam"'))
     (tmp_path / "twice.py").write_text(text)
     for place, says in (
-        (str(tmp_path / "taken.py"), "is that of one of bigtrain's own"),
+        (str(tmp_path / "taken.py"), "is already used by one of bigtrain's own"),
         (f"{PLUGINS / 'nadam.py'}:{tmp_path / 'twice.py'}", "Two plugins register the optimizer 'nadam'"),
     ):
         with pytest.raises(Exception, match=says):

@@ -81,7 +81,7 @@ def test_a_user_s_rule_sets_the_trials(write: Callable[..., Path]) -> None:
         ({"keys": {"batch.size": {"value": 1}}}, "'batch.size' is set by the sweep"),
         ({"keys": {"model.unknown_key": {"value": 1}}}, "unknown_key"),
         ({"lr": {"name": "by-batch"}}, "by_batch"),
-        ({"lr": {"value": 1e308, "exponent": -50}}, "rule 'power' of ladder.lr gives no value"),
+        ({"lr": {"value": 1e308, "exponent": -50}}, "rule 'power' of ladder.lr has no valid value"),
     ],
 )
 def test_what_a_rule_may_not_set_is_refused(write: Callable[..., Path], ladder: dict[str, Any], says: str) -> None:

@@ -27,7 +27,7 @@ def test_a_gang_that_was_cut_off_publishes_nothing_and_ends(two_ranks: Any) -> N
     lease |= {"number": lease["number"] + 1, "host": "elsewhere", "renewed": time.time() - 3600}
     (run / "lease.json").write_text(json.dumps(lease))
     said = two_ranks.finish(old, code=2)
-    assert "Another launcher has taken the run over" in said
+    assert "Another launcher has taken over the run" in said
     assert two_ranks.events("fenced", "save_refused")
     assert not commit.list_checkpoints(run / "checkpoints")
     two_ranks.finish(two_ranks.start("fenced", 2))

@@ -56,7 +56,7 @@ def test_a_port_taken_from_the_ranks_costs_a_restart_each_time_and_is_reported(t
             fault = faults[-1]
             assert f"rank 0 on host {socket.gethostname()} " in fault["cause"]
             assert f"port: {port}" in fault["cause"]
-            assert "taken by another process" in fault["cause"]
+            assert "could not listen on its port, which is in use" in fault["cause"]
     two_ranks.finish(process)
     two_ranks.assert_same(name, "undisturbed")
     two_ranks.assert_nothing_left(name)

@@ -34,7 +34,7 @@ def struck(two_ranks: Any) -> Callable[[dict[str, Any]], str]:
     ("fault", "cause"),
     [
         ({"kind": "kill", "step": 12}, "was killed by SIGKILL at step 12"),
-        ({"kind": "exit", "step": 12}, "exited with 0 at step 12 while other ranks went on"),
+        ({"kind": "exit", "step": 12}, "exited with 0 at step 12 while other ranks continued"),
         (STOPPED, "hangs in phase step at step 12"),
         ({"kind": "stop", "step": 14, "phase": "save"}, "hangs in phase save at step 14"),
         ({"kind": "stop at once", "step": 12, "phase": "data"}, "hangs in phase data at step 12"),

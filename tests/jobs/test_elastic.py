@@ -86,7 +86,7 @@ def test_a_run_shrinks_when_none_is_spare_and_grows_at_a_requested_checkpoint(
     done = [step for attempt, step, _ in steps_of(job, 0) if attempt > 0]
     assert done == list(range(1, len(done) + 1)), "no step is done twice or skipped when it grows"
     assert {world for attempt, _, world in steps_of(job, 0) if attempt == 1} == {2}
-    assert job.named("restarted")[-1]["cause"] == "3 nodes can be had"
+    assert job.named("restarted")[-1]["cause"] == "3 nodes are available"
     assert len(job.named("fault")) == 1
 
 
@@ -122,7 +122,7 @@ def test_a_notice_shorter_than_a_save_is_reported_and_costs_no_budget(job: Any, 
     when(lambda: bool(job.named("notice")), lambda: placer.lose("a"))
     assert job.launch(nproc=1, placer=placer, job=JobConfig(nodes=2, max_failures=0)) == 0
     [fault] = job.named("fault")
-    assert "host host-a was taken away before the run had saved (its notice was of 1 s)" in fault["cause"]
+    assert "host host-a was preempted before the run had saved (notice period: 1 s)" in fault["cause"]
     assert placer.placements == ["ab", "cb"]
 
 
@@ -160,7 +160,7 @@ go(6, at=die)
     placer = machines("ab", (2,))
     assert job.launch(nproc=1, placer=placer, job=JobConfig(nodes=2)) == 0
     assert placer.placements == ["ab"]
-    assert any("cannot do without it" in line for line in job.said)
+    assert any("cannot continue without it" in line for line in job.said)
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ train(20 if attempt else 10**6)
     [fault] = job.named("fault")
     assert fault["rank"] == 1
     assert fault["step"] == 3
-    assert "exited with 0 at step 3 while other ranks went on" in fault["cause"]
+    assert "exited with 0 at step 3 while other ranks continued" in fault["cause"]
 
 
 def test_a_rank_may_finish_its_save_after_the_others_left(job: Any) -> None:

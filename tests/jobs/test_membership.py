@@ -68,7 +68,7 @@ def test_more_nodes_are_taken_only_when_they_have_been_there_for_a_while(clock: 
     placer.more = 3
     assert members.reason_to_leave() is None
     clock[0] += 6
-    assert members.reason_to_leave() == "3 nodes can be had"
+    assert members.reason_to_leave() == "3 nodes are available"
     members.placed()
     placer.more = 0
     clock[0] += 6
@@ -79,7 +79,7 @@ def test_a_fault_on_a_node_with_notice_is_preemption_and_on_another_is_not(clock
     placer = Still()
     members, events = membership(placer)
     placer.said = [Notice("a", "host-a", 2.0)]
-    assert "host-a will be taken away in 2 s" in str(members.reason_to_leave())
+    assert "host-a will be preempted in 2 s" in str(members.reason_to_leave())
     assert [name for name, _ in events] == ["notice"]
     lost, anew = members.judge(Fault(Kind.AGENT_LOST, "gone", "host-a", agent="a"), ["a"])
     assert (lost.kind, anew) == (Kind.PREEMPTED, True)

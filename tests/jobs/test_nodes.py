@@ -77,7 +77,7 @@ def test_what_never_fits_differs_from_what_is_not_there_yet() -> None:
     assert "at most 0 GPU on one" in never.text
     busy = missing([node("a", free=0), node("b"), node("c", free=0)], NEED, None, {"b": "does not answer"})
     assert not busy.never
-    assert "it takes 2 nodes with 2 CPU each, and 0 are free" in busy.text
+    assert "the run needs 2 nodes with 2 CPU each, but 0 are free" in busy.text
     assert "host-a, host-c in use" in busy.text
     assert "host-b does not answer" in busy.text
 
@@ -94,4 +94,4 @@ def test_what_never_fits_differs_from_what_is_not_there_yet() -> None:
 def test_what_an_autoscaler_can_bring_is_counted(kind: NodeKind, never: bool) -> None:
     lacking = missing(nodes("a"), NEED, [kind], {})
     assert lacking.never is never
-    assert ("asked of the autoscaler" in lacking.text) is not never
+    assert ("requested from the autoscaler" in lacking.text) is not never

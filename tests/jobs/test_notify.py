@@ -133,7 +133,7 @@ def test_a_webhook_that_hangs_keeps_nobody(write_config: Callable[..., Path], en
         config = load_config(write_config(job={"notify": {"webhook": url}}))
         began = time.monotonic()
         line = notify(ended, config, status(ended.path, alive=False), ExitCode.FAILED, wait_s=0.2, limit_s=3.0)
-        assert "still under way" in str(line)
+        assert "still being sent" in str(line)
         assert time.monotonic() - began < 30
         while not got:
             time.sleep(0.02)

@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_fewer_nodes_and_grows_when_one_comes_back(run: Run, 
     assert "agent on host" in node_lost["cause"]
     after = [step for attempt, step, *_ in run.steps(0) if attempt > 0]
     assert after == list(range(1, len(after) + 1)), "no step is done twice when it grows"
-    assert run.events("restarted")[-1]["cause"] == "3 nodes can be had"
+    assert run.events("restarted")[-1]["cause"] == "3 nodes are available"
 
 
 @pytest.mark.slow
@@ -257,7 +257,7 @@ def test_a_drained_node_loses_no_step(run: Run, nodes: RayNodes) -> None:
     assert code == 0, said
     assert not run.events("fault")
     [notice] = run.events("notice")
-    assert "will be taken away in" in notice["cause"]
+    assert "will be preempted in" in notice["cause"]
     assert leaves not in run.placed(1, 2)
     done = [step for _, step, *_ in run.steps(0)]
     assert done == list(range(1, len(done) + 1))
@@ -309,7 +309,7 @@ def test_what_the_cluster_can_never_hold_is_refused(run: Run) -> None:
     run.start({"nodes": 2, "procs_per_node": 64})
     code, said = run.wait()
     assert code == 2, said
-    assert "can never fit: it takes 2 nodes with 64 CPU each" in said
+    assert "can never fit: the run needs 2 nodes with 64 CPU each" in said
     assert not run.events("placed")
 
 

@@ -73,7 +73,7 @@ def test_a_port_taken_by_another_process_is_named_and_tried_again() -> None:
     budget = RetryBudget(10, lambda: 0)
     for port in (23456, 23457):
         fault = fault_of_exit({**exited, "traceback": f"Traceback\n{text.format(port)}"}, "x")
-        assert fault.cause.startswith("rank 0 on host x found its port taken by another process: ")
+        assert fault.cause.startswith("rank 0 on host x could not listen on its port, which is in use: ")
         assert f"port: {port}" in fault.cause
         assert budget.judge(fault).retry
 
@@ -94,7 +94,7 @@ def test_causes_name_rank_host_phase_and_step() -> None:
     hung = {"rank": 0, "step": 3, "phase": "data", "age_s": 301.2, "limit_s": 300.0, "stopped": False, "stacks": ""}
     assert (
         fault_of_hang(hung, "x").cause
-        == "rank 0 on host x hangs in phase data at step 3: no sign of life for 301 s (limit 300 s)"
+        == "rank 0 on host x hangs in phase data at step 3: no heartbeat for 301 s (limit 300 s)"
     )
 
 

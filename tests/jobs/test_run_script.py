@@ -106,9 +106,9 @@ def test_a_module_and_its_options(tmp_path: Path) -> None:
         (["job.max_failures=1"], "No script is named"),
         (["job.max_failure=1", "a.py"], "max_failures"),
         (["--launcher", "torchrunn", "a.py"], "Did you mean 'torchrun'"),
-        (["--launcher", "torchrun --nnodes 2", "a.py"], "--nnodes is no option of torchrun"),
-        (["--env", "RANK=1", "a.py"], "RANK is set by the launcher"),
-        (["--env", "MY_API_KEY=1", "a.py"], "seems to be a secret"),
+        (["--launcher", "torchrun --nnodes 2", "a.py"], "--nnodes is not a known option of torchrun"),
+        (["--env", "RANK=1", "a.py"], "the launcher sets RANK itself"),
+        (["--env", "MY_API_KEY=1", "a.py"], "looks like a secret"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(tmp_path: Path, words: list[str], part: str) -> None:

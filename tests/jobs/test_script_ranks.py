@@ -94,7 +94,7 @@ def test_the_limit_after_the_first_end_holds_where_it_is_set(job: Any) -> None:
     assert run_script(job, text, section, procs=2) == 1
     [fault] = job.named("fault")
     assert "exited with 0" in fault["cause"]
-    assert "while other ranks went on" in fault["cause"]
+    assert "while other ranks continued" in fault["cause"]
 
 
 def test_every_fault_of_a_script_is_retried_until_the_budget_is_spent(job: Any) -> None:

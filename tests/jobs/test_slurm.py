@@ -97,7 +97,7 @@ train(20 if attempt else 10**6, at=lose)
     assert "at 127.0.0.4" in job.log(1, 1)
     [fault] = job.named("fault")
     assert "is lost" in fault["cause"]
-    assert any("127.0.0.3: going on without it" in line for line in job.said)
+    assert any("127.0.0.3: continuing without it" in line for line in job.said)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def lose(step):
 train(10**6, at=lose)
 """)
     assert run(job, placer_of(job, 3), nodes=3) == 1
-    assert any("takes 3 nodes at least, and job 4711 has 2 left: 127.0.0.4 lost" in line for line in job.said)
+    assert any("needs at least 3 nodes, but job 4711 has 2 left: 127.0.0.4 lost" in line for line in job.said)
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ train(20 if attempt else 10**6, at=lose)
     assert run(job, placer_of(job, 1, 2, 3), nodes=3) == 0
     assert "at 127.0.0.2 of 2" in job.log(1, 0)
     assert "at 127.0.0.4 of 2" in job.log(1, 1)
-    assert any("going on with 2 of 3 nodes" in line for line in job.said)
+    assert any("continuing with 2 of 3 nodes" in line for line in job.said)
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_files_as_bert_was_published_are_read(hf_model: Any, tmp_path: Path) -> 
         ({"position_embedding_type": "relative_key"}, "position_embedding_type: 'relative_key'"),
         ({"add_cross_attention": True}, "add_cross_attention: True"),
         ({"is_decoder": True}, "is_decoder: True"),
-        ({"intermediate_size": 48}, "intermediate_size: 48.*64 alone"),
+        ({"intermediate_size": 48}, "intermediate_size: 48.*only 64"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps: 1e-05"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: False"),
     ],
@@ -180,7 +180,7 @@ def test_a_mask_is_found_in_any_file_of_a_tokenizer(tmp_path: Path) -> None:
         found.append(mask_token(tmp_path))
     assert found == [1, 3, 5]
     (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": [1]}')
-    with pytest.raises(UserError, match="Its tokenizer cannot be read"):
+    with pytest.raises(UserError, match="The tokenizer of the weights cannot be read"):
         mask_token(tmp_path)
 
 
@@ -220,9 +220,9 @@ def test_a_larger_vocabulary_keeps_the_rows_of_its_ids(hf_model: Any, directory:
 
 
 def test_ids_that_are_no_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.mask is 7, and the vocabulary has 7 tokens"):
+    with pytest.raises(UserError, match=r"model\.mask is 7, but the vocabulary has 7 tokens"):
         Config(context=8, **MODEL).check_source(MASK)
-    with pytest.raises(UserError, match=r"model\.first is 60, and the vocabulary has 50 tokens"):
+    with pytest.raises(UserError, match=r"model\.first is 60, but the vocabulary has 50 tokens"):
         Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=60).check_source(3)
     with pytest.raises(ValueError, match="max_positions 4 is less than context 8"):
         Config(context=8, max_positions=4)
@@ -244,5 +244,5 @@ def test_a_classifier_reads_what_transformers_makes_of_cls(hf_model: Any, direct
         assert (network(tokens, lengths) - expected).abs().max() <= SAME_LOGITS
     with pytest.raises(UserError, match=r"The weights lack (bias|classes)"):
         files.check_fit(config, config.parameter_shapes(3))
-    with pytest.raises(UserError, match="has no form in transformers"):
+    with pytest.raises(UserError, match="cannot be exported to transformers"):
         export_hf(directory, 0, directory / "out", config=config)

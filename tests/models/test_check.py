@@ -50,7 +50,7 @@ def spoil(change: Callable[[nn.Module], None]) -> nn.Module:
         (lambda m: setattr(m, "drop", nn.Dropout(0.1)), "'drop' is Dropout"),
         (lambda m: setattr(m, "names", ["layer.0"]), "names a module 'layer.0'"),
         (lambda m: m.rules.pop("layers.0.bias"), "no rule for the parameter 'layers.0.bias'"),
-        (lambda m: m.rules.update({"layers.0.wieght": Ones()}), "'layers.0.wieght', which is no parameter"),
+        (lambda m: m.rules.update({"layers.0.wieght": Ones()}), "'layers.0.wieght', which is not a parameter"),
         (lambda m: delattr(m, "compute_dtype"), "no compute_dtype"),
     ],
     ids=["buffer", "dropout", "block", "missing rule", "rule too many", "dtype"],
@@ -87,7 +87,7 @@ def test_every_preset_counts_its_parameters_right(name: str) -> None:
 def test_a_wrong_count_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     config = FAMILIES["vit"](image_size=8)
     monkeypatch.setattr(type(config), "parameter_count", lambda self, vocab_size: 7)
-    with pytest.raises(UserError, match=r"parameter_count\(\) says 7"):
+    with pytest.raises(UserError, match=r"parameter_count\(\) returns 7"):
         check_model(config, 10)
 
 

@@ -57,7 +57,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     assert "llama" in (arch.value.fix or "")
     with pytest.raises(UserError) as name:
         preset("llama3-8B")
-    assert "did you mean 'llama3-8b'" in (name.value.fix or "")
+    assert "Did you mean 'llama3-8b'" in (name.value.fix or "")
 
 
 def test_a_changed_preset_leaves_the_next_one_whole() -> None:

@@ -160,7 +160,7 @@ def test_pairs_are_packed_read_and_refused(tmp_path: Path) -> None:
     assert ("What is 7 plus 1? "[-1:], PAIRS[0]["rejected"][:16], False) in short
     assert kind.cut(index, 16) == 40
     file.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}))
-    with pytest.raises(UserError, match="no preference"):
+    with pytest.raises(UserError, match="not a preference"):
         kind.find([file], options)
 
 
@@ -236,10 +236,13 @@ def test_the_loss_of_chats_is_that_of_transformers_with_its_chat_template(kind: 
     ("record", "message"),
     [
         ({"chosen": ANSWERS[0], "rejected": ANSWERS[1]}, "no common beginning"),
-        ({"prompt": CHATS[0], "chosen": ANSWERS[0] + CHATS[1], "rejected": ANSWERS[1]}, "not one turn"),
-        ({"prompt": CHATS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[0]}, "not one turn"),
-        ({"prompt": CHATS[0], "chosen": CHATS[0][:1], "rejected": ANSWERS[0]}, "not one turn"),
-        ({"prompt": CHATS[0], "chosen": "Yes.", "rejected": "No."}, "no preference"),
+        (
+            {"prompt": CHATS[0], "chosen": ANSWERS[0] + CHATS[1], "rejected": ANSWERS[1]},
+            "exactly one more turn",
+        ),
+        ({"prompt": CHATS[0], "chosen": ANSWERS[0], "rejected": ANSWERS[0]}, "exactly one more turn"),
+        ({"prompt": CHATS[0], "chosen": CHATS[0][:1], "rejected": ANSWERS[0]}, "exactly one more turn"),
+        ({"prompt": CHATS[0], "chosen": "Yes.", "rejected": "No."}, "not a preference"),
         ({"chosen": "same", "rejected": "same"}, "answer is empty"),
         ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": ANSWERS[0]}, "no role"),
     ],
@@ -273,7 +276,7 @@ def test_a_run_learns_preferences_from_weights_and_exports_the_policy(
         "model": model(policy), "data": {"train": str(tmp_path / "pairs" / "train")}, "batch": {"size": 8},
         "evaluation": {}, "optimizer": {"lr": 3e-3}, "checkpoint": {"every": "4 steps"}, "duration": "12 steps",
     }  # fmt: skip
-    with pytest.raises(UserError, match="compared with the weights that it began with"):
+    with pytest.raises(UserError, match="needs initial weights to compare with"):
         prepare(load_config(write_config(**sections)))
     path = write_config(**sections, init={"source": str(tmp_path / "base")})
     for steps in (8, 12):

@@ -39,15 +39,15 @@ def test_what_a_model_cannot_do_is_refused(models: Callable[[str], Path], tmp_pa
     bert, gpt2 = str(models("bert")), str(models("gpt2"))
     with pytest.raises(ValueError, match="dropout of a Hugging Face model is always 0"):
         Config(hf=gpt2, context=CONTEXT, dropout=0.1)
-    with pytest.raises(UserError, match="does not learn by task 'causal'"):
+    with pytest.raises(UserError, match="does not support task 'causal'"):
         Config(hf=bert, context=CONTEXT).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="does not learn by task 'masked'"):
+    with pytest.raises(UserError, match="does not support task 'masked'"):
         Config(hf=gpt2, context=CONTEXT, task="masked", mask_token=1).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="65 different tokens, and the model 64"):
+    with pytest.raises(UserError, match="65 different tokens, but the model has 64"):
         Config(hf=gpt2, context=CONTEXT).check_source(65)
     with pytest.raises(UserError, match="longer than the model's 32 positions"):
         Config(hf=gpt2, context=33).check_source(VOCABULARY)
-    with pytest.raises(UserError, match="token that hides others is not known"):
+    with pytest.raises(UserError, match="mask token is not known"):
         Config(hf=bert, context=CONTEXT, task="masked").check_source(VOCABULARY)
     (tmp_path / "config.json").write_text((models("gpt2") / "config.json").read_text())
     with pytest.raises(UserError, match="There are no weights"):

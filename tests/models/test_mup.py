@@ -162,6 +162,6 @@ def test_a_policy_of_preferences_has_its_decoder_s_factors() -> None:
 
 def test_adapters_beside_constants_that_peft_does_not_know_are_not_exported(tmp_path: Path) -> None:
     shape = {"layers": 1, "width": 64, "heads": 4, "context": 16, "mup": BASE, "adapter": {"name": "lora"}}
-    with pytest.raises(UserError, match="no constants of") as refused:
+    with pytest.raises(UserError, match="does not have the constants of") as refused:
         export_peft(tmp_path, 1, tmp_path / "out", config=FAMILIES["llama"](**shape))
     assert refused.value.fix == "Export with --format hf, which merges them."

@@ -76,7 +76,7 @@ def test_parameters_and_flops_are_exact() -> None:
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"patch": 3}, "patch 3"), ({"heads": 5}, "heads 5"), ({"context": 9}, "context has no")],
+    [({"patch": 3}, "patch 3"), ({"heads": 5}, "heads 5"), ({"context": 9}, "does not take context")],
 )
 def test_an_impossible_shape_is_refused(keys: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -37,8 +37,8 @@ class Adagrad(OptimizerConfig):
     ("state", "said"),
     [
         (None, "define zero_state"),
-        ({}, "zero_state.. gives step: float32 .., and a step makes step: float32 .., sum: float32 .3, 4."),
-        ({"sums": 0.5}, "gives step: float32 .., sums:"),
+        ({}, "zero_state.. returns step: float32 .., but a step creates step: float32 .., sum: float32 .3, 4."),
+        ({"sums": 0.5}, "returns step: float32 .., sums:"),
         ({"sum": 0.0}, "is not the optimizer's own first step"),
     ],
 )

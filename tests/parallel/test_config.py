@@ -59,7 +59,7 @@ def test_axes_that_do_not_make_the_ranks_are_refused(keys: dict[str, int], world
         ({"pp_stages_per_rank": 2}, "needs pp 2 or more"),
         ({"pp": 2, "pp_stages_per_rank": 2}, "or pp_schedule to interleaved"),
         ({"pp": 2, "pp_schedule": "interleaved"}, "needs pp_stages_per_rank of 2 or more"),
-        ({"pp": 3, "pp_split": [1, 2]}, "names 2 stages, and the layout has 3"),
+        ({"pp": 3, "pp_split": [1, 2]}, "names 2 stages, but the layout has 3"),
         ({"pp": 2, "pp_split": [0, 2]}, "greater than or equal to 1"),
     ],
 )
@@ -116,24 +116,24 @@ def test_the_schedules_get_as_many_micro_batches_as_they_take() -> None:
         (
             {"cp": 3},
             {},
-            r"cp 3 \(ulysses\) cannot share out 4 query and 2 key heads; cp may be 1, 2, 4, "
+            r"cp 3 \(ulysses\) cannot divide 4 query and 2 key heads; cp may be 1, 2, 4, "
             r"or with layout.cp_kind: all_gather 1, 2, 3, 4, 6, 12$",
         ),
         (
             {"cp": 8, "cp_kind": "all_gather"},
             {},
-            r"cp 8 \(all_gather\) wants model.context 24 to be a multiple of 16; cp may be 1, 2, 3, 4, 6, 12, "
+            r"cp 8 \(all_gather\) needs model.context 24 to be a multiple of 16; cp may be 1, 2, 3, 4, 6, 12, "
             r"or with layout.cp_kind: ulysses 1, 2, 4$",
         ),
         (
             {"cp": 4, "tp": 2},
             {},
-            r"share out 2 query and 1 key heads of a rank under tp 2; cp may be 1, 2, .*all_gather 1, 2, 3, 4, 6",
+            r"cannot divide 2 query and 1 key heads of a rank under tp 2; cp may be 1, 2, .*all_gather 1, 2, 3, 4, 6",
         ),
         (
             {"cp": 2, "tp": 2},
             {"context": 10},
-            r"wants model.context 10 to be a multiple of 4; cp may be 1, or with layout.cp_kind: all_gather 1, 5$",
+            r"needs model.context 10 to be a multiple of 4; cp may be 1, or with layout.cp_kind: all_gather 1, 5$",
         ),
     ],
 )
@@ -146,7 +146,9 @@ def test_what_the_model_cannot_split_is_refused_with_the_sizes_that_would_work(
         LayoutConfig(**layout).check(FAMILIES["llama"](**keys), outputs)
 
 
-@pytest.mark.parametrize(("axis", "message"), [("tp", "no tensor plan"), ("cp", "no plan for it: use cp 1")])
+@pytest.mark.parametrize(
+    ("axis", "message"), [("tp", "no tensor plan"), ("cp", "not support context parallelism: use cp 1")]
+)
 def test_a_family_without_a_plan_is_refused(axis: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayoutConfig(**{axis: 2}).check(FAMILIES["vit"](image_size=8), 10)
@@ -178,12 +180,12 @@ def _fits(layout: LayoutConfig, model: ModelConfig) -> bool:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"pp": 8}, r"makes 8 stages of 6 blocks; with 1 a rank, pp may be 1, 2, 3, 4, 5, 6$"),
+        ({"pp": 8}, r"makes 8 stages of 6 blocks; with 1 for each rank, pp may be 1, 2, 3, 4, 5, 6$"),
         (
             {"pp": 4, "pp_schedule": "interleaved", "pp_stages_per_rank": 2},
-            r"makes 8 stages of 6 blocks; with 2 a rank, pp may be 1, 2, 3$",
+            r"makes 8 stages of 6 blocks; with 2 for each rank, pp may be 1, 2, 3$",
         ),
-        ({"pp": 2, "pp_split": [2, 3]}, r"adds up to 5 blocks, and the model has 6; auto makes it \[3, 3\]"),
+        ({"pp": 2, "pp_split": [2, 3]}, r"adds up to 5 blocks, but the model has 6; auto makes it \[3, 3\]"),
         ({"pp_split": [6]}, "has no meaning with pp 1"),
     ],
 )
@@ -194,7 +196,7 @@ def test_what_cannot_be_cut_is_refused_with_what_would_work(layout: dict[str, An
 
 
 def test_a_family_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be cut into stages: use pp 1"):
+    with pytest.raises(ValueError, match="cannot be split into stages: use pp 1"):
         LayoutConfig(pp=2).check(FAMILIES["vit"](image_size=8), 10)
 
 

@@ -82,7 +82,7 @@ def compare(case: Case) -> list[float]:
     ("size", "heads", "kv_heads"),
     [
         pytest.param(4, 8, 4, id="grouped queries"),
-        pytest.param(4, 4, 4, id="as many key heads as query heads"),
+        pytest.param(4, 4, 4, id="kv_heads equal to heads"),
         pytest.param(4, 8, 2, id="fewer key heads than ranks"),
         pytest.param(3, 6, 1, id="one key head"),
         pytest.param(1, 8, 4, id="one rank"),

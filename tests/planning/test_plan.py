@@ -108,7 +108,7 @@ def test_what_cannot_fit_names_the_term_and_what_would_do() -> None:
 def test_no_legal_layout_names_the_nearest_number_of_gpus() -> None:
     with pytest.raises(UserError, match=r"No layout .* is legal on 8191 GPUs") as caught:
         search(JOB, H100, 8191)
-    near = int(re.search(r"nearest number that has one is (\d+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    near = int(re.search(r"Use (\d+) GPUs, the nearest number with a legal layout", str(caught.value)).group(1))  # type: ignore[union-attr]
     assert search(JOB, H100, near).legal
 
 
@@ -175,7 +175,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_term_to_cut(tmp_path: Path) -
     file = tmp_path / "run.yaml"
     file.write_text(RUN.replace("layers: 8", "layers: 400").replace("size: 32", "size: 64"))
     large = load_config(file)
-    with pytest.raises(UserError, match=r"needs about \d+ GiB .* H100 SXM has 75 GiB; most is \w+") as caught:
+    with pytest.raises(
+        UserError, match=r"needs about \d+ GiB .* H100 SXM has 75 GiB; the largest part is \w+"
+    ) as caught:
         check_memory(large, 32_000, 2, "NVIDIA H100 80GB HBM3")
     assert "bigtrain plan" in str(caught.value)
     check_memory(large, 32_000, 2, "a device that is not known")

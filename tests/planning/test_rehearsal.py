@@ -133,7 +133,7 @@ def test_a_collective_on_the_wrong_group_is_found(tmp_path: Path) -> None:
         engine.reducer.reduce = _reduce_over(engine, engine._mesh["tp"].get_group())  # type: ignore[method-assign]
 
     document = rehearse(run(tmp_path, "layout.tp=2"), VOCABULARY, 8, plant=sum_over_others)
-    assert any("all_reduce over tp of 40 bytes: 1 times, the formula says 0" in line for line in document["faults"])
+    assert any("all_reduce over tp of 40 bytes: 1 times, but the formula says 0" in line for line in document["faults"])
 
 
 def _reduce_over(engine: FSDPEngine, group: Any) -> Any:

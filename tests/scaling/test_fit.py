@@ -178,7 +178,7 @@ BAD: dict[str, tuple[Callable[[Rows], None], str]] = {
     "perplexity": (set_column("loss", lambda x: 100 * x), "nats"),
     "NaN": (first(loss="nan"), "line 2: nothing"),
     "text": (first(N="seven"), "'seven'"),
-    "duplicate": (lambda rows: rows.append(dict(rows[3])), "Two rows are one run"),
+    "duplicate": (lambda rows: rows.append(dict(rows[3])), "Two rows are the same run"),
     "too few": (lambda rows: rows.__delitem__(slice(4, None)), "parameters"),
     "mixed phases": (phases, "phase"),
 }

@@ -88,7 +88,7 @@ def test_a_run_that_follows_the_law_stays_inside(law_of_a_sweep: Path, tmp_path:
     assert (held["state"], held["final"]["inside"]) == ("inside", True)
     assert len(held["points"]) == BINS
     text = write_report(directory.path).read_text()
-    assert "The run is inside its forecast" in text
+    assert "The run is inside the band of its forecast" in text
     assert f"{held['final']['measured']:.5f}" in text
 
 

@@ -52,10 +52,10 @@ def test_a_sweeps_finding_is_found_and_warned_of(
 
 def test_nothing_is_printed_where_nothing_is_known_and_a_named_finding_must_exist(tmp_path: Path) -> None:
     assert overlap_of("runs.csv", None) == (None, [])
-    with pytest.raises(UserError, match="no finding"):
+    with pytest.raises(UserError, match="There is no result of"):
         overlap_of("runs.csv", str(tmp_path))
     (tmp_path / "overlap.json").write_text("{}")
-    with pytest.raises(UserError, match="no finding"):
+    with pytest.raises(UserError, match="not a result of"):
         overlap_of("runs.csv", str(tmp_path))
 
 

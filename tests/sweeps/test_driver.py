@@ -138,7 +138,7 @@ def test_six_trials_on_two_slots_through_a_crash_a_refusal_and_a_killed_driver(d
                                             and row["kind"] == "branch"]  # fmt: skip
     # D is what a run has counted, which is less than its steps have places for.
     assert {256 * row["steps"] - row["tokens"] for row in rows} == {SHORT}
-    with pytest.raises(UserError, match="needs no retry"):
+    with pytest.raises(UserError, match="cannot be retried"):
         let_retry(directory, rows[0]["run"])
     # Nothing that has finished is touched again.
     before = directory.runs.read_text(), len(drivers.lines("started"))
@@ -188,7 +188,7 @@ def test_a_budget_that_is_exceeded_starts_nothing(drivers: Drivers, write_sweep:
     drivers.sweep = write_sweep(sizes=sizes, budget={"flops": 1e6})
     code, said = drivers.finish(drivers.start())
     assert code == ExitCode.USER
-    assert "and the budget is 1e+06" in said
+    assert "but the budget is 1e+06" in said
     assert not drivers.directory.journal.exists()
 
 

@@ -87,7 +87,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_a_model_that_couples_its_batch_has_one_pass_a_rank_and_one_of_parts_is_refused() -> None:
     for name, micro_size in (("resnet-mnist", None), ("clip-emoji", None), ("lenet-mnist", 1)):
         assert plan_proof(load_config(CONFIGS / f"{name}.yaml"), 2)[1].micro_size == micro_size, name
-    with pytest.raises(UserError, match=r"parts \(discriminator, generator\) is not proven"):
+    with pytest.raises(UserError, match=r"parts \(discriminator, generator\) cannot be proven"):
         plan_proof(load_config(CONFIGS / "dcgan-mnist.yaml"), 2)
 
 

@@ -120,7 +120,7 @@ def test_one_that_is_slow_or_fails_costs_no_step_and_is_reported(
     failing = Trackers(run_dir, "tiny", {}, tracking(name="lines", fails=True), warn)
     eventually(lambda: bool(warnings))
     failing.close(10)
-    assert warnings == [("lines", "the tracker is off from here: RuntimeError: OSError: the disk is full")]
+    assert warnings == [("lines", "the tracker is disabled from now on: RuntimeError: OSError: the disk is full")]
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest_name() -> None:

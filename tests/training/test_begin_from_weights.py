@@ -88,9 +88,9 @@ def test_a_run_that_has_begun_goes_on_without_its_source(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["init.state=all"], "holds weights alone"),
+        (["init.state=all"], "holds only weights"),
         (["init.fresh=[haed.weight]"], "nearest name is 'head.weight'"),
-        (["init.hash=sha256:0"], "does not hold the weights that this run began with"),
+        (["init.hash=sha256:0"], "does not hold the weights that this run started from"),
     ],
 )
 def test_weights_that_a_run_cannot_begin_with_are_refused(

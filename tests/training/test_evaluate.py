@@ -105,7 +105,7 @@ def test_a_run_and_its_export_are_one_table_and_the_run_records_it(
     data = ("--data", f"held={text_shards / 'validation'}", "--data", text_shards / "train")
     found = bigtrain("evaluate", "tiny", "out", *data, "--json", "--nproc", 2, "--sequences", 60, "model.context=32")
     assert found.returncode == 2
-    assert "says what was trained" in json.loads(found.stdout)["error"]
+    assert "is a key of the training, which an evaluation cannot change" in json.loads(found.stdout)["error"]
     found = bigtrain("evaluate", "tiny", "out", "back", *data, "--json", "--sequences", 60, "--nproc", 2, "layout.tp=2")
     assert found.returncode == 0, found.stderr
     run, exported, imported = json.loads(found.stdout)["checkpoints"]

@@ -186,4 +186,4 @@ def test_arrays_that_the_model_does_not_take_are_refused_before_anything_starts(
     config, options = prepared
     result = bigtrain_here("train", config, *options, "model.features=3")
     assert result.returncode == 2
-    assert "'x' is 6 x 1, and the model takes 6 x 3" in result.stderr
+    assert "'x' is 6 x 1, but the model takes 6 x 3" in result.stderr

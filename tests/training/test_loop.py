@@ -300,10 +300,10 @@ def test_a_roll_back_leaves_out_the_batches_that_led_to_it() -> None:
 def test_no_more_roll_backs_than_allowed_and_none_without_a_checkpoint() -> None:
     losses = {6: math.nan, 7: math.nan}
     endless = World(total=9, losses=losses, bad_steps=BadStepsConfig(limit=2, rewind=3, skip=0, max_roll_backs=2))
-    with pytest.raises(BadStepsError, match="rolled back 2 times already"):
+    with pytest.raises(BadStepsError, match="already rolled back 2 times"):
         endless.trainer().fit()
     assert [line for line in endless.log if line.startswith("roll")] == ["roll back from 7 to 4"] * 2
-    with pytest.raises(BadStepsError, match="no checkpoint before it"):
+    with pytest.raises(BadStepsError, match="no checkpoint before that step"):
         World(total=9, losses=losses, bad_steps=BadStepsConfig(limit=2, rewind=100)).trainer().fit()
 
 
@@ -312,7 +312,9 @@ def test_a_loss_far_above_those_before_it_is_a_spike_and_is_detected_only_on_req
     spiked = {**losses, 12: 12 * 2.5}
     assert World(total=14, losses=spiked).trainer().fit() is Outcome.FINISHED
     config = BadStepsConfig(spike=5.0, window=8, rewind=2, skip=0, max_roll_backs=0)
-    with pytest.raises(BadStepsError, match=r"the loss of step 12 is 2.5, where the 8 steps before had a mean of 2.05"):
+    with pytest.raises(
+        BadStepsError, match=r"the loss of step 12 is 2.5, but the 8 steps before it had a mean of 2.05"
+    ):
         World(total=14, losses=spiked, bad_steps=config).trainer().fit()
     assert World(total=14, losses={**losses, 6: 60.0}, bad_steps=config).trainer().fit() is Outcome.FINISHED
 
@@ -541,5 +543,5 @@ def test_a_step_without_a_token_is_counted_as_skipped_and_never_as_a_spike() -> 
     world = World(total=4, bad_steps=config)
     train_step = world.train_step
     world.train_step = without_tokens  # type: ignore[method-assign]
-    with pytest.raises(BadStepsError, match="no token that counts"):
+    with pytest.raises(BadStepsError, match="no token with a weight"):
         world.trainer().fit()

@@ -203,11 +203,11 @@ def test_attention_is_rendered_where_it_is_requested(tmp_path: Path) -> None:
 
 
 def test_what_offers_no_pictures_is_refused_before_the_start() -> None:
-    with pytest.raises(UserError, match="'vae' offers no pictures of its attention"):
+    with pytest.raises(UserError, match="'vae' defines no pictures of its attention"):
         PicturesConfig(attention=True).check_model(Vae(image_size=SIZE, width=8, latent=2))
-    with pytest.raises(UserError, match=r"offers no pictures\n.*\n.*attention: true"):
+    with pytest.raises(UserError, match=r"defines no pictures\n.*\n.*attention: true"):
         PicturesConfig().check_model(FAMILIES["vit"](image_size=28))
-    with pytest.raises(UserError, match="'vit' offers no pictures"):
+    with pytest.raises(UserError, match="'vit' defines no pictures"):
         PicturesConfig().check_model(FAMILIES["vit"](image_size=28))
-    with pytest.raises(UserError, match="'deepspeed' gives no full weights"):
+    with pytest.raises(UserError, match="'deepspeed' does not provide the full weights"):
         PicturesConfig().check(ENGINES["deepspeed"]())

@@ -80,7 +80,7 @@ def test_prompts_come_from_json_lines(tmp_path: Path) -> None:
     file.write_text('{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
     assert read_prompts(file) == ["a", [{"role": "user", "content": "b"}]]
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(UserError, match="no object with a prompt") as refused:
+    with pytest.raises(UserError, match="not a JSON object with a prompt") as refused:
         read_prompts(file)
     assert str(refused.value.where).endswith(":2")
 
@@ -119,7 +119,7 @@ def test_a_command_for_runs_alone_says_what_weights_go_with(
 ) -> None:
     done = bigtrain_here("checkpoint", "export", directory, "--out", "out")
     assert done.returncode == 2
-    assert "holds Hugging Face weights, and no run" in done.stderr
+    assert "holds Hugging Face weights, not a run" in done.stderr
     (tmp_path / "other/checkpoints").mkdir(parents=True)
-    assert "imported checkpoint, and no run" in bigtrain_here("report", "other").stderr
+    assert "imported checkpoint, not a run" in bigtrain_here("report", "other").stderr
     assert "does not say which model" in bigtrain_here("sample", "other").stderr

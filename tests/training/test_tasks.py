@@ -178,10 +178,10 @@ def test_a_token_over_the_boundary_leaves_the_context_its_own(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"context": "a", "gold": 0}', "no request"),
+        ('{"context": "a", "gold": 0}', "not a request"),
         ('{"context": "a", "continuations": ["b"], "gold": 1}', "gold is 1"),
         ('{"context": "a", "continuations": [""], "gold": 0}', "not empty"),
-        ("[]", "no request"),
+        ("[]", "not a request"),
     ],
 )
 def test_a_line_that_is_no_request_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_line_that_is_no_request_is_named(line: str, message: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"request_type": "generate_until"}, "'generate_until'"), ({"idx": "a"}, "no request"), ({"label": 7}, "gold"),
+    [({"request_type": "generate_until"}, "'generate_until'"), ({"idx": "a"}, "not a request"), ({"label": 7}, "gold"),
      ({"request": {"context": "a"}}, "must be texts")],
 )  # fmt: skip
 def test_a_line_of_olmo_s_that_is_no_request_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

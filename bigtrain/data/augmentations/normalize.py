@@ -30,9 +30,10 @@ class NormalizeConfig(AugmentationConfig):
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
                 raise ValueError(
-                    f"{key} has {len(values)} numbers, and the image {channels} channels: give one of each"
+                    f"{key} has {len(values)} numbers, but the image has {channels} channels: give one number for "
+                    "each channel"
                 )
         if image.dtype != np.uint8:
-            raise ValueError("the image is normalized already: name normalize once")
+            raise ValueError("the image is already normalized: list normalize only once")
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (image - 255 * mean) / (255 * std)

@@ -48,7 +48,9 @@ class RandomCropConfig(AugmentationConfig):
         """See `AugmentationConfig`."""
         height, width = self._size(image)
         if min(image.shape[0] - height, image.shape[1] - width) < 0:
-            raise ValueError(f"the image is smaller than the crop of {height} x {width}: set size to at most its own")
+            raise ValueError(
+                f"the image is smaller than the crop of {height} x {width}: set size to at most the size of the image"
+            )
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         return image[top : top + height, left : left + width]
 
@@ -56,6 +58,6 @@ class RandomCropConfig(AugmentationConfig):
         height, width = (image.shape[0], image.shape[1]) if self.size is None else (self.size, self.size)
         if self.padding >= min(height, width):
             raise ValueError(
-                f"padding {self.padding} would give crops without image: set it below {min(height, width)}"
+                f"padding {self.padding} would allow crops that contain only padding: set it below {min(height, width)}"
             )
         return height, width

@@ -28,8 +28,8 @@ ASSISTANT = "assistant"
 PRIVATE_AREAS = (0xF0000, 0x100000)
 """First characters of the two private planes of Unicode."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_NO_TEMPLATE = "name a template with --chat-template FILE, or a tokenizer that has one"
-_MARK_IT = "mark what the assistant writes by {% generation %} ... {% endgeneration %} in a --chat-template FILE"
+_NO_TEMPLATE = "Give a template with --chat-template FILE, or a tokenizer that has one."
+_MARK_IT = "Mark what the assistant writes with {% generation %} ... {% endgeneration %} in a --chat-template FILE."
 
 Message = Mapping[str, Any]
 Span = tuple[int, int, float]
@@ -146,7 +146,9 @@ class ChatTemplate:
         if len(marked) == len(turns):
             return whole, [(*span, weights[turn]) for span, turn in zip(marked, turns, strict=True)]
         if len({weights[turn] for turn in turns}) > 1:
-            raise UserError("the turns have several weights, and the template's marks are not one for each turn")
+            raise UserError(
+                "the turns have different weights, but the template does not mark exactly one span for each turn"
+            )
         return whole, [(*span, weights[turns[0]]) for span in marked] if turns else []
 
     def _turn(self, messages: Sequence[Message], number: int, whole: str, weight: float, tools: Any) -> Span:
@@ -161,7 +163,7 @@ class ChatTemplate:
             if place < 0:
                 raise UserError("the chat template changes the assistant's text", fix=_MARK_IT)
         if not after.startswith(before) or not whole.startswith(after):
-            raise UserError("the chat template writes a turn otherwise once others follow it", fix=_MARK_IT)
+            raise UserError("the chat template writes a turn differently when other turns follow it", fix=_MARK_IT)
         turn = after[len(before) :]
         trimmed = turn.rstrip()
         return len(before), len(before) + len(trimmed if trimmed.endswith(tuple(self._special)) else turn), weight

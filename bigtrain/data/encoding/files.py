@@ -23,7 +23,7 @@ MAX_COMPANION_BYTES = 1 << 24
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
 """Classes of transformers whose vocab.json and merges.txt have the meaning of GPT-2's files."""
 
-CONVERT = "make one by transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 GPT2_PAIRS = (
     ("gpt2_bpe_encoder.json", "gpt2_bpe_vocab.bpe"),

@@ -112,8 +112,8 @@ class LabelledTokens(Form):
             shifted = learned[:-1]
             what = "labels are neither the tokens themselves nor -100"
             if (labels[:-1][shifted] == ids[1:][shifted]).all():
-                what = "labels are shifted by one place"
-            raise UserError(what, fix="give the label of a token at the token's own place")
+                what = "labels are shifted by one position"
+            raise UserError(what, fix="Give the label of a token at the token's own position.")
         return WeightedTokens(ids, learned.astype(np.float32))
 
 
@@ -147,9 +147,9 @@ def parse_columns(text: str) -> dict[str, str]:
         name, equals, key = (one.strip() for one in part.partition("="))
         if not equals or not key or name not in known:
             raise UserError(
-                f"{part!r} does not say where a column lies",
+                f"{part!r} is not of the form COLUMN=KEY",
                 "--columns",
-                f"write prompt=question,completion=answer; columns are {', '.join(known)}",
+                f"Write for example prompt=question,completion=answer. Columns are {', '.join(known)}.",
             )
         found[name] = key
     return found
@@ -174,8 +174,8 @@ def encode_record(value: Mapping[str, Any], tokenizer: Tokenizer, columns: Mappi
             return _checked(encoded)
     forms = "; ".join(", ".join(form.columns) for form in FORMS)
     raise UserError(
-        f"the object has the keys {', '.join(map(str, value))}, which are no sample",
-        fix=f"name columns with --columns; samples are {forms}",
+        f"the object has the keys {', '.join(map(str, value))}, which do not form a sample",
+        fix=f"Name the columns with --columns. Samples are {forms}.",
     )
 
 
@@ -211,7 +211,9 @@ def _checked(sample: WeightedTokens) -> WeightedTokens:
         raise UserError("a weight is negative or not a number")
     # The first token is never predicted, so its weight does not count.
     if not sample.weights[1:].any():
-        raise UserError("no token of the sample is to be learned", fix="remove it, or allow it with --skip-bad")
+        raise UserError(
+            "no token of the sample has a weight above zero", fix="Remove the sample, or allow it with --skip-bad."
+        )
     return sample
 
 
@@ -222,7 +224,9 @@ def _weighted(ids: Sequence[int], weights: Sequence[float]) -> WeightedTokens:
 def _ids(value: Any, tokenizer: Tokenizer) -> Any:
     ids = np.asarray(_integers("input_ids", value), np.int64)
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= tokenizer.vocab_size):
-        raise UserError(f"input_ids go from {ids.min()} to {ids.max()}, and the tokenizer has {tokenizer.vocab_size}")
+        raise UserError(
+            f"input_ids range from {ids.min()} to {ids.max()}, but the tokenizer has {tokenizer.vocab_size} tokens"
+        )
     return ids
 
 

@@ -30,7 +30,7 @@ def train_bpe(
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab < BYTES_VOCAB_SIZE:
-        raise UserError(f"a vocabulary of {vocab} cannot hold all bytes and an end of text", fix="use at least 257")
+        raise UserError(f"a vocabulary of {vocab} cannot hold all bytes and an end of text", fix="Use at least 257.")
     target = _new_file(out)
 
     def pieces() -> Iterator[str]:
@@ -76,7 +76,10 @@ def characters_of(
         for text in document.pieces():
             found.update(text)
     if len(found) > MAX_CHARACTERS:
-        raise UserError(f"the text has {len(found)} different characters", fix="learn a BPE: --kind bpe")
+        raise UserError(
+            f"the text has {len(found)} different characters, more than {MAX_CHARACTERS}",
+            fix="Learn a BPE vocabulary with --kind bpe.",
+        )
     vocabulary = {character: number for number, character in enumerate([*sorted(found), UNKNOWN])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -90,7 +93,7 @@ def characters_of(
 def _new_file(out: str | Path) -> Path:
     target = Path(out)
     if target.exists():
-        raise UserError(f"{str(out)!r} exists already", fix="choose another file, or delete it")
+        raise UserError(f"{str(out)!r} exists already", fix="Choose another file, or delete it.")
     if not target.parent.is_dir():
-        raise UserError("the directory of the output is not there", where=str(target.parent), fix="create it")
+        raise UserError("the directory of the output does not exist", where=str(target.parent), fix="Create it.")
     return target

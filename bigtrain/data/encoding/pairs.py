@@ -24,8 +24,8 @@ from bigtrain.data.tokenizers import Tokenizer
 
 PARTS: Final = ("prompt", "chosen", "rejected")
 _FIX: Final = (
-    'write "prompt", "chosen" and "rejected" as texts, answers not empty, or as lists of messages; '
-    "without a prompt it is what both answers begin with"
+    'Write "prompt", "chosen" and "rejected" as texts with answers that are not empty, or as lists of messages. '
+    'Without "prompt", the common beginning of both answers is the prompt.'
 )
 
 Ids = list[int]
@@ -93,7 +93,7 @@ class ChatPair:
             sides.append((sample.ids[:first].tolist(), sample.ids[first:end].tolist()))
         shared = _shared(sides[0][0], sides[1][0])
         if not shared:
-            raise UserError("the chat template writes nothing before the answers that both have")
+            raise UserError("the chat template writes no common prompt before the two answers")
         chosen, rejected = (prompt[shared:] + answer for prompt, answer in sides)
         return {"prompt": sides[0][0][:shared], "chosen": chosen, "rejected": rejected}
 
@@ -105,19 +105,19 @@ def read_pair(value: Any) -> TextPair | ChatPair:
         UserError: The object is no preference pair.
     """
     if not isinstance(value, Mapping):
-        raise UserError("it is no object", fix=_FIX)
+        raise UserError("it is not a JSON object", fix=_FIX)
     prompt, chosen, rejected = (value.get(part) for part in PARTS)
     if isinstance(chosen, (list, tuple)) and isinstance(rejected, (list, tuple)):
         return _chat(prompt, (messages_of(chosen), messages_of(rejected)), value.get("tools") or None)
     if not (isinstance(chosen, str) and isinstance(rejected, str)) or not isinstance(prompt, (str, type(None))):
-        raise UserError("the object is no preference", fix=_FIX)
+        raise UserError("the object is not a preference", fix=_FIX)
     if prompt is None:
         prompt = chosen[: _shared(chosen, rejected)]
         # A trailing space belongs to the next word.
         prompt = prompt[:-1] if prompt.endswith(" ") else prompt
         chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
     if not (chosen and rejected):
-        raise UserError("the object is no preference: an answer is empty", fix=_FIX)
+        raise UserError("the object is not a preference: an answer is empty", fix=_FIX)
     _check_characters((prompt, chosen, rejected))
     return TextPair(prompt, chosen, rejected)
 
@@ -133,8 +133,8 @@ def _chat(prompt: Any, answers: Sequence[list[Message]], tools: Any) -> ChatPair
         raise UserError("the two conversations have no common beginning, so there is no prompt", fix=_FIX)
     if {len(chosen), len(rejected)} != {shared + 1} or {chosen[-1]["role"], rejected[-1]["role"]} != {ASSISTANT}:
         raise UserError(
-            f"what follows the common beginning of {shared} messages is not one turn of the assistant in each",
-            fix="end both conversations with the turn in which they differ",
+            f"after {shared} common messages, each conversation must have exactly one more turn, of the assistant",
+            fix="End both conversations with the turn in which they differ.",
         )
     parts = [json.dumps(part, ensure_ascii=False) for part in (chosen[:shared], chosen[-1], rejected[-1], tools)]
     _check_characters(parts)
@@ -150,4 +150,4 @@ def _check_characters(texts: Iterable[str]) -> None:
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError("the object holds half a character") from None
+        raise UserError("the object holds an unpaired surrogate") from None

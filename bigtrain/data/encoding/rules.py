@@ -37,7 +37,7 @@ def begin_of_text(
     id = None if named is None else backend.token_to_id(named)
     if id is None:
         raise UserError(
-            "the tokenizer names no begin of text", where, "omit --bos, or name bos_token in tokenizer_config.json"
+            "the tokenizer has no begin-of-text token", where, "Omit --bos, or set bos_token in tokenizer_config.json."
         )
     return int(id)
 

@@ -41,7 +41,11 @@ def read_pieces(path: Path, added: dict[str, Any] | None = None) -> HuggingFaceT
         raise UserError(f"not a SentencePiece model: {error}", str(path)) from None
     trained = proto.trainer_spec
     if trained.model_type not in (UNIGRAM, BPE) or not proto.pieces:
-        raise UserError("the SentencePiece model is neither of unigrams nor BPE", str(path), "convert it by its tool")
+        raise UserError(
+            "the SentencePiece model is neither a unigram nor a BPE model",
+            str(path),
+            "Convert it to a tokenizer.json, or use a unigram or BPE model.",
+        )
     scores = [(piece.piece, piece.score) for piece in proto.pieces]
     if trained.model_type == UNIGRAM:
         model: Any = models.Unigram(scores, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)

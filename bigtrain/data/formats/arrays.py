@@ -57,7 +57,7 @@ class ArrayInfo:
         """
         name, dtype, shape = value["name"], value["dtype"], value["shape"]
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED or dtype not in ARRAY_TYPES:
-            raise ValueError(f"an array is called {name!r} and of type {dtype!r}")
+            raise ValueError(f"an array has the name {name!r} and the type {dtype!r}")
         if (
             not isinstance(shape, list)
             or len(shape) > MAX_DIMENSIONS
@@ -82,9 +82,9 @@ def array_name(suffix: str, where: str) -> str | None:
     name = match.group(1) or ONLY_NAME
     if not NAME.fullmatch(name) or name in RESERVED:
         raise UserError(
-            f"an array cannot be called {name[:80]!r}",
+            f"an array cannot have the name {name[:80]!r}",
             where=where,
-            fix=f"name it as in KEY.x.npy: letters, digits and '_', and none of {', '.join(RESERVED)}",
+            fix=f"Name it as in KEY.x.npy: lower-case letters, digits and '_', and none of {', '.join(RESERVED)}.",
         )
     return name
 
@@ -102,14 +102,16 @@ def array_info(name: str, layout: NpyLayout, stored_bytes: int, where: str) -> A
     """
     if layout.dtype not in ARRAY_TYPES:
         raise UserError(
-            f"the array {name!r} is of type {layout.dtype}, which is not read",
+            f"the array {name!r} is of type {layout.dtype}, which is not supported",
             where=where,
-            fix=f"store one of {', '.join(ARRAY_TYPES)}; objects are pickles, and never read",
+            fix=f"Store one of {', '.join(ARRAY_TYPES)}. Arrays of objects are pickles, which are never read.",
         )
     info = ArrayInfo(name, layout.dtype, layout.shape)
     if layout.fortran and len(layout.shape) > 1:
         raise UserError(
-            f"the array {name!r} is stored column by column", where=where, fix="store np.ascontiguousarray of it"
+            f"the array {name!r} is stored in column-major (Fortran) order",
+            where=where,
+            fix="Store np.ascontiguousarray(array).",
         )
     if not layout.values or info.bytes > MAX_ARRAY_BYTES:
         raise UserError(

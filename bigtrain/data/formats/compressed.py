@@ -25,7 +25,7 @@ MAX_RATIO = 250
 FREE_BYTES = 1 << 28
 """Decompressed bytes up to which any ratio is accepted."""
 
-_EXTRA = "pip install -e '.[data]', in the checkout"
+_EXTRA = "In the checkout, run pip install -e '.[data]'."
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def _check_window(path: Path) -> None:
         raise UserError(
             f"the zstd file was written with a window of {window >> 20} MiB; up to {ZSTD_WINDOW_BYTES >> 20} are read",
             str(path),
-            f"compress it again: zstd -dc --long=31 {path.name} | zstd -o NEW.zst",
+            f"Compress it again: zstd -dc --long=31 {path.name} | zstd -o NEW.zst",
         )
 
 
@@ -124,7 +124,7 @@ class _Bounded(io.RawIOBase):
             raise UserError(
                 f"the file decompresses to more than {self._limit} bytes",
                 str(self._path),
-                "decompress it, if it is meant",
+                "Decompress the file first if its size is intended.",
             )
         buffer[: len(data)] = data
         return len(data)

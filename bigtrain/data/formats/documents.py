@@ -109,7 +109,7 @@ def sources(
     """
     passed = passed or PassedOver()
     if not inputs:
-        raise UserError("no input given", fix="name at least one text file, directory, .jsonl or .parquet file")
+        raise UserError("no input given", fix="Name at least one text file, directory, .jsonl or .parquet file.")
     seen: set[str] = set()
     for source in _given(inputs, passed, key, token_type):
         place = os.path.abspath(source.path)
@@ -208,7 +208,7 @@ def _named(path: Path, name: str, key: str, token_type: str | None) -> Source:
     if content.kind == "binary" and path.suffix == ".bin":
         open_token_file(path)
     if content.kind == "binary" and content.what != NOT_TEXT:
-        raise UserError(f"the input is {content.what}, not text", str(path), "unpack it, or name files of text")
+        raise UserError(f"the input is {content.what}, not text", str(path), "Unpack it, or name files of text.")
     return _source(path, name, content if content.kind != "binary" else Content("text", content.codec))
 
 
@@ -223,7 +223,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
     for path in sorted(directory.rglob("*"), key=lambda path: path.relative_to(directory).parts):
         name = str(path.relative_to(directory))
         if path.is_symlink() and not path.is_file():
-            passed.ignore(name, "a link to a directory, or to nothing")
+            passed.ignore(name, "a link to a directory, or a broken link")
         elif path.is_dir():
             continue
         elif any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts):
@@ -233,7 +233,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
         elif not path.stat().st_size:
             passed.empty += 1
         elif has_tables and path.name in TABLE_NOTES:
-            passed.ignore(name, "a note beside Arrow files")
+            passed.ignore(name, "a metadata file of an Arrow data set")
         elif path.suffix == ".bin" and token_type is not None:
             found += 1
             yield _source(path, name, Content("ids"), token_type)
@@ -249,7 +249,7 @@ def _files_under(directory: Path, passed: PassedOver, key: str, token_type: str 
         raise UserError(
             "the directory holds no text",
             where=str(directory),
-            fix="files with suffixes such as .txt, .md, .py, .jsonl, .parquet are read; name others one by one",
+            fix="Name files one by one if their suffix is not one such as .txt, .md, .py, .jsonl or .parquet.",
         )
 
 
@@ -277,7 +277,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
             raise UserError(
                 "the input is UTF-16" if wide else "the input is binary, not text",
                 where=f"{path}, byte {offset + zero}",
-                fix="convert it: iconv -f utf-16 -t utf-8" if wide else "give UTF-8 text",
+                fix="Convert it: iconv -f utf-16 -t utf-8" if wide else "Give UTF-8 text.",
             )
         held = len(decoder.getstate()[0])
         try:
@@ -286,7 +286,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
             raise UserError(
                 f"the input is not UTF-8: {error.reason}",
                 where=f"{path}, byte {offset - held + error.start}",
-                fix="convert it, for example with iconv -f latin1 -t utf-8",
+                fix="Convert it, for example with iconv -f latin1 -t utf-8.",
             ) from None
         if text:
             yield text
@@ -310,7 +310,7 @@ def _text_under(record: Record, key: str) -> str:
     """The text of an object under a key (`records.under`); a list of texts is joined as lines."""
     value = record.value
     if not isinstance(value, dict):
-        fix = f'write {{"{key}": "..."}} on each line'
+        fix = f'Write {{"{key}": "..."}} on each line.'
         raise UserError(f"the {record.noun} is not a JSON object", where=record.where, fix=fix)
     text = under(value, key)
     if isinstance(text, list) and text and all(isinstance(one, str) for one in text):
@@ -320,7 +320,7 @@ def _text_under(record: Record, key: str) -> str:
         raise UserError(
             f"the {record.noun} has no text under {key!r}",
             where=where,
-            fix=f"name the key with --key; its keys are {', '.join(_keys(value)[:20]) or 'none'}",
+            fix=f"Name the key with --key. Its keys are {', '.join(_keys(value)[:20]) or 'none'}.",
         )
     return _whole(text, record)
 
@@ -337,7 +337,7 @@ def _whole(text: str, record: Record) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the text holds half a character: {error.reason}", where=record.where) from None
+        raise UserError(f"the text holds an unpaired surrogate: {error.reason}", where=record.where) from None
     return text
 
 

@@ -86,7 +86,7 @@ def picture_of(pixels: npt.NDArray[np.uint8]) -> Image:
     from PIL import Image
 
     if pixels.dtype != np.uint8:
-        raise ValueError("the image is normalized already: name normalize after what works on pixels")
+        raise ValueError("the image is already normalized: list normalize after the augmentations that work on pixels")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
@@ -146,7 +146,7 @@ def decode_label(data: bytes, suffix: str, where: str) -> int:
     Raises:
         UserError: The data has another form, or the class is outside 0 .. MAX_CLASSES - 1.
     """
-    fix = "write the class as a whole number, from 0"
+    fix = "Write the class as a whole number, from 0."
     try:
         if suffix == "cls":
             text = data.decode("utf-8").strip()
@@ -182,11 +182,13 @@ def _open(data: bytes, where: str) -> Image:
     except UnidentifiedImageError:
         # Pillow's own message names a buffer in memory.
         what = next((f" but {what}" for start, what in _OTHERS if start.match(data)), "")
-        raise UserError(f"no PNG or JPEG image{what}", where, "convert it to PNG or JPEG") from None
+        raise UserError(f"not a PNG or JPEG image{what}", where, "Convert it to PNG or JPEG.") from None
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"the member is not a PNG or JPEG image: {error}", where=where) from None
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"the image has more than {MAX_PIXELS} pixels", where=where)
     if image.mode not in _CHANNELS:
-        raise UserError(f"images of mode {image.mode!r} are not read", where=where, fix="store 8-bit grey or RGB")
+        raise UserError(
+            f"images of mode {image.mode!r} are not supported", where=where, fix="Store 8-bit grey or RGB images."
+        )
     return image

@@ -25,9 +25,9 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}", where) from None
+        raise UserError(f"the sample is not JSON: {error}", where) from None
     if not isinstance(value, dict):
-        raise UserError("it is not a JSON object", where)
+        raise UserError("the sample is not a JSON object", where)
     return value
 
 
@@ -39,7 +39,7 @@ def token_ids(value: dict[str, Any], key: str, where: str) -> list[int]:
     """
     ids = value.get(key)
     if not isinstance(ids, list) or not ids or not all(type(id) is int and 0 <= id <= MAX_ID for id in ids):
-        raise UserError(f"the sample has no token ids under '{key}'", where, "make it with bigtrain data pack")
+        raise UserError(f"the sample has no token ids under '{key}'", where, "Make it with bigtrain data pack.")
     return ids
 
 

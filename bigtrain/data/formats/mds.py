@@ -47,7 +47,7 @@ def mds_files(directory: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     if any(name != Path(name).name or name.startswith(".") for name in names):
-        raise UserError("the index of MDS shards names files elsewhere", str(directory / INDEX_NAME))
+        raise UserError("the index of MDS shards refers to files outside its directory", str(directory / INDEX_NAME))
     return [directory / name for name in names]
 
 

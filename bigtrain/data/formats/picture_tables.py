@@ -98,8 +98,8 @@ def _columns(schema: Any, path: Path) -> tuple[str, str]:
     labels = [name for name in LABELS if name in schema.names]
     if len(images) != 1 or not labels:
         raise UserError(
-            f"the columns are {', '.join(schema.names)}: of images there must be one, and one of classes",
+            f"the columns are {', '.join(schema.names)}: exactly one must hold images, and one classes",
             str(path),
-            f"name the classes {' or '.join(LABELS)}, and keep one column of bytes, or of {{bytes, path}}",
+            f"Name the column of classes {' or '.join(LABELS)}, and keep one column of bytes, or of {{bytes, path}}.",
         )
     return images[0], labels[0]

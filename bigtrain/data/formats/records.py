@@ -157,7 +157,7 @@ def _json_array(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iter
     """Yield the objects of a JSON array, which is read at once."""
     with open_bytes(source.path, source.codec) as file:
         data = file.read(MAX_ARRAY_BYTES + 1)
-    fix = f"write it as JSON lines: jq -c '.[]' {source.path.name} > {source.path.stem}.jsonl"
+    fix = f"Write it as JSON lines: jq -c '.[]' {source.path.name} > {source.path.stem}.jsonl"
     if len(data) > MAX_ARRAY_BYTES:
         raise UserError(f"the JSON array has more than {MAX_ARRAY_BYTES} bytes", str(source.path), fix)
     try:
@@ -191,7 +191,7 @@ def _columns(names: Sequence[str], keys: Sequence[str], path: Path) -> list[str]
         raise UserError(
             f"the file has no column {' or '.join(map(repr, keys))}",
             str(path),
-            f"name the column with --key; it has {', '.join(names[:20])}",
+            f"Name the column with --key. The file has {', '.join(names[:20])}.",
         )
     return found
 
@@ -263,7 +263,7 @@ def tar_samples(source: Source, passed: PassedOver) -> Iterator[TarSample]:
 
 def _refuse_codec(source: Source, what: str) -> None:
     if source.codec is not None:
-        raise UserError(f"the {what} file is compressed with {source.codec}", str(source.path), "decompress it")
+        raise UserError(f"the {what} file is compressed with {source.codec}", str(source.path), "Decompress it.")
 
 
 def _first_line(source: Source) -> int:

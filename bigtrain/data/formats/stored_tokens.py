@@ -34,13 +34,15 @@ class StoredTokens:
             raise UserError(
                 f"the array is not a list of tokens (type {layout.dtype}, {len(layout.shape)} dimensions)",
                 where=where,
-                fix=f"store one dimension of {', '.join(TOKEN_TYPES)}",
+                fix=f"Store an array of one dimension of type {', '.join(TOKEN_TYPES)}.",
             )
         width, offset, count = np.dtype(layout.dtype).itemsize, member.offset + layout.begin, layout.shape[0]
         if layout.begin + count * width != member.size or offset % width:
             raise UserError("the array's header does not fit its bytes", where=where)
         if self.dtype not in (None, layout.dtype):
-            raise UserError(f"the tokens are stored as {layout.dtype}, those before as {self.dtype}", where=where)
+            raise UserError(
+                f"the tokens are stored as {layout.dtype}, but those of earlier samples as {self.dtype}", where=where
+            )
         tokens = np.frombuffer(read_at(sample.path, offset, count * width), layout.dtype)
         self._next = layout.dtype, _largest_id(tokens, where)
         return offset, count, width
@@ -52,7 +54,7 @@ class StoredTokens:
 
 def needs_tokenizer(sample: TarSample) -> UserError:
     """The error for text in a tar without a named tokenizer."""
-    return UserError("text inside tars needs a tokenizer", sample.where, "name one with --tokenizer")
+    return UserError("text inside tars needs a tokenizer", sample.where, "Give one with --tokenizer.")
 
 
 def _largest_id(tokens: np.ndarray, where: str) -> int:
@@ -64,6 +66,6 @@ def _largest_id(tokens: np.ndarray, where: str) -> int:
         raise UserError(
             f"{low if low < 0 else high} is not a token",
             where=where,
-            fix="an array that is no tokens needs a name: KEY.x.npy",
+            fix="Give an array that holds no tokens a name: KEY.x.npy.",
         )
     return high

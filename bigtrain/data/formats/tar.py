@@ -94,7 +94,7 @@ def samples(path: Path, passed: PassedOver | None = None) -> Iterator[TarSample]
         found = True
         yield TarSample(path, key, tuple(group))
     if not found:
-        raise UserError("the tar holds no sample", str(path), "its members need names such as 000123.txt")
+        raise UserError("the tar holds no sample", str(path), "Give its members names such as 000123.txt.")
 
 
 def members(path: str | os.PathLike[str], passed: PassedOver | None = None) -> Iterator[Member]:
@@ -163,11 +163,11 @@ def read_at(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
     finally:
         os.close(descriptor)
     if len(data) != size:
-        raise CorruptionError("the shard ends before its index says", where=f"{path}, byte {offset + len(data)}")
+        raise CorruptionError("the shard is shorter than its index says", where=f"{path}, byte {offset + len(data)}")
     return data
 
 
-_FETCH_AGAIN = "fetch or make the tar again, then run `bigtrain data index` again"
+_FETCH_AGAIN = "Download or make the tar again, then run `bigtrain data index` again."
 
 
 def _refuse_compressed(name: str) -> None:
@@ -180,7 +180,7 @@ def _refuse_compressed(name: str) -> None:
         (b"\x28\xb5\x2f\xfd", "zstd"),
     ):
         if head.startswith(magic):
-            raise UserError(f"the tar is compressed with {kind}", where=name, fix="decompress it")
+            raise UserError(f"the tar is compressed with {kind}", where=name, fix="Decompress it.")
 
 
 def _checked(
@@ -188,11 +188,11 @@ def _checked(
 ) -> Member | None:
     where = f"{name}, member {info.name!r}"
     if info.name.startswith("/") or ".." in Path(info.name).parts or "\0" in info.name:
-        raise UserError("the member's name leads out of the tar", where=where, fix="do not use this tar")
+        raise UserError("the member's name points outside the tar", where=where, fix="Do not use this tar.")
     if info.isdir() or _META.match(info.name):
         return None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise UserError("a link, a device or a sparse file is refused", where=where, fix="store plain files only")
+        raise UserError("a link, a device or a sparse file is refused", where=where, fix="Store plain files only.")
     if info.size < 0 or end > total:
         raise CorruptionError("the tar is cut short inside this member", where=where, fix=_FETCH_AGAIN)
     if info.size > MAX_MEMBER_BYTES or count > MAX_MEMBERS:

@@ -52,7 +52,7 @@ def _decoded(data: bytes, compressed: bool, limit: int, where: str) -> str:
         data = gunzip(data, limit, where)
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data:
-        raise UserError("the text is binary", where=where, fix="give UTF-8 text")
+        raise UserError("the text is binary", where=where, fix="Give UTF-8 text.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,8 +101,9 @@ def tokenise_shard(path: Path, rows: np.ndarray, tokenizer: Tokenizer, file: Bin
         ids = encode_document(read_text(path, offset, size, bool(compressed), where), tokenizer)
         if len(ids) != tokens:
             raise CorruptionError(
-                f"the document has {len(ids)} tokens; indexed were {tokens}",
+                f"the document has {len(ids)} tokens, but the index says {tokens}",
                 where,
-                "index the shards again with this version of the tokenizers library: they become other data",
+                "Index the shards again with this version of the tokenizers library. They then count as different "
+                "data.",
             )
         file.write(ids.astype(tokenizer.dtype).tobytes())

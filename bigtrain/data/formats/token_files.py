@@ -97,9 +97,9 @@ def open_token_file(path: Path, token_type: str | None = None) -> TokenFile:
     header = _llmc_type(path)
     if header is None and token_type is None:
         raise UserError(
-            "the file does not say of which type its tokens are",
+            "the file does not state the type of its tokens",
             str(path),
-            f"name it with --token-type {' or '.join(TOKEN_TYPES)}",
+            f"Name it with --token-type {' or '.join(TOKEN_TYPES)}.",
         )
     dtype = np.dtype(header or TOKEN_TYPES[str(token_type)])
     offset = LLMC_HEADER_BYTES if header else 0

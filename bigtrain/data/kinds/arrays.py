@@ -82,9 +82,10 @@ class ArraySamples(SampleKind):
             (other.classes or 0) > (index.classes or 0)
         ):
             raise UserError(
-                f"the arrays ({self.describe(other)}) are not like the others ({self.describe(index)})",
+                f"the arrays ({self.describe(other)}) differ from the others ({self.describe(index)})",
                 where=f"{other.place} and {index.place}",
-                fix="make both of arrays of one set of names, types and shapes, with the classes of the first",
+                fix="Give both directories arrays of the same names, types and shapes, with the classes of the "
+                "first one.",
             )
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
@@ -95,13 +96,13 @@ class ArraySamples(SampleKind):
         for name, shape in config.sample_arrays.items():
             if name not in found:
                 raise UserError(
-                    f"A model of arch '{config.arch}' takes the array '{name}', and data.train holds "
+                    f"A model of arch '{config.arch}' takes the array '{name}', but data.train holds "
                     f"{self.describe(index)}",
                     index.place,
                 )
             if shape != found[name]:
                 raise UserError(
-                    f"The array '{name}' is {_by(found[name])}, and the model takes {_by(shape)}",
+                    f"The array '{name}' is {_by(found[name])}, but the model takes {_by(shape)}",
                     index.place,
                     "Change the sizes under 'model'.",
                 )
@@ -136,7 +137,7 @@ class ArraySamples(SampleKind):
         folder = len(paths) == 1 and paths[0].is_dir()
         samples: list[Any] = list(_in_folder(paths[0], options)) if folder else _in_columns(paths)
         if len(samples) < 2:
-            fix = advice_on_shards(inputs) or "give NAME.npy files, or a folder of KEY.npy files"
+            fix = advice_on_shards(inputs) or "Give NAME.npy files, or a folder of KEY.npy files."
             raise UserError("there are no samples", ", ".join(map(str, inputs)), fix)
         return samples
 
@@ -229,9 +230,9 @@ def _head(sample: TarSample, member: Member) -> bytes:
 
 def _unlike(held: Held, first: Held, where: str) -> UserError:
     return UserError(
-        f"the sample holds {_listed(*held)}; the first holds {_listed(*first)}",
+        f"the sample holds {_listed(*held)}, but the first holds {_listed(*first)}",
         where=where,
-        fix="store one set of names, types and shapes in a directory",
+        fix="Store arrays of one set of names, types and shapes in a directory.",
     )
 
 
@@ -376,17 +377,19 @@ def _in_columns(paths: Sequence[Path]) -> list[Row]:
         if not path.is_file():
             raise UserError(f"no such file: {str(path)!r}")
         if path.suffix != ".npy":
-            raise UserError("arrays are not read from such a file", str(path), "give .npy files, or one folder of them")
+            raise UserError(
+                "arrays cannot be read from this file", str(path), "Give .npy files, or one folder of them."
+            )
         column, count = _column(path)
         columns.append(column)
         counts.append(count)
         if count != counts[0]:
-            raise UserError(f"the file has {count} samples; {paths[0].name} has {counts[0]}", str(path))
+            raise UserError(f"the file has {count} samples, but {paths[0].name} has {counts[0]}", str(path))
     names = [column.name for column in columns]
     if len(set(names)) != len(names):
         raise UserError(f"two files are called {max(names, key=names.count)}.npy", ", ".join(map(str, paths)))
     if set(names) <= {LABELS}:
-        raise UserError("there are classes and no arrays", ", ".join(map(str, paths)))
+        raise UserError("there are classes, but no arrays", ", ".join(map(str, paths)))
     ordered = tuple(sorted(columns, key=lambda column: column.name))
     return [Row(ordered, row) for row in range(counts[0])]
 
@@ -395,9 +398,11 @@ def _column(path: Path) -> tuple[Column, int]:
     where, size = str(path), path.stat().st_size
     layout = npy_layout(read_at(path, 0, min(size, HEADER_BYTES)), where)
     if layout.dtype == "unknown":
-        raise UserError("the array is of a type that is not read", where, f"store one of {', '.join(ARRAY_TYPES)}")
+        raise UserError("the type of the array is not supported", where, f"Store one of {', '.join(ARRAY_TYPES)}.")
     if layout.fortran:
-        raise UserError("the array is stored column by column", where, "store np.ascontiguousarray of it")
+        raise UserError(
+            "the array is stored in column-major (Fortran) order", where, "Store np.ascontiguousarray(array)."
+        )
     if not layout.shape:
         raise UserError(f"the array has no axis that counts samples (type {layout.dtype})", where)
     count, shape = layout.shape[0], layout.shape[1:]
@@ -405,7 +410,7 @@ def _column(path: Path) -> tuple[Column, int]:
     if path.stem.lower() == LABELS:
         if np.dtype(layout.dtype).kind not in "iu" or shape:
             found = f"{layout.dtype} of shape {layout.shape}"
-            fix = "store one whole number a sample: labels.astype(np.int64).reshape(-1)"
+            fix = "Store one whole number for each sample: labels.astype(np.int64).reshape(-1)"
             raise UserError(f"the classes are not a list of whole numbers, but {found}", where, fix)
         name = LABELS
     else:

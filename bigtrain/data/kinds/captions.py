@@ -180,14 +180,14 @@ class Captions(SampleKind):
                 images += _pairs_in_lines(path, options.key, options.passed)
             else:
                 raise UserError(
-                    "captions are not read from such a file", str(path), "give a folder, a .tar, or a .jsonl file"
+                    "captions cannot be read from this file", str(path), "Give a folder, a .tar, or a .jsonl file."
                 )
         if len(images) < 2:
             raise UserError(
                 "there are no images with captions",
                 ", ".join(map(str, inputs)),
                 advice_on_shards(inputs)
-                or "they are read from NAME.png or .jpg and NAME.txt in folders and tars, or JSON lines with `image`",
+                or "Give NAME.png or .jpg and NAME.txt in folders or tars, or JSON lines with `image`.",
             )
         size = first_size((one.image for one in images), options)
         return [replace(one, size=size) for one in images]
@@ -244,7 +244,7 @@ class CaptionReader(SampleReader):
         else:
             ids = encode_document(decode_caption(data, form == CaptionForm.GZIP, where), self._tokenizer)
         if len(ids) != count:
-            raise CorruptionError(f"the caption has {len(ids)} tokens; indexed were {count}", where, REINDEX)
+            raise CorruptionError(f"the caption has {len(ids)} tokens, but the index says {count}", where, REINDEX)
         arrays["tokens"][place, : len(ids)] = ids[: self._context]
 
     def weigh(self, arrays: Arrays, rows: list[list[int]]) -> None:
@@ -270,7 +270,9 @@ class _StoredCaptions(Scanner):
         offset, count, width = self._tokens.place(sample)
         if not 0 < count * width <= MAX_CAPTION_BYTES:
             raise UserError(
-                f"the caption has {count} tokens", sample.where, f"store 1 to {MAX_CAPTION_BYTES} bytes of them"
+                f"the caption has {count} tokens",
+                sample.where,
+                f"Store tokens of 1 to {MAX_CAPTION_BYTES} bytes in all.",
             )
         self._sizes.add(sample, image)
         self._tokens.keep()
@@ -351,7 +353,7 @@ def _pairs_in_folder(folder: Path, options: PackOptions) -> Iterator[CaptionedIm
         if text.is_file():
             yield CaptionedImage(Span.whole(path), Span.whole(text), str(path))
         else:
-            fix = f"write it to {text.name} beside the image"
+            fix = f"Write it to {text.name} beside the image."
             options.passed(UserError("the image has no caption", str(path), fix))
 
 
@@ -389,14 +391,18 @@ def _named_in_line(line: bytes, key: str, where: str, folder: Path) -> tuple[Pat
         raise UserError(f"the line is not JSON: {error}", where) from None
     names = [value[one] for one in IMAGE_KEYS if one in value] if isinstance(value, dict) else []
     if not names or not isinstance(names[0], str) or "\0" in names[0]:
-        raise UserError(f"the line names no image under {' or '.join(IMAGE_KEYS)}", where)
+        raise UserError(f"the line has no image under {' or '.join(IMAGE_KEYS)}", where)
     caption = value.get(key)
     if not isinstance(caption, str) or not _is_utf8(caption):
-        raise UserError(f"the line has no text under {key!r}", where, "name the caption's key with --key")
+        raise UserError(f"the line has no text under {key!r}", where, "Name the caption's key with --key.")
     path = folder / names[0]
     # An untrusted file could name any file of this machine.
     if not path.resolve().is_relative_to(folder):
-        raise UserError(f"the image {names[0][:80]!r} does not lie below the file", where, "move the file above it")
+        raise UserError(
+            f"the image {names[0][:80]!r} does not lie in the directory of the file",
+            where,
+            "Move the file to a directory that contains the images.",
+        )
     if not path.is_file():
         raise UserError(f"there is no image {names[0][:80]!r}", where)
     return path, caption

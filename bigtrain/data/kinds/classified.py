@@ -95,7 +95,7 @@ class Classified(SampleKind):
         known = getattr(config, "vocabulary", None)
         if known is not None and index.tokenizer is not None and index.tokenizer.vocab_size > known:
             raise UserError(
-                f"The texts have {index.tokenizer.vocab_size} different tokens, and model.vocabulary is {known}",
+                f"The texts have {index.tokenizer.vocab_size} different tokens, but model.vocabulary is {known}",
                 index.place,
                 f"Set model.vocabulary to {index.tokenizer.vocab_size}, or pack with the tokenizer of the model.",
             )
@@ -113,7 +113,9 @@ class Classified(SampleKind):
         columns = {"text": "text", "label": "label", **options.columns}
         unknown = sorted(columns.keys() - {"text", "label"})
         if unknown:
-            raise UserError(f"texts with a class have no column '{unknown[0]}'", "--columns", "name text and label")
+            raise UserError(
+                f"texts with a class have no column '{unknown[0]}'", "--columns", "Name the columns text and label."
+            )
         found: list[Text] = []
         for record in _records(inputs, options):
             try:
@@ -121,14 +123,14 @@ class Classified(SampleKind):
             except UserError as error:
                 options.passed(error)
         if len(found) < 2:
-            fix = "write objects with a `text` and a `label`, or name the columns with --columns"
+            fix = "Write objects with a `text` and a `label`, or name the columns with --columns."
             raise UserError("there are no texts with a class", ", ".join(map(str, inputs)), fix)
         odd = next((one for one in found if type(one.label) is not type(found[0].label)), None)
         if odd is not None:
             raise UserError(
-                f"the label is {odd.label!r}, and that of other texts {found[0].label!r}",
+                f"the label is {odd.label!r}, but that of other texts is {found[0].label!r}",
                 odd.where,
-                "give all classes names, or numbers from 0",
+                "Give all classes names, or give all of them numbers from 0.",
             )
         numbers = {name: number for number, name in enumerate(_names(found))}
         return [replace(one, number=numbers[one.label] if isinstance(one.label, str) else one.label) for one in found]
@@ -180,7 +182,7 @@ class TextReader(SampleReader):
         """See `SampleReader`."""
         ids, label = _parsed(read_bytes(descriptor, row[0], row[1], where), where)
         if [len(ids), label] != row[TOKENS:]:
-            raise CorruptionError("the sample has another length or class than was indexed", where, REINDEX)
+            raise CorruptionError("the length or the class of the sample differs from the index", where, REINDEX)
         kept = ids[: self._context]
         arrays["tokens"][place, : len(kept)], arrays["lengths"][place] = kept, len(kept)
         arrays["labels"][place] = label
@@ -236,7 +238,7 @@ def _records(inputs: Sequence[str | Path], options: PackOptions) -> Iterator[Rec
         if source.kind in READERS:
             yield from records_of(source, options.passed)
         else:
-            options.passed.ignore(source.name, "it holds no objects")
+            options.passed.ignore(source.name, "the file holds no objects")
 
 
 def _columns(record: Record, columns: dict[str, str]) -> tuple[str, str | int]:
@@ -245,12 +247,12 @@ def _columns(record: Record, columns: dict[str, str]) -> tuple[str, str | int]:
         raise UserError(f"there is no text under '{columns['text']}'", record.where)
     if isinstance(label, bool) or not (isinstance(label, str) or (isinstance(label, int) and 0 <= label < MAX_CLASSES)):
         raise UserError(
-            f"there is no class under '{columns['label']}'", record.where, "write a name, or a number from 0"
+            f"there is no class under '{columns['label']}'", record.where, "Write a name, or a number from 0."
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError("the text holds half a character", record.where) from None
+        raise UserError("the text holds an unpaired surrogate", record.where) from None
     return text, label
 
 
@@ -268,5 +270,5 @@ def _parsed(data: bytes, where: str) -> tuple[list[int], int]:
     value = json_object(data, where)
     ids, label = token_ids(value, "tokens", where), value.get("class")
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
-        raise UserError("the sample has no class under 'class'", where, "make it with bigtrain data pack")
+        raise UserError("the sample has no class under 'class'", where, "Make it with bigtrain data pack.")
     return ids, label

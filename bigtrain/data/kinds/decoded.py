@@ -65,7 +65,7 @@ class DecodedArrays(ArraySamples):
 
     def find(self, inputs: Sequence[str | Path], options: PackOptions) -> Sequence[Sample]:
         """Refuse packing: such tars are indexed without packing."""
-        raise UserError("decoded members are not packed", fix="index their tars: bigtrain data index DIR")
+        raise UserError("decoded members are not packed", fix="Index their tars: bigtrain data index DIR")
 
     def open_reader(
         self, index: ShardIndex, context: int, document_mask: bool, open_shards: int, store: ShardStore
@@ -77,7 +77,7 @@ class DecodedArrays(ArraySamples):
             raise UserError(
                 f"no decoder is known for the members .{', .'.join(missing)}",
                 index.place,
-                f"name the file that defines it with --plugin; known are {known}",
+                f"Name the file that defines one with --plugin. Known suffixes: {known}.",
             )
         return DecodedReader(index, open_shards, store)
 
@@ -94,7 +94,7 @@ class DecodedReader(ArrayReader):
         for info in self._index.arrays or ():
             values = found.get(info.name)
             if values is None or (values.dtype.str, values.shape) != (info.dtype, info.shape):
-                raise CorruptionError(f"the sample holds no {info}, which is indexed", where, REINDEX)
+                raise CorruptionError(f"the index lists {info}, which the sample does not hold", where, REINDEX)
             arrays[info.name][place] = values
         if self._index.classes is not None:
             arrays[LABELS][place] = row[-1]
@@ -120,9 +120,10 @@ class _DecodedScanner(Scanner):
         if self._first not in (None, held):
             assert self._first is not None
             raise UserError(
-                f"the sample holds {', '.join(map(str, infos))}; the first holds {', '.join(map(str, self._first[1]))}",
+                f"the sample holds {', '.join(map(str, infos))}, but the first holds "
+                f"{', '.join(map(str, self._first[1]))}",
                 where=sample.where,
-                fix="store one set of names, types and shapes in a directory",
+                fix="Store arrays of one set of names, types and shapes in a directory.",
             )
         self._first = held
         self._classes = max([self._classes, *(number + 1 for number in label)])
@@ -135,7 +136,7 @@ class _DecodedScanner(Scanner):
             arrays = decode(member.suffix, sample.read(member, MAX_ARRAY_BYTES), sample.where)
             twice = sorted(found.keys() & arrays.keys())
             if twice:
-                raise UserError(f"two members hold an array {twice[0]!r}", sample.where)
+                raise UserError(f"two members hold an array with the name {twice[0]!r}", sample.where)
             found |= arrays
         return found
 

@@ -78,7 +78,7 @@ class Images(SampleKind):
     def require_same(self, index: ShardIndex, other: ShardIndex) -> None:
         """Require equal shapes, no more classes in `other`, and the same names of classes if both have names."""
         require_same_images(index, other)
-        require_same_names(index, other, "pack both with the same class folders: an empty folder counts as a class")
+        require_same_names(index, other, "Pack both with the same class folders: an empty folder counts as a class.")
 
     def check_model(self, index: ShardIndex, config: ModelConfig) -> None:
         """Require images of the size that the model takes."""
@@ -101,10 +101,7 @@ class Images(SampleKind):
         found = _in_files(inputs, options) if _are_files(inputs) else _in_folder(inputs, options)
         size = first_size((one.image for one in found), options)
         if len(found) < 2:
-            fix = (
-                advice_on_shards(inputs)
-                or f"they are read from FOLDER/CLASS/NAME.png or .jpg, from tars of {self.layout}, and from Parquet"
-            )
+            fix = advice_on_shards(inputs) or f"Give FOLDER/CLASS/NAME.png or .jpg, tars of {self.layout}, or Parquet."
             raise UserError("there are no images", ", ".join(map(str, inputs)), fix)
         return [replace(one, size=size) for one in found]
 
@@ -294,7 +291,7 @@ def images_under(folder: Path, options: PackOptions) -> list[Path]:
         if path.is_dir() and not path.is_symlink():
             continue
         if not path.is_file():
-            options.passed.ignore(str(path), "a link to a directory, or to nothing")
+            options.passed.ignore(str(path), "a link to a directory, or a broken link")
         elif any(part.startswith(".") for part in path.relative_to(folder).parts):
             options.passed.ignore(str(path), "hidden")
         elif path.suffix.lower()[1:] in IMAGE_SUFFIXES:
@@ -337,14 +334,14 @@ def require_same_images(index: ShardIndex, other: ShardIndex) -> None:
     assert other.image is not None
     if image_text(index) != image_text(other) or other.image.classes > index.image.classes:
         raise UserError(
-            f"the images ({image_text(other)}, {other.image.classes} classes) are not like the others "
+            f"the images ({image_text(other)}, {other.image.classes} classes) differ from the others "
             f"({image_text(index)}, {index.image.classes} classes)",
             where=f"{other.place} and {index.place}",
-            fix="make both of images of one size, with the classes that the first one has",
+            fix="Give both directories images of one size, with the classes of the first one.",
         )
 
 
-def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack both at once") -> None:
+def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "Pack both at once.") -> None:
     """Refuse different names of classes, if both indexes have names. `other` may lack the last classes.
 
     Raises:
@@ -355,7 +352,7 @@ def require_same_names(index: ShardIndex, other: ShardIndex, fix: str = "pack bo
         number = next(n for n, name in enumerate(other_names) if n >= len(names) or name != names[n])
         missing = sorted({*other_names} - {*names})
         if missing:
-            fix = f"the classes {', '.join(missing[:5])} are not among those of training; {fix}"
+            fix = f"The classes {', '.join(missing[:5])} are not among those of training. {fix}"
         expected = names[number] if number < len(names) else "none"
         raise UserError(
             f"class {number} is '{other_names[number]}' in one directory and '{expected}' in the other",
@@ -374,7 +371,7 @@ def check_image_size(index: ShardIndex, config: ModelConfig) -> None:
     shape = (index.image.height, index.image.width, index.image.channels)
     if config.sample_shape and shape != config.sample_shape:
         raise UserError(
-            f"The images are {_by(shape)} (height, width, channels), and the model takes {_by(config.sample_shape)}",
+            f"The images are {_by(shape)} (height, width, channels), but the model takes {_by(config.sample_shape)}",
             index.place,
             "Change the sizes under 'model'.",
         )
@@ -442,7 +439,7 @@ def _classes(root: Path) -> list[str]:
 
 def _other_size(where: str, found: tuple[int, int], first: tuple[int, int]) -> UserError:
     return UserError(
-        f"the image has {found[1]} x {found[0]} pixels; the first has {first[1]} x {first[0]}",
+        f"the image has {found[1]} x {found[0]} pixels, but the first has {first[1]} x {first[0]}",
         where=where,
-        fix="scale all images of a directory to one size",
+        fix="Scale all images of a directory to one size.",
     )

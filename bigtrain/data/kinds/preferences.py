@@ -117,7 +117,7 @@ class Preferences(SampleKind):
         found: list[Pair] = []
         for source in sources(inputs, options.passed):
             if source.kind not in READERS:
-                options.passed.ignore(source.name, "it holds no objects")
+                options.passed.ignore(source.name, "the file holds no objects")
                 continue
             for record in records_of(source, options.passed, [*PARTS, "tools"]):
                 try:
@@ -125,7 +125,7 @@ class Preferences(SampleKind):
                 except UserError as error:
                     options.passed(UserError(error.what, record.where, error.fix))
         if len(found) < 2:
-            fix = "write objects as bigtrain/data/encoding/pairs.py says"
+            fix = "Write objects in a form that bigtrain/data/encoding/pairs.py describes."
             raise UserError("there are no preferences", ", ".join(map(str, inputs)), fix)
         return found
 
@@ -175,7 +175,7 @@ class PreferenceReader(SampleReader):
         """See `SampleReader`."""
         found = _parsed(read_bytes(descriptor, row[0], row[1], where), where)
         if [len(found[part]) for part in PARTS] != row[2:TOTAL]:
-            raise CorruptionError("the sample has other lengths than were indexed", where, REINDEX)
+            raise CorruptionError("the lengths of the sample differ from the index", where, REINDEX)
         for side, part in enumerate(PARTS[1:]):
             answer = found[part][: self._context]
             # At least one token precedes the answer, because the first token is never a target.

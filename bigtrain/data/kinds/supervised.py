@@ -121,7 +121,9 @@ class SupervisedSamples(TokenSequences):
         task = getattr(config, "task", "causal")
         if task != "causal":
             raise UserError(
-                f"a model of task '{task}' does not learn a part of the tokens", index.place, "set model.task to causal"
+                f"a model of task '{task}' does not support samples in which only some tokens are learned",
+                index.place,
+                "Set model.task to causal.",
             )
 
     def preview(self, index: ShardIndex, lines: int) -> list[str]:
@@ -151,7 +153,7 @@ class SupervisedSamples(TokenSequences):
         columns, keys = tuple(options.columns.items()), keys_of(options.columns)
         for source in sources(inputs, options.passed):
             if source.kind not in READERS:
-                options.passed.ignore(source.name, "it holds no objects")
+                options.passed.ignore(source.name, "the file holds no objects")
                 continue
             for record in records_of(source, options.passed, keys):
                 text = json.dumps(record.value, ensure_ascii=False, default=_refuse)
@@ -160,7 +162,7 @@ class SupervisedSamples(TokenSequences):
             raise UserError(
                 "there are no samples",
                 ", ".join(map(str, inputs)),
-                "they are objects of JSON lines, Parquet or Arrow with the columns of bigtrain/data/encoding/forms.py",
+                "Give objects of JSON lines, Parquet or Arrow with the columns of bigtrain/data/encoding/forms.py.",
             )
         return found
 
@@ -201,7 +203,7 @@ class RecordSample:
         value = json.loads(self.content)
         try:
             if not isinstance(value, Mapping):
-                raise UserError("it is not an object")
+                raise UserError("the sample is not a JSON object")
             sample = encode_record(value, means.tokenizer, dict(self.columns))
         except UserError as error:
             raise UserError(error.what, self.where, error.fix) from None
@@ -308,15 +310,15 @@ class _Scanner(Scanner):
         width = WEIGHT_TYPES.get(layout.dtype)
         if width is None or layout.shape != (count,) or layout.begin + count * width != member.size:
             raise UserError(
-                f"the weights are {layout.dtype} {layout.shape}, and there are {count} tokens",
+                f"the weights are {layout.dtype} of shape {layout.shape}, but there are {count} tokens",
                 sample.where,
-                "store a uint8 or float32 for each token",
+                "Store one uint8 or float32 weight for each token.",
             )
         if count < 2:
             raise UserError("the sample has fewer than two tokens", sample.where)
         values = np.frombuffer(read_at(sample.path, member.offset + layout.begin, count * width), layout.dtype)
         if (width == 4 and not (np.isfinite(values) & (values >= 0)).all()) or (width == 1 and (values > 1).any()):
-            raise UserError("a weight is negative, not a number, or as uint8 neither 0 nor 1", sample.where)
+            raise UserError("a weight is negative or not a number, or a uint8 weight is neither 0 nor 1", sample.where)
         self._tokens.keep()
         return offset, count, member.offset + layout.begin, width
 

@@ -258,7 +258,7 @@ class TokenReader(ShardReader[_TokenShard]):
         ends = np.cumsum(rows[:, 1])
         starts = ends - rows[:, 1]
         if (rows[:, 0] % dtype.itemsize).any():
-            raise CorruptionError("the sidecar does not fit its shard", where=str(path), fix=REINDEX)
+            raise CorruptionError("the sidecar does not match its shard", where=str(path), fix=REINDEX)
         stored = np.memmap(path, dtype=dtype, mode="r", shape=(path.stat().st_size // dtype.itemsize,))
         return _TokenShard(np.asarray(stored), starts, ends, rows[:, 0] // dtype.itemsize - starts)
 

@@ -237,7 +237,7 @@ class Sources:
             other = seen.setdefault(index.fingerprint, name)
             if other != name:
                 raise UserError(
-                    f"the sources '{other}' and '{name}' are the same data", index.place, "name it once, with a weight"
+                    f"the sources '{other}' and '{name}' are the same data", index.place, "Name it once, with a weight."
                 )
 
     def open_reader(

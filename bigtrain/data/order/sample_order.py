@@ -109,7 +109,9 @@ class SampleOrder:
         self.counts: IntArray = np.asarray(counts, dtype=np.int64)
         self.sequences_per_epoch = int(self.counts.sum())
         if self.sequences_per_epoch < 1:
-            raise UserError("the training data holds no sequence", fix="pack more text: two tokens are the least")
+            raise UserError(
+                "the training data holds no sequence", fix="Pack more text: a sequence needs at least two tokens."
+            )
         self.window = window
         digest = hashlib.sha256(f"{seed}:{fingerprint}".encode()).digest()
         self._key = int.from_bytes(digest[:8], "little")

@@ -91,7 +91,7 @@ def pack(
     share = parse_share(validation)
     target = Path(out)
     if shard_bytes < MIN_SHARD_BYTES:
-        raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"use at least {MIN_SHARD_BYTES}")
+        raise UserError(f"shards of {shard_bytes} bytes are too small", fix=f"Use at least {MIN_SHARD_BYTES}.")
     passed = PassedOver(skip_bad)
     found = list(sources(inputs, passed, key, token_type))
     total = sum(source.bytes for source in found)
@@ -171,7 +171,7 @@ class _Packing:
         if not hashes:
             raise _no_text()
         if len(hashes) == 1 and characters[0] < 2:
-            raise UserError("one character cannot be divided into training and validation text", fix="give more text")
+            raise UserError("one character cannot be divided into training and validation text", fix="Give more text.")
         return Survey(hashes, characters)
 
     def _plan(self, part: int, held_out: set[int], divided: bool) -> None:
@@ -237,12 +237,12 @@ def parse_share(value: float | str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UserError(f"{value!r} is not a share of the documents", fix="write for example 1%")
+        raise UserError(f"{value!r} is not a share of the documents", fix="Write for example 1%.")
     return share
 
 
 def _no_text() -> UserError:
-    return UserError("the input is empty: it holds no text", fix="give files with text in them")
+    return UserError("the input is empty: it holds no text", fix="Give files with text in them.")
 
 
 def _grouped(found: Sequence[Source], part_bytes: int, passed: PassedOver) -> Iterator[tuple[Source, ...]]:
@@ -292,7 +292,7 @@ def workplace(target: Path, identity: str) -> Iterator[Scratch]:
         UserError: `target` is not empty, or another process packs to it.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"'{target}' exists and is not empty", fix="choose another --out, or delete it")
+        raise UserError(f"'{target}' exists and is not empty", fix="Choose another --out, or delete it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     root = target.parent / f".{target.name}.packing"
     with _alone(root.with_name(f"{root.name}.lock"), target):
@@ -317,7 +317,7 @@ def _alone(lock: Path, target: Path) -> Iterator[None]:
     try:
         if not locks.lock(descriptor, wait=False):
             raise UserError(
-                "another process is packing to this place", str(target), "wait for it, or choose another --out"
+                "another process is packing to this directory", str(target), "Wait for it, or choose another --out."
             )
         try:
             yield
@@ -335,5 +335,5 @@ def publish(root: Path, target: Path) -> None:
     try:
         os.replace(root, target)
     except OSError as error:
-        raise UserError(f"the output cannot be put in place: {error.strerror}", where=str(target)) from None
+        raise UserError(f"the output cannot be moved to its final path: {error.strerror}", where=str(target)) from None
     fsync_directory(target.parent)

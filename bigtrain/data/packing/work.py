@@ -199,9 +199,9 @@ class Worker:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.tokenizer.vocab_size:
             raise UserError(
-                f"the tokens go from {low} to {high}, and the tokenizer has {self.tokenizer.vocab_size}",
+                f"the token ids range from {low} to {high}, but the tokenizer has {self.tokenizer.vocab_size} tokens",
                 f"{document.path}, {document.name}",
-                "name the tokenizer that made them; or, of a file of tokens alone, another --token-type",
+                "Give the tokenizer that made them, or, for a file of tokens, another --token-type.",
             )
         characters = text_bytes = 0
         for first in range(0, len(ids), ID_CHUNK):

@@ -77,7 +77,7 @@ def open_pool(workers: int, make: Callable[[], Any]) -> Iterator[Pool]:
     except BrokenProcessPool:
         raise PackError(
             "a worker process died: killed, or out of memory",
-            fix="run the same command again, with fewer --workers: it goes on from what is done",
+            fix="Run the same command again with fewer --workers: it continues from the finished work.",
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

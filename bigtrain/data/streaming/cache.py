@@ -84,7 +84,7 @@ class Cache:
                 raise UserError(
                     f"the cache of shards cannot be written: {error.strerror}",
                     str(self.root),
-                    "set streaming.cache_dir",
+                    "Set streaming.cache_dir.",
                 ) from None
 
     def directory(self, source: str, fingerprint: str) -> Path:
@@ -148,7 +148,7 @@ class Cache:
                 with self._alone(path, cancelled):
                     lease = self._lease(path) or self._make(path, size, hash, fill, urgent)
             elif check and hash is not None and hash_file(path) != hash:
-                logger.warning("%s in the cache is damaged: it is fetched again", path)
+                logger.warning("%s in the cache is damaged and is downloaded again", path)
                 path.unlink(missing_ok=True)
                 lease.release()
                 continue
@@ -200,14 +200,16 @@ class Cache:
                 file.flush()
                 if hash is None or hash_file(part) == hash:
                     break
-                logger.warning("%s arrived with other bytes than its index says (%d)", path.name, arrival + 1)
+                logger.warning(
+                    "the bytes of the downloaded %s differ from its index (download %d)", path.name, arrival + 1
+                )
                 file.truncate(0)
             else:
                 part.unlink()
                 raise CorruptionError(
-                    f"{path.name} arrived with other bytes than its index says, {ARRIVALS} times",
+                    f"{path.name} was downloaded {ARRIVALS} times, each time with bytes that differ from its index",
                     str(path),
-                    "upload the shard again, or index it again: it becomes other data",
+                    "Upload the shard again, or index it again: it then counts as different data.",
                 )
             os.fsync(file.fileno())
             os.replace(part, path)

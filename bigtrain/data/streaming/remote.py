@@ -26,7 +26,7 @@ def tars_at(urls: Sequence[str], patience: Patience) -> tuple[Place, list[str]]:
         place = open_url(found[0], patience)
         if not isinstance(place, ObjectPlace):
             raise UserError(
-                "a web server lists no directory", found[0], "name its tars: .../shard-{000000..000099}.tar"
+                "a web server does not list a directory", found[0], "Name its tars: .../shard-{000000..000099}.tar"
             )
         names = [name for name in place.names() if name.endswith(".tar")]
         if not names:
@@ -38,7 +38,9 @@ def tars_at(urls: Sequence[str], patience: Patience) -> tuple[Place, list[str]]:
     if wrong is not None:
         raise UserError(f"{wrong!r} is not the name of a .tar file", found[0])
     if len(parents) != 1 or len(set(names)) != len(names):
-        raise UserError("the tars do not lie in one directory, each once", found[0], "index each directory by itself")
+        raise UserError(
+            "the tars are not all in one directory, or one is named twice", found[0], "Index each directory separately."
+        )
     return open_url(parents.pop(), patience), names
 
 
@@ -66,9 +68,9 @@ def exists(place: Place, name: str, size: int, patience: Patience) -> None:
         with place.open(name, 0) as body:
             if body.total not in (None, size):
                 raise RemoteError(
-                    f"the file has {body.total} bytes; indexed were {size}",
+                    f"the file has {body.total} bytes, but the index says {size}",
                     f"{place.url}/{name}",
-                    "upload the shard and its index again",
+                    "Upload the shard and its index again.",
                 )
 
     patiently(look, patience, f"{place.url}/{name}")

@@ -301,12 +301,12 @@ def open_index(
     index = parse_index(data, cache.root, f"{server.url}/{INDEX_NAME}")
     if index.base_url is not None:
         raise UserError(
-            "the index names another place for its shards; only an index on this machine may",
+            "the index refers to shards at another location, which only an index on this machine may do",
             f"{server.url}/{INDEX_NAME}",
-            "download the index and name its directory",
+            "Download the index and name its directory.",
         )
     if pinned is not None and index.fingerprint not in pinned:
-        raise UserError("the data at this URL has changed since the run began", server.url, "restore it")
+        raise UserError("the data at this URL has changed since the run began", server.url, "Restore it.")
     directory = cache.directory(server.url, index.fingerprint)
     if index.tokenizer is not None and index.tokenizer.kind == "tokenizers":
         tokenizer = directory / TOKENIZER_NAME
@@ -362,7 +362,7 @@ def check_remote(held: Sequence[tuple[ShardIndex, int]], streaming: StreamingCon
         raise UserError(
             f"streaming.cache is {streaming.cache} bytes, and the {count} shards in use at once may take {needed}",
             ", ".join(index.place for index, _ in streamed),
-            f"set streaming.cache to {needed} or more, or data.shuffle_window lower",
+            f"Set streaming.cache to {needed} or more, or lower data.shuffle_window.",
         )
     hurried = Patience(streaming.timeout, min(2, streaming.retries))
     for index, _ in streamed:
@@ -398,6 +398,6 @@ def expect_size(path: os.PathLike[str], size: int) -> None:
     try:
         found = os.stat(path).st_size
     except FileNotFoundError:
-        raise UserError("the shard is missing", where=str(path), fix="put it back") from None
+        raise UserError("the shard is missing", where=str(path), fix="Restore it.") from None
     if found != size:
-        raise CorruptionError(f"the shard has {found} bytes; indexed were {size}", where=str(path), fix=REINDEX)
+        raise CorruptionError(f"the shard has {found} bytes, but the index says {size}", where=str(path), fix=REINDEX)

@@ -376,9 +376,9 @@ def _check_passthrough(given: Mapping[str, Any], known: Collection[str], taken: 
 
 def _replaced(strategy: str, what: str) -> UserError:
     return UserError(
-        f"Accelerate was configured for {strategy} and built {what}",
+        f"Accelerate was configured for {strategy}, but built {what}",
         "engine.strategy",
-        "This version of accelerate is not one that bigtrain knows: install the one in constraints.txt.",
+        "bigtrain does not support this version of accelerate. Install the version in constraints.txt.",
     )
 
 

@@ -82,6 +82,6 @@ def _check_got(started: Any, engine: DeepSpeedConfig, dtype: torch.dtype, sizes:
     stage = int(started.zero_optimization_stage())
     if stage != engine.zero or got != {dtype}:
         found = ", ".join(map(str, got))
-        raise RuntimeError(f"DeepSpeed was set to ZeRO {engine.zero} with {dtype} and runs {stage} with {found}")
+        raise RuntimeError(f"DeepSpeed was set to ZeRO {engine.zero} with {dtype}, but runs ZeRO {stage} with {found}")
     if started.dp_world_size != sizes.data_parallel:
         raise RuntimeError(f"DeepSpeed reduces over {started.dp_world_size} ranks, not over {sizes.data_parallel}")

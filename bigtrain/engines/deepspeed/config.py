@@ -28,9 +28,9 @@ SET_BY_THE_ENGINE = {
     "data_types": "precision",
     "torch_autocast": "precision",
     "communication_data_type": "precision",
-    "prescale_gradients": "nothing: gradients are sums",
-    "gradient_predivide_factor": "nothing: gradients are sums",
-    "gradient_allreduce_op": "nothing: gradients are sums",
+    "prescale_gradients": "none, since gradients are sums",
+    "gradient_predivide_factor": "none, since gradients are sums",
+    "gradient_allreduce_op": "none, since gradients are sums",
     "zero_allow_untested_optimizer": "optimizer",
     "zero_force_ds_cpu_optimizer": "optimizer",
     "tensor_parallel": "layout.tp",
@@ -42,8 +42,8 @@ SET_BY_THE_ENGINE = {
     "zero_optimization.offload_param": "engine.offload",
     "zero_optimization.cpu_offload": "engine.offload",
     "zero_optimization.cpu_offload_param": "engine.offload",
-    "zero_optimization.compute_grad_norm": "nothing: the norm is always logged",
-    "zero_optimization.memory_efficient_linear": "nothing: it replaces torch's linear for all that follows",
+    "zero_optimization.compute_grad_norm": "none, since the norm is always logged",
+    "zero_optimization.memory_efficient_linear": "none, since this key replaces torch's linear for the whole process",
 }
 """Keys of DeepSpeed's config that `passthrough` may not contain, each with the bigtrain key to use instead."""
 
@@ -76,7 +76,7 @@ class DeepSpeedConfig(Passthrough):
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedConfig:
         if self.offload == "optimizer" and self.zero == 0:
-            raise ValueError("offload: optimizer needs zero 1, 2 or 3; with zero: 0 nothing is spread that could move")
+            raise ValueError("offload: optimizer needs zero 1, 2 or 3; with zero: 0 the optimizer state is not sharded")
         if self.compile:
             raise ValueError("compile is not supported with deepspeed: set it to false, or use name: fsdp")
         zero = self.passthrough.get("zero_optimization", {})
@@ -84,7 +84,9 @@ class DeepSpeedConfig(Passthrough):
             raise ValueError("passthrough.zero_optimization must be a mapping of keys")
         for key in (*self.passthrough, *(f"zero_optimization.{key}" for key in zero)):
             if key in SET_BY_THE_ENGINE:
-                raise ValueError(f"passthrough.{key} is set by the engine; what says it is {SET_BY_THE_ENGINE[key]}")
+                raise ValueError(
+                    f"passthrough.{key} is set by the engine; the bigtrain key for it is: {SET_BY_THE_ENGINE[key]}"
+                )
         return self
 
     @property
@@ -102,21 +104,21 @@ class DeepSpeedConfig(Passthrough):
             return
         if self.zero > 1:
             raise UserError(
-                f"DeepSpeed's pipeline takes ZeRO 0 and 1, not {self.zero}: it reduces gradients at the end of a step, "
-                "when ZeRO 2 and 3 have already spread them",
+                f"DeepSpeed's pipeline supports ZeRO 0 and 1, not {self.zero}: it reduces gradients at the end of a "
+                "step, when ZeRO 2 and 3 have already sharded them",
                 "engine.zero",
                 "Set engine.zero to 1, or layout.pp to 1, or use the engine 'fsdp'.",
             )
         if self.offload != "none":
             raise UserError(
-                "DeepSpeed's pipeline does not go with an optimizer on the CPU: the norm of the gradients would be "
+                "DeepSpeed's pipeline does not support an optimizer on the CPU: the norm of the gradients would be "
                 "summed over the stages group by group, and stages may have different groups",
                 "engine.offload",
                 "Set engine.offload to none, or layout.pp to 1.",
             )
         if layout.pp_schedule != "1f1b":
             raise UserError(
-                f"DeepSpeed's pipeline runs the schedule 1f1b alone, not {layout.pp_schedule}",
+                f"DeepSpeed's pipeline supports only the schedule 1f1b, not {layout.pp_schedule}",
                 "layout.pp_schedule",
                 "Set layout.pp_schedule to 1f1b and layout.pp_stages_per_rank to 1, or use the engine 'fsdp'.",
             )

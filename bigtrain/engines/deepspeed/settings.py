@@ -97,7 +97,7 @@ def check_passthrough(config: dict[str, Any], passthrough: dict[str, Any]) -> No
         if key not in recorded.asked:
             close = nearest(key, recorded.asked)
             raise UserError(
-                f"DeepSpeed knows no key {key!r}",
+                f"DeepSpeed has no key {key!r}",
                 f"engine.passthrough.{key}",
                 f"Did you mean {close!r}?" if close else "See DeepSpeed's documentation of its config.",
             )

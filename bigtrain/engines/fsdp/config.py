@@ -43,7 +43,11 @@ class FSDPConfig(EngineConfig):
             return
         if self.recompute != "none" or self.compile:
             key = "compile" if self.compile else "recompute"
-            why = "takes no compiled block" if self.compile else "would compute each block three times"
+            why = (
+                "does not support compiled blocks"
+                if self.compile
+                else "would compute each block three times with recomputation"
+            )
             off = "false" if self.compile else "none"
             raise UserError(
                 f"layout.pp_schedule zero_bubble {why}",

@@ -274,7 +274,7 @@ class FSDPEngine:
         """
         if len(self.parts) > 1:
             raise UserError(
-                "Norms by group are not recorded of a model in parts",
+                "Norms by group are not recorded for a model of several parts",
                 "callbacks",
                 "Remove the callback norms: metrics.jsonl has gradient_norm/NAME for each part.",
             )

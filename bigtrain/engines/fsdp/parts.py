@@ -79,14 +79,15 @@ def build_parts(
             raise UserError(
                 f"the parameter '{name}' is in " + (f"the parts {' and '.join(found)}" if found else "no part"),
                 "optimizer.parts",
-                "Give each part patterns under 'parameters' that fit its own alone, or name it under optimizer.frozen.",
+                "Give each part patterns under 'parameters' that match only its own parameters, or name it under "
+                "optimizer.frozen.",
             )
         if found:
             members[found[0]].append((name, parameter))
     parts = []
     for name, own in members.items():
         if not own:
-            fix = f"No parameter fits {', '.join(patterns[name])}: set optimizer.parts.{name}.parameters."
+            fix = f"No parameter matches {', '.join(patterns[name])}: set optimizer.parts.{name}.parameters."
             raise UserError(f"the part '{name}' has no parameters", "optimizer.parts", fix)
         section = config.of_part(name)
         parts.append(Part.of(section.build(own, all_names, lr_scale), section.clip, name, config.parts[name].every))

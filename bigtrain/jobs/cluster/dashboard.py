@@ -95,13 +95,13 @@ def check_address(address: str, token: str | None) -> str:
         host, port = None, None
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.query:
         raise UserError(
-            f"'{address}' is no address of a Ray dashboard", "--address", "Write http://HOST:8265, or https://..."
+            f"'{address}' is not the address of a Ray dashboard", "--address", "Write http://HOST:8265, or https://..."
         )
     if token is None and not is_loopback(host):
         raise UserError(
-            f"No token for {host}: whoever reaches a Ray dashboard without one runs code there",
+            f"There is no token for {host}: anyone who can reach a Ray dashboard without a token can run code there",
             "--address",
-            "Give --token-file FILE or set RAY_AUTH_TOKEN_PATH; raise the cluster with RAY_AUTH_MODE=token.",
+            "Give --token-file FILE or set RAY_AUTH_TOKEN_PATH; start the cluster with RAY_AUTH_MODE=token.",
         )
     shown = f"[{host}]" if ":" in host else host
     default = 443 if parts.scheme == "https" else 8265
@@ -192,11 +192,12 @@ class Dashboard:
 
     def unreachable(self, error: Exception) -> UserError:
         """The user error for a dashboard that does not answer."""
-        why = str(error) if isinstance(error, DashboardGone) else "it is no Ray dashboard"
+        why = str(error) if isinstance(error, DashboardGone) else "the server is not a Ray dashboard"
         return UserError(
             f"No Ray dashboard answers at {self.url}: {why}",
             "--address",
-            "Is the cluster up, and its port 8265 reachable from here (kubectl port-forward, an ssh tunnel)?",
+            "Check that the cluster is up, and that its port 8265 is reachable from here (kubectl port-forward, an "
+            "ssh tunnel).",
         )
 
     def require_authentication(self) -> None:
@@ -208,9 +209,10 @@ class Dashboard:
         mode = self._json("GET", "/api/authentication_mode").get("authentication_mode")
         if mode != "token" and not is_loopback(urlsplit(self.url).hostname or ""):
             raise UserError(
-                f"The cluster at {self.url} takes requests without a token: whoever reaches it runs code there",
+                f"The cluster at {self.url} accepts requests without a token: anyone who can reach it can run code "
+                "there",
                 "--address",
-                "Raise it with RAY_AUTH_MODE=token on every node.",
+                "Start it with RAY_AUTH_MODE=token on every node.",
             )
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -409,7 +411,7 @@ class Dashboard:
                 fix="Give --token-file FILE, or set RAY_AUTH_TOKEN_PATH.",
             )
         return UserError(
-            f"The cluster at {self.url} does not take this token ({code})",
+            f"The cluster at {self.url} does not accept this token ({code})",
             fix="Give the file of this cluster's token: --token-file FILE, or RAY_AUTH_TOKEN_PATH.",
         )
 

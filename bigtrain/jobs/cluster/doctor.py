@@ -66,7 +66,9 @@ def node_checks(where: str, answer: dict[str, Any], head: dict[str, Any]) -> lis
     }
     shown = ", ".join(f"{name}={value}" for name, value in sorted(answer["communication"].items())) or "none set"
     checks.append(
-        Check("collectives", where, "note", f"other than on the head: {differing}", "Set them alike on all nodes.")
+        Check(
+            "collectives", where, "note", f"differs from the head: {differing}", "Set the same variables on all nodes."
+        )
         if differing
         else Check("collectives", where, "ok", f"NCCL and gloo variables: {shown}")
     )
@@ -89,8 +91,8 @@ def network_checks(measured: dict[tuple[str, str], float | str]) -> list[Check]:
         if isinstance(rate, str):
             checks.append(Check("network", where, "failed", rate, "Open all TCP ports between the nodes."))
         elif rate < SLOW_SHARE * usual:
-            value = f"{rate / 1e6:.0f} MB/s, where {usual / 1e6:.0f} is usual"
-            checks.append(Check("network", where, "failed", value, "Look at this link."))
+            value = f"{rate / 1e6:.0f} MB/s, but the median is {usual / 1e6:.0f} MB/s"
+            checks.append(Check("network", where, "failed", value, "Check this link."))
         else:
             checks.append(Check("network", where, "ok", f"{rate / 1e6:.0f} MB/s"))
     return checks
@@ -127,7 +129,7 @@ def cluster_checks(runs_dir: Path, secrets_file: str | None, say: Callable[[str]
                 )
             except (ray.exceptions.RayError, TimeoutError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
-                checks.append(Check("node", name, "failed", lines[0], "Look at the node's raylet."))
+                checks.append(Check("node", name, "failed", lines[0], "Check the node's raylet."))
                 continue
             # The node read its clock at some time between the request and the answer.
             answer["clock_s"] = max(asked - answer["time"], answer["time"] - time.time(), 0.0)
@@ -214,15 +216,17 @@ def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
 def _versions(where: str, versions: dict[str, str], head: dict[str, str]) -> Check:
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     if versions != head:
-        return Check("versions", where, "failed", f"{shown}; the head has others", "Use one image on all nodes.")
+        return Check(
+            "versions", where, "failed", f"{shown}; the head has other versions", "Use one image on all nodes."
+        )
     return Check("versions", where, "ok", shown)
 
 
 def _clock(where: str, answer: dict[str, Any]) -> Check:
     off = float(answer.get("clock_s", 0.0))
     if off > CLOCK_S:
-        return Check("clock", where, "failed", f"at least {off:.1f} s off the head's", "Run an NTP client.")
-    return Check("clock", where, "ok", f"within {max(off, 0.1):.1f} s of the head's")
+        return Check("clock", where, "failed", f"at least {off:.1f} s off the head's clock", "Run an NTP client.")
+    return Check("clock", where, "ok", f"within {max(off, 0.1):.1f} s of the head's clock")
 
 
 def _shared(where: str, answer: dict[str, Any]) -> Check:
@@ -240,7 +244,7 @@ def _disk(where: str, disk: dict[str, Any]) -> Check:
     if disk["write_bytes_per_s"] is not None:
         shown += f", {disk['write_bytes_per_s'] / 1e6:.0f} MB/s synced"
     if disk["free_bytes"] < LEAST_DISK_BYTES:
-        return Check("disk", where, "failed", shown, "Checkpoints need room.")
+        return Check("disk", where, "failed", shown, "Free disk space for checkpoints.")
     return Check("disk", where, "ok", shown)
 
 

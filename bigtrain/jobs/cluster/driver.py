@@ -86,7 +86,7 @@ def _check_versions(request: Request) -> None:
     torch = here.get("torch")
     if torch is None or tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
         raise UserError(
-            f"bigtrain needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and the cluster has {torch or 'none'}",
+            f"bigtrain needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, but the cluster has {torch or 'none'}",
             "the cluster's image",
         )
     if "torch" in client and _release(client["torch"]) != _release(torch):
@@ -160,7 +160,7 @@ def _check_keys(wandb: str, request: Request, board: Board) -> None:
         without = [name for name, keys in lacking.items() if "WANDB_API_KEY" in keys]
         if without:
             raise UserError(
-                f"tracking.wandb is online, and there is no WANDB_API_KEY on {', '.join(without)}",
+                f"tracking.wandb is online, but there is no WANDB_API_KEY on {', '.join(without)}",
                 "tracking.wandb",
                 "Set it where the nodes are started, or name a file on the nodes with --secrets-file.",
             )
@@ -248,8 +248,8 @@ def _script(request: Request, script: Script, board: Board) -> int:
     with held(directory, script.name):
         call, seen = place(script, directory)
         say(
-            f"the script works in {call.directory}"
-            + ("" if seen else ": not every node sees it where it was submitted")
+            f"the script runs in {call.directory}"
+            + ("" if seen else ", because not every node sees the directory that it was submitted from")
         )
         paths = [Path(path) for path in (request.secrets_file, call.directory) if path]
         launch = script_launch(call, job, procs)
@@ -313,7 +313,7 @@ def _limited(seconds: float | None, controller: Controller, say: Callable[[str],
         return
 
     def stop() -> None:
-        say(f"--max-duration is over: {seconds:g} s")
+        say(f"--max-duration is reached: {seconds:g} s")
         controller.request_stop()
 
     timer = threading.Timer(seconds, stop)

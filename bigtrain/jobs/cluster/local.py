@@ -73,11 +73,13 @@ class ClusterRecord:
         try:
             value = json.loads(path.read_text())
             if value["format_version"] > FORMAT_VERSION:
-                raise UserError("A newer bigtrain raised this cluster", str(path), "Take it down with that one.")
+                raise UserError("A newer bigtrain started this cluster", str(path), "Stop it with that version.")
             nodes = [NodeRecord(**node) for node in value.pop("nodes")]
             return cls(**value, nodes=nodes)
         except FileNotFoundError:
-            raise UserError("There is no cluster", str(directory), "Raise one with `bigtrain cluster local`.") from None
+            raise UserError(
+                "There is no local cluster", str(directory), "Start one with `bigtrain cluster local`."
+            ) from None
         except (ValueError, TypeError, KeyError):
             raise UserError("cluster.json is damaged", str(path)) from None
 
@@ -117,10 +119,12 @@ def raise_local(
     """
     if (directory / "cluster.json").exists():
         raise UserError(
-            "A cluster is up already", str(directory), "Take it down with `bigtrain cluster down`, or give --dir."
+            "A local cluster is already running",
+            str(directory),
+            "Stop it with `bigtrain cluster down`, or give another --dir.",
         )
     if isolated and (why := isolation.obstacle()) is not None:
-        raise UserError(f"Isolated nodes cannot be made here: {why}", "--isolated", "Leave --isolated out.")
+        raise UserError(f"Isolated nodes cannot be made here: {why}", "--isolated", "Omit --isolated.")
     for path in shared or []:
         if not path.is_dir():
             raise UserError(f"There is no directory {path} to share", "--shared")
@@ -270,9 +274,9 @@ def _run(command: list[str], environment: dict[str, str], log: Path) -> None:
                 start_new_session=True, timeout=START_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise UserError(f"A node did not come up within {START_S:.0f} s", str(log)) from None
+            raise UserError(f"A node did not start within {START_S:.0f} s", str(log)) from None
     if done.returncode != 0:
-        raise UserError("A node did not come up:\n    " + "\n    ".join(_tail(log)), fix="See the lines above.")
+        raise UserError("A node did not start:\n    " + "\n    ".join(_tail(log)), fix="See the lines above.")
 
 
 def _tail(log: Path) -> list[str]:

@@ -138,7 +138,7 @@ class NetworkProbe:
                 connection.shutdown(socket.SHUT_WR)
                 # The receiver confirms after the last bytes have arrived.
                 if connection.recv(1) != b"k":
-                    return "the other side gave up"
+                    return "the other node ended the measurement"
                 return NETWORK_BYTES / (time.perf_counter() - began)
         except OSError as error:
             return error.strerror or str(error)

@@ -222,11 +222,13 @@ def check_capacity(dashboard: Dashboard, job: JobConfig) -> str | None:
         return None
     what = f"{procs} {'GPU' if gpus else 'CPU'}{'s' if procs > 1 else ''}"
     labelled = f" and the labels {job.labels}" if job.labels else ""
-    found = f"{able} of the cluster's nodes have {what}{labelled}, and the job takes {job.nodes}"
+    found = f"{able} of the cluster's nodes have {what}{labelled}, but the job needs {job.nodes}"
     if able < job.least_nodes and not dashboard.has_autoscaler():
         offered = ", ".join(sorted({_offer(node) for node in nodes})) or "none with these labels"
         raise UserError(
-            f"The job can never run there: {found}", dashboard.url, f"Its nodes: {offered}. Nobody adds any."
+            f"The job can never run there: {found}",
+            dashboard.url,
+            f"Request nodes that the cluster has, since it has no autoscaler: {offered}.",
         )
     return found
 
@@ -317,7 +319,7 @@ def examine(
     id = f"bigtrain-doctor-{time.time_ns() // 1_000_000}"
     request = Request(id, id, runs_dir, time.time(), known, secrets_file, doctor=True)
     view = Submission(request, JobConfig(), source_package(), []).send(dashboard)
-    say("the nodes are being asked")
+    say("waiting for the answers of the nodes")
     while view.active():
         time.sleep(POLL_S)
     found = (view.board() or {}).get("result")

@@ -127,7 +127,7 @@ class ClusterView:
         wanted = f"{self.name}-{which}" if which.isdigit() else which
         if wanted not in self.submissions:
             known = ", ".join(self.submissions)
-            raise UserError(f"There is no submission {wanted}", "--submission", f"There are: {known}.")
+            raise UserError(f"There is no submission {wanted}", "--submission", f"Choose one of: {known}.")
         return ClusterView(self._dashboard, self._dashboard.job(wanted), self.name)
 
     def refresh(self) -> RayJob:
@@ -262,9 +262,9 @@ def cluster_view(dashboard: Dashboard, name: str) -> ClusterView:
             return view
     names = [view.name for view in views]
     close = nearest(name, names)
-    known = f"There are: {', '.join(names)}." if names else "It remembers none."
+    known = f"Choose one of: {', '.join(names)}." if names else "It has no runs."
     fix = f"Did you mean '{close}'?" if close else known
-    raise UserError(f"The cluster knows no run '{name}'", dashboard.url, fix)
+    raise UserError(f"The cluster has no run '{name}'", dashboard.url, fix)
 
 
 def read_log(view: RunView, rank: int, attempt: int | None, follow: bool) -> Iterator[bytes]:
@@ -289,7 +289,7 @@ def read_log(view: RunView, rank: int, attempt: int | None, follow: bool) -> Ite
             f"There is no log of {which}rank {rank} of '{view.name}'",
             fix=f"There are attempts {', '.join(map(str, found))}."
             if found
-            else "See `bigtrain events` for what it did.",
+            else "See the run's history with `bigtrain events`.",
         )
     current = found[-1] if attempt is None else attempt
     if not follow:

@@ -137,6 +137,6 @@ def too_many_nodes(job: JobConfig, there: int, place: str) -> UserError:
     return UserError(
         f"job.nodes is {job.nodes}, but {place}",
         where="job.nodes",
-        fix=f"Set job.nodes to {there}; or start the run where there are {job.nodes} nodes, in a job of "
+        fix=f"Set job.nodes to {there}; or start the run in a job with {job.nodes} nodes, of "
         f"`sbatch --nodes {job.nodes}` (launch/slurm.sbatch) or on a Ray cluster.",
     )

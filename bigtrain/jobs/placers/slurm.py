@@ -216,7 +216,7 @@ class SlurmPlacer(Placer):
             # Slurm refuses a job step that names a node which is down.
             down = out_of_order(allocated) - self._lost
             if down:
-                self._exclude(sorted(down), "Slurm does not count on {}")
+                self._exclude(sorted(down), "Slurm reports {} as down")
         while True:
             names = self._choose([name for name in allocated if name not in self._lost])
             connections = self._step(names, cancelled)
@@ -225,7 +225,7 @@ class SlurmPlacer(Placer):
                 self._placed = True
                 self._connections = [connections[name] for name in names]
                 return self._connections
-            self._exclude(missing, "no agent came from {}")
+            self._exclude(missing, "no agent connected from {}")
             self._connections = list(connections.values())
             self.release()
 
@@ -234,14 +234,14 @@ class SlurmPlacer(Placer):
         for size in self._sizes:
             if size <= len(names):
                 if self._placed and size < self._sizes[0]:
-                    self._say(f"going on with {size} of {self._sizes[0]} nodes")
+                    self._say(f"continuing with {size} of {self._sizes[0]} nodes")
                 return names[:size]
         lost = f" left: {', '.join(sorted(self._lost))} lost" if self._lost else ""
         job = os.environ["SLURM_JOB_ID"]
-        raise PlacementFailed(f"the run takes {self._sizes[-1]} nodes at least, and job {job} has {len(names)}{lost}")
+        raise PlacementFailed(f"the run needs at least {self._sizes[-1]} nodes, but job {job} has {len(names)}{lost}")
 
     def _exclude(self, names: list[str], why: str) -> None:
-        self._say(f"{why.format(', '.join(names))}: going on without {'it' if len(names) == 1 else 'them'}")
+        self._say(f"{why.format(', '.join(names))}: continuing without {'it' if len(names) == 1 else 'them'}")
         self._lost.update(names)
 
     def _step(self, names: list[str], cancelled: Callable[[], bool]) -> dict[str, AgentConnection]:

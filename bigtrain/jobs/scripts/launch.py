@@ -83,11 +83,15 @@ def check_directory(directory: RunDirectory, script: str) -> None:
     """
     if directory.is_foreign():
         raise UserError(
-            f"{directory.path} holds files and is not a run",
+            f"{directory.path} holds files, but is not a run",
             fix="Choose another --name or --runs-dir, or move them away.",
         )
     if directory.exists() and directory.recipe() != {"script": script}:
-        raise UserError(f"'{directory.name}' is another run", str(directory.path), "Choose another --name.")
+        raise UserError(
+            f"'{directory.name}' is a run of another script, or of a config",
+            str(directory.path),
+            "Choose another --name.",
+        )
 
 
 @contextlib.contextmanager

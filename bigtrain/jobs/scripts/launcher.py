@@ -83,7 +83,7 @@ def notes(source: str, chosen: str) -> list[str]:
     for name in LAUNCHERS:
         pattern = LAUNCHERS[name].used_by
         if name != chosen.partition(" ")[0] and pattern is not None and pattern.search(source):
-            found.append(f"note: the script uses {name}; --launcher {name} passes what its own launcher would set")
+            found.append(f"note: the script uses {name}; add --launcher {name} to set what its own launcher would set")
     return found
 
 
@@ -99,4 +99,4 @@ def refuse_options(name: str, options: list[str], fix: str) -> None:
         UserError: `options` is not empty.
     """
     if options:
-        raise UserError(f"{options[0]} is no option of {name} that is known here", "--launcher", fix)
+        raise UserError(f"{options[0]} is not a known option of {name}", "--launcher", fix)

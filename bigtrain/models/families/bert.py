@@ -119,7 +119,7 @@ class Config(PlainConfig):
             id = getattr(self, key, None)
             if id is not None and id >= vocabulary:
                 raise UserError(
-                    f"model.{key} is {id}, and the vocabulary has {vocabulary} tokens, from 0",
+                    f"model.{key} is {id}, but the vocabulary has {vocabulary} tokens, from 0",
                     f"model.{key}",
                     f"Pack the data with the tokenizer of the weights, or set model.{key} to null.",
                 )

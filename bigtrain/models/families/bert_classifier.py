@@ -63,7 +63,9 @@ class Config(bert.Config):
 
     def hf_config(self, rows: int) -> dict[str, Any]:
         """See `ModelConfig.hf_config`; it always raises ValueError."""
-        raise ValueError("its head reads [CLS] through the transform of the masked language model")
+        raise ValueError(
+            "its head reads [CLS] through the transform of the masked language model, which transformers does not have"
+        )
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens (B, C), and the number of tokens of each text (B,), without padding."""

@@ -56,7 +56,8 @@ class Config(PlainConfig, ImageConfig):
     def _patch_is_halved(self) -> Config:
         if self.patch < 2 or self.patch & (self.patch - 1):
             raise ValueError(
-                f"the autoencoder halves the image until a code is left: patch {self.patch} is no power of two"
+                f"patch {self.patch} is not a power of two: the autoencoder halves the image until one code for each "
+                "patch is left"
             )
         return self
 

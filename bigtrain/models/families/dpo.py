@@ -40,7 +40,7 @@ def _read(value: Any) -> DecoderConfig:
     keys = {key: value[key] for key in value if key != "preset"}
     found = FAMILIES.read({**preset(value["preset"]), **keys} if "preset" in value else keys)
     if not isinstance(found, DecoderConfig):
-        raise ValueError(f"arch '{found.arch}' is no decoder of bigtrain's")
+        raise ValueError(f"arch '{found.arch}' is not one of bigtrain's decoders")
     return found
 
 

@@ -29,7 +29,9 @@ class Config(DecoderConfig):
         """
         check_shape(self, "GPT-2", mlp="gelu_tanh", norm="layernorm", positions="learned", bias=True, tied=True)
         if self.key_value_heads != self.heads or self.heads * self.width_of_head != self.width:
-            raise ValueError("transformers' GPT-2 has as many key heads as query heads, which make up the width")
+            raise ValueError(
+                "transformers' GPT-2 needs kv_heads equal to heads, and width equal to heads times head_width"
+            )
         names = {
             "embedding.weight": HfTensor("transformer.wte.weight"),
             "position_embedding.weight": HfTensor("transformer.wpe.weight"),

@@ -68,7 +68,9 @@ class Config(ModelConfig):
                 "change with the layout; set dropout to 0"
             )
         if self.task == "seq2seq" and not 1 <= self.source_tokens < self.context:
-            raise ValueError(f"context {self.context} leaves no source or no target at source {self.source}")
+            raise ValueError(
+                f"context {self.context} leaves no tokens for the source or for the target with source {self.source}"
+            )
         return self
 
     @property
@@ -92,7 +94,8 @@ class Config(ModelConfig):
             raise UserError(
                 f"There are no weights (*.safetensors) in {path}",
                 "model.hf",
-                "A Hugging Face model begins from a file: AutoModel...from_config(config).save_pretrained(PATH).",
+                "A Hugging Face model starts from saved weights. Create them: "
+                "AutoModel...from_config(config).save_pretrained(PATH).",
             )
         return path
 
@@ -116,9 +119,7 @@ class Config(ModelConfig):
         for token in added:
             if token["content"] in ("[MASK]", "<mask>"):
                 return int(token["id"])
-        raise UserError(
-            "The token that hides others is not known", "model.mask_token", "Set model.mask_token to its number."
-        )
+        raise UserError("The mask token is not known", "model.mask_token", "Set model.mask_token to its id.")
 
     @cached_property
     def shape(self) -> PretrainedConfig:
@@ -147,7 +148,7 @@ class Config(ModelConfig):
         text = config.get_text_config()
         if vocab_size > text.vocab_size:
             raise UserError(
-                f"The data has {vocab_size} different tokens, and the model {text.vocab_size}",
+                f"The data has {vocab_size} different tokens, but the model has {text.vocab_size}",
                 str(self.directory),
                 "Pack the data with the tokenizer of the model.",
             )
@@ -289,7 +290,7 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name!r} is no directory here, and no model of that name can be had from the hub: {error}",
+            f"{name!r} is not a directory, and no model of that name can be downloaded from the hub: {error}",
             "model.hf",
             "Name a directory with config.json and *.safetensors.",
         ) from None

@@ -67,7 +67,7 @@ def check_shape(config: DecoderConfig, name: str, free: Collection[str] = (), **
     for key, value in {**defaults, **llama, **parts}.items():
         own = getattr(config, key)
         if key not in free and own != value:
-            raise ValueError(f"transformers' {name} has model.{key} {value!r} alone, not {own!r}")
+            raise ValueError(f"transformers' {name} supports only model.{key} {value!r}, not {own!r}")
 
 
 def names_in_llama(config: DecoderConfig, parts: dict[str, str]) -> dict[str, HfTensor]:
@@ -166,8 +166,8 @@ def keys_of_llama(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
         }
     elif kind != "default":
         raise ValueError(
-            f"its rotary wavelengths (rope_parameters, rope_scaling) are scaled by the rule {kind!r}, and bigtrain "
-            "has llama3's alone"
+            f"its rotary wavelengths (rope_parameters, rope_scaling) are scaled by the rule {kind!r}, but bigtrain "
+            "supports only llama3"
         )
     return keys
 
@@ -185,7 +185,7 @@ def full_attention_every(types: list[str]) -> int | None:
     ]
     if types != expected:
         raise ValueError(
-            f"its config.json says layer_types: {types}, and full attention comes here in every n-th layer alone"
+            f"its config.json says layer_types: {types}, but bigtrain supports full attention only in every n-th layer"
         )
     return every
 

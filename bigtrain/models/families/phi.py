@@ -45,7 +45,7 @@ class Config(DecoderConfig):
         """
         check_shape(self, "Phi", ("rotary_part",), **SHAPE)
         if self.heads * self.width_of_head != self.width:
-            raise ValueError("transformers' Phi has heads that make up the width: leave model.head_width out")
+            raise ValueError("transformers' Phi needs width equal to heads times head_width: remove model.head_width")
         names = {"embedding.weight": HfTensor("model.embed_tokens.weight")}
         for kind in ("weight", "bias"):
             for layer in range(self.layers):

@@ -41,7 +41,9 @@ class Config(DecoderConfig):
         facts = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
         common = config_of_llama(self, rows)
         if common.pop("head_dim") != self.width // self.heads:
-            raise ValueError("transformers' Qwen 2 has heads that make up the width: leave model.head_width out")
+            raise ValueError(
+                "transformers' Qwen 2 needs width equal to heads times head_width: remove model.head_width"
+            )
         return facts | {key: value for key, value in common.items() if key != "attention_bias"}
 
     @classmethod

@@ -50,5 +50,8 @@ class Config(DecoderConfig):
         if rotated is not None:
             every = rotated.index(0) + 1 if 0 in rotated else None
             if rotated != [int(every is None or (layer + 1) % every != 0) for layer in range(len(rotated))]:
-                raise ValueError(f"its config.json says no_rope_layers: {rotated}, which is not every n-th layer")
+                raise ValueError(
+                    f"its config.json says no_rope_layers: {rotated}, but bigtrain supports this only in every "
+                    "n-th layer"
+                )
         return {"arch": "smollm3", **keys, "no_rotary_every": every}

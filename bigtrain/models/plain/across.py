@@ -132,7 +132,7 @@ def _use(what: str) -> None:
     _here.used = True
     if _here.passes > 1:
         raise UserError(
-            f"{what} needs each rank's part of a batch in one pass, and a step has {_here.passes} passes",
+            f"{what} needs each rank's part of a batch in one pass, but a step has {_here.passes} passes",
             "layout.micro_size",
             f"Set layout.micro_size to {_here.passes * _here.own} or more, or remove it; or use more ranks.",
         )
@@ -173,7 +173,7 @@ def gather_batch(x: Tensor) -> tuple[Tensor, int]:
         raise UserError(
             f"gather_batch() got {len(x)} rows for the {_here.own} sequences of a batch",
             "forward()",
-            "Give it one row for each sequence; of several views call it once for each.",
+            "Pass one row for each sequence; with several views, call it once for each view.",
         )
     if ranks is None or len(ranks.rows) == 1:
         return x, 0
@@ -222,7 +222,7 @@ def _batch_norm(
     mean, count = ranks.sum(torch.cat([values[:own].sum(dims), number])).split([x.shape[1], 1])
     if sum(ranks.rows) < 2 and float(count) < 2:
         raise UserError(
-            "BatchNorm has one value for each channel in the global batch: there is no variance",
+            "BatchNorm cannot compute a variance: the global batch has one value for each channel",
             "batch.size",
             "Set batch.size to 2 or more.",
         )

@@ -75,27 +75,28 @@ def check_plain(config: PlainConfig, vocab_size: int, across_layouts: bool = Fal
             facts = config._observed(vocab_size, SEED)
     except UserError as error:
         if batch_kind(config).takes_image or config.data_kind == "images":
-            fix = "Say the images' size in Config: a property sample_shape that returns (height, width, channels)."
+            fix = "State the image size in Config, as a property sample_shape that returns (height, width, channels)."
             raise UserError(error.what, error.where, error.fix if config.sample_shape else error.fix or fix) from error
         raise
     network.facts = facts
     if facts.varying and across_layouts:
         raise UserError(
-            f"forward() draws {_listed(facts)} by no sequence of the batch, which other layouts draw otherwise",
+            "forward() draws random tensors whose first dimension is not the batch, so that layouts differ: "
+            f"{_listed(facts)}",
             where,
             "Set engine.deterministic to auto or true, or draw tensors whose first dimension is the batch.",
         )
     if facts.varying:
         logger.warning(
-            "forward() draws %s by no sequence of the batch: a run repeats and resumes to the bit at one layout, and "
-            "other layouts draw otherwise",
+            "forward() draws random tensors whose first dimension is not the batch: %s. A run repeats and resumes "
+            "bit for bit at one layout, but layouts differ",
             _listed(facts),
         )
     if facts.own_generator is not None:
         raise UserError(
-            f"forward() draws by {facts.own_generator} from a generator of its own, whose state no checkpoint keeps",
+            f"forward() draws by {facts.own_generator} from its own generator, whose state is not saved in checkpoints",
             where,
-            "Remove the generator: torch's own one is seeded at each step.",
+            "Remove the generator: torch's default generator is seeded at each step.",
         )
     if not on_meta:
         with users_code(config, where, "forward()"):
@@ -115,22 +116,24 @@ def _check_parts(network: Network, where: str) -> None:
     for name, buffer in network.named_buffers():
         if buffer.layout is not torch.strided and is_persistent(network, name):
             raise UserError(
-                f"The buffer '{name}' is a sparse tensor, which no checkpoint holds",
+                f"The buffer '{name}' is a sparse tensor, which checkpoints do not support",
                 where,
-                "Register it with persistent=False: it is built again. Or keep its indices and values in buffers.",
+                "Register it with persistent=False, so that it is built again, or keep its indices and values in "
+                "buffers.",
             )
     for name, parameter in network.named_parameters():
         if parameter._post_accumulate_grad_hooks:
             raise UserError(
-                f"'{name}' has a hook after the accumulation of its gradient, which the engine owns",
+                f"'{name}' has a hook that runs after gradient accumulation, which only the engine may use",
                 where,
                 "Use register_hook(), which gets the full gradient of a step.",
             )
         if parameter.dtype.is_complex:
             raise UserError(
-                f"'{name}' is {str(parameter.dtype).removeprefix('torch.')}, which is not trained",
+                f"'{name}' is {str(parameter.dtype).removeprefix('torch.')}, a dtype that cannot be trained",
                 where,
-                "Keep the real and the imaginary part in a parameter of two numbers (torch.view_as_complex).",
+                "Keep the real and the imaginary part in a real parameter with a last dimension of 2 "
+                "(torch.view_as_complex).",
             )
 
 
@@ -140,9 +143,9 @@ def _check_repeats(network: Network, again: Network, where: str) -> None:
     for name, value in first.items():
         if name not in second or not equal(value.detach(), second[name].detach()):
             raise UserError(
-                f"build() gives '{name}' other values each time it is called, from the same seed",
+                f"build() gives '{name}' different values in two calls with the same seed",
                 where,
-                "Draw them from torch's, NumPy's or random's own generator, which are seeded.",
+                "Draw them from the default generator of torch, NumPy or random, which are seeded.",
             )
 
 
@@ -275,35 +278,37 @@ class _Passes:
         loss, gradient = whole.away(parts)
         raise UserError(
             f"In {mode} the loss of a batch is not the sum of the losses of its parts (off by {loss:.1e}, gradients by "
-            f"{gradient:.1e}, relative): it would differ from layout to layout",
+            f"{gradient:.1e}, relative): it would differ between layouts",
             self._where,
-            "Keep what couples sequences out of forward(), or compute it over the global batch by gather_batch() or "
-            "sum_over_batch() of bigtrain.models.plain. A mean over the batch is stated by loss_is; of a mean over "
-            "anything else (masked tokens, class weights) return LossSum(sum, what it is divided by). Draw by torch, "
-            "not by NumPy or random.",
+            "Remove what couples sequences from forward(), or compute it over the global batch with gather_batch() "
+            "or sum_over_batch() of bigtrain.models.plain. If the loss is a mean over the batch, set loss_is; if it "
+            "is a mean over anything else (masked tokens, class weights), return LossSum(sum, divisor). Draw random "
+            "values with torch, not with NumPy or random.",
         )
 
     def _report_draws(self) -> None:
         """Report draws that `Draws` keyed by sequence although their first dimension is not the batch."""
-        what = "forward() draws by rows that are not the batch's: other layouts draw otherwise"
+        what = "forward() draws random tensors whose rows are not those of the batch, so that layouts differ"
         if self._across_layouts:
             raise UserError(what, self._where, "Draw tensors whose first dimension is the batch.")
         if not self._facts.varying:
-            logger.warning("%s; a run repeats and resumes to the bit at one layout", what)
+            logger.warning("%s; a run repeats and resumes bit for bit at one layout", what)
 
     def _refuse_buffers(self, whole: Result, parts: Result) -> None:
         for name, value in whole.buffers.items():
             if not close(value, parts.buffers[name]):
                 raise UserError(
-                    f"forward() changes the buffer '{name}' by its own part of the batch: ranks would differ",
+                    f"forward() changes the buffer '{name}' from its own part of the batch: ranks would differ",
                     self._where,
-                    "Sum what it follows by sum_over_batch() of bigtrain.models.plain.",
+                    "Sum the values that it depends on with sum_over_batch() of bigtrain.models.plain.",
                 )
 
     def _refuse_bad_numbers(self, result: Result, training: bool) -> None:
         if not math.isfinite(result.loss):
             mode = "training" if training else "evaluation"
-            logger.warning("the loss of a made-up batch is %s in %s: nothing could be compared", result.loss, mode)
+            logger.warning(
+                "the loss of an example batch is %s in %s: the module could not be checked", result.loss, mode
+            )
 
     def _refuse_changed_parameters(self, network: Network, start: State) -> None:
         for name, parameter in network.named_parameters():
@@ -311,10 +316,10 @@ class _Passes:
             if parameter._version == version and parameter.data_ptr() == pointer and equal(parameter.detach(), value):
                 continue
             raise UserError(
-                f"forward() changes the parameter '{name}', which each rank would do on its own part of it",
+                f"forward() changes the parameter '{name}', but each rank holds only a shard of it",
                 self._where,
-                "Do it in a method after_step(self), which runs after each update with the full parameters. What it "
-                "needs of the batch, keep in a buffer, by sum_over_batch() of bigtrain.models.plain.",
+                "Change it in a method after_step(self), which runs after each update with the full parameters. Keep "
+                "what it needs from the batch in a buffer, computed with sum_over_batch() of bigtrain.models.plain.",
             )
 
     def _refuse_state(
@@ -339,19 +344,19 @@ class _Passes:
         names = counters or non_persistent or moved or changed
         if names:
             raise UserError(
-                f"forward() changes '{names[0]}', which no checkpoint keeps, and passes after it "
+                f"forward() changes '{names[0]}', which is not saved in checkpoints, and later passes "
                 f"{'depend on it' if not repeats else 'could depend on it'}",
                 self._where,
-                "Initialize it in each pass: batches are shuffled, so a hidden state has no past. What follows "
-                'the step comes from batch["step"]; what follows the weights is done in after_step(self); a number '
-                "that the module counts is returned by get_extra_state().",
+                "Initialize it in each pass: batches are shuffled, so a hidden state has no past. Take what depends "
+                'on the step from batch["step"], compute what depends on the weights in after_step(self), and return '
+                "counters from get_extra_state().",
             )
         if not repeats:
             raise UserError(
-                "Two passes of one batch from the same seed differ: forward() looks at a clock, or at a generator that "
-                "is not seeded",
+                "Two passes of one batch from the same seed differ: forward() reads a clock, or a generator that is "
+                "not seeded",
                 self._where,
-                "Draw from torch's, NumPy's or random's own generator, which are seeded at each step.",
+                "Draw from the default generator of torch, NumPy or random, which are seeded at each step.",
             )
 
 

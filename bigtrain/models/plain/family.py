@@ -58,7 +58,7 @@ class PlainConfig(ModelConfig):
         if self.loss_is is not None:
             return _single_loss(output)
         raise UserError(
-            f"forward() returns {_kind(output)}, and Config says no loss for it",
+            f"forward() returns {_kind(output)}, but Config defines no loss for it",
             self._place,
             'Define loss(self, output, batch) in Config: return F.cross_entropy(output, batch["labels"], '
             'reduction="none"). Where forward() returns the mean loss itself, set loss_is: ClassVar = "mean".',
@@ -83,9 +83,11 @@ class PlainConfig(ModelConfig):
             return LossSum(loss.float() * (weight if self.loss_is == "mean" else 1.0), weight)
         if loss.shape != weights.shape:
             raise UserError(
-                f"loss() gives losses of shape {tuple(loss.shape)}, and the weights are {tuple(weights.shape)}",
+                f"loss() returns losses of shape {tuple(loss.shape)}, but the weights have shape "
+                f"{tuple(weights.shape)}",
                 where,
-                'Give one loss for each weight: reduction="none", then a sum or mean over what is no sample.',
+                'Return one loss for each weight: use reduction="none", then a sum or mean over the dimensions that '
+                "are not samples.",
             )
         losses = loss.float() * weights
         return LossSum(losses.sum(), weights.sum(), by_sequence(losses, weights))
@@ -137,7 +139,7 @@ class PlainConfig(ModelConfig):
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 - the user's code, on a batch that is none of the data's
-                logger.warning("the module does not run on a made-up batch (%s): it is sharded as one part", error)
+                logger.warning("the module does not run on an example batch (%s): it is sharded as one part", error)
                 self._facts[key] = unknown(self.wrapped(vocab_size, seed))
         return self._facts[key]
 

@@ -99,7 +99,8 @@ def as_sums(result: Any, where: str) -> LossSum:
         )
     if result[0].dtype != torch.float32:
         raise UserError(
-            f"forward() returned a loss in {str(result[0].dtype).removeprefix('torch.')}, too coarse to be summed",
+            f"forward() returned a loss in {str(result[0].dtype).removeprefix('torch.')}, whose precision is too low "
+            "for sums",
             where,
             "Compute it in FP32: call .float() on the logits.",
         )

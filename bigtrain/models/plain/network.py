@@ -225,7 +225,8 @@ class Network(nn.Module):
                 data = json.dumps(_plain(module.get_extra_state())).encode()
             except TypeError as error:
                 raise UserError(
-                    f"get_extra_state() of '{name or type(module).__name__}' returns what JSON does not hold: {error}",
+                    f"get_extra_state() of '{name or type(module).__name__}' returns a value that JSON cannot "
+                    f"represent: {error}",
                     self.where,
                     "Return numbers, texts, lists and dicts of them; keep tensors in buffers.",
                 ) from None
@@ -399,8 +400,8 @@ def by_name(network: nn.Module, batch: Batch, where: str) -> dict[str, Tensor]:
             found[name] = batch[answer]
         elif parameter.default is parameter.empty:
             raise UserError(
-                f"forward() takes an argument '{name}', and the batch has {', '.join(batch)}",
+                f"forward() takes an argument '{name}', but the batch has {', '.join(batch)}",
                 where,
-                "Define inputs(self, batch) in Config, which returns what forward() is called with.",
+                "Define inputs(self, batch) in Config, which returns the arguments of forward().",
             )
     return found

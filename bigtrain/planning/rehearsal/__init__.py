@@ -88,7 +88,7 @@ def _role(config: Any, outputs: int, gpus: int) -> tuple[Role, Mesh, int]:
     engine = config.engine
     if not isinstance(engine, FSDPConfig):
         raise UserError(
-            f"The engine '{engine.name}' starts threads and kernels of its own, which fake tensors do not pass",
+            f"The engine '{engine.name}' starts its own threads and kernels, which do not run on fake tensors",
             "engine.name",
             "Rehearse with engine.name=fsdp, or run `bigtrain prove`.",
         )
@@ -148,12 +148,12 @@ def _compared(seen: Seen, job: Job | None, role: Role, sizes: Mesh, place: int) 
         for kind in HELD:
             found, expected = getattr(seen.held, kind), formula[kind]
             if found != expected:
-                faults.append(f"{kind} take {found:,} bytes, the formula says {expected:,}")
+                faults.append(f"{kind} take {found:,} bytes, but the formula says {expected:,}")
         for one in sorted(set(exchanged) | set(promised)):
             if exchanged[one] != promised[one]:
                 faults.append(
-                    f"{one.kind} over {_axes(one)} of {one.bytes:,} bytes: {exchanged[one]} times, the formula says "
-                    f"{promised[one]}"
+                    f"{one.kind} over {_axes(one)} of {one.bytes:,} bytes: {exchanged[one]} times, but the formula "
+                    f"says {promised[one]}"
                 )
     rows = [
         {
@@ -176,7 +176,7 @@ def _stage_faults(seen: Seen, role: Role, place: int) -> list[str]:
     if seen.blocks == expected:
         return []
     if 0 in seen.blocks:
-        return [f"a stage has no layers: its stages hold {seen.blocks} blocks, the layout gives them {expected}"]
+        return [f"a stage has no layers: its stages hold {seen.blocks} blocks, but the layout assigns them {expected}"]
     return [f"its stages hold {seen.blocks} blocks, the layout gives them {expected}"]
 
 
@@ -221,5 +221,7 @@ def rehearsal_text(document: dict[str, Any]) -> str:
             formula = "" if one["formula"] is None else str(one["formula"])
             name = f"{one['kind']} over {' x '.join(one['axes']) or 'no axis'}"
             lines.append(f"  {name:28} {one['bytes']:16,} {one['rehearsed']:10} {formula:>8}")
-    lines += [f"fault: {line}" for line in document["faults"]] or ["no faults: it starts, and does what the plan says"]
+    lines += [f"fault: {line}" for line in document["faults"]] or [
+        "no faults: the run starts, and does what the plan says"
+    ]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def checkpoint_faults(state: Mapping[str, Tensor]) -> list[str]:
         name, chunk = item.index.fqn, item.tensor_data.chunk  # type: ignore[union-attr]
         if name in local and isinstance(state[name], DTensor) and tuple(chunk.sizes) != tuple(local[name].shape):
             found.append(
-                f"{name}: this rank holds {list(local[name].shape)}, and the plan writes {list(chunk.sizes)} at "
+                f"{name}: this rank holds {list(local[name].shape)}, but the plan writes {list(chunk.sizes)} at "
                 f"{list(chunk.offsets)}"
             )
     seen: dict[Any, str | None] = {}

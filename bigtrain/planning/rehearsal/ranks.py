@@ -95,7 +95,7 @@ def rehearsed(role: Role, rank: int, plant: Plant | None = None) -> Iterator[See
         UserError: This process has a process group already, or the model is not built on the meta device.
     """
     if dist.is_initialized():
-        raise UserError("A rank of a run cannot rehearse another", fix="Rehearse in a process of its own.")
+        raise UserError("A rank of a run cannot rehearse another run", fix="Rehearse in a separate process.")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     dist.init_process_group("fake", rank=rank, world_size=role.world_size, store=FakeStore())
     try:
@@ -103,7 +103,7 @@ def rehearsed(role: Role, rank: int, plant: Plant | None = None) -> Iterator[See
             engine = _build(role, rank, fake)
         if engine.plain is not None:
             raise UserError(
-                f"A model of arch '{role.model.arch}' builds itself on the CPU of each rank, whatever its size",
+                f"A model of arch '{role.model.arch}' is always built on the CPU of each rank",
                 "model.arch",
                 "Rehearse a family, which is built on the meta device; `bigtrain prove` runs this one.",
             )

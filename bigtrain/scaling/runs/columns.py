@@ -56,7 +56,7 @@ _FLOP_UNITS = {
 """Names of columns of FLOPs that state the unit, with the unit in FLOPs; a PF-day is 1e15 FLOP/s for a day."""
 _NO_NATS = {
     "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
-    "bits a byte are no nats a token; laws of tasks take them: bigtrain scaling tasks": re.compile(
+    "bits per byte are not nats per token; only laws of tasks take them: bigtrain scaling tasks": re.compile(
         r"(^|_)(bpb|bits_per_byte)(_|$)"
     ),
 }
@@ -101,7 +101,9 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
         hint = next(
             (f"; {text}" for text, form in _NO_NATS.items() if any(form.search(_plain(name)) for name in raw)), ""
         )
-        raise UserError("There is no column of losses", source, f"name it with --loss; there are: {_list(raw)}{hint}")
+        raise UserError(
+            "There is no column of losses", source, f"Name it with --loss; the columns are {_list(raw)}{hint}."
+        )
     for name, column in found.items():
         factor = _factor(name, column)
         given = {"params": named.params_unit, "tokens": named.tokens_unit}.get(name)
@@ -201,7 +203,7 @@ def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) 
                 close = nearest(given, raw)
                 raise UserError(
                     f"There is no column '{given}' (--{wanted})", source,
-                    f"Did you mean '{close}'?" if close else f"there are: {_list(raw)}",
+                    f"Did you mean '{close}'?" if close else f"The columns are {_list(raw)}.",
                 )  # fmt: skip
             found[wanted] = given
             continue
@@ -233,7 +235,7 @@ def _complete(
         flags = " and ".join(f"--{name}" for name in missing)
         raise UserError(
             f"There are no columns of {' and '.join(missing)}: two of params, tokens and flops are needed", source,
-            f"name one with {flags}; there are: {_list(raw)}",
+            f"Name one with {flags}; the columns are {_list(raw)}.",
         )  # fmt: skip
     if not missing:
         return False

@@ -79,8 +79,8 @@ def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str],
         return (*_directory(path, rows), True)
     if not path.exists():
         raise UserError(
-            f"'{source}' is not there", source,
-            "give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT",
+            f"'{source}' does not exist", source,
+            "Give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT.",
         )  # fmt: skip
     return (*(_read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)), [], False)
 
@@ -90,7 +90,9 @@ def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]
     if wanted == "tuning" and (path / SWEEP_RUNS).exists():
         if not (file := path / SWEEP_TUNING).exists():
             raise UserError(
-                "The sweep has tuned no learning rate", str(path), "give its YAML a section learning_rates, and run it"
+                "The sweep has tuned no learning rate",
+                str(path),
+                "Add a section learning_rates to its YAML, and run it.",
             )
         return (*rows_to_columns([(f"line {i}", row) for i, row in enumerate(read_lines(file), 1)]), [])
     if (file := path / SWEEP_RUNS).exists() and wanted == "curves":

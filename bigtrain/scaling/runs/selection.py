@@ -53,8 +53,8 @@ def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[
     more = f" and {len(pairs) - SHOWN} more pairs" if len(pairs) > SHOWN else ""
     if choice == "refuse":
         raise UserError(
-            f"Two rows are one run: {shown}{more}", table.source,
-            "give --duplicates drop to fit each run once; a run that counts twice narrows every interval",
+            f"Two rows are the same run: {shown}{more}", table.source,
+            "Give --duplicates drop to fit each run once: a run that counts twice narrows every interval.",
         )  # fmt: skip
     keep = np.ones(len(table), dtype=bool)
     keep[[b for _, b in pairs]] = False
@@ -109,14 +109,14 @@ def best_settings(table: RunTable, swept: Swept, edges: Edges) -> tuple[RunTable
             raise UserError(
                 f"The best value lies at the edge of its grid in {len(at_edge)} of {len(several)} pairs (N, D): "
                 f"{shown}{more}", table.source,
-                "train beyond the edge there, or give --edges drop (drops these pairs) or --edges keep",
+                "Train beyond the edge there, or give --edges drop (drops these pairs) or --edges keep.",
             )  # fmt: skip
         notes.append(f"{len(at_edge)} pairs (N, D) are dropped, their best lies at the edge of its grid: {shown}{more}")
         found = [cell for cell in found if not cell.edge]
     elif at_edge:
         notes.append(f"in {len(at_edge)} pairs (N, D) the best value lies at the edge of its grid")
     if not found:
-        raise UserError("No pair (N, D) is left", table.source, "train wider grids of learning rates and batches")
+        raise UserError("No pair (N, D) is left", table.source, "Train wider grids of learning rates and batches.")
     return table.take(np.sort(np.concatenate([cell.best for cell in found]))), notes
 
 

@@ -171,13 +171,15 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
     if len(table) <= parameters:
         raise UserError(
             f"{len(table)} runs cannot give the law's {parameters} parameters", table.source,
-            f"fit at least {parameters + 1} runs, better 20",
+            f"Fit at least {parameters + 1} runs, and preferably 20.",
         )  # fmt: skip
     for name, values in (("sizes N", table.params), ("token counts D", table.tokens)):
         distinct = len(set(groups_by_size(values)))
         if distinct < 3:
             raise UserError(
-                f"The runs have {distinct} different {name}: an exponent needs three", table.source, "add runs"
+                f"The runs have {distinct} different {name}: an exponent needs three",
+                table.source,
+                "Add runs with other values.",
             )
     x, y = np.log(table.params), np.log(table.tokens)
     design = np.column_stack([x - x.mean(), y - y.mean()])
@@ -185,7 +187,7 @@ def refuse_collinear(table: RunTable, parameters: int) -> None:
         ratio = table.tokens / table.params
         raise UserError(
             f"D follows from N in all runs (tokens a parameter {ratio.min():.3g} to {ratio.max():.3g}): A and B "
-            "cannot be fitted separately", table.source, "train some sizes at other D/N, over a factor of 4 at least",
+            "cannot be fitted separately", table.source, "Train some sizes at other D/N, over a factor of 4 at least.",
         )  # fmt: skip
 
 

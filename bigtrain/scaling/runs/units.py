@@ -21,7 +21,7 @@ SMALL_LARGEST_PARAMS = 1e6
 MAX_LOSS = 50.0
 """Largest plausible loss in nats per token; a larger value is a perplexity, or comes from a run that diverged."""
 _UNITS_FIX = (
-    "say the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
+    "Give the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
     "units: 400000000 parameters, 8e9 tokens"
 )
 
@@ -37,16 +37,16 @@ def check_values(table: RunTable) -> list[str]:
             runs of several phases are mixed.
     """
     if not len(table):
-        raise UserError("There are no runs to fit", table.source, "check the file, and --where")
+        raise UserError("There are no runs to fit", table.source, "Check the file, and --where.")
     if table.bad:
         rows = [i for i, cell in enumerate(table.bad) if cell]
         if rows:
             shown = "; ".join(f"{table.place[i]}: {table.bad[i]}" for i in rows[:3])
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             column = table.bad[rows[0]].rpartition("in column '")[2].rstrip("'")
-            fix = f'exclude those rows, for example with --where "{column} > 0"'
+            fix = f'Exclude those rows, for example with --where "{column} > 0"'
             if len(rows) == len(table):
-                fix = "write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss"
+                fix = "Write numbers such as 3.45 or 1,000,000, or name another column, for example with --loss."
             raise UserError(f"A cell is not a number ({shown}{more})", table.source, fix)
     for name in ("loss", "params", "tokens", "flops"):
         values = getattr(table, name)
@@ -55,7 +55,7 @@ def check_values(table: RunTable) -> list[str]:
             finite = f" and {name} < 1e40" if np.isinf(values).any() else ""
             raise UserError(
                 f"{name} must be a positive number in every row; {named_rows(table, np.flatnonzero(bad), values)}",
-                table.source, f'drop those rows, for example with --where "{name} > 0{finite}"',
+                table.source, f'Drop those rows, for example with --where "{name} > 0{finite}"',
             )  # fmt: skip
     _check_phases(table)
     return [*_check_columns(table), *_odd_rows(table)]
@@ -75,8 +75,9 @@ def _check_columns(table: RunTable) -> list[str]:
     """Refuse a table with a column in another unit than expected; returns a warning if N is small."""
     if np.median(table.loss) > MAX_LOSS:
         raise UserError(
-            f"Losses above {MAX_LOSS:g} nats a token cannot be; {named_rows(table, np.arange(len(table)), table.loss)}",
-            table.source, "give the loss in nats a token, not a perplexity",
+            f"Losses above {MAX_LOSS:g} nats per token are not plausible; "
+            f"{named_rows(table, np.arange(len(table)), table.loss)}",
+            table.source, "Give the loss in nats per token, not a perplexity.",
         )  # fmt: skip
     if table.native:
         return []
@@ -86,8 +87,8 @@ def _check_columns(table: RunTable) -> list[str]:
     small = n < LEAST_LARGEST_PARAMS or d < LEAST_LARGEST_TOKENS
     if (small or not RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]) and not confirmed:
         raise UserError(
-            f"N and D cannot be in these units: the largest N is {n:.6g}, the largest D {d:.6g}, the median of D/N "
-            f"{ratio:.3g}; {named_rows(table, np.arange(len(table)), table.params, table.tokens)} as N, D",
+            f"N and D are not plausible in these units: the largest N is {n:.6g}, the largest D {d:.6g}, the median "
+            f"of D/N {ratio:.3g}; {named_rows(table, np.arange(len(table)), table.params, table.tokens)} as N, D",
             table.source, _UNITS_FIX,
         )  # fmt: skip
     share = float(np.median(table.flops / (FLOPS_PER_PARAMETER_TOKEN * table.params * table.tokens)))
@@ -95,7 +96,7 @@ def _check_columns(table: RunTable) -> list[str]:
         raise UserError(
             f"FLOPs do not fit N and D: the median is {share:.3g} times 6 N D; "
             f"{named_rows(table, np.arange(len(table)), table.flops)}",
-            table.source, "give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days)",
+            table.source, "Give N, D and FLOPs in units (1e18, not exaFLOPs or PF-days).",
         )  # fmt: skip
     if n < SMALL_LARGEST_PARAMS and not confirmed:
         return [f"the largest model has {count(n)} parameters: if N is in thousands or millions, give --params-unit"]

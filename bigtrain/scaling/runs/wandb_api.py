@@ -35,6 +35,6 @@ def read_project(path: str) -> tuple[Columns, list[str]]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"The W&B project cannot be read: {reason}", f"wandb:{path}",
-            "check ENTITY/PROJECT and WANDB_API_KEY; W&B's offline files can be read without it",
+            "Check ENTITY/PROJECT and WANDB_API_KEY, or read W&B's offline files, which need no key.",
         ) from None  # fmt: skip
     return rows_to_columns(rows)

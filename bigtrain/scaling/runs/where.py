@@ -39,7 +39,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _JOINS = {"&&": "and", "||": "or"}
 _OWN = ("params", "tokens", "flops", "loss", "run", "group", "phase", "seed")
-_EXAMPLE = 'write comparisons joined by "and" and "or", such as --where "flops < 1e21 and phase == decayed"'
+_EXAMPLE = 'Write comparisons joined by "and" and "or", such as --where "flops < 1e21 and phase == decayed"'
 _WORD = re.compile(r"\w")
 _SHOWN = 8
 _UNKNOWN = 0.5
@@ -215,7 +215,7 @@ class _Parser:
             known = list(dict.fromkeys(f'"{value}"' if " " in value else value for value in one.tolist() if value))
             raise UserError(
                 f"No row has {left.column} == {right.text}", self._table.source,
-                f"there are: {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
+                f"The values are {', '.join(known[:_SHOWN])}{', ...' if len(known) > _SHOWN else ''}",
             )  # fmt: skip
         # An empty text that is written in the expression is a value like any other.
         absent = (one == "") | (other == "") if "" not in (left.text, right.text) else np.zeros_like(found)
@@ -273,6 +273,6 @@ class _Parser:
     def _unknown(self, name: str) -> UserError:
         close = nearest(name, self._columns)
         return UserError(
-            f"--where names a column '{name}' that is not there", self._table.source,
-            f"Did you mean '{close}'?" if close else f"there are: {', '.join(self._columns)}",
+            f"--where names a column '{name}' that does not exist", self._table.source,
+            f"Did you mean '{close}'?" if close else f"The columns are {', '.join(self._columns)}.",
         )  # fmt: skip

@@ -72,7 +72,11 @@ class HttpPlace:
 
     def _body(self, answer: http.client.HTTPResponse, start: int, url: str) -> Body:
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise RemoteError("the server encodes the file although asked not to", url, "serve it as it is")
+            raise RemoteError(
+                "the server encodes the file, although the request forbids it",
+                url,
+                "Serve the file without an encoding.",
+            )
         length = answer.headers.get("Content-Length", "")
         begin, total = 0, int(length) if length.isdigit() else None
         if answer.status == http.client.PARTIAL_CONTENT:
@@ -102,7 +106,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request | None:
         if req.type == "https" and not newurl.startswith("https:"):
-            raise RemoteError("the server redirects from https to a place that is not encrypted", req.full_url)
+            raise RemoteError("the server redirects from https to a URL that is not encrypted", req.full_url)
         if not newurl.startswith(("http:", "https:")):
             raise RemoteError("the server redirects away from http and https", req.full_url)
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ class PicturesConfig(CallbackConfig):
         """Refuse an engine whose state does not hold the model's tensors."""
         if not engine.keeps_tensors:
             raise UserError(
-                f"The engine '{engine.name}' gives no full weights to make pictures with",
+                f"The engine '{engine.name}' does not provide the full weights, which pictures need",
                 "callbacks",
                 "Use engine: {name: fsdp}, or remove the callback 'pictures'.",
             )
@@ -55,14 +55,14 @@ class PicturesConfig(CallbackConfig):
         shows_attention = type(model).attention_pictures is not ModelConfig.attention_pictures
         if self.attention and not shows_attention:
             raise UserError(
-                f"The model of arch '{model.arch}' offers no pictures of its attention",
+                f"The model of arch '{model.arch}' defines no pictures of its attention",
                 "callbacks",
                 "Remove 'attention' of the callback 'pictures', or define attention_pictures(self, network, shown) in "
                 "its Config (bigtrain/models/pictures.py).",
             )
         if not self.attention and type(model).pictures is ModelConfig.pictures:
             raise UserError(
-                f"The model of arch '{model.arch}' offers no pictures",
+                f"The model of arch '{model.arch}' defines no pictures",
                 "callbacks",
                 "Add attention: true to the callback 'pictures'."
                 if shows_attention

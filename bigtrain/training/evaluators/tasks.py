@@ -41,7 +41,7 @@ class TasksConfig(EvaluatorConfig):
         """Refuse data without a tokenizer, and files that hold no valid requests."""
         if data.tokenizer is None or data.tokenizer.kind == "unknown":
             raise UserError(
-                "The evaluator 'tasks' encodes text, and the training data has no tokenizer",
+                "The evaluator 'tasks' encodes text, but the training data has no tokenizer",
                 data.place,
                 "Remove it, or train on shards that hold one.",
             )

@@ -109,7 +109,7 @@ def test_another_ray_or_python_is_refused_and_another_patch_is_not(dashboard: An
 def test_more_than_the_cluster_can_ever_have_is_refused(dashboard: Any) -> None:
     two = dashboard(of_nodes([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}, {"CPU": 2}]))
     assert check_capacity(two, JobConfig(nodes=2, procs_per_node=4)) is None
-    with pytest.raises(UserError, match="2 of the cluster's nodes have 4 GPUs, and the job takes 3") as refused:
+    with pytest.raises(UserError, match="2 of the cluster's nodes have 4 GPUs, but the job needs 3") as refused:
         check_capacity(two, JobConfig(nodes=3, procs_per_node=4))
     assert "10.0.0.0 with 4 GPU and 8 CPU" in str(refused.value)
     with pytest.raises(UserError, match="0 of the cluster's nodes have 8 GPUs"):
@@ -142,16 +142,16 @@ def test_what_an_autoscaler_may_add_is_waited_for(dashboard: Any) -> None:
     growing = dashboard(of_nodes([{"CPU": 1}], {"0": "head-group"}))
     waits = check_capacity(growing, JobConfig(nodes=4, procs_per_node=8))
     assert waits is not None
-    assert "the job takes 4" in waits
+    assert "but the job needs 4" in waits
 
 
 def test_a_public_address_without_a_token_is_refused() -> None:
-    with pytest.raises(UserError, match="whoever reaches a Ray dashboard without one runs code there"):
+    with pytest.raises(UserError, match="anyone who can reach a Ray dashboard without a token can run code there"):
         check_address("http://203.0.113.9:8265", None)
     assert check_address("203.0.113.9", "token") == "http://203.0.113.9:8265"
     assert check_address("localhost:9", None) == "http://localhost:9"
     for wrong in ("ftp://host", "http://user@host", "http://host:port", "http://"):
-        with pytest.raises(UserError, match="is no address of a Ray dashboard"):
+        with pytest.raises(UserError, match="is not the address of a Ray dashboard"):
             check_address(wrong, "token")
 
 
@@ -174,7 +174,7 @@ def test_an_address_where_nobody_answers_is_one_clear_line(token_file: Path, wri
 def test_a_wrong_token_is_one_clear_line(cluster: Any, token_file: Path, write_config: Any, tmp_path: Path) -> None:
     done = Client(cluster.address, token_file, tmp_path)("submit", write_config())
     assert done.returncode == 2
-    assert "does not take this token" in done.stderr
+    assert "does not accept this token" in done.stderr
     assert TOKEN not in done.stderr
     token_file.unlink()
     missing = Client(cluster.address, token_file, tmp_path)("status")
@@ -186,7 +186,7 @@ def test_a_wrong_token_is_one_clear_line(cluster: Any, token_file: Path, write_c
 def test_a_job_that_fits_no_node_is_refused_by_a_real_cluster(client: Any, write_config: Any) -> None:
     done = client("submit", write_config(job={"nodes": 4, "procs_per_node": 2}), "--json")
     assert done.returncode == 2
-    assert "The job can never run there: 3 of the cluster's nodes have 2 CPUs, and the job takes 4" in done.stdout
+    assert "The job can never run there: 3 of the cluster's nodes have 2 CPUs, but the job needs 4" in done.stdout
     fits = client.json("submit", write_config(job={"nodes": 3, "procs_per_node": 2}), "--dry-run")
     assert (fits["nodes"], fits["procs_per_node"], fits["waits_for"]) == (3, 2, None)
 
@@ -194,4 +194,4 @@ def test_a_job_that_fits_no_node_is_refused_by_a_real_cluster(client: Any, write
 def test_an_unknown_run_names_the_nearest(client: Any) -> None:
     done = client("status", "nobody")
     assert done.returncode == 2
-    assert "The cluster knows no run 'nobody'" in done.stderr
+    assert "The cluster has no run 'nobody'" in done.stderr

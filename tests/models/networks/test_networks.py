@@ -110,7 +110,7 @@ def test_recompute_meets_the_draws_of_the_first_pass(ranks: RankPool, alone: dic
 
 @pytest.mark.parametrize("arch", ["resnet", "clip"])
 def test_what_couples_a_batch_is_refused_in_several_passes_with_a_size_that_works(ranks: RankPool, arch: str) -> None:
-    with pytest.raises(RankError, match=r"one pass, and a step has 3 passes[\s\S]*micro_size to 6 or more"):
+    with pytest.raises(RankError, match=r"one pass, but a step has 3 passes[\s\S]*micro_size to 6 or more"):
         ranks.run(training.train, [arch], 2, ranks=1)
 
 

@@ -71,9 +71,14 @@ def test_the_check_before_the_start_takes_it() -> None:
 @pytest.mark.parametrize(
     ("engine", "keys", "precision", "words"),
     [
-        ("fsdp", {"parts": {"critic": {}}}, "fp32", "has critic, and a model of arch"),
-        ("fsdp", {}, "fp32", "has nothing, and a model of arch"),
-        ("fsdp", {"parts": {"discriminator": {"every": 2}, "generator": {}}}, "fp32", "'discriminator' comes first"),
+        ("fsdp", {"parts": {"critic": {}}}, "fp32", "has critic, but a model of arch"),
+        ("fsdp", {}, "fp32", "has nothing, but a model of arch"),
+        (
+            "fsdp",
+            {"parts": {"discriminator": {"every": 2}, "generator": {}}},
+            "fp32",
+            "The first part, 'discriminator', is not updated",
+        ),
         ("fsdp", {"parts": {"discriminator": {}, "generator": {}}}, "fp16", "one loss scale"),
     ],
 )

@@ -211,7 +211,7 @@ class RayPlacer(Placer):
 
     def _avoided(self, view: View) -> dict[str, str]:
         """Reasons why nodes must not be used now, by node name."""
-        reasons = dict.fromkeys((*view.draining, *self._leaving), "is being taken away")
+        reasons = dict.fromkeys((*view.draining, *self._leaving), "is being preempted")
         reasons |= dict.fromkeys(self._watch.unproven(), "does not answer")
         return reasons | dict.fromkeys(self._excluded, "is excluded after two failures")
 

@@ -148,7 +148,7 @@ def failure(error: Exception | None, nodes: list[Node]) -> PlacementFailed:
                 where, _, path = line.partition(_NOT_THERE)[2].partition(": ")
                 return PlacementRefused(f"host {where} does not see {path}: all nodes must share it, at this path")
     first = next(iter(failures.values()), error)
-    lines = [line for line in str(first).splitlines() if line.strip()] or ["it ended without a message"]
+    lines = [line for line in str(first).splitlines() if line.strip()] or ["the process ended without a message"]
     return PlacementFailed(lines[-1].strip())
 
 
