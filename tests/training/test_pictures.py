@@ -23,6 +23,7 @@ from bigtrain.models.init import initialise
 from bigtrain.models.layers import Attention
 from bigtrain.models.patches import cut
 from bigtrain.models.pictures import Picture, one_above_the_other
+from bigtrain.models.pictures import Shown as Samples
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
@@ -32,6 +33,7 @@ from bigtrain.training.callback import CallbackContext
 from bigtrain.training.callbacks.pictures import PicturesConfig, _Pictures
 from bigtrain.training.grid import GAP, SIDE, png
 from bigtrain.training.progress import Progress
+from tests.models.networks.training import OWN, VOCABULARY, global_batch
 
 SIZE, COUNT = 6, 5
 
@@ -41,7 +43,7 @@ class Shown(_Pictures):
 
     def _samples(self) -> Any:
         images = torch.arange(COUNT * SIZE * SIZE).remainder(256).to(torch.uint8).view(COUNT, SIZE, SIZE, 1)
-        return SimpleNamespace(batch={"images": images, "weights": torch.ones(COUNT)}, count=COUNT, text=str)
+        return Samples({"images": images, "weights": torch.ones(COUNT)}, str)
 
 
 def rendered(folder: Path) -> dict[str, str]:
@@ -87,6 +89,29 @@ def _shown(folder: Path) -> None:
     page = write_report(folder).read_text()
     assert page.count('<img src="data:image/png;base64,') == 2
     assert 'alt="samples at step 4"' in page
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys"),
+    [("vae", {}), ("clip", {}), ("sam", {}), ("dalle", {"learns": "autoencoder"}), ("dalle", {"learns": "decoder"})],
+)
+def test_a_family_makes_its_pictures_of_a_batch_of_the_loader(arch: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    model = FAMILIES[arch](**OWN[f"families.{arch}"], **keys)
+    arrays = global_batch(model, 0)
+    assert "step" not in arrays
+
+    class Loaded(_Pictures):
+        def _samples(self) -> Any:
+            return Samples({name: torch.from_numpy(values) for name, values in arrays.items()}, str)
+
+    state = {f"model.{name}": value for name, value in model.build(VOCABULARY).state_dict().items()}
+    prepared: Any = SimpleNamespace(config=SimpleNamespace(model=model, seed=1), outputs=VOCABULARY)
+    engine: Any = SimpleNamespace(state=lambda: state)
+    step: Any = SimpleNamespace(number=4, evaluation={"val_loss": 1.0}, pictures={})
+    Loaded(PicturesConfig(), CallbackContext(engine, tmp_path, 9, 0, 1, torch.device("cpu"), prepared)).on_step(
+        step, Progress()
+    )
+    assert step.pictures
 
 
 def test_pairs_stand_one_above_the_other() -> None:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -132,9 +133,12 @@ class _Pictures(Callback):
             network: nn.Module = model.build(self._prepared.outputs)
             network.load_state_dict(weights, strict=False)
             network.eval().to(device)
-            made = dict(model.pictures(network, self._samples()))
+            samples = self._samples()
+            # As the engine does: forward() may depend on the step.
+            shown = replace(samples, batch={**samples.batch, "step": torch.tensor(step, device=device)})
+            made = dict(model.pictures(network, shown))
             if self._config.attention:
-                made |= model.attention_pictures(network, self._samples())
+                made |= model.attention_pictures(network, shown)
         self._folder.mkdir(exist_ok=True)
         places = {}
         for title, picture in made.items():
