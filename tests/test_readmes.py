@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from bigtrain.cli import app
 from bigtrain.run import load_config
 from bigtrain.sweeps.load import load_sweep
+from tests.bench.networks import known_rows
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("bigtrain", "cluster", "configs", "launch", "tests")
@@ -137,3 +138,10 @@ def prose(path: Path) -> str:
 def test_documentation_uses_the_words_of_the_field() -> None:
     paths = [*READMES, *sorted((ROOT / "bigtrain").rglob("*.py"))]
     assert {name(path): words for path in paths if (words := PRIVATE_WORDS.findall(prose(path)))} == {}
+
+
+def test_the_networks_reach_what_their_readme_says() -> None:
+    rows = known_rows()
+    shown = [line.strip("| ").split(" | ") for line in (ROOT / "configs" / "README.md").read_text().splitlines()]
+    table = {cells[0]: cells[-1].removesuffix(" (not yet)") for cells in shown if cells[0] in rows}
+    assert table == {network: row[3] for network, row in rows.items()}
