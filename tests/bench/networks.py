@@ -43,7 +43,6 @@ RESULTS = ROOT / "tests" / "bench" / "results" / "networks.txt"
 HEADER = ("network", "data", "must reach", "reached", "", "seconds", "CPU s", "load")
 SHOWN = (
     ("digits by DCGAN", "dcgan", "samples"),
-    ("VAE: digits, and below them again", "vae", "reconstructions"),
     ("SAM: masks, and below them found from a point", "sam", "masks"),
     ("DALL-E: emoji for held-out names", "dall-e", "images-for-captions"),
 )
