@@ -101,5 +101,6 @@ def load(
     _, index, module = model_of_run(directory, step)
     model = cast(LoadedModel, module.eval())
     model.tokenizer = None if index.tokenizer is None else index.load_tokenizer()
-    model.generate = TextGenerator(lambda: writer_of_model(directory, model))
+    if not hasattr(type(model), "generate"):  # such as that of dalle, which generates images
+        model.generate = TextGenerator(lambda: writer_of_model(directory, model))
     return model
