@@ -66,6 +66,13 @@ TokenTypeOption = Annotated[
     str | None, typer.Option(help="Type of the token ids in .bin files: uint16, uint32, and so on.")
 ]
 
+ImagesOption = Annotated[
+    bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg, tars, Parquet.")
+]
+ImageSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Resize images to squares with this many pixels a side.")
+]
+
 
 @app.command("pack")
 def data_pack(
@@ -74,14 +81,10 @@ def data_pack(
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     eot: EndOfText = None,
     kind: KindOption = None,
-    images: Annotated[
-        bool, typer.Option("--images", help="--kind images: FOLDER/CLASS/NAME.png or .jpg, tars, Parquet.")
-    ] = False,
+    images: ImagesOption = False,
     captions: CaptionsOption = False,
     arrays: ArraysOption = False,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to squares with this many pixels a side.")
-    ] = None,
+    image_size: ImageSizeOption = None,
     validation: Annotated[str, typer.Option(help="Share of the documents to hold out, such as 1%.")] = "0%",
     key: Annotated[str, typer.Option(help="The key of an object, or column, that holds the text: data.text.")] = "text",
     columns: ColumnsOption = None,

@@ -47,6 +47,17 @@ EnvOption = Annotated[
     ),
 ]
 
+ScriptOption = Annotated[
+    str | None, typer.Option(help="Submit this script instead of a run's YAML; its arguments follow --.")
+]
+FollowOption = Annotated[
+    bool, typer.Option("--follow", help="Show the run until it ends; Ctrl-C stops only the display.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print what would be submitted, and exit.")
+]
+ScriptProcsOption = Annotated[int | None, typer.Option(min=1, help="With --script: number of ranks on each node.")]
+
 
 @app.command(cls=ScriptCommand)
 def submit(
@@ -56,27 +67,19 @@ def submit(
     name: RunName = None,
     address: Address = None,
     token_file: TokenFile = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Show the run until it ends; Ctrl-C stops only the display.")
-    ] = False,
+    follow: FollowOption = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the run ends, and exit with its code.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what would be submitted, and exit.")
-    ] = False,
+    dry_run: DryRunOption = False,
     max_duration: Annotated[str | None, typer.Option(metavar="D", help='Stop after "2 h"; it can be resumed.')] = None,
     secrets_file: Annotated[
         Path | None, typer.Option(help="Secret keys for the ranks: a file or a mounted Secret, on the nodes.")
     ] = None,
-    script: Annotated[
-        str | None, typer.Option(help="Submit this script instead of a run's YAML; its arguments follow --.")
-    ] = None,
+    script: ScriptOption = None,
     module: Annotated[bool, typer.Option("--module", help="--script names a module, as python -m does.")] = False,
     launcher: LauncherOption = "torchrun",
     env: EnvOption = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="With --script: number of nodes.")] = None,
-    procs_per_node: Annotated[
-        int | None, typer.Option(min=1, help="With --script: number of ranks on each node.")
-    ] = None,
+    procs_per_node: ScriptProcsOption = None,
     working_dir: Annotated[Path | None, typer.Option(help="With --script: directory of source code to ship.")] = None,
     plugin: PluginOption = None,
     runs_dir: RunsDir = RUNS,

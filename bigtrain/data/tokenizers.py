@@ -73,7 +73,7 @@ class TokenizerInfo:
 
     @property
     def switches(self) -> list[Any]:
-        """The settings besides the tokenizer itself that change the tokens of a text; empty if all are off."""
+        """The settings, apart from the tokenizer itself, that change the tokens of a text; empty if all are off."""
         return [self.bos, self.special] if self.bos is not None or self.special else []
 
 

@@ -87,7 +87,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Measuring:
-    """The measurements that evaluators request from an evaluation besides the loss."""
+    """The measurements that evaluators request from an evaluation in addition to the loss."""
 
     wanted: frozenset[str] = frozenset()
     """Names of metrics that the model records only on request (`metrics.wants_metric`)."""
@@ -159,7 +159,7 @@ class Engine(Protocol):
         """Run the forward pass on all batches, and sum the results over the batches and all ranks.
 
         Args:
-            measuring: What evaluators request besides the loss.
+            measuring: What evaluators request in addition to the loss.
         """
         ...
 

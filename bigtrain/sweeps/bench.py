@@ -40,7 +40,7 @@ class Speed:
 
     tokens_per_s: float
     start_s: float
-    """Seconds that a trial takes besides its steps: for its start, its last checkpoint and its end."""
+    """Seconds that a trial takes in addition to its steps: for its start, its last checkpoint and its end."""
 
 
 def measure(

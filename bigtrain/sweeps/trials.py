@@ -241,7 +241,7 @@ def _optimizer(sweep: Sweep, rung: Rung, trial: Trial) -> dict[str, Any]:
 
 
 def facts(trial: Trial) -> dict[str, str | int | float]:
-    """The values of a trial that a fit needs besides its losses; they are keys of its W&B config."""
+    """The values of a trial that a fit needs in addition to its losses; they are keys of its W&B config."""
     return {
         "group": trial.group, "kind": trial.kind, "phase": PHASES[trial.kind], "params": trial.params,
         "params_without_embeddings": trial.params_without_embeddings, "params_total": trial.params_total,

@@ -22,8 +22,10 @@ AUTHORS = {
     "Austen": ("pride_and_prejudice",), "Dickens": ("a_tale_of_two_cities", "great_expectations"),
     "Eliot": ("middlemarch",), "Joyce": ("ulysses",), "Melville": ("moby_dick",), "Tolstoy": ("war_and_peace",),
 }  # fmt: skip
-PASSAGE = 32
-"""Characters of a passage."""
+PASSAGE, EACH = 32, 300
+"""Characters of a passage, and passages of an author in each half."""
+PASSAGES = EACH * len(AUTHORS)
+"""Passages to test with."""
 
 
 def command(work: Path, *arguments: object) -> None:
@@ -89,7 +91,7 @@ def authors(work: Path) -> None:
     for author, titles in AUTHORS.items():
         text = "".join((DATA / "gutenberg" / f"{title}.txt").read_text() for title in titles)
         half = len(text) // 2
-        for split, count, part in (("train", 300, text[:half]), ("test", 300, text[half:])):
+        for split, count, part in (("train", EACH, text[:half]), ("test", EACH, text[half:])):
             begins = [draw.randrange(len(part) - PASSAGE) for _ in range(count)]
             lines[split] += [json.dumps({"text": part[at : at + PASSAGE], "label": author}) for at in begins]
     for split, found in lines.items():

@@ -2,7 +2,7 @@
 
 Packs the source of Python's standard library, tunes the learning rate at four sizes by `bigtrain sweep run`, fits
 `bigtrain scaling rates` to the three smaller sizes, and compares the rate that the law gives for the largest size with
-the optimum that was measured there. The result goes to tests/bench/results/rates_trial.txt. Some 10 minutes on 2 cores.
+the optimum that was measured there. The result goes to tests/bench/results/rates_trial.txt.
 """
 
 from __future__ import annotations

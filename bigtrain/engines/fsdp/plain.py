@@ -1,4 +1,4 @@
-"""What a step of a plain module needs besides forward and backward, so that its result is equal at every layout."""
+"""Steps of a plain module: what is added to forward and backward so that the result is equal at every layout."""
 
 from __future__ import annotations
 
