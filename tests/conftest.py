@@ -5,10 +5,9 @@ from __future__ import annotations
 import http.client
 import logging
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,27 +178,3 @@ def ranks() -> Iterator[RankPool]:
 
     with RankPool(8) as pool:
         yield pool
-
-
-def cpu_s(arguments: Sequence[str]) -> float:
-    """Processor time of a fresh Python."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.fixture(scope="session")
-def cpu_ratio() -> Callable[[Sequence[str], Sequence[str]], float]:
-    """Processor time of a fresh Python with some arguments over that with others.
-
-    The least of several, taken in turns: a busy or slow machine lengthens both alike.
-    """
-
-    def ratio(arguments: Sequence[str], baseline: Sequence[str]) -> float:
-        times = [(cpu_s(arguments), cpu_s(baseline)) for _ in range(5)]
-        measured, compared = (min(column) for column in zip(*times, strict=True))
-        print(f"{measured:.3f} s of processor time, {measured / compared:.2f} times the baseline's {compared:.3f} s")
-        return measured / compared
-
-    return ratio
