@@ -5,6 +5,9 @@ averaged over 40 equal shares of its tokens. The resulting curves of runs with o
 sizes (Qiu et al. 2025). For each share, a polynomial in ln N and ln D/N predicts the logarithm of the new run's ratio.
 Its terms are those with the smallest error of prediction of trunks that were left out.
 
+Runs with one seed read the same text at the same position, whatever their size. If the new run has a seed of the sweep,
+the deviations of that seed's trunks from smooth curves of their own, at the same tokens, predict most of the noise.
+
 The errors of one run are correlated from share to share. Their correlation between shares i and j is modelled as
 a + b r^|i-j|, and 1 for i = j: a constant error, one that changes slowly, and noise. The parameters have the highest
 likelihood given the errors of trunks that were left out.
@@ -38,6 +41,10 @@ TERMS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((1, 0), (0, 1), (0, 2), (1, 1), (2, 0)),
 )
 """Polynomials to try: the powers of ln N and ln D/N in each term."""
+FIRST_SMOOTH, SMOOTH_POWERS = 3, 4
+"""A trunk's own smooth curve is a cubic in the logarithm of the share's number, without the first shares."""
+MIN_TEXT = 12
+"""Least number of shares that a trunk must cover for its own smooth curve."""
 SMOOTH = 2
 """Standard deviations of a share are averaged over this many shares on each side."""
 CORRELATIONS = tuple(
@@ -64,17 +71,24 @@ class CurveModel:
     """Number of trunks, whose errors are independent."""
     powers: tuple[tuple[int, int], ...]
     """Terms of the polynomial."""
+    paired: int
+    """Number of shares whose noise was predicted from runs with the same seed."""
 
 
-def predict_curve(rows: Sequence[dict[str, Any]], ratios: FloatArray, params: float, tokens: float) -> CurveModel:
+def predict_curve(
+    rows: Sequence[dict[str, Any]], ratios: FloatArray, texts: FloatArray, params: float, tokens: float,
+    own_text: FloatArray,
+) -> CurveModel:  # fmt: skip
     """Predict the curve of a new run.
 
     Args:
         rows: The rows of the sweep's runs, with params, tokens, run and parent.
         ratios: ln of the ratio of each run's training loss to the law's loss at its end, shape (n, shares); NaN if
             not known.
+        texts: For each run, the noise of its text by other trunks, shape (n, shares); see `text_noise`.
         params: N of the new run.
         tokens: D of the new run.
+        own_text: The noise of the new run's text, shape (shares,).
     """
     points = np.array([[math.log(row["params"]), math.log(row["tokens"] / row["params"])] for row in rows])
     at = np.array([math.log(params), math.log(tokens / params)])
@@ -99,12 +113,89 @@ def predict_curve(rows: Sequence[dict[str, Any]], ratios: FloatArray, params: fl
                 best = score, (powers, design, own[0], variances, errors, 1 - part + part * middle / tokens)
     assert best is not None
     powers, design, own, variances, errors, own_variance = best[1]
-    scale = _smoothed(_rms(errors))
-    correlation, inflation = _correlation(errors / scale, trunk)
+    share = _share_of_text(errors, texts / np.sqrt(variances)[:, None])
+    paired = np.isfinite(own_text) & (share > 0)
+    scale, narrow = _smoothed(_rms(errors)), 1.0
+    covered = np.isfinite(texts) & np.isfinite(errors) & (share > 0)
+    if covered.any():
+        ratios = ratios - share * np.nan_to_num(texts)
+        without = _left_out(design, ratios, variances, trunk)
+        narrow = min(
+            float(_rms((without / scale)[covered][:, None])[0] / _rms((errors / scale)[covered][:, None])[0]), 1.0
+        )
+        if paired.any():
+            errors = np.where(covered, without / narrow, errors)
+    correlation, inflation = _correlation(errors / scale)
     centre, leverage = _fit_at(design, ratios, variances, own)
     typical = _typical_leverage(design, variances, trunk)
     deviation = scale * inflation * np.sqrt(np.maximum((own_variance + leverage) / (1 + typical), own_variance))
-    return CurveModel(centre, deviation, correlation, len(set(trunk.tolist())), powers)
+    return CurveModel(
+        centre + share * np.nan_to_num(own_text), np.where(paired, narrow * deviation, deviation), correlation,
+        len(set(trunk.tolist())), powers, int(paired.sum()),
+    )  # fmt: skip
+
+
+def _share_of_text(errors: FloatArray, texts: FloatArray) -> float:
+    """Which part of the text's noise, as other trunks show it, is in a run's errors: a slope from 0 to 1."""
+    known = np.isfinite(errors) & np.isfinite(texts)
+    if known.sum() < MIN_TEXT:
+        return 0.0
+    # The level of a run is no noise of its text.
+    level = np.array([one[use].mean() if use.any() else 0.0 for one, use in zip(errors, known, strict=True)])
+    error, text = (errors - level[:, None])[known], texts[known]
+    return float(np.clip(error @ text / max(float(text @ text), 1e-30), 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The logged losses of a trunk."""
+
+    seed: object
+    tokens: FloatArray
+    """Tokens at the end of each logged interval, after a first 0; shape (steps + 1,)."""
+    sums: FloatArray
+    """Sum of the losses of all tokens so far, of the same shape."""
+
+
+def read_trunks(sweep: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Trunk]:
+    """The trunks of a sweep's runs that have a seed, by name."""
+    seeds = {str(row["parent"]): row["seed"] for row in rows if row.get("parent") and row.get("seed") is not None}
+    return {
+        name: Trunk(seed, *_cumulative(read_run_metrics(sweep / SWEEP_TRIALS / name))) for name, seed in seeds.items()
+    }
+
+
+def text_noise(trunks: dict[str, Trunk], seed: object, tokens: float, without: object = None) -> FloatArray:
+    """The noise that a seed's text has in each share of a run, as trunks of the sweep with that seed show it.
+
+    Args:
+        trunks: The trunks of the sweep.
+        seed: The seed.
+        tokens: D of the run whose shares are meant.
+        without: Name of a trunk that is not used.
+
+    Returns:
+        The mean over the trunks of ln L minus a smooth curve, shape (shares,); NaN where no trunk shows it.
+    """
+    found = [_deviations(one, tokens) for name, one in trunks.items() if one.seed == seed and name != without]
+    many = np.array([one for one in found if one is not None]).reshape(-1, BINS)
+    counts = np.isfinite(many).sum(axis=0)
+    return np.where(counts > 0, np.nansum(many, axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def _deviations(trunk: Trunk, tokens: float) -> FloatArray | None:
+    """ln L of a trunk in each share of another run's tokens minus a smooth curve, shape (shares,)."""
+    at, sums = trunk.tokens, trunk.sums
+    edges = np.linspace(0, tokens, BINS + 1)
+    covered = int((edges[1:] <= at[-1]).sum())
+    if covered < MIN_TEXT or np.diff(at).max(initial=0.0) > tokens / BINS:
+        return None
+    used = np.arange(FIRST_SMOOTH, covered)
+    losses = np.log(np.diff(np.interp(edges, at, sums))[used] / (tokens / BINS))
+    basis = np.log(used + 0.5)[:, None] ** np.arange(SMOOTH_POWERS)
+    found = np.full(BINS, np.nan)
+    found[used] = losses - basis @ np.linalg.lstsq(basis, losses, rcond=None)[0]
+    return found
 
 
 def _polynomial(points: FloatArray, powers: Sequence[tuple[int, int]]) -> FloatArray:
@@ -133,14 +224,15 @@ def _fit_at(
     """
     many = np.atleast_2d(at)
     predicted, leverage = np.full((len(many), ratios.shape[1]), np.nan), np.full((len(many), ratios.shape[1]), np.nan)
-    for number, column in enumerate(ratios.T):
-        used = np.isfinite(column)
-        if used.sum() < max(MIN_CURVES - 1, design.shape[1] + 1):
+    known = np.isfinite(ratios)
+    for pattern in np.unique(known, axis=1).T:
+        if pattern.sum() < max(MIN_CURVES - 1, design.shape[1] + 1):
             continue
-        weighted = design[used] / variances[used, None]
-        inverse = np.linalg.pinv(design[used].T @ weighted)
-        predicted[:, number] = many @ inverse @ weighted.T @ column[used]
-        leverage[:, number] = ((many @ inverse) * many).sum(axis=1)
+        shares = np.flatnonzero((known == pattern[:, None]).all(axis=0))
+        weighted = design[pattern] / variances[pattern, None]
+        inverse = np.linalg.pinv(design[pattern].T @ weighted)
+        predicted[:, shares] = many @ inverse @ weighted.T @ ratios[np.ix_(pattern, shares)]
+        leverage[:, shares] = ((many @ inverse) * many).sum(axis=1)[:, None]
     return (predicted, leverage) if at.ndim == 2 else (predicted[0], leverage[0])
 
 
@@ -170,7 +262,7 @@ def _smoothed(scale: FloatArray) -> FloatArray:
     )
 
 
-def _correlation(errors: FloatArray, trunk: npt.NDArray[np.int64]) -> tuple[tuple[float, float, float], float]:
+def _correlation(errors: FloatArray) -> tuple[tuple[float, float, float], float]:
     """The parameters of the correlation with the highest likelihood, and by which factor innovations exceed theirs."""
     best: tuple[float, tuple[float, float, float], float] | None = None
     for correlation in CORRELATIONS:
@@ -198,20 +290,26 @@ def curve_of(sweep: Path, row: dict[str, Any], by_law: Callable[[float, float], 
     end = float(row["tokens"])
     if not logged:
         return None
-    tokens, sums = [0.0], [0.0]
-    for one in logged:
-        if one.get("loss") is not None and float(one["tokens"]) > tokens[-1]:
-            sums.append(sums[-1] + float(one["loss"]) * (float(one["tokens"]) - tokens[-1]))
-            tokens.append(float(one["tokens"]))
+    tokens, sums = _cumulative(logged)
     # Logged intervals do not end where shares end, so the sum of losses at the end of each share is interpolated.
     ends = np.interp(np.linspace(0, end, BINS + 1), tokens, sums)
     means = np.diff(ends) / (end / BINS)
     shares = (np.arange(BINS) + 0.5) * end / BINS
     after = np.minimum(np.searchsorted(tokens, shares), len(tokens) - 1)
-    wide = np.array(tokens)[after] - np.array(tokens)[np.maximum(after - 1, 0)]
+    wide = tokens[after] - tokens[np.maximum(after - 1, 0)]
     # A logged interval that covers several shares does not show how the loss falls within it.
     means[(wide > MAX_SPARSE * end / BINS) | (shares > tokens[-1])] = np.nan
     return np.asarray(np.log(means / by_law(float(row["params"]), end)), dtype=np.float64)
+
+
+def _cumulative(logged: Sequence[dict[str, Any]]) -> tuple[FloatArray, FloatArray]:
+    """Tokens, and the sum of losses over them, at each logged step; both begin with 0."""
+    tokens, sums = [0.0], [0.0]
+    for one in logged:
+        if one.get("loss") is not None and float(one["tokens"]) > tokens[-1]:
+            sums.append(sums[-1] + float(one["loss"]) * (float(one["tokens"]) - tokens[-1]))
+            tokens.append(float(one["tokens"]))
+    return np.array(tokens), np.array(sums)
 
 
 def _whole_curve(sweep: Path, row: dict[str, Any]) -> list[dict[str, Any]]:

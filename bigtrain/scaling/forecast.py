@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bigtrain.scaling.curves import MIN_CURVES, curve_of, predict_curve
+from bigtrain.scaling.curves import MIN_CURVES, curve_of, predict_curve, read_trunks, text_noise
 from bigtrain.scaling.discrepancy import Discrepancy, discrepancy
 from bigtrain.scaling.document import finite, read_law
 from bigtrain.scaling.law import NAMES
@@ -36,7 +36,7 @@ LEVELS = {"interval": 0.95, "interval_80": 0.8, "interval_99": 0.99}
 
 
 def make_forecast(
-    law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]]
+    law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]], seed: int | None = None
 ) -> dict[str, Any]:
     """The forecast of a law for one run, as plain values for JSON.
 
@@ -46,6 +46,7 @@ def make_forecast(
         tokens: D of the run.
         steps: Number of steps of the run.
         tasks: Predictions of task accuracies; see `decide.predict_tasks`.
+        seed: Seed of the run, for which the band is narrower if the sweep has it; None: another than the sweep's.
 
     Raises:
         UserError: The law cannot be read, or gives no loss away from its optimum.
@@ -53,7 +54,7 @@ def make_forecast(
     file = law_path / "law.json" if law_path.is_dir() else law_path
     law = read_law(law_path)
     predicted = predict(law, None, params, tokens)
-    curve, errors, note = _curve(law, params, tokens, predicted["chosen"]["loss"])
+    curve, errors, note = _curve(law, params, tokens, seed, predicted["chosen"]["loss"])
     loss = _of_one_run(law, params, tokens, predicted["chosen"]["loss"])
     return dict(finite({
         "kind": KIND, "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,7 +89,7 @@ def _of_one_run(law: dict[str, Any], params: float, tokens: float, loss: dict[st
 
 
 def _curve(
-    law: dict[str, Any], params: float, tokens: float, loss: dict[str, Any]
+    law: dict[str, Any], params: float, tokens: float, seed: int | None, loss: dict[str, Any]
 ) -> tuple[list[dict[str, float]], dict[str, Any] | None, str]:
     """The loss and its band for each share of the run's tokens, their errors' correlation, and a note on their source.
 
@@ -102,7 +103,12 @@ def _curve(
     known = [(row, found) for row in rows if (found := curve_of(sweep, row, by_law)) is not None]
     if len(known) < MIN_CURVES:
         return [], None, f"no curve: {len(known)} runs of the sweep have one, {MIN_CURVES} are needed"
-    model = predict_curve([row for row, _ in known], np.array([found for _, found in known]), params, tokens)
+    trunks = read_trunks(sweep, rows)
+    texts = [text_noise(trunks, row.get("seed"), float(row["tokens"]), row.get("parent")) for row, _ in known]
+    model = predict_curve(
+        [row for row, _ in known], np.array([found for _, found in known]), np.array(texts), params, tokens,
+        text_noise(trunks, seed, tokens),
+    )  # fmt: skip
     law_deviation = max(abs(math.log(end / loss["value"])) for end in loss["interval"]) / 1.96
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * BINS), max(len(known) - len(model.powers) - 1, 2)))
     curve = []
@@ -117,4 +123,6 @@ def _curve(
     if not curve:
         return [], None, f"no curve: the runs of {sweep.name} are logged too rarely: see tracking.every"
     errors = {"correlation": model.correlation, "law_deviation": law_deviation, "terms": model.powers}
-    return curve, errors, f"curves of {len(known)} runs of {sweep.name}, of {model.trunks} trunks"
+    note = f"curves of {len(known)} runs of {sweep.name}, of {model.trunks} trunks; {model.paired} of {BINS} shares "
+    note += "by the text of the same seed"
+    return curve, errors, note

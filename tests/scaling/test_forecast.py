@@ -30,8 +30,11 @@ from bigtrain.tracking.forecast import (
     forecast_hash,
     held_against,
     read_forecast,
+    watch_rows,
 )
 from bigtrain.tracking.report import write_report
+from tests.bench import forecast_power
+from tests.bench.forecast_power import rows_of, write_sweep
 
 TRUTH = np.array([np.log(482.0), np.log(2085.0), np.log(1.82), 0.348, 0.366])
 STEPS = 200
@@ -238,3 +241,19 @@ def test_a_forecast_is_made_once_and_before_the_run(law_of_a_sweep: Path, tmp_pa
     assert (held_against(directory.path) or {})["state"] == "waiting"
     with pytest.raises(UserError, match="has a forecast"):
         preregister(directory, forecast)
+
+
+@pytest.mark.slow
+def test_a_seed_of_the_sweep_narrows_the_errors_and_a_doubled_rate_drifts(tmp_path: Path) -> None:
+    """The text of a seed is the same at all sizes, so trunks with the new run's seed show its noise."""
+    found = write_sweep(tmp_path / "sweep", 0)
+    paired, other = (make_forecast(found, 3e7, 9e8, forecast_power.STEPS, [], seed) for seed in (1, 3))
+    deviations = [np.median([one["deviation"] for one in made["curve"]]) for made in (paired, other)]
+    assert deviations[0] < 0.75 * deviations[1]
+    assert f"37 of {BINS} shares by the text" in paired["curve_source"]
+    sound, doubled = (
+        watch_rows(paired, rows_of(0, 1, 3e7, 9e8, 0.0, 1.0, fault)).left for fault in ("sound", "doubled")
+    )
+    assert sound is None
+    assert doubled is not None
+    assert doubled["what"] == "drift"
