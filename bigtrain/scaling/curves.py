@@ -34,6 +34,7 @@ MIN_CURVES = 6
 NOISE_PARTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Values to try for the fraction of an error's variance that is inversely proportional to the tokens of a share."""
 TERMS: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((1, 0),),
     ((1, 0), (0, 1)),
     ((1, 0), (0, 1), (0, 2)),
     ((1, 0), (0, 1), (0, 2), (2, 0)),
@@ -78,8 +79,8 @@ class CurveModel:
 def predict_curve(
     rows: Sequence[dict[str, Any]], ratios: FloatArray, texts: FloatArray, params: float, tokens: float,
     own_text: FloatArray,
-) -> CurveModel:  # fmt: skip
-    """Predict the curve of a new run.
+) -> CurveModel | None:  # fmt: skip
+    """Predict the curve of a new run; None if the sweep has too few trunks for any polynomial.
 
     Args:
         rows: The rows of the sweep's runs, with params, tokens, run and parent.
@@ -111,7 +112,8 @@ def predict_curve(
             score += 0.5 * float((np.broadcast_to(np.log(variances)[:, None], errors.shape)[known]).sum())
             if best is None or score < best[0]:
                 best = score, (powers, design, own[0], variances, errors, 1 - part + part * middle / tokens)
-    assert best is not None
+    if best is None:
+        return None
     powers, design, own, variances, errors, own_variance = best[1]
     share = _share_of_text(errors, texts / np.sqrt(variances)[:, None])
     paired = np.isfinite(own_text) & (share > 0)

@@ -109,6 +109,8 @@ def _curve(
         [row for row, _ in known], np.array([found for _, found in known]), np.array(texts), params, tokens,
         text_noise(trunks, seed, tokens),
     )  # fmt: skip
+    if model is None:
+        return [], None, f"no curve: {len(trunks) or len(known)} trunks of {sweep.name} are too few"
     law_deviation = max(abs(math.log(end / loss["value"])) for end in loss["interval"]) / 1.96
     quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * BINS), max(len(known) - len(model.powers) - 1, 2)))
     curve = []

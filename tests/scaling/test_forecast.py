@@ -14,6 +14,7 @@ from bigtrain.config import UserError
 from bigtrain.optim.schedules.wsd import WarmupStableDecay
 from bigtrain.run import RunDirectory, names
 from bigtrain.scaling import law
+from bigtrain.scaling.curves import predict_curve
 from bigtrain.scaling.fit import fit
 from bigtrain.scaling.forecast import make_forecast
 from bigtrain.scaling.options import FitOptions
@@ -241,6 +242,14 @@ def test_a_forecast_is_made_once_and_before_the_run(law_of_a_sweep: Path, tmp_pa
     assert (held_against(directory.path) or {})["state"] == "waiting"
     with pytest.raises(UserError, match="has a forecast"):
         preregister(directory, forecast)
+
+
+def test_a_sweep_of_too_few_trunks_gives_no_curve() -> None:
+    rows = [
+        {"run": f"r{i}", "parent": f"t{i % 2}", "params": 1e7 * (1 + i % 2), "tokens": 1e8 * (1 + i)} for i in range(6)
+    ]
+    none = np.full((6, BINS), np.nan)
+    assert predict_curve(rows, np.zeros((6, BINS)), none, 1e7, 1e9, none[0]) is None
 
 
 @pytest.mark.slow
