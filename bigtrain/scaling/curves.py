@@ -3,14 +3,14 @@
 Each run of the sweep is a trunk and its branch. Its training loss, divided by the law's loss at the run's end, is
 averaged over 40 equal shares of its tokens. The resulting curves of runs with one schedule are almost the same for all
 sizes (Qiu et al. 2025). For each share, a polynomial in ln N and ln D/N predicts the logarithm of the new run's ratio.
-Its terms are those with the smallest error of prediction of trunks that were left out.
+Its terms are those with the smallest error of prediction of excluded trunks.
 
 Runs with one seed read the same text at the same position, whatever their size. If the new run has a seed of the sweep,
 the deviations of that seed's trunks from smooth curves of their own, at the same tokens, predict most of the noise.
 
 The errors of one run are correlated from share to share. Their correlation between shares i and j is modelled as
 a + b r^|i-j|, and 1 for i = j: a constant error, one that changes slowly, and noise. The parameters have the highest
-likelihood given the errors of trunks that were left out.
+likelihood given the errors of excluded trunks.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def predict_curve(
             variances = 1 - part + part * middle / counts
             errors = _left_out(design, ratios, variances, trunk)
             known = np.isfinite(errors)
-            # The Gaussian likelihood of the errors of left-out trunks, with a variance for each share.
+            # The Gaussian likelihood of the errors of excluded trunks, with a variance for each share.
             scale = _rms(errors)
             score = float((np.log(np.broadcast_to(scale, errors.shape)[known])).sum())
             score += 0.5 * float((np.broadcast_to(np.log(variances)[:, None], errors.shape)[known]).sum())
@@ -239,7 +239,7 @@ def _fit_at(
 
 
 def _typical_leverage(design: FloatArray, variances: FloatArray, trunk: npt.NDArray[np.int64]) -> float:
-    """Mean variance of the prediction of a left-out run, over its own variance."""
+    """Mean variance of the prediction of a excluded run, over its own variance."""
     found = []
     for number in np.unique(trunk):
         own, rest = trunk == number, trunk != number
@@ -265,7 +265,7 @@ def _smoothed(scale: FloatArray) -> FloatArray:
 
 
 def _correlation(errors: FloatArray) -> tuple[tuple[float, float, float], float]:
-    """The parameters of the correlation with the highest likelihood, and by which factor innovations exceed theirs."""
+    """The parameters of the correlation with the highest likelihood, and by which factor innovations exceed their standard deviations."""
     best: tuple[float, tuple[float, float, float], float] | None = None
     for correlation in CORRELATIONS:
         total, squares, count = 0.0, 0.0, 0

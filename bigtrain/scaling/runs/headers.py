@@ -122,7 +122,7 @@ class Header:
 
     @property
     def words(self) -> set[str]:
-        """The words of the whole name."""
+        """The words of the complete name."""
         return set(self.plain.split("_"))
 
 
