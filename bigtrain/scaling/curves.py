@@ -265,7 +265,7 @@ def _smoothed(scale: FloatArray) -> FloatArray:
 
 
 def _correlation(errors: FloatArray) -> tuple[tuple[float, float, float], float]:
-    """The parameters of the correlation with the highest likelihood, and by which factor innovations exceed their standard deviations."""
+    """The parameters of the correlation with the highest likelihood, and the standard deviation of the innovations."""
     best: tuple[float, tuple[float, float, float], float] | None = None
     for correlation in CORRELATIONS:
         total, squares, count = 0.0, 0.0, 0
