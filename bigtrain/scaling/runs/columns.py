@@ -60,23 +60,7 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
         raise UserError("There is no column of losses", source, f"Name it with --loss; the columns are {_list(raw)}.")
     numbers["loss"], note = loss_of(found["loss"], numbers["loss"])
     notes += [note] if note else []
-    for name, column in found.items():
-        if name in numbers and name != "loss" and parse_header(column).log10:
-            numbers[name] = 10.0 ** numbers[name]
-            notes.append(f"column '{column}' has decimal logarithms, by its name")
-        factor = unit_of(name, column)
-        given = {"params": named.params_unit, "params_without_embeddings": named.params_unit,
-                 "tokens": named.tokens_unit}.get(name)  # fmt: skip
-        if (
-            factor != 1
-            and given is None
-            and not any(
-                isinstance(cell, str) and cell.strip()[-1:].isalpha() and parse_number(cell) is not None
-                for cell in raw[column]
-            )
-        ):
-            numbers[name] = numbers[name] * factor
-            notes.append(f"column '{column}' counts in {factor:g}, by its name")
+    _to_units(raw, found, numbers, notes, named)
     if "params" not in numbers and "params_without_embeddings" in numbers:
         numbers["params"] = numbers["params_without_embeddings"]
         notes.append(f"params is column '{found['params_without_embeddings']}', without embeddings")
@@ -104,6 +88,30 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
 
 _OPTIONAL = ("params_without_embeddings", "lr", "batch", "unique_tokens")
 _NUMERIC = ("params", "tokens", "flops", "loss", "ratio", *_OPTIONAL)
+
+
+def _to_units(
+    raw: Mapping[str, Sequence[object]], found: dict[str, str], numbers: dict[str, FloatArray], notes: list[str],
+    named: ColumnNames,
+) -> None:  # fmt: skip
+    """Convert columns whose names have a unit, unless the user or the cells have given one."""
+    for name, column in found.items():
+        if name in numbers and name != "loss" and parse_header(column).log10:
+            numbers[name] = 10.0 ** numbers[name]
+            notes.append(f"column '{column}' has decimal logarithms, by its name")
+        factor = unit_of(name, column)
+        given = {"params": named.params_unit, "params_without_embeddings": named.params_unit,
+                 "tokens": named.tokens_unit}.get(name)  # fmt: skip
+        if (
+            factor != 1
+            and given is None
+            and not any(
+                isinstance(cell, str) and cell.strip()[-1:].isalpha() and parse_number(cell) is not None
+                for cell in raw[column]
+            )
+        ):
+            numbers[name] = numbers[name] * factor
+            notes.append(f"column '{column}' counts in {factor:g}, by its name")
 
 
 def _groups(
