@@ -250,7 +250,7 @@ class _Law:
         try:
             refuse_collinear(table, len(law.NAMES))
         except UserError:
-            # Two sizes give no alpha of their own; one D/N gives a law in C alone.
+            # Two sizes determine one exponent (alpha = beta, as in Muennighoff et al. 2023); one D/N, a law in C.
             distinct = [
                 len(set(groups_by_size(one))) for one in (table.params, table.tokens, table.tokens / table.params)
             ]
