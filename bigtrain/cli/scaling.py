@@ -26,6 +26,7 @@ Swept = Annotated[
 Edges = Annotated[
     Literal["refuse", "drop", "keep"], typer.Option(help="What happens if the best value is at the edge of its grid.")
 ]
+Points = Annotated[Literal["all", "last"], typer.Option(help="Rows to fit of runs that have several rows.")]
 Form = Annotated[
     str | None,
     typer.Option(metavar="EXPR", help='"repeats", or a law of your own in N, D, U and constants: "E + A / N**a".'),
@@ -41,6 +42,8 @@ def scaling_fit(
     flops: Annotated[str | None, Column] = None,
     loss: Annotated[str | None, Column] = None,
     group: Annotated[str | None, Column] = None,
+    lr: Annotated[str | None, Column] = None,
+    batch: Annotated[str | None, Column] = None,
     params_unit: Annotated[str | None, Unit] = None,
     tokens_unit: Annotated[str | None, Unit] = None,
     drop_highest: Annotated[int, typer.Option(min=0, help="Number of rows with the highest losses to exclude.")] = 0,
@@ -48,6 +51,7 @@ def scaling_fit(
     duplicates: Duplicates = "refuse",
     swept: Swept = "best",
     edges: Edges = "refuse",
+    points: Points = "all",
     approach: Annotated[
         Literal["a1", "a2", "a3", "all"], typer.Option(help="Approaches: 1 envelope, 2 IsoFLOP, 3 parametric.")
     ] = "all",
@@ -82,12 +86,13 @@ def scaling_fit(
         from bigtrain.scaling.runs.columns import ColumnNames
 
         columns = ColumnNames(
-            params, tokens, flops, loss, group, _unit("params-unit", params_unit), _unit("tokens-unit", tokens_unit)
-        )
+            params, tokens, flops, loss, group, _unit("params-unit", params_unit), _unit("tokens-unit", tokens_unit),
+            lr, batch,
+        )  # fmt: skip
         options = FitOptions(
             columns, drop_highest, where, approach, loss_function, delta, cluster,
             number("target-flops", target_flops), equal_exponents, replicates, seed,
-            duplicates=duplicates, swept=swept, edges=edges, form=form, overlap=overlap,
+            duplicates=duplicates, swept=swept, edges=edges, points=points, form=form, overlap=overlap,
         )  # fmt: skip
         fitted = fit(source, options, progress)
         from bigtrain.tracking.config import TrackingConfig

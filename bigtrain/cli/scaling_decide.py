@@ -69,6 +69,8 @@ def scaling_compare(
         typer.Option("--paired/--unpaired", help="Whether runs with the same seed are pairs; default: if seeds match."),
     ] = None,
     where: Annotated[str | None, typer.Option(help="Condition on the rows of both tables.")] = None,
+    where_a: Annotated[str | None, typer.Option(help='Condition on the rows of A: "recipe == old".')] = None,
+    where_b: Annotated[str | None, typer.Option(help="Condition on the rows of B; A and B may be one table.")] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate how many times recipe B's compute recipe A needs for the same loss, with an interval."""
@@ -76,7 +78,8 @@ def scaling_compare(
         from bigtrain.scaling.decide import compare_recipes
 
         target = number("target-flops", target_flops)
-        show(compare_recipes(first, second, target, equal, paired, where, out), as_json, _compare_text)
+        rows = [" and ".join(f"({one})" for one in (where, own) if one) or None for own in (where_a, where_b)]
+        show(compare_recipes(first, second, target, equal, paired, rows, out), as_json, _compare_text)
 
 
 def _compare_text(result: dict[str, Any]) -> str:
@@ -96,6 +99,7 @@ def _compare_text(result: dict[str, Any]) -> str:
         low, high = one["interval"]
         text.append(f"multiplier of B over A {name}: {one['value']:.3f}  95 % [{low:.3f}, {high:.3f}]")
     text.append("resolved" if result["resolved"] else result["advice"])
+    text += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join([*text, *result["files"]])
 
 

@@ -246,18 +246,22 @@ class _Law:
             ("",) * len(shift), groups_by_size(cells.params), cells.params, cells.tokens,
             6 * cells.params * cells.tokens, np.exp(cells.ln_loss),
         )  # fmt: skip
+        parametric_law, equal_exponents = True, False
         try:
-            refuse_collinear(table, 5)
-            parametric_law = True
+            refuse_collinear(table, len(law.NAMES))
         except UserError:
-            parametric_law = False
+            # Two sizes determine one exponent (alpha = beta, as in Muennighoff et al. 2023); one D/N, a law in C.
+            distinct = [
+                len(set(groups_by_size(one))) for one in (table.params, table.tokens, table.tokens / table.params)
+            ]
+            equal_exponents = parametric_law = distinct[0] >= 2 and distinct[1] >= 3 and distinct[2] >= 2
         self.variants: list[FloatArray] = []
         """Parameters of the law, refitted without each cluster in turn."""
         for _ in range(_ROUNDS):
             n, d = (np.exp(np.log(column) + grow * shift) for column, grow in
                     zip((cells.params, cells.tokens), self._grows, strict=True))  # fmt: skip
             if parametric_law:
-                fitted = parametric.fit(Problem.of(n, d, table.loss), 0, starts=0)
+                fitted = parametric.fit(Problem.of(n, d, table.loss, equal_exponents=equal_exponents), 0, starts=0)
                 self._theta = fitted.theta
             else:
                 self._frontier = fit_frontier(6 * n * d, table.loss[None], float(np.exp(np.log(6 * n * d).mean())))

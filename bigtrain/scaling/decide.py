@@ -80,8 +80,9 @@ def _task(text: str) -> Task:
 
 
 def compare_recipes(
-    first: str, second: str, target: float | None, cost: Cost, pair: bool | None, where: str | None, out: Path | None
-) -> dict[str, Any]:
+    first: str, second: str, target: float | None, cost: Cost, pair: bool | None, where: Sequence[str | None],
+    out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Estimate the compute multiplier of the second source's recipe over the first's.
 
     Args:
@@ -90,21 +91,30 @@ def compare_recipes(
         target: FLOPs at which the multiplier is extrapolated; None: ten times the FLOPs of the largest run.
         cost: The quantity that is equal in the comparison.
         pair: Whether runs are compared in pairs; None: in pairs if enough runs share their seeds.
-        where: An expression that selects rows of both sources; see `runs.where`.
+        where: Expressions that select the rows of recipe A and of recipe B; see `runs.where`.
         out: A directory into which compare.json and compare.html are written; None: no files.
 
     Returns:
         The content of compare.json, and `files`, the paths written.
 
     Raises:
-        UserError: The input is bad, or the ladders have too few common cells.
+        UserError: The input is bad, both recipes have the same runs, or the ladders have too few common cells.
     """
-    tables = [prepare(source, FitOptions(where=where))[1] for source in (first, second)]
+    prepared = [prepare(source, FitOptions(where=one)) for source, one in zip((first, second), where, strict=True)]
+    tables = [one[1] for one in prepared]
     names = [Path(source).name or source for source in (first, second)]
+    if first == second:
+        names = [f"{name}, {one}" for name, one in zip(names, where, strict=True)]
+    if tables[0].digest() == tables[1].digest():
+        raise UserError(
+            "A and B are the same runs", second,
+            'Give two sources, or select the rows of each: --where-a "recipe == A" --where-b "recipe == B"',
+        )  # fmt: skip
+    warnings = [f"{name}: {text}" for name, one in zip(names, prepared, strict=True) for text in one[2]]
     found = compare(tables[0], tables[1], target, cost, pair)
     hashes = [table.digest() for table in tables]
     result = finite({"kind": COMPARE_KIND, "format_version": 1, "sources": [first, second], "names": names,
-                     "data_hashes": hashes, "where": where, **found})  # fmt: skip
+                     "data_hashes": hashes, "where": list(where), "warnings": warnings, **found})  # fmt: skip
     files = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

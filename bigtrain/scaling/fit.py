@@ -28,7 +28,7 @@ from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
 from bigtrain.scaling.options import FitOptions
 from bigtrain.scaling.overlap import overlap_of
 from bigtrain.scaling.runs.readers import IN_MEMORY, RunSource, read_source
-from bigtrain.scaling.runs.selection import best_settings, without_copies
+from bigtrain.scaling.runs.selection import best_settings, last_points, other_settings, undecayed, without_copies
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.scaling.runs.units import check_values
 from bigtrain.scaling.runs.where import where as select
@@ -135,8 +135,11 @@ def prepare(source: RunSource, options: FitOptions) -> tuple[RunTable, RunTable,
         table = table.drop_highest(options.drop_highest)
     odd = check_values(table)
     selected = table.notes
+    if options.points == "last":
+        table = last_points(table)
     table, copies = without_copies(table, options.duplicates)
     table, best = best_settings(table, options.swept, options.edges)
+    odd += [*undecayed(table), *other_settings(table)]
     return replace(read, notes=(*selected, *copies, *best)), table.ordered(), odd
 
 

@@ -1,10 +1,7 @@
 """A forecast of one run from a law: its held-out loss, its loss curve with a band, and accuracies of tasks.
 
-The curve comes from the sweep to which the law was fitted. Each run of the sweep is a trunk and its branch. Its
-training loss, divided by the law's loss at the run's end, is averaged over 40 equal shares of its tokens. The resulting
-curves of runs with one schedule are almost the same for all sizes (Qiu et al. 2025). For each share, a linear function
-of ln N and ln D/N predicts the logarithm of the new run's ratio with a prediction interval, and the law's interval is
-added in quadrature. The band has its level for all shares together (Bonferroni), because the shares of one run are
+The curve comes from the sweep to which the law was fitted; see `curves`. The law's interval is added to the errors of
+its shares in quadrature. The band has its level for all shares together (Bonferroni), because the shares of one run are
 observed one after another.
 
 The forecast of the held-out loss at the end has the interval of a single run, which is wider than that of the law. The
@@ -15,7 +12,6 @@ part and the noise of one run are added to the interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,27 +20,23 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from bigtrain.scaling.curves import MIN_CURVES, curve_of, predict_curve, read_trunks, text_noise
 from bigtrain.scaling.discrepancy import Discrepancy, discrepancy
 from bigtrain.scaling.document import finite, read_law
-from bigtrain.scaling.law import NAMES, FloatArray
+from bigtrain.scaling.law import NAMES
 from bigtrain.scaling.predict import loss_function, predict
-from bigtrain.scaling.runs.readers import SWEEP_RUNS, SWEEP_TRIALS
+from bigtrain.scaling.runs.readers import SWEEP_RUNS
 from bigtrain.storage import hash_file, read_lines
-from bigtrain.tracking.forecast import BINS, KIND, MAX_SPARSE
-from bigtrain.tracking.metrics import read_run_metrics
+from bigtrain.tracking.forecast import BINS, KIND
 
 FORMAT_VERSION = 1
 LEVEL = 0.95
 """Level of the band for all shares together. A run has left it after two successive averages outside."""
-LEVELS = {"interval": 0.95, "interval_80": 0.8}
-
-MIN_CURVES = 6
-NOISE_PARTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
-"""Values to try for the fraction of a ratio's variance that is inversely proportional to the tokens of a share."""
+LEVELS = {"interval": 0.95, "interval_80": 0.8, "interval_99": 0.99}
 
 
 def make_forecast(
-    law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]]
+    law_path: Path, params: float, tokens: float, steps: int, tasks: list[dict[str, Any]], seed: int | None = None
 ) -> dict[str, Any]:
     """The forecast of a law for one run, as plain values for JSON.
 
@@ -54,6 +46,7 @@ def make_forecast(
         tokens: D of the run.
         steps: Number of steps of the run.
         tasks: Predictions of task accuracies; see `decide.predict_tasks`.
+        seed: Seed of the run, for which the band is narrower if the sweep has it; None: another than the sweep's.
 
     Raises:
         UserError: The law cannot be read, or gives no loss away from its optimum.
@@ -61,13 +54,14 @@ def make_forecast(
     file = law_path / "law.json" if law_path.is_dir() else law_path
     law = read_law(law_path)
     predicted = predict(law, None, params, tokens)
-    curve, note = _curve(law, params, tokens, predicted["chosen"]["loss"])
+    curve, errors, note = _curve(law, params, tokens, seed, predicted["chosen"]["loss"])
     loss = _of_one_run(law, params, tokens, predicted["chosen"]["loss"])
     return dict(finite({
         "kind": KIND, "format_version": FORMAT_VERSION, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "law": str(file), "law_hash": hash_file(file), "params": params, "tokens": tokens, "steps": steps,
         "flops": predicted["flops"],
-        "times_largest_run": predicted["times_largest_run"], "loss": loss, "curve": curve, "curve_source": note,
+        "times_largest_run": predicted["times_largest_run"], "loss": loss, "curve": curve, "errors": errors,
+        "curve_source": note,
         "tasks": tasks, "warnings": list(law["warnings"]),
     }))  # fmt: skip
 
@@ -88,144 +82,49 @@ def _of_one_run(law: dict[str, Any], params: float, tokens: float, loss: dict[st
              "discrepancy": asdict(moved)}  # fmt: skip
     for name, level in LEVELS.items():
         own = float(stats.t.ppf((1 + level) / 2, dof)) * math.hypot(moved.deviation, moved.noise)
-        below, above = (abs(math.log(end / loss["value"])) for end in loss[name])
+        wide = stats.norm.ppf((1 + level) / 2) / 1.96 if name not in loss else 1.0
+        below, above = (wide * abs(math.log(end / loss["value"])) for end in loss.get(name, loss["interval"]))
         found[name] = [value * math.exp(-math.hypot(below, own)), value * math.exp(math.hypot(above, own))]
     return found
 
 
 def _curve(
-    law: dict[str, Any], params: float, tokens: float, loss: dict[str, Any]
-) -> tuple[list[dict[str, float]], str]:
-    """The loss and its band for each share of the run's tokens, and a note on their source.
+    law: dict[str, Any], params: float, tokens: float, seed: int | None, loss: dict[str, Any]
+) -> tuple[list[dict[str, float]], dict[str, Any] | None, str]:
+    """The loss and its band for each share of the run's tokens, their errors' correlation, and a note on their source.
 
     If there is no curve, the list is empty and the note gives the reason.
     """
     sweep = Path(law["source"]["name"])
     if not (sweep / SWEEP_RUNS).exists():
-        return [], "no curve: the law was not fitted to a sweep, whose runs have one"
+        return [], None, "no curve: the law was not fitted to a sweep, whose runs have one"
     by_law = loss_function(law)
     rows = list(read_lines(sweep / SWEEP_RUNS))
-    known = [(row, found) for row in rows if (found := _ratios(sweep, row, by_law)) is not None]
+    known = [(row, found) for row in rows if (found := curve_of(sweep, row, by_law)) is not None]
     if len(known) < MIN_CURVES:
-        return [], f"no curve: {len(known)} runs of the sweep have one, {MIN_CURVES} are needed"
-    design = np.array([[1.0, math.log(row["params"]), math.log(row["tokens"] / row["params"])] for row, _ in known])
-    middle = design.mean(axis=0) * np.array([0.0, 1.0, 1.0])
-    design = design - middle
-    at = np.array([1.0, math.log(params), math.log(tokens / params)]) - middle
-    ratios = np.array([found for _, found in known])
-    below, above = (abs(math.log(end / loss["value"])) for end in loss["interval"])
-    variances, own = _variances(design, ratios, np.array([float(row["tokens"]) for row, _ in known]), tokens)
+        return [], None, f"no curve: {len(known)} runs of the sweep have one, {MIN_CURVES} are needed"
+    trunks = read_trunks(sweep, rows)
+    texts = [text_noise(trunks, row.get("seed"), float(row["tokens"]), row.get("parent")) for row, _ in known]
+    model = predict_curve(
+        [row for row, _ in known], np.array([found for _, found in known]), np.array(texts), params, tokens,
+        text_noise(trunks, seed, tokens),
+    )  # fmt: skip
+    if model is None:
+        return [], None, f"no curve: {len(trunks) or len(known)} trunks of {sweep.name} are too few"
+    law_deviation = max(abs(math.log(end / loss["value"])) for end in loss["interval"]) / 1.96
+    quantile = float(stats.t.ppf(1 - (1 - LEVEL) / (2 * BINS), max(len(known) - len(model.powers) - 1, 2)))
     curve = []
-    for number in range(BINS):
-        column = ratios[:, number]
-        used = np.isfinite(column)
-        if used.sum() < MIN_CURVES:
+    for number, (centre, deviation) in enumerate(zip(model.centre.tolist(), model.deviation.tolist(), strict=True)):
+        if not math.isfinite(centre + deviation):
             continue
-        centre, half = _predicted(design[used], column[used], at, variances[used], own)
-        value = loss["value"] * math.exp(centre)
+        value, half = loss["value"] * math.exp(centre), quantile * math.hypot(deviation, law_deviation)
         curve.append({
-            "from": number / BINS, "to": (number + 1) / BINS, "loss": value,
-            "low": value * math.exp(-math.hypot(half, below)), "high": value * math.exp(math.hypot(half, above)),
+            "from": number / BINS, "to": (number + 1) / BINS, "loss": value, "low": value * math.exp(-half),
+            "high": value * math.exp(half), "deviation": deviation,
         })  # fmt: skip
     if not curve:
-        return [], f"no curve: the runs of {sweep.name} are logged too rarely: see tracking.every"
-    return curve, f"curves of {len(known)} runs of {sweep.name}"
-
-
-def _predicted(
-    design: FloatArray, column: FloatArray, at: FloatArray, variances: FloatArray, own: float
-) -> tuple[float, float]:
-    """The predicted log ratio of the new run in one share, and the half-width of its prediction interval.
-
-    The interval has level `LEVEL` for all shares together.
-
-    Args:
-        design: Regressors of the sweep's runs, shape (n, 3).
-        column: Log ratios of these runs, shape (n,).
-        at: Regressors of the new run, shape (3,).
-        variances: Relative variances of the log ratios, shape (n,).
-        own: Relative variance of the new run's log ratio.
-    """
-    beta, inverse, variance, dof = _weighted(design, column, variances)
-    half = math.sqrt(variance * (own + float(at @ inverse @ at)))
-    return float(at @ beta), float(stats.t.ppf(1 - (1 - LEVEL) / (2 * BINS), dof)) * half
-
-
-def _weighted(
-    design: FloatArray, column: FloatArray, variances: FloatArray
-) -> tuple[FloatArray, FloatArray, float, int]:
-    """Weighted least squares.
-
-    Returns:
-        The coefficients, their covariance divided by the variance, the variance, and the degrees of freedom.
-    """
-    weighted = design / variances[:, None]
-    inverse = np.asarray(np.linalg.pinv(design.T @ weighted), dtype=np.float64)
-    beta = inverse @ weighted.T @ column
-    dof = max(len(column) - int(np.linalg.matrix_rank(design)), 1)
-    rest = column - design @ beta
-    return beta, inverse, float((rest**2 / variances).sum()) / dof, dof
-
-
-def _variances(design: FloatArray, ratios: FloatArray, tokens: FloatArray, own: float) -> tuple[FloatArray, float]:
-    """Relative variances of the runs' log ratios, shape (n,), and of the new run's log ratio.
-
-    A part of the variance is inversely proportional to the tokens of a share, the other part is the same for all runs.
-    The first part's fraction is the value of `NOISE_PARTS` with the highest likelihood over all shares.
-
-    Args:
-        design: Regressors of the sweep's runs, shape (n, 3).
-        ratios: Log ratios, shape (n, shares); NaN if not known.
-        tokens: D of the runs, shape (n,).
-        own: D of the new run.
-    """
-    middle = float(np.median(tokens))
-    best: tuple[float, FloatArray, float] | None = None
-    for part in NOISE_PARTS:
-        variances = 1 - part + part * middle / tokens
-        total = 0.0
-        for column in ratios.T:
-            used = np.isfinite(column)
-            if used.sum() >= MIN_CURVES:
-                _, _, variance, dof = _weighted(design[used], column[used], variances[used])
-                total -= 0.5 * (dof * math.log(max(variance, 1e-30)) + float(np.log(variances[used]).sum()))
-        if best is None or total > best[0]:
-            best = total, variances, 1 - part + part * middle / own
-    assert best is not None
-    return best[1], best[2]
-
-
-def _ratios(sweep: Path, row: dict[str, Any], by_law: Callable[[float, float], float]) -> FloatArray | None:
-    """ln of the ratio of a run's training loss to the law's loss at its end, for each share of its tokens.
-
-    The shape is (shares,), with NaN for a share that was logged too rarely. None if the run has no metrics.
-    """
-    logged = _whole_curve(sweep, row)
-    end = float(row["tokens"])
-    if not logged:
-        return None
-    tokens, sums = [0.0], [0.0]
-    for one in logged:
-        if one.get("loss") is not None and float(one["tokens"]) > tokens[-1]:
-            sums.append(sums[-1] + float(one["loss"]) * (float(one["tokens"]) - tokens[-1]))
-            tokens.append(float(one["tokens"]))
-    # Logged intervals do not end where shares end, so the sum of losses at the end of each share is interpolated.
-    ends = np.interp(np.linspace(0, end, BINS + 1), tokens, sums)
-    means = np.diff(ends) / (end / BINS)
-    shares = (np.arange(BINS) + 0.5) * end / BINS
-    after = np.minimum(np.searchsorted(tokens, shares), len(tokens) - 1)
-    wide = np.array(tokens)[after] - np.array(tokens)[np.maximum(after - 1, 0)]
-    # A logged interval that covers several shares does not show how the loss falls within it.
-    means[(wide > MAX_SPARSE * end / BINS) | (shares > tokens[-1])] = np.nan
-    return np.asarray(np.log(means / by_law(float(row["params"]), end)), dtype=np.float64)
-
-
-def _whole_curve(sweep: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The logged metrics of a run from step 0: those of its trunk up to the branch's first step, then its own."""
-    own = read_run_metrics(sweep / SWEEP_TRIALS / str(row["run"]))
-    if not row.get("parent"):
-        return own
-    trunk = read_run_metrics(sweep / SWEEP_TRIALS / str(row["parent"]))
-    return [one for one in trunk if one["step"] <= int(row["parent_step"])] + [
-        one for one in own if one["step"] > int(row["parent_step"])
-    ]
+        return [], None, f"no curve: the runs of {sweep.name} are logged too rarely: see tracking.every"
+    errors = {"correlation": model.correlation, "law_deviation": law_deviation, "terms": model.powers}
+    note = f"curves of {len(known)} runs of {sweep.name}, of {model.trunks} trunks; {model.paired} of {BINS} shares "
+    note += "by the text of the same seed"
+    return curve, errors, note

@@ -9,7 +9,7 @@ from bigtrain.scaling.bootstrap import REPLICATES
 from bigtrain.scaling.objective import DEFAULT_DELTA, LOSS_FUNCTIONS, LossFunction
 from bigtrain.scaling.parametric import STARTS
 from bigtrain.scaling.runs.columns import ColumnNames
-from bigtrain.scaling.runs.selection import Duplicates, Edges, Swept
+from bigtrain.scaling.runs.selection import Duplicates, Edges, Points, Swept
 
 Approach = Literal["a1", "a2", "a3", "all"]
 
@@ -49,6 +49,8 @@ class FitOptions:
     """Which rows to fit if learning rates or batches are swept at one (N, D)."""
     edges: Edges = "refuse"
     """What to do if the best of a swept learning rate or batch lies at the edge of its grid."""
+    points: Points = "all"
+    """Which rows of runs with several rows to fit: all of them, or the last one of each run."""
     form: str | None = None
     """A form of the user's own, or a name in `forms.NAMED`. It is fitted as well, and is then the primary law."""
     overlap: str | None = None

@@ -26,7 +26,8 @@ from bigtrain.scaling.bootstrap import interval
 from bigtrain.scaling.document import pack
 from bigtrain.scaling.law import FloatArray
 from bigtrain.scaling.objective import Problem
-from bigtrain.scaling.runs.table import RunTable, refuse_collinear
+from bigtrain.scaling.runs.numbers import parse_number
+from bigtrain.scaling.runs.table import RunTable, named_rows, refuse_collinear
 
 AVERAGE = 5
 """Number of checkpoints of a moving average."""
@@ -46,7 +47,7 @@ class Task:
     loss: str
     """Name of the column of the task loss, in bits per byte or nats per token."""
     accuracy: str
-    """Name of the column of the accuracy, from 0 to 1."""
+    """Name of the column of the accuracy, from 0 to 1 or in percent."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ def ladder(table: RunTable, task: Task) -> Ladder:
         columns.append(np.array([_number(value) for value in table.raw[name]]))
     loss, accuracy = columns
     known = np.isfinite(loss) & np.isfinite(accuracy)
+    if not known.any():
+        raise UserError(
+            f"No row has a number in both columns of the task {task.name}, '{task.loss}' and '{task.accuracy}'",
+            table.source, "Name the columns: --task NAME=LOSS:ACCURACY",
+        )  # fmt: skip
+    if (wrong := np.flatnonzero(known & ((accuracy < 0) | (accuracy > 100)))).size:
+        raise UserError(
+            f"An accuracy must be from 0 to 1, or from 0 to 100 percent; {named_rows(table, wrong, accuracy)}",
+            table.source, f"Drop those rows, for example with --where \"'{task.accuracy}' <= 100\"",
+        )  # fmt: skip
+    if accuracy[known].max() > 1:
+        accuracy = accuracy / 100
     params, tokens, ends, smooth_loss, smooth_accuracy = [], [], [], [], []
     names = np.array(table.run)
     for run in dict.fromkeys(table.run):
@@ -116,17 +129,15 @@ def ladder(table: RunTable, task: Task) -> Ladder:
         params.append(table.params[rows[-1]])
         tokens.append(table.tokens[rows[-1]])
         ends.append(loss[rows[-AVERAGE:]].mean())
-        first = int(np.ceil(SKIPPED * len(rows)))
+        first = min(int(np.ceil(SKIPPED * len(rows))), len(rows) - 1)
         smooth_loss.append(_average(loss[rows])[first:])
         smooth_accuracy.append(_average(accuracy[rows])[first:])
     return Ladder(np.array(params), np.array(tokens), np.array(ends), smooth_loss, smooth_accuracy)
 
 
 def _number(value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return float("nan")
+    found = parse_number(value.strip().removesuffix("%") if isinstance(value, str) else value)
+    return float("nan") if found is None else found
 
 
 def _average(values: FloatArray) -> FloatArray:

@@ -50,7 +50,8 @@ def preregister_run(
     params = float(count(prepared.outputs))
     tokens = float(prepared.total_steps * prepared.batch_sequences * prepared.context)
     found = predict_tasks(tasks, params, tokens, [], None, None, 0)["tasks"] if tasks else []
-    forecast = make_forecast(law, params, tokens, prepared.total_steps, found)
+    forecast = make_forecast(law, params, tokens, prepared.total_steps, found, loaded.seed)
+    forecast["highest_lr"] = max(prepared.schedule.lr(step) for step in range(prepared.total_steps))
     forecast["warnings"] += other_recipe(law, prepared, params, loaded.model.plain())
     path = preregister(RunDirectory(runs_dir / loaded.name), forecast)
     return {**forecast, "run": loaded.name, "files": [str(path)]}

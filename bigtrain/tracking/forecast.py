@@ -4,17 +4,30 @@
     RUN/run.json         the forecast's hash under "forecast", from the first start on; not a part of the identity
     RUN/events.jsonl     the hash in the event "forecast"; "left_forecast" when the run leaves the band
 
-The training loss is averaged over BINS equal shares of the run's tokens. The run has left the band if two consecutive
-averages are outside it, or if the held-out loss at the end is outside its interval.
+The training loss is averaged over BINS equal shares of the run's tokens. The run has left the forecast in one of three
+cases, each of which has at most 2 % of sound runs:
+
+- loss: two consecutive averages are outside the band;
+- drift: the averages deviate from what the forecast and the earlier averages predict, by a CUSUM (Page 1954) of the
+  standardised errors of these predictions. An error of the law in the level is in the first of them and no other, so
+  that the course of the loss is compared more precisely than its level;
+- val_loss: the held-out loss at the end is outside its 99 % interval.
+
+It has also left if its learning rate is not that of the config for which the forecast was made (lr): if it exceeds the
+highest rate of that config, or has not reached it in the first half of the run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from bigtrain.run import names
 from bigtrain.storage import hash_file
@@ -28,6 +41,12 @@ MAX_SPARSE = 2.0
 """Largest number of shares in one logged interval; in a longer interval the course of the loss is unknown."""
 SUCCESSION = 2
 """Number of consecutive averages outside the band after which the run has left it."""
+SLACK = 0.5
+"""Part of each standardised error that a CUSUM ignores; the sum is most sensitive to a shift of twice that."""
+DRIFT = 6.2
+"""Least CUSUM of a drift: 2 % of series of BINS independent standard normal values reach it."""
+SAME_LR = 0.02
+"""Largest relative difference of two learning rates that count as the same."""
 KIND = "bigtrain forecast"
 
 
@@ -50,7 +69,8 @@ def band_of(forecast: Mapping[str, Any], number: int) -> dict[str, float] | None
     """The forecast's loss, low and high for one share of the tokens, numbered from 0; None if it has none there."""
     middle = (number + 0.5) / BINS
     inside = [one for one in forecast["curve"] if one["from"] < middle < one["to"]]
-    return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
+    names_of = ("loss", "low", "high", "deviation")
+    return {name: float(inside[0][name]) for name in names_of if name in inside[0]} if inside else None
 
 
 def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | None:
@@ -58,6 +78,64 @@ def band_at(forecast: Mapping[str, Any], tokens: float) -> dict[str, float] | No
     share = min(tokens / float(forecast["tokens"]), 1.0)
     inside = [one for one in forecast["curve"] if one["from"] < share <= one["to"] + 1e-9]
     return {name: float(inside[0][name]) for name in ("loss", "low", "high")} if inside else None
+
+
+def correlation_matrix(correlation: Sequence[float], shares: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The correlation of a run's errors in some shares, a + b r^|i-j|, and 1 for i = j; shape (k, k).
+
+    Args:
+        correlation: a, b and r.
+        shares: Numbers of the shares, shape (k,).
+    """
+    a, b, r = correlation
+    index = np.asarray(shares)
+    gaps = np.abs(index[:, None] - index)
+    return np.asarray(a + b * r**gaps + (1 - a - b) * (gaps == 0), dtype=np.float64)
+
+
+@dataclass
+class Drift:
+    """The CUSUM of the standardised errors of a run's averages, each predicted from the run's earlier averages."""
+
+    correlation: Sequence[float]
+    """a, b and r of `correlation_matrix`."""
+    level: float
+    """Standard deviation of an error of the law that all averages share."""
+    _shares: list[int] = field(default_factory=list)
+    _errors: list[float] = field(default_factory=list)
+    _deviations: list[float] = field(default_factory=list)
+    _sums: tuple[float, float] = (0.0, 0.0)
+    _since: list[int] = field(default_factory=lambda: [0, 0])
+    """For the upper and the lower sum, the step at which it last left zero."""
+
+    def add(self, step: int, share: int, error: float, deviation: float) -> float:
+        """Add the error of one average; returns the larger sum, negative for averages below their predictions.
+
+        Args:
+            step: The step that is reported if the drift began here.
+            share: Number of the share.
+            error: ln measured - ln predicted.
+            deviation: Standard deviation of the error apart from the law's.
+        """
+        self._shares.append(share)
+        self._errors.append(error)
+        self._deviations.append(deviation)
+        scale = np.array(self._deviations)
+        covariance = scale[:, None] * scale * correlation_matrix(self.correlation, self._shares) + self.level**2
+        lower = np.linalg.cholesky(covariance)
+        innovation = float(np.linalg.solve(lower, np.array(self._errors))[-1])
+        sums = []
+        for number, sign in enumerate((1, -1)):
+            if not self._sums[number]:
+                self._since[number] = step
+            sums.append(max(0.0, self._sums[number] + sign * innovation - SLACK))
+        self._sums = (sums[0], sums[1])
+        return sums[0] if sums[0] >= sums[1] else -sums[1]
+
+    @property
+    def since(self) -> int:
+        """The step at which the larger sum last left zero."""
+        return self._since[0 if self._sums[0] >= self._sums[1] else 1]
 
 
 @dataclass
@@ -69,6 +147,8 @@ class Watch:
     """The averages so far, each with its step, tokens and band."""
     left: dict[str, Any] | None = None
     """Step, tokens, measured value and band at which the run left the band; None while it is inside."""
+    _drift: Drift | None = None
+    _highest_lr: float = 0.0
     _sum: float = 0.0
     """Sum of loss times tokens so far."""
     _begun: float = 0.0
@@ -78,7 +158,13 @@ class Watch:
     _tokens: float = 0.0
     _first_step: int = 0
 
-    def add(self, step: int, tokens: float, loss: float | None, val_loss: float | None) -> dict[str, Any] | None:
+    def __post_init__(self) -> None:
+        if errors := self.forecast.get("errors"):
+            self._drift = Drift(errors["correlation"], errors["law_deviation"])
+
+    def add(
+        self, step: int, tokens: float, loss: float | None, val_loss: float | None, lr: float | None = None
+    ) -> dict[str, Any] | None:
         """Process one logged interval.
 
         Args:
@@ -86,16 +172,23 @@ class Watch:
             tokens: Tokens so far.
             loss: Mean training loss of the interval, in nats per token; None if no token had a weight.
             val_loss: Held-out loss after the interval; None if it was not measured.
+            lr: Learning rate of the interval's last step; None if it is not known.
 
         Returns:
             The value of `left` in the call in which the run leaves the band; otherwise None.
         """
         before = self.left
         ended = step >= int(self.forecast["steps"])
+        if lr is not None and (planned := self.forecast.get("highest_lr")) is not None and self.left is None:
+            self._highest_lr = max(self._highest_lr, lr)
+            low, high = planned * (1 - SAME_LR), planned * (1 + SAME_LR)
+            if lr > high or (self._highest_lr < low and step >= int(self.forecast["steps"]) / 2):
+                self.left = {"step": step, "tokens": tokens, "measured": self._highest_lr, "low": low, "high": high,
+                             "what": "lr"}  # fmt: skip
         if loss is not None and tokens > self._tokens:
             self._take(step, tokens, loss, ended)
         if val_loss is not None and ended:
-            low, high = self.forecast["loss"]["interval"]
+            low, high = self.forecast["loss"].get("interval_99", self.forecast["loss"]["interval"])
             if not low <= val_loss <= high and self.left is None:
                 self.left = {"step": step, "tokens": tokens, "measured": val_loss, "low": low, "high": high,
                              "what": "val_loss"}  # fmt: skip
@@ -132,6 +225,13 @@ class Watch:
         if self._outside >= SUCCESSION and self.left is None:
             self.left = {"step": self._first_step, "tokens": tokens, "measured": mean, "low": band["low"],
                          "high": band["high"], "what": "loss"}  # fmt: skip
+        if self._drift is not None:
+            error = math.log(mean / band["loss"])
+            found = self._drift.add(step, self._number, error, band["deviation"])
+            self.points[-1]["drift"] = found
+            if abs(found) > DRIFT and self.left is None:
+                self.left = {"step": self._drift.since, "tokens": tokens, "measured": found, "low": -DRIFT,
+                             "high": DRIFT, "what": "drift"}  # fmt: skip
 
 
 def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Watch:
@@ -140,7 +240,8 @@ def watch_rows(forecast: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -
     for row in rows:
         tokens = finite(row.get("tokens"))
         if tokens is not None:
-            watch.add(int(row["step"]), tokens, finite(row.get("loss")), finite(row.get("val_loss")))
+            loss, val_loss, lr = (finite(row.get(name)) for name in ("loss", "val_loss", "lr"))
+            watch.add(int(row["step"]), tokens, loss, val_loss, lr)
     return watch
 
 

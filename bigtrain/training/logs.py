@@ -160,7 +160,8 @@ class MetricsLog(Callback):
 
     def _hold(self, row: dict[str, Any]) -> None:
         if self._watch is not None and self._event is not None:
-            left = self._watch.add(row["step"], row["tokens"], finite(row["loss"]), finite(row.get("val_loss")))
+            loss, val_loss, lr = (finite(row.get(name)) for name in ("loss", "val_loss", "lr"))
+            left = self._watch.add(row["step"], row["tokens"], loss, val_loss, lr)
             if left is not None:
                 self._event("left_forecast", **left)
 

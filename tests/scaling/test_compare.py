@@ -45,6 +45,18 @@ def test_a_planted_multiplier_is_held_and_pairs_are_narrower(multiplier: float) 
         assert "seeds" in paired["advice"] or "as good as equal" in paired["advice"]
 
 
+@pytest.mark.parametrize("draw", [1, 2, 3])
+def test_two_sizes_are_enough_for_a_large_multiplier(draw: int) -> None:
+    """With two sizes the law has one exponent; one in C alone, which ignores D/N, would say 1.48."""
+    generator = np.random.default_rng(draw)
+    noise = generator.normal(size=(2, SEEDS))
+    found = compare(ladder(1.0, 0, noise, generator), ladder(1.5, 0, noise, generator), None, "flops", None)
+    assert found["ladder"]["value"] == pytest.approx(1.5, rel=0.012)
+    for name in ("ladder", "target"):
+        low, high = found[name]["interval"]
+        assert low <= 1.5 <= high
+
+
 def test_higher_flops_count_against_a_recipe_at_equal_flops_and_not_at_equal_tokens() -> None:
     first, second = two(1.1)
     costly = replace(second, flops=1.1 * second.flops)

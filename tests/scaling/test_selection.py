@@ -309,14 +309,16 @@ def test_files_with_semicolons_and_arrays_of_objects_are_read(tmp_path: Path) ->
     (tmp_path / "b.json").write_text('[{"N": 2e7, "D": 1e9, "loss": 3.1}, {"N": 4e7, "D": 1e9, "loss": 3.0}]')
     for name in ("a.csv", "b.json"):
         assert read_source(str(tmp_path / name)).params.tolist() == [2e7, 4e7]
-    (tmp_path / "c.csv").write_text("N;D;loss\n2e7;1e9;3,1\n")
+    (tmp_path / "c.csv").write_text("N;D;loss\n2e7;1e9;3,1\n4e7;1.5e9;3.0\n")
     assert "'3,1' in column 'loss'" in read_source(str(tmp_path / "c.csv")).bad[0]
 
 
-@pytest.mark.parametrize(("name", "hint"), [("ppl", "logarithm"), ("val_bpb", "scaling tasks")])
-def test_a_table_of_perplexities_or_bits_gets_a_hint(name: str, hint: str) -> None:
-    with pytest.raises(UserError, match=hint):
-        read_source({"N": [1e7], "D": [1e9], name: [20.0]})
+@pytest.mark.parametrize(("name", "note", "loss"), [("ppl", "logarithm", np.log(20.0)), ("val_bpb", "bits per", 20.0)])
+def test_perplexities_or_bits_are_the_loss_of_a_table_without_another(name: str, note: str, loss: float) -> None:
+    table = read_source({"N": [1e7], "D": [1e9], name: [20.0]})
+    assert table.loss.tolist() == [loss]
+    assert any(note in text for text in table.notes)
+    assert read_source({"N": [1e7], "D": [1e9], name: [20.0], "loss": [3.0]}).loss.tolist() == [3.0]
 
 
 def grid(tmp_path: Path, run: Callable[[int, int], str]) -> str:

@@ -11,55 +11,14 @@ import numpy as np
 
 from bigtrain.config import UserError, nearest
 from bigtrain.scaling.law import FLOPS_PER_PARAMETER_TOKEN, FloatArray
+from bigtrain.scaling.runs.headers import KNOWN, columns_for, loss_of, other_losses, parse_header, plain_name, unit_of
 from bigtrain.scaling.runs.numbers import parse_number
 from bigtrain.scaling.runs.table import RunTable, groups_by_size, texts
 
 Columns = dict[str, list[object]]
 
-_KNOWN: dict[str, tuple[str, ...]] = {
-    "params": ("active_params", "params_active", "activated_params", "num_active_params", "params_active_precise",
-               "params", "n", "n_params", "num_params", "parameters", "parameter_count", "model_size", "total_params",
-               "params_total"),
-    "tokens": ("tokens", "d", "n_tokens", "num_tokens", "training_tokens", "train_tokens", "total_tokens"),
-    "flops": ("flops", "c", "flop", "training_flop", "training_flops", "train_flops", "total_flops", "compute",
-              "compute_budget"),
-    "loss": ("val_loss", "validation_loss", "eval_loss", "final_loss", "loss", "loss_validation", "loss_val",
-             "loss_eval", "test_loss", "train_loss"),
-    "group": ("group", "model", "model_name", "run_name"),
-    "run": ("run", "run_id", "id", "trial", "name", "run_name"),
-    "seed": ("seed",),
-    "phase": ("phase", "schedule_phase"),
-    "lr": ("lr", "learning_rate", "peak_lr", "max_lr", "optimizer_lr"),
-    "batch": ("batch_tokens", "batch_size", "batch", "bs", "global_batch_size", "global_batch"),
-    "unique_tokens": ("unique_tokens", "tokens_unique", "unique_d", "dataset_tokens"),
-    "ratio": ("tokens_per_param", "tokens_per_parameter", "tokens_per_params", "d_n", "d_over_n"),
-    "params_without_embeddings": ("params_without_embeddings", "n_without_embeddings", "non_embedding_params",
-                                  "params_non_embedding", "n_params_non_embedding", "non_embedding_parameters",
-                                  "num_params_non_embedding"),
-}  # fmt: skip
-"""Names by which each column is recognised, in order of preference."""
-_LOSS_LIKE = tuple(re.compile(pattern) for pattern in (
-    r"(^|_)(val|valid|validation|eval|evaluation|held_out|test)(_.*)?_(loss|nll|ce|cross_entropy)(_|$)",
-    r"(^|_)(loss|nll|ce|cross_entropy)(_.*)?_(val|valid|validation|eval|evaluation|held_out|test)(_|$)",
-    r"(^|_)(loss|nll|cross_entropy)$",
-))  # fmt: skip
-"""Patterns of further names of columns of losses, such as `eval/c4/loss` and `smooth loss`."""
-_NO_LOSS = re.compile(r"(^|_)(aux|z|balanc\w*|router|std|scale|scaler|var|grad|bound|delta)(_|$)")
-_UNIT = re.compile(r"(?P<base>.+)_(?:in_)?(?P<unit>k|m|b|g|t|thousands?|millions?|billions?|trillions?)")
-_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-_FLOP_UNITS = {
-    **dict.fromkeys(("pflops", "pflop", "petaflops", "petaflop"), 1e15),
-    **dict.fromkeys(("eflops", "eflop", "exaflops", "exaflop"), 1e18),
-    **dict.fromkeys(("zflops", "zflop", "zettaflops", "zettaflop"), 1e21),
-    **dict.fromkeys(("pf_days", "pfs_days", "petaflop_days", "petaflops_days", "petaflop_s_days"), 8.64e19),
-}
-"""Names of columns of FLOPs that state the unit, with the unit in FLOPs; a PF-day is 1e15 FLOP/s for a day."""
-_NO_NATS = {
-    "the logarithm of a perplexity is the loss": re.compile(r"(^|_)(ppl|perplexity)(_|$)"),
-    "bits per byte are not nats per token; only laws of tasks take them: bigtrain scaling tasks": re.compile(
-        r"(^|_)(bpb|bits_per_byte)(_|$)"
-    ),
-}
+_ERROR = re.compile(r"\s*(?:±|\+/-|\+-).*")
+"""The error of a number, as in "3.21 ± 0.01", which is not used."""
 _NAMES_A_RUN = ("run", "run_id", "id", "name", "run_name", "trial", "uuid", "url", "path", "timestamp", "created_at")
 
 
@@ -98,25 +57,10 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
     bad = [""] * len(place)
     numbers = {name: _numbers(raw, column, bad, name) for name, column in found.items() if name in _NUMERIC}
     if "loss" not in numbers:
-        hint = next(
-            (f"; {text}" for text, form in _NO_NATS.items() if any(form.search(_plain(name)) for name in raw)), ""
-        )
-        raise UserError(
-            "There is no column of losses", source, f"Name it with --loss; the columns are {_list(raw)}{hint}."
-        )
-    for name, column in found.items():
-        factor = _factor(name, column)
-        given = {"params": named.params_unit, "tokens": named.tokens_unit}.get(name)
-        if (
-            factor != 1
-            and given is None
-            and not any(
-                isinstance(cell, str) and cell.strip()[-1:].isalpha() and parse_number(cell) is not None
-                for cell in raw[column]
-            )
-        ):
-            numbers[name] = numbers[name] * factor
-            notes.append(f"column '{column}' counts in {factor:g}, by its name")
+        raise UserError("There is no column of losses", source, f"Name it with --loss; the columns are {_list(raw)}.")
+    numbers["loss"], note = loss_of(found["loss"], numbers["loss"])
+    notes += [note] if note else []
+    _to_units(raw, found, numbers, notes, named)
     if "params" not in numbers and "params_without_embeddings" in numbers:
         numbers["params"] = numbers["params_without_embeddings"]
         notes.append(f"params is column '{found['params_without_embeddings']}', without embeddings")
@@ -131,19 +75,43 @@ def to_table(raw: Mapping[str, Sequence[object]], place: Sequence[str], source: 
     group = _groups(raw, found, numbers, notes, place, params_derived, named)
     optional: dict[str, Any] = {name: texts(raw[found[name]]) for name in ("phase", "seed") if name in found}
     optional |= {name: numbers[name] for name in _OPTIONAL if name in numbers}
-    plain = {name: _plain(name) for name in raw}
+    plain = {name: plain_name(name) for name in raw}
     return RunTable(
         run=texts(raw[found["run"]]) if "run" in found else tuple(place), group=group, params=numbers["params"],
         tokens=numbers["tokens"], flops=numbers["flops"], loss=numbers["loss"], place=tuple(place), source=source,
         notes=tuple(notes), params_derived=params_derived, flops_exact=flops_exact, bad=tuple(bad),
         units_confirmed=named.params_unit is not None or named.tokens_unit is not None,
         identity=tuple(name for name in raw if plain[name] in _NAMES_A_RUN or plain[name].startswith("_")),
-        raw={name: tuple(column) for name, column in raw.items()}, **optional,
+        recognised=tuple(found.values()), raw={name: tuple(column) for name, column in raw.items()}, **optional,
     )  # fmt: skip
 
 
 _OPTIONAL = ("params_without_embeddings", "lr", "batch", "unique_tokens")
 _NUMERIC = ("params", "tokens", "flops", "loss", "ratio", *_OPTIONAL)
+
+
+def _to_units(
+    raw: Mapping[str, Sequence[object]], found: dict[str, str], numbers: dict[str, FloatArray], notes: list[str],
+    named: ColumnNames,
+) -> None:  # fmt: skip
+    """Convert columns whose names have a unit, unless the user or the cells have given one."""
+    for name, column in found.items():
+        if name in numbers and name != "loss" and parse_header(column).log10:
+            numbers[name] = 10.0 ** numbers[name]
+            notes.append(f"column '{column}' has decimal logarithms, by its name")
+        factor = unit_of(name, column)
+        given = {"params": named.params_unit, "params_without_embeddings": named.params_unit,
+                 "tokens": named.tokens_unit}.get(name)  # fmt: skip
+        if (
+            factor != 1
+            and given is None
+            and not any(
+                isinstance(cell, str) and cell.strip()[-1:].isalpha() and parse_number(cell) is not None
+                for cell in raw[column]
+            )
+        ):
+            numbers[name] = numbers[name] * factor
+            notes.append(f"column '{column}' counts in {factor:g}, by its name")
 
 
 def _groups(
@@ -175,28 +143,9 @@ def _one_size_each(group: tuple[str, ...], params: FloatArray) -> bool:
     return several * 2 < len(sizes) and not alone
 
 
-def _factor(wanted: str, column: str) -> float:
-    """The unit of a column in parameters, tokens or FLOPs, by its name: 1e9 for "params_B" and "N (B)", otherwise 1."""
-    name = _plain(column)
-    if wanted == "flops":
-        return _FLOP_UNITS.get(name, 1.0)
-    match = _UNIT.fullmatch(name)
-    if wanted not in ("params", "tokens", "unique_tokens") or match is None:
-        return 1.0
-    base, unit = match["base"], match["unit"]
-    # After a single letter the unit must be in brackets: "d_b" may mean anything, but "D (B)" is a unit.
-    known = base in _KNOWN[wanted] and (len(base) > 1 or re.search(r"[(\[]", column) is not None)
-    return _UNITS[unit[0]] if known else 1.0
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
 def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) -> tuple[dict[str, str], list[str]]:
-    plain = {_plain(name): name for name in reversed(list(raw))}
     found, notes = {}, []
-    for wanted, guesses in _KNOWN.items():
+    for wanted in KNOWN:
         given = getattr(named, wanted, None)
         if given is not None:
             if given not in raw:
@@ -207,23 +156,16 @@ def _find(raw: Mapping[str, Sequence[object]], source: str, named: ColumnNames) 
                 )  # fmt: skip
             found[wanted] = given
             continue
-        matches = [plain[guess] for guess in guesses if guess in plain]
-        matches += [name for name in raw if name not in matches and _factor(wanted, name) != 1]
-        if wanted == "loss":
-            matches = list(dict.fromkeys([*matches, *_losses(plain)]))
+        # A vague name must not bring in FLOPs that are not needed.
+        strict = wanted == "flops" and {"params", "tokens"} <= set(found)
+        matches = columns_for(wanted, raw, strict) or (other_losses(raw) if wanted == "loss" else [])
         if matches:
             found[wanted] = matches[0]
-            several = wanted in ("params", "loss") and len(matches) > 1
+            several = wanted in ("params", "tokens", "loss") and len(matches) > 1
             others = f" (not {', '.join(matches[1:])})" if several else ""
             if wanted in ("params", "tokens", "flops", "loss"):
                 notes.append(f"{wanted} is column '{matches[0]}'{others}")
     return found, notes
-
-
-def _losses(plain: Mapping[str, str]) -> list[str]:
-    """Columns whose names look like losses, held-out losses first."""
-    known = [name for name in reversed(list(plain)) if not _NO_LOSS.search(name)]
-    return [plain[name] for pattern in _LOSS_LIKE for name in known if pattern.search(name)]
 
 
 def _complete(
@@ -260,11 +202,16 @@ def _numbers(raw: Mapping[str, Sequence[object]], column: str, bad: list[str], n
     """
     out = np.empty(len(bad))
     for i, value in enumerate(raw[column]):
-        number = parse_number(value)
+        number = parse_number(_ERROR.sub("", value) if isinstance(value, str) else value)
         if number is None and name not in (*_OPTIONAL, "ratio"):
-            bad[i] = bad[i] or f"{value!r} in column '{column}'"
+            bad[i] = bad[i] or f"{_short(value)} in column '{column}'"
         out[i] = np.nan if number is None else number
     return out
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def _list(raw: Mapping[str, Sequence[object]]) -> str:

@@ -7,7 +7,9 @@ import re
 
 _NUMBER = re.compile(
     r"\s*([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
-    r"\s*([kKmMbBgGtT]?)\s*"
+    r"(?:\s*[x×*]\s*10\s*(?:\^|\*\*)\s*\+?(-?[0-9]+))?"
+    r"\s*([kKmMbBgGtT]?|thousand|million|billion|trillion)(?:\s+(?:params|parameters|tokens|flops))?\s*",
+    re.IGNORECASE,
 )
 """A comma separates thousands ("1,000,000"), so "3,45" does not parse."""
 _FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -18,7 +20,8 @@ _LARGEST = 999.5e12
 def parse_number(value: object) -> float | None:
     """The number in a cell or an option; NaN if it is empty, None if it does not parse.
 
-    The suffixes k, M, B (or G) and T, in upper or lower case, are powers of a thousand ("125m", "7B").
+    The suffixes k, M, B (or G) and T, in upper or lower case, and "million" and the like, are powers of a thousand
+    ("125m", "7B tokens"). A power of ten may follow a number ("1.3 x 10^9").
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return math.nan
@@ -32,7 +35,7 @@ def parse_number(value: object) -> float | None:
     if match is None:
         return None
     digits = match.group(1).replace("_", "").replace(",", "")
-    return float(digits) * _FACTORS[match.group(2).lower()]
+    return float(digits) * 10.0 ** int(match.group(2) or 0) * _FACTORS[match.group(3)[:1].lower()]
 
 
 def count(value: float, digits: int = 3) -> str:

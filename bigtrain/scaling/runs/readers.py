@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from bigtrain.config import UserError
 from bigtrain.scaling.runs.columns import ColumnNames, Columns, rows_to_columns, to_table
+from bigtrain.scaling.runs.numbers import parse_number
 from bigtrain.scaling.runs.table import RunTable
 from bigtrain.storage import read_lines
 from bigtrain.tracking.metrics import read_run_metrics
@@ -82,7 +84,14 @@ def _read(source: RunSource, rows: Rows) -> tuple[Columns, list[str], list[str],
             f"'{source}' does not exist", source,
             "Give a .csv or .jsonl file, a sweep's directory, W&B's offline files, or wandb:ENTITY/PROJECT.",
         )  # fmt: skip
-    return (*(_read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json_lines(path)), [], False)
+    if path.suffix.lower() in (".csv", ".tsv", ".txt") or not _is_json(path):
+        return (*_read_csv(path), False)
+    return (*_read_json_lines(path), [], False)
+
+
+def _is_json(path: Path) -> bool:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return path.suffix.lower().startswith(".json") or file.read(1000).lstrip()[:1] in ("{", "[", "")
 
 
 def _directory(path: Path, wanted: Rows) -> tuple[Columns, list[str], list[str]]:
@@ -127,33 +136,88 @@ def _evaluations(path: Path, runs: list[dict[str, Any]]) -> list[tuple[str, dict
     return rows
 
 
-def _read_csv(path: Path) -> tuple[Columns, list[str]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            first = file.readline()
-            file.seek(0)
-            mark = next((one for one in ("\t", ";") if one in first and "," not in first), ",")
-            reader = csv.reader(file, delimiter=mark)
-            header = next(reader, None)
-            if not header:
-                raise UserError("The file is empty", str(path))
-            if len(set(header)) < len(header):
-                raise UserError("Two columns have one name", f"{path}, line 1")
-            columns: Columns = {name: [] for name in header}
-            place = []
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise UserError(
-                        f"The row has {len(row)} values for {len(header)} columns", f"{path}, line {reader.line_num}"
-                    )
-                place.append(f"line {reader.line_num}")
-                for name, value in zip(header, row, strict=True):
-                    columns[name].append(value)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"The file is not CSV in UTF-8: {error}", str(path)) from None
-    return columns, place
+_MARKS = "\t;,"
+_DECIMAL_COMMA = re.compile(
+    r"\s*[+-]?(?:[0-9]+|[0-9]{1,3}(?:\.[0-9]{3})+),[0-9]+(?:[eE][+-]?[0-9]+)?\s*[kKmMbBgGtT]?\s*"
+)
+_POINTS = re.compile(r"\s*[+-]?[0-9]{1,3}(?:\.[0-9]{3})+\s*")
+
+
+def _read_csv(path: Path) -> tuple[Columns, list[str], list[str]]:
+    """The columns, the position of each row, and notes. Columns are separated by tabs, semicolons or commas."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = file.read().splitlines(keepends=True)
+        mark = _mark(lines)
+        reader = csv.reader(lines, delimiter=mark)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"The file is not CSV in UTF-8: {error}", str(path)) from None
+    if not rows:
+        raise UserError("The file is empty", str(path))
+    while len(rows) > 1 and rows[0][1][0].startswith("#") and len(rows[0][1]) < len(rows[1][1]):
+        rows.pop(0)  # A comment.
+    at, header = rows[0]
+    if len(header) == 1 and max(len(row) for _, row in rows) <= 1 and len(rows) > 1:
+        raise UserError(
+            f"The file has one column, '{header[0]}'", f"{path}, line {at}",
+            "Separate the columns with commas, semicolons or tabs.",
+        )  # fmt: skip
+    for number, row in rows[1:]:
+        if len(row) != len(header):
+            raise UserError(
+                f"The row has {len(row)} values for {len(header)} columns", f"{path}, line {number}",
+                f"Repair the row, or line {at} if it is no header of {len(row)} columns; quote cells with '{mark}'.",
+            )  # fmt: skip
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        raise UserError(f"Two columns have the name '{twice}'", f"{path}, line {at}", "Rename or delete one of them.")
+    cells = [row for _, row in rows[1:]]
+    notes = []
+    if mark != "," and _has_decimal_commas(cells):
+        cells = [[_with_point(cell) for cell in row] for row in cells]
+        notes.append("commas in numbers are decimal marks, points separate thousands")
+    columns: Columns = {name: [row[i] for row in cells] for i, name in enumerate(header) if name}
+    return columns, [f"line {number}" for number, _ in rows[1:]], notes
+
+
+def _mark(lines: list[str]) -> str:
+    """The separator of the columns: the first of `_MARKS` by which two of the first lines have several columns each."""
+    first = [line for line in lines if line.strip()][:3][-2:]
+    for mark in _MARKS:
+        widths = {len(row) for row in csv.reader(first, delimiter=mark)}
+        if len(widths) == 1 and widths != {1}:
+            return mark
+    return max(reversed(_MARKS), key=first[0].count) if first else ","
+
+
+def _has_decimal_commas(cells: list[list[str]]) -> bool:
+    """Whether some number has a decimal comma, which cannot separate thousands, and none a decimal point."""
+    numbers = [cell for row in cells for cell in row if cell[-1:].isalnum()]
+    comma = any(_DECIMAL_COMMA.fullmatch(cell) and parse_number(cell) is None for cell in numbers)
+    point = any("." in cell and parse_number(cell) is not None and not _POINTS.fullmatch(cell) for cell in numbers)
+    return comma and not point
+
+
+def _with_point(cell: str) -> str:
+    if _DECIMAL_COMMA.fullmatch(cell) or _POINTS.fullmatch(cell):
+        return cell.replace(".", "").replace(",", ".")
+    return cell
+
+
+def _json_columns(text: str) -> Columns | None:
+    """The columns of a JSON object of arrays of one length, or of objects by row as pandas writes them; else None."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or not found:
+        return None
+    columns = {name: list(one.values()) if isinstance(one, dict) else one for name, one in found.items()}
+    if not all(isinstance(one, list) for one in columns.values()):
+        return None
+    return columns if len({len(one) for one in columns.values()}) == 1 else None
 
 
 def _read_json_lines(path: Path) -> tuple[Columns, list[str]]:
@@ -161,6 +225,8 @@ def _read_json_lines(path: Path) -> tuple[Columns, list[str]]:
     number = 1
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if (columns := _json_columns(text)) is not None:
+            return columns, [f"row {i}" for i in range(1, len(next(iter(columns.values()))) + 1)]
         if text.lstrip()[:1] == "[":
             found = json.loads(text)
             if not all(isinstance(value, dict) for value in found):

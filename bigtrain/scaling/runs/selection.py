@@ -1,4 +1,4 @@
-"""Selection of the rows to fit: without copies of runs, and with the best of swept learning rates and batches."""
+"""Selection of the rows to fit: without copies, with the best of swept settings, and warnings about other rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import numpy.typing as npt
 
 from bigtrain.config import UserError
 from bigtrain.scaling.law import FloatArray
+from bigtrain.scaling.runs.headers import parse_header
 from bigtrain.scaling.runs.numbers import count
-from bigtrain.scaling.runs.table import SHOWN, RunTable, groups_by_size
+from bigtrain.scaling.runs.table import MIN_CURVE, SHOWN, RunTable, groups_by_size, texts
 
 Duplicates = Literal["refuse", "drop", "keep"]
 Swept = Literal["best", "all"]
 Edges = Literal["refuse", "drop", "keep"]
+Points = Literal["all", "last"]
+LONGER = 1.2
+"""Least ratio of the tokens of two runs of one size for which the curve of the longer is compared with the shorter."""
+UNDECAYED = 0.003
+"""Least mean log difference of these curves from finished runs for a warning."""
+_REPEATS = {"seed", "replicate", "rep", "repeat", "repetition", "trial"}
 
 
 def without_copies(table: RunTable, choice: Duplicates) -> tuple[RunTable, list[str]]:
@@ -142,3 +149,61 @@ def _described(table: RunTable, cell: _Cell) -> str:
     column = table.lr if cell.edge == "learning rate" else table.batch
     assert column is not None
     return f"N {count(table.params[i])}, D {count(table.tokens[i])}: {cell.edge} {column[i]:.3g} ({table.place[i]})"
+
+
+def last_points(table: RunTable) -> RunTable:
+    """The row with the most tokens of each run."""
+    last: dict[str, int] = {}
+    for i, name in enumerate(table.run):
+        if name not in last or table.tokens[i] > table.tokens[last[name]]:
+            last[name] = i
+    return table.take(sorted(last.values()))
+
+
+def undecayed(table: RunTable) -> list[str]:
+    """A warning if rows within runs have higher losses than runs of their size that end at the same D, or none."""
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(table.run):
+        rows.setdefault(name, []).append(i)
+    curves = [np.array(sorted(own, key=lambda i: table.tokens[i])) for own in rows.values()]
+    sizes, gaps = groups_by_size(table.params), []
+    for one in curves:
+        end = one[-1]
+        for other in curves:
+            tokens = table.tokens[other]
+            inside = tokens[0] <= table.tokens[end] and tokens[-1] > LONGER * table.tokens[end]
+            if len(other) >= MIN_CURVE and sizes[other[0]] == sizes[end] and inside:
+                there = np.interp(np.log(table.tokens[end]), np.log(tokens), np.log(table.loss[other]))
+                gaps.append(float(there) - float(np.log(table.loss[end])))
+    if len(gaps) < 3 or not np.mean(gaps) > max(UNDECAYED, 3 * np.std(gaps, ddof=1) / np.sqrt(len(gaps))):
+        return []
+    return [
+        f"rows within runs lie {np.mean(gaps):.2%} above runs of their size that end there, as before a decay of the "
+        "learning rate: give --points last to fit only the last row of each run"
+    ]
+
+
+def other_settings(table: RunTable) -> list[str]:
+    """A warning if rows of one (N, D) differ in a column that may be a swept setting of another name, or none."""
+    cells: dict[tuple[str, ...], list[int]] = {}
+    keys = zip(groups_by_size(table.params), groups_by_size(table.tokens), strict=True)
+    for i, key in enumerate(keys):
+        cells.setdefault((*key, table.seed[i] if table.seed else "", table.phase[i] if table.phase else ""), []).append(
+            i
+        )
+    several = [own for own in cells.values() if len(own) > 1]
+    found = []
+    for name, column in table.raw.items():
+        values = texts(column)
+        if name in table.recognised or name in table.identity or parse_header(name).words & _REPEATS:
+            continue
+        varied = sum(len({values[i] for i in own}) > 1 for own in several)
+        # A measured quantity has another value in almost every row.
+        if varied > len(cells) / 2 and len(set(values)) <= len(table) / 2:
+            found.append(f"'{name}'")
+    if not found:
+        return []
+    return [
+        f"rows of one (N, D) differ in {', '.join(found)}, and all are fitted: if it is a setting that was swept, "
+        "name it with --lr to fit the best of each (N, D), or choose its value with --where"
+    ]

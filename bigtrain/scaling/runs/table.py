@@ -66,6 +66,8 @@ class RunTable:
     """Whether the user gave the unit of N or D."""
     identity: tuple[str, ...] = ()
     """Names of the columns of `raw` that only name a run."""
+    recognised: tuple[str, ...] = ()
+    """Names of the columns of `raw` from which the other columns come."""
     raw: dict[str, tuple[object, ...]] = field(default_factory=dict)
     """All columns of the source, for `--where`."""
 

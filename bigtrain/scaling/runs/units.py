@@ -18,11 +18,12 @@ LEAST_LARGEST_PARAMS, LEAST_LARGEST_TOKENS = 2e4, 1e6
 """If the largest N or D of a table is smaller, its unit is assumed to be thousands, millions or billions."""
 SMALL_LARGEST_PARAMS = 1e6
 """A warning is given if the largest N of a table is smaller."""
-MAX_LOSS = 50.0
-"""Largest plausible loss in nats per token; a larger value is a perplexity, or comes from a run that diverged."""
+MAX_LOSS = 14.0
+"""Largest plausible loss in nats per token, that of a uniform guess over 1.2 million tokens; a larger value is a
+perplexity, or comes from a run that diverged."""
 _UNITS_FIX = (
-    "Give the unit with --params-unit and --tokens-unit (M, B, ...; 1 where the values are right), or give both in "
-    "units: 400000000 parameters, 8e9 tokens"
+    "Name the units in the header, as in 'params (M)' and 'tokens (B)', or with --params-unit and --tokens-unit of "
+    "scaling fit (1 where the values are right)"
 )
 
 
@@ -77,7 +78,7 @@ def _check_columns(table: RunTable) -> list[str]:
         raise UserError(
             f"Losses above {MAX_LOSS:g} nats per token are not plausible; "
             f"{named_rows(table, np.arange(len(table)), table.loss)}",
-            table.source, "Give the loss in nats per token, not a perplexity.",
+            table.source, "Give the loss in nats per token; call a column of perplexities val_ppl.",
         )  # fmt: skip
     if table.native:
         return []
