@@ -31,6 +31,15 @@ Form = Annotated[
     str | None,
     typer.Option(metavar="EXPR", help='"repeats", or a law of your own in N, D, U and constants: "E + A / N**a".'),
 ]
+Approach = Annotated[
+    Literal["a1", "a2", "a3", "all"], typer.Option(help="Approaches: 1 envelope, 2 IsoFLOP, 3 parametric.")
+]
+LossFunction = Annotated[
+    Literal["huber", "l1", "squares"] | None, typer.Option(help="Objective of approach 3; default: all three.")
+]
+Cluster = Annotated[
+    Literal["auto", "model", "none"], typer.Option(help="Rows that the bootstrap resamples together.")
+]
 
 
 @app.command("fit")
@@ -52,16 +61,10 @@ def scaling_fit(
     swept: Swept = "best",
     edges: Edges = "refuse",
     points: Points = "all",
-    approach: Annotated[
-        Literal["a1", "a2", "a3", "all"], typer.Option(help="Approaches: 1 envelope, 2 IsoFLOP, 3 parametric.")
-    ] = "all",
-    loss_function: Annotated[
-        Literal["huber", "l1", "squares"] | None, typer.Option(help="Objective of approach 3; default: all three.")
-    ] = None,
+    approach: Approach = "all",
+    loss_function: LossFunction = None,
     delta: Annotated[float, typer.Option(help="Delta of Huber's loss, on the log of the loss.")] = 1e-3,
-    cluster: Annotated[
-        Literal["auto", "model", "none"], typer.Option(help="Rows that the bootstrap resamples together.")
-    ] = "auto",
+    cluster: Cluster = "auto",
     target_flops: Annotated[str | None, Number] = None,
     equal_exponents: Annotated[bool, typer.Option("--equal-exponents", help="Fit with alpha = beta.")] = False,
     form: Form = None,
