@@ -37,9 +37,7 @@ Approach = Annotated[
 LossFunction = Annotated[
     Literal["huber", "l1", "squares"] | None, typer.Option(help="Objective of approach 3; default: all three.")
 ]
-Cluster = Annotated[
-    Literal["auto", "model", "none"], typer.Option(help="Rows that the bootstrap resamples together.")
-]
+Cluster = Annotated[Literal["auto", "model", "none"], typer.Option(help="Rows that the bootstrap resamples together.")]
 
 
 @app.command("fit")
