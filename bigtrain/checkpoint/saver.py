@@ -148,8 +148,6 @@ class Saver:
         progress: dict[str, Any],
         config_hash: str,
         identity: str,
-        position: dict[str, Any] | None = None,
-        rng: dict[str, Any] | None = None,
         mesh: dict[str, int] | None = None,
         lease: int = 0,
         permanent: bool = False,
@@ -162,7 +160,7 @@ class Saver:
         Args:
             step: Number of completed optimizer steps.
             state: Tensors and DTensors by name; see `bigtrain.checkpoint.state.flatten`.
-            progress, position, rng, mesh: JSON objects for the manifest; those of the first rank are written.
+            progress, mesh: JSON objects for the manifest; those of the first rank are written.
             config_hash, identity: Hashes of the run's configuration and of its recipe.
             lease: Number of the lease that this attempt holds.
             permanent: Whether pruning never removes the checkpoint.
@@ -181,8 +179,7 @@ class Saver:
             local = self._stage(local)
         facts = {
             "config_hash": config_hash, "identity": identity, "progress": progress,
-            "position": position or {}, "rng": rng or {}, "mesh": mesh or {}, "lease": lease,
-            "permanent": permanent,
+            "mesh": mesh or {}, "lease": lease, "permanent": permanent,
         }  # fmt: skip
         job = _Job(step, plan_items(state), local, facts, started, time.perf_counter() - started)
         self._job = job
