@@ -233,7 +233,7 @@ def _arrow(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[
 
 
 def _mds(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
-    for row, value in enumerate(mds_rows(source.path), 1):
+    for row, value in enumerate(mds_rows(source.path, keys), 1):
         yield Record(source, value, "row", row)
 
 
