@@ -41,13 +41,11 @@ def check_support(
     _check_model(engine, arch, document_mask)
     _check_axes(engine, layout)
     engine.check_layout(layout)
-    if (optimizer.frozen or frozen) and (engine.flattens or not engine.freezes):
+    if (optimizer.frozen or frozen) and not engine.freezes:
         raise UserError(
-            f"The engine '{engine.name}' cannot freeze parameters here: it flattens all of them, including frozen ones",
+            f"The engine '{engine.name}' cannot freeze parameters: it flattens all of them, including frozen ones",
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
-            "Set engine.strategy to ddp or fsdp2."
-            if engine.runs_transformers
-            else "Use engine: {name: fsdp}, which freezes parameters at every layout.",
+            "Use engine: {name: fsdp}, which freezes parameters at every layout.",
         )
     _check_parts(engine, arch, optimizer, precision)
     if not optimizer.elementwise and engine.flattens:
