@@ -55,6 +55,13 @@ def check_support(
             "optimizer.name",
             "Use engine: {name: fsdp}, or an optimizer that works element by element.",
         )
+    if optimizer.clip is not None and optimizer.clip.by_parameter and not engine.keeps_tensors:
+        raise UserError(
+            f"The engine '{engine.name}' flattens or splits the parameters, but clipping '{optimizer.clip.name}' needs "
+            "their shapes",
+            "optimizer.clip",
+            "Use engine: {name: fsdp}, or another clipping, such as clip: 1.0.",
+        )
     if precision not in engine.precisions:
         raise UserError(
             f"The engine '{engine.name}' does not support {precision.upper()}: its checkpoints would not hold the "
