@@ -74,7 +74,7 @@ def test_a_token_of_weight_zero_sends_no_gradient() -> None:
 
 def test_a_frozen_head_still_passes_the_gradient_on() -> None:
     hidden, weight, targets, weights = inputs(torch.float64)
-    (expected,) = torch.autograd.grad(plain(hidden, weight, targets, weights, 0.0), hidden)
+    (expected,) = torch.autograd.grad(plain(hidden, weight, targets, weights), hidden)
     chunked_cross_entropy(hidden, weight.detach(), targets, weights)[0].backward()
     torch.testing.assert_close(hidden.grad, expected)
 
@@ -82,7 +82,7 @@ def test_a_frozen_head_still_passes_the_gradient_on() -> None:
 def test_the_gradients_of_hidden_and_weight_can_be_had_one_after_the_other() -> None:
     """As schedules of pipelines do that put off the gradients of weights."""
     hidden, weight, targets, weights = inputs(torch.float64)
-    expected = torch.autograd.grad(plain(hidden, weight, targets, weights, 0.0), (hidden, weight))
+    expected = torch.autograd.grad(plain(hidden, weight, targets, weights), (hidden, weight))
     loss = 3 * chunked_cross_entropy(hidden * 1, weight, targets, weights)[0]
     (of_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (of_weight,) = torch.autograd.grad(loss, weight)
