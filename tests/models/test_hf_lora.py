@@ -218,8 +218,9 @@ def test_exports_are_what_peft_reads_and_what_it_merges(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_is_exported(
-    models: Callable[[str], Path], tmp_path: Path, text_shards: Path, write_config: Callable[..., Path],
+    strategy: str, models: Callable[[str], Path], tmp_path: Path, text_shards: Path, write_config: Callable[..., Path],
     bigtrain: Callable[..., Any], ranks: RankPool,
 ) -> None:  # fmt: skip
     torch.manual_seed(4)
@@ -231,7 +232,7 @@ def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_is_exported(
     transformers.LlamaForCausalLM(shape).save_pretrained(base)
     model = {key: value for key, value in adapted(base).plain().items() if key in ("arch", "hf", "adapter")}
     path = write_config(
-        model={**model, "context": 32}, engine={"name": "accelerate", "strategy": "fsdp2"}, optimizer={"lr": 1e-2}
+        model={**model, "context": 32}, engine={"name": "accelerate", "strategy": strategy}, optimizer={"lr": 1e-2}
     )
     for name, durations in (("whole", [4]), ("resumed", [2, 4])):
         for steps in durations:
