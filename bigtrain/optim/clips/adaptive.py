@@ -18,7 +18,7 @@ class AdaptiveClip(ClipConfig):
     """Scales the gradient of each unit so that its norm is at most `ratio` times the norm of the unit's weights.
 
     A unit is a row of a matrix, a filter of a convolution, or a whole vector (Brock et al. 2021, eq. 3). All parameters
-    are clipped; the paper leaves out the last layer.
+    are clipped; the paper excludes the last layer.
     """
 
     by_parameter: ClassVar[bool] = True

@@ -35,7 +35,7 @@ class DeviceConfig(CallbackConfig):
 def reader(device: Any) -> Read | None:
     """A function that reads the GPU of a torch device; None if the device is no GPU, or the driver does not answer.
 
-    Readings that the GPU does not support are left out, with a warning.
+    Readings that the GPU does not support are skipped, with a warning.
     """
     if device.type != "cuda":
         return None
