@@ -96,8 +96,8 @@ def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
         The step of the checkpoint, which is the optimizer's step count.
 
     Raises:
-        UserError: `trusted` is False, `out` is not empty, `source` is not a universal checkpoint, a file is missing, or
-            the step count is missing or differs between parameters.
+        UserError: `trusted` is False, `out` is not empty, `source` is not a universal checkpoint, a file or the
+            shapes of flat tensors are missing, or the step count is missing or differs between parameters.
         CorruptionError: A file cannot be read as tensors and plain values, or does not fit the parameter's shape.
     """
     if not trusted:
@@ -114,6 +114,7 @@ def from_deepspeed(source: Path, out: Path, *, trusted: bool) -> int:
         for key, file in (("model." + name, "fp32"), *((f"optimizer.{name}.{key}", key) for key in MOMENTS)):
             state[key] = _tensor(folder / f"{file}.pt", shapes.get(name))
         state[f"optimizer.{name}.step"] = _count(place, folder)
+    _check_shapes(place, state, shapes)
     counts = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
     if len(counts) != 1:
         raise UserError(f"The parameters have different numbers of updates: {sorted(counts)}", str(place))
@@ -210,6 +211,23 @@ def _shapes(place: Path) -> Iterator[tuple[str, torch.Size]]:
         facts = _load(path)
         for group in facts.get("param_shapes") or [] if isinstance(facts, dict) else []:
             yield from group.items()
+
+
+def _check_shapes(place: Path, state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Refuse flat tensors of ZeRO 3 for which no file has the shapes.
+
+    ZeRO 1 and 2 store full shapes. So a tensor of several dimensions among those without a listed shape shows that
+    their files have the shapes themselves.
+    """
+    weights = {name.removeprefix("model."): one for name, one in state.items() if name.startswith("model.")}
+    unknown = [name for name in weights if name not in shapes]
+    if unknown and all(weights[name].dim() < 2 for name in unknown):
+        raise UserError(
+            f"The shape of {unknown[0]} and of {len(unknown) - 1} other parameters is not recorded, and their tensors "
+            "are flat",
+            str(place),
+            "Copy the files *_model_states.pt of the DeepSpeed checkpoint into this directory.",
+        )
 
 
 def _tensor(path: Path, shape: torch.Size | None) -> Tensor:

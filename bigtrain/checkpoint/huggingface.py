@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -39,18 +38,17 @@ Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 """Offsets and sizes of a rectangle of a parameter, and this rank's tensor of that rectangle."""
 
 
-def verify_hf(files: HfFiles, expected: str, process_group: dist.ProcessGroup | None = None) -> None:
+def verify_hf(files: HfFiles, expected: str) -> None:
     """Compare the files of a directory with the hash `init.hash`; each rank reads a share of them. Collective.
 
     Args:
         files: The directory of weights.
         expected: The value of `init.hash`.
-        process_group: The ranks that read together; None: all ranks.
 
     Raises:
         UserError: The files have another hash.
     """
-    ranks = RankGroup(process_group or world_group())
+    ranks = RankGroup(world_group())
     parts = ranks.together(lambda: files.file_hashes(files.all_files[ranks.rank :: ranks.size]))
     found = ranks.share(digest({name: value for part in parts for name, value in part.items()}) if parts else None)
     if found != expected:
@@ -61,22 +59,18 @@ def verify_hf(files: HfFiles, expected: str, process_group: dist.ProcessGroup | 
         )
 
 
-def load_hf(
-    files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor],
-    process_group: dist.ProcessGroup | None = None,
-) -> None:  # fmt: skip
+def load_hf(files: HfFiles, names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> None:
     """Read weights into tensors of any layout, in place. Collective; each rank reads only the pieces that it holds.
 
     Args:
         files: The directory of weights, whose shapes have been checked (`HfFiles.check_fit`).
         names: Location of each parameter in transformers' state dict, by qualified name.
         state: Tensors, DTensors and FlatParts by qualified name, of any floating dtype.
-        process_group: The ranks that load together; None: all ranks.
 
     Raises:
         CorruptionError: A rank cannot read a tensor; the error is raised on all ranks.
     """
-    RankGroup(process_group or world_group()).together(lambda: read_hf(files, names, state))
+    RankGroup(world_group()).together(lambda: read_hf(files, names, state))
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -37,7 +36,6 @@ class Found:
 def find(
     directory: Path,
     step: int | None = None,
-    process_group: dist.ProcessGroup | None = None,
     *,
     before: int | None = None,
 ) -> Found | None:
@@ -48,7 +46,6 @@ def find(
     Args:
         directory: The directory that holds the run's checkpoints.
         step: Step of the only checkpoint to consider; None: the newest intact one.
-        process_group: The ranks that load together; None: all ranks.
         before: The largest step to consider; None: no limit.
 
     Returns:
@@ -58,7 +55,7 @@ def find(
         CorruptionError: The requested checkpoint is damaged, or all of them are.
         UserError: There is no checkpoint of `step`, or a newer version of bigtrain wrote it.
     """
-    ranks = RankGroup(process_group or world_group())
+    ranks = RankGroup(world_group())
     candidates = ranks.once(lambda: _candidates(directory, step))
     if before is not None:
         candidates = [found for found in candidates if found.step <= before]
@@ -103,19 +100,16 @@ def saved_names(found: Found) -> set[str]:
     return set(SafeReader(found.path, found.manifest.files).read_metadata().state_dict_metadata)
 
 
-def load(
-    directory: Path, step: int, state: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
-) -> Manifest:
+def load(directory: Path, step: int, state: Mapping[str, Tensor]) -> Manifest:
     """Verify the checkpoint of a step and read it into `state`, by `find` and `load_found`; return its manifest."""
-    found = find(directory, step, process_group)
-    load_found(cast(Found, found), state, process_group)
+    found = find(directory, step)
+    load_found(cast(Found, found), state)
     return cast(Found, found).manifest
 
 
 def load_found(
     found: Found,
     state: Mapping[str, Tensor],
-    process_group: dist.ProcessGroup | None = None,
     *,
     prefix: str = "",
     leave: Sequence[str] = (),
@@ -128,7 +122,6 @@ def load_found(
     Args:
         found: The checkpoint, from `find`.
         state: The tensors to fill, by name.
-        process_group: The ranks that load together; None: all ranks.
         prefix: `state`, over all ranks, must have every saved name that begins with `prefix`.
         leave: Shell patterns of saved names that `state` need not have.
 
@@ -136,7 +129,7 @@ def load_found(
         UserError: A name is missing in the checkpoint or in `state`, or a shape or dtype differs.
         CorruptionError: The files match their hashes, but cannot be read as tensors.
     """
-    ranks = RankGroup(process_group or world_group())
+    ranks = RankGroup(world_group())
     reader = SafeReader(found.path, found.manifest.files)
 
     def check() -> list[str]:

@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_DEPTH = 32
+RETIRED = ("position", "rng")
+"""Keys of older manifests, always empty there, that are ignored."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.\-]*")
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -54,12 +56,8 @@ class Manifest(BaseModel):
     world_size: Annotated[int, Ge(1)] = 1
     mesh: dict[str, int] = {}
     """Sizes of the mesh's axes when the checkpoint was saved; informative only, a load does not use them."""
-    position: dict[str, Any] = {}
-    """Position of the data loader."""
     progress: dict[str, Any] = {}
     """State with which the trainer resumes, such as steps, tokens and schedule values."""
-    rng: dict[str, Any] = {}
-    """State of random number generators, as passed to `Saver.save`."""
     versions: dict[str, str] = {}
     lease: NonNegative = 0
     """Number of the lease under which the checkpoint was saved; a writer with a smaller number may not publish."""
@@ -107,6 +105,8 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if checksum != _checksum(value):
         raise CorruptionError("the manifest does not match its checksum", str(path))
+    for key in RETIRED:
+        value.pop(key, None)
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:

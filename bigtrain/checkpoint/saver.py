@@ -86,8 +86,6 @@ class Saver:
         directory: The directory that holds the run's checkpoints; the first save creates it. The constructor removes
             leftovers of interrupted saves from it, so only the holder of the run's lease may create a Saver.
         config: The section `checkpoint`.
-        process_group: A gloo group of all ranks that no other code uses. None: a new one is created if there are
-            several ranks.
         may_publish: Returns whether this attempt still holds the lease.
         on_event: Called on the first rank; must be safe to call from another thread.
         phase_hook: Called at the end of each phase of a save, in the saving thread; for fault injection.
@@ -100,7 +98,6 @@ class Saver:
         directory: Path,
         config: CheckpointConfig,
         *,
-        process_group: dist.ProcessGroup | None = None,
         may_publish: Callable[[], bool] = lambda: True,
         on_event: OnEvent | None = None,
         phase_hook: PhaseHook | None = None,
@@ -115,8 +112,7 @@ class Saver:
         """Whether another attempt has taken the run's lease: this Saver can save nothing any more."""
         self.last: SaveOutcome | None = None
         """Outcome of the last joined save."""
-        self._owns_group = process_group is None
-        self._ranks = RankGroup(process_group if process_group is not None else own_group(timeout_s))
+        self._ranks = RankGroup(own_group(timeout_s))
         self._may_publish = may_publish
         self._on_event = on_event
         self._uploader = uploader
@@ -148,8 +144,6 @@ class Saver:
         progress: dict[str, Any],
         config_hash: str,
         identity: str,
-        position: dict[str, Any] | None = None,
-        rng: dict[str, Any] | None = None,
         mesh: dict[str, int] | None = None,
         lease: int = 0,
         permanent: bool = False,
@@ -162,7 +156,7 @@ class Saver:
         Args:
             step: Number of completed optimizer steps.
             state: Tensors and DTensors by name; see `bigtrain.checkpoint.state.flatten`.
-            progress, position, rng, mesh: JSON objects for the manifest; those of the first rank are written.
+            progress, mesh: JSON objects for the manifest; those of the first rank are written.
             config_hash, identity: Hashes of the run's configuration and of its recipe.
             lease: Number of the lease that this attempt holds.
             permanent: Whether pruning never removes the checkpoint.
@@ -181,8 +175,7 @@ class Saver:
             local = self._stage(local)
         facts = {
             "config_hash": config_hash, "identity": identity, "progress": progress,
-            "position": position or {}, "rng": rng or {}, "mesh": mesh or {}, "lease": lease,
-            "permanent": permanent,
+            "mesh": mesh or {}, "lease": lease, "permanent": permanent,
         }  # fmt: skip
         job = _Job(step, plan_items(state), local, facts, started, time.perf_counter() - started)
         self._job = job
@@ -220,7 +213,7 @@ class Saver:
             self._join()
         finally:
             self._staged.clear()
-            if self._owns_group and self._ranks.group is not None:
+            if self._ranks.group is not None:
                 dist.destroy_process_group(self._ranks.group)
                 self._ranks = RankGroup(None)
 

@@ -13,7 +13,7 @@ from bigtrain.checkpoint import commit
 from bigtrain.checkpoint.best import best_checkpoints
 from bigtrain.checkpoint.commit import Checkpoint, FencedError, PhaseHook
 from bigtrain.checkpoint.config import CheckpointConfig
-from bigtrain.checkpoint.manifest import Manifest, read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from bigtrain.checkpoint.store import RunStore
 from bigtrain.config import CorruptionError
 from bigtrain.run import RunDirectory
@@ -40,7 +40,7 @@ class Uploader:
         uploaded: step, bytes, seconds, pruned.
         upload_failed: step, cause, failures in a row.
         not_uploaded: step, failures, cause. The limit of failed uploads is reached.
-        upload_refused: step, cause. The lease was lost.
+        upload_refused: step, cause. The lease was lost, or the checkpoint on the disk is damaged (once for each).
 
     Args:
         run: The run whose checkpoints and records are uploaded.
@@ -67,6 +67,7 @@ class Uploader:
         self._may_publish, self._on_event, self._hook = may_publish, on_event or _ignore, hook
         self._under_way: int | None = None
         self._held: dict[int, Manifest] = {}
+        self._damaged: dict[int, str] = {}
         self._asked = self._answered = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -92,7 +93,8 @@ class Uploader:
             beat: Called every second during the wait.
 
         Returns:
-            False if the last upload failed.
+            Whether the store now holds every checkpoint of the disk that retention keeps. False if an upload failed,
+            if a checkpoint on the disk is damaged, or if the lease was lost.
         """
         self.wake()
         with self._changed:
@@ -100,7 +102,7 @@ class Uploader:
             while self._answered < wanted and not self._closed:
                 self._changed.wait(BEAT_S)
                 beat()
-        return self.failures == 0
+            return not (self._closed or self.failures or self._damaged)
 
     def close(self) -> None:
         """Stop the thread after its current request to the store."""
@@ -134,14 +136,16 @@ class Uploader:
 
     def _follow(self) -> None:
         tried: set[int] = set()
-        while (found := self._next(tried)) is not None:
+        damaged: dict[int, str] = {}
+        while (found := self._next(tried, damaged)) is not None:
             checkpoint, manifest, present = found
             tried.add(checkpoint.step)
             self._under_way = checkpoint.step
             began = time.perf_counter()
             try:
                 if problems := commit.verify(checkpoint.path):
-                    logger.warning("the checkpoint of step %d is not uploaded: %s", checkpoint.step, problems[0])
+                    if checkpoint.path.exists():
+                        damaged[checkpoint.step] = problems[0]
                     continue
                 self._store.put_records(self._run)
                 self._store.upload(
@@ -163,10 +167,25 @@ class Uploader:
             self._on_event(
                 "uploaded", step=checkpoint.step, bytes=manifest.total_bytes, seconds=round(seconds, 3), pruned=pruned
             )
+        self._note(damaged)
         self.failures = 0
 
-    def _next(self, tried: Collection[int]) -> tuple[Checkpoint, Manifest, dict[str, int]] | None:
+    def _note(self, damaged: dict[int, str]) -> None:
+        """Record the checkpoints that are damaged on the disk and missing on the store, and report the new ones."""
+        new = damaged.keys() - self._damaged.keys()
+        self._damaged = damaged
+        for step in sorted(new):
+            logger.warning("the checkpoint of step %d is not uploaded: %s", step, damaged[step])
+            self._on_event("upload_refused", step=step, cause=damaged[step])
+
+    def _next(
+        self, tried: Collection[int], damaged: dict[int, str]
+    ) -> tuple[Checkpoint, Manifest, dict[str, int]] | None:
         """The next checkpoint to upload: the newest one on the disk that retention keeps and the store lacks.
+
+        Args:
+            tried: Steps that are skipped.
+            damaged: Receives a problem of each damaged checkpoint that the store lacks, by step.
 
         Returns:
             The checkpoint, its manifest, and the sizes of its objects on the store; None if the store lacks none.
@@ -175,12 +194,16 @@ class Uploader:
         spare = {best.step for best in best_checkpoints(self._run.checkpoints)}
         kept = 0
         for checkpoint in reversed(commit.list_checkpoints(self._run.checkpoints)):
-            manifest = _sound(checkpoint.path)
-            is_kept = manifest is not None and (manifest.permanent or checkpoint.step in spare)
-            if manifest is None or (kept >= self._config.keep_last and not is_kept):
+            present = listing.get(checkpoint.step, {})
+            try:
+                manifest = _sound(checkpoint.path)
+            except CorruptionError as error:
+                if kept < self._config.keep_last and checkpoint.path.exists() and MANIFEST_NAME not in present:
+                    damaged[checkpoint.step] = error.what
+                continue
+            if kept >= self._config.keep_last and not (manifest.permanent or checkpoint.step in spare):
                 continue
             kept += 1
-            present = listing.get(checkpoint.step, {})
             if checkpoint.step not in tried and not self._holds(manifest, present):
                 return checkpoint, manifest, present
         return None
@@ -208,12 +231,15 @@ class Uploader:
             self._on_event("not_uploaded", step=self._under_way, failures=self.failures, cause=cause)
 
 
-def _sound(path: Path) -> Manifest | None:
-    """The manifest of a checkpoint whose files have the sizes in it; None for a damaged checkpoint."""
-    try:
-        return None if commit.verify(path, hashes=False) else read_manifest(path)
-    except CorruptionError:
-        return None
+def _sound(path: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CorruptionError: The manifest is damaged, or a file has another size than the manifest says.
+    """
+    if problems := commit.verify(path, hashes=False):
+        raise CorruptionError(problems[0], str(path))
+    return read_manifest(path)
 
 
 def _ignore(event: str, /, **fields: Any) -> None:

@@ -62,6 +62,8 @@ class Registry(Generic[T]):
             attribute `name` holds the name.
         default: The name of the implementation for a section that gives no name; None: the name is required.
         where: The YAML key that names an implementation, for messages; None: derived from `point` and `tag`.
+        short: A key of the default implementation. A number in place of a mapping is short for a mapping with this key,
+            and is written in place of a mapping that has no other key.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Registry(Generic[T]):
         tag: str | None = "name",
         default: str | None = None,
         where: str | None = None,
+        short: str | None = None,
     ) -> None:
         self.point, self.base, self.package, self.tag, self.default = point, base, package, tag, default
-        self.folders = folders
+        self.folders, self.short = folders, short
         self.where = where or f"{point}.{tag or 'name'}"
         self.found: dict[str, type[T]] = {}
         """The implementations imported or registered so far, by name."""
@@ -203,11 +206,12 @@ class Registry(Generic[T]):
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
             self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
+            serialization=core_schema.plain_serializer_function_ser_schema(self._dump, info_arg=True),
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [self._schema_of(name, handler) for name in self.names()]}
+        number: list[JsonSchemaValue] = [] if self.short is None else [{"type": "number"}]
+        return {"anyOf": [*number, *(self._schema_of(name, handler) for name in self.names())]}
 
     def _schema_of(self, name: str, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         section: Any = self[name]
@@ -220,8 +224,11 @@ class Registry(Generic[T]):
     def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Any:
         if isinstance(value, self.base):
             return value
+        if self.short is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = {self.short: value}
         if not isinstance(value, dict):
-            raise PydanticCustomError("model_type", "input should be a mapping of keys")
+            number = "" if self.short is None else "a number or "
+            raise PydanticCustomError("registry_type", "input should be {number}a mapping of keys", {"number": number})
         assert self.tag is not None
         name = value.get(self.tag, self.default)
         if name is None:
@@ -235,6 +242,11 @@ class Registry(Generic[T]):
         if info.mode == "json":
             return section.model_validate_json(json.dumps(complete), strict=True)
         return section.model_validate(complete)
+
+    def _dump(self, value: Any, info: core_schema.SerializationInfo) -> Any:
+        plain = value.model_dump(mode=info.mode)
+        is_short = self.short is not None and plain.keys() == {self.tag, self.short}
+        return plain[self.short] if is_short and plain[self.tag] == self.default else plain
 
     def _context(self, name: object) -> dict[str, Any]:
         close = nearest(str(name), self.names()) or ""
@@ -251,10 +263,6 @@ def recorded() -> Iterator[list[Registered]]:
         yield found
     finally:
         _recording.reset(token)
-
-
-def _dump(value: Any, info: core_schema.SerializationInfo) -> Any:
-    return value.model_dump(mode=info.mode)
 
 
 def _modules(package: str, folders: bool | None) -> Iterator[str]:

@@ -139,7 +139,7 @@ def inspect(path: str | Path, context: int = 1024, lines: int = 3) -> Inspection
     )
 
 
-def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> Verification:
+def verify(path: str | Path) -> Verification:
     """Verify all files of a shard directory (or of its train and validation): hashes, tars, sidecars, tokenizer.
 
     Raises:
@@ -152,8 +152,6 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> V
         for number, shard in enumerate(index.shards):
             found = index.problems(shard, hashed=True) or _structure(index, number, shard)
             problems += found
-            if progress is not None:
-                progress(f"{directory.name}/{shard.url}")
         known = {shard.url for shard in index.shards}
         for extra in sorted({file.name for file in directory.glob("*.tar")} - known):
             problems.append(CorruptionError(f"{extra} is not in the index", str(directory), REINDEX))

@@ -48,7 +48,7 @@ class EngineConfig(Section):
     runs_plain_modules: ClassVar[bool] = False
     """Whether the engine runs plain PyTorch modules (`models.plain`)."""
     freezes: ClassVar[bool] = False
-    """Whether the engine can freeze parameters (`optimizer.frozen`), unless it flattens them."""
+    """Whether the engine can freeze parameters (`optimizer.frozen`)."""
     records_norms: ClassVar[bool] = False
     """Whether the engine records norms by group of parameters (`contract.RecordsNorms`)."""
     keeps_tensors: ClassVar[bool] = False

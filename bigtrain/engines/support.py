@@ -41,13 +41,11 @@ def check_support(
     _check_model(engine, arch, document_mask)
     _check_axes(engine, layout)
     engine.check_layout(layout)
-    if (optimizer.frozen or frozen) and (engine.flattens or not engine.freezes):
+    if (optimizer.frozen or frozen) and not engine.freezes:
         raise UserError(
-            f"The engine '{engine.name}' cannot freeze parameters here: it flattens all of them, including frozen ones",
+            f"The engine '{engine.name}' cannot freeze parameters: it flattens all of them, including frozen ones",
             "optimizer.frozen" if optimizer.frozen else "model.adapter",
-            "Set engine.strategy to ddp or fsdp2."
-            if engine.runs_transformers
-            else "Use engine: {name: fsdp}, which freezes parameters at every layout.",
+            "Use engine: {name: fsdp}, which freezes parameters at every layout.",
         )
     _check_parts(engine, arch, optimizer, precision)
     if not optimizer.elementwise and engine.flattens:
@@ -56,6 +54,13 @@ def check_support(
             "their shapes",
             "optimizer.name",
             "Use engine: {name: fsdp}, or an optimizer that works element by element.",
+        )
+    if optimizer.clip is not None and optimizer.clip.by_parameter and not engine.keeps_tensors:
+        raise UserError(
+            f"The engine '{engine.name}' flattens or splits the parameters, but clipping '{optimizer.clip.name}' needs "
+            "their shapes",
+            "optimizer.clip",
+            "Use engine: {name: fsdp}, or another clipping, such as clip: 1.0.",
         )
     if precision not in engine.precisions:
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 
 def energy_counters() -> list[Callable[[], float]]:
@@ -86,3 +88,24 @@ class NvmlDevice:
     def _check(code: int) -> None:
         if code:
             raise OSError(f"NVML error {code}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value of a GPU that the callback `device` records as a metric."""
+
+    name: str
+    """Name of the metric."""
+    reduction: Literal["sum", "max"]
+    """How the values of all GPUs are combined: their sum, or that of the worst GPU."""
+    unit: str
+    read: Callable[[NvmlDevice], float]
+    """Returns the value; raises OSError if it cannot be read."""
+
+
+READINGS = (
+    Reading("device_power", "sum", "W", NvmlDevice.power_w),
+    Reading("device_temperature", "max", "°C", NvmlDevice.temperature_c),
+    Reading("device_memory", "max", "bytes", NvmlDevice.memory_bytes),
+)
+"""All values that the callback `device` records. To add one, write a method of `NvmlDevice`, and name it here."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.jobs.controller import Controller, EventWriter
 from bigtrain.jobs.generation import EXIT_GRACE_S, Launch
 from bigtrain.jobs.placing import PlacementRequest, Placer
-from bigtrain.jobs.protocol import SILENCE_S
 from bigtrain.run import names
 from bigtrain.streams import enduring
 
@@ -83,20 +82,6 @@ def run_controlled(
     )
     with around(controller):
         return run(controller)
-
-
-def launch_local(run_dir: Path, *, silence_s: float = SILENCE_S, **options: Any) -> int:
-    """Run all ranks on this machine; the agent's own output goes to logs/agent.log.
-
-    Args:
-        run_dir: The run directory.
-        silence_s: Seconds without a message after which agent and controller count each other as dead.
-        options: See `run_controlled`.
-    """
-    run_dir = run_dir.absolute()
-    from bigtrain.jobs.placers.local import LocalPlacer  # imports pydantic
-
-    return run_controlled(run_dir, LocalPlacer(run_dir / names.LOGS / "agent.log", silence_s), **options)
 
 
 def launch_here(

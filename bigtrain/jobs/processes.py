@@ -173,16 +173,20 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def free_port(first: int = 20000, last: int = 32000) -> int:
+PORTS = 20000, 32000
+"""The range of ports of `free_port`."""
+
+
+def free_port() -> int:
     """A TCP port that is free now, below the range that the kernel uses for outgoing connections.
 
     So no outgoing connection of another process takes the port between this call and its use.
     """
     generator = random.SystemRandom()
     for _ in range(1000):
-        port = generator.randrange(first, last)
+        port = generator.randrange(*PORTS)
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
             return port
-    raise OSError(f"no free TCP port between {first} and {last}")
+    raise OSError(f"no free TCP port between {PORTS[0]} and {PORTS[1]}")

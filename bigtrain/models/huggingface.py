@@ -63,25 +63,8 @@ def require(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             raise ValueError(f"its config.json says {key}: {found!r}, but this family supports only {value!r}")
 
 
-def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a Hugging Face state dict to bigtrain's names and layouts. Tensors may share memory with `state`.
-
-    Raises:
-        KeyError: `state` lacks a tensor.
-    """
-    import torch
-
-    native = {}
-    for name, source in names.items():
-        tensor = torch.cat([state[one] for one in source.names]) if source.below else state[source.name]
-        tensor = tensor.t() if source.transposed else tensor
-        index, count = source.part
-        native[name] = tensor[: len(tensor) - len(source.padding)].chunk(count)[index].contiguous()
-    return native
-
-
 def to_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a bigtrain state dict to Hugging Face's names and layouts: the inverse of `from_hf`."""
+    """Convert a bigtrain state dict to Hugging Face's names and layouts."""
     import torch
 
     parts: dict[HfTensor, dict[int, Tensor]] = {}

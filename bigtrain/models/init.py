@@ -7,7 +7,8 @@ only the blocks that its shard overlaps, and any sharding yields the same values
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bigtrain.models.contract import Init, Model, Normal, Ones
+from bigtrain.models.contract import Init, Model, Normal, Ones, Zeros
 
 ROWS_PER_BLOCK = 256
 
@@ -57,6 +58,23 @@ def initialise(model: nn.Module, seed: int, parts: Mapping[str, Part] | None = N
             if parts and name in parts and not isinstance(parameter, DTensor):
                 shape, offset = parts[name].shape, parts[name].offset
             fill(local, offset, shape, rules[name], seed, name)
+
+
+def usual_rules(model: nn.Module, tables: Collection[str]) -> dict[str, Init]:
+    """Rules for `Model.initialisers`: tables are normal with std 0.02, other matrices with variance 1 / inputs.
+
+    Biases are 0, and other vectors, such as the weights of norms, are 1.
+
+    Args:
+        tables: Names of the embedding tables.
+    """
+    rules: dict[str, Init] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            rules[name] = Normal(0.02 if name in tables else 1 / math.sqrt(parameter.shape[1]))
+        else:
+            rules[name] = Zeros() if name.endswith("bias") else Ones()
+    return rules
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int, *, values: bool = True) -> None:

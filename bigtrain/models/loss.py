@@ -22,7 +22,7 @@ class VocabularyPart:
     group: dist.ProcessGroup
     first_row: int
 
-    def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def log_softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The log softmax over the vocabulary of all ranks. Collective.
 
         Args:
@@ -30,9 +30,9 @@ class VocabularyPart:
             targets: int64 (T, 1), indices in the full vocabulary.
 
         Returns:
-            The log probabilities of this rank's rows, (T, V). Then five tensors (T, 1): the target's log probability;
-            log Z; the target's index among this rank's rows (arbitrary if another rank holds it); 1 if this rank holds
-            the target, else 0; and the largest log probability over the full vocabulary.
+            The log probabilities of this rank's rows, (T, V). Then four tensors (T, 1): the target's log probability;
+            the target's index among this rank's rows (arbitrary if another rank holds it); 1 if this rank holds the
+            target, else 0; and the largest log probability over the full vocabulary.
         """
         highest = logits.amax(dim=1, keepdim=True)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
@@ -45,7 +45,7 @@ class VocabularyPart:
         dist.all_reduce(sums, group=self.group)
         log_total = sums[:, :1].log()
         logits -= log_total
-        return logits, sums[:, 1:] - log_total, log_total + highest, own, hits, -log_total
+        return logits, sums[:, 1:] - log_total, own, hits, -log_total
 
 
 def chunked_cross_entropy(
@@ -54,7 +54,6 @@ def chunked_cross_entropy(
     targets: Tensor,
     weights: Tensor,
     chunk_tokens: int | None = None,
-    z_loss: float = 0.0,
     part: VocabularyPart | None = None,
     tp: TensorParallel = "copy",
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +70,6 @@ def chunked_cross_entropy(
         targets: int64 (...), each in [0, V), even where the weight is 0.
         weights: (...), the factor of each token's loss.
         chunk_tokens: Number of tokens of one chunk; None: chosen by device and V.
-        z_loss: Factor of log(Z)^2, which is added to each token's loss (Chowdhery et al. 2022, section 5).
         part: If ranks split the head, the rows that `weight` holds; `targets` are then indices in the full vocabulary.
         tp: "copy" if all ranks of a tensor-parallel group get the same tokens, "part" if each gets its own part.
 
@@ -85,7 +83,7 @@ def chunked_cross_entropy(
         chunk_tokens = chunks.chunk_tokens(weight.shape[0], hidden.device.type == "cpu")
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     right = torch.empty(targets.numel(), device=hidden.device) if wants_metric("accuracy") else None
-    options = chunk_tokens, z_loss, part, needs_gradient, right
+    options = chunk_tokens, part, needs_gradient, right
     # Views, because autograd does not report whether a backward pass needs the gradient of a leaf.
     views = hidden.view_as(hidden), weight.view_as(weight)
     loss, losses = _ChunkedCrossEntropy.apply(*views, targets, weights, *options)
@@ -119,7 +117,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         chunk_tokens: int,
-        z_loss: float,
         part: VocabularyPart | None,
         needs_gradient: bool,
         right: Tensor | None,
@@ -138,25 +135,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if part is None:
                 log_probs = torch.log_softmax(rows @ matrix.t(), dim=1, dtype=exact)
                 picked, hits = log_probs.gather(1, index), log_probs.new_ones(()).expand(index.shape)
-                if z_loss:
-                    # log Z = (any one logit) - (its log probability)
-                    log_z = (rows * matrix[index[:, 0]]).sum(1, keepdim=True, dtype=exact) - picked
             else:
-                log_probs, picked, log_z, index, hits, top = part.log_softmax((rows @ matrix.t()).to(exact), index)
+                log_probs, picked, index, hits, top = part.log_softmax((rows @ matrix.t()).to(exact), index)
             if right is not None:
                 best = log_probs.amax(dim=1, keepdim=True) if part is None else top
                 right[chunk] = (picked >= best)[:, 0]
-            losses = -picked
-            if z_loss:
-                losses = losses + z_loss * log_z.square()
-            losses = losses * factors
+            losses = -picked * factors
             of_tokens[chunk] = losses[:, 0]
             loss += losses.sum()
             if hidden_grad is None:
                 continue
             logit_grad = log_probs.exp_()
-            if z_loss:
-                logit_grad *= 1 + 2 * z_loss * log_z
             logit_grad.scatter_add_(1, index, -hits)
             logit_grad = logit_grad.to(hidden.dtype)
             # The factors multiply the narrow operand of both products: W columns, not V.
@@ -179,7 +168,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.view(shape)
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

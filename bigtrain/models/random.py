@@ -22,18 +22,16 @@ def dropout(
     training: bool,
     *,
     positions: Tensor | None = None,
-    first_channel: int = 0,
 ) -> Tensor:
     """Zero each value with probability p and scale the others by 1 / (1 - p).
 
     Args:
-        x: (B, C, W), the full activation or a slice: the tokens at `positions`, the channels from `first_channel` on.
+        x: (B, C, W), the full activation or a slice: the tokens at `positions`.
         p: Probability, from 0 to 1.
         keys: int64 (B,), one per sequence; may be None if no value is dropped.
         layer: Number of this dropout in the model; dropouts with other numbers are independent.
         training: Whether values are dropped; if False, x is returned unchanged.
         positions: int64 (C,), positions of the tokens in their sequences; None: 0 to C - 1.
-        first_channel: Index of the first channel of x in the full activation.
 
     Raises:
         ValueError: `keys` is None, but values must be dropped.
@@ -42,20 +40,16 @@ def dropout(
         return x
     if keys is None:
         raise ValueError("dropout needs the batch's keys")
-    keep = keep_mask(x.shape, p, keys, layer, positions, first_channel)
+    keep = keep_mask(x.shape, p, keys, layer, positions)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
-def keep_mask(
-    shape: torch.Size, p: float, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
-) -> Tensor:
+def keep_mask(shape: torch.Size, p: float, keys: Tensor, layer: int, positions: Tensor | None = None) -> Tensor:
     """Boolean (B, C, W), true with probability 1 - p (exact to 2^-32); the arguments are those of `dropout`."""
-    return random_bits(shape, keys, layer, positions, first_channel) >= round(p * 2**32) - 2**31
+    return random_bits(shape, keys, layer, positions) >= round(p * 2**32) - 2**31
 
 
-def random_bits(
-    shape: torch.Size, keys: Tensor, layer: int, positions: Tensor | None = None, first_channel: int = 0
-) -> Tensor:
+def random_bits(shape: torch.Size, keys: Tensor, layer: int, positions: Tensor | None = None) -> Tensor:
     """Int32 (B, C, W), each of the 2^32 values with equal probability; the arguments are those of `dropout`."""
     _, tokens, channels = shape
     device = keys.device
@@ -67,7 +61,7 @@ def random_bits(
     rows = _splitmix64(rows + positions)
     # A row has a 64-bit hash. Its two halves enter the 32-bit hash of each channel at different rounds.
     low, high = rows.to(torch.int32)[..., None], (rows >> 32).to(torch.int32)[..., None]
-    columns = torch.arange(first_channel, first_channel + channels, device=device, dtype=torch.int32)
+    columns = torch.arange(channels, device=device, dtype=torch.int32)
     bits = low + columns * _wrap32(0x9E3779B9)
     bits = _round32(bits, 16, 0x21F0AAAD).add_(high)
     bits = _round32(bits, 15, 0xD35A2D97)

@@ -1,1 +1,1 @@
-"""Optimizers with parameter groups by pattern, and learning-rate schedules as pure arithmetic."""
+"""Optimizers with parameter groups by pattern, gradient clipping, and learning-rate schedules as pure arithmetic."""

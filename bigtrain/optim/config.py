@@ -13,6 +13,8 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator, model_validator
 
 from bigtrain.config import Duration, Registry, Section, UserError
+from bigtrain.optim.clip import CLIPS, ClipConfig
+from bigtrain.optim.clips.norm import NormClip
 
 if TYPE_CHECKING:
     import torch
@@ -69,13 +71,14 @@ class OptimizerConfig(Section):
     """Learning rate at the schedule's peak."""
     weight_decay: NonNegative = 0.0
     """Weight decay of parameters of two or more dimensions, unless a group sets another value."""
-    clip: Annotated[float, Gt(0)] | None = 1.0
-    """Maximum global norm of the gradient; the engine clips larger gradients. null: no clipping."""
+    clip: Annotated[ClipConfig, CLIPS] | None = NormClip()
+    """Gradient clipping: a number, the largest global norm of the gradient; or a section with `name`, such as
+    {name: value, max: 0.1}. null: no clipping."""
     groups: tuple[ParameterGroup, ...] = ()
     """Settings for groups of parameters, each selected by a pattern; see `ParameterGroup`."""
     frozen: tuple[str, ...] = ()
     """Shell patterns over the qualified names of parameters that are not trained ("embedding.*"). These parameters have
-    no gradient and no optimizer state. Only the engine fsdp supports this key."""
+    no gradient and no optimizer state. The engines fsdp and accelerate support this key."""
     parts: dict[str, PartConfig] = Field(default_factory=dict)
     """Parts of the model that a step updates one after another, each with its own loss; see `PartConfig`. The model
     defines the names and the order of its parts. Only the engine fsdp supports this key."""

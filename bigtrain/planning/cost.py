@@ -29,8 +29,6 @@ class Cost:
     """The interval between checkpoints that loses least time; infinite without failures."""
     save_s: float
     """Time to save a checkpoint."""
-    failures_interval_s: float
-    """Mean time between unexpected interruptions."""
     days: float
     gpu_hours: float
     usd: float | None
@@ -51,4 +49,4 @@ def cost_of(job: Job, estimate: Estimate, on: Cluster, tokens: float) -> Cost:
     goodput = max(0.0, 1 - lost)
     hours = tokens / estimate.tokens_per_s / 3600 / goodput if goodput else math.inf
     usd = None if on.price is None else hours * gpus * on.price
-    return Cost(goodput, interval_s, save_s, between_s, hours / 24, hours * gpus, usd)
+    return Cost(goodput, interval_s, save_s, hours / 24, hours * gpus, usd)

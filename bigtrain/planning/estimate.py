@@ -334,30 +334,12 @@ class Job:
 
     def terms(self, sizes: Mesh, passes: Passes, rank: int, *, on_cpu: bool = False) -> list[Term]:
         """The collectives of a step on a rank; see `communication` and `zero`."""
+        what: dict[str, Any] = {"model": self.model, "vocab_size": self.vocab_size, "precision": self.precision}
+        how: dict[str, Any] = {"sizes": sizes, "layout": self.layout, "passes": passes, "rank": rank}
         if isinstance(self.engine, DeepSpeedConfig):
-            return zero(
-                self.model,
-                self.vocab_size,
-                sizes=sizes,
-                layout=self.layout,
-                engine=self.engine,
-                precision=self.precision,
-                passes=passes,
-                rank=rank,
-                one_bucket=False,
-            )
+            return zero(**what, **how, engine=self.engine, one_bucket=False)
         assert isinstance(self.engine, FSDPConfig)
-        return communication(
-            self.model,
-            self.vocab_size,
-            sizes=sizes,
-            layout=self.layout,
-            engine=self.engine,
-            precision=self.precision,
-            passes=passes,
-            rank=rank,
-            on_cpu=on_cpu,
-        )
+        return communication(**what, **how, engine=self.engine, on_cpu=on_cpu)
 
 
 PHASES = get_args(Phase)

@@ -54,6 +54,8 @@ class Measured:
     """Time to start one small kernel."""
     exchanges: list[tuple[str, int, float]]
     """Collectives over all ranks: kind, bytes of the full buffer, seconds."""
+    processors: int = 1
+    """Streaming multiprocessors of the GPU; 1 for a core of a processor."""
 
 
 def measure_machine(ranks: int | None = None, budget_s: float = 1.0, name: str | None = None) -> Cluster:
@@ -100,7 +102,7 @@ def entry(machine: Machine, found: Sequence[Measured], name: str) -> Cluster:
         name=name,
         device=device,
         per_node=count,
-        processors=1 if machine.n_devices == 0 else 132,
+        processors=found[0].processors,
         inside=inside,
         # Links to other nodes cannot be measured on one machine.
         between=inside,
@@ -209,6 +211,7 @@ def _measure(device: Any, budget_s: float) -> Measured:
         _copied_bytes_per_s(device, budget_s),
         _launch_s(device),
         _exchanges(device, budget_s),
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1,
     )
 
 

@@ -1,7 +1,7 @@
 """Searches the legal executions of a run on a number of GPUs, and ranks those that fit the memory by their time.
 
     found = search(job, cluster("h100"), gpus=512)
-    found.best, found.runner_up, found.legal
+    found.best, found.ranked, found.legal
 
 The search varies tp, pp and its schedule, cp, replicas, micro-batch, recompute, and under deepspeed the ZeRO stage. An
 execution is legal if `LayoutConfig.check` and `check_support` accept it. Memory is estimated first; the time of an
@@ -57,12 +57,6 @@ class Found:
     def best(self) -> Estimate | None:
         """The fastest execution that fits; None if nothing fits."""
         return self.ranked[0] if self.ranked else None
-
-    @property
-    def runner_up(self) -> Estimate | None:
-        """The fastest execution with another mesh than the best one's; None if there is none."""
-        best = self.best
-        return next((one for one in self.ranked[1:] if best is not None and one.sizes != best.sizes), None)
 
 
 def search(job: Job, on: Cluster, gpus: int) -> Found:

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def plugin_hashes(config: RunConfig, keys: tuple[str, ...]) -> dict[str, str]:
-    """Hash of the plugins' source for each of `keys` whose section, or whose augmentations, plugins define."""
+    """Hash of the plugins' source for each of `keys` whose section plugins define; see `plugins_of`."""
     sources = {key: plugins_of(config, key) for key in keys}
     return {key: _hash(found) for key, found in sources.items() if found}
 
 
 def plugins_of(config: RunConfig, key: str) -> list[PluginSource]:
-    """The plugins that define the section of a recipe's key, or for `data` the augmentations in it."""
+    """The plugins that define the section of a recipe's key; also augmentations in `data`, and clips in `optimizer`."""
     section = getattr(config, key)
-    if key == "data":
+    if key in ("data", "optimizer"):
         return list(dict.fromkeys(_sources(section)))
     # The code of nested classes in other sections has never been a part of the identity.
     source = getattr(section, "plugin", None)

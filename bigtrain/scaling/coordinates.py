@@ -8,6 +8,7 @@ their products with the inputs are summed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,21 @@ def judge(measured: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `measured` with these keys added. `slopes`: slopes of `size` and `change`, by place and number of steps done;
-        None if a value is zero or not finite. `verdicts`: flat, grows or shrinks after the last step, by place; a slope
-        of None counts as grows. `flat`: whether all verdicts are flat. Only a change can be judged as shrinking,
-        because under muP the initial logits shrink with sqrt(width).
+        None if a value is zero or not finite. `verdicts`, by place after the last step: flat, grows or shrinks; grows
+        also if a value is not finite; zero if activations or their changes are zero at some width, so that they have no
+        slope. `flat`: whether all verdicts are flat. Only a change can be judged as shrinking, because under muP the
+        initial logits shrink with sqrt(width).
     """
     slopes = {
         kind: {place: _slopes(measured["widths"], measured[kind][place]) for place in measured["places"]}
         for kind in ("size", "change")
     }
-    verdicts = {place: _verdict(slopes["size"][place][-1], slopes["change"][place][-1]) for place in measured["places"]}
+    verdicts = {
+        place: _verdict([
+            ([row[-1] for row in measured[kind][place]], slopes[kind][place][-1]) for kind in ("size", "change")
+        ])
+        for place in measured["places"]
+    }  # fmt: skip
     flat = set(verdicts.values()) == {"flat"}
     head = {"format_version": FORMAT_VERSION, "kind": KIND}
     return {**head, **measured, "slopes": slopes, "verdicts": verdicts, "flat": flat}
@@ -65,10 +72,14 @@ def _slopes(widths: list[int], values: list[list[float]]) -> list[float | None]:
     return found
 
 
-def _verdict(size: float | None, change: float | None) -> str:
-    if size is None or change is None or max(size, change) > FLAT:
+def _verdict(measured: Sequence[tuple[list[float], float | None]]) -> str:
+    """The verdict for a place, from the values by width and the slope of its size, then of its change."""
+    if any(not np.isfinite(values).all() or (slope or 0) > FLAT for values, slope in measured):
         return "grows"
-    return "shrinks" if change < -FLAT else "flat"
+    slopes = [slope for _, slope in measured if slope is not None]
+    if len(slopes) < len(measured):
+        return "zero"
+    return "shrinks" if slopes[-1] < -FLAT else "flat"
 
 
 def coordinates_text(result: dict[str, Any]) -> str:

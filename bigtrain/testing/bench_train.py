@@ -53,7 +53,9 @@ from bigtrain.training.progress import Progress
 
 VOCABULARY, CONTEXT = 1024, 256
 MODEL = Llama(layers=6, width=384, heads=6, context=CONTEXT, tied=True)
-OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
+OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+CLIP = 1.0
+"""The default of `optimizer.clip`."""
 SEED = 0
 WARMUP_ROUNDS = 3
 BOOTSTRAPS = 2000
@@ -245,12 +247,10 @@ def _plain_step(weights: dict[str, torch.Tensor], precision: Precision) -> Plain
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
-    assert OPTIMIZER.clip is not None
-    clip = OPTIMIZER.clip
 
     def step(batch: plain_loop.Batch) -> float:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-            return float(plain_loop.train_step(model, optimizer, batch, OPTIMIZER.lr, clip))
+            return float(plain_loop.train_step(model, optimizer, batch, OPTIMIZER.lr, CLIP))
 
     return step
 

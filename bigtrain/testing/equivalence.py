@@ -67,7 +67,8 @@ class What:
     batch: int = 7
     steps: int = 8
     seed: int = 5
-    clip: float | None = 1.0
+    clip: Any = 1.0
+    """The value of `optimizer.clip`."""
     frozen: tuple[str, ...] = ()
     optimizer: dict[str, Any] = field(default_factory=lambda: dict(_ADAMW))
     """The section `optimizer`. With a smaller eps, Adam would turn gradients that are rounding errors into full steps.
@@ -301,7 +302,7 @@ def compute(engine: Any, what: What, how: How, step: int) -> tuple[StepNumbers, 
     """A step's results, and the full gradients of the sum of losses; weights do not change. Collective."""
     batch = micro_batches(what, how, step, engine.data_parallel_rank, engine.data_parallel_size)
     if not isinstance(engine, FSDPEngine):
-        return _computed_by_deepspeed(engine, batch, what, step)
+        return _computed_by_deepspeed(engine, batch, step)
     sums = engine.backward(step, batch)
     gradients = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
     whole = gather({name: gradient for name, gradient in gradients.items() if gradient is not None})
@@ -315,9 +316,7 @@ def forget(engine: Any) -> None:
         engine.optimizer.zero_grad()
 
 
-def _computed_by_deepspeed(
-    engine: Any, batch: list[MicroBatch], what: What, step: int
-) -> tuple[StepNumbers, dict[str, Tensor]]:
+def _computed_by_deepspeed(engine: Any, batch: list[MicroBatch], step: int) -> tuple[StepNumbers, dict[str, Tensor]]:
     """`compute` for DeepSpeed, which passes gradients only to its optimizer: a step with a learning rate of zero.
 
     The step changes the optimizer's state, but each compared step begins with `put`.
@@ -329,10 +328,11 @@ def _computed_by_deepspeed(
         used.update({name: _copy(gradient) for name, gradient in engine.gradients().items()})
 
     watch = engine.optimizer.register_step_pre_hook(keep)
+    # Before the engine's own hook, which scales and clips.
+    engine.optimizer._optimizer_step_pre_hooks.move_to_end(watch.id, last=False)
     numbers = engine.train_step(step, batch, lr=0.0).read()
     watch.remove()
-    clipped = 1.0 if what.clip is None else min(1.0, what.clip / numbers.gradient_norm)
-    return numbers, {name: tensor * (numbers.weight / clipped) for name, tensor in gather(used).items()}
+    return numbers, {name: tensor * engine.data_parallel_size for name, tensor in gather(used).items()}
 
 
 def update(engine: FSDPEngine) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import UserError
 from bigtrain.data.loader import Loader
+from bigtrain.engines.clipping import scale_and_clip, square_of
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.batches import Arrays, batch_kind
 from bigtrain.models.config import FAMILIES, ModelConfig
@@ -144,8 +145,9 @@ def _train(
         total, weight, *_ = model(to_device(arrays, device))
         mean = total / weight
         mean.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_([one for group in optimizer.param_groups for one in group["params"]], clip)
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        scale_and_clip(gradients, torch.ones(()), square_of(gradients, device).sqrt(), clip, parameters)
         optimizer.step()
         model.zero_grad(set_to_none=True)
         losses.append(float(mean.detach()))

@@ -21,11 +21,10 @@ from bigtrain.config.plugin import plugin_of_launcher
 from bigtrain.data.augmenter import with_augmented_size
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
-from bigtrain.engines.support import check_support
 from bigtrain.run import RECIPE, ExitCode, RunConfig, RunDirectory, load_config
 from bigtrain.storage import write_json
 from bigtrain.training.config import InitConfig
-from bigtrain.training.prepare import loader_options, pass_context
+from bigtrain.training.prepare import check_engine, loader_options, pass_context
 from bigtrain.training.weights import LONGEST, Weights
 
 logger = logging.getLogger(__name__)
@@ -186,15 +185,7 @@ def check(config: RunConfig, data: Mapping[str, ShardIndex], outputs: int, ranks
         if model.data_kind not in (index.kind, index.sample_kind.gives):
             raise UserError(f"The shards hold {index.kind}, but the model takes {model.data_kind}", index.place)
         with_augmented_size(config.data.augment, index)
-    check_support(
-        config.engine,
-        model.arch,
-        config.layout,
-        document_mask=config.data.document_mask,
-        optimizer=config.optimizer,
-        precision=config.precision,
-        frozen=model.frozen,
-    )
+    check_engine(config)
     try:
         config.layout.check(model, outputs)
         config.layout.mesh(ranks)

@@ -222,6 +222,19 @@ def prepare(config: RunConfig, verify: bool = True, pinned: Mapping[str, Any] | 
     return Prepared(config, sources, held_out, batch, total, per_epoch, schedule)
 
 
+def check_engine(config: RunConfig) -> None:
+    """Refuse what the engine of a config does not support; see `engines.support.check_support`."""
+    check_support(
+        config.engine,
+        config.model.arch,
+        config.layout,
+        document_mask=config.data.document_mask,
+        optimizer=config.optimizer,
+        precision=config.precision,
+        frozen=config.model.frozen,
+    )
+
+
 def loader_options(config: RunConfig, engine: Engine, batch_sequences: int, context: int) -> dict[str, Any]:
     """Arguments of the loaders with which a rank reads its part of each global batch.
 
@@ -334,15 +347,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
                 index.place,
                 "Index both with the tokenizer that made the tokens: bigtrain data index DIR --tokenizer TOKENIZER",
             )
-    check_support(
-        config.engine,
-        model.arch,
-        config.layout,
-        document_mask=config.data.document_mask,
-        optimizer=config.optimizer,
-        precision=config.precision,
-        frozen=model.frozen,
-    )
+    check_engine(config)
     if model.follows_mup:
         config.optimizer.check_mup()
     for optimizer in (config.optimizer, *map(config.optimizer.of_part, config.optimizer.parts)):

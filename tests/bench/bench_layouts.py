@@ -39,7 +39,9 @@ from bigtrain.testing.ranks import RankPool
 from tests.bench.plain_layouts import Layout, Run, Shape
 
 RANKS = 4
-OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
+OPTIMIZER = AdamWConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+CLIP = 1.0
+"""The default of `optimizer.clip`."""
 SEED = 0
 CHECKED_STEPS = 3
 WARMUP_ROUNDS = 1
@@ -207,12 +209,10 @@ def steps_of(case: Case, sizes: Mesh, size: Size) -> tuple[Step, Step, Step]:
     def plain() -> Step:
         adam = {name: getattr(OPTIMIZER, name) for name in ("lr", "betas", "eps", "weight_decay")}
         run = Run(size.shape, case.plain, weights, size.context, share, **adam)
-        assert OPTIMIZER.clip is not None
-        clip = OPTIMIZER.clip
 
         def step(number: int) -> tuple[float, float]:
             tokens, targets = (array[first : first + share] for array in _batch(size, number))
-            return run.step(tokens, targets, clip)
+            return run.step(tokens, targets, CLIP)
 
         return step
 

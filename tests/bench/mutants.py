@@ -90,8 +90,8 @@ MUTANTS = {
     ),
     "deepspeed does not clip": Mutant(
         _DEEPSPEED,
-        "scale = clipped(scale, self._mean_norm() * scale, self._clip)",
-        "scale = clipped(scale, self._mean_norm() * scale, None)",
+        "scale_and_clip(gradients, scale, self._mean_norm() * scale, self._clip)",
+        "scale_and_clip(gradients, scale, self._mean_norm() * scale, None)",
         ("tests/engines/test_deepspeed.py", "-k", "clipping"),
     ),
     "replicas count twice in the norm": Mutant(

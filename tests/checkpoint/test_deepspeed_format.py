@@ -125,6 +125,24 @@ def test_a_trusted_checkpoint_runs_nothing_all_the_same(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_flat_tensors_without_shapes_are_refused(tmp_path: Path) -> None:
+    """ZeRO 3 stores each parameter flat, and its shape in the files *_model_states.pt."""
+    place = tmp_path / "global_step1"
+    shapes = {"weight": torch.Size((2, 3)), "bias": torch.Size((2,))}
+    for name, shape in shapes.items():
+        (place / "zero" / name).mkdir(parents=True)
+        for file in ("fp32", "exp_avg", "exp_avg_sq"):
+            torch.save({"param": torch.ones(shape.numel())}, place / "zero" / name / f"{file}.pt")
+        torch.save(torch.tensor(1.0), place / "zero" / name / "step.pt")
+    with pytest.raises(UserError, match="shape of bias and of 1 other") as refused:
+        from_deepspeed(place, tmp_path / "out", trusted=True)
+    assert "model_states.pt" in str(refused.value)
+    torch.save({"param_shapes": [shapes]}, place / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    assert from_deepspeed(place, tmp_path / "out", trusted=True) == 1
+    found = loader.read_tensors(tmp_path / "out" / "checkpoints", 1, prefix="model.")
+    assert sorted(tuple(one.shape) for one in found.values()) == [(2,), (2, 3)]
+
+
 def test_what_is_no_universal_checkpoint_is_refused_with_the_way_to_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no DeepSpeed universal checkpoint") as refused:
         from_deepspeed(tmp_path, tmp_path / "out", trusted=True)

@@ -18,7 +18,7 @@ from bigtrain.checkpoint.loader import read_tensors
 from bigtrain.config import UserError
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.hf_files import HfFiles
-from bigtrain.models.huggingface import from_hf
+from tests.models.tiny_hf import from_hf
 
 VOCAB = 97
 LOGITS = 1e-5

@@ -27,7 +27,6 @@ def manifest() -> Manifest:
         files={"__0_0.distcp": FileRecord(bytes=3, hash=HASH)},
         config_hash="c",
         identity="i",
-        position={"drawn": [1, 2]},
         progress={"tokens": 10**15},
         lease=2,
     )
@@ -42,6 +41,12 @@ def rewrite(directory: Path, change: dict[str, Any]) -> None:
 
 def test_what_is_written_is_read(tmp_path: Path, manifest: Manifest) -> None:
     write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_a_manifest_with_keys_that_are_no_longer_written_is_read(tmp_path: Path, manifest: Manifest) -> None:
+    write_manifest(tmp_path, manifest)
+    rewrite(tmp_path, {"rng": {}, "position": {}})
     assert read_manifest(tmp_path) == manifest
 
 

@@ -213,9 +213,33 @@ def test_a_store_that_stays_away_is_counted_and_made_up_for(
 @pytest.mark.slow
 def test_a_holder_that_lost_the_lease_commits_nothing(bucket: Any, run: RunDirectory) -> None:
     save(run, 1)
-    _, events = upload(run, may_publish=lambda: False)
+    done, events = upload(run, may_publish=lambda: False)
+    assert not done
     assert [event for event, _ in events] == ["upload_refused"]
     assert RunStore(URL).committed() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["does not match its hash", "has 1 bytes"])
+def test_a_checkpoint_that_is_damaged_on_the_disk_is_reported_once_as_missing(
+    bucket: Any, run: RunDirectory, problem: str
+) -> None:
+    save(run, 1)
+    file = save(run, 2) / "__0_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(content[::-1] if "hash" in problem else b"x")
+    events: list[Any] = []
+    store = RunStore(URL)
+    uploader = Uploader(run, store, KEEP, on_event=lambda event, **fields: events.append((event, fields)))
+    assert not uploader.finish()
+    assert not uploader.finish()
+    assert sorted((event, fields["step"]) for event, fields in events) == [("upload_refused", 2), ("uploaded", 1)]
+    assert problem in next(fields["cause"] for event, fields in events if event == "upload_refused")
+    assert store.committed() == [1]
+    file.write_bytes(content)
+    assert uploader.finish()
+    uploader.close()
+    assert store.committed() == [1, 2]
 
 
 @pytest.mark.slow

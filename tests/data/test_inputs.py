@@ -112,8 +112,13 @@ def test_mds_shards(tmp_path: Path) -> None:
     ]
     write_mds(tmp_path / "mds", columns, rows)
     assert read(tmp_path / "mds") == read(tmp_path / "mds", key="meta.t") == TEXTS
-    with pytest.raises(UserError, match="no text under 'blob'"):
+    with pytest.raises(UserError, match="no text under 'none'"):
+        read(tmp_path / "mds", key="none")
+    with pytest.raises(UserError, match="'blob' is 'pkl'"):
         read(tmp_path / "mds", key="blob")
+    write_mds(tmp_path / "blobs", {"blob": ("pkl", None), "other": ("png", None)}, [[b"?", b"?"]])
+    with pytest.raises(UserError, match="not supported: 'blob' is 'pkl', 'other' is 'png'"):
+        list(mds_rows(tmp_path / "blobs" / "shard.00000.mds"))
     shard = tmp_path / "mds" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-6])
     with pytest.raises(UserError, match="MDS shard cannot be read"):

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from bigtrain.jobs.config import JobConfig
-from bigtrain.jobs.launch import launch_local, run_controlled
+from bigtrain.jobs.launch import run_controlled
+from bigtrain.jobs.placers.local import LocalPlacer
 from bigtrain.jobs.placing import Placer
+from bigtrain.jobs.protocol import SILENCE_S
 from bigtrain.testing.machines import Machines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,18 +86,20 @@ class Job:
             "say": self.said.append,
             **options,
         }
-        if placer is not None:
-            return run_controlled(self.path, placer, **options)
-        return launch_local(self.path, **options)
+        placer = placer or LocalPlacer(self.path / "logs" / "agent.log", options.pop("silence_s", SILENCE_S))
+        return run_controlled(self.path, placer, **options)
 
     def start(self, nproc: int = 2) -> subprocess.Popen[bytes]:
         """Run it by a controller in a process of its own."""
         script = (
             "import sys; from pathlib import Path\n"
-            "from bigtrain.jobs.launch import launch_local\n"
+            "from bigtrain.jobs.launch import run_controlled\n"
             "from bigtrain.jobs.config import JobConfig\n"
-            "sys.exit(launch_local(Path(sys.argv[1]), nproc=int(sys.argv[2]), job=JobConfig(),\n"
-            "    event=lambda name, /, **fields: None, rank_module='tiny_rank'))\n"
+            "from bigtrain.jobs.placers.local import LocalPlacer\n"
+            "run = Path(sys.argv[1])\n"
+            "sys.exit(run_controlled(run, LocalPlacer(run / 'logs/agent.log'),\n"
+            "    nproc=int(sys.argv[2]), job=JobConfig(), rank_module='tiny_rank',\n"
+            "    event=lambda name, /, **fields: None))\n"
         )
         return subprocess.Popen(
             [sys.executable, "-c", script, str(self.path), str(nproc)], env=os.environ | self.environment()

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from bigtrain.models.contract import Stage
-from bigtrain.models.huggingface import from_hf, to_hf
+from bigtrain.models.huggingface import to_hf
+from tests.models.tiny_hf import from_hf
 
 VOCAB = 97
 MakeDecoder = Callable[..., nn.Module]

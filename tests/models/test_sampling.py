@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from bigtrain.models.config import FAMILIES
-from bigtrain.models.huggingface import from_hf
 from bigtrain.models.sampling import Choice, generate
+from tests.models.tiny_hf import from_hf
 
 MakeDecoder = Callable[..., nn.Module]
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])

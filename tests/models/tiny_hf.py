@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bigtrain.models.families.hf import Config
+from bigtrain.models.huggingface import HfTensor
 
 VOCABULARY, CONTEXT, MASK_TOKEN = 61, 16, 63
 TASKS = {"bert": "masked", "gpt2": "causal", "llama": "causal", "qwen3": "causal", "t5": "seq2seq"}
@@ -40,3 +43,14 @@ def config_of(path: Path) -> Config:
     """The section `model` of what `make` wrote."""
     task: Any = TASKS[path.name]
     return Config(hf=str(path), task=task, context=CONTEXT, masked=0.3, mask_token=MASK_TOKEN)
+
+
+def from_hf(names: Mapping[str, HfTensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a Hugging Face state dict to bigtrain's names and layouts. Tensors may share memory with `state`."""
+    native = {}
+    for name, source in names.items():
+        tensor = torch.cat([state[one] for one in source.names]) if source.below else state[source.name]
+        tensor = tensor.t() if source.transposed else tensor
+        index, count = source.part
+        native[name] = tensor[: len(tensor) - len(source.padding)].chunk(count)[index].contiguous()
+    return native

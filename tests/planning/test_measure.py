@@ -57,12 +57,12 @@ def test_an_unknown_processor_gets_what_was_measured(tmp_path: Path) -> None:
 def test_a_known_gpu_keeps_its_data_sheet_and_gets_shares_of_it() -> None:
     gpu = Machine("node", "NVIDIA H100 80GB HBM3", 8, 96, 1 << 40)
     peak, bandwidth = 989e12, cluster("h100").device.bandwidth_bytes_per_s
-    measured = Measured({"fp32": 4e13, "bf16": 0.7 * peak}, 0.4 * peak, 0.9 * bandwidth, 5e-6, [])
+    measured = Measured({"fp32": 4e13, "bf16": 0.7 * peak}, 0.4 * peak, 0.9 * bandwidth, 5e-6, [], processors=114)
     one = entry(gpu, [measured] * 8, "node")
     assert one.device == cluster("h100").device
     assert one.rates.matmul == pytest.approx(0.7, rel=0.01)
     assert one.rates.memory == pytest.approx(0.9)
-    assert one.per_node == 8
+    assert (one.per_node, one.processors) == (8, 114)
 
 
 @pytest.mark.slow

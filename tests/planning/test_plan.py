@@ -80,8 +80,6 @@ def test_the_search_ranks_what_fits_and_only_that() -> None:
     times = [one.seconds.total for one in found.ranked]
     assert times[0] <= 1.01 * min(times)
     assert all(one.fits and one.sizes.world_size == 16 for one in found.ranked)
-    assert found.runner_up is not None
-    assert found.runner_up.sizes != found.best.sizes
     for one in found.ranked[:20]:
         one.layout.check(MODEL, 32_000)
 

@@ -110,3 +110,10 @@ def test_slopes_and_verdicts_of_planted_powers() -> None:
         "embedding": "flat", "layers.0.mlp": "grows", "logits": "shrinks", "layers.0.attention": "grows"
     }  # fmt: skip
     assert not found["flat"]
+
+
+def test_activations_of_zero_do_not_grow() -> None:
+    values = {"logits": [[0.0, 0.0]] * 2, "embedding": [[1.0, 2.0]] * 2}
+    found = judge({"widths": [64, 128], "steps": 1, "places": list(values), "size": values, "change": values})
+    assert found["verdicts"] == {"logits": "zero", "embedding": "flat"}
+    assert not found["flat"]

@@ -89,10 +89,10 @@ class ChatTemplate:
         ids, begins, ends = self._encoded(whole, base)
         return WeightedTokens(ids, weights_at(begins, ends, spans, len(whole)))
 
-    def prompt(self, messages: Sequence[Message], tools: Any = None) -> Tokens:
+    def prompt(self, messages: Sequence[Message]) -> Tokens:
         """The tokens of a conversation, with the generation prompt after which the assistant continues."""
-        (hidden, hidden_tools), base = self._hidden([messages, tools])
-        return self._encoded(self._render(hidden, hidden_tools, True)[0], base)[0]
+        (hidden, no_tools), base = self._hidden([messages, None])
+        return self._encoded(self._render(hidden, no_tools, True)[0], base)[0]
 
     def ends_of_turns(self) -> set[int]:
         """The special tokens that end the assistant's turns; empty if the template has no such token."""

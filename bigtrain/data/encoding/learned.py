@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bigtrain.config import UserError
@@ -16,9 +16,7 @@ UNKNOWN = "<|unknown|>"
 MAX_CHARACTERS = 1 << 16
 
 
-def train_bpe(
-    documents: Iterable[Document], vocab: int, out: str | Path, progress: Callable[[str], None] | None = None
-) -> Tokenizer:
+def train_bpe(documents: Iterable[Document], vocab: int, out: str | Path) -> Tokenizer:
     """Train a byte-level BPE of `vocab` entries (fewer on little text) and write it as tokenizer.json.
 
     The vocabulary always contains the 256 bytes and <|endoftext|>. The same documents always give the same file.
@@ -35,8 +33,6 @@ def train_bpe(
 
     def pieces() -> Iterator[str]:
         for document in documents:
-            if progress is not None:
-                progress(document.name)
             for text in document.pieces():
                 yield from text.splitlines(keepends=True)
 
@@ -55,9 +51,7 @@ def train_bpe(
     return tokenizer
 
 
-def characters_of(
-    documents: Iterable[Document], out: str | Path, progress: Callable[[str], None] | None = None
-) -> Tokenizer:
+def characters_of(documents: Iterable[Document], out: str | Path) -> Tokenizer:
     """Write a tokenizer.json with one token for each character of the documents, sorted, and <|endoftext|>.
 
     Characters that do not occur in these documents are encoded as <|unknown|>.
@@ -71,8 +65,6 @@ def characters_of(
     target = _new_file(out)
     found: set[str] = set()
     for document in documents:
-        if progress is not None:
-            progress(document.name)
         for text in document.pieces():
             found.update(text)
     if len(found) > MAX_CHARACTERS:

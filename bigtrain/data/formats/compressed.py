@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import importlib
 import io
 import lzma
 import zlib
@@ -76,32 +77,23 @@ def _check_window(path: Path) -> None:
         )
 
 
-def parquet_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """The module pyarrow.parquet, and the exceptions that it raises for damaged files.
+def pyarrow_module(name: str, what: str, path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
+    """A module of pyarrow, and the exceptions that it raises for damaged files.
+
+    Args:
+        name: "parquet" or "ipc".
+        what: Name of its files, for the message.
+        path: The file to be read.
 
     Raises:
         UserError: pyarrow is not installed.
     """
     try:
         import pyarrow
-        from pyarrow import parquet
+
+        return importlib.import_module(f"pyarrow.{name}"), (pyarrow.ArrowException, OSError)
     except ImportError:
-        raise UserError("reading Parquet needs pyarrow", str(path), _EXTRA) from None
-    return parquet, (pyarrow.ArrowException, OSError)
-
-
-def arrow_module(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
-    """The module pyarrow.ipc, and the exceptions that it raises for damaged files.
-
-    Raises:
-        UserError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow
-        from pyarrow import ipc
-    except ImportError:
-        raise UserError("reading Arrow files needs pyarrow", str(path), _EXTRA) from None
-    return ipc, (pyarrow.ArrowException, OSError)
+        raise UserError(f"reading {what} needs pyarrow", str(path), _EXTRA) from None
 
 
 class _Bounded(io.RawIOBase):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ ARRAY_TYPES = {
     66: "<f8",
 }  # fmt: skip
 """Types of arrays by the type code that precedes their values."""
+DAMAGE = (
+    struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+"""Errors that a damaged shard causes."""
+ENCODINGS = ("str", "json", "ndarray", *SCALARS)
 
 
 def mds_files(directory: Path) -> list[Path]:
@@ -51,11 +56,15 @@ def mds_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def mds_rows(path: Path) -> Iterator[dict[str, Any]]:
+def mds_rows(path: Path, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the rows of a shard: texts, numbers, JSON values, and lists of numbers for one-dimensional arrays.
 
+    Args:
+        keys: Keys of a row, or keys joined by dots, that the caller needs; empty: any.
+
     Raises:
-        UserError: The shard is damaged, or holds an array with several axes.
+        UserError: The shard is damaged or holds an array with several axes, or no column that the caller needs has a
+            supported encoding.
     """
     codec = {".zstd": "zstd", ".zst": "zstd", ".gz": "gzip", ".bz2": "bzip2"}.get(path.suffix)
     with open_bytes(path, codec) as file:
@@ -65,10 +74,23 @@ def mds_rows(path: Path) -> Iterator[dict[str, Any]]:
         offsets = np.frombuffer(data, "<u4", count + 1, 4)
         config = json.loads(data[4 * (count + 2) : int(offsets[0])])
         columns = list(zip(config["column_names"], config["column_encodings"], config["column_sizes"], strict=True))
+        _check_encodings(columns, keys, path)
         for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             yield _row(data[begin:end], columns)
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    except DAMAGE as error:
         raise UserError(f"the MDS shard cannot be read: {error}", str(path)) from None
+
+
+def _check_encodings(columns: list[tuple[str, str, int | None]], keys: Sequence[str], path: Path) -> None:
+    wanted = {*keys, *(key.split(".")[0] for key in keys)}
+    needed = [one for one in columns if one[0] in wanted] or columns
+    if not any(encoding.split(":")[0] in ENCODINGS for _, encoding, _ in needed):
+        found = ", ".join(f"{name!r} is {encoding!r}" for name, encoding, _ in needed)
+        raise UserError(
+            f"the MDS shard has its columns in encodings that are not supported: {found}",
+            str(path),
+            f"Write them again in one of these encodings: {', '.join(ENCODINGS)}.",
+        )
 
 
 def _row(data: bytes, columns: list[tuple[str, str, int | None]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from bigtrain.config import UserError
 from bigtrain.data.accounting import PassedOver
-from bigtrain.data.formats.compressed import arrow_module, open_bytes, parquet_module
+from bigtrain.data.formats.compressed import open_bytes, pyarrow_module
 from bigtrain.data.formats.detect import Kind
 from bigtrain.data.formats.mds import mds_rows
 from bigtrain.data.formats.tar import TarSample, samples
@@ -175,7 +175,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
     Raises:
         UserError: The file cannot be read.
     """
-    parquet, errors = parquet_module(path)
+    parquet, errors = pyarrow_module("parquet", "Parquet", path)
     try:
         with parquet.ParquetFile(path) as file:
             yield file
@@ -212,7 +212,7 @@ def _parquet(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterato
 def _arrow(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
     """Yield the rows of an Arrow stream, the format in which `datasets` saves tables, or of an Arrow file."""
     _refuse_codec(source, "Arrow")
-    ipc, errors = arrow_module(source.path)
+    ipc, errors = pyarrow_module("ipc", "Arrow files", source.path)
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(source.path, "rb"))
@@ -233,7 +233,7 @@ def _arrow(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[
 
 
 def _mds(source: Source, passed: PassedOver, keys: Sequence[str]) -> Iterator[Record]:
-    for row, value in enumerate(mds_rows(source.path), 1):
+    for row, value in enumerate(mds_rows(source.path, keys), 1):
         yield Record(source, value, "row", row)
 
 

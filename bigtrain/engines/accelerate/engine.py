@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bigtrain.config import UserError
 from bigtrain.engines.accelerate.config import AccelerateConfig
 from bigtrain.engines.accelerate.strategies import Plain, prepare, release
-from bigtrain.engines.clipping import clipped, square_of
+from bigtrain.engines.clipping import scale_and_clip, square_of
 from bigtrain.engines.config import EngineParts
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.guard import Guard
@@ -28,6 +28,7 @@ from bigtrain.models.plain.across import AllRanks, BatchRanks, OneProcess, acros
 from bigtrain.models.plain.network import without_fillers
 from bigtrain.models.sums import Sums
 from bigtrain.optim.build import is_frozen
+from bigtrain.optim.clip import ClipConfig
 from bigtrain.parallel.mesh import Ranks, build_mesh, pick_device
 
 
@@ -35,7 +36,7 @@ class AccelerateEngine:
     """Trains a Hugging Face model; each rank holds its part of the model and the optimizer. See `contract.Engine`."""
 
     def __init__(
-        self, config: Config, strategy: Plain, *, clip: float | None, seed: int, device: torch.device, ranks: Ranks
+        self, config: Config, strategy: Plain, *, clip: ClipConfig | None, seed: int, device: torch.device, ranks: Ranks
     ) -> None:
         self.config = config
         self.strategy = strategy
@@ -125,8 +126,7 @@ class AccelerateEngine:
         self._guard.arm(bad)
         scale = self.data_parallel_size / total.safe_weight
         norm = total.square.sqrt() * scale
-        if gradients:
-            torch._foreach_mul_(gradients, clipped(scale, norm, self._clip).float())
+        scale_and_clip(gradients, scale, norm, self._clip)
         return total.result(norm, bad)
 
     @torch.no_grad()

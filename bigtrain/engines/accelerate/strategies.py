@@ -178,7 +178,7 @@ class Zero2(Plain):
     def whole_gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(parameter).clone() for name, parameter in self.module.named_parameters()}
+        return {name: safe_get_full_grad(parameter).clone() for name, parameter in self._trained().items()}
 
     def step(self) -> None:
         self._engine.step()
@@ -186,7 +186,7 @@ class Zero2(Plain):
     def state(self) -> dict[str, Tensor]:
         self._partitions.materialise_optimizer()
         state = self._partitions.state()
-        return state | {name: buffer for name, buffer in flatten(self.module).items() if name not in state}
+        return state | {name: tensor for name, tensor in flatten(self.module).items() if name not in state}
 
     def state_loaded(self) -> None:
         self._partitions.refresh()
@@ -196,12 +196,16 @@ class Zero2(Plain):
 
         leave_process_group(deepspeed)
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen; DeepSpeed flattens only these."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
     @cached_property
     def _partitions(self) -> Partitions:
         return Partitions(
             self._engine,
             self._zero.optimizer,
-            dict(self.module.named_parameters()),
+            self._trained(),
             lambda name: Part.whole(self._shapes[name]),
             dist.get_rank(),
         )

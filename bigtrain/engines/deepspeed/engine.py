@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bigtrain.checkpoint.flat import Box, FlatPart
 from bigtrain.checkpoint.state import flatten, materialise_optimizer
-from bigtrain.engines.clipping import clipped, square_of
+from bigtrain.engines.clipping import scale_and_clip, square_of
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.deepspeed.partitions import Partitions
@@ -31,6 +31,7 @@ from bigtrain.engines.step import Reduced, StepReducer
 from bigtrain.models.contract import LossSum
 from bigtrain.models.init import fill
 from bigtrain.models.sums import Sums
+from bigtrain.optim.clip import ClipConfig
 from bigtrain.parallel.config import Mesh
 
 
@@ -55,12 +56,12 @@ class Started:
 class DeepSpeedEngine:
     """Model and optimizer inside a DeepSpeed engine; see `contract.Engine`."""
 
-    def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
+    def __init__(self, started: Started, *, clip: ClipConfig | None, seed: int, device: torch.device) -> None:
         """Wrap the started DeepSpeed engine, and set the initial weights.
 
         Args:
             started: The objects from `deepspeed.build`.
-            clip: Largest norm of the gradient; None: no limit.
+            clip: The section `optimizer.clip`.
             seed: The run's seed.
             device: This rank's device.
         """
@@ -171,15 +172,13 @@ class DeepSpeedEngine:
         """
         self._guard.arm(self._bad())
         scale = self.data_parallel_size / self._total.safe_weight
-        scale = clipped(scale, self._mean_norm() * scale, self._clip)
         gradients = [
             parameter.grad
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        if gradients:
-            torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))
+        scale_and_clip(gradients, scale, self._mean_norm() * scale, self._clip)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[list[MicroBatch]], measuring: Measuring = ONLY_LOSSES) -> Totals:

@@ -25,6 +25,7 @@ from bigtrain.engines.deepspeed.model import Plan
 from bigtrain.engines.rank import reseed, to_device
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.sums import Sums
+from bigtrain.optim.clip import ClipConfig
 from bigtrain.parallel.config import Mesh
 from bigtrain.parallel.pipeline import ends_group
 
@@ -84,7 +85,7 @@ def pipeline_module(stage: nn.Module, plan: Plan, sizes: Mesh, mesh: DeviceMesh)
 class PipelinedEngine(DeepSpeedEngine):
     """A stage of the model and its optimizer inside DeepSpeed's pipeline engine; see `contract.Engine`."""
 
-    def __init__(self, started: Started, *, clip: float | None, seed: int, device: torch.device) -> None:
+    def __init__(self, started: Started, *, clip: ClipConfig | None, seed: int, device: torch.device) -> None:
         super().__init__(started, clip=clip, seed=seed, device=device)
         (self._layer,) = (layer for layer in self.engine.module.children() if isinstance(layer, StageLayer))
         self._shape: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bigtrain.checkpoint.state import flatten, materialise_optimizer, qualified_name
 from bigtrain.config import UserError
-from bigtrain.engines.clipping import clipped, square_of
+from bigtrain.engines.clipping import scale_and_clip, square_of
 from bigtrain.engines.config import EngineParts
 from bigtrain.engines.contract import ONLY_LOSSES, Measuring, MicroBatch, StepResult, Totals
 from bigtrain.engines.fsdp.config import FSDPConfig
@@ -30,6 +30,7 @@ from bigtrain.models.layers import local
 from bigtrain.models.plain.network import Network
 from bigtrain.models.sums import Sums
 from bigtrain.optim.build import is_frozen
+from bigtrain.optim.clip import ClipConfig
 from bigtrain.parallel.apply import ParallelModel, build_parallel_model
 from bigtrain.parallel.config import Mesh
 from bigtrain.parallel.mesh import build_mesh, gradient_mesh, pick_device
@@ -46,7 +47,7 @@ class FSDPEngine:
         model: ParallelModel,
         optimizer: torch.optim.Optimizer | Sequence[Part],
         *,
-        clip: float | None = None,
+        clip: ClipConfig | None = None,
         seed: int,
         device: torch.device,
         sizes: Mesh | None = None,
@@ -59,7 +60,7 @@ class FSDPEngine:
         Args:
             model: The model as `parallel.apply` builds it.
             optimizer: The optimizer of all parameters; or parts with one each, in the order in which a step updates.
-            clip: Largest norm of the gradient; None: no limit. Parts have their own instead.
+            clip: The section `optimizer.clip`. Parts have their own instead.
             seed: The run's seed.
             device: This rank's device.
             sizes, mesh: The mesh axes over all ranks; both None in a single process.
@@ -214,8 +215,7 @@ class FSDPEngine:
         norm = total.square.sqrt() * scale
         if self._norms is not None:
             self._norms.before_update(scale)
-        if gradients:
-            torch._foreach_mul_(gradients, clipped(scale, norm, part.clip).float())
+        scale_and_clip(gradients, scale, norm, part.clip, part.parameters)
         loss_scale = None
         if self._loss_scale is not None:
             loss_scale = self._loss_scale.scale.double()

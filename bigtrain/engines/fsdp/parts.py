@@ -13,6 +13,7 @@ from bigtrain.config import UserError
 from bigtrain.engines.contract import StepNumbers, StepResult
 from bigtrain.engines.guard import Guard
 from bigtrain.metrics import Metric, Value, merge
+from bigtrain.optim.clip import ClipConfig
 from bigtrain.optim.config import OptimizerConfig
 from bigtrain.optim.schedule import PartRates
 
@@ -25,12 +26,12 @@ class Part:
     """The model's name for the part; empty if the model has no parts."""
     optimizer: torch.optim.Optimizer
     guard: Guard
-    clip: float | None
+    clip: ClipConfig | None
     every: int
     parameters: tuple[nn.Parameter, ...]
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, clip: float | None, name: str = "", every: int = 1) -> Part:
+    def of(cls, optimizer: torch.optim.Optimizer, clip: ClipConfig | None, name: str = "", every: int = 1) -> Part:
         """The part that consists of all parameters of an optimizer."""
         parameters = tuple(one for group in optimizer.param_groups for one in group["params"])
         return cls(name, optimizer, Guard(optimizer), clip, every, parameters)

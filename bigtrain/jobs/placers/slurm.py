@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -52,33 +52,33 @@ class SlurmError(Exception):
     """A command of Slurm failed; the text says which and why."""
 
 
-def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+def in_allocation() -> bool:
     """Whether this process runs in a Slurm job."""
-    return bool(environment.get("SLURM_JOB_ID"))
+    return bool(os.environ.get("SLURM_JOB_ID"))
 
 
-def allocated_nodes(environment: Mapping[str, str] = os.environ) -> int:
+def allocated_nodes() -> int:
     """Number of nodes of the Slurm job."""
-    text = environment.get("SLURM_JOB_NUM_NODES", "")
+    text = os.environ.get("SLURM_JOB_NUM_NODES", "")
     return int(text) if text.isdigit() else 1
 
 
-def hostnames(environment: Mapping[str, str] = os.environ) -> list[str]:
+def hostnames() -> list[str]:
     """The nodes of the allocation, in Slurm's order.
 
     Raises:
         SlurmError: scontrol cannot be run, or cannot expand the node list.
     """
-    return _scontrol("show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")).split()
+    return _scontrol("show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
 
 
-def requeue(environment: Mapping[str, str] = os.environ) -> None:
+def requeue() -> None:
     """Put this job back into the queue; Slurm ends its processes here and starts the job again later.
 
     Raises:
         SlurmError: Slurm refuses, for example because the job was submitted with --no-requeue.
     """
-    _scontrol("requeue", environment["SLURM_JOB_ID"])
+    _scontrol("requeue", os.environ["SLURM_JOB_ID"])
 
 
 def requeue_and_say(run_name: str, say: Callable[[str], None]) -> None:

@@ -10,7 +10,6 @@ Shapes: B images, P patches of an image, T tokens of a caption, W width.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES, DataKind, Flops
-from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.contract import Batch, Init, LossSum
+from bigtrain.models.init import usual_rules
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy
 from bigtrain.models.patches import ImageConfig, cut
@@ -145,12 +145,4 @@ class Captioner(nn.Module):
 
     def initialisers(self) -> dict[str, Init]:
         """Tables are normal with std 0.02, matrices normal with variance 1 / inputs; norms are 1, biases 0."""
-        rules: dict[str, Init] = {}
-        for name, parameter in self.named_parameters():
-            if name.endswith("embedding.weight") and not name.startswith("patch"):
-                rules[name] = Normal(0.02)
-            elif parameter.ndim == 2:
-                rules[name] = Normal(1 / math.sqrt(parameter.shape[1]))
-            else:
-                rules[name] = Zeros() if name.endswith("bias") else Ones()
-        return rules
+        return usual_rules(self, ["embedding.weight", "position_embedding.weight"])

@@ -11,7 +11,6 @@ Shapes: B images, T patches of an image, W width.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.models.config import FAMILIES, DataKind, Flops
-from bigtrain.models.contract import Batch, Init, LossSum, Normal, Ones, Zeros
+from bigtrain.models.contract import Batch, Init, LossSum
+from bigtrain.models.init import usual_rules
 from bigtrain.models.layers import MLP, Attention, Embedding, LayerNorm, Linear
 from bigtrain.models.loss import chunked_cross_entropy, class_losses
 from bigtrain.models.patches import ImageConfig, cut
@@ -118,12 +118,4 @@ class VisionTransformer(nn.Module):
 
     def initialisers(self) -> dict[str, Init]:
         """Matrices are normal with variance 1 / inputs, positions normal with std 0.02; norms are 1, biases 0."""
-        rules: dict[str, Init] = {}
-        for name, parameter in self.named_parameters():
-            if name == "position_embedding.weight":
-                rules[name] = Normal(0.02)
-            elif parameter.ndim == 2:
-                rules[name] = Normal(1 / math.sqrt(parameter.shape[1]))
-            else:
-                rules[name] = Zeros() if name.endswith("bias") else Ones()
-        return rules
+        return usual_rules(self, ["position_embedding.weight"])

@@ -1,25 +1,19 @@
-"""Records power, temperature and memory of the GPUs during the training."""
+"""Records power, temperature and memory of the GPUs during the training: the `READINGS` of hardware/nvml.py."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 
+from bigtrain.hardware.nvml import READINGS, NvmlDevice, Reading
 from bigtrain.training.callback import Callback, CallbackContext, Step
 from bigtrain.training.config import CALLBACKS, CallbackConfig
 
 logger = logging.getLogger(__name__)
-
-METRICS: tuple[tuple[str, Literal["sum", "max"], str], ...] = (
-    ("device_power", "sum", "W"),
-    ("device_temperature", "max", "°C"),
-    ("device_memory", "max", "bytes"),
-)
-"""Name, reduction over ranks, and unit. Power is summed over all devices; the others are those of the worst device."""
 
 Read = Callable[[], Mapping[str, float]]
 """Returns values by metric name; raises OSError if the device can no longer be read."""
@@ -39,20 +33,32 @@ class DeviceConfig(CallbackConfig):
 
 
 def reader(device: Any) -> Read | None:
-    """A function that reads the GPU of a torch device; None if the device is no GPU, or the driver does not answer."""
+    """A function that reads the GPU of a torch device; None if the device is no GPU, or the driver does not answer.
+
+    Readings that the GPU does not support are skipped, with a warning.
+    """
     if device.type != "cuda":
         return None
     import torch
 
-    from bigtrain.hardware.nvml import NvmlDevice
-
     try:
         gpu = NvmlDevice(str(torch.cuda.get_device_properties(device).uuid))
     except OSError as error:
-        logger.warning("the GPU's power, temperature and memory cannot be read: %s", error)
+        logger.warning("the GPU's readings are not recorded: %s", error)
         return None
-    power, temperature, memory = (name for name, _, _ in METRICS)
-    return lambda: {power: gpu.power_w(), temperature: gpu.temperature_c(), memory: gpu.memory_bytes()}
+    return read_supported(gpu, READINGS)
+
+
+def read_supported(gpu: Any, readings: Sequence[Reading]) -> Read | None:
+    """A function that reads those of the readings that the GPU supports; None if it supports none of them."""
+    supported = []
+    for reading in readings:
+        try:
+            reading.read(gpu)
+            supported.append(reading)
+        except OSError as error:
+            logger.warning("%s is not recorded, as the GPU does not support it: %s", reading.name, error)
+    return (lambda: {reading.name: reading.read(gpu) for reading in supported}) if supported else None
 
 
 class DeviceMetrics(Callback):
@@ -74,9 +80,9 @@ class DeviceMetrics(Callback):
         """Record the newest values; the next step's all-reduce carries them."""
         from bigtrain.metrics import record_metric
 
-        for name, reduction, unit in METRICS:
-            if name in self._newest:
-                record_metric(name, self._newest[name], reduction, unit=unit)
+        for reading in READINGS:
+            if reading.name in self._newest:
+                record_metric(reading.name, self._newest[reading.name], reading.reduction, unit=reading.unit)
 
     def on_end(self, outcome: Any, progress: Any) -> None:
         """Stop the thread."""

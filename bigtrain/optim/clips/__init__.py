@@ -1,0 +1,1 @@
+"""The kinds of gradient clipping: one file each, selected by `optimizer.clip.name`."""
