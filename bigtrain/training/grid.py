@@ -8,8 +8,10 @@ import textwrap
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from bigtrain.models.pictures import Picture
+from bigtrain.tracking.pictures import DESCRIPTION
 
 SIDE, CAPTIONED_SIDE = 56, 128
 """Minimum pixels of an image's shorter side, without and with captions; images are enlarged by integer factors."""
@@ -22,7 +24,10 @@ GROUND, INK = 255, (70, 70, 70)
 
 
 def png(picture: Picture) -> bytes:
-    """The bytes of a PNG file that shows the images of a picture in rows, each above its caption."""
+    """The bytes of a PNG file that shows the images of a picture in rows, each above its caption.
+
+    The picture's note is the file's description.
+    """
     images = _bytes(picture)
     count, height, width = images.shape[:3]
     columns = max(1, min(picture.columns, count))
@@ -42,7 +47,9 @@ def png(picture: Picture) -> bytes:
             lines = textwrap.wrap(picture.captions[number], CHARACTERS, max_lines=LINES, placeholder="...")
             draw.multiline_text((left, top + height + 2), "\n".join(lines), INK, font, spacing=2)
     out = io.BytesIO()
-    sheet.save(out, "PNG")
+    described = PngInfo()
+    described.add_itxt(DESCRIPTION, picture.note)
+    sheet.save(out, "PNG", pnginfo=described if picture.note else None)
     return out.getvalue()
 
 

@@ -267,7 +267,8 @@ class Session:
         device = lookup(this_machine(use_torch=True).device_name)
 
         def utilisation(flops_per_token: int) -> Utilisation:
-            return lambda rate: mfu(flops_per_token, rate, device, config.precision, self.ranks.world_size)
+            flops_per_step = flops_per_token * prepared.context * prepared.batch_sequences
+            return lambda rate: mfu(flops_per_step, rate, device, config.precision, self.ranks.world_size)
 
         callbacks.append(
             MetricsLog(
@@ -278,6 +279,7 @@ class Session:
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._trackers.put,
                 epochs=prepared.epochs if prepared.is_mixture else None,
+                units=config.model.metric_units(),
                 forecast=forecast,
                 event=self._event,
             )

@@ -543,5 +543,5 @@ def test_a_step_without_a_token_is_counted_as_skipped_and_never_as_a_spike() -> 
     world = World(total=4, bad_steps=config)
     train_step = world.train_step
     world.train_step = without_tokens  # type: ignore[method-assign]
-    with pytest.raises(BadStepsError, match="no token with a weight"):
+    with pytest.raises(BadStepsError, match="no sample with a weight"):
         world.trainer().fit()
