@@ -34,8 +34,8 @@ HELP_OVER_TYPER = 1.2
 """Processor time of the help over that of an app of typer alone with as many commands: 1.1 as it is, 1.9 with the
 config, 2.1 with numpy."""
 STATUS_KEYS = {
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "forecast", "wandb_url", "time", "energy_j", "metrics", "best",
+    "name", "state", "step", "loss", "tokens_per_s", "units", "goodput", "nodes", "epochs", "restarts", "last_event",
+    "eta_s", "forecast", "wandb_url", "time", "energy_j", "metrics", "best",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",

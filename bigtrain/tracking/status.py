@@ -48,7 +48,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "step": int(columns.step[-1]) if len(columns) else None,
         "loss": columns.last("loss"),
         "tokens_per_s": columns.last("tokens_per_s"),
-        "units": {name: units[name] for name in ("loss", "tokens_per_s") if units.get(name)},
+        "units": {name: units[name] for name in ("loss", "tokens_per_s") if units.get(name)} or None,
         "goodput": good.share,
         "nodes": whole(newest(events, "nodes")),
         "metrics": {name: {"value": columns.last(name), "unit": units.get(name, "")} for name in recorded} or None,

@@ -257,9 +257,9 @@ class Session:
         callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
-        self._trackers = Trackers(
-            self.directory.path, config.name, config.plain(), config.tracking, self._warn_of_tracker
-        )
+        units = config.model.metric_units()
+        shown = {**config.plain(), "metric_units": {name: unit for name, unit in units.items() if unit}}
+        self._trackers = Trackers(self.directory.path, config.name, shown, config.tracking, self._warn_of_tracker)
         forecast = read_forecast(self.directory.path)
         if forecast is not None:
             self._event("forecast", hash=forecast_hash(self.directory.path), law_hash=forecast["law_hash"])
@@ -279,7 +279,7 @@ class Session:
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._trackers.put,
                 epochs=prepared.epochs if prepared.is_mixture else None,
-                units=config.model.metric_units(),
+                units=units,
                 forecast=forecast,
                 event=self._event,
             )
