@@ -71,6 +71,11 @@ class Columns:
         return np.where(np.isfinite(seconds) & (seconds > 0), seconds, 0.0)
 
     @property
+    def wait_ms(self) -> FloatArray:
+        """Milliseconds per step that each logged interval waited for data, shape (n,)."""
+        return np.asarray(1e3 * self.get("data_wait_s") / np.maximum(np.diff(self.step, prepend=0), 1))
+
+    @property
     def step_seconds(self) -> float | None:
         """Median seconds per step over the recent logged intervals, or None if unknown."""
         steps = np.diff(self.step, prepend=0)[-_RECENT:]

@@ -58,6 +58,10 @@ def charts(
         return found
 
     known = units or {}
+    runs = {
+        name: Columns(columns.step, {**columns.values, "data_wait_s": columns.wait_ms})
+        for name, columns in runs.items()
+    }
     loss_unit, rate_unit = known.get("loss", ""), known.get("tokens_per_s", "tokens/s")
     one = next(iter(runs.values())) if len(runs) == 1 else None
     has_parts = one is not None and bool(one.parts)
@@ -86,7 +90,7 @@ def charts(
             "Memory", curves("memory_bytes", "memory", 2, 2.0**-30), "GiB, peak of the worst rank", marks=marks,
             from_zero=True,
         ),
-        Chart("Wait for data", curves("data_wait_s", "wait", 3, 1e3), "ms a step", marks=marks),
+        Chart("Wait for data", curves("data_wait_s", "wait", 3), "ms per step", marks=marks),
         *_of_recorded(runs, curves, known, marks),
     ]  # fmt: skip
 
