@@ -187,7 +187,7 @@ class ShardIndex(_Record):
             return []
         found = {int(number) for shard in range(len(self.shards)) for number in np.unique(self.rows(shard)[:, column])}
         names = {number: f" ('{name}')" for number, name in enumerate(self.class_names or ())}
-        missing = sorted(set(range(self.sample_kind.outputs(self))) - found)
+        missing = sorted(set(range(max(self.sample_kind.outputs(self), len(names)))) - found)
         return [f"{number}{names.get(number, '')}" for number in missing]
 
     @property

@@ -75,7 +75,7 @@ def charts(
     return [
         Chart("Loss", losses, loss_unit, marks=marks, wide=True, log_switch=True),
         *(_of_sets(one, loss_unit, marks) if one is not None else ()),
-        Chart("Learning rate", curves("lr", "learning rate", 3), value_format=".3~e", tick_format=".2~e"),
+        Chart("Learning rate", curves("lr", "learning rate", 3), value_format=".3~e"),
         # Each part has its own norm, recorded by name.
         *([] if has_parts else [Chart("Gradient norm", curves("grad_norm", "gradient norm", 4), marks=marks)]),
         Chart(
