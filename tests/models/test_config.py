@@ -53,7 +53,8 @@ def test_families_are_the_files_that_define_a_config() -> None:
 
 def test_a_family_says_what_it_counts_and_the_unit_of_its_loss() -> None:
     keys: dict[str, dict[str, Any]] = {
-        "llama": {"context": 8}, "rnn": {"context": 8}, "bert": {"context": 8}, "vae": {}, "dcgan": {},
+        "llama": {"context": 8, "layers": 1, "width": 8, "heads": 2}, "rnn": {"context": 8}, "bert": {"context": 8},
+        "vae": {}, "dcgan": {},
         "clip": {"context": 8, "image_size": 8}, "captioner": {"context": 8, "image_size": 8},
         "vit": {"image_size": 8}, "sam": {"image_size": 8},
     }  # fmt: skip
