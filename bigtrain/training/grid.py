@@ -34,7 +34,10 @@ def png(picture: Picture) -> bytes:
     wanted = CAPTIONED_SIDE if picture.captions else SIDE
     factor = max(1, -(-wanted // min(height, width)))
     height, width = height * factor, width * factor
-    text = LINES * LINE + GAP if picture.captions else 0
+    captions = [
+        textwrap.wrap(caption, CHARACTERS, max_lines=LINES, placeholder="...") for caption in picture.captions[:count]
+    ]
+    text = max(map(len, captions)) * LINE + GAP if captions else 0
     rows = -(-count // columns)
     size = columns * (width + GAP) + GAP, rows * (height + text + GAP) + GAP
     sheet = Image.new("RGB", size, (GROUND,) * 3)
@@ -43,9 +46,8 @@ def png(picture: Picture) -> bytes:
         row, column = divmod(number, columns)
         left, top = GAP + column * (width + GAP), GAP + row * (height + text + GAP)
         sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        if number < len(picture.captions):
-            lines = textwrap.wrap(picture.captions[number], CHARACTERS, max_lines=LINES, placeholder="...")
-            draw.multiline_text((left, top + height + 2), "\n".join(lines), INK, font, spacing=2)
+        if number < len(captions):
+            draw.multiline_text((left, top + height + 2), "\n".join(captions[number]), INK, font, spacing=2)
     out = io.BytesIO()
     described = PngInfo()
     described.add_itxt(DESCRIPTION, picture.note)
