@@ -32,8 +32,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 RUN_TIMEOUT_S = 120
 STATUS_KEYS = {
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "epochs", "restarts", "last_event", "eta_s",
-    "forecast", "wandb_url", "time", "energy_j", "metrics", "best",
+    "name", "state", "step", "loss", "tokens_per_s", "units", "goodput", "nodes", "epochs", "restarts", "last_event",
+    "eta_s", "forecast", "wandb_url", "time", "energy_j", "metrics", "best",
 }  # fmt: skip
 CONFIG = {
     "name": "tiny",

@@ -132,7 +132,22 @@ def data_pack(
             )
             summary = chosen.pack(inputs, out, options)
         _show_passed(summary.passed, as_json)
-        show(summary.as_json(), as_json, lines)
+        show(summary.as_json(), as_json, lambda found: _pack_text(found, chosen))
+
+
+def _pack_text(summary: dict[str, Any], kind: SampleKind) -> str:
+    """A summary as lines for users: samples have the kind's name, and numbers of text are only those of text."""
+    splits = {}
+    for name, split in summary["splits"].items():
+        noun = "documents" if kind.unit == "tokens" else kind.unit
+        has_text = bool(split["tokens"])
+        splits[name] = {
+            noun if key == "documents" else key: value
+            for key, value in split.items()
+            if has_text or key not in ("tokens", "characters")
+        }
+    shown = summary if any(split["tokens"] for split in summary["splits"].values()) else {**summary, "vocab_size": None}
+    return lines({**shown, "splits": splits})
 
 
 def _one_kind(kind: str | None, flags: dict[str, bool]) -> str:

@@ -87,10 +87,11 @@ def required_address(address: str | None) -> str:
 
 def status_line(row: dict[str, Any]) -> str:
     parts = [f"{row['name']}: {row['state']}"]
+    rate_unit = (row.get("units") or {}).get("tokens_per_s", "tokens/s")
     for key, form in (
         ("step", "step {}"),
         ("loss", "loss {:.4f}"),
-        ("tokens_per_s", "{:.0f} tokens/s"),
+        ("tokens_per_s", f"{{:.0f}} {rate_unit}"),
         ("goodput", "goodput {:.0%}"),
         ("nodes", "{} nodes"),
         ("restarts", "{} restarts"),

@@ -184,7 +184,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             if "loss" not in found:
                 lines.append(f"{name:<32} {of:<16} " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
                 continue
-            numbers = [found["loss"], found["perplexity"], found.get("bits_per_byte")]
+            numbers = [found["loss"], found.get("perplexity"), found.get("bits_per_byte")]
             loss, perplexity, bits = ("-" if number is None else f"{number:.5g}" for number in numbers)
             lines.append(f"{name:<32} {of:<16} {loss:>10} {perplexity:>12} {bits:>10}")
     return "\n".join(lines)

@@ -180,6 +180,16 @@ class ShardIndex(_Record):
             for number in range(len(self.shards)):
                 yield self.token_counts(self.rows(number))
 
+    def empty_classes(self) -> list[str]:
+        """The classes that no sample has: their numbers, with their names if they are known."""
+        column = self.sample_kind.class_column(self)
+        if column is None:
+            return []
+        found = {int(number) for shard in range(len(self.shards)) for number in np.unique(self.rows(shard)[:, column])}
+        names = {number: f" ('{name}')" for number, name in enumerate(self.class_names or ())}
+        missing = sorted(set(range(max(self.sample_kind.outputs(self), len(names)))) - found)
+        return [f"{number}{names.get(number, '')}" for number in missing]
+
     @property
     def of_tokens(self) -> bool:
         """Whether a sample has up to `model.context` tokens, with or without an image."""

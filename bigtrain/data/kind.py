@@ -117,6 +117,10 @@ class SampleKind(BatchKind):
         """
         return None
 
+    def class_column(self, index: ShardIndex) -> int | None:
+        """The column of a sidecar that holds the class of a sample; None for samples without classes."""
+        return None
+
     def filled(self, index: ShardIndex, context: int) -> int:
         """Number of positions of all sequences that hold a token of a sample; the other positions are padding."""
         return 0

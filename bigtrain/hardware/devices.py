@@ -75,15 +75,15 @@ def lookup(device_name: str) -> Device | None:
 
 
 def mfu(
-    flops_per_token: float, tokens_per_s: float, device: Device | None, precision: str, n_devices: int
+    flops_per_step: float, steps_per_s: float, device: Device | None, precision: str, n_devices: int
 ) -> float | None:
     """Model FLOPs utilisation (MFU): the model's FLOP/s as a share of the devices' dense peak.
 
     Formula: Chowdhery et al. 2022 (PaLM), appendix B. FLOPs of recomputed activations do not count.
 
     Args:
-        flops_per_token: Forward and backward FLOPs of one token; 0 if they cannot be counted.
-        tokens_per_s: Tokens per second of all devices of the job together.
+        flops_per_step: Forward and backward FLOPs of the global batch; 0 if they cannot be counted.
+        steps_per_s: Steps per second.
         device: The kind of the job's devices, which are all equal; None if not known.
         precision: Precision of the matrix multiplications.
         n_devices: Number of devices of the job.
@@ -92,7 +92,7 @@ def mfu(
         A share between 0 and 1; None if the device, its peak at `precision` or the model's FLOPs are not known.
     """
     peak = device.peak(precision) if device else None
-    if peak is None or n_devices < 1 or flops_per_token <= 0:
+    if peak is None or n_devices < 1 or flops_per_step <= 0:
         return None
-    share = flops_per_token * tokens_per_s / (peak * n_devices)
+    share = flops_per_step * steps_per_s / (peak * n_devices)
     return share if math.isfinite(share) else None

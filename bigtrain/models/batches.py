@@ -23,7 +23,10 @@ class BatchKind(ABC):
     """Name of the kind in a model's `data_kind`, in index.json, and in `bigtrain data pack --kind`."""
 
     unit: ClassVar[str] = "samples"
-    """The unit in which messages count the data of a step."""
+    """What a sample is, in the plural; for a stream of text, what it is counted in."""
+
+    counted: ClassVar[str] = ""
+    """What the weights of a batch count, in the plural, if it is not `unit`: the tokens of captions."""
 
     of_tokens: ClassVar[bool] = False
     """Whether a sample contains `model.context` tokens, so that its model can generate text."""

@@ -79,7 +79,14 @@ class ModelConfig(Section):
     """Whether a run must set `init.source`, because the loss compares the model with its initial weights."""
 
     predicts_text: ClassVar[bool] = True
-    """Whether a loss on text is that of each token given the tokens before it. Only then bits per byte are reported."""
+    """Whether a loss on text is that of each token given the tokens before it. Perplexity and bits per byte are
+    reported only then."""
+
+    counted: ClassVar[str] = ""
+    """What the loss's sum of weights counts, in the plural ("masked tokens"); empty: what the data's weights count."""
+
+    loss_unit: ClassVar[str] = ""
+    """Unit of the loss, as pages show it ("nats per image"); empty if it has none or is not known."""
 
     vocabulary_name: ClassVar[str] = "embedding.weight"
     """Qualified name of a parameter with one row for each token of the vocabulary."""
@@ -287,6 +294,13 @@ class ModelConfig(Section):
             shown: See `pictures`.
         """
         return {}
+
+    def metric_units(self) -> dict[str, str]:
+        """Units of the metrics of every run that depend on the model, by their names in metrics.jsonl; "": no unit."""
+        kind = batch_kind(self)
+        counted = self.counted or kind.counted or kind.unit
+        loss = f"of the {self.parts[0]}" if self.parts else self.loss_unit
+        return {"tokens": counted, "tokens_per_s": f"{counted}/s", "loss": loss, "val_loss": loss}
 
     def parameter_count(self, vocab_size: int) -> int:
         """Number of parameters of the module that `build` returns; a tied weight is counted once."""

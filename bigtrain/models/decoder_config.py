@@ -64,6 +64,7 @@ class RopeScaling(Section):
 class DecoderConfig(ModelConfig):
     """Keys of a decoder-only transformer; each family sets the defaults of its own shape."""
 
+    loss_unit: ClassVar[str] = "nats per token"
     takes_documents: ClassVar[bool] = True
     later_keys: ClassVar[frozenset[str]] = frozenset(
         [

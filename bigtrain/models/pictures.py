@@ -38,18 +38,21 @@ class Picture:
     columns: int = 8
     captions: tuple[str, ...] = ()
     """One caption per image, shown below it; empty: no captions."""
+    note: str = ""
+    """A sentence that explains the picture, shown once with it."""
 
 
-def one_above_the_other(upper: Tensor, lower: Tensor, columns: int = 8) -> Picture:
+def one_above_the_other(upper: Tensor, lower: Tensor, columns: int = 8, note: str = "") -> Picture:
     """A grid in which each row of `upper` images stands above the same row of `lower` images.
 
     Args:
         upper, lower: Equally many images, (N, channels, height, width).
+        note: See `Picture`.
     """
     rows = zip(upper.split(columns), lower.split(columns), strict=True)
     blank = upper.new_ones((-len(upper) % columns, *upper.shape[1:]))
     filled = [torch.cat([row, blank]) if len(row) < columns else row for pair in rows for row in pair]
-    return Picture(torch.cat(filled), columns)
+    return Picture(torch.cat(filled), columns, note=note)
 
 
 def attention_of(attention: Attention, run: Callable[[], object]) -> Tensor:
@@ -83,4 +86,5 @@ def beside_attention(images: Tensor, attention: Tensor) -> Picture:
     enlarged = shares.repeat_interleave(images.shape[1] // side, 2).repeat_interleave(images.shape[2] // side, 3)
     pixels = images.permute(0, 3, 1, 2).float() / (1 if images.is_floating_point() else 255)
     pairs = torch.stack([pixels, enlarged.expand_as(pixels)], 1)
-    return Picture(pairs.flatten(0, 1))
+    note = "To the right of each image, the attention to its patches: white is the most."
+    return Picture(pairs.flatten(0, 1), note=note)

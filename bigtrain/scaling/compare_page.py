@@ -47,7 +47,7 @@ def compare_page(found: dict[str, Any]) -> str:
         Chart("Loss", [
             Series(first, flops, [point["loss"][0] for point in points], 3, points=True),
             Series(second, flops, [point["loss"][1] for point in points], 2, points=True),
-        ], "nats a token", COSTS[found["cost"]], [Mark(ends[1], "largest")], wide=True, log_x=True, log_y=True,
+        ], "nats per token", COSTS[found["cost"]], [Mark(ends[1], "largest")], wide=True, log_x=True, log_y=True,
             value_format=".5f"),
     ])  # fmt: skip
     made.table(

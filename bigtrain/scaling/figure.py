@@ -72,7 +72,7 @@ def _frame(axes: Axes) -> list[str]:
         parts.append(polyline([(_LEFT, y), (WIDTH - _RIGHT, y)], GRID, 1))
         parts.append(label(_LEFT - 8, y + 4, f"{tick:g}", QUIET, "end"))
     parts.append(label((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 14, "FLOPs, 6 N D", QUIET, "middle"))
-    parts.append(label(14, 20, "loss, nats a token", QUIET))
+    parts.append(label(14, 20, "loss, nats per token", QUIET))
     return parts
 
 

@@ -79,7 +79,7 @@ def _grids(setting: Setting, optima: list[dict[str, Any]]) -> Chart:
             x = np.geomspace(one["value"] / 3, one["value"] * 3, _PATH)
             x = x[(x >= one["tried"][0]) & (x <= one["tried"][-1])]
             series.append(Series("parabola", x, np.polyval(one["parabola"], np.log(x)), ramp=shade, unnamed=True))
-    return Chart(f"Loss by {NAMES[setting]}", series, "nats a token", NAMES[setting], wide=True, log_x=True,
+    return Chart(f"Loss by {NAMES[setting]}", series, "nats per token", NAMES[setting], wide=True, log_x=True,
                  value_format=".5~g")  # fmt: skip
 
 

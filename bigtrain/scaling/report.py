@@ -132,7 +132,7 @@ def _law_charts(fitted: Fitted) -> list[Chart]:
         series = [Series("runs", table.flops, table.loss, 1, points=True)]
     mark = [Mark(law["target_flops"], "target")]
     return [
-        Chart("Loss against compute", series, "nats a token", "FLOPs", mark, wide=True, log_x=True, log_y=True,
+        Chart("Loss against compute", series, "nats per token", "FLOPs", mark, wide=True, log_x=True, log_y=True,
               log_switch=True, value_format=".5~g"),
         _allocation(law, "params", "N* against compute", "parameters"),
         _allocation(law, "tokens", "D* against compute", "tokens"),
@@ -245,7 +245,7 @@ def _approach_charts(fitted: Fitted) -> list[Chart]:
             minima_x.append(budget["tokens"])
             minima_y.append(budget["loss"])
         series.append(Series("minima", minima_x, minima_y, 2, points=True))
-        charts.append(Chart("IsoFLOP", series, "nats a token", "tokens", wide=True, log_x=True, value_format=".5~g"))
+        charts.append(Chart("IsoFLOP", series, "nats per token", "tokens", wide=True, log_x=True, value_format=".5~g"))
     one = law["approaches"].get("a1", {"refused": 1})
     if "refused" not in one:
         points = one["hull"]
@@ -255,7 +255,7 @@ def _approach_charts(fitted: Fitted) -> list[Chart]:
             Series("lower hull", flops, [point["loss"] for point in points], 2, markers=True),
         ]
         charts.append(
-            Chart("Envelope", series, "nats a token", "FLOPs", wide=not charts, log_x=True,
+            Chart("Envelope", series, "nats per token", "FLOPs", wide=not charts, log_x=True,
                   log_y=True, value_format=".5~g")
         )  # fmt: skip
     return charts
@@ -308,7 +308,7 @@ def _diagnostic_charts(fitted: Fitted) -> list[Chart]:
     deltas = [row["delta"] for row in found]
     losses = [row["target_loss"] for row in found]
     charts.append(
-        Chart("Loss at the target by delta", [Series("loss", deltas, losses, 3, markers=True)], "nats a token",
+        Chart("Loss at the target by delta", [Series("loss", deltas, losses, 3, markers=True)], "nats per token",
               "Huber's delta", log_x=True, value_format=".5~g")
     )  # fmt: skip
     return charts

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bigtrain.run import names
 from bigtrain.storage import read_lines
-from bigtrain.tracking.metrics import is_recorded, step_rows
+from bigtrain.tracking.metrics import is_recorded, part_losses, step_rows
 from bigtrain.tracking.numbers import finite, timestamp
 
 FloatArray = npt.NDArray[np.float64]
@@ -53,17 +53,27 @@ class Columns:
         return sorted(name.removeprefix("epochs/") for name in self.values if name.startswith("epochs/"))
 
     @property
+    def parts(self) -> list[str]:
+        """The names of the model's parts that have a loss of their own, in the order of the file."""
+        return part_losses(self.values)
+
+    @property
     def recorded(self) -> list[str]:
         """The sorted names of the metrics that models, callbacks and evaluators have recorded by name."""
         return sorted(filter(is_recorded, self.values))
 
     @property
     def seconds(self) -> FloatArray:
-        """Seconds of each logged interval of steps, shape (n,): tokens divided by tokens per second; 0 if unknown."""
+        """Seconds of each logged interval of steps, shape (n,): tokens (or images) over their rate; 0 if unknown."""
         tokens, rate = self.get("tokens"), self.get("tokens_per_s")
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds = np.diff(tokens, prepend=0.0) / rate
         return np.where(np.isfinite(seconds) & (seconds > 0), seconds, 0.0)
+
+    @property
+    def wait_ms(self) -> FloatArray:
+        """Milliseconds per step that each logged interval waited for data, shape (n,)."""
+        return np.asarray(1e3 * self.get("data_wait_s") / np.maximum(np.diff(self.step, prepend=0), 1))
 
     @property
     def step_seconds(self) -> float | None:

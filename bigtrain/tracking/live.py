@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from bigtrain.run import names
 from bigtrain.tracking.follow import Follower
-from bigtrain.tracking.metrics import is_recorded, read_units
+from bigtrain.tracking.metrics import is_recorded, part_losses, read_units
 from bigtrain.tracking.numbers import finite, short, span
 
 if TYPE_CHECKING:
@@ -85,10 +85,11 @@ class LiveProgress:
         return float(max(0, self.total_steps - self.row["step"]) * pace)
 
 
-def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
+def metrics_line(progress: LiveProgress, row: dict[str, Any], units: Mapping[str, str] | None = None) -> str:
     """A line such as `step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m10s`.
 
-    `val` appears only after an evaluation. Metrics that were recorded by name follow, as many as fit into the line.
+    `val` appears only after an evaluation; `units` may have another unit of the rate. Metrics recorded by name follow,
+    as many as fit into the line.
     """
     total = f"/{progress.total_steps}" if progress.total_steps is not None else ""
     loss = finite(row.get("loss"))
@@ -98,7 +99,7 @@ def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
     if (lr := finite(row.get("lr"))) is not None:
         parts.append(f"lr {lr:.1e}")
     if (rate := finite(row.get("tokens_per_s"))) is not None:
-        parts.append(f"{short(rate)} tokens/s")
+        parts.append(f"{short(rate)} {(units or {}).get('tokens_per_s', 'tokens/s')}")
     if (eta := progress.eta_s) is not None:
         parts.append(f"eta {span(eta)}")
     line, own = "  ".join(parts), main_first(recorded(row))
@@ -111,16 +112,16 @@ def metrics_line(progress: LiveProgress, row: dict[str, Any]) -> str:
 
 
 def main_first(metrics: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Sort metrics so that parts of another metric come last (`weight_norm/layers` is a part of `weight_norm`)."""
-    return sorted(metrics, key=lambda metric: "/" in metric[0])
+    """Sort metrics: first the losses of a model's parts, last what belongs to another metric (`weight_norm/layers`)."""
+    return sorted(metrics, key=lambda metric: "/" in metric[0] and not metric[0].startswith("loss/"))
 
 
 def recorded(row: dict[str, Any], units: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
-    """The name, and the value with its unit, of each metric in the row that was recorded by name."""
-    found = []
+    """Name, and value with unit, of each metric in the row that was recorded by name or is the loss of a part."""
+    found, parts = [], {f"loss/{part}" for part in part_losses(row)}
     for name, item in row.items():
         value = finite(item)
-        if value is not None and is_recorded(name):
+        if value is not None and (is_recorded(name) or name in parts):
             unit = (units or {}).get(name, "")
             found.append((name, f"{short(value)} {unit}".rstrip()))
     return found
@@ -232,7 +233,7 @@ class LiveDisplay:
     def _line(self, row: dict[str, Any]) -> str:
         self._last_line_s = time.monotonic()
         self._printed_step = row["step"]
-        return metrics_line(self._progress, row)
+        return metrics_line(self._progress, row, read_units(self._run_dir / names.METRICS))
 
     def _show_panel(self) -> None:
         from rich.console import Console
@@ -249,7 +250,7 @@ class LiveDisplay:
             self._console = None
 
     def _panel(self) -> RenderableType:
-        return panel(self._name, self._progress, read_units(self._run_dir / "metrics.jsonl"))
+        return panel(self._name, self._progress, read_units(self._run_dir / names.METRICS))
 
 
 def panel(name: str, progress: LiveProgress, units: Mapping[str, str] | None = None) -> RenderableType:
@@ -281,7 +282,7 @@ def panel(name: str, progress: LiveProgress, units: Mapping[str, str] | None = N
         value = finite(row.get(key))
         facts.append((label, form.format(value) if value is not None else "n/a" if key == "mfu" else "–"))
     rate, eta = finite(row.get("tokens_per_s")), progress.eta_s
-    facts.append(("tokens/s", short(rate) if rate is not None else "–"))
+    facts.append(((units or {}).get("tokens_per_s", "tokens/s"), short(rate) if rate is not None else "–"))
     facts.append(("eta", span(eta) if eta is not None else "–"))
     line = Table.grid(padding=(0, 2))
     line.add_row(*[Text.assemble((f"{label} ", "dim"), text) for label, text in facts])

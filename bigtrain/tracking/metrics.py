@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ _log = logging.getLogger(__name__)
 NAMES = (
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s",
 )  # fmt: skip
-"""The keys of every object. `loss` is in nats per token. An evaluation adds `val_loss` and `val_bits_per_byte` to the
-object of its step, and a mixture adds `loss/SOURCE`."""
+"""The keys of every object. `tokens` and `tokens_per_s` count what counts in the model's loss, such as images; their
+units and the loss's are in metrics.units.json. An evaluation adds `val_loss` and `val_bits_per_byte` to the object of
+its step, a mixture adds `loss/SOURCE`, and a model of several parts `loss/PART`."""
 
 
 _OWN = {
@@ -31,6 +32,12 @@ _FAMILIES = ("loss/", "epochs/", "tokens/", "forecast/", "val_loss/", "val_bits_
 def is_recorded(name: str) -> bool:
     """Whether a key of an object is a metric that a model, callback or evaluator has recorded under this name."""
     return name not in _OWN and not name.startswith(_FAMILIES)
+
+
+def part_losses(keys: Collection[str]) -> list[str]:
+    """Names of a model's parts, from the keys of an object: `loss/PART` without the `epochs/SOURCE` of a mixture."""
+    names = [key.removeprefix("loss/") for key in keys if key.startswith("loss/")]
+    return [name for name in names if f"epochs/{name}" not in keys]
 
 
 class MetricsFile:
@@ -63,7 +70,7 @@ class MetricsFile:
         self._last_step = step
 
     def add_units(self, units: Mapping[str, str]) -> None:
-        """Add the units of metrics that were recorded by name to metrics.units.json, if one of them is new."""
+        """Add the units of metrics to metrics.units.json, if one of them is new."""
         if units.items() <= self._units.items():
             return
         self._units = {**read_units(self.path), **self._units, **units}
@@ -122,7 +129,7 @@ def step_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_units(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Units of the metrics in a metrics.jsonl that were recorded by name; {} if the file of units cannot be read."""
+    """Units of the metrics in a metrics.jsonl, by their names; {} if the file of units cannot be read."""
     try:
         units = json.loads(_units_file(Path(path)).read_text())["units"]
         return {str(name): str(unit) for name, unit in units.items()}

@@ -83,6 +83,9 @@
     return [ends[0] - room, ends[1] + room];
   };
 
+  // Ticks of small values as 4e-4, not with the SI prefix micro.
+  const isSmall = (spec) => Math.max(...shown(spec).flatMap((series) => series.y)) < 1;
+
   const NARROW = 560;  // Pixels of a chart below which a legend over the curves would hide them.
 
   const layout = (spec, log, width) => {
@@ -101,7 +104,7 @@
         ...axis, showgrid: false, title: { text: spec.x_title === "step" ? chosen.axis : spec.x_title, font: { size: 11.5 }, standoff: 6 },
         type: spec.log_x ? "log" : "linear", range: extent(spec), nticks: wide ? 9 : 5,
       },
-      yaxis: { ...axis, type: log ? "log" : "linear", nticks: wide ? 7 : 5, tickformat: spec.tick_format, rangemode: spec.from_zero ? "tozero" : "normal" },
+      yaxis: { ...axis, type: log ? "log" : "linear", nticks: wide ? 7 : 5, tickformat: spec.tick_format, exponentformat: isSmall(spec) ? "e" : "B", rangemode: spec.from_zero ? "tozero" : "normal" },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       shapes: spec.marks.map((mark) => ({
         type: "line", x0: onAxis(spec, mark.x), x1: onAxis(spec, mark.x), yref: "paper", y0: 0, y1: 1,

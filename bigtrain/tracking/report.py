@@ -21,6 +21,7 @@ from bigtrain.tracking.history import Columns, FloatArray, newest, read_columns,
 from bigtrain.tracking.metrics import read_units
 from bigtrain.tracking.numbers import short, span, timestamp
 from bigtrain.tracking.page import Fact, Mark, Page
+from bigtrain.tracking.pictures import note_of
 from bigtrain.tracking.redact import redact, redact_text, redact_yaml
 from bigtrain.tracking.report_charts import axes, charts
 from bigtrain.tracking.status import run_goodput
@@ -29,6 +30,8 @@ MAX_EVENTS = 300
 MAX_MARKS = 100
 MAX_PICTURES = 4
 """Largest number of images with the same title in a report."""
+MAX_VALIDATED = 4
+"""Largest number of the evaluations' metrics, beside the loss, among the headline numbers."""
 _FAULTS = ("fault", "failed")
 
 
@@ -50,6 +53,11 @@ class _Run:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         return read_events(self.directory / names.EVENTS)
+
+    @cached_property
+    def units(self) -> dict[str, str]:
+        """Units of metrics, by the metric's name."""
+        return read_units(self.directory / names.METRICS)
 
     @cached_property
     def goodput(self) -> Goodput:
@@ -133,9 +141,18 @@ def _curves(page: Page, runs: Sequence[_Run]) -> None:
     if not known:
         return
     page.heading("Training")
-    page.controls(axes(max(known.values(), key=len)))
-    units = {name: unit for run in runs for name, unit in read_units(run.directory / names.METRICS).items()}
+    units = _units(runs)
+    page.controls(axes(max(known.values(), key=len), units.get("tokens", "tokens")))
     page.charts(charts(known, _marks(runs[0].events) if len(runs) == 1 else (), units))
+
+
+def _units(runs: Sequence[_Run]) -> dict[str, str]:
+    """The units of all runs' metrics; units that differ are joined by "or"."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, unit in run.units.items():
+            found.setdefault(name, {})[unit] = None
+    return {name: " or ".join(units) for name, units in found.items()}
 
 
 def _pictures(page: Page, run: _Run) -> None:
@@ -148,6 +165,8 @@ def _pictures(page: Page, run: _Run) -> None:
     for title, files in by_title.items():
         page.heading(title.capitalize())
         steps = sorted(files)
+        if note := note_of(files[steps[-1]]):
+            page.note(redact_text(note))
         chosen = np.unique(np.linspace(0, len(steps) - 1, MAX_PICTURES).round().astype(int))
         page.pictures(
             [(f"step {steps[n]:,}", f"{title} at step {steps[n]}", files[steps[n]].read_bytes()) for n in chosen]
@@ -160,14 +179,16 @@ def _summary(config: dict[str, Any]) -> str:
     def of(section: str, *keys: str) -> list[str]:
         found = config.get(section)
         values = found if isinstance(found, dict) else {}
-        return [f"{key} {values[key]}" for key in keys if values.get(key) not in (None, False)]
+        return [f"{key} {values[key]}" for key in keys if values.get(key) not in (None, False, "auto", -1)]
 
-    model, optimizer = of("model", "arch", "layers", "width", "context"), of("optimizer", "name", "lr", "weight_decay")
+    # A model without tokens has a context of 1.
+    model = [one for one in of("model", "arch", "layers", "width", "context") if one != "context 1"]
+    optimizer = of("optimizer", "name", "lr", "weight_decay")
     parts = [", ".join(part) for part in (model, of("batch", "size"), optimizer, of("schedule", "name")) if part]
     if isinstance(config.get("duration"), str):
         parts.insert(2, config["duration"])
     layout = of("layout", "dp_replicate", "dp_shard", "cp", "tp", "pp")
-    layout = [one for one in layout if not one.endswith((" 1", "auto"))]
+    layout = [one for one in layout if not one.endswith(" 1")]
     parts += [", ".join([str(config.get("precision", "")), *of("engine", "name"), *layout]).strip(", ")]
     return redact_text(" · ".join(part.replace("name ", "").replace("size ", "batch ") for part in parts if part))
 
@@ -195,33 +216,50 @@ def _facts(run: _Run) -> list[Fact]:
     columns, events, good = run.columns, run.events, run.goodput
     total = whole(newest(events, "total_steps"))
     step = int(columns.step[-1]) if len(columns) else 0
-    bits = columns.last("val_bits_per_byte")
+    counted = run.units.get("tokens", "tokens").capitalize()
     restarts = sum(event["event"] == "restarted" for event in events)
     faults = sum(event["event"] == "fault" for event in events)
-
-    def fact(label: str, value: float | None, form: Callable[[float], str], note: str = "") -> list[Fact]:
-        return [] if value is None else [Fact(label, form(value), note)]
-
     return [
         Fact("Steps", f"{step:,}", f"of {total:,}" if total is not None else ""),
-        *fact("Tokens", columns.last("tokens"), short),
-        *fact("Final loss", columns.last("loss"), "{:.4f}".format, "training, nats per token"),
-        *fact(
-            "Validation loss", columns.last("val_loss"), "{:.4f}".format,
-            f"{bits:.4f} bits per byte" if bits is not None else "",
-        ),
-        *fact("Tokens per second", _median(columns.get("tokens_per_s")), short, "median"),
-        *fact("MFU", _median(columns.get("mfu")), "{:.1%}".format, "median"),
-        *fact("Wall time", good.wall_s or None, span, _counted(faults, "fault", restarts, "restart")),
+        *_fact(counted, columns.last("tokens"), short),
+        *_loss_facts(run),
+        *_fact(f"{counted} per second", _median(columns.get("tokens_per_s")), short, "median"),
+        *_fact("MFU", _median(columns.get("mfu")), "{:.1%}".format, "median"),
+        *_fact("Wall time", good.wall_s or None, span, _counted(faults, "fault", restarts, "restart")),
         *(
             one
             for name in columns.sources
-            for one in fact(
+            for one in _fact(
                 f"Epochs of {name}", columns.last(f"epochs/{name}"), "{:.2f}".format, "times through this source"
             )
         ),
-        *fact("Goodput", good.share, "{:.1%}".format, "of wall time, in kept steps"),
-    ]  # fmt: skip
+        *_fact("Goodput", good.share, "{:.1%}".format, "of wall time, in kept steps"),
+    ]
+
+
+def _loss_facts(run: _Run) -> list[Fact]:
+    """The losses, of each part if the model has several, and at most MAX_VALIDATED other metrics of the evaluations."""
+    columns, unit = run.columns, run.units.get("loss", "")
+    bits = columns.last("val_bits_per_byte")
+    losses = {f", {part}": (f"loss/{part}", "") for part in columns.parts} or {"": ("loss", unit)}
+    found = []
+    for of, (name, note) in losses.items():
+        found += _fact(f"Final loss{of}", columns.last(name), _decimals, f"training, {note}" if note else "training")
+        note = note if bits is None else f"{bits:.4f} bits per byte"
+        found += _fact(f"Validation loss{of}", columns.last(f"val_{name}"), _decimals, note)
+    others = [name for name in columns.recorded if name.startswith("val_") and "/" not in name]
+    for name in others[:MAX_VALIDATED]:
+        label = name.removeprefix("val_").replace("_", " ")
+        found += _fact(f"Validation {label}", columns.last(name), _decimals, run.units.get(name, ""))
+    return found
+
+
+def _fact(label: str, value: float | None, form: Callable[[float], str], note: str = "") -> list[Fact]:
+    return [] if value is None else [Fact(label, form(value), note)]
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
 
 
 def _counted(faults: int, fault: str, restarts: int, restart: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, cast
 
 import numpy as np
@@ -57,20 +57,29 @@ def charts(
             found += _with_mean(columns, name, own, hue, factor, several=len(runs) > 1)
         return found
 
+    known = units or {}
+    runs = {
+        name: Columns(columns.step, {**columns.values, "data_wait_s": columns.wait_ms})
+        for name, columns in runs.items()
+    }
+    loss_unit, rate_unit = known.get("loss", ""), known.get("tokens_per_s", "tokens/s")
+    one = next(iter(runs.values())) if len(runs) == 1 else None
+    has_parts = one is not None and bool(one.parts)
     losses = curves("loss", "training", 1)
     for number, (run, columns) in enumerate(runs.items()):
         label, color = ("validation", 2) if len(runs) == 1 else (f"{run}, validation", _color(number))
         values = columns.get("val_loss")
         losses.append(Series(label, columns.step, values, cast(Color, color), markers=True, dashed=len(runs) > 1))
-    by_source = [series for columns in runs.values() for series in _of_sources(columns)] if len(runs) == 1 else []
-    names = sorted({name for columns in runs.values() for name in columns.recorded})
+    if one is not None and has_parts:
+        losses, loss_unit = _of_parts(one), ""
     return [
-        Chart("Loss", losses, "nats per token", marks=marks, wide=True, log_switch=True),
-        Chart("Loss by source", by_source, "nats per token", marks=marks, wide=True, log_switch=True),
+        Chart("Loss", losses, loss_unit, marks=marks, wide=True, log_switch=True),
+        *(_of_sets(one, loss_unit, marks) if one is not None else ()),
         Chart("Learning rate", curves("lr", "learning rate", 3), value_format=".3~e"),
-        Chart("Gradient norm", curves("grad_norm", "gradient norm", 4), marks=marks),
+        # Each part has its own norm, recorded by name.
+        *([] if has_parts else [Chart("Gradient norm", curves("grad_norm", "gradient norm", 4), marks=marks)]),
         Chart(
-            "Throughput", curves("tokens_per_s", "tokens/s", 1), "tokens/s", marks=marks, value_format=".3~s",
+            "Throughput", curves("tokens_per_s", rate_unit, 1), rate_unit, marks=marks, value_format=".3~s",
             from_zero=True,
         ),
         Chart(
@@ -81,15 +90,73 @@ def charts(
             "Memory", curves("memory_bytes", "memory", 2, 2.0**-30), "GiB, peak of the worst rank", marks=marks,
             from_zero=True,
         ),
-        Chart("Wait for data", curves("data_wait_s", "wait", 3, 1e3), "ms a step", marks=marks),
-        *(Chart(name, curves(name, name, 1), (units or {}).get(name, ""), marks=marks) for name in names),
+        Chart("Wait for data", curves("data_wait_s", "wait", 3), "ms per step", marks=marks),
+        *_of_recorded(runs, curves, known, marks),
     ]  # fmt: skip
 
 
-def axes(columns: Columns) -> dict[str, tuple[FloatArray, FloatArray]]:
-    """Tokens and hours of training at each logged step."""
+def _of_parts(columns: Columns) -> list[Series]:
+    """The training and the validation loss of each part of a model, in one colour."""
+    found = []
+    for number, part in enumerate(columns.parts):
+        found += _with_mean(columns, f"loss/{part}", part, _color(number), 1.0, several=True)
+        name = f"val_loss/{part}"
+        found.append(
+            Series(f"{part}, validation", columns.step, columns.get(name), _color(number), markers=True, dashed=True)
+        )
+    return found
+
+
+def _of_sets(columns: Columns, unit: str, marks: Sequence[Mark]) -> list[Chart]:
+    """The losses of a mixture's sources, and of several held-out sets, each in one chart."""
+    sets = sorted(name.removeprefix("val_loss/") for name in columns.values if name.startswith("val_loss/"))
+    charts = {
+        "Loss by source": {name: columns.get(f"loss/{name}") for name in columns.sources},
+        "Validation loss by set": {name: columns.get(f"val_loss/{name}") for name in sets if name not in columns.parts},
+    }
+    return [
+        Chart(title, _family(values, columns), unit, marks=marks, wide=True, log_switch=True)
+        for title, values in charts.items()
+    ]
+
+
+def _of_recorded(
+    runs: Mapping[str, Columns],
+    curves: Callable[..., list[Series]],
+    units: Mapping[str, str],
+    marks: Sequence[Mark],
+) -> list[Chart]:
+    """A chart for each recorded metric, in which training and evaluation stand together.
+
+    Of one run, metrics with one prefix (`weight_norm/layers`, `weight_norm/head`) share a chart.
+    """
+    names = sorted({name for columns in runs.values() for name in columns.recorded})
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        plain = name.removeprefix("val_")
+        first, slash, rest = name.partition("/")
+        together = len(runs) == 1 and slash and "/" not in rest
+        groups.setdefault(first if together else plain if plain in names else name, []).append(name)
+    found = []
+    for title, members in groups.items():
+        unit = units.get(members[0], "")
+        if len(runs) == 1 and members[0].startswith(f"{title}/"):
+            (columns,) = runs.values()
+            values = {name.removeprefix(f"{title}/"): columns.get(name) for name in members}
+            found.append(Chart(title, _family(values, columns), unit, marks=marks))
+            continue
+        series = []
+        for name in members:
+            of = "validation" if len(members) > 1 and name.startswith("val_") else "training"
+            series += curves(name, of if len(members) > 1 else name, 2 if of == "validation" else 1)
+        found.append(Chart(title, series, unit, marks=marks))
+    return found
+
+
+def axes(columns: Columns, counted: str) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """What counts in the loss (`counted`: tokens, images) and hours of training, at each logged step."""
     steps = columns.step.astype(np.float64)
-    found = {"tokens": (steps, columns.get("tokens"))}
+    found = {counted: (steps, columns.get("tokens"))}
     hours = np.cumsum(columns.seconds) / 3600
     return found | ({"hours": (steps, hours)} if hours.any() else {})
 
@@ -113,10 +180,13 @@ def _with_mean(columns: Columns, name: str, label: str, color: Color, factor: fl
     return found
 
 
-def _of_sources(columns: Columns) -> list[Series]:
-    sources = sorted(name for name in columns.values if name.startswith("loss/"))
-    window = max(1, len(columns) // 60)
-    return [
-        Series(name.removeprefix("loss/"), columns.step, smooth(columns.get(name), window), _color(number))
-        for number, name in enumerate(sources[:4])
-    ]
+def _family(values: Mapping[str, FloatArray], columns: Columns) -> list[Series]:
+    """One curve for each name, smoothed if there are many steps; more than four have shades of one colour."""
+    found = []
+    for number, (name, column) in enumerate(values.items()):
+        known = np.isfinite(column)
+        x, y = columns.step[known], column[known]
+        ramp = number / (len(values) - 1) if len(values) > 4 else None
+        points = bool(known.sum() < len(column) / 2)
+        found.append(Series(name, x, smooth(y, max(1, len(y) // 60)), _color(number), markers=points, ramp=ramp))
+    return found

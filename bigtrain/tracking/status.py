@@ -31,6 +31,7 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         `last_event`: name of the last event.
         `eta_s`: estimated seconds to the end, only while the run trains.
         `forecast`: the run compared with its preregistered forecast (`held_against`).
+        `units`: units of `loss` and `tokens_per_s`, which depend on the model; a unit that is not known is missing.
         `metrics`: newest value and unit of each metric that was recorded by name.
         `best`: step, metric and value of the best checkpoint (`checkpoint.best`).
         `epochs`: number of epochs of each source of a mixture.
@@ -38,6 +39,8 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
     columns = read_columns(run_dir / names.METRICS)
     events = read_events(run_dir / names.EVENTS)
     state = state_of(events, alive)
+    units = read_units(run_dir / names.METRICS)
+    recorded = [*(f"loss/{part}" for part in columns.parts), *columns.recorded]
     good = _goodput(run_dir, events, columns, alive, now)
     return {
         "name": run_dir.resolve().name,
@@ -45,9 +48,10 @@ def status(run_dir: Path, alive: bool, now: float | None = None) -> dict[str, An
         "step": int(columns.step[-1]) if len(columns) else None,
         "loss": columns.last("loss"),
         "tokens_per_s": columns.last("tokens_per_s"),
+        "units": {name: units[name] for name in ("loss", "tokens_per_s") if units.get(name)} or None,
         "goodput": good.share,
         "nodes": whole(newest(events, "nodes")),
-        "metrics": _recorded(run_dir, columns) or None,
+        "metrics": {name: {"value": columns.last(name), "unit": units.get(name, "")} for name in recorded} or None,
         "epochs": {name: columns.last(f"epochs/{name}") for name in columns.sources} or None,
         "restarts": sum(event["event"] == "restarted" for event in events),
         "last_event": events[-1]["event"] if events else None,
@@ -69,11 +73,6 @@ def _best(events: list[dict[str, Any]]) -> dict[str, Any] | None:
         elif event["event"] == "rolled_back" and isinstance(to := event.get("to"), int):
             saves = {step: best for step, best in saves.items() if step <= to}
     return saves[max(saves)] if saves else None
-
-
-def _recorded(run_dir: Path, columns: Columns) -> dict[str, dict[str, Any]]:
-    units = read_units(run_dir / names.METRICS)
-    return {name: {"value": columns.last(name), "unit": units.get(name, "")} for name in columns.recorded}
 
 
 def run_goodput(run_dir: Path, alive: bool = False) -> Goodput:

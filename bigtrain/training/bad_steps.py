@@ -102,7 +102,7 @@ class Policy:
         record.in_a_row += 1
         if record.in_a_row < self.config.limit:
             return None
-        lacked = "finite gradient" if numbers.weight else "token with a weight"
+        lacked = "finite gradient" if numbers.weight else "sample with a weight"
         cause = f"{record.in_a_row} steps in a row had no {lacked}, the last one step {step}"
         if self.config.then == "stop":
             raise BadStepsError(f"{cause}. {_ADVICE}")

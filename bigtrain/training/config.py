@@ -39,6 +39,8 @@ class HeldOut:
     """Loss, weight, and the metrics that were recorded."""
     text_bytes: float = 0.0
     """Bytes of the text whose tokens count; NaN for other data."""
+    loss_unit: str = ""
+    """Unit of the loss, from the model's `metric_units`."""
 
 
 @dataclass(frozen=True)

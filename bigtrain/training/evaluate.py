@@ -124,8 +124,9 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     """Evaluate a request as one of its ranks. Collective.
 
     Returns:
-        Results by the name of each set, and by "all" for all sets together: `loss` in nats per token (or sample),
-        `perplexity`, and `bits_per_byte` for text. The key "task NAME" holds what `Scorer.score` returns for a task.
+        Results by the name of each set, and by "all" for all sets together: `loss` in the model's
+        unit, and for models that predict text `perplexity` and `bits_per_byte`. The key "task NAME" holds what
+        `Scorer.score` returns for a task.
     """
     from bigtrain.data.loader import EvaluationLoader
     from bigtrain.parallel.mesh import Ranks
@@ -150,7 +151,9 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
 
     sets = {name: HeldOutSet.of(opened, index, config.model) for name, index in indexes.items()}
     values = Evaluation(engine, [LossConfig()], sets, logger.warning).run().values
-    found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "") for name in sets} | {"all": _of_set(values, "")}
+    predicts = of_tokens and config.model.predicts_text
+    found = {name: _of_set(values, f"/{name}" if len(sets) > 1 else "", predicts) for name in sets}
+    found |= {"all": _of_set(values, "", predicts)}
     if request.tasks:
         from bigtrain.training.requests import read_requests
         from bigtrain.training.tasks import Scorer
@@ -163,9 +166,11 @@ def measure(request: Request) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _of_set(values: Mapping[str, float | None], suffix: str) -> dict[str, float | None]:
+def _of_set(values: Mapping[str, float | None], suffix: str, predicts_text: bool) -> dict[str, float | None]:
     loss = values[f"val_loss{suffix}"]
-    found = {"loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700.0))}
+    found = {"loss": loss}
+    if predicts_text:
+        found["perplexity"] = None if loss is None else math.exp(min(loss, 700.0))
     bits = values.get(f"val_bits_per_byte{suffix}")
     return found if bits is None else {**found, "bits_per_byte": bits}
 

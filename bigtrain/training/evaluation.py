@@ -79,7 +79,8 @@ class Evaluation:
         with held_out.open() as loader:
             totals = self._engine.evaluate((batch.micro_batches for batch in loader), self._measuring)
         per_token = held_out.bytes_per_token
-        return HeldOut(totals, totals.weight * (math.nan if per_token is None else per_token))
+        text_bytes = totals.weight * (math.nan if per_token is None else per_token)
+        return HeldOut(totals, text_bytes, held_out.loss_unit)
 
     def _add(self, evaluated: Evaluated, held_out: HeldOut, suffix: str) -> None:
         """Add the recorded metrics and the evaluators' results; a result replaces a metric of the same name."""
@@ -110,6 +111,8 @@ class HeldOutSet:
     """Opens a context manager that yields an evaluation's global batches, each with this rank's `micro_batches`."""
     bytes_per_token: float | None = None
     """Mean bytes of text per token; None for data other than text."""
+    loss_unit: str = ""
+    """Unit of the model's loss."""
 
     @classmethod
     def of(cls, open_one: Callable[[ShardIndex], Any], index: ShardIndex, model: ModelConfig) -> HeldOutSet:
@@ -118,15 +121,17 @@ class HeldOutSet:
         Args:
             open_one: Opens the set's batches; see `open`.
         """
-        return cls(partial(open_one, index), index.bytes_per_token if model.predicts_text else None)
+        bytes_per_token = index.bytes_per_token if model.predicts_text else None
+        return cls(partial(open_one, index), bytes_per_token, model.metric_units()["val_loss"])
 
 
 def together(sets: Iterable[HeldOut]) -> HeldOut:
     """The sums over several sets."""
     loss = weight = text_bytes = 0.0
+    unit = ""
     metrics: dict[str, Any] = {}
     for held_out in sets:
         loss, weight = loss + held_out.totals.loss, weight + held_out.totals.weight
-        text_bytes += held_out.text_bytes
+        text_bytes, unit = text_bytes + held_out.text_bytes, held_out.loss_unit
         merge(metrics, held_out.totals.metrics)
-    return HeldOut(Totals(loss, weight, metrics), text_bytes)
+    return HeldOut(Totals(loss, weight, metrics), text_bytes, unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from bigtrain import storage
@@ -16,7 +16,7 @@ from bigtrain.training.callback import Callback, Step
 from bigtrain.training.progress import Progress
 
 Utilisation = Callable[[float], float | None]
-"""Returns the MFU at a number of tokens (or images) per second; None if the device's peak is not known."""
+"""Returns the MFU at a number of steps per second; None if the device's peak is not known."""
 
 
 class SampleLog(Callback):
@@ -61,18 +61,20 @@ class MetricsLog(Callback):
         memory_bytes: Callable[[], int],
         tracker: Callable[[dict[str, Any]], None] | None = None,
         epochs: Callable[[int], dict[str, float]] | None = None,
+        units: Mapping[str, str] | None = None,
         forecast: dict[str, Any] | None = None,
         event: Callable[..., None] | None = None,
     ) -> None:
         """Args:
         every: Number of steps between logged objects.
-        mfu, mfu_causal: Return the MFU at a number of tokens (or images) per second. `mfu` counts attention in full,
-            `mfu_causal` only its causal half.
+        mfu, mfu_causal: Return the MFU at a number of steps per second. `mfu` counts attention in full, `mfu_causal`
+            only its causal half.
         memory_bytes: Returns the largest peak memory of all ranks, as of the last time that the ranks compared it.
         tracker: Receives each object as well.
         forecast: The forecast with which the run is compared.
         event: Writes the event `left_forecast` when the run leaves its forecast.
         epochs: Returns the number of epochs of each source of a mixture after a number of global batches.
+        units: Units of metrics that depend on the model (`ModelConfig.metric_units`).
         """
         self._file = MetricsFile(directory.metrics)
         self._every = every
@@ -80,6 +82,7 @@ class MetricsLog(Callback):
         self._memory_bytes = memory_bytes
         self._tracker = tracker
         self._epochs = epochs or (lambda step: {})
+        self._units = dict(units or {})
         self._watch = Watch(forecast) if forecast is not None else None
         self._event = event
         self._reset()
@@ -103,12 +106,13 @@ class MetricsLog(Callback):
 
     def on_step(self, step: Step, progress: Progress) -> None:
         """Add the step to the interval, and log the interval if it ends with this step."""
+        self._steps += 1
         self._weight += step.weight
         self._seconds += step.seconds
         self._data_wait_s += step.data_wait_s
         if step.number % self._every and not step.evaluation:
             return
-        tokens_per_s = self._weight / max(self._seconds, 1e-9)
+        seconds = max(self._seconds, 1e-9)
         row = {
             "step": step.number,
             "tokens": int(progress.tokens),
@@ -116,9 +120,9 @@ class MetricsLog(Callback):
             "loss": progress.interval_loss / progress.interval_weight if progress.interval_weight else None,
             "lr": step.lr,
             "grad_norm": step.gradient_norm,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "mfu": self._mfu(tokens_per_s),
-            "mfu_causal": self._mfu_causal(tokens_per_s),
+            "tokens_per_s": round(self._weight / seconds, 1),
+            "mfu": self._mfu(self._steps / seconds),
+            "mfu_causal": self._mfu_causal(self._steps / seconds),
             "memory_bytes": self._memory_bytes(),
             "data_wait_s": round(self._data_wait_s, 6),
             "skipped_steps": progress.bad_steps.skipped,
@@ -131,7 +135,7 @@ class MetricsLog(Callback):
         self._file.append(row)
         self._hold(row)
         units = {name: value.metric.unit for name, value in progress.interval_metrics.items() if value.metric.unit}
-        self._file.add_units({**units, **step.units})
+        self._file.add_units({**self._units, **units, **step.units})
         if self._tracker is not None:
             self._tracker(
                 {**row, **{f"pictures/{title}": {PICTURE_KEY: place} for title, place in step.pictures.items()}}
@@ -166,6 +170,7 @@ class MetricsLog(Callback):
                 self._event("left_forecast", **left)
 
     def _reset(self) -> None:
+        self._steps = 0
         self._weight = self._seconds = self._data_wait_s = 0.0
 
 
@@ -190,7 +195,7 @@ class Announcements(Callback):
     def on_step(self, step: Step, progress: Progress) -> None:
         """Write `skipped` if the step updated nothing."""
         if step.skipped:
-            cause = "loss or gradient are not finite" if step.weight else "no token of the batch has a weight"
+            cause = "loss or gradient are not finite" if step.weight else "nothing in the batch has a weight"
             if step.weight and step.loss_scale is not None:
                 cause += f" at a loss scale of {step.loss_scale:g}"
             self._event("skipped", step=step.number, cause=cause, skipped_steps=progress.bad_steps.skipped)

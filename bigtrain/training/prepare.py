@@ -139,12 +139,16 @@ class Prepared:
         return index.sequence_counts(self.context, self.config.data.document_mask)
 
     def warnings(self) -> list[str]:
-        """Warnings about what is probably not intended: samples that are cut, and weights of another tokenizer."""
+        """Warnings about what is probably not intended: empty classes, samples that are cut, weights of
+        another tokenizer."""
         found = []
         for name, index in zip(self.sources.names, self.sources.indexes, strict=True):
-            # The sidecars of a remote directory have not been fetched yet.
-            cut = index.sample_kind.cut(index, self.context) if index.origin is None else 0
-            if cut:
+            if index.origin is not None:
+                continue  # The sidecars of a remote directory have not been fetched yet.
+            if empty := index.empty_classes():
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                found.append(f"no sample of '{name}' has the class {', '.join(empty[:5])}{more}")
+            if cut := index.sample_kind.cut(index, self.context):
                 found.append(
                     f"{cut} of {index.samples} {index.sample_kind.unit} of '{name}' are longer than model.context "
                     f"{self.context} and are cut"

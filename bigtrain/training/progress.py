@@ -18,7 +18,7 @@ class Progress:
     """Number of steps done."""
 
     tokens: float = 0.0
-    """Sum of the weights of all samples consumed: tokens for text, images for images."""
+    """Sum of the weights of all samples consumed; what it counts depends on the model (`metric_units`)."""
 
     drawn: dict[str, int] = field(default_factory=dict)
     """Sequences consumed from each source of the training data."""
@@ -88,4 +88,4 @@ def from_plain(plain: Mapping[str, Any]) -> Progress:
 
 def source_loss(name: str) -> Metric:
     """The metric that holds the loss of one source of a mixture."""
-    return Metric(f"loss/{name}", "mean", "nats per token")
+    return Metric(f"loss/{name}", "mean")

@@ -257,9 +257,9 @@ class Session:
         callbacks += [self._ledger, Announcements(self._event, prepared.total_steps, self._how())]
         if config.streaming.log_samples:
             callbacks.append(SampleLog(self.directory))
-        self._trackers = Trackers(
-            self.directory.path, config.name, config.plain(), config.tracking, self._warn_of_tracker
-        )
+        units = config.model.metric_units()
+        shown = {**config.plain(), "metric_units": {name: unit for name, unit in units.items() if unit}}
+        self._trackers = Trackers(self.directory.path, config.name, shown, config.tracking, self._warn_of_tracker)
         forecast = read_forecast(self.directory.path)
         if forecast is not None:
             self._event("forecast", hash=forecast_hash(self.directory.path), law_hash=forecast["law_hash"])
@@ -267,7 +267,8 @@ class Session:
         device = lookup(this_machine(use_torch=True).device_name)
 
         def utilisation(flops_per_token: int) -> Utilisation:
-            return lambda rate: mfu(flops_per_token, rate, device, config.precision, self.ranks.world_size)
+            flops_per_step = flops_per_token * prepared.context * prepared.batch_sequences
+            return lambda rate: mfu(flops_per_step, rate, device, config.precision, self.ranks.world_size)
 
         callbacks.append(
             MetricsLog(
@@ -278,6 +279,7 @@ class Session:
                 memory_bytes=lambda: self._memory_bytes,
                 tracker=self._trackers.put,
                 epochs=prepared.epochs if prepared.is_mixture else None,
+                units=units,
                 forecast=forecast,
                 event=self._event,
             )

@@ -57,6 +57,13 @@ def test_a_folder_of_classes_becomes_images_with_labels(folder: Path, tmp_path: 
     assert [label for _, label in found] != sorted(label for _, label in found)
 
 
+def test_classes_without_images_are_named(folder: Path, tmp_path: Path) -> None:
+    for name in ("bat", "emu"):
+        (folder / name).mkdir()
+    pack_images(folder, tmp_path / "out")
+    assert load_index(tmp_path / "out" / "train").empty_classes() == ["1 ('bat')", "4 ('emu')"]
+
+
 def test_tars_of_images_with_classes_are_packed_as_folders_are(folder: Path, tmp_path: Path) -> None:
     tars = [tmp_path / f"part-{part}.tar" for part in range(2)]
     for part, place in enumerate(tars):

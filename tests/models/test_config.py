@@ -51,6 +51,27 @@ def test_families_are_the_files_that_define_a_config() -> None:
     assert FAMILIES.names() == sorted(file.stem for file in folder.glob("[!_]*.py"))
 
 
+def test_a_family_says_what_it_counts_and_the_unit_of_its_loss() -> None:
+    keys: dict[str, dict[str, Any]] = {
+        "llama": {"context": 8, "layers": 1, "width": 8, "heads": 2}, "rnn": {"context": 8}, "bert": {"context": 8},
+        "vae": {}, "dcgan": {},
+        "clip": {"context": 8, "image_size": 8}, "captioner": {"context": 8, "image_size": 8},
+        "vit": {"image_size": 8}, "sam": {"image_size": 8},
+    }  # fmt: skip
+    found = {}
+    for arch, section in keys.items():
+        units = FAMILIES[arch].model_validate({"arch": arch, **section}).metric_units()
+        assert units["tokens_per_s"] == f"{units['tokens']}/s"
+        assert units["val_loss"] == units["loss"]
+        found[arch] = units["tokens"], units["loss"]
+    assert found == {
+        "llama": ("tokens", "nats per token"), "rnn": ("tokens", "nats per token"),
+        "bert": ("masked tokens", "nats per masked token"), "vae": ("images", "nats per image"),
+        "dcgan": ("images", "of the discriminator"), "clip": ("pairs", "nats per pair"),
+        "captioner": ("tokens", "nats per token"), "vit": ("images", "nats per image"), "sam": ("images", ""),
+    }  # fmt: skip
+
+
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError) as arch:
         FAMILIES["lama"]

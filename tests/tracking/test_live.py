@@ -39,6 +39,10 @@ def test_the_line_has_its_stated_form() -> None:
     }
     progress.add(row)
     assert metrics_line(progress, row) == "step 120/2000  loss 2.312  val 2.401  lr 9.8e-04  41.2k tokens/s  eta 3m08s"
+    of_parts = {**row, "gradient_norm/maker": 2.5, "loss/critic": 2.312, "loss/maker": 1.5}
+    assert metrics_line(progress, of_parts, {"tokens_per_s": "images/s"}).endswith(
+        "41.2k images/s  eta 3m08s  loss/critic 2.31  loss/maker 1.5  (+1 metrics)"
+    )
     assert metrics_line(LiveProgress(None), {"step": 1, "loss": None}) == "step 1  loss nan"
 
 

@@ -83,6 +83,56 @@ def test_the_report_holds_the_runs_numbers(full_run: Path) -> None:
         assert part in text, part
 
 
+def _charts(page: str) -> dict[str, tuple[str, list[str]]]:
+    """The unit of each chart of a page and the names of its series, by its title."""
+    found = re.findall(r'<h3>(.*?)(?: <span>(.*?)</span>)?</h3>.*?<script type="application/json">(.*?)</script>', page)
+    return {
+        title: (unit, [one["name"] for one in json.loads(spec)["series"]]) for title, unit, spec in found
+    }  # fmt: skip
+
+
+def test_what_is_counted_and_the_loss_have_the_units_of_the_model(
+    run_dir: Path, row: Callable[..., dict[str, Any]]
+) -> None:
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    file.add_units({"tokens": "images", "tokens_per_s": "images/s", "loss": "nats per image"})
+    for step in (1, 2, 3):
+        file.append(row(step, accuracy=0.1 * step, **({"val_loss": 2.5, "val_accuracy": 0.25} if step == 3 else {})))
+    page = write_report(run_dir).read_text()
+    text = " ".join(_parse(page).text)
+    for part in ("Images", "Images per second", "training, nats per image", "Validation accuracy", "0.2500"):
+        assert part in text, part
+    assert "oken" not in text
+    charts = _charts(page)
+    assert charts["Loss"] == ("nats per image", ["training", "validation"])
+    assert charts["Throughput"] == ("images/s", ["images/s"])
+    assert charts["accuracy"] == ("", ["training", "validation"])
+
+
+def test_losses_of_parts_share_a_chart_and_are_no_sources(run_dir: Path, row: Callable[..., dict[str, Any]]) -> None:
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    file.add_units({"tokens": "images", "loss": "of the critic"})
+    for step in (1, 2, 3):
+        of_parts = {"loss/critic": 0.5, "loss/maker": 2.0, "gradient_norm/critic": 1.0, "gradient_norm/maker": 3.0}
+        file.append(row(step, **of_parts, **({"val_loss/critic": 0.7, "val_loss/maker": 1.25} if step == 3 else {})))
+    page = write_report(run_dir).read_text()
+    charts = _charts(page)
+    assert charts["Loss"] == ("", ["critic", "critic, validation", "maker", "maker, validation"])
+    assert charts["gradient_norm"] == ("", ["critic", "maker"])
+    assert not {"Loss by source", "Validation loss by set", "Gradient norm"} & charts.keys()
+    text = " ".join(_parse(page).text)
+    for part in ("Final loss, maker", "2.0000", "Validation loss, maker", "1.2500"):
+        assert part in text, part
+
+
+def test_many_curves_of_one_kind_are_all_shown(run_dir: Path, row: Callable[..., dict[str, Any]]) -> None:
+    file, names = MetricsFile(run_dir / "metrics.jsonl"), [f"set{number}" for number in range(6)]
+    sources = {f"{key}/{name}": 1.0 for name in names for key in ("loss", "epochs", "val_loss", "weight_norm")}
+    file.append(row(1, **sources))
+    charts = _charts(write_report(run_dir).read_text())
+    assert [charts[title][1] for title in ("Loss by source", "Validation loss by set", "weight_norm")] == [names] * 3
+
+
 def test_texts_of_users_are_escaped_and_secrets_removed(full_run: Path) -> None:
     text = write_report(full_run).read_text()
     assert EVIL not in text

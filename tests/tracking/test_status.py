@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
+from bigtrain.cli.remote import status_line
 from bigtrain.tracking.live import LiveProgress, metrics_line
 from bigtrain.tracking.metrics import MetricsFile
 from bigtrain.tracking.status import status
 
 START_S = 1_790_000_000.0
 KEYS = [
-    "name", "state", "step", "loss", "tokens_per_s", "goodput", "nodes", "metrics", "epochs", "restarts", "last_event",
-    "eta_s", "forecast", "wandb_url", "time", "energy_j", "best",
+    "name", "state", "step", "loss", "tokens_per_s", "units", "goodput", "nodes", "metrics", "epochs", "restarts",
+    "last_event", "eta_s", "forecast", "wandb_url", "time", "energy_j", "best",
 ]  # fmt: skip
 
 Event = Callable[..., dict[str, Any]]
@@ -67,7 +68,7 @@ def test_a_running_run_tells_its_numbers(
     found = status(run_dir, alive=True, now=START_S + 20)
     assert found == {
         "name": "tiny", "state": "running", "step": 10, "loss": pytest.approx(4.0), "tokens_per_s": 100.0,
-        "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0,
+        "units": None, "goodput": pytest.approx(0.5), "nodes": 2, "metrics": None, "epochs": None, "restarts": 0,
         "last_event": "saved",
         "eta_s": pytest.approx(20.0), "forecast": None, "wandb_url": "https://wandb.ai/a/bigtrain/runs/tiny-1",
         "time": found["time"], "energy_j": None, "best": best,
@@ -88,6 +89,20 @@ def test_goodput_counts_only_steps_that_were_kept_and_no_time_while_stopped(
     assert found["goodput"] == pytest.approx(20 / 30)
     assert found["restarts"] == 1
     assert found["eta_s"] is None
+
+
+def test_units_and_the_losses_of_parts_are_in_the_status(
+    run_dir: Path, row: Callable[..., dict[str, Any]], event: Event, write_lines: Callable[..., None]
+) -> None:
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    file.add_units({"tokens": "images", "tokens_per_s": "images/s", "loss": "of the critic"})
+    file.append(row(1, **{"loss/critic": 0.5, "loss/maker": 2.0, "loss/web": 3.0, "epochs/web": 0.1}))
+    found = status(run_dir, alive=False)
+    assert found["units"] == {"tokens_per_s": "images/s", "loss": "of the critic"}
+    assert found["metrics"] == {name: {"value": value, "unit": ""} for name, value in
+                                {"loss/critic": 0.5, "loss/maker": 2.0}.items()}  # fmt: skip
+    assert "100 images/s" in status_line(found)
+    assert "tokens" not in status_line(found)
 
 
 def test_times_as_iso_texts_are_understood(run_dir: Path, row: Callable[..., dict[str, Any]], write_lines: Any) -> None:

@@ -20,6 +20,7 @@ from bigtrain.engines.contract import StepNumbers
 from bigtrain.engines.step import StepReducer
 from bigtrain.optim.schedules.constant import ConstantConfig
 from bigtrain.run import RunDirectory
+from bigtrain.tracking.metrics import read_units
 from bigtrain.training.bad_steps import BadStepsError, Policy, RollBack
 from bigtrain.training.best import KeepBest
 from bigtrain.training.boundaries import Boundaries
@@ -375,8 +376,8 @@ def test_a_logged_row_sums_over_its_interval(tmp_path: Path) -> None:
     directory.path.mkdir()
     tracked: list[dict[str, Any]] = []
     log = MetricsLog(
-        directory, every=2, mfu=lambda rate: 0.5, mfu_causal=lambda rate: None, memory_bytes=lambda: 7,
-        tracker=tracked.append,
+        directory, every=2, mfu=lambda rate: rate, mfu_causal=lambda rate: None, memory_bytes=lambda: 7,
+        tracker=tracked.append, units={"tokens": "images", "loss": ""},
     )  # fmt: skip
     losses = {number: float(number * number) for number in range(1, 8)}
     World(total=7, evaluate_every=5, losses=losses).trainer(log).fit()
@@ -387,7 +388,11 @@ def test_a_logged_row_sums_over_its_interval(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == pytest.approx([5 / 3, 25 / 7, 5, 6, 7])
     assert [row["data_wait_s"] for row in rows] == [0.5, 0.5, 0.25, 0.25, 0.25]
     assert [row.get("val_loss") for row in rows] == [None, None, 3.0, None, 3.0]
-    assert all((row["lr"], row["mfu"], row["mfu_causal"], row["memory_bytes"]) == (LR, 0.5, None, 7) for row in rows)
+    assert all((row["lr"], row["mfu_causal"], row["memory_bytes"]) == (LR, None, 7) for row in rows)
+    # Steps per second: those of the weights per second, over the weight of a step of the interval.
+    for row, weight in zip(rows, (1.5, 3.5, 5, 6, 7), strict=True):
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] / weight, rel=1e-3)
+    assert read_units(directory.metrics) == {"tokens": "images", "loss": ""}
 
 
 def test_a_resumed_log_is_cut_back_to_where_the_run_resumes_and_a_tracker_gets_what_a_kill_may_have_cost_it(
@@ -543,5 +548,5 @@ def test_a_step_without_a_token_is_counted_as_skipped_and_never_as_a_spike() -> 
     world = World(total=4, bad_steps=config)
     train_step = world.train_step
     world.train_step = without_tokens  # type: ignore[method-assign]
-    with pytest.raises(BadStepsError, match="no token with a weight"):
+    with pytest.raises(BadStepsError, match="no sample with a weight"):
         world.trainer().fit()

@@ -28,6 +28,7 @@ from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.ranks import RankPool
+from bigtrain.tracking.pictures import note_of
 from bigtrain.tracking.report import write_report
 from bigtrain.training.callback import CallbackContext
 from bigtrain.training.callbacks.pictures import PicturesConfig, _Pictures
@@ -112,6 +113,15 @@ def test_a_family_makes_its_pictures_of_a_batch_of_the_loader(arch: str, keys: d
         step, Progress()
     )
     assert step.pictures
+
+
+def test_a_pictures_note_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "00000004-samples.png"
+    for note in ("Décodé from <codes>.", ""):
+        file.write_bytes(png(Picture(torch.zeros(1, 1, 2, 2), note=note)))
+        assert note_of(file) == note
+    file.write_text("no image")
+    assert note_of(file) == ""
 
 
 def test_pairs_stand_one_above_the_other() -> None:

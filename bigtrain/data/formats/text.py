@@ -43,7 +43,7 @@ def decode_caption(data: bytes, compressed: bool, where: str) -> str:
         raise UserError(f"the caption has more than {MAX_CAPTION_BYTES} bytes", where=where)
     text = _decoded(data, compressed, MAX_CAPTION_BYTES, where).strip()
     if not text:
-        raise UserError("the caption is empty", where=where)
+        raise UserError("the caption is empty", where, "Write one, or skip some such samples: --skip-bad NUMBER.")
     return text
 
 

@@ -59,6 +59,10 @@ class ArraySamples(SampleKind):
         """See the module's docstring."""
         return len(index.arrays or ()) + (index.classes is not None)
 
+    def class_column(self, index: ShardIndex) -> int | None:
+        """The last column, if there are classes."""
+        return None if index.classes is None else self.columns(index) - 1
+
     def is_complete(self, index: ShardIndex) -> bool:
         """See `SampleKind`."""
         return bool(index.arrays)

@@ -75,6 +75,7 @@ class Captions(SampleKind):
 
     name = "captions"
     unit = "captions"
+    counted = "tokens"
     layout = "KEY.png or .jpg with KEY.txt"
     of_tokens = takes_image = needs_tokenizer = True
     options = frozenset({"tokenizer", "image_size", "key"})

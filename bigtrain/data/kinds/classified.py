@@ -68,6 +68,10 @@ class Classified(SampleKind):
             and int(rows[:, CLASS].max()) < (index.classes or 0)
         )
 
+    def class_column(self, index: ShardIndex) -> int | None:
+        """See `SampleKind`."""
+        return CLASS
+
     def token_column(self, text: bool) -> int | None:
         """See `SampleKind`."""
         return TOKENS

@@ -67,6 +67,10 @@ class Images(SampleKind):
         assert index.image is not None
         return index.image.classes
 
+    def class_column(self, index: ShardIndex) -> int | None:
+        """See `SampleKind`."""
+        return 2
+
     def rows_fit(self, index: ShardIndex, shard: Shard, rows: Rows) -> bool:
         """See `SampleKind`."""
         return spans_fit(rows[:, 0], rows[:, 1], shard.filesize) and int(rows[:, 2].max()) < self.outputs(index)
@@ -441,5 +445,5 @@ def _other_size(where: str, found: tuple[int, int], first: tuple[int, int]) -> U
     return UserError(
         f"the image has {found[1]} x {found[0]} pixels, but the first has {first[1]} x {first[0]}",
         where=where,
-        fix="Scale all images of a directory to one size.",
+        fix="`bigtrain data pack --image-size N` scales by the shorter side and crops the centre.",
     )

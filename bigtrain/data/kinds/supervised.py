@@ -57,6 +57,7 @@ class SupervisedSamples(TokenSequences):
 
     name = "supervised"
     unit = "samples"
+    counted = "tokens"
     layout = "tokens in KEY.npy, and a weight for each in KEY.weights, an array of uint8 or float32"
     gives = TokenSequences.name
     options = frozenset({"tokenizer", "columns", "chat_template"})

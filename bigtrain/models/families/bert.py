@@ -53,6 +53,8 @@ class Config(PlainConfig):
     """An encoder of `layers` blocks over `context` tokens."""
 
     predicts_text: ClassVar[bool] = False
+    counted: ClassVar[str] = "masked tokens"
+    loss_unit: ClassVar[str] = "nats per masked token"
     vocabulary_name: ClassVar[str] = "bias"
     hides_tokens: ClassVar[bool] = True
     later_keys: ClassVar[frozenset[str]] = frozenset(["mask", "max_positions", "token_types"])

@@ -32,6 +32,8 @@ class Config(bert.Config):
     """The keys of `bert`, and those of the classifier; `context` does not count [CLS]."""
 
     data_kind: ClassVar[DataKind] = "classified"
+    counted: ClassVar[str] = "texts"
+    loss_unit: ClassVar[str] = "nats per text"
     vocabulary_name: ClassVar[str] = "tokens.weight"
     later_keys: ClassVar[frozenset[str]] = bert.Config.later_keys | {"first"}
     hf_unused: ClassVar[str] = rf"{bert.Config.hf_unused}|cls\.predictions\.bias"

@@ -32,6 +32,7 @@ class Config(ImageConfig):
     """One stack of blocks over patches and caption; `context` is the number of tokens of a caption."""
 
     data_kind: ClassVar[DataKind] = "captions"
+    loss_unit: ClassVar[str] = "nats per token"
 
     arch: Literal["captioner"] = "captioner"
 
@@ -58,8 +59,7 @@ class Config(ImageConfig):
         """Matmul FLOPs of an image and its caption, forward and backward, divided by the caption's `context` tokens.
 
         They are 6 per parameter and position, and 12 * layers * W for attention per pair of positions; `causal` counts
-        only pairs in which one sees the other. Padding is computed too, but metrics do not count it as tokens, so it
-        lowers MFU.
+        only pairs in which one sees the other. Padding is computed too, so MFU counts it.
         """
         patches, places = self.patches, self.positions
         dense = 6 * (patches * self.patch_values * self.width + places * self.layers * 12 * self.width**2)
@@ -74,7 +74,8 @@ class Config(ImageConfig):
         nothing = torch.zeros((shown.count, 0), dtype=torch.int64, device=images.device)
         written = generate(network, nothing, self.context, Choice(0), given={"images": images})
         captions = tuple(shown.text(row) for row in written.tolist())
-        return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 4, captions)}
+        note = "Held-out images, with the captions that the model writes."
+        return {"captions": Picture(images.permute(0, 3, 1, 2) / 255, 4, captions, note)}
 
     def attention_pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
         """Images, beside each the last layer's attention to its patches, averaged over heads and predicted tokens."""

@@ -33,6 +33,8 @@ class Config(PlainConfig, ImageConfig):
 
     data_kind: ClassVar[DataKind] = "captions"
     predicts_text: ClassVar[bool] = False
+    counted: ClassVar[str] = "pairs"
+    loss_unit: ClassVar[str] = "nats per pair"
 
     arch: Literal["clip"] = "clip"
     text_layers: Annotated[int, Ge(1)] = 2
@@ -66,7 +68,8 @@ class Config(PlainConfig, ImageConfig):
         """Images, with the most similar of all captions shown below each."""
         images, texts, _ = network(*self.inputs(shown.batch))
         tokens = shown.batch["tokens"][(images @ texts.T).argmax(1)]
-        return {"nearest captions": Picture(pixels(shown.batch), 4, tuple(map(shown.text, tokens.tolist())))}
+        captions, note = tuple(map(shown.text, tokens.tolist())), "Below each image, the nearest of all captions shown."
+        return {"nearest captions": Picture(pixels(shown.batch), 4, captions, note)}
 
 
 class CLIP(nn.Module):

@@ -39,6 +39,7 @@ class Config(PlainConfig, ImageConfig):
 
     data_kind: ClassVar[DataKind] = "captions"
     predicts_text: ClassVar[bool] = False
+    counted: ClassVar[str] = "pairs"
 
     arch: Literal["dalle"] = "dalle"
     learns: Literal["autoencoder", "decoder"] = "autoencoder"
@@ -89,13 +90,10 @@ class Config(PlainConfig, ImageConfig):
         images, tokens, present, step = self.inputs(shown.batch)
         made = cast(DallE, network)
         if self.learns == "autoencoder":
-            return {
-                "reconstructions": one_above_the_other(
-                    pixels(shown.batch), made(images, tokens, present, step)[0] / 2 + 0.5
-                )
-            }
-        captions = tuple(map(shown.text, tokens.tolist()))
-        return {"images for captions": Picture(made.generate(tokens, present) / 2 + 0.5, 4, captions)}
+            rebuilt, note = made(images, tokens, present, step)[0] / 2 + 0.5, "Below each image, its reconstruction."
+            return {"reconstructions": one_above_the_other(pixels(shown.batch), rebuilt, note=note)}
+        captions, note = tuple(map(shown.text, tokens.tolist())), "Generated from the caption below each."
+        return {"images for captions": Picture(made.generate(tokens, present) / 2 + 0.5, 4, captions, note)}
 
 
 class Decoder(nn.Module):

@@ -56,7 +56,8 @@ class Config(PlainConfig):
     def pictures(self, network: nn.Module, shown: Shown) -> dict[str, Picture]:
         """Generated images."""
         noise = torch.randn(shown.count, self.latent, 1, 1, device=shown.batch["images"].device)
-        return {"samples": Picture((cast(DCGAN, network).generator(noise) + 1) / 2)}
+        made = (cast(DCGAN, network).generator(noise) + 1) / 2
+        return {"samples": Picture(made, note="Generated from random noise, the same at each step.")}
 
 
 class DCGAN(nn.Module):

@@ -59,6 +59,8 @@ class Config(ModelConfig):
 
     data_kind: ClassVar[DataKind] = "preferences"
     begins_from_weights: ClassVar[bool] = True
+    predicts_text: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = "nats per pair"
 
     arch: Literal["dpo"] = "dpo"
     policy: Policy
@@ -153,11 +155,11 @@ class Config(ModelConfig):
         return self.policy.parameter_count_without_embeddings(vocab_size)
 
     def flops_per_token(self, vocab_size: int) -> Flops:
-        """Matmul FLOPs per pair, the unit in which a run counts its data.
+        """Matmul FLOPs per token of the context, of which a pair has two sequences.
 
-        Two sequences pass through the policy, forward and backward, and through the reference, forward only, which is a
-        third of the policy's cost.
+        Both sequences pass through the policy, forward and backward, and through the reference, forward only, which is
+        a third of the policy's cost.
         """
         policy = self.policy.model_copy(update={"adapter": None}).flops_per_token(vocab_size)
-        full, causal = (2 * self.context * (flops + flops // 3) for flops in policy)
+        full, causal = (2 * (flops + flops // 3) for flops in policy)
         return Flops(full, causal)

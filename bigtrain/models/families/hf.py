@@ -34,6 +34,7 @@ class Config(ModelConfig):
     """A model of transformers, whose shape is defined by the config.json in its directory."""
 
     keeps_contract: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = "nats per token"
     later_keys: ClassVar[frozenset[str]] = frozenset({"adapter"})
 
     arch: Literal["hf"] = "hf"

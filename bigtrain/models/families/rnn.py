@@ -6,7 +6,7 @@ zero.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
@@ -21,6 +21,8 @@ CELLS: dict[str, Any] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 @FAMILIES.register
 class Config(PlainConfig):
     """A model with an embedding, recurrent layers, and a head."""
+
+    loss_unit: ClassVar[str] = "nats per token"
 
     arch: Literal["rnn"] = "rnn"
     cell: Literal["rnn", "gru", "lstm"] = "lstm"

@@ -35,6 +35,7 @@ class Config(PlainConfig, ImageConfig):
     """Samples are arrays `image` (S, S, channels) and `mask` (S, S), which is nonzero inside one object."""
 
     data_kind: ClassVar[DataKind] = "arrays"
+    counted: ClassVar[str] = "images"
 
     arch: Literal["sam"] = "sam"
     decoder_layers: Positive = 2
@@ -91,7 +92,9 @@ class Config(PlainConfig, ImageConfig):
         plain = (image.mean(1, keepdim=True) / 2 + 0.5).expand(-1, 3, -1, -1)
         red, green = (plain.new_tensor(colour)[:, None, None] for colour in ((1.0, 0.2, 0.2), (0.0, 1.0, 0.0)))
         true, made = (torch.where(one[:, None], 0.5 * plain + 0.5 * red, plain) for one in (mask, found))
-        return {"masks": one_above_the_other(true, torch.where(at(prompt[:, 0], mask)[:, None], green, made))}
+        pointed = torch.where(at(prompt[:, 0], mask)[:, None], green, made)
+        note = "In red, the true mask, and below it the predicted one; in green, the point that prompts it."
+        return {"masks": one_above_the_other(true, pointed, note=note)}
 
 
 class SAM(nn.Module):

@@ -6,7 +6,7 @@ paper, the source is read backwards unless `reverse: false` is set.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from bigtrain.models.sums import by_sequence
 @FAMILIES.register
 class Config(PlainConfig):
     """Encoder and decoder of the same size; `context` is the number of tokens of source and answer together."""
+
+    loss_unit: ClassVar[str] = "nats per token"
 
     arch: Literal["seq2seq"] = "seq2seq"
     layers: Annotated[int, Ge(1)] = 1

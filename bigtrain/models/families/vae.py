@@ -26,6 +26,7 @@ class Config(PlainConfig):
     """An encoder and a decoder of square images, each with one hidden layer."""
 
     data_kind: ClassVar[DataKind] = "images"
+    loss_unit: ClassVar[str] = "nats per image"
 
     arch: Literal["vae"] = "vae"
     image_size: Annotated[int, Ge(1)] = 28
@@ -66,10 +67,12 @@ class Config(PlainConfig):
         """Images above their reconstructions; and, if variational, images decoded from random codes."""
         images = pixels(shown.batch)
         logits, _, _ = network(self.inputs(shown.batch))
-        found = {"reconstructions": one_above_the_other(images, logits.sigmoid().view_as(images))}
+        note = "Below each image, its reconstruction."
+        found = {"reconstructions": one_above_the_other(images, logits.sigmoid().view_as(images), note=note)}
         if self.variational:
             codes = torch.randn(shown.count, self.latent, device=images.device)
-            found["samples"] = Picture(cast(VAE, network).decoder(codes).sigmoid().view_as(images))
+            made = cast(VAE, network).decoder(codes).sigmoid().view_as(images)
+            found["samples"] = Picture(made, note="Decoded from random codes, the same at each step.")
         return found
 
 

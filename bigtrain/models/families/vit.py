@@ -32,6 +32,7 @@ class Config(ImageConfig):
     """A pre-norm ViT without a class token: the head reads the mean over patches."""
 
     data_kind: ClassVar[DataKind] = "images"
+    loss_unit: ClassVar[str] = "nats per image"
 
     arch: Literal["vit"] = "vit"
 

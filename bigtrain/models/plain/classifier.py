@@ -19,6 +19,7 @@ class ClassifierConfig(PlainConfig):
     """A network that maps images (B, channels, image_size, image_size) to logits (B, classes)."""
 
     data_kind: ClassVar[DataKind] = "images"
+    loss_unit: ClassVar[str] = "nats per image"
 
     image_size: Positive
     """Height and width of an image, in pixels."""

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from bigtrain.storage import write_atomic
 from bigtrain.tracking.config import PICTURE_KEY, TRACKERS, TrackedRun, Tracker, TrackerConfig, TrackingConfig
+from bigtrain.tracking.pictures import note_of
 from bigtrain.tracking.process import TrackerProcess
 
 INIT_TIMEOUT_S = 60.0
@@ -128,7 +129,8 @@ def _media(value: Any) -> Any:
     if isinstance(value, dict) and PICTURE_KEY in value:
         import wandb
 
-        return wandb.Image(value[PICTURE_KEY]) if os.path.exists(value[PICTURE_KEY]) else None
+        place = Path(value[PICTURE_KEY])
+        return wandb.Image(str(place), caption=note_of(place) or None) if place.exists() else None
     return value
 
 

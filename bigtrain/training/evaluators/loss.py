@@ -15,9 +15,9 @@ class LossConfig(EvaluatorConfig):
     name: Literal["loss"] = "loss"
 
     def results(self, held_out: HeldOut) -> dict[str, Result]:
-        """`loss` in nats per token (or image), and `bits_per_byte` for text."""
+        """`loss` in the model's unit, and `bits_per_byte` for text."""
         totals = held_out.totals
-        found = {"loss": Result(totals.mean_loss, "nats per token")}
+        found = {"loss": Result(totals.mean_loss, held_out.loss_unit)}
         if held_out.text_bytes > 0:
             # The sum of losses in nats, divided by the bytes of the text and converted to bits.
             found["bits_per_byte"] = Result(totals.loss / held_out.text_bytes / math.log(2), "bits per byte")
