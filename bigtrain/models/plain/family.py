@@ -7,7 +7,9 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import Flops, ModelConfig
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.init import initialise
-from bigtrain.models.plain.facts import Facts, attributes, joined, observe, unknown
+from bigtrain.models.plain.facts import Facts, attributes, held_elsewhere, joined, observe, unknown
 from bigtrain.models.plain.network import Network, has_rules
 from bigtrain.models.sums import by_sequence
 
@@ -38,6 +40,9 @@ class PlainConfig(ModelConfig):
     loss_is: ClassVar[Literal["mean", "sum"] | None] = None
     """Meaning of a scalar loss that the module returns: the mean over its batch (over samples, or over tokens whose
     target is not -100), or the sum. None: the module returns no scalar loss."""
+
+    ignored_target: ClassVar[int] = -100
+    """With `loss_is = "mean"`: value of a target that the module's loss excludes, its `ignore_index`."""
 
     def inputs(self, batch: Batch) -> Any:
         """The arguments of `forward`: a tensor, a tuple, or a dict by argument name.
@@ -112,7 +117,7 @@ class PlainConfig(ModelConfig):
         if self._on_meta.get(vocab_size, True):
             without_values = self._without_values(vocab_size)
             rules = without_values is not None and has_rules(without_values)
-            self._on_meta[vocab_size] = rules and not _holds_values(without_values)
+            self._on_meta[vocab_size] = rules and not (_holds_values(without_values) or held_elsewhere(without_values))
             if without_values is not None and self._on_meta[vocab_size]:
                 return Network(without_values, self, self._place)
         with seeded(seed):
@@ -120,6 +125,7 @@ class PlainConfig(ModelConfig):
             network = Network(built, self, self._place)
             _make_lazy_layers(network, self, vocab_size)
         _make_contiguous(built)
+        _local_batch_norms(built)
         if has_rules(built):
             initialise(network, seed)
         return network
@@ -141,6 +147,7 @@ class PlainConfig(ModelConfig):
             except Exception as error:  # noqa: BLE001 - the user's code, on a batch that is none of the data's
                 logger.warning("the module does not run on an example batch (%s): it is sharded as one part", error)
                 self._facts[key] = unknown(self.wrapped(vocab_size, seed))
+            self._facts[key] = replace(self._facts[key], held=held_elsewhere(self.wrapped(vocab_size, seed)))
         return self._facts[key]
 
     def _observed(self, vocab_size: int, seed: int) -> Facts:
@@ -291,21 +298,33 @@ def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) ->
 
 
 def _make_contiguous(module: nn.Module) -> None:
-    """Make parameters contiguous, because FSDP accepts no others, such as channels-last ones."""
+    """Make parameters contiguous, because FSDP accepts no others, such as channels-last ones; and expanded buffers,
+    because loading cannot write to them."""
     for parameter in module.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
+    for buffer in module.buffers():
+        if buffer.layout is torch.strided and 0 in buffer.stride():
+            buffer.data = buffer.data.contiguous()
+
+
+def _local_batch_norms(module: nn.Module) -> None:
+    """Make `nn.SyncBatchNorm` compute as `nn.BatchNorm2d`, whose statistics are those of the global batch anyway."""
+    for part in module.modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            part.__dict__["forward"] = MethodType(nn.modules.batchnorm._BatchNorm.forward, part)
 
 
 def _single_loss(output: Any) -> Tensor:
-    """The scalar loss in a module's output: the tensor itself, `output.loss`, `output["loss"]`, or `output[0]`."""
+    """The scalar loss in a module's output: the tensor itself, `output.loss`, `output["loss"]`, or that of a tuple."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):
         return output["loss"]
     if hasattr(output, "loss"):
         return output.loss
-    return output[0]
+    scalars = [one for one in output if isinstance(one, Tensor) and one.ndim == 0]
+    return scalars[0] if len(scalars) == 1 else output[0]
 
 
 def _kind(output: Any) -> str:
