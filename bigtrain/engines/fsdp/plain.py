@@ -88,9 +88,9 @@ class PlainSteps:
             weight: Sum of this rank's weights, a scalar.
         """
         if self.network.weight is not None:
-            for parameter in self._trained.values():
-                if parameter.grad is not None:
-                    local(parameter.grad).mul_(self.network.weight)
+            for trained in self._trained.values():
+                if trained.grad is not None:
+                    local(trained.grad).mul_(self.network.weight)
         if self._mesh is not None:
             for parameter in self.whole:
                 if parameter.grad is None:

@@ -116,19 +116,30 @@ class PlainConfig(ModelConfig):
         """A new module, wrapped as a `Network`; its facts are not known yet."""
         if self._on_meta.get(vocab_size, True):
             without_values = self._without_values(vocab_size)
-            rules = without_values is not None and has_rules(without_values)
-            self._on_meta[vocab_size] = rules and not (_holds_values(without_values) or held_elsewhere(without_values))
+            self._on_meta[vocab_size] = (
+                without_values is not None
+                and has_rules(without_values)
+                and not (_holds_values(without_values) or held_elsewhere(without_values))
+            )
             if without_values is not None and self._on_meta[vocab_size]:
                 return Network(without_values, self, self._place)
+        network = self._with_values(vocab_size, seed)
+        if has_rules(network.network):
+            initialise(network, seed)
+        return network
+
+    def _with_values(self, vocab_size: int, seed: int) -> Network:
         with seeded(seed):
             built = self.build(vocab_size)
             network = Network(built, self, self._place)
             _make_lazy_layers(network, self, vocab_size)
         _make_contiguous(built)
         _local_batch_norms(built)
-        if has_rules(built):
-            initialise(network, seed)
         return network
+
+    def build_to_load(self, vocab_size: int, seed: int) -> nn.Module:
+        """See `ModelConfig.build_to_load`: the user's module, with what its `__init__` draws under `seed`."""
+        return self._with_values(vocab_size, seed).network
 
     def check(self, vocab_size: int, across_layouts: bool = False) -> None:
         """Run tiny batches through the module, and refuse it if some layout would change results; see `plain.check`."""
@@ -275,9 +286,9 @@ def example_batch(config: ModelConfig, vocab_size: int, rows: int, seed: int = 0
     return {**batch, "step": torch.zeros((), dtype=torch.int64)}
 
 
-def _holds_values(module: nn.Module | None) -> bool:
+def _holds_values(module: nn.Module) -> bool:
     """Whether a module has tensors or arrays other than parameters, whose values the meta device would lose."""
-    if module is None or any(True for _ in module.buffers()):
+    if any(True for _ in module.buffers()):
         return True
     kept = [value for part in module.modules() for value in attributes(part).values()]
     return any(isinstance(value, (Tensor, np.ndarray)) for value in kept)

@@ -157,8 +157,8 @@ class Network(nn.Module):
         facts = self.facts
         if facts.scale_matters and passes > 1:
             raise UserError(
-                "A hook that changes gradients by their size needs each rank's part of a batch in one pass, but a step has "
-                f"{passes} passes",
+                "A hook that changes gradients by their size needs each rank's part of a batch in one pass, but a step "
+                f"has {passes} passes",
                 "layout.micro_size",
                 f"Set layout.micro_size to {passes * len(batch['keys'])} or more, or remove it; or use more ranks.",
             )
@@ -242,8 +242,7 @@ class Network(nn.Module):
     # State beside parameters and buffers.
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
-        own = nn.Module.get_extra_state
-        return [(name, part) for name, part in self.network.named_modules() if type(part).get_extra_state is not own]
+        return with_extra_state(self.network)
 
     def copied_extra_state(self) -> dict[str, Any]:
         """A copy of the `get_extra_state` of each module: what it returns may be the state itself."""
@@ -287,12 +286,27 @@ class Network(nn.Module):
 
     def take_extra_state(self) -> None:
         """Set the modules' extra states from the tensors of the last `extra_state`, after they were loaded."""
-        for name, module in self._with_extra_state():
-            if name in self._extra:
-                value = json.loads(self._extra[name].numpy().tobytes().decode())
-                now = module.get_extra_state()
-                is_tensor = isinstance(now, Tensor)
-                module.set_extra_state(torch.tensor(value, dtype=now.dtype, device=now.device) if is_tensor else value)
+        load_extra_state(self.network, self._extra)
+
+
+def with_extra_state(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that define `get_extra_state`, with their qualified names."""
+    own = nn.Module.get_extra_state
+    return [(name, part) for name, part in network.named_modules() if type(part).get_extra_state is not own]
+
+
+def load_extra_state(network: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Set the modules' extra states.
+
+    Args:
+        saved: By qualified name, the tensors of `Network.extra_state`, without their prefix.
+    """
+    for name, module in with_extra_state(network):
+        if name in saved:
+            value = json.loads(saved[name].numpy().tobytes().decode())
+            now = module.get_extra_state()
+            is_tensor = isinstance(now, Tensor)
+            module.set_extra_state(torch.tensor(value, dtype=now.dtype, device=now.device) if is_tensor else value)
 
 
 def has_rules(module: nn.Module) -> bool:

@@ -155,3 +155,16 @@ class Transcriber(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.rnn(x)[0]).log_softmax(-1).transpose(0, 1)
+
+
+class RandomFeatures(nn.Module):
+    """Random features that no state dict contains (Rahimi and Recht 2007), and an expanded buffer that one does."""
+
+    def __init__(self, size: int, classes: int) -> None:
+        super().__init__()
+        self.directions = torch.randn(size, 16) / math.sqrt(size)
+        self.register_buffer("phase", torch.rand(1).expand(16))
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cos(x @ self.directions + self.phase))

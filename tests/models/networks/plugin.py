@@ -346,3 +346,8 @@ class Transcriber(PlainConfig):
         text = 1 + (batch["text"] * 4).long().clamp(0, 3)
         time, count, _ = output.shape
         return F.ctc_loss(output, text, torch.full((count,), time), torch.full((count,), 3), reduction="none")
+
+
+class RandomFeatures(Flat):
+    arch: Literal["random_features"] = "random_features"
+    network: ClassVar[Any] = further_authors.RandomFeatures

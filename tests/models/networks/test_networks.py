@@ -128,6 +128,12 @@ def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, everyt
         assert all(torch.equal(value, resumed[arch][1][name]) for name, value in state.items()), arch
 
 
+@pytest.mark.parametrize("arch", ["counting", "random_features"])
+def test_a_loaded_module_has_extra_state_and_the_tables_of_init(ranks: RankPool, arch: str) -> None:
+    trained, loaded = ranks.run(training.loss_of_a_loaded_copy, arch, ranks=1)[0]
+    assert abs(trained - loaded) <= AGREES
+
+
 class Linear(PlainConfig):
     """What the refused ones share."""
 
