@@ -88,15 +88,18 @@ class PlainSteps:
             weight: Sum of this rank's weights, a scalar.
         """
         if self.network.weight is not None:
-            for trained in self._trained.values():
-                if trained.grad is not None:
-                    local(trained.grad).mul_(self.network.weight)
+            for one in self._trained.values():
+                if one.grad is not None:
+                    local(one.grad).mul_(self.network.weight)
         if self._mesh is not None:
+            by_data = self.network.facts.by_data
             for parameter in self.whole:
+                if parameter.grad is None and not by_data:
+                    continue  # on every rank: the optimizer skips it, as in one process
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 _sum_over(parameter.grad, self._mesh)
-            if self.network.facts.by_data:
+            if by_data:
                 self._forget_unused()
         hooks = self.network.gradient_hooks
         if hooks:

@@ -291,7 +291,7 @@ def held_elsewhere(network: nn.Module) -> frozenset[str]:
 
 
 def _entries_of(register: Any) -> Any:
-    return register.values() if isinstance(register, dict) else register
+    return register if isinstance(register, list) else register.values()
 
 
 def _by_mask(args: Any) -> bool:
