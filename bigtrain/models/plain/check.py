@@ -317,6 +317,7 @@ class _Passes:
             self._by_host |= host_state() != before
             if network.training and result.loss.requires_grad and ranks is None:
                 self._as_mean(result).backward()
+                network.undo_recomputation()
         return self._result(network, result)
 
     def _as_mean(self, result: LossSum) -> Tensor:
@@ -350,6 +351,7 @@ class _Passes:
                 if training and result.loss.requires_grad and not self._facts.couples:
                     # Inside the contexts, so that recomputation (torch.utils.checkpoint) repeats the same draws.
                     self._as_mean(result).backward()
+                    network.undo_recomputation()
                     return LossSum(result.loss.detach(), *result[1:])
                 return result
 
@@ -367,8 +369,7 @@ class _Passes:
                 if parameter.grad is not None:
                     gradients[name] = gradients.get(name, 0) + parameter.grad
         except CheckpointError:
-            # Statistics that torch.utils.checkpoint computes again cannot be summed here: only losses are compared.
-            gradients = self._gradients
+            gradients = self._gradients  # statistics that torch.utils.checkpoint computes again cannot be summed here
         buffers = {
             name: x if close(x, own[1].get(name, x)) else torch.full_like(x.float(), math.nan)
             for name, x in own[0].items()

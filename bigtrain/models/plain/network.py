@@ -172,7 +172,10 @@ class Network(nn.Module):
             if facts.draws:
                 stack.enter_context(drawing(Draws(batch["keys"], facts.fixed, facts.second)))
             yield
-        # A block that is recomputed in the backward pass has changed its buffers a second time.
+        self.undo_recomputation()
+
+    def undo_recomputation(self) -> None:
+        """Restore buffers that a block recomputed in the backward pass has changed a second time."""
         self._put_back(self._after)
         self._after = {}
 
