@@ -201,7 +201,6 @@ class _Passes:
         self._seed = SEED
         self._gradients: dict[str, Tensor] = {}
         self._weight = 0.0
-        """Sum of the weights of the compared batch; 0: not known yet."""
         self._by_host = False
         """Whether a pass has taken random numbers from NumPy or `random`."""
         self._batch, self._other = (example_batch(config, vocab_size, sum(PARTS), seed) for seed in (0, 1))
