@@ -248,6 +248,14 @@ class ModelConfig(Section):
         """The module (`contract.Model`) on torch's current default device; its parameters are not yet initialized."""
         raise TypeError(f"{type(self).__name__} does not say how to build its model: define build()")
 
+    def build_to_load(self, vocab_size: int, seed: int) -> nn.Module:
+        """The module on the CPU, into which the weights of a checkpoint are loaded.
+
+        Args:
+            seed: The run's seed: plain modules may hold random tables that no checkpoint contains.
+        """
+        return self.build(vocab_size)
+
     def build_for_engine(self, vocab_size: int, seed: int) -> nn.Module:
         """The module as engines expect it: on the meta device; `init.materialise` fills in its values later.
 

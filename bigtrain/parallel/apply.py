@@ -83,7 +83,8 @@ def build_parallel_model(
             for block in blocks:
                 block.compile()
         if mesh is not None and (over := gradient_mesh(mesh)) is not None:
-            shard(model, blocks, over, compute_dtype, reshard_after_forward=pp is None)
+            held = getattr(model, "held", ())  # of a plain module
+            shard(model, blocks, over, compute_dtype, reshard_after_forward=pp is None, held=held)
         materialise(model, device, seed)
     if pp is None:
         return ParallelModel(whole, frozenset(partial), context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -20,16 +21,18 @@ def shard(
     compute_dtype: torch.dtype,
     *,
     reshard_after_forward: bool = True,
+    held: Collection[str] = (),
 ) -> None:
     """Shard every block, then the rest of the model, in place.
 
-    Parameters that FSDP cannot shard (scalars, or not FP32) stay unsharded on each rank; the engine sums their
+    Parameters that FSDP cannot shard (scalars, not FP32, or `held`) stay unsharded on each rank; the engine sums their
     gradients. Gradients are summed, never averaged: the engine divides once, by the global sum of weights.
 
     Args:
         mesh: One axis of shards, or two axes: replicas, then shards (HSDP).
         reshard_after_forward: Whether a block's parameters are freed after its forward pass. Pipeline stages use False
             and keep them until the last backward pass of a step, instead of gathering them for each micro-batch.
+        held: Names of parameters that other objects than modules hold, so that they must not be replaced.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ranks = mesh.size(mesh.ndim - 1)
@@ -37,7 +40,11 @@ def shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return _placement(parameter, ranks)
 
-    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0 or parameter.dtype != torch.float32}
+    whole = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 0 or parameter.dtype != torch.float32 or name in held
+    }
     for module in (*blocks, model):
         # The last block stays gathered, because the backward pass begins with it.
         fully_shard(

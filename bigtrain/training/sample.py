@@ -21,6 +21,7 @@ from bigtrain.data.formats.images import MAX_IMAGE_BYTES, decode_image, image_sh
 from bigtrain.data.index import ShardIndex
 from bigtrain.data.streaming.store import open_index
 from bigtrain.models.hf_files import HfFiles
+from bigtrain.models.plain.network import load_extra_state, with_extra_state
 from bigtrain.models.sampling import Choice, generate
 from bigtrain.parallel.mesh import pick_device
 from bigtrain.run import RunConfig, RunDirectory, load_config
@@ -119,8 +120,10 @@ def model_of_run(run: RunDirectory, step: int | None) -> tuple[RunConfig, ShardI
     config = load_config(run.config)
     step = newest_of(run) if step is None else step
     index = index_of_run(run, config)
-    model = config.model.build(index.vocab_size)
+    model = config.model.build_to_load(index.vocab_size, config.seed)
     model.load_state_dict(read_tensors(run.checkpoints, step), strict=False)
+    if config.model.is_plain and with_extra_state(model):
+        load_extra_state(model, read_tensors(run.checkpoints, step, "extra."))
     return config, index, model
 
 

@@ -45,9 +45,7 @@ class PlainSteps:
             [] if mesh is None else [parameter for _, parameter in named if not isinstance(parameter, DTensor)]
         )
         """Unsharded parameters, which every rank holds; FSDP does not sum their gradients."""
-        self._updates: list[Any] = [
-            module for module in network.modules() if callable(getattr(module, "after_step", None))
-        ]
+        self._updates = any(network.with_after_step())
 
     def begin(self, part: Part) -> None:
         """Make the next passes compute the loss of a part."""
@@ -84,17 +82,24 @@ class PlainSteps:
             yield batch
 
     def after_backward(self, weight: Tensor) -> None:
-        """Sum gradients that FSDP does not sum over the ranks, and apply the module's own gradient hooks.
+        """Sum gradients that FSDP does not sum over the ranks, and apply the gradient hooks of parameters.
 
         Args:
             weight: Sum of this rank's weights, a scalar.
         """
+        if self.network.weight is not None:
+            for one in self._trained.values():
+                if one.grad is not None:
+                    local(one.grad).mul_(self.network.weight)
         if self._mesh is not None:
+            by_data = self.network.facts.by_data
             for parameter in self.whole:
+                if parameter.grad is None and not by_data:
+                    continue  # on every rank: the optimizer skips it, as in one process
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 _sum_over(parameter.grad, self._mesh)
-            if self.network.facts.by_data:
+            if by_data:
                 self._forget_unused()
         hooks = self.network.gradient_hooks
         if hooks:
@@ -133,10 +138,11 @@ class PlainSteps:
         Args:
             bad: For each update of the step, whether it was skipped; boolean scalars.
         """
-        if self._updates and not any(map(bool, bad)):
-            with torch.no_grad(), whole_parameters(self.network):
-                for module in self._updates:
-                    module.after_step()
+        if not self._updates or any(map(bool, bad)):
+            return
+        reseed(self._seed, f"after {self._step}")  # passes of the ranks may have drawn different numbers of values
+        with torch.no_grad(), whole_parameters(self.network):
+            self.network.after_step()
 
 
 @contextmanager

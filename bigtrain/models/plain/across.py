@@ -85,13 +85,22 @@ class AllRanks:
         return _Sum.apply(x)
 
 
+def differing_uses() -> UserError:
+    """The error that passes use this module's operations differently often, for which ranks would wait forever."""
+    return UserError(
+        "Whether BatchNorm, gather_batch() or sum_over_batch() runs depends on the data: ranks would wait for others",
+        "forward()",
+        "Run it in every pass, also with no rows; or use LayerNorm there.",
+    )
+
+
 class _Local(threading.local):
     ranks: BatchRanks | None = None
     own: int = 0
     """Number of rows in the batch of this pass, fillers included."""
     passes: int = 1
-    used = False
-    """Whether this pass has coupled sequences."""
+    uses = 0
+    """How often this pass has coupled sequences."""
 
 
 _here = _Local()
@@ -105,7 +114,7 @@ def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
         batch: Number of rows in the batch of the pass, fillers included.
         passes: Number of forward passes of the step.
     """
-    _here.ranks, _here.own, _here.passes, _here.used = ranks, batch, passes, False
+    _here.ranks, _here.own, _here.passes, _here.uses = ranks, batch, passes, 0
     # Set the defaults of other threads too: on a GPU, autograd recomputes activations in a thread of its own.
     _Local.ranks, _Local.own, _Local.passes = ranks, batch, passes
     try:
@@ -115,9 +124,9 @@ def across(ranks: BatchRanks, batch: int, passes: int = 1) -> Iterator[None]:
         _here.ranks = _Local.ranks = None
 
 
-def couples() -> bool:
-    """Whether the last pass of this thread has used one of this module's operations."""
-    return _here.used
+def couples() -> int:
+    """How often the last pass of this thread has used one of this module's operations."""
+    return _here.uses
 
 
 def _use(what: str) -> None:
@@ -129,7 +138,7 @@ def _use(what: str) -> None:
     Raises:
         UserError: The step has several passes, so no pass sees the global batch.
     """
-    _here.used = True
+    _here.uses += 1
     if _here.passes > 1:
         raise UserError(
             f"{what} needs each rank's part of a batch in one pass, but a step has {_here.passes} passes",

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from bigtrain.config import UserError
 from bigtrain.models.batches import batch_kind
 from bigtrain.models.check import check_embedding, check_names, users_code
 from bigtrain.models.contract import Batch, LossSum
-from bigtrain.models.plain.across import BatchRanks, OneProcess, across
+from bigtrain.models.plain.across import BatchRanks, OneProcess, across, couples, differing_uses
 from bigtrain.models.plain.compared import (
     Result,
     State,
-    alike,
     attributes_of,
     close,
     equal,
@@ -37,6 +37,13 @@ from bigtrain.models.plain.compared import (
 )
 from bigtrain.models.plain.draws import Drawn, Draws, drawing
 from bigtrain.models.plain.facts import Facts
+from bigtrain.models.plain.kept import (
+    kept_state,
+    lost_buffers,
+    refuse_changed_parameters,
+    refuse_lost_state,
+    unlike,
+)
 from bigtrain.models.plain.network import Network
 from bigtrain.models.plain.rehearsal import Rehearsed, together
 
@@ -102,7 +109,25 @@ def check_plain(config: PlainConfig, vocab_size: int, across_layouts: bool = Fal
         with users_code(config, where, "forward()"):
             for part in config.parts or (None,):
                 _Passes(config, vocab_size, facts, where, across_layouts, part).check()
+            _warn_about_one_sequence(config, vocab_size, facts)
     return facts
+
+
+def _warn_about_one_sequence(config: PlainConfig, vocab_size: int, facts: Facts) -> None:
+    """Warn about a module that fails on a batch of one sequence, as where it calls squeeze() without a dimension."""
+    from bigtrain.models.plain.family import example_batch, seeded
+
+    network = _with_facts(config.wrapped(vocab_size, SEED), facts).eval()
+    batch = example_batch(config, vocab_size, 1)
+    try:
+        with seeded(SEED), torch.set_grad_enabled(facts.needs_grad), across(OneProcess(1), 1):
+            network(batch)
+    except Exception as error:  # noqa: BLE001 - the user's code, on a batch that a run may never have
+        logger.warning(
+            "forward() fails on a batch of one sequence (%s), which a rank may get at the end of an evaluation: name "
+            "the dimension of squeeze()",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
 
 
 def _listed(facts: Facts) -> str:
@@ -147,6 +172,14 @@ def _check_repeats(network: Network, again: Network, where: str) -> None:
                 where,
                 "Draw them from the default generator of torch, NumPy or random, which are seeded.",
             )
+    tables, same = attributes_of(network), attributes_of(again)
+    for name in unlike(tables, same):
+        if has_tensor(tables[name]):
+            raise UserError(
+                f"build() gives the attribute '{name}' different values in two calls with the same seed",
+                where,
+                "Draw them from the default generator of torch, NumPy or random, which are seeded.",
+            )
 
 
 class _Passes:
@@ -157,12 +190,17 @@ class _Passes:
     ) -> None:
         from bigtrain.models.plain.family import example_batch, seeded
 
+        self._config = config
         self._seeded = seeded
-        self._new = lambda: _with_facts(config.of_part(part, vocab_size, SEED), facts)
+        # `_as_mean` scales the gradients of all passes here.
+        unscaled = replace(facts, scale_matters=False)
+        self._new = lambda: _with_facts(config.of_part(part, vocab_size, SEED), unscaled)
         self._facts = facts
         self._where = where
         self._across_layouts = across_layouts
         self._seed = SEED
+        self._gradients: dict[str, Tensor] = {}
+        self._weight = 0.0
         self._by_host = False
         """Whether a pass has taken random numbers from NumPy or `random`."""
         self._batch, self._other = (example_batch(config, vocab_size, sum(PARTS), seed) for seed in (0, 1))
@@ -179,21 +217,89 @@ class _Passes:
             start = state_of(network)
             before = attributes_of(network)
             whole = self._pass(network, self._batch)
+            self._weight, self._gradients = whole.weight, whole.gradients
+            uses = couples()
             self._refuse_bad_numbers(whole, training)
-            self._refuse_changed_parameters(network, start)
-            middle = attributes_of(network)
-            restore(network, start)
-            self._pass(network, self._other)
-            after = attributes_of(network)
-            restore(network, start)
-            again = self._pass(network, self._batch)
-            self._refuse_state(network, before, middle, after, repeats(whole, again))
+            refuse_changed_parameters(network, start, self._where)
+            if not training:
+                self._refuse_changes_in_evaluation(network, start)
+            moved, again = self._moved(network, start, uses)
+            changed = unlike(attributes_of(network), before)
+            refuse_lost_state(network, self._facts, self._where, moved, changed, repeats(whole, again))
             self._check_coupling(whole, training)
             if self._by_host:
                 self._seed = OTHER_SEED
                 restore(network, start)
                 self._check_coupling(self._pass(network, self._batch), training)
                 self._seed = SEED
+        self._check_after_step()
+
+    def _moved(self, network: Network, start: State, uses: int) -> tuple[list[str], Result]:
+        """Run a pass of another batch, then repeat that of the first, which has just run.
+
+        Args:
+            uses: How often the first pass has coupled sequences.
+
+        Returns:
+            Names of attributes that differ after the two passes of the same batch, because they accumulate or
+            alternate; and the result of the repeated pass. Values for a log, which a pass computes from its batch, are
+            equal.
+        """
+        first = attributes_of(network, start)
+        restore(network, start)
+        self._pass(network, self._other)
+        if couples() != uses:
+            raise differing_uses()
+        between = attributes_of(network, start)
+        restore(network, start)
+        again = self._pass(network, self._batch)
+        moved = unlike(attributes_of(network, start), first)
+        if any(name not in moved and not has_tensor(between.get(name, [])) for name in unlike(between, first)):
+            restore(network, start)
+            self._pass(network, self._batch)
+            moved = sorted({*moved, *unlike(attributes_of(network, start), first)})
+        return moved, again
+
+    def _refuse_changes_in_evaluation(self, network: Network, start: State) -> None:
+        """Refuse buffers and extra states that evaluation changes in each pass; a table made once is no such change."""
+        first = kept_state(network)
+        if not unlike(first, kept_state(network, start)):
+            return
+        self._pass(network, self._other)
+        for name in unlike(kept_state(network), first):
+            raise UserError(
+                f"In evaluation, forward() changes {name}: training would depend on how often evaluations call it",
+                self._where,
+                "Change it only if self.training, or in after_step(self).",
+            )
+
+    def _check_after_step(self) -> None:
+        """Run an update and refuse what `after_step` changes and no checkpoint contains."""
+        network = self._new()
+        network.extra_state()
+        if not any(network.with_after_step()):
+            return
+        network.train()
+        self._pass(network, self._batch)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.9)
+            network.zero_grad(set_to_none=True)
+            before = attributes_of(network) | lost_buffers(network)
+            with self._seeded(self._seed), users_code(self._config, self._where, "after_step()"):
+                network.after_step()
+            after = attributes_of(network) | lost_buffers(network)
+        listed = {name for name, _ in network._with_extra_state()}
+        for name in unlike(after, before):
+            if name.rpartition(".")[0] not in listed:
+                raise UserError(
+                    f"after_step() changes '{name}', which is not saved in checkpoints",
+                    self._where,
+                    "Keep tensors in buffers, or in parameters of submodules, and return counters from "
+                    "get_extra_state().",
+                )
+        network.extra_state()
 
     def _pass(self, network: Network, batch: Batch, ranks: BatchRanks | None = None, constant: bool = False) -> Result:
         """Run forward and backward, with all generators in their state at the start of a step."""
@@ -209,8 +315,13 @@ class _Passes:
             result: LossSum = network(batch)
             self._by_host |= host_state() != before
             if network.training and result.loss.requires_grad and ranks is None:
-                result.loss.backward()
+                self._as_mean(result).backward()
+                network.undo_recomputation()
         return self._result(network, result)
+
+    def _as_mean(self, result: LossSum) -> Tensor:
+        """The loss of a part as it counts in the mean of the whole batch, whose gradient hooks may see."""
+        return result.loss / (self._weight or float(result.weight) or 1.0)
 
     def _draws(self, batch: Batch, constant: bool) -> Draws:
         return _Constant() if constant else Draws(batch["keys"], self._facts.fixed, self._facts.second)
@@ -218,8 +329,7 @@ class _Passes:
     @staticmethod
     def _result(network: Network, result: LossSum) -> Result:
         gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return Result(float(result.loss.detach()), float(result.weight), gradients, buffers)
+        return Result(float(result.loss.detach()), float(result.weight), gradients, kept_state(network))
 
     def _in_parts(self, training: bool, constant: bool) -> Result:
         """Run the step as two ranks would, each with a part of the batch."""
@@ -239,7 +349,8 @@ class _Passes:
                 result: LossSum = network(batch)
                 if training and result.loss.requires_grad and not self._facts.couples:
                     # Inside the contexts, so that recomputation (torch.utils.checkpoint) repeats the same draws.
-                    result.loss.backward()
+                    self._as_mean(result).backward()
+                    network.undo_recomputation()
                     return LossSum(result.loss.detach(), *result[1:])
                 return result
 
@@ -248,16 +359,19 @@ class _Passes:
             list(PARTS),
         )
         loss = losses[0].loss + losses[1].loss
-        if training and loss.requires_grad:
-            loss.backward()
+        own = [self._result(network, loss).buffers for network, loss in zip(networks, losses, strict=True)]
         gradients: dict[str, Tensor] = {}
-        for network in networks:
-            for name, parameter in network.named_parameters():
+        try:
+            if training and loss.requires_grad:
+                (loss / (self._weight or 1.0)).backward()
+            for name, parameter in (pair for network in networks for pair in network.named_parameters()):
                 if parameter.grad is not None:
                     gradients[name] = gradients.get(name, 0) + parameter.grad
-        own = [{name: buffer.clone() for name, buffer in network.named_buffers()} for network in networks]
+        except CheckpointError:
+            gradients = self._gradients  # statistics that torch.utils.checkpoint computes again cannot be summed here
         buffers = {
-            name: x if close(x, own[1][name]) else torch.full_like(x.float(), math.nan) for name, x in own[0].items()
+            name: x if close(x, own[1].get(name, x)) else torch.full_like(x.float(), math.nan)
+            for name, x in own[0].items()
         }
         weight = float(losses[0].weight) + float(losses[1].weight)
         return Result(float(loss.detach()), weight, gradients, buffers)
@@ -296,9 +410,9 @@ class _Passes:
 
     def _refuse_buffers(self, whole: Result, parts: Result) -> None:
         for name, value in whole.buffers.items():
-            if not close(value, parts.buffers[name]):
+            if not close(value, parts.buffers.get(name, value)):
                 raise UserError(
-                    f"forward() changes the buffer '{name}' from its own part of the batch: ranks would differ",
+                    f"forward() changes {name} from its own part of the batch: ranks would differ",
                     self._where,
                     "Sum the values that it depends on with sum_over_batch() of bigtrain.models.plain.",
                 )
@@ -308,55 +422,6 @@ class _Passes:
             mode = "training" if training else "evaluation"
             logger.warning(
                 "the loss of an example batch is %s in %s: the module could not be checked", result.loss, mode
-            )
-
-    def _refuse_changed_parameters(self, network: Network, start: State) -> None:
-        for name, parameter in network.named_parameters():
-            value, version, pointer = start.parameters[name]
-            if parameter._version == version and parameter.data_ptr() == pointer and equal(parameter.detach(), value):
-                continue
-            raise UserError(
-                f"forward() changes the parameter '{name}', but each rank holds only a shard of it",
-                self._where,
-                "Change it in a method after_step(self), which runs after each update with the full parameters. Keep "
-                "what it needs from the batch in a buffer, computed with sum_over_batch() of bigtrain.models.plain.",
-            )
-
-    def _refuse_state(
-        self,
-        network: Network,
-        before: Mapping[str, Any],
-        middle: Mapping[str, Any],
-        after: Mapping[str, Any],
-        repeats: bool,
-    ) -> None:
-        listed = {name for name, _ in network._with_extra_state()}
-        moved = [
-            name
-            for name, value in after.items()
-            if name.rpartition(".")[0] not in listed and not alike(value, middle.get(name))
-        ]
-        counters = [name for name in moved if not has_tensor(after[name])]
-        non_persistent = [name for name in self._facts.moving if not is_persistent(network, name)]
-        if repeats and not counters and not non_persistent:
-            return
-        changed = [name for name, value in after.items() if not alike(value, before.get(name))]
-        names = counters or non_persistent or moved or changed
-        if names:
-            raise UserError(
-                f"forward() changes '{names[0]}', which is not saved in checkpoints, and later passes "
-                f"{'depend on it' if not repeats else 'could depend on it'}",
-                self._where,
-                "Initialize it in each pass: batches are shuffled, so a hidden state has no past. Take what depends "
-                'on the step from batch["step"], compute what depends on the weights in after_step(self), and return '
-                "counters from get_extra_state().",
-            )
-        if not repeats:
-            raise UserError(
-                "Two passes of one batch from the same seed differ: forward() reads a clock, or a generator that is "
-                "not seeded",
-                self._where,
-                "Draw from the default generator of torch, NumPy or random, which are seeded at each step.",
             )
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
+import bigtrain
 from bigtrain.models.plain.facts import attributes, dense
 from bigtrain.models.plain.network import Network
 
@@ -63,43 +69,110 @@ def state_of(network: Network) -> State:
     return State(
         {name: (p.detach().clone(), p._version, p.data_ptr()) for name, p in network.named_parameters()},
         {name: buffer.clone() for name, buffer in network.named_buffers()},
-        {name: module.get_extra_state() for name, module in network._with_extra_state()},
+        network.copied_extra_state(),
     )
 
 
 @torch.no_grad()
 def restore(network: Network, state: State) -> None:
     for name, buffer in network.named_buffers():
-        buffer.copy_(state.buffers[name])
-    for name, module in network._with_extra_state():
-        module.set_extra_state(state.extra[name])
+        if name in state.buffers:
+            buffer.copy_(state.buffers[name])
+    network.set_extra_state_of_modules(state.extra)
 
 
-def attributes_of(network: Network) -> dict[str, Any]:
-    """Copies of the attributes of all modules, by qualified name, without parameters and buffers."""
+def attributes_of(network: Network, start: State | None = None) -> dict[str, list[Any]]:
+    """Copies of what the attributes of all modules hold, by qualified name, without parameters and buffers.
+
+    Args:
+        start: If given, buffers that it does not have are included.
+    """
+    own = {id(one) for one in (*network.modules(), *network.parameters(), *network.buffers())}
     found = {}
     for prefix, module in network.network.named_modules():
         for name, value in attributes(module).items():
-            leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(value)]
-            found[f"{prefix}.{name}" if prefix else name] = leaves
+            found[f"{prefix}.{name}" if prefix else name] = list(leaves(value, set(own)))
+    if start is not None:
+        new = {name: buffer for name, buffer in network.named_buffers() if name not in start.buffers}
+        found |= {name: [buffer.clone()] for name, buffer in new.items()}
     return found
 
 
-def has_tensor(leaves: list[Any]) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in leaves)
+_GENERATORS = {
+    torch.Generator: lambda generator: generator.get_state().clone(),
+    np.random.Generator: lambda generator: str(generator.bit_generator.state),
+    np.random.RandomState: lambda generator: str(generator.get_state()),
+    random.Random: lambda generator: generator.getstate(),
+}
+"""By type, the state of a random generator in a form that can be compared."""
+_LIBRARIES = (sysconfig.get_path("stdlib"), "site-packages", str(Path(bigtrain.__file__).parent))
+_NO_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device)
+_DEPTH = 6
+"""How deep objects inside objects are searched for state."""
+
+
+def leaves(value: Any, seen: set[int] | None = None, depth: int = 0) -> Iterator[Any]:
+    """The tensors, arrays, numbers and texts that a value holds, also in containers, objects and hidden modules.
+
+    Args:
+        seen: Identities of the objects that are not searched: what is registered, and what was searched before.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        if id(value) in seen:
+            return
+        yield value.detach().clone()
+    elif isinstance(value, np.ndarray):
+        yield torch.from_numpy(value.copy()) if value.dtype.kind in "biufc" else repr(value)
+    elif isinstance(value, (bool, int, float, complex, str, bytes, np.generic, type(None))):
+        yield value
+    elif type(value) in _GENERATORS:
+        yield _GENERATORS[type(value)](value)
+    elif type(value).__module__ == "itertools":
+        yield repr(value)
+    elif id(value) not in seen and depth < _DEPTH and not isinstance(value, _NO_STATE):
+        seen.add(id(value))
+        held: Any = ()
+        if isinstance(value, dict):
+            held = [one for pair in value.items() for one in pair]
+        elif isinstance(value, (list, tuple, deque)):
+            held = value
+        elif isinstance(value, (set, frozenset)):
+            held = sorted(value, key=repr)
+        elif isinstance(value, nn.Module):
+            held = [*value.state_dict().values(), *attributes(value).values(), *value.children()]
+        elif isinstance(value, torch.optim.Optimizer):
+            held = value.state.values()
+        elif _is_users(type(value)) and hasattr(value, "__dict__"):
+            held = vars(value).values()
+        for one in held:
+            yield from leaves(one, seen, depth + 1)
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is the user's: objects of libraries, such as loggers, hold much that no pass depends on."""
+    if kind is types.SimpleNamespace:
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return file is not None and not any(part in file for part in _LIBRARIES)
+
+
+def has_tensor(values: list[Any]) -> bool:
+    """Whether a tensor or an array is among the values of an attribute."""
+    return any(isinstance(value, Tensor) for value in values)
 
 
 def alike(a: list[Any], b: list[Any] | None) -> bool:
-    """Whether two attributes have equal leaves; leaves that are neither tensors, numbers nor texts are not compared."""
+    """Whether two attributes hold equal values."""
     if b is None or len(a) != len(b):
         return False
-    for one, other in zip(a, b, strict=True):
-        if isinstance(one, Tensor) or isinstance(other, Tensor):
-            if not (isinstance(one, Tensor) and isinstance(other, Tensor) and equal(one, other)):
-                return False
-        elif isinstance(one, (bool, int, float, str, type(None))) and one != other:
-            return False
-    return True
+    return all(map(_same, a, b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and equal(a, b)
+    return a is b or a == b or (a != a and b != b)  # NaN is equal to NaN here
 
 
 def repeats(a: Result, b: Result) -> bool:

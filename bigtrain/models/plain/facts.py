@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +55,11 @@ class Facts:
     couples: bool = False
     """Whether the module sums over the ranks during a pass, as BatchNorm does."""
     moving: tuple[str, ...] = ()
-    """Buffers that a training pass changes."""
+    """Buffers that a pass changes."""
+    held: frozenset[str] = frozenset()
+    """Parameters that code may read from another place than their module, see `held_elsewhere`."""
+    scale_matters: bool = False
+    """Whether gradients are not proportional to the scale of the loss, as where a hook clips them."""
 
 
 def unknown(module: nn.Module) -> Facts:
@@ -69,11 +76,14 @@ def observe(make: Callable[[], Network], batches: Mapping[int, Batch]) -> Facts:
         batches: Two or more batches, by their number of sequences.
     """
     sizes = sorted(batches)
+    scale_matters = False
     found: dict[tuple[bool, int], tuple[Facts, list[Drawn]]] = {}
     for size in sizes:
         network = make()
         network.facts = unknown(network)
         found[True, size] = _pass(network.train(), batches[size])
+        if size == sizes[0]:
+            scale_matters = _scale_matters(network, batches[size])
         found[False, size] = _evaluation_pass(make, batches[size])
     facts = joined([found[True, sizes[-1]][0], *(other for other, _ in found.values())])
     fixed: frozenset[Drawn] = frozenset()
@@ -90,7 +100,7 @@ def observe(make: Callable[[], Network], batches: Mapping[int, Batch]) -> Facts:
     varying = tuple(
         drawn for drawn in last.varying if drawn not in fixed and without_second(drawn, sizes[-1]) not in second
     )
-    return replace(facts, fixed=fixed, second=second, varying=varying)
+    return replace(facts, fixed=fixed, second=second, varying=varying, scale_matters=scale_matters)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -115,6 +125,8 @@ def joined(found: Sequence[Facts]) -> Facts:
         own_generator=next((one.own_generator for one in found if one.own_generator), None),
         couples=any(one.couples for one in found),
         moving=tuple(dict.fromkeys(name for one in found for name in one.moving)),
+        held=frozenset().union(*(one.held for one in found)),
+        scale_matters=any(one.scale_matters for one in found),
     )
 
 
@@ -149,10 +161,35 @@ def _pass(network: Network, batch: Batch) -> tuple[Facts, list[Drawn]]:
         draws=bool(draws.seen),
         varying=tuple(draws.varying),
         own_generator=draws.own_generator,
-        couples=coupled,
-        moving=tuple(name for name, buffer in network.named_buffers() if not _same(buffer, before[name])),
+        couples=coupled > 0,
+        moving=tuple(
+            name for name, buffer in network.named_buffers() if name in before and not _same(buffer, before[name])
+        ),
     )
     return facts, draws.seen
+
+
+def _scale_matters(network: Network, batch: Batch) -> bool:
+    """Whether gradients of half the loss are not half the gradients."""
+    from bigtrain.models.plain.family import seeded
+
+    rows = len(batch["keys"])
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    found: list[list[Tensor]] = []
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(before.get(name, buffer))
+        network.zero_grad(set_to_none=True)
+        with seeded(0), across(OneProcess(rows), rows), drawing(Draws(batch["keys"])):
+            loss = network(batch).loss * scale
+            if not loss.requires_grad or loss.is_meta:
+                return False
+            loss.backward()
+        found.append([torch.zeros(()) if one.grad is None else one.grad / scale for one in trained])
+    same = (torch.allclose(a, b, rtol=1e-3, atol=1e-8, equal_nan=True) for a, b in zip(*found, strict=True))
+    return not all(same)
 
 
 class _Watch(TorchDispatchMode):
@@ -226,6 +263,35 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module, without parameters, buffers, submodules and hooks."""
     own = {*nn.Module().__dict__, "_compute_dtype", "_flat_weights", "_flat_weight_refs"}
     return {name: value for name, value in vars(module).items() if name not in own and name != "forward"}
+
+
+def held_elsewhere(network: nn.Module) -> frozenset[str]:
+    """Names of parameters that a list, tuple, closure or object holds too, such as an optimizer of the module's own.
+
+    FSDP replaces parameters in their modules alone, so these stay whole on each rank.
+    """
+    modules = list(network.modules())
+    registers: list[Any] = [module._parameters for module in modules]
+    registers += [module._flat_weights for module in modules if isinstance(module, nn.RNNBase)]
+    entries = Counter(id(one) for register in registers for one in _entries_of(register))
+    # Two more references are those of the loop and of the call. Graphs of autograd have some too, which gc ignores.
+    suspects = [
+        one
+        for module in modules
+        for one in module._parameters.values()
+        if one is not None and sys.getrefcount(one) > entries[id(one)] + 2
+    ]
+    if not suspects:
+        return frozenset()
+    gc.collect()
+    known = {id(place) for place in (*registers, suspects)}
+    places = [place for place in gc.get_referrers(*suspects) if id(place) not in known]
+    held = {id(one) for place in places if not isinstance(place, FrameType) for one in gc.get_referents(place)}
+    return frozenset(name for name, one in network.named_parameters() if id(one) in held)
+
+
+def _entries_of(register: Any) -> Any:
+    return register if isinstance(register, list) else register.values()
 
 
 def _by_mask(args: Any) -> bool:

@@ -7,7 +7,9 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from bigtrain.models.batches import batch_kind
 from bigtrain.models.config import Flops, ModelConfig
 from bigtrain.models.contract import Batch, LossSum
 from bigtrain.models.init import initialise
-from bigtrain.models.plain.facts import Facts, attributes, joined, observe, unknown
+from bigtrain.models.plain.facts import Facts, attributes, held_elsewhere, joined, observe, unknown
 from bigtrain.models.plain.network import Network, has_rules
 from bigtrain.models.sums import by_sequence
 
@@ -38,6 +40,9 @@ class PlainConfig(ModelConfig):
     loss_is: ClassVar[Literal["mean", "sum"] | None] = None
     """Meaning of a scalar loss that the module returns: the mean over its batch (over samples, or over tokens whose
     target is not -100), or the sum. None: the module returns no scalar loss."""
+
+    ignored_target: ClassVar[int] = -100
+    """With `loss_is = "mean"`: value of a target that the module's loss excludes, its `ignore_index`."""
 
     def inputs(self, batch: Batch) -> Any:
         """The arguments of `forward`: a tensor, a tuple, or a dict by argument name.
@@ -111,18 +116,30 @@ class PlainConfig(ModelConfig):
         """A new module, wrapped as a `Network`; its facts are not known yet."""
         if self._on_meta.get(vocab_size, True):
             without_values = self._without_values(vocab_size)
-            rules = without_values is not None and has_rules(without_values)
-            self._on_meta[vocab_size] = rules and not _holds_values(without_values)
+            self._on_meta[vocab_size] = (
+                without_values is not None
+                and has_rules(without_values)
+                and not (_holds_values(without_values) or held_elsewhere(without_values))
+            )
             if without_values is not None and self._on_meta[vocab_size]:
                 return Network(without_values, self, self._place)
+        network = self._with_values(vocab_size, seed)
+        if has_rules(network.network):
+            initialise(network, seed)
+        return network
+
+    def _with_values(self, vocab_size: int, seed: int) -> Network:
         with seeded(seed):
             built = self.build(vocab_size)
             network = Network(built, self, self._place)
             _make_lazy_layers(network, self, vocab_size)
         _make_contiguous(built)
-        if has_rules(built):
-            initialise(network, seed)
+        _local_batch_norms(built)
         return network
+
+    def build_to_load(self, vocab_size: int, seed: int) -> nn.Module:
+        """See `ModelConfig.build_to_load`: the user's module, with what its `__init__` draws under `seed`."""
+        return self._with_values(vocab_size, seed).network
 
     def check(self, vocab_size: int, across_layouts: bool = False) -> None:
         """Run tiny batches through the module, and refuse it if some layout would change results; see `plain.check`."""
@@ -141,6 +158,7 @@ class PlainConfig(ModelConfig):
             except Exception as error:  # noqa: BLE001 - the user's code, on a batch that is none of the data's
                 logger.warning("the module does not run on an example batch (%s): it is sharded as one part", error)
                 self._facts[key] = unknown(self.wrapped(vocab_size, seed))
+            self._facts[key] = replace(self._facts[key], held=held_elsewhere(self.wrapped(vocab_size, seed)))
         return self._facts[key]
 
     def _observed(self, vocab_size: int, seed: int) -> Facts:
@@ -268,9 +286,9 @@ def example_batch(config: ModelConfig, vocab_size: int, rows: int, seed: int = 0
     return {**batch, "step": torch.zeros((), dtype=torch.int64)}
 
 
-def _holds_values(module: nn.Module | None) -> bool:
+def _holds_values(module: nn.Module) -> bool:
     """Whether a module has tensors or arrays other than parameters, whose values the meta device would lose."""
-    if module is None or any(True for _ in module.buffers()):
+    if any(True for _ in module.buffers()):
         return True
     kept = [value for part in module.modules() for value in attributes(part).values()]
     return any(isinstance(value, (Tensor, np.ndarray)) for value in kept)
@@ -291,21 +309,33 @@ def _make_lazy_layers(network: Network, config: PlainConfig, vocab_size: int) ->
 
 
 def _make_contiguous(module: nn.Module) -> None:
-    """Make parameters contiguous, because FSDP accepts no others, such as channels-last ones."""
+    """Make parameters contiguous, because FSDP accepts no others, such as channels-last ones; and expanded buffers,
+    because loading cannot write to them."""
     for parameter in module.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
+    for buffer in module.buffers():
+        if buffer.layout is torch.strided and 0 in buffer.stride():
+            buffer.data = buffer.data.contiguous()
+
+
+def _local_batch_norms(module: nn.Module) -> None:
+    """Make `nn.SyncBatchNorm` compute as `nn.BatchNorm2d`, whose statistics are those of the global batch anyway."""
+    for part in module.modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            part.__dict__["forward"] = MethodType(nn.modules.batchnorm._BatchNorm.forward, part)
 
 
 def _single_loss(output: Any) -> Tensor:
-    """The scalar loss in a module's output: the tensor itself, `output.loss`, `output["loss"]`, or `output[0]`."""
+    """The scalar loss in a module's output: the tensor itself, `output.loss`, `output["loss"]`, or that of a tuple."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):
         return output["loss"]
     if hasattr(output, "loss"):
         return output.loss
-    return output[0]
+    scalars = [one for one in output if isinstance(one, Tensor) and one.ndim == 0]
+    return scalars[0] if len(scalars) == 1 else output[0]
 
 
 def _kind(output: Any) -> str:

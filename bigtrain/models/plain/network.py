@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigtrain.config import UserError
 from bigtrain.models.contract import Batch, Init, LossSum
 from bigtrain.models.plain.across import AllRanks, OneProcess, across
+from bigtrain.models.plain.calling import call, knowing_target, with_ignored_targets
 from bigtrain.models.plain.draws import Draws, drawing
 from bigtrain.models.plain.facts import Facts, attributes
 from bigtrain.models.plain.module import PlainModel, as_sums, autocast, look_up_in
@@ -22,8 +24,6 @@ from bigtrain.models.plain.module import PlainModel, as_sums, autocast, look_up_
 if TYPE_CHECKING:
     from bigtrain.models.plain.family import PlainConfig
 
-IGNORED = -100
-"""Value of a target that does not count, as in torch's own losses."""
 EXTRA_BYTES = 16384
 """Maximum size of the `get_extra_state` of one module, as JSON, in bytes."""
 
@@ -40,15 +40,18 @@ class Network(nn.Module):
         self.part: str | None = next(iter(config.parts), None)
         """The part whose loss a pass computes, given to the model as `batch["part"]`; None if it has no parts."""
         self._compute_dtype = torch.float32
-        self._kept = _parameters_in_lists(network)
         self.is_shared = False
         """Whether several ranks take part in a step; the engine sets it."""
         self._empty = False
         self._before: dict[str, Tensor] = {}
         self._after: dict[str, Tensor] = {}
         self._extra_before: dict[str, Any] = {}
+        self.weight: Tensor | None = None
+        """If `facts.scale_matters`, the sum of weights over the ranks by which the last pass divided its gradients."""
         self.gradient_hooks = _taken_hooks(network)
         """Gradient hooks, by parameter name; each gets and returns the gradient of the global batch's mean loss."""
+        self.own_buffers = tuple(name for name, _ in network.named_buffers())
+        """Names of the buffers that `__init__` registered; forward may add tables that it caches."""
         self.reached: set[str] = set()
         """Names of the parameters used in a pass since the last step; only recorded if `facts.by_data`."""
 
@@ -87,12 +90,13 @@ class Network(nn.Module):
         modules = dict(self.network.named_modules())
         own = getattr(self.network, "blocks", None)
         listed = [name for name, _ in own()] if isinstance(self.network, PlainModel) and callable(own) else None
-        kept = {parameter for _, _, parameter in self._kept}
-        return [
-            (name, modules[name])
-            for name in (self.facts.blocks if listed is None else listed)
-            if name in self.facts.blocks and not kept.intersection(modules[name].parameters())
-        ]
+        names = self.facts.blocks if listed is None else listed
+        return [(name, modules[name]) for name in names if name in self.facts.blocks]
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Names of parameters that are not sharded, because other objects than modules hold them."""
+        return self.facts.held
 
     def initialisers(self) -> dict[str, Init]:
         """The module's own initialisation rules; empty if it has none (see `has_rules`)."""
@@ -100,17 +104,14 @@ class Network(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         """The sums of losses and weights of one micro-batch."""
-        self._relink()
         if self.part is not None:
             batch = {**batch, "part": cast(Any, self.part)}
-        if self._takes_batch:
-            with autocast(self.network, self._compute_dtype):
-                result: Any = self.network(batch)
-        else:
-            batch = _with_ignored_targets(batch) if self._config.loss_is == "mean" else batch
-            arguments = self._config.inputs(batch)
-            with autocast(self.network, self._compute_dtype):
-                result = _call(self.network, arguments, batch, self.where)
+        ignored = self._config.ignored_target
+        if self._config.loss_is == "mean":
+            batch = with_ignored_targets(batch, ignored)
+        arguments = self._config.inputs(batch)
+        with autocast(self.network, self._compute_dtype), knowing_target(ignored, self.where):
+            result = call(self.network, arguments, batch, self.where)
         sums = self._sums(result, batch)
         if self._empty:
             # This rank has only a filler. It must not count, even if the loss ignores weights.
@@ -120,12 +121,17 @@ class Network(nn.Module):
             self._after = {name: named[name].clone() for name in self.facts.moving}
         if self.facts.by_data and self.is_shared and torch.is_grad_enabled():
             sums = LossSum(self._with_all_parameters(sums.loss), *sums[1:])
+        if self.facts.scale_matters and self.training and torch.is_grad_enabled():
+            sums = LossSum(self._as_mean_in_backward(sums), *sums[1:])
         return sums
 
-    @property
-    def _takes_batch(self) -> bool:
-        names = list(inspect.signature(self.network.forward).parameters)
-        return names == ["batch"]
+    def _as_mean_in_backward(self, sums: LossSum) -> Tensor:
+        """The sum of losses, whose backward pass is that of the mean over all ranks, as in plain torch. Collective."""
+        self.weight = sums.weight.detach().float().clone()
+        if self.is_shared:
+            dist.all_reduce(self.weight)
+        self.weight = torch.where(self.weight == 0, 1.0, self.weight)
+        return cast(Tensor, _Divided.apply(sums.loss, self.weight))
 
     def _sums(self, result: Any, batch: Batch) -> LossSum:
         if _are_sums(result):
@@ -133,11 +139,6 @@ class Network(nn.Module):
         if isinstance(self.network, PlainModel):
             return as_sums(result, self.where)
         return self._config.as_loss_sum(result, batch, self.where)
-
-    def _relink(self) -> None:
-        """Replace parameters in the module's lists and dicts by those that FSDP has gathered."""
-        for (container, key), (module, name), _ in self._kept:
-            container[key] = getattr(module, name)
 
     # Calls of the engine during a step.
 
@@ -154,6 +155,13 @@ class Network(nn.Module):
             passes: Number of micro-batches of the step.
         """
         facts = self.facts
+        if facts.scale_matters and passes > 1:
+            raise UserError(
+                "A hook that changes gradients by their size needs each rank's part of a batch in one pass, but a step "
+                f"has {passes} passes",
+                "layout.micro_size",
+                f"Set layout.micro_size to {passes * len(batch['keys'])} or more, or remove it; or use more ranks.",
+            )
         self._keep_state(number)
         self._empty = rows == 0
         with ExitStack() as stack:
@@ -164,7 +172,10 @@ class Network(nn.Module):
             if facts.draws:
                 stack.enter_context(drawing(Draws(batch["keys"], facts.fixed, facts.second)))
             yield
-        # A block that is recomputed in the backward pass has changed its buffers a second time.
+        self.undo_recomputation()
+
+    def undo_recomputation(self) -> None:
+        """Restore buffers that a block recomputed in the backward pass has changed a second time."""
         self._put_back(self._after)
         self._after = {}
 
@@ -180,15 +191,14 @@ class Network(nn.Module):
         if number == 0:
             named = dict(self.named_buffers())
             self._before = {name: named[name].clone() for name in self.facts.moving if name in named}
-            self._extra_before = {name: module.get_extra_state() for name, module in self._with_extra_state()}
+            self._extra_before = self.copied_extra_state()
             return
         self._put_back(self._before)
-        for name, module in self._with_extra_state():
-            module.set_extra_state(self._extra_before[name])
+        self.set_extra_state_of_modules(self._extra_before)
 
     @torch.no_grad()
     def take_back_where(self, bad: Tensor) -> None:
-        """Restore the buffers to their values before the step, if its loss or gradient was not finite.
+        """Restore buffers and extra states to those before the step, if its loss or gradient was not finite.
 
         Args:
             bad: Boolean scalar on the device, true if the step must be undone.
@@ -197,6 +207,9 @@ class Network(nn.Module):
         for name, value in self._before.items():
             named[name].copy_(torch.where(bad, value, named[name]))
         self._before = {}
+        if self._extra_before and bool(bad):
+            self.set_extra_state_of_modules(self._extra_before)
+        self._extra_before = {}
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """The loss, with zero gradients for parameters that this pass has not used, so that all ranks reduce the same
@@ -207,29 +220,64 @@ class Network(nn.Module):
         missing = [parameter for parameter in trained.values() if parameter not in leaves]
         return cast(Tensor, _Touch.apply(loss, *missing)) if missing else loss
 
+    def with_after_step(self) -> Iterator[Any]:
+        """The modules that define `after_step`."""
+        return (module for module in self.network.modules() if callable(getattr(module, "after_step", None)))
+
+    def after_step(self) -> None:
+        """Call `after_step` of each module that defines it, in the order of `named_modules()`.
+
+        Raises:
+            UserError: It changes whether a parameter is trained.
+        """
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        for module in self.with_after_step():
+            module.after_step()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad != trained.get(name):
+                raise UserError(
+                    f"after_step() changes requires_grad of '{name}', but the optimizer is made before the first step",
+                    self.where,
+                    "Let it require a gradient from the start, and until then call detach() on what forward() computes "
+                    'with it, by batch["step"]: a parameter without a gradient is not updated.',
+                )
+
     # State beside parameters and buffers.
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
-        own = nn.Module.get_extra_state
-        return [(name, part) for name, part in self.network.named_modules() if type(part).get_extra_state is not own]
+        return with_extra_state(self.network)
+
+    def copied_extra_state(self) -> dict[str, Any]:
+        """A copy of the `get_extra_state` of each module: what it returns may be the state itself."""
+        return {name: copy.deepcopy(module.get_extra_state()) for name, module in self._with_extra_state()}
+
+    def set_extra_state_of_modules(self, states: Mapping[str, Any]) -> None:
+        """Set the modules' extra states to copies of these, as `copied_extra_state` returns them."""
+        for name, module in self._with_extra_state():
+            module.set_extra_state(copy.deepcopy(states[name]))
 
     def extra_state(self) -> dict[str, Tensor]:
         """The `get_extra_state` of each module, as uint8 tensors of equal size, to be saved or loaded in place.
 
         Raises:
-            UserError: An extra state is not JSON-serialisable, or longer than `EXTRA_BYTES`.
+            UserError: JSON cannot represent an extra state, or changes it, or it is longer than `EXTRA_BYTES`.
         """
         self._extra = {}
         for name, module in self._with_extra_state():
+            value = _plain(module.get_extra_state())
             try:
-                data = json.dumps(_plain(module.get_extra_state())).encode()
+                data = json.dumps(value).encode()
+                why = "" if _survives(value, json.loads(data)) else f"{value!r} would be loaded as {json.loads(data)!r}"
             except TypeError as error:
+                why = str(error)
+            if why:
                 raise UserError(
                     f"get_extra_state() of '{name or type(module).__name__}' returns a value that JSON cannot "
-                    f"represent: {error}",
+                    f"represent: {why[:300]}",
                     self.where,
-                    "Return numbers, texts, lists and dicts of them; keep tensors in buffers.",
-                ) from None
+                    "Return numbers, texts, lists, and dicts whose keys are texts; convert them in set_extra_state(). "
+                    "Keep tensors in buffers.",
+                )
             if len(data) > EXTRA_BYTES:
                 raise UserError(
                     f"get_extra_state() of '{name}' returns {len(data)} bytes, more than {EXTRA_BYTES}",
@@ -241,9 +289,27 @@ class Network(nn.Module):
 
     def take_extra_state(self) -> None:
         """Set the modules' extra states from the tensors of the last `extra_state`, after they were loaded."""
-        for name, module in self._with_extra_state():
-            if name in self._extra:
-                module.set_extra_state(json.loads(self._extra[name].numpy().tobytes().decode()))
+        load_extra_state(self.network, self._extra)
+
+
+def with_extra_state(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that define `get_extra_state`, with their qualified names."""
+    own = nn.Module.get_extra_state
+    return [(name, part) for name, part in network.named_modules() if type(part).get_extra_state is not own]
+
+
+def load_extra_state(network: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Set the modules' extra states.
+
+    Args:
+        saved: By qualified name, the tensors of `Network.extra_state`, without their prefix.
+    """
+    for name, module in with_extra_state(network):
+        if name in saved:
+            value = json.loads(saved[name].numpy().tobytes().decode())
+            now = module.get_extra_state()
+            is_tensor = isinstance(now, Tensor)
+            module.set_extra_state(torch.tensor(value, dtype=now.dtype, device=now.device) if is_tensor else value)
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -272,6 +338,19 @@ def moved(module: nn.Module, device: torch.device) -> None:
         for name, value in attributes(part).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 vars(part)[name] = value.to(device)
+
+
+class _Divided(torch.autograd.Function):
+    """Returns its first argument; the gradient is divided by the second."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.weight, None
 
 
 class _Touch(torch.autograd.Function):
@@ -314,46 +393,19 @@ def _taken_hooks(network: nn.Module) -> dict[str, list[Any]]:
     return found
 
 
-def _parameters_in_lists(network: nn.Module) -> list[tuple[tuple[Any, Any], tuple[nn.Module, str], nn.Parameter]]:
-    """Registered parameters that modules also keep in lists or dicts.
-
-    Each entry is (container, key), (owning module, parameter name), parameter.
-    """
-    owners = {
-        parameter: (module, name)
-        for module in network.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    found = []
-    for module in network.modules():
-        for value in attributes(module).values():
-            pairs: Collection[tuple[Any, Any]] = ()
-            if isinstance(value, list):
-                pairs = list(enumerate(value))
-            elif isinstance(value, dict):
-                pairs = list(value.items())
-            found += [
-                ((value, key), owners[held], held)
-                for key, held in pairs
-                if isinstance(held, nn.Parameter) and held in owners
-            ]
-    return found
-
-
-def _with_ignored_targets(batch: Batch) -> Batch:
-    """Replace targets of weight zero by -100, which torch's losses exclude from a mean.
-
-    If all weights are zero, targets stay unchanged, because the mean would be NaN.
-    """
-    if "targets" not in batch:
-        return batch
-    counts = batch["weights"] > 0
-    counts = counts | ~counts.any()
-    return {**batch, "targets": torch.where(counts, batch["targets"], IGNORED)}
-
-
 def _are_sums(result: Any) -> bool:
     return isinstance(result, LossSum)
+
+
+def _survives(value: Any, loaded: Any) -> bool:
+    """Whether JSON has returned a value unchanged: tuples, keys that are no texts and counters are not."""
+    if isinstance(value, (int, float)):
+        return bool(value == loaded) or (value != value and loaded != loaded)
+    if type(value) is dict and type(loaded) is dict:
+        return value.keys() == loaded.keys() and all(_survives(one, loaded[key]) for key, one in value.items())
+    if type(value) is list and type(loaded) is list:
+        return len(value) == len(loaded) and all(map(_survives, value, loaded))
+    return type(value) is type(loaded) and bool(value == loaded)
 
 
 def _plain(value: Any) -> Any:
@@ -362,46 +414,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return value
-
-
-_SAMPLES = ("x", "input", "inputs")
-_ANSWERS = ("y", "target", "targets", "label", "labels")
-
-
-def _call(network: nn.Module, arguments: Any, batch: Batch, where: str) -> Any:
-    """Call a module with the result of `Config.inputs`; if that is None, with arguments from the batch by name."""
-    if isinstance(arguments, Mapping):
-        return network(**arguments)
-    if isinstance(arguments, tuple):
-        return network(*arguments)
-    if arguments is not None:
-        return network(arguments)
-    return network(**by_name(network, batch, where))
-
-
-def by_name(network: nn.Module, batch: Batch, where: str) -> dict[str, Tensor]:
-    """The arguments of a module's forward, taken from the batch by name; x means the sample, y its target.
-
-    Raises:
-        UserError: The batch has no array for a required argument.
-    """
-    beside = ("weights", "keys", "step", "part", "sources", "labels", "targets")
-    sample = next(name for name in ("tokens", "images", *batch) if name in batch and name not in beside)
-    answer = next((name for name in ("targets", "labels") if name in batch), None)
-    found: dict[str, Tensor] = {}
-    for name, parameter in inspect.signature(network.forward).parameters.items():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            continue
-        if name in batch:
-            found[name] = batch[name]
-        elif parameter.default is parameter.empty and name in _SAMPLES:
-            found[name] = batch[sample]
-        elif parameter.default is parameter.empty and name in _ANSWERS and answer is not None:
-            found[name] = batch[answer]
-        elif parameter.default is parameter.empty:
-            raise UserError(
-                f"forward() takes an argument '{name}', but the batch has {', '.join(batch)}",
-                where,
-                "Define inputs(self, batch) in Config, which returns the arguments of forward().",
-            )
-    return found

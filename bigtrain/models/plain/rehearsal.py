@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigtrain.models.plain.across import differing_uses
+
 T = TypeVar("T")
 
 
@@ -60,8 +62,8 @@ class _Stage:
             np.random.set_state(state[1])
             random.setstate(state[2])
             given = self._given[number]
-            if len(given) < self._ranks:
-                raise RuntimeError("another rank does not take part in this sum")
+            if len(given) < self._ranks or len({one.shape for one in given.values()}) > 1:
+                raise differing_uses()
             total = given[0]
             for other in range(1, self._ranks):
                 total = total + given[other]

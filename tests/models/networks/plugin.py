@@ -15,6 +15,7 @@ from bigtrain.models.plain import Batch, PlainConfig, gather_batch, pixels, sum_
 
 sys.path.insert(0, str(Path(__file__).parent))
 import authors
+import further_authors
 import more_authors
 
 SIZE = 14
@@ -301,3 +302,52 @@ class VQVAE(Flat):
     def loss(self, output: Any, batch: Batch) -> Tensor:
         made, commitment = output
         return (made - pixels(batch).flatten(1)).square().mean(1) + 0.25 * commitment
+
+
+class ClippedRNN(Digits):
+    arch: Literal["clipped"] = "clipped"
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return further_authors.ClippedRNN(SIZE, vocab_size)
+
+
+class Functional(Flat):
+    arch: Literal["functional"] = "functional"
+    network: ClassVar[Any] = further_authors.Functional
+
+
+class SyncNorm(Digits):
+    arch: Literal["sync_norm"] = "sync_norm"
+    network: ClassVar[Any] = further_authors.SyncNorm
+
+
+class Equilibrium(Flat):
+    arch: Literal["equilibrium"] = "equilibrium"
+    network: ClassVar[Any] = further_authors.Equilibrium
+
+
+class RevNet(Flat):
+    arch: Literal["revnet"] = "revnet"
+    network: ClassVar[Any] = further_authors.RevNet
+
+
+class Transcriber(PlainConfig):
+    data_kind: ClassVar[DataKind] = "arrays"
+    arch: Literal["ctc"] = "ctc"
+
+    @property
+    def sample_arrays(self) -> dict[str, tuple[int, ...]]:
+        return {"x": (9, 4), "text": (3,)}
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return further_authors.Transcriber(4, 5)
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        text = 1 + (batch["text"] * 4).long().clamp(0, 3)
+        time, count, _ = output.shape
+        return F.ctc_loss(output, text, torch.full((count,), time), torch.full((count,), 3), reduction="none")
+
+
+class RandomFeatures(Flat):
+    arch: Literal["random_features"] = "random_features"
+    network: ClassVar[Any] = further_authors.RandomFeatures

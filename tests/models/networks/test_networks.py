@@ -32,9 +32,15 @@ DRAWS = {
 """Whose draws in forward are keyed, so that plain torch, which draws otherwise, gives other losses."""
 MOVED_TWICE = {"densenet"}
 """Whose running statistics plain torch moves again where torch.utils.checkpoint computes them again."""
-BY_SLOW_TESTS = {"seq2seq", "tagger", "capsules", "fixed_graph", "vqvae", "lstm", "vae", "lenet"}
+BY_SLOW_TESTS = {
+    "seq2seq", "tagger", "capsules", "fixed_graph", "vqvae", "lstm", "vae", "lenet", "sync_norm", "equilibrium",
+    "revnet", "ctc",
+}  # fmt: skip
 """Which the fast tests do not train; some of them are much like bigtrain's own."""
-COUPLED = {"resnet", "clip", "densenet", "instance_norm", "graph", "vqvae", "families.clip", "families.resnet"}
+COUPLED = {
+    "resnet", "clip", "densenet", "instance_norm", "graph", "vqvae", "families.clip", "families.resnet", "clipped",
+    "sync_norm",
+}  # fmt: skip
 """That need a rank's part of a batch in one pass."""
 AGREES, LAYOUTS_AGREE = 1e-5, 1e-4
 """Relative above 1, in FP32: sums are taken in another order."""
@@ -108,7 +114,7 @@ def test_recompute_meets_the_draws_of_the_first_pass(ranks: RankPool, alone: dic
     assert _faults({arch: alone[arch] for arch in archs}, found[0]) == {}
 
 
-@pytest.mark.parametrize("arch", ["resnet", "clip"])
+@pytest.mark.parametrize("arch", ["resnet", "clip", "clipped"])
 def test_what_couples_a_batch_is_refused_in_several_passes_with_a_size_that_works(ranks: RankPool, arch: str) -> None:
     with pytest.raises(RankError, match=r"one pass, but a step has 3 passes[\s\S]*micro_size to 6 or more"):
         ranks.run(training.train, [arch], 2, ranks=1)
@@ -120,6 +126,12 @@ def test_resumed_they_are_the_undisturbed_run_to_the_bit(ranks: RankPool, everyt
     for arch, (losses, state) in everything.items():
         assert resumed[arch][0] == losses, arch
         assert all(torch.equal(value, resumed[arch][1][name]) for name, value in state.items()), arch
+
+
+@pytest.mark.parametrize("arch", ["counting", "random_features"])
+def test_a_loaded_module_has_extra_state_and_the_tables_of_init(ranks: RankPool, arch: str) -> None:
+    trained, loaded = ranks.run(training.loss_of_a_loaded_copy, arch, ranks=1)[0]
+    assert abs(trained - loaded) <= AGREES
 
 
 class Linear(PlainConfig):

@@ -19,6 +19,7 @@ from bigtrain.engines.fsdp.config import FSDPConfig
 from bigtrain.models.config import FAMILIES
 from bigtrain.models.contract import LossSum
 from bigtrain.models.plain.family import example_batch
+from bigtrain.models.plain.network import load_extra_state
 from bigtrain.optim.optimizers.adamw import AdamWConfig
 from bigtrain.parallel.config import LayoutConfig
 from bigtrain.parallel.mesh import Ranks
@@ -170,6 +171,27 @@ def _plant(fault: str) -> Callable[[], None]:
     right = place.__dict__[name]
     setattr(place, name, wrong)
     return lambda: setattr(place, name, right)
+
+
+def loss_of_a_loaded_copy(arch: str) -> tuple[float, float]:
+    """The loss of an evaluation after two steps, and that of the module that `bigtrain.load` builds from the state."""
+    config = config_of(arch)
+    engine = engine_of(config)
+    for step in range(2):
+        engine.train_step(step, own_part(global_batch(config, step), 0, 1, None), LR)
+    arrays = global_batch(config, 99)
+    loss, weight = engine.evaluate(iter([[arrays]])).sums
+    saved = {name: x.detach().clone() for name, x in engine.state().items()}
+    torch.manual_seed(1234)
+    module = config.build_to_load(VOCABULARY, SEED).eval()
+    module.load_state_dict(
+        {n.removeprefix("model."): x for n, x in saved.items() if n.startswith("model.")}, strict=False
+    )
+    load_extra_state(module, {n.removeprefix("extra."): x for n, x in saved.items() if n.startswith("extra.")})
+    batch: dict[str, Any] = {name: torch.from_numpy(x) for name, x in arrays.items()}
+    with torch.no_grad():
+        losses = config.loss(module(config.inputs(batch)), batch)
+    return loss / weight, float((losses * batch["weights"]).sum() / batch["weights"].sum())
 
 
 def train_with_fault(arch: str, fault: str) -> Any:
