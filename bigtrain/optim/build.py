@@ -7,9 +7,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from bigtrain.config import UserError, nearest
 from bigtrain.optim.config import OptimizerConfig, ParameterGroup
+
+_LISTS = ("params", "names")
 
 
 def build_optimizer(
@@ -31,7 +34,7 @@ def parameter_groups(
     all_names: Collection[str] | None = None,
     lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Torch parameter groups: one for each combination of lr_scale and weight_decay.
+    """Torch parameter groups: one for each combination of lr_scale and weight_decay; two if only some are sharded.
 
     Parameters that are frozen or need no gradient are in no group. If no given parameter is trained, the result is a
     single group without parameters.
@@ -82,7 +85,22 @@ def parameter_groups(
         )
     # All parameters of a pipeline stage may be frozen, and torch cannot build an optimizer without a parameter group.
     nothing = {"params": [], "names": [], "lr": config.lr, "lr_scale": 1.0, "weight_decay": 0.0}
-    return list(groups.values()) or [nothing]
+    return [part for group in groups.values() for part in _of_one_kind(group)] or [nothing]
+
+
+def _of_one_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group, divided in two if it has both sharded and unsharded tensors, which torch's kernels do not take together.
+
+    Unsharded scalars stay: torch takes them as replicated.
+    """
+    sharded = [isinstance(parameter, DTensor) for parameter in group["params"]]
+    fits = [is_sharded or parameter.ndim == 0 for is_sharded, parameter in zip(sharded, group["params"], strict=True)]
+    if not any(sharded) or all(fits):
+        return [group]
+    return [
+        {**group, **{key: [one for one, fit in zip(group[key], fits, strict=True) if fit is wanted] for key in _LISTS}}
+        for wanted in (True, False)
+    ]
 
 
 def is_frozen(config: OptimizerConfig, name: str) -> bool:
