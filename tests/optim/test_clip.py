@@ -160,8 +160,20 @@ LAYOUTS = {
     "deepspeed 3": How(2, {}, {"name": "deepspeed", "zero": 3}),
 }
 QUICK = {("value", "dp2"), ("adaptive", "dp2")}
+BY_HAND = {("value", "hsdp2x2"), ("value", "dp2 x tp2"), ("value", "deepspeed 2")} | {
+    ("soft", layout) for layout in LAYOUTS if layout != "dp2"
+}
+
+
+def tier(kind: str, layout: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Elementwise kinds meet one code path at every layout, of which CI needs a few."""
+    if (kind, layout) in QUICK:
+        return ()
+    return (pytest.mark.exhaustive if (kind, layout) in BY_HAND else pytest.mark.slow,)
+
+
 ROWS = [
-    pytest.param(kind, layout, marks=() if (kind, layout) in QUICK else pytest.mark.slow)
+    pytest.param(kind, layout, marks=tier(kind, layout))
     for kind in KINDS
     for layout in LAYOUTS
     if (kind, layout.partition(" ")[0]) != ("adaptive", "deepspeed")

@@ -320,7 +320,7 @@ class _Passes:
         return self._result(network, result)
 
     def _as_mean(self, result: LossSum) -> Tensor:
-        """The loss of a part as it counts in the mean of the whole batch, whose gradient hooks may see."""
+        """The loss of a part as it counts in the mean of the complete batch, whose gradient hooks may see."""
         return result.loss / (self._weight or float(result.weight) or 1.0)
 
     def _draws(self, batch: Batch, constant: bool) -> Draws:
