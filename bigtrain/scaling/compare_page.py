@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bigtrain.scaling.runs.numbers import count, nats
-from bigtrain.tracking.page import Chart, Fact, Mark, Page, Series
+from bigtrain.tracking.page import Chart, Fact, Page, Series
 
 COSTS = {"flops": "FLOPs", "tokens": "tokens", "time": "measured time"}
 
@@ -43,11 +43,11 @@ def compare_page(found: dict[str, Any]) -> str:
             Series("a cell of the ladder", flops, [point["multiplier"] for point in points], 1, points=True),
             Series("over the ladder, 95 %", ends, [ladder["value"]] * 2, 2, band=band),
             Series("equal", ends, [1.0, 1.0], 3, dashed=True),
-        ], "times", COSTS[found["cost"]], wide=True, log_x=True, value_format=".3f"),
+        ], "times", "FLOPs", wide=True, log_x=True, value_format=".3f"),
         Chart("Loss", [
             Series(first, flops, [point["loss"][0] for point in points], 3, points=True),
             Series(second, flops, [point["loss"][1] for point in points], 2, points=True),
-        ], "nats per token", COSTS[found["cost"]], [Mark(ends[1], "largest")], wide=True, log_x=True, log_y=True,
+        ], "nats per token", "FLOPs", wide=True, log_x=True, log_y=True,
             value_format=".5f"),
     ])  # fmt: skip
     made.table(
