@@ -37,17 +37,18 @@ def compare_page(found: dict[str, Any]) -> str:
         made.note(f"{found['advice'][0].upper()}{found['advice'][1:]}.")
     flops = [point["flops"] for point in points]
     ends = [flops[0], flops[-1]]
+    axis = "measured time" if found["cost"] == "time" else "FLOPs"
     band = ([ladder["interval"][0]] * 2, [ladder["interval"][1]] * 2)
     made.charts([
         Chart("Multiplier by run", [
             Series("a cell of the ladder", flops, [point["multiplier"] for point in points], 1, points=True),
             Series("over the ladder, 95 %", ends, [ladder["value"]] * 2, 2, band=band),
             Series("equal", ends, [1.0, 1.0], 3, dashed=True),
-        ], "times", "FLOPs", wide=True, log_x=True, value_format=".3f"),
+        ], "times", axis, wide=True, log_x=True, value_format=".3f"),
         Chart("Loss", [
             Series(first, flops, [point["loss"][0] for point in points], 3, points=True),
             Series(second, flops, [point["loss"][1] for point in points], 2, points=True),
-        ], "nats per token", "FLOPs", wide=True, log_x=True, log_y=True,
+        ], "nats per token", axis, wide=True, log_x=True, log_y=True,
             value_format=".5f"),
     ])  # fmt: skip
     made.table(
