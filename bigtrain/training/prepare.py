@@ -355,7 +355,7 @@ def _check_fit(config: RunConfig, sources: Sources, held_out: Sources | None) ->
     if model.follows_mup:
         config.optimizer.check_mup()
     for optimizer in (config.optimizer, *map(config.optimizer.of_part, config.optimizer.parts)):
-        if hasattr(optimizer, "plugin"):
+        if optimizer.plugin is not None:
             check_zero_state(optimizer)
     for callback in config.callbacks:
         callback.check(config.engine)
