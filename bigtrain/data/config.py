@@ -184,7 +184,7 @@ class StreamingConfig(Section):
 
     threads: Annotated[int, Ge(1)] | None = None
     """Threads of each rank that decode and augment images; null: one per core of the rank, at most 16, and only one if
-    images have fewer than 64 x 64 pixels."""
+    images have fewer than 128 x 128 pixels."""
 
     cache: Annotated[Bytes, Field(ge=1)] = 20 * 10**9
     """Maximum size of fetched shards on this machine's disk ("20 GB"), over all ranks and runs."""

@@ -11,7 +11,7 @@ from bigtrain.hardware.this_machine import available_cores
 
 MOST: Final = 16
 """Maximum number of threads. With more threads, the GIL is the limit."""
-WORTH_THREADS: Final = 64 * 64
+WORTH_THREADS: Final = 128 * 128
 """Pixels of an image below which threads do not help, because most of the time is spent holding the GIL."""
 _PARTS: Final = 4
 """Tasks per thread, so that no thread waits long for the slowest one."""

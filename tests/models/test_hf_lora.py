@@ -217,8 +217,9 @@ def test_exports_are_what_peft_reads_and_what_it_merges(
     assert max((by_peft[name] - value).abs().max() for name, value in merged.state_dict().items()) < MERGED
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("fsdp2", marks=pytest.mark.exhaustive), pytest.param("zero2", marks=pytest.mark.slow)]
+)
 def test_a_run_moves_adapters_alone_resumes_to_the_bit_and_is_exported(
     strategy: str, models: Callable[[str], Path], tmp_path: Path, text_shards: Path, write_config: Callable[..., Path],
     bigtrain: Callable[..., Any], ranks: RankPool,
