@@ -50,14 +50,14 @@ LAYOUTS = {
 WHOLE = {"sequence_parallel": False, "loss_parallel": False}
 TOGETHER = {
     **{
-        f"ZeRO {stage}, tp2 x dp2 with {recompute} recompute, nothing shared besides": zero(
+        f"ZeRO {stage}, tp2 x dp2 with {recompute} recompute, plain tensor parallel": zero(
             4, stage, offload="optimizer" if stage else "none", recompute=recompute, tp=2, **WHOLE
         )
         for stage in range(4)
         for recompute in ("full", "selective")
     },
     **{
-        f"ZeRO {stage}, tp2 x pp2 with {recompute} recompute, nothing shared besides": zero(
+        f"ZeRO {stage}, tp2 x pp2 with {recompute} recompute, plain tensor parallel": zero(
             4, stage, recompute=recompute, tp=2, pp=2, **WHOLE
         )
         for stage in range(2)

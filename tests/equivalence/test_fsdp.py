@@ -93,19 +93,19 @@ TOGETHER = {
     "pp2 interleaved x hsdp2": How(4, {**INTERLEAVED, "dp_replicate": 2}),
     "pp2 zero bubble x hsdp2": How(4, {**ZERO_BUBBLE, "dp_replicate": 2}),
     "tp2 x pp2 without sequence parallel": How(4, {"tp": 2, "pp": 2, "sequence_parallel": False}),
-    "tp2 x cp2 ulysses x pp2 interleaved with recompute, nothing shared besides": How(
+    "tp2 x cp2 ulysses x pp2 interleaved with recompute, plain tensor parallel": How(
         8, {"tp": 2, "cp": 2, **INTERLEAVED, **WHOLE}, {"recompute": "full"}
     ),
-    "tp2 x cp2 ulysses x pp2 zero bubble, nothing shared besides": How(8, {"tp": 2, "cp": 2, **ZERO_BUBBLE, **WHOLE}),
+    "tp2 x cp2 ulysses x pp2 zero bubble, plain tensor parallel": How(8, {"tp": 2, "cp": 2, **ZERO_BUBBLE, **WHOLE}),
     "tp2 x cp2 all_gather x pp2 zero bubble with the head gathered": How(
         8, {"tp": 2, "cp": 2, "cp_kind": "all_gather", **ZERO_BUBBLE, "loss_parallel": False}
     ),
-    "tp2 x pp2 interleaved with selective recompute, nothing shared besides": How(
+    "tp2 x pp2 interleaved with selective recompute, plain tensor parallel": How(
         4, {"tp": 2, **INTERLEAVED, **WHOLE}, {"recompute": "selective"}
     ),
     "tp2 with selective recompute, compiled": How(2, {"tp": 2}, {"recompute": "selective", "compile": True}),
     "pp2 interleaved, compiled": How(2, INTERLEAVED, {"compile": True}),
-    "tp2 x hsdp2 with recompute, nothing shared besides, compiled": How(
+    "tp2 x hsdp2 with recompute, plain tensor parallel, compiled": How(
         4, {"tp": 2, "dp_replicate": 2, **WHOLE}, {"recompute": "full", "compile": True}
     ),
 }
