@@ -104,7 +104,7 @@ def predict_curve(
             continue
         for part in NOISE_PARTS:
             variances = 1 - part + part * middle / counts
-            errors = _left_out(design, ratios, variances, trunk)
+            errors = _excluded_errors(design, ratios, variances, trunk)
             known = np.isfinite(errors)
             # The Gaussian likelihood of the errors of excluded trunks, with a variance for each share.
             scale = _rms(errors)
@@ -121,7 +121,7 @@ def predict_curve(
     covered = np.isfinite(texts) & np.isfinite(errors) & (share > 0)
     if covered.any():
         ratios = ratios - share * np.nan_to_num(texts)
-        without = _left_out(design, ratios, variances, trunk)
+        without = _excluded_errors(design, ratios, variances, trunk)
         narrow = min(
             float(_rms((without / scale)[covered][:, None])[0] / _rms((errors / scale)[covered][:, None])[0]), 1.0
         )
@@ -205,7 +205,7 @@ def _polynomial(points: FloatArray, powers: Sequence[tuple[int, int]]) -> FloatA
     return np.column_stack([np.ones(len(points)), *columns])
 
 
-def _left_out(
+def _excluded_errors(
     design: FloatArray, ratios: FloatArray, variances: FloatArray, trunk: npt.NDArray[np.int64]
 ) -> FloatArray:
     """Errors of each run, predicted without its trunk, over the square root of its relative variance; (n, shares)."""
@@ -239,7 +239,7 @@ def _fit_at(
 
 
 def _typical_leverage(design: FloatArray, variances: FloatArray, trunk: npt.NDArray[np.int64]) -> float:
-    """Mean variance of the prediction of a excluded run, over its own variance."""
+    """Mean variance of the prediction of an excluded run, over its own variance."""
     found = []
     for number in np.unique(trunk):
         own, rest = trunk == number, trunk != number
