@@ -24,6 +24,7 @@ class Config(PlainConfig):
 
     data_kind: ClassVar[DataKind] = "images"
     parts: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
+    later_keys: ClassVar[frozenset[str]] = frozenset(["hidden"])
 
     arch: Literal["dcgan"] = "dcgan"
     image_size: Annotated[int, Gt(0), MultipleOf(4)] = 28
@@ -34,6 +35,9 @@ class Config(PlainConfig):
     """Number of channels of the largest feature maps; the smaller ones have twice as many."""
     latent: Annotated[int, Ge(1)] = 64
     """Length of the noise vector from which an image is generated."""
+    hidden: Annotated[int, Ge(0)] = 0
+    """Width of a dense layer after the noise and of one before the score, which the authors' code for digits has; 0: no
+    such layers, as in the paper."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -68,7 +72,7 @@ class DCGAN(nn.Module):
         size, width = config.image_size // 4, config.width
         self.latent = config.latent
         self.generator = nn.Sequential(
-            nn.ConvTranspose2d(config.latent, 2 * width, size, bias=False),
+            *_first_maps(config.latent, config.hidden, 2 * width, size),
             *(nn.BatchNorm2d(2 * width), nn.ReLU()),
             nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False),
             *(nn.BatchNorm2d(width), nn.ReLU()),
@@ -77,12 +81,12 @@ class DCGAN(nn.Module):
         self.discriminator = nn.Sequential(
             *(nn.Conv2d(config.channels, width, 4, 2, 1), nn.LeakyReLU(0.2)),
             *(nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)),
-            *(nn.Conv2d(2 * width, 1, size), nn.Flatten(0)),
+            *_score(2 * width, size, config.hidden),
         )
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor, part: str) -> tuple[Tensor, ...]:
@@ -93,3 +97,23 @@ class DCGAN(nn.Module):
         with torch.no_grad():
             made = self.generator(noise)
         return self.discriminator(made), self.discriminator(images)
+
+
+def _first_maps(latent: int, hidden: int, maps: int, size: int) -> list[nn.Module]:
+    """Modules from noise (B, latent, 1, 1) to feature maps (B, maps, size, size)."""
+    if not hidden:
+        return [nn.ConvTranspose2d(latent, maps, size, bias=False)]
+    return [
+        *(nn.Flatten(), nn.Linear(latent, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()),
+        *(nn.Linear(hidden, maps * size**2, bias=False), nn.Unflatten(1, (maps, size, size))),
+    ]
+
+
+def _score(maps: int, size: int, hidden: int) -> list[nn.Module]:
+    """Modules from feature maps (B, maps, size, size) to scores (B,)."""
+    if not hidden:
+        return [nn.Conv2d(maps, 1, size), nn.Flatten(0)]
+    return [
+        *(nn.Flatten(), nn.Linear(maps * size**2, hidden, bias=False), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2)),
+        *(nn.Linear(hidden, 1), nn.Flatten(0)),
+    ]

@@ -21,17 +21,12 @@ from bigtrain.parallel.mesh import Ranks
 from bigtrain.testing.equivalence import gather
 
 SIZE, LATENT, STEPS, SEED = 6, 4, 5, 3
-OPTIMIZER = {
-    "name": "adam",
-    "lr": 2e-3,
-    "betas": [0.9, 0.95],
-    "eps": 1e-6,
-    "clip": 0.5,
-    "parts": {
-        "critic": {"optimizer": {"lr": 1e-3, "clip": None}},
-        "maker": {"every": 2, "schedule": {"name": "constant", "warmup": "4 steps"}},
-    },
-}
+OPTIMIZER = {"name": "adam", "lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-6, "clip": 0.5}
+OF_PARTS = (
+    {"optimizer": {"lr": 1e-3, "clip": None}},
+    {"every": 2, "schedule": {"name": "constant", "warmup": "4 steps"}},
+)
+"""Keys of the first and of the second part of a network."""
 
 
 class Adversaries(nn.Module):
@@ -81,14 +76,18 @@ def _base() -> Any:
     return module
 
 
-def config_of(**keys: Any) -> Any:
+def config_of(arch: str = "adversaries", **keys: Any) -> Any:
     load_plugin(__file__)
-    return FAMILIES["adversaries"](**keys)
+    return FAMILIES[arch](**keys)
+
+
+def optimizer_of(config: Any) -> Any:
+    return OPTIMIZERS.read({**OPTIMIZER, "parts": dict(zip(config.parts, OF_PARTS, strict=True))})
 
 
 def engine_of(config: Any) -> Any:
     return FSDPConfig().build(
-        config, 0, OPTIMIZERS.read(OPTIMIZER), layout=LayoutConfig(), precision="fp32", seed=SEED,
+        config, 0, optimizer_of(config), layout=LayoutConfig(), precision="fp32", seed=SEED,
         ranks=Ranks.from_environment(),
     )  # fmt: skip
 
@@ -101,20 +100,23 @@ def _kill(*_: Any) -> None:
     raise Killed
 
 
-def train(noisy: bool = False, resume_at: int | None = None, killed: bool = False, fault: bool = False) -> Any:
+def train(
+    keys: dict[str, Any] | None = None, resume_at: int | None = None, killed: bool = False, fault: bool = False
+) -> Any:
     """Losses of both parts in each step, of an evaluation at the end, and the final state in full.
 
     Args:
+        keys: Of the network's config.
         resume_at: A new engine takes over the state before this step.
         killed: The step that is then repeated had ended between its two updates.
         fault: The maker's update moves the critic as well.
     """
     base = _base()
-    config = config_of(noisy=noisy)
+    config = config_of(**keys or {})
     engine = engine_of(config)
     if fault:
         engine.parts[1].optimizer.param_groups[0]["params"] += engine.parts[0].parameters
-    schedule = OPTIMIZERS.read(OPTIMIZER).schedule_of(ConstantConfig(), STEPS, lambda duration: int(duration.value))
+    schedule = optimizer_of(config).schedule_of(ConstantConfig(), STEPS, lambda duration: int(duration.value))
 
     def part_of(step: int) -> Any:
         batch = base.global_batch(config, step)

@@ -31,6 +31,7 @@ _spec.loader.exec_module(gan)
 
 AGREES = 1e-5
 """Relative above 1, in FP32: sums are taken in another order."""
+DCGAN: dict[str, Any] = {"arch": "dcgan", "image_size": 8, "channels": 1, "width": 3, "latent": 4}
 
 
 def away(a: list[list[float]], b: list[list[float]]) -> float:
@@ -48,20 +49,23 @@ def test_one_process_and_two_ranks_give_what_plain_torch_gives(ranks: RankPool) 
         assert off == [], count
 
 
-def test_a_resumed_run_is_the_undisturbed_one_to_the_bit_also_after_a_death_between_updates(ranks: RankPool) -> None:
-    alone = ranks.run(gan.train, True, ranks=1)[0]
+@pytest.mark.parametrize("keys", [{"noisy": True}, DCGAN, {**DCGAN, "hidden": 5}], ids=["noisy", "dcgan", "hidden"])
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit_also_after_a_death_between_updates(
+    ranks: RankPool, keys: dict[str, Any]
+) -> None:
+    alone = ranks.run(gan.train, keys, ranks=1)[0]
     for killed in (False, True):
-        losses, state = ranks.run(gan.train, True, 3, killed, ranks=1)[0]
+        losses, state = ranks.run(gan.train, keys, 3, killed, ranks=1)[0]
         assert losses == alone[0]
         assert all(torch.equal(x, state[name]) for name, x in alone[1].items())
     # Noise that each part draws for itself follows the sequences.
-    assert away(alone[0], ranks.run(gan.train, True, ranks=2)[0][0]) <= AGREES
+    assert away(alone[0], ranks.run(gan.train, keys, ranks=2)[0][0]) <= AGREES
 
 
 @pytest.mark.slow
 def test_an_update_that_moves_the_other_part_is_seen(ranks: RankPool) -> None:
     losses, _ = gan.reference()
-    assert away(losses, ranks.run(gan.train, False, None, False, True, ranks=1)[0][0]) > 10 * AGREES
+    assert away(losses, ranks.run(gan.train, {}, None, False, True, ranks=1)[0][0]) > 10 * AGREES
 
 
 def test_the_check_before_the_start_takes_it() -> None:
