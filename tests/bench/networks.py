@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,10 +166,7 @@ def recall(times_chance: float, among: int = 10) -> Figure:
 
     def figure(runs: Path, name: str) -> Reached:
         model, config = bigtrain.load(name, runs_dir=runs), bigtrain.Run(name, runs).config()
-        (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
-        with EvaluationLoader(place, batches=1, batch_size=10_000, context=config.model.context) as loader:
-            arrays = next(iter(loader)).micro_batches[0]
-        batch = {key: torch.from_numpy(values[arrays["weights"].any(1)]) for key, values in arrays.items()}
+        batch = {key: torch.from_numpy(values) for key, values in _held_out(runs, config, 10_000).items()}
         with torch.no_grad():
             images, texts, _ = model(*config.model.inputs(batch))
         similar = images @ texts.T
@@ -179,21 +177,39 @@ def recall(times_chance: float, among: int = 10) -> Figure:
     return figure
 
 
-def ranked_by(judge: str, wanted: float, count: int = 200) -> Figure:
+def below_mean_colours(runs: Path, name: str) -> Reached:
+    """The squared error of reconstructions from codes, beside that of the exact mean colour of each patch."""
+    config = bigtrain.Run(name, runs).config()
+    arrays = _held_out(runs, config, 10_000)
+    side = config.model.patch
+    images = arrays["images"] / 127.5 - 1
+    patches = images.reshape(len(images), images.shape[1] // side, side, images.shape[2] // side, side, -1)
+    means = float(((patches - patches.mean((2, 4), keepdims=True)) ** 2).mean())
+    value = last(runs, name, "val_loss")
+    return Reached(f"{value:.3f} (mean colours {means:.3f})", value < means)
+
+
+def _held_out(runs: Path, config: Any, count: int) -> dict[str, np.ndarray]:
+    """The arrays of the first held-out samples."""
+    (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
+    with EvaluationLoader(place, batches=1, batch_size=count, context=config.model.context) as loader:
+        arrays = next(iter(loader)).micro_batches[0]
+    return {name: values[arrays["weights"].any(1)] for name, values in arrays.items()}
+
+
+def ranked_by(judge: str, wanted: float) -> Figure:
     """How often an image made for a held-out caption suits it better, to a judge, than one made for another."""
 
     def figure(runs: Path, name: str) -> Reached:
         model, clip, config = (bigtrain.load(name, runs_dir=runs), bigtrain.load(judge, runs_dir=runs),
                                bigtrain.Run(name, runs).config())  # fmt: skip
-        (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
-        with EvaluationLoader(place, batches=1, batch_size=count, context=config.model.context) as loader:
-            arrays = next(iter(loader)).micro_batches[0]
+        arrays = _held_out(runs, config, 10_000)
         tokens, present = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["weights"]) > 0
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             images = model.generate(tokens, present).clamp(-1, 1)
             scores = clip.text_vectors(tokens, present) @ clip.image_vectors(images).T
-        beaten = (scores < scores.diag()[:, None]).float().sum() / (count * (count - 1))
+        beaten = (scores < scores.diag()[:, None]).float().sum() / (len(scores) * (len(scores) - 1))
         return Reached(f"{beaten:.1%}", bool(beaten >= wanted))
 
     return figure
@@ -248,7 +264,7 @@ NETWORKS = (
     ),
     Network("CLIP", "clip-emoji", emoji, "recall at 10: 10 x chance", recall(10)),
     Network(
-        "DALL-E codes", "dalle-emoji", emoji, "squared error 0.05", at_most("val_loss", 0.05, ".3f"),
+        "DALL-E codes", "dalle-emoji", emoji, "below mean colours", below_mean_colours,
         ("model.learns=autoencoder", FROM_SEED, "optimizer.frozen=[decoder.*]", "duration=60 epochs"),
     ),
     Network(

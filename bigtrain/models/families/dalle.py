@@ -153,7 +153,7 @@ class DallE(nn.Module):
         return (self.autoencoder.decoder(((logits + noise) / temperature).softmax(1)),)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, present: Tensor, temperature: float = 0.7) -> Tensor:
+    def generate(self, tokens: Tensor, present: Tensor, temperature: float = 0.3) -> Tensor:
         """Sample the codes of an image for each caption (B, T), one by one, and decode them.
 
         Returns:
