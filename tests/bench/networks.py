@@ -353,7 +353,7 @@ def collage(work: Path) -> None:
     for number, (title, sheet) in enumerate(sheets):
         left = number * (PANEL[0] + GAP)
         scaled = sheet.resize((PANEL[0], round(sheet.height * PANEL[0] / sheet.width)), Image.Resampling.LANCZOS)
-        page.paste(scaled.crop((0, 0, *PANEL)), (left, TITLE))
+        page.paste(scaled.crop((0, 0, PANEL[0], min(PANEL[1], scaled.height))), (left, TITLE))
         draw.text((left + 2, 2), title, "black", font)
     page.quantize(64).save(RESULTS.with_suffix(".png"), optimize=True)
 
