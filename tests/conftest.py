@@ -21,8 +21,8 @@ from tests.in_process import STARTS_NO_PROCESS, run_here
 if TYPE_CHECKING:
     from bigtrain.testing.ranks import RankPool
 
-# A test file runs on each core. Threads of one that share a core with another wait for one another, actively: each
-# parallel part of an operation then takes milliseconds. torch reads this when it is imported.
+# Test files run in parallel. OpenMP threads busy-wait for each other, which is slow if they outnumber the cores.
+# This must be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent

@@ -166,7 +166,7 @@ def recall(times_chance: float, among: int = 10) -> Figure:
 
     def figure(runs: Path, name: str) -> Reached:
         model, config = bigtrain.load(name, runs_dir=runs), bigtrain.Run(name, runs).config()
-        batch = {key: torch.from_numpy(values) for key, values in _held_out(runs, config, 10_000).items()}
+        batch = {key: torch.from_numpy(values) for key, values in _held_out(runs, config).items()}
         with torch.no_grad():
             images, texts, _ = model(*config.model.inputs(batch))
         similar = images @ texts.T
@@ -180,7 +180,7 @@ def recall(times_chance: float, among: int = 10) -> Figure:
 def below_mean_colours(runs: Path, name: str) -> Reached:
     """The squared error of reconstructions from codes, beside that of the exact mean colour of each patch."""
     config = bigtrain.Run(name, runs).config()
-    arrays = _held_out(runs, config, 10_000)
+    arrays = _held_out(runs, config)
     side = config.model.patch
     images = arrays["images"] / 127.5 - 1
     patches = images.reshape(len(images), images.shape[1] // side, side, images.shape[2] // side, side, -1)
@@ -189,10 +189,10 @@ def below_mean_colours(runs: Path, name: str) -> Reached:
     return Reached(f"{value:.3f} (mean colours {means:.3f})", value < means)
 
 
-def _held_out(runs: Path, config: Any, count: int) -> dict[str, np.ndarray]:
-    """The arrays of the first held-out samples."""
+def _held_out(runs: Path, config: Any) -> dict[str, np.ndarray]:
+    """The arrays of all held-out pairs of an image and its caption."""
     (place,) = (str(runs.parent / one) for one in config.data.places("validation").values())
-    with EvaluationLoader(place, batches=1, batch_size=count, context=config.model.context) as loader:
+    with EvaluationLoader(place, batches=1, batch_size=10_000, context=config.model.context) as loader:
         arrays = next(iter(loader)).micro_batches[0]
     return {name: values[arrays["weights"].any(1)] for name, values in arrays.items()}
 
@@ -203,7 +203,7 @@ def ranked_by(judge: str, wanted: float) -> Figure:
     def figure(runs: Path, name: str) -> Reached:
         model, clip, config = (bigtrain.load(name, runs_dir=runs), bigtrain.load(judge, runs_dir=runs),
                                bigtrain.Run(name, runs).config())  # fmt: skip
-        arrays = _held_out(runs, config, 10_000)
+        arrays = _held_out(runs, config)
         tokens, present = torch.from_numpy(arrays["tokens"]), torch.from_numpy(arrays["weights"]) > 0
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a Hugging Face model's config sets besides its logits: the router's loss, positions, countable FLOPs."""
+"""What a Hugging Face model's config sets in addition to its logits: the router's loss, positions, countable FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plain module of PyTorch is given besides its forward pass."""
+"""What a plain module of PyTorch gets in addition to its forward pass."""
 
 from __future__ import annotations
 

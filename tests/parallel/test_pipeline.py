@@ -99,7 +99,7 @@ def collectives(layout: dict[str, Any], micro_size: int) -> Counter[str]:
 def test_parameters_are_gathered_and_gradients_reduced_once_a_step_however_many_micro_batches(
     ranks: RankPool, layout: dict[str, Any]
 ) -> None:
-    """Two data-parallel ranks a stage; a group of parameters is a block, or what a stage holds besides."""
+    """Two data-parallel ranks a stage; a group of parameters is a block, or what else a stage holds."""
     for micro_size in (3, 1):
         for rank, found in enumerate(ranks.run(collectives, layout, micro_size, ranks=4)):
             # Blocks, and the embedding or the norm and the embedding of the stages at the ends.

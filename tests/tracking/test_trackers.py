@@ -1,4 +1,4 @@
-"""Trackers besides Weights & Biases: TensorBoard's files, and a user's own from a plugin."""
+"""Trackers other than Weights & Biases: TensorBoard's files, and a user's own from a plugin."""
 
 from __future__ import annotations
 

@@ -156,6 +156,10 @@ class DallE(nn.Module):
     def generate(self, tokens: Tensor, present: Tensor, temperature: float = 0.3) -> Tensor:
         """Sample the codes of an image for each caption (B, T), one by one, and decode them.
 
+        Args:
+            present: Boolean (B, T), false for padding.
+            temperature: Divides the logits of the codes; below 1, probable codes become more probable.
+
         Returns:
             Pixels (B, channels, S, S), about -1 to 1.
         """

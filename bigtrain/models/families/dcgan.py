@@ -36,8 +36,8 @@ class Config(PlainConfig):
     latent: Annotated[int, Ge(1)] = 64
     """Length of the noise vector from which an image is generated."""
     hidden: Annotated[int, Ge(0)] = 0
-    """Width of a dense layer after the noise and of one before the score, which the authors' code for digits has; 0: no
-    such layers, as in the paper."""
+    """Width of a hidden dense layer after the noise, and of one before the score, as in the authors' code for MNIST
+    (Newmu/dcgan_code, mnist/train_cond_dcgan.py). If 0, the networks consist of convolutions only, as in the paper."""
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
