@@ -22,7 +22,7 @@ AUTHORS = {
     "Austen": ("pride_and_prejudice",), "Dickens": ("a_tale_of_two_cities", "great_expectations"),
     "Eliot": ("middlemarch",), "Joyce": ("ulysses",), "Melville": ("moby_dick",), "Tolstoy": ("war_and_peace",),
 }  # fmt: skip
-PASSAGE, EACH = 32, 300
+PASSAGE, EACH = 32, 1000
 """Characters of a passage, and passages of an author in each half."""
 PASSAGES = EACH * len(AUTHORS)
 """Passages to test with."""
@@ -85,7 +85,7 @@ def novels(work: Path) -> None:
 
 
 def authors(work: Path) -> None:
-    """Passages of six authors, 300 of each to learn from and 300 to test with, from other parts of the novels."""
+    """Passages of six authors, 1,000 of each to learn from and 1,000 to test with, from other parts of the novels."""
     draw = random.Random(0)
     lines: dict[str, list[str]] = {"train": [], "test": []}
     for author, titles in AUTHORS.items():

@@ -230,18 +230,24 @@ def test_ids_that_are_no_tokens_are_refused() -> None:
         Classifier(context=8, vocabulary=VOCABULARY, first=CLS)
 
 
-def test_a_classifier_reads_what_transformers_makes_of_cls(hf_model: Any, directory: Path) -> None:
-    config = Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=CLS)
+@pytest.mark.parametrize(("first", "pooling"), [(CLS, "cls"), (CLS, "mean"), (None, "mean")])
+def test_a_classifier_reads_what_transformers_makes_of_a_text(
+    first: int | None, pooling: str, hf_model: Any, directory: Path
+) -> None:
+    config = Classifier(context=8, **MODEL, vocabulary=VOCABULARY, first=first, pooling=pooling)
     network = config.build(3).eval()
     shapes = {name: shape for name, shape in config.parameter_shapes(3).items() if name not in ("classes", "bias")}
     files = HfFiles.open(directory)
     with torch.no_grad():
         read_hf(files, files.check_fit(config, shapes), {name: network.state_dict()[name] for name in shapes})
         tokens, lengths = torch.randint(VOCABULARY, (4, 8)), torch.tensor([8, 3, 1, 5])
-        given = torch.cat([torch.full((4, 1), CLS), tokens], 1)
-        seen = hf_model.bert(given, attention_mask=(torch.arange(9) <= lengths[:, None]).long()).last_hidden_state
-        expected = hf_model.cls.predictions.transform(seen[:, 0]) @ network.classes.T + network.bias
+        read = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        given = [torch.tensor([[*([] if first is None else [first]), *row]]) for row in read]
+        seen = [hf_model.bert(one).last_hidden_state[0] for one in given]
+        pooled = torch.stack([one[0] if pooling == "cls" else one.mean(0) for one in seen])
+        expected = hf_model.cls.predictions.transform(pooled) @ network.classes.T + network.bias
         assert (network(tokens, lengths) - expected).abs().max() <= SAME_LOGITS
+        assert network(tokens, torch.zeros(4, dtype=torch.long)).isfinite().all()
     with pytest.raises(UserError, match=r"The weights lack (bias|classes)"):
         files.check_fit(config, config.parameter_shapes(3))
     with pytest.raises(UserError, match="cannot be exported to transformers"):

@@ -1,13 +1,15 @@
 """BERT's encoder with a head that classifies texts (Devlin et al. 2019, section 4.1).
 
-[CLS] precedes the text, and the head reads the last block's output at [CLS]. Parameters have the same names as in
-`bert`. So a run can start from the weights of a masked language model with
+The head reads the last block's output at [CLS], which precedes the text, or its mean over the text (`pooling`).
+Parameters have the same names as in `bert`. So a run can start from the weights of a masked language model with
 
     init: {source: RUN, fresh: [start, classes, bias]}
 
 or, if `first` is the vocabulary's own [CLS], from the weights of transformers' BertForMaskedLM with
 
     init: {source: DIR, fresh: [classes, bias]}
+
+`start` is a parameter only with `pooling: cls` and without `first`.
 """
 
 from __future__ import annotations
@@ -42,8 +44,11 @@ class Config(bert.Config):
     vocabulary: Annotated[int, Ge(1)]
     """Size of the tokenizer's vocabulary."""
     first: Annotated[int, Ge(0)] | None = None
-    """Id of the vocabulary's own [CLS] token, which takes the first position (BERT's own: 101); null: a trained vector
-    without a position, initialised from the seed."""
+    """Id of the vocabulary's own [CLS] token, which takes the first position (BERT's own: 101); null: with `pooling:
+    cls` a trained vector without a position, initialised from the seed, else no [CLS]."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What the head reads: the output at [CLS], or the mean over the text's tokens, [CLS] included (Reimers and
+    Gurevych 2019). The mean serves weights that were trained without [CLS], as those of `bert` from texts without it."""
 
     @model_validator(mode="after")
     def _first_has_a_position(self) -> Config:
@@ -79,24 +84,30 @@ class Config(bert.Config):
 
 
 class BertClassifier(bert.Bert):
-    """BERT's encoder with [CLS] before the text, and a linear head on the transformed output at [CLS]."""
+    """BERT's encoder, and a linear head on the transformed output at [CLS] or its mean."""
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__(config, config.vocabulary)
         std = bert.initial_std(config.width)
-        self.first = config.first
-        self.start = nn.Parameter(std * torch.randn(config.width)) if self.first is None else None
+        self.first, self.pooling = config.first, config.pooling
+        self.has_cls = self.pooling == "cls" or self.first is not None
+        own_start = self.has_cls and self.first is None
+        self.start = nn.Parameter(std * torch.randn(config.width)) if own_start else None
         self.classes = nn.Parameter(std * torch.randn(classes, config.width))
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (B, classes) for tokens (B, C); only the first `lengths` (B,) tokens are text, the rest is padding."""
-        if self.start is None:
-            x = self.embedded(F.pad(tokens, (1, 0), value=self.first))
-        else:
-            x = torch.cat([self.start.expand(len(tokens), 1, -1), self.embedded(tokens)], 1)
+        if self.first is not None:
+            tokens = F.pad(tokens, (1, 0), value=self.first)
+        x = self.embedded(tokens)
+        if self.start is not None:
+            x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
+        # Attention needs at least one key; of an empty text without [CLS] it is the first padding.
+        filled = (lengths + self.has_cls).clamp(min=1)[:, None]
+        empty = torch.arange(x.shape[1], device=tokens.device) >= filled
         x = self.dropout(self.norm(x))
-        empty = torch.arange(x.shape[1], device=tokens.device) > lengths[:, None]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=empty)
-        return F.linear(self.transform(x[:, 0]), self.classes, self.bias)
+        pooled = x[:, 0] if self.pooling == "cls" else x.masked_fill(empty[..., None], 0).sum(1) / filled
+        return F.linear(self.transform(pooled), self.classes, self.bias)
