@@ -25,7 +25,7 @@ LOSS_TOLERANCE = 1e-5
 """Relative; another processor or torch adds up in another order."""
 KINDS = ("text", "mixture", "deepspeed")
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-"""Limits torch and its libraries to the instructions with which the runs were recorded: sums of wider vectors differ."""
+"""Limits torch and its libraries to the instructions of the recording machine: wider vectors add up differently."""
 
 
 def digest(run: Path) -> str:

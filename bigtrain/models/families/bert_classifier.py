@@ -48,7 +48,7 @@ class Config(bert.Config):
     cls` a trained vector without a position, initialised from the seed, else no [CLS]."""
     pooling: Literal["cls", "mean"] = "cls"
     """What the head reads: the output at [CLS], or the mean over the text's tokens, [CLS] included (Reimers and
-    Gurevych 2019). The mean serves weights that were trained without [CLS], as those of `bert` from texts without it."""
+    Gurevych 2019). The mean serves weights that were trained without [CLS], such as those of `bert`."""
 
     @model_validator(mode="after")
     def _first_has_a_position(self) -> Config:
