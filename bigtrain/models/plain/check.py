@@ -390,14 +390,17 @@ class _Passes:
                 self._report_draws()
                 return
         loss, gradient = whole.away(parts)
+        draws, instead = "", ""
+        if self._by_host:
+            draws = ". forward() draws random values from NumPy or random, which are not keyed by sequence"
+            instead = "Draw random values with torch. "
         raise UserError(
             f"In {mode} the loss of a batch is not the sum of the losses of its parts (off by {loss:.1e}, gradients by "
-            f"{gradient:.1e}, relative): it would differ between layouts",
+            f"{gradient:.1e}, relative): it would differ between layouts{draws}",
             self._where,
-            "Remove what couples sequences from forward(), or compute it over the global batch with gather_batch() "
+            f"{instead}Remove what couples sequences from forward(), or compute it over the global batch with gather_batch() "
             "or sum_over_batch() of bigtrain.models.plain. If the loss is a mean over the batch, set loss_is; if it "
-            "is a mean over anything else (masked tokens, class weights), return LossSum(sum, divisor). Draw random "
-            "values with torch, not with NumPy or random.",
+            "is a mean over anything else (masked tokens, class weights), return LossSum(sum, divisor).",
         )
 
     def _report_draws(self) -> None:

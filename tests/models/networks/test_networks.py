@@ -163,6 +163,14 @@ class Mixup(Linear):
         return share * x + (1 - share) * x[order]
 
 
+class HostNoise(Linear):
+    """Noise of each sequence by NumPy."""
+
+    def inputs(self, batch: Batch) -> Tensor:
+        x = super().inputs(batch)
+        return x + torch.from_numpy(np.random.normal(size=tuple(x.shape))).to(x)
+
+
 class TwoViews(Linear):
     """Both views of a batch gathered as one."""
 
@@ -184,6 +192,7 @@ class Sparse(Linear):
     ("config", "words"),
     [
         (Mixup, "not the sum of the losses of its parts"),
+        (HostNoise, r"(?s)draws random values from NumPy or random, which .*Draw random values with torch"),
         (TwoViews, r"\d+ rows for the \d+ sequences"),
         (Sparse, "sparse tensor"),
     ],
