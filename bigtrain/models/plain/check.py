@@ -398,9 +398,9 @@ class _Passes:
             f"In {mode} the loss of a batch is not the sum of the losses of its parts (off by {loss:.1e}, gradients by "
             f"{gradient:.1e}, relative): it would differ between layouts{draws}",
             self._where,
-            f"{instead}Remove what couples sequences from forward(), or compute it over the global batch with gather_batch() "
-            "or sum_over_batch() of bigtrain.models.plain. If the loss is a mean over the batch, set loss_is; if it "
-            "is a mean over anything else (masked tokens, class weights), return LossSum(sum, divisor).",
+            f"{instead}Remove what couples sequences from forward(), or compute it over the global batch with "
+            "gather_batch() or sum_over_batch() of bigtrain.models.plain. If the loss is a mean over the batch, set "
+            "loss_is; if it is a mean over anything else (masked tokens, class weights), return LossSum(sum, divisor).",
         )
 
     def _report_draws(self) -> None:
