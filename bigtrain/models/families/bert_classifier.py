@@ -48,7 +48,7 @@ class Config(bert.Config):
     cls` a trained vector without a position, initialised from the seed, else no [CLS]."""
     pooling: Literal["cls", "mean"] = "cls"
     """What the head reads: the output at [CLS], or the mean over the text's tokens, [CLS] included (Reimers and
-    Gurevych 2019). The mean serves weights that were trained without [CLS], such as those of `bert`."""
+    Gurevych 2019). The mean suits weights that were trained without [CLS], such as those of `bert`."""
 
     @model_validator(mode="after")
     def _first_has_a_position(self) -> Config:
@@ -84,15 +84,16 @@ class Config(bert.Config):
 
 
 class BertClassifier(bert.Bert):
-    """BERT's encoder, and a linear head on the transformed output at [CLS] or its mean."""
+    """BERT's encoder, and a linear head on the transformed output at [CLS], or on its mean over the text."""
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__(config, config.vocabulary)
         std = bert.initial_std(config.width)
         self.first, self.pooling = config.first, config.pooling
         self.has_cls = self.pooling == "cls" or self.first is not None
-        own_start = self.has_cls and self.first is None
-        self.start = nn.Parameter(std * torch.randn(config.width)) if own_start else None
+        self.start = None
+        if self.has_cls and self.first is None:
+            self.start = nn.Parameter(std * torch.randn(config.width))
         self.classes = nn.Parameter(std * torch.randn(classes, config.width))
         self.bias = nn.Parameter(torch.zeros(classes))
 

@@ -34,6 +34,14 @@ OWN: dict[str, dict[str, Any]] = {
     "families.vae": {"image_size": 8, "width": 16, "latent": 3},
     "families.bert": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2},
     "families.bert_classifier": {"context": CONTEXT, "layers": 1, "width": 8, "heads": 2, "vocabulary": 7},
+    "families.bert_classifier mean": {
+        "context": CONTEXT,
+        "layers": 1,
+        "width": 8,
+        "heads": 2,
+        "vocabulary": 7,
+        "pooling": "mean",
+    },
     "families.clip": {
         "context": CONTEXT,
         "image_size": 8,
@@ -57,7 +65,8 @@ OWN: dict[str, dict[str, Any]] = {
     "families.rnn": {"context": CONTEXT, "width": 12, "dropout": 0.2},
     "families.seq2seq": {"context": CONTEXT, "width": 12},
 }
-"""bigtrain's own plain networks, and their smallest keys; the plugin has others of these names."""
+"""bigtrain's own plain networks, and their smallest keys; the plugin has others of these names. What follows a space
+distinguishes two sets of keys of one network."""
 
 
 def families() -> list[str]:
@@ -68,7 +77,7 @@ def families() -> list[str]:
 def config_of(arch: str, plugin: str = str(PLUGIN)) -> Any:
     """The section `model` of a network."""
     if arch in OWN:
-        return importlib.import_module(f"bigtrain.models.{arch}").Config(**OWN[arch])
+        return importlib.import_module(f"bigtrain.models.{arch.partition(' ')[0]}").Config(**OWN[arch])
     load_plugin(plugin)
     found = FAMILIES[arch]
     return found(**({"context": CONTEXT} if found.data_kind == "tokens" else {}))
